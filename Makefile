@@ -1,0 +1,46 @@
+# One command each: `make demo`, `make test`, `make lint`. Each sets up its virtual environment first.
+# Variables: PYTHON (3.10-3.13), TORCH (e.g. TORCH=torch==2.13.0 or a CPU build), VENV, PYTEST_ARGS.
+PYTHON ?= python3
+TORCH ?= torch>=2.6
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install demo test test-fast lint format clean
+
+help:
+	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
+	@echo "make test       all tests"
+	@echo "make test-fast  unit tests only, under a minute"
+	@echo "make lint       ruff and strict types"
+	@echo "make format     let ruff rewrite the code"
+
+# torch first and by itself: otherwise another package's requirement picks its build.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/kdcache demo --out .demo
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not end_to_end and not gpu" $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,78 @@
+"""kdcache: pay for the teacher once, train many students from cached soft targets.
+
+Each command of the program is a function here of the same name, which takes an options value whose fields
+are the command's options:
+
+    import kdcache
+
+    kdcache.build(kdcache.BuildOptions(teacher=("bert-sst2",), corpus=("train.tsv",), out="cache"))
+
+Nothing heavy is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.build import BuildOptions, BuildResult, build
+    from kdcache.cache import Cache
+    from kdcache.demo import DemoOptions, DemoResult, demo
+    from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
+    from kdcache.finetune import FinetuneOptions, FinetuneResult, finetune
+    from kdcache.loss import distillation_loss, fused_linear_distillation
+    from kdcache.report import (
+        EvaluateOptions,
+        EvaluateResult,
+        InspectOptions,
+        InspectResult,
+        PredictOptions,
+        PredictResult,
+        evaluate,
+        inspect,
+        predict,
+    )
+    from kdcache.stream import Collator, TargetDataset, TargetStream
+    from kdcache.student import DistilledStudent
+    from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
+    from kdcache.train import DistillationTrainer, TrainOptions, TrainResult, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "kdcache.build": ("BuildOptions", "BuildResult", "build"),
+    "kdcache.cache": ("Cache",),
+    "kdcache.demo": ("DemoOptions", "DemoResult", "demo"),
+    "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
+    "kdcache.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
+    "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
+    "kdcache.report": (
+        "EvaluateOptions",
+        "EvaluateResult",
+        "InspectOptions",
+        "InspectResult",
+        "PredictOptions",
+        "PredictResult",
+        "evaluate",
+        "inspect",
+        "predict",
+    ),
+    "kdcache.stream": ("Collator", "TargetDataset", "TargetStream"),
+    "kdcache.student": ("DistilledStudent",),
+    "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),
+    "kdcache.train": ("DistillationTrainer", "TrainOptions", "TrainResult", "train"),
+}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,30 @@
+"""The errors a user can cause or must act on. The command line maps each class to one exit code.
+
+Everything else that escapes is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class KdcacheError(Exception):
+    """Base of all errors with a message for the user: what is, what was expected, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(KdcacheError):
+    """Wrong options or wrong input; nothing was written that a later run would trust."""
+
+    exit_code = 2
+
+
+class IncompleteError(KdcacheError):
+    """Work is left, and the same command again goes on where this one ended."""
+
+    exit_code = 3
+
+
+class CorruptCacheError(KdcacheError):
+    """Bytes of a cache are not what its manifest or its own checksums say."""
+
+    exit_code = 1

@@ -1,0 +1,147 @@
+"""Fixtures shared by all tests: real models and data where this machine has them, Ray once a module."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def _asset(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"real asset {'/'.join(parts)} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """A 260 k parameter Llama with a vocabulary of 512."""
+    return _asset("assets", "stories260k")
+
+
+@pytest.fixture(scope="session")
+def minilm_sst2() -> Path:
+    """A BERT classifier (6 layers) fine-tuned on SST-2."""
+    return _asset("assets", "minilm-sst2")
+
+
+@pytest.fixture(scope="session")
+def sst2() -> Path:
+    """Folder with train.tsv, dev.tsv, test.tsv: text TAB label, no header."""
+    return _asset("data", "sst2")
+
+
+@pytest.fixture(scope="session")
+def novels() -> Path:
+    """15 novels as gzipped JSONL."""
+    return _asset("data", "gutenberg", "novels.jsonl.gz")
+
+
+@pytest.fixture(scope="session")
+def corpus_texts() -> list[str]:
+    """Paragraphs of the Python language reference, which every CPython carries."""
+    from pydoc_data.topics import topics
+
+    paragraphs = [p.strip() for text in topics.values() for p in text.split("\n\n")]
+    return [p for p in paragraphs if len(p) > 40][:600]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a byte-level BPE tokenizer with 300 ids, `<|end|>` as its end of text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        corpus_texts, vocab_size=300, special_tokens=["<|end|>"], show_progress=False
+    )
+    folder = tmp_path_factory.mktemp("tiny-tokenizer")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_lm(tokenizer: Path, folder: Path, *, vocab_size: int = 300, seed: int = 0) -> Path:
+    """Save a random two-layer Llama beside a copy of the tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.3,  # wide enough that distributions differ from uniform
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama with a vocabulary of 300."""
+    return make_tiny_lm(tiny_tokenizer, tmp_path_factory.mktemp("tiny-lm"))
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer BERT classifier: bad, neutral, good."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        initializer_range=0.3,
+        id2label={0: "bad", 1: "neutral", 2: "good"},
+        label2id={"bad": 0, "neutral": 1, "good": 2},
+    )
+    folder = tmp_path_factory.mktemp("tiny-classifier")
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_corpus(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 150 short documents."""
+    import json
+
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_texts[:150]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def labelled_corpus(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TSV file with a header, names as labels, and every fifth row without one."""
+    names = ("bad", "neutral", "good")
+    lines = ["text\tlabel"]
+    for i, text in enumerate(corpus_texts[:200]):
+        label = "" if i % 5 == 4 else names[len(text) % 3]
+        lines.append(f"{' '.join(text.split())}\t{label}")
+    path = tmp_path_factory.mktemp("corpus") / "labelled.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
