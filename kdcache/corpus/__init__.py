@@ -1,0 +1,24 @@
+"""Corpus: input files of many formats, cut into deterministic spans, read back as records.
+
+Algorithm: patterns are expanded once into an ordered list of files with their sizes. Each file is
+cut without looking inside: plain line formats by bytes (a span owns the lines that *start* in its
+range), Parquet and Arrow by a fraction of their rows, and what can't be entered in the middle
+(compressed files, CSV with its quoted newlines) by dealing record ``i`` to part ``i mod parts``.
+
+Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
+are made when asked for. Only ``limit`` reads while planning, and only up to the limit. Reading a
+byte span costs its bytes; a dealt part costs the whole file's decompression or CSV parsing, hence
+at most 128 parts a file: a very large corpus is better off in plain JSONL or Parquet.
+
+Guarantee: a span is a pure function of the files' names and sizes and the options, so every worker
+reads the same records from the same span; over all spans each record comes exactly once. A span may
+be empty (no line starts in it). Records that can't be read raise `UsageError` or are skipped and
+counted.
+"""
+
+from __future__ import annotations
+
+from kdcache.corpus.records import LineAt, OnError, ReadStats, Record, RecordError, Source
+from kdcache.corpus.spans import Corpus, Span
+
+__all__ = ["Corpus", "LineAt", "OnError", "ReadStats", "Record", "RecordError", "Source", "Span"]

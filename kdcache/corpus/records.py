@@ -1,0 +1,152 @@
+"""Record: one item of a corpus, and what to say when it is not what was expected.
+
+Cost: a record's place in a file cut by bytes is kept as an offset; its line number is counted (one
+    pass
+over the file up to there) only when a message asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kdcache.corpus.files import open_bytes
+from kdcache.errors import UsageError
+
+OnError = Literal["fail", "skip"]
+
+_BLOCK = 1 << 20
+_KEPT_REASONS = 5
+_SHOWN_NAMES = 12
+
+
+class RecordError(ValueError):
+    """One record can't be used, and why; it ends as a `UsageError` or a count (`ReadStats`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineAt:
+    """The line that starts at byte ``offset`` of ``file``; printing it finds its number."""
+
+    file: str
+    offset: int
+
+    def __str__(self) -> str:
+        left = self.offset
+        number = 1
+        with open_bytes(self.file) as stream:
+            while left > 0 and (block := stream.read(min(left, _BLOCK))):
+                number += block.count(b"\n")
+                left -= len(block)
+        return f"line {number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What all records of one file share.
+
+    Attributes:
+        columns: Names of all columns of the file, read or not; empty where each record has its own
+            keys.
+        header: True if ``columns`` was taken from the file's first line.
+    """
+
+    columns: tuple[str, ...] = ()
+    header: bool = False
+
+
+_OWN_KEYS = Source()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a corpus.
+
+    Attributes:
+        values: Column name to value, as the file holds it (`str` for text formats).
+        file: Path or URL of the file.
+        location: Where in the file: prints as ``line 17`` or ``row 12``, both counted from 1.
+        source: What the file says about its columns.
+    """
+
+    values: dict[str, Any]
+    file: str
+    location: str | LineAt
+    source: Source = _OWN_KEYS
+
+    @property
+    def place(self) -> str:
+        """File and location, to open a message with."""
+        return f"{self.file}: {self.location}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns there are, including those that were not read."""
+        return self.source.columns or tuple(self.values)
+
+    def missing(self, wanted: Sequence[str], option: str, named: Sequence[str] = ()) -> UsageError:
+        """The error for a column that is not there.
+
+        Args:
+            wanted: The column that was looked for, or several of which one was needed.
+            option: The option that names it, as the cure.
+            named: Names to propose for a headerless table's columns; default ``wanted``.
+
+        Returns:
+            The error, to be raised by the caller.
+        """
+        there = ", ".join(repr(shorten(name)) for name in self.columns[:_SHOWN_NAMES]) or "none"
+        if len(self.columns) > _SHOWN_NAMES:
+            there += f" and {len(self.columns) - _SHOWN_NAMES} more"
+        what = " or ".join(repr(name) for name in wanted)
+        message = f"{self.place} has no column {what}; its columns are {there}."
+        if self.source.header:
+            proposal = list(named or wanted)[: len(self.columns)]
+            proposal += [f"column{i + 1}" for i in range(len(proposal), len(self.columns))]
+            return UsageError(
+                f"{message} Name the right one with {option}; if the file has no header line, name "
+                f"all its columns in order, such as --columns {','.join(proposal)}."
+            )
+        return UsageError(f"{message} Name the right one with {option}.")
+
+
+@dataclass
+class ReadStats:
+    """What became of the records: counts, and the first few reasons for leaving some out."""
+
+    records: int = 0
+    skipped: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def reject(
+        self, on_error: OnError, file: str, location: object, problem: object, count: int = 1
+    ) -> None:
+        """Raise for a bad record, or count it as skipped.
+
+        Args:
+            on_error: ``fail`` raises, ``skip`` counts.
+            file: Path or URL of the file.
+            location: Where in the file; formatted only if a message is made.
+            problem: What is wrong, a phrase without a full stop.
+            count: What it adds to ``skipped``; 0 where another part of the file counts it.
+
+        Raises:
+            UsageError: With ``on_error="fail"``.
+        """
+        if on_error == "fail":
+            raise UsageError(
+                f"{file}: {location}: {problem}. Mend it, or leave such records out with "
+                f"--on-error skip (they are counted)."
+            )
+        self.skipped += count
+        if count and len(self.reasons) < _KEPT_REASONS:
+            # Not the line's number: finding it may mean reading gigabytes, time and again.
+            rough = f"byte {location.offset}" if isinstance(location, LineAt) else location
+            self.reasons.append(f"{file}: {rough}: {problem}")
+
+
+def shorten(text: object, width: int = 40) -> str:
+    """``text`` on one line of at most ``width`` characters, for messages."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"

@@ -1,0 +1,351 @@
+"""Encoders: a stream of records in, rows out. See `kdcache.rows` for the algorithm and its cost."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.corpus import ReadStats, Record, RecordError
+from kdcache.errors import UsageError
+from kdcache.rows.documents import Document, DocumentMaker, checked_text
+from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, IGNORE, Row, RowSpec
+
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1 << 22  # a batch of books must not be a batch of 256 books
+
+Ids = npt.NDArray[np.int32]
+Marks = npt.NDArray[np.bool_]
+Item = TypeVar("Item")
+
+
+class Encoder(ABC):
+    """Turns records into rows, counting what it leaves out.
+
+    Attributes:
+        spec: The options.
+        tokenizer: A Hugging Face tokenizer.
+        stats: Records taken, records skipped because of `RowSpec.on_error` and the first reasons.
+        empty: Records without anything to learn: empty text, no answer of the assistant.
+        truncated: Documents cut short at `RowSpec.max_length` (``packing="none"`` only).
+    """
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.stats = ReadStats()
+        self.empty = 0
+        self.truncated = 0
+
+    @property
+    def skipped(self) -> int:
+        """Records skipped because they could not be encoded."""
+        return self.stats.skipped
+
+    @abstractmethod
+    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+        """Encode the records of one span.
+
+        Args:
+            records: In order; read as needed.
+
+        Yields:
+            The rows, in the records' order.
+
+        Raises:
+            UsageError: A column is not there, a label is no class, or (``on_error="fail"``) a
+                value can't be used.
+        """
+
+    def _batches(
+        self,
+        records: Iterable[Record],
+        make: Callable[[Record], Item | None],
+        size: Callable[[Item], int],
+    ) -> Iterator[list[Item]]:
+        """What ``make`` makes of the records, in batches; None is counted as empty."""
+        batch: list[Item] = []
+        characters = 0
+        for record in records:
+            try:
+                item = make(record)
+            except RecordError as problem:
+                self.stats.reject(self.spec.on_error, record.file, record.location, problem)
+                continue
+            self.stats.records += 1
+            if item is None:
+                self.empty += 1
+                continue
+            batch.append(item)
+            characters += size(item)
+            if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+
+def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
+    """The encoder for a task.
+
+    Args:
+        spec: The options.
+        tokenizer: A Hugging Face tokenizer, the teacher's.
+
+    Returns:
+        An encoder; it may encode several spans one after the other and counts over all of them.
+
+    Raises:
+        UsageError: The tokenizer can't serve the spec.
+    """
+    kind = TextEncoder if spec.task == "causal-lm" else ClassificationEncoder
+    return kind(spec, tokenizer)
+
+
+class TextEncoder(Encoder):
+    """Causal LM: documents, conversations, and prompts with completions."""
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        self._documents = DocumentMaker(spec, tokenizer)
+        self._prefix, self._end = _frame(tokenizer)
+
+    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+        """See `Encoder.encode`."""
+        length = self.spec.max_length
+        packed = self.spec.packing == "concat"
+        carried: Ids = np.empty(0, np.int32)
+        wanted: Marks = np.empty(0, np.bool_)
+        for batch in self._batches(records, self._make, lambda document: len(document.text)):
+            ids, marks, lengths = self._tokenise(batch)
+            if not packed:
+                yield from self._apart(ids, marks, lengths)
+                continue
+            carried, wanted = np.concatenate([carried, ids]), np.concatenate([wanted, marks])
+            # A full row needs one id more than it has places: the last label.
+            full = max(len(carried) - 1, 0) // length * length
+            yield from _cut(carried[: full + 1], wanted[: full + 1], length)
+            carried, wanted = carried[full:], wanted[full:]
+        yield from _cut(carried, wanted, length)
+
+    def _make(self, record: Record) -> Document | None:
+        document = self._documents.make(record)
+        if document.tokens is not None:
+            return document if any(document.tokens[1]) else None
+        if not document.text or document.text.isspace() or document.learnt == []:
+            return None
+        return document
+
+    def _apart(self, ids: Ids, marks: Marks, lengths: Sequence[int]) -> Iterator[Row]:
+        """Rows of documents that share none."""
+        length = self.spec.max_length
+        start = 0
+        for size in lengths:
+            stop = start + size
+            if self.spec.packing == "none" and size > length + 1:
+                self.truncated += 1
+                stop = start + length + 1
+            yield from _cut(ids[start:stop], marks[start:stop], length)
+            start += size
+
+    def _tokenise(self, batch: Sequence[Document]) -> tuple[Ids, Marks, list[int]]:
+        """Ids of all documents end to end, which are to be learnt, and the documents' lengths."""
+        offsets = any(document.learnt is not None for document in batch)
+        texts = [document.text for document in batch if document.tokens is None]
+        encoded: Any = {"input_ids": []}
+        if texts:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=offsets,
+                verbose=False,  # no warning about the model's length: rows are cut to it here
+            )
+        bodies = iter(encoded["input_ids"])
+        spans = iter(encoded["offset_mapping"]) if offsets else iter(())
+        pieces: list[list[int]] = []
+        lengths: list[int] = []
+        masked: list[tuple[int, Marks]] = []
+        total = 0
+        for document in batch:
+            body = next(bodies) if document.tokens is None else document.tokens[0]
+            places = next(spans) if offsets and document.tokens is None else None
+            prefix, end = (self._prefix, self._end) if document.framed else ([], [])
+            mark = _learnt(document, places, len(prefix), len(end))
+            if not body or (mark is not None and not mark.any()):
+                self.empty += 1
+                continue
+            if mark is not None:
+                masked.append((total, mark))
+            pieces += (prefix, body, end)
+            lengths.append(len(prefix) + len(body) + len(end))
+            total += lengths[-1]
+        ids = np.fromiter(chain.from_iterable(pieces), np.int32, total)
+        marks = np.ones(total, np.bool_)
+        for start, mark in masked:
+            marks[start : start + len(mark)] = mark
+        return ids, marks, lengths
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that go before and after a document: what the tokenizer itself adds, and one EOS.
+
+    Raises:
+        UsageError: There is no EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError(
+            "the tokenizer has no end-of-sequence token, which ends a document. "
+            "Set eos_token in its tokenizer_config.json, or use a causal LM's tokenizer."
+        )
+    bare, dressed = (
+        list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
+    )
+    end = [int(tokenizer.eos_token_id)]
+    before = next(
+        (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare), None
+    )
+    if before is None:
+        return [], end
+    after = dressed[before + len(bare) :]
+    # A tokenizer that adds EOS itself must not get a second one.
+    return dressed[:before], after if after[-1:] == end else after + end
+
+
+def _learnt(
+    document: Document, places: Sequence[tuple[int, int]] | None, before: int, after: int
+) -> Marks | None:
+    """Which tokens of a document are to be learnt, the EOS after it included; None is all.
+
+    A token across the border of a stretch belongs to it: it can't be said without.
+    """
+    if document.tokens is not None:
+        return np.asarray(document.tokens[1], np.bool_)
+    if document.learnt is None:
+        return None
+    assert places is not None
+    bounds = np.asarray(places, np.int64).reshape(-1, 2)
+    body = np.zeros(len(bounds), np.bool_)
+    for start, stop in document.learnt:
+        body |= (bounds[:, 1] > start) & (bounds[:, 0] < stop)
+    ended = np.full(after, bool(body.any()))
+    return np.concatenate([np.zeros(before, np.bool_), body, ended])
+
+
+def _cut(ids: Ids, wanted: Marks, length: int) -> Iterator[Row]:
+    """Rows of at most ``length`` places of one sequence, each up to its last label."""
+    labels = np.where(wanted[1:], ids[1:], np.int32(IGNORE))
+    for start in range(0, len(labels), length):
+        own = labels[start : start + length]
+        if own[-1] == IGNORE:
+            (places,) = np.nonzero(own != IGNORE)
+            if not len(places):
+                continue
+            own = own[: places[-1] + 1]
+        # Copies: a view would keep the whole batch alive as long as one of its rows.
+        yield Row(ids[start : start + len(own)].copy(), own.copy())
+
+
+class ClassificationEncoder(Encoder):
+    """Sequence classification: a text or a pair of texts, and a class."""
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        pair = spec.pair_column is not None
+        special = int(tokenizer.num_special_tokens_to_add(pair=pair))
+        if spec.max_length < special + 1 + pair:
+            raise UsageError(
+                f"max_length is {spec.max_length}, but the tokenizer itself adds {special} tokens. "
+                f"Set --max-length to {special + 1 + pair} or more."
+            )
+        self._classes = {name: i for i, name in enumerate(spec.label_names or ())}
+
+    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+        """See `Encoder.encode`."""
+        spec = self.spec
+        for batch in self._batches(records, self._make, lambda item: len(item[0]) + len(item[1])):
+            texts, pairs, labels = zip(*batch, strict=True)
+            encoded = self.tokenizer(
+                list(texts),
+                list(pairs) if spec.pair_column is not None else None,
+                add_special_tokens=True,
+                padding=False,
+                truncation=True,
+                max_length=spec.max_length,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            types = encoded.get("token_type_ids")
+            for i, text in enumerate(texts):
+                yield Row(
+                    np.asarray(encoded["input_ids"][i], np.int32),
+                    np.asarray([labels[i]], np.int32),
+                    None if types is None else np.asarray(types[i], np.uint8),
+                    text,
+                    pairs[i] if spec.pair_column is not None else None,
+                )
+
+    def _make(self, record: Record) -> tuple[str, str, int] | None:
+        spec = self.spec
+        pair = ""
+        if spec.text_column not in record.values:
+            raise record.missing([spec.text_column], "--text-column", spec.columns)
+        text = checked_text(record.values[spec.text_column], spec.text_column)
+        if spec.pair_column is not None:
+            if spec.pair_column not in record.values:
+                raise record.missing([spec.pair_column], "--pair-column", spec.columns)
+            pair = checked_text(record.values[spec.pair_column], spec.pair_column)
+        label = self._label(record)
+        return (text, pair, label) if text.strip() or pair.strip() else None
+
+    def _label(self, record: Record) -> int:
+        column = self.spec.label_column
+        if column is None:
+            return IGNORE
+        if column not in record.values:
+            if column == DEFAULT_LABEL_COLUMN:
+                return IGNORE
+            # A name that the user chose and that is not there is a slip, not a transfer set.
+            raise record.missing([column], "--label-column", self.spec.columns)
+        value = record.values[column]
+        if isinstance(value, str):
+            value = value.strip()
+            if value in self._classes:
+                return self._classes[value]
+        if value is None or value == "" or value != value:  # NaN is pandas' null
+            return IGNORE
+        number = _whole(value)
+        names = self.spec.label_names
+        if number == IGNORE:
+            return IGNORE
+        if number is None or number < 0 or (names is not None and number >= len(names)):
+            raise self._no_class(record, value)
+        return number
+
+    def _no_class(self, record: Record, value: Any) -> UsageError:
+        names = self.spec.label_names
+        known = "0, 1, 2, ..."
+        if names is not None:
+            shown = ", ".join(f"{i} ({name})" for i, name in enumerate(names[:10]))
+            known = shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        return UsageError(
+            f"{record.place}: label is {value!r}, which is none of the teacher's classes: {known}. "
+            f"Correct it; leave it empty (null in JSON) where a record has no label."
+        )
+
+
+def _whole(value: Any) -> int | None:
+    """A class number given as int, bool, whole float or digits; None if it is none of these."""
+    if isinstance(value, str):
+        digits = value.removeprefix("-")
+        return int(value) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return int(value) if isinstance(value, (int, np.integer)) else None

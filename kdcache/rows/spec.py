@@ -1,0 +1,118 @@
+"""Row and RowSpec: what a row is, and the options that decide it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.corpus import OnError
+from kdcache.errors import UsageError
+
+IGNORE = -100  # label of a place with nothing to learn: torch's cross-entropy default
+
+Task = Literal["causal-lm", "sequence-classification"]
+Packing = Literal["concat", "none", "split"]
+Form = Literal["auto", "text", "messages", "prompt"]
+DEFAULT_LABEL_COLUMN = "label"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One token sequence with its hard labels; the unit of shuffling.
+
+    Attributes:
+        input_ids: int32 ``[L]``, no padding.
+        labels: int32; causal-lm ``[L]``, the id to predict after each place or `IGNORE`;
+            classification ``[1]``, the class or `IGNORE`.
+        type_ids: uint8 ``[L]`` if the tokenizer tells text from pair (BERT does), else None.
+        text: Classification only: what was tokenised, so that a student may tokenise it anew.
+        text_pair: The pair's text, if there is one.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    type_ids: npt.NDArray[np.uint8] | None = None
+    text: str | None = None
+    text_pair: str | None = None
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """How records become rows.
+
+    Attributes:
+        task: ``causal-lm`` or ``sequence-classification``.
+        text_column: Column with the text.
+        pair_column: Classification: column with the second text, if any.
+        label_column: Classification: column with the class. The default may be missing (a transfer
+            set); another name must be there. None: no hard labels, whatever the columns.
+        label_names: Classification: the teacher's class names in order; None takes any class
+            number.
+        max_length: Most tokens of a row.
+        packing: Causal LM: ``concat`` joins documents into full rows; ``none`` makes one row of a
+            document and truncates it; ``split`` continues it in further rows.
+        messages_column: Causal LM: column with a conversation, a list of ``{"role", "content"}``.
+        prompt_column: Causal LM: column with the part that is only read.
+        completion_column: Causal LM: column with the part that is learnt.
+        record_form: Causal LM: which of these a record is; ``auto`` goes by the columns that hold
+            something, and refuses a record where more than one form does.
+        on_error: What a record that can't be encoded does: ``fail``, or be ``skip``-ped and
+            counted.
+
+    Raises:
+        UsageError: Options that can't be; all of them in one message.
+    """
+
+    task: Task
+    text_column: str = "text"
+    pair_column: str | None = None
+    label_column: str | None = DEFAULT_LABEL_COLUMN
+    label_names: tuple[str, ...] | None = None
+    max_length: int = 1024
+    packing: Packing = "concat"
+    messages_column: str = "messages"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    record_form: Form = "auto"
+    on_error: OnError = "fail"
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {value!r}, expected one of {', '.join(choices)}"
+            for name, value, choices in (
+                ("task", self.task, get_args(Task)),
+                ("packing", self.packing, get_args(Packing)),
+                ("record_form", self.record_form, get_args(Form)),
+                ("on_error", self.on_error, get_args(OnError)),
+            )
+            if value not in choices
+        ]
+        if self.max_length < 2:
+            wrong.append(f"max_length is {self.max_length}, expected 2 or more tokens")
+        if self.task == "causal-lm" and self.pair_column is not None:
+            wrong.append("pair_column is for sequence-classification, leave it out for causal-lm")
+        names = self.label_names
+        if names is not None and (not names or len(set(names)) < len(names)):
+            wrong.append(f"label_names is {names}, expected different names, at least one")
+        columns = self.columns
+        if len(set(columns)) < len(columns) or not all(columns):
+            shown = ", ".join(map(repr, columns))
+            wrong.append(f"the columns are {shown}, expected different names")
+        if wrong:
+            raise UsageError(f"{'; '.join(wrong)}. Correct these options.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the encoder looks at; a table needs to be read in no others."""
+        if self.task == "sequence-classification":
+            wanted = (self.text_column, self.pair_column, self.label_column)
+            return tuple(name for name in wanted if name is not None)
+        forms = {
+            "text": (self.text_column,),
+            "messages": (self.messages_column,),
+            "prompt": (self.prompt_column, self.completion_column),
+        }
+        return forms.get(self.record_form) or sum(forms.values(), ())

@@ -1,0 +1,454 @@
+"""Corpus: every record of every format exactly once, however it is cut; wrong input is named."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdcache.corpus import Corpus, ReadStats, Record, Span
+from kdcache.errors import UsageError
+
+PATIENT = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+TEXTS = st.lists(
+    st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=40).filter(
+        str.strip
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+def read_all(corpus: Corpus, **options: Any) -> list[Record]:
+    return [record for span in corpus.spans for record in Corpus.read(span, **options)]
+
+
+def texts_of(corpus: Corpus, **options: Any) -> list[str]:
+    return [record.values["text"] for record in read_all(corpus, **options)]
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def write_csv(path: Path, texts: list[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "label"])
+        writer.writerows([text, "1"] for text in texts)
+
+
+def write_arrow_stream(path: Path, table: Any) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+def table(texts: list[str]) -> Any:
+    return pa.table({"other": list(range(len(texts))), "text": texts})
+
+
+WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
+    "a.jsonl": lambda path, texts: path.write_bytes(jsonl(texts)),
+    "a.json": lambda path, texts: path.write_bytes(b"\xef\xbb\xbf" + jsonl(texts).rstrip()),
+    "a.txt": lambda path, texts: path.write_bytes("\r\n\n".join(texts).encode()),
+    "a.tsv": lambda path, texts: path.write_bytes(
+        "".join(f"{text}\t1\n" for text in ["text", *texts]).encode().replace(b"1", b"label", 1)
+    ),
+    "a.csv": write_csv,
+    "a.jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(jsonl(texts))),
+    "a.jsonl.zst": lambda path, texts: path.write_bytes(
+        zstd(jsonl(texts[:1])) + zstd(jsonl(texts[1:]))
+    ),
+    "a.parquet": lambda path, texts: pq.write_table(table(texts), path, row_group_size=7),
+    "a.arrow": lambda path, texts: write_arrow_stream(path, table(texts)),
+    "a.feather": lambda path, texts: pa.feather.write_feather(
+        table(texts), path, chunksize=5, compression="lz4"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+class TestEveryFormat:
+    @PATIENT
+    @given(texts=TEXTS, span_bytes=st.integers(1, 400))
+    def test_each_record_comes_once(
+        self, tmp_path: Path, name: str, texts: list[str], span_bytes: int
+    ) -> None:
+        path = tmp_path / name
+        WRITERS[name](path, texts)
+        corpus = Corpus.open([str(path)], span_bytes=span_bytes)
+        found = texts_of(corpus)
+        if "gz" in name or "zst" in name or "csv" in name or name == "a.arrow":
+            # Dealt parts interleave: part k has the records k, k + parts, ...
+            parts = len(corpus.spans)
+            assert found == [text for part in range(parts) for text in texts[part::parts]]
+        else:
+            assert found == texts
+
+    @PATIENT
+    @given(texts=TEXTS, span_bytes=st.integers(1, 400), limit=st.integers(1, 45))
+    def test_limit_is_the_first_records(
+        self, tmp_path: Path, name: str, texts: list[str], span_bytes: int, limit: int
+    ) -> None:
+        WRITERS[name](tmp_path / name, texts)
+        WRITERS[name](tmp_path / f"z{name}", texts)
+        corpus = Corpus.open(
+            [str(tmp_path / name), str(tmp_path / f"z{name}")], span_bytes=span_bytes, limit=limit
+        )
+        assert sorted(texts_of(corpus)) == sorted([*texts, *texts][:limit])
+
+    def test_a_span_survives_json(self, tmp_path: Path, name: str) -> None:
+        WRITERS[name](tmp_path / name, ["one", "two", "three"])
+        columns = ["text", "label"] if name == "a.tsv" else None
+        corpus = Corpus.open([str(tmp_path)], span_bytes=9, columns=columns)
+        for span in corpus.spans:
+            again = Span.from_dict(json.loads(json.dumps(span.to_dict())))
+            assert again == span
+            assert list(Corpus.read(again)) == list(Corpus.read(span))
+
+    def test_location_finds_the_record(self, tmp_path: Path, name: str) -> None:
+        texts = [f"number {i}" for i in range(20)]
+        WRITERS[name](tmp_path / name, texts)
+        records = read_all(Corpus.open([str(tmp_path)], span_bytes=30))
+        where = {record.values["text"]: str(record.location) for record in records}
+        assert len(set(where.values())) == 20
+        expected = {
+            "a.parquet": "row 6",
+            "a.arrow": "row 6",
+            "a.feather": "batch 2, row 1",
+            "a.tsv": "line 7",
+            "a.csv": "line 7",
+            "a.txt": "line 11",
+        }
+        assert where["number 5"] == expected.get(name, "line 6")
+
+
+def test_tables_are_read_in_the_wanted_columns_and_know_the_others(tmp_path: Path) -> None:
+    pq.write_table(table(["a", "b"]), tmp_path / "a.parquet")
+    pa.feather.write_feather(table(["c"]), tmp_path / "b.feather")
+    corpus = Corpus.open([str(tmp_path)], span_bytes=1 << 20)
+    records = read_all(corpus, columns=["text", "absent"])
+    assert [record.values for record in records] == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+    assert records[0].columns == ("other", "text")
+    assert [record.values for record in read_all(corpus, columns=["absent"])] == [{}, {}, {}]
+
+
+def test_parquet_keeps_nested_messages(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    pq.write_table(pa.table({"messages": [messages]}), tmp_path / "a.parquet")
+    (record,) = read_all(Corpus.open([str(tmp_path)], span_bytes=99), columns=["messages"])
+    assert record.values == {"messages": messages}
+
+
+def test_csv_with_newlines_quotes_and_long_fields(tmp_path: Path) -> None:
+    texts = ["two\nlines", 'a "quoted" word', "comma, here", "x" * 200_000]
+    write_csv(tmp_path / "a.csv", texts)
+    records = read_all(Corpus.open([str(tmp_path)], span_bytes=1 << 30))
+    assert [record.values["text"] for record in records] == texts
+    assert [str(record.location) for record in records] == [f"line {n}" for n in (2, 4, 5, 6)]
+
+
+def test_tsv_takes_quotes_literally(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"open quote\t0\nnext\t1\n')
+    corpus = Corpus.open([str(tmp_path)], span_bytes=5)
+    assert texts_of(corpus) == ['"open quote', "next"]
+
+
+def test_headerless_table_by_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("good\t1\nbad\t0\n")
+    (tmp_path / "b.csv").write_text("fine,1\n")
+    corpus = Corpus.open([str(tmp_path)], span_bytes=3, columns=["text", "label"])
+    values = [tuple(record.values.values()) for record in read_all(corpus)]
+    assert values == [("good", "1"), ("bad", "0"), ("fine", "1")]
+
+
+def test_missing_column_of_a_headerless_table_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("good film\t1\nbad film\t0\n")
+    (record,) = read_all(Corpus.open([str(tmp_path)], span_bytes=99))
+    error = record.missing(["text"], "--text-column", ["text", "label"])
+    assert "--columns text,label" in str(error)
+    assert "'good film', '1'" in str(error)
+
+
+# -- which files ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("b/2.jsonl", "b/1.jsonl", "a/x/3.jsonl.gz", "c [1].txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = jsonl([name]) if "jsonl" in name else name.encode()
+        path.write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
+    for name in ("README.md", ".hidden.jsonl", "b/_SUCCESS", "dataset_info.json", ".git/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["."], ["a/x/3.jsonl.gz", "b/1.jsonl", "b/2.jsonl", "c [1].txt"]),
+        (["b/*.jsonl"], ["b/1.jsonl", "b/2.jsonl"]),
+        (["**/*.jsonl*"], ["a/x/3.jsonl.gz", "b/1.jsonl", "b/2.jsonl"]),
+        (["**"], ["a/x/3.jsonl.gz", "b/1.jsonl", "b/2.jsonl", "c [1].txt"]),
+        (["b/2.jsonl", "b", "b/*"], ["b/2.jsonl", "b/1.jsonl"]),
+        (["c [1].txt"], ["c [1].txt"]),
+        (["[ab]"], ["a/x/3.jsonl.gz", "b/1.jsonl", "b/2.jsonl"]),
+    ],
+)
+def test_patterns(tree: Path, patterns: list[str], expected: list[str]) -> None:
+    corpus = Corpus.open([f"{tree}/{pattern}" for pattern in patterns], span_bytes=1 << 20)
+    assert [str(Path(file.url).relative_to(tree)) for file in corpus.files] == expected
+    assert texts_of(corpus) == expected
+
+
+def test_identity_moves_with_the_corpus_and_changes_with_its_content(tree: Path) -> None:
+    before = Corpus.open([str(tree)], span_bytes=9).identity()
+    assert [entry["name"] for entry in before] == [
+        "a/x/3.jsonl.gz",
+        "b/1.jsonl",
+        "b/2.jsonl",
+        "c [1].txt",
+    ]
+    assert json.loads(json.dumps(before)) == before
+    moved = shutil.copytree(tree, tree.parent / f"{tree.name}-moved" / "deeper")
+    assert Corpus.open([str(moved)], span_bytes=9).identity() == before
+    (moved / "b/1.jsonl").write_bytes(jsonl(["B/1.jsonl"]))
+    after = Corpus.open([str(moved)], span_bytes=9).identity()
+    assert [a != b for a, b in zip(before, after, strict=True)] == [False, True, False, False]
+
+
+def test_identity_of_a_large_file_sees_both_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    tags = set()
+    for position in (None, 5, 299_995):
+        data = bytearray(b"x" * 300_000)
+        if position is not None:
+            data[position] = ord("y")
+        path.write_bytes(data)
+        ((entry),) = Corpus.open([str(path)], span_bytes=1 << 20).identity()
+        assert entry["size"] == 300_000
+        tags.add(entry["tag"])
+    assert len(tags) == 3
+
+
+def test_span_bytes_by_the_size_of_the_corpus(tree: Path) -> None:
+    corpus = Corpus.open([str(tree / "b")], span_bytes=lambda total: total // 4)
+    total = sum(file.size for file in corpus.files)
+    assert corpus.settings["span_bytes"] == total // 4
+    assert len(corpus.spans) == 4
+
+
+def test_ten_thousand_files_plan_lazily(tmp_path: Path) -> None:
+    for i in range(10_000):
+        (tmp_path / f"{i:05}.txt").write_bytes(b"a line\n")
+    corpus = Corpus.open([str(tmp_path)], span_bytes=2)
+    # Spans are made on demand: the sequence holds none.
+    assert len(corpus.spans) == 40_000
+    assert corpus.spans[39_999].file.endswith("09999.txt")
+    assert corpus.spans[-1] == corpus.spans[39_999]
+    assert [span.index for span in corpus.spans[5:8]] == [5, 6, 7]
+    with pytest.raises(IndexError):
+        corpus.spans[40_000]
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    store = fsspec.filesystem("memory")
+    yield store
+    store.rm("/", recursive=True)
+
+
+def test_any_fsspec_url(memory: Any, tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(50)]
+    for name, writer in WRITERS.items():
+        writer(tmp_path / name, texts)
+        memory.pipe_file(f"/data/{name}", (tmp_path / name).read_bytes())
+    memory.pipe_file("/data/README.md", b"no data")
+    memory.pipe_file("/data/empty.txt", b"")
+    corpus = Corpus.open(["memory://data"], span_bytes=100)
+    local = Corpus.open([str(tmp_path)], span_bytes=100)
+    assert texts_of(corpus) == texts_of(local)
+    same = [entry for entry in corpus.identity() if entry["name"] != "empty.txt"]
+    assert same == local.identity()
+    few = Corpus.open(["memory://data/*.jsonl", "memory://data/a.jsonl"], span_bytes=100)
+    assert [file.url for file in few.files] == ["memory:///data/a.jsonl"]
+    bad = "memory://data/a.jsonl.gz"
+    memory.pipe_file("/data/a.jsonl.gz", b"not gzip")
+    with pytest.raises(
+        UsageError, match=r"a.jsonl.gz: start: the gz stream is cut short or damaged"
+    ):
+        texts_of(Corpus.open([bad], span_bytes=100))
+
+
+# -- wrong input ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "message"),
+    [
+        ("nothing/*.jsonl", {}, "no file found"),
+        ("nothing.jsonl", {}, "no file found"),
+        ("model.bin", {}, r"can't tell the format.*--format"),
+        ("x.parquet.gz", {}, "can't tell the format"),
+        ("empty.jsonl", {}, "the corpus is empty"),
+        ("blank.txt", {"limit": 3}, "no records"),
+        ("a.jsonl", {"format": "xml"}, "format is 'xml'; it must be one of auto, jsonl"),
+        ("a.jsonl", {"limit": 0}, "--limit is 0"),
+        ("a.jsonl", {"span_bytes": 0}, "span_bytes is 0"),
+        ("a.jsonl", {"columns": ["text"]}, "a.jsonl is jsonl and has its own"),
+        ("a.tsv", {"columns": ["text", "text"]}, "expected different names"),
+        ("nosuch://bucket/a.jsonl", {}, "can't open nosuch://"),
+    ],
+)
+def test_what_can_not_be_planned(
+    tmp_path: Path, pattern: str, options: dict[str, Any], message: str
+) -> None:
+    for name in ("model.bin", "x.parquet.gz", "a.jsonl", "a.tsv"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.txt").write_text("\n \n")
+    path = pattern if "://" in pattern else str(tmp_path / pattern)
+    with pytest.raises(UsageError, match=message):
+        Corpus.open([path], **{"span_bytes": 100, **options})
+
+
+def test_no_corpus_at_all() -> None:
+    with pytest.raises(UsageError, match="no corpus was given"):
+        Corpus.open([], span_bytes=100)
+
+
+GOOD = b'{"text": "good"}\n'
+BAD_LINES = [
+    (
+        "a.jsonl",
+        b'{"text": "x\n',
+        r"line 2: not valid JSON \(Invalid control|line 2: not valid JSON",
+    ),
+    ("a.jsonl", b'{"text": "\xff"}\n', r"line 2: not valid UTF-8 \(byte 0xff in column 11\)"),
+    ("a.jsonl", b"[1, 2]\n", "line 2: a JSON list where one object a line"),
+    ("a.jsonl", b"7\n", "line 2: a JSON int where an object"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "line 2: a JSON list"),
+    ("a.jsonl", b'{"a":' * 100_000 + b"\n", "line 2: not "),
+    ("a.txt", b"\xc3\x28\n", "line 2: not valid UTF-8"),
+    ("a.tsv", b"\xff\tx\n", "line 2: not valid UTF-8"),
+    ("a.tsv", b"x\n", "line 2: 1 fields where the header names 2"),
+    ("a.csv", b"x,y,z\n", "line 2: 3 fields where the header names 2"),
+    ("a.csv", b"\xff,x\n", r"line 2: not valid UTF-8 \(byte 0xff\)"),
+    ("a.csv", b'"a"b,x\n', "line 2: not valid CSV"),
+]
+
+
+@pytest.mark.parametrize(("name", "line", "message"), BAD_LINES)
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_a_bad_record_is_named_or_skipped_and_counted(
+    tmp_path: Path, name: str, line: bytes, message: str, packed: str
+) -> None:
+    good = GOOD if name == "a.jsonl" else b"text\tlabel\n" if name == "a.tsv" else b"text,label\n"
+    after = {"a.jsonl": GOOD, "a.txt": b"good\n", "a.tsv": b"good\t1\n", "a.csv": b"good,1\n"}[name]
+    data = good + line + after
+    path = tmp_path / f"{name}{packed}"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    corpus = Corpus.open([str(path)], span_bytes=1 << 30)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_all(corpus)
+    assert str(path) in str(caught.value)
+    assert "--on-error skip" in str(caught.value)
+    stats = ReadStats()
+    left = read_all(corpus, on_error="skip", stats=stats)
+    assert left[-1].values["text"] == "good"
+    assert stats.skipped == len(stats.reasons) == 1
+    assert stats.records == len(left)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.csv.gz"])
+def test_a_truncated_stream_is_named_or_counted_once(tmp_path: Path, name: str) -> None:
+    random = Random(0)
+    lines = [f'"{random.getrandbits(200):x}"' for _ in range(20_000)]
+    if "csv" in name:
+        text = "text\n" + "\n".join(lines)
+    else:
+        text = "\n".join(f'{{"text": {line}}}' for line in lines)
+    data = gzip.compress(text.encode()) if name.endswith("gz") else zstd(text.encode())
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    corpus = Corpus.open([str(tmp_path)], span_bytes=1 + len(data) // 2)
+    assert len(corpus.spans) == 3
+    with pytest.raises(UsageError, match=r"line \d+: the .* stream is cut short or damaged"):
+        read_all(corpus)
+    stats = ReadStats()
+    found = {record.values["text"] for record in read_all(corpus, on_error="skip", stats=stats)}
+    assert 100 < stats.records < 20_000
+    assert stats.skipped == 1
+    # What was cut in two never passes for a record.
+    assert found <= {line.strip('"') for line in lines}
+
+
+def test_tables_that_are_none(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.arrow", "a.feather"):
+        path = tmp_path / name
+        path.write_bytes(b"certainly no table")
+        with pytest.raises(UsageError, match=r"can't be read as (parquet|arrow)"):
+            read_all(Corpus.open([str(path)], span_bytes=100))
+
+
+def test_invalid_utf8_in_a_parquet_value(tmp_path: Path) -> None:
+    bad = pa.array([b"good", b"\xff", b"fine"]).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    corpus = Corpus.open([str(tmp_path)], span_bytes=1 << 20)
+    with pytest.raises(UsageError, match="row 2: not valid UTF-8"):
+        read_all(corpus)
+    stats = ReadStats()
+    assert texts_of(corpus, on_error="skip", stats=stats) == ["good", "fine"]
+    assert stats.skipped == 1
+
+
+def test_headers_that_can_not_be(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\ttext\nx\ty\n")
+    with pytest.raises(UsageError, match="the header names 'text' more than once"):
+        read_all(Corpus.open([str(tmp_path)], span_bytes=99))
+    (tmp_path / "a.tsv").write_bytes(b"te\xffxt\nx\n")
+    with pytest.raises(UsageError, match="line 1: not valid UTF-8"):
+        read_all(Corpus.open([str(tmp_path)], span_bytes=99))
+    (tmp_path / "a.csv").write_bytes(b"te\xffxt\nx\n")
+    with pytest.raises(UsageError, match="line 1: not valid UTF-8"):
+        read_all(Corpus.open([str(tmp_path / "a.csv")], span_bytes=99))
+
+
+def test_a_file_that_went_away(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    corpus = Corpus.open([str(tmp_path)], span_bytes=99)
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UsageError, match="the file is gone"):
+        read_all(corpus)
+
+
+def test_novels_come_whole(novels: Path) -> None:
+    with gzip.open(novels, "rt", encoding="utf-8") as stream:
+        expected = [json.loads(line)["text"] for line in stream]
+    corpus = Corpus.open([str(novels)], span_bytes=4 << 20)
+    assert len(corpus.spans) > 1
+    assert sorted(texts_of(corpus)) == sorted(expected)
