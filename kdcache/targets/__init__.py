@@ -1,0 +1,43 @@
+"""Soft targets: what a teacher said at each position, in a form that fits a file and a student's
+loss.
+
+A `Codec` turns logits into stored columns and columns into targets at a temperature; three kinds
+exist:
+
+=============  ==============================================
+========================================= codec          at each declared temperature
+    good for =============  ==============================================
+    =========================================
+``dense``      every logit (any temperature)                   classifiers, small vocabularies
+``topk:K``     K probabilities and the exact mass of the rest  inspection, reverse divergences
+``sample:N``   unbiased sparse weights                         language models
+=============  ==============================================
+=========================================
+
+The work is split by where it runs: `Codec.encode` on the teacher's device (fixed shapes, nothing
+waits for the host), `Codec.pack` on a CPU thread (ragged, quantised), `Codec.at` in the student's
+data loader.
+"""
+
+from __future__ import annotations
+
+from kdcache.sampling import check_finite
+from kdcache.targets.base import Codec, Column, DenseTargets, SparseTargets
+from kdcache.targets.dense import Dense
+from kdcache.targets.noise import position_uniform
+from kdcache.targets.sample import Sample
+from kdcache.targets.soft import SoftTargets
+from kdcache.targets.topk import TopK
+
+__all__ = [
+    "Codec",
+    "Column",
+    "Dense",
+    "DenseTargets",
+    "Sample",
+    "SoftTargets",
+    "SparseTargets",
+    "TopK",
+    "check_finite",
+    "position_uniform",
+]

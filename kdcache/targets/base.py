@@ -1,0 +1,288 @@
+"""The contract every codec keeps, and the two forms of target a loss understands.
+
+A codec is a frozen value: its text (`str(codec)`), its temperatures and its vocabulary say
+everything about the bytes it writes. Its columns are either one value a position or ragged: a
+ragged column names its axis, and `Codec.counts` tells how many items of an axis belong to each
+position, so positions can be sliced and joined without knowing the codec.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcache.errors import KdcacheError, UsageError
+
+Array: TypeAlias = npt.NDArray[Any]
+
+MAX_VOCABULARY = 2**31 - 1
+"""Ids are 32-bit at most; real vocabularies end near 300,000."""
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """All logits of each position.
+
+    Attributes:
+        logits: float32 [positions, vocabulary], as the teacher gave them (temperature 1, not
+            normalised).
+    """
+
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseTargets:
+        """Copy to a device."""
+        return DenseTargets(self.logits.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A few weighted ids of each position, at one temperature.
+
+    Attributes:
+        ids: int64 [positions, K]; 0 in unused slots.
+        weights: float32 [positions, K]; 0 in unused slots.
+        rest: float32 [positions], the teacher's mass outside `ids`: the tail of top-k, 0 for
+            samples (their weights stand for the whole distribution).
+        exact: True where `weights` are the teacher's probabilities of distinct ids (top-k); False
+            where they are an unbiased sample, right on average only.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    rest: Tensor
+    exact: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
+        """Copy to a device."""
+        return SparseTargets(
+            self.ids.to(device, non_blocking=non_blocking),
+            self.weights.to(device, non_blocking=non_blocking),
+            self.rest.to(device, non_blocking=non_blocking),
+            self.exact,
+        )
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stored array.
+
+    Attributes:
+        name: key in the mapping of columns, and the dataset's name in a shard.
+        dtype: numpy name of the element type.
+        shape: shape of one item; `()` for a scalar.
+        per: "position", or the name of a ragged axis: `Codec.counts` says how many of its items
+            belong to each position.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    per: str = "position"
+
+
+class Codec(ABC):
+    """Logits in, columns stored, targets at a temperature out.
+
+    Children are frozen dataclasses with the fields `vocab_size` and `temperatures`.
+    """
+
+    kind: ClassVar[str]
+    usage: ClassVar[str]
+    _kinds: ClassVar[dict[str, type[Codec]]] = {}
+
+    vocab_size: int
+    temperatures: tuple[float, ...]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Codec._kinds[cls.kind] = cls
+
+    @staticmethod
+    def parse(text: str, temperatures: Sequence[float], vocab_size: int) -> Codec:
+        """Build a codec from its text.
+
+        Args:
+            text: "dense", "dense:float16", "topk:K" or "sample:N".
+            temperatures: the declared temperatures; order and repetition do not matter.
+            vocab_size: width V of the teacher's distribution, without padding.
+
+        Raises:
+            UsageError: the text is not a codec, or its numbers make no sense.
+        """
+        kind, colon, argument = text.strip().partition(":")
+        if kind not in Codec._kinds or (colon and not argument):
+            known = ", ".join(child.usage for child in Codec._kinds.values())
+            raise UsageError(f"codec {text!r} is not known. Use one of: {known}.")
+        return Codec._kinds[kind]._from_argument(argument, tuple(temperatures), vocab_size)
+
+    @classmethod
+    @abstractmethod
+    def _from_argument(
+        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
+    ) -> Codec: ...
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[Column, ...]:
+        """The arrays as they are stored."""
+
+    def counts(self, columns: Mapping[str, Array]) -> dict[str, Array]:
+        """Items of each position in the ragged columns: int64 [positions] by the name of the
+        axis."""
+        return {}
+
+    @property
+    @abstractmethod
+    def bytes_per_position(self) -> float:
+        """Rough size of a position on disk, for planning: real teachers differ by half either
+        way."""
+
+    @property
+    def needs_noise(self) -> bool:
+        """True if `encode` needs a uniform number for each position."""
+        return False
+
+    @abstractmethod
+    def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
+        """Reduce logits on their own device. Shapes depend on shapes only: the host waits for
+        nothing.
+
+        Args:
+            logits: [n, V], any float dtype and device. Masked ids may hold -inf, except for
+                `dense`.
+            u: float64 [n], uniform in [0, 1), from `position_uniform`; only codecs with
+                `needs_noise` use it.
+
+        Returns:
+            Padded tensors for `pack`. "finite" is bool [n]: False where the logits of a position
+            are unusable.
+        """
+
+    @abstractmethod
+    def pack(
+        self, encoded: Mapping[str, Array], id_to_rank: Array | None = None
+    ) -> dict[str, Array]:
+        """Turn what `encode` gave (as numpy) into stored columns, on a CPU.
+
+        Args:
+            encoded: the tensors of `encode` as arrays; slices joined along the first axis are fine.
+            id_to_rank: [V] permutation; ids are stored as ranks (frequent ids small) where given.
+
+        Raises:
+            KdcacheError: a position with NaN or infinite logits; it is never stored.
+        """
+
+    @abstractmethod
+    def at(
+        self,
+        columns: Mapping[str, Array],
+        temperature: float,
+        rank_to_id: Array | None = None,
+    ) -> DenseTargets | SparseTargets:
+        """Targets at one temperature, on the CPU.
+
+        Args:
+            columns: as made by `pack`.
+            temperature: one this codec is honest at.
+            rank_to_id: the inverse of the permutation that `pack` was given, or None for none.
+
+        Raises:
+            UsageError: the temperature is not declared.
+        """
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse a temperature at which these targets would be wrong.
+
+        Raises:
+            UsageError: names the declared temperatures.
+        """
+        self._temperature_index(temperature)
+
+    def _temperature_index(self, temperature: float) -> int:
+        for index, declared in enumerate(self.temperatures):
+            if math.isclose(temperature, declared, rel_tol=1e-6):
+                return index
+        names = ", ".join(f"{t:g}" for t in self.temperatures)
+        raise UsageError(
+            f"temperature {temperature:g} is not declared by this cache ({self}, temperatures "
+            f"{names}), and its targets would be wrong there. Use a declared one, or build again "
+            f"with --temperatures."
+        )
+
+
+def canonical_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    """Sort and deduplicate declared temperatures.
+
+    Raises:
+        UsageError: none, or one that is not a positive finite number.
+    """
+    values = tuple(sorted({float(t) for t in temperatures}))
+    if not values or not all(math.isfinite(t) and t > 0 for t in values):
+        raise UsageError(
+            f"temperatures are {list(temperatures)}, expected one or more positive numbers."
+        )
+    return values
+
+
+def check_vocabulary(vocab_size: int) -> None:
+    """Refuse a vocabulary nothing can be learned from, or one that ids cannot number."""
+    if not 2 <= vocab_size <= MAX_VOCABULARY:
+        raise UsageError(f"the vocabulary has {vocab_size} ids, expected 2 to {MAX_VOCABULARY}.")
+
+
+def positive_int(text: str, usage: str) -> int:
+    """Read the number of a codec such as "topk:64"."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UsageError(f"codec has {text!r} for its number, expected {usage}.")
+    return int(text)
+
+
+def check_logits(logits: Tensor, vocab_size: int) -> None:
+    """Fail early on a slice of the wrong width: a fault of the caller, not of the user."""
+    if logits.ndim != 2 or logits.shape[1] != vocab_size or not logits.is_floating_point():
+        raise ValueError(
+            f"logits are {logits.dtype} {list(logits.shape)}, "
+            f"expected floats [positions, {vocab_size}]"
+        )
+
+
+def refuse_bad_positions(finite: Array) -> None:
+    """Raise if a position's logits were NaN or infinite: such a position is never stored."""
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise KdcacheError(
+            f"{int((~finite).sum())} of {len(finite)} positions have NaN or infinite logits, the "
+            f"first is position {first} of this slice. Check the teacher's weights and dtype "
+            f"(float16 overflows; use bfloat16 or float32)."
+        )
+
+
+def id_dtype(vocab_size: int) -> str:
+    """Smallest unsigned type that numbers the vocabulary."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def ragged_items(starts: Array, counts: Array) -> Array:
+    """Indices `starts[i] .. starts[i] + counts[i] - 1` of every i, one run after another
+    (int64)."""
+    ends: Array = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    # Each index is its place in the result, shifted by how far its own run starts from there.
+    items: Array = np.arange(total, dtype=np.int64)
+    items += np.repeat(starts - (ends - counts), counts)
+    return items

@@ -1,0 +1,252 @@
+"""Threshold samples: unbiased sparse weights, a few ids a position, at every declared temperature
+at once.
+
+`kdcache.sampling` chooses and quantises; here is how the result lies on disk. A position with m
+temperatures stores
+
+* `head_count`, and per head id its rank and its mass at each temperature in units of 1/M;
+* `near_count`: how many tail ids have a rank below 256;
+* per tail id its rank and, for m > 1, its shares at the first m - 1 temperatures in units of 1/R
+  (at all of them the shares sum to R).
+
+Nothing else is needed. The head's units tell the tail's (M minus their sum, at each T; in all U),
+hence the number of tail ids n = ceil(U N / M) and the size U / (M n) that each stands for; a tail
+id weighs its share of that. M = 2 N: finer units cost more bytes than the noise they save is worth,
+measured on SmolLM2.
+
+Ids lie sorted inside a position and are stored as differences, because what is left after shuffle +
+gzip is then close to the entropy of a set of ids. Frequent ids (low ranks) lie apart in a column of
+bytes: one Huffman code cannot serve their small differences and the large ones of rare ids well (4
+    % of the ids' bytes).
+
+Guarantee: the mean over the noise of the weight of any id is its probability at each declared T, up
+    to
+float32 rounding; at one temperature the weights of a position sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.sampling import Rule, sample_entries
+from kdcache.targets.base import (
+    Array,
+    Codec,
+    Column,
+    SparseTargets,
+    canonical_temperatures,
+    check_logits,
+    check_vocabulary,
+    id_dtype,
+    positive_int,
+    ragged_items,
+    refuse_bad_positions,
+)
+
+_SHARE_UNITS = 7
+"""R: rounding shares to 1/7 adds 2 % to the noise and takes 5 % of the bytes off, against 1/15."""
+
+_NEAR = 256
+"""Ranks below this are stored as bytes."""
+
+
+@dataclass(frozen=True)
+class Sample(Codec):
+    """Stores at most `draws` times the number of temperatures entries a position.
+
+    Attributes:
+        vocab_size: V.
+        temperatures: where the weights are unbiased, ascending.
+        draws: N; ids with a size above 1/N are always kept.
+    """
+
+    kind: ClassVar[str] = "sample"
+    usage: ClassVar[str] = "sample:N"
+
+    vocab_size: int
+    temperatures: tuple[float, ...] = (1.0,)
+    draws: int = 20
+
+    def __post_init__(self) -> None:
+        check_vocabulary(self.vocab_size)
+        object.__setattr__(self, "temperatures", canonical_temperatures(self.temperatures))
+        positive_int(str(self.draws), self.usage)
+
+    @classmethod
+    def _from_argument(
+        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
+    ) -> Sample:
+        return cls(vocab_size, temperatures, positive_int(argument, cls.usage))
+
+    def __str__(self) -> str:
+        return f"sample:{self.draws}"
+
+    @property
+    def needs_noise(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def rule(self) -> Rule:
+        """The constants of the sample: M follows from N, its rounding adds 2 % to the noise."""
+        m = len(self.temperatures)
+        return Rule(self.draws, self.temperatures, max(2, m) * self.draws, _SHARE_UNITS)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Counts per position; ids and values of the head and of the tail, each ragged."""
+        m, units = len(self.temperatures), self.rule.units
+        slots = self.rule.slots(self.vocab_size)
+        ids = id_dtype(self.vocab_size)
+        columns: tuple[Column, ...] = (
+            Column("head_count", _unsigned(slots)),
+            Column("head_ids", ids, per="head"),
+            Column("head_units", _unsigned(units), (m,), "head"),
+            Column("near_count", _unsigned(slots)),
+            Column("near_ids", "uint8", per="near"),
+            Column("far_ids", ids, per="far"),
+        )
+        if m > 1:
+            columns += (
+                Column("near_shares", "uint8", (m - 1,), "near"),
+                Column("far_shares", "uint8", (m - 1,), "far"),
+            )
+        return columns
+
+    def counts(self, columns: Mapping[str, Array]) -> dict[str, Array]:
+        """Items of each position in the ragged columns, int64, by axis; see `Codec.counts`."""
+        heads = columns["head_count"].astype(np.int64)
+        near = columns["near_count"].astype(np.int64)
+        tail_units = self._tail_units(heads, columns["head_units"])
+        return {"head": heads, "near": near, "far": self._draws(tail_units) - near}
+
+    def _tail_units(self, heads: Array, head_units: Array) -> Array:
+        """U of each position, int64: what the head leaves of M units at each temperature."""
+        sums = np.concatenate(([0], np.cumsum(head_units.sum(1, dtype=np.int64))))
+        ends = np.cumsum(heads)
+        total = self.rule.units * len(self.temperatures)
+        return np.asarray(total - (sums[ends] - sums[ends - heads]))
+
+    def _draws(self, tail_units: Array) -> Array:
+        """n = ceil(U N / M), in whole numbers: the device computes the same."""
+        units = self.rule.units
+        return (tail_units * self.draws + units - 1) // units
+
+    @property
+    def bytes_per_position(self) -> float:
+        """From SmolLM2: half of the possible entries are used at T = 1, nearly all at hotter
+        ones."""
+        return 3.0 + 0.75 * self.draws + 2.3 * self.draws * (len(self.temperatures) - 1)
+
+    def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
+        """Choose ids and quantise their weights on the device; see `Codec.encode`."""
+        check_logits(logits, self.vocab_size)
+        if u is None or u.dtype != torch.float64 or u.shape != logits.shape[:1]:
+            raise ValueError("sample needs u, float64 [positions], from position_uniform")
+        return sample_entries(logits, u, self.rule)
+
+    def pack(
+        self, encoded: Mapping[str, Array], id_to_rank: Array | None = None
+    ) -> dict[str, Array]:
+        """Drop what carries no weight, sort by id, store differences."""
+        refuse_bad_positions(encoded["finite"])
+        values = encoded["values"]
+        ids = encoded["ids"] if id_to_rank is None else np.asarray(id_to_rank)[encoded["ids"]]
+        slot = np.arange(ids.shape[1])
+        heads = encoded["heads"][:, None]
+        # A head id whose mass rounded to no unit would be stored to weigh zero.
+        head = (slot < heads) & values.any(-1)
+        tail = (slot >= heads) & (slot < heads + encoded["draws"][:, None])
+
+        entries = values.reshape(-1, values.shape[-1])
+        columns: dict[str, Array] = {}
+        head_ids, order, columns["head_count"] = _sorted_deltas(ids, head)
+        columns["head_ids"], columns["head_units"] = head_ids, entries[order]
+        near_ids, order, columns["near_count"] = _sorted_deltas(ids, tail & (ids < _NEAR))
+        columns["near_ids"], columns["near_shares"] = near_ids, entries[order, :-1]
+        far_ids, order, _ = _sorted_deltas(ids - _NEAR, tail & (ids >= _NEAR))
+        columns["far_ids"], columns["far_shares"] = far_ids, entries[order, :-1]
+        return {c.name: columns[c.name].astype(c.dtype) for c in self.columns}
+
+    def at(
+        self,
+        columns: Mapping[str, Array],
+        temperature: float,
+        rank_to_id: Array | None = None,
+    ) -> SparseTargets:
+        """Unbiased weights; head ids come first, then the tail's, each part sorted by rank.
+
+        An id may take two entries; their weights add up.
+        """
+        index = self._temperature_index(temperature)
+        m, units = len(self.temperatures), self.rule.units
+        heads = columns["head_count"].astype(np.int64)
+        near = columns["near_count"].astype(np.int64)
+        tail_units = self._tail_units(heads, columns["head_units"])
+        draws = self._draws(tail_units)
+        size = tail_units / np.maximum(draws * units, 1)
+
+        # Entry by entry in three runs a position; `place` is where each entry lies in the padded
+        # result.
+        width = max(1, int((heads + draws).max(initial=0)))
+        start = np.arange(len(heads)) * width
+        ids = np.zeros(len(heads) * width, np.int64)
+        weights = np.zeros(len(heads) * width, np.float32)
+        place = ragged_items(start, heads)
+        ids[place] = _undo_deltas(columns["head_ids"], heads)
+        weights[place] = columns["head_units"][:, index] / np.float32(units)
+        for name, first, count, base in (
+            ("near", heads, near, 0),
+            ("far", heads + near, draws - near, _NEAR),
+        ):
+            place = ragged_items(start + first, count)
+            ids[place] = _undo_deltas(columns[f"{name}_ids"], count) + base
+            weight = np.repeat(size, count)
+            if m > 1:
+                shares = columns[f"{name}_shares"]
+                last = _SHARE_UNITS - shares.sum(1, dtype=np.int64)
+                weight = weight * (shares[:, index] if index < m - 1 else last) / _SHARE_UNITS
+            weights[place] = weight
+        if rank_to_id is not None:
+            ids = np.where(weights > 0, rank_to_id[ids], 0).astype(np.int64)
+        return SparseTargets(
+            ids=torch.from_numpy(ids.reshape(-1, width)),
+            weights=torch.from_numpy(weights.reshape(-1, width)),
+            rest=torch.zeros(len(heads)),
+            exact=False,
+        )
+
+
+def _unsigned(largest: int) -> str:
+    """Smallest unsigned type that holds a number."""
+    return str(np.min_scalar_type(largest))
+
+
+def _sorted_deltas(ids: Array, used: Array) -> tuple[Array, Array, Array]:
+    """Sort the used ids of each row.
+
+    Returns:
+        Differences to the row's previous id (the first: to 0), the flat places the ids came from,
+        and how many each row has.
+    """
+    counts = used.sum(1)
+    key = np.where(used, ids.astype(np.int64), np.iinfo(np.int64).max)
+    order = np.argsort(key, axis=1)
+    key = np.take_along_axis(key, order, 1)
+    kept = np.arange(ids.shape[1]) < counts[:, None]
+    deltas = np.diff(key, axis=1, prepend=0)[kept]
+    places = (order + np.arange(len(ids))[:, None] * ids.shape[1])[kept]
+    return deltas, places, counts
+
+
+def _undo_deltas(deltas: Array, counts: Array) -> Array:
+    """Ids from their differences; `counts` int64 says how many each position has."""
+    sums = np.concatenate(([0], np.cumsum(deltas, dtype=np.int64)))
+    starts = np.cumsum(counts) - counts
+    return np.asarray(sums[1:] - np.repeat(sums[starts], counts))

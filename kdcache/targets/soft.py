@@ -1,0 +1,78 @@
+"""Soft targets of many positions as one value: slice it, join it, ask for a temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kdcache.targets.base import Array, Codec, DenseTargets, SparseTargets, ragged_items
+
+
+@dataclass
+class SoftTargets:
+    """Stored columns of some positions and the codec that reads them.
+
+    Attributes:
+        codec: what wrote the columns.
+        columns: as `Codec.pack` made them.
+        rank_to_id: [V] id of each frequency rank, or None where ids are stored as they are.
+    """
+
+    codec: Codec
+    columns: dict[str, Array]
+    rank_to_id: Array | None = None
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return next(len(self.columns[c.name]) for c in self.codec.columns if c.per == "position")
+
+    @cached_property
+    def _counts(self) -> dict[str, Array]:
+        return self.codec.counts(self.columns)
+
+    @cached_property
+    def _starts(self) -> dict[str, Array]:
+        return {axis: np.cumsum(counts) - counts for axis, counts in self._counts.items()}
+
+    def take(self, positions: Array) -> SoftTargets:
+        """The targets of these positions, in this order; repetition is fine.
+
+        Args:
+            positions: int64 [n], each in [0, len(self)).
+        """
+        items = {"position": np.asarray(positions, np.int64)}
+        for axis, starts in self._starts.items():
+            items[axis] = ragged_items(starts[positions], self._counts[axis][positions])
+        columns = {c.name: self.columns[c.name][items[c.per]] for c in self.codec.columns}
+        return SoftTargets(self.codec, columns, self.rank_to_id)
+
+    def at(self, temperature: float) -> DenseTargets | SparseTargets:
+        """Targets at a temperature the codec declares; see `Codec.at`."""
+        return self.codec.at(self.columns, temperature, self.rank_to_id)
+
+    @classmethod
+    def concat(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
+        """Join parts that one codec and one rank table wrote.
+
+        Raises:
+            ValueError: no part, or parts of different codecs or rank tables.
+        """
+        if not parts:
+            raise ValueError("nothing to join: at least one part is needed")
+        first = parts[0]
+        for part in parts[1:]:
+            same_ranks = part.rank_to_id is first.rank_to_id or (
+                part.rank_to_id is not None
+                and first.rank_to_id is not None
+                and np.array_equal(part.rank_to_id, first.rank_to_id)
+            )
+            if part.codec != first.codec or not same_ranks:
+                raise ValueError(f"parts differ: {part.codec} and {first.codec}, or their ranks")
+        columns = {
+            column.name: np.concatenate([part.columns[column.name] for part in parts])
+            for column in first.codec.columns
+        }
+        return cls(first.codec, columns, first.rank_to_id)

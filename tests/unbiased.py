@@ -1,0 +1,26 @@
+"""A test of bias that sparse, correlated samples can be held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def excess(weights: Tensor, p: Tensor) -> float:
+    """How many standard errors the chi-square over ids lies above its mean if `weights` [n, V] is
+    unbiased.
+
+    Ids of one position are drawn at fixed distances, so they are correlated: the spread of the
+    chi-square comes from their correlation matrix. Ids that never vary must be right to rounding.
+    """
+    mean, deviation = weights.mean(0), weights.std(0)
+    # An id met a handful of times has no usable estimate of its variance: those are pooled.
+    rare = (weights != 0).sum(0) < 100
+    pooled = torch.cat([weights[:, ~rare], weights[:, rare].sum(-1, keepdim=True)], 1)
+    want = torch.cat([p[~rare], p[rare].sum()[None]])
+    mean, deviation = pooled.mean(0), pooled.std(0)
+    fixed = deviation < 1e-9
+    assert torch.allclose(mean[fixed], want[fixed], atol=1e-6)
+    z = (mean - want)[~fixed] / (deviation[~fixed] / len(weights) ** 0.5)
+    correlation = torch.corrcoef(pooled[:, ~fixed].T)
+    return float((z.square().sum() - z.numel()) / (2 * correlation.square().sum()).sqrt())
