@@ -1,0 +1,309 @@
+"""A cache being built or read: what is committed, what is missing, the seal, and the shards.
+
+Cost: opening reads two JSON files; no shard is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry
+from kdcache.cache.spec import CacheSpec
+from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.shard import ShardData, read_counts, read_shard, write_shard
+from kdcache.storage import Storage, no_space, open_storage, redact, sha256_file
+from kdcache.targets import Codec
+
+
+@dataclass
+class Cache:
+    """A cache being built (`create_or_resume`) or read (`open`)."""
+
+    storage: Storage
+    spec: CacheSpec
+    manifest_or_none: Manifest | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create_or_resume(
+        cls,
+        url: str,
+        spec: CacheSpec,
+        *,
+        tokenizer_files: Mapping[str, bytes],
+        notes: Mapping[str, Any] | None = None,
+    ) -> Cache:
+        """Start a cache, or go on with one of the same spec.
+
+        Args:
+            url: folder or fsspec URL.
+            spec: what the cache should hold.
+            tokenizer_files: name and content of each tokenizer file, kept in the cache.
+            notes: facts that do not decide the bytes (names, versions), kept beside the spec.
+
+        Raises:
+            UsageError: the folder holds something else, or a cache with another spec.
+        """
+        storage = open_storage(url)
+        if not storage.exists("spec.json"):
+            leftovers = {"tmp", "tokenizer"}
+            if not storage.empty() and not _only(storage, leftovers):
+                raise UsageError(
+                    f"{redact(url)} is not empty and not a kdcache cache. Choose another --out."
+                )
+            for name, data in tokenizer_files.items():
+                storage.write(f"tokenizer/{name}", data)
+            document = {"spec": spec.to_dict(), "notes": dict(notes or {})}
+            storage.create("spec.json", (json.dumps(document, indent=1) + "\n").encode())
+        cache = cls._read(storage)
+        changed = cache.spec.differences(spec)
+        if changed:
+            raise UsageError(
+                f"{redact(url)} was begun with other options:\n  "
+                + "\n  ".join(changed)
+                + "\nUse the same options to go on, or another --out."
+            )
+        return cache
+
+    @classmethod
+    def open(cls, url: str) -> Cache:
+        """Open a sealed cache for reading.
+
+        Raises:
+            UsageError: there is no cache at `url`.
+            IncompleteError: its build has not finished.
+            CorruptCacheError: its files contradict each other.
+        """
+        storage = open_storage(url)
+        if not storage.exists("spec.json"):
+            raise UsageError(f"{redact(url)} is not a kdcache cache: it has no spec.json.")
+        cache = cls._read(storage)
+        if cache.manifest_or_none is None:
+            done = len(cache.committed())
+            raise IncompleteError(
+                f"the build of {redact(url)} has not finished: {done} of {cache.spec.spans} shards are "
+                "there. Run the same `kdcache build` command again to finish it."
+            )
+        return cache
+
+    @classmethod
+    def resume(cls, url: str) -> Cache:
+        """Open a cache whose build may still be going on, as its workers do."""
+        return cls._read(open_storage(url))
+
+    @classmethod
+    def _read(cls, storage: Storage) -> Cache:
+        try:
+            document = json.loads(storage.read("spec.json"))
+            spec, notes = CacheSpec.from_dict(document["spec"]), document["notes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptCacheError(
+                f"{redact(storage.url)}/spec.json cannot be read: {error!r}."
+            ) from error
+        manifest = None
+        if storage.exists("manifest.json"):
+            manifest = Manifest.from_json(storage.read("manifest.json"))
+            if manifest.fingerprint != spec.fingerprint or len(manifest.shards) != spec.spans:
+                raise CorruptCacheError(
+                    f"{redact(storage.url)}: manifest.json does not belong to spec.json. "
+                    "Restore both from one build."
+                )
+        return cls(storage, spec, manifest, notes)
+
+    # Building
+
+    def committed(self) -> dict[int, str]:
+        """Span -> shard file name of what is done, from the listing alone."""
+        found: dict[int, str] = {}
+        for name in self.storage.names("shards"):
+            match = SHARD_NAME.fullmatch(name)
+            if match and int(match.group(1)) < self.spec.spans:
+                # Two copies can only come from two builds racing on one span: every reader and the
+                # seal take the first name, so they agree.
+                found.setdefault(int(match.group(1)), name)
+        return found
+
+    def missing(self) -> list[int]:
+        """Spans without a committed shard, in order."""
+        done = self.committed()
+        return [span for span in range(self.spec.spans) if span not in done]
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the manifest is there."""
+        return self.manifest_or_none is not None
+
+    def commit(
+        self, span: int, data: ShardData, *, skipped: int = 0, clipped_mass: float = 0.0
+    ) -> ShardEntry:
+        """Write a span's shard and make it appear; safe to call again for the same span.
+
+        Raises:
+            IncompleteError: no space left.
+        """
+        attributes = {
+            "fingerprint": self.spec.fingerprint,
+            "index": span,
+            "skipped": skipped,
+            "clipped_mass": clipped_mass,
+        }
+        with self.storage.scratch() as path:
+            try:
+                write_shard(path, data, attributes=attributes)
+                sha256, size = sha256_file(path), path.stat().st_size
+                name = f"{span:05d}-{sha256[:16]}.h5"
+                self.storage.publish(path, f"shards/{name}")
+            except (OSError, RuntimeError) as error:
+                if no_space(error):
+                    raise IncompleteError(
+                        f"no space left on {redact(self.storage.url)} while writing shard {span}: what is "
+                        "committed stays valid. Free some space and run the same command again."
+                    ) from error
+                raise
+        counts = (len(data), len(data.input_ids), len(data.targets))
+        return ShardEntry(span, name, *counts, size, sha256, skipped, clipped_mass)
+
+    def prepare_manifest(self, entries: Iterable[ShardEntry] = ()) -> Manifest:
+        """The manifest of all spans, once every one is committed; nothing is written.
+
+        Args:
+            entries: what this process committed; shards of earlier runs are hashed and looked into.
+
+        Raises:
+            IncompleteError: spans are missing.
+            CorruptCacheError: a shard's bytes are not what its name says.
+        """
+        known = {entry.name: entry for entry in entries}
+        committed = self.committed()
+        missing = [span for span in range(self.spec.spans) if span not in committed]
+        if missing:
+            raise IncompleteError(
+                f"{len(missing)} of {self.spec.spans} spans have no shard yet (first: {missing[0]}). "
+                "Run the same command again to make them."
+            )
+        shards = tuple(
+            known.get(committed[span]) or self._entry(span, committed[span])
+            for span in range(self.spec.spans)
+        )
+        return Manifest(self.spec.fingerprint, shards)
+
+    def seal(self, manifest: Manifest) -> Manifest:
+        """Write the manifest: from now on the cache can be read, and is never changed."""
+        self.storage.write("manifest.json", manifest.to_json())
+        self.manifest_or_none = manifest
+        return manifest
+
+    def _entry(self, span: int, name: str) -> ShardEntry:
+        path = self.storage.fetch(f"shards/{name}")
+        sha256 = sha256_file(path)
+        if not name.endswith(f"-{sha256[:16]}.h5"):
+            raise CorruptCacheError(
+                f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the same build "
+                "again: only this shard is made anew."
+            )
+        counts, attributes = read_counts(path)
+        if (
+            attributes.get("fingerprint") != self.spec.fingerprint
+            or attributes.get("index") != span
+        ):
+            raise CorruptCacheError(
+                f"{name} belongs to another build. Delete it and run the build again."
+            )
+        return ShardEntry(
+            span,
+            name,
+            counts.rows,
+            counts.tokens,
+            counts.positions,
+            path.stat().st_size,
+            sha256,
+            attributes["skipped"],
+            attributes["clipped_mass"],
+        )
+
+    # Reading
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of a sealed cache."""
+        assert self.manifest_or_none is not None, "Cache.open gives only sealed caches"
+        return self.manifest_or_none
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest: names the exact bytes of the whole cache."""
+        return hashlib.sha256(self.manifest.to_json()).hexdigest()
+
+    @property
+    def url(self) -> str:
+        """Where the cache is, fit for printing."""
+        return redact(self.storage.url)
+
+    def codec(self) -> Codec:
+        """The codec that reads this cache's targets."""
+        return self.spec.make_codec()
+
+    def read(self, span: int) -> ShardData:
+        """One shard in memory.
+
+        Raises:
+            CorruptCacheError: the file is missing, damaged, or not the one of the manifest.
+        """
+        entry = self.manifest.shards[span]
+        path = self.storage.fetch(f"shards/{entry.name}")
+        if path.exists() and path.stat().st_size != entry.bytes:
+            raise CorruptCacheError(
+                f"shard {span}: {entry.name} has {path.stat().st_size} bytes, the manifest says "
+                f"{entry.bytes}. Delete the file and run the same build again: only this shard is made anew."
+            )
+        return read_shard(path, self.codec(), counts=entry.counts)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer, from the files kept in the cache."""
+        with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
+            for name in self.storage.names("tokenizer"):
+                Path(folder, name).write_bytes(self.storage.read(f"tokenizer/{name}"))
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def verify(self) -> Iterator[str]:
+        """Check every hash, count and checksum; yields one line a problem.
+
+        Cost: reads every byte once and decodes it once.
+        """
+        for entry in self.manifest.shards:
+            name = f"shard {entry.span}: {entry.name}"
+            cure = "Delete the file and run the same build again: only this shard is made anew."
+            if not self.storage.exists(f"shards/{entry.name}"):
+                yield f"{name} is missing. Run the same build again: only this shard is made anew."
+                continue
+            path = self.storage.fetch(f"shards/{entry.name}")
+            sha256 = sha256_file(path)
+            if sha256 != entry.sha256:
+                # Hash first, open second: HDF5 never parses bytes that are known to be wrong.
+                yield f"{name}: sha256 is {sha256[:16]}…, the manifest says {entry.sha256[:16]}…. {cure}"
+                continue
+            try:
+                data = self.read(entry.span)
+                temperature = self.spec.temperatures[0] if self.spec.temperatures else 1.0
+                if len(data.targets):
+                    data.targets.take(np.arange(min(64, len(data.targets)))).at(temperature)
+            except CorruptCacheError as error:
+                yield f"{name}: {error}"
+
+
+def _only(storage: Storage, allowed: set[str]) -> bool:
+    root = getattr(storage, "root", None)
+    with contextlib.suppress(FileNotFoundError):
+        return root is not None and all(p.name in allowed for p in root.iterdir())
+    return False

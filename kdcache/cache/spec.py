@@ -1,0 +1,137 @@
+"""The spec of a cache: a frozen, JSON-able answer to "what bytes should this cache hold"."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.errors import CorruptCacheError
+from kdcache.targets import Codec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What bytes a cache should hold; two builds with equal specs make the same cache.
+
+    Attributes:
+        task: `causal-lm` or `sequence-classification`.
+        teachers: one entry a teacher: `sha256` of its configuration and weights, and its `weight`.
+        ensemble: how several teachers become one: `mean-probs` or `mean-logits`.
+        dtype: the teacher's compute dtype.
+        tokenizer: SHA-256 of the tokenizer's files.
+        vocab_size: ids the teacher can predict (classes for classification).
+        pad_id: id that fills rows up in a batch.
+        eos_id: id that ends a document, or None.
+        label_names: the classes in the teacher's order (classification), else None.
+        corpus: one entry a file: name, size, content tag.
+        rows: how records become rows (`RowSpec` as a dictionary).
+        reading: how the files are read and cut into spans (`Corpus.settings`).
+        spans: number of spans, each of which becomes one shard.
+        codec: canonical codec text, such as `topk:64`.
+        temperatures: the declared temperatures.
+        seed: seed of the sampling codec.
+        format: version of the cache format.
+    """
+
+    task: str
+    teachers: tuple[Mapping[str, Any], ...]
+    ensemble: str
+    dtype: str
+    tokenizer: str
+    vocab_size: int
+    pad_id: int
+    eos_id: int | None
+    label_names: tuple[str, ...] | None
+    corpus: tuple[Mapping[str, Any], ...]
+    rows: Mapping[str, Any]
+    reading: Mapping[str, Any]
+    spans: int
+    codec: str
+    temperatures: tuple[float, ...]
+    seed: int
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CacheSpec:
+        """From `to_dict`'s values.
+
+        Raises:
+            CorruptCacheError: a field is missing or unknown, or another format version.
+        """
+        if values.get("format") != FORMAT:
+            raise CorruptCacheError(
+                f"the cache has format version {values.get('format')}; this kdcache reads {FORMAT}."
+            )
+        names = {f.name for f in dataclasses.fields(cls)}
+        if names != set(values):
+            odd = ", ".join(sorted(names ^ set(values)))
+            raise CorruptCacheError(f"spec.json lacks or does not know these fields: {odd}.")
+        listed = ("teachers", "label_names", "corpus", "temperatures")
+        fields: dict[str, Any] = dict(values)
+        for name in listed:
+            if fields[name] is not None:
+                fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the spec in canonical JSON."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.rows["max_length"])
+
+    @property
+    def packing(self) -> str:
+        """How documents become rows: `concat`, `none` or `split`."""
+        return str(self.rows["packing"])
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes, or None for a causal LM."""
+        return None if self.label_names is None else len(self.label_names)
+
+    def make_codec(self) -> Codec:
+        """The codec that reads and writes this cache's targets."""
+        return Codec.parse(self.codec, self.temperatures, self.vocab_size)
+
+    def differences(self, other: CacheSpec) -> list[str]:
+        """One line a field in which `other` asks for something else: `name: this -> other`."""
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        keys = [*mine, *(k for k in theirs if k not in mine)]
+        return [
+            f"{k}: {_short(mine.get(k))} -> {_short(theirs.get(k))}"
+            for k in keys
+            if mine.get(k) != theirs.get(k)
+        ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items: Iterable[tuple[str, Any]] = value.items()
+    elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        items = ((str(i), v) for i, v in enumerate(value))
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in items:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,152 @@
+"""Shards: round trip, determinism, and that damage raises instead of giving wrong numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcache.errors import CorruptCacheError
+from kdcache.rows import IGNORE, Row
+from kdcache.shard import ShardCounts, ShardData, column_bytes, read_counts, read_shard, write_shard
+from kdcache.targets import Codec, SoftTargets, position_uniform
+
+
+def causal_data(lengths: list[int], codec: Codec, seed: int = 0) -> ShardData:
+    """Rows of random ids with a few masked labels, and random targets."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    rows = []
+    for length in lengths:
+        stream = rng.integers(0, codec.vocab_size, length + 1).astype(np.int32)
+        labels = np.where(rng.random(length) < 0.2, IGNORE, stream[1:]).astype(np.int32)
+        rows.append(Row(stream[:-1], labels))
+    positions = sum(int((row.labels != IGNORE).sum()) for row in rows)
+    logits = torch.from_numpy(rng.normal(size=(positions, codec.vocab_size)) * 3).float()
+    u = torch.from_numpy(position_uniform(seed, 0, np.arange(positions), np.zeros(positions, int)))
+    packed = codec.pack({name: t.numpy() for name, t in codec.encode(logits, u).items()})
+    return ShardData.from_rows("causal-lm", rows, SoftTargets(codec, packed, None))
+
+
+def equal(a: ShardData, b: ShardData) -> bool:
+    """Whether two shards hold the same values."""
+    same = all(
+        np.array_equal(x, y)
+        for x, y in ((a.offsets, b.offsets), (a.input_ids, b.input_ids), (a.labels, b.labels))
+    )
+    columns = a.targets.columns
+    return (
+        same
+        and all(np.array_equal(columns[n], b.targets.columns[n]) for n in columns)
+        and (a.texts, a.text_pairs) == (b.texts, b.text_pairs)
+    )
+
+
+CODECS = [Codec.parse(text, (1.0, 2.0), 40) for text in ("dense", "topk:5", "sample:6")]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), max_size=6))
+def test_a_causal_shard_round_trips(
+    codec: Codec, lengths: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("shard") / "a.h5"
+    data = causal_data(lengths, codec)
+    write_shard(path, data, attributes={"index": 7})
+    again = read_shard(path, codec, counts=ShardCounts(len(data), len(data.input_ids), len(data.targets)))
+    assert equal(data, again)
+    assert again.position_offsets[-1] == len(data.targets)
+    assert read_counts(path)[1] == {"index": 7}
+
+
+def test_a_classification_shard_keeps_texts_pairs_and_missing_labels(tmp_path: Path) -> None:
+    codec = Codec.parse("dense", (1.0,), 3)
+    rows = [
+        Row(np.array([1, 2], np.int32), np.array([2], np.int32), np.array([0, 1], np.uint8), "a é", "b"),
+        Row(np.array([3], np.int32), np.array([IGNORE], np.int32), np.array([0], np.uint8), "", "💡"),
+    ]
+    targets = SoftTargets(codec, {"logits": np.arange(6, dtype=np.float32).reshape(2, 3)}, None)
+    data = ShardData.from_rows("sequence-classification", rows, targets)
+    path = tmp_path / "a.h5"
+    write_shard(path, data, attributes={})
+    again = read_shard(path, codec)
+    assert equal(data, again)
+    assert again.texts == ["a é", ""]
+    assert again.text_pairs == ["b", "💡"]
+    assert list(again.labels) == [2, IGNORE]
+    row = again.row(1)
+    assert (list(row.input_ids), list(row.labels), row.text_pair) == ([3], [IGNORE], "💡")
+    assert list(again.position_offsets) == [0, 1, 2]
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    data = causal_data([5, 3, 8], CODECS[1])
+    paths = [tmp_path / name for name in ("a.h5", "b.h5")]
+    for path in paths:
+        write_shard(path, data, attributes={"index": 0})
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_labels_cost_next_to_nothing_and_sizes_are_reported(tmp_path: Path) -> None:
+    data = causal_data([4000] * 4, Codec.parse("topk:2", (1.0,), 40))
+    path = tmp_path / "a.h5"
+    write_shard(path, data, attributes={})
+    sizes = column_bytes(path)
+    assert sizes["rows/has_label"] + sizes["rows/next_ids"] < 0.3 * sizes["rows/input_ids"]
+    assert sum(sizes.values()) <= path.stat().st_size
+
+
+def test_a_flipped_bit_in_any_stored_column_raises(tmp_path: Path) -> None:
+    data = causal_data([50] * 20, CODECS[1])
+    path = tmp_path / "a.h5"
+    write_shard(path, data, attributes={})
+    with h5py.File(path, "r", locking=False) as file:
+        places = [
+            file[name].id.get_chunk_info(0).byte_offset + file[name].id.get_chunk_info(0).size // 2
+            for name in column_bytes(path)
+        ]
+    whole = path.read_bytes()
+    assert len(places) >= 6
+    for place in places:
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        path.write_bytes(bytes(broken))
+        with pytest.raises(CorruptCacheError):
+            read_shard(path, CODECS[1])
+
+
+def test_what_is_not_this_shard_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with pytest.raises(CorruptCacheError, match="missing"):
+        read_shard(path, CODECS[0])
+    path.write_bytes(b"no hdf5 at all")
+    with pytest.raises(CorruptCacheError, match="cannot be read"):
+        read_shard(path, CODECS[0])
+    with h5py.File(path, "w", locking=False) as file:
+        file["x"] = 1
+    with pytest.raises(CorruptCacheError, match="not a kdcache shard"):
+        read_shard(path, CODECS[0])
+    data = causal_data([5], CODECS[1])
+    write_shard(path, data, attributes={})
+    with pytest.raises(CorruptCacheError, match="codec"):
+        read_shard(path, CODECS[0])
+    with pytest.raises(CorruptCacheError, match="manifest says"):
+        read_shard(path, CODECS[1], counts=ShardCounts(9, 9, 9))
+
+
+def test_a_column_that_lies_about_its_length_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    data = causal_data([5], CODECS[1])
+    path = tmp_path / "a.h5"
+    write_shard(path, data, attributes={})
+    with h5py.File(path, "a", locking=False) as file:
+        del file["rows/input_ids"]
+        # One chunk of claims: 10**12 ids would be 2 TB in memory.
+        file.create_dataset("rows/input_ids", shape=(10**12,), dtype="u2", chunks=(1 << 20,))
+    with pytest.raises(CorruptCacheError, match="1000000000000 values"):
+        read_shard(path, CODECS[1])
