@@ -1,0 +1,504 @@
+"""`kdcache build`: run the teacher over a corpus once and seal the cache.
+
+    options -> spans of the corpus -> teacher's identity -> CacheSpec -> create or resume -> missing spans
+    crew: workers read, tokenise, run the teacher, encode, commit
+    all spans committed -> seal
+
+A span that fails is tried again, alone on a worker (so that a span which kills its worker takes no other
+with it), three times in all; then it is set aside and the rest completes. Wrong input stops at once.
+
+Guarantee: the same command is always the way to go on, and a finished cache is never touched again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from kdcache import __version__
+from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry
+from kdcache.corpus import Corpus, OnError, Span
+from kdcache.crew import Crew, LocalCrew, Outcome, RayCrew
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.rows import Form, Packing, RowSpec, Task
+from kdcache.storage import redact
+from kdcache.targets import Codec
+from kdcache.teacher import TeacherFiles, TeacherOptions, tokenizer_files, tokenizer_sha256
+from kdcache.worker import Job, Stopped
+
+logger = logging.getLogger(__name__)
+
+Ensemble = Literal["mean-probs", "mean-logits"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_TRIES = 3
+_TEXT_BYTES_A_TOKEN = 4
+_SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `kdcache build` is asked for; fields bear the names of its options.
+
+    Attributes:
+        teacher: folder or hub id of each teacher; several make an ensemble.
+        corpus: files, folders, globs or fsspec URLs.
+        out: folder or URL of the cache.
+        task: `causal-lm` or `sequence-classification`.
+        codec: `dense`, `dense:float16`, `topk:K` or `sample:N`; None picks `dense` for classification
+            and `sample:20` for a causal LM.
+        temperatures: the temperatures a student may train at (`dense` allows any).
+        text_column: column of the text.
+        pair_column: column of a second text, or None.
+        label_column: column of the class.
+        columns: names of the columns of files without a header.
+        messages_column: column of chat messages; where a file has it, its chats become the rows.
+        prompt_column: column of the prompt, beside `completion_column`.
+        completion_column: column of the completion.
+        record_form: which of these a record is: `text`, `messages`, `prompt`, or `auto`, which goes by
+            the columns that hold something.
+        format: format of all files, such as `jsonl`; `auto` goes by their names.
+        max_length: tokens of the longest row.
+        packing: `concat`, `none` or `split`; None is `concat` for a causal LM.
+        on_error: `fail` or `skip` for records that cannot be read.
+        limit: use only the first records of the corpus.
+        workers: number of Ray workers; `auto` (None) for as many as there is room, 0 for this process
+            without Ray.
+        gpus_per_worker: GPUs a worker; None is one where there are any.
+        address: Ray address; None is a Ray of this process.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        batch_tokens: padded tokens of a teacher batch; None picks by device.
+        shard_tokens: target size of a shard in tokens; None picks by corpus and codec.
+        seed: seed of the `sample` codec.
+        ensemble: `mean-probs` or `mean-logits`.
+        teacher_weight: weight of each teacher; None weighs them equally.
+        trust_remote_code: let code that ships with a teacher run.
+    """
+
+    teacher: tuple[str, ...]
+    corpus: tuple[str, ...]
+    out: str
+    task: Task = "causal-lm"
+    codec: str | None = None
+    temperatures: tuple[float, ...] = (1.0,)
+    text_column: str = "text"
+    pair_column: str | None = None
+    label_column: str = "label"
+    columns: tuple[str, ...] | None = None
+    messages_column: str = "messages"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    record_form: Form = "auto"
+    format: str = "auto"
+    max_length: int = 1024
+    packing: Packing | None = None
+    on_error: OnError = "fail"
+    limit: int | None = None
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    address: str | None = None
+    dtype: Dtype = "auto"
+    batch_tokens: int | None = None
+    shard_tokens: int | None = None
+    seed: int = 0
+    ensemble: Ensemble = "mean-probs"
+    teacher_weight: tuple[float, ...] | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.teacher:
+            problems.append("--teacher is missing: name a folder or a hub id")
+        if not self.corpus:
+            problems.append("--corpus is missing: name files, folders, globs or URLs")
+        for name, words in (("task", Task), ("ensemble", Ensemble), ("dtype", Dtype)):
+            if getattr(self, name) not in get_args(words):
+                expected = ", ".join(get_args(words))
+                problems.append(f"--{name} is {getattr(self, name)!r}, expected one of {expected}")
+        if not self.temperatures or min(self.temperatures) <= 0:
+            problems.append(f"--temperatures are {self.temperatures}, expected positive numbers")
+        if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
+            given = len(self.teacher_weight)
+            problems.append(f"{given} --teacher-weight for {len(self.teacher)} --teacher")
+        if self.teacher_weight and min(self.teacher_weight) <= 0:
+            problems.append("--teacher-weight must be positive")
+        for name in ("limit", "batch_tokens", "shard_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.workers is not None and self.workers < 0:
+            problems.append(f"--workers is {self.workers}, expected auto, 0 or more")
+        if problems:
+            raise UsageError("; ".join(problems) + ".")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of each teacher, summing to 1."""
+        given = self.teacher_weight or (1.0,) * len(self.teacher)
+        return tuple(w / sum(given) for w in given)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a build stands; given to the caller after every change.
+
+    Attributes:
+        spans: spans of the cache.
+        done: spans with a committed shard, those of earlier runs included.
+        failed: spans set aside after three tries.
+        workers: workers that are ready.
+        positions: positions cached by this run.
+        bytes: bytes of shards written by this run.
+        seconds: since the workers were asked for.
+        teacher_seconds: spent in the teacher, summed over workers.
+    """
+
+    spans: int
+    done: int
+    failed: int
+    workers: int
+    positions: int
+    bytes: int
+    seconds: float
+    teacher_seconds: float
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """The outcome of a build.
+
+    Attributes:
+        cache: where the cache is.
+        spans: its shards.
+        made: how many of them this run made.
+        rows: rows in the whole cache.
+        positions: positions in the whole cache.
+        bytes: bytes of all shards.
+        skipped: records that were left out.
+        seconds: wall time of this run.
+        teacher_seconds: of it in the teacher, summed over workers.
+    """
+
+    cache: str
+    spans: int
+    made: int
+    rows: int
+    positions: int
+    bytes: int
+    skipped: int
+    seconds: float
+    teacher_seconds: float
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Shard bytes, rows included, a position."""
+        return self.bytes / max(1, self.positions)
+
+
+def build(
+    options: BuildOptions, *, on_progress: Callable[[Progress], None] | None = None
+) -> BuildResult:
+    """Make a cache, or finish one.
+
+    Args:
+        options: what to build.
+        on_progress: called in this thread after every span and about once a second.
+
+    Raises:
+        UsageError: wrong options or input; nothing was written that a later run would trust.
+        IncompleteError: interrupted, no space left, or spans set aside; the same command goes on.
+    """
+    begin = time.perf_counter()
+    plan = _plan(options)
+    cache = Cache.create_or_resume(
+        options.out,
+        plan.spec,
+        tokenizer_files=tokenizer_files(plan.tokenizer),
+        notes={"teachers": [redact(name) for name in options.teacher], "kdcache": __version__},
+    )
+    driver = _Driver(cache, plan.spans, on_progress)
+    missing = [] if cache.sealed else cache.missing()
+    if missing:
+        with _interruptible():
+            driver.run(missing, lambda: _hire(options, plan, cache))
+    manifest = cache.manifest if cache.sealed else _seal(cache, driver)
+    return BuildResult(
+        cache=redact(options.out),
+        spans=cache.spec.spans,
+        made=len(driver.entries),
+        rows=manifest.rows,
+        positions=manifest.positions,
+        bytes=manifest.bytes,
+        skipped=manifest.skipped,
+        seconds=time.perf_counter() - begin,
+        teacher_seconds=driver.teacher_seconds,
+    )
+
+
+def _seal(cache: Cache, driver: _Driver) -> Manifest:
+    manifest = cache.prepare_manifest(driver.entries)
+    if not manifest.rows:
+        raise UsageError(
+            f"the corpus has no usable row ({manifest.skipped} records skipped): nothing to cache. "
+            "Look at its text column, or name another --corpus."
+        )
+    return cache.seal(manifest)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    spec: CacheSpec
+    spans: Sequence[Span]
+    rows: RowSpec
+    tokenizer: Any
+    gpus: float
+
+
+def _plan(options: BuildOptions) -> _Plan:
+    causal = options.task == "causal-lm"
+    teachers = [
+        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+        for name in options.teacher
+    ]
+    vocab_size = _agree(teachers, options.task)
+    tokenizer = teachers[0].tokenizer
+    label_names = None if causal else teachers[0].label_names
+    codec = Codec.parse(
+        options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
+    )
+    rows = RowSpec(
+        task=options.task,
+        text_column=options.text_column,
+        pair_column=options.pair_column,
+        label_column=options.label_column,
+        label_names=label_names,
+        max_length=_max_length(options, teachers[0]),
+        packing=options.packing or ("concat" if causal else "none"),
+        messages_column=options.messages_column,
+        prompt_column=options.prompt_column,
+        completion_column=options.completion_column,
+        record_form=options.record_form,
+        on_error=options.on_error,
+    )
+    corpus = Corpus.open(
+        options.corpus,
+        span_bytes=functools.partial(_span_bytes, options, codec),
+        limit=options.limit,
+        format=options.format,
+        columns=options.columns,
+    )
+    gpus = _gpus(options)
+    pad_id = tokenizer.pad_token_id
+    spec = CacheSpec(
+        task=options.task,
+        teachers=tuple(
+            {"sha256": t.sha256, "weight": w}
+            for t, w in zip(teachers, options.weights, strict=True)
+        ),
+        ensemble=options.ensemble,
+        dtype=_dtype(options.dtype, gpus),
+        tokenizer=tokenizer_sha256(tokenizer),
+        vocab_size=vocab_size,
+        pad_id=pad_id if pad_id is not None else (tokenizer.eos_token_id or 0),
+        eos_id=tokenizer.eos_token_id,
+        label_names=label_names,
+        corpus=tuple(corpus.identity()),
+        rows=dataclasses.asdict(rows),
+        reading=corpus.settings,
+        spans=len(corpus.spans),
+        codec=str(codec),
+        temperatures=codec.temperatures,
+        seed=options.seed,
+    )
+    return _Plan(spec, corpus.spans, rows, tokenizer, gpus)
+
+
+def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
+    """The vocabulary size or number of classes of all teachers, which must be one ensemble."""
+    first = teachers[0]
+    for other in teachers[1:]:
+        if tokenizer_sha256(other.tokenizer) != tokenizer_sha256(first.tokenizer):
+            raise UsageError(
+                f"teachers {first.name} and {other.name} have different tokenizers: their positions are "
+                "not the same. Build one cache for each."
+            )
+        if task != "causal-lm" and other.label_names != first.label_names:
+            raise UsageError(
+                f"teachers {first.name} and {other.name} have different classes: {first.label_names} and "
+                f"{other.label_names}."
+            )
+    return min(teacher.vocab_size(task) for teacher in teachers)
+
+
+def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
+    """A row may not be longer than the teacher's positions reach."""
+    config = teacher.config.get_text_config()
+    reach = getattr(config, "max_position_embeddings", None) or options.max_length
+    return min(options.max_length, int(reach))
+
+
+def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
+    """Bytes of corpus a span: small enough to share out and to hold in memory, few enough to list."""
+    if options.shard_tokens is not None:
+        return options.shard_tokens * _TEXT_BYTES_A_TOKEN
+    per_position = codec.bytes_per_position if options.task == "causal-lm" else 1.0
+    most = int(_SHARD_BYTES / max(1.0, per_position)) * _TEXT_BYTES_A_TOKEN
+    share = min(1 << 22, max(1 << 16, total // 64, total // 100_000))
+    return max(1 << 12, min(share, most))
+
+
+def _gpus(options: BuildOptions) -> float:
+    if options.workers == 0:
+        return float(torch.cuda.is_available() and options.gpus_per_worker != 0)
+    if options.gpus_per_worker is not None:
+        return options.gpus_per_worker
+    if options.address is None:
+        return float(torch.cuda.is_available())
+    return 1.0
+
+
+def _dtype(name: str, gpus: float) -> str:
+    if name == "auto":
+        return "bfloat16" if gpus else "float32"
+    return name
+
+
+def _hire(options: BuildOptions, plan: _Plan, cache: Cache) -> Crew:
+    device = "cpu" if not plan.gpus else "auto" if plan.gpus > 1 else "cuda"
+    teacher = TeacherOptions(
+        names=options.teacher,
+        task=options.task,
+        weights=options.weights,
+        ensemble=options.ensemble,
+        dtype=plan.spec.dtype,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    batch_tokens = options.batch_tokens or (4096 if device == "cpu" else 65536)
+    job = Job(cache.storage.url, plan.rows, teacher, batch_tokens)
+    if options.workers == 0:
+        return LocalCrew(job)
+    return RayCrew(job, workers=options.workers, gpus=plan.gpus, address=options.address)
+
+
+@dataclass
+class _Driver:
+    """Hands out missing spans until each is committed or set aside."""
+
+    cache: Cache
+    spans: Sequence[Span]
+    on_progress: Callable[[Progress], None] | None = None
+    entries: list[ShardEntry] = field(default_factory=list)
+    teacher_seconds: float = 0.0
+    _failures: dict[int, list[BaseException]] = field(default_factory=dict)
+
+    def run(self, missing: Sequence[int], hire: Callable[[], Crew]) -> None:
+        self._begin = time.perf_counter()
+        self._before = len(self.spans) - len(missing)
+        fresh, suspects = deque(missing), deque[int]()
+        in_flight = 0
+        crew: Crew | None = None
+        try:
+            crew = hire()
+            while fresh or suspects or in_flight:
+                while fresh and crew.room():
+                    crew.give(self.spans[fresh.popleft()])
+                    in_flight += 1
+                while not fresh and suspects and crew.room(alone=True):
+                    crew.give(self.spans[suspects.popleft()], alone=True)
+                    in_flight += 1
+                for outcome in crew.wait(1.0):
+                    in_flight -= 1
+                    if self._settle(outcome):
+                        suspects.append(outcome.span.index)
+                self._tell(crew)
+        except KeyboardInterrupt:
+            raise IncompleteError(
+                f"interrupted: {self._done()} of {len(self.spans)} shards are committed. "
+                "Run the same command to go on."
+            ) from None
+        finally:
+            if crew is not None:
+                crew.stop()
+        self._report_set_aside()
+
+    def _settle(self, outcome: Outcome) -> bool:
+        """Book an outcome; whether the span should be tried again."""
+        if outcome.report is not None:
+            self.entries.append(outcome.report.entry)
+            self.teacher_seconds += outcome.report.teacher_seconds
+            return False
+        error = outcome.error
+        assert error is not None
+        if isinstance(error, (KdcacheError, Stopped)):
+            raise error
+        tries = self._failures.setdefault(outcome.span.index, [])
+        tries.append(error)
+        if not outcome.lost:
+            logger.warning("span %d failed: %s", outcome.span.index, error, exc_info=error)
+        return len(tries) < _TRIES
+
+    def _done(self) -> int:
+        return self._before + len(self.entries)
+
+    def _set_aside(self) -> dict[int, BaseException]:
+        made = {entry.span for entry in self.entries}
+        return {s: e[-1] for s, e in self._failures.items() if len(e) >= _TRIES and s not in made}
+
+    def _tell(self, crew: Crew) -> None:
+        if self.on_progress is None:
+            return
+        self.on_progress(
+            Progress(
+                spans=len(self.spans),
+                done=self._done(),
+                failed=len(self._set_aside()),
+                workers=crew.workers(),
+                positions=sum(e.positions for e in self.entries),
+                bytes=sum(e.bytes for e in self.entries),
+                seconds=time.perf_counter() - self._begin,
+                teacher_seconds=self.teacher_seconds,
+            )
+        )
+
+    def _report_set_aside(self) -> None:
+        failed = self._set_aside()
+        if failed:
+            lines = [
+                f"  span {s} ({redact(self.spans[s].file)}, {self.spans[s].kind} "
+                f"{self.spans[s].start}-{self.spans[s].stop}): {str(error).strip().splitlines()[-1:]}"
+                for s, error in sorted(failed.items())
+            ]
+            raise IncompleteError(
+                f"{len(failed)} of {len(self.spans)} spans failed {_TRIES} times and were set aside; "
+                "the others are committed:\n"
+                + "\n".join(lines)
+                + "\nRun the same command to try them again."
+            )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C meanwhile: preempted drivers end in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,251 @@
+"""The work on one span: read, tokenise, run the teacher, encode, commit. The same code in an actor or here.
+
+Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read or
+compressed while the other computes: a pipeline without queues.
+
+Cost: memory of two spans' rows and encoded targets, plus the teacher and one slice of its logits.
+Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling noise is
+keyed by (seed, span, row, position).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdcache.cache import Cache, ShardEntry
+from kdcache.corpus import Corpus, ReadStats, Span
+from kdcache.errors import UsageError
+from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.shard import ShardData
+from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.teacher import Teacher, TeacherOptions
+
+logger = logging.getLogger(__name__)
+
+_CAUSAL = "causal-lm"
+_UNPACKED = 8  # encoded slices on their way to the packer, at most
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know of a build; travels to each actor once.
+
+    Attributes:
+        url: the cache, already created.
+        rows: how records become rows.
+        teacher: which models to load, and how.
+        batch_tokens: padded tokens of a batch, at most (one row may be longer).
+        threads: CPU threads of this worker's arithmetic.
+    """
+
+    url: str
+    rows: RowSpec
+    teacher: TeacherOptions
+    batch_tokens: int
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class SpanReport:
+    """What became of a span: its shard, the seconds it took, and those of the teacher in them."""
+
+    entry: ShardEntry
+    seconds: float
+    teacher_seconds: float
+
+
+class Stopped(Exception):  # noqa: N818 - an outcome that was asked for, not an error
+    """The worker was told to stop before the span was committed."""
+
+
+class SpanWorker:
+    """A loaded teacher that turns spans into committed shards. Safe to call from two threads."""
+
+    def __init__(self, job: Job) -> None:
+        """Open the cache and load the teacher."""
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self.job = job
+        self.cache = Cache.resume(job.url)
+        self.tokenizer = self.cache.tokenizer()
+        self.codec = self.cache.codec()
+        self.teacher = Teacher(job.teacher, self.cache.spec.vocab_size)
+        self.batch_tokens = job.batch_tokens
+        self._turn = threading.Lock()
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Abandon what is in flight at the next batch."""
+        self._stop.set()
+
+    def run(self, span: Span) -> SpanReport:
+        """Make one span's shard and commit it.
+
+        Raises:
+            UsageError: the input or the teacher's logits are unusable.
+            IncompleteError: no space left.
+            Stopped: `stop` was called.
+        """
+        begin = time.perf_counter()
+        stats = ReadStats()
+        encoder = make_encoder(self.job.rows, self.tokenizer)
+        records = Corpus.read(
+            span, columns=self.job.rows.columns, on_error=self.job.rows.on_error, stats=stats
+        )
+        rows = list(encoder.encode(records))
+        with self._turn:
+            start = time.perf_counter()
+            targets = self._targets(span.index, rows)
+            clipped = self.teacher.take_clipped_mass()
+            teacher_seconds = time.perf_counter() - start
+        data = ShardData.from_rows(self.job.teacher.task, rows, targets)
+        entry = self.cache.commit(
+            span.index, data, skipped=stats.skipped + encoder.skipped, clipped_mass=clipped
+        )
+        return SpanReport(entry, time.perf_counter() - begin, teacher_seconds)
+
+    def _targets(self, span: int, rows: Sequence[Row]) -> SoftTargets:
+        """Soft targets of all positions of a span, in row-major order."""
+        causal = self.job.teacher.task == _CAUSAL
+        wanted = [np.flatnonzero(r.labels != IGNORE) if causal else np.zeros(1, int) for r in rows]
+        offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
+        packed: list[futures.Future[SoftTargets]] = []
+        order: list[np.ndarray] = []
+        lengths = [len(row.input_ids) for row in rows]
+        waiting = deque(batches(lengths, self.batch_tokens))
+        with _Packer(self.codec, span) as packer:
+            while waiting:
+                if self._stop.is_set():
+                    raise Stopped
+                batch = waiting.popleft()
+                place = _Places(batch, wanted)
+                try:
+                    parts = self._run(span, [rows[i] for i in batch], place, packer)
+                except torch.OutOfMemoryError as error:
+                    waiting.extendleft(reversed(self._halve(batch, lengths, error)))
+                    continue
+                packed.extend(parts)
+                order.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
+            targets = [future.result() for future in packed]
+        if not targets:
+            empty = {c.name: np.zeros((0, *c.shape), c.dtype) for c in self.codec.columns}
+            return SoftTargets(self.codec, empty, None)
+        inverse = np.empty(int(offsets[-1]), np.int64)
+        inverse[np.concatenate(order)] = np.arange(len(inverse))
+        return SoftTargets.concat(targets).take(inverse)
+
+    def _run(
+        self, span: int, rows: Sequence[Row], place: _Places, packer: _Packer
+    ) -> list[futures.Future[SoftTargets]]:
+        """One batch through teacher and codec; nothing here waits for the device."""
+        noise = position_uniform(self.cache.spec.seed, span, place.rows, place.within)
+        uniform = torch.from_numpy(noise).to(self.teacher.device, non_blocking=True)
+        parts = []
+        done = 0
+        for logits in self.teacher.logits(rows):
+            piece = slice(done, done + len(logits))
+            parts.append(packer.put(self.codec.encode(logits, uniform[piece]), place, done))
+            done = piece.stop
+        assert done == len(place.rows), "the teacher answers every position"
+        return parts
+
+    def _halve(
+        self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError
+    ) -> list[list[int]]:
+        """Two batches for one that did not fit; later spans begin with the smaller size."""
+        if len(batch) == 1:
+            raise UsageError(
+                f"one row of {lengths[batch[0]]} tokens does not fit the device beside the teacher. "
+                "Use a smaller --max-length, or more --gpus-per-worker."
+            ) from error
+        torch.cuda.empty_cache()
+        self.batch_tokens = min(self.batch_tokens, len(batch) * lengths[batch[0]]) // 2
+        logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
+        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+
+
+class _Places:
+    """Which row of the span, and which place of the row, each position of a batch is."""
+
+    def __init__(self, batch: Sequence[int], wanted: Sequence[np.ndarray]) -> None:
+        counts = [len(wanted[i]) for i in batch]
+        self.rows = np.repeat(np.asarray(batch, np.int64), counts)
+        self.within = np.concatenate([wanted[i] for i in batch])
+
+
+class _Packer:
+    """Packs encoded slices on a thread while the device computes the next ones.
+
+    Copies to the host are queued behind the kernels that make them; the thread alone waits for them.
+    """
+
+    def __init__(self, codec: Codec, span: int) -> None:
+        self._codec, self._span = codec, span
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="kdcache-pack")
+        self._room = threading.BoundedSemaphore(_UNPACKED)
+
+    def __enter__(self) -> _Packer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def put(
+        self, encoded: dict[str, torch.Tensor], place: _Places, start: int
+    ) -> futures.Future[SoftTargets]:
+        host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in encoded.items()}
+        copied = None
+        if any(tensor.is_cuda for tensor in encoded.values()):
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        self._room.acquire()
+        return self._pool.submit(self._pack, host, copied, place, start)
+
+    def _pack(
+        self,
+        host: dict[str, torch.Tensor],
+        copied: torch.cuda.Event | None,
+        place: _Places,
+        start: int,
+    ) -> SoftTargets:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            arrays = {name: tensor.numpy() for name, tensor in host.items()}
+            if not arrays["finite"].all():
+                bad = start + int(np.argmin(arrays["finite"]))
+                raise UsageError(
+                    f"the teacher gives NaN or infinite logits for span {self._span}, row "
+                    f"{place.rows[bad]}, position {place.within[bad]}: nothing of this span is "
+                    "cached. Try --dtype float32, or check the model."
+                )
+            return SoftTargets(self._codec, self._codec.pack(arrays), None)
+        finally:
+            self._room.release()
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows grouped by length, so that rows times the longest stays within `batch_tokens`.
+
+    Every index comes exactly once; a row longer than the budget is a batch of its own.
+    """
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        if not batch:
+            longest = lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,448 @@
+"""Building in this process: resuming, refusing, wrong input, and the driver's way with bad spans."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from conftest import make_tiny_lm
+from kdcache.build import BuildOptions, Progress, _Driver, build
+from kdcache.cache import Cache
+from kdcache.cache.manifest import ShardEntry
+from kdcache.corpus import Span
+from kdcache.crew import Crew, Outcome
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.rows import IGNORE
+from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.worker import SpanReport, batches
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "events.jsonl"
+    }
+
+
+@pytest.fixture
+def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
+    return BuildOptions(
+        teacher=(str(tiny_lm),),
+        corpus=(str(text_corpus),),
+        out=str(tmp_path / "cache"),
+        codec="dense",
+        max_length=64,
+        shard_tokens=1500,
+        batch_tokens=512,
+        workers=0,
+    )
+
+
+def test_every_position_has_the_teachers_own_logits(options: BuildOptions, tiny_lm: Path) -> None:
+    result = build(options)
+    cache = Cache.open(options.out)
+    assert result.spans == cache.spec.spans > 3
+    assert result.positions == cache.manifest.positions > 1000
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    for span in (0, cache.spec.spans - 1):
+        data = cache.read(span)
+        for index in range(0, len(data), 5):
+            row = data.row(index)
+            where = np.flatnonzero(row.labels != IGNORE)
+            with torch.no_grad():
+                want = model(torch.from_numpy(row.input_ids)[None].long()).logits[0, where]
+            places = np.arange(data.position_offsets[index], data.position_offsets[index + 1])
+            got = data.targets.take(places).at(1.0)
+            assert isinstance(got, DenseTargets)
+            torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_classification_cache_holds_texts_labels_and_logits(
+    tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cache"
+    result = build(
+        BuildOptions(
+            teacher=(str(tiny_classifier),),
+            corpus=(str(labelled_corpus),),
+            out=str(out),
+            task="sequence-classification",
+            max_length=48,
+            workers=0,
+        )
+    )
+    cache = Cache.open(str(out))
+    assert result.rows == result.positions == 200
+    assert cache.spec.label_names == ("bad", "neutral", "good")
+    rows = [r for s in range(cache.spec.spans) for d in [cache.read(s)] for r in map(d.row, range(len(d)))]
+    assert sum(int(row.labels[0] == IGNORE) for row in rows) == 40
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_classifier)
+    data = cache.read(0)
+    got = data.targets.at(3.0)
+    assert isinstance(got, DenseTargets)
+    with torch.no_grad():
+        ids = torch.from_numpy(data.row(7).input_ids)[None].long()
+        want = model(ids, token_type_ids=torch.zeros_like(ids)).logits[0]
+    torch.testing.assert_close(got.logits[7], want, rtol=1e-4, atol=1e-4)
+    assert cache.tokenizer()(data.texts[7], truncation=True, max_length=48)["input_ids"] == list(
+        data.row(7).input_ids
+    )
+
+
+def test_the_same_command_does_nothing_and_a_deleted_shard_comes_back_the_same(
+    options: BuildOptions,
+) -> None:
+    build(options)
+    before = files(Path(options.out))
+    assert build(options).made == 0
+    assert files(Path(options.out)) == before
+    victim = sorted((Path(options.out) / "shards").iterdir())[2]
+    victim.unlink()
+    (Path(options.out) / "manifest.json").unlink()
+    assert build(options).made == 1
+    assert files(Path(options.out)) == before
+
+
+def test_the_folder_may_move_and_other_batches_give_close_targets(
+    options: BuildOptions, text_corpus: Path, tmp_path: Path
+) -> None:
+    build(options)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.copy(text_corpus, moved)
+    again = dataclasses.replace(options, corpus=(str(moved / text_corpus.name),))
+    assert build(again).made == 0, "the corpus is known by its content, not its folder"
+    other = dataclasses.replace(options, out=str(tmp_path / "other"), batch_tokens=100)
+    build(other)
+    one, two = (Cache.open(o.out).read(1).targets.at(1.0) for o in (options, other))
+    assert isinstance(one, DenseTargets)
+    assert isinstance(two, DenseTargets)
+    torch.testing.assert_close(one.logits, two.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_changed_option_is_refused_with_the_fields_that_differ(
+    options: BuildOptions, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    build(options)
+    before = files(Path(options.out))
+    with pytest.raises(UsageError, match="rows.max_length: 64 -> 32"):
+        build(dataclasses.replace(options, max_length=32))
+    with pytest.raises(UsageError, match='codec: "dense" -> "topk:4"'):
+        build(dataclasses.replace(options, codec="topk:4"))
+    other = make_tiny_lm(tiny_tokenizer, tmp_path / "other-teacher", seed=1)
+    with pytest.raises(UsageError, match="teachers.0.sha256"):
+        build(dataclasses.replace(options, teacher=(str(other),)))
+    assert files(Path(options.out)) == before
+
+
+def test_a_changed_corpus_is_refused(options: BuildOptions, text_corpus: Path, tmp_path: Path) -> None:
+    copy = tmp_path / text_corpus.name
+    shutil.copy(text_corpus, copy)
+    options = dataclasses.replace(options, corpus=(str(copy),))
+    build(options)
+    text = copy.read_text()
+    copy.write_text(text.replace("e", "a", 1))
+    with pytest.raises(UsageError, match=r"corpus\.0\.tag"):
+        build(options)
+
+
+@pytest.mark.parametrize("codec", ["topk:8", "sample:6"])
+def test_sparse_targets_match_dense_ones(options: BuildOptions, codec: str, tmp_path: Path) -> None:
+    sparse = dataclasses.replace(
+        options, out=str(tmp_path / "sparse"), codec=codec, temperatures=(1.0, 2.0)
+    )
+    build(options)
+    build(sparse)
+    dense_cache, sparse_cache = Cache.open(options.out), Cache.open(sparse.out)
+    assert dense_cache.manifest.rows == sparse_cache.manifest.rows
+    for temperature in (1.0, 2.0):
+        dense, few = (c.read(0).targets.at(temperature) for c in (dense_cache, sparse_cache))
+        assert isinstance(dense, DenseTargets)
+        assert isinstance(few, SparseTargets)
+        p = (dense.logits / temperature).softmax(-1)
+        total = few.weights.sum(-1) + few.rest
+        if few.exact:
+            kept = p.gather(1, few.ids)
+            torch.testing.assert_close(few.weights, kept, rtol=5e-3, atol=1e-3)
+            torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+        else:
+            # Unbiased a position; over thousands of positions the mean settles.
+            mean = torch.zeros(p.shape[1]).scatter_add(0, few.ids.flatten(), few.weights.flatten())
+            torch.testing.assert_close(mean / len(p), p.mean(0), rtol=0, atol=4e-3)
+
+
+def test_a_padded_output_layer_is_cut_before_the_normaliser(
+    options: BuildOptions, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    wide = make_tiny_lm(tiny_tokenizer, tmp_path / "wide", vocab_size=320)
+    padded = dataclasses.replace(options, teacher=(str(wide),), codec="topk:300")
+    build(padded)
+    cache = Cache.open(padded.out)
+    assert cache.spec.vocab_size == 300
+    assert cache.manifest.shards[0].clipped_mass > 0
+    targets = cache.read(0).targets.at(1.0)
+    assert isinstance(targets, SparseTargets)
+    torch.testing.assert_close(targets.weights.sum(-1), torch.ones(len(targets)), rtol=0, atol=1e-5)
+
+
+def test_an_ensemble_is_the_mean_of_its_teachers(
+    options: BuildOptions, tiny_lm: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_lm(tiny_tokenizer, tmp_path / "second", seed=5)
+    both = {"teacher": (str(tiny_lm), str(other)), "teacher_weight": (3.0, 1.0)}
+    got = {}
+    for name, change in {
+        "first": {},
+        "second": {"teacher": (str(other),)},
+        "mean-probs": both,
+        "mean-logits": {**both, "ensemble": "mean-logits"},
+    }.items():
+        out = str(tmp_path / name / "cache")
+        build(dataclasses.replace(options, out=out, limit=20, **change))
+        targets = Cache.open(out).read(0).targets.at(1.0)
+        assert isinstance(targets, DenseTargets)
+        got[name] = targets.logits
+    probs = 0.75 * got["first"].softmax(-1) + 0.25 * got["second"].softmax(-1)
+    torch.testing.assert_close(got["mean-probs"].softmax(-1), probs, rtol=1e-4, atol=1e-6)
+    logits = 0.75 * got["first"] + 0.25 * got["second"]
+    torch.testing.assert_close(got["mean-logits"], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_limit_uses_the_first_records_only(
+    options: BuildOptions, labelled_corpus: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    some = BuildOptions(
+        teacher=(str(tiny_classifier),),
+        corpus=(str(labelled_corpus),),
+        out=str(tmp_path / "some"),
+        task="sequence-classification",
+        limit=17,
+        workers=0,
+    )
+    assert build(some).rows == 17
+
+
+class TestWrongInput:
+    """One clear line, and nothing that a later run would trust."""
+
+    def refuse(self, options: BuildOptions, match: str, **change: object) -> None:
+        options = dataclasses.replace(options, **change)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=match):
+            build(options)
+        assert not (Path(options.out) / "manifest.json").exists()
+        assert not list(Path(options.out).glob("shards/*"))
+
+    def test_missing_corpus(self, options: BuildOptions) -> None:
+        self.refuse(options, "nowhere", corpus=("/nowhere/*.jsonl",))
+
+    def test_empty_corpus(self, options: BuildOptions, tmp_path: Path) -> None:
+        empty = tmp_path / "empty.jsonl"
+        empty.touch()
+        self.refuse(options, "empty", corpus=(str(empty),))
+
+    def test_unknown_column(self, options: BuildOptions) -> None:
+        self.refuse(options, "'body'.*'text'|body.*text", text_column="body")
+
+    def test_label_outside_the_classes(
+        self, options: BuildOptions, tiny_classifier: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "labels.tsv"
+        path.write_text("text\tlabel\nfine\tgood\nodd\tawful\n")
+        self.refuse(
+            options,
+            "awful",
+            teacher=(str(tiny_classifier),),
+            corpus=(str(path),),
+            task="sequence-classification",
+        )
+
+    def test_teacher_without_weights(
+        self, options: BuildOptions, tiny_lm: Path, tmp_path: Path
+    ) -> None:
+        bare = tmp_path / "bare"
+        shutil.copytree(tiny_lm, bare)
+        (bare / "model.safetensors").unlink()
+        self.refuse(options, "no weights", teacher=(str(bare),))
+        (bare / "pytorch_model.bin").write_bytes(b"pickle")
+        self.refuse(options, "pickled", teacher=(str(bare),))
+
+    def test_no_such_teacher(self, options: BuildOptions) -> None:
+        self.refuse(options, "neither a folder", teacher=("no/such-model",))
+
+    def test_output_that_is_something_else(self, options: BuildOptions, tmp_path: Path) -> None:
+        taken = tmp_path / "taken"
+        taken.mkdir()
+        (taken / "thesis.tex").touch()
+        self.refuse(options, "not a kdcache cache", out=str(taken))
+        assert [p.name for p in taken.iterdir()] == ["thesis.tex"]
+
+    def test_nan_weights(self, options: BuildOptions, tiny_lm: Path, tmp_path: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+        with torch.no_grad():
+            model.lm_head.weight[3] = float("nan")
+        broken = tmp_path / "nan"
+        shutil.copytree(tiny_lm, broken)
+        model.save_pretrained(broken)
+        self.refuse(options, "NaN or infinite logits for span 0, row", teacher=(str(broken),))
+
+    def test_teachers_that_do_not_belong_together(
+        self, options: BuildOptions, tiny_lm: Path, stories260k: Path
+    ) -> None:
+        self.refuse(options, "different tokenizers", teacher=(str(tiny_lm), str(stories260k)))
+
+    def test_options_that_cannot_be(self, options: BuildOptions) -> None:
+        for change, match in (
+            ({"task": "translation"}, "--task"),
+            ({"temperatures": (0.0,)}, "--temperatures"),
+            ({"teacher_weight": (1.0, 2.0)}, "--teacher-weight"),
+            ({"limit": 0}, "--limit"),
+            ({"codec": "topk:none"}, "codec"),
+        ):
+            with pytest.raises(UsageError, match=match):
+                build(dataclasses.replace(options, **change))
+
+
+def test_an_unfinished_cache_cannot_be_opened(options: BuildOptions) -> None:
+    build(options)
+    (Path(options.out) / "manifest.json").unlink()
+    with pytest.raises(IncompleteError, match=r"of \d+ shards"):
+        Cache.open(options.out)
+    with pytest.raises(UsageError, match=r"no spec\.json"):
+        Cache.open(str(Path(options.out).parent))
+
+
+def test_verify_names_each_bad_shard(options: BuildOptions) -> None:
+    build(options)
+    shards = sorted((Path(options.out) / "shards").iterdir())
+    assert list(Cache.open(options.out).verify()) == []
+    data = bytearray(shards[1].read_bytes())
+    data[len(data) // 2] ^= 1
+    shards[1].write_bytes(bytes(data))
+    shards[2].unlink()
+    problems = list(Cache.open(options.out).verify())
+    assert len(problems) == 2
+    assert "shard 1" in problems[0]
+    assert "sha256" in problems[0]
+    assert "shard 2" in problems[1]
+    assert "missing" in problems[1]
+
+
+def test_a_manifest_that_points_outside_is_refused(options: BuildOptions) -> None:
+    build(options)
+    path = Path(options.out) / "manifest.json"
+    values = json.loads(path.read_text())
+    values["shards"][0]["name"] = "../../etc/passwd"
+    path.write_text(json.dumps(values))
+    from kdcache.errors import CorruptCacheError
+
+    with pytest.raises(CorruptCacheError, match="not the shard of span 0"):
+        Cache.open(options.out)
+
+
+class FailingCrew(Crew):
+    """Does spans at once, but fails those it was told to, and notes who ran beside whom."""
+
+    def __init__(self, bad: dict[int, int], lost: bool) -> None:
+        self.bad, self.lost = dict(bad), lost
+        self.waiting: list[tuple[Span, bool]] = []
+        self.log: list[tuple[int, bool]] = []
+        self.stopped = False
+
+    def room(self, *, alone: bool = False) -> bool:
+        return len(self.waiting) < (1 if alone else 2)
+
+    def give(self, span: Span, *, alone: bool = False) -> None:
+        self.waiting.append((span, alone))
+        self.log.append((span.index, alone))
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        outcomes = []
+        for span, _ in self.waiting:
+            if self.bad.get(span.index, 0) > 0:
+                self.bad[span.index] -= 1
+                outcomes.append(Outcome(span, error=RuntimeError("boom"), lost=self.lost))
+            else:
+                entry = ShardEntry(span.index, "x", 1, 1, 1, 1, "0" * 64)
+                outcomes.append(Outcome(span, SpanReport(entry, 1.0, 0.5)))
+        self.waiting = []
+        return outcomes
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def workers(self) -> int:
+        return 1
+
+
+def drive(crew: FailingCrew, count: int = 6) -> tuple[_Driver, list[Progress]]:
+    seen: list[Progress] = []
+    spans: Sequence[Span] = [Span(i, "f", "jsonl", 0, 1) for i in range(count)]
+    driver = _Driver(None, spans, seen.append)  # type: ignore[arg-type]
+    driver.run(range(count), lambda: crew)
+    return driver, seen
+
+
+def test_a_span_that_fails_twice_is_tried_again_alone() -> None:
+    crew = FailingCrew({2: 2}, lost=True)
+    driver, seen = drive(crew)
+    assert sorted(entry.span for entry in driver.entries) == list(range(6))
+    assert [alone for span, alone in crew.log if span == 2] == [False, True, True]
+    assert crew.stopped
+    assert seen[-1].done == 6
+    assert seen[-1].failed == 0
+
+
+def test_a_span_that_always_fails_is_set_aside_and_the_rest_completes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    crew = FailingCrew({1: 99, 4: 99}, lost=False)
+    with pytest.raises(IncompleteError, match=r"2 of 6 spans failed 3 times(.|\n)*span 1(.|\n)*span 4"):
+        drive(crew)
+    assert len([1 for span, _ in crew.log if span == 1]) == 3
+    assert crew.stopped
+    assert "boom" in caplog.text
+
+
+def test_wrong_input_stops_everything_at_once() -> None:
+    class Refusing(FailingCrew):
+        def wait(self, seconds: float) -> list[Outcome]:
+            return [Outcome(self.waiting[0][0], error=UsageError("bad line 7"))]
+
+    crew = Refusing({}, lost=False)
+    with pytest.raises(UsageError, match="bad line 7"):
+        drive(crew)
+    assert crew.stopped
+    assert len(crew.log) == 2
+
+
+def test_an_interrupt_says_how_to_go_on() -> None:
+    class Interrupted(FailingCrew):
+        def wait(self, seconds: float) -> list[Outcome]:
+            raise KeyboardInterrupt
+
+    crew = Interrupted({}, lost=False)
+    with pytest.raises(IncompleteError, match="0 of 6 shards are committed. Run the same command"):
+        drive(crew)
+    assert crew.stopped
+
+
+def test_batches_hold_every_row_once_within_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 200).tolist()
+    made = list(batches(lengths, 100))
+    assert sorted(i for batch in made for i in batch) == list(range(200))
+    for batch in made:
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= 100
+    assert list(batches([], 100)) == []
+    assert list(batches([500, 3], 100)) == [[0], [1]]
