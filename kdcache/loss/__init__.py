@@ -1,0 +1,50 @@
+"""The distillation loss: a readable reference, and a fused linear form for large vocabularies.
+
+For a position with student logits ``z``, hard label ``y`` and the teacher's distribution ``q`` at
+temperature ``T``:
+
+    loss = alpha * CE(y, softmax(z)) + (1 - alpha) * T^2 * D(q, softmax(z / T))
+
+summed over positions and divided by `count` (by default their number). ``T^2`` undoes the ``1 /
+T^2`` by which a temperature shrinks the soft gradient, so that `alpha` means the same at any T
+(Hinton, Vinyals and Dean 2015, section 2.1). A position whose label is -100 trains on the soft part
+alone.
+
+=============================  ===================  ===============  =======================
+function                       divergences          logits in memory  matrix products
+=============================  ===================  ===============  =======================
+`distillation_loss`            all                  all, several x   (takes logits)
+`sliced_linear_distillation`   all                  one slice        4
+`fused_linear_distillation`    forward-kl           one slice        3, as cross-entropy has
+=============================  ===================  ===============  =======================
+"""
+
+from __future__ import annotations
+
+from kdcache.loss.fused import fused_linear_distillation
+from kdcache.loss.reference import (
+    DIVERGENCES,
+    IGNORE,
+    TAILS,
+    Divergence,
+    LossParts,
+    Tail,
+    Targets,
+    check_loss,
+    distillation_loss,
+    sliced_linear_distillation,
+)
+
+__all__ = [
+    "DIVERGENCES",
+    "IGNORE",
+    "TAILS",
+    "Divergence",
+    "LossParts",
+    "Tail",
+    "Targets",
+    "check_loss",
+    "distillation_loss",
+    "fused_linear_distillation",
+    "sliced_linear_distillation",
+]

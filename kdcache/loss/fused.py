@@ -1,0 +1,462 @@
+"""The distillation loss of a linear head, without the [positions, vocabulary] logits.
+
+Works in slices of positions: project, turn the slice of logits into its own gradient in place,
+multiply that gradient with the weight and with the hidden states, go on. Guarantee: loss and
+gradients of `kdcache.loss.distillation_loss` on ``hidden @ weight.T + bias``, up to the rounding of
+the compute dtype.
+
+Cost: the three matrix products that plain cross-entropy needs too, and per slice one read of the
+logits for the maximum, one for the sums and one read and write for the gradient (compiled into one
+kernel on CUDA, in cache-sized blocks on a CPU). Memory: one slice of logits and one float32 matrix
+of the weight's shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.loss.reference import (
+    IGNORE,
+    LossParts,
+    Targets,
+    check_loss,
+    scalar_count,
+    student_width,
+    take,
+)
+from kdcache.targets import DenseTargets, SparseTargets
+
+Pass = Callable[..., tuple[Tensor, Tensor]]
+
+
+class _Options(NamedTuple):
+    """What a slice needs beside its tensors.
+
+    Numbers that a schedule may change each step are tensors: they never recompile anything.
+    """
+
+    alpha: Tensor
+    inverse_t: Tensor  # 1 / T
+    unit: bool  # T = 1: hard and soft parts share one softmax
+    exact: bool  # targets are probabilities: report KL, not cross-entropy
+
+
+def fused_linear_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    targets: Targets,
+    *,
+    alpha: float | Tensor,
+    temperature: float,
+    divergence: str = "forward-kl",
+    tail: str = "bucket",
+    vocab_size: int | None = None,
+    count: float | Tensor | None = None,
+    position_weights: Tensor | None = None,
+    rows: int | None = None,
+) -> LossParts:
+    """`distillation_loss` of ``hidden @ weight.T + bias`` without ever holding these logits.
+
+    Runs in the autocast dtype where autocast is on, else in the weight's dtype; losses and
+    everything that decides the gradient are float32 (float64 for float64). Gradients are made in
+    the forward pass without `count` and without the gradient that arrives from above; both are
+    applied in the backward pass in float32, so neither a long batch nor float16 with a gradient
+    scaler underflows. Only `total` can be differentiated; it has no second derivative.
+
+    Args:
+        hidden: [n, H] last hidden states of the positions.
+        weight: [V', H] output projection.
+        bias: [V'] or None.
+        labels: see `distillation_loss`; so are `targets`, `alpha`, `temperature`, `tail`,
+            `vocab_size`, `count`.
+        targets: n positions at `temperature`.
+        alpha: weight of the hard loss.
+        temperature: T of the soft part.
+        divergence: must be "forward-kl".
+        tail: for top-k targets, "bucket" or "renormalize".
+        vocab_size: V <= V'.
+        count: divisor of the sums.
+        position_weights: [n] weight of each position.
+        rows: positions in a slice. Default: about 2^29 logits on a GPU, 2^24 on a CPU.
+
+    Returns:
+        LossParts; `total` carries the gradient to `hidden`, `weight` and `bias`, whichever ask for
+        one.
+
+    Raises:
+        UsageError: see `distillation_loss`; also any other divergence.
+    """
+    exact = isinstance(targets, DenseTargets) or targets.exact
+    check_loss(targets, temperature=temperature, divergence=divergence, tail=tail, exact=exact)
+    if divergence != "forward-kl":
+        raise UsageError(
+            f"the fused loss knows forward-kl, not {divergence}; use sliced_linear_distillation."
+        )
+    width = student_width(len(weight), targets, vocab_size)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def scalar(value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(hidden.device, wide).reshape(())
+        return torch.full((), value, dtype=wide, device=hidden.device)
+
+    options = _Options(scalar(alpha), scalar(1 / temperature), temperature == 1, exact)
+    if isinstance(targets, SparseTargets):
+        targets = _prepare(targets, tail, wide)
+    each = (
+        torch.ones(len(hidden), dtype=wide, device=hidden.device)
+        if position_weights is None
+        else position_weights.detach().to(wide)
+    )
+    divisor = scalar_count(each, count, position_weights)
+    grad = torch.is_grad_enabled()
+    arguments = (each, divisor, options, width, dtype, rows, grad)
+    return LossParts(*_eagerly(hidden, weight, bias, labels, targets, *arguments))
+
+
+def _prepare(targets: SparseTargets, tail: str, wide: torch.dtype) -> SparseTargets:
+    """Weights as they enter the loss, and a `rest` that is 0 where there is no bucket."""
+    w, rest = targets.weights.to(wide), targets.rest.to(wide)
+    if targets.exact and tail == "renormalize":
+        w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+    if not targets.exact or tail == "renormalize":
+        rest = torch.zeros_like(rest)
+    return SparseTargets(ids=targets.ids, weights=w, rest=rest, exact=targets.exact)
+
+
+class _Fused(torch.autograd.Function):
+    """Forward: loss and unscaled gradients. Backward: scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        targets: Targets,
+        each: Tensor,
+        divisor: Tensor,
+        options: _Options,
+        width: int,
+        dtype: torch.dtype,
+        rows: int | None,
+        grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        want_hidden, want_weight, want_bias = (grad and want for want in ctx.needs_input_grad[:3])
+        n, size = hidden.shape
+        h, w = hidden.to(dtype), weight.detach()[:width].to(dtype)
+        b = None if bias is None else bias.detach()[:width].to(dtype)
+        wide = options.alpha.dtype
+        padded = torch.zeros if width < len(weight) or n == 0 else torch.empty
+        d_hidden = torch.empty_like(h) if want_hidden else None
+        # A low-precision sum over slices would round once a slice (bfloat16: 2^-9 of the running
+        # sum each time, so small contributions of late slices vanish). One float32 buffer makes the
+        # result as exact as one product over all positions, and where the matrix product itself can
+        # accumulate into it (`_accumulate_`) it costs no extra pass.
+        d_weight = (
+            padded((len(weight), size), dtype=wide, device=weight.device) if want_weight else None
+        )
+        d_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if want_bias else None
+        sums = torch.zeros(2, dtype=wide, device=hidden.device)
+        step = _rows(n, width, hidden.device, rows)
+        buffer = torch.empty((min(step, n), width), dtype=dtype, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, n, step):
+                part = slice(start, min(start + step, n))
+                z = buffer[: part.stop - start]
+                if b is None:
+                    torch.mm(h[part], w.T, out=z)
+                else:
+                    torch.addmm(b, h[part], w.T, out=z)
+                sums += _logits_to_gradient_(
+                    z, labels[part], take(targets, part), each[part], options
+                )
+                if d_hidden is not None:
+                    torch.mm(z, w, out=d_hidden[part])
+                if d_weight is not None:
+                    _accumulate_(d_weight[:width], z, h[part], first=start == 0)
+                if d_bias is not None:
+                    d_bias[:width] += z.sum(0, dtype=wide)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, divisor)
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        hard, soft = sums / divisor
+        total = options.alpha * hard + (1 - options.alpha) * soft
+        ctx.mark_non_differentiable(hard, soft)
+        return total, hard, soft
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, divisor = ctx.saved_tensors
+        scale = d_total.to(divisor) / divisor
+        # `.to(scale)` first: a low-precision tensor times a scalar tensor would round the scalar to
+        # low precision.
+        gradients = [
+            None if d is None else (d.to(scale.dtype) * scale).to(dtype)
+            for d, dtype in zip(saved, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, *[None] * 9)
+
+
+def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    apply: Any = _Fused.apply
+    return cast("tuple[Tensor, Tensor, Tensor]", apply(*arguments))
+
+
+# A student under torch.compile must not trace the slices: they bring their own compiled pass.
+_disable: Any = torch.compiler.disable
+_eagerly: Any = _disable(_apply)
+
+
+def _rows(n: int, width: int, device: torch.device, rows: int | None) -> int:
+    """Positions in a slice, evened out so that the last slice is not a sliver."""
+    if rows is None:
+        # A GPU wants large products. On a CPU 128 rows of a 128k vocabulary reach the full speed of
+        # the products, and the buffer (64 MiB) stays small beside the weight.
+        budget, most = (2**29, 16384) if device.type == "cuda" else (2**24, 1024)
+        rows = min(max(budget // width, 64), most)
+    slices = max(-(-n // rows), 1)
+    return max(-(-n // slices), 1)
+
+
+def _logits_to_gradient_(
+    z: Tensor, labels: Tensor, targets: Targets, each: Tensor, options: _Options
+) -> Tensor:
+    """Replace logits [n, V] by the gradient of the summed loss; returns [2]: hard and soft sums."""
+    valid = labels != IGNORE
+    ids = labels.long().masked_fill(~valid, 0)[:, None]
+    valid_each = valid * each
+    fast = z.device.type == "cuda" and _has_triton()
+    # Eager passes are cheap only while a block stays in the cores' cache; a compiled pass takes the
+    # whole slice.
+    block = len(z) if fast else max(2**20 // z.shape[1], 1)
+    sums = torch.zeros(2, dtype=each.dtype, device=z.device)
+    tensors: tuple[Tensor, ...]
+    for start in range(0, len(z), block):
+        part = slice(start, start + block)
+        zs, label = z[part], ids[part]
+        if isinstance(targets, DenseTargets):
+            entries = label
+            x = zs.gather(1, entries).to(each.dtype)
+            tensors = (
+                zs,
+                x,
+                targets.logits[part].to(each.dtype),
+                label,
+                valid_each[part],
+                each[part],
+            )
+            function: Pass = _dense_pass
+        else:
+            entries = torch.cat([targets.ids[part], label], 1)
+            x = zs.gather(1, entries).to(each.dtype)
+            zs.scatter_(1, entries, -torch.inf)
+            w, rest = targets.weights[part], targets.rest[part]
+            tensors = (zs, x, entries, w, rest, valid_each[part], each[part])
+            function = _sparse_pass
+        losses, d_entries = (_compiled(function) if fast else function)(*tensors, *options)
+        # Written, not added: these values were made in float32 (softmax minus target cancels), and
+        # equal ids carry equal values, so the result does not depend on the order of the writes.
+        zs.scatter_(1, entries, d_entries.to(zs.dtype))
+        sums += losses
+    return sums
+
+
+def _sparse_pass(
+    z: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    w: Tensor,
+    rest: Tensor,
+    valid: Tensor,
+    each: Tensor,
+    alpha: Tensor,
+    inverse_t: Tensor,
+    unit: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """One slice against sparse targets: z becomes the gradient outside the entries.
+
+    The entries (the target's ids and, last, the label) were cut out of z, so that the mass outside
+    them is a sum of its own and not one minus something, which float32 could not resolve for a
+    confident student.
+
+    Args:
+        z: [n, V] logits with -inf at the entries; overwritten.
+        x: [n, E] logits of the entries.
+        ids: [n, E] ids of the entries; repetitions (a label among the targets, padding slots) are
+            counted once.
+        w: [n, E - 1] weights of the targets.
+        rest: [n] teacher's mass of the tail bucket, 0 where there is none.
+        valid: [n] weight of the position where it has a label, else 0.
+        each: [n] weight of the position.
+        alpha: scalar; as are 1 / T, and two static flags (see `_Options`).
+        inverse_t: 1 / T.
+        unit: T = 1.
+        exact: add the teacher's negative entropy: KL instead of cross-entropy.
+
+    Returns:
+        [2] summed hard and soft loss, and [n, E] gradient of the entries.
+    """
+    w = F.pad(w, (0, 1))
+    rest, valid, each = rest[:, None], valid[:, None], each[:, None]
+    place = torch.arange(ids.shape[1], device=ids.device)
+    same = ids[:, :, None] == ids[:, None, :]
+    first = ~(same & (place[:, None] > place)).any(-1)
+    own = (same * w[:, None, :]).sum(-1)
+    listed = own > 0
+    is_label = same[:, :, -1]
+
+    # In place throughout: on a CPU a pass over the logits costs more than its arithmetic; compiled,
+    # it makes no difference. `e` is z itself where no wider dtype is needed.
+    top = z.amax(-1, keepdim=True).to(x.dtype)
+    top = torch.where(top > -torch.inf, top, 0)
+    e = z.to(x.dtype).sub_(top)
+    e_soft = e if unit else e.mul(inverse_t).exp_()
+    e.exp_()
+    others = e.sum(-1, keepdim=True).log() + top
+    lse = torch.cat([others, torch.where(first, x, -torch.inf)], -1).logsumexp(-1, keepdim=True)
+    if unit:
+        y, top_t, others_t, lse_t = x, top, others, lse
+    else:
+        y, top_t = x * inverse_t, top * inverse_t
+        others_t = e_soft.sum(-1, keepdim=True).log() + top_t
+        lse_t = torch.cat([others_t, torch.where(first, y, -torch.inf)], -1).logsumexp(
+            -1, keepdim=True
+        )
+    tail = torch.cat([others_t, torch.where(first & ~listed, y, -torch.inf)], -1).logsumexp(
+        -1, keepdim=True
+    )
+    has_tail = tail > -torch.inf
+    tail = torch.where(has_tail, tail, 0)
+    rest = torch.where(has_tail, rest, 0)
+    mass = w.sum(-1, keepdim=True) + rest
+
+    hard = valid * (lse - x[:, -1:])
+    soft = mass * lse_t - (w * y).sum(-1, keepdim=True) - rest * tail
+    if exact:
+        soft = soft + torch.xlogy(w, w).sum(-1, keepdim=True) + torch.xlogy(rest, rest)
+    soft = each * soft / inverse_t**2
+
+    c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
+    a_hard = c_hard * (top - lse).exp()
+    # exp(top_t - tail) <= 1 where others exist; where none do, z is -inf throughout and the factor
+    # must only be finite.
+    a_soft = c_soft * (mass * (top_t - lse_t).exp() - rest * (top_t - tail).clamp_max(0).exp())
+    z.copy_(e.mul_(a_hard + a_soft) if unit else e.mul_(a_hard).addcmul_(e_soft, a_soft))
+    d_soft = (
+        mass * (y - lse_t).exp()
+        - own
+        - torch.where(listed, 0, rest * (y - tail).clamp_max(0).exp())
+    )
+    d_entries = c_hard * ((x - lse).exp() - is_label.to(x.dtype)) + c_soft * d_soft
+    return torch.stack([hard.sum(), soft.sum()]), d_entries
+
+
+def _dense_pass(
+    z: Tensor,
+    x: Tensor,
+    teacher: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    each: Tensor,
+    alpha: Tensor,
+    inverse_t: Tensor,
+    unit: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """One slice against full teacher logits [n, V]: as `_sparse_pass`, with one entry, the label.
+
+    z keeps the label's logit: only its gradient is made apart, in float32.
+    """
+    assert exact, "dense targets are exact"
+    valid, each = valid[:, None], each[:, None]
+    logits = z.to(x.dtype)
+    student = torch.log_softmax(logits, -1)
+    student_t = student if unit else torch.log_softmax(logits * inverse_t, -1)
+    target = torch.log_softmax(teacher * inverse_t, -1)
+    q, p = target.exp(), student.exp()
+    p_t = p if unit else student_t.exp()
+    # A teacher's logit of -inf (a masked id) is an outcome without mass.
+    kl = torch.where(q > 0, q * (target - student_t), 0).sum(-1, keepdim=True)
+    hard, soft = -valid * student.gather(1, label), each * kl / inverse_t**2
+    c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
+    d_soft = c_soft * (p_t - q)
+    d_label = c_hard * (p.gather(1, label) - 1) + d_soft.gather(1, label)
+    z.copy_(c_hard * p + d_soft)
+    return torch.stack([hard.sum(), soft.sum()]), d_label
+
+
+@functools.cache
+def _compiled(function: Pass) -> Pass:
+    """`function` under torch.compile."""
+    fast = torch.compile(function)
+
+    def call(z: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        # The vocabulary stays a constant of the kernel; the numbers of positions and entries change
+        # with every batch.
+        for tensor in (z, x, *rest):
+            if isinstance(tensor, Tensor) and tensor.ndim:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                if tensor.ndim == 2 and tensor.shape[1] != z.shape[1]:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return fast(z, x, *rest)
+
+    return call
+
+
+@functools.cache
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
+
+
+@functools.cache
+def _mixed_addmm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of `dtype` can be added to a float32 matrix (PyTorch 2.8 on CUDA).
+
+    Tried rather than looked up: it depends on PyTorch, the BLAS library and the card.
+    """
+    if device.type != "cuda":
+        return False
+    a = torch.full((16, 16), 2.0**-7, dtype=dtype, device=device)
+    total = torch.ones((16, 16), dtype=torch.float32, device=device)
+    addmm: Any = torch.addmm
+    try:
+        addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 1 + 2.0**-10).all())
+
+
+def _accumulate_(total: Tensor, gradient: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """``total += gradient.T @ hidden``, or ``=`` if `first`; the operands may be narrower."""
+    beta = 0 if first else 1
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.T, hidden, beta=beta)
+    elif _mixed_addmm(gradient.device, gradient.dtype):
+        addmm: Any = torch.addmm
+        addmm(total, gradient.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        # The product is rounded once to low precision, as in any linear layer's backward pass; the
+        # sum is not. float16 also overflows: a frequent token sums its hidden states thousands of
+        # times. Powers of two are exact.
+        shrink = 2.0**-6 if gradient.dtype == torch.float16 else 1.0
+        product = gradient.T @ (hidden * shrink if shrink != 1 else hidden)
+        if first:
+            torch.mul(product, 1 / shrink, out=total)
+        else:
+            total.add_(product, alpha=1 / shrink)

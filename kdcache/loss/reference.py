@@ -1,0 +1,328 @@
+"""The readable distillation loss: plain autograd over whole logits; every divergence, every target.
+
+Cost: several [positions, vocabulary] float32 copies. For large vocabularies see
+`kdcache.loss.fused`, which is tested against this file.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kdcache.errors import UsageError
+from kdcache.targets import DenseTargets, SparseTargets
+
+IGNORE = -100
+DIVERGENCES = ("forward-kl", "reverse-kl", "jsd", "mse")
+TAILS = ("bucket", "renormalize")
+
+Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse"]
+Tail = Literal["bucket", "renormalize"]
+Targets = DenseTargets | SparseTargets
+
+
+class LossParts(NamedTuple):
+    """The loss and its two parts: scalars with ``total = alpha * hard + (1 - alpha) * soft``.
+
+    Attributes:
+        total: what to call ``backward`` on.
+        hard: cross-entropy with the labels, nats, summed over positions and divided by the count.
+        soft: T^2 times the divergence (nats; squared logits for "mse"), summed and divided alike.
+    """
+
+    total: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+def check_loss(
+    targets: type[Targets] | Targets, *, temperature: float, divergence: str, tail: str, exact: bool
+) -> None:
+    """Refuse combinations of options that have no meaning.
+
+    Args:
+        targets: the targets, or only their class where none are at hand yet.
+        temperature: the loss's temperature, above 0.
+        divergence: one of `DIVERGENCES`.
+        tail: one of `TAILS`; only read for top-k targets.
+        exact: for sparse targets, whether their weights are probabilities (top-k) or sample
+            weights.
+
+    Raises:
+        UsageError: unknown name, T <= 0, "mse" without dense targets or with T != 1, "reverse-kl"
+            or "jsd" with sampled targets or with a renormalised top-k.
+    """
+    dense = targets is DenseTargets or isinstance(targets, DenseTargets)
+    if divergence not in DIVERGENCES:
+        raise UsageError(f"loss {divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}.")
+    if tail not in TAILS:
+        raise UsageError(f"tail {tail!r} is unknown; choose one of {', '.join(TAILS)}.")
+    if not temperature > 0:
+        raise UsageError(f"temperature is {temperature:g}; it must be above 0.")
+    if divergence == "mse":
+        if not dense:
+            raise UsageError(
+                "loss mse compares all logits, but this cache holds sparse targets. "
+                "Build it with --codec dense, or train with --loss forward-kl."
+            )
+        if temperature != 1:
+            raise UsageError(
+                f"loss mse compares raw logits and knows no temperature, but {temperature:g} was "
+                "given. Train with --temperature 1."
+            )
+    if dense or divergence == "forward-kl":
+        return
+    if not exact:
+        raise UsageError(
+            f"loss {divergence} is not linear in the teacher's probabilities, so it would be "
+            "biased on sampled targets. Train with --loss forward-kl, or build the cache with "
+            "--codec topk:K or dense."
+        )
+    if tail == "renormalize":
+        raise UsageError(
+            f"loss {divergence} is infinite where a renormalised top-k has no mass. "
+            "Train with --tail bucket."
+        )
+
+
+def distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    *,
+    alpha: float | Tensor,
+    temperature: float,
+    divergence: str = "forward-kl",
+    tail: str = "bucket",
+    vocab_size: int | None = None,
+    count: float | Tensor | None = None,
+    position_weights: Tensor | None = None,
+) -> LossParts:
+    """The readable reference: hard and soft loss from the student's logits.
+
+    Soft part of one position, with q the targets and p = softmax(logits / T):
+
+    * dense, and top-k with its tail: the divergence itself. "bucket" puts everything outside the
+      top k into one more outcome, on both sides; "renormalize" (forward-kl only) scales the
+      teacher's top k to sum to 1 and leaves p as it is.
+    * sampled: cross-entropy form, ``sum_i w_i (logsumexp(z / T) - z_i / T)``. It is unbiased for
+      the cross-entropy with the teacher, so its gradient is unbiased for KL's; it exceeds KL by the
+      teacher's entropy.
+    * "mse" (Tang et al. 2019, equation 4): squared error of the logits, mean over classes, no T^2.
+
+    Args:
+        logits: [n, V'] of any float dtype; the loss works in float32, or in float64 if they are
+            float64.
+        labels: int [n], -100 where there is none.
+        targets: n positions at `temperature`.
+        alpha: weight of the hard loss, 0 to 1.
+        temperature: T of the soft part.
+        divergence: "forward-kl" KL(q || p), "reverse-kl" KL(p || q), "jsd" (their mean to the
+            mixture), "mse".
+        tail: for top-k targets, "bucket" or "renormalize".
+        vocab_size: V, the teacher's vocabulary; columns from V on (padding of the student) take no
+            part. Default: all, or the dense targets' own width.
+        count: divisor of the sums, for normalising over several batches or ranks. Default: n, or
+            the sum of `position_weights`.
+        position_weights: [n] weight of each position. Default: 1.
+
+    Returns:
+        LossParts, connected to `logits`; zeros for n = 0.
+
+    Raises:
+        UsageError: see `check_loss`; also logits narrower than the vocabulary.
+    """
+    exact = isinstance(targets, DenseTargets) or targets.exact
+    check_loss(targets, temperature=temperature, divergence=divergence, tail=tail, exact=exact)
+    z = logits[:, : student_width(logits.shape[-1], targets, vocab_size)]
+    z = z if z.dtype == torch.float64 else z.float()
+    valid = labels != IGNORE
+    hard = F.cross_entropy(z, labels.long().masked_fill(~valid, 0), reduction="none") * valid
+    if divergence == "mse":
+        soft = (z - _dense(targets).logits.to(z)).square().mean(-1)
+    else:
+        soft = temperature**2 * _divergence(z / temperature, targets, temperature, divergence, tail)
+    return _parts(hard, soft, alpha, count, position_weights)
+
+
+def sliced_linear_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    targets: Targets,
+    *,
+    alpha: float | Tensor,
+    temperature: float,
+    divergence: str = "forward-kl",
+    tail: str = "bucket",
+    vocab_size: int | None = None,
+    count: float | Tensor | None = None,
+    position_weights: Tensor | None = None,
+    rows: int = 1024,
+) -> LossParts:
+    """`distillation_loss` of ``hidden @ weight.T + bias``, slice by slice, for any divergence.
+
+    Each slice's logits are made again in the backward pass (one more matrix product than the fused
+    form), so the logits of all positions never exist together.
+
+    Args:
+        hidden: [n, H] last hidden states of the positions.
+        weight: [V', H] output projection.
+        bias: [V'] or None.
+        labels: as all other arguments, see `distillation_loss`.
+        targets: n positions at `temperature`.
+        alpha: weight of the hard loss.
+        temperature: T of the soft part.
+        divergence: one of `DIVERGENCES`.
+        tail: for top-k targets, "bucket" or "renormalize".
+        vocab_size: V <= V'.
+        count: divisor of the sums.
+        position_weights: [n] weight of each position.
+        rows: positions in a slice.
+
+    Returns:
+        LossParts, connected to `hidden`, `weight` and `bias`.
+
+    Raises:
+        UsageError: see `distillation_loss`.
+    """
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    like = torch.empty((len(hidden), 0), dtype=wide, device=hidden.device)
+    divisor = scalar_count(like, count, position_weights)
+
+    def part(start: int, h: Tensor, w: Tensor, b: Tensor | None) -> LossParts:
+        piece = slice(start, start + rows)
+        return distillation_loss(
+            F.linear(h, w, b),
+            labels[piece],
+            take(targets, piece),
+            alpha=alpha,
+            temperature=temperature,
+            divergence=divergence,
+            tail=tail,
+            vocab_size=vocab_size,
+            count=divisor,
+            position_weights=None if position_weights is None else position_weights[piece],
+        )
+
+    # At least one slice, so that an empty batch is connected to the weight too (DDP waits for it).
+    slices = [
+        LossParts(*checkpoint(part, a, hidden[a : a + rows], weight, bias, use_reentrant=False))
+        for a in range(0, max(len(hidden), 1), rows)
+    ]
+    return LossParts(*(torch.stack(parts).sum(0) for parts in zip(*slices, strict=True)))
+
+
+def _divergence(
+    z: Tensor, targets: Targets, temperature: float, divergence: str, tail: str
+) -> Tensor:
+    """Divergence of each position; z [n, V] is already divided by T."""
+    student = F.log_softmax(z, -1)
+    if isinstance(targets, DenseTargets):
+        return _coarse(F.log_softmax(targets.logits.to(z) / temperature, -1), student, divergence)
+    w, ids = targets.weights.to(z), targets.ids
+    if not targets.exact:
+        return -(w * student.gather(-1, ids)).sum(-1)
+    used = w > 0
+    nothing = torch.full_like(w, -torch.inf)
+    teacher = torch.where(used, w.clamp_min(torch.finfo(w.dtype).tiny).log(), nothing)
+    chosen = torch.where(used, student.gather(-1, ids), nothing)
+    if tail == "renormalize":
+        total = w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        return _coarse(teacher - total.log(), chosen, divergence)
+    inside = torch.zeros_like(z).scatter_add(-1, ids, w) > 0
+    # A top-k of the whole vocabulary has no tail: there is no outcome to compare, whatever rounding
+    # left in `rest`.
+    has_tail = ~inside.all(-1, keepdim=True)
+    outside = torch.where(
+        has_tail,
+        student.masked_fill(inside & has_tail, -torch.inf).logsumexp(-1, keepdim=True),
+        nothing[:, :1],
+    )
+    # Probabilities were stored as float32: a tail below its resolution is unknown, not impossible.
+    rest = targets.rest.to(z)[:, None]
+    floor = 0.0 if divergence == "forward-kl" else torch.finfo(torch.float32).eps
+    rest = torch.where(has_tail, rest.clamp_min(floor), 0)
+    log_rest = torch.where(
+        rest > 0, rest.clamp_min(torch.finfo(w.dtype).tiny).log(), nothing[:, :1]
+    )
+    return _coarse(torch.cat([teacher, log_rest], -1), torch.cat([chosen, outside], -1), divergence)
+
+
+def _coarse(teacher: Tensor, student: Tensor, divergence: str) -> Tensor:
+    """Divergence over m outcomes, both sides as log-probabilities [n, m]; -inf: no such outcome."""
+    if divergence == "forward-kl":
+        return _kl(teacher, student)
+    if divergence == "reverse-kl":
+        return _kl(student, teacher)
+    mixture = torch.logaddexp(
+        *(x.clamp_min(torch.finfo(x.dtype).min) for x in (teacher, student))
+    ) - torch.log(teacher.new_tensor(2.0))
+    return (_kl(teacher, mixture) + _kl(student, mixture)) / 2
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities; outcomes with p = 0 add nothing, not even NaN gradients."""
+    possible = p > -torch.inf
+    p, q = torch.where(possible, p, 0), torch.where(possible, q, 0)
+    return torch.where(possible, p.exp() * (p - q), 0).sum(-1)
+
+
+def _parts(
+    hard: Tensor,
+    soft: Tensor,
+    alpha: float | Tensor,
+    count: float | Tensor | None,
+    position_weights: Tensor | None,
+) -> LossParts:
+    if position_weights is not None:
+        hard, soft = hard * position_weights.to(hard), soft * position_weights.to(soft)
+    scale = 1 / scalar_count(hard, count, position_weights)
+    hard, soft = hard.sum() * scale, soft.sum() * scale
+    return LossParts(alpha * hard + (1 - alpha) * soft, hard.detach(), soft.detach())
+
+
+def scalar_count(
+    like: Tensor, count: float | Tensor | None, position_weights: Tensor | None
+) -> Tensor:
+    """The divisor as a scalar tensor like `like`; by default its length, for an empty batch 1."""
+    if count is None:
+        count = float(max(len(like), 1)) if position_weights is None else position_weights.sum()
+    if isinstance(count, Tensor):
+        return count.detach().to(like).reshape(())
+    return torch.full((), count, dtype=like.dtype, device=like.device)
+
+
+def student_width(columns: int, targets: Targets, vocab_size: int | None) -> int:
+    """Number of the student's columns that take part: the teacher's vocabulary or classes."""
+    width = vocab_size or columns
+    if isinstance(targets, DenseTargets):
+        width = targets.logits.shape[-1]
+    if width > columns:
+        raise UsageError(
+            f"the student has {columns} outputs, the targets are over {width}. "
+            "The student must have the teacher's vocabulary or classes (or a padded vocabulary)."
+        )
+    return width
+
+
+def _dense(targets: Targets) -> DenseTargets:
+    assert isinstance(targets, DenseTargets), "check_loss let sparse targets through"
+    return targets
+
+
+def take(targets: Targets, part: slice) -> Targets:
+    """The targets of a slice of positions, as views."""
+    if isinstance(targets, DenseTargets):
+        return DenseTargets(logits=targets.logits[part])
+    return SparseTargets(
+        ids=targets.ids[part],
+        weights=targets.weights[part],
+        rest=targets.rest[part],
+        exact=targets.exact,
+    )

@@ -1,0 +1,451 @@
+"""Students by name: what `--student` accepts, and the checks that it fits the cache.
+
+========================  ==========================================================================
+name                      student
+========================  ==========================================================================
+folder or hub id          a Hugging Face model with its weights; a plain encoder gets a new
+classifier
+                          head; also a folder that `save_pretrained` of any student here wrote
+``CONFIG.json``           a Hugging Face (or bilstm) architecture, randomly initialised
+``bilstm``                the built-in classifier, with words or the teacher's tokens
+``module:function``       whatever ``function(info)`` returns: a `torch.nn.Module` whose forward
+takes
+                          the batch's input tensors and returns logits
+========================  ==========================================================================
+
+Random weights come from `StudentInfo.seed` alone and leave the global random state as it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from kdcache.errors import UsageError
+from kdcache.student.bilstm import MODEL_TYPE, BiLstmClassifier, BiLstmConfig
+from kdcache.student.vocabulary import Vocabulary, read_embeddings
+
+CAUSAL, CLASSIFICATION = "causal-lm", "sequence-classification"
+FACTORY_TYPE = "kdcache-factory"
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# A student may pad its vocabulary, as models do for the speed of their last product, but not by
+# whole vocabularies.
+_MOST_PADDING = 1024
+_WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
+
+Tokenize = Callable[[Sequence[str], Sequence[str] | None], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """What a student must know of the cache it learns from.
+
+    Attributes:
+        task: "causal-lm" or "sequence-classification".
+        vocab_size: ids of the cache's tokenizer.
+        num_labels: classes, for classification.
+        label_names: their names, in order.
+        pad_id: id of padding in the cache's batches.
+        bos_id: begin-of-sequence id of the cache's tokenizer.
+        eos_id: end-of-sequence id.
+        max_length: longest row, in tokens.
+        texts: training texts for a word vocabulary; read once.
+        tokenizer: the cache's tokenizer, to compare with a student's own.
+        seed: of random weights.
+    """
+
+    task: str
+    vocab_size: int
+    num_labels: int | None = None
+    label_names: tuple[str, ...] | None = None
+    pad_id: int = 0
+    bos_id: int | None = None
+    eos_id: int | None = None
+    max_length: int = 512
+    texts: Iterable[str] | None = None
+    tokenizer: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task not in (CAUSAL, CLASSIFICATION):
+            raise UsageError(f"task {self.task!r} is unknown; it is {CAUSAL} or {CLASSIFICATION}.")
+        if self.task == CLASSIFICATION and not self.num_labels:
+            raise UsageError("a classification student needs the number of classes (num_labels).")
+
+
+def load_student(
+    name: str,
+    info: StudentInfo,
+    *,
+    options: Mapping[str, Any] | None = None,
+    embeddings: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Make or load a student and check that it fits.
+
+    Args:
+        name: see the module.
+        info: the cache's side.
+        options: only for bilstm: fields of `BiLstmConfig`, and `tokenizer` ("words" or "teacher"),
+            `min_count`, `max_words`, `lower` of its vocabulary.
+        embeddings: only for bilstm with words: GloVe or word2vec text file, .gz too.
+        dtype: of the weights of Hugging Face students (training in float16 weights does not
+            converge).
+        trust_remote_code: run code that a hub repository brings.
+
+    Returns:
+        The student, in training mode.
+
+    Raises:
+        UsageError: no such student, or one that does not fit the cache.
+    """
+    raw = _config_file(name)
+    kind = None if raw is None else raw.get("model_type")
+    builtin = name == "bilstm" or kind == MODEL_TYPE
+    if (options or embeddings) and not (builtin and not Path(name).is_dir()):
+        raise UsageError(
+            f"sizes and embeddings are options of a new bilstm, not of student {name}."
+        )
+    with _seeded(info.seed):
+        if name == "bilstm":
+            student: nn.Module = _bilstm(options or {}, embeddings, info)
+        elif kind == MODEL_TYPE and Path(name).is_dir():
+            student = BiLstmClassifier.from_pretrained(name)
+        elif kind == MODEL_TYPE:
+            student = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)
+        elif kind == FACTORY_TYPE:
+            student = _saved_factory(Path(name), raw or {}, info)
+        elif _FACTORY.fullmatch(name) and not Path(name).exists():
+            student = _from_factory(name, info)
+        elif raw is not None and Path(name).is_file():
+            student = _from_config(name, raw, info, dtype, trust_remote_code)
+        else:
+            student = _from_weights(name, info, dtype, trust_remote_code)
+    _check(student, name, info)
+    return student.train()
+
+
+def student_tokenize(student: nn.Module, name: str, info: StudentInfo) -> Tokenize | None:
+    """How a classification student turns texts into tensors, or None where the cached ids serve.
+
+    A bilstm with words brings its vocabulary, a module may bring a method `tokenize`, a Hugging
+    Face folder its tokenizer (none is needed if it is the cache's).
+
+    Args:
+        student: what `load_student` returned for `name`.
+        name: see `load_student`.
+        info: the cache's side.
+    """
+    if info.task == CAUSAL:
+        return None
+    if isinstance(student, BiLstmClassifier):
+        return student.vocabulary
+    own = getattr(student, "tokenize", None)
+    if own is not None:
+        return own  # type: ignore[no-any-return]
+    tokenizer = _tokenizer_of(name)
+    if tokenizer is None or info.tokenizer is None or _same_tokenizer(tokenizer, info.tokenizer):
+        return None
+    return HfTokenize(tokenizer, info.max_length)
+
+
+@dataclass(frozen=True)
+class HfTokenize:
+    """A Hugging Face tokenizer as a function from texts to padded tensors.
+
+    Attributes:
+        tokenizer: any `PreTrainedTokenizerBase`.
+        max_length: longer rows are cut.
+    """
+
+    tokenizer: Any
+    max_length: int
+
+    def __call__(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None
+    ) -> Mapping[str, Tensor]:
+        """Tokenise a batch; int64 [B, L] each."""
+        second = None if pairs is None else list(pairs)
+        out = self.tokenizer(
+            list(texts),
+            second,
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        return dict(out)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _config_file(name: str) -> dict[str, Any] | None:
+    """The JSON of a config file, or of a folder's config.json; None where there is none."""
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        if name.endswith(".json"):
+            raise UsageError(f"student {name}: no such file.")
+        return None
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"student {path} is not JSON: {error}.") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise UsageError(
+            f'student {path} names no architecture: it needs a "model_type", such as "llama" or '
+            f'"{MODEL_TYPE}".'
+        )
+    return raw
+
+
+def _bilstm(
+    options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo
+) -> BiLstmClassifier:
+    if info.task != CLASSIFICATION:
+        raise UsageError(
+            f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
+        )
+    sizes = {k: v for k, v in options.items() if k not in _WORD_OPTIONS and v is not None}
+    source = options.get("tokenizer") or "words"
+    vocabulary = None
+    if source == "words":
+        if info.texts is None:
+            raise UsageError(
+                "bilstm builds its vocabulary from texts, and there are none. Give tokenizer "
+                "teacher."
+            )
+        vocabulary = Vocabulary.build(
+            info.texts,
+            min_count=options.get("min_count") or 1,
+            max_size=options.get("max_words"),
+            lower=options.get("lower") is not False,
+            max_length=info.max_length,
+        )
+    elif source != "teacher":
+        raise UsageError(f"bilstm: tokenizer {source!r}; choose words or teacher.")
+    vectors = None
+    if embeddings is not None:
+        if vocabulary is None:
+            raise UsageError(
+                "embeddings are for words; the teacher's tokens are not words. Drop tokenizer "
+                "teacher."
+            )
+        vectors = read_embeddings(embeddings, vocabulary.words, sizes.get("embedding_size"))
+        sizes["embedding_size"] = vectors[1].shape[1]
+    sizes |= {
+        "vocab_size": info.vocab_size if vocabulary is None else len(vocabulary),
+        "num_labels": info.num_labels,
+        "label_names": info.label_names,
+        "pad_id": info.pad_id if vocabulary is None else 0,
+    }
+    student = BiLstmClassifier(BiLstmConfig.from_dict(sizes), vocabulary)
+    if vectors is not None:
+        student.load_embeddings(*vectors)
+    return student
+
+
+def _from_factory(name: str, info: StudentInfo) -> nn.Module:
+    module, function = name.split(":")
+    # A console script does not search the working directory, where a user's own students live.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"student {name}: {error}. Run in the folder of {module}.py, or install it."
+        ) from error
+    except AttributeError as error:
+        raise UsageError(f"student {name}: {module} has no {function}.") from error
+    student = factory(info)
+    if not isinstance(student, nn.Module):
+        raise UsageError(
+            f"student {name} returned {type(student).__name__}; it must return a torch.nn.Module."
+        )
+    student.kdcache_factory = {"factory": name, "info": _plain(info)}  # type: ignore[assignment]
+    return student
+
+
+def _plain(info: StudentInfo) -> dict[str, Any]:
+    return {
+        f.name: getattr(info, f.name) for f in fields(info) if f.name not in ("texts", "tokenizer")
+    }
+
+
+def _saved_factory(folder: Path, raw: Mapping[str, Any], info: StudentInfo) -> nn.Module:
+    saved = StudentInfo(**{**raw["info"], "texts": info.texts, "tokenizer": info.tokenizer})
+    student = _from_factory(raw["factory"], saved)
+    load_model(student, folder / "model.safetensors")
+    return student
+
+
+def _labels(info: StudentInfo) -> dict[str, Any]:
+    if info.task != CLASSIFICATION:
+        return {}
+    names = info.label_names or tuple(f"LABEL_{i}" for i in range(info.num_labels or 0))
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def _auto(info: StudentInfo) -> Any:
+    return AutoModelForCausalLM if info.task == CAUSAL else AutoModelForSequenceClassification
+
+
+def _from_config(
+    name: str, raw: Mapping[str, Any], info: StudentInfo, dtype: torch.dtype, trust: bool
+) -> nn.Module:
+    given = {
+        k: v
+        for k, v in raw.items()
+        if k not in ("model_type", "architectures", "transformers_version")
+    }
+    if info.task == CLASSIFICATION:
+        if given.pop("num_labels", info.num_labels) != info.num_labels:
+            raise UsageError(
+                f"student {name} has {raw['num_labels']} classes, the cache has "
+                f"{info.num_labels}. Drop num_labels."
+            )
+        given |= _labels(info)
+    given.setdefault("vocab_size", info.vocab_size)
+    # The defaults of an architecture are the ids of someone else's tokenizer.
+    for key, value in (
+        ("pad_token_id", info.pad_id),
+        ("bos_token_id", info.bos_id),
+        ("eos_token_id", info.eos_id),
+    ):
+        given.setdefault(key, value)
+    try:
+        config = AutoConfig.for_model(raw["model_type"], **given)
+        student = _auto(info).from_config(config, dtype=dtype, trust_remote_code=trust)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"student {name}: not a {info.task} architecture ({_first_line(error)})."
+        ) from error
+    return student  # type: ignore[no-any-return]
+
+
+def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        extra: dict[str, Any] = {}
+        if info.task == CLASSIFICATION:
+            trained = any(
+                "SequenceClassification" in a for a in getattr(config, "architectures", None) or ()
+            )
+            if trained and config.num_labels != info.num_labels:
+                raise UsageError(
+                    f"student {name} has {config.num_labels} classes, the cache has "
+                    f"{info.num_labels}. "
+                    "Give the encoder before its fine-tuning, or a student fine-tuned on the same "
+                    "classes."
+                )
+            extra = _labels(info)
+            if getattr(config, "pad_token_id", None) is None:
+                config.pad_token_id = info.pad_id
+            for key, value in extra.items():
+                setattr(config, key, value)
+        student = _auto(info).from_pretrained(
+            name, config=config, dtype=dtype, trust_remote_code=trust
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"student {name}: not a folder or hub id of a {info.task} model with weights "
+            f"({_first_line(error)}). "
+            "Check the path; for random weights give its config.json itself."
+        ) from error
+    return student  # type: ignore[no-any-return]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _check(student: nn.Module, name: str, info: StudentInfo) -> None:
+    """Compare sizes (and for language models the tokenizer itself) with the cache's."""
+    if info.task == CLASSIFICATION:
+        labels = getattr(getattr(student, "config", None), "num_labels", info.num_labels)
+        if labels != info.num_labels:
+            raise UsageError(
+                f"student {name} has {labels} classes, the cache has {info.num_labels}."
+            )
+        embedded = _rows(student, "get_input_embeddings")
+        own = isinstance(student, BiLstmClassifier) and student.vocabulary is not None
+        if (
+            embedded is not None
+            and not own
+            and student_tokenize(student, name, info) is None
+            and embedded < info.vocab_size
+        ):
+            raise UsageError(
+                f"student {name} embeds {embedded} ids, the cache's tokenizer has "
+                f"{info.vocab_size}. "
+                "Put the student's own tokenizer into its folder, or use one with the teacher's "
+                "vocabulary."
+            )
+        return
+    size = _rows(student, "get_output_embeddings")
+    cure = (
+        "A causal-lm student must have the teacher's vocabulary: take one of its family, "
+        "or a config.json with this vocab_size."
+    )
+    if size is not None and not info.vocab_size <= size < info.vocab_size + _MOST_PADDING:
+        raise UsageError(
+            f"student {name} has a vocabulary of {size}, the cache's is {info.vocab_size}. {cure}"
+        )
+    tokenizer = _tokenizer_of(name)
+    if tokenizer is not None and info.tokenizer is not None:
+        theirs, ours = (
+            {i: t for t, i in x.get_vocab().items()} for x in (info.tokenizer, tokenizer)
+        )
+        differ = sum(ours[i] != theirs[i] for i in theirs.keys() & ours.keys())
+        if differ:
+            raise UsageError(
+                f"student {name} has another vocabulary ({len(ours)} tokens, the cache's "
+                f"tokenizer {len(theirs)}; "
+                f"{differ} ids mean different tokens). {cure}"
+            )
+
+
+def _rows(student: nn.Module, getter: str) -> int | None:
+    """Rows of an embedding matrix of a Hugging Face model."""
+    module = getattr(student, getter, lambda: None)()
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else None
+
+
+def _tokenizer_of(name: str) -> Any:
+    """The tokenizer of a folder, or None; a hub id's is not fetched for the comparison alone."""
+    if not any(
+        (Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        return None
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _same_tokenizer(a: Any, b: Any) -> bool:
+    sample = "The Quick-brown fox, isn't it? Naïve 123."
+    return bool(a.get_vocab() == b.get_vocab() and a(sample)["input_ids"] == b(sample)["input_ids"])

@@ -1,0 +1,733 @@
+"""Losses and gradients against a float64 reference in its plainest form: one position, one id at a
+time."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.loss import (
+    Targets,
+    distillation_loss,
+    fused_linear_distillation,
+    sliced_linear_distillation,
+)
+from kdcache.loss import fused as fused_module
+from kdcache.targets import DenseTargets, SparseTargets
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+KINDS = ("dense", "bucket", "renormalize", "sample")
+
+
+def plain_softmax(row: list[Tensor]) -> list[Tensor]:
+    total = sum(torch.exp(z) for z in row)
+    return [torch.exp(z) / total for z in row]
+
+
+def plain_kl(p: list[Any], q: list[Any]) -> Any:
+    return sum(a * torch.log(torch.as_tensor(a) / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def plain_position(
+    z: Tensor, label: int, target: Targets, i: int, t: float, kind: str, divergence: str
+) -> tuple[Any, Any]:
+    """(hard, soft) of one position from the definitions, without a single trick."""
+    hard = -torch.log(plain_softmax(list(z))[label]) if label >= 0 else torch.tensor(0.0).double()
+    student = plain_softmax([value / t for value in z])
+    if isinstance(target, DenseTargets):
+        teacher = plain_softmax([value / t for value in target.logits[i].double()])
+    else:
+        entries = [
+            (int(k), w.double())
+            for k, w in zip(target.ids[i], target.weights[i], strict=True)
+            if w > 0
+        ]
+        if kind == "sample":
+            return hard, t * t * sum(-w * torch.log(student[k]) for k, w in entries)
+        teacher = [w for _, w in entries]
+        chosen = [student[k] for k, _ in entries]
+        if kind == "renormalize":
+            teacher = [w / sum(teacher) for w in teacher]
+        elif len(entries) < len(student):
+            listed = {k for k, _ in entries}
+            teacher.append(target.rest[i].double())
+            chosen.append(torch.stack([p for k, p in enumerate(student) if k not in listed]).sum())
+        student = chosen
+    if divergence == "forward-kl":
+        soft = plain_kl(teacher, student)
+    elif divergence == "reverse-kl":
+        soft = plain_kl(student, teacher)
+    else:
+        mixture = [(a + b) / 2 for a, b in zip(teacher, student, strict=True)]
+        soft = (plain_kl(teacher, mixture) + plain_kl(student, mixture)) / 2
+    return hard, t * t * soft
+
+
+def plain_loss(
+    z: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    *,
+    alpha: float,
+    t: float,
+    kind: str,
+    divergence: str,
+    vocab_size: int,
+    count: float,
+    position_weights: Tensor,
+) -> tuple[Any, Any, Any]:
+    hard: Any = 0
+    soft: Any = 0
+    for i, label in enumerate(labels.tolist()):
+        h, s = plain_position(z[i, :vocab_size], label, targets, i, t, kind, divergence)
+        hard, soft = hard + position_weights[i] * h, soft + position_weights[i] * s
+    hard, soft = hard / count, soft / count
+    return alpha * hard + (1 - alpha) * soft, hard, soft
+
+
+def make_targets(
+    kind: str, n: int, v: int, k: int, t: float, dtype: torch.dtype = torch.float64
+) -> Targets:
+    logits = torch.randn(n, v, dtype=torch.float64) * 2
+    if kind == "dense":
+        return DenseTargets(logits=logits.to(dtype))
+    probabilities = (logits / t).softmax(-1)
+    weights, ids = probabilities.topk(min(k, v), -1)
+    rest = 1 - weights.sum(-1)
+    if kind == "sample":
+        weights, rest = weights * (torch.rand_like(weights) + 0.5), torch.zeros_like(rest)
+    if k < v:  # an unused slot in the first row: id 0, weight 0
+        rest[0] += weights[0, -1] if kind != "sample" else 0
+        weights[0, -1], ids[0, -1] = 0, 0
+    return SparseTargets(
+        ids=ids, weights=weights.to(dtype), rest=rest.to(dtype), exact=kind != "sample"
+    )
+
+
+def make_case(
+    kind: str, t: float, *, n: int = 7, h: int = 5, v: int = 12, padding: int = 3, k: int = 4
+) -> dict[str, Any]:
+    labels = torch.randint(0, v, (n,))
+    labels[n // 2] = -100
+    targets = make_targets(kind, n, v, k, t)
+    if isinstance(targets, SparseTargets):
+        labels[-1] = targets.ids[-1, 0]  # a label that is among the entries
+    return {
+        "hidden": torch.randn(n, h, dtype=torch.float64, requires_grad=True),
+        "weight": torch.randn(v + padding, h, dtype=torch.float64, requires_grad=True),
+        "bias": torch.randn(v + padding, dtype=torch.float64, requires_grad=True),
+        "labels": labels,
+        "targets": targets,
+        "options": {
+            "alpha": 0.3,
+            "temperature": t,
+            "tail": "renormalize" if kind == "renormalize" else "bucket",
+            "vocab_size": v,
+            "count": 5.0,
+            "position_weights": torch.rand(n, dtype=torch.float64) + 0.5,
+        },
+    }
+
+
+def compare(got: Any, want: Any, inputs: list[Tensor], **tolerance: Any) -> None:
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, torch.as_tensor(w).detach().to(g), **tolerance)
+    gradients = (torch.autograd.grad(x[0], inputs, retain_graph=True) for x in (got, want))
+    for g, w in zip(*gradients, strict=True):
+        torch.testing.assert_close(g, w, **tolerance)
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["reference", "sliced", "fused"])
+def test_forward_kl_against_the_definition(form: str, kind: str, t: float) -> None:
+    torch.manual_seed(0)
+    case = make_case(kind, t)
+    hidden, weight, bias = case["hidden"], case["weight"], case["bias"]
+    options: dict[str, Any] = case["options"]
+    if form == "reference":
+        got = distillation_loss(
+            hidden @ weight.T + bias, case["labels"], case["targets"], **options
+        )
+    else:
+        function = fused_linear_distillation if form == "fused" else sliced_linear_distillation
+        got = function(hidden, weight, bias, case["labels"], case["targets"], rows=3, **options)
+    want = plain_loss(
+        hidden @ weight.T + bias,
+        case["labels"],
+        case["targets"],
+        alpha=options["alpha"],
+        t=t,
+        kind=kind,
+        divergence="forward-kl",
+        vocab_size=options["vocab_size"],
+        count=options["count"],
+        position_weights=options["position_weights"],
+    )
+    compare(got, want, [hidden, weight, bias], rtol=1e-9, atol=1e-12)
+    d_weight = torch.autograd.grad(want[0], weight)[0]
+    assert (d_weight[options["vocab_size"] :] == 0).all()
+    assert (d_weight[: options["vocab_size"]] != 0).any()
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize("kind", ["dense", "bucket"])
+@pytest.mark.parametrize("divergence", ["reverse-kl", "jsd"])
+def test_other_divergences_against_the_definition(divergence: str, kind: str, t: float) -> None:
+    torch.manual_seed(1)
+    case = make_case(kind, t)
+    hidden, weight, bias, options = case["hidden"], case["weight"], case["bias"], case["options"]
+    want = plain_loss(
+        hidden @ weight.T + bias,
+        case["labels"],
+        case["targets"],
+        alpha=options["alpha"],
+        t=t,
+        kind=kind,
+        divergence=divergence,
+        vocab_size=options["vocab_size"],
+        count=options["count"],
+        position_weights=options["position_weights"],
+    )
+    got = distillation_loss(
+        hidden @ weight.T + bias, case["labels"], case["targets"], divergence=divergence, **options
+    )
+    compare(got, want, [hidden, weight, bias], rtol=1e-9, atol=1e-12)
+    got = sliced_linear_distillation(
+        hidden,
+        weight,
+        bias,
+        case["labels"],
+        case["targets"],
+        divergence=divergence,
+        rows=2,
+        **options,
+    )
+    compare(got, want, [hidden, weight, bias], rtol=1e-9, atol=1e-12)
+
+
+def test_mse_is_the_recipe_of_tang_2019() -> None:
+    torch.manual_seed(2)
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 3, dtype=torch.float64)
+    labels = torch.tensor([0, 2, -100, 1])
+    got = distillation_loss(
+        z, labels, DenseTargets(logits=teacher), alpha=0.2, temperature=1, divergence="mse"
+    )
+    hard = sum(-torch.log(plain_softmax(list(z[i]))[labels[i]]) for i in (0, 1, 3)) / 4
+    soft = sum((z[i, j] - teacher[i, j]) ** 2 for i in range(4) for j in range(3)) / 12
+    compare(got, (0.2 * hard + 0.8 * soft, hard, soft), [z], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+def test_t_squared_in_the_gradient(t: float) -> None:
+    """d(T^2 KL)/dz = T (softmax(z/T) - softmax(y/T)); for large T it tends to (z - y) / V of
+    centred logits."""
+    torch.manual_seed(3)
+    hidden = torch.randn(6, 8, dtype=torch.float64)
+    weight = torch.eye(8, dtype=torch.float64)
+    z = hidden.clone().requires_grad_()
+    teacher = torch.randn(6, 8, dtype=torch.float64)
+    exact = t * ((hidden / t).softmax(-1) - (teacher / t).softmax(-1)) / 6
+    targets = DenseTargets(logits=teacher)
+    labels = torch.full((6,), -100)
+    for parts in (
+        distillation_loss(z, labels, targets, alpha=0.0, temperature=t),
+        fused_linear_distillation(z, weight, None, labels, targets, alpha=0.0, temperature=t),
+    ):
+        torch.testing.assert_close(
+            torch.autograd.grad(parts.total, z)[0], exact, rtol=1e-10, atol=1e-13
+        )
+
+
+def test_high_temperature_keeps_the_gradients_scale() -> None:
+    torch.manual_seed(3)
+    z = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 8, dtype=torch.float64)
+    parts = distillation_loss(
+        z, torch.full((6,), -100), DenseTargets(logits=teacher), alpha=0.0, temperature=1e4
+    )
+    got = torch.autograd.grad(parts.total, z)[0]
+    difference = z.detach() - teacher
+    want = (difference - difference.mean(-1, keepdim=True)) / 8 / 6
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    h=st.integers(1, 6),
+    v=st.integers(2, 40),
+    k=st.integers(1, 12),
+    padding=st.integers(0, 5),
+    rows=st.integers(1, 10),
+    t=st.sampled_from([1.0, 1.5, 3.0]),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bias=st.booleans(),
+    alpha=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_fused_equals_the_reference_on_the_same_numbers(
+    n: int,
+    h: int,
+    v: int,
+    k: int,
+    padding: int,
+    rows: int,
+    t: float,
+    kind: str,
+    dtype: torch.dtype,
+    bias: bool,
+    alpha: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    hidden = torch.randn(n, h).to(dtype).requires_grad_()
+    weight = torch.randn(v + padding, h).to(dtype).requires_grad_()
+    b = torch.randn(v + padding).to(dtype).requires_grad_() if bias else None
+    labels = torch.randint(-1, v, (n,))
+    labels[labels < 0] = -100
+    targets = make_targets(kind, n, v, k, t, torch.float32)
+    options: dict[str, Any] = {
+        "alpha": alpha,
+        "temperature": t,
+        "tail": "renormalize" if kind == "renormalize" else "bucket",
+        "vocab_size": v,
+    }
+    inputs = [x for x in (hidden, weight, b) if x is not None]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    z = exact[0] @ exact[1].T + (exact[2] if bias else 0)
+    want = distillation_loss(z, labels, targets, **options)
+    got = fused_linear_distillation(hidden, weight, b, labels, targets, rows=rows, **options)
+    # The compute dtype rounds the logits (relative 2^-8 for bfloat16, of numbers up to about 10)
+    # and the gradients.
+    loose = {torch.float32: 2e-5, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g.double(), w, rtol=loose, atol=loose)
+    want_grads = torch.autograd.grad(want.total, exact)
+    for g, w in zip(torch.autograd.grad(got.total, inputs), want_grads, strict=True):
+        assert g.dtype == dtype
+        torch.testing.assert_close(
+            g.double(), w, rtol=loose, atol=loose * max(w.abs().max().item(), 0.1)
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t", [1.0, 2.0])
+def test_gradcheck(kind: str, t: float) -> None:
+    torch.manual_seed(4)
+    case = make_case(kind, t, n=4, h=3, v=8, k=3)
+
+    def total(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fused_linear_distillation(
+            hidden, weight, bias, case["labels"], case["targets"], rows=3, **case["options"]
+        ).total
+
+    assert torch.autograd.gradcheck(total, (case["hidden"], case["weight"], case["bias"]))
+
+
+def test_entries_of_a_confident_student_are_not_rounded_away() -> None:
+    """p = 1 - 1e-3 is 1 in bfloat16; the gradient p - 1 must still be -1e-3, not 0."""
+    hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[6.0], [-0.90625]], dtype=torch.bfloat16)
+    z = (hidden.detach() @ weight.T).double()
+    p = z.softmax(-1)
+    assert p[0, 0].to(torch.bfloat16) == 1
+    empty = SparseTargets(
+        ids=torch.zeros(1, 0, dtype=torch.int64),
+        weights=torch.zeros(1, 0),
+        rest=torch.zeros(1),
+        exact=False,
+    )
+    got = fused_linear_distillation(
+        hidden, weight, None, torch.tensor([0]), empty, alpha=1.0, temperature=1.0
+    )
+    want = (p - torch.tensor([[1.0, 0.0]], dtype=torch.float64)) @ weight.double()
+    torch.testing.assert_close(
+        torch.autograd.grad(got.total, hidden)[0].double(), want, rtol=0.02, atol=0
+    )
+
+
+def test_tail_of_a_confident_student_is_not_lost_in_a_difference() -> None:
+    """The student leaves 4e-12 for the tail: 1 - p would be 0 in float32, and its logarithm
+    infinite."""
+    z = torch.tensor([[30.0, 1.0, 2.0, 3.0]])
+    targets = SparseTargets(
+        ids=torch.tensor([[0]]),
+        weights=torch.tensor([[0.75]]),
+        rest=torch.tensor([0.25]),
+        exact=True,
+    )
+    labels = torch.tensor([-100])
+    want = distillation_loss(z.double(), labels, targets, alpha=0.0, temperature=1.0).total
+    hidden = z.clone().requires_grad_()
+    for got in (
+        distillation_loss(z, labels, targets, alpha=0.0, temperature=1.0).total,
+        fused_linear_distillation(
+            hidden, torch.eye(4), None, labels, targets, alpha=0.0, temperature=1.0
+        ).total,
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    assert want > 6
+    torch.testing.assert_close(
+        torch.autograd.grad(got, hidden)[0].sum(), torch.tensor(0.0), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("t", [1.0, 2.0])
+def test_top_k_of_the_whole_vocabulary_is_dense(t: float) -> None:
+    torch.manual_seed(5)
+    teacher = torch.randn(5, 9, dtype=torch.float64)
+    weights, ids = (teacher / t).softmax(-1).topk(9, -1)
+    rest = torch.full((5,), 1e-8, dtype=torch.float64)  # what rounding leaves
+    topk = SparseTargets(ids=ids, weights=weights, rest=rest, exact=True)
+    labels = torch.tensor([1, 2, -100, 0, 8])
+    hidden = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(9, dtype=torch.float64)
+    want = distillation_loss(hidden, labels, DenseTargets(logits=teacher), alpha=0.5, temperature=t)
+    for got in (
+        distillation_loss(hidden, labels, topk, alpha=0.5, temperature=t),
+        fused_linear_distillation(hidden, eye, None, labels, topk, alpha=0.5, temperature=t),
+    ):
+        compare(got, want, [hidden], rtol=1e-6, atol=1e-8)
+
+
+def test_sampled_loss_is_unbiased_for_the_dense_gradient() -> None:
+    """One entry drawn with probability 1/2 at twice its weight: the mean over both draws is the
+    dense gradient."""
+    torch.manual_seed(6)
+    teacher = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
+    z = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
+    label = torch.tensor([-100])
+    dense = distillation_loss(z, label, DenseTargets(logits=teacher), alpha=0.0, temperature=2.0)
+    want = torch.autograd.grad(dense.total, z)[0]
+    draws = []
+    for k in (0, 1):
+        target = SparseTargets(
+            ids=torch.tensor([[k]]), weights=torch.ones(1, 1), rest=torch.zeros(1), exact=False
+        )
+        parts = distillation_loss(z, label, target, alpha=0.0, temperature=2.0)
+        draws.append(torch.autograd.grad(parts.total, z)[0])
+    torch.testing.assert_close(sum(draws) / 2, want)
+
+
+@pytest.mark.parametrize("form", ["reference", "sliced", "fused"])
+def test_gradient_accumulation_with_count_equals_one_batch(form: str) -> None:
+    torch.manual_seed(7)
+    case = make_case("sample", 2.0, n=9)
+    hidden, weight, bias, labels, targets = (
+        case[k] for k in ("hidden", "weight", "bias", "labels", "targets")
+    )
+    options: dict[str, Any] = {"alpha": 0.4, "temperature": 2.0, "vocab_size": 12}
+
+    def loss(part: slice, count: float | Tensor | None) -> Tensor:
+        piece = SparseTargets(
+            ids=targets.ids[part],
+            weights=targets.weights[part],
+            rest=targets.rest[part],
+            exact=False,
+        )
+        if form == "reference":
+            return distillation_loss(
+                hidden[part] @ weight.T + bias, labels[part], piece, count=count, **options
+            ).total
+        function = fused_linear_distillation if form == "fused" else sliced_linear_distillation
+        return function(
+            hidden[part], weight, bias, labels[part], piece, count=count, **options
+        ).total
+
+    want = torch.autograd.grad(loss(slice(0, 9), None), [hidden, weight, bias])
+    for part in (slice(0, 2), slice(2, 9)):
+        loss(part, torch.tensor(9.0)).backward()
+    for tensor, gradient in zip((hidden, weight, bias), want, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [(True, False, False), (False, True, False), (False, False, True), (False, False, False)],
+)
+def test_only_the_gradients_asked_for(wanted: tuple[bool, ...]) -> None:
+    torch.manual_seed(8)
+    case = make_case("bucket", 2.0)
+    inputs: list[Any] = [
+        case[k].detach().requires_grad_(w)
+        for k, w in zip(("hidden", "weight", "bias"), wanted, strict=True)
+    ]
+    full = fused_linear_distillation(
+        case["hidden"],
+        case["weight"],
+        case["bias"],
+        case["labels"],
+        case["targets"],
+        **case["options"],
+    )
+    parts = fused_linear_distillation(*inputs, case["labels"], case["targets"], **case["options"])
+    torch.testing.assert_close(parts.total, full.total)
+    assert parts.total.requires_grad == any(wanted)
+    assert not parts.hard.requires_grad
+    if any(wanted):
+        parts.total.backward()
+        full.total.backward()
+    for x, key, w in zip(inputs, ("hidden", "weight", "bias"), wanted, strict=True):
+        assert (x.grad is not None) == w
+        if w:
+            torch.testing.assert_close(x.grad, case[key].grad)
+    with torch.no_grad():
+        quiet = fused_linear_distillation(
+            case["hidden"],
+            case["weight"],
+            case["bias"],
+            case["labels"],
+            case["targets"],
+            **case["options"],
+        )
+    assert not quiet.total.requires_grad
+    torch.testing.assert_close(quiet.total, full.total)
+
+
+def test_autocast_computes_in_low_precision_and_returns_float32_gradients() -> None:
+    torch.manual_seed(9)
+    case = make_case("sample", 1.0, n=32, h=16, v=50, k=8)
+    inputs = [case[k].detach().float().requires_grad_() for k in ("hidden", "weight", "bias")]
+    options: dict[str, Any] = case["options"] | {"count": None, "position_weights": None}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fused_linear_distillation(*inputs, case["labels"], case["targets"], rows=5, **options)
+    want = fused_linear_distillation(*inputs, case["labels"], case["targets"], **options)
+    assert got.total != want.total
+    torch.testing.assert_close(got.total, want.total, rtol=0.02, atol=0.02)
+    for g, w in zip(
+        torch.autograd.grad(got.total, inputs), torch.autograd.grad(want.total, inputs), strict=True
+    ):
+        assert g.dtype == torch.float32
+        assert (g - w).norm() < 0.02 * w.norm()
+
+
+def test_float16_gradients_survive_a_large_count_and_a_scaler() -> None:
+    """1 / 100,000 of a gradient underflows float16; a scaler's 2^16 must reach it before the
+    rounding does."""
+    torch.manual_seed(10)
+    case = make_case("sample", 1.0, n=16, h=8, v=200, k=4)
+    hidden, weight = (case[k].detach().half().requires_grad_() for k in ("hidden", "weight"))
+    options: dict[str, Any] = {"alpha": 0.5, "temperature": 1.0, "vocab_size": 200, "count": 1e5}
+    got = fused_linear_distillation(
+        hidden, weight, None, case["labels"], case["targets"], **options
+    )
+    (got.total * 2.0**16).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = distillation_loss(exact[0] @ exact[1].T, case["labels"], case["targets"], **options)
+    for x, w in zip(
+        (hidden, weight), torch.autograd.grad(want.total * 2.0**16, exact), strict=True
+    ):
+        assert x.grad is not None
+        assert (x.grad.double() - w).norm() < 0.005 * w.norm()
+
+
+def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
+    """1,024 slices that each add 2^-9 of the sum: a bfloat16 running sum would stop growing at 2^8
+    times one slice."""
+    hidden = torch.ones(1024, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    empty = SparseTargets(
+        ids=torch.zeros(1024, 0, dtype=torch.int64),
+        weights=torch.zeros(1024, 0),
+        rest=torch.zeros(1024),
+        exact=False,
+    )
+    parts = fused_linear_distillation(
+        hidden,
+        weight,
+        None,
+        torch.zeros(1024, dtype=torch.int64),
+        empty,
+        alpha=1.0,
+        temperature=1.0,
+        rows=1,
+        count=1.0,
+    )
+    assert torch.autograd.grad(parts.total, weight)[0].tolist() == [[-512.0], [512.0]]
+
+
+def test_an_infinite_count_is_weight_zero() -> None:
+    case = make_case("sample", 2.0)
+    options: dict[str, Any] = case["options"] | {"count": torch.tensor(math.inf)}
+    parts = fused_linear_distillation(
+        case["hidden"], case["weight"], None, case["labels"], case["targets"], **options
+    )
+    parts.total.backward()
+    assert parts.total == 0
+    assert (case["weight"].grad == 0).all()
+
+
+@pytest.mark.parametrize("form", ["reference", "sliced", "fused"])
+def test_an_empty_batch_is_zero_and_connected(form: str) -> None:
+    hidden = torch.zeros(0, 3, requires_grad=True)
+    weight = torch.randn(6, 3, requires_grad=True)
+    targets = SparseTargets(
+        ids=torch.zeros(0, 2, dtype=torch.int64),
+        weights=torch.zeros(0, 2),
+        rest=torch.zeros(0),
+        exact=True,
+    )
+    labels = torch.zeros(0, dtype=torch.int64)
+    options: dict[str, Any] = {"alpha": 0.5, "temperature": 2.0}
+    if form == "reference":
+        parts = distillation_loss(hidden @ weight.T, labels, targets, **options)
+    else:
+        function = fused_linear_distillation if form == "fused" else sliced_linear_distillation
+        parts = function(hidden, weight, None, labels, targets, **options)
+    parts.total.backward()
+    assert parts.total == 0
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()
+
+
+def test_a_scheduled_alpha_may_be_a_tensor() -> None:
+    case = make_case("bucket", 2.0)
+    args = (case["hidden"], case["weight"], None, case["labels"], case["targets"])
+    options: dict[str, Any] = case["options"]
+    want = fused_linear_distillation(*args, **options)
+    got = fused_linear_distillation(
+        *args, **options | {"alpha": torch.tensor([0.3], dtype=torch.float64)}
+    )
+    compare(got, want, [case["hidden"], case["weight"]])
+
+
+def test_compiled_pass_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass is one source for both; here the compiler's front end runs it (the back end is the
+    GPU's)."""
+    torch.manual_seed(11)
+    seen: list[Any] = []
+
+    def compiler(function: Any) -> Any:
+        seen.append(function)
+        return torch._dynamo.optimize("eager")(function)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    fused_module._compiled.cache_clear()
+    try:
+        for kind in ("dense", "bucket"):
+            case = make_case(kind, 2.0)
+            zs, results = [], []
+            passes = fused_module._dense_pass if kind == "dense" else fused_module._sparse_pass
+            for function in (passes, fused_module._compiled(passes)):
+                z = (case["hidden"] @ case["weight"][:12].T).detach()
+                arguments = fused_arguments(case, z)
+                results.append(function(z, *arguments))
+                zs.append(z)
+            torch.testing.assert_close(results[0], results[1])
+            torch.testing.assert_close(zs[0], zs[1])
+    finally:
+        fused_module._compiled.cache_clear()
+    assert len(seen) == 2
+
+
+def fused_arguments(case: dict[str, Any], z: Tensor) -> tuple[Any, ...]:
+    labels = case["labels"].clamp_min(0)[:, None]
+    each = torch.ones(len(z), dtype=torch.float64)
+    scalars = (torch.tensor(0.3).double(), torch.tensor(0.5).double(), False, True)
+    targets = case["targets"]
+    if isinstance(targets, DenseTargets):
+        return (z.gather(1, labels), targets.logits, labels, each, each, *scalars)
+    ids = torch.cat([targets.ids, labels], 1)
+    x = z.gather(1, ids)
+    z.scatter_(1, ids, -torch.inf)
+    return (x, ids, targets.weights, targets.rest, each, each, *scalars)
+
+
+SPARSE = SparseTargets(
+    ids=torch.tensor([[0]]), weights=torch.ones(1, 1), rest=torch.zeros(1), exact=True
+)
+SAMPLE = SparseTargets(
+    ids=torch.tensor([[0]]), weights=torch.ones(1, 1), rest=torch.zeros(1), exact=False
+)
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        (SPARSE, {"divergence": "mse"}, "--codec dense"),
+        (SAMPLE, {"divergence": "mse"}, "--codec dense"),
+        (SAMPLE, {"divergence": "reverse-kl"}, "forward-kl"),
+        (SAMPLE, {"divergence": "jsd"}, "forward-kl"),
+        (SPARSE, {"divergence": "jsd", "tail": "renormalize"}, "--tail bucket"),
+        (
+            DenseTargets(logits=torch.zeros(1, 3)),
+            {"divergence": "mse", "temperature": 2.0},
+            "--temperature 1",
+        ),
+        (SPARSE, {"divergence": "kl"}, "forward-kl, reverse-kl, jsd, mse"),
+        (SPARSE, {"tail": "drop"}, "bucket, renormalize"),
+        (SPARSE, {"temperature": 0.0}, "above 0"),
+        (SPARSE, {"vocab_size": 4}, "3 outputs.*over 4"),
+        (DenseTargets(logits=torch.zeros(1, 5)), {}, "3 outputs.*over 5"),
+    ],
+)
+def test_combinations_without_a_meaning(
+    targets: Targets, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        distillation_loss(
+            torch.zeros(1, 3),
+            torch.tensor([0]),
+            targets,
+            **{"alpha": 0.5, "temperature": 1.0, **options},
+        )
+
+
+def test_the_fused_form_names_its_alternative() -> None:
+    with pytest.raises(UsageError, match="sliced_linear_distillation"):
+        fused_linear_distillation(
+            torch.zeros(1, 2),
+            torch.zeros(3, 2),
+            None,
+            torch.tensor([0]),
+            SPARSE,
+            alpha=0.5,
+            temperature=1.0,
+            divergence="jsd",
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t", [1.0, 2.0])
+def test_on_a_gpu(t: float, kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(12)
+    n, h, v, k = 300, 64, 1000, 8
+    hidden, weight = (
+        torch.randn(n, h, device="cuda", dtype=dtype),
+        torch.randn(v + 24, h, device="cuda", dtype=dtype) / 4,
+    )
+    labels = torch.randint(0, v, (n,), device="cuda")
+    targets = make_targets(kind, n, v, k, t, torch.float32).to("cuda")
+    options: dict[str, Any] = {
+        "alpha": 0.3,
+        "temperature": t,
+        "vocab_size": v,
+        "tail": "renormalize" if kind == "renormalize" else "bucket",
+    }
+    inputs = [x.requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = distillation_loss(exact[0] @ exact[1].T, labels, targets, **options)
+    got = fused_linear_distillation(hidden, weight, None, labels, targets, rows=128, **options)
+    loose = {torch.float32: 2e-3, torch.bfloat16: 0.02, torch.float16: 5e-3}[dtype]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=loose, atol=loose)
+    for g, w in zip(
+        torch.autograd.grad(got.total, inputs), torch.autograd.grad(want.total, exact), strict=True
+    ):
+        assert (g.double() - w).norm() < loose * w.norm()

@@ -1,0 +1,691 @@
+"""Students: made, loaded, checked and saved; and their losses against the model's own logits."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from kdcache.errors import UsageError
+from kdcache.loss import distillation_loss
+from kdcache.student import (
+    BiLstmClassifier,
+    BiLstmConfig,
+    DistilledStudent,
+    StudentInfo,
+    Vocabulary,
+    load_student,
+    read_embeddings,
+    student_tokenize,
+)
+from kdcache.targets import DenseTargets, SparseTargets
+
+V = 40
+LM = StudentInfo("causal-lm", vocab_size=V, pad_id=0, bos_id=1, eos_id=2, seed=3)
+TEXTS = ["A fine film, isn't it?", "A dull film.", "Fine!"]
+CLASSES = StudentInfo(
+    "sequence-classification", vocab_size=V, num_labels=2, label_names=("bad", "good"), texts=TEXTS
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+
+
+def causal_model(kind: str, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, **{**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Random weights make logits near 0, where a soft cap does nothing: give them some size.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model
+
+
+def causal_batch(codec: str = "sample:3", t: float = 2.0, vocab: int = V) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocab, (3, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    labels = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], 1)
+    mask[1, 5:], ids[1, 5:], labels[1, 4:] = 0, 0, -100
+    labels[2, :3] = -100
+    n = int((labels != -100).sum())
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "temperature": torch.tensor([t]),
+    }
+    teacher = torch.randn(n, vocab, generator=generator)
+    if codec == "dense":
+        return {**batch, "target_logits": teacher}
+    weights, top = (teacher / t).softmax(-1).topk(3, -1)
+    rest = 1 - weights.sum(-1) if codec.startswith("topk") else torch.zeros(n)
+    return {**batch, "target_ids": top, "target_weights": weights, "target_rest": rest}
+
+
+def expected(model: Any, batch: dict[str, Tensor], codec: str, **options: Any) -> Any:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    places = batch["labels"] != -100
+    targets: Any
+    if codec == "dense":
+        targets = DenseTargets(batch["target_logits"])
+    else:
+        targets = SparseTargets(
+            ids=batch["target_ids"],
+            weights=batch["target_weights"],
+            rest=batch["target_rest"],
+            exact=codec.startswith("topk"),
+        )
+    return distillation_loss(
+        logits[places],
+        batch["labels"][places],
+        targets,
+        temperature=float(batch["temperature"]),
+        **options,
+    )
+
+
+def check_against_own_logits(
+    model: Any, codec: str = "sample:3", **options: Any
+) -> DistilledStudent:
+    """Loss and gradients of the wrapper against the reference on the model's own logits."""
+    batch = causal_batch(codec)
+    student = DistilledStudent(model, "causal-lm", codec=codec, alpha=0.3, **options)
+    want = expected(
+        model,
+        batch,
+        codec,
+        alpha=0.3,
+        vocab_size=options.get("vocab_size"),
+        **{k: v for k, v in options.items() if k in ("divergence", "tail")},
+    )
+    want.total.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    got = student(**batch)
+    got.loss.backward()
+    torch.testing.assert_close(got.loss, want.total)
+    torch.testing.assert_close(got["hard_loss"], want.hard)
+    torch.testing.assert_close(got["soft_loss"], want.soft)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(
+            p.grad, gradients[name], rtol=2e-4, atol=1e-5 * float(gradients[name].abs().max() + 1)
+        )
+    return student
+
+
+@pytest.mark.parametrize("codec", ["sample:3", "topk:3", "dense"])
+def test_a_plain_head_is_fused_and_equal(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal_model("llama")
+    student = check_against_own_logits(model, codec)
+    assert student._head_scale == 1.0
+    # From now on the model's own forward, which makes whole logits, is not needed.
+    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("the model made its logits"))
+    assert student(**causal_batch(codec)).loss.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "qwen2", "phi"])
+def test_other_plain_heads_with_and_without_bias(kind: str) -> None:
+    sizes = (
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "ffn_dim": 24, "word_embed_proj_dim": 16}
+        if kind in ("gpt2", "opt")
+        else {}
+    )
+    assert check_against_own_logits(causal_model(kind, **sizes).eval())._head_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "scale"),
+    [
+        ("granite", {"logits_scaling": 8.0}, 1 / 8),
+        ("cohere", {"logit_scale": 0.0625}, 0.0625),
+    ],
+)
+def test_scaled_logits_are_fused_with_their_scale(
+    kind: str, more: dict[str, Any], scale: float
+) -> None:
+    assert check_against_own_logits(causal_model(kind, **more))._head_scale == scale
+
+
+def test_soft_capped_logits_use_the_models_own_forward() -> None:
+    model = causal_model("gemma2", final_logit_softcapping=1.0, head_dim=8, query_pre_attn_scalar=8)
+    student = check_against_own_logits(model)
+    assert student._head_scale != student._head_scale
+    uncapped = DistilledStudent(model, "causal-lm", codec="sample:3", alpha=0.3)
+    uncapped._head_scale = 1.0
+    with torch.no_grad():
+        assert abs(uncapped(**causal_batch()).loss - student(**causal_batch()).loss) > 1e-2
+
+
+def test_soft_capping_is_found_even_while_logits_are_small() -> None:
+    model = causal_model(
+        "gemma2", final_logit_softcapping=30.0, head_dim=8, query_pre_attn_scalar=8
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e-2)
+    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    assert student(**causal_batch()).loss.requires_grad
+    assert student._head_scale != student._head_scale
+
+
+@pytest.mark.parametrize(
+    ("codec", "divergence"), [("topk:3", "reverse-kl"), ("dense", "jsd"), ("dense", "reverse-kl")]
+)
+def test_other_divergences_for_language_models(codec: str, divergence: str) -> None:
+    check_against_own_logits(causal_model("llama"), codec, divergence=divergence)
+
+
+def test_padded_student_vocabulary() -> None:
+    model = causal_model("llama", vocab_size=V + 24)
+    check_against_own_logits(model, "topk:3", vocab_size=V)
+    assert (model.lm_head.weight.grad[V:] == 0).all()
+
+
+def test_the_head_check_draws_no_random_numbers_and_restores_modes() -> None:
+    model = causal_model("gpt2", n_embd=16, n_layer=1, n_head=2).train()
+    model.transformer.h[0].eval()
+    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    state = torch.get_rng_state()
+    student._head()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not model.transformer.h[0].training
+
+
+def test_gradient_checkpointing_and_autocast() -> None:
+    model = causal_model("llama").train()
+    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    plain = student(**causal_batch())
+    plain.loss.backward()
+    want = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    student.gradient_checkpointing_enable()
+    again = student(**causal_batch())
+    again.loss.backward()
+    torch.testing.assert_close(again.loss, plain.loss)
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, want)
+    student.gradient_checkpointing_disable()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = student(**causal_batch())
+    low.loss.backward()
+    torch.testing.assert_close(low.loss, plain.loss, rtol=0.05, atol=0.05)
+
+
+def test_count_alpha_and_hard_labels_alone() -> None:
+    model = causal_model("llama").eval()
+    student = DistilledStudent(model, "causal-lm", codec="sample:3", alpha=0.3)
+    batch = causal_batch()
+    n = int((batch["labels"] != -100).sum())
+    full = student(**batch)
+    torch.testing.assert_close(student(**batch, count=torch.tensor(2.0 * n)).loss, full.loss / 2)
+    torch.testing.assert_close(student(**batch, num_items_in_batch=2 * n).loss, full.loss / 2)
+    torch.testing.assert_close(full.loss, 0.3 * full.hard_loss + 0.7 * full.soft_loss)
+    student.alpha = 0.9
+    torch.testing.assert_close(student(**batch).loss, 0.9 * full.hard_loss + 0.1 * full.soft_loss)
+    scheduled = student(**batch, alpha=torch.tensor([0.6])).loss
+    torch.testing.assert_close(scheduled, 0.6 * full.hard_loss + 0.4 * full.soft_loss)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+    hard = student(**inputs)
+    torch.testing.assert_close(hard.loss, full.hard_loss)
+    assert hard.soft_loss is None
+    assert hard.logits is None
+    assert student(**batch, return_logits=True).logits.shape == (3, 7, V)
+
+
+class Tiny(nn.Module):
+    """A user's own language model: a tensor in, a tensor out."""
+
+    def __init__(self, info: StudentInfo) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(info.vocab_size, 8)
+        self.out = nn.Linear(8, info.num_labels or info.vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = self.embedding(input_ids)
+        return self.out(states if self.out.out_features == V else states.mean(1))  # type: ignore[no-any-return]
+
+
+def test_module_function_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from test_student import Tiny as make\n\ndef wrong(info):\n    return 3\n"
+    (tmp_path / "my_students.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    model = load_student("my_students:make", LM)
+    batch = causal_batch()
+    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    loss = student(**batch).loss
+    logits = model(batch["input_ids"])
+    places = batch["labels"] != -100
+    targets = SparseTargets(
+        ids=batch["target_ids"],
+        weights=batch["target_weights"],
+        rest=batch["target_rest"],
+        exact=False,
+    )
+    torch.testing.assert_close(
+        loss,
+        distillation_loss(
+            logits[places], batch["labels"][places], targets, alpha=0.5, temperature=2
+        ).total,
+    )
+    student.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(
+        load_student(str(tmp_path / "saved"), LM)(batch["input_ids"]), logits
+    )
+    with pytest.raises(UsageError, match=r"returned int; it must return a torch\.nn\.Module"):
+        load_student("my_students:wrong", LM)
+    with pytest.raises(UsageError, match="has no absent"):
+        load_student("my_students:absent", LM)
+    with pytest.raises(UsageError, match="Run in the folder of"):
+        load_student("no_such_module_here:make", LM)
+    with pytest.raises(UsageError, match="no gradient checkpointing"):
+        student.gradient_checkpointing_enable()
+
+
+def test_config_file_seed_and_hf_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "small.json"
+    path.write_text(
+        json.dumps({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != "vocab_size"}})
+    )
+    state = torch.get_rng_state()
+    model: Any = load_student(str(path), LM)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (model.config.vocab_size, model.config.pad_token_id, model.config.eos_token_id) == (
+        V,
+        0,
+        2,
+    )
+    same, other = (
+        load_student(str(path), LM),
+        load_student(str(path), StudentInfo("causal-lm", V, seed=4)),
+    )
+    weights = [dict(m.named_parameters())["lm_head.weight"] for m in (model, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    DistilledStudent(model, "causal-lm", codec="sample:3").save_pretrained(tmp_path / "run")
+    again: Any = load_student(str(tmp_path / "run"), LM)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(
+        UsageError, match=r"vocabulary of 40, the cache's is 512.*teacher's vocabulary"
+    ):
+        load_student(str(tmp_path / "run"), StudentInfo("causal-lm", 512))
+    large = {"model_type": "llama", **SIZES, "vocab_size": 5000}
+    (tmp_path / "large.json").write_text(json.dumps(large))
+    with pytest.raises(UsageError, match="vocabulary of 5000, the cache's is 40"):
+        load_student(str(tmp_path / "large.json"), LM)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.json", None, "no such file"),
+        ("bad.json", "{", "not JSON"),
+        ("plain.json", "{}", '"model_type"'),
+        ("odd.json", '{"model_type": "no-such-thing"}', "not a causal-lm architecture"),
+        ("absent", None, "not a folder or hub id"),
+        ("bilstm", None, "bilstm is a classifier"),
+    ],
+)
+def test_students_that_are_none(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load_student("bilstm" if name == "bilstm" else str(path), LM)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
+    with pytest.raises(UsageError, match=r"with weights.*give its config\.json itself"):
+        load_student(str(tmp_path), LM)
+
+
+def test_another_tokenizer_is_found_though_sizes_agree(tmp_path: Path) -> None:
+    def tokenizer(words: str) -> Any:
+        model = transformers.PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(words))
+        model.pad_token = model.unk_token = "?"
+        return model
+
+    def word_tokenizer(words: str) -> Any:
+        import tokenizers
+
+        vocabulary = {w: i for i, w in enumerate(["?", *words])}
+        return tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+
+    model = causal_model("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer("abc").save_pretrained(tmp_path)
+    load_student(str(tmp_path), StudentInfo("causal-lm", V, tokenizer=tokenizer("abc")))
+    with pytest.raises(UsageError, match="2 ids mean different tokens"):
+        load_student(str(tmp_path), StudentInfo("causal-lm", V, tokenizer=tokenizer("acb")))
+
+
+# --- classification ---
+
+
+@pytest.mark.parametrize(
+    ("divergence", "t"), [("forward-kl", 2.0), ("mse", 1.0), ("jsd", 4.0), ("reverse-kl", 2.0)]
+)
+def test_classification_loss(divergence: str, t: float) -> None:
+    model = load_student("bilstm", CLASSES)
+    tokenize = student_tokenize(model, "bilstm", CLASSES)
+    assert tokenize is not None
+    inputs = dict(tokenize(TEXTS, None))
+    labels, teacher = torch.tensor([1, -100, 0]), torch.randn(3, 2)
+    student = DistilledStudent(
+        model,
+        "sequence-classification",
+        codec="dense",
+        alpha=0.2,
+        temperature=t,
+        divergence=divergence,
+    )
+    out = student(
+        **inputs,
+        labels=labels,
+        target_logits=teacher,
+        temperature=torch.tensor([t]),
+        token_type_ids=labels,
+    )
+    want = distillation_loss(
+        model(**inputs).logits,
+        labels,
+        DenseTargets(teacher),
+        alpha=0.2,
+        temperature=t,
+        divergence=divergence,
+    )
+    torch.testing.assert_close(out.loss, want.total)
+    torch.testing.assert_close(out.logits, model(**inputs).logits)
+    hard = student(**inputs, labels=labels)
+    torch.testing.assert_close(hard.loss, want.hard * 3 / 2)  # the mean over rows that have a label
+    assert not student.accepts_loss_kwargs
+
+
+def test_real_classifier_as_student(minilm_sst2: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_sst2)
+    info = StudentInfo(
+        "sequence-classification", len(tokenizer), 2, ("negative", "positive"), tokenizer=tokenizer
+    )
+    model: Any = load_student(str(minilm_sst2), info)
+    assert next(model.parameters()).dtype == torch.float32
+    assert student_tokenize(model, str(minilm_sst2), info) is None
+    with pytest.raises(UsageError, match="has 2 classes, the cache has 3"):
+        load_student(str(minilm_sst2), StudentInfo("sequence-classification", len(tokenizer), 3))
+    out = DistilledStudent(model, info.task, codec="dense")(
+        **tokenizer(TEXTS, padding=True, return_tensors="pt"),
+        labels=torch.tensor([1, 0, 1]),
+        target_logits=torch.zeros(3, 2),
+    )
+    assert out.logits.shape == (3, 2)
+    stranger: Any = transformers.AutoTokenizer.from_pretrained(minilm_sst2)
+    stranger.add_tokens(["zyzzyva"])
+    own = student_tokenize(
+        model,
+        str(minilm_sst2),
+        StudentInfo(info.task, len(stranger), 2, tokenizer=stranger, max_length=5),
+    )
+    assert own is not None
+    assert own(TEXTS, TEXTS)["input_ids"].shape == (3, 5)
+
+
+def test_plain_encoder_gets_a_seeded_head(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    first, second = (load_student(str(tmp_path), CLASSES) for _ in range(2))
+    heads = [dict(m.named_parameters())["classifier.weight"] for m in (first, second)]
+    assert heads[0].shape == (2, 16)
+    assert torch.equal(*heads)
+    assert first.config.id2label == {0: "bad", 1: "good"}  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="embeds 40 ids, the cache's tokenizer has 41"):
+        load_student(str(tmp_path), StudentInfo("sequence-classification", V + 1, 2))
+
+
+def test_classifier_from_config(tmp_path: Path) -> None:
+    raw = {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    path = tmp_path / "bert.json"
+    path.write_text(json.dumps(raw))
+    model: Any = load_student(str(path), CLASSES)
+    assert (model.config.num_labels, model.config.vocab_size) == (2, V)
+    path.write_text(json.dumps({**raw, "num_labels": 3}))
+    with pytest.raises(UsageError, match="3 classes, the cache has 2"):
+        load_student(str(path), CLASSES)
+
+
+def test_bilstm_is_the_documented_one() -> None:
+    """Last states of both directions, unpadded: computed here one word after the other."""
+    torch.manual_seed(0)
+    model = BiLstmClassifier(BiLstmConfig(vocab_size=9, num_labels=3)).eval()
+    sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert sizes["embedding.weight"] == (9, 300)
+    assert sizes["lstm.weight_hh_l0_reverse"] == (1024, 256)
+    assert sizes["dense.weight"] == (128, 512)
+    assert sizes["classes.weight"] == (3, 128)
+    ids = torch.tensor([[3, 4, 5, 0, 0], [6, 7, 8, 3, 4]])
+    got = model(ids, (ids > 0).long()).logits
+    torch.testing.assert_close(model(ids).logits, got)
+    for row, length in ((0, 3), (1, 5)):
+        ends = []
+        for suffix, words in (("l0", ids[row, :length]), ("l0_reverse", ids[row, :length].flip(0))):
+            h, c = torch.zeros(256), torch.zeros(256)
+            for word in words:
+                gates = (
+                    getattr(model.lstm, f"weight_ih_{suffix}") @ model.embedding.weight[word]
+                    + getattr(model.lstm, f"bias_ih_{suffix}")
+                    + getattr(model.lstm, f"weight_hh_{suffix}") @ h
+                    + getattr(model.lstm, f"bias_hh_{suffix}")
+                )
+                i, f, g, o = gates.chunk(4)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+            ends.append(h)
+        want = model.classes(torch.relu(model.dense(torch.cat(ends))))
+        torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+
+
+def test_bilstm_max_pooling_ignores_padding() -> None:
+    model = BiLstmClassifier(
+        BiLstmConfig(vocab_size=9, num_labels=2, pooling="max", layers=2, dropout=0.5)
+    ).eval()
+    ids = torch.tensor([[3, 4, 5, 0, 0], [6, 7, 8, 3, 4]])
+    torch.testing.assert_close(model(ids).logits[0], model(ids[:1, :3]).logits[0])
+
+
+@pytest.mark.parametrize("source", ["words", "teacher"])
+def test_bilstm_round_trip(tmp_path: Path, source: str) -> None:
+    sizes = {
+        "embedding_size": 6,
+        "hidden_size": 4,
+        "dense_size": 5,
+        "dropout": 0.1,
+        "tokenizer": source,
+    }
+    model: Any = load_student("bilstm", CLASSES, options=sizes)
+    assert (model.vocabulary is None) == (source == "teacher")
+    DistilledStudent(model, CLASSES.task, codec="dense").save_pretrained(tmp_path / "run")
+    again: Any = load_student(str(tmp_path / "run"), CLASSES)
+    assert again.config == model.config
+    assert again.vocabulary == model.vocabulary
+    assert again.config.id2label == {0: "bad", 1: "good"}
+    ids = torch.tensor([[3, 4, 1]])
+    torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
+    tokenize = student_tokenize(again, str(tmp_path / "run"), CLASSES)
+    assert (tokenize is None) == (source == "teacher")
+    with pytest.raises(UsageError, match="2 classes, the cache has 3"):
+        load_student(str(tmp_path / "run"), StudentInfo(CLASSES.task, V, 3))
+    (tmp_path / "run" / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"model\.safetensors not found"):
+        load_student(str(tmp_path / "run"), CLASSES)
+
+
+def test_vocabulary_is_a_function_of_the_texts_alone(tmp_path: Path) -> None:
+    words = Vocabulary.build(TEXTS, max_length=6)
+    assert words.words == (
+        "<pad>",
+        "<unk>",
+        "<sep>",
+        "a",
+        "film",
+        "fine",
+        "!",
+        ",",
+        ".",
+        "?",
+        "dull",
+        "isn't",
+        "it",
+    )
+    assert words == Vocabulary.build(reversed(TEXTS), max_length=6)
+    assert words.ids("Fine films") == [5, 1]
+    assert words.ids("a", "film") == [3, 2, 4]
+    assert words.ids("") == [1]
+    assert words.ids("a a a a a a a a") == [3] * 6
+    batch = words(["a film", "?"])
+    assert batch["input_ids"].tolist() == [[3, 4], [9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    words.save(tmp_path / "vocab.json")
+    assert Vocabulary.load(tmp_path / "vocab.json") == words
+    assert len(Vocabulary.build(TEXTS, min_count=2)) == 6
+    assert len(Vocabulary.build(TEXTS, max_size=4)) == 4
+    assert "A" in Vocabulary.build(TEXTS, lower=False).words
+    with pytest.raises(UsageError, match="no word occurs 9 times"):
+        Vocabulary.build(TEXTS, min_count=9)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(UsageError, match="not a vocabulary"):
+        Vocabulary.load(tmp_path / "vocab.json")
+
+
+@pytest.mark.parametrize("form", ["glove", "word2vec", "gz"])
+def test_embeddings(tmp_path: Path, form: str) -> None:
+    text = "film 1 2 3\nnew york 9 9 9\nunseen x y z\nfine -0.5 0 1e-2\nfilm 7 7 7\n"
+    path = tmp_path / ("vectors.txt.gz" if form == "gz" else "vectors.txt")
+    if form == "gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(("5 3\n" if form == "word2vec" else "") + text)
+    found, vectors = read_embeddings(path, ["<pad>", "film", "fine", "new york"])
+    assert found.tolist() == [False, True, True, True]
+    torch.testing.assert_close(vectors[1:3], torch.tensor([[1.0, 2, 3], [-0.5, 0, 0.01]]))
+    model: Any = load_student(
+        "bilstm", CLASSES, embeddings=path, options={"freeze_embeddings": True}
+    )
+    assert model.config.embedding_size == 3
+    assert model.embedding.weight[model.vocabulary.ids("film")[0]].tolist() == [1, 2, 3]
+    assert not model.embedding.weight.requires_grad
+    assert model.embedding.weight[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "message"),
+    [
+        (None, None, "no such file"),
+        (b"film 1 2\n", 3, "expected 3"),
+        (b"film 1 two\n", None, "not a GloVe"),
+        (b"\xff\xfe\x00", None, "not a GloVe"),
+        (b"elephant 1 2\n", None, "none of the 1 words"),
+        (b"", None, "none of the 1 words"),
+        (b"justtext\n", None, "not a text file of word vectors|expected"),
+    ],
+)
+def test_wrong_embeddings(
+    tmp_path: Path, content: bytes | None, size: int | None, message: str
+) -> None:
+    path = tmp_path / "vectors.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_embeddings(path, ["film"], size)
+
+
+def test_truncated_embeddings(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.gz"
+    path.write_bytes(gzip.compress(b"elephant 1 2\n" * 9999)[:-20])
+    with pytest.raises(UsageError, match="not a GloVe"):
+        read_embeddings(path, ["film"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size 0"),
+        ({"dropout": 1.0}, "dropout 1"),
+        ({"pooling": "mean"}, "last, max"),
+        ({"sizes": 3}, "no option sizes"),
+        ({"tokenizer": "letters"}, "words or teacher"),
+    ],
+)
+def test_wrong_bilstm_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_student("bilstm", CLASSES, options=options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "no labels"),
+        (
+            {
+                "target_weights": torch.ones(2, 3),
+                "target_ids": torch.ones(2, 3).long(),
+                "target_rest": torch.ones(2),
+            },
+            "2 soft targets for 13 positions",
+        ),
+        (
+            {"target_logits": torch.zeros(12, V), "target_ids": None},
+            "dense targets, but the student was made for a sparse",
+        ),
+        ({"alpha": torch.ones(12)}, "one number"),
+    ],
+)
+def test_wrong_batches(change: dict[str, Any], message: str) -> None:
+    student = DistilledStudent(causal_model("llama"), "causal-lm", codec="sample:3")
+    batch = {k: v for k, v in {**causal_batch(), **change}.items() if v is not None}
+    with pytest.raises(UsageError, match=message):
+        student(**batch)
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "message"),
+    [
+        ("sample:3", {"divergence": "jsd"}, "biased on sampled targets"),
+        ("topk:3", {"divergence": "mse"}, "--codec dense"),
+        ("dense", {"alpha": 1.5}, "from 0 to 1"),
+        ("dense", {"task": "translation"}, "causal-lm or sequence-classification"),
+    ],
+)
+def test_wrong_wrappers(codec: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DistilledStudent(nn.Identity(), **{"task": "causal-lm", "codec": codec, **options})
