@@ -1,0 +1,24 @@
+"""Caches as a stream of batches: order, cursor, read-ahead, and a view by row number."""
+
+from __future__ import annotations
+
+from kdcache.stream.batch import Batch, Tokenize, collate, join, take
+from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.dataset import Collator, TargetDataset
+from kdcache.stream.order import Cursor, order
+from kdcache.stream.reader import TargetStream
+
+__all__ = [
+    "Batch",
+    "Collator",
+    "Cursor",
+    "TargetDataset",
+    "TargetStream",
+    "Tokenize",
+    "check_caches",
+    "collate",
+    "join",
+    "open_caches",
+    "order",
+    "take",
+]

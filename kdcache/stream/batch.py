@@ -1,0 +1,160 @@
+"""Rows of shards to batches of tensors, by offsets and without a Python loop over numbers.
+
+Cost: each token and target is copied once into the batch.
+Guarantee: positions of a batch keep the row-major order of its labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.rows import IGNORE
+from kdcache.shard import ShardData
+from kdcache.stream.order import ranges
+from kdcache.targets import DenseTargets, SoftTargets
+
+Batch: TypeAlias = dict[str, Tensor]
+Tokenize: TypeAlias = Callable[[list[str], "list[str] | None"], Mapping[str, Tensor]]
+
+_CAUSAL = "causal-lm"
+
+
+def take(data: ShardData, rows: np.ndarray, *, targets: bool = True) -> ShardData:
+    """Some rows of a shard, in the order asked for.
+
+    Args:
+        data: rows and their targets.
+        rows: int64 [n], row numbers.
+        targets: False leaves the soft targets out.
+    """
+    starts, lengths = data.offsets[rows], data.offsets[rows + 1] - data.offsets[rows]
+    tokens = ranges(starts, lengths)
+    empty = np.zeros(0, dtype=np.int64)
+    first = data.position_offsets[rows]
+    places = ranges(first, data.position_offsets[rows + 1] - first) if targets else empty
+    texts, pairs = data.texts, data.text_pairs
+    return ShardData(
+        task=data.task,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        input_ids=data.input_ids[tokens],
+        labels=data.labels[tokens] if data.task == _CAUSAL else data.labels[rows],
+        targets=data.targets.take(places),
+        type_ids=None if data.type_ids is None else data.type_ids[tokens],
+        texts=None if texts is None else [texts[i] for i in rows],
+        text_pairs=None if pairs is None else [pairs[i] for i in rows],
+    )
+
+
+def join(parts: Sequence[ShardData]) -> ShardData:
+    """One shard's worth of columns from several."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    types = [p.type_ids for p in parts]
+    typed = any(t is not None for t in types)
+    return ShardData(
+        task=parts[0].task,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        input_ids=np.concatenate([p.input_ids for p in parts]),
+        labels=np.concatenate([p.labels for p in parts]),
+        targets=SoftTargets.concat([p.targets for p in parts]),
+        type_ids=np.concatenate(
+            [
+                np.zeros(len(p.input_ids), np.uint8) if p.type_ids is None else p.type_ids
+                for p in parts
+            ]
+        )
+        if typed
+        else None,
+        texts=_join_texts([p.texts for p in parts], [len(p) for p in parts]),
+        text_pairs=_join_texts([p.text_pairs for p in parts], [len(p) for p in parts]),
+    )
+
+
+def _join_texts(texts: Sequence[list[str] | None], rows: Sequence[int]) -> list[str] | None:
+    if all(t is None for t in texts):
+        return None
+    return [text for part, n in zip(texts, rows, strict=True) for text in part or [""] * n]
+
+
+def collate(
+    data: ShardData,
+    *,
+    pad_id: int,
+    temperature: float | None,
+    count: float | None = None,
+    tokenize: Tokenize | None = None,
+) -> Batch:
+    """A batch of tensors from some rows.
+
+    Args:
+        data: the rows of the batch, in order.
+        pad_id: id that fills `input_ids` up on the right.
+        temperature: of the soft targets, or None to leave them out (training on hard labels alone).
+        count: what the loss is divided by; None for this batch's own count. See `Batch` keys below.
+        tokenize: text (and second text) to the student's own tensors, such as `input_ids` and
+            `attention_mask`; None uses the cached ids.
+
+    Returns:
+        `input_ids`, `attention_mask` int64 [B, L]; `token_type_ids` int64 [B, L] where there are
+        any; `labels` int64 [B, L] (aligned with the logits: already shifted) or [B]; `count`
+        float32 []; and with a temperature: `temperature` float32 [1], and `target_logits` float32
+        [P, V], or `target_ids` int64 [P, K], `target_weights` float32 [P, K], `target_rest` float32
+        [P]. P counts the positions in row-major order. `count` is the number of positions the loss
+        is a mean of (without targets: of hard labels); infinity gives the batch the weight zero.
+    """
+    rows, lengths = len(data), np.diff(data.offsets)
+    width = int(lengths.max()) if rows else 0
+    real = np.arange(width) < lengths[:, None]
+    causal = data.task == _CAUSAL
+    if tokenize is not None:
+        if data.texts is None:
+            raise UsageError(
+                "the cache holds no texts: this student must use the teacher's tokenizer."
+            )
+        batch = {
+            name: torch.as_tensor(v) for name, v in tokenize(data.texts, data.text_pairs).items()
+        }
+    else:
+        batch = {
+            "input_ids": _padded(data.input_ids, real, pad_id),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+        }
+        if data.type_ids is not None:
+            batch["token_type_ids"] = _padded(data.type_ids, real, 0)
+    labels = data.labels
+    batch["labels"] = (
+        _padded(labels, real, IGNORE) if causal else torch.from_numpy(labels.astype(np.int64))
+    )
+    if temperature is not None:
+        targets = data.targets.at(temperature)
+        batch["temperature"] = torch.tensor([temperature], dtype=torch.float32)
+        if isinstance(targets, DenseTargets):
+            batch["target_logits"] = targets.logits
+        else:
+            batch["target_ids"] = targets.ids
+            batch["target_weights"] = targets.weights
+            batch["target_rest"] = targets.rest
+    if count is None:
+        count = positions_of(data, np.arange(rows), soft=temperature is not None)
+    batch["count"] = torch.tensor(count, dtype=torch.float32)
+    return batch
+
+
+def _padded(values: np.ndarray, real: np.ndarray, fill: int) -> Tensor:
+    out = np.full(real.shape, fill, dtype=np.int64)
+    out[real] = values
+    return torch.from_numpy(out)
+
+
+def positions_of(data: ShardData, rows: np.ndarray, *, soft: bool) -> int:
+    """What the loss of these rows is a mean of: their soft targets, or their hard labels."""
+    if soft or data.task == _CAUSAL:
+        return int((data.position_offsets[rows + 1] - data.position_offsets[rows]).sum())
+    return int((data.labels[rows] != IGNORE).sum())

@@ -1,0 +1,79 @@
+"""Rows of caches by number, for training loops that bring their own order."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from kdcache.cache import Cache
+from kdcache.shard import ShardData
+from kdcache.stream.batch import Batch, Tokenize, collate, join, take
+from kdcache.stream.checks import check_caches, open_caches
+
+
+class TargetDataset(Dataset[ShardData]):
+    """Rows of caches by number, for a plain `DataLoader` or HF `Trainer` together with `Collator`.
+
+    An item is one row with its targets. Shards are read when a row of theirs is asked for and the
+    last few are kept: random access over a cache of many shards decodes them again and again, for
+    which `TargetStream` is the cure.
+    """
+
+    def __init__(self, caches: Cache | str | Sequence[Cache | str], *, keep: int = 4) -> None:
+        """Open the caches.
+
+        Args:
+            caches: sealed caches, opened or by URL.
+            keep: decoded shards held in memory (by each process).
+        """
+        self.caches = open_caches(caches)
+        check_caches(self.caches, (), [])
+        self._shards = [
+            (c, i) for c, cache in enumerate(self.caches) for i in range(cache.spec.spans)
+        ]
+        sizes = [self.caches[c].manifest.shards[i].rows for c, i in self._shards]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._keep = keep
+        self._recent: OrderedDict[int, ShardData] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> ShardData:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        slot = int(np.searchsorted(self._ends, index, side="right"))
+        data = self._recent.pop(slot, None)
+        if data is None:
+            cache, shard = self._shards[slot]
+            data = self.caches[cache].read(shard)
+        self._recent[slot] = data
+        if len(self._recent) > self._keep:
+            self._recent.popitem(last=False)
+        row = index - (int(self._ends[slot - 1]) if slot else 0)
+        return take(data, np.array([row]))
+
+
+@dataclass
+class Collator:
+    """Rows of a `TargetDataset` to a batch: the `collate_fn` or HF `data_collator`.
+
+    Attributes:
+        pad_id: id that fills rows up (`cache.spec.pad_id`).
+        temperature: of the soft targets, or None to leave them out.
+        tokenize: text to tensors, for classifiers with a tokenizer of their own.
+    """
+
+    pad_id: int
+    temperature: float | None = 1.0
+    tokenize: Tokenize | None = field(default=None, repr=False)
+
+    def __call__(self, rows: Sequence[ShardData]) -> Batch:
+        """Collate items of the dataset; see `collate` for the keys of a batch."""
+        return collate(
+            join(rows), pad_id=self.pad_id, temperature=self.temperature, tokenize=self.tokenize
+        )

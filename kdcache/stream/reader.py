@@ -1,0 +1,266 @@
+"""Streaming a cache into training: a global order that is a pure function, batches, and a cursor.
+
+Order: the shards of all caches are permuted by (seed, epoch) and dealt into groups; the rows of a
+group are permuted together. A global batch is the next `batch_size` rows of that order, the last
+one of an epoch may be shorter, and none straddles two epochs. Each batch is cut into `world_size *
+accumulation` slices of equal size (give or take a row); rank `r` gets the slices `r, r +
+world_size, ...`. So every number of workers and every accumulation sees the same global batches,
+and a position in the order (`Cursor`) is all there is to resume from. A slice that would be empty
+holds one row whose weight is zero (`count` = infinity): every rank takes the same number of steps,
+nothing is dropped and nothing counts twice.
+
+Cost: one thread reads and decodes groups, a second cuts and collates batches with vectorised numpy,
+both ahead of the training step. Each rank decodes the whole cache once an epoch: the price of equal
+global batches. In memory are the group being cut, the next one (twice while its shards are joined),
+and `prefetch` batches, however large the cache.
+Guarantee: every row exactly once an epoch (weights
+aside), whatever the world size, accumulation, group size and restart point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from kdcache.cache import Cache
+from kdcache.errors import UsageError
+from kdcache.shard import ShardData
+from kdcache.stream.background import Background
+from kdcache.stream.batch import Batch, Tokenize, collate, join, positions_of, take
+from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.order import Cursor, Source, order, slices, sources
+
+
+@dataclass
+class _Group:
+    """Decoded shards of one group: `rows` of `data` in the global order, all of one epoch."""
+
+    data: ShardData
+    rows: np.ndarray
+    epoch: int
+
+
+class TargetStream(IterableDataset[Batch]):
+    """Batches of one rank, read ahead of the training step.
+
+    Iterating gives the rest of the current epoch and leaves the cursor at the next one, so
+    `for epoch in range(3): for batch in stream: ...` trains three epochs. Works as it is, or in
+    `DataLoader(stream, batch_size=None)` (with no worker processes: it has threads of its own).
+    """
+
+    def __init__(
+        self,
+        caches: Cache | str | Sequence[Cache | str],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        temperature: float | Callable[[int], float] | None = 1.0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        weights: Sequence[float] | None = None,
+        group: int = 8,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        cursor: Cursor | Mapping[str, int] | None = None,
+        tokenize: Tokenize | None = None,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        """Describe the stream; nothing is read before the first batch.
+
+        Args:
+            caches: sealed caches, opened or by URL; several are mixed row by row.
+            batch_size: rows of one global batch, over all ranks and accumulated slices.
+            seed: of the order.
+            temperature: of the targets, or a function of the step (global batches since the run
+                began); None leaves the targets out.
+            rank: this worker.
+            world_size: number of workers.
+            accumulation: slices into which each rank cuts its part of a global batch.
+            weights: how often an epoch uses each cache's rows: 2 repeats them, 0.5 takes another
+                half each epoch. Default: 1 for all.
+            group: shards whose rows are shuffled together; decides the memory taken.
+            shuffle: False keeps the stored order (evaluation).
+            drop_last: leave a shorter last batch of an epoch out.
+            cursor: where to begin.
+            tokenize: text to tensors, for classifiers with a tokenizer of their own.
+            prefetch: batches ready in advance.
+            pin_memory: put batches in page-locked memory, for copies to a GPU that do not wait.
+
+        Raises:
+            UsageError: all that is wrong with caches and options, in one message.
+        """
+        super().__init__()
+        self.caches = open_caches(caches)
+        self.batch_size, self.seed, self.temperature = batch_size, seed, temperature
+        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.caches)
+        self.group, self.shuffle, self.drop_last = group, shuffle, drop_last
+        self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
+        self.cursor = cursor if isinstance(cursor, Cursor) else Cursor.from_dict(cursor or _BEGIN)
+        problems = []
+        least = {
+            "batch_size": 1,
+            "world_size": 1,
+            "accumulation": 1,
+            "group": 1,
+            "prefetch": 1,
+            "seed": 0,
+        }
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                problems.append(f"{name} is {getattr(self, name)}, expected at least {low}.")
+        if not 0 <= rank < max(1, world_size):
+            problems.append(f"rank {rank} is not one of {world_size} ranks.")
+        if len(self.weights) != len(self.caches):
+            problems.append(f"{len(self.weights)} weights for {len(self.caches)} caches.")
+        elif not all(math.isfinite(w) and w > 0 for w in self.weights):
+            problems.append(f"cache weights must be above 0, not {self.weights}.")
+        tried = temperature(0) if callable(temperature) else temperature
+        check_caches(self.caches, () if tried is None else (tried,), problems)
+        if self.rows == 0 or len(self) == 0:
+            raise UsageError(
+                f"{self.rows} rows an epoch make no batch of {batch_size}. Use a larger "
+                "cache, a smaller batch size, or keep the last batch."
+            )
+
+    @cached_property
+    def _sources(self) -> list[Source]:
+        return sources(self.caches, self.weights)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of an epoch, over all ranks."""
+        return sum(source.rows for source in self._sources)
+
+    @property
+    def steps(self) -> int:
+        """Global batches of an epoch."""
+        return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
+
+    def __len__(self) -> int:
+        """Batches that a whole epoch gives this rank."""
+        return self.steps * self.accumulation
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor after the last global batch that was handed out whole."""
+        return self.cursor.to_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a cursor: the next iteration begins there."""
+        self.cursor = Cursor.from_dict(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if get_worker_info() is not None:
+            raise UsageError(
+                "a TargetStream reads in threads of its own: worker processes would repeat it. "
+                "Use DataLoader(stream, batch_size=None, num_workers=0)."
+            )
+        return self.batches(self.cursor.epoch + 1)
+
+    def batches(self, epochs: int) -> Iterator[Batch]:
+        """Batches from the cursor on until `epochs` epochs are done, read ahead across epochs."""
+        begin = self._settled(self.cursor)
+        groups = Background(self._groups(begin, epochs), 1, "kdcache-decode")
+        ready = Background(self._collated(groups, begin), self.prefetch, "kdcache-collate")
+        try:
+            for batch, after in ready:
+                if after is not None:
+                    self.cursor = after
+                yield batch
+        finally:
+            # The reader first: the thread that collates may be waiting for it.
+            groups.close()
+            ready.close()
+
+    def _groups(self, cursor: Cursor, epochs: int) -> Iterator[_Group]:
+        sizes = [source.rows for source in self._sources]
+        for epoch in range(cursor.epoch, epochs):
+            start = cursor.rows_seen if epoch == cursor.epoch else 0
+            for pairs in order(
+                self.seed, epoch, sizes, self.group, start=start, shuffle=self.shuffle
+            ):
+                yield self._decode(pairs, epoch)
+
+    def _decode(self, pairs: np.ndarray, epoch: int) -> _Group:
+        members, which = np.unique(pairs[:, 0], return_inverse=True)
+        rows = np.empty(len(pairs), dtype=np.int64)
+        parts: list[ShardData] = []
+        known: dict[tuple[int, int], int] = {}
+        first = 0
+        for slot, member in enumerate(members):
+            source = self._sources[member]
+            here = which == slot
+            key = (source.cache, source.shard)
+            if key not in known:  # a repeated cache may have one shard twice in a group
+                parts.append(self.caches[source.cache].read(source.shard))
+                known[key] = first
+                first += len(parts[-1])
+            rows[here] = known[key] + source.keep(self.seed, epoch, pairs[here, 1])
+        return _Group(join(parts), rows, epoch)
+
+    def _collated(
+        self, groups: Iterator[_Group], cursor: Cursor
+    ) -> Iterator[tuple[Batch, Cursor | None]]:
+        pieces = self.world_size * self.accumulation
+        parts: list[list[ShardData]] = [[] for _ in range(self.accumulation)]
+        positions, filled = 0, 0
+        for group in groups:
+            done = 0
+            # With drop_last the cursor is in the next epoch while rows of this one are left.
+            while done < len(group.rows) and cursor.epoch == group.epoch:
+                size = min(self.batch_size, self.rows - cursor.rows_seen)
+                now = group.rows[done : done + size - filled]
+                positions += positions_of(group.data, now, soft=self.temperature is not None)
+                bounds = slices(size, pieces)
+                for i, part in enumerate(parts):
+                    k = i * self.world_size + self.rank
+                    mine = now[max(0, bounds[k] - filled) : max(0, bounds[k + 1] - filled)]
+                    if len(mine):
+                        part.append(self._take(group.data, mine))
+                done += len(now)
+                filled += len(now)
+                if filled < size:
+                    break
+                after = self._after(cursor, size)
+                spare = self._take(group.data, now[-1:])
+                for i, part in enumerate(parts):
+                    # A rank without a row still takes part in the step, with weight zero.
+                    count = max(positions, 1) if part else math.inf
+                    batch = self._collate(join(part or [spare]), cursor.step, count)
+                    yield batch, after if i == len(parts) - 1 else None
+                cursor, parts, positions, filled = after, [[] for _ in parts], 0, 0
+            del group  # its memory goes before the next one is waited for
+
+    def _after(self, cursor: Cursor, size: int) -> Cursor:
+        return self._settled(Cursor(cursor.epoch, cursor.rows_seen + size, cursor.step + 1))
+
+    def _settled(self, cursor: Cursor) -> Cursor:
+        """The cursor, or the next epoch's begin where no batch is left in this one."""
+        left = self.rows - cursor.rows_seen
+        if left <= 0 or (self.drop_last and left < self.batch_size):
+            return Cursor(cursor.epoch + 1, 0, cursor.step)
+        return cursor
+
+    def _take(self, data: ShardData, rows: np.ndarray) -> ShardData:
+        return take(data, rows, targets=self.temperature is not None)
+
+    def _collate(self, data: ShardData, step: int, count: float) -> Batch:
+        temperature = self.temperature(step) if callable(self.temperature) else self.temperature
+        batch = collate(
+            data,
+            pad_id=self.caches[0].spec.pad_id,
+            temperature=temperature,
+            count=count,
+            tokenize=self.tokenize,
+        )
+        return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
+
+
+_BEGIN = Cursor().to_dict()

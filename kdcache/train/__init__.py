@@ -1,0 +1,16 @@
+"""`kdcache train`: a student from cached targets, on top of the HF Trainer and Ray Train."""
+
+from __future__ import annotations
+
+from kdcache.train.options import Schedule, TrainOptions
+from kdcache.train.run import TrainProgress, TrainResult, train
+from kdcache.train.trainer import DistillationTrainer
+
+__all__ = [
+    "DistillationTrainer",
+    "Schedule",
+    "TrainOptions",
+    "TrainProgress",
+    "TrainResult",
+    "train",
+]

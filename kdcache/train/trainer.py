@@ -1,0 +1,406 @@
+"""`DistillationTrainer`: the HF Trainer on a stream of cached targets.
+
+The Trainer keeps its loop, optimizer, schedulers, precision, checkpoints and callbacks. This
+subclass
+
+* takes batches from a `TargetStream` as they are (accelerate would shard or gather them again);
+* divides each loss by the number of positions of the whole global batch, which the stream knows, so
+that
+  several workers or accumulated slices give the gradient of the one big batch;
+* sets alpha and T of each step, and logs the hard and the soft loss apart;
+* keeps the cursor and the identity of the caches in every checkpoint, and goes on from there
+exactly;
+* evaluates on a stream: cross-entropy, soft loss, accuracy.
+
+Guarantee: a run that was stopped and resumed takes the same steps as one that was not; on one CPU,
+to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from kdcache.errors import UsageError
+from kdcache.stream import Batch, TargetStream
+
+STATE_FILE = "kdcache_state.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """HF Trainer whose model is a `DistilledStudent`: its forward returns the loss.
+
+    With a `TargetStream` as `train_dataset`, the trainer tells the stream its rank, world size and
+    accumulation; `per_device_train_batch_size` has no part, the stream's `batch_size` is that of a
+    step. With any other dataset (a `TargetDataset` with a `Collator`) it is the plain Trainer.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        *args: Any,
+        alpha: Callable[[int], float] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set up.
+
+        Args:
+            args: as for the HF Trainer.
+            alpha: weight of the hard loss at each step; None leaves the model's.
+            identity: facts that a resumed run must share with the one that made the checkpoint.
+            kwargs: as for the HF Trainer.
+        """
+        super().__init__(*args, **kwargs)
+        for noisy in (PrinterCallback, ProgressCallback):
+            self.remove_callback(noisy)
+        self.add_callback(_CursorCallback(self))
+        # The loss is divided by the count of the whole step: the Trainer must not divide it again.
+        if self.streams:
+            self.model_accepts_loss_kwargs = True
+        self.alpha = alpha
+        self.identity = dict(identity or {})
+        self._parts = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._parts_steps = 0
+        self._last: dict[str, float] = {}
+        self._loader: _StreamLoader | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training set is a `TargetStream`."""
+        return isinstance(self.train_dataset, TargetStream)
+
+    # Data
+
+    def get_train_dataloader(self) -> Any:
+        """The stream itself, one epoch an iteration; other datasets as the Trainer does."""
+        if not self.streams:
+            return super().get_train_dataloader()
+        stream = self._place(self.train_dataset, self.args.gradient_accumulation_steps)
+        self._loader = _StreamLoader(stream, self.total_steps(stream))
+        return self._loader
+
+    def total_steps(self, stream: TargetStream) -> int:
+        """Steps of the whole run."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        return math.ceil(float(self.args.num_train_epochs) * stream.steps)
+
+    def _place(self, stream: TargetStream, accumulation: int) -> TargetStream:
+        stream.rank, stream.world_size = self.args.process_index, self.args.world_size
+        stream.accumulation = accumulation
+        return stream
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """The slices of one step, and the count its loss is divided by."""
+        if not self.streams:
+            samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+            return samples, count
+        slices = [b for b in (next(epoch_iterator, None) for _ in range(num_batches)) if b]
+        return slices, slices[0]["count"] if slices else None
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # A number on the device would have to be waited for.
+        if isinstance(inputs.get("temperature"), Tensor):
+            inputs = {**inputs, "temperature": float(inputs["temperature"])}
+        device = self.args.device
+        return {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in inputs.items()
+        }
+
+    # Training
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train; with a stream, resuming begins at the cursor without reading what was seen.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last one of the run.
+            args: as for the HF Trainer.
+            kwargs: as for the HF Trainer.
+
+        Raises:
+            UsageError: the checkpoint is of other caches or another identity.
+        """
+        if not self.streams:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.args.ignore_data_skip = True  # the cursor is where to go on
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            state = read_state(Path(str(resume_from_checkpoint)))
+            check_identity(state, self._identity(), str(resume_from_checkpoint))
+            self.train_dataset.load_state_dict(state["cursor"])
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        finally:
+            if self._loader is not None:
+                self._loader.close()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's loss of one slice; times the ranks, over which gradients are averaged."""
+        if not self.streams:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.alpha is not None:
+            inputs = {**inputs, "alpha": self.alpha(self.state.global_step)}
+            self._last["alpha"] = inputs["alpha"]
+        if "temperature" in inputs:
+            self._last["temperature"] = inputs["temperature"]
+        outputs = model(**inputs)
+        if model.training:
+            self._parts += _stack(outputs.hard_loss, outputs.soft_loss)
+        loss = outputs.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer; a line of the training loss also tells its two parts, alpha and T."""
+        if self.streams and "loss" in logs and self._parts_steps:
+            parts = self.accelerator.reduce(self._parts.clone(), "sum") / self._parts_steps
+            hard, soft = parts.tolist()
+            logs["hard_loss"] = hard
+            if "temperature" in self._last:
+                logs["soft_loss"] = soft
+            logs.update(self._last)
+            self._parts.zero_()
+            self._parts_steps = 0
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Losses, and accuracy of a classifier, on a `TargetStream`; else as the Trainer does."""
+        stream = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(stream, TargetStream):
+            metrics: dict[str, float] = super().evaluate(
+                eval_dataset, ignore_keys, metric_key_prefix
+            )
+            return metrics
+        begun = time.perf_counter()
+        found = self._evaluate_stream(stream)
+        found["runtime"] = time.perf_counter() - begun
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:
+        self._place(stream, 1).load_state_dict({"epoch": 0, "rows_seen": 0})
+        model = self.model
+        was_training = model.training
+        model.eval()
+        names = ("hard", "soft", "positions", "labelled", "correct")
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.args.device)
+        soft_known = classes = False
+        for batch in stream:
+            count = float(batch["count"])
+            inputs = self._prepare_inputs(batch)
+            outputs = model(**inputs)
+            if not math.isfinite(count):
+                continue  # a rank without rows only keeps the others company
+            labels = inputs["labels"]
+            labelled = labels != -100
+            classes = labels.ndim == 1
+            soft_known = outputs.soft_loss is not None
+            correct = torch.zeros((), device=labels.device)
+            if classes:
+                correct = ((outputs.logits.argmax(-1) == labels) & labelled).sum()
+            sums[:2] += _stack(outputs.hard_loss, outputs.soft_loss) * count
+            sums[2] += labels.numel() if classes else labelled.sum()
+            sums[3] += labelled.sum()
+            sums[4] += correct
+        model.train(was_training)
+        reduced = self.accelerator.reduce(sums, "sum")
+        hard, soft, positions, labelled_rows, right = reduced.tolist()
+        alpha = float(self._final_alpha()) if soft_known else 1.0
+        # The same weighting as in training: mean over positions of the weighted sum.
+        whole = max(positions if soft_known else labelled_rows, 1)
+        found = {"loss": (alpha * hard + (1 - alpha) * soft) / whole}
+        if labelled_rows:
+            found["hard_loss"] = hard / labelled_rows
+            if classes:
+                found["accuracy"] = right / labelled_rows
+        if soft_known:
+            found["soft_loss"] = soft / positions
+        return found
+
+    def _final_alpha(self) -> float | Tensor:
+        if self.alpha is None:
+            return getattr(self.model, "alpha", 0.5)
+        # At the end of its schedule, so that evaluations of one run compare.
+        return self.alpha(self.total_steps(self.train_dataset) - 1)
+
+    # Checkpoints: safetensors of the whole wrapper, tied weights stored once
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if state_dict is None:
+            safetensors.torch.save_model(self.model, str(folder / WEIGHTS_FILE))
+        else:  # gathered from shards: whole tensors on the CPU
+            whole = {k: v.detach().clone().contiguous() for k, v in state_dict.items()}
+            safetensors.torch.save_file(
+                whole, str(folder / WEIGHTS_FILE), metadata={"format": "pt"}
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint, WEIGHTS_FILE)
+        if self.is_fsdp_enabled or not path.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        safetensors.torch.load_model(model or self.model, str(path))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        safetensors.torch.load_model(
+            self.model, os.path.join(self.state.best_model_checkpoint, WEIGHTS_FILE)
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        stream = self.train_dataset
+        caches = [cache.digest for cache in stream.caches]
+        order = {"batch_size": stream.batch_size, "seed": stream.seed, "group": stream.group}
+        facts = {**order, "weights": list(stream.weights), **self.identity, "caches": caches}
+        return dict(json.loads(json.dumps(facts)))
+
+    def write_state(self, folder: Path) -> None:
+        """Write cursor and identity into a checkpoint; one that lacks them is unfinished."""
+        state = {"cursor": self.train_dataset.state_dict(), "identity": self._identity()}
+        scratch = folder / (STATE_FILE + ".tmp")
+        scratch.write_text(json.dumps(state, indent=1) + "\n")
+        scratch.replace(folder / STATE_FILE)
+
+
+class _StreamLoader:
+    """One epoch of the stream an iteration; the reading goes on across epochs."""
+
+    def __init__(self, stream: TargetStream, steps: int) -> None:
+        self.dataset = stream
+        self._steps = steps
+        self._batches: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = self.dataset
+        if self._batches is None:
+            self._batches = stream.batches(math.ceil(self._steps / stream.steps))
+        epoch = stream.cursor.epoch
+        while stream.cursor.epoch == epoch and stream.cursor.step < self._steps:
+            batch = next(self._batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        if self._batches is not None:
+            self._batches.close()  # type: ignore[attr-defined]
+
+
+class _CursorCallback(TrainerCallback):  # type: ignore[misc]
+    """Keeps the Trainer's idea of the epoch true, and completes its checkpoints."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        trainer = self._trainer
+        if not trainer.streams:
+            return
+        trainer._parts_steps += 1
+        cursor, rows = trainer.train_dataset.cursor, trainer.train_dataset.rows
+        state.epoch = cursor.epoch + cursor.rows_seen / rows
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._trainer.streams and state.is_world_process_zero:
+            self._trainer.write_state(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Cursor and identity of a checkpoint.
+
+    Raises:
+        UsageError: not a whole checkpoint of a stream.
+    """
+    try:
+        return dict(json.loads((checkpoint / STATE_FILE).read_text()))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{checkpoint} has no {STATE_FILE}: it is not a whole checkpoint of kdcache. Name "
+            "another one, or begin anew with another --out."
+        ) from error
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The last whole checkpoint of a run, or None."""
+    found = [path.parent for path in out.glob(f"checkpoint-*/{STATE_FILE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on with other caches or options than a checkpoint's.
+
+    Raises:
+        UsageError: names what differs, then and now.
+    """
+    then = state["identity"]
+    changed = [
+        f"{name}: {then.get(name)} -> {identity.get(name)}"
+        for name in sorted({*then, *identity})
+        if then.get(name) != identity.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{where} was made with other caches or options:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the same ones to go on, or another --out to begin anew."
+        )
+
+
+def _stack(hard: Tensor | None, soft: Tensor | None) -> Tensor:
+    assert hard is not None, "the model returns the parts of its loss"
+    zero = torch.zeros_like(hard)
+    return torch.stack([hard.detach(), (zero if soft is None else soft).detach()]).double()

@@ -1,0 +1,203 @@
+"""Fine-tuning a teacher: it learns, reloads as what it is, trains only what it should."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_caches import word_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+)
+
+from kdcache.errors import UsageError
+from kdcache.finetune import FinetuneOptions, finetune
+from kdcache.head import HEAD_FILE, HeadedClassifier, load_classifier
+from kdcache.train import TrainProgress
+
+Make = Callable[..., FinetuneOptions]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT, a tiny DistilBERT (which has no pooler), and labelled texts."""
+    folder = tmp_path_factory.mktemp("finetune")
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "max_position_embeddings": 32}
+    bert = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **size
+    )
+    distil = DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32, **size)
+    for name, model in (("bert", BertModel(bert)), ("distil", DistilBertModel(distil))):
+        model.save_pretrained(folder / name)
+        for file, content in word_tokenizer().items():
+            (folder / name / file).write_bytes(content)
+    for name, rows, seed in (("train", 160, 1), ("test", 60, 2)):
+        rng = np.random.default_rng(seed)
+        lines = []
+        for i in range(rows):
+            words = rng.integers(10, 64, 6)
+            label = int(rng.integers(2))
+            words[rng.integers(6)] = 4 + label  # one word decides
+            shown = "" if name == "train" and i % 16 == 3 else ("bad", "good")[label]
+            lines.append({"text": " ".join(f"w{w}" for w in words), "label": shown})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def options(folder: Path, tmp_path: Path) -> Make:
+    def make(**changes: Any) -> FinetuneOptions:
+        values: dict[str, Any] = {
+            "model": str(folder / "bert"),
+            "corpus": str(folder / "train.jsonl"),
+            "out": str(tmp_path / "teacher"),
+            "epochs": 1,
+            "batch_size": 10,
+            "max_length": 16,
+            "learning_rate": 1e-2,
+        }
+        return FinetuneOptions(**(values | changes))
+
+    return make
+
+
+def test_a_whole_encoder_learns_and_reloads(options: Make, folder: Path) -> None:
+    seen: list[TrainProgress] = []
+    chosen = options(eval_corpus=str(folder / "test.jsonl"), epochs=8)
+    result = finetune(chosen, on_progress=seen.append)
+    assert result.accuracy is not None
+    assert result.accuracy > 0.9
+    assert result.f1 is not None
+    assert result.label_names == ("bad", "good")
+    assert (result.rows, result.unlabelled) == (150, 10)
+    assert result.trained == result.parameters
+    assert seen[-1].step == result.steps == 120
+    evaluated = [p.logs["eval_accuracy"] for p in seen if "eval_accuracy" in p.logs]
+    assert result.accuracy == max(evaluated)
+
+    # The saved folder is what was measured, for HF alone.
+    model = AutoModelForSequenceClassification.from_pretrained(result.out).eval()
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    tokenizer = AutoTokenizer.from_pretrained(result.out)
+    lines = [json.loads(x) for x in (folder / "test.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = model(
+            **tokenizer([x["text"] for x in lines], padding=True, return_tensors="pt")
+        ).logits
+    right = [
+        ("bad", "good")[int(p)] == x["label"] for p, x in zip(logits.argmax(-1), lines, strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(result.accuracy)
+    assert sorted(p.name for p in Path(result.out).glob("*.safetensors")) == ["model.safetensors"]
+    assert not list(Path(result.out).glob("checkpoint*"))
+
+    again = finetune(chosen)
+    assert not again.made
+    assert again.accuracy == result.accuracy
+    with pytest.raises(UsageError, match="epochs: 8"):
+        finetune(options(eval_corpus=str(folder / "test.jsonl"), epochs=9))
+
+
+@pytest.mark.parametrize(("model", "pooling"), [("bert", "pooler"), ("distil", "first")])
+def test_a_head_of_its_own_width_reloads(
+    options: Make, folder: Path, model: str, pooling: str
+) -> None:
+    result = finetune(options(model=str(folder / model), head_width=24))
+    loaded = load_classifier(result.out)
+    assert isinstance(loaded, HeadedClassifier)
+    assert (loaded.pooling, loaded.hidden.out_features) == (pooling, 24)
+    assert loaded.config.id2label == {0: "bad", 1: "good"}
+    again = HeadedClassifier.from_pretrained(result.out, dtype=torch.float32).eval()
+    batch = AutoTokenizer.from_pretrained(result.out)(
+        ["w4 w9 w12", "w5 w20 w3"], return_tensors="pt"
+    )
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        states = again.encoder(**inputs)
+        pooled = states.pooler_output if pooling == "pooler" else states.last_hidden_state[:, 0]
+        want = again.classes(torch.relu(again.hidden(pooled)))
+        torch.testing.assert_close(loaded.eval()(**inputs).logits, want)
+        loss = again(**inputs, labels=torch.tensor([0, 1])).loss
+        torch.testing.assert_close(
+            loss, torch.nn.functional.cross_entropy(want, torch.tensor([0, 1]))
+        )
+
+    weights = load_file(Path(result.out, HEAD_FILE))
+    assert {k: tuple(v.shape) for k, v in weights.items()} == {
+        "hidden.weight": (24, 16), "hidden.bias": (24,),
+        "classes.weight": (2, 24), "classes.bias": (2,),
+    }  # fmt: skip
+    save_file(
+        weights, Path(result.out, HEAD_FILE), metadata={"format": "kdcache-head", "version": "9"}
+    )
+    with pytest.raises(UsageError, match="version 9"):
+        load_classifier(result.out)
+
+
+@pytest.mark.parametrize("head_width", [None, 8])
+def test_only_the_last_tensors_are_trained(
+    options: Make, folder: Path, head_width: int | None
+) -> None:
+    result = finetune(options(train_last=4, head_width=head_width))
+    before = BertModel.from_pretrained(folder / "bert").state_dict()
+    model = load_classifier(result.out)
+    encoder = model.encoder if head_width else model.bert
+    changed = [n for n, p in encoder.named_parameters() if not torch.equal(p, before[n])]
+    assert changed == [n for n, _ in encoder.named_parameters()][-4:]
+    head = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in encoder.parameters())
+    assert result.trained == head + sum(p.numel() for p in list(encoder.parameters())[-4:])
+
+
+def test_classes_are_found_in_tables(options: Make, tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text("".join(f"w{10 + i} w{3 + i % 3}\t{(0, 2, 1)[i % 3]}\n" for i in range(12)))
+    result = finetune(options(corpus=str(path), columns=("text", "label")))
+    assert result.label_names == ("0", "1", "2")
+    named = finetune(
+        options(
+            corpus=str(path), columns=("text", "label"), label_names=("a", "b", "c"),
+            out=str(tmp_path / "named"),
+        )
+    )  # fmt: skip
+    assert named.label_names == ("a", "b", "c")
+
+
+def test_wrong_input_is_told_and_nothing_is_written(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"text": "w3", "label": "x"}\n' * 4)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "w3", "label": "ugly"}\n')
+    for changes, word in (
+        ({"label_column": "klass"}, "klass"),
+        ({"corpus": str(one)}, "1 classes"),
+        ({"eval_corpus": str(other)}, "ugly"),
+        ({"train_last": 999}, "999"),
+        ({"model": str(tmp_path)}, "model"),
+        ({"text_column": "body"}, "body"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            finetune(options(**changes))
+    assert not (tmp_path / "teacher").exists()
+    with pytest.raises(UsageError) as error:
+        options(epochs=0, batch_size=0, head_width=0, corpus=(), bf16=True, fp16=True)
+    for word in ("epochs", "batch_size", "head_width", "corpus", "bf16"):
+        assert word in str(error.value)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "notes").write_text("")
+    with pytest.raises(UsageError, match="another --out"):
+        finetune(options())

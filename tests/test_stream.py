@@ -1,0 +1,383 @@
+"""The order is a permutation for any world, the batches carry the right targets, threads end."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_caches import CAUSAL, CLASSES, make_cache, make_rows, teacher_logits
+from torch.utils.data import DataLoader
+
+from kdcache.cache import Cache
+from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.shard import ShardData
+from kdcache.stream import Collator, Cursor, TargetDataset, TargetStream, join, order, take
+from kdcache.stream.background import Background
+
+SIZES = [5, 0, 3, 9, 1, 7, 4]
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """29 rows of classification in 6 shards."""
+    return make_cache(tmp_path_factory.mktemp("caches") / "classes", [5, 3, 9, 1, 7, 4])
+
+
+@pytest.fixture(scope="module", params=["dense", "topk:5", "sample:8"])
+def causal(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """20 rows of a causal LM in 3 shards, with each codec."""
+    folder = tmp_path_factory.mktemp("caches") / "causal"
+    return make_cache(folder, [8, 7, 5], task=CAUSAL, codec=request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    yield
+    assert [t.name for t in threading.enumerate() if t.name.startswith("kdcache-")] == []
+
+
+def numbers(batch: dict[str, torch.Tensor], vocab: int = 64) -> list[int]:
+    """Which rows a batch holds; rows of weight zero are not counted."""
+    if torch.isinf(batch["count"]):
+        return []
+    return (batch["input_ids"][:, 0] * vocab + batch["input_ids"][:, 1]).tolist()
+
+
+def flat(parts: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(parts))
+
+
+# Order
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 12), max_size=9),
+    group=st.integers(1, 5),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 5),
+    start=st.integers(0, 60),
+    shuffle=st.booleans(),
+)
+def test_order_has_every_row_once_and_restarts_anywhere(
+    sizes: list[int], group: int, seed: int, epoch: int, start: int, shuffle: bool
+) -> None:
+    whole = [tuple(p) for part in order(seed, epoch, sizes, group, shuffle=shuffle) for p in part]
+    assert sorted(whole) == [(s, r) for s, n in enumerate(sizes) for r in range(n)]
+    rest = order(seed, epoch, sizes, group, start=start, shuffle=shuffle)
+    assert [tuple(p) for part in rest for p in part] == whole[start:]
+    if not shuffle:
+        assert whole == sorted(whole)
+
+
+def test_order_is_fixed_for_ever() -> None:
+    # A run that is resumed by a later version must meet the order it began with.
+    pairs = np.concatenate(list(order(7, 1, [3, 2, 2], 2))).tolist()
+    assert pairs == ORDER_7_1
+    np.random.default_rng(0).random()
+    assert np.concatenate(list(order(7, 1, [3, 2, 2], 2))).tolist() == ORDER_7_1
+
+
+ORDER_7_1 = [[2, 0], [1, 0], [1, 1], [2, 1], [0, 2], [0, 0], [0, 1]]
+
+
+def test_order_shuffles_within_groups_and_changes_with_seed_and_epoch() -> None:
+    sizes = [20] * 6
+    parts = list(order(1, 0, sizes, 2))
+    assert [len(set(part[:, 0])) for part in parts] == [2, 2, 2]
+    assert all(np.any(np.diff(part[:, 0])) for part in parts)
+    texts = {str(np.concatenate(list(order(s, e, sizes, 2)))) for s in (1, 2) for e in (0, 1)}
+    assert len(texts) == 4
+
+
+# Batches
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 40),
+    world=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    group=st.integers(1, 7),
+    stop=st.integers(0, 20),
+)
+def test_ranks_share_the_global_batches_of_one_rank(
+    classes: Cache, batch_size: int, world: int, accumulation: int, group: int, stop: int
+) -> None:
+    def stream(**more: Any) -> TargetStream:
+        return TargetStream(classes, batch_size=batch_size, seed=3, group=group, **more)
+
+    alone = stream()
+    whole, cursors = [], []
+    for batch in alone.batches(2):
+        whole.append(numbers(batch))
+        cursors.append(alone.state_dict())
+    assert sorted(flat(whole[: alone.steps])) == list(range(29))
+    assert sorted(flat(whole[alone.steps :])) == list(range(29))
+
+    ranks = [stream(rank=r, world_size=world, accumulation=accumulation) for r in range(world)]
+    slices = [list(rank.batches(2)) for rank in ranks]
+    assert {len(s) for s in slices} == {len(whole) * accumulation}
+    for step, want in enumerate(whole):
+        pieces = [s[step * accumulation + i] for i in range(accumulation) for s in slices]
+        assert flat(numbers(p) for p in pieces) == want
+        counts = {float(p["count"]) for p in pieces if numbers(p)}
+        assert counts == {float(len(want))}
+    assert {tuple(r.state_dict().values()) for r in ranks} == {tuple(cursors[-1].values())}
+
+    # Another run goes on in the middle.
+    step = min(stop, len(whole) - 1)
+    again = stream(cursor=cursors[step])
+    assert [numbers(b) for b in again.batches(2)] == whole[step + 1 :]
+
+
+def test_a_cursor_stops_between_the_slices_of_a_step(classes: Cache) -> None:
+    stream = TargetStream(classes, batch_size=10, accumulation=2)
+    batches = stream.batches(1)
+    next(batches)
+    assert stream.state_dict() == {"epoch": 0, "rows_seen": 0, "step": 0}
+    next(batches)
+    assert stream.state_dict() == {"epoch": 0, "rows_seen": 10, "step": 1}
+    batches.close()  # type: ignore[attr-defined]
+    other = TargetStream(classes, batch_size=3)
+    other.load_state_dict(stream.state_dict())
+    seen = flat(numbers(b) for b in other)
+    assert len(seen) == 19
+    assert other.cursor == Cursor(1, 0, 1 + 7)
+
+
+def test_iterating_twice_gives_two_epochs(classes: Cache) -> None:
+    stream = TargetStream(classes, batch_size=8)
+    first = flat(numbers(b) for b in stream)
+    second = flat(numbers(b) for b in stream)
+    assert sorted(first) == sorted(second) == list(range(29))
+    assert first != second
+    assert stream.state_dict() == {"epoch": 2, "rows_seen": 0, "step": 8}
+
+
+def test_drop_last_leaves_only_whole_batches(classes: Cache) -> None:
+    stream = TargetStream(classes, batch_size=8, drop_last=True, group=2)
+    sizes = [len(numbers(b)) for b in stream.batches(2)]
+    assert sizes == [8] * 6
+    assert stream.cursor == Cursor(2, 0, 6)
+    tail = TargetStream(classes, batch_size=8, drop_last=True, cursor=Cursor(0, 24, 3))
+    assert [len(numbers(b)) for b in tail.batches(2)] == [8, 8, 8]
+
+
+def test_no_shuffle_keeps_the_stored_order(classes: Cache) -> None:
+    stream = TargetStream(classes, batch_size=4, shuffle=False, group=2)
+    assert flat(numbers(b) for b in stream) == list(range(29))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_targets_stay_with_their_positions(causal: Cache, temperature: float) -> None:
+    rows = make_rows(CAUSAL, range(20), 64, 3)
+    firsts = [0, 8, 15]
+    stream = TargetStream(causal, batch_size=6, temperature=temperature, group=2, seed=5)
+    for batch in stream:
+        ids = numbers(batch)
+        want = [rows[i] for i in ids]
+        width = max(len(r.input_ids) for r in want)
+        assert batch["input_ids"].shape == (len(ids), width)
+        for line, row in enumerate(want):
+            length = len(row.input_ids)
+            assert batch["input_ids"][line].tolist() == [*row.input_ids, *[0] * (width - length)]
+            assert batch["attention_mask"][line].tolist() == [1] * length + [0] * (width - length)
+            assert batch["labels"][line].tolist() == [*row.labels, *[-100] * (width - length)]
+        logits = teacher_logits(want, CAUSAL, 64)
+        assert int((batch["labels"] != -100).sum()) == len(logits) == int(batch["count"])
+        probs = torch.softmax(logits / temperature, -1)
+        if "target_logits" in batch:
+            torch.testing.assert_close(batch["target_logits"], logits)
+            continue
+        if causal.spec.codec.startswith("topk"):
+            kept, weights = batch["target_ids"], batch["target_weights"]
+            used = weights > 0
+            torch.testing.assert_close(
+                weights[used], probs.gather(1, kept)[used], rtol=2e-3, atol=1e-4
+            )
+        begin = 0
+        for number in ids:
+            shard = next(s for s in (2, 1, 0) if number >= firsts[s])
+            data = causal.read(shard)
+            bounds = data.position_offsets[number - firsts[shard] :][:2]
+            stored = data.targets.take(np.arange(*bounds)).at(temperature)
+            here = slice(begin, begin + len(stored))
+            begin = here.stop
+            for name in ("ids", "weights", "rest"):
+                value = getattr(stored, name)
+                mine = batch[f"target_{name}"][here]
+                if value.ndim == 2:
+                    assert not mine[:, value.shape[1] :].any()
+                    mine = mine[:, : value.shape[1]]
+                assert torch.equal(mine, value)
+        assert batch["temperature"].tolist() == [temperature]
+
+
+def test_classification_batches_carry_labels_types_and_logits(classes: Cache) -> None:
+    (batch,) = TargetStream(classes, batch_size=29, shuffle=False)
+    rows = make_rows(CLASSES, range(29), 64, 3)
+    assert batch["labels"].tolist() == [int(r.labels[0]) for r in rows]
+    torch.testing.assert_close(batch["target_logits"], teacher_logits(rows, CLASSES, 3))
+    for line, row in enumerate(rows):
+        assert row.type_ids is not None
+        length = len(row.input_ids)
+        assert batch["token_type_ids"][line, :length].tolist() == row.type_ids.tolist()
+
+
+def test_without_a_temperature_the_count_is_that_of_hard_labels(classes: Cache) -> None:
+    (batch,) = TargetStream(classes, batch_size=29, temperature=None)
+    assert not [name for name in batch if name.startswith("target_") or name == "temperature"]
+    assert int(batch["count"]) == int((batch["labels"] != -100).sum()) < 29
+
+
+def test_a_student_may_bring_its_own_tokens(classes: Cache) -> None:
+    def tokenize(texts: list[str], pairs: list[str] | None) -> dict[str, torch.Tensor]:
+        assert pairs is None
+        return {"input_ids": torch.tensor([[len(t)] for t in texts])}
+
+    (batch,) = TargetStream(classes, batch_size=29, shuffle=False, tokenize=tokenize)
+    rows = make_rows(CLASSES, range(29), 64, 3)
+    assert batch["input_ids"].tolist() == [[len(r.text or "")] for r in rows]
+    assert "attention_mask" not in batch
+
+
+def test_a_schedule_sees_the_step(classes: Cache) -> None:
+    stream = TargetStream(
+        classes, batch_size=10, temperature=lambda step: 1.0 + step, accumulation=2
+    )
+    assert [float(b["temperature"]) for b in stream] == [1, 1, 2, 2, 3, 3]
+    assert [float(b["temperature"]) for b in stream] == [4, 4, 5, 5, 6, 6]
+
+
+# Several caches
+
+
+def test_several_caches_are_mixed_and_weighted(tmp_path: Path) -> None:
+    a = make_cache(tmp_path / "a", [6, 4])
+    b = make_cache(tmp_path / "b", [4, 6, 2], first=100)
+    stream = TargetStream([a, b], batch_size=7, weights=[2, 0.5], group=3)
+    assert stream.rows == 20 + 6
+    epochs = [flat(numbers(x) for x in stream) for _ in range(2)]
+    for seen in epochs:
+        assert sorted(n for n in seen if n < 100) == sorted([*range(10)] * 2)
+        assert len({n for n in seen if n >= 100}) == 6
+    # What one epoch leaves out the next one takes.
+    assert sorted(n for seen in epochs for n in seen if n >= 100) == list(range(100, 112))
+
+
+def test_caches_that_do_not_fit_are_refused_with_every_reason(tmp_path: Path) -> None:
+    a = make_cache(tmp_path / "a", [2], task=CAUSAL, codec="topk:4")
+    b = make_cache(tmp_path / "b", [2], tokenizer="other", codec="dense")
+    with pytest.raises(UsageError) as error:
+        TargetStream([a, b], batch_size=0, temperature=3.0)
+    message = str(error.value)
+    for word in ("batch_size is 0", "task of", "tokenizer of", "codec of", "temperature 3"):
+        assert word in message
+
+
+def test_the_same_cache_at_two_urls_is_opened(classes: Cache) -> None:
+    stream = TargetStream([classes.storage.url, classes.storage.url], batch_size=58)
+    (batch,) = stream
+    assert sorted(numbers(batch)) == sorted([*range(29)] * 2)
+
+
+# Threads
+
+
+def test_leaving_early_ends_the_threads(classes: Cache) -> None:
+    for _ in TargetStream(classes, batch_size=2, group=1, prefetch=1):
+        break
+
+
+def test_an_error_while_reading_reaches_the_consumer(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "a", [4, 4, 4])
+    next((tmp_path / "a" / "shards").glob("00001-*")).unlink()
+    stream = TargetStream(cache, batch_size=1, shuffle=False, group=1)
+    batches = iter(stream)
+    assert flat(numbers(next(batches)) for _ in range(4)) == [0, 1, 2, 3]
+    with pytest.raises(CorruptCacheError, match="00001-"):
+        next(batches)
+
+
+def test_background_keeps_its_distance() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(10):
+            made.append(i)
+            yield i
+
+    ahead = Background(items(), 2, "kdcache-test")
+    for i in range(10):
+        assert next(ahead) == i
+        assert len(made) <= i + 4  # one handed out, two ready, one being made
+    with pytest.raises(StopIteration):
+        next(ahead)
+    ahead.close()
+
+
+def test_memory_is_bounded_however_many_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(tmp_path / "a", [6] * 24)
+    alive: set[int] = set()
+    most = 0
+    read = Cache.read
+
+    def counting(self: Cache, span: int) -> ShardData:
+        nonlocal most
+        data = read(self, span)
+        alive.add(span)
+        weakref.finalize(data.input_ids, alive.discard, span)
+        most = max(most, len(alive))
+        return data
+
+    monkeypatch.setattr(Cache, "read", counting)
+    stream = TargetStream(cache, batch_size=4, group=1, prefetch=2)
+    assert sum(len(numbers(b)) for b in stream) == 144
+    assert most <= 3
+
+
+# Map-style
+
+
+def test_a_plain_loader_gives_the_same_batches(classes: Cache, causal: Cache) -> None:
+    for cache, rows in ((classes, 29), (causal, 20)):
+        dataset = TargetDataset(cache, keep=1)
+        assert len(dataset) == rows
+        loader = DataLoader(dataset, batch_size=6, collate_fn=Collator(cache.spec.pad_id, 2.0))
+        stream = TargetStream(cache, batch_size=6, shuffle=False, temperature=2.0)
+        for left, right in zip(loader, stream, strict=True):
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[name], right[name]) for name in left)
+    with pytest.raises(IndexError):
+        dataset[20]
+
+
+def test_a_stream_in_a_loader_and_not_in_worker_processes(classes: Cache) -> None:
+    stream = TargetStream(classes, batch_size=10)
+    assert len(DataLoader(stream, batch_size=None)) == 3
+    assert sum(len(numbers(b)) for b in DataLoader(stream, batch_size=None)) == 29
+
+
+def test_take_and_join_are_inverse(causal: Cache) -> None:
+    data = causal.read(0)
+    rows = np.array([5, 1, 1, 7])
+    taken = take(data, rows)
+    again = join([take(data, rows[:1]), take(data, rows[1:])])
+    for i, row in enumerate(rows):
+        assert np.array_equal(taken.row(i).input_ids, data.row(row).input_ids)
+        assert np.array_equal(taken.row(i).labels, data.row(row).labels)
+    for name, column in taken.targets.columns.items():
+        assert np.array_equal(column, again.targets.columns[name])
+    assert np.array_equal(taken.input_ids, again.input_ids)

@@ -1,0 +1,496 @@
+"""Training from caches: the steps of HF's own Trainer, exact resume, workers, checks, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from make_caches import CAUSAL, make_cache
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
+
+from kdcache.errors import UsageError
+from kdcache.stream import Collator, TargetDataset, TargetStream
+from kdcache.student import BiLstmClassifier, DistilledStudent, StudentInfo, load_student
+from kdcache.train import DistillationTrainer, Schedule, TrainOptions, TrainProgress, train
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.0,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+}
+SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches `classes` (45 rows), `held` (20 rows), `causal` (24 rows); configs of two students."""
+    folder = tmp_path_factory.mktemp("train")
+    make_cache(folder / "classes", [20, 14, 11])
+    make_cache(folder / "held", [20], first=500)
+    make_cache(folder / "causal", [14, 10], task=CAUSAL, codec="topk:6")
+    (folder / "bert.json").write_text(json.dumps(BERT))
+    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+@pytest.fixture
+def options(folder: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
+    def make(**changes: Any) -> TrainOptions:
+        values: dict[str, Any] = {
+            "cache": str(folder / "classes"),
+            "student": str(folder / "bert.json"),
+            "out": str(tmp_path / "run"),
+            "batch_size": 8,
+            "epochs": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": "none",
+        }
+        return TrainOptions(**(values | changes))
+
+    return make
+
+
+Make = Callable[..., TrainOptions]
+
+
+def metrics(run: str | Path) -> list[dict[str, Any]]:
+    """What a run logged, without wall times."""
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in ("seconds", "eval_runtime")} for x in lines]
+
+
+def losses(run: str | Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def weights(run: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run, "student", "model.safetensors"))
+
+
+class StopError(Exception):
+    """An interruption."""
+
+
+def stop_at(step: int) -> Callable[[TrainProgress], None]:
+    def on_progress(now: TrainProgress) -> None:
+        if now.step >= step:
+            raise StopError
+
+    return on_progress
+
+
+# Options
+
+
+@given(start=st.floats(0, 1), end=st.floats(0, 1), steps=st.integers(1, 50))
+def test_a_schedule_is_linear_from_end_to_end(start: float, end: float, steps: int) -> None:
+    schedule = Schedule.parse(f"{start!r}:{end!r}", "alpha")
+    assert schedule.at(0, steps) == start
+    if steps > 1:
+        assert schedule.at(steps - 1, steps) == pytest.approx(end, abs=1e-12)
+        middle = schedule.at(0, 3) + schedule.at(2, 3)
+        assert 2 * schedule.at(1, 3) == pytest.approx(middle)
+
+
+def test_wrong_options_are_told_all_at_once() -> None:
+    with pytest.raises(UsageError) as error:
+        TrainOptions(
+            cache=(),
+            student="x",
+            out="y",
+            alpha=1.5,
+            temperature="1:two",
+            loss="kl",  # type: ignore[arg-type]
+            batch_size=0,
+            patience=3,
+            bf16=True,
+            fp16=True,
+            epochs=0,
+            learning_rate=-1,
+            fsdp=True,
+        )
+    for word in (
+        "no cache", "alpha", "temperature", "loss", "batch_size", "patience", "bf16", "epochs",
+        "learning_rate", "fsdp",
+    ):  # fmt: skip
+        assert word in str(error.value)
+
+
+def test_caches_are_checked_before_anything_is_written(options: Make, folder: Path) -> None:
+    wrong = options(
+        cache=str(folder / "causal"),
+        eval_cache=str(folder / "held"),
+        temperature="1:3",
+        loss="mse",
+        best="accuracy",
+    )
+    with pytest.raises(UsageError) as error:
+        train(wrong)
+    for word in ("needs a dense cache", "mse", "accuracy", "task of", "temperature 3"):
+        assert word in str(error.value)
+    assert not Path(wrong.out).exists()
+
+
+def test_another_folder_is_not_taken_over(options: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="not a run"):
+        train(options())
+
+
+# Losses
+
+
+class ByHand(Trainer):  # type: ignore[misc]
+    """HF's Trainer on given batches."""
+
+    def __init__(self, *args: Any, batches: list[Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches = batches
+
+    def get_train_dataloader(self) -> Any:
+        return self.batches
+
+
+def test_hard_labels_alone_train_as_hf_does(options: Make, folder: Path, tmp_path: Path) -> None:
+    no_dropout = tmp_path / "bert.json"
+    no_dropout.write_text(json.dumps(BERT | {"hidden_dropout_prob": 0.0}))
+    chosen = options(student=str(no_dropout), alpha=1, temperature=7, epochs=1)
+    train(chosen)
+
+    stream = TargetStream(str(folder / "classes"), batch_size=8, temperature=None)
+    batches = [{k: v for k, v in b.items() if k != "count"} for b in stream]
+    info = StudentInfo("sequence-classification", 64, 3, ("c0", "c1", "c2"), bos_id=None)
+    model = load_student(str(no_dropout), info)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "hf"),
+        max_steps=6,
+        learning_rate=1e-2,
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        log_level="error",
+        seed=0,
+    )
+    trainer = ByHand(model=model, args=arguments, batches=batches, train_dataset=[0] * 48)
+    trainer.train()
+    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses(chosen.out) == pytest.approx(theirs, abs=1e-6)
+    assert "soft_loss" not in metrics(chosen.out)[0]
+    for name, mine in weights(chosen.out).items():
+        torch.testing.assert_close(mine, model.state_dict()[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_two_losses_add_up_under_schedules(options: Make) -> None:
+    chosen = options(alpha="0.9:0.1", temperature="1:3", epochs=1)
+    train(chosen)
+    lines = metrics(chosen.out)
+    assert [round(x["alpha"], 3) for x in lines] == [0.9, 0.74, 0.58, 0.42, 0.26, 0.1]
+    assert [round(x["temperature"], 3) for x in lines] == [1, 1.4, 1.8, 2.2, 2.6, 3]
+    for x in lines:
+        both = x["alpha"] * x["hard_loss"] + (1 - x["alpha"]) * x["soft_loss"]
+        assert x["loss"] == pytest.approx(both, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [2, 5])
+def test_accumulation_takes_the_same_steps(
+    options: Make, tmp_path: Path, folder: Path, accumulation: int
+) -> None:
+    # Batches of 45 rows by 8 leave 5: some slices of the last one have one row, or none.
+    for name, student in (("classes", "bert.json"), ("causal", "llama.json")):
+        config = json.loads((folder / student).read_text()) | {"hidden_dropout_prob": 0.0}
+        path = tmp_path / student
+        path.write_text(json.dumps(config))
+        common = {"cache": str(folder / name), "student": str(path), "batch_size": 7}
+        whole = options(out=str(tmp_path / f"{name}-1"), **common)
+        cut = options(out=str(tmp_path / f"{name}-n"), gradient_accumulation=accumulation, **common)
+        train(whole)
+        train(cut)
+        assert losses(cut.out) == pytest.approx(losses(whole.out), abs=1e-5)
+        for name_, value in weights(cut.out).items():
+            torch.testing.assert_close(value, weights(whole.out)[name_], atol=1e-4, rtol=1e-3)
+
+
+# Resume
+
+
+def test_a_stopped_run_goes_on_to_the_bit(options: Make, folder: Path, tmp_path: Path) -> None:
+    common = {"save_steps": 4, "epochs": 3, "temperature": 2, "alpha": "0.8:0.2"}
+    whole = options(out=str(tmp_path / "whole"), **common)
+    train(whole)
+    halves = options(out=str(tmp_path / "halves"), **common)
+    for step in (6, 11):  # checkpoints at 4 and 8, in the middle of the first and second epoch
+        with pytest.raises(StopError):
+            train(halves, on_progress=stop_at(step))
+    seen: list[int] = []
+    result = train(halves, on_progress=lambda now: seen.append(now.step))
+    assert seen[0] == 9
+    assert metrics(halves.out) == metrics(whole.out)
+    assert (result.steps, result.rows, result.epochs) == (18, 135, 3.0)
+    mine, theirs = weights(halves.out), weights(whole.out)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(options: Make, tmp_path: Path) -> None:
+    chosen = options(save_steps=3)
+    with pytest.raises(StopError):
+        train(chosen, on_progress=stop_at(8))
+    (tmp_path / "run" / "checkpoint-6" / "kdcache_state.json").unlink()
+    seen: list[int] = []
+    train(chosen, on_progress=lambda now: seen.append(now.step))
+    assert seen == list(range(4, 13))
+
+
+def test_a_changed_cache_or_option_is_refused(options: Make, folder: Path, tmp_path: Path) -> None:
+    chosen = options(save_steps=3)
+    with pytest.raises(StopError):
+        train(chosen, on_progress=stop_at(4))
+    with pytest.raises(UsageError, match=r"alpha: 0\.5 -> 0\.25"):
+        train(options(save_steps=3, alpha=0.25))
+    with pytest.raises(UsageError, match="caches: "):
+        train(options(save_steps=3, cache=str(folder / "held")))
+    with pytest.raises(UsageError, match="never"):
+        train(options(save_steps=3, resume="never"))
+    with pytest.raises(UsageError, match=r"no kdcache_state\.json"):
+        train(options(resume=str(tmp_path)))
+    assert train(options(save_steps=2, logging_steps=5)).steps == 12
+
+
+def test_a_finished_run_is_left_alone(options: Make) -> None:
+    first = train(options())
+    stamp = Path(first.out, "train.json").stat().st_mtime_ns
+    again = train(options(logging_steps=3))
+    assert not again.made
+    assert (again.loss, again.steps, again.student) == (first.loss, first.steps, first.student)
+    assert Path(first.out, "train.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UsageError, match="epochs: 2 -> 3"):
+        train(options(epochs=3))
+
+
+# Evaluation
+
+
+def test_the_best_checkpoint_becomes_the_student(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    chosen = options(
+        student="bilstm",
+        eval_cache=str(folder / "held"),
+        eval_steps=2,
+        patience=2,
+        epochs=40,
+        **SMALL,
+    )
+    result = train(chosen)
+    lines = [x for x in metrics(chosen.out) if "eval_loss" in x]
+    best = min(lines, key=lambda x: x["eval_loss"])
+    assert result.best_step == best["step"] < lines[-1]["step"]
+    assert result.eval["loss"] == best["eval_loss"]
+    assert result.steps < 240  # patience ended it
+    assert len(lines) == lines.index(best) + 3
+
+    # The metrics are those of the saved student on the rows of the cache.
+    student = BiLstmClassifier.from_pretrained(result.student).eval()
+    (batch,) = TargetStream(
+        str(folder / "held"), batch_size=20, shuffle=False, tokenize=student.vocabulary
+    )
+    with torch.no_grad():
+        logits = student(batch["input_ids"], batch["attention_mask"]).logits
+    labelled = batch["labels"] != -100
+    right = (logits.argmax(-1) == batch["labels"])[labelled].float().mean()
+    hard = torch.nn.functional.cross_entropy(logits, batch["labels"])
+    teacher = torch.log_softmax(batch["target_logits"], -1)
+    soft = (teacher.exp() * (teacher - torch.log_softmax(logits, -1))).sum(-1).mean()
+    assert result.eval["accuracy"] == pytest.approx(float(right))
+    assert result.eval["hard_loss"] == pytest.approx(float(hard), rel=1e-5)
+    assert result.eval["soft_loss"] == pytest.approx(float(soft), rel=1e-5)
+    share = float(labelled.float().mean())
+    assert result.eval["loss"] == pytest.approx(
+        0.5 * float(hard) * share + 0.5 * float(soft), rel=1e-5
+    )
+
+
+def test_patience_survives_a_resume(options: Make, folder: Path, tmp_path: Path) -> None:
+    common = {
+        "student": "bilstm", "eval_cache": str(folder / "held"), "eval_steps": 2, "patience": 2,
+        "epochs": 40, **SMALL,
+    }  # fmt: skip
+    whole = train(options(out=str(tmp_path / "whole"), **common))
+    halves = options(out=str(tmp_path / "halves"), **common)
+    with pytest.raises(StopError):
+        train(halves, on_progress=stop_at(whole.steps - 1))
+    result = train(halves)
+    assert (result.steps, result.best_step) == (whole.steps, whole.best_step)
+    assert metrics(halves.out) == metrics(whole.out)
+
+
+# Students
+
+
+def test_a_classifier_is_saved_for_its_own_library(options: Make) -> None:
+    result = train(options())
+    model = AutoModelForSequenceClassification.from_pretrained(result.student)
+    assert model.config.id2label == {0: "c0", 1: "c1", 2: "c2"}
+    assert AutoTokenizer.from_pretrained(result.student)("w3 w5")["input_ids"] == [3, 5]
+    document = json.loads(Path(result.out, "train.json").read_text())
+    assert document["options"]["batch_size"] == 8
+    assert document["result"]["loss"] == result.loss
+    assert not list(Path(result.out).rglob("*.bin"))
+
+
+def test_a_language_model_learns_and_is_saved(options: Make, folder: Path) -> None:
+    chosen = options(
+        cache=str(folder / "causal"), student=str(folder / "llama.json"), temperature=2, epochs=8,
+        eval_cache=str(folder / "causal"), bf16=False, alpha=0.2,
+    )  # fmt: skip
+    result = train(chosen)
+    lines = [x for x in metrics(chosen.out) if "eval_loss" in x]
+    assert lines[-1]["eval_soft_loss"] < lines[0]["eval_soft_loss"]
+    assert "accuracy" not in result.eval
+    model = AutoModelForCausalLM.from_pretrained(result.student)
+    assert model.config.use_cache
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# Other loops
+
+
+def test_a_users_own_trainer_script(folder: Path, tmp_path: Path) -> None:
+    cache = str(folder / "classes")
+    info = StudentInfo("sequence-classification", 64, 3)
+
+    def student() -> DistilledStudent:
+        inner = load_student(str(folder / "bert.json"), info)
+        return DistilledStudent(inner, "sequence-classification", codec="dense", temperature=2.0)
+
+    arguments = {
+        "num_train_epochs": 2, "use_cpu": True, "disable_tqdm": True, "save_strategy": "epoch",
+        "log_level": "error", "logging_steps": 1, "seed": 0,
+    }  # fmt: skip
+    stream = TargetStream(cache, batch_size=8, temperature=2.0)
+    streamed = DistillationTrainer(
+        model=student(),
+        args=TrainingArguments(str(tmp_path / "stream"), eval_strategy="epoch", **arguments),
+        train_dataset=stream,
+        eval_dataset=TargetStream(cache, batch_size=16, temperature=2.0, shuffle=False),
+    )
+    streamed.train()
+    evaluated = [x for x in streamed.state.log_history if "eval_loss" in x]
+    assert [x["epoch"] for x in evaluated] == [1.0, 2.0]
+    assert (tmp_path / "stream" / "checkpoint-6" / "kdcache_state.json").is_file()
+
+    plain = DistillationTrainer(
+        model=student(),
+        args=TrainingArguments(
+            str(tmp_path / "plain"),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **arguments,
+        ),
+        train_dataset=TargetDataset(cache),
+        data_collator=Collator(pad_id=0, temperature=2.0),
+    )
+    assert plain.train().global_step == 12
+
+
+# Workers
+
+
+WORKER = """
+import sys
+from kdcache.train import TrainOptions
+from kdcache.train.run import Plan, Run
+import json
+Run.prepare(Plan.make(TrainOptions(**json.loads(sys.argv[1])))).train()
+"""
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", ["classes", "causal"])
+def test_two_workers_take_the_steps_of_one(
+    options: Make, folder: Path, tmp_path: Path, name: str
+) -> None:
+    student = {"classes": "bert.json", "causal": "llama.json"}[name]
+    path = tmp_path / student
+    path.write_text(
+        json.dumps(json.loads((folder / student).read_text()) | {"hidden_dropout_prob": 0.0})
+    )
+    common = {
+        "cache": str(folder / name), "student": str(path), "batch_size": 11, "epochs": 2,
+        "eval_cache": str(folder / name), "temperature": 2, "gradient_accumulation": 2,
+    }  # fmt: skip
+    alone = options(out=str(tmp_path / "alone"), **common)
+    train(alone)
+    both = options(out=str(tmp_path / "both"), num_workers=2, **common)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        where = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+        }  # fmt: skip
+        environment = os.environ | {k: str(v) for k, v in where.items()}
+        command = [sys.executable, "-c", WORKER, json.dumps(both.to_dict())]
+        processes.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    mine, theirs = metrics(both.out), metrics(alone.out)
+    assert len(mine) == len(theirs)
+    for x, y in zip(mine, theirs, strict=True):
+        assert x == pytest.approx(y, rel=1e-3, abs=2e-5)
+    for key, value in weights(both.out).items():
+        torch.testing.assert_close(value, weights(alone.out)[key], atol=1e-4, rtol=1e-3)
+
+    # Another number of workers goes on where two stopped.
+    assert not train(both).made
+
+
+@pytest.mark.end_to_end
+def test_ray_train_runs_two_workers(options: Make, folder: Path, tmp_path: Path) -> None:
+    alone = options(out=str(tmp_path / "alone"), student="bilstm", **SMALL)
+    train(alone)
+    both = options(out=str(tmp_path / "both"), student="bilstm", num_workers=2, **SMALL)
+    seen: list[int] = []
+    result = train(both, on_progress=lambda now: seen.append(now.step))
+    assert result.made
+    assert seen == list(range(1, 13))
+    assert losses(both.out) == pytest.approx(losses(alone.out), abs=1e-4)
