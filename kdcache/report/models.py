@@ -1,0 +1,411 @@
+"""A saved model, of whichever kind, as evaluation and prediction see it: rows in, logits out.
+
+Hugging Face folders are run by `kdcache.teacher.Teacher`, which projects the vocabulary in slices
+and only where it is wanted; other students (the biLSTM, those of a `module:function`) by their own
+forward, whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from kdcache.errors import UsageError
+from kdcache.rows import IGNORE, Row
+from kdcache.student import (
+    BiLstmClassifier,
+    DistilledStudent,
+    StudentInfo,
+    Vocabulary,
+    load_student,
+)
+from kdcache.student.bilstm import MODEL_TYPE
+from kdcache.student.load import CAUSAL, CLASSIFICATION, FACTORY_TYPE, Tokenize
+from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the GPU if there is one, else the CPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The files of a student (or teacher) that was saved, before its weights are loaded.
+
+    Attributes:
+        name: as the user gave it.
+        files: where they are.
+        role: `student` or `teacher`, for messages.
+    """
+
+    name: str
+    files: TeacherFiles
+    role: str = "student"
+
+    @classmethod
+    def find(
+        cls, name: str, *, role: str = "student", trust_remote_code: bool = False
+    ) -> SavedModel:
+        """Locate a model: its folder, the folder of a run that has it in `student/`, or a hub id.
+
+        Raises:
+            UsageError: there is none, or it has no safetensors weights.
+        """
+        folder = Path(name).expanduser()
+        inner = folder / "student"
+        if not (folder / "config.json").is_file() and (inner / "config.json").is_file():
+            folder = inner
+        where = str(folder) if folder.is_dir() else name
+        try:
+            files = TeacherFiles.find(where, trust_remote_code=trust_remote_code)
+        except UsageError as error:
+            raise UsageError(str(error).replace("teacher", role, 1)) from error
+        return cls(name, files, role)
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """`config.json` as it is."""
+        try:
+            return dict(json.loads((self.files.folder / "config.json").read_bytes()))
+        except ValueError as error:
+            raise UsageError(
+                f"{self.role} {self.name}: config.json is not JSON ({error})."
+            ) from error
+
+    @property
+    def is_bilstm(self) -> bool:
+        """Whether this is the built-in biLSTM."""
+        return bool(self.raw_config.get("model_type") == MODEL_TYPE)
+
+    @property
+    def is_factory(self) -> bool:
+        """Whether a `module:function` of the user makes this student."""
+        return bool(self.raw_config.get("model_type") == FACTORY_TYPE)
+
+    @cached_property
+    def task(self) -> str | None:
+        """What the model was saved for, or None where its configuration does not say."""
+        names = " ".join(self.raw_config.get("architectures") or ())
+        if self.is_bilstm or "SequenceClassification" in names:
+            return CLASSIFICATION
+        if self.is_factory:
+            return str(self.raw_config["info"]["task"])
+        return CAUSAL if "CausalLM" in names or "LMHead" in names else None
+
+    def check_task(self, task: str) -> None:
+        """Refuse a model that was saved for something else."""
+        if self.task not in (None, task):
+            raise UsageError(
+                f"{self.role} {self.name} was saved for {self.task}, but {task} is asked for. "
+                f"Name a model for {task}."
+            )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The classes in the order of the logits."""
+        if self.is_bilstm:
+            names = self.raw_config.get("label_names") or range(self.raw_config["num_labels"])
+            return tuple(str(name) for name in names)
+        if self.is_factory:
+            info = self.raw_config["info"]
+            return tuple(map(str, info["label_names"] or range(info["num_labels"])))
+        return self.files.label_names
+
+    def vocab_size(self, task: str) -> int:
+        """Width of its logits that stands for ids or classes."""
+        if task == CLASSIFICATION:
+            return len(self.label_names)
+        if self.is_factory:
+            return int(self.raw_config["info"]["vocab_size"])
+        # Without a tokenizer nothing tells padding from ids: all columns count.
+        wide = int(self.files.config.get_text_config().vocab_size)
+        return wide if self.tokenizer is None else self.files.vocab_size(task)
+
+    def check_width(self, task: str, wanted: int) -> None:
+        """Refuse a model that does not share the targets' ids or classes."""
+        wide = self.vocab_size(task)
+        if not self.is_factory and task == CAUSAL:
+            wide = int(self.files.config.get_text_config().vocab_size)
+        if wide < wanted or (task == CLASSIFICATION and wide > wanted):
+            what = "classes" if task == CLASSIFICATION else "ids"
+            raise UsageError(
+                f"{self.role} {self.name} knows {wide} {what}, the targets are over {wanted}. "
+                "Both must share one vocabulary or one set of classes."
+            )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer, or None where it reads another model's ids."""
+        if self.is_bilstm and (self.files.folder / "vocab.json").is_file():
+            return _Words(Vocabulary.load(self.files.folder / "vocab.json"))
+        if any((self.files.folder / name).is_file() for name in _TOKENIZER_FILES):
+            return self.files.tokenizer
+        return None
+
+    @cached_property
+    def tokenizer_sha256(self) -> str | None:
+        """Identity of the tokenizer; a list of words has none that a cache could share."""
+        own = self.tokenizer
+        return None if own is None or isinstance(own, _Words) else tokenizer_sha256(own)
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens that the model can read, or None where nothing bounds them."""
+        config = self.raw_config
+        # Rotary positions go on beyond what was trained; a table of positions ends.
+        if any(name.startswith("rope_") for name in config):
+            return None
+        length = config.get("max_position_embeddings") or config.get("n_positions")
+        return None if length is None else int(length)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers in the saved weights; tied weights are saved once."""
+        count = 0
+        for path in self.files.folder.glob("*.safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    count += int(np.prod(file.get_slice(key).get_shape(), dtype=np.int64))
+        return count
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None = None
+    ) -> list[Row]:
+        """Rows of texts (no labels) by the model's own tokenizer, cut to what the model can
+        read."""
+        if self.tokenizer is None and self.is_factory:
+            # It tokenises by itself, if at all: the ids only tell how long a text is.
+            second = [""] * len(texts) if pairs is None else pairs
+            return [
+                Row(
+                    input_ids=np.zeros(1 + len(text.split()) + len(pair.split()), np.int32),
+                    labels=np.array([IGNORE], np.int32),
+                    text=text,
+                    text_pair=None if pairs is None else pair,
+                )
+                for text, pair in zip(texts, second, strict=True)
+            ]
+        if self.tokenizer is None:
+            raise UsageError(
+                f"{self.role} {self.name} has no tokenizer: it reads the teacher's ids. "
+                "Copy the teacher's tokenizer files into its folder."
+            )
+        own = self.tokenizer
+        bounds = [n for n in (max_length, self.reach, own.model_max_length) if n is not None]
+        encoded = own(
+            list(texts),
+            None if pairs is None else list(pairs),
+            truncation=True,
+            max_length=min([1 << 20, *bounds]),
+            padding=False,
+            return_attention_mask=False,
+        )
+        types = encoded.get("token_type_ids")
+        return [
+            Row(
+                input_ids=np.asarray(ids, np.int32),
+                labels=np.array([IGNORE], np.int32),
+                type_ids=None if types is None else np.asarray(types[i], np.uint8),
+                text=texts[i],
+                text_pair=None if pairs is None else pairs[i],
+            )
+            for i, ids in enumerate(encoded["input_ids"])
+        ]
+
+    def load(self, task: str, vocab_size: int, *, dtype: str, device: str) -> LoadedModel:
+        """Load the weights.
+
+        Args:
+            task: what to load it for.
+            vocab_size: width of the logits: columns beyond it are cut off.
+            dtype: `float32`, `bfloat16` or `float16`.
+            device: `cpu` or a CUDA device.
+
+        Raises:
+            UsageError: it gives fewer ids or classes than that.
+        """
+        self.check_task(task)
+        self.check_width(task, vocab_size)
+        if self.is_bilstm:
+            bilstm = BiLstmClassifier.from_pretrained(self.files.folder)
+            return LoadedModel(self, _own_forward(bilstm, task, bilstm.vocabulary, device))
+        if self.is_factory:
+            info = StudentInfo(**self.raw_config["info"])
+            student = load_student(str(self.files.folder), info)
+            tokenize = getattr(student, "tokenize", None)
+            return LoadedModel(self, _own_forward(student, task, tokenize, device, vocab_size))
+        options = TeacherOptions(
+            names=(str(self.files.folder),),
+            task=task,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=self.files.trust_remote_code,
+        )
+        return LoadedModel(self, Teacher(options, vocab_size).logits)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that answers rows.
+
+    Attributes:
+        saved: its files.
+        run: rows to slices of logits, one row a position in row-major order.
+        order: which of its classes is each of the targets' classes; None where they agree.
+    """
+
+    saved: SavedModel
+    run: Callable[[Sequence[Row]], Iterator[Tensor]]
+    order: tuple[int, ...] | None = None
+
+    def matching(self, names: Sequence[str] | None) -> LoadedModel:
+        """This model with its classes in the order of `names`, where it knows them by the same
+        names."""
+        own = self.saved.label_names if names is not None else ()
+        if names is None or own == tuple(names) or set(own) != set(names):
+            return self
+        return replace(self, order=tuple(own.index(name) for name in names))
+
+    def logits(
+        self, rows: Sequence[Row], tokenizer: str | None, max_length: int
+    ) -> Iterator[Tensor]:
+        """Logits of all positions.
+
+        Args:
+            rows: a batch, encoded by any tokenizer.
+            tokenizer: identity of that tokenizer; a classifier with another one reads the texts
+                anew.
+            max_length: most tokens of a row that is made anew.
+
+        Raises:
+            UsageError: a row is longer than the model's table of positions.
+        """
+        saved = self.saved
+        own = saved.tokenizer is not None and saved.tokenizer_sha256 != tokenizer
+        if own and rows[0].text is not None:
+            pairs = None if rows[0].text_pair is None else [row.text_pair or "" for row in rows]
+            rows = saved.encode([row.text or "" for row in rows], pairs, max_length)
+        longest = max(len(row.input_ids) for row in rows)
+        if saved.reach is not None and longest > saved.reach:
+            raise UsageError(
+                f"{saved.role} {saved.name} reads at most {saved.reach} tokens, but a row has "
+                f"{longest}. Use a cache or a --max-length of at most {saved.reach}."
+            )
+        for piece in self.run(rows):
+            yield piece if self.order is None else piece[:, list(self.order)]
+
+
+class _Words:
+    """A word vocabulary behind the calls of a Hugging Face tokenizer that encoders make."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.model_max_length = vocabulary.max_length
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return int(pair)
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        **_: Any,
+    ) -> dict[str, list[list[int]]]:
+        rows = [
+            self._vocabulary.ids(text, None if pairs is None else pairs[i])[:max_length]
+            for i, text in enumerate(texts)
+        ]
+        return {"input_ids": rows}
+
+
+def word_reader() -> Any:
+    """A stand-in where an encoder wants a tokenizer and only texts and labels are of use."""
+    return _Words(Vocabulary(("<pad>", "<unk>", "<sep>")))
+
+
+def _own_forward(
+    student: nn.Module,
+    task: str,
+    tokenize: Tokenize | None,
+    device: str,
+    vocab_size: int | None = None,
+) -> Callable[[Sequence[Row]], Iterator[Tensor]]:
+    """Run a student by its own forward, which gives the logits of all places of a batch."""
+    whole = DistilledStudent(student, task, codec="dense").eval().to(device)
+    causal = task == CAUSAL
+
+    @torch.inference_mode()
+    def run(rows: Sequence[Row]) -> Iterator[Tensor]:
+        width = max(len(row.input_ids) for row in rows)
+        input_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+        types, mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        labels = torch.full((len(rows), width) if causal else (len(rows),), IGNORE)
+        for i, row in enumerate(rows):
+            length = len(row.input_ids)
+            input_ids[i, :length] = torch.from_numpy(row.input_ids)
+            mask[i, :length] = 1
+            if row.type_ids is not None:
+                types[i, :length] = torch.from_numpy(row.type_ids)
+            if causal:
+                labels[i, :length] = torch.from_numpy(row.labels)
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        if rows[0].type_ids is not None:
+            inputs["token_type_ids"] = types
+        if tokenize is not None and rows[0].text is not None:
+            pairs = None if rows[0].text_pair is None else [row.text_pair or "" for row in rows]
+            inputs = dict(tokenize([row.text or "" for row in rows], pairs))
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        logits = whole(labels=labels.to(device), return_logits=True, **inputs).logits
+        yield logits[(labels != IGNORE).to(device)][:, :vocab_size] if causal else logits
+
+    return run
+
+
+def aligned(streams: Sequence[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """Streams of slices, cut so that each step gives the same positions of all of them.
+
+    Models slice their positions by the width of their output layers; comparing them must not hold
+    the logits of a whole batch.
+
+    Args:
+        streams: iterables of [n, V] slices with equal totals of n.
+    """
+    iterators = [iter(stream) for stream in streams]
+    heads: list[Tensor | None] = [None] * len(iterators)
+    while True:
+        for i, iterator in enumerate(iterators):
+            head = heads[i]
+            while head is None or not len(head):
+                head = next(iterator, None)
+                if head is None:
+                    break
+            heads[i] = head
+        left = [head for head in heads if head is not None]
+        if not left:
+            return
+        assert len(left) == len(heads), "all models answer the same positions"
+        n = min(len(head) for head in left)
+        yield tuple(head[:n] for head in left)
+        heads = [head[n:] for head in left]

@@ -1,0 +1,78 @@
+"""Tables that look good on a terminal and stay whole lines of plain text in a file or a pipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+
+def print_table(
+    console: Console,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    title: str | None = None,
+) -> None:
+    """Print a table; elsewhere than on a terminal nothing is wrapped, cut or coloured.
+
+    Args:
+        console: where to.
+        header: names of the columns; all empty for none.
+        rows: one text a column; shown as they are, `[` and all.
+        left: how many of the first columns are texts, aligned to the left; the others are numbers.
+        title: a line above it.
+    """
+    if title:
+        print_line(console, title, style="bold")
+    lines = [tuple(row) for row in rows]
+    if not console.is_terminal:
+        # Rich would wrap at 80 columns here, and a program that reads this wants whole lines.
+        for line in _plain([tuple(header), *lines] if any(header) else lines, left):
+            print_line(console, line)
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(header), header_style="bold")
+    for i, name in enumerate(header):
+        justify: JustifyMethod = "left" if i < left else "right"
+        # A heading may fold, a number may not.
+        least = max((cell_len(line[i]) for line in lines), default=0) if i >= left else None
+        table.add_column(name, justify=justify, min_width=least, overflow="fold")
+    for cells in lines:
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _plain(lines: Sequence[Sequence[str]], left: int) -> Iterator[str]:
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = []
+        for i, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            blank = " " * (width - cell_len(cell))
+            cells.append(cell + blank if i < left else blank + cell)
+        yield "  ".join(cells).rstrip()
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print one line of text as it is: no markup, no colours guessed from its content."""
+    console.print(Text(text, style=style or ""), soft_wrap=True)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure of a table; `-` where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share as a percentage; `-` where there is none."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def known(value: float) -> float | None:
+    """The value, or None for NaN: what JSON can say."""
+    return None if math.isnan(value) else value
