@@ -1,0 +1,77 @@
+"""The command line: maps words to commands, and errors to one line and an exit code.
+
+Exit codes: 0 done; 2 wrong usage or input; 3 incomplete, and the same command goes on; 1 anything else.
+The commands themselves are in `kdcache.commands`, loaded when one is asked for: `kdcache --help` answers
+at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from kdcache import __version__
+from kdcache.errors import KdcacheError
+
+COMMANDS = {
+    "build": "Run the teacher over a corpus once and cache its soft targets.",
+    "train": "Train a student on the hard labels and soft targets of a cache.",
+    "finetune": "Fine-tune a Hugging Face encoder as the teacher of a classifier.",
+    "evaluate": "Measure students beside their teacher.",
+    "predict": "Label texts with a classifier; JSON lines out.",
+    "inspect": "Show what is in a cache: spec, sizes, rows with the teacher's guesses.",
+    "verify": "Check every hash, count and checksum of a cache.",
+    "demo": "Run the main job end to end with what the package carries.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        from kdcache import commands
+
+        return commands.load(name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KdcacheError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader of our output went away (`| head`): nothing is wrong.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kdcache")
+@click.option("--verbose", is_flag=True, help="Show what the libraries below have to say.")
+def cli(verbose: bool) -> None:
+    """Pay for the teacher once, train many students from its cached soft targets.
+
+    Start with `kdcache demo`, or with `kdcache build` on a teacher and a corpus of yours.
+    """
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|ray|accelerate)\b")
+
+
+def main() -> None:
+    """Entry point of the `kdcache` program."""
+    cli()

@@ -1,0 +1,280 @@
+"""The commands: options in, one function of the package called, its outcome printed. No logic.
+
+Each is made when it is first asked for, so that one command does not import what another needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+from rich.console import Console
+
+from kdcache.options import options_command, print_json
+from kdcache.text import duration, size
+
+
+def load(name: str) -> click.Command:
+    """The command of that name."""
+    return _MAKERS[name]()
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _build() -> click.Command:
+    from kdcache.build import BuildOptions, build
+    from kdcache.progress import BuildDisplay
+
+    @options_command(
+        BuildOptions,
+        name="build",
+        epilog=_examples(
+            "kdcache build --teacher bert-sst2 --task sequence-classification \\",
+            "    --corpus train.tsv --out cache",
+            "kdcache build --teacher SmolLM2-135M --corpus 's3://bucket/text/*.parquet' \\",
+            "    --codec sample:20 --temperatures 1,2 --address auto --out s3://bucket/cache",
+            "The same command again goes on where this one ended.",
+        ),
+        commas={"temperatures": float, "columns": str},
+        metavars={
+            "teacher": "DIR_OR_HUB_ID",
+            "corpus": "PATH_OR_URL_OR_GLOB",
+            "out": "CACHE",
+            "codec": "dense|topk:K|sample:N",
+            "limit": "ROWS",
+            "address": "RAY_ADDRESS",
+        },
+    )
+    def command(options: BuildOptions, as_json: bool) -> None:
+        """Run the teacher over a corpus once and cache its soft targets."""
+        with BuildDisplay(quiet=as_json) as display:
+            result = build(options, on_progress=display)
+        if as_json:
+            print_json(result)
+        elif not result.made:
+            click.echo(
+                f"{result.cache} is complete: {result.positions:,} positions. Nothing to do."
+            )
+        else:
+            skipped = f"; {result.skipped} records skipped" if result.skipped else ""
+            click.echo(
+                f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
+                f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows included) in "
+                f"{duration(result.seconds)}, teacher {duration(result.teacher_seconds)}; "
+                f"{result.made} of {result.spans} shards made now{skipped}."
+            )
+
+    return command
+
+
+def _train() -> click.Command:
+    from kdcache.progress import TrainDisplay
+    from kdcache.train import TrainOptions, train
+
+    @options_command(
+        TrainOptions,
+        name="train",
+        epilog=_examples(
+            "kdcache train --cache cache --student bilstm --temperature 2 --out run \\",
+            "    --epochs 20 --eval-cache dev-cache --patience 3",
+            "kdcache train --cache cache --student config.json --alpha 0.5 --out run",
+            "The same command again goes on from the last checkpoint.",
+        ),
+        metavars={
+            "cache": "CACHE",
+            "student": "DIR_OR_HUB_ID|CONFIG.json|bilstm|module:function",
+            "out": "RUN",
+            "eval_cache": "CACHE",
+            "embeddings": "FILE",
+            "resume": "auto|never|PATH",
+            "alpha": "A[:B]",
+            "temperature": "T[:U]",
+        },
+    )
+    def command(options: TrainOptions, as_json: bool) -> None:
+        """Train a student on the hard labels and soft targets of a cache."""
+        with TrainDisplay(quiet=as_json) as display:
+            result = train(options, on_progress=display)
+        if as_json:
+            print_json(result)
+            return
+        measured = "  ".join(f"{name} {value:.4g}" for name, value in result.eval.items())
+        if not result.made:
+            click.echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
+            return
+        best = f" (best: step {result.best_step})" if result.best_step is not None else ""
+        click.echo(
+            f"{result.student}: {result.steps} steps{best}, {result.rows:,} rows, loss "
+            f"{result.loss:.4f} in {duration(result.seconds)}"
+            + (f"; evaluation: {measured}" if measured else "")
+            + "."
+        )
+
+    return command
+
+
+def _finetune() -> click.Command:
+    from kdcache.finetune import FinetuneOptions, finetune
+    from kdcache.progress import TrainDisplay
+
+    @options_command(
+        FinetuneOptions,
+        name="finetune",
+        epilog=_examples(
+            "kdcache finetune --model bert-base --corpus train.tsv --eval-corpus dev.tsv --out teacher",
+            "kdcache finetune --model bert-base --corpus train.tsv --out teacher \\",
+            "    --train-last 4 --head-width 192",
+        ),
+        commas={"columns": str, "label_names": str},
+        metavars={"model": "DIR_OR_HUB_ID", "corpus": "PATH_OR_URL_OR_GLOB", "out": "TEACHER"},
+    )
+    def command(options: FinetuneOptions, as_json: bool) -> None:
+        """Fine-tune a Hugging Face encoder as the teacher of a classifier."""
+        with TrainDisplay(quiet=as_json) as display:
+            result = finetune(options, on_progress=display)
+        if as_json:
+            print_json(result)
+            return
+        scores = "" if result.accuracy is None else f", accuracy {result.accuracy:.4f}"
+        scores += "" if result.f1 is None else f", F1 {result.f1:.4f}"
+        if not result.made:
+            click.echo(f"{result.out} is complete{scores}. Nothing to do.")
+            return
+        click.echo(
+            f"{result.out}: {result.rows:,} rows, {result.trained:,} of {result.parameters:,} "
+            f"parameters trained in {duration(result.seconds)}{scores}."
+        )
+
+    return command
+
+
+def _evaluate() -> click.Command:
+    from kdcache.report import EvaluateOptions, evaluate, render_evaluation
+
+    @options_command(
+        EvaluateOptions,
+        name="evaluate",
+        epilog=_examples(
+            "kdcache evaluate --student run --cache test-cache",
+            "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher bert-sst2",
+        ),
+        commas={"columns": str},
+        metavars={"student": "RUN_OR_DIR", "cache": "CACHE", "teacher": "DIR_OR_HUB_ID"},
+    )
+    def command(options: EvaluateOptions, as_json: bool) -> None:
+        """Measure students beside their teacher."""
+        result = evaluate(options)
+        if as_json:
+            print_json(result)
+        else:
+            render_evaluation(result, Console())
+
+    return command
+
+
+def _predict() -> click.Command:
+    from kdcache.report import PredictOptions, predict
+
+    @options_command(
+        PredictOptions,
+        name="predict",
+        epilog=_examples(
+            "kdcache predict --student run --corpus new.jsonl --out labelled.jsonl",
+            "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
+        ),
+        commas={"columns": str},
+        metavars={"student": "RUN_OR_DIR", "corpus": "PATH_OR_URL_OR_GLOB|-", "out": "FILE"},
+    )
+    def command(options: PredictOptions, as_json: bool) -> None:
+        """Label texts with a classifier; JSON lines out."""
+        result = predict(options)
+        if options.out is not None:
+            if as_json:
+                print_json(result)
+            else:
+                click.echo(
+                    f"{result.out}: {result.records:,} records in {duration(result.seconds)}"
+                    + (f", {result.skipped} skipped" if result.skipped else "")
+                    + "."
+                )
+
+    return command
+
+
+def _inspect() -> click.Command:
+    from kdcache.report import InspectOptions, inspect, render_inspection
+
+    @options_command(
+        InspectOptions,
+        name="inspect",
+        epilog=_examples("kdcache inspect cache", "kdcache inspect cache --row 17 --temperature 2"),
+        arguments=("cache",),
+        metavars={"cache": "CACHE"},
+    )
+    def command(options: InspectOptions, as_json: bool) -> None:
+        """Show what is in a cache: spec, sizes, rows with the teacher's guesses."""
+        result = inspect(options)
+        if as_json:
+            print_json(result)
+        else:
+            render_inspection(result, Console())
+
+    return command
+
+
+def _verify() -> click.Command:
+    from kdcache.cache import Cache
+
+    @dataclass(frozen=True)
+    class VerifyOptions:
+        cache: str
+
+    @options_command(
+        VerifyOptions, name="verify", epilog=_examples("kdcache verify cache"), arguments=("cache",),
+        metavars={"cache": "CACHE"},
+    )  # fmt: skip
+    def command(options: VerifyOptions, as_json: bool) -> None:
+        """Check every hash, count and checksum of a cache."""
+        cache = Cache.open(options.cache)
+        problems = list(cache.verify())
+        if as_json:
+            print_json({"cache": cache.url, "shards": cache.spec.spans, "problems": problems})
+        elif not problems:
+            rows = cache.manifest.rows
+            click.echo(f"{cache.url}: {cache.spec.spans} shards, {rows:,} rows: all good.")
+        if problems:
+            for problem in problems:
+                click.echo(problem, err=True)
+            raise click.exceptions.Exit(1)
+
+    return command
+
+
+def _demo() -> click.Command:
+    from kdcache.demo import DemoOptions, demo, render_demo
+
+    @options_command(DemoOptions, name="demo", epilog=_examples("kdcache demo --out demo"))
+    def command(options: DemoOptions, as_json: bool) -> None:
+        """Run the main job end to end with what the package carries."""
+        result = demo(options, report=lambda line: click.echo(line, err=True))
+        if as_json:
+            print_json(result)
+        else:
+            render_demo(result, Console())
+
+    return command
+
+
+_MAKERS: dict[str, Callable[[], click.Command]] = {
+    "build": _build,
+    "train": _train,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "inspect": _inspect,
+    "verify": _verify,
+    "demo": _demo,
+}
