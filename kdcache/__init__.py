@@ -1,7 +1,7 @@
 """kdcache: pay for the teacher once, train many students from cached soft targets.
 
-Each command of the program is a function here of the same name, which takes an options value whose fields
-are the command's options:
+Each command of the program is a function here of the same name, which takes an options value whose
+fields are the command's options:
 
     import kdcache
 
@@ -16,11 +16,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.build import BuildOptions, BuildResult, build
+    from kdcache.builder import BuildOptions, BuildResult, build
     from kdcache.cache import Cache
     from kdcache.demo import DemoOptions, DemoResult, demo
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
-    from kdcache.finetune import FinetuneOptions, FinetuneResult, finetune
+    from kdcache.finetuning import FinetuneOptions, FinetuneResult, finetune
     from kdcache.loss import distillation_loss, fused_linear_distillation
     from kdcache.report import (
         EvaluateOptions,
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from kdcache.stream import Collator, TargetDataset, TargetStream
     from kdcache.student import DistilledStudent
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
-    from kdcache.train import DistillationTrainer, TrainOptions, TrainResult, train
+    from kdcache.training import DistillationTrainer, TrainOptions, TrainResult, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "kdcache.build": ("BuildOptions", "BuildResult", "build"),
+    "kdcache.builder": ("BuildOptions", "BuildResult", "build"),
     "kdcache.cache": ("Cache",),
     "kdcache.demo": ("DemoOptions", "DemoResult", "demo"),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
-    "kdcache.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
+    "kdcache.finetuning": ("FinetuneOptions", "FinetuneResult", "finetune"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
     "kdcache.report": (
         "EvaluateOptions",
@@ -61,11 +61,11 @@ _HOMES = {
     "kdcache.stream": ("Collator", "TargetDataset", "TargetStream"),
     "kdcache.student": ("DistilledStudent",),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),
-    "kdcache.train": ("DistillationTrainer", "TrainOptions", "TrainResult", "train"),
+    "kdcache.training": ("DistillationTrainer", "TrainOptions", "TrainResult", "train"),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ def _examples(*lines: str) -> str:
 
 
 def _build() -> click.Command:
-    from kdcache.build import BuildOptions, build
+    from kdcache.builder import BuildOptions, build
     from kdcache.progress import BuildDisplay
 
     @options_command(
@@ -62,7 +62,8 @@ def _build() -> click.Command:
             skipped = f"; {result.skipped} records skipped" if result.skipped else ""
             click.echo(
                 f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
-                f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows included) in "
+                f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows "
+                f"included) in "
                 f"{duration(result.seconds)}, teacher {duration(result.teacher_seconds)}; "
                 f"{result.made} of {result.spans} shards made now{skipped}."
             )
@@ -72,7 +73,7 @@ def _build() -> click.Command:
 
 def _train() -> click.Command:
     from kdcache.progress import TrainDisplay
-    from kdcache.train import TrainOptions, train
+    from kdcache.training import TrainOptions, train
 
     @options_command(
         TrainOptions,
@@ -117,14 +118,15 @@ def _train() -> click.Command:
 
 
 def _finetune() -> click.Command:
-    from kdcache.finetune import FinetuneOptions, finetune
+    from kdcache.finetuning import FinetuneOptions, finetune
     from kdcache.progress import TrainDisplay
 
     @options_command(
         FinetuneOptions,
         name="finetune",
         epilog=_examples(
-            "kdcache finetune --model bert-base --corpus train.tsv --eval-corpus dev.tsv --out teacher",
+            "kdcache finetune --model bert-base --corpus train.tsv --eval-corpus dev.tsv --out "
+            "teacher",
             "kdcache finetune --model bert-base --corpus train.tsv --out teacher \\",
             "    --train-last 4 --head-width 192",
         ),
@@ -159,7 +161,8 @@ def _evaluate() -> click.Command:
         name="evaluate",
         epilog=_examples(
             "kdcache evaluate --student run --cache test-cache",
-            "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher bert-sst2",
+            "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher "
+            "bert-sst2",
         ),
         commas={"columns": str},
         metavars={"student": "RUN_OR_DIR", "cache": "CACHE", "teacher": "DIR_OR_HUB_ID"},
@@ -233,9 +236,12 @@ def _verify() -> click.Command:
         cache: str
 
     @options_command(
-        VerifyOptions, name="verify", epilog=_examples("kdcache verify cache"), arguments=("cache",),
+        VerifyOptions,
+        name="verify",
+        epilog=_examples("kdcache verify cache"),
+        arguments=("cache",),
         metavars={"cache": "CACHE"},
-    )  # fmt: skip
+    )
     def command(options: VerifyOptions, as_json: bool) -> None:
         """Check every hash, count and checksum of a cache."""
         cache = Cache.open(options.cache)

@@ -1,7 +1,9 @@
-"""Who does the spans: threads of this process, or actors on a Ray cluster. Both look alike to the driver.
+"""Who does the spans: threads of this process, or actors on a Ray cluster. Both look alike to the
+driver.
 
-A crew takes spans while it has room and hands back outcomes. It knows about workers and nodes that come
-and go; it does not know what is still to do, what was tried, or when to give up: that is `build`'s part.
+A crew takes spans while it has room and hands back outcomes. It knows about workers and nodes that
+come and go; it does not know what is still to do, what was tried, or when to give up: that is
+`build`'s part.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ class _Actor:
 
 
 class RayCrew(Crew):
-    """One actor a worker on a Ray cluster. A worker that dies is replaced; its spans come back as lost."""
+    """One actor a worker on a Ray cluster. A worker that dies is replaced; its spans come back
+    as lost.
+    """
 
     def __init__(
         self,
@@ -122,7 +126,8 @@ class RayCrew(Crew):
             job: what the workers do.
             workers: how many; None for as many as the cluster has room for.
             gpus: GPUs a worker.
-            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says otherwise.
+            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
+                otherwise.
             cpus: CPUs a worker; None shares the cluster's evenly.
 
         Raises:
@@ -131,7 +136,7 @@ class RayCrew(Crew):
         import ray
 
         self._ray = ray
-        self._owns = _connect(address)
+        self._owns = connect(address)
         total = ray.cluster_resources()
         cores = int(total.get("CPU", 1))
         if gpus and total.get("GPU", 0) < gpus:
@@ -244,7 +249,7 @@ class RayCrew(Crew):
         return sum(actor.started for actor in self._actors)
 
 
-def _connect(address: str | None) -> bool:
+def connect(address: str | None) -> bool:
     """Join or start a Ray; whether this call started it, so that `stop` ends it."""
     import ray
 

@@ -109,8 +109,8 @@ def options_command(
 ) -> Callable[[Callable[[Options, bool], None]], click.Command]:
     """Make a click command whose options are the fields of a dataclass: one place to say it all.
 
-    A field's name is the option's, its type and default decide how it is parsed, and its line in the
-    docstring's `Attributes:` is the help.
+    A field's name is the option's, its type and default decide how it is parsed, and its line in
+    the docstring's `Attributes:` is the help.
 
     Args:
         kind: the options dataclass.

@@ -7,9 +7,9 @@ import time
 from types import TracebackType
 from typing import Any
 
-from kdcache.build import Progress
+from kdcache.builder import Progress
 from kdcache.text import duration
-from kdcache.train import TrainProgress
+from kdcache.training import TrainProgress
 
 _LINE_EVERY = 10.0
 

@@ -1,10 +1,12 @@
 """One shard: an immutable HDF5 file with the rows of one span and their soft targets.
 
-Ragged data is stored as flat columns with counts or offsets; every column is chunked and passes through
-shuffle + gzip + fletcher32, filters that each HDF5 build has, so one flipped bit raises instead of giving
-wrong numbers. `docs/format.md` specifies the layout. This module alone imports h5py.
+Ragged data is stored as flat columns with counts or offsets; every column is chunked and passes
+through shuffle + gzip + fletcher32, filters that each HDF5 build has, so one flipped bit raises
+instead of giving wrong numbers. `docs/format.md` specifies the layout. This module alone imports
+h5py.
 
-Cost: a shard is written and read whole, in one pass over its columns; memory is the shard's decoded size.
+Cost: a shard is written and read whole, in one pass over its columns; memory is the shard's decoded
+size.
 Guarantee: the same content gives the same bytes (no times, no names of machines inside).
 """
 
@@ -154,7 +156,12 @@ def write_shard(path: Path, data: ShardData, *, attributes: Mapping[str, Any]) -
 
 
 def read_shard(
-    path: Path, codec: Codec, *, counts: ShardCounts | None = None, ranks: np.ndarray | None = None
+    path: Path,
+    codec: Codec,
+    *,
+    counts: ShardCounts | None = None,
+    ranks: np.ndarray | None = None,
+    with_targets: bool = True,
 ) -> ShardData:
     """Read one shard whole.
 
@@ -163,6 +170,7 @@ def read_shard(
         codec: the cache's codec; the file must have been written with it.
         counts: what the manifest says; compared before any column is read.
         ranks: the cache's table from frequency rank to id, where it has one.
+        with_targets: False reads no column of the targets and leaves them empty.
 
     Raises:
         CorruptCacheError: not a shard, other counts than promised, or a failing checksum.
@@ -199,13 +207,16 @@ def read_shard(
             )
         else:
             labels = _read(path, rows, "labels", n.rows)
-        columns = _read_targets(path, file["targets"], codec, n.positions)
+        targets = SoftTargets.empty(codec)
+        if with_targets:
+            columns = _read_targets(path, file["targets"], codec, n.positions)
+            targets = SoftTargets(codec, columns, ranks)
         data = ShardData(
             task=task,
             offsets=offsets,
             input_ids=input_ids,
             labels=labels,
-            targets=SoftTargets(codec, columns, ranks),
+            targets=targets,
             type_ids=_read(path, rows, "type_ids", n.tokens) if "type_ids" in rows else None,
             texts=_read_texts(path, rows, "text", n.rows),
             text_pairs=_read_texts(path, rows, "text_pair", n.rows),
@@ -289,7 +300,8 @@ def _read(path: Path, group: Any, name: str, length: int | None) -> np.ndarray:
     # Deflate cannot shrink below 1/1032: a small file that claims more is lying about its length.
     if dataset.nbytes > _DEFLATE_LIMIT * dataset.id.get_storage_size():
         raise CorruptCacheError(
-            f"{path}: column {name} claims {dataset.nbytes} bytes, more than its stored bytes can hold."
+            f"{path}: column {name} claims {dataset.nbytes} bytes, more than its stored bytes can "
+            f"hold."
         )
     return np.asarray(dataset[...])
 
@@ -318,7 +330,9 @@ def _read_targets(path: Path, group: Any, codec: Codec, positions: int) -> dict[
 
 
 def _split_labels(data: ShardData) -> tuple[np.ndarray, np.ndarray]:
-    """Causal labels repeat the input ids one place later: store where they are and each row's last."""
+    """Causal labels repeat the input ids one place later: store where they are and each row's
+    last.
+    """
     has_label = data.labels != IGNORE
     last = data.offsets[1:] - 1
     inner = has_label.copy()

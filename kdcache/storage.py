@@ -1,8 +1,9 @@
-"""Where a cache lives: a folder, local or behind any fsspec URL, reduced to the few verbs a cache needs.
+"""Where a cache lives: a folder, local or behind any fsspec URL, reduced to the few verbs a cache
+needs.
 
-Guarantee: a name appears only with its whole content. Locally a file is written under `tmp/`, flushed to
-the disk and renamed; in an object store one PUT makes it appear. Listing the folder is therefore the only
-state there is: what is listed is committed.
+Guarantee: a name appears only with its whole content. Locally a file is written under `tmp/`,
+flushed to the disk and renamed; in an object store one PUT makes it appear. Listing the folder is
+therefore the only state there is: what is listed is committed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Storage(ABC):
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """Names of the files directly inside `folder`, sorted; empty where the folder is missing."""
+        """Names of the files directly inside `folder`, sorted; empty where the folder is
+        missing.
+        """
 
     @abstractmethod
     def empty(self) -> bool:
@@ -67,7 +70,9 @@ class Storage(ABC):
 
     @abstractmethod
     def publish(self, path: Path, name: str) -> None:
-        """Make a finished scratch file appear under its name, atomically; `path` is gone afterwards."""
+        """Make a finished scratch file appear under its name, atomically; `path` is gone
+        afterwards.
+        """
 
     @abstractmethod
     def fetch(self, name: str) -> Path:

@@ -1,12 +1,13 @@
-"""The teacher: one or several Hugging Face models that turn rows into logits, a slice of positions at a time.
+"""The teacher: one or several Hugging Face models that turn rows into logits, a slice of positions
+at a time.
 
-`TeacherFiles` is what can be known without loading weights (identity, tokenizer, vocabulary or classes);
-the driver of a build needs no more. `Teacher` holds the models of one worker.
+`TeacherFiles` is what can be known without loading weights (identity, tokenizer, vocabulary or
+classes); the driver of a build needs no more. `Teacher` holds the models of one worker.
 
-Cost: one forward of the base model a batch; the vocabulary is projected in slices of positions, only where
-a position is wanted, so `[positions, vocabulary]` never exists whole.
-Guarantee: ids outside the tokenizer's vocabulary (padded output layers) are cut off before any normaliser
-sees them, and non-finite logits raise.
+Cost: one forward of the base model a batch; the vocabulary is projected in slices of positions,
+only where a position is wanted, so `[positions, vocabulary]` never exists whole.
+Guarantee: ids outside the tokenizer's vocabulary (padded output layers) are cut off before any
+normaliser sees them, and non-finite logits raise.
 """
 
 from __future__ import annotations
@@ -276,7 +277,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise UsageError(
-            f"teacher {name} is neither a folder here nor a model that the hub gives ({type(error).__name__}). "
+            f"teacher {name} is neither a folder here nor a model that the hub gives "
+            f"({type(error).__name__}). "
             "Check the path or the id."
         ) from error
 
@@ -334,8 +336,8 @@ class quiet_transformers:  # noqa: N801 - used like a function
 def _head_is_plain(model: Any) -> bool:
     """Whether logits are the output layer applied to the decoder's last hidden state, and no more.
 
-    Soft-capping (Gemma 2) and logit scaling (Granite, Cohere) happen after the layer: found by comparing
-    with the model's own forward on a few ids, rather than from a list of architectures.
+    Soft-capping (Gemma 2) and logit scaling (Granite, Cohere) happen after the layer: found by
+    comparing with the model's own forward on a few ids, rather than from a list of architectures.
     """
     with suppress(AttributeError, NotImplementedError):
         decoder, head = model.get_decoder(), model.get_output_embeddings()

@@ -1,11 +1,12 @@
-"""The work on one span: read, tokenise, run the teacher, encode, commit. The same code in an actor or here.
+"""The work on one span: read, tokenise, run the teacher, encode, commit. The same code in an actor
+or here.
 
-Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read or
-compressed while the other computes: a pipeline without queues.
+Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read
+or compressed while the other computes: a pipeline without queues.
 
 Cost: memory of two spans' rows and encoded targets, plus the teacher and one slice of its logits.
-Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling noise is
-keyed by (seed, span, row, position).
+Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling
+noise is keyed by (seed, span, row, position).
 """
 
 from __future__ import annotations
@@ -137,8 +138,7 @@ class SpanWorker:
                 order.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
             targets = [future.result() for future in packed]
         if not targets:
-            empty = {c.name: np.zeros((0, *c.shape), c.dtype) for c in self.codec.columns}
-            return SoftTargets(self.codec, empty, None)
+            return SoftTargets.empty(self.codec)
         inverse = np.empty(int(offsets[-1]), np.int64)
         inverse[np.concatenate(order)] = np.arange(len(inverse))
         return SoftTargets.concat(targets).take(inverse)
@@ -164,7 +164,8 @@ class SpanWorker:
         """Two batches for one that did not fit; later spans begin with the smaller size."""
         if len(batch) == 1:
             raise UsageError(
-                f"one row of {lengths[batch[0]]} tokens does not fit the device beside the teacher. "
+                f"one row of {lengths[batch[0]]} tokens does not fit the device beside the "
+                f"teacher. "
                 "Use a smaller --max-length, or more --gpus-per-worker."
             ) from error
         torch.cuda.empty_cache()
@@ -185,7 +186,8 @@ class _Places:
 class _Packer:
     """Packs encoded slices on a thread while the device computes the next ones.
 
-    Copies to the host are queued behind the kernels that make them; the thread alone waits for them.
+    Copies to the host are queued behind the kernels that make them; the thread alone waits for
+    them.
     """
 
     def __init__(self, codec: Codec, span: int) -> None:
@@ -234,7 +236,8 @@ class _Packer:
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows grouped by length, so that rows times the longest stays within `batch_tokens`.
+    """Indices of rows grouped by length, so that rows times the longest stays within
+    `batch_tokens`.
 
     Every index comes exactly once; a row longer than the budget is a batch of its own.
     """

@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests: real models and data where this machine has them, Ray once a module."""
+"""Fixtures shared by all tests: real models and data where this machine has them, Ray once a
+module.
+"""
 
 from __future__ import annotations
 

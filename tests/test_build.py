@@ -1,4 +1,6 @@
-"""Building in this process: resuming, refusing, wrong input, and the driver's way with bad spans."""
+"""Building in this process: resuming, refusing, wrong input, and the driver's way with bad
+spans.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from conftest import make_tiny_lm
-from kdcache.build import BuildOptions, Progress, _Driver, build
+from kdcache.builder import BuildOptions, Progress, _Driver, build
 from kdcache.cache import Cache
 from kdcache.cache.manifest import ShardEntry
 from kdcache.corpus import Span
@@ -84,7 +86,12 @@ def test_a_classification_cache_holds_texts_labels_and_logits(
     cache = Cache.open(str(out))
     assert result.rows == result.positions == 200
     assert cache.spec.label_names == ("bad", "neutral", "good")
-    rows = [r for s in range(cache.spec.spans) for d in [cache.read(s)] for r in map(d.row, range(len(d)))]
+    rows = [
+        r
+        for s in range(cache.spec.spans)
+        for d in [cache.read(s)]
+        for r in map(d.row, range(len(d)))
+    ]
     assert sum(int(row.labels[0] == IGNORE) for row in rows) == 40
     model = AutoModelForSequenceClassification.from_pretrained(tiny_classifier)
     data = cache.read(0)
@@ -145,7 +152,9 @@ def test_a_changed_option_is_refused_with_the_fields_that_differ(
     assert files(Path(options.out)) == before
 
 
-def test_a_changed_corpus_is_refused(options: BuildOptions, text_corpus: Path, tmp_path: Path) -> None:
+def test_a_changed_corpus_is_refused(
+    options: BuildOptions, text_corpus: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / text_corpus.name
     shutil.copy(text_corpus, copy)
     options = dataclasses.replace(options, corpus=(str(copy),))
@@ -406,7 +415,9 @@ def test_a_span_that_always_fails_is_set_aside_and_the_rest_completes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     crew = FailingCrew({1: 99, 4: 99}, lost=False)
-    with pytest.raises(IncompleteError, match=r"2 of 6 spans failed 3 times(.|\n)*span 1(.|\n)*span 4"):
+    with pytest.raises(
+        IncompleteError, match=r"2 of 6 spans failed 3 times(.|\n)*span 1(.|\n)*span 4"
+    ):
         drive(crew)
     assert len([1 for span, _ in crew.log if span == 1]) == 3
     assert crew.stopped

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from kdcache.errors import UsageError
-from kdcache.finetune import FinetuneOptions, finetune
+from kdcache.finetuning import FinetuneOptions, finetune
 from kdcache.head import HEAD_FILE, HeadedClassifier, load_classifier
-from kdcache.train import TrainProgress
+from kdcache.training import TrainProgress
 
 Make = Callable[..., FinetuneOptions]
 

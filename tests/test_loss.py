@@ -473,7 +473,9 @@ def test_only_the_gradients_asked_for(wanted: tuple[bool, ...]) -> None:
         case["targets"],
         **case["options"],
     )
-    parts = fused_linear_distillation(*inputs, case["labels"], case["targets"], **case["options"])
+    parts = fused_linear_distillation(
+        inputs[0], inputs[1], inputs[2], case["labels"], case["targets"], **case["options"]
+    )
     torch.testing.assert_close(parts.total, full.total)
     assert parts.total.requires_grad == any(wanted)
     assert not parts.hard.requires_grad
@@ -503,8 +505,12 @@ def test_autocast_computes_in_low_precision_and_returns_float32_gradients() -> N
     inputs = [case[k].detach().float().requires_grad_() for k in ("hidden", "weight", "bias")]
     options: dict[str, Any] = case["options"] | {"count": None, "position_weights": None}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = fused_linear_distillation(*inputs, case["labels"], case["targets"], rows=5, **options)
-    want = fused_linear_distillation(*inputs, case["labels"], case["targets"], **options)
+        got = fused_linear_distillation(
+            inputs[0], inputs[1], inputs[2], case["labels"], case["targets"], rows=5, **options
+        )
+    want = fused_linear_distillation(
+        inputs[0], inputs[1], inputs[2], case["labels"], case["targets"], **options
+    )
     assert got.total != want.total
     torch.testing.assert_close(got.total, want.total, rtol=0.02, atol=0.02)
     for g, w in zip(

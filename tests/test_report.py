@@ -28,7 +28,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from kdcache.build import BuildOptions, build
+from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.report import (

@@ -59,7 +59,9 @@ def test_a_causal_shard_round_trips(
     path = tmp_path_factory.mktemp("shard") / "a.h5"
     data = causal_data(lengths, codec)
     write_shard(path, data, attributes={"index": 7})
-    again = read_shard(path, codec, counts=ShardCounts(len(data), len(data.input_ids), len(data.targets)))
+    again = read_shard(
+        path, codec, counts=ShardCounts(len(data), len(data.input_ids), len(data.targets))
+    )
     assert equal(data, again)
     assert again.position_offsets[-1] == len(data.targets)
     assert read_counts(path)[1] == {"index": 7}
@@ -68,8 +70,16 @@ def test_a_causal_shard_round_trips(
 def test_a_classification_shard_keeps_texts_pairs_and_missing_labels(tmp_path: Path) -> None:
     codec = Codec.parse("dense", (1.0,), 3)
     rows = [
-        Row(np.array([1, 2], np.int32), np.array([2], np.int32), np.array([0, 1], np.uint8), "a é", "b"),
-        Row(np.array([3], np.int32), np.array([IGNORE], np.int32), np.array([0], np.uint8), "", "💡"),
+        Row(
+            np.array([1, 2], np.int32),
+            np.array([2], np.int32),
+            np.array([0, 1], np.uint8),
+            "a é",
+            "b",
+        ),
+        Row(
+            np.array([3], np.int32), np.array([IGNORE], np.int32), np.array([0], np.uint8), "", "💡"
+        ),
     ]
     targets = SoftTargets(codec, {"logits": np.arange(6, dtype=np.float32).reshape(2, 3)}, None)
     data = ShardData.from_rows("sequence-classification", rows, targets)

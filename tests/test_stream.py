@@ -334,9 +334,9 @@ def test_memory_is_bounded_however_many_shards(
     most = 0
     read = Cache.read
 
-    def counting(self: Cache, span: int) -> ShardData:
+    def counting(self: Cache, span: int, *, targets: bool = True) -> ShardData:
         nonlocal most
-        data = read(self, span)
+        data = read(self, span, targets=targets)
         alive.add(span)
         weakref.finalize(data.input_ids, alive.discard, span)
         most = max(most, len(alive))

@@ -28,7 +28,7 @@ from transformers import (
 from kdcache.errors import UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import BiLstmClassifier, DistilledStudent, StudentInfo, load_student
-from kdcache.train import DistillationTrainer, Schedule, TrainOptions, TrainProgress, train
+from kdcache.training import DistillationTrainer, Schedule, TrainOptions, TrainProgress, train
 
 BERT = {
     "model_type": "bert",
@@ -432,8 +432,8 @@ def test_a_users_own_trainer_script(folder: Path, tmp_path: Path) -> None:
 
 WORKER = """
 import sys
-from kdcache.train import TrainOptions
-from kdcache.train.run import Plan, Run
+from kdcache.training import TrainOptions
+from kdcache.training.run import Plan, Run
 import json
 Run.prepare(Plan.make(TrainOptions(**json.loads(sys.argv[1])))).train()
 """

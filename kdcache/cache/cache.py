@@ -92,7 +92,8 @@ class Cache:
         if cache.manifest_or_none is None:
             done = len(cache.committed())
             raise IncompleteError(
-                f"the build of {redact(url)} has not finished: {done} of {cache.spec.spans} shards are "
+                f"the build of {redact(url)} has not finished: {done} of {cache.spec.spans} "
+                f"shards are "
                 "there. Run the same `kdcache build` command again to finish it."
             )
         return cache
@@ -167,7 +168,8 @@ class Cache:
             except (OSError, RuntimeError) as error:
                 if no_space(error):
                     raise IncompleteError(
-                        f"no space left on {redact(self.storage.url)} while writing shard {span}: what is "
+                        f"no space left on {redact(self.storage.url)} while writing shard {span}: "
+                        f"what is "
                         "committed stays valid. Free some space and run the same command again."
                     ) from error
                 raise
@@ -189,7 +191,8 @@ class Cache:
         missing = [span for span in range(self.spec.spans) if span not in committed]
         if missing:
             raise IncompleteError(
-                f"{len(missing)} of {self.spec.spans} spans have no shard yet (first: {missing[0]}). "
+                f"{len(missing)} of {self.spec.spans} spans have no shard yet (first: "
+                f"{missing[0]}). "
                 "Run the same command again to make them."
             )
         shards = tuple(
@@ -209,7 +212,8 @@ class Cache:
         sha256 = sha256_file(path)
         if not name.endswith(f"-{sha256[:16]}.h5"):
             raise CorruptCacheError(
-                f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the same build "
+                f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the same "
+                f"build "
                 "again: only this shard is made anew."
             )
         counts, attributes = read_counts(path)
@@ -254,8 +258,12 @@ class Cache:
         """The codec that reads this cache's targets."""
         return self.spec.make_codec()
 
-    def read(self, span: int) -> ShardData:
+    def read(self, span: int, *, targets: bool = True) -> ShardData:
         """One shard in memory.
+
+        Args:
+            span: which one.
+            targets: False leaves the soft targets on disk, for training on hard labels alone.
 
         Raises:
             CorruptCacheError: the file is missing, damaged, or not the one of the manifest.
@@ -265,9 +273,10 @@ class Cache:
         if path.exists() and path.stat().st_size != entry.bytes:
             raise CorruptCacheError(
                 f"shard {span}: {entry.name} has {path.stat().st_size} bytes, the manifest says "
-                f"{entry.bytes}. Delete the file and run the same build again: only this shard is made anew."
+                f"{entry.bytes}. Delete the file and run the same build again: only this shard is "
+                f"made anew."
             )
-        return read_shard(path, self.codec(), counts=entry.counts)
+        return read_shard(path, self.codec(), counts=entry.counts, with_targets=targets)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the files kept in the cache."""
@@ -291,7 +300,8 @@ class Cache:
             sha256 = sha256_file(path)
             if sha256 != entry.sha256:
                 # Hash first, open second: HDF5 never parses bytes that are known to be wrong.
-                yield f"{name}: sha256 is {sha256[:16]}…, the manifest says {entry.sha256[:16]}…. {cure}"
+                said = entry.sha256[:16]
+                yield f"{name}: sha256 is {sha256[:16]}…, the manifest says {said}…. {cure}"
                 continue
             try:
                 data = self.read(entry.span)

@@ -86,8 +86,8 @@ class Manifest:
         """Parse and check a manifest.
 
         Raises:
-            CorruptCacheError: not a manifest of this format, names outside the cache's folder, or totals
-                that do not add up.
+            CorruptCacheError: not a manifest of this format, names outside the cache's folder, or
+                totals that do not add up.
         """
         try:
             values = json.loads(data)
@@ -104,6 +104,7 @@ class Manifest:
         for name, value in totals.items():
             if getattr(manifest, name) != value:
                 raise CorruptCacheError(
-                    f"manifest.json: its shards have {getattr(manifest, name)} {name}, it says {value}."
+                    f"manifest.json: its shards have {getattr(manifest, name)} {name}, it says "
+                    f"{value}."
                 )
         return manifest

@@ -193,13 +193,13 @@ class TargetStream(IterableDataset[Batch]):
         rows = np.empty(len(pairs), dtype=np.int64)
         parts: list[ShardData] = []
         known: dict[tuple[int, int], int] = {}
-        first = 0
+        first, soft = 0, self.temperature is not None
         for slot, member in enumerate(members):
             source = self._sources[member]
             here = which == slot
             key = (source.cache, source.shard)
             if key not in known:  # a repeated cache may have one shard twice in a group
-                parts.append(self.caches[source.cache].read(source.shard))
+                parts.append(self.caches[source.cache].read(source.shard, targets=soft))
                 known[key] = first
                 first += len(parts[-1])
             rows[here] = known[key] + source.keep(self.seed, epoch, pairs[here, 1])

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
@@ -136,8 +137,9 @@ class DistilledStudent(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The student's own config, where trainers look for it."""
-        return getattr(self.student, "config", None)
+        """The student's config if it is one of Hugging Face's, which trainers read and change."""
+        config = getattr(self.student, "config", None)
+        return config if isinstance(config, PreTrainedConfig) else None
 
     @property
     def accepts_loss_kwargs(self) -> bool:

@@ -54,6 +54,11 @@ class SoftTargets:
         return self.codec.at(self.columns, temperature, self.rank_to_id)
 
     @classmethod
+    def empty(cls, codec: Codec) -> SoftTargets:
+        """The targets of no position."""
+        return cls(codec, {c.name: np.zeros((0, *c.shape), c.dtype) for c in codec.columns})
+
+    @classmethod
     def concat(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
         """Join parts that one codec and one rank table wrote.
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdcache.crew import _connect as connect
+from kdcache.crew import connect
 from kdcache.errors import KdcacheError, UsageError
-from kdcache.train.options import TrainOptions
-from kdcache.train.run import METRICS_FILE, RESULT_FILE, Plan, Run, TrainProgress, TrainResult
+from kdcache.training.options import TrainOptions
+from kdcache.training.run import METRICS_FILE, RESULT_FILE, Plan, Run, TrainProgress, TrainResult
 
 _RETRIES = 2
 _RAY, _WRONG = ".ray", "wrong.txt"

@@ -1,11 +1,13 @@
 """`kdcache build`: run the teacher over a corpus once and seal the cache.
 
-    options -> spans of the corpus -> teacher's identity -> CacheSpec -> create or resume -> missing spans
+    options -> spans of the corpus -> teacher's identity -> CacheSpec -> create or resume -> missing
+    spans
     crew: workers read, tokenise, run the teacher, encode, commit
     all spans committed -> seal
 
-A span that fails is tried again, alone on a worker (so that a span which kills its worker takes no other
-with it), three times in all; then it is set aside and the rest completes. Wrong input stops at once.
+A span that fails is tried again, alone on a worker (so that a span which kills its worker takes no
+other with it), three times in all; then it is set aside and the rest completes. Wrong input stops
+at once.
 
 Guarantee: the same command is always the way to go on, and a finished cache is never touched again.
 """
@@ -55,8 +57,8 @@ class BuildOptions:
         corpus: files, folders, globs or fsspec URLs.
         out: folder or URL of the cache.
         task: `causal-lm` or `sequence-classification`.
-        codec: `dense`, `dense:float16`, `topk:K` or `sample:N`; None picks `dense` for classification
-            and `sample:20` for a causal LM.
+        codec: `dense`, `dense:float16`, `topk:K` or `sample:N`; None picks `dense` for
+            classification and `sample:20` for a causal LM.
         temperatures: the temperatures a student may train at (`dense` allows any).
         text_column: column of the text.
         pair_column: column of a second text, or None.
@@ -65,15 +67,15 @@ class BuildOptions:
         messages_column: column of chat messages; where a file has it, its chats become the rows.
         prompt_column: column of the prompt, beside `completion_column`.
         completion_column: column of the completion.
-        record_form: which of these a record is: `text`, `messages`, `prompt`, or `auto`, which goes by
-            the columns that hold something.
+        record_form: which of these a record is: `text`, `messages`, `prompt`, or `auto`, which goes
+            by the columns that hold something.
         format: format of all files, such as `jsonl`; `auto` goes by their names.
         max_length: tokens of the longest row.
         packing: `concat`, `none` or `split`; None is `concat` for a causal LM.
         on_error: `fail` or `skip` for records that cannot be read.
         limit: use only the first records of the corpus.
-        workers: number of Ray workers; `auto` (None) for as many as there is room, 0 for this process
-            without Ray.
+        workers: number of Ray workers; `auto` (None) for as many as there is room, 0 for this
+            process without Ray.
         gpus_per_worker: GPUs a worker; None is one where there are any.
         address: Ray address; None is a Ray of this process.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
@@ -329,12 +331,14 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
     for other in teachers[1:]:
         if tokenizer_sha256(other.tokenizer) != tokenizer_sha256(first.tokenizer):
             raise UsageError(
-                f"teachers {first.name} and {other.name} have different tokenizers: their positions are "
+                f"teachers {first.name} and {other.name} have different tokenizers: their "
+                f"positions are "
                 "not the same. Build one cache for each."
             )
         if task != "causal-lm" and other.label_names != first.label_names:
             raise UsageError(
-                f"teachers {first.name} and {other.name} have different classes: {first.label_names} and "
+                f"teachers {first.name} and {other.name} have different classes: "
+                f"{first.label_names} and "
                 f"{other.label_names}."
             )
     return min(teacher.vocab_size(task) for teacher in teachers)
@@ -348,7 +352,9 @@ def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
 
 
 def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
-    """Bytes of corpus a span: small enough to share out and to hold in memory, few enough to list."""
+    """Bytes of corpus a span: small enough to share out and to hold in memory, few enough to
+    list.
+    """
     if options.shard_tokens is not None:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN
     per_position = codec.bytes_per_position if options.task == "causal-lm" else 1.0
@@ -476,11 +482,13 @@ class _Driver:
         if failed:
             lines = [
                 f"  span {s} ({redact(self.spans[s].file)}, {self.spans[s].kind} "
-                f"{self.spans[s].start}-{self.spans[s].stop}): {str(error).strip().splitlines()[-1:]}"
+                f"{self.spans[s].start}-{self.spans[s].stop}): "
+                f"{str(error).strip().splitlines()[-1:]}"
                 for s, error in sorted(failed.items())
             ]
             raise IncompleteError(
-                f"{len(failed)} of {len(self.spans)} spans failed {_TRIES} times and were set aside; "
+                f"{len(failed)} of {len(self.spans)} spans failed {_TRIES} times and were set "
+                f"aside; "
                 "the others are committed:\n"
                 + "\n".join(lines)
                 + "\nRun the same command to try them again."

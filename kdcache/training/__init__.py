@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kdcache.train.options import Schedule, TrainOptions
-from kdcache.train.run import TrainProgress, TrainResult, train
-from kdcache.train.trainer import DistillationTrainer
+from kdcache.training.options import Schedule, TrainOptions
+from kdcache.training.run import TrainProgress, TrainResult, train
+from kdcache.training.trainer import DistillationTrainer
 
 __all__ = [
     "DistillationTrainer",

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedConfig,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -51,8 +50,8 @@ from kdcache.student import (
 )
 from kdcache.targets import Dense, DenseTargets, Sample, SparseTargets
 from kdcache.teacher import quiet_transformers
-from kdcache.train.options import TrainOptions
-from kdcache.train.trainer import (
+from kdcache.training.options import TrainOptions
+from kdcache.training.trainer import (
     DistillationTrainer,
     check_identity,
     last_checkpoint,
@@ -139,7 +138,7 @@ def train(
         return finished
     plan.checkpoint()  # its mistakes are told before workers start
     if options.num_workers > 1:
-        from kdcache.train.workers import train_on_ray
+        from kdcache.training.workers import train_on_ray
 
         return train_on_ray(options, on_progress)
     return Run.prepare(plan, on_progress).train()
@@ -351,7 +350,7 @@ def _student_and_stream(plan: Plan) -> tuple[DistilledStudent, TargetStream, Any
     )
     tokenize = student_tokenize(inner, options.student, info)
     alphas, temperatures = options.alphas, options.temperatures
-    student = _Student(
+    student = DistilledStudent(
         inner,
         spec.task,
         codec=spec.codec,
@@ -383,16 +382,6 @@ def _student_and_stream(plan: Plan) -> tuple[DistilledStudent, TargetStream, Any
     return student, stream, tokenize
 
 
-class _Student(DistilledStudent):
-    """A student whose config the HF Trainer may change only where it is one of HF's."""
-
-    @property
-    def config(self) -> Any:
-        """HF's config, or None."""
-        config = super().config
-        return config if isinstance(config, PreTrainedConfig) else None
-
-
 def _steps(options: TrainOptions, stream: TargetStream) -> int:
     return options.max_steps or max(1, math.ceil(options.epochs * stream.steps))
 
@@ -400,7 +389,7 @@ def _steps(options: TrainOptions, stream: TargetStream) -> int:
 def _texts(caches: list[Cache]) -> Iterator[str]:
     for cache in caches:
         for shard in range(cache.spec.spans):
-            data = cache.read(shard)
+            data = cache.read(shard, targets=False)
             yield from data.texts or []
             yield from data.text_pairs or []
 
