@@ -124,7 +124,16 @@ def write_shard(path: Path, data: ShardData, *, attributes: Mapping[str, Any]) -
     Raises:
         OSError: the disk refused; `storage.no_space` tells a full one.
     """
-    with h5py.File(path, "w", locking=False) as file:
+    path.write_bytes(shard_bytes(data, attributes=attributes))
+
+
+def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
+    """The content of one shard file.
+
+    HDF5 composes it in memory: where a disk is full, HDF5 itself cannot close its file any more and
+    takes the process down when it exits.
+    """
+    with h5py.File("shard", "w", driver="core", backing_store=False) as file:
         file.attrs["format"] = "kdcache-shard"
         file.attrs["version"] = FORMAT
         file.attrs["task"] = data.task
@@ -153,6 +162,8 @@ def write_shard(path: Path, data: ShardData, *, attributes: Mapping[str, Any]) -
         targets = file.create_group("targets")
         for column in data.targets.codec.columns:
             _write(targets, column.name, data.targets.columns[column.name])
+        file.flush()
+        return bytes(file.id.get_file_image())
 
 
 def read_shard(

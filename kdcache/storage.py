@@ -13,7 +13,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ from kdcache.errors import IncompleteError, UsageError
 
 _SCRATCH = "tmp"
 _BLOCK = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def open_storage(url: str) -> Storage:
@@ -62,17 +62,16 @@ class Storage(ABC):
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Create or replace a small file, atomically."""
+        """Create or replace a file, atomically and durably.
+
+        Raises:
+            IncompleteError: no space left.
+            UsageError: the place cannot be written to.
+        """
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file unless it exists; whether this call made it."""
-
-    @abstractmethod
-    def publish(self, path: Path, name: str) -> None:
-        """Make a finished scratch file appear under its name, atomically; `path` is gone
-        afterwards.
-        """
 
     @abstractmethod
     def fetch(self, name: str) -> Path:
@@ -81,10 +80,6 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Delete a file; no error where it is gone already."""
-
-    @abstractmethod
-    def scratch(self) -> contextlib.AbstractContextManager[Path]:
-        """A path for a temporary file that `publish` can move; removed at exit if still there."""
 
 
 class LocalStorage(Storage):
@@ -122,15 +117,14 @@ class LocalStorage(Storage):
 
     def write(self, name: str, data: bytes) -> None:
         """See `Storage.write`."""
-        with self.scratch() as path:
-            path.write_bytes(data)
-            self.publish(path, name)
+        with self._written(data) as path:
+            target = self._target(name)
+            path.replace(target)
+            _sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
         """See `Storage.create`."""
-        with self.scratch() as path:
-            path.write_bytes(data)
-            _sync_file(path)
+        with self._written(data) as path:
             target = self._target(name)
             try:
                 os.link(path, target)  # unlike a rename, a link never replaces what is there
@@ -147,13 +141,6 @@ class LocalStorage(Storage):
             _sync_folder(target.parent)
             return True
 
-    def publish(self, path: Path, name: str) -> None:
-        """See `Storage.publish`."""
-        _sync_file(path)
-        target = self._target(name)
-        path.replace(target)
-        _sync_folder(target.parent)
-
     def fetch(self, name: str) -> Path:
         """See `Storage.fetch`."""
         return self.root / name
@@ -163,13 +150,15 @@ class LocalStorage(Storage):
         (self.root / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """See `Storage.scratch`."""
+    def _written(self, data: bytes) -> Iterator[Path]:
+        """A temporary file with the data, safe on the disk; removed at exit unless it was moved."""
         folder = self.root / _SCRATCH
         with _output_errors(self.url):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{uuid.uuid4().hex}.tmp"
             try:
+                path.write_bytes(data)
+                _sync_file(path)
                 yield path
             finally:
                 path.unlink(missing_ok=True)
@@ -239,11 +228,6 @@ class RemoteStorage(Storage):
         self.write(name, data)
         return True
 
-    def publish(self, path: Path, name: str) -> None:
-        """See `Storage.publish`."""
-        self._fs.put_file(str(path), self._path(name))
-        path.unlink()
-
     def fetch(self, name: str) -> Path:
         """See `Storage.fetch`."""
         local = self._local / name
@@ -262,15 +246,6 @@ class RemoteStorage(Storage):
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
-    @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """See `Storage.scratch`."""
-        folder = Path(tempfile.mkdtemp(prefix="kdcache-"))
-        try:
-            yield folder / "scratch.tmp"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
 
 def redact(url: str) -> str:
     """The URL without user names, passwords and query strings, fit for logs and manifests."""
@@ -287,13 +262,9 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def no_space(error: BaseException) -> bool:
-    """Whether an error means a full disk; HDF5 reports errno only inside its text."""
-    full = {errno.ENOSPC, errno.EDQUOT}
-    if isinstance(error, OSError) and error.errno in full:
-        return True
-    found = re.search(r"errno = (\d+)", str(error))
-    return found is not None and int(found.group(1)) in full
+def no_space(error: OSError) -> bool:
+    """Whether an error means a full disk or quota."""
+    return error.errno in _FULL
 
 
 @contextlib.contextmanager
@@ -304,13 +275,13 @@ def _output_errors(url: str) -> Iterator[None]:
         raise UsageError(
             f"cannot write to {url}: {error.strerror}. Choose another --out."
         ) from error
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         if no_space(error):
             raise IncompleteError(
                 f"no space left on {url}: what is committed stays valid. "
                 "Free some space and run the same command again."
             ) from error
-        if isinstance(error, OSError) and error.errno == errno.EROFS:
+        if error.errno == errno.EROFS:
             raise UsageError(
                 f"{url} is on a read-only file system. Choose another --out."
             ) from error

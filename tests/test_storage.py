@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.storage import LocalStorage, Storage, no_space, open_storage, redact
+from kdcache.storage import LocalStorage, Storage, open_storage, redact
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -47,12 +47,8 @@ def test_write_replaces_and_create_never_does(storage: Storage) -> None:
     assert storage.read("fresh") == b"first"
 
 
-def test_publish_moves_a_scratch_file_and_fetch_gives_a_readable_path(storage: Storage) -> None:
-    with storage.scratch() as path:
-        path.write_bytes(b"shard")
-        assert storage.names("shards") == []
-        storage.publish(path, "shards/one")
-        assert not path.exists()
+def test_fetch_gives_a_readable_path(storage: Storage) -> None:
+    storage.write("shards/one", b"shard")
     assert storage.fetch("shards/one").read_bytes() == b"shard"
 
 
@@ -68,23 +64,32 @@ def test_reading_what_is_missing_raises(storage: Storage) -> None:
         storage.read("nothing")
 
 
-def test_an_abandoned_scratch_file_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "kind", "match"),
+    [
+        (errno.ENOSPC, IncompleteError, "no space left"),
+        (errno.EDQUOT, IncompleteError, "no space left"),
+        (errno.EACCES, UsageError, "cannot write"),
+        (errno.EROFS, UsageError, "read-only"),
+        (errno.EIO, OSError, "disk"),
+    ],
+)
+def test_what_a_failing_disk_means_and_that_nothing_is_left_behind(
+    code: int,
+    kind: type[Exception],
+    match: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(code, "the disk says no")
+
+    monkeypatch.setattr("os.fsync", fail)
     storage = LocalStorage(tmp_path / "cache")
-    with pytest.raises(RuntimeError, match="boom"), storage.scratch() as path:
-        path.write_bytes(b"half")
-        raise RuntimeError("boom")
+    with pytest.raises(kind, match=match):
+        storage.write("shards/one", b"half")
+    monkeypatch.undo()
     assert storage.empty()
-
-
-def test_a_full_disk_is_incomplete_and_a_missing_right_is_usage(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path / "cache")
-    with pytest.raises(IncompleteError, match="no space left"), storage.scratch():
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(IncompleteError, match="no space left"), storage.scratch():
-        raise RuntimeError("Unable to write (errno = 28, error message = 'No space left')")
-    with pytest.raises(UsageError, match="cannot write"), storage.scratch():
-        raise PermissionError(errno.EACCES, "Permission denied")
-    assert not no_space(OSError(errno.EIO, "bad disk"))
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:

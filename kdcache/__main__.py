@@ -1,0 +1,6 @@
+"""`python -m kdcache`: the same as the `kdcache` program."""
+
+from kdcache.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The whole way with real Ray, real processes and the program itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from test_build import files
+
+from kdcache import (
+    BuildOptions,
+    Cache,
+    Collator,
+    DistilledStudent,
+    EvaluateOptions,
+    TargetDataset,
+    TrainOptions,
+    build,
+    evaluate,
+    train,
+)
+from kdcache.cli import cli
+from kdcache.targets import DenseTargets
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One Ray of two CPUs for the tests of this module."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def run(*words: str) -> Result:
+    """A command in this process; its output is shown where the test fails."""
+    result = CliRunner().invoke(cli, list(words), catch_exceptions=False)
+    print(result.output)
+    return result
+
+
+def options_of(tiny_lm: Path, text_corpus: Path, out: Path) -> BuildOptions:
+    return BuildOptions(
+        teacher=(str(tiny_lm),),
+        corpus=(str(text_corpus),),
+        out=str(out),
+        codec="dense",
+        max_length=32,
+        shard_tokens=1500,
+        workers=2,
+    )
+
+
+def test_two_workers_make_the_same_cache_as_none(
+    ray: None, tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    options = options_of(tiny_lm, text_corpus, tmp_path / "ray")
+    seen = []
+    result = build(options, on_progress=seen.append)
+    assert result.made == result.spans > 5
+    assert max(progress.workers for progress in seen) == 2
+    alone = options_of(tiny_lm, text_corpus, tmp_path / "alone")
+    build(BuildOptions(**{**vars(alone), "workers": 0}))
+    assert files(tmp_path / "ray") == files(tmp_path / "alone")
+
+
+def test_a_killed_worker_costs_nothing_but_time(
+    ray: None, tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    from ray.util.state import list_actors
+
+    options = options_of(tiny_lm, text_corpus, tmp_path / "killed")
+    killed: list[int] = []
+
+    def kill_one(progress: object) -> None:
+        """Kill a worker once the first shard is there."""
+        if getattr(progress, "done", 0) >= 1 and not killed:
+            alive = [
+                actor
+                for actor in list_actors(filters=[("state", "=", "ALIVE")])
+                if "SpanWorker" in actor.class_name
+            ]
+            killed.append(alive[0].pid)
+            os.kill(alive[0].pid, signal.SIGKILL)
+
+    build(options, on_progress=kill_one)
+    assert killed
+    build(BuildOptions(**{**vars(options), "out": str(tmp_path / "quiet"), "workers": 0}))
+    assert files(tmp_path / "killed") == files(tmp_path / "quiet")
+
+
+def test_three_students_of_one_cache(
+    ray: None, tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    build(options_of(tiny_lm, text_corpus, tmp_path / "cache"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    other = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": 300,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 64,
+    }
+    students = {"hard": (config, "1"), "distilled": (config, "0.1"), "other": (other, "0.1")}
+    for name, (values, alpha) in students.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(values))
+        result = run(
+            "train", "--cache", str(tmp_path / "cache"), "--student", str(path),
+            "--out", str(tmp_path / name), "--alpha", alpha, "--temperature", "2",
+            "--max-steps", "60", "--batch-size", "16", "--learning-rate", "1e-2", "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0
+    scores = evaluate(
+        EvaluateOptions(
+            student=tuple(str(tmp_path / name) for name in students),
+            cache=str(tmp_path / "cache"),
+        )
+    )
+    teacher, hard, distilled, gpt2 = scores.models
+    assert distilled.kl < hard.kl
+    assert gpt2.kl < hard.kl
+    assert teacher.kl in (None, 0.0)
+
+
+def test_a_student_learns_the_same_from_the_cache_as_beside_the_teacher(
+    tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    options = options_of(tiny_lm, text_corpus, tmp_path / "cache")
+    build(BuildOptions(**{**vars(options), "workers": 0}))
+    cache = Cache.open(options.out)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
+    losses = {}
+    for source in ("cache", "teacher"):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2,
+        )  # fmt: skip
+        student = DistilledStudent(
+            LlamaForCausalLM(config), "causal-lm", codec="dense", alpha=0.5, temperature=2.0,
+            vocab_size=300,
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        dataset = TargetDataset([cache])
+        collate = Collator(cache.spec.pad_id, temperature=2.0)
+        losses[source] = []
+        for step in range(8):
+            batch = collate([dataset[step * 8 + i] for i in range(8)])
+            if source == "teacher":
+                with torch.no_grad():
+                    logits = teacher(batch["input_ids"], batch["attention_mask"]).logits
+                batch["target_logits"] = DenseTargets(logits[batch["labels"] != -100]).logits
+            loss = student(**batch)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[source].append(loss.item())
+    assert losses["cache"] == pytest.approx(losses["teacher"], abs=1e-5)
+    assert losses["cache"][-1] < losses["cache"][0]
+
+
+def test_the_original_method_command_by_command(
+    tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache")
+    built = run(
+        "build", "--teacher", str(tiny_classifier), "--task", "sequence-classification",
+        "--corpus", str(labelled_corpus), "--max-length", "48", "--workers", "0", "--out", cache,
+    )  # fmt: skip
+    assert built.exit_code == 0
+    assert "200 positions" in built.output
+    for loss in ("forward-kl", "mse"):
+        trained = run(
+            "train", "--cache", cache, "--student", "bilstm", "--hidden-size", "16",
+            "--embedding-size", "16", "--dense-size", "8", "--out", str(tmp_path / loss),
+            "--loss", loss, "--epochs", "2", "--eval-cache", cache,
+        )  # fmt: skip
+        assert trained.exit_code == 0
+    scores = run(
+        "evaluate", "--student", str(tmp_path / "mse"), "--student", str(tmp_path / "forward-kl"),
+        "--cache", cache, "--json",
+    )  # fmt: skip
+    assert len(json.loads(scores.output)["models"]) == 3
+    out = tmp_path / "labels.jsonl"
+    predicted = run(
+        "predict", "--student", str(tmp_path / "mse"), "--corpus", str(labelled_corpus),
+        "--out", str(out),
+    )  # fmt: skip
+    assert predicted.exit_code == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 200
+    assert set(lines[0]["probabilities"]) == {"bad", "neutral", "good"}
+    assert run("inspect", cache, "--row", "3").exit_code == 0
+    assert "all good" in run("verify", cache).output
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_build_goes_on_to_the_same_bytes(
+    sign: signal.Signals, tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cache"
+    words = [
+        sys.executable, "-m", "kdcache", "build", "--teacher", str(tiny_lm),
+        "--corpus", str(text_corpus), "--codec", "topk:8", "--max-length", "32",
+        "--shard-tokens", "1024", "--batch-tokens", "64", "--workers", "0", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # The first committed shard is the starting gun: after it there is something to lose.
+    while process.poll() is None and not list(out.glob("shards/*.h5")):
+        pass
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    done = len(list(out.glob("shards/*.h5")))
+    spans = json.loads((out / "spec.json").read_text())["spec"]["spans"]
+    assert 1 <= done < spans
+    assert not (out / "manifest.json").exists()
+    if sign != signal.SIGKILL:
+        assert process.returncode == 3
+        assert "Run the same command to go on" in err
+    again = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert f"{spans - done} of {spans} shards made now" in again.stdout
+    clean = [*words[:-1], str(tmp_path / "clean")]
+    subprocess.run(clean, capture_output=True, check=True)
+    assert {k: v for k, v in files(out).items() if not k.startswith("tmp")} == files(
+        tmp_path / "clean"
+    )
+
+
+def test_a_full_disk_is_resumable(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> None:
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from kdcache.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000)); main()"
+    )
+    words = [
+        "build", "--teacher", str(tiny_lm), "--corpus", str(text_corpus), "--codec", "dense",
+        "--max-length", "32", "--shard-tokens", "1024", "--workers", "0",
+        "--out", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    full = subprocess.run([sys.executable, "-c", limited, *words], capture_output=True, text=True)
+    assert full.returncode == 3, full.stderr
+    assert "no space left" in full.stderr
+    again = subprocess.run(
+        [sys.executable, "-m", "kdcache", *words], capture_output=True, text=True, check=True
+    )
+    assert "shards made now" in again.stdout
+
+
+def test_the_same_training_command_does_nothing_twice(
+    tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    build(
+        BuildOptions(
+            teacher=(str(tiny_classifier),),
+            corpus=(str(labelled_corpus),),
+            out=str(tmp_path / "cache"),
+            task="sequence-classification",
+            max_length=32,
+            workers=0,
+        )
+    )
+    options = TrainOptions(
+        cache=(str(tmp_path / "cache"),), student="bilstm", out=str(tmp_path / "run"),
+        hidden_size=8, embedding_size=8, dense_size=8,
+    )  # fmt: skip
+    first = train(options)
+    assert first.made
+    again = train(options)
+    assert not again.made
+    assert again.loss == first.loss
