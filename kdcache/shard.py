@@ -13,6 +13,7 @@ Guarantee: the same content gives the same bytes (no times, no names of machines
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def write_shard(path: Path, data: ShardData, *, attributes: Mapping[str, Any]) -
         attributes: JSON-able facts of the span, kept in the file's `span` attribute.
 
     Raises:
-        OSError: the disk refused; `storage.no_space` tells a full one.
+        OSError: the disk refused.
     """
     path.write_bytes(shard_bytes(data, attributes=attributes))
 
@@ -133,7 +134,8 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
     HDF5 composes it in memory: where a disk is full, HDF5 itself cannot close its file any more and
     takes the process down when it exits.
     """
-    with h5py.File("shard", "w", driver="core", backing_store=False) as file:
+    # The name never meets a disk, but two open files of one process may not share it.
+    with h5py.File(uuid.uuid4().hex, "w", driver="core", backing_store=False) as file:
         file.attrs["format"] = "kdcache-shard"
         file.attrs["version"] = FORMAT
         file.attrs["task"] = data.task

@@ -78,7 +78,7 @@ def test_two_workers_make_the_same_cache_as_none(
 def test_a_killed_worker_costs_nothing_but_time(
     ray: None, tiny_lm: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
-    from ray.util.state import list_actors
+    from ray._private import state
 
     options = options_of(tiny_lm, text_corpus, tmp_path / "killed")
     killed: list[int] = []
@@ -87,12 +87,12 @@ def test_a_killed_worker_costs_nothing_but_time(
         """Kill a worker once the first shard is there."""
         if getattr(progress, "done", 0) >= 1 and not killed:
             alive = [
-                actor
-                for actor in list_actors(filters=[("state", "=", "ALIVE")])
-                if "SpanWorker" in actor.class_name
+                actor["Pid"]
+                for actor in state.actors().values()
+                if actor["ActorClassName"] == "SpanWorker" and actor["State"] == "ALIVE"
             ]
-            killed.append(alive[0].pid)
-            os.kill(alive[0].pid, signal.SIGKILL)
+            killed.append(alive[0])
+            os.kill(alive[0], signal.SIGKILL)
 
     build(options, on_progress=kill_one)
     assert killed
