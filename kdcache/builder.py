@@ -5,45 +5,39 @@
     crew: workers read, tokenise, run the teacher, encode, commit
     all spans committed -> seal
 
-A span that fails is tried again, alone on a worker (so that a span which kills its worker takes no
-other with it), three times in all; then it is set aside and the rest completes. Wrong input stops
-at once.
-
 Guarantee: the same command is always the way to go on, and a finished cache is never touched again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
 from kdcache import __version__
-from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry
+from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.corpus import Corpus, OnError, Span
-from kdcache.crew import Crew, LocalCrew, Outcome, RayCrew
-from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.crew import Crew, LocalCrew, RayCrew
+from kdcache.driver import Driver, Progress, interruptible
+from kdcache.errors import UsageError
+from kdcache.ranks import count_ranks
 from kdcache.rows import Form, Packing, RowSpec, Task
 from kdcache.storage import redact
 from kdcache.targets import Codec
 from kdcache.teacher import TeacherFiles, TeacherOptions, tokenizer_files, tokenizer_sha256
-from kdcache.worker import Job, Stopped
+from kdcache.worker import Job
 
 logger = logging.getLogger(__name__)
 
 Ensemble = Literal["mean-probs", "mean-logits"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_TRIES = 3
 _TEXT_BYTES_A_TOKEN = 4
 _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
 
@@ -151,31 +145,6 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a build stands; given to the caller after every change.
-
-    Attributes:
-        spans: spans of the cache.
-        done: spans with a committed shard, those of earlier runs included.
-        failed: spans set aside after three tries.
-        workers: workers that are ready.
-        positions: positions cached by this run.
-        bytes: bytes of shards written by this run.
-        seconds: since the workers were asked for.
-        teacher_seconds: spent in the teacher, summed over workers.
-    """
-
-    spans: int
-    done: int
-    failed: int
-    workers: int
-    positions: int
-    bytes: int
-    seconds: float
-    teacher_seconds: float
-
-
-@dataclass(frozen=True)
 class BuildResult:
     """The outcome of a build.
 
@@ -226,12 +195,13 @@ def build(
         options.out,
         plan.spec,
         tokenizer_files=tokenizer_files(plan.tokenizer),
+        ranks=plan.ranks,
         notes={"teachers": [redact(name) for name in options.teacher], "kdcache": __version__},
     )
-    driver = _Driver(cache, plan.spans, on_progress)
+    driver = Driver(plan.spans, on_progress)
     missing = [] if cache.sealed else cache.missing()
     if missing:
-        with _interruptible():
+        with interruptible():
             driver.run(missing, lambda: _hire(options, plan, cache))
     manifest = cache.manifest if cache.sealed else _seal(cache, driver)
     return BuildResult(
@@ -247,7 +217,7 @@ def build(
     )
 
 
-def _seal(cache: Cache, driver: _Driver) -> Manifest:
+def _seal(cache: Cache, driver: Driver) -> Manifest:
     manifest = cache.prepare_manifest(driver.entries)
     if not manifest.rows:
         raise UsageError(
@@ -264,6 +234,7 @@ class _Plan:
     rows: RowSpec
     tokenizer: Any
     gpus: float
+    ranks: bytes
 
 
 def _plan(options: BuildOptions) -> _Plan:
@@ -299,6 +270,9 @@ def _plan(options: BuildOptions) -> _Plan:
         format=options.format,
         columns=options.columns,
     )
+    ranks = b""
+    if causal and codec.uses_ranks:
+        ranks = count_ranks(corpus, rows, tokenizer, vocab_size)
     gpus = _gpus(options)
     pad_id = tokenizer.pad_token_id
     spec = CacheSpec(
@@ -321,8 +295,9 @@ def _plan(options: BuildOptions) -> _Plan:
         codec=str(codec),
         temperatures=codec.temperatures,
         seed=options.seed,
+        ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
     )
-    return _Plan(spec, corpus.spans, rows, tokenizer, gpus)
+    return _Plan(spec, corpus.spans, rows, tokenizer, gpus, ranks)
 
 
 def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
@@ -395,118 +370,3 @@ def _hire(options: BuildOptions, plan: _Plan, cache: Cache) -> Crew:
     if options.workers == 0:
         return LocalCrew(job)
     return RayCrew(job, workers=options.workers, gpus=plan.gpus, address=options.address)
-
-
-@dataclass
-class _Driver:
-    """Hands out missing spans until each is committed or set aside."""
-
-    cache: Cache
-    spans: Sequence[Span]
-    on_progress: Callable[[Progress], None] | None = None
-    entries: list[ShardEntry] = field(default_factory=list)
-    teacher_seconds: float = 0.0
-    _failures: dict[int, list[BaseException]] = field(default_factory=dict)
-
-    def run(self, missing: Sequence[int], hire: Callable[[], Crew]) -> None:
-        self._begin = time.perf_counter()
-        self._before = len(self.spans) - len(missing)
-        fresh, suspects = deque(missing), deque[int]()
-        in_flight = 0
-        crew: Crew | None = None
-        try:
-            crew = hire()
-            while fresh or suspects or in_flight:
-                while fresh and crew.room():
-                    crew.give(self.spans[fresh.popleft()])
-                    in_flight += 1
-                while not fresh and suspects and crew.room(alone=True):
-                    crew.give(self.spans[suspects.popleft()], alone=True)
-                    in_flight += 1
-                for outcome in crew.wait(1.0):
-                    in_flight -= 1
-                    if self._settle(outcome):
-                        suspects.append(outcome.span.index)
-                self._tell(crew)
-        except KeyboardInterrupt:
-            raise IncompleteError(
-                f"interrupted: {self._done()} of {len(self.spans)} shards are committed. "
-                "Run the same command to go on."
-            ) from None
-        finally:
-            if crew is not None:
-                crew.stop()
-        self._report_set_aside()
-
-    def _settle(self, outcome: Outcome) -> bool:
-        """Book an outcome; whether the span should be tried again."""
-        if outcome.report is not None:
-            self.entries.append(outcome.report.entry)
-            self.teacher_seconds += outcome.report.teacher_seconds
-            return False
-        error = outcome.error
-        assert error is not None
-        if isinstance(error, (KdcacheError, Stopped)):
-            raise error
-        tries = self._failures.setdefault(outcome.span.index, [])
-        tries.append(error)
-        if not outcome.lost:
-            logger.warning("span %d failed: %s", outcome.span.index, error, exc_info=error)
-        return len(tries) < _TRIES
-
-    def _done(self) -> int:
-        return self._before + len(self.entries)
-
-    def _set_aside(self) -> dict[int, BaseException]:
-        made = {entry.span for entry in self.entries}
-        return {s: e[-1] for s, e in self._failures.items() if len(e) >= _TRIES and s not in made}
-
-    def _tell(self, crew: Crew) -> None:
-        if self.on_progress is None:
-            return
-        self.on_progress(
-            Progress(
-                spans=len(self.spans),
-                done=self._done(),
-                failed=len(self._set_aside()),
-                workers=crew.workers(),
-                positions=sum(e.positions for e in self.entries),
-                bytes=sum(e.bytes for e in self.entries),
-                seconds=time.perf_counter() - self._begin,
-                teacher_seconds=self.teacher_seconds,
-            )
-        )
-
-    def _report_set_aside(self) -> None:
-        failed = self._set_aside()
-        if failed:
-            lines = [
-                f"  span {s} ({redact(self.spans[s].file)}, {self.spans[s].kind} "
-                f"{self.spans[s].start}-{self.spans[s].stop}): "
-                f"{str(error).strip().splitlines()[-1:]}"
-                for s, error in sorted(failed.items())
-            ]
-            raise IncompleteError(
-                f"{len(failed)} of {len(self.spans)} spans failed {_TRIES} times and were set "
-                f"aside; "
-                "the others are committed:\n"
-                + "\n".join(lines)
-                + "\nRun the same command to try them again."
-            )
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM acts like Ctrl-C meanwhile: preempted drivers end in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

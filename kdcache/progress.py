@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from kdcache.builder import Progress
+from kdcache.driver import Progress
 from kdcache.text import duration
 from kdcache.training import TrainProgress
 

@@ -25,6 +25,7 @@ import torch
 from kdcache.cache import Cache, ShardEntry
 from kdcache.corpus import Corpus, ReadStats, Span
 from kdcache.errors import UsageError
+from kdcache.ranks import ranks_of_ids
 from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
 from kdcache.shard import ShardData
 from kdcache.targets import Codec, SoftTargets, position_uniform
@@ -123,7 +124,7 @@ class SpanWorker:
         order: list[np.ndarray] = []
         lengths = [len(row.input_ids) for row in rows]
         waiting = deque(batches(lengths, self.batch_tokens))
-        with _Packer(self.codec, span) as packer:
+        with _Packer(self.codec, span, self.cache.rank_to_id) as packer:
             while waiting:
                 if self._stop.is_set():
                     raise Stopped
@@ -190,8 +191,10 @@ class _Packer:
     them.
     """
 
-    def __init__(self, codec: Codec, span: int) -> None:
+    def __init__(self, codec: Codec, span: int, rank_to_id: np.ndarray | None) -> None:
         self._codec, self._span = codec, span
+        self._rank_to_id = rank_to_id
+        self._id_to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
         self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="kdcache-pack")
         self._room = threading.BoundedSemaphore(_UNPACKED)
 
@@ -230,7 +233,8 @@ class _Packer:
                     f"{place.rows[bad]}, position {place.within[bad]}: nothing of this span is "
                     "cached. Try --dtype float32, or check the model."
                 )
-            return SoftTargets(self._codec, self._codec.pack(arrays), None)
+            packed = self._codec.pack(arrays, self._id_to_rank)
+            return SoftTargets(self._codec, packed, self._rank_to_id)
         finally:
             self._room.release()
 

@@ -16,11 +16,12 @@ import torch
 from conftest import make_tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from kdcache.builder import BuildOptions, Progress, _Driver, build
+from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
 from kdcache.cache.manifest import ShardEntry
 from kdcache.corpus import Span
 from kdcache.crew import Crew, Outcome
+from kdcache.driver import Driver, Progress
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.rows import IGNORE
 from kdcache.targets import DenseTargets, SparseTargets
@@ -393,10 +394,10 @@ class FailingCrew(Crew):
         return 1
 
 
-def drive(crew: FailingCrew, count: int = 6) -> tuple[_Driver, list[Progress]]:
+def drive(crew: FailingCrew, count: int = 6) -> tuple[Driver, list[Progress]]:
     seen: list[Progress] = []
     spans: Sequence[Span] = [Span(i, "f", "jsonl", 0, 1) for i in range(count)]
-    driver = _Driver(None, spans, seen.append)  # type: ignore[arg-type]
+    driver = Driver(spans, seen.append)
     driver.run(range(count), lambda: crew)
     return driver, seen
 

@@ -21,8 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
-from kdcache.shard import ShardData, read_counts, read_shard, write_shard
-from kdcache.storage import Storage, no_space, open_storage, redact, sha256_file
+from kdcache.ranks import read_ranks
+from kdcache.shard import ShardData, read_counts, read_shard, shard_bytes
+from kdcache.storage import Storage, open_storage, redact, sha256_file
 from kdcache.targets import Codec
 
 
@@ -42,6 +43,7 @@ class Cache:
         spec: CacheSpec,
         *,
         tokenizer_files: Mapping[str, bytes],
+        ranks: bytes = b"",
         notes: Mapping[str, Any] | None = None,
     ) -> Cache:
         """Start a cache, or go on with one of the same spec.
@@ -50,6 +52,7 @@ class Cache:
             url: folder or fsspec URL.
             spec: what the cache should hold.
             tokenizer_files: name and content of each tokenizer file, kept in the cache.
+            ranks: the rank table whose hash the spec has, if it has one.
             notes: facts that do not decide the bytes (names, versions), kept beside the spec.
 
         Raises:
@@ -57,13 +60,15 @@ class Cache:
         """
         storage = open_storage(url)
         if not storage.exists("spec.json"):
-            leftovers = {"tmp", "tokenizer"}
+            leftovers = {"tmp", "tokenizer", "ranks.u32"}
             if not storage.empty() and not _only(storage, leftovers):
                 raise UsageError(
                     f"{redact(url)} is not empty and not a kdcache cache. Choose another --out."
                 )
             for name, data in tokenizer_files.items():
                 storage.write(f"tokenizer/{name}", data)
+            if ranks:
+                storage.write("ranks.u32", ranks)
             document = {"spec": spec.to_dict(), "notes": dict(notes or {})}
             storage.create("spec.json", (json.dumps(document, indent=1) + "\n").encode())
         cache = cls._read(storage)
@@ -159,22 +164,12 @@ class Cache:
             "skipped": skipped,
             "clipped_mass": clipped_mass,
         }
-        with self.storage.scratch() as path:
-            try:
-                write_shard(path, data, attributes=attributes)
-                sha256, size = sha256_file(path), path.stat().st_size
-                name = f"{span:05d}-{sha256[:16]}.h5"
-                self.storage.publish(path, f"shards/{name}")
-            except (OSError, RuntimeError) as error:
-                if no_space(error):
-                    raise IncompleteError(
-                        f"no space left on {redact(self.storage.url)} while writing shard {span}: "
-                        f"what is "
-                        "committed stays valid. Free some space and run the same command again."
-                    ) from error
-                raise
+        content = shard_bytes(data, attributes=attributes)
+        sha256 = hashlib.sha256(content).hexdigest()
+        name = f"{span:05d}-{sha256[:16]}.h5"
+        self.storage.write(f"shards/{name}", content)
         counts = (len(data), len(data.input_ids), len(data.targets))
-        return ShardEntry(span, name, *counts, size, sha256, skipped, clipped_mass)
+        return ShardEntry(span, name, *counts, len(content), sha256, skipped, clipped_mass)
 
     def prepare_manifest(self, entries: Iterable[ShardEntry] = ()) -> Manifest:
         """The manifest of all spans, once every one is committed; nothing is written.
@@ -276,7 +271,34 @@ class Cache:
                 f"{entry.bytes}. Delete the file and run the same build again: only this shard is "
                 f"made anew."
             )
-        return read_shard(path, self.codec(), counts=entry.counts, with_targets=targets)
+        ranks = self.rank_to_id if targets else None
+        return read_shard(
+            path, self.codec(), counts=entry.counts, ranks=ranks, with_targets=targets
+        )
+
+    @cached_property
+    def rank_to_id(self) -> np.ndarray | None:
+        """Id of each frequency rank, int64 [V]; None where ids are stored as they are.
+
+        Raises:
+            CorruptCacheError: the table is missing or not the one of the spec.
+        """
+        if self.spec.ranks is None:
+            return None
+        try:
+            table = self.storage.read("ranks.u32")
+        except FileNotFoundError as error:
+            raise CorruptCacheError(
+                f"{self.url}/ranks.u32 is missing. Restore it from a copy, or build the cache "
+                "again."
+            ) from error
+        found = hashlib.sha256(table).hexdigest()
+        if found != self.spec.ranks:
+            raise CorruptCacheError(
+                f"{self.url}/ranks.u32: sha256 is {found[:16]}…, the spec says "
+                f"{self.spec.ranks[:16]}…. Restore it from a copy, or build the cache again."
+            )
+        return read_ranks(table, self.spec.vocab_size)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the files kept in the cache."""
@@ -290,6 +312,11 @@ class Cache:
 
         Cost: reads every byte once and decodes it once.
         """
+        try:
+            _ = self.rank_to_id
+        except CorruptCacheError as error:
+            yield str(error)
+            return
         for entry in self.manifest.shards:
             name = f"shard {entry.span}: {entry.name}"
             cure = "Delete the file and run the same build again: only this shard is made anew."

@@ -37,6 +37,8 @@ class CacheSpec:
         temperatures: the declared temperatures.
         seed: seed of the sampling codec.
         format: version of the cache format.
+        ranks: SHA-256 of `ranks.u32`, by which ids are stored as frequency ranks; None where they
+            are stored as they are.
     """
 
     task: str
@@ -56,10 +58,12 @@ class CacheSpec:
     temperatures: tuple[float, ...]
     seed: int
     format: int = FORMAT
+    ranks: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
+        """As JSON-able values; `ranks` is there only where there are any."""
+        values = dict(json.loads(json.dumps(dataclasses.asdict(self))))
+        return {k: v for k, v in values.items() if k != "ranks" or v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CacheSpec:
@@ -72,7 +76,7 @@ class CacheSpec:
             raise CorruptCacheError(
                 f"the cache has format version {values.get('format')}; this kdcache reads {FORMAT}."
             )
-        names = {f.name for f in dataclasses.fields(cls)}
+        names = {f.name for f in dataclasses.fields(cls)} - {"ranks"} | values.keys() & {"ranks"}
         if names != set(values):
             odd = ", ".join(sorted(names ^ set(values)))
             raise CorruptCacheError(f"spec.json lacks or does not know these fields: {odd}.")

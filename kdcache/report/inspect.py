@@ -279,7 +279,9 @@ def _row(cache: Cache, shards: Sequence[ShardEntry], options: InspectOptions) ->
     if cache.sealed:
         data = cache.read(entry.span)
     else:
-        data = read_shard(_fetch(cache, entry.name), codec, counts=entry.counts)
+        data = read_shard(
+            _fetch(cache, entry.name), codec, counts=entry.counts, ranks=cache.rank_to_id
+        )
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
     targets = data.targets.take(np.arange(first, last))

@@ -157,6 +157,11 @@ class Codec(ABC):
         """True if `encode` needs a uniform number for each position."""
         return False
 
+    @property
+    def uses_ranks(self) -> bool:
+        """True if ids stored as frequency ranks take fewer bytes."""
+        return False
+
     @abstractmethod
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """Reduce logits on their own device. Shapes depend on shapes only: the host waits for
@@ -204,6 +209,13 @@ class Codec(ABC):
         Raises:
             UsageError: the temperature is not declared.
         """
+
+    def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
+        """Columns that were packed with ranks, as if they had been packed with none.
+
+        The same targets, though entries of a position may change places.
+        """
+        return dict(columns)
 
     def check_temperature(self, temperature: float) -> None:
         """Refuse a temperature at which these targets would be wrong.
@@ -270,6 +282,11 @@ def refuse_bad_positions(finite: Array) -> None:
             f"first is position {first} of this slice. Check the teacher's weights and dtype "
             f"(float16 overflows; use bfloat16 or float32)."
         )
+
+
+def ranks_pay(vocab_size: int) -> bool:
+    """Whether frequency ranks make ids smaller: those of one byte have nothing to gain."""
+    return vocab_size > 2**8
 
 
 def id_dtype(vocab_size: int) -> str:

@@ -46,6 +46,7 @@ from kdcache.targets.base import (
     id_dtype,
     positive_int,
     ragged_items,
+    ranks_pay,
     refuse_bad_positions,
 )
 
@@ -144,6 +145,11 @@ class Sample(Codec):
         ones."""
         return 3.0 + 0.75 * self.draws + 2.3 * self.draws * (len(self.temperatures) - 1)
 
+    @property
+    def uses_ranks(self) -> bool:
+        """Beyond one byte."""
+        return ranks_pay(self.vocab_size)
+
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """Choose ids and quantise their weights on the device; see `Codec.encode`."""
         check_logits(logits, self.vocab_size)
@@ -173,6 +179,32 @@ class Sample(Codec):
         far_ids, order, _ = _sorted_deltas(ids - _NEAR, tail & (ids >= _NEAR))
         columns["far_ids"], columns["far_shares"] = far_ids, entries[order, :-1]
         return {c.name: columns[c.name].astype(c.dtype) for c in self.columns}
+
+    def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
+        """See `Codec.renumber`: an id moves between near and far, and takes its shares along."""
+        counts = self.counts(columns)
+        owner = {axis: np.repeat(np.arange(len(n)), n) for axis, n in counts.items()}
+        ids = {axis: _undo_deltas(columns[f"{axis}_ids"], n) for axis, n in counts.items()}
+        renamed = dict(columns)
+
+        head = rank_to_id[ids["head"]]
+        order = np.lexsort((head, owner["head"]))
+        renamed["head_ids"] = _deltas(head[order], counts["head"])
+        renamed["head_units"] = columns["head_units"][order]
+
+        tail = rank_to_id[np.concatenate([ids["near"], ids["far"] + _NEAR])]
+        owners = np.concatenate([owner["near"], owner["far"]])
+        order = np.lexsort((tail, owners))
+        tail, owners = tail[order], owners[order]
+        for axis, chosen, base in (("near", tail < _NEAR, 0), ("far", tail >= _NEAR, _NEAR)):
+            count = np.bincount(owners[chosen], minlength=len(counts["near"]))
+            renamed[f"{axis}_ids"] = _deltas(tail[chosen] - base, count)
+            if axis == "near":
+                renamed["near_count"] = count
+            if len(self.temperatures) > 1:
+                shares = np.concatenate([columns["near_shares"], columns["far_shares"]])
+                renamed[f"{axis}_shares"] = shares[order][chosen]
+        return {c.name: renamed[c.name].astype(c.dtype) for c in self.columns}
 
     def at(
         self,
@@ -243,6 +275,14 @@ def _sorted_deltas(ids: Array, used: Array) -> tuple[Array, Array, Array]:
     deltas = np.diff(key, axis=1, prepend=0)[kept]
     places = (order + np.arange(len(ids))[:, None] * ids.shape[1])[kept]
     return deltas, places, counts
+
+
+def _deltas(ids: Array, counts: Array) -> Array:
+    """Differences of ids that are sorted inside each position; the first of one counts from 0."""
+    deltas = np.diff(ids, prepend=0)
+    first = (np.cumsum(counts) - counts)[counts > 0]
+    deltas[first] = ids[first]
+    return np.asarray(deltas)
 
 
 def _undo_deltas(deltas: Array, counts: Array) -> Array:

@@ -53,6 +53,12 @@ class SoftTargets:
         """Targets at a temperature the codec declares; see `Codec.at`."""
         return self.codec.at(self.columns, temperature, self.rank_to_id)
 
+    def plain(self) -> SoftTargets:
+        """The same targets with ids stored as they are."""
+        if self.rank_to_id is None:
+            return self
+        return SoftTargets(self.codec, self.codec.renumber(self.columns, self.rank_to_id))
+
     @classmethod
     def empty(cls, codec: Codec) -> SoftTargets:
         """The targets of no position."""
@@ -60,24 +66,25 @@ class SoftTargets:
 
     @classmethod
     def concat(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
-        """Join parts that one codec and one rank table wrote.
+        """Join parts that one codec wrote; those of different rank tables lose their ranks.
 
         Raises:
-            ValueError: no part, or parts of different codecs or rank tables.
+            ValueError: no part, or parts of different codecs.
         """
         if not parts:
             raise ValueError("nothing to join: at least one part is needed")
+        if any(part.codec != parts[0].codec for part in parts):
+            raise ValueError(f"parts differ: {sorted({str(part.codec) for part in parts})}")
+        if not all(_same(part.rank_to_id, parts[0].rank_to_id) for part in parts):
+            parts = [part.plain() for part in parts]
         first = parts[0]
-        for part in parts[1:]:
-            same_ranks = part.rank_to_id is first.rank_to_id or (
-                part.rank_to_id is not None
-                and first.rank_to_id is not None
-                and np.array_equal(part.rank_to_id, first.rank_to_id)
-            )
-            if part.codec != first.codec or not same_ranks:
-                raise ValueError(f"parts differ: {part.codec} and {first.codec}, or their ranks")
         columns = {
             column.name: np.concatenate([part.columns[column.name] for part in parts])
             for column in first.codec.columns
         }
         return cls(first.codec, columns, first.rank_to_id)
+
+
+def _same(one: Array | None, other: Array | None) -> bool:
+    """Whether two rank tables are one; those of a cache are the same object."""
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))

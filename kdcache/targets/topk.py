@@ -28,6 +28,7 @@ from kdcache.targets.base import (
     check_vocabulary,
     id_dtype,
     positive_int,
+    ranks_pay,
     refuse_bad_positions,
 )
 
@@ -82,6 +83,11 @@ class TopK(Codec):
         """From SmolLM2 at K = 64."""
         return 2.4 * self.k + 4.0 * len(self.temperatures)
 
+    @property
+    def uses_ranks(self) -> bool:
+        """Beyond one byte."""
+        return ranks_pay(self.vocab_size)
+
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """The K largest logits, normalised, and the tail; see `Codec.encode`."""
         check_logits(logits, self.vocab_size)
@@ -102,6 +108,11 @@ class TopK(Codec):
             "logprob_steps": np.diff(surprise.view(np.uint16), axis=1, prepend=np.uint16(0)),
             "tail": np.ascontiguousarray(encoded["tail"], np.float32),
         }
+
+    def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
+        """See `Codec.renumber`."""
+        ids = rank_to_id[columns["ids"]].astype(id_dtype(self.vocab_size))
+        return {**columns, "ids": ids}
 
     def at(
         self,
