@@ -1,0 +1,171 @@
+"""The command line: help, config files, outcomes, one line an error, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from kdcache.cli import COMMANDS, cli
+from kdcache.commands import load
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli, list(words), catch_exceptions=False)
+
+
+@pytest.fixture
+def words(tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path) -> list[str]:
+    return [
+        "build", "--teacher", str(tiny_classifier), "--task", "sequence-classification",
+        "--corpus", str(labelled_corpus), "--max-length", "32", "--limit", "30", "--workers", "0",
+        "--out", str(tmp_path / "cache"),
+    ]  # fmt: skip
+
+
+def test_help_lists_every_command_and_loads_none_of_them() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from kdcache.cli import cli; "
+        "out = CliRunner().invoke(cli, ['--help']).output; print(out); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert all(f"  {name} " in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_each_command_explains_each_of_its_options(name: str) -> None:
+    command = load(name)
+    context = click.Context(command, info_name=name)
+    help_text = command.get_help(context)
+    assert "Examples:" in help_text
+    for param in command.params:
+        if isinstance(param, click.Option):
+            assert param.help, f"{name} {param.opts[0]} has no help"
+            assert "`" not in param.help
+
+
+def test_build_says_what_it_made_and_then_that_nothing_is_left(words: list[str]) -> None:
+    first = run(*words)
+    assert first.exit_code == 0
+    assert "30 rows, 30 positions" in first.stdout
+    again = run(*words)
+    assert again.exit_code == 0
+    assert "is complete" in again.stdout
+    assert "Nothing to do" in again.stdout
+
+
+def test_json_outcomes_are_one_object(words: list[str]) -> None:
+    result = run(*words, "--json")
+    outcome = json.loads(result.stdout)
+    assert outcome["rows"] == 30
+    assert result.stderr == ""
+
+
+def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "build.yaml"
+    values = dict(zip(words[1::2], words[2::2], strict=True))
+    lines = [f"{name.removeprefix('--')}: {value}" for name, value in values.items()]
+    config.write_text("\n".join(lines) + "\ntemperatures: [1, 2]\n")
+    result = run("build", "--config", str(config), "--limit", "12", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rows"] == 12
+    spec = json.loads((tmp_path / "cache" / "spec.json").read_text())["spec"]
+    assert spec["temperatures"] == [1.0, 2.0]
+    config.write_text("limitt: 3\n")
+    wrong = run("build", "--config", str(config))
+    assert wrong.exit_code == 2
+    assert "has no option limitt" in wrong.output
+    config.write_text("a: [1\n")
+    assert "not valid YAML" in run("build", "--config", str(config)).output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--teacher", "/nowhere"), "neither a folder"),
+        (("--corpus", "/nowhere.tsv"), "nowhere.tsv"),
+        (("--text-column", "body"), "body"),
+        (("--codec", "topk"), "topk"),
+        (("--temperatures", "0"), "--temperatures"),
+        (("--temperatures", "warm"), "comma-separated"),
+        (("--workers", "many"), "neither auto nor a whole number"),
+        (("--task", "poetry"), "poetry"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(
+    words: list[str], change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    name, value = change
+    changed = [*words, name, value]
+    if name in words and name in ("--teacher", "--corpus"):
+        at = words.index(name)
+        changed = [*words[: at + 1], value, *words[at + 2 :]]
+    result = run(*changed)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_missing_options_are_named() -> None:
+    result = run("build")
+    assert result.exit_code == 2
+    assert "missing --teacher, --corpus, --out" in result.stderr
+
+
+def test_an_unfinished_cache_is_exit_code_3_and_a_broken_one_1(
+    words: list[str], tmp_path: Path
+) -> None:
+    run(*words)
+    cache = tmp_path / "cache"
+    assert run("verify", str(cache)).exit_code == 0
+    shard = next((cache / "shards").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(bytes(content))
+    broken = run("verify", str(cache))
+    assert broken.exit_code == 1
+    assert "shard 0" in broken.stderr
+    (cache / "manifest.json").unlink()
+    unfinished = run(
+        "train", "--cache", str(cache), "--student", "bilstm", "--out", str(cache) + "r"
+    )
+    assert unfinished.exit_code == 3
+    assert "kdcache build" in unfinished.stderr
+    assert run("verify", str(tmp_path / "nothing")).exit_code == 2
+
+
+def test_training_mistakes_are_told_at_once(
+    words: list[str], tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    lm = str(tmp_path / "lm")
+    built = run(
+        "build", "--teacher", str(tiny_lm), "--corpus", str(text_corpus), "--codec", "topk:4",
+        "--temperatures", "1,2", "--max-length", "32", "--limit", "10", "--workers", "0",
+        "--out", lm,
+    )  # fmt: skip
+    assert built.exit_code == 0
+    config = tmp_path / "student.json"
+    config.write_text(json.dumps({"model_type": "llama", "vocab_size": 77, "hidden_size": 16,
+                                  "num_attention_heads": 2, "num_hidden_layers": 1}))  # fmt: skip
+    for change, message in (
+        (("--student", str(config)), "77"),
+        (("--student", "bilstm"), "bilstm"),
+        (("--temperature", "3"), "1, 2"),
+        (("--loss", "mse"), "mse"),
+        (("--alpha", "1.5"), "alpha"),
+        (("--student", "/nowhere"), "nowhere"),
+    ):
+        base = {"--cache": lm, "--student": str(tiny_lm), "--out": str(tmp_path / "run")}
+        base |= dict([change])
+        result = run("train", *[word for pair in base.items() for word in pair])
+        assert result.exit_code == 2, (change, result.output)
+        assert message in result.stderr
+        assert "Traceback" not in result.output
