@@ -1,0 +1,326 @@
+"""The documentation is run: its commands, its Python, its option names and its links.
+
+A fenced block below `<!-- run: NAME -->` is executed in a folder that holds what it names: the hub
+ids of the documents are folders with tiny models there, so the text needs no changes to be run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import yaml
+
+from kdcache.cache import Cache
+from kdcache.cli import cli
+from kdcache.targets import DenseTargets
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SCRIPTS = sorted(ROOT.glob("examples/*.sh"))
+CONFIGS = sorted(ROOT.glob("examples/config/*.yaml"))
+FENCE = re.compile(
+    r"(?:<!-- run: (?P<run>[\w-]+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S
+)
+# Options that other programs in our documents have.
+FOREIGN = {"--head", "--dashboard-host", "--generate"}
+
+
+def _blocks(path: Path) -> Iterator[tuple[str | None, str, str]]:
+    for found in FENCE.finditer(path.read_text()):
+        yield found["run"], found["language"], found["text"]
+
+
+def _block(document: str, name: str) -> str:
+    (text,) = (t for run, _, t in _blocks(ROOT / document) if run == name)
+    return text
+
+
+def _commands() -> dict[str, set[str]]:
+    """Options of each command."""
+    context = click.Context(cli)
+    options = {}
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        assert command is not None
+        options[name] = {o for p in command.params for o in p.opts if o.startswith("--")}
+        options[name] |= {"--help"}
+    return options
+
+
+def _calls(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Command and options of every `kdcache ...` line, continuation lines joined."""
+    for line in text.replace("\\\n", " ").splitlines():
+        found = re.match(r"\s*(?:\S+/)?kdcache (?P<command>[a-z]+)\b(?P<rest>.*)", line)
+        if found:
+            yield found["command"], re.findall(r"(?<!\S)--[a-z][\w-]*", found["rest"])
+
+
+# What documents may say
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS], ids=lambda p: p.name)
+def test_commands_and_options_exist(path: Path) -> None:
+    known = _commands()
+    text = path.read_text()
+    fenced = "\n".join(t for _, _, t in _blocks(path)) if path.suffix == ".md" else text
+    for command, options in _calls(fenced):
+        assert command in known
+        assert [o for o in options if o not in known[command]] == [], f"kdcache {command}"
+    # Options named in running text belong to some command.
+    every = set().union(*known.values()) | FOREIGN
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text)) if path.suffix == ".md" else []
+    for span in spans:
+        if not span.startswith(("pip ", "ray ", "pytest ")):
+            named = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
+            assert [o for o in named if o not in every] == [], span
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_config_files_hold_options_of_their_command(path: Path) -> None:
+    command = path.name.split("-")[0]
+    keys = yaml.safe_load(path.read_text())
+    assert {f"--{key}" for key in keys} <= _commands()[command]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)\s]+)\)", FENCE.sub("", path.read_text()))
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", file.read_text()), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_marked_blocks_are_run_by_a_test(path: Path) -> None:
+    here = Path(__file__).read_text()
+    for run, _, _ in _blocks(path):
+        assert run is None or f'"{run}"' in here
+
+
+def test_layout_in_the_design_is_the_real_one() -> None:
+    (layout,) = (t for _, _, t in _blocks(ROOT / "docs" / "design.md") if t.startswith("cli.py"))
+    named: set[str] = set()
+    for line in layout.splitlines()[2:]:
+        named |= {w.rstrip("/") for w in re.split(r" {2,}", line.strip())[0].split()}
+    found = {p.name for p in (ROOT / "kdcache").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert named == found - {"__init__.py", "__pycache__"}
+
+
+def test_picture_is_an_image() -> None:
+    from xml.etree import ElementTree
+
+    picture = ElementTree.parse(ROOT / "docs" / "data-flow.svg").getroot()
+    assert picture.tag.endswith("svg")
+    assert picture.get("viewBox")
+
+
+# Documents that run
+
+
+@pytest.fixture
+def desk(
+    tmp_path: Path,
+    tiny_lm: Path,
+    tiny_classifier: Path,
+    text_corpus: Path,
+    labelled_corpus: Path,
+) -> Path:
+    """A folder with everything the documents name, tiny."""
+    for name, model in (
+        ("google-bert/bert-base-uncased", tiny_classifier),
+        ("HuggingFaceTB/SmolLM2-135M", tiny_lm),
+    ):
+        shutil.copytree(model, tmp_path / name)
+    header, *labelled = labelled_corpus.read_text().splitlines()
+    for name, lines in (
+        ("train", labelled[:100]),
+        ("dev", labelled[100:150]),
+        ("test", labelled[150:]),
+    ):
+        (tmp_path / f"{name}.tsv").write_text("\n".join([header, *lines]) + "\n")
+    texts = text_corpus.read_text().splitlines(keepends=True)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(texts[:20]))
+    (tmp_path / "text" / "b.jsonl").write_text("".join(texts[20:40]))
+    (tmp_path / "held-out.jsonl").write_text("".join(texts[40:60]))
+    config = json.loads((ROOT / "examples" / "config" / "student-llama.json").read_text())
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "student.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(desk: Path) -> Run:
+    """Run a program at the desk, as a user would; returns what it printed."""
+
+    def call(*command: str, **variables: str) -> str:
+        environment = {
+            **os.environ,
+            # `kdcache` is the one beside this interpreter.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
+        done = subprocess.run(
+            command, cwd=desk, env=environment, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return call
+
+
+def _predictions(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.end_to_end
+def test_readme_classifier(run: Run, desk: Path) -> None:
+    printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "classifier"))
+    assert "accuracy" in printed
+    predictions = _predictions(desk / "predictions.jsonl")
+    assert len(predictions) == 50
+    assert {p["label"] for p in predictions} <= {"bad", "neutral", "good"}
+
+
+@pytest.mark.end_to_end
+def test_readme_language_model(run: Run, desk: Path) -> None:
+    printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
+    assert "all good" in printed
+    assert (desk / "runs" / "distilled" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.end_to_end
+def test_readme_python(run: Run) -> None:
+    printed = run(sys.executable, "-c", _block("README.md", "python"))
+    assert "target_weights" in printed
+
+
+@pytest.mark.end_to_end
+def test_example_classifier(run: Run, desk: Path) -> None:
+    script = str(ROOT / "examples" / "classifier.sh")
+    run("bash", script, DATA=".", OUT="out", EPOCHS="1")
+    assert len(_predictions(desk / "out" / "predictions.jsonl")) == 50
+
+
+@pytest.mark.end_to_end
+def test_example_language_model(run: Run, desk: Path) -> None:
+    script = str(ROOT / "examples" / "language_model.sh")
+    sizes = {"CODEC": "topk:16", "MAX_LENGTH": "64", "WORKERS": "0"}
+    run("bash", script, OUT="out", STUDENT="student.json", **sizes)
+    assert Cache.open(str(desk / "out" / "cache-train")).spec.codec == "topk:16"
+
+
+@pytest.mark.end_to_end
+def test_examples_in_python(run: Run) -> None:
+    common = ("--student", "student.json")
+    api = str(ROOT / "examples" / "python_api.py")
+    assert "cross-entropy" in run(sys.executable, api, *common, "--out", "a", "--max-length", "64")
+    own = str(ROOT / "examples" / "own_trainer.py")
+    printed = run(sys.executable, own, *common, "--cache", "a/cache", "--out", "b")
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["stream", "dataset", "loop"]
+
+
+# The format's reader, which knows nothing of kdcache
+
+
+@pytest.fixture(scope="module")
+def plain_reader() -> dict[str, Any]:
+    """The functions of the block in docs/format.md."""
+    text = _block("docs/format.md", "decode")
+    assert "kdcache" not in text
+    names: dict[str, Any] = {}
+    exec(compile(text, "docs/format.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("codec", "temperatures"),
+    [
+        ("dense", (1.0,)),
+        ("dense:float16", (1.0,)),
+        ("topk:8", (1.0, 2.0)),
+        ("sample:6", (1.0,)),
+        ("sample:6", (1.0, 2.0)),
+        ("sample:6", (1.0, 2.0, 4.0)),
+        # More units than a byte holds, and ids beyond 255 among the sampled ones.
+        ("sample:100", (1.0, 2.0)),
+    ],
+)
+def test_format_of_a_language_model(
+    plain_reader: dict[str, Any],
+    codec: str,
+    temperatures: tuple[float, ...],
+    tiny_lm: Path,
+    text_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    from kdcache import BuildOptions, build
+
+    out = str(tmp_path / "cache")
+    build(
+        BuildOptions(
+            (str(tiny_lm),), (str(text_corpus),), out, codec=codec, temperatures=temperatures,
+            max_length=32, limit=12, workers=0,
+        )
+    )  # fmt: skip
+    _same_as_library(plain_reader, Cache.open(out), out)
+
+
+def test_format_of_a_classifier(
+    plain_reader: dict[str, Any], tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    from kdcache import BuildOptions, build
+
+    out = str(tmp_path / "cache")
+    build(
+        BuildOptions(
+            (str(tiny_classifier),), (str(labelled_corpus),), out, task="sequence-classification",
+            limit=12, workers=0,
+        )
+    )  # fmt: skip
+    _same_as_library(plain_reader, Cache.open(out), out)
+
+
+def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
+    data, name = cache.read(0), cache.manifest.shards[0].name
+    rows = list(reader["rows"](out, name))
+    assert len(rows) == len(data) > 1
+    for i, (ids, labels) in enumerate(rows):
+        np.testing.assert_array_equal(ids, data.row(i).input_ids)
+        np.testing.assert_array_equal(labels, data.row(i).labels)
+    for temperature in cache.spec.temperatures:
+        ours = data.targets.at(temperature)
+        theirs = list(reader["targets"](out, name, temperature))
+        assert len(theirs) == len(ours) == cache.manifest.positions
+        for i, (ids, weights, rest) in enumerate(theirs):
+            got = np.bincount(ids.astype(int), weights, minlength=cache.spec.vocab_size)
+            if isinstance(ours, DenseTargets):
+                expected = reader["softmax"](ours.logits[i].double().numpy() / temperature)
+            else:
+                expected = np.bincount(
+                    ours.ids[i].numpy(), ours.weights[i].numpy(), minlength=cache.spec.vocab_size
+                )
+                assert rest == pytest.approx(float(ours.rest[i]), abs=1e-6)
+            np.testing.assert_allclose(got, expected, atol=1e-6)

@@ -1,0 +1,178 @@
+"""What surrounds the code: package metadata, CI, and the cluster file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import kdcache
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+# Distributions whose import name is another.
+IMPORTED_AS = {"pyyaml": "yaml"}
+# Imported without being declared, because a declared dependency cannot do without them.
+CARRIED_BY = {
+    "jinja2": "torch",
+    "huggingface_hub": "transformers",
+    "tokenizers": "transformers",
+}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _requirements(distribution: str) -> set[str]:
+    lines = metadata.requires(distribution) or []
+    return {_normal(re.split(r"[\s\[<>=!~;(]", line, maxsplit=1)[0]) for line in lines}
+
+
+def _imports(folder: Path) -> set[str]:
+    """Top-level names of the modules imported anywhere in a folder."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+def test_version_is_the_installed_one() -> None:
+    assert f'version = "{kdcache.__version__}"' in PYPROJECT
+    assert metadata.version("kdcache") == kdcache.__version__
+
+
+def test_command_is_installed_and_is_the_launchers() -> None:
+    (entry,) = metadata.entry_points(group="console_scripts", name="kdcache")
+    assert entry.value == "kdcache.cli:main"
+    assert "from kdcache.cli import main" in (ROOT / "cli.py").read_text()
+
+
+@pytest.mark.end_to_end
+def test_launcher_of_a_checkout_runs() -> None:
+    run = subprocess.run(
+        [sys.executable, "cli.py", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert kdcache.__version__ in run.stdout
+
+
+@pytest.mark.end_to_end
+def test_public_names_stay_what_they_are() -> None:
+    # A module of the same name must not take a function's place once it is imported.
+    script = """
+import inspect, kdcache
+for _ in range(3):
+    for name in kdcache.__all__:
+        thing = getattr(kdcache, name)
+        assert not inspect.ismodule(thing), name
+        assert callable(thing), name
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_dependency_says_why_it_is_there() -> None:
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", PYPROJECT, re.M | re.S)
+    assert block
+    lines = block.group(1).splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if not re.fullmatch(r'\s+"[^"]+",\s+# \S.*', line)] == []
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {IMPORTED_AS.get(n, n.replace("-", "_")) for n in _requirements("kdcache")}
+    third_party = _imports(ROOT / "kdcache") - set(sys.stdlib_module_names) - {"kdcache"}
+    missing = third_party - declared
+    assert missing <= set(CARRIED_BY), "declare these in pyproject.toml"
+    for name in missing:
+        assert _normal(name) in _requirements(CARRIED_BY[name])
+
+
+def test_types_and_licence_are_shipped() -> None:
+    assert (ROOT / "kdcache" / "py.typed").is_file()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert 'license = "Apache-2.0"' in PYPROJECT
+
+
+def test_ci_runs_the_script_that_runs_lint_and_tests() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [s["run"] for s in job["steps"] if "run" in s] == ["bash .ci/run"]
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^make lint$", script, re.M)
+    assert re.search(r"^make test$", script, re.M)
+    lowest = re.search(r'requires-python = ">=([\d.]+)"', PYPROJECT)
+    assert lowest
+    assert lowest.group(1) == min(
+        job["strategy"]["matrix"]["python"], key=lambda v: tuple(map(int, v.split(".")))
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    """The cluster file as `ray up` sees it: with Ray's defaults filled in."""
+    pytest.importorskip("ray")
+    from ray.autoscaler._private.util import prepare_config
+
+    config: dict[str, Any] = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    return config
+
+
+def test_cluster_passes_rays_validation(cluster: dict[str, Any]) -> None:
+    pytest.importorskip("jsonschema")
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import validate_config
+
+    validate_config(cluster)
+    with pytest.raises(ValidationError):
+        validate_config({**cluster, "max_worker": 3})
+
+
+def test_cluster_has_no_gpu_to_pay_for_when_idle(cluster: dict[str, Any]) -> None:
+    kinds = cluster["available_node_types"]
+    head = kinds[cluster["head_node_type"]]
+    assert head["resources"]["GPU"] == 0
+    workers = [kind for name, kind in kinds.items() if name != cluster["head_node_type"]]
+    assert workers
+    for kind in workers:
+        assert kind["min_workers"] == 0
+        assert kind["max_workers"] >= 1
+        assert kind["resources"]["GPU"] >= 1
+        assert kind["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert 0 < cluster["idle_timeout_minutes"] <= 15
+
+
+def test_cluster_lets_nobody_in(cluster: dict[str, Any]) -> None:
+    for role in ("head", "worker"):
+        starts = [c for c in cluster[f"{role}_start_ray_commands"] if "ray start" in c]
+        assert len(starts) == 1
+        assert "RAY_AUTH_MODE=token" in starts[0]
+    (head,) = [c for c in cluster["head_start_ray_commands"] if "ray start" in c]
+    assert re.findall(r"--dashboard-host[= ](\S+)", head) == ["127.0.0.1"]
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+
+
+def test_cluster_pins_ray_to_a_version_we_allow(cluster: dict[str, Any]) -> None:
+    text = " ".join(cluster["setup_commands"])
+    pinned = re.search(r"ray\[[\w,]+\]==([\d.]+)", text)
+    lowest = re.search(r'"ray\[[\w,]+\]>=([\d.]+)"', PYPROJECT)
+    assert pinned
+    assert lowest
+
+    def version(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
+    assert version(pinned.group(1)) >= version(lowest.group(1))
