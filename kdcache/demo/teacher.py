@@ -1,0 +1,257 @@
+"""What the demo learns from: a corpus that every CPython carries, a tokenizer and a small teacher.
+
+The corpus is the Python language reference of `pydoc_data.topics`. Its topics repeat each other (a
+fifth of the text occurs twice), so every paragraph is kept once: otherwise the held-out documents
+would hold paragraphs that were trained on.
+
+Cost: the teacher trains with about 6 x parameters x tokens floating-point operations; small batches
+make the most of few of them.
+Guarantee: corpus and tokenizer are the same on every run of one Python version; each is there as a
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.teacher import quiet_transformers
+
+END = "<|end|>"
+_DOCUMENT_CHARACTERS = 1500
+_HELD_OUT_EVERY = 10
+_BATCH_ROWS = 4
+_PEAK_RATE = 3e-3
+_WEIGHT_DECAY = 0.1
+_WARMUP = 0.05
+_EVALUATIONS = 8
+
+
+@dataclass(frozen=True)
+class TeacherSizes:
+    """What the teacher is made of, and how long it learns.
+
+    Attributes:
+        vocab_size: ids of the tokenizer.
+        max_length: tokens it reads at most.
+        hidden: width of its states.
+        layers: number of its layers.
+        heads: attention heads a layer.
+        epochs: passes over the training documents.
+        seed: of its weights and of the order.
+    """
+
+    vocab_size: int
+    max_length: int
+    hidden: int
+    layers: int
+    heads: int
+    epochs: float
+    seed: int
+
+
+def documents(limit: int | None = None) -> tuple[list[str], list[str]]:
+    """The language reference in documents of about 1,500 characters: for training, and held out.
+
+    Every tenth document is held out; no paragraph occurs twice in all of them.
+
+    Args:
+        limit: use only the first documents.
+
+    Raises:
+        UsageError: this Python came without its documentation.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UsageError(
+            "this Python has no pydoc_data.topics, the text that the demo learns from. Use a "
+            "Python with its whole standard library."
+        ) from error
+    found: list[str] = []
+    seen: set[str] = set()
+    for name in sorted(topics):
+        paragraphs: list[str] = []
+        for paragraph in topics[name].split("\n\n"):
+            if not paragraph.strip() or paragraph.strip() in seen:
+                continue
+            seen.add(paragraph.strip())
+            paragraphs.append(paragraph.strip("\n"))
+            if sum(map(len, paragraphs)) >= _DOCUMENT_CHARACTERS:
+                found.append("\n\n".join(paragraphs))
+                paragraphs = []
+        if paragraphs:
+            found.append("\n\n".join(paragraphs))
+    found = found[:limit]
+    half = _HELD_OUT_EVERY // 2
+    held_out = found[half::_HELD_OUT_EVERY]
+    return [d for i, d in enumerate(found) if i % _HELD_OUT_EVERY != half], held_out
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> None:
+    """Write documents as records with a `text`."""
+    scratch = Path(f"{path}.tmp")
+    scratch.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    scratch.replace(path)
+
+
+def read_jsonl(path: Path) -> list[str]:
+    """The documents that `write_jsonl` wrote."""
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def make_tokenizer(texts: Sequence[str], folder: Path, *, vocab_size: int) -> None:
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016) and save it for transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+    _publish(folder, fast.save_pretrained)
+
+
+def make_teacher(
+    train: Sequence[str],
+    held_out: Sequence[str],
+    tokenizer: Path,
+    folder: Path,
+    sizes: TeacherSizes,
+    report: Callable[[int, int, float], None],
+) -> None:
+    """Train a Llama from random weights and save the best of it beside its tokenizer.
+
+    AdamW with a cosine schedule, on windows that begin elsewhere in every epoch. The weights of the
+    evaluation with the least held-out cross-entropy are kept: a teacher that knows its text by
+    heart has nothing to tell beyond the hard labels.
+
+    Args:
+        train: documents to learn from.
+        held_out: documents to stop by.
+        tokenizer: folder of the tokenizer.
+        folder: where the teacher goes.
+        sizes: see `TeacherSizes`.
+        report: called after each evaluation with step, steps and held-out cross-entropy.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    reader = AutoTokenizer.from_pretrained(tokenizer)
+    train_ids, held_ids = _ids(reader, train), _ids(reader, held_out)
+    length = sizes.max_length
+    config = LlamaConfig(
+        vocab_size=len(reader),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.hidden * 8 // 3 // 16 * 16,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        bos_token_id=reader.eos_token_id,
+        eos_token_id=reader.eos_token_id,
+        pad_token_id=reader.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        model = LlamaForCausalLM(config)
+    windows = max(1, (len(train_ids) - 1) // length - 1)
+    steps = max(1, math.ceil(windows * sizes.epochs / _BATCH_ROWS))
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim < 2]},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=_PEAK_RATE,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    generator = torch.Generator().manual_seed(sizes.seed)
+    every = max(1, math.ceil(steps / _EVALUATIONS))
+    best, weights = math.inf, model.state_dict()
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(1, steps + 1):
+        if len(order) < _BATCH_ROWS:
+            shift = int(torch.randint(length, (1,), generator=generator))
+            rows = _windows(train_ids[shift:], length)
+            order = torch.randperm(len(rows), generator=generator)
+        batch, order = rows[order[:_BATCH_ROWS]], order[_BATCH_ROWS:]
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call,unused-ignore]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % every == 0 or step == steps:
+            loss = _held_out_loss(model, _windows(held_ids, length))
+            report(step, steps, loss)
+            if loss < best:
+                best = loss
+                weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    model.load_state_dict(weights)
+
+    def save(scratch: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(scratch)
+        reader.save_pretrained(scratch)
+
+    _publish(folder, save)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear up, a half cosine down."""
+    warm = (step + 1) / (_WARMUP * steps + 1)
+    return min(warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """All documents as one line of ids, as `--packing concat` joins them."""
+    joined: list[int] = []
+    for encoded in tokenizer(list(texts))["input_ids"]:
+        joined += [*encoded, tokenizer.eos_token_id]
+    return torch.tensor(joined)
+
+
+def _windows(ids: Tensor, length: int) -> Tensor:
+    """Rows of `length` ids and the one that follows them, int64 [rows, length + 1]."""
+    return ids.unfold(0, length + 1, length)
+
+
+def _loss(model: Any, windows: Tensor) -> Tensor:
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def _held_out_loss(model: Any, windows: Tensor) -> float:
+    model.eval()
+    parts = [float(_loss(model, rows)) * len(rows) for rows in torch.split(windows, 32)]
+    model.train()
+    return sum(parts) / max(1, len(windows))
+
+
+def _publish(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder that appears as a whole."""
+    scratch = folder.with_name(folder.name + ".tmp")
+    for leftover in (scratch, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(scratch)
+    scratch.rename(folder)

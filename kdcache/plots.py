@@ -1,0 +1,100 @@
+"""Plots as PNG files: curves over steps, and levels they are compared with.
+
+Figures are made without pyplot: no global state, no window system, safe in any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito 2008
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_INK, _FAINT = "#222222", "#d9d9d9"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot.
+
+    Attributes:
+        label: its name in the legend.
+        steps: where it was measured, ascending.
+        values: what was measured there.
+    """
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A dashed horizontal line: what the curves are compared with."""
+
+    label: str
+    value: float
+
+
+def plot_curves(
+    path: str | Path,
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    levels: Sequence[Level] = (),
+) -> None:
+    """Draw curves and levels into a PNG of 1600 x 1000 pixels.
+
+    Each curve has its own colour and marker, told apart by colour-blind readers too, and its last
+    value stands in the legend, where labels can never cover each other or a curve.
+
+    Args:
+        path: the file; replaced if it is there.
+        curves: the lines, in the order of the legend.
+        title: above the plot.
+        x_label: name and unit of the steps.
+        y_label: name and unit of the values.
+        levels: dashed lines across the whole width.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, curve in enumerate(curves):
+        last = f"{curve.values[-1]:.3f}" if len(curve.values) else "-"
+        axes.plot(
+            curve.steps,
+            curve.values,
+            color=_COLOURS[i % len(_COLOURS)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=5,
+            linewidth=2,
+            label=f"{curve.label}: {last}",
+        )
+    for level in levels:
+        axes.axhline(
+            level.value,
+            color=_INK,
+            linestyle="--",
+            linewidth=1.2,
+            label=f"{level.label}: {level.value:.3f}",
+        )
+    axes.set_title(title, loc="left", color=_INK, fontsize=12, fontweight="bold")
+    axes.set_xlabel(x_label, color=_INK)
+    axes.set_ylabel(y_label, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.grid(color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02, y=0.08)
+    axes.set_xlim(left=0)
+    axes.legend(loc="upper right", frameon=True, framealpha=0.95, edgecolor=_FAINT)
+    scratch = Path(f"{path}.tmp")
+    figure.savefig(scratch, format="png")
+    scratch.replace(path)
