@@ -24,7 +24,7 @@ import torch
 from kdcache import __version__
 from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.corpus import Corpus, OnError, Span
-from kdcache.crew import Crew, LocalCrew, RayCrew
+from kdcache.crew import Crew, LocalCrew, RayCrew, cluster_address
 from kdcache.driver import Driver, Progress, interruptible
 from kdcache.errors import UsageError
 from kdcache.ranks import count_ranks
@@ -51,11 +51,11 @@ class BuildOptions:
         corpus: files, folders, globs or fsspec URLs.
         out: folder or URL of the cache.
         task: `causal-lm` or `sequence-classification`.
-        codec: `dense`, `dense:float16`, `topk:K` or `sample:N`; None picks `dense` for
+        codec: `dense`, `dense:float16`, `topk:K` or `sample:N`. Default: `dense` for
             classification and `sample:20` for a causal LM.
         temperatures: the temperatures a student may train at (`dense` allows any).
         text_column: column of the text.
-        pair_column: column of a second text, or None.
+        pair_column: column of a second text (optional).
         label_column: column of the class.
         columns: names of the columns of files without a header.
         messages_column: column of chat messages; where a file has it, its chats become the rows.
@@ -65,19 +65,20 @@ class BuildOptions:
             by the columns that hold something.
         format: format of all files, such as `jsonl`; `auto` goes by their names.
         max_length: tokens of the longest row.
-        packing: `concat`, `none` or `split`; None is `concat` for a causal LM.
+        packing: `concat`, `none` or `split`. Default: `concat` for a causal LM.
         on_error: `fail` or `skip` for records that cannot be read.
         limit: use only the first records of the corpus.
-        workers: number of Ray workers; `auto` (None) for as many as there is room, 0 for this
+        workers: number of Ray workers; `auto` for as many as there is room, 0 for this
             process without Ray.
-        gpus_per_worker: GPUs a worker; None is one where there are any.
-        address: Ray address; None is a Ray of this process.
+        gpus_per_worker: GPUs a worker. Default: one on a cluster; on this machine, one where there
+            are any.
+        address: Ray address. Default: RAY_ADDRESS, else a Ray of this process.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        batch_tokens: padded tokens of a teacher batch; None picks by device.
-        shard_tokens: target size of a shard in tokens; None picks by corpus and codec.
+        batch_tokens: padded tokens of a teacher batch. Default: by device.
+        shard_tokens: target size of a shard in tokens. Default: by corpus and codec.
         seed: seed of the `sample` codec.
         ensemble: `mean-probs` or `mean-logits`.
-        teacher_weight: weight of each teacher; None weighs them equally.
+        teacher_weight: weight of each teacher. Default: equal.
         trust_remote_code: let code that ships with a teacher run.
     """
 
@@ -343,9 +344,9 @@ def _gpus(options: BuildOptions) -> float:
         return float(torch.cuda.is_available() and options.gpus_per_worker != 0)
     if options.gpus_per_worker is not None:
         return options.gpus_per_worker
-    if options.address is None:
-        return float(torch.cuda.is_available())
-    return 1.0
+    # A cluster is rented for its GPUs; it may have none yet, and the driver's own machine says
+    # nothing.
+    return 1.0 if cluster_address(options.address) else float(torch.cuda.is_available())
 
 
 def _dtype(name: str, gpus: float) -> str:

@@ -139,14 +139,16 @@ class RayCrew(Crew):
         self._owns = connect(address)
         total = ray.cluster_resources()
         cores = int(total.get("CPU", 1))
-        if gpus and total.get("GPU", 0) < gpus:
+        # A cluster that grows on demand may have room later: what is asked for by number waits.
+        fixed = workers is None or cluster_address(address) is None
+        if fixed and gpus and total.get("GPU", 0) < gpus:
             raise UsageError(
                 f"the Ray cluster has {total.get('GPU', 0):g} GPUs, a worker needs {gpus:g}. "
-                "Use --gpus-per-worker 0, or another --address."
+                "Use --gpus-per-worker 0, or say with --workers how many to wait for."
             )
         count = workers or max(1, int(total.get("GPU", 0) // gpus) if gpus else cores)
         cpus = cpus or max(1, min(8, cores // count))
-        if cpus * count > cores:
+        if fixed and cpus * count > cores:
             raise UsageError(
                 f"{count} workers need {cpus * count} CPUs, the Ray cluster has {cores}. "
                 f"Use --workers {cores // cpus}."
@@ -249,6 +251,13 @@ class RayCrew(Crew):
         return sum(actor.started for actor in self._actors)
 
 
+def cluster_address(address: str | None) -> str | None:
+    """The cluster that is meant: the one named, else RAY_ADDRESS (`ray job submit` sets it), or
+    None for a Ray of this process."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
 def connect(address: str | None) -> bool:
     """Join or start a Ray; whether this call started it, so that `stop` ends it."""
     import ray
@@ -256,7 +265,7 @@ def connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     # Without an address Ray would join any cluster it finds running on this machine.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = cluster_address(address) or "local"
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local":
         quiet["include_dashboard"] = False

@@ -72,13 +72,13 @@ class FinetuneOptions:
         max_length: tokens of a row.
         epochs: passes over the corpus.
         batch_size: rows of a step.
-        learning_rate: peak; None is 5e-5, or 1e-3 where only a part is trained.
+        learning_rate: peak. Default: 5e-5, or 1e-3 where only a part is trained.
         weight_decay: of AdamW.
         warmup: steps of the learning rate's rise, or a share of the run if below 1.
         lr_scheduler: shape of the learning rate.
         train_last: train only so many of the encoder's parameter tensors, the last ones, and the
             head.
-        head_width: units of a ReLU layer before the classes; None is the architecture's own head.
+        head_width: units of a ReLU layer before the classes. Default: the architecture's own head.
         head_dropout: dropout before the layers of that head.
         seed: of the order, the head's weights and dropout.
         logging_steps: steps between reports of progress.

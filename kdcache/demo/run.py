@@ -84,7 +84,7 @@ class DemoOptions:
         alpha: weight of the hard loss of the distilled students, 0 to 1.
         teacher_epochs: passes of the teacher over the corpus.
         student_epochs: passes of each student.
-        documents: use only the first documents of the corpus; None uses all.
+        documents: use only the first documents of the corpus. Default: all.
         seed: of weights, orders and samples.
     """
 

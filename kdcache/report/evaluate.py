@@ -57,25 +57,25 @@ class EvaluateOptions:
 
     Attributes:
         student: folders (also of runs, which keep theirs in `student/`) or hub ids.
-        cache: a sealed cache whose rows and targets are used, or None.
+        cache: a sealed cache whose rows and targets are used (optional).
         corpus: files, folders, globs or URLs whose rows are used, where there is no cache.
         teacher: folder or hub id of a teacher that runs live; with a cache it replaces the cached
             targets.
-        task: `causal-lm` or `sequence-classification`; None takes the cache's or the first
+        task: `causal-lm` or `sequence-classification`. Default: the cache's or the first
             student's.
         text_column: column of the text (these and the next: of a corpus).
-        pair_column: column of a second text, or None.
+        pair_column: column of a second text (optional).
         label_column: column of the class.
         columns: names of the columns of files without a header.
         messages_column: column of chat messages.
         prompt_column: column of prompts, beside `completion_column`.
         completion_column: column of completions.
         max_length: tokens of the longest row; models that read less shorten it.
-        packing: `concat`, `none` or `split`; None is `concat` for a causal LM.
+        packing: `concat`, `none` or `split`. Default: `concat` for a causal LM.
         on_error: `fail` or `skip` for records that cannot be read.
         limit: use only the first records of a corpus, or the first rows of a cache.
-        temperature: of KL; None is 1 where the cache declares it, else the first declared.
-        batch_tokens: padded tokens of a batch; None picks by device.
+        temperature: of KL. Default: 1 where the cache declares it, else the first declared.
+        batch_tokens: padded tokens of a batch. Default: by device.
         dtype: compute type of all models: `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu` or `cuda`.
         trust_remote_code: let code that ships with a model run.

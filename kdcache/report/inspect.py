@@ -38,8 +38,8 @@ class InspectOptions:
 
     Attributes:
         cache: folder or URL, finished or not.
-        row: number of a row to show, counted from 0 over all shards, or None for none.
-        temperature: of the shown probabilities; None is 1 where the cache declares it, else the
+        row: number of a row to show, counted from 0 over all shards (optional).
+        temperature: of the shown probabilities. Default: 1 where the cache declares it, else the
             first.
         top: guesses to show at each position.
     """
@@ -79,7 +79,7 @@ class PositionView:
     Attributes:
         place: index of the token in its row (0 for classification).
         token: the last token that the teacher had read (causal LM), else None.
-        label: id of the hard label, or None.
+        label: id of the hard label (optional).
         label_text: the token or the class of that id.
         guesses: the most probable ids, falling.
         rest: the mass of all ids that are not shown.

@@ -41,13 +41,13 @@ class PredictOptions:
     Attributes:
         student: folder (also of a run, which keeps it in `student/`) or hub id of a classifier.
         corpus: files, folders, globs or URLs; `-` alone reads plain lines from standard input.
-        out: file for the JSON lines; None is standard output.
+        out: file for the JSON lines. Default: standard output.
         text_column: column of the text.
-        pair_column: column of a second text, or None.
+        pair_column: column of a second text (optional).
         columns: names of the columns of files without a header.
         on_error: `fail` or `skip` for records that cannot be read.
         limit: only the first records.
-        batch_tokens: padded tokens of a batch; None picks by device.
+        batch_tokens: padded tokens of a batch. Default: by device.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu` or `cuda`.
         trust_remote_code: let code that ships with the model run.
@@ -93,7 +93,7 @@ class PredictResult:
     """The outcome of a prediction run.
 
     Attributes:
-        out: where the lines went; None is standard output.
+        out: where the lines went. Default: standard output.
         records: lines written.
         skipped: records that could not be read.
         seconds: wall time, loading the model included.

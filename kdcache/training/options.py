@@ -98,17 +98,17 @@ class TrainOptions:
         batch_size: rows of one step, over all workers and accumulated slices.
         gradient_accumulation: slices into which each worker cuts its part of a batch: less memory,
             the same step.
-        learning_rate: peak; None is 1e-3 for the biLSTM, 5e-4 for random weights, else 5e-5.
+        learning_rate: peak. Default: 1e-3 for the biLSTM, 5e-4 for random weights, else 5e-5.
         weight_decay: of AdamW.
         warmup: steps of the learning rate's rise, or a share of the run if below 1.
         lr_scheduler: `linear`, `cosine`, `constant`, `constant_with_warmup` or `polynomial`.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         eval_cache: caches to evaluate on; the best checkpoint becomes the student.
-        eval_steps: steps between evaluations; None is an epoch.
-        eval_batch_size: rows of an evaluation batch; None is `batch_size`.
+        eval_steps: steps between evaluations. Default: an epoch.
+        eval_batch_size: rows of an evaluation batch. Default: `batch_size`.
         best: what tells the best checkpoint: `loss`, `hard_loss`, `soft_loss` or `accuracy`.
         patience: stop after so many evaluations without a better one.
-        save_steps: steps between checkpoints; None is an epoch. With `eval_cache`, checkpoints are
+        save_steps: steps between checkpoints. Default: an epoch. With `eval_cache`, checkpoints are
             taken at evaluations.
         keep_checkpoints: checkpoints kept, 2 or more; the best one is always among them.
         logging_steps: steps between lines of `metrics.jsonl`.
@@ -116,8 +116,8 @@ class TrainOptions:
         resume: `auto` goes on from the last checkpoint in `out`, `never` refuses one, or a
             checkpoint's folder.
         num_workers: processes that train together, through Ray Train.
-        gpus_per_worker: None is one where there are any.
-        address: Ray address; None is a Ray of this process.
+        gpus_per_worker: default: one where there are any.
+        address: Ray address. Default: a Ray of this process.
         fsdp: shard weights and optimizer over the workers, for students that need it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         bf16: compute in bfloat16.

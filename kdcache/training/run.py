@@ -312,7 +312,8 @@ class Run:
             best_step=best,
             seconds=seconds,
         )
-        _save(plan, trainer, self.tokenize, result)
+        with quiet_transformers():
+            _save(plan, trainer, self.tokenize, result)
         return result
 
 
