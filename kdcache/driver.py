@@ -37,6 +37,7 @@ class Progress:
     Attributes:
         spans: spans of the cache.
         done: spans with a committed shard, those of earlier runs included.
+        made: those of them that this run committed.
         failed: spans set aside after three tries.
         workers: workers that are ready.
         positions: positions cached by this run.
@@ -47,6 +48,7 @@ class Progress:
 
     spans: int
     done: int
+    made: int
     failed: int
     workers: int
     positions: int
@@ -138,6 +140,7 @@ class Driver:
             Progress(
                 spans=len(self.spans),
                 done=self._done(),
+                made=len(self.entries),
                 failed=len(self._set_aside()),
                 workers=crew.workers(),
                 positions=sum(e.positions for e in self.entries),
