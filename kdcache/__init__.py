@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.builder import BuildOptions, BuildResult, build
     from kdcache.cache import Cache
-    from kdcache.demo import DemoOptions, DemoResult, demo
+    from kdcache.demonstration import DemoOptions, DemoResult, demo
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.finetuning import FinetuneOptions, FinetuneResult, finetune
     from kdcache.loss import distillation_loss, fused_linear_distillation
@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "kdcache.builder": ("BuildOptions", "BuildResult", "build"),
     "kdcache.cache": ("Cache",),
-    "kdcache.demo": ("DemoOptions", "DemoResult", "demo"),
+    "kdcache.demonstration": ("DemoOptions", "DemoResult", "demo"),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
     "kdcache.finetuning": ("FinetuneOptions", "FinetuneResult", "finetune"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),

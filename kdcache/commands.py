@@ -260,7 +260,7 @@ def _verify() -> click.Command:
 
 
 def _demo() -> click.Command:
-    from kdcache.demo import DemoOptions, demo, render_demo
+    from kdcache.demonstration import DemoOptions, demo, render_demo
 
     @options_command(DemoOptions, name="demo", epilog=_examples("kdcache demo --out demo"))
     def command(options: DemoOptions, as_json: bool) -> None:

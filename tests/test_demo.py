@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdcache.demo import DemoOptions, demo, render_demo
-from kdcache.demo.teacher import documents
+from kdcache.demonstration import DemoOptions, demo, render_demo
+from kdcache.demonstration.teacher import documents
 from kdcache.errors import UsageError
 from kdcache.plots import Curve, Level, plot_curves
 
@@ -90,9 +90,10 @@ def test_small_demo_then_again(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "losses.png").read_bytes().startswith(b"\x89PNG")
     runs = [tmp_path / "demo" / name for name in ("student-hard", "student-distilled")]
     begun, soft = (json.loads((run / "train.json").read_text())["options"] for run in runs)
-    assert {k for k in begun if begun[k] != soft[k]} == {"out", "alpha"}
+    assert {k for k in begun if begun[k] != soft[k]} == {"out", "alpha", "student"}
+    assert Path(begun["student"]).read_text() == Path(soft["student"]).read_text()
     spec = json.loads((tmp_path / "demo" / "train-cache" / "spec.json").read_text())
-    assert spec["codec"] == options.codec
+    assert spec["spec"]["codec"] == options.codec
 
     again = demo(options, lines.append)
 

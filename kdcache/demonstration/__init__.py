@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdcache.demo.result import DemoResult, StudentScores, render_demo
-from kdcache.demo.run import DemoOptions, demo
+from kdcache.demonstration.result import DemoResult, StudentScores, render_demo
+from kdcache.demonstration.run import DemoOptions, demo
 
 __all__ = ["DemoOptions", "DemoResult", "StudentScores", "demo", "render_demo"]

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from kdcache.builder import BuildOptions, BuildResult, build
-from kdcache.demo.result import DemoResult, StudentScores
-from kdcache.demo.teacher import (
+from kdcache.demonstration.result import DemoResult, StudentScores
+from kdcache.demonstration.teacher import (
     TeacherSizes,
     documents,
     make_teacher,
@@ -399,7 +399,8 @@ class _Demo:
     def _plot(self, path: Path, teacher: float) -> None:
         curves = []
         for student in _STUDENTS:
-            lines = map(json.loads, (self.out / student.folder / METRICS_FILE).open())
+            metrics = (self.out / student.folder / METRICS_FILE).read_text()
+            lines = map(json.loads, metrics.splitlines())
             points = [(x["step"], x["eval_hard_loss"]) for x in lines if "eval_hard_loss" in x]
             steps, values = zip(*points, strict=True)
             curves.append(Curve(student.name, steps, values))
