@@ -4,12 +4,13 @@ No saved Hugging Face model reloads with such a layer of free width, so the fold
 own plus one file:
 
     config.json, model.safetensors   the encoder, as `save_pretrained` writes it; `id2label` names
-    the classes tokenizer files kdcache_head.safetensors         `hidden.weight` [W, H],
-    `hidden.bias` [W], `classes.weight` [C, W],
-                                     `classes.bias` [C]; metadata `format: kdcache-head`, `version:
-                                     1`,
-                                     `pooling: pooler` (the encoder's `pooler_output`) or `first`
-                                     (the last state of the first token)
+                                     the classes
+    tokenizer files
+    kdcache_head.safetensors         `hidden.weight` [W, H], `hidden.bias` [W],
+                                     `classes.weight` [C, W], `classes.bias` [C]; metadata:
+                                     `format: kdcache-head`, `version: 1`, `pooling: pooler` (the
+                                     encoder's `pooler_output`) or `first` (the last state of the
+                                     first token)
 
 `load_classifier` reads both kinds of folder.
 """

@@ -1,0 +1,297 @@
+"""A training step with cached soft targets against one without a teacher: time and peak memory.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --model 300m --temperature 2 --markdown
+
+Without options: all configurations of this machine, about 4 minutes on a GPU.
+
+Four ways to train the same Llama on the same random tokens, each in a process of its own, so that
+one that runs out of memory is a row of the table and not the end of the run:
+
+* hard labels, HF: ``model(input_ids, labels=labels).loss``, what a step costs without a teacher;
+* naive: HF's logits of all places, cross-entropy and sparse KD on them with plain PyTorch;
+* kdcache: `DistilledStudent`, at the given temperature and at T = 1;
+* kdcache, hard labels alone.
+
+A step is forward, backward and a fused AdamW update. Time: the median of single steps after warm-up
+(CUDA events; on a CPU the ways take turns within one process, so that a busy machine slows all of
+them). Memory: the peak of a step, on CUDA of the allocator, on a CPU the resident set of a process
+that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from kdcache.student import DistilledStudent
+
+MODELS = {
+    # hidden, layers, heads, feed-forward; tied embeddings. With 131,072 ids: 21 M, 302 M and 988 M
+    # parameters.
+    "tiny": (128, 4, 4, 512),
+    "300m": (1024, 13, 16, 2816),
+    "1b": (2048, 14, 16, 5632),
+}
+HARD, NAIVE, OURS = "hard labels, HF loss", "sparse KD, naive", "sparse KD, kdcache"
+OURS_HARD = "hard labels, kdcache"
+RESULTS = Path(__file__).parent / "RESULTS.md"
+HEADING = "## train_step"
+
+Step = Callable[[], Tensor]
+
+
+def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step:
+    """One training step of one way; all ways of one configuration see the same weights and
+    tokens."""
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    hidden, layers, heads, wide = MODELS[options.model]
+    config = transformers.LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=wide,
+        max_position_embeddings=options.length,
+        tie_word_embeddings=True,
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.train()
+    rows = options.positions // options.length
+    ids = torch.randint(0, options.vocab, (rows, options.length + 1), device=device)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    n = labels.numel()
+    targets = {
+        "target_ids": torch.randint(0, options.vocab, (n, options.entries), device=device),
+        "target_weights": torch.full((n, options.entries), 1 / options.entries, device=device),
+        "target_rest": torch.zeros(n, device=device),
+        "temperature": torch.tensor([temperature]),
+    }
+    wrapper = DistilledStudent(
+        model, "causal-lm", codec=f"sample:{options.entries}", vocab_size=options.vocab
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def loss() -> Tensor:
+        if way == HARD:
+            plain: Tensor = model(input_ids=inputs, labels=inputs, use_cache=False).loss
+            return plain
+        if way == NAIVE:
+            logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
+            hard = F.cross_entropy(logits, labels.flatten())
+            logprobs = F.log_softmax(logits / temperature, -1).gather(-1, targets["target_ids"])
+            soft = -(targets["target_weights"] * logprobs).sum(-1).mean()
+            both: Tensor = 0.5 * hard + 0.5 * temperature**2 * soft
+            return both
+        batch = {} if way == OURS_HARD else targets
+        total: Tensor | None = wrapper(input_ids=inputs, labels=labels, **batch).loss
+        assert total is not None
+        return total
+
+    def step() -> Tensor:
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return step
+
+
+def measure_cuda(step: Step, options: argparse.Namespace) -> dict[str, float]:
+    start = time.perf_counter()
+    for _ in range(options.warmup):
+        step()
+    torch.cuda.synchronize()
+    warm = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(options.steps):
+        event: Any = torch.cuda.Event
+        begin, end = (event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    return {"seconds": statistics.median(times), "gib": memory, "warmup": warm}
+
+
+def child(options: argparse.Namespace) -> dict[str, Any]:
+    """One way in this process."""
+    try:
+        step = make_step(options.way, options.temperature, options)
+        if options.device == "cuda":
+            return dict(measure_cuda(step, options))
+        step()
+        return {"gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+
+
+def spawn(way: str, temperature: float, model: str, options: argparse.Namespace) -> dict[str, Any]:
+    values = {**vars(options), "way": way, "temperature": temperature, "model": model}
+    keys = (
+        "way",
+        "temperature",
+        "model",
+        "vocab",
+        "positions",
+        "length",
+        "entries",
+        "device",
+        "steps",
+        "warmup",
+        "threads",
+    )
+    command = [sys.executable, __file__]
+    for key in keys:
+        command += [f"--{key}", str(values[key])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        return {"error": "out of memory" if done.returncode == -9 else last[:80]}
+    return dict(json.loads(lines[-1]))
+
+
+def take_turns(plan: list[tuple[str, float]], options: argparse.Namespace) -> list[float]:
+    """Median seconds of each way on a CPU, steps interleaved."""
+    steps = [make_step(way, t, options) for way, t in plan]
+    times: list[list[float]] = [[] for _ in plan]
+    for i in range(options.warmup + options.steps):
+        for step, mine in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            if i >= options.warmup:
+                mine.append(time.perf_counter() - start)
+    return [statistics.median(mine) for mine in times]
+
+
+def machine(options: argparse.Namespace) -> str:
+    if options.device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        path = Path("/proc/cpuinfo")
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [line.split(":")[1].strip() for line in lines if "model name" in line]
+        name = f"{found[0] if found else platform.processor()}, {options.threads} thread(s)"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{name}; Python {platform.python_version()}, {versions}"
+
+
+def table(model: str, options: argparse.Namespace) -> str:
+    """Measure one model and lay out its rows."""
+    plan = [(HARD, 1.0), (NAIVE, 1.0), (OURS, 1.0), (OURS_HARD, 1.0)]
+    plan += [(way, options.temperature) for way in (NAIVE, OURS) if options.temperature != 1]
+    results = [spawn(way, t, model, options) for way, t in plan]
+    if options.device == "cpu":
+        seconds = take_turns(plan, argparse.Namespace(**{**vars(options), "model": model}))
+        results = [{**r, "seconds": s} for r, s in zip(results, seconds, strict=True)]
+    base = results[0]
+    dtype = "bfloat16" if options.device == "cuda" else "float32"
+    lines = [
+        f"### {model}, vocabulary {options.vocab:,}, {options.positions:,} positions, "
+        f"{options.entries} entries, {dtype}",
+        "",
+        "| step | T | µs a position | time | peak GiB | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (way, t), r in zip(plan, results, strict=True):
+        label = "" if way in (HARD, OURS_HARD) else f"{t:g}"
+        if "error" in r:
+            lines.append(f"| {way} | {label} | {r['error']} | | | |")
+            continue
+        time_ratio = f"{r['seconds'] / base['seconds']:.2f}x" if "seconds" in base else ""
+        memory_ratio = f"{r['gib'] / base['gib']:.2f}x" if "gib" in base else ""
+        micros = r["seconds"] / options.positions * 1e6
+        lines.append(
+            f"| {way} | {label} | {micros:.2f} | {time_ratio} | {r['gib']:.1f} | {memory_ratio} |"
+        )
+    ours = {
+        t: r["seconds"]
+        for (way, t), r in zip(plan, results, strict=True)
+        if way == OURS and "seconds" in r
+    }
+    if len(ours) == 2:
+        lines += [
+            "",
+            f"kdcache at T = {options.temperature:g} against T = 1: "
+            f"{ours[options.temperature] / ours[1.0]:.3f}x",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", choices=[*MODELS], help="default: 300m and 1b on a GPU, tiny on a CPU"
+    )
+    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--positions", type=int, default=8192 if cuda else 512)
+    parser.add_argument("--length", type=int, default=1024 if cuda else 128, help="places of a row")
+    parser.add_argument("--entries", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=20 if cuda else 5)
+    parser.add_argument("--warmup", type=int, default=5 if cuda else 1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
+    parser.add_argument(
+        "--markdown", action="store_true", help=f"keep the result in {RESULTS.name}"
+    )
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.way:
+        print(json.dumps(child(options)))
+        return
+    models = [options.model] if options.model else ["300m", "1b"] if cuda else ["tiny"]
+    text = f"{machine(options)}\n"
+    print(text)
+    for model in models:
+        part = table(model, options)
+        print(part + "\n", flush=True)
+        text += f"\n{part}\n"
+    if options.markdown:
+        keep(text, options.device)
+
+
+def keep(text: str, device: str) -> None:
+    """Replace this benchmark's section for this kind of device, and nothing else, in RESULTS.md."""
+    heading = f"{HEADING}: {device}"
+    old = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
+    sections = old.split("\n## ")
+    sections = [s for i, s in enumerate(sections) if i == 0 or f"## {s}".split("\n")[0] != heading]
+    RESULTS.write_text(
+        "\n## ".join(sections).rstrip()
+        + f"\n\n{heading}\n\n`python benchmarks/train_step.py`: {text.rstrip()}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
