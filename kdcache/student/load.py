@@ -1,17 +1,15 @@
 """Students by name: what `--student` accepts, and the checks that it fits the cache.
 
-========================  ==========================================================================
-name                      student
-========================  ==========================================================================
-folder or hub id          a Hugging Face model with its weights; a plain encoder gets a new
-classifier
-                          head; also a folder that `save_pretrained` of any student here wrote
-``CONFIG.json``           a Hugging Face (or bilstm) architecture, randomly initialised
-``bilstm``                the built-in classifier, with words or the teacher's tokens
-``module:function``       whatever ``function(info)`` returns: a `torch.nn.Module` whose forward
-takes
-                          the batch's input tensors and returns logits
-========================  ==========================================================================
+===================  ===========================================================================
+name                 student
+===================  ===========================================================================
+folder or hub id     a Hugging Face model with its weights; a plain encoder gets a new
+                     classifier head; also what `save_pretrained` of any student here wrote
+``CONFIG.json``      a Hugging Face (or bilstm) architecture, randomly initialised
+``bilstm``           the built-in classifier, with words or the teacher's tokens
+``module:function``  whatever ``function(info)`` returns: a `torch.nn.Module` whose forward
+                     takes the batch's input tensors and returns logits
+===================  ===========================================================================
 
 Random weights come from `StudentInfo.seed` alone and leave the global random state as it was.
 """

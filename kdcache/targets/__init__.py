@@ -1,18 +1,14 @@
-"""Soft targets: what a teacher said at each position, in a form that fits a file and a student's
-loss.
+"""Soft targets: what a teacher said at each position, in a form for a file and a student's loss.
 
-A `Codec` turns logits into stored columns and columns into targets at a temperature; three kinds
-exist:
+A `Codec` turns logits into stored columns and columns into targets at a temperature. Three kinds:
 
-=============  ==============================================
-========================================= codec          at each declared temperature
-    good for =============  ==============================================
-    =========================================
-``dense``      every logit (any temperature)                   classifiers, small vocabularies
-``topk:K``     K probabilities and the exact mass of the rest  inspection, reverse divergences
-``sample:N``   unbiased sparse weights                         language models
-=============  ==============================================
-=========================================
+============  ==========================================  ====================================
+codec         at each declared temperature                good for
+============  ==========================================  ====================================
+``dense``     every logit (any temperature)               classifiers, small vocabularies
+``topk:K``    K probabilities and the mass of the rest    inspection, reverse divergences
+``sample:N``  unbiased sparse weights                     language models
+============  ==========================================  ====================================
 
 The work is split by where it runs: `Codec.encode` on the teacher's device (fixed shapes, nothing
 waits for the host), `Codec.pack` on a CPU thread (ragged, quantised), `Codec.at` in the student's
