@@ -3,7 +3,7 @@
 Exit codes: 0 done; 2 wrong usage or input; 3 incomplete, and the same command goes on; 1 anything
 else.
 
-The commands themselves are in `kdcache.commands`, loaded when one is asked for: the list of commands
+The commands themselves are in `kdcache.commands`, loaded when one is asked for: the list of them
 is there at once.
 """
 
