@@ -32,9 +32,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
-HEADING = "## SST-2: BERT to biLSTM"
-
 # Two layers of 128: what a phone runs. Its words are the teacher's tokens.
 TINY_BERT = {
     "model_type": "bert",

@@ -24,14 +24,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.nn.functional as F
 import transformers
+from results import keep, machine
 from torch import Tensor
 
 from kdcache.student import DistilledStudent
@@ -52,8 +51,6 @@ MODELS = {
 }
 HARD, NAIVE, OURS = "hard labels, HF loss", "sparse KD, naive", "sparse KD, kdcache"
 OURS_HARD = "hard labels, kdcache"
-RESULTS = Path(__file__).parent / "RESULTS.md"
-HEADING = "## train_step"
 
 Step = Callable[[], Tensor]
 
@@ -190,18 +187,6 @@ def take_turns(plan: list[tuple[str, float]], options: argparse.Namespace) -> li
     return [statistics.median(mine) for mine in times]
 
 
-def machine(options: argparse.Namespace) -> str:
-    if options.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        path = Path("/proc/cpuinfo")
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [line.split(":")[1].strip() for line in lines if "model name" in line]
-        name = f"{found[0] if found else platform.processor()}, {options.threads} thread(s)"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{name}; Python {platform.python_version()}, {versions}"
-
-
 def table(model: str, options: argparse.Namespace) -> str:
     """Measure one model and lay out its rows."""
     plan = [(HARD, 1.0), (NAIVE, 1.0), (OURS, 1.0), (OURS_HARD, 1.0)]
@@ -261,9 +246,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
-    parser.add_argument(
-        "--markdown", action="store_true", help=f"keep the result in {RESULTS.name}"
-    )
+    parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -271,26 +254,14 @@ def main() -> None:
         print(json.dumps(child(options)))
         return
     models = [options.model] if options.model else ["300m", "1b"] if cuda else ["tiny"]
-    text = f"{machine(options)}\n"
+    text = f"{machine()}\n"
     print(text)
     for model in models:
         part = table(model, options)
         print(part + "\n", flush=True)
         text += f"\n{part}\n"
     if options.markdown:
-        keep(text, options.device)
-
-
-def keep(text: str, device: str) -> None:
-    """Replace this benchmark's section for this kind of device, and nothing else, in RESULTS.md."""
-    heading = f"{HEADING}: {device}"
-    old = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
-    sections = old.split("\n## ")
-    sections = [s for i, s in enumerate(sections) if i == 0 or f"## {s}".split("\n")[0] != heading]
-    RESULTS.write_text(
-        "\n## ".join(sections).rstrip()
-        + f"\n\n{heading}\n\n`python benchmarks/train_step.py`: {text.rstrip()}\n"
-    )
+        keep(f"train_step: {options.device}", f"`python benchmarks/train_step.py`: {text}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         inspect,
         predict,
     )
+    from kdcache.report.plan import PlanOptions, PlanResult, plan
     from kdcache.stream import Collator, TargetDataset, TargetStream
     from kdcache.student import DistilledStudent
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
@@ -58,6 +59,7 @@ _HOMES = {
         "inspect",
         "predict",
     ),
+    "kdcache.report.plan": ("PlanOptions", "PlanResult", "plan"),
     "kdcache.stream": ("Collator", "TargetDataset", "TargetStream"),
     "kdcache.student": ("DistilledStudent",),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),

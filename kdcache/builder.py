@@ -23,7 +23,7 @@ import torch
 
 from kdcache import __version__
 from kdcache.cache import Cache, CacheSpec, Manifest
-from kdcache.corpus import Corpus, OnError, Span
+from kdcache.corpus import Corpus, OnError
 from kdcache.crew import Crew, LocalCrew, RayCrew, cluster_address
 from kdcache.driver import Driver, Progress, interruptible
 from kdcache.errors import UsageError
@@ -191,7 +191,7 @@ def build(
         IncompleteError: interrupted, no space left, or spans set aside; the same command goes on.
     """
     begin = time.perf_counter()
-    plan = _plan(options)
+    plan = prepare(options)
     cache = Cache.create_or_resume(
         options.out,
         plan.spec,
@@ -199,7 +199,7 @@ def build(
         ranks=plan.ranks,
         notes={"teachers": [redact(name) for name in options.teacher], "kdcache": __version__},
     )
-    driver = Driver(plan.spans, on_progress)
+    driver = Driver(plan.corpus.spans, on_progress)
     missing = [] if cache.sealed else cache.missing()
     if missing:
         with interruptible():
@@ -229,16 +229,36 @@ def _seal(cache: Cache, driver: Driver) -> Manifest:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Prepared:
+    """What follows from the options of a build before any work is done.
+
+    Attributes:
+        spec: of the cache.
+        corpus: its files and spans.
+        rows: how records become rows.
+        tokenizer: the teacher's.
+        teacher: how a worker loads the teacher.
+        batch_tokens: padded tokens of a teacher batch.
+        gpus: GPUs a worker.
+        ranks: rank table of the cache; empty for none.
+    """
+
     spec: CacheSpec
-    spans: Sequence[Span]
+    corpus: Corpus
     rows: RowSpec
     tokenizer: Any
+    teacher: TeacherOptions
+    batch_tokens: int
     gpus: float
     ranks: bytes
 
 
-def _plan(options: BuildOptions) -> _Plan:
+def prepare(options: BuildOptions) -> Prepared:
+    """Find teacher and corpus and settle everything that decides the bytes of a cache.
+
+    Raises:
+        UsageError: options or input that cannot be.
+    """
     causal = options.task == "causal-lm"
     teachers = [
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
@@ -298,7 +318,18 @@ def _plan(options: BuildOptions) -> _Plan:
         seed=options.seed,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
     )
-    return _Plan(spec, corpus.spans, rows, tokenizer, gpus, ranks)
+    device = "cpu" if not gpus else "auto" if gpus > 1 else "cuda"
+    teacher = TeacherOptions(
+        names=options.teacher,
+        task=options.task,
+        weights=options.weights,
+        ensemble=options.ensemble,
+        dtype=spec.dtype,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    batch_tokens = options.batch_tokens or (4096 if device == "cpu" else 65536)
+    return Prepared(spec, corpus, rows, tokenizer, teacher, batch_tokens, gpus, ranks)
 
 
 def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
@@ -355,19 +386,8 @@ def _dtype(name: str, gpus: float) -> str:
     return name
 
 
-def _hire(options: BuildOptions, plan: _Plan, cache: Cache) -> Crew:
-    device = "cpu" if not plan.gpus else "auto" if plan.gpus > 1 else "cuda"
-    teacher = TeacherOptions(
-        names=options.teacher,
-        task=options.task,
-        weights=options.weights,
-        ensemble=options.ensemble,
-        dtype=plan.spec.dtype,
-        device=device,
-        trust_remote_code=options.trust_remote_code,
-    )
-    batch_tokens = options.batch_tokens or (4096 if device == "cpu" else 65536)
-    job = Job(cache.storage.url, plan.rows, teacher, batch_tokens)
+def _hire(options: BuildOptions, plan: Prepared, cache: Cache) -> Crew:
+    job = Job(cache.storage.url, plan.rows, plan.teacher, plan.batch_tokens)
     if options.workers == 0:
         return LocalCrew(job)
     return RayCrew(job, workers=options.workers, gpus=plan.gpus, address=options.address)

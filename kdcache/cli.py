@@ -21,6 +21,7 @@ from kdcache import __version__
 from kdcache.errors import KdcacheError
 
 COMMANDS = {
+    "plan": "Measure what a cache would cost and how good it would be, on a sample.",
     "build": "Run the teacher over a corpus once and cache its soft targets.",
     "train": "Train a student on the hard labels and soft targets of a cache.",
     "finetune": "Fine-tune a Hugging Face encoder as the teacher of a classifier.",

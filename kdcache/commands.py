@@ -71,6 +71,38 @@ def _build() -> click.Command:
     return command
 
 
+def _plan() -> click.Command:
+    from kdcache.report.plan import PlanOptions, plan
+    from kdcache.report.plan_view import render_plan
+
+    @options_command(
+        PlanOptions,
+        name="plan",
+        epilog=_examples(
+            "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --plot plan.png",
+            "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --rows 16 \\",
+            "    --codec sample:20 --codec topk:32 --temperatures 1 --temperatures 1,2,4",
+        ),
+        commas={"columns": str},
+        metavars={
+            "teacher": "DIR_OR_HUB_ID",
+            "corpus": "PATH_OR_URL_OR_GLOB",
+            "codec": "dense|topk:K|sample:N",
+            "temperatures": "T[,T...]",
+            "plot": "FILE.png",
+        },
+    )
+    def command(options: PlanOptions, as_json: bool) -> None:
+        """Measure what a cache would cost and how good it would be, on a sample."""
+        result = plan(options, report=lambda line: click.echo(line, err=True))
+        if as_json:
+            print_json(result)
+        else:
+            render_plan(result, Console())
+
+    return command
+
+
 def _train() -> click.Command:
     from kdcache.progress import TrainDisplay
     from kdcache.training import TrainOptions, train
@@ -275,6 +307,7 @@ def _demo() -> click.Command:
 
 
 _MAKERS: dict[str, Callable[[], click.Command]] = {
+    "plan": _plan,
     "build": _build,
     "train": _train,
     "finetune": _finetune,

@@ -98,3 +98,81 @@ def plot_curves(
     scratch = Path(f"{path}.tmp")
     figure.savefig(scratch, format="png")
     scratch.replace(path)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points of one kind.
+
+    Attributes:
+        label: its name in the legend.
+        points: x, y and a short name of each; only those above zero can be shown.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float, str]]
+
+
+def plot_clouds(
+    path: str | Path,
+    panels: Sequence[tuple[str, Sequence[Cloud]]],
+    *,
+    title: str,
+    x_label: str,
+) -> None:
+    """Draw points with their names into a PNG, panels side by side, all axes logarithmic.
+
+    Args:
+        path: the file; replaced if it is there.
+        panels: name and unit of the y axis, and the clouds; the same clouds in all panels.
+        title: above the plot.
+        x_label: name and unit of the x axis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(6.5 * len(panels), 5.5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (y_label, clouds) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for k, cloud in enumerate(clouds):
+            points = sorted(p for p in cloud.points if p[0] > 0 and p[1] > 0)
+            axes.plot(
+                [x for x, _, _ in points],
+                [y for _, y, _ in points],
+                color=_COLOURS[k % len(_COLOURS)],
+                marker=_MARKERS[k % len(_MARKERS)],
+                markersize=6,
+                linewidth=1.2,
+                label=cloud.label,
+            )
+            for x, y, name in points:
+                # Clouds may share points: every other one has its names below.
+                axes.annotate(
+                    name,
+                    (x, y),
+                    (4, -11 if k % 2 else 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=_INK,
+                )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(x_label, color=_INK)
+        axes.set_ylabel(y_label, color=_INK)
+        axes.grid(color=_FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.1, y=0.1)
+    axes = figure.axes[0]
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
+    scratch = Path(f"{path}.tmp")
+    figure.savefig(scratch, format="png")
+    scratch.replace(path)

@@ -20,5 +20,18 @@ from __future__ import annotations
 
 from kdcache.corpus.records import LineAt, OnError, ReadStats, Record, RecordError, Source
 from kdcache.corpus.spans import Corpus, Span
+from kdcache.corpus.spread import Look, look_into, looks
 
-__all__ = ["Corpus", "LineAt", "OnError", "ReadStats", "Record", "RecordError", "Source", "Span"]
+__all__ = [
+    "Corpus",
+    "LineAt",
+    "Look",
+    "OnError",
+    "ReadStats",
+    "Record",
+    "RecordError",
+    "Source",
+    "Span",
+    "look_into",
+    "looks",
+]

@@ -1,0 +1,389 @@
+"""What making targets costs a build beyond the teacher's forward, and what the sampler costs alone.
+
+    python benchmarks/build_speed.py --teacher SMOLLM2_135M --corpus novels.jsonl.gz --limit 40
+    python benchmarks/build_speed.py --shape 1b --tokens 4000000       # random weights, 128k ids
+    python benchmarks/build_speed.py --sampler
+
+Build: blocks of spans go through a crew of this process (`--workers 0`), as in `kdcache build`:
+read, tokenised, batched, computed, encoded, compressed and committed, two spans in flight. The bare
+forward of the same model, all logits of a batch at once and nothing done with them, goes over the
+same batches. Both take turns block by block, in changing order, so that other work on the machine
+slows both. Start-up (planning, creating the cache) and the loading of the model are apart. Wall
+time and CPU time of the process, which counts all threads, are given.
+
+Sampler: `Codec.encode` on logits of one slice against what is commonly written instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+import transformers
+from results import keep, machine, table
+
+from kdcache.builder import BuildOptions, Prepared, prepare
+from kdcache.cache import Cache
+from kdcache.corpus import Corpus, Span
+from kdcache.crew import LocalCrew
+from kdcache.rows import IGNORE, Row, make_encoder
+from kdcache.targets import Codec
+from kdcache.teacher import tokenizer_files
+from kdcache.worker import Job, batches
+
+CODECS = (("topk:64", (1.0,)), ("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)))
+SHAPES = {
+    # hidden, layers, heads, key-value heads, feed-forward, of Llama 3 models
+    "1b": (2048, 16, 32, 8, 8192),
+    "8b": (4096, 32, 32, 8, 14336),
+}
+IDS = 128_256
+
+
+@dataclass
+class Clock:
+    """Wall and CPU seconds of one side."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens inside; a device is waited for."""
+        _wait_for_device()
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        _wait_for_device()
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+
+
+@dataclass
+class Sides:
+    """One codec: a build and the bare forward over the same batches.
+
+    Attributes:
+        codec: its text.
+        temperatures: declared.
+        planning: seconds from options to an empty cache.
+        loading: seconds until a crew is ready.
+        positions: cached.
+        build: in steady state.
+        forward: over the same batches.
+        teacher: seconds of the build in its teacher and codec.
+    """
+
+    codec: str
+    temperatures: tuple[float, ...]
+    planning: float = 0.0
+    loading: float = 0.0
+    positions: int = 0
+    build: Clock = field(default_factory=Clock)
+    forward: Clock = field(default_factory=Clock)
+    teacher: float = 0.0
+
+    @property
+    def wall_ratio(self) -> float:
+        """Build by forward, wall time."""
+        return self.build.wall / self.forward.wall
+
+    @property
+    def cpu_ratio(self) -> float:
+        """Build by forward, CPU time."""
+        return self.build.cpu / self.forward.cpu
+
+
+def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
+    """Build a cache block by block, in turns with the bare forward.
+
+    Args:
+        options: of the build; its `out` is made.
+        block: spans of a block.
+        model: the teacher for the bare forward. Default: loaded.
+    """
+    sides = Sides(options.codec or "", options.temperatures)
+    begin = time.perf_counter()
+    prepared = prepare(options)
+    Cache.create_or_resume(
+        options.out,
+        prepared.spec,
+        tokenizer_files=tokenizer_files(prepared.tokenizer),
+        ranks=prepared.ranks,
+    )
+    sides.planning = time.perf_counter() - begin
+    begin = time.perf_counter()
+    job = Job(options.out, prepared.rows, prepared.teacher, prepared.batch_tokens)
+    crew = LocalCrew(job)
+    sides.loading = time.perf_counter() - begin
+    model = model if model is not None else load(prepared)
+    spans = list(prepared.corpus.spans)
+    for start in range(0, len(spans), block):
+        part = spans[start : start + block]
+        cut = list(batches_of(prepared, part))
+        if start == 0:  # kernels are chosen and compiled at their first call
+            bare_forward(model, cut[:1])
+            run(crew, part[:1])
+        turns: list[Callable[[], None]] = [
+            partial(_timed_build, sides, crew, part),
+            partial(_timed_forward, sides, model, cut),
+        ]
+        for turn in turns if start // block % 2 else reversed(turns):
+            turn()
+        sides.positions += sum(int((r.labels != IGNORE).sum()) for batch in cut for r in batch)
+        print(
+            f"  {sides.codec}, span {start + len(part)} of {len(spans)}: wall "
+            f"{sides.wall_ratio:.3f}, CPU {sides.cpu_ratio:.3f}",
+            flush=True,
+        )
+    crew.stop()
+    return sides
+
+
+def run(crew: LocalCrew, spans: Sequence[Span]) -> float:
+    """Make the spans, two in flight as the driver has them; seconds in the teacher."""
+    waiting, seconds, in_flight = list(spans), 0.0, 0
+    while waiting or in_flight:
+        while waiting and crew.room():
+            crew.give(waiting.pop(0))
+            in_flight += 1
+        for outcome in crew.wait(1.0):
+            in_flight -= 1
+            if outcome.report is None:
+                raise outcome.error or RuntimeError("a span was lost")
+            seconds += outcome.report.teacher_seconds
+    return seconds
+
+
+def _timed_build(sides: Sides, crew: LocalCrew, spans: Sequence[Span]) -> None:
+    with sides.build.running():
+        sides.teacher += run(crew, spans)
+
+
+def _timed_forward(sides: Sides, model: Any, cut: Sequence[Sequence[Row]]) -> None:
+    with sides.forward.running():
+        bare_forward(model, cut)
+
+
+def load(prepared: Prepared) -> Any:
+    """The model as `transformers` loads it, in the build's dtype and on its device."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        prepared.teacher.names[0], dtype=getattr(torch, prepared.spec.dtype)
+    )
+    return model.to("cpu" if prepared.teacher.device == "cpu" else "cuda").eval()
+
+
+def batches_of(prepared: Prepared, spans: Sequence[Span]) -> Iterator[list[Row]]:
+    """The batches that a build makes of these spans."""
+    for span in spans:
+        rows = list(make_encoder(prepared.rows, prepared.tokenizer).encode(Corpus.read(span)))
+        for batch in batches([len(row.input_ids) for row in rows], prepared.batch_tokens):
+            yield [rows[i] for i in batch]
+
+
+@torch.inference_mode()
+def bare_forward(model: Any, cut: Sequence[Sequence[Row]]) -> None:
+    """The model's own forward, all logits, nothing done with them."""
+    for rows in cut:
+        ids = np.zeros((len(rows), max(len(row.input_ids) for row in rows)), np.int64)
+        for line, row in zip(ids, rows, strict=True):
+            line[: len(row.input_ids)] = row.input_ids
+        model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------- a teacher of any shape
+
+
+def random_teacher(shape: str, folder: Path) -> Path:
+    """A Llama of random weights and a tokenizer whose 128k words are `w0`, `w1`, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    hidden, layers, heads, kv_heads, wide = SHAPES[shape]
+    config = transformers.LlamaConfig(
+        vocab_size=IDS,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=wide,
+        max_position_embeddings=4096,
+        tie_word_embeddings=shape == "1b",
+        eos_token_id=0,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # Random weights give a flat distribution; larger outputs give it the entropy of a real one.
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6.0)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(IDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="w0", pad_token="w0"
+    ).save_pretrained(folder)
+    return folder
+
+
+def random_corpus(tokens: int, path: Path) -> Path:
+    """Documents of 1,000 words with Zipf's frequencies."""
+    generator = np.random.default_rng(0)
+    ids = np.minimum(generator.zipf(1.2, tokens), IDS - 1)
+    with path.open("w") as file:
+        for part in np.array_split(ids, max(1, tokens // 1000)):
+            file.write(json.dumps({"text": " ".join(f"w{i}" for i in part)}) + "\n")
+    return path
+
+
+# ----------------------------------------------------------------------------------------- sampler
+
+
+@torch.inference_mode()
+def sampler(vocab: int, positions: int, rounds: int) -> str:
+    """Microseconds a position of each codec and of what is written without them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    logits = 4 * torch.randn(positions, vocab, device=device, generator=generator).to(dtype)
+    u = torch.rand(positions, dtype=torch.float64, device=device, generator=generator)
+    ways: dict[str, Callable[[], Any]] = {
+        "read once (`amax`)": lambda: logits.amax(-1),
+        "`log_softmax` and `torch.topk`, 64": lambda: logits.float().log_softmax(-1).topk(64),
+        "`multinomial`, 50 draws": lambda: torch.multinomial(
+            logits.float().softmax(-1), 50, replacement=True
+        ),
+    }
+    for text, temperatures in (("topk:16", (1.0,)), *CODECS):
+        codec = Codec.parse(text, temperatures, vocab)
+        ways[f"`{codec}`, T = {name(temperatures)}"] = partial(codec.encode, logits, u)
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for way in ways.values():
+        way()
+    for _ in range(rounds):
+        for way, encode in ways.items():
+            clock = Clock()
+            with clock.running():
+                encode()
+            taken[way].append(clock.wall)
+    rows = [
+        [way, f"{1e6 * statistics.median(seconds) / positions:.2f}"]
+        for way, seconds in taken.items()
+    ]
+    return (
+        f"{positions:,} positions of {vocab:,} ids, {dtype}".replace("torch.", "")
+        + f"; {machine()}. Median of {rounds} rounds, in turns.\n\n"
+        + table(["encode", "µs a position"], rows)
+    )
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def name(temperatures: Sequence[float]) -> str:
+    """Declared temperatures in words."""
+    return ", ".join(f"{t:g}" for t in temperatures)
+
+
+def report(found: Sequence[Sides], what: str) -> str:
+    """Ratios and seconds as markdown."""
+    rows = [
+        [
+            f"`{s.codec}`, T = {name(s.temperatures)}",
+            f"{s.wall_ratio:.3f}x",
+            f"{s.cpu_ratio:.3f}x",
+            f"{1e6 * s.forward.wall / s.positions:.1f}",
+            f"{1e6 * s.build.wall / s.positions:.1f}",
+            f"{s.teacher / s.build.wall:.0%}",
+            f"{s.planning:.1f} s",
+            f"{s.loading:.1f} s",
+        ]
+        for s in found
+    ]
+    header = ["cache", "wall", "CPU", "forward, µs", "build, µs", "in the teacher", "planning"]
+    return (
+        f"{what}: {found[0].positions:,} positions; {machine()}. Build by bare forward of the same "
+        f"model over the same batches; microseconds a position of wall time.\n\n"
+        + table([*header, "loading"], rows)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", help="a causal LM")
+    parser.add_argument("--corpus", help="what to build from")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights and words instead")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="words of a random corpus")
+    parser.add_argument("--limit", type=int, help="records of the corpus")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--shard-tokens", type=int, help="as of `kdcache build`")
+    parser.add_argument("--batch-tokens", type=int, help="as of `kdcache build`")
+    parser.add_argument("--block", type=int, default=8, help="spans between turns")
+    parser.add_argument("--sampler", action="store_true", help="the sampler alone")
+    parser.add_argument("--vocab", type=int, default=IDS, help="of the sampler")
+    parser.add_argument("--positions", type=int, default=4096, help="of the sampler")
+    parser.add_argument("--rounds", type=int, default=11, help="of the sampler")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--markdown", metavar="HEADING", help="keep it in RESULTS.md below this")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.sampler:
+        text = sampler(options.vocab, options.positions, options.rounds)
+    else:
+        text = builds(options)
+    print(text)
+    if options.markdown:
+        keep(options.markdown, text)
+
+
+def builds(options: argparse.Namespace) -> str:
+    """All codecs, one after the other."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        teacher, corpus, what = options.teacher, options.corpus, ""
+        if options.shape:
+            teacher = str(random_teacher(options.shape, folder / "teacher"))
+            corpus = str(random_corpus(options.tokens, folder / "corpus.jsonl"))
+            what = f"a {options.shape} Llama of random weights, {IDS:,} ids, random words"
+        else:
+            what = f"{Path(teacher).name} on {Path(corpus).name}"
+        model, found = None, []
+        for number, (codec, temperatures) in enumerate(CODECS):
+            build = BuildOptions(
+                (teacher,),
+                (corpus,),
+                str(folder / f"cache-{number}"),
+                codec=codec,
+                temperatures=temperatures,
+                max_length=options.max_length,
+                limit=options.limit,
+                shard_tokens=options.shard_tokens,
+                batch_tokens=options.batch_tokens,
+                workers=0,
+            )
+            model = model if model is not None else load(prepare(build))
+            found.append(measure(build, options.block, model))
+        return report(found, what)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Where benchmarks keep what came out: one section each in RESULTS.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def keep(heading: str, text: str) -> None:
+    """Replace one section, and nothing else, in RESULTS.md.
+
+    Args:
+        heading: without the `## ` before it.
+        text: markdown below it.
+    """
+    old = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
+    first, *sections = old.split("\n## ")
+    new = f"{heading}\n\n{text.strip()}\n"
+    places = [i for i, section in enumerate(sections) if section.split("\n")[0] == heading]
+    if places:
+        sections[places[0]] = new
+    else:
+        sections.append(new)
+    RESULTS.write_text("\n## ".join(part.rstrip() + "\n" for part in [first, *sections]))
+
+
+def machine() -> str:
+    """Card or processor and versions, in one line."""
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} cores of a shared {platform.machine()} machine, "
+        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    )
+    return (
+        f"{device}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

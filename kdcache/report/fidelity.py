@@ -1,0 +1,162 @@
+"""How well stored targets stand for the teacher's whole distribution.
+
+For one position with probabilities p at T, and t what the cache holds (weights on a few ids,
+nothing on the others):
+
+* noise: E ||t - p||^2, the squared error of a target;
+* bias: ||E t - p||^2, the part of it that averages never take away; all of it where nothing is
+  drawn (top-k, dense), nothing where the draw is unbiased (samples);
+* mass: the teacher's probability on the ids that are named;
+* untold: the sum of |E t - p|, the probability about which a student learns nothing however long it
+  is trained: what lies outside the ids of a top-k. A square hardly sees it, since a tail is made of
+  many small probabilities; a student does.
+
+What training feels is the gradient of the loss by the student's logits. It is taken with the loss
+itself, `distillation_loss` with alpha = 0 and top-k's tail in a bucket, and compared with the one
+from the full distribution, position by position (`angle`, `norm_ratio`) and summed over all
+positions (`mean_angle`: the gradient of an output bias; noise averages out in it and bias stays).
+
+The student is a stand-in: half of the teacher's own logits plus Gaussian noise of deviation 1, the
+same for every codec. That is flatter than the teacher and wrong about every id, as a small student
+is: KL(teacher || student) is about 2 nats for SmolLM2-135M, 0.8 at T = 2. A student further away
+has a larger gradient, of which the targets' noise is a smaller part.
+
+Cost: about ten passes over [positions, vocabulary] for each codec and temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdcache.loss import distillation_loss
+from kdcache.rows import IGNORE
+from kdcache.targets import DenseTargets, SparseTargets
+
+STUDENT_SHARE, STUDENT_DEVIATION = 0.5, 1.0
+"""What a student has of the teacher's logits, and the deviation of the noise in its own."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Targets against the full distribution at one temperature; means over positions.
+
+    Attributes:
+        temperature: T.
+        noise: E ||t - p||^2.
+        bias: ||E t - p||^2.
+        mass: the teacher's probability on the ids that a target names.
+        untold: the sum of |E t - p|.
+        angle: between the gradients by all logits of all positions, in degrees.
+        norm_ratio: length of the targets' gradient by that of the full distribution.
+        mean_angle: between the gradients summed over positions, in degrees.
+        mean_norm_ratio: lengths of these.
+    """
+
+    temperature: float
+    noise: float
+    bias: float
+    mass: float
+    untold: float
+    angle: float
+    norm_ratio: float
+    mean_angle: float
+    mean_norm_ratio: float
+
+
+class FullGradient:
+    """The teacher's distribution and the student's gradient towards it, for some positions."""
+
+    def __init__(self, logits: Tensor, temperature: float, generator: torch.Generator) -> None:
+        """Make the stand-in student.
+
+        Args:
+            logits: the teacher's, [n, V].
+            temperature: T.
+            generator: of the CPU, where the student's noise comes from.
+        """
+        self.logits = logits.float().clone()
+        self.temperature = temperature
+        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+        self.student = STUDENT_SHARE * self.logits + STUDENT_DEVIATION * noise
+        self.p = (self.logits / temperature).softmax(-1)
+        self.gradient = self.towards(DenseTargets(self.logits))
+
+    def towards(self, targets: DenseTargets | SparseTargets) -> Tensor:
+        """Gradient of the summed soft loss by the student's logits, [n, V]."""
+        z = self.student.clone().requires_grad_()
+        labels = torch.full((len(z),), IGNORE, device=z.device)
+        loss = distillation_loss(
+            z, labels, targets, alpha=0.0, temperature=self.temperature, count=1
+        )
+        (gradient,) = torch.autograd.grad(loss.total, z)
+        return gradient
+
+
+class FidelityMeter:
+    """Adds up positions of one codec at one temperature."""
+
+    def __init__(self, *, drawn: bool) -> None:
+        """Start at nothing; `drawn` says whether targets are an unbiased sample."""
+        self._drawn = drawn
+        self._positions = 0
+        self._temperature = math.nan
+        self._sums = torch.zeros(6, dtype=torch.float64)
+        self._mean: tuple[Tensor, Tensor] | None = None
+
+    def add(self, full: FullGradient, targets: DenseTargets | SparseTargets) -> None:
+        """Add positions: what is stored of them, on the device of `full`."""
+        if isinstance(targets, DenseTargets):
+            held = (targets.logits / full.temperature).softmax(-1)
+        else:
+            held = torch.zeros_like(full.p).scatter_add_(1, targets.ids, targets.weights)
+        gradient = full.towards(targets)
+        sums = torch.stack(
+            [
+                (held - full.p).square().sum(),
+                full.p[held > 0].sum(),
+                (held - full.p).abs().sum(),
+                (gradient * full.gradient).sum(),
+                gradient.square().sum(),
+                full.gradient.square().sum(),
+            ]
+        )
+        self._sums += sums.double().cpu()
+        self._positions += len(full.p)
+        self._temperature = full.temperature
+        means = (gradient.sum(0).double(), full.gradient.sum(0).double())
+        old = self._mean
+        self._mean = means if old is None else (old[0] + means[0], old[1] + means[1])
+
+    def result(self) -> Fidelity:
+        """The figures over all positions added."""
+        assert self._mean is not None, "positions were added"
+        squared, mass, absolute, dot, own, full = self._sums.tolist()
+        mine, want = self._mean
+        noise = squared / self._positions
+        return Fidelity(
+            temperature=self._temperature,
+            noise=noise,
+            bias=0.0 if self._drawn else noise,
+            mass=mass / self._positions,
+            untold=0.0 if self._drawn else absolute / self._positions,
+            angle=_degrees(dot, own, full),
+            norm_ratio=_ratio(own, full),
+            mean_angle=_degrees(
+                float(mine @ want), float(mine.square().sum()), float(want.square().sum())
+            ),
+            mean_norm_ratio=_ratio(float(mine.square().sum()), float(want.square().sum())),
+        )
+
+
+def _degrees(dot: float, one: float, other: float) -> float:
+    if one <= 0 or other <= 0:
+        return math.nan
+    return math.degrees(math.acos(max(-1.0, min(1.0, dot / math.sqrt(one * other)))))
+
+
+def _ratio(one: float, other: float) -> float:
+    return math.sqrt(one / other) if other > 0 else math.nan

@@ -1,0 +1,161 @@
+"""How the golden caches were made: by the code of version 0.1.0, format version 1.
+
+    python tests/golden/make.py FOLDER
+
+They are the promise that later versions read what earlier ones wrote, so they are never made again:
+a later format adds folders of its own beside them. Five caches of ten rows in one shard; the rows
+and logits below are no one's teacher's. `expected.json` holds what the caches must give, taken from
+the rows themselves and, for the targets, from what the codecs read right after they had written:
+`test_targets.py` is what says that these are right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from kdcache.cache import Cache, CacheSpec
+from kdcache.ranks import ranks_of_ids, read_ranks
+from kdcache.rows import IGNORE, Row
+from kdcache.shard import ShardData
+from kdcache.targets import DenseTargets, SoftTargets, position_uniform
+from kdcache.teacher import tokenizer_files
+
+VOCABULARY = 300
+CLASSES = ("bad", "neutral", "good")
+CACHES = {
+    "dense": ("sequence-classification", "dense", (1.0,)),
+    "topk-1": ("causal-lm", "topk:4", (1.0,)),
+    "topk-1-2": ("causal-lm", "topk:4", (1.0, 2.0)),
+    "sample-1": ("causal-lm", "sample:5", (1.0,)),
+    "sample-1-2": ("causal-lm", "sample:5", (1.0, 2.0)),
+}
+SHARDS = (10,)
+
+
+def rows_of(task: str, rng: np.random.Generator, count: int) -> list[Row]:
+    rows = []
+    for _ in range(count):
+        # Squares: small ids are more frequent, as in a text.
+        ids = (VOCABULARY * rng.random(int(rng.integers(4, 9))) ** 2).astype(np.int32)
+        if task == "causal-lm":
+            labels = np.where(rng.random(len(ids) - 1) < 0.2, IGNORE, ids[1:]).astype(np.int32)
+            rows.append(Row(ids[:-1], labels))
+            continue
+        label = np.array([int(rng.integers(-1, 3))], np.int32)
+        label[label < 0] = IGNORE
+        types = (np.arange(len(ids)) > 2).astype(np.uint8)
+        text = " ".join(f"w{i}" for i in ids[:3]) + " é"
+        rows.append(Row(ids, label, types, text, " ".join(f"w{i}" for i in ids[3:])))
+    return rows
+
+
+def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -> dict[str, Any]:
+    """One cache, and what it must give."""
+    rng = np.random.default_rng(7)
+    causal = task == "causal-lm"
+    width = VOCABULARY if causal else len(CLASSES)
+    shards = [rows_of(task, rng, count) for count in SHARDS]
+    ranks = b""
+    if causal:
+        ids = np.concatenate([row.input_ids for shard in shards for row in shard])
+        counts = np.bincount(ids, minlength=width)
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        ranks = order.astype("<u4").tobytes()
+    spec = CacheSpec(
+        task=task,
+        teachers=({"sha256": "0" * 64, "weight": 1.0},),
+        ensemble="mean-probs",
+        dtype="float32",
+        tokenizer="0" * 64,
+        vocab_size=width,
+        pad_id=0,
+        eos_id=None,
+        label_names=None if causal else CLASSES,
+        corpus=({"name": "golden.jsonl", "size": 1, "kind": "jsonl", "tag": "0" * 32},),
+        rows={"max_length": 8, "packing": "none"},
+        reading={"span_bytes": 1, "limit": None, "format": "auto", "columns": None},
+        spans=len(shards),
+        codec=codec,
+        temperatures=temperatures,
+        seed=0,
+        ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+    )
+    cache = Cache.create_or_resume(
+        str(folder), spec, tokenizer_files=tokenizer(), ranks=ranks, notes={"kdcache": "0.1.0"}
+    )
+    to_id = read_ranks(ranks, width) if ranks else None
+    entries, expected = [], []
+    for span, rows in enumerate(shards):
+        positions = [int((r.labels != IGNORE).sum()) if causal else 1 for r in rows]
+        n = sum(positions)
+        logits = torch.from_numpy(3 * rng.standard_normal((n, width))).float()
+        u = torch.from_numpy(position_uniform(0, span, np.arange(n), 0))
+        made = spec.make_codec()
+        raw = {k: v.numpy() for k, v in made.encode(logits, u).items()}
+        packed = made.pack(raw, None if to_id is None else ranks_of_ids(to_id))
+        targets = SoftTargets(made, packed, to_id)
+        entries.append(cache.commit(span, ShardData.from_rows(task, rows, targets)))
+        expected.append(
+            {
+                "rows": [
+                    {
+                        "input_ids": row.input_ids.tolist(),
+                        "labels": row.labels.tolist(),
+                        "type_ids": None if row.type_ids is None else row.type_ids.tolist(),
+                        "text": row.text,
+                        "text_pair": row.text_pair,
+                    }
+                    for row in rows
+                ],
+                "positions": positions,
+                "targets": {f"{t:g}": target_values(targets, t) for t in temperatures},
+            }
+        )
+    cache.seal(cache.prepare_manifest(entries))
+    return {"digest": cache.digest, "fingerprint": spec.fingerprint, "shards": expected}
+
+
+def target_values(targets: SoftTargets, temperature: float) -> list[Any]:
+    """Of each position: logits, or id and weight pairs in the order of ids and what is left."""
+    found = targets.at(temperature)
+    if isinstance(found, DenseTargets):
+        return [[round(z, 6) for z in row] for row in found.logits.tolist()]
+    values = []
+    for ids, weights, rest in zip(found.ids, found.weights, found.rest, strict=True):
+        sums: dict[int, float] = {}
+        for i, w in zip(ids.tolist(), weights.tolist(), strict=True):
+            if w > 0:
+                sums[i] = sums.get(i, 0.0) + w
+        entries = [[i, round(w, 6)] for i, w in sorted(sums.items())]
+        values.append({"entries": entries, "rest": round(float(rest), 6)})
+    return values
+
+
+def tokenizer() -> dict[str, bytes]:
+    """Few words: the ids of the rows need none."""
+    words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "w2": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    return tokenizer_files(
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    )
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    expected = {name: make(folder / name, *facts) for name, facts in CACHES.items()}
+    (folder / "expected.json").write_text(json.dumps(expected, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Caches that an earlier version wrote must be read for ever; `golden/make.py` says what they are.
+
+A failure here means that existing caches are lost to their owners. Mend the reader, never the
+files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.cache import Cache
+from kdcache.errors import UsageError
+from kdcache.targets import DenseTargets
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED: dict[str, dict[str, Any]] = json.loads((GOLDEN / "expected.json").read_text())
+
+
+@pytest.fixture(params=sorted(EXPECTED))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_golden_caches_are_whole(name: str) -> None:
+    cache = Cache.open(str(GOLDEN / name))
+    assert list(cache.verify()) == []
+    assert cache.digest == EXPECTED[name]["digest"]
+    assert cache.spec.fingerprint == EXPECTED[name]["fingerprint"]
+    assert cache.tokenizer()("w2")["input_ids"] == [2]
+
+
+def test_golden_rows_are_read(name: str) -> None:
+    cache = Cache.open(str(GOLDEN / name))
+    assert cache.spec.spans == len(EXPECTED[name]["shards"])
+    for span, shard in enumerate(EXPECTED[name]["shards"]):
+        data = cache.read(span)
+        assert len(data) == len(shard["rows"])
+        assert np.diff(data.position_offsets).tolist() == shard["positions"]
+        for index, want in enumerate(shard["rows"]):
+            row = data.row(index)
+            assert row.input_ids.tolist() == want["input_ids"]
+            assert row.labels.tolist() == want["labels"]
+            assert (None if row.type_ids is None else row.type_ids.tolist()) == want["type_ids"]
+            assert (row.text, row.text_pair) == (want["text"], want["text_pair"])
+
+
+def test_golden_targets_are_read(name: str) -> None:
+    cache = Cache.open(str(GOLDEN / name))
+    for span, shard in enumerate(EXPECTED[name]["shards"]):
+        for temperature, wanted in shard["targets"].items():
+            found = cache.read(span).targets.at(float(temperature))
+            assert len(found) == len(wanted)
+            if isinstance(found, DenseTargets):
+                torch.testing.assert_close(found.logits, torch.tensor(wanted), rtol=0, atol=1e-6)
+                continue
+            vocabulary = cache.spec.vocab_size
+            got = torch.zeros(len(found), vocabulary).scatter_add_(1, found.ids, found.weights)
+            want = torch.zeros_like(got)
+            for i, position in enumerate(wanted):
+                for token, weight in position["entries"]:
+                    want[i, token] = weight
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+            rest = torch.tensor([position["rest"] for position in wanted])
+            torch.testing.assert_close(found.rest, rest, rtol=0, atol=2e-6)
+
+
+def test_golden_temperatures_are_kept_to(name: str) -> None:
+    targets = Cache.open(str(GOLDEN / name)).read(0).targets
+    if name == "dense":
+        assert len(targets.at(3.0)) == len(targets)
+        return
+    with pytest.raises(UsageError, match="not declared"):
+        targets.at(3.0)
+
+
+def test_a_golden_target_that_changed_is_noticed(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "topk-1", tmp_path / "cache")
+    (shard, *_) = sorted((tmp_path / "cache" / "shards").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(content)
+    assert len(list(Cache.open(str(tmp_path / "cache")).verify())) == 1

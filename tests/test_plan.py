@@ -1,0 +1,274 @@
+"""`kdcache plan`: its figures against what a build makes of the same corpus, and by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+from kdcache.builder import BuildOptions, build
+from kdcache.cache import Cache
+from kdcache.cli import cli
+from kdcache.corpus import Corpus
+from kdcache.errors import UsageError
+from kdcache.report.fidelity import Fidelity, FidelityMeter, FullGradient
+from kdcache.report.plan import PlannedCache, PlanOptions, PlanResult, break_even, plan
+from kdcache.report.plan_view import render_plan
+from kdcache.report.sample import sample_rows
+from kdcache.rows import RowSpec
+from kdcache.targets import Codec, position_uniform
+
+
+@pytest.fixture
+def options(tiny_lm: Path, text_corpus: Path) -> PlanOptions:
+    return PlanOptions(
+        teacher=(str(tiny_lm),),
+        corpus=(str(text_corpus),),
+        codec=("sample:6", "topk:8", "dense"),
+        rows=24,
+        max_length=64,
+    )
+
+
+def by_name(result: PlanResult) -> dict[tuple[str, tuple[float, ...]], PlannedCache]:
+    return {(c.codec, c.temperatures): c for c in result.caches}
+
+
+def test_a_plan_of_the_whole_corpus_says_what_a_build_makes(
+    options: PlanOptions, tmp_path: Path
+) -> None:
+    everything = dataclasses.replace(options, rows=10_000)
+    result = plan(everything)
+    caches = by_name(result)
+    assert set(caches) == {(c, t) for c in options.codecs for t in ((1.0,), (1.0, 2.0))}
+    for (codec, temperatures), planned in caches.items():
+        out = tmp_path / f"{codec}-{len(temperatures)}".replace(":", "")
+        built = build(
+            BuildOptions(
+                teacher=options.teacher,
+                corpus=options.corpus,
+                out=str(out),
+                codec=codec,
+                temperatures=temperatures,
+                max_length=64,
+                shard_tokens=1_000_000,
+                workers=0,
+            )
+        )
+        targets = Cache.open(str(out)).read(0).targets
+        # The last row of a span is shorter in a plan that reads spans to their end, too.
+        assert abs(built.positions - result.positions) < 0.02 * built.positions
+        assert planned.corpus_bytes < built.bytes  # HDF5's own bytes are no part of a large shard
+        assert planned.corpus_bytes == pytest.approx(built.bytes, rel=0.3)
+        want = {"sample:6": None, "topk:8": 8.0, "dense": 300.0}[codec]
+        if want is None:
+            counts = targets.codec.counts(targets.columns)
+            want = sum(float(n.sum()) for n in counts.values()) / len(targets)
+        assert planned.entries == pytest.approx(want, rel=0.03)
+
+
+def test_hours_and_break_even_follow_from_the_seconds(options: PlanOptions) -> None:
+    result = plan(options)
+    for cache in result.caches:
+        seconds = result.corpus_positions * (result.teacher_seconds + cache.encode_seconds)
+        assert cache.hours["1"] == pytest.approx(seconds / 3600)
+        assert cache.hours["64"] == pytest.approx(seconds / 3600 / 64)
+        assert cache.break_even == break_even(
+            result.teacher_seconds, cache.encode_seconds, cache.read_seconds
+        )
+    assert break_even(1.0, 0.25, 0.5) == 1.25  # decoding hides behind the student's step
+    assert break_even(1.0, 0.0, 1.5) == 2.0
+    assert break_even(1.0, 0.0, 2.0) is None
+
+
+def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
+    caches = by_name(plan(options))
+    dense, topk, sample = (
+        {f.temperature: f for f in caches[(codec, (1.0, 2.0))].fidelity}
+        for codec in ("dense", "topk:8", "sample:6")
+    )
+    for t in (1.0, 2.0):
+        assert dense[t].noise < 1e-12
+        assert dense[t].mass == pytest.approx(1)
+        assert dense[t].angle < 0.1
+        assert dense[t].norm_ratio == pytest.approx(1, abs=1e-3)
+        assert topk[t].bias == topk[t].noise > 1e-6
+        assert topk[t].untold == pytest.approx(1 - topk[t].mass, abs=2e-3)
+        assert sample[t].bias == sample[t].untold == 0
+        assert 0 < sample[t].noise < 1 / 6
+        assert sample[t].norm_ratio > 1
+    assert topk[2.0].mass < topk[1.0].mass
+
+
+def test_the_same_command_gives_the_same_figures(options: PlanOptions) -> None:
+    one, two = plan(options), plan(options)
+    for left, right in zip(one.caches, two.caches, strict=True):
+        assert left.fidelity == right.fidelity
+        assert left.bytes_per_position == right.bytes_per_position
+    assert one.corpus_positions == two.corpus_positions
+
+
+def test_gradients_by_hand() -> None:
+    codec = Codec.parse("topk:5", (2.0,), 40)
+    logits = 2 * torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
+    raw = {k: v.numpy() for k, v in codec.encode(logits).items()}
+    targets = codec.at(codec.pack(raw), 2.0)
+    full = FullGradient(logits, 2.0, torch.Generator().manual_seed(1))
+    p, q = (logits / 2).softmax(-1), (full.student / 2).softmax(-1)
+    torch.testing.assert_close(full.gradient, 2 * (q - p), rtol=1e-4, atol=1e-6)
+    top = torch.zeros_like(p, dtype=torch.bool).scatter_(1, p.topk(5).indices, True)
+    # Outside the top k the bucket only says how much there is in all.
+    rest = (p * ~top).sum(-1, keepdim=True) / (q * ~top).sum(-1, keepdim=True)
+    want = 2 * torch.where(top, q - p, q * (1 - rest))
+    meter = FidelityMeter(drawn=False)
+    meter.add(full, targets)
+    got = meter.result()
+    torch.testing.assert_close(full.towards(targets), want, rtol=1e-3, atol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(want.flatten(), full.gradient.flatten(), 0)
+    assert got.angle == pytest.approx(math.degrees(math.acos(float(cosine))), abs=0.05)
+    assert got.norm_ratio == pytest.approx(float(want.norm() / full.gradient.norm()), rel=1e-3)
+    assert got.bias == pytest.approx(float((p * ~top).square().sum() / 7), rel=0.02)
+    assert got.untold == pytest.approx(float((p * ~top).sum() / 7), rel=0.01)
+
+
+def test_noise_averages_out_of_the_mean_gradient() -> None:
+    codec = Codec.parse("sample:10", (1.0,), 200)
+    logits = 2 * torch.randn(1, 200, generator=torch.Generator().manual_seed(0))
+    few, many = (_sampled(codec, logits, n) for n in (10, 4000))
+    assert many.angle > 5
+    assert many.mean_angle < 0.25 * few.mean_angle < few.angle
+
+
+def _sampled(codec: Codec, logits: torch.Tensor, n: int) -> Fidelity:
+    u = torch.from_numpy(position_uniform(0, 0, np.arange(n), 0))
+    same = logits.expand(n, -1)
+    packed = codec.pack({k: v.numpy() for k, v in codec.encode(same, u).items()})
+    full = FullGradient(same, 1.0, torch.Generator().manual_seed(0))
+    meter = FidelityMeter(drawn=True)
+    meter.add(full, codec.at(packed, 1.0))
+    return meter.result()
+
+
+def test_the_size_of_a_corpus_is_estimated_from_a_sample(
+    tiny_tokenizer: Path, corpus_texts: list[str], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    lines = "".join(
+        json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(corpus_texts)
+    )
+    (tmp_path / "plain.jsonl").write_text(lines)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "plain.txt").write_text(
+        "".join(" ".join(text.split()) + "\n" for text in corpus_texts)
+    )
+    spec = RowSpec("causal-lm", max_length=32)
+    whole = sum(len(ids) + 1 for ids in tokenizer(corpus_texts)["input_ids"])
+    for name, most in (("plain.jsonl", 0.15), ("plain.txt", 0.15), ("packed.jsonl.gz", 0.5)):
+        corpus = Corpus.open([str(tmp_path / name)], span_bytes=8192)
+        sample = sample_rows(corpus, spec, tokenizer, 40)
+        assert len(sample.rows) == len(sample.places) == 40
+        assert sample.corpus_positions == pytest.approx(whole, rel=most)
+    limited = Corpus.open([str(tmp_path / "plain.jsonl")], span_bytes=8192, limit=100)
+    sample = sample_rows(limited, spec, tokenizer, 40)
+    first = sum(len(ids) + 1 for ids in tokenizer(corpus_texts[:100])["input_ids"])
+    assert sample.corpus_positions == pytest.approx(first, rel=0.3)
+
+
+def test_rows_come_from_all_over_the_corpus(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i:05d}"}) + "\n" for i in range(5000)))
+    corpus = Corpus.open([str(path)], span_bytes=2000)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    sample = sample_rows(corpus, RowSpec("causal-lm", packing="none", max_length=8), tokenizer, 10)
+    first = [int(tokenizer.decode(row.input_ids)) for row in sample.rows]
+    assert first == sorted(first)
+    assert first[0] == 0
+    assert first[-1] > 4000
+
+
+def test_a_classifier_is_planned_too(tiny_classifier: Path, labelled_corpus: Path) -> None:
+    result = plan(
+        PlanOptions(
+            teacher=(str(tiny_classifier),),
+            corpus=(str(labelled_corpus),),
+            task="sequence-classification",
+            max_length=48,
+            rows=30,
+            temperatures=("2",),
+        )
+    )
+    assert result.rows == result.positions == 30
+    assert result.corpus_positions == pytest.approx(200, rel=0.25)
+    assert [(c.codec, c.entries) for c in result.caches] == [("dense", 3.0), ("dense:float16", 3.0)]
+    half = result.caches[1].fidelity[0]
+    assert 0 < half.noise < 1e-6
+
+
+def test_wrong_options_are_refused(options: PlanOptions, tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"rows": 0}, "--rows is 0"),
+        ({"temperatures": ("1;2",)}, "--temperatures are 1;2"),
+        ({"temperatures": ("0",)}, "--temperatures are 0"),
+        ({"plot": str(tmp_path / "none" / "x.png")}, "no folder"),
+        ({"teacher": ()}, "--teacher is missing"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            dataclasses.replace(options, **wrong)
+    with pytest.raises(UsageError, match="codec 'best' is not known"):
+        plan(dataclasses.replace(options, codec=("best",)))
+
+
+def test_dense_targets_that_fill_the_memory_are_refused(
+    options: PlanOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcache.report.plan._MOST_BYTES", 1_000_000)
+    with pytest.raises(UsageError, match="fewer --rows, or leave this --codec out"):
+        plan(options)
+
+
+def test_a_corpus_without_a_row_is_refused(options: PlanOptions, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n{"text": " "}\n')
+    with pytest.raises(UsageError, match="no row could be made"):
+        plan(dataclasses.replace(options, corpus=(str(empty),)))
+
+
+def test_the_command_prints_tables_json_and_a_plot(options: PlanOptions, tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    call = ["plan", "--teacher", options.teacher[0], "--corpus", options.corpus[0]]
+    call += ["--rows", "8", "--max-length", "64", "--codec", "sample:6", "--codec", "topk:4"]
+    call += ["--temperatures", "1", "--temperatures", "1,2", "--plot", str(picture)]
+    done = CliRunner().invoke(cli, call)
+    assert done.exit_code == 0, done.output
+    for expected in ("Cost", "Fidelity", "sample:6", "1,2", "64 workers", "break-even", "untold"):
+        assert expected in done.stdout
+    assert "compress a little better" in " ".join(done.stdout.split())
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    done = CliRunner().invoke(cli, [*call, "--json"])
+    values = json.loads(done.stdout)
+    assert len(values["caches"]) == 4
+    assert set(values["caches"][0]["hours"]) == {"1", "8", "64"}
+    assert values["plot"] == str(picture)
+
+
+def test_a_cache_that_never_pays_is_said_to(options: PlanOptions) -> None:
+    result = plan(dataclasses.replace(options, codec=("sample:6",), temperatures=("1",)))
+    never = dataclasses.replace(result.caches[0], break_even=None)
+    result = dataclasses.replace(result, caches=(never,), clipped_mass=0.25)
+    out = io.StringIO()
+    render_plan(result, Console(file=out))
+    assert "never" in out.getvalue()
+    assert "25.0000 % of its probability to ids outside" in out.getvalue()
