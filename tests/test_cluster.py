@@ -1,0 +1,193 @@
+"""Ways onto a cluster: job submission with a token, the Slurm script, and the KubeRay manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kdcache.cache import Cache
+from kdcache.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+RAY = Path(sys.executable).with_name("ray")
+DEADLINE = 240
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def environment(home: Path) -> dict[str, str]:
+    """That of a user with a home of their own, whose commands are those of this environment."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_"))}
+    return {
+        **kept,
+        "HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
+def run(call: list[Any], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in call]
+    return subprocess.run(
+        words,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE,
+    )
+
+
+@pytest.fixture
+def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """Address for jobs of a local cluster that asks for a token."""
+    made = run([RAY, "get-auth-token", "--generate"], environment)
+    assert made.returncode == 0, made.stdout
+    port = free_port()
+    log = tmp_path / "ray.log"
+    call = [RAY, "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2"]
+    call += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
+    with log.open("wb") as out:
+        head = subprocess.Popen(
+            [str(w) for w in call],
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + DEADLINE
+        while not _listens(port):
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        head.send_signal(signal.SIGTERM)  # `--block` ends the processes it started
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as tried:
+        tried.settimeout(1)
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.end_to_end
+def test_a_build_is_submitted_to_a_cluster_that_asks_for_a_token(
+    dashboard: str, environment: dict[str, str], tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    call = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ROOT / "kdcache", "--"]
+    out = tmp_path / "cache"
+    build = ["build", "--address", "auto", "--workers", "1", "--gpus-per-worker", "0"]
+    build += ["--teacher", tiny_lm, "--corpus", text_corpus, "--max-length", "64", "--out", out]
+    stranger = {**environment, "HOME": str(tmp_path), "RAY_AUTH_TOKEN": "guessed" * 8}
+    refused = run([*call, sys.executable, ROOT / "cli.py", *build], stranger)
+    assert refused.returncode != 0
+    assert not out.exists()
+    done = run([*call, sys.executable, ROOT / "cli.py", *build], environment)
+    assert done.returncode == 0, done.stdout
+    assert "succeeded" in done.stdout
+    token = (Path(environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
+    assert token not in done.stdout
+    cache = Cache.open(str(out))
+    assert list(cache.verify()) == []
+    assert cache.manifest.rows > 0
+
+
+@pytest.fixture
+def slurm(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """One node that believes to be in a Slurm job: `srun` runs its command right here."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {
+        "scontrol": "echo 127.0.0.1",
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    }
+    for name, line in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / name).chmod(stat.S_IRWXU)
+    return {
+        **environment,
+        "PATH": f"{folder}:{environment['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node[1]",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+
+
+@pytest.mark.end_to_end
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_slurm_script_builds(
+    slurm: dict[str, str], tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    from ray.scripts.symmetric_run import check_ray_already_started
+
+    if check_ray_already_started():
+        pytest.skip("a Ray runs on this machine, and the script wants a node of its own")
+    script = ROOT / "examples" / "cluster" / "slurm.sh"
+    out = tmp_path / "cache"
+    call = ["bash", script, "--teacher", tiny_lm, "--corpus", text_corpus, "--out", out]
+    call += ["--max-length", "64", "--workers", "1", "--gpus-per-worker", "0"]
+    done = run(call, slurm)
+    assert done.returncode == 0, done.stdout
+    assert list(Cache.open(str(out)).verify()) == []
+    token = Path(slurm["HOME"]) / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o077 == 0
+    assert token.read_text().strip() not in done.stdout
+
+
+def test_the_rayjob_asks_for_a_token_and_preemptible_gpus() -> None:
+    text = (ROOT / "examples" / "cluster" / "rayjob.yaml").read_text()
+    job: dict[str, Any] = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    words = spec["entrypoint"].split()
+    assert words[0] == "kdcache"
+    assert words[1] in COMMANDS
+    assert spec["backoffLimit"] > 0
+    assert spec["shutdownAfterJobFinishes"] is True
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["enableInTreeAutoscaling"] is True
+    head = cluster["headGroupSpec"]
+    assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    pods = [head["template"]["spec"]]
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] == 0 < group["maxReplicas"]
+        pods.append(group["template"]["spec"])
+        (container,) = pods[-1]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert len({c["image"] for pod in pods for c in pod["containers"]}) == 1
+    assert "AWS_" not in text  # roles, not keys
+    assert not any("env" in c for pod in pods for c in pod["containers"])
