@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.builder import BuildOptions, BuildResult, build
     from kdcache.cache import Cache
+    from kdcache.cache.mending import GcResult, RepairResult
     from kdcache.demonstration import DemoOptions, DemoResult, demo
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.finetuning import FinetuneOptions, FinetuneResult, finetune
@@ -36,14 +37,25 @@ if TYPE_CHECKING:
     from kdcache.report.plan import PlanOptions, PlanResult, plan
     from kdcache.stream import Collator, TargetDataset, TargetStream
     from kdcache.student import DistilledStudent
+    from kdcache.sweeping import SweepOptions, SweepResult, sweep
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
     from kdcache.training import DistillationTrainer, TrainOptions, TrainResult, train
+    from kdcache.upkeep import (
+        GcOptions,
+        RepairOptions,
+        VerifyOptions,
+        VerifyResult,
+        gc,
+        repair,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "kdcache.builder": ("BuildOptions", "BuildResult", "build"),
     "kdcache.cache": ("Cache",),
+    "kdcache.cache.mending": ("GcResult", "RepairResult"),
     "kdcache.demonstration": ("DemoOptions", "DemoResult", "demo"),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
     "kdcache.finetuning": ("FinetuneOptions", "FinetuneResult", "finetune"),
@@ -62,8 +74,18 @@ _HOMES = {
     "kdcache.report.plan": ("PlanOptions", "PlanResult", "plan"),
     "kdcache.stream": ("Collator", "TargetDataset", "TargetStream"),
     "kdcache.student": ("DistilledStudent",),
+    "kdcache.sweeping": ("SweepOptions", "SweepResult", "sweep"),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),
     "kdcache.training": ("DistillationTrainer", "TrainOptions", "TrainResult", "train"),
+    "kdcache.upkeep": (
+        "GcOptions",
+        "RepairOptions",
+        "VerifyOptions",
+        "VerifyResult",
+        "gc",
+        "repair",
+        "verify",
+    ),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 

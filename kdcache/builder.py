@@ -25,8 +25,9 @@ from kdcache import __version__
 from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.corpus import Corpus, OnError
 from kdcache.crew import Crew, LocalCrew, RayCrew, cluster_address
-from kdcache.driver import Driver, Progress, interruptible
-from kdcache.errors import UsageError
+from kdcache.driver import GO_ON, Driver, Interrupt, Progress, interruptible
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.events import EventLog, Tell
 from kdcache.ranks import count_ranks
 from kdcache.rows import Form, Packing, RowSpec, Task
 from kdcache.storage import redact
@@ -73,6 +74,8 @@ class BuildOptions:
         gpus_per_worker: GPUs a worker. Default: one on a cluster; on this machine, one where there
             are any.
         address: Ray address. Default: RAY_ADDRESS, else a Ray of this process.
+        hang_seconds: a Ray worker in which nothing moves for so long (no record read, no batch
+            finished) is replaced.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         batch_tokens: padded tokens of a teacher batch. Default: by device.
         shard_tokens: target size of a shard in tokens. Default: by corpus and codec.
@@ -104,6 +107,7 @@ class BuildOptions:
     workers: int | None = None
     gpus_per_worker: float | None = None
     address: str | None = None
+    hang_seconds: float = 600.0
     dtype: Dtype = "auto"
     batch_tokens: int | None = None
     shard_tokens: int | None = None
@@ -135,6 +139,8 @@ class BuildOptions:
                 problems.append(f"--{name.replace('_', '-')} is {value}, expected at least 1")
         if self.workers is not None and self.workers < 0:
             problems.append(f"--workers is {self.workers}, expected auto, 0 or more")
+        if not self.hang_seconds > 0:
+            problems.append(f"--hang-seconds is {self.hang_seconds}, expected a positive number")
         if problems:
             raise UsageError("; ".join(problems) + ".")
 
@@ -153,6 +159,8 @@ class BuildResult:
         cache: where the cache is.
         spans: its shards.
         made: how many of them this run made.
+        redone: attempts at them that did not end in a shard and were made again.
+        workers_lost: workers that died, hung or went with their node.
         rows: rows in the whole cache.
         positions: positions in the whole cache.
         bytes: bytes of all shards.
@@ -164,6 +172,8 @@ class BuildResult:
     cache: str
     spans: int
     made: int
+    redone: int
+    workers_lost: int
     rows: int
     positions: int
     bytes: int
@@ -184,12 +194,24 @@ def build(
 
     Args:
         options: what to build.
-        on_progress: called in this thread after every span and about once a second.
+        on_progress: called in this thread, a few times a second at most.
 
     Raises:
         UsageError: wrong options or input; nothing was written that a later run would trust.
         IncompleteError: interrupted, no space left, or spans set aside; the same command goes on.
     """
+    with interruptible() as interrupt:
+        try:
+            return _build(options, on_progress, interrupt)
+        except KeyboardInterrupt:  # while planning or sealing; the driver has more to say
+            raise IncompleteError(f"interrupted. {GO_ON}") from None
+
+
+def _build(
+    options: BuildOptions,
+    on_progress: Callable[[Progress], None] | None,
+    interrupt: Interrupt,
+) -> BuildResult:
     begin = time.perf_counter()
     plan = prepare(options)
     cache = Cache.create_or_resume(
@@ -199,16 +221,32 @@ def build(
         ranks=plan.ranks,
         notes={"teachers": [redact(name) for name in options.teacher], "kdcache": __version__},
     )
-    driver = Driver(plan.corpus.spans, on_progress)
-    missing = [] if cache.sealed else cache.missing()
-    if missing:
-        with interruptible():
-            driver.run(missing, lambda: _hire(options, plan, cache))
-    manifest = cache.manifest if cache.sealed else _seal(cache, driver)
+    log = EventLog(cache.storage)
+    driver = Driver(plan.corpus.spans, on_progress, log)
+    if not cache.sealed or cache.missing():
+        log("start", fingerprint=cache.spec.fingerprint, spans=cache.spec.spans)
+        try:
+            driver.run(
+                functools.partial(_missing, cache, driver),
+                lambda: _hire(options, plan, cache, log),
+                interrupt,
+            )
+            _seal(cache, driver)
+        except BaseException as error:
+            reason = redact(str(error)) or type(error).__name__
+            log("stop", made=len(driver.made), lost=driver.lost, reason=reason)
+            raise
+        else:
+            log("sealed", made=len(driver.made), lost=driver.lost, rows=cache.manifest.rows)
+        finally:
+            log.close()
+    manifest = cache.manifest
     return BuildResult(
         cache=redact(options.out),
         spans=cache.spec.spans,
-        made=len(driver.entries),
+        made=len(driver.made),
+        redone=driver.redone,
+        workers_lost=driver.lost,
         rows=manifest.rows,
         positions=manifest.positions,
         bytes=manifest.bytes,
@@ -218,8 +256,18 @@ def build(
     )
 
 
+def _missing(cache: Cache, driver: Driver) -> list[int]:
+    """Spans to make, by the listing.
+
+    A shard of a sealed cache that came out with other bytes than its manifest says is not in it,
+    and would not be after another try: the seal tells.
+    """
+    made = driver.made if cache.sealed else {}
+    return [span for span in cache.missing() if span not in made]
+
+
 def _seal(cache: Cache, driver: Driver) -> Manifest:
-    manifest = cache.prepare_manifest(driver.entries)
+    manifest = cache.prepare_manifest(driver.made.values())
     if not manifest.rows:
         raise UsageError(
             f"the corpus has no usable row ({manifest.skipped} records skipped): nothing to cache. "
@@ -386,8 +434,15 @@ def _dtype(name: str, gpus: float) -> str:
     return name
 
 
-def _hire(options: BuildOptions, plan: Prepared, cache: Cache) -> Crew:
+def _hire(options: BuildOptions, plan: Prepared, cache: Cache, tell: Tell) -> Crew:
     job = Job(cache.storage.url, plan.rows, plan.teacher, plan.batch_tokens)
     if options.workers == 0:
         return LocalCrew(job)
-    return RayCrew(job, workers=options.workers, gpus=plan.gpus, address=options.address)
+    return RayCrew(
+        job,
+        workers=options.workers,
+        gpus=plan.gpus,
+        address=options.address,
+        hang_seconds=options.hang_seconds,
+        tell=tell,
+    )

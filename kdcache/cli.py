@@ -19,16 +19,20 @@ import click
 
 from kdcache import __version__
 from kdcache.errors import KdcacheError
+from kdcache.storage.urls import redact
 
 COMMANDS = {
     "plan": "Measure what a cache would cost and how good it would be, on a sample.",
     "build": "Run the teacher over a corpus once and cache its soft targets.",
     "train": "Train a student on the hard labels and soft targets of a cache.",
+    "sweep": "Train many students of the same caches and put them side by side.",
     "finetune": "Fine-tune a Hugging Face encoder as the teacher of a classifier.",
     "evaluate": "Measure students beside their teacher.",
     "predict": "Label texts with a classifier; JSON lines out.",
     "inspect": "Show what is in a cache: spec, sizes, rows with the teacher's guesses.",
-    "verify": "Check every hash, count and checksum of a cache.",
+    "verify": "Check every file of a cache, and its targets against the teacher if one is named.",
+    "repair": "Remove what is broken in a cache, so that the same build makes only that anew.",
+    "gc": "Remove what crashed builds have left beside a cache.",
     "demo": "Run the main job end to end with what the package carries.",
 }
 
@@ -52,7 +56,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KdcacheError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {redact(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             # The reader of our output went away (`| head`): nothing is wrong.

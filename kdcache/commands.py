@@ -6,7 +6,6 @@ Each is made when it is first asked for, so that one command does not import wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import click
 from rich.console import Console
@@ -60,6 +59,8 @@ def _build() -> click.Command:
             )
         else:
             skipped = f"; {result.skipped} records skipped" if result.skipped else ""
+            if result.workers_lost:
+                skipped += f"; {result.workers_lost} workers lost, {result.redone} attempts redone"
             click.echo(
                 f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
                 f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows "
@@ -145,6 +146,39 @@ def _train() -> click.Command:
             + (f"; evaluation: {measured}" if measured else "")
             + "."
         )
+
+    return command
+
+
+def _sweep() -> click.Command:
+    from kdcache.progress import SweepDisplay
+    from kdcache.sweeping import SweepOptions, render_sweep, sweep
+
+    @options_command(
+        SweepOptions,
+        name="sweep",
+        epilog=_examples(
+            "kdcache sweep grid.yaml --out sweeps/novels",
+            "kdcache sweep grid.yaml --out sweeps/novels --workers 8 --gpus-per-run 0.5",
+            "The same command again goes on; a grid with more values only adds runs. A grid:",
+            "    cache: caches/novels",
+            "    eval-cache: caches/held-out",
+            "    grid:",
+            "      student: [tiny.json, small.json]",
+            "      alpha: [0.1, 0.5, 1.0]",
+            "      seed: [0, 1, 2]",
+        ),
+        arguments=("grid",),
+        metavars={"grid": "GRID.yaml", "out": "DIR", "address": "RAY_ADDRESS"},
+    )
+    def command(options: SweepOptions, as_json: bool) -> None:
+        """Train many students of the same caches and put them side by side."""
+        with SweepDisplay(quiet=as_json) as display:
+            result = sweep(options, on_progress=display)
+        if as_json:
+            print_json(result)
+        else:
+            render_sweep(result, Console())
 
     return command
 
@@ -261,32 +295,95 @@ def _inspect() -> click.Command:
 
 
 def _verify() -> click.Command:
-    from kdcache.cache import Cache
-
-    @dataclass(frozen=True)
-    class VerifyOptions:
-        cache: str
+    from kdcache.upkeep import VerifyOptions, verify
 
     @options_command(
         VerifyOptions,
         name="verify",
-        epilog=_examples("kdcache verify cache"),
+        epilog=_examples(
+            "kdcache verify cache",
+            "kdcache verify cache --teacher SmolLM2-135M --sample 64",
+        ),
+        arguments=("cache",),
+        metavars={"cache": "CACHE", "teacher": "DIR_OR_HUB_ID", "sample": "ROWS"},
+    )
+    def command(options: VerifyOptions, as_json: bool) -> None:
+        """Check every file of a cache, and its targets against the teacher if one is named."""
+        result = verify(options)
+        if as_json:
+            print_json(result)
+        elif not result.problems:
+            click.echo(f"{result.cache}: {result.shards} shards, {result.rows:,} rows: all good.")
+        if not as_json and (check := result.recheck) is not None:
+            click.echo(
+                f"{check.rows} rows, {check.positions:,} positions run again: cached and live "
+                f"targets differ by {check.cached:.2g}, two live runs by {check.live:.2g}; "
+                f"rounding explains {check.allowed:.2g}."
+            )
+            if not check.same_teacher and not check.problems:
+                click.echo("Configuration or weights are not those of the build, to the byte.")
+        if result.problems:
+            for problem in result.problems:
+                click.echo(problem, err=True)
+            raise click.exceptions.Exit(1)
+
+    return command
+
+
+def _repair() -> click.Command:
+    from kdcache.upkeep import RepairOptions, repair
+
+    @options_command(
+        RepairOptions,
+        name="repair",
+        epilog=_examples(
+            "kdcache repair cache",
+            "Then the same `kdcache build` command makes anew what was removed.",
+        ),
         arguments=("cache",),
         metavars={"cache": "CACHE"},
     )
-    def command(options: VerifyOptions, as_json: bool) -> None:
-        """Check every hash, count and checksum of a cache."""
-        cache = Cache.open(options.cache)
-        problems = list(cache.verify())
+    def command(options: RepairOptions, as_json: bool) -> None:
+        """Remove what is broken in a cache, so that the same build makes only that anew."""
+        result = repair(options)
         if as_json:
-            print_json({"cache": cache.url, "shards": cache.spec.spans, "problems": problems})
-        elif not problems:
-            rows = cache.manifest.rows
-            click.echo(f"{cache.url}: {cache.spec.spans} shards, {rows:,} rows: all good.")
-        if problems:
-            for problem in problems:
-                click.echo(problem, err=True)
-            raise click.exceptions.Exit(1)
+            print_json(result)
+            return
+        for name in result.removed:
+            click.echo(f"{name}: broken, removed")
+        for name in result.missing:
+            click.echo(f"{name}: missing")
+        if result.removed or result.missing:
+            click.echo("Run the same `kdcache build` command again: it makes only these anew.")
+        elif result.old_digest is None:
+            click.echo(f"{result.cache}: nothing is broken.")
+        if result.old_digest is not None:
+            click.echo(f"The digest was {result.old_digest} and is {result.digest} now.")
+
+    return command
+
+
+def _gc() -> click.Command:
+    from kdcache.upkeep import GcOptions, gc
+
+    @options_command(
+        GcOptions,
+        name="gc",
+        epilog=_examples("kdcache gc cache --dry-run"),
+        arguments=("cache",),
+        metavars={"cache": "CACHE"},
+    )
+    def command(options: GcOptions, as_json: bool) -> None:
+        """Remove what crashed builds have left beside a cache."""
+        result = gc(options)
+        if as_json:
+            print_json(result)
+            return
+        for leftover in result.removed:
+            click.echo(f"{leftover.name}: {size(leftover.bytes)}")
+        verb = "would be removed" if result.dry_run else "removed"
+        young = f"; {result.young} younger than an hour stay" if result.young else ""
+        click.echo(f"{len(result.removed)} files {verb}, {size(result.bytes)}{young}.")
 
     return command
 
@@ -310,10 +407,13 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "plan": _plan,
     "build": _build,
     "train": _train,
+    "sweep": _sweep,
     "finetune": _finetune,
     "evaluate": _evaluate,
     "predict": _predict,
     "inspect": _inspect,
     "verify": _verify,
+    "repair": _repair,
+    "gc": _gc,
     "demo": _demo,
 }

@@ -46,7 +46,7 @@ from kdcache.report.metrics import accuracy, confusion_matrix, f1
 from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
 from kdcache.teacher import quiet_transformers
 from kdcache.training.options import Scheduler
-from kdcache.training.run import TrainProgress
+from kdcache.training.result import TrainProgress
 
 RESULT_FILE = "finetune.json"
 _SPAN_BYTES = 1 << 26

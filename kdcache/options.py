@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import json
 import re
@@ -159,6 +160,41 @@ def options_command(
         return click.command(name, help=function.__doc__, epilog=epilog)(command)
 
     return decorate
+
+
+def read_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values of a YAML file as the command line would read them.
+
+    Args:
+        kind: the options dataclass of a command.
+        values: names of options to values; `-` or `_` in names, an absent value is None.
+
+    Returns:
+        Fields of `kind` with their values, and what is wrong, one sentence each.
+    """
+    command = options_command(kind, name="values")(lambda _options, _as_json: None)
+    context = click.Context(command)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    known = {str(param.name): param for param in command.params if param.name in fields}
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        key = name.replace("_", "-")
+        param = known.get(name)
+        if param is None:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f" Did you mean {near[0].replace('_', '-')}?" if near else ""
+            wrong.append(f"there is no option {key}.{meant}")
+        elif isinstance(value, (list, dict)) and not param.multiple:
+            wrong.append(f"{key} takes one value, not {json.dumps(value, default=str)}.")
+        elif value is not None:
+            several = param.multiple and not isinstance(value, list)
+            try:
+                found[name] = param.type_cast_value(context, [value] if several else value)
+            except click.BadParameter as error:
+                wrong.append(f"{key}: {error.message}")
+    return found, wrong
 
 
 def _option(

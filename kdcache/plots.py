@@ -176,3 +176,73 @@ def plot_clouds(
     scratch = Path(f"{path}.tmp")
     figure.savefig(scratch, format="png")
     scratch.replace(path)
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """One row of a dot plot.
+
+    Attributes:
+        label: its name, on the left.
+        group: rows of one group share a colour.
+        values: what was measured, once for each repetition.
+    """
+
+    label: str
+    group: str
+    values: Sequence[float]
+
+
+def plot_dots(path: str | Path, rows: Sequence[DotRow], *, title: str, x_label: str) -> None:
+    """Draw rows of dots into a PNG, the first row on top: each repetition small, their mean large.
+
+    Mean and sample standard deviation stand on the right of each row, outside of the plot, where
+    they can cover nothing; the picture grows with the rows.
+
+    Args:
+        path: the file; replaced if it is there.
+        rows: what to compare, in order.
+        title: above the plot.
+        x_label: name and unit of the values.
+    """
+    from statistics import fmean, stdev
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    width = 7.5 + 0.06 * max(len(row.label) for row in rows)
+    figure = Figure(figsize=(width, 1.8 + 0.28 * len(rows)), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    groups = list(dict.fromkeys(row.group for row in rows))
+    named, told = set(), []
+    for place, row in enumerate(rows):
+        k = groups.index(row.group)
+        colour, mean = _COLOURS[k % len(_COLOURS)], fmean(row.values)
+        label = None if row.group in named else row.group
+        named.add(row.group)
+        if len(row.values) > 1:
+            axes.plot([min(row.values), max(row.values)], [place] * 2, color=colour, linewidth=1.2)
+            axes.plot(row.values, [place] * len(row.values), ".", color=colour, markersize=5)
+        axes.plot(mean, place, _MARKERS[k % len(_MARKERS)], color=colour, markersize=8, label=label)
+        spread = f" ± {stdev(row.values):.4f}" if len(row.values) > 1 else ""
+        told.append(f"{mean:.4f}{spread}")
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    figures = axes.secondary_yaxis("right")
+    figures.set_yticks(range(len(rows)), told, fontsize=9)
+    figures.tick_params(length=0)
+    figures.spines["right"].set_visible(False)
+    axes.set_xlabel(x_label, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.grid(color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.05)
+    if len(groups) > 1:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
+    scratch = Path(f"{path}.tmp")
+    figure.savefig(scratch, format="png")
+    scratch.replace(path)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from kdcache.crew import WorkerFigures
 from kdcache.driver import Progress
+from kdcache.sweeping import SweepProgress
 from kdcache.text import duration
 from kdcache.training import TrainProgress
 
 D = TypeVar("D", bound="_Display")
 
 _LINE_EVERY = 10.0
+_WORKERS_SHOWN = 8
 
 
 class _Display:
@@ -24,24 +34,15 @@ class _Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
+        self._live: Live | None = None
         self._last = 0.0
 
     def __enter__(self: D) -> D:
         if not self._quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                TextColumn(f"[bold]{self.name}[/]"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(f"{self.unit}  {{task.fields[facts]}}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(self.name, total=None, facts="starting")
-            self._bar.start()
+            self._bar = Bar(TextColumn(f"[bold]{self.name}[/]"), BarColumn(), MofNCompleteColumn())
+            self._task = self._bar.add_task(self.name, total=None)
+            self._live = Live(Text("starting"), console=Console(stderr=True))
+            self._live.start()
         return self
 
     def __exit__(
@@ -50,15 +51,27 @@ class _Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
-    def show(self, done: int, total: int, facts: str, *, now: bool) -> None:
-        """Show a state; as a line only if the last one is some time ago, or `now`."""
+    def show(
+        self, done: int, total: int, facts: str, *, now: bool, details: Sequence[str] = ()
+    ) -> None:
+        """Show a state; as a line only if the last one is some time ago, or `now`.
+
+        Args:
+            done: units.
+            total: units.
+            facts: everything else in a few words.
+            now: show it in any case.
+            details: lines that only a terminal has room for.
+        """
         if self._quiet:
             return
-        if self._bar is not None:
-            self._bar.update(self._task, total=total, completed=done, facts=facts)
+        if self._live is not None:
+            self._bar.update(self._task, total=total, completed=done)
+            lines = [Text(f"  {line}") for line in (facts, *details)]
+            self._live.update(Group(self._bar, *lines))
         elif now or time.monotonic() - self._last >= _LINE_EVERY:
             self._last = time.monotonic()
             line = f"{self.name}: {done}/{total} {self.unit}  {facts}"
@@ -73,7 +86,11 @@ class BuildDisplay(_Display):
     def __call__(self, state: Progress) -> None:
         """Show a new state."""
         over = state.done + state.failed >= state.spans
-        self.show(state.done, state.spans, _facts(state), now=over)
+        shown = sorted(state.workers, key=lambda worker: worker.name)[:_WORKERS_SHOWN]
+        details = [_worker(worker) for worker in shown]
+        if len(state.workers) > len(shown):
+            details.append(f"and {len(state.workers) - len(shown)} more")
+        self.show(state.done, state.spans, _facts(state), now=over, details=details)
 
 
 class TrainDisplay(_Display):
@@ -92,18 +109,46 @@ class TrainDisplay(_Display):
         self.show(state.step, state.steps, facts, now=evaluated)
 
 
+class SweepDisplay(_Display):
+    """Shows the progress of a sweep."""
+
+    name, unit = "sweep", "steps"
+    _settled = 0
+
+    def __call__(self, state: SweepProgress) -> None:
+        """Show a new state; a line for every run that ends."""
+        words = [f"{state.done} of {state.runs} runs finished"]
+        if state.failed:
+            words.append(f"{state.failed} failed")
+        if state.step > state.before:
+            left = (state.steps - state.step) * state.seconds / (state.step - state.before)
+            words.append(f"{duration(left)} left")
+        settled = state.done + state.failed
+        self.show(state.step, state.steps, "  ".join(words), now=settled > self._settled)
+        self._settled = settled
+
+
 def _facts(now: Progress) -> str:
     """The figures of a build in a few words."""
     if not now.workers:
-        return "starting the workers"
-    rate = now.positions / max(now.seconds, 1e-9)
-    words = [f"{now.workers} worker{'s' if now.workers > 1 else ''}", f"{rate:,.0f} positions/s"]
-    words.append(f"teacher busy {now.teacher_seconds / max(now.seconds * now.workers, 1e-9):.0%}")
+        return "waiting for workers"
+    words = [f"{len(now.workers)} worker{'s' if len(now.workers) > 1 else ''}"]
+    words.append(f"{now.positions_per_second:,.0f} positions/s")
+    words.append(f"teacher busy {now.teacher_busy:.0%}")
     if now.positions:
-        words.append(f"{now.bytes / now.positions:.1f} B/position")
-    if now.made and now.done < now.spans:
-        left = (now.spans - now.done) * now.seconds / now.made
-        words.append(f"{duration(left)} left")
+        words.append(f"{now.bytes_per_position:.1f} B/position")
+    if now.seconds_left:
+        words.append(f"{duration(now.seconds_left)} left")
     if now.failed:
         words.append(f"{now.failed} failed")
+    if now.lost:
+        words.append(f"{now.lost} worker{'s' if now.lost > 1 else ''} lost")
     return "  ".join(words)
+
+
+def _worker(figures: WorkerFigures) -> str:
+    """The figures of one worker."""
+    return (
+        f"{figures.name}  {figures.spans} spans  "
+        f"{figures.positions_per_second:,.0f} positions/s  teacher busy {figures.teacher_busy:.0%}"
+    )

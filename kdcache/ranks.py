@@ -22,6 +22,7 @@ from kdcache.rows import IGNORE, RowSpec, make_encoder
 
 Ids = npt.NDArray[np.int64]
 
+_LARGEST = 1 << 24  # ids of a vocabulary: the table is held whole
 _LOOKS = 16
 _READ = 4096  # records of all looks
 _RECORDS = 320  # of all looks; up to twice as many are counted
@@ -64,7 +65,7 @@ def read_ranks(table: bytes, vocab_size: int) -> Ids:
     Raises:
         CorruptCacheError: it is no list of different ids of the vocabulary.
     """
-    if len(table) % 4 == 0:
+    if len(table) % 4 == 0 and vocab_size <= _LARGEST:
         met = np.frombuffer(table, "<u4").astype(np.int64)
         left = np.ones(vocab_size, bool)
         if (met < vocab_size).all():

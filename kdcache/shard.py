@@ -2,8 +2,8 @@
 
 Ragged data is stored as flat columns with counts or offsets; every column is chunked and passes
 through shuffle + gzip + fletcher32, filters that each HDF5 build has, so one flipped bit raises
-instead of giving wrong numbers. `docs/format.md` specifies the layout. This module alone imports
-h5py.
+instead of giving wrong numbers. `docs/format.md` specifies the layout. What may be in a file at all
+is for `kdcache.hdf5` to say; what the columns must hold is said here.
 
 Cost: a shard is written and read whole, in one pass over its columns; memory is the shard's decoded
 size.
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +24,19 @@ import h5py
 import numpy as np
 
 from kdcache.errors import CorruptCacheError
+from kdcache.hdf5 import attribute, column, columns_of, open_file, values, write_text
 from kdcache.rows import IGNORE, Row
 from kdcache.targets import Codec, SoftTargets
 
 FORMAT = 1
 _CHUNK_BYTES = 1 << 19
-_DEFLATE_LIMIT = 1100
-_CAUSAL = "causal-lm"
+_CAUSAL, _CLASSES = "causal-lm", "sequence-classification"
+_REQUIRED = {
+    _CAUSAL: ("lengths", "input_ids", "has_label", "next_ids"),
+    _CLASSES: ("lengths", "input_ids", "labels", "text_bytes", "text"),
+}
+_OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
+_U1, _U4, _I4, _IDS = ("|u1",), ("<u4",), ("<i4",), ("|u1", "<u2", "<u4")
 
 
 @dataclass
@@ -89,8 +94,14 @@ class ShardData:
         """int64 [rows + 1]: where each row's positions begin in `targets`."""
         if self.task != _CAUSAL:
             return np.arange(len(self) + 1, dtype=np.int64)
-        before = np.concatenate([[0], np.cumsum(self.labels != IGNORE, dtype=np.int64)])
+        before = np.zeros(len(self.labels) + 1, np.int64)
+        np.cumsum(self.labels != IGNORE, out=before[1:])
         return np.asarray(before[self.offsets])
+
+    @cached_property
+    def item_offsets(self) -> dict[str, np.ndarray]:
+        """int64 [rows + 1] by axis of the targets: where each row's items begin in its columns."""
+        return self.targets.offsets(self.position_offsets)
 
     def row(self, index: int) -> Row:
         """One row as the encoder made it."""
@@ -136,11 +147,11 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
     """
     # The name never meets a disk, but two open files of one process may not share it.
     with h5py.File(uuid.uuid4().hex, "w", driver="core", backing_store=False) as file:
-        file.attrs["format"] = "kdcache-shard"
+        write_text(file, "format", "kdcache-shard")
         file.attrs["version"] = FORMAT
-        file.attrs["task"] = data.task
-        file.attrs["codec"] = str(data.targets.codec)
-        file.attrs["span"] = json.dumps(attributes, sort_keys=True)
+        write_text(file, "task", data.task)
+        write_text(file, "codec", str(data.targets.codec))
+        write_text(file, "span", json.dumps(attributes, sort_keys=True))
         file.attrs["rows"] = len(data)
         file.attrs["tokens"] = len(data.input_ids)
         file.attrs["positions"] = len(data.targets)
@@ -188,41 +199,47 @@ def read_shard(
     Raises:
         CorruptCacheError: not a shard, other counts than promised, or a failing checksum.
     """
-    with _open(path) as file:
-        if _attribute(path, file, "format") != "kdcache-shard":
+    with open_file(path) as file:
+        if attribute(path, file, "format", str) != "kdcache-shard":
             raise CorruptCacheError(f"{path} is not a kdcache shard.")
-        version = _attribute(path, file, "version")
+        version = attribute(path, file, "version", int)
         if version != FORMAT:
             raise CorruptCacheError(
                 f"{path} has format version {version}; this kdcache reads version {FORMAT}."
             )
-        if _attribute(path, file, "codec") != str(codec):
-            found = _attribute(path, file, "codec")
+        found = attribute(path, file, "codec", str)
+        if found != str(codec):
             raise CorruptCacheError(
                 f"{path} was written with codec {found}, the cache has {codec}."
             )
         found_counts = shard_counts(path, file)
         if counts is not None and counts != found_counts:
             raise CorruptCacheError(f"{path} holds {found_counts}, the manifest says {counts}.")
-        task = _attribute(path, file, "task")
+        task = attribute(path, file, "task", str)
+        if task not in (_CAUSAL, _CLASSES):
+            raise CorruptCacheError(f"{path} has rows of the unknown task {task!r}.")
         n = found_counts
-        rows = file["rows"]
-        offsets = _offsets(_read(path, rows, "lengths", n.rows).astype(np.int64))
+        rows = columns_of(path, file, "rows", _REQUIRED[task], _OPTIONAL)
+        lengths = _read(path, rows, "lengths", _U4, n.rows)
+        offsets = _offsets(lengths.astype(np.int64))
         if offsets[-1] != n.tokens:
             raise CorruptCacheError(f"{path}: row lengths add up to {offsets[-1]}, not {n.tokens}.")
-        input_ids = _read(path, rows, "input_ids", n.tokens).astype(np.int32)
+        if task == _CAUSAL and not lengths.all():
+            raise CorruptCacheError(f"{path}: it has rows without a token.")
+        input_ids = _read(path, rows, "input_ids", _IDS, n.tokens).astype(np.int32)
         if task == _CAUSAL:
             labels = _join_labels(
                 offsets,
                 input_ids,
-                _read(path, rows, "has_label", n.tokens),
-                _read(path, rows, "next_ids", n.rows),
+                _read(path, rows, "has_label", _U1, n.tokens),
+                _read(path, rows, "next_ids", _I4, n.rows),
             )
         else:
-            labels = _read(path, rows, "labels", n.rows)
+            labels = _read(path, rows, "labels", _I4, n.rows)
         targets = SoftTargets.empty(codec)
         if with_targets:
-            columns = _read_targets(path, file["targets"], codec, n.positions)
+            group = columns_of(path, file, "targets", [c.name for c in codec.columns])
+            columns = _read_targets(path, group, codec, n.positions)
             targets = SoftTargets(codec, columns, ranks)
         data = ShardData(
             task=task,
@@ -230,7 +247,7 @@ def read_shard(
             input_ids=input_ids,
             labels=labels,
             targets=targets,
-            type_ids=_read(path, rows, "type_ids", n.tokens) if "type_ids" in rows else None,
+            type_ids=_read(path, rows, "type_ids", _U1, n.tokens) if "type_ids" in rows else None,
             texts=_read_texts(path, rows, "text", n.rows),
             text_pairs=_read_texts(path, rows, "text_pair", n.rows),
         )
@@ -238,13 +255,18 @@ def read_shard(
         raise CorruptCacheError(
             f"{path}: its labels make {data.position_offsets[-1]} positions, not {n.positions}."
         )
+    if with_targets:
+        _check_items(path, data)
     return data
 
 
 def read_counts(path: Path) -> tuple[ShardCounts, dict[str, Any]]:
     """Counts and span attributes of a shard file, without reading a column."""
-    with _open(path) as file:
-        return shard_counts(path, file), json.loads(_attribute(path, file, "span"))
+    with open_file(path) as file:
+        facts = json.loads(attribute(path, file, "span", str))
+        if not isinstance(facts, dict):
+            raise CorruptCacheError(f"{path}: its attribute 'span' is no object.")
+        return shard_counts(path, file), facts
 
 
 def column_bytes(path: Path) -> dict[str, int]:
@@ -255,38 +277,16 @@ def column_bytes(path: Path) -> dict[str, int]:
         if isinstance(item, h5py.Dataset):
             sizes[name] = int(item.id.get_storage_size())
 
-    with _open(path) as file:
+    with open_file(path) as file:
         file.visititems(visit)
     return sizes
 
 
 def shard_counts(path: Path, file: Any) -> ShardCounts:
     """The counts an open shard file declares."""
-    values = (_attribute(path, file, name) for name in ("rows", "tokens", "positions"))
-    return ShardCounts(*(int(v) for v in values))
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        # Readers on network file systems must not depend on file locks.
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise CorruptCacheError(
-            f"{path} is missing. Run the same build again to make it anew."
-        ) from error
-    except (OSError, KeyError, RuntimeError) as error:
-        raise CorruptCacheError(
-            f"{path} cannot be read ({error}). Delete the file and run the same build again: "
-            "only this shard is made anew."
-        ) from error
-
-
-def _attribute(path: Path, file: Any, name: str) -> Any:
-    if name not in file.attrs:
-        raise CorruptCacheError(f"{path} has no attribute {name!r}: it is not a kdcache shard.")
-    return file.attrs[name]
+    return ShardCounts(
+        *(attribute(path, file, name, int) for name in ("rows", "tokens", "positions"))
+    )
 
 
 def _write(group: Any, name: str, array: np.ndarray) -> None:
@@ -306,40 +306,41 @@ def _write(group: Any, name: str, array: np.ndarray) -> None:
     )
 
 
-def _read(path: Path, group: Any, name: str, length: int | None) -> np.ndarray:
-    dataset = group[name]
-    if length is not None and len(dataset) != length:
-        raise CorruptCacheError(f"{path}: column {name} has {len(dataset)} values, not {length}.")
-    # Deflate cannot shrink below 1/1032: a small file that claims more is lying about its length.
-    if dataset.nbytes > _DEFLATE_LIMIT * dataset.id.get_storage_size():
-        raise CorruptCacheError(
-            f"{path}: column {name} claims {dataset.nbytes} bytes, more than its stored bytes can "
-            f"hold."
-        )
-    return np.asarray(dataset[...])
+def _read(
+    path: Path, group: Any, name: str, kinds: Sequence[str], length: int | None, *width: int
+) -> np.ndarray:
+    """A column, its length (None: as it is) and the shape of its items as expected."""
+    dataset = column(path, group, name, kinds)
+    found, expected = dataset.shape, (len(dataset) if length is None else length, *width)
+    if found != expected:
+        raise CorruptCacheError(f"{path}: column {name} has shape {found}, expected {expected}.")
+    return values(path, dataset)
 
 
 def _read_targets(path: Path, group: Any, codec: Codec, positions: int) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
-    for column in codec.columns:
-        found = group[column.name].dtype
-        if found != column.dtype:
-            raise CorruptCacheError(
-                f"{path}: column {column.name} is {found}, the codec has {column.dtype}."
-            )
-        length = positions if column.per == "position" else None
-        columns[column.name] = _read(path, group, column.name, length)
-    counts = codec.counts(columns)
-    for column in codec.columns:
-        if column.per == "position":
-            continue
-        items = int(counts[column.per].sum())
-        if items != len(columns[column.name]):
-            raise CorruptCacheError(
-                f"{path}: column {column.name} has {len(columns[column.name])} values, its counts "
-                f"make {items}."
-            )
+    for stored in codec.columns:
+        kinds = (np.dtype(stored.dtype).str,)
+        length = positions if stored.per == "position" else None
+        columns[stored.name] = _read(path, group, stored.name, kinds, length, *stored.shape)
     return columns
+
+
+def _check_items(path: Path, data: ShardData) -> None:
+    """Compare the ragged columns with what the counts of the positions say."""
+    try:
+        ends = {axis: int(offsets[-1]) for axis, offsets in data.item_offsets.items()}
+    except IndexError as error:
+        raise CorruptCacheError(
+            f"{path}: the counts of its targets do not fit the columns they count."
+        ) from error
+    for stored in data.targets.codec.columns:
+        found = len(data.targets.columns[stored.name])
+        if found != ends[stored.per]:
+            raise CorruptCacheError(
+                f"{path}: column {stored.name} has {found} values, its counts make "
+                f"{ends[stored.per]}."
+            )
 
 
 def _split_labels(data: ShardData) -> tuple[np.ndarray, np.ndarray]:
@@ -366,10 +367,10 @@ def _join_labels(
 
 
 def _read_texts(path: Path, rows: Any, name: str, count: int) -> list[str] | None:
-    if name not in rows:
+    if name not in rows and f"{name}_bytes" not in rows:
         return None
-    ends = np.cumsum(_read(path, rows, f"{name}_bytes", count), dtype=np.int64)
-    blob = _read(path, rows, name, int(ends[-1]) if count else 0).tobytes()
+    ends = np.cumsum(_read(path, rows, f"{name}_bytes", _U4, count), dtype=np.int64)
+    blob = _read(path, rows, name, _U1, int(ends[-1]) if count else 0).tobytes()
     starts = [0, *ends[:-1]]
     return [blob[a:b].decode() for a, b in zip(starts, ends, strict=True)]
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, ShardEntry
-from kdcache.corpus import Corpus, ReadStats, Span
+from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
 from kdcache.ranks import ranks_of_ids
 from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
@@ -84,6 +84,7 @@ class SpanWorker:
         self.batch_tokens = job.batch_tokens
         self._turn = threading.Lock()
         self._stop = threading.Event()
+        self._moved: dict[int, float] = {}  # span -> when something of it was last done
 
     def stop(self) -> None:
         """Abandon what is in flight at the next batch."""
@@ -97,25 +98,55 @@ class SpanWorker:
             IncompleteError: no space left.
             Stopped: `stop` was called.
         """
+        try:
+            return self._make(span)
+        finally:
+            self._moved.pop(span.index, None)
+
+    def still(self) -> float:
+        """Seconds for which nothing has moved in the slowest span; 0 while there is none.
+
+        A span that waits for its turn with the teacher does not count: the one whose turn it is
+        does.
+        """
+        now = time.monotonic()
+        return now - min(list(self._moved.values()), default=now)
+
+    def _move(self, span: Span) -> None:
+        """Something of a span was done; the place where a stopped worker leaves off."""
+        if self._stop.is_set():
+            raise Stopped
+        self._moved[span.index] = time.monotonic()
+
+    def _make(self, span: Span) -> SpanReport:
         begin = time.perf_counter()
+        self._move(span)
         stats = ReadStats()
         encoder = make_encoder(self.job.rows, self.tokenizer)
         records = Corpus.read(
             span, columns=self.job.rows.columns, on_error=self.job.rows.on_error, stats=stats
         )
-        rows = list(encoder.encode(records))
+        rows = list(encoder.encode(self._moving(span, records)))
+        del self._moved[span.index]
         with self._turn:
+            self._move(span)
             start = time.perf_counter()
-            targets = self._targets(span.index, rows)
+            targets = self._targets(span, rows)
             clipped = self.teacher.take_clipped_mass()
             teacher_seconds = time.perf_counter() - start
+        self._move(span)
         data = ShardData.from_rows(self.job.teacher.task, rows, targets)
         entry = self.cache.commit(
             span.index, data, skipped=stats.skipped + encoder.skipped, clipped_mass=clipped
         )
         return SpanReport(entry, time.perf_counter() - begin, teacher_seconds)
 
-    def _targets(self, span: int, rows: Sequence[Row]) -> SoftTargets:
+    def _moving(self, span: Span, records: Iterator[Record]) -> Iterator[Record]:
+        for record in records:
+            self._move(span)
+            yield record
+
+    def _targets(self, span: Span, rows: Sequence[Row]) -> SoftTargets:
         """Soft targets of all positions of a span, in row-major order."""
         causal = self.job.teacher.task == _CAUSAL
         wanted = [np.flatnonzero(r.labels != IGNORE) if causal else np.zeros(1, int) for r in rows]
@@ -124,14 +155,13 @@ class SpanWorker:
         order: list[np.ndarray] = []
         lengths = [len(row.input_ids) for row in rows]
         waiting = deque(batches(lengths, self.batch_tokens))
-        with _Packer(self.codec, span, self.cache.rank_to_id) as packer:
+        with _Packer(self.codec, span.index, self.cache.rank_to_id) as packer:
             while waiting:
-                if self._stop.is_set():
-                    raise Stopped
+                self._move(span)
                 batch = waiting.popleft()
                 place = _Places(batch, wanted)
                 try:
-                    parts = self._run(span, [rows[i] for i in batch], place, packer)
+                    parts = self._run(span.index, [rows[i] for i in batch], place, packer)
                 except torch.OutOfMemoryError as error:
                     waiting.extendleft(reversed(self._halve(batch, lengths, error)))
                     continue

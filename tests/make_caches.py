@@ -43,7 +43,7 @@ def make_rows(
 
 def teacher_logits(rows: Sequence[Row], task: str, width: int) -> torch.Tensor:
     """[positions, width]: a function of the row's number and the place."""
-    parts = []
+    parts = [np.zeros((0, width))]
     for row in rows:
         number = int(row.input_ids[0]) * 64 + int(row.input_ids[1])
         places = np.flatnonzero(row.labels != IGNORE) if task == CAUSAL else np.arange(1)

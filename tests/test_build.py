@@ -5,8 +5,13 @@ spans.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
+import re
 import shutil
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +24,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
 from kdcache.cache.manifest import ShardEntry
+from kdcache.cache.sealed import from_text, to_text
 from kdcache.corpus import Span
-from kdcache.crew import Crew, Outcome
-from kdcache.driver import Driver, Progress
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.crew import Crew, Fault, Outcome, WorkerFigures
+from kdcache.driver import Driver, Progress, interruptible
+from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.progress import BuildDisplay
 from kdcache.rows import IGNORE
 from kdcache.targets import DenseTargets, SparseTargets
 from kdcache.worker import SpanReport, batches
@@ -303,7 +310,7 @@ class TestWrongInput:
         broken = tmp_path / "nan"
         shutil.copytree(tiny_lm, broken)
         model.save_pretrained(broken)
-        self.refuse(options, "NaN or infinite logits for span 0, row", teacher=(str(broken),))
+        self.refuse(options, r"NaN or infinite logits for span \d, row", teacher=(str(broken),))
 
     def test_teachers_that_do_not_belong_together(
         self, options: BuildOptions, tiny_lm: Path, stories260k: Path
@@ -350,11 +357,9 @@ def test_verify_names_each_bad_shard(options: BuildOptions) -> None:
 def test_a_manifest_that_points_outside_is_refused(options: BuildOptions) -> None:
     build(options)
     path = Path(options.out) / "manifest.json"
-    values = json.loads(path.read_text())
+    values = from_text(path.read_bytes(), path.name)
     values["shards"][0]["name"] = "../../etc/passwd"
-    path.write_text(json.dumps(values))
-    from kdcache.errors import CorruptCacheError
-
+    path.write_bytes(to_text(values))
     with pytest.raises(CorruptCacheError, match="not the shard of span 0"):
         Cache.open(options.out)
 
@@ -362,8 +367,8 @@ def test_a_manifest_that_points_outside_is_refused(options: BuildOptions) -> Non
 class FailingCrew(Crew):
     """Does spans at once, but fails those it was told to, and notes who ran beside whom."""
 
-    def __init__(self, bad: dict[int, int], lost: bool) -> None:
-        self.bad, self.lost = dict(bad), lost
+    def __init__(self, bad: dict[int, int], fault: Fault) -> None:
+        self.bad, self.fault = dict(bad), fault
         self.waiting: list[tuple[Span, bool]] = []
         self.log: list[tuple[int, bool]] = []
         self.stopped = False
@@ -377,10 +382,11 @@ class FailingCrew(Crew):
 
     def wait(self, seconds: float) -> list[Outcome]:
         outcomes = []
-        for span, _ in self.waiting:
+        for span, alone in self.waiting:
             if self.bad.get(span.index, 0) > 0:
                 self.bad[span.index] -= 1
-                outcomes.append(Outcome(span, error=RuntimeError("boom"), lost=self.lost))
+                error = RuntimeError("boom")
+                outcomes.append(Outcome(span, error=error, fault=self.fault, alone=alone))
             else:
                 entry = ShardEntry(span.index, "x", 1, 1, 1, 1, "0" * 64)
                 outcomes.append(Outcome(span, SpanReport(entry, 1.0, 0.5)))
@@ -390,39 +396,79 @@ class FailingCrew(Crew):
     def stop(self) -> None:
         self.stopped = True
 
-    def workers(self) -> int:
-        return 1
+    def workers(self) -> list[WorkerFigures]:
+        return [WorkerFigures("w")]
 
 
 def drive(crew: FailingCrew, count: int = 6) -> tuple[Driver, list[Progress]]:
+    """A driver whose listing shows what it made."""
     seen: list[Progress] = []
     spans: Sequence[Span] = [Span(i, "f", "jsonl", 0, 1) for i in range(count)]
     driver = Driver(spans, seen.append)
-    driver.run(range(count), lambda: crew)
+    driver.run(lambda: [i for i in range(count) if i not in driver.made], lambda: crew)
     return driver, seen
 
 
-def test_a_span_that_fails_twice_is_tried_again_alone() -> None:
-    crew = FailingCrew({2: 2}, lost=True)
-    driver, seen = drive(crew)
-    assert sorted(entry.span for entry in driver.entries) == list(range(6))
-    assert [alone for span, alone in crew.log if span == 2] == [False, True, True]
-    assert crew.stopped
-    assert seen[-1].done == 6
-    assert seen[-1].failed == 0
-
-
-def test_a_span_that_always_fails_is_set_aside_and_the_rest_completes(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("fault", "times", "ways"),
+    [
+        ("span", 2, [False, True, True]),  # every failure counts: a third would be the last
+        ("worker", 3, [False, True, True, True]),  # the first was beside another span
+        ("node", 7, [False] * 8),  # a preempted machine says nothing about its spans
+    ],
+)
+def test_a_span_is_tried_again_in_the_way_that_its_failure_asks_for(
+    fault: Fault, times: int, ways: list[bool]
 ) -> None:
-    crew = FailingCrew({1: 99, 4: 99}, lost=False)
+    crew = FailingCrew({2: times}, fault)
+    driver, seen = drive(crew)
+    assert sorted(driver.made) == list(range(6))
+    assert [alone for span, alone in crew.log if span == 2] == ways
+    assert crew.stopped
+    assert driver.redone == times
+    assert (seen[-1].done, seen[-1].failed) == (6, 0)
+
+
+@pytest.mark.parametrize(("fault", "tries"), [("span", 3), ("worker", 4)])
+def test_a_span_that_always_fails_is_set_aside_and_the_rest_completes(
+    fault: Fault, tries: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    crew = FailingCrew({1: 99, 4: 99}, fault)
     with pytest.raises(
-        IncompleteError, match=r"2 of 6 spans failed 3 times(.|\n)*span 1(.|\n)*span 4"
+        IncompleteError,
+        match=r"2 of 6 spans failed 3 times(.|\n)*span 1 \(f: the lines that start in bytes 0-1\)"
+        r"(.|\n)*span 4",
     ):
         drive(crew)
-    assert len([1 for span, _ in crew.log if span == 1]) == 3
+    assert len([1 for span, _ in crew.log if span == 1]) == tries
+    assert len({span for span, _ in crew.log}) == 6
     assert crew.stopped
-    assert "boom" in caplog.text
+    assert ("boom" in caplog.text) == (fault == "span")
+
+
+def test_a_build_in_which_everything_fails_ends_early() -> None:
+    crew = FailingCrew(dict.fromkeys(range(50), 99), "span")
+    with pytest.raises(IncompleteError, match="20 spans failed and none succeeded.*boom"):
+        drive(crew, count=50)
+    assert len(crew.log) < 25
+    # One that succeeded shows that it is the spans.
+    crew = FailingCrew(dict.fromkeys(range(1, 50), 99), "span")
+    with pytest.raises(IncompleteError, match="49 of 50 spans failed 3 times(.|\n)*and 29 more"):
+        drive(crew, count=50)
+
+
+def test_a_shard_that_the_listing_lost_is_made_again() -> None:
+    crew = FailingCrew({}, "span")
+    driver = Driver([Span(i, "f", "jsonl", 0, 1) for i in range(4)])
+    looks: list[list[int]] = [[0, 1, 2, 3], [2], []]
+    driver.run(lambda: looks.pop(0), lambda: crew)
+    assert [span for span, _ in crew.log] == [0, 1, 2, 3, 2]
+    assert (sorted(driver.made), driver.positions, driver.redone) == ([0, 1, 2, 3], 4, 1)
+    always = [[0, 1], [1], [1], [1]]
+    with pytest.raises(IncompleteError, match="span 1 .* not in the listing"):
+        Driver([Span(i, "f", "jsonl", 0, 1) for i in range(2)]).run(
+            lambda: always.pop(0), lambda: FailingCrew({}, "span")
+        )
 
 
 def test_wrong_input_stops_everything_at_once() -> None:
@@ -430,7 +476,7 @@ def test_wrong_input_stops_everything_at_once() -> None:
         def wait(self, seconds: float) -> list[Outcome]:
             return [Outcome(self.waiting[0][0], error=UsageError("bad line 7"))]
 
-    crew = Refusing({}, lost=False)
+    crew = Refusing({}, "span")
     with pytest.raises(UsageError, match="bad line 7"):
         drive(crew)
     assert crew.stopped
@@ -442,10 +488,125 @@ def test_an_interrupt_says_how_to_go_on() -> None:
         def wait(self, seconds: float) -> list[Outcome]:
             raise KeyboardInterrupt
 
-    crew = Interrupted({}, lost=False)
+    crew = Interrupted({}, "span")
     with pytest.raises(IncompleteError, match="0 of 6 shards are committed. Run the same command"):
         drive(crew)
     assert crew.stopped
+
+
+class SlowCrew(FailingCrew):
+    """Sends a signal to this process with its first spans and is done with them `late` waits
+    after."""
+
+    def __init__(self, late: int, signals: int = 1) -> None:
+        super().__init__({}, "span")
+        self.late, self.signals = late, signals
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        for _ in range(self.signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.signals = 0
+        self.late -= 1
+        return [] if self.late >= 0 else super().wait(seconds)
+
+
+@pytest.mark.parametrize(
+    ("crew", "grace", "made"),
+    [
+        (SlowCrew(late=5), 1e9, 2),  # what is in flight is finished, nothing new begun
+        (SlowCrew(late=5), 0.0, 0),  # unless it takes longer than the grace period
+        (SlowCrew(late=5, signals=2), 1e9, 0),  # or the user insists
+    ],
+)
+def test_a_signal_lets_spans_in_flight_finish_for_a_while(
+    crew: SlowCrew, grace: float, made: int
+) -> None:
+    driver = Driver([Span(i, "f", "jsonl", 0, 1) for i in range(6)], grace=grace)
+    with (
+        interruptible() as interrupt,
+        pytest.raises(IncompleteError, match=f"{made} of 6 shards are committed. Run the same"),
+    ):
+        driver.run(lambda: range(6), lambda: crew, interrupt)
+    assert len(driver.made) == made
+    assert len(crew.log) == 2
+    assert crew.stopped
+
+
+def test_events_tell_what_happened(options: BuildOptions) -> None:
+    seen: list[Progress] = []
+    first = build(options, on_progress=seen.append)
+    path = Path(options.out, "events.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = [e["event"] for e in lines]
+    assert (kinds[0], kinds[-2:]) == ("start", ["progress", "sealed"])
+    assert set(kinds) == {"start", "span", "progress", "sealed"}
+    spans = [e for e in lines if e["event"] == "span"]
+    assert sorted(e["span"] for e in spans) == list(range(first.spans))
+    assert sum(e["positions"] for e in spans) == first.positions
+    assert [e["time"] for e in lines] == sorted(e["time"] for e in lines)
+    assert len({e["run"] for e in lines}) == 1
+    told = lines[-2]
+    assert told["done"] == told["made"] == first.spans
+    assert told["positions_per_second"] > 0
+    assert 0 < told["teacher_busy"] <= 1
+    assert told["bytes_per_position"] == pytest.approx(first.bytes_per_position, abs=0.01)
+    assert seen[-1].positions == first.positions
+    # A finished cache has nothing to tell, and its bytes do not depend on what was told.
+    build(options)
+    assert len(path.read_text().splitlines()) == len(lines)
+    assert list(Cache.open(options.out).verify()) == []
+    min(Path(options.out, "shards").iterdir()).unlink()
+    (Path(options.out) / "manifest.json").unlink()
+    build(options)
+    more = [json.loads(line) for line in path.read_text().splitlines()][len(lines) :]
+    assert [e["event"] for e in more] == ["start", "span", "progress", "sealed"]
+    assert {e["run"] for e in more}.isdisjoint(e["run"] for e in lines)
+
+
+def test_events_of_an_object_store_are_written_at_the_end_of_a_run(options: BuildOptions) -> None:
+    import fsspec
+
+    options = dataclasses.replace(options, out="memory://events-test/cache", limit=20)
+    build(options)
+    (name,) = fsspec.filesystem("memory").ls("/events-test/cache/events", detail=False)
+    lines = [json.loads(x) for x in fsspec.filesystem("memory").cat(name).splitlines()]
+    assert (lines[0]["event"], lines[-1]["event"]) == ("start", "sealed")
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_a_build(
+    options: BuildOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    def block(progress: Progress) -> None:
+        path = Path(options.out, "events.jsonl")
+        if path.is_file():
+            path.unlink()
+            path.mkdir()
+
+    assert build(options, on_progress=block).made > 3
+    assert caplog.text.count("the events of this run are not kept") == 1
+
+
+def test_a_terminal_shows_the_build_live_and_a_file_gets_lines(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "100")
+        out = f"{options.out}-{stream.isatty()}"
+        with BuildDisplay() as display:
+            result = build(dataclasses.replace(options, out=out), on_progress=display)
+        monkeypatch.undo()
+        text = stream.getvalue()
+        assert f"{result.spans}/{result.spans}" in text
+        assert re.search(
+            r"1 worker  [\d,]+ positions/s  teacher busy \d+%  [\d.]+ B/position", text
+        )
+        assert ("\x1b[" in text and "this process" in text) == stream.isatty()
 
 
 def test_batches_hold_every_row_once_within_the_budget() -> None:

@@ -91,6 +91,8 @@ def test_commands_and_options_exist(path: Path) -> None:
 def test_config_files_hold_options_of_their_command(path: Path) -> None:
     command = path.name.split("-")[0]
     keys = yaml.safe_load(path.read_text())
+    if command == "sweep":  # a grid of options of the training command
+        command, keys = "train", keys.pop("grid") | keys
     assert {f"--{key}" for key in keys} <= _commands()[command]
 
 
@@ -215,6 +217,21 @@ def test_readme_language_model(run: Run, desk: Path) -> None:
 def test_readme_python(run: Run) -> None:
     printed = run(sys.executable, "-c", _block("README.md", "python"))
     assert "target_weights" in printed
+
+
+@pytest.mark.end_to_end
+def test_training_page(run: Run, desk: Path) -> None:
+    build = _blocks(ROOT / "docs" / "training.md")
+    (command,) = (text for _, language, text in build if language == "sh")
+    run("bash", "-euo", "pipefail", "-c", command.rstrip() + " --workers 0 --limit 40\n")
+    names = ("loop", "trainer", "own-loss")
+    # One process for all, each block with names of its own.
+    blocks = [_block("docs/training.md", name) for name in names]
+    printed = run(sys.executable, "-c", "import sys\nfor b in sys.argv[1:]: exec(b, {})", *blocks)
+    said = [line.split(":")[0] for line in printed.splitlines() if not line.startswith("{")]
+    assert said == ["loop", "trainer", "own loss"]
+    for folder in ("loop", "trainer/student", "own-loss/student"):
+        assert (desk / "runs" / folder / "model.safetensors").is_file()
 
 
 @pytest.mark.end_to_end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from kdcache.storage import LocalStorage, Storage, open_storage, redact
 
 
 @pytest.fixture(params=["local", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+def storage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Storage]:
+    monkeypatch.setenv("KDCACHE_DISK", str(tmp_path / "disk"))
     if request.param == "local":
         yield open_storage(str(tmp_path / "cache"))
     else:
@@ -31,6 +35,7 @@ def test_a_storage_starts_empty_and_lists_what_was_written(storage: Storage) -> 
     assert not storage.empty()
     assert storage.names("shards") == ["a", "b"]
     assert storage.names() == ["top"]
+    assert storage.entries() == ["shards", "top"]
     assert storage.read("shards/a") == b"1"
     assert storage.size("shards/a") == 1
     assert storage.exists("top")
@@ -103,6 +108,39 @@ def test_an_unknown_protocol_is_a_usage_error() -> None:
         open_storage("nosuch://bucket/cache")
 
 
-def test_credentials_are_redacted() -> None:
-    assert redact("s3://key:secret@bucket/cache?token=1") == "s3://bucket/cache"
-    assert redact("/home/user/a?b") == "/home/user/a?b"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:secret@bucket/cache?token=1", "s3://bucket/cache"),
+        ("s3://key:sec/r+et@bucket/cache", "s3://bucket/cache"),
+        ("ftp://user@host/a", "ftp://host/a"),
+        ("s3://bucket/a@b/c", "s3://bucket/a@b/c"),
+        ("http://host:8080/a@b", "http://host:8080/a@b"),
+        ("no s3://k:s@b/c?x=1 and http://h/d?y=2 here", "no s3://b/c and http://h/d here"),
+        ("simplecache::http://u:p@host/a.gz", "simplecache::http://host/a.gz"),
+        ("/home/user/a?b", "/home/user/a?b"),
+    ],
+)
+def test_credentials_are_redacted(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+def test_writers_that_share_the_scratch_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    problems: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            for i in range(150):
+                storage.write(f"shards/{number}-{i}", b"x")
+        except BaseException as error:
+            problems.append(error)
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert not problems
+    assert len(storage.names("shards")) == 600
+    assert storage.entries() == ["shards"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,9 +23,19 @@ from torch.utils.data import DataLoader
 
 from kdcache.cache import Cache
 from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.ranks import ranks_of_ids
 from kdcache.shard import ShardData
-from kdcache.stream import Collator, Cursor, TargetDataset, TargetStream, join, order, take
+from kdcache.stream import Collator, Cursor, Pool, TargetDataset, TargetStream, join, order, reader
 from kdcache.stream.background import Background
+from kdcache.targets import (
+    Codec,
+    DenseTargets,
+    SoftTargets,
+    SparseTargets,
+    position_uniform,
+    sample,
+)
+from kdcache.targets.base import owners, ragged_items
 
 SIZES = [5, 0, 3, 9, 1, 7, 4]
 
@@ -102,42 +116,100 @@ def test_order_shuffles_within_groups_and_changes_with_seed_and_epoch() -> None:
 # Batches
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
+    """Caches of 13 and 11 rows, numbered from 0 and from 100, whose files are read but once."""
+    folder = tmp_path_factory.mktemp("caches")
+    caches = [
+        make_cache(folder / "a", [4, 0, 6, 3]),
+        make_cache(folder / "b", [1, 8, 2], first=100),
+    ]
+    for cache in caches:
+        cache.read = functools.cache(cache.read)  # type: ignore[method-assign]
+    return caches
+
+
 @settings(max_examples=25, deadline=None)
 @given(
-    batch_size=st.integers(1, 40),
-    world=st.integers(1, 4),
-    accumulation=st.integers(1, 3),
-    group=st.integers(1, 7),
-    stop=st.integers(0, 20),
+    batch_size=st.integers(1, 30),
+    worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    accumulations=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    group=st.none() | st.integers(1, 8),
+    weights=st.tuples(*[st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0])] * 2),
+    drop_last=st.booleans(),
+    stop=st.integers(0, 30),
 )
-def test_ranks_share_the_global_batches_of_one_rank(
-    classes: Cache, batch_size: int, world: int, accumulation: int, group: int, stop: int
+def test_any_workers_share_the_batches_of_one_and_go_on_where_others_stopped(
+    pair: list[Cache],
+    batch_size: int,
+    worlds: tuple[int, int],
+    accumulations: tuple[int, int],
+    group: int | None,
+    weights: tuple[float, float],
+    drop_last: bool,
+    stop: int,
 ) -> None:
-    def stream(**more: Any) -> TargetStream:
-        return TargetStream(classes, batch_size=batch_size, seed=3, group=group, **more)
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": 5, "group": group}
+    common["weights"] = weights
+    rows = TargetStream(pair, **common).rows
+    drop_last = drop_last and batch_size <= rows
 
-    alone = stream()
-    whole, cursors = [], []
-    for batch in alone.batches(2):
-        whole.append(numbers(batch))
-        cursors.append(alone.state_dict())
-    assert sorted(flat(whole[: alone.steps])) == list(range(29))
-    assert sorted(flat(whole[alone.steps :])) == list(range(29))
+    def streams(phase: int, cursor: Cursor | None = None) -> list[TargetStream]:
+        world, pieces = worlds[phase], accumulations[phase]
+        return [
+            TargetStream(
+                pair,
+                rank=rank,
+                world_size=world,
+                accumulation=pieces,
+                drop_last=drop_last,
+                cursor=cursor,
+                **common,
+            )
+            for rank in range(world)
+        ]
 
-    ranks = [stream(rank=r, world_size=world, accumulation=accumulation) for r in range(world)]
-    slices = [list(rank.batches(2)) for rank in ranks]
-    assert {len(s) for s in slices} == {len(whole) * accumulation}
-    for step, want in enumerate(whole):
-        pieces = [s[step * accumulation + i] for i in range(accumulation) for s in slices]
-        assert flat(numbers(p) for p in pieces) == want
-        counts = {float(p["count"]) for p in pieces if numbers(p)}
-        assert counts == {float(len(want))}
-    assert {tuple(r.state_dict().values()) for r in ranks} == {tuple(cursors[-1].values())}
+    def steps(ranks: list[TargetStream], epochs: int) -> Iterator[list[int]]:
+        """Rows of each global batch, in order; all ranks keep step."""
+        batches = [rank.batches(epochs) for rank in ranks]
+        pieces = ranks[0].accumulation
+        try:
+            for first in batches[0]:
+                step = [first, *(next(b) for b in batches[1:])]
+                step += [next(b) for _ in range(pieces - 1) for b in batches]
+                found = flat(numbers(piece) for piece in step)
+                assert {float(p["count"]) for p in step if numbers(p)} == {float(len(found))}
+                yield found
+            assert [next(b, None) for b in batches] == [None] * len(batches)
+        finally:
+            for b in batches:
+                b.close()  # type: ignore[attr-defined]
 
-    # Another run goes on in the middle.
-    step = min(stop, len(whole) - 1)
-    again = stream(cursor=cursors[step])
-    assert [numbers(b) for b in again.batches(2)] == whole[step + 1 :]
+    alone = TargetStream(pair, drop_last=drop_last, **common)
+    whole = [numbers(b) for b in alone.batches(2)]
+    before = streams(0)
+    stop = min(stop, len(whole) - 1)
+    seen = []
+    for step in steps(before, 2):
+        seen.append(step)
+        if len(seen) > stop:
+            break
+    cursors = {rank.cursor for rank in before}
+    assert len(cursors) == 1
+    seen += steps(streams(1, cursors.pop()), 2)
+    assert seen == whole
+
+    if drop_last:
+        return
+    for epoch in (whole[: alone.steps], whole[alone.steps :]):
+        times = Counter(flat(epoch))
+        assert times.total() == rows
+        for cache, weight, first in zip(pair, weights, (0, 100), strict=True):
+            mine = range(first, first + cache.manifest.rows)
+            used = [times.pop(row, 0) for row in mine]
+            assert set(used) <= {int(weight), math.ceil(weight)}
+            assert abs(sum(used) - weight * len(mine)) <= 0.5
+        assert not times
 
 
 def test_a_cursor_stops_between_the_slices_of_a_step(classes: Cache) -> None:
@@ -262,6 +334,39 @@ def test_a_schedule_sees_the_step(classes: Cache) -> None:
 # Several caches
 
 
+@pytest.mark.parametrize("codec", ["topk:5", "sample:8"])
+def test_caches_with_other_ranks_are_mixed(tmp_path: Path, codec: str) -> None:
+    rng = np.random.default_rng(0)
+    tables = [rng.permutation(64), rng.permutation(64), None]
+    caches = [
+        make_cache(tmp_path / f"{i}", [5, 4], task=CAUSAL, codec=codec, first=100 * i)
+        for i in range(len(tables))
+    ]
+    for cache, table in zip(caches, tables, strict=True):
+        cache.__dict__["rank_to_id"] = table
+    stream = TargetStream(caches, batch_size=27, temperature=2.0)
+    (batch,) = stream
+    begin = 0
+    for number in numbers(batch):
+        cache, row = caches[number // 100], number % 100
+        data = cache.read(row // 5)
+        places = np.arange(*data.position_offsets[row % 5 :][:2])
+        want = dense(data.targets.take(places).at(2.0))
+        here = slice(begin, begin + len(want))
+        begin = here.stop
+        mine = SparseTargets(
+            *(batch[f"target_{n}"][here] for n in ("ids", "weights", "rest")), True
+        )
+        torch.testing.assert_close(dense(mine), want)
+    assert begin == len(batch["target_ids"])
+
+
+def dense(targets: DenseTargets | SparseTargets) -> torch.Tensor:
+    """Weights of all ids, float32 [positions, 64]."""
+    assert isinstance(targets, SparseTargets)
+    return torch.zeros(len(targets), 64).scatter_add_(1, targets.ids, targets.weights)
+
+
 def test_several_caches_are_mixed_and_weighted(tmp_path: Path) -> None:
     a = make_cache(tmp_path / "a", [6, 4])
     b = make_cache(tmp_path / "b", [4, 6, 2], first=100)
@@ -285,6 +390,19 @@ def test_caches_that_do_not_fit_are_refused_with_every_reason(tmp_path: Path) ->
         assert word in message
 
 
+def test_a_group_holds_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(tmp_path / "a", [6] * 24)
+    size = cache.manifest.bytes / 24
+    assert TargetStream(cache, batch_size=4).group > 24  # all of it: this cache is small
+    monkeypatch.setattr(reader, "_GROUP_BYTES", int(10.5 * size))
+    assert TargetStream(cache, batch_size=4).group == 10
+    monkeypatch.setattr(reader, "_GROUP_BYTES", 1)
+    assert TargetStream(cache, batch_size=4).group == 3
+    assert TargetStream(cache, batch_size=4, group=2).group == 2
+    with pytest.raises(UsageError, match="group is 0"):
+        TargetStream(cache, batch_size=4, group=0)
+
+
 def test_the_same_cache_at_two_urls_is_opened(classes: Cache) -> None:
     stream = TargetStream([classes.storage.url, classes.storage.url], batch_size=58)
     (batch,) = stream
@@ -304,6 +422,21 @@ def test_an_error_while_reading_reaches_the_consumer(tmp_path: Path) -> None:
     next((tmp_path / "a" / "shards").glob("00001-*")).unlink()
     stream = TargetStream(cache, batch_size=1, shuffle=False, group=1)
     batches = iter(stream)
+    assert flat(numbers(next(batches)) for _ in range(4)) == [0, 1, 2, 3]
+    with pytest.raises(CorruptCacheError, match="00001-"):
+        next(batches)
+
+
+def test_a_flipped_bit_reaches_the_consumer(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "a", [4, 40], task=CAUSAL, codec="topk:20")
+    path = next((tmp_path / "a" / "shards").glob("00001-*"))
+    with h5py.File(path) as file:
+        dataset = file["targets/logprob_steps"]
+        place = dataset.id.get_chunk_info(0).byte_offset + dataset.id.get_storage_size() // 2
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    batches = iter(TargetStream(cache, batch_size=1, shuffle=False, group=1))
     assert flat(numbers(next(batches)) for _ in range(4)) == [0, 1, 2, 3]
     with pytest.raises(CorruptCacheError, match="00001-"):
         next(batches)
@@ -348,6 +481,28 @@ def test_memory_is_bounded_however_many_shards(
     assert most <= 3
 
 
+def test_shards_are_announced_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [make_cache(tmp_path / "a", [3] * 5), make_cache(tmp_path / "b", [2] * 4, first=100)]
+    told: dict[str, list[int]] = {}
+    read = Cache.read
+
+    def prefetch(self: Cache, spans: Iterable[int]) -> None:
+        told[self.url] = list(spans)
+
+    def checking(self: Cache, span: int, *, targets: bool = True) -> ShardData:
+        known = told[self.url]
+        assert span in known
+        assert len(known) == len(set(known)) <= 2 * 3  # this group and the next one
+        return read(self, span, targets=targets)
+
+    monkeypatch.setattr(Cache, "prefetch", prefetch)
+    monkeypatch.setattr(Cache, "read", checking)
+    stream = TargetStream(caches, batch_size=4, group=3, weights=[2, 1])
+    assert sum(len(numbers(b)) for b in stream.batches(2)) == 2 * 38
+
+
 # Map-style
 
 
@@ -370,11 +525,69 @@ def test_a_stream_in_a_loader_and_not_in_worker_processes(classes: Cache) -> Non
     assert sum(len(numbers(b)) for b in DataLoader(stream, batch_size=None)) == 29
 
 
+def test_a_pool_picks_from_several_shards(classes: Cache) -> None:
+    parts = [classes.read(span) for span in range(4)]
+    parts[1].type_ids = None  # as in a cache whose teacher knows no second sentence
+    parts[2].text_pairs = [f"pair {i}" for i in range(len(parts[2]))]
+    pool = Pool(parts)
+    assert pool.first.tolist() == [0, 5, 8, 17, 18]
+    picks = [(0, 4), (2, 3), (1, 0), (2, 3), (3, 0)]
+    taken = pool.take(np.array([pool.first[part] + row for part, row in picks]))
+    for i, (part, row) in enumerate(picks):
+        mine, whole = taken.row(i), parts[part].row(row)
+        assert (mine.input_ids.tolist(), mine.labels, mine.text) == (
+            whole.input_ids.tolist(), whole.labels, whole.text,
+        )  # fmt: skip
+        types = [0] * len(whole.input_ids) if whole.type_ids is None else whole.type_ids.tolist()
+        assert mine.type_ids is not None
+        assert mine.type_ids.tolist() == types
+        assert mine.text_pair == ("pair 3" if part == 2 else "")
+        logits = parts[part].targets.columns["logits"][row]
+        assert np.array_equal(taken.targets.columns["logits"][i], logits)
+    assert Pool(parts, soft=False).take(np.array([3, 1])).targets.columns["logits"].shape == (0, 3)
+    assert Pool(parts, soft=False).positions.sum() == sum((p.labels != -100).sum() for p in parts)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=30))
+def test_ragged_items_are_runs(runs: list[tuple[int, int]]) -> None:
+    starts, counts = np.array(runs, np.int64).reshape(-1, 2).T
+    assert owners(counts).tolist() == np.repeat(np.arange(len(runs)), counts).tolist()
+    want = flat(list(range(start, start + count)) for start, count in runs)
+    assert ragged_items(starts, counts).tolist() == want
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (1.0, 2.0, 3.0)])
+def test_targets_decoded_in_slices_are_those_of_one_by_one(
+    temperatures: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = Codec.parse("sample:8", temperatures, 700)
+    logits = torch.randn(23, 700, generator=torch.Generator().manual_seed(0)) * 3
+    logits[7] = -50.0  # nothing but a head
+    logits[7, 3] = 50.0
+    u = torch.from_numpy(position_uniform(0, 0, np.arange(23), 0))
+    encoded = {k: v.numpy() for k, v in codec.encode(logits, u).items()}
+    table = np.random.default_rng(0).permutation(700)
+    soft = SoftTargets(codec, codec.pack(encoded, ranks_of_ids(table)), table)
+    monkeypatch.setattr(sample, "_SLICE", 5)
+    for temperature in temperatures:
+        whole = soft.at(temperature)
+        assert isinstance(whole, SparseTargets)
+        for i in range(23):
+            alone = soft.take(np.array([i])).at(temperature)
+            assert isinstance(alone, SparseTargets)
+            width = alone.ids.shape[1]
+            assert torch.equal(whole.ids[i, :width], alone.ids[0])
+            assert torch.equal(whole.weights[i, :width], alone.weights[0])
+            assert not whole.ids[i, width:].any()
+            assert not whole.weights[i, width:].any()
+
+
 def test_take_and_join_are_inverse(causal: Cache) -> None:
     data = causal.read(0)
     rows = np.array([5, 1, 1, 7])
-    taken = take(data, rows)
-    again = join([take(data, rows[:1]), take(data, rows[1:])])
+    pool = Pool([data])
+    taken = pool.take(rows)
+    again = join([pool.take(rows[:1]), pool.take(rows[1:])])
     for i, row in enumerate(rows):
         assert np.array_equal(taken.row(i).input_ids, data.row(row).input_ids)
         assert np.array_equal(taken.row(i).labels, data.row(row).labels)

@@ -25,10 +25,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from kdcache.cache import Cache
 from kdcache.errors import UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import BiLstmClassifier, DistilledStudent, StudentInfo, load_student
 from kdcache.training import DistillationTrainer, Schedule, TrainOptions, TrainProgress, train
+from kdcache.training.plan import Plan
+from kdcache.training.run import make_student
 
 BERT = {
     "model_type": "bert",
@@ -245,6 +248,56 @@ def test_accumulation_takes_the_same_steps(
             torch.testing.assert_close(value, weights(whole.out)[name_], atol=1e-4, rtol=1e-3)
 
 
+def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    common = {"cache": str(folder / "causal"), "student": str(folder / "llama.json")}
+    for name, more in (
+        ("plain", {}),
+        ("again", {"gradient_checkpointing": True}),
+        ("low", {"bf16": True}),
+    ):
+        train(options(out=str(tmp_path / name), **common, **more))
+    plain = losses(tmp_path / "plain")
+    assert losses(tmp_path / "again") == pytest.approx(plain, abs=1e-6)
+    low = losses(tmp_path / "low")
+    assert low == pytest.approx(plain, abs=0.02)
+    assert low != pytest.approx(plain, abs=1e-6)
+    with pytest.raises(UsageError, match="bf16: False -> True"):
+        train(options(out=str(tmp_path / "plain"), bf16=True, **common))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_float16_is_scaled(options: Make, folder: Path, tmp_path: Path) -> None:
+    common = {"cache": str(folder / "causal"), "student": str(folder / "llama.json"), "epochs": 4}
+    train(options(out=str(tmp_path / "plain"), **common))
+    train(options(out=str(tmp_path / "half"), fp16=True, **common))
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "plain"), abs=0.05)
+    assert list(Path(tmp_path, "half").glob("checkpoint-*/scaler.pt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_float16_is_refused_without_a_gpu(options: Make) -> None:
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
+        train(options(fp16=True))
+
+
+def test_tensorboard_gets_the_curves(options: Make, folder: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is optional"
+    )
+    chosen = options(report_to="auto", eval_cache=str(folder / "held"))
+    train(chosen)
+    (events,) = Path(chosen.out).rglob("events.out.tfevents.*")
+    log = accumulator.EventAccumulator(str(events.parent)).Reload()
+    drawn = [event.value for event in log.Scalars("train/loss")]
+    assert drawn == pytest.approx(losses(chosen.out))
+    assert {"train/hard_loss", "train/soft_loss", "eval/loss", "eval/accuracy"} <= set(
+        log.Tags()["scalars"]
+    )
+
+
 # Resume
 
 
@@ -427,22 +480,94 @@ def test_a_users_own_trainer_script(folder: Path, tmp_path: Path) -> None:
     assert plain.train().global_step == 12
 
 
+@pytest.mark.parametrize("kind", [Trainer, DistillationTrainer])
+@pytest.mark.parametrize("name", ["classes", "causal"])
+def test_a_plain_trainer_accumulates(kind: type, name: str, folder: Path, tmp_path: Path) -> None:
+    """Batches bring the count of their own positions, which must not win over that of the step."""
+    cache = Cache.open(str(folder / name))
+    spec = cache.spec
+    info = StudentInfo(spec.task, 64, spec.num_labels)
+    config = {"classes": BERT | {"hidden_dropout_prob": 0.0}, "causal": LLAMA}[name]
+    (tmp_path / "student.json").write_text(json.dumps(config))
+    found = []
+    for slices in (1, 2):
+        student = DistilledStudent(
+            load_student(str(tmp_path / "student.json"), info), spec.task, codec=spec.codec
+        )
+        trainer = kind(
+            model=student,
+            args=TrainingArguments(
+                str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=8 // slices,
+                gradient_accumulation_steps=slices, logging_steps=1, save_strategy="no",
+                remove_unused_columns=False, label_names=["labels"], use_cpu=True,
+                disable_tqdm=True, log_level="error", report_to="none", seed=0,
+            ),
+            train_dataset=TargetDataset(cache),
+            data_collator=Collator(pad_id=spec.pad_id),
+        )  # fmt: skip
+        trainer.train()
+        logs = [line for line in trainer.state.log_history if "loss" in line]
+        found.append([(line["loss"], line["grad_norm"]) for line in logs])
+    for one, both in zip(*found, strict=True):
+        assert both == pytest.approx(one, rel=1e-4)
+
+
 # Workers
 
 
 WORKER = """
-import sys
+import json, sys
 from kdcache.training import TrainOptions
-from kdcache.training.run import Plan, Run
-import json
-Run.prepare(Plan.make(TrainOptions(**json.loads(sys.argv[1])))).train()
+from kdcache.training.plan import Plan
+from kdcache.training.run import Run
+run = Run.prepare(Plan.make(TrainOptions(**json.loads(sys.argv[1]))))
+run.train()
+print(*{type(p).__name__ for p in run.trainer.model.parameters()})
 """
 
 
+def on_two_workers(options: TrainOptions) -> set[str]:
+    """Train in two processes, as Ray Train would set them up; the kinds of parameters they had."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        where = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+        }  # fmt: skip
+        environment = os.environ | {k: str(v) for k, v in where.items()}
+        command = [sys.executable, "-c", WORKER, json.dumps(options.to_dict())]
+        processes.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    kinds: set[str] = set()
+    for process in processes:
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        kinds |= {*printed.split()}
+    return kinds
+
+
+def same_metrics(
+    mine: list[dict[str, Any]], theirs: list[dict[str, Any]], rel: float, abs: float
+) -> None:
+    assert len(mine) == len(theirs)
+    for x, y in zip(mine, theirs, strict=True):
+        assert x == pytest.approx(y, rel=rel, abs=abs)
+
+
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("name", ["classes", "causal"])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("classes", {}), ("causal", {}), ("causal", {"fsdp": True, "gradient_checkpointing": True})],
+    ids=["classes", "causal", "causal-fsdp"],
+)
 def test_two_workers_take_the_steps_of_one(
-    options: Make, folder: Path, tmp_path: Path, name: str
+    options: Make, folder: Path, tmp_path: Path, name: str, more: dict[str, Any]
 ) -> None:
     student = {"classes": "bert.json", "causal": "llama.json"}[name]
     path = tmp_path / student
@@ -455,33 +580,49 @@ def test_two_workers_take_the_steps_of_one(
     }  # fmt: skip
     alone = options(out=str(tmp_path / "alone"), **common)
     train(alone)
-    both = options(out=str(tmp_path / "both"), num_workers=2, **common)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        where = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
-        }  # fmt: skip
-        environment = os.environ | {k: str(v) for k, v in where.items()}
-        command = [sys.executable, "-c", WORKER, json.dumps(both.to_dict())]
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-    mine, theirs = metrics(both.out), metrics(alone.out)
-    assert len(mine) == len(theirs)
-    for x, y in zip(mine, theirs, strict=True):
-        assert x == pytest.approx(y, rel=1e-3, abs=2e-5)
+    both = options(out=str(tmp_path / "both"), num_workers=2, **common, **more)
+    kinds = on_two_workers(both)
+    assert kinds == ({"DTensor"} if "fsdp" in more else {"Parameter"})
+    same_metrics(metrics(both.out), metrics(alone.out), 1e-3, 2e-5)
+    assert weights(both.out).keys() == weights(alone.out).keys()
     for key, value in weights(both.out).items():
         torch.testing.assert_close(value, weights(alone.out)[key], atol=1e-4, rtol=1e-3)
+    if name == "causal":
+        AutoModelForCausalLM.from_pretrained(Path(both.out, "student"))
 
     # Another number of workers goes on where two stopped.
     assert not train(both).made
+
+
+@pytest.mark.end_to_end
+def test_sharded_workers_in_bfloat16_go_on_to_the_bit(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    common = {
+        "cache": str(folder / "causal"), "student": str(folder / "llama.json"), "batch_size": 11,
+        "eval_cache": str(folder / "causal"), "temperature": 2, "bf16": True,
+    }  # fmt: skip
+    alone = options(out=str(tmp_path / "alone"), **common)
+    train(alone)
+    both = options(out=str(tmp_path / "both"), num_workers=2, fsdp=True, **common)
+    on_two_workers(both)
+    whole, trained = metrics(both.out), weights(both.out)
+    same_metrics(whole, metrics(alone.out), 0.05, 2e-3)
+    # The loss is computed in float32 and arrives so.
+    assert any(float(torch.tensor(x).bfloat16()) != x for x in losses(both.out))
+    Path(both.out, "train.json").unlink()
+    for path in sorted(Path(both.out, "checkpoint-6").iterdir(), reverse=True):
+        path.unlink()
+    on_two_workers(both)
+    assert metrics(both.out) == whole
+    assert all(torch.equal(weights(both.out)[name], trained[name]) for name in trained)
+    with pytest.raises(UsageError, match="fsdp: True -> False"):
+        train(options(out=both.out, **common))
+
+
+def test_only_hugging_face_students_are_sharded(options: Make) -> None:
+    with pytest.raises(UsageError, match="fsdp shards Hugging Face students"):
+        make_student(Plan.make(options(student="bilstm", num_workers=2, fsdp=True, **SMALL)))
 
 
 @pytest.mark.end_to_end

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,13 +17,16 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry
+from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
+from kdcache.cache.sealed import from_text, to_text
 from kdcache.cache.spec import CacheSpec
-from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.ranks import read_ranks
 from kdcache.shard import ShardData, read_counts, read_shard, shard_bytes
 from kdcache.storage import Storage, open_storage, redact, sha256_file
 from kdcache.targets import Codec
+
+_LEFTOVERS = {"tmp", "tokenizer", "ranks.u32"}  # of a start that crashed
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Cache:
     spec: CacheSpec
     manifest_or_none: Manifest | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def create_or_resume(
@@ -48,6 +51,10 @@ class Cache:
     ) -> Cache:
         """Start a cache, or go on with one of the same spec.
 
+        Whoever creates `spec.json` has begun the cache: it names the hashes of all files beside it,
+        and no build writes anything that it does not name. So of two builds that start at once one
+        is refused, or both work on the same cache.
+
         Args:
             url: folder or fsspec URL.
             spec: what the cache should hold.
@@ -59,18 +66,19 @@ class Cache:
             UsageError: the folder holds something else, or a cache with another spec.
         """
         storage = open_storage(url)
+        beside = {f"tokenizer/{name}": data for name, data in tokenizer_files.items()}
+        if ranks:
+            beside["ranks.u32"] = ranks
         if not storage.exists("spec.json"):
-            leftovers = {"tmp", "tokenizer", "ranks.u32"}
-            if not storage.empty() and not _only(storage, leftovers):
+            entries = set(storage.entries())
+            files = {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}
+            strange = "spec.json" not in entries and entries - _LEFTOVERS
+            if strange and not cls._lacks_spec(storage, spec, files):
                 raise UsageError(
                     f"{redact(url)} is not empty and not a kdcache cache. Choose another --out."
                 )
-            for name, data in tokenizer_files.items():
-                storage.write(f"tokenizer/{name}", data)
-            if ranks:
-                storage.write("ranks.u32", ranks)
-            document = {"spec": spec.to_dict(), "notes": dict(notes or {})}
-            storage.create("spec.json", (json.dumps(document, indent=1) + "\n").encode())
+            document = {"spec": spec.to_dict(), "notes": dict(notes or {}), "files": files}
+            storage.create("spec.json", to_text(document))
         cache = cls._read(storage)
         changed = cache.spec.differences(spec)
         if changed:
@@ -79,6 +87,7 @@ class Cache:
                 + "\n  ".join(changed)
                 + "\nUse the same options to go on, or another --out."
             )
+        cache._complete(beside)
         return cache
 
     @classmethod
@@ -110,29 +119,72 @@ class Cache:
 
     @classmethod
     def _read(cls, storage: Storage) -> Cache:
-        try:
-            document = json.loads(storage.read("spec.json"))
-            spec, notes = CacheSpec.from_dict(document["spec"]), document["notes"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptCacheError(
-                f"{redact(storage.url)}/spec.json cannot be read: {error!r}."
-            ) from error
-        manifest = None
+        cache = cls.read_spec(storage)
         if storage.exists("manifest.json"):
-            manifest = Manifest.from_json(storage.read("manifest.json"))
-            if manifest.fingerprint != spec.fingerprint or len(manifest.shards) != spec.spans:
-                raise CorruptCacheError(
-                    f"{redact(storage.url)}: manifest.json does not belong to spec.json. "
-                    "Restore both from one build."
-                )
-        return cls(storage, spec, manifest, notes)
+            cache.manifest_or_none = cache._read_manifest()
+        return cache
+
+    @classmethod
+    def read_spec(cls, storage: Storage) -> Cache:
+        """A cache by its `spec.json` alone, finished or not.
+
+        Raises:
+            CorruptCacheError: the file is not as it was written, or no spec.
+        """
+        name = f"{redact(storage.url)}/spec.json"
+        document = from_text(storage.read("spec.json"), name)
+        try:
+            spec, files = CacheSpec.from_dict(document["spec"]), check_files(document["files"])
+            notes = dict(document["notes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptCacheError(f"{name} cannot be read: {error!r}.") from error
+        return cls(storage, spec, None, notes, files)
+
+    def _read_manifest(self) -> Manifest:
+        manifest = Manifest.from_json(self.storage.read("manifest.json"))
+        said = (manifest.fingerprint, len(manifest.shards), manifest.files)
+        if said != (self.spec.fingerprint, self.spec.spans, self.files):
+            raise CorruptCacheError(
+                f"{self.url}: manifest.json does not belong to spec.json. "
+                "Restore both from one build."
+            )
+        return manifest
+
+    @staticmethod
+    def _lacks_spec(storage: Storage, spec: CacheSpec, files: Mapping[str, str]) -> bool:
+        """Whether all that a sealed cache of this spec lacks is `spec.json`."""
+        if not storage.exists("manifest.json"):
+            return False
+        manifest = Manifest.from_json(storage.read("manifest.json"))
+        return (manifest.fingerprint, manifest.files) == (spec.fingerprint, files)
+
+    def _complete(self, beside: Mapping[str, bytes]) -> None:
+        """Write the files beside the spec that are missing or not what it says of them."""
+        for name, sha256 in self.files.items():
+            try:
+                self.read_beside(name)
+            except CorruptCacheError as error:
+                data = beside.get(name, b"")
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise UsageError(
+                        f"{error} This build would write another one: it was begun with other "
+                        "versions of the libraries. Use those, or another --out."
+                    ) from None
+                self.storage.write(name, data)
 
     # Building
 
     def committed(self) -> dict[int, str]:
-        """Span -> shard file name of what is done, from the listing alone."""
+        """Span -> shard file name of what is done, from the listing alone.
+
+        Of a sealed cache, only what its manifest names counts.
+        """
+        names = self.storage.names("shards")
+        if self.manifest_or_none is not None:
+            listed = set(names)
+            return {s.span: s.name for s in self.manifest_or_none.shards if s.name in listed}
         found: dict[int, str] = {}
-        for name in self.storage.names("shards"):
+        for name in names:
             match = SHARD_NAME.fullmatch(name)
             if match and int(match.group(1)) < self.spec.spans:
                 # Two copies can only come from two builds racing on one span: every reader and the
@@ -180,8 +232,12 @@ class Cache:
         Raises:
             IncompleteError: spans are missing.
             CorruptCacheError: a shard's bytes are not what its name says.
+            KdcacheError: the cache was sealed before, with other bytes than those of `entries`.
         """
         known = {entry.name: entry for entry in entries}
+        if self.manifest_or_none is not None:
+            for entry in known.values():
+                self._refuse_change(entry)
         committed = self.committed()
         missing = [span for span in range(self.spec.spans) if span not in committed]
         if missing:
@@ -190,46 +246,59 @@ class Cache:
                 f"{missing[0]}). "
                 "Run the same command again to make them."
             )
+        if self.manifest_or_none is not None:
+            return self.manifest
         shards = tuple(
-            known.get(committed[span]) or self._entry(span, committed[span])
+            known.get(committed[span]) or self.entry(span, committed[span])
             for span in range(self.spec.spans)
         )
-        return Manifest(self.spec.fingerprint, shards)
+        return Manifest(self.spec.fingerprint, shards, self.files)
+
+    def _refuse_change(self, entry: ShardEntry) -> None:
+        said = self.manifest.shards[entry.span]
+        if entry != said:
+            raise KdcacheError(
+                f"shard {entry.span} was made anew as {entry.name}, but the manifest has "
+                f"{said.name}: another kind of machine, or other versions of the libraries, "
+                "compute other bits. Make it anew on a machine like the first, restore the file "
+                "from a copy, or accept the new one, and a new digest of the cache, with `kdcache "
+                "repair --reseal`."
+            )
 
     def seal(self, manifest: Manifest) -> Manifest:
-        """Write the manifest: from now on the cache can be read, and is never changed."""
-        self.storage.write("manifest.json", manifest.to_json())
+        """Write the manifest: from now on the cache can be read, and is never changed.
+
+        Where another build has sealed the cache meanwhile, its manifest stands and is returned.
+        """
+        if not self.storage.create("manifest.json", manifest.to_json()):
+            manifest = self._read_manifest()
         self.manifest_or_none = manifest
         return manifest
 
-    def _entry(self, span: int, name: str) -> ShardEntry:
-        path = self.storage.fetch(f"shards/{name}")
-        sha256 = sha256_file(path)
-        if not name.endswith(f"-{sha256[:16]}.h5"):
-            raise CorruptCacheError(
-                f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the same "
-                f"build "
-                "again: only this shard is made anew."
-            )
-        counts, attributes = read_counts(path)
-        if (
-            attributes.get("fingerprint") != self.spec.fingerprint
-            or attributes.get("index") != span
-        ):
+    def entry(self, span: int, name: str) -> ShardEntry:
+        """What a manifest says of a committed shard; its file is hashed and looked into.
+
+        Raises:
+            CorruptCacheError: its bytes are not what its name says, or of another build.
+        """
+        with self.storage.hold(f"shards/{name}") as path:
+            sha256, size = sha256_file(path), path.stat().st_size
+            if not name.endswith(f"-{sha256[:16]}.h5"):
+                raise CorruptCacheError(
+                    f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the "
+                    "same build again: only this shard is made anew."
+                )
+            counts, facts = read_counts(path)
+        if (facts.get("fingerprint"), facts.get("index")) != (self.spec.fingerprint, span):
             raise CorruptCacheError(
                 f"{name} belongs to another build. Delete it and run the build again."
             )
-        return ShardEntry(
-            span,
-            name,
-            counts.rows,
-            counts.tokens,
-            counts.positions,
-            path.stat().st_size,
-            sha256,
-            attributes["skipped"],
-            attributes["clipped_mass"],
-        )
+        values = {"span": span, "name": name, **vars(counts), "bytes": size, "sha256": sha256}
+        values |= {key: facts.get(key) for key in ("skipped", "clipped_mass")}
+        try:
+            return ShardEntry.from_dict(values, span)
+        except ValueError as error:
+            raise CorruptCacheError(f"{name} cannot be listed: {error}.") from error
 
     # Reading
 
@@ -264,17 +333,47 @@ class Cache:
             CorruptCacheError: the file is missing, damaged, or not the one of the manifest.
         """
         entry = self.manifest.shards[span]
-        path = self.storage.fetch(f"shards/{entry.name}")
-        if path.exists() and path.stat().st_size != entry.bytes:
-            raise CorruptCacheError(
-                f"shard {span}: {entry.name} has {path.stat().st_size} bytes, the manifest says "
-                f"{entry.bytes}. Delete the file and run the same build again: only this shard is "
-                f"made anew."
+        try:
+            return self._read_shard(entry, targets)
+        except CorruptCacheError:
+            if not self.storage.remote:
+                raise
+            # The copy on this machine may be what is damaged, and not the cache.
+            return self._read_shard(entry, targets, fresh=True)
+
+    def _read_shard(self, entry: ShardEntry, targets: bool, *, fresh: bool = False) -> ShardData:
+        with self.hold(entry, fresh=fresh) as path:
+            ranks = self.rank_to_id if targets else None
+            return read_shard(
+                path, self.codec(), counts=entry.counts, ranks=ranks, with_targets=targets
             )
-        ranks = self.rank_to_id if targets else None
-        return read_shard(
-            path, self.codec(), counts=entry.counts, ranks=ranks, with_targets=targets
-        )
+
+    @contextlib.contextmanager
+    def hold(self, entry: ShardEntry, *, fresh: bool = False) -> Iterator[Path]:
+        """A shard's file on this machine, whose bytes are those of the manifest.
+
+        Args:
+            entry: which one.
+            fresh: leave a copy of a remote file that is on this machine aside.
+
+        Raises:
+            CorruptCacheError: the file is missing, or its size or hash is another.
+        """
+        path = None
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(FileNotFoundError):
+                path = held.enter_context(self.storage.hold(f"shards/{entry.name}", fresh=fresh))
+            entry.check(path)
+            assert path is not None, "it was found"
+            yield path
+
+    def prefetch(self, spans: Iterable[int]) -> None:
+        """Say which shards are read next, in this order, so that remote ones are fetched ahead.
+
+        Returns at once. The next call takes the place of this one's list.
+        """
+        entries = (self.manifest.shards[span] for span in spans)
+        self.storage.prefetch((f"shards/{entry.name}", entry.bytes) for entry in entries)
 
     @cached_property
     def rank_to_id(self) -> np.ndarray | None:
@@ -285,62 +384,43 @@ class Cache:
         """
         if self.spec.ranks is None:
             return None
+        return read_ranks(self.read_beside("ranks.u32"), self.spec.vocab_size)
+
+    def read_beside(self, name: str) -> bytes:
+        """A file beside `spec.json`, such as `tokenizer/tokenizer.json`.
+
+        Raises:
+            CorruptCacheError: it is missing, or not the one that `spec.json` names.
+        """
+        cure = "Restore it from a copy, or run the same build again."
         try:
-            table = self.storage.read("ranks.u32")
+            data = self.storage.read(name)
         except FileNotFoundError as error:
+            raise CorruptCacheError(f"{self.url}/{name} is missing. {cure}") from error
+        said = self.spec.ranks if name == "ranks.u32" else self.files.get(name)
+        found = hashlib.sha256(data).hexdigest()
+        if said is not None and found != said:
             raise CorruptCacheError(
-                f"{self.url}/ranks.u32 is missing. Restore it from a copy, or build the cache "
-                "again."
-            ) from error
-        found = hashlib.sha256(table).hexdigest()
-        if found != self.spec.ranks:
-            raise CorruptCacheError(
-                f"{self.url}/ranks.u32: sha256 is {found[:16]}…, the spec says "
-                f"{self.spec.ranks[:16]}…. Restore it from a copy, or build the cache again."
+                f"{self.url}/{name}: sha256 is {found[:16]}…, the spec says {said[:16]}…. {cure}"
             )
-        return read_ranks(table, self.spec.vocab_size)
+        return data
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the files kept in the cache."""
         with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
-            for name in self.storage.names("tokenizer"):
-                Path(folder, name).write_bytes(self.storage.read(f"tokenizer/{name}"))
+            for name in self._tokenizer_files():
+                Path(folder, name).write_bytes(self.read_beside(f"tokenizer/{name}"))
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
+    def _tokenizer_files(self) -> list[str]:
+        named = [name for name in self.files if name.startswith("tokenizer/")]
+        return [n.split("/")[1] for n in named] or self.storage.names("tokenizer")
+
     def verify(self) -> Iterator[str]:
-        """Check every hash, count and checksum; yields one line a problem.
+        """Check every file, hash, count and value; yields one line a problem.
 
-        Cost: reads every byte once and decodes it once.
+        See `kdcache.cache.integrity.problems`.
         """
-        try:
-            _ = self.rank_to_id
-        except CorruptCacheError as error:
-            yield str(error)
-            return
-        for entry in self.manifest.shards:
-            name = f"shard {entry.span}: {entry.name}"
-            cure = "Delete the file and run the same build again: only this shard is made anew."
-            if not self.storage.exists(f"shards/{entry.name}"):
-                yield f"{name} is missing. Run the same build again: only this shard is made anew."
-                continue
-            path = self.storage.fetch(f"shards/{entry.name}")
-            sha256 = sha256_file(path)
-            if sha256 != entry.sha256:
-                # Hash first, open second: HDF5 never parses bytes that are known to be wrong.
-                said = entry.sha256[:16]
-                yield f"{name}: sha256 is {sha256[:16]}…, the manifest says {said}…. {cure}"
-                continue
-            try:
-                data = self.read(entry.span)
-                temperature = self.spec.temperatures[0] if self.spec.temperatures else 1.0
-                if len(data.targets):
-                    data.targets.take(np.arange(min(64, len(data.targets)))).at(temperature)
-            except CorruptCacheError as error:
-                yield f"{name}: {error}"
+        from kdcache.cache.integrity import problems
 
-
-def _only(storage: Storage, allowed: set[str]) -> bool:
-    root = getattr(storage, "root", None)
-    with contextlib.suppress(FileNotFoundError):
-        return root is not None and all(p.name in allowed for p in root.iterdir())
-    return False
+        yield from (problem.text for problem in problems(self))

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
-import json
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from kdcache.cache.sealed import from_text, to_text
 from kdcache.cache.spec import FORMAT
 from kdcache.errors import CorruptCacheError
+from kdcache.hdf5 import DEFLATE_LIMIT
 from kdcache.shard import ShardCounts
+from kdcache.storage import sha256_file
 
-SHARD_NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.h5")
+SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.h5")
+BESIDE = re.compile(r"ranks\.u32|tokenizer/(?!\.)[^/\\\x00-\x1f]+")
+"""Names of files that lie beside `spec.json`; no other can be named."""
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_COUNTS = ("rows", "tokens", "positions", "bytes", "skipped")
+_MOST = 1 << 31  # of anything in one shard, which is held in memory whole
+_CURE = "Delete the file and run the same build again: only this shard is made anew."
 
 
 @dataclass(frozen=True)
@@ -34,13 +46,70 @@ class ShardEntry:
         """The counts that the shard's file must declare."""
         return ShardCounts(self.rows, self.tokens, self.positions)
 
+    def check(self, path: Path | None) -> None:
+        """Compare a file with this entry; about 1 GB/s a core.
+
+        Args:
+            path: where it should be; None where there is known to be none.
+
+        Raises:
+            CorruptCacheError: it is missing, or its size or hash is another.
+        """
+        shard = f"shard {self.span}: {self.name}"
+        if path is None or not path.exists():
+            raise CorruptCacheError(
+                f"{shard} is missing. Run the same build again: only this shard is made anew."
+            )
+        size = path.stat().st_size
+        if size != self.bytes:
+            raise CorruptCacheError(
+                f"{shard} has {size} bytes, the manifest says {self.bytes}. {_CURE}"
+            )
+        found = sha256_file(path)  # with a size it is a file, and has an end
+        if found != self.sha256:
+            raise CorruptCacheError(
+                f"{shard}: sha256 is {found[:16]}…, the manifest says {self.sha256[:16]}…. {_CURE}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Any, span: int) -> ShardEntry:
+        """Check what a manifest lists of a span.
+
+        Raises:
+            ValueError: it cannot be.
+        """
+        entry = cls(**values)
+        found = SHARD_NAME.fullmatch(entry.name)
+        if found is None or not int(found.group(1)) == entry.span == span:
+            raise ValueError(f"{entry.name!r} is not the shard of span {span}")
+        if not (_SHA256.fullmatch(entry.sha256) and entry.sha256.startswith(found.group(2))):
+            raise ValueError(f"{entry.name} has not the sha256 of its name")
+        for name in ("span", *_COUNTS):
+            value = getattr(entry, name)
+            if type(value) is not int or not (name == "bytes") <= value < _MOST:
+                raise ValueError(f"{entry.name} cannot have {value} {name}")
+        # So many numbers, compressed as far as can be.
+        if max(entry.rows, entry.tokens, entry.positions) > DEFLATE_LIMIT * entry.bytes:
+            raise ValueError(f"{entry.name} has {entry.counts} in no more than {entry.bytes} bytes")
+        mass = entry.clipped_mass
+        if type(mass) not in (int, float) or not (math.isfinite(mass) and mass >= 0):
+            raise ValueError(f"{entry.name} has a clipped mass of {mass}")
+        return entry
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sealed list of a cache's shards, in the order of their spans."""
+    """The sealed list of a cache's shards, in the order of their spans.
+
+    Attributes:
+        fingerprint: of the spec.
+        shards: one a span.
+        files: SHA-256 of each file beside the spec.
+    """
 
     fingerprint: str
     shards: tuple[ShardEntry, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -69,42 +138,57 @@ class Manifest:
 
     def to_json(self) -> builtins.bytes:
         """Canonical text: the same cache has the same manifest, byte for byte."""
-        values = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "positions": self.positions,
-            "bytes": self.bytes,
-            "skipped": self.skipped,
-            "shards": [dataclasses.asdict(s) for s in self.shards],
-        }
-        return (json.dumps(values, indent=1) + "\n").encode()
+        return to_text(
+            {
+                "format": FORMAT,
+                "fingerprint": self.fingerprint,
+                **{name: getattr(self, name) for name in _COUNTS},
+                "files": dict(sorted(self.files.items())),
+                "shards": [vars(s) for s in self.shards],
+            }
+        )
 
     @classmethod
     def from_json(cls, data: builtins.bytes) -> Manifest:
         """Parse and check a manifest.
 
         Raises:
-            CorruptCacheError: not a manifest of this format, names outside the cache's folder, or
-                totals that do not add up.
+            CorruptCacheError: not a manifest of this format, not as it was written, names outside
+                the cache's folder, counts that cannot be, or totals that do not add up.
         """
+        values = from_text(data, "manifest.json")
         try:
-            values = json.loads(data)
-            manifest = cls(values["fingerprint"], tuple(ShardEntry(**s) for s in values["shards"]))
-            totals = {k: values[k] for k in ("rows", "tokens", "positions", "bytes", "skipped")}
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']}, this kdcache reads {FORMAT}")
+            if values.keys() != {"format", "fingerprint", "files", "shards", *_COUNTS}:
+                raise ValueError(f"its fields are {', '.join(values)}")
+            if not _SHA256.fullmatch(values["fingerprint"]):
+                raise ValueError("its fingerprint is none")
+            manifest = cls(
+                values["fingerprint"],
+                tuple(ShardEntry.from_dict(s, i) for i, s in enumerate(values["shards"])),
+                check_files(values["files"]),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptCacheError(f"manifest.json cannot be read: {error!r}.") from error
-        for i, shard in enumerate(manifest.shards):
-            found = SHARD_NAME.fullmatch(shard.name)
-            if found is None or int(found.group(1)) != i or shard.span != i:
-                raise CorruptCacheError(
-                    f"manifest.json: {shard.name!r} is not the shard of span {i}."
-                )
-        for name, value in totals.items():
-            if getattr(manifest, name) != value:
+        for name in _COUNTS:
+            if getattr(manifest, name) != values[name]:
                 raise CorruptCacheError(
                     f"manifest.json: its shards have {getattr(manifest, name)} {name}, it says "
-                    f"{value}."
+                    f"{values[name]}."
                 )
         return manifest
+
+
+def check_files(files: Any) -> dict[str, str]:
+    """Names and hashes of files beside `spec.json`, as a spec or a manifest says them.
+
+    Raises:
+        ValueError: a name that could leave the folder, or a hash that is none.
+    """
+    if not isinstance(files, dict):
+        raise ValueError("its files are no object")
+    for name, sha256 in files.items():
+        if not (BESIDE.fullmatch(name) and type(sha256) is str and _SHA256.fullmatch(sha256)):
+            raise ValueError(f"{name!r} is not a file beside spec.json")
+    return files

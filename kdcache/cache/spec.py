@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +71,11 @@ class CacheSpec:
         """From `to_dict`'s values.
 
         Raises:
-            CorruptCacheError: a field is missing or unknown, or another format version.
+            CorruptCacheError: a field is missing, unknown or of another kind than it must be, or
+            another format version.
         """
+        if not isinstance(values, dict):
+            raise CorruptCacheError("spec.json cannot be read: its spec is no object.")
         if values.get("format") != FORMAT:
             raise CorruptCacheError(
                 f"the cache has format version {values.get('format')}; this kdcache reads {FORMAT}."
@@ -80,6 +84,10 @@ class CacheSpec:
         if names != set(values):
             odd = ", ".join(sorted(names ^ set(values)))
             raise CorruptCacheError(f"spec.json lacks or does not know these fields: {odd}.")
+        wrong = [name for name, kind in _KINDS.items() if not kind(values.get(name))]
+        if wrong:
+            odd = ", ".join(f"{name} is {_short(values.get(name))}" for name in wrong)
+            raise CorruptCacheError(f"spec.json says what cannot be: {odd}.")
         listed = ("teachers", "label_names", "corpus", "temperatures")
         fields: dict[str, Any] = dict(values)
         for name in listed:
@@ -121,6 +129,53 @@ class CacheSpec:
             for k in keys
             if mine.get(k) != theirs.get(k)
         ]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _list(item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(item, value))
+
+
+def _object(**kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict) and all(kind(value.get(name)) for name, kind in kinds.items())
+    )
+
+
+def _none_or(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or kind(value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "task": lambda value: value in ("causal-lm", "sequence-classification"),
+    "teachers": _list(_object(sha256=_text, weight=_number)),
+    "ensemble": _text,
+    "dtype": _text,
+    "tokenizer": _text,
+    "vocab_size": _count,
+    "pad_id": _count,
+    "eos_id": _none_or(_count),
+    "label_names": _none_or(_list(_text)),
+    "corpus": _list(_object(name=_text)),
+    "rows": _object(max_length=_count, packing=_text),
+    "reading": _object(),
+    "spans": _count,
+    "codec": _text,
+    "temperatures": _list(_number),
+    "seed": lambda value: type(value) is int and abs(value) < 1 << 63,
+    "ranks": _none_or(_text),
+}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -17,10 +17,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import pyarrow as pa
 
 from kdcache.errors import UsageError
+from kdcache.storage import redact
+from kdcache.storage.filesystem import FileSystem, RemoteFile
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -40,7 +41,8 @@ COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 # Written beside the data by well-known tools; JSON, but not records.
 _SIDE_FILES = frozenset({"dataset_info.json", "dataset_infos.json", "state.json", "config.json"})
 _TAG_BYTES = 64 << 10
-_READ_AHEAD = 8 << 20
+_BUFFER = 1 << 20
+_LISTING = 256 << 20  # what a listing may weigh at most: a million names
 _DECOMPRESSED_AT_ONCE = 64 << 10
 _TAGGED_AT_ONCE = 128
 
@@ -71,19 +73,6 @@ def _local(path: str) -> str:
     for scheme in ("file://", "local://"):
         path = path.removeprefix(scheme)
     return os.path.abspath(os.path.expanduser(path))
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        scheme = url.split("://")[0]
-        extra = {"s3": "s3", "gs": "gcs"}.get(scheme)
-        cure = f"pip install 'kdcache[{extra}]'" if extra else "install its fsspec package"
-        raise UsageError(
-            f"{url}: can't open {scheme}:// paths ({error}). To read them, {cure}."
-        ) from None
-    return fs, path
 
 
 def kind_of(name: str, forced: str = "auto") -> tuple[str, str] | None:
@@ -142,17 +131,17 @@ def _expand_local(pattern: str, forced: str) -> list[tuple[str, int]]:
 
 
 def _expand_remote(pattern: str, forced: str) -> list[tuple[str, int]]:
-    fs, path = _filesystem(pattern)
+    store = FileSystem(pattern)
+    path = store.path
     # In a web address `?` starts a query; servers list nothing anyway.
     globbing = has_magic(path) and not pattern.startswith(("http://", "https://"))
     try:
-        top = fs.glob(path, detail=True) if globbing else {path: fs.info(path)}
+        if globbing:
+            top = store.ask("glob", path, detail=True, volume=_LISTING)
+        else:
+            top = {path: store.ask("info", path)}
     except FileNotFoundError:
         top = {}
-    except PermissionError as error:
-        raise UsageError(
-            f"--corpus {pattern}: access denied ({error}). Check the credentials."
-        ) from None
     found: dict[str, Any] = {}
     for name, info in sorted(top.items()):
         if info["type"] != "directory":
@@ -160,9 +149,8 @@ def _expand_remote(pattern: str, forced: str) -> list[tuple[str, int]]:
                 found[name] = info
         elif "**" not in pattern:
             base = name.rstrip("/") + "/"
-            inside = {
-                key.removeprefix(base): value for key, value in fs.find(name, detail=True).items()
-            }
+            listed = store.ask("find", name, detail=True, volume=_LISTING)
+            inside = {key.removeprefix(base): value for key, value in listed.items()}
             found |= {base + key: inside[key] for key in _in_folder(inside, forced)}
     unsized = next((name for name, info in found.items() if info.get("size") is None), None)
     if unsized is not None:
@@ -170,7 +158,7 @@ def _expand_remote(pattern: str, forced: str) -> list[tuple[str, int]]:
     if "::" in pattern and list(found) == [path]:
         # A chain of file systems (simplecache::...) has no other name than the one it came by.
         return [(pattern, int(found[path]["size"]))]
-    return [(fs.unstrip_protocol(name), int(info["size"])) for name, info in found.items()]
+    return [(store.fs.unstrip_protocol(name), int(info["size"])) for name, info in found.items()]
 
 
 def expand(patterns: Sequence[str], forced: str = "auto") -> list[InputFile]:
@@ -200,7 +188,7 @@ def expand(patterns: Sequence[str], forced: str = "auto") -> list[InputFile]:
                 f"(line formats also as .gz or .zst); name other files' kind with --format."
             )
         for url, size in found:
-            kind = kind_of(url, forced)
+            kind = kind_of(redact(url), forced)  # a signed address ends in its signature
             if kind is None:
                 raise UsageError(
                     f"{url}: can't tell the format by the name. Expected {', '.join(KINDS)} (line "
@@ -219,9 +207,7 @@ def open_bytes(url: str) -> BinaryIO:
     try:
         if not is_remote(url):
             return open(url, "rb")
-        fs, path = _filesystem(url)
-        # fsspec's own readline is Python code; a buffer on top reads lines at C speed.
-        return io.BufferedReader(fs.open(path, "rb", block_size=_READ_AHEAD), _READ_AHEAD // 8)
+        return io.BufferedReader(RemoteFile(url), _BUFFER)
     except FileNotFoundError:
         raise UsageError(f"{url}: the file is gone. Restore it, or plan the corpus anew.") from None
     except PermissionError:
@@ -273,13 +259,13 @@ def open_plain(url: str, compression: str) -> BinaryIO:
         unpacked = pa.CompressedInputStream(raw, "zstd")
         stream = _Decompressed(unpacked.read, unpacked, raw)
     # A buffer on top: its line iteration is C, GzipFile's own is a Python call a line.
-    return io.BufferedReader(stream, _READ_AHEAD // 8)
+    return io.BufferedReader(stream, _BUFFER)
 
 
 def names(files: Sequence[InputFile]) -> list[str]:
     """Names of the files below their nearest common folder: moving a corpus changes nothing."""
     split = [
-        tuple(file.url.split("/")) if is_remote(file.url) else Path(file.url).parts
+        tuple(redact(file.url).split("/")) if is_remote(file.url) else Path(file.url).parts
         for file in files
     ]
     # The first and the last in order differ earliest; a file's own name is never shared.
@@ -323,13 +309,10 @@ def _remote_ends(files: Sequence[InputFile]) -> dict[str, list[bytes]]:
     ends: dict[str, list[bytes]] = {file.url: [] for file in files}
     for _, same_store in groupby(files, key=lambda file: file.url.split("://")[0]):
         wanted = [(file, *ends_of) for file in same_store for ends_of in _ranges(file.size)]
-        fs, _ = _filesystem(wanted[0][0].url)
+        store = FileSystem(wanted[0][0].url)
         # One call: stores with an async client fetch all ranges at the same time.
-        blocks = fs.cat_ranges(
-            [_filesystem(file.url)[1] for file, _, _ in wanted],
-            [start for _, start, _ in wanted],
-            [stop for _, _, stop in wanted],
-            on_error="raise",
+        blocks = store.read_all(
+            [(FileSystem(file.url).path, start, stop) for file, start, stop in wanted]
         )
         for (file, _, _), block in zip(wanted, blocks, strict=True):
             ends[file.url].append(block)

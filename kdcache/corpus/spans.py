@@ -60,6 +60,18 @@ class Span:
     compression: str = ""
     columns: tuple[str, ...] | None = None
 
+    @property
+    def records(self) -> str:
+        """Where its records are, for a person who looks for them."""
+        if _by_parts(self):
+            which = f"every {self.parts}th record from record {self.part + 1} on"
+        elif self.kind in LINE_KINDS:
+            which = f"the lines that start in bytes {self.start}-{self.stop}"
+        else:
+            which = f"rows: stretch {self.part + 1} of {self.parts} even ones"
+        within = "" if self.limit is None else f", of the first {self.limit}"
+        return f"{self.file}: {which}{within}"
+
     def to_dict(self) -> dict[str, Any]:
         """The span as JSON-able values."""
         return asdict(self)

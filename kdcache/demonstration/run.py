@@ -43,7 +43,7 @@ from kdcache.report import EvaluateOptions, EvaluateResult, ModelScores, evaluat
 from kdcache.teacher import quiet_transformers
 from kdcache.text import duration, size
 from kdcache.training import TrainOptions, TrainResult, train
-from kdcache.training.run import METRICS_FILE
+from kdcache.training.metrics import METRICS_FILE
 
 Report = Callable[[str], None]
 

@@ -4,7 +4,8 @@ row.
 Cost: the two JSON files of a sealed cache and the headers of a few shards, from which bytes a
 column are scaled up; with a row, that row's shard. An unfinished cache has no manifest: each
 committed shard is opened (and fetched first, if the cache is remote) to count it.
-Guarantee: nothing is written; figures that come from a few shards say so.
+Guarantee: nothing is written; figures that come from a few shards say so. Each shard is hashed,
+then opened by another process (`kdcache.trial`), then by this one.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from kdcache.cache import Cache, ShardEntry
 from kdcache.errors import UsageError
 from kdcache.report.tables import number, percent, print_line, print_table
 from kdcache.rows import IGNORE, Row
-from kdcache.shard import column_bytes, read_counts, read_shard
+from kdcache.shard import column_bytes, read_shard
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets
 from kdcache.text import size
+from kdcache.trial import Trial
 
 _CAUSAL = "causal-lm"
 _SAMPLED_SHARDS = 8
@@ -193,9 +195,10 @@ def inspect(options: InspectOptions) -> InspectResult:
     if not open_storage(options.cache).exists("spec.json"):
         raise UsageError(f"{redact(options.cache)} is not a kdcache cache: it has no spec.json.")
     cache = Cache.resume(options.cache)
-    shards = cache.manifest.shards if cache.sealed else _committed(cache)
-    row = None if options.row is None else _row(cache, shards, options)
-    columns, sampled = _columns(cache, shards)
+    with Trial() as trial:
+        shards = cache.manifest.shards if cache.sealed else _committed(cache, trial)
+        row = None if options.row is None else _row(cache, shards, options, trial)
+        columns, sampled = _columns(cache, shards, trial)
     spec = cache.spec
     positions = sum(s.positions for s in shards)
     total = sum(s.bytes for s in shards)
@@ -228,38 +231,30 @@ def inspect(options: InspectOptions) -> InspectResult:
     )
 
 
-def _committed(cache: Cache) -> tuple[ShardEntry, ...]:
-    """Entries of the shards that an unfinished build has left, not hashed."""
+def _committed(cache: Cache, trial: Trial) -> tuple[ShardEntry, ...]:
+    """Entries of the shards that an unfinished build has left."""
     entries = []
     for span, name in sorted(cache.committed().items()):
-        counts, facts = read_counts(_fetch(cache, name))
-        entries.append(
-            ShardEntry(
-                span=span,
-                name=name,
-                rows=counts.rows,
-                tokens=counts.tokens,
-                positions=counts.positions,
-                bytes=cache.storage.size(f"shards/{name}"),
-                sha256="",
-                skipped=facts.get("skipped", 0),
-                clipped_mass=facts.get("clipped_mass", 0.0),
-            )
-        )
+        trial.open(cache.storage.fetch(f"shards/{name}"))
+        entries.append(cache.entry(span, name))
     return tuple(entries)
 
 
-def _fetch(cache: Cache, name: str) -> Path:
-    return cache.storage.fetch(f"shards/{name}")
+def _fetch(cache: Cache, entry: ShardEntry, trial: Trial) -> Path:
+    with cache.hold(entry) as path:
+        trial.open(path)
+        return path
 
 
-def _columns(cache: Cache, shards: Sequence[ShardEntry]) -> tuple[tuple[ColumnSize, ...], int]:
+def _columns(
+    cache: Cache, shards: Sequence[ShardEntry], trial: Trial
+) -> tuple[tuple[ColumnSize, ...], int]:
     """Bytes a position of each dataset, from a few shards spread over the cache."""
     full = [s for s in shards if s.positions]
     chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SAMPLED_SHARDS)).astype(int))
     sums: dict[str, int] = {}
     for i in chosen:
-        for name, stored in column_bytes(_fetch(cache, full[i].name)).items():
+        for name, stored in column_bytes(_fetch(cache, full[i], trial)).items():
             sums[name] = sums.get(name, 0) + stored
     positions = sum(full[i].positions for i in chosen)
     ordered = sorted(sums.items(), key=lambda item: -item[1])
@@ -269,19 +264,17 @@ def _columns(cache: Cache, shards: Sequence[ShardEntry]) -> tuple[tuple[ColumnSi
 # One row
 
 
-def _row(cache: Cache, shards: Sequence[ShardEntry], options: InspectOptions) -> RowView:
+def _row(
+    cache: Cache, shards: Sequence[ShardEntry], options: InspectOptions, trial: Trial
+) -> RowView:
     codec = cache.codec()
     temperature = options.temperature or default_temperature(cache)
     codec.check_temperature(temperature)
     number = options.row
     assert number is not None
     entry, index = _find(shards, number, cache.sealed)
-    if cache.sealed:
-        data = cache.read(entry.span)
-    else:
-        data = read_shard(
-            _fetch(cache, entry.name), codec, counts=entry.counts, ranks=cache.rank_to_id
-        )
+    path = _fetch(cache, entry, trial)
+    data = read_shard(path, codec, counts=entry.counts, ranks=cache.rank_to_id)
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
     targets = data.targets.take(np.arange(first, last))

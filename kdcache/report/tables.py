@@ -20,7 +20,8 @@ def print_table(
     left: int = 1,
     title: str | None = None,
 ) -> None:
-    """Print a table; elsewhere than on a terminal nothing is wrapped, cut or coloured.
+    """Print a table; nothing is cut: where a terminal has no room, its lines are plain and wrap.
+    Elsewhere than on a terminal nothing is wrapped or coloured either.
 
     Args:
         console: where to.
@@ -32,8 +33,11 @@ def print_table(
     if title:
         print_line(console, title, style="bold")
     lines = [tuple(row) for row in rows]
-    if not console.is_terminal:
-        # Rich would wrap at 80 columns here, and a program that reads this wants whole lines.
+    # Headings may fold between words; each column has a frame of three.
+    words = [max(name.split() or [""], key=cell_len) for name in header]
+    room = sum(3 + max(map(cell_len, cells)) for cells in zip(words, *lines, strict=True)) + 1
+    if not console.is_terminal or room > console.width:
+        # Rich would wrap or cut here, and a program that reads this wants whole lines.
         for line in _plain([tuple(header), *lines] if any(header) else lines, left):
             print_line(console, line)
         return

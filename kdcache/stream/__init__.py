@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from kdcache.stream.batch import Batch, Tokenize, collate, join, take
+from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order
+from kdcache.stream.pool import Pool
 from kdcache.stream.reader import TargetStream
 
 __all__ = [
     "Batch",
     "Collator",
     "Cursor",
+    "Pool",
     "TargetDataset",
     "TargetStream",
     "Tokenize",
@@ -20,5 +22,4 @@ __all__ = [
     "join",
     "open_caches",
     "order",
-    "take",
 ]

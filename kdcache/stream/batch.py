@@ -16,39 +16,11 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.rows import IGNORE
 from kdcache.shard import ShardData
-from kdcache.stream.order import ranges
+from kdcache.stream.pool import CAUSAL, positions_of, types_of
 from kdcache.targets import DenseTargets, SoftTargets
 
 Batch: TypeAlias = dict[str, Tensor]
 Tokenize: TypeAlias = Callable[[list[str], "list[str] | None"], Mapping[str, Tensor]]
-
-_CAUSAL = "causal-lm"
-
-
-def take(data: ShardData, rows: np.ndarray, *, targets: bool = True) -> ShardData:
-    """Some rows of a shard, in the order asked for.
-
-    Args:
-        data: rows and their targets.
-        rows: int64 [n], row numbers.
-        targets: False leaves the soft targets out.
-    """
-    starts, lengths = data.offsets[rows], data.offsets[rows + 1] - data.offsets[rows]
-    tokens = ranges(starts, lengths)
-    empty = np.zeros(0, dtype=np.int64)
-    first = data.position_offsets[rows]
-    places = ranges(first, data.position_offsets[rows + 1] - first) if targets else empty
-    texts, pairs = data.texts, data.text_pairs
-    return ShardData(
-        task=data.task,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        input_ids=data.input_ids[tokens],
-        labels=data.labels[tokens] if data.task == _CAUSAL else data.labels[rows],
-        targets=data.targets.take(places),
-        type_ids=None if data.type_ids is None else data.type_ids[tokens],
-        texts=None if texts is None else [texts[i] for i in rows],
-        text_pairs=None if pairs is None else [pairs[i] for i in rows],
-    )
 
 
 def join(parts: Sequence[ShardData]) -> ShardData:
@@ -56,22 +28,14 @@ def join(parts: Sequence[ShardData]) -> ShardData:
     if len(parts) == 1:
         return parts[0]
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    types = [p.type_ids for p in parts]
-    typed = any(t is not None for t in types)
+    typed = any(part.type_ids is not None for part in parts)
     return ShardData(
         task=parts[0].task,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         input_ids=np.concatenate([p.input_ids for p in parts]),
         labels=np.concatenate([p.labels for p in parts]),
         targets=SoftTargets.concat([p.targets for p in parts]),
-        type_ids=np.concatenate(
-            [
-                np.zeros(len(p.input_ids), np.uint8) if p.type_ids is None else p.type_ids
-                for p in parts
-            ]
-        )
-        if typed
-        else None,
+        type_ids=np.concatenate([types_of(p) for p in parts]) if typed else None,
         texts=_join_texts([p.texts for p in parts], [len(p) for p in parts]),
         text_pairs=_join_texts([p.text_pairs for p in parts], [len(p) for p in parts]),
     )
@@ -112,7 +76,7 @@ def collate(
     rows, lengths = len(data), np.diff(data.offsets)
     width = int(lengths.max()) if rows else 0
     real = np.arange(width) < lengths[:, None]
-    causal = data.task == _CAUSAL
+    causal = data.task == CAUSAL
     if tokenize is not None:
         if data.texts is None:
             raise UsageError(
@@ -142,7 +106,7 @@ def collate(
             batch["target_weights"] = targets.weights
             batch["target_rest"] = targets.rest
     if count is None:
-        count = positions_of(data, np.arange(rows), soft=temperature is not None)
+        count = int(positions_of(data, soft=temperature is not None).sum())
     batch["count"] = torch.tensor(count, dtype=torch.float32)
     return batch
 
@@ -151,10 +115,3 @@ def _padded(values: np.ndarray, real: np.ndarray, fill: int) -> Tensor:
     out = np.full(real.shape, fill, dtype=np.int64)
     out[real] = values
     return torch.from_numpy(out)
-
-
-def positions_of(data: ShardData, rows: np.ndarray, *, soft: bool) -> int:
-    """What the loss of these rows is a mean of: their soft targets, or their hard labels."""
-    if soft or data.task == _CAUSAL:
-        return int((data.position_offsets[rows + 1] - data.position_offsets[rows]).sum())
-    return int((data.labels[rows] != IGNORE).sum())

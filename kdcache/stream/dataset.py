@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from kdcache.cache import Cache
 from kdcache.shard import ShardData
-from kdcache.stream.batch import Batch, Tokenize, collate, join, take
+from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.pool import Pool
 
 
 class TargetDataset(Dataset[ShardData]):
@@ -38,7 +39,7 @@ class TargetDataset(Dataset[ShardData]):
         sizes = [self.caches[c].manifest.shards[i].rows for c, i in self._shards]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._keep = keep
-        self._recent: OrderedDict[int, ShardData] = OrderedDict()
+        self._recent: OrderedDict[int, Pool] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -47,15 +48,15 @@ class TargetDataset(Dataset[ShardData]):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         slot = int(np.searchsorted(self._ends, index, side="right"))
-        data = self._recent.pop(slot, None)
-        if data is None:
+        pool = self._recent.pop(slot, None)
+        if pool is None:
             cache, shard = self._shards[slot]
-            data = self.caches[cache].read(shard)
-        self._recent[slot] = data
+            pool = Pool([self.caches[cache].read(shard)])
+        self._recent[slot] = pool
         if len(self._recent) > self._keep:
             self._recent.popitem(last=False)
         row = index - (int(self._ends[slot - 1]) if slot else 0)
-        return take(data, np.array([row]))
+        return pool.take(np.array([row]))
 
 
 @dataclass

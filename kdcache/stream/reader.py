@@ -9,12 +9,13 @@ and a position in the order (`Cursor`) is all there is to resume from. A slice t
 holds one row whose weight is zero (`count` = infinity): every rank takes the same number of steps,
 nothing is dropped and nothing counts twice.
 
-Cost: one thread reads and decodes groups, a second cuts and collates batches with vectorised numpy,
-both ahead of the training step. Each rank decodes the whole cache once an epoch: the price of equal
-global batches. In memory are the group being cut, the next one (twice while its shards are joined),
-and `prefetch` batches, however large the cache.
-Guarantee: every row exactly once an epoch (weights
-aside), whatever the world size, accumulation, group size and restart point.
+Cost: one thread reads groups, a second cuts, decodes and collates batches, both ahead of the
+training step and mostly without Python's global lock: half a microsecond of CPU time a position at
+`sample:20` (`benchmarks/stream.py`). Each rank reads the whole cache once an epoch, the price of
+equal global batches, but decodes its own slices only. In memory are the group being cut, the next
+one, and `prefetch` batches, however large the cache.
+Guarantee: every row exactly once an epoch (weights aside), whatever the world size, accumulation,
+group size and restart point.
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ from kdcache.cache import Cache
 from kdcache.errors import UsageError
 from kdcache.shard import ShardData
 from kdcache.stream.background import Background
-from kdcache.stream.batch import Batch, Tokenize, collate, join, positions_of, take
+from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.order import Cursor, Source, order, slices, sources
+from kdcache.stream.pool import Pool
+
+_GROUP_BYTES = 1 << 25
+_GROUP_SHARDS = 3
 
 
 @dataclass
 class _Group:
-    """Decoded shards of one group: `rows` of `data` in the global order, all of one epoch."""
+    """Decoded shards of one group: `rows` of `pool` in the global order, all of one epoch."""
 
-    data: ShardData
+    pool: Pool
     rows: np.ndarray
     epoch: int
 
@@ -64,7 +69,7 @@ class TargetStream(IterableDataset[Batch]):
         world_size: int = 1,
         accumulation: int = 1,
         weights: Sequence[float] | None = None,
-        group: int = 8,
+        group: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         cursor: Cursor | Mapping[str, int] | None = None,
@@ -85,7 +90,9 @@ class TargetStream(IterableDataset[Batch]):
             accumulation: slices into which each rank cuts its part of a global batch.
             weights: how often an epoch uses each cache's rows: 2 repeats them, 0.5 takes another
                 half each epoch. Default: 1 for all.
-            group: shards whose rows are shuffled together; decides the memory taken.
+            group: shards whose rows are shuffled together; decides the memory taken and how soon
+                the first batch comes. Default: as many as make 32 MiB of stored bytes, but 3 at
+                least.
             shuffle: False keeps the stored order (evaluation).
             drop_last: leave a shorter last batch of an epoch out.
             cursor: where to begin.
@@ -101,7 +108,7 @@ class TargetStream(IterableDataset[Batch]):
         self.batch_size, self.seed, self.temperature = batch_size, seed, temperature
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.caches)
-        self.group, self.shuffle, self.drop_last = group, shuffle, drop_last
+        self.shuffle, self.drop_last = shuffle, drop_last
         self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
         self.cursor = cursor if isinstance(cursor, Cursor) else Cursor.from_dict(cursor or _BEGIN)
         problems = []
@@ -109,13 +116,14 @@ class TargetStream(IterableDataset[Batch]):
             "batch_size": 1,
             "world_size": 1,
             "accumulation": 1,
-            "group": 1,
             "prefetch": 1,
             "seed": 0,
         }
         for name, low in least.items():
             if getattr(self, name) < low:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least {low}.")
+        if group is not None and group < 1:
+            problems.append(f"group is {group}, expected at least 1.")
         if not 0 <= rank < max(1, world_size):
             problems.append(f"rank {rank} is not one of {world_size} ranks.")
         if len(self.weights) != len(self.caches):
@@ -129,6 +137,11 @@ class TargetStream(IterableDataset[Batch]):
                 f"{self.rows} rows an epoch make no batch of {batch_size}. Use a larger "
                 "cache, a smaller batch size, or keep the last batch."
             )
+        self.group = self._usual_group() if group is None else group
+
+    def _usual_group(self) -> int:
+        stored = [self.caches[s.cache].manifest.shards[s.shard].bytes for s in self._sources]
+        return max(_GROUP_SHARDS, _GROUP_BYTES * len(stored) // sum(stored))
 
     @cached_property
     def _sources(self) -> list[Source]:
@@ -180,30 +193,48 @@ class TargetStream(IterableDataset[Batch]):
             ready.close()
 
     def _groups(self, cursor: Cursor, epochs: int) -> Iterator[_Group]:
+        plan = self._plan(cursor, epochs)
+        now = next(plan, None)
+        while now is not None:
+            later = next(plan, None)
+            # Shards in an object store are fetched while those before them are read.
+            shards = [s for pairs, _ in (now, later or now) for s in self._shards(pairs)]
+            for index, cache in enumerate(self.caches):
+                cache.prefetch(dict.fromkeys(s for c, s in shards if c == index))
+            yield self._decode(*now)
+            now = later
+
+    def _plan(self, cursor: Cursor, epochs: int) -> Iterator[tuple[np.ndarray, int]]:
+        """The order of each group, (source, row), and its epoch."""
         sizes = [source.rows for source in self._sources]
         for epoch in range(cursor.epoch, epochs):
             start = cursor.rows_seen if epoch == cursor.epoch else 0
             for pairs in order(
                 self.seed, epoch, sizes, self.group, start=start, shuffle=self.shuffle
             ):
-                yield self._decode(pairs, epoch)
+                yield pairs, epoch
+
+    def _shards(self, pairs: np.ndarray) -> dict[tuple[int, int], int]:
+        """Cache and shard of what a group needs, in the order it is read, and its place there.
+
+        A repeated cache may have one shard twice in a group.
+        """
+        chosen = [self._sources[i] for i in np.unique(pairs[:, 0])]
+        shards = dict.fromkeys((source.cache, source.shard) for source in chosen)
+        return {shard: place for place, shard in enumerate(shards)}
 
     def _decode(self, pairs: np.ndarray, epoch: int) -> _Group:
         members, which = np.unique(pairs[:, 0], return_inverse=True)
-        rows = np.empty(len(pairs), dtype=np.int64)
-        parts: list[ShardData] = []
-        known: dict[tuple[int, int], int] = {}
-        first, soft = 0, self.temperature is not None
-        for slot, member in enumerate(members):
-            source = self._sources[member]
-            here = which == slot
-            key = (source.cache, source.shard)
-            if key not in known:  # a repeated cache may have one shard twice in a group
-                parts.append(self.caches[source.cache].read(source.shard, targets=soft))
-                known[key] = first
-                first += len(parts[-1])
-            rows[here] = known[key] + source.keep(self.seed, epoch, pairs[here, 1])
-        return _Group(join(parts), rows, epoch)
+        chosen = [self._sources[member] for member in members]
+        shards, soft = self._shards(pairs), self.temperature is not None
+        pool = Pool([self.caches[c].read(s, targets=soft) for c, s in shards], soft=soft)
+        rows = pairs[:, 1].copy()
+        for index, source in enumerate(chosen):
+            if source.rows != source.stored:
+                here = which == index
+                rows[here] = source.keep(self.seed, epoch, rows[here])
+        rows += pool.first[[shards[c.cache, c.shard] for c in chosen]][which]
+        return _Group(pool, rows, epoch)
 
     def _collated(
         self, groups: Iterator[_Group], cursor: Cursor
@@ -217,23 +248,23 @@ class TargetStream(IterableDataset[Batch]):
             while done < len(group.rows) and cursor.epoch == group.epoch:
                 size = min(self.batch_size, self.rows - cursor.rows_seen)
                 now = group.rows[done : done + size - filled]
-                positions += positions_of(group.data, now, soft=self.temperature is not None)
+                positions += int(group.pool.positions[now].sum())
                 bounds = slices(size, pieces)
                 for i, part in enumerate(parts):
                     k = i * self.world_size + self.rank
                     mine = now[max(0, bounds[k] - filled) : max(0, bounds[k + 1] - filled)]
                     if len(mine):
-                        part.append(self._take(group.data, mine))
+                        part.append(group.pool.take(mine))
                 done += len(now)
                 filled += len(now)
                 if filled < size:
                     break
                 after = self._after(cursor, size)
-                spare = self._take(group.data, now[-1:])
                 for i, part in enumerate(parts):
                     # A rank without a row still takes part in the step, with weight zero.
                     count = max(positions, 1) if part else math.inf
-                    batch = self._collate(join(part or [spare]), cursor.step, count)
+                    data = join(part) if part else group.pool.take(now[-1:])
+                    batch = self._collate(data, cursor.step, count)
                     yield batch, after if i == len(parts) - 1 else None
                 cursor, parts, positions, filled = after, [[] for _ in parts], 0, 0
             del group  # its memory goes before the next one is waited for
@@ -247,9 +278,6 @@ class TargetStream(IterableDataset[Batch]):
         if left <= 0 or (self.drop_last and left < self.batch_size):
             return Cursor(cursor.epoch + 1, 0, cursor.step)
         return cursor
-
-    def _take(self, data: ShardData, rows: np.ndarray) -> ShardData:
-        return take(data, rows, targets=self.temperature is not None)
 
     def _collate(self, data: ShardData, step: int, count: float) -> Batch:
         temperature = self.temperature(step) if callable(self.temperature) else self.temperature

@@ -214,8 +214,8 @@ class DistilledStudent(nn.Module):
                 does not name are left out); the targets of all positions in row-major order,
                 `target_logits` [P, V] or `target_ids`, `target_weights` [P, K] and `target_rest`
                 [P], or none of them, for hard labels alone; `temperature` and `alpha` scalars;
-                `count`, the divisor of the loss (`num_items_in_batch` where there is none).
-                Default: P.
+                `count`, the divisor of the loss, or `num_items_in_batch`, that of a whole step of
+                several batches, which is stronger. Default: P.
 
         Returns:
             DistillationOutput.
@@ -229,7 +229,9 @@ class DistilledStudent(nn.Module):
         inputs = {k: v for k, v in batch.items() if k not in _OURS}
         temperature = float(batch.get("temperature", self.temperature))
         alpha = batch.get("alpha", self.alpha)
-        count = batch.get("count", batch.get("num_items_in_batch"))
+        count = batch.get("num_items_in_batch")
+        if count is None:
+            count = batch.get("count")
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
         causal = self.task == CAUSAL

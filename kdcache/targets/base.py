@@ -142,7 +142,7 @@ class Codec(ABC):
         """The arrays as they are stored."""
 
     def counts(self, columns: Mapping[str, Array]) -> dict[str, Array]:
-        """Items of each position in the ragged columns: int64 [positions] by the name of the
+        """Items of each position in the ragged columns: integers [positions] by the name of the
         axis."""
         return {}
 
@@ -294,12 +294,28 @@ def id_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def ragged_items(starts: Array, counts: Array) -> Array:
-    """Indices `starts[i] .. starts[i] + counts[i] - 1` of every i, one run after another
-    (int64)."""
-    ends: Array = np.cumsum(counts)
+def owners(counts: Array) -> Array:
+    """Which run each item belongs to: i, `counts[i]` times, of every i (int64).
+
+    What `np.repeat(np.arange(len(counts)), counts)` gives, but for runs of a few items in half the
+    time.
+    """
+    ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
+    # One is added where a run begins; empty runs begin where the next one does.
+    return np.cumsum(np.bincount(ends[:-1], minlength=total)[:total])
+
+
+def ragged_items(starts: Array, counts: Array, owner: Array | None = None) -> Array:
+    """Indices `starts[i] .. starts[i] + counts[i] - 1` of every i, one run after another (int64).
+
+    Args:
+        starts: int64 [runs].
+        counts: int64 [runs].
+        owner: `owners(counts)`, where it is known.
+    """
+    owner = owners(counts) if owner is None else owner
     # Each index is its place in the result, shifted by how far its own run starts from there.
-    items: Array = np.arange(total, dtype=np.int64)
-    items += np.repeat(starts - (ends - counts), counts)
+    items: Array = np.asarray(starts - (np.cumsum(counts) - counts))[owner]
+    items += np.arange(len(items))
     return items

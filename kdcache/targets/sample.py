@@ -44,6 +44,7 @@ from kdcache.targets.base import (
     check_logits,
     check_vocabulary,
     id_dtype,
+    owners,
     positive_int,
     ragged_items,
     ranks_pay,
@@ -55,6 +56,12 @@ _SHARE_UNITS = 7
 
 _NEAR = 256
 """Ranks below this are stored as bytes."""
+
+_AXES = ("head", "near", "far")
+
+_SLICE = 8192
+"""Positions decoded at a time: their entries fit the processor's cache, and memory is used again
+instead of being asked from the system anew, which took up to half of the time."""
 
 
 @dataclass(frozen=True)
@@ -121,23 +128,21 @@ class Sample(Codec):
         return columns
 
     def counts(self, columns: Mapping[str, Array]) -> dict[str, Array]:
-        """Items of each position in the ragged columns, int64, by axis; see `Codec.counts`."""
-        heads = columns["head_count"].astype(np.int64)
-        near = columns["near_count"].astype(np.int64)
-        tail_units = self._tail_units(heads, columns["head_units"])
-        return {"head": heads, "near": near, "far": self._draws(tail_units) - near}
+        """Items of each position in the ragged columns, int32, by axis; see `Codec.counts`."""
+        return self._lengths(columns)[0]
 
-    def _tail_units(self, heads: Array, head_units: Array) -> Array:
-        """U of each position, int64: what the head leaves of M units at each temperature."""
-        sums = np.concatenate(([0], np.cumsum(head_units.sum(1, dtype=np.int64))))
-        ends = np.cumsum(heads)
-        total = self.rule.units * len(self.temperatures)
-        return np.asarray(total - (sums[ends] - sums[ends - heads]))
-
-    def _draws(self, tail_units: Array) -> Array:
-        """n = ceil(U N / M), in whole numbers: the device computes the same."""
-        units = self.rule.units
-        return (tail_units * self.draws + units - 1) // units
+    def _lengths(self, columns: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
+        """Items of each position by axis, and the units that its head leaves to the tail, int32."""
+        m, units = len(self.temperatures), self.rule.units
+        heads, near = columns["head_count"], columns["near_count"].astype(np.int32)
+        # 32 bits are enough: if the running sum overflows, its differences are right all the same.
+        before = np.zeros(columns["head_units"].size + 1, np.int32)
+        np.cumsum(columns["head_units"].reshape(-1), out=before[1:])
+        ends = before[np.cumsum(heads, dtype=np.int64) * m]
+        left = units * m - np.diff(ends, prepend=before[:1])
+        # n = ceil(U N / M) and M is a multiple of N: the device computes the same.
+        draws = -(-left // (units // self.draws))
+        return {"head": heads.astype(np.int32), "near": near, "far": draws - near}, left
 
     @property
     def bytes_per_position(self) -> float:
@@ -183,21 +188,21 @@ class Sample(Codec):
     def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
         """See `Codec.renumber`: an id moves between near and far, and takes its shares along."""
         counts = self.counts(columns)
-        owner = {axis: np.repeat(np.arange(len(n)), n) for axis, n in counts.items()}
-        ids = {axis: _undo_deltas(columns[f"{axis}_ids"], n) for axis, n in counts.items()}
+        owner = {axis: owners(n) for axis, n in counts.items()}
+        ids = {a: _undo_deltas(columns[f"{a}_ids"], n, owner[a]) for a, n in counts.items()}
         renamed = dict(columns)
 
         head = rank_to_id[ids["head"]]
-        order = np.lexsort((head, owner["head"]))
+        order = _order(owner["head"], head)
         renamed["head_ids"] = _deltas(head[order], counts["head"])
         renamed["head_units"] = columns["head_units"][order]
 
         tail = rank_to_id[np.concatenate([ids["near"], ids["far"] + _NEAR])]
-        owners = np.concatenate([owner["near"], owner["far"]])
-        order = np.lexsort((tail, owners))
-        tail, owners = tail[order], owners[order]
+        whose = np.concatenate([owner["near"], owner["far"]])
+        order = _order(whose, tail)
+        tail, whose = tail[order], whose[order]
         for axis, chosen, base in (("near", tail < _NEAR, 0), ("far", tail >= _NEAR, _NEAR)):
-            count = np.bincount(owners[chosen], minlength=len(counts["near"]))
+            count = np.bincount(whose[chosen], minlength=len(counts["near"]))
             renamed[f"{axis}_ids"] = _deltas(tail[chosen] - base, count)
             if axis == "near":
                 renamed["near_count"] = count
@@ -217,42 +222,67 @@ class Sample(Codec):
         An id may take two entries; their weights add up.
         """
         index = self._temperature_index(temperature)
-        m, units = len(self.temperatures), self.rule.units
-        heads = columns["head_count"].astype(np.int64)
-        near = columns["near_count"].astype(np.int64)
-        tail_units = self._tail_units(heads, columns["head_units"])
-        draws = self._draws(tail_units)
-        size = tail_units / np.maximum(draws * units, 1)
-
-        # Entry by entry in three runs a position; `place` is where each entry lies in the padded
-        # result.
-        width = max(1, int((heads + draws).max(initial=0)))
-        start = np.arange(len(heads)) * width
-        ids = np.zeros(len(heads) * width, np.int64)
-        weights = np.zeros(len(heads) * width, np.float32)
-        place = ragged_items(start, heads)
-        ids[place] = _undo_deltas(columns["head_ids"], heads)
-        weights[place] = columns["head_units"][:, index] / np.float32(units)
-        for name, first, count, base in (
-            ("near", heads, near, 0),
-            ("far", heads + near, draws - near, _NEAR),
-        ):
-            place = ragged_items(start + first, count)
-            ids[place] = _undo_deltas(columns[f"{name}_ids"], count) + base
-            weight = np.repeat(size, count)
-            if m > 1:
-                shares = columns[f"{name}_shares"]
-                last = _SHARE_UNITS - shares.sum(1, dtype=np.int64)
-                weight = weight * (shares[:, index] if index < m - 1 else last) / _SHARE_UNITS
-            weights[place] = weight
-        if rank_to_id is not None:
-            ids = np.where(weights > 0, rank_to_id[ids], 0).astype(np.int64)
+        lengths, left = self._lengths(columns)
+        counts = np.stack([lengths[axis] for axis in _AXES])
+        positions, width = counts.shape[1], max(1, int(counts.sum(0).max(initial=0)))
+        ends = np.zeros((len(_AXES), positions + 1), np.int64)
+        np.cumsum(counts, axis=1, out=ends[:, 1:])
+        ids = np.zeros((positions, width), np.int64)
+        weights = np.zeros((positions, width), np.float32)
+        ragged = [column for column in self.columns if column.per != "position"]
+        for first in range(0, positions, _SLICE):
+            last = min(first + _SLICE, positions)
+            cut = {a: slice(*ends[i, [first, last]]) for i, a in enumerate(_AXES)}
+            mine = {column.name: columns[column.name][cut[column.per]] for column in ragged}
+            place, found, weight = self._entries(
+                mine, counts[:, first:last], left[first:last], width, index
+            )
+            ids[first:last].reshape(-1)[place] = found if rank_to_id is None else rank_to_id[found]
+            weights[first:last].reshape(-1)[place] = weight
         return SparseTargets(
-            ids=torch.from_numpy(ids.reshape(-1, width)),
-            weights=torch.from_numpy(weights.reshape(-1, width)),
-            rest=torch.zeros(len(heads)),
+            ids=torch.from_numpy(ids),
+            weights=torch.from_numpy(weights),
+            rest=torch.zeros(positions),
             exact=False,
         )
+
+    def _entries(
+        self, columns: Mapping[str, Array], counts: Array, left: Array, width: int, index: int
+    ) -> tuple[Array, Array, Array]:
+        """All entries of some positions: those of the head, then the near and the far ones.
+
+        Args:
+            columns: the ragged columns.
+            counts: int32 [3, n], entries of each position by axis.
+            left: int32 [n], units that its head leaves to the tail.
+            width: of the padded result.
+            index: of the temperature.
+
+        Returns:
+            Place in the padded result, laid flat (int64), id or rank (int64) and weight (float32)
+            of each entry.
+        """
+        heads, near, far = counts
+        # What each tail entry stands for.
+        size = left / np.maximum((near + far) * float(self.rule.units), 1)
+        row = np.arange(len(left)) * width
+        starts = np.concatenate([row, row + heads, row + heads + near])
+        counts = counts.reshape(-1)
+        owner = owners(counts)
+        place = ragged_items(starts, counts, owner)
+        ids = _undo_deltas(
+            np.concatenate([columns[f"{axis}_ids"] for axis in _AXES]), counts, owner
+        )
+        head = len(columns["head_ids"])
+        ids[head + len(columns["near_ids"]) :] += _NEAR
+        weights = np.tile(size.astype(np.float32), 3)[owner]
+        weights[:head] = columns["head_units"][:, index] / np.float32(self.rule.units)
+        if len(self.temperatures) > 1:
+            shares = np.concatenate([columns["near_shares"], columns["far_shares"]])
+            last = _SHARE_UNITS - shares.sum(1, dtype=np.uint8)
+            share = shares[:, index] if index < shares.shape[1] else last
+            weights[head:] *= share / np.float32(_SHARE_UNITS)
+        return place, ids, weights
 
 
 def _unsigned(largest: int) -> str:
@@ -277,6 +307,11 @@ def _sorted_deltas(ids: Array, used: Array) -> tuple[Array, Array, Array]:
     return deltas, places, counts
 
 
+def _order(owner: Array, ids: Array) -> Array:
+    """Order by position, then by id, equal ones as they come: `np.lexsort`, ten times faster."""
+    return np.argsort(owner << 32 | ids, kind="stable")
+
+
 def _deltas(ids: Array, counts: Array) -> Array:
     """Differences of ids that are sorted inside each position; the first of one counts from 0."""
     deltas = np.diff(ids, prepend=0)
@@ -285,8 +320,17 @@ def _deltas(ids: Array, counts: Array) -> Array:
     return np.asarray(deltas)
 
 
-def _undo_deltas(deltas: Array, counts: Array) -> Array:
-    """Ids from their differences; `counts` int64 says how many each position has."""
-    sums = np.concatenate(([0], np.cumsum(deltas, dtype=np.int64)))
-    starts = np.cumsum(counts) - counts
-    return np.asarray(sums[1:] - np.repeat(sums[starts], counts))
+def _undo_deltas(deltas: Array, counts: Array, owner: Array) -> Array:
+    """Ids from their differences (int64).
+
+    Args:
+        deltas: as `_deltas` gives them.
+        counts: int64, how many each position has.
+        owner: `owners(counts)`.
+    """
+    sums = np.zeros(len(deltas) + 1, np.int64)
+    np.cumsum(deltas, out=sums[1:])
+    before = sums[np.cumsum(counts) - counts]
+    ids = sums[1:]
+    ids -= before[owner]
+    return ids

@@ -35,7 +35,10 @@ class SoftTargets:
 
     @cached_property
     def _starts(self) -> dict[str, Array]:
-        return {axis: np.cumsum(counts) - counts for axis, counts in self._counts.items()}
+        return {
+            axis: np.cumsum(counts, dtype=np.int64) - counts
+            for axis, counts in self._counts.items()
+        }
 
     def take(self, positions: Array) -> SoftTargets:
         """The targets of these positions, in this order; repetition is fine.
@@ -48,6 +51,23 @@ class SoftTargets:
             items[axis] = ragged_items(starts[positions], self._counts[axis][positions])
         columns = {c.name: self.columns[c.name][items[c.per]] for c in self.codec.columns}
         return SoftTargets(self.codec, columns, self.rank_to_id)
+
+    def offsets(self, positions: Array) -> dict[str, Array]:
+        """Where the items of these positions begin in the columns of each axis.
+
+        Args:
+            positions: int64 [n], each in [0, len(self)], the end included.
+
+        Returns:
+            int64 [n] by the name of the axis, `position` being one of them. Nothing as large as the
+            targets stays in memory, as it does after `take`.
+        """
+        found = {"position": positions}
+        for axis, counts in self.codec.counts(self.columns).items():
+            begin = np.zeros(len(counts) + 1, np.int64)
+            np.cumsum(counts, out=begin[1:])
+            found[axis] = begin[positions]
+        return found
 
     def at(self, temperature: float) -> DenseTargets | SparseTargets:
         """Targets at a temperature the codec declares; see `Codec.at`."""
@@ -64,6 +84,13 @@ class SoftTargets:
         """The targets of no position."""
         return cls(codec, {c.name: np.zeros((0, *c.shape), c.dtype) for c in codec.columns})
 
+    @staticmethod
+    def alike(parts: Sequence[SoftTargets]) -> list[SoftTargets]:
+        """Parts whose ids mean the same: those of different rank tables lose their ranks."""
+        if all(_same(part.rank_to_id, parts[0].rank_to_id) for part in parts):
+            return list(parts)
+        return [part.plain() for part in parts]
+
     @classmethod
     def concat(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
         """Join parts that one codec wrote; those of different rank tables lose their ranks.
@@ -75,8 +102,7 @@ class SoftTargets:
             raise ValueError("nothing to join: at least one part is needed")
         if any(part.codec != parts[0].codec for part in parts):
             raise ValueError(f"parts differ: {sorted({str(part.codec) for part in parts})}")
-        if not all(_same(part.rank_to_id, parts[0].rank_to_id) for part in parts):
-            parts = [part.plain() for part in parts]
+        parts = SoftTargets.alike(parts)
         first = parts[0]
         columns = {
             column.name: np.concatenate([part.columns[column.name] for part in parts])

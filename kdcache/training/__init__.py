@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kdcache.training.options import Schedule, TrainOptions
-from kdcache.training.run import TrainProgress, TrainResult, train
+from kdcache.training.result import TrainProgress, TrainResult
+from kdcache.training.run import train
 from kdcache.training.trainer import DistillationTrainer
 
 __all__ = [

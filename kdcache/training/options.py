@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from kdcache.errors import UsageError
 from kdcache.loss import DIVERGENCES, TAILS, Divergence, Tail
+from kdcache.storage import redact
 
 Best = Literal["loss", "hard_loss", "soft_loss", "accuracy"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
@@ -30,7 +31,6 @@ _OPERATIONAL = (
     "eval_batch_size",
     "report_to",
     "gradient_checkpointing",
-    "fsdp",
 )
 
 
@@ -118,7 +118,7 @@ class TrainOptions:
         num_workers: processes that train together, through Ray Train.
         gpus_per_worker: default: one where there are any.
         address: Ray address. Default: a Ray of this process.
-        fsdp: shard weights and optimizer over the workers, for students that need it.
+        fsdp: shard weights and optimizer over the workers, for Hugging Face students that need it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         bf16: compute in bfloat16.
         fp16: compute in float16 with a scaled loss.
@@ -296,6 +296,13 @@ class TrainOptions:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
+
+    def shown(self) -> dict[str, Any]:
+        """As `to_dict`, for people: without the credentials that URLs may hold."""
+        values = self.to_dict()
+        for name in ("cache", "eval_cache"):
+            values[name] = [redact(url) for url in values[name]]
+        return values
 
     def decisive(self) -> dict[str, Any]:
         """The options that a run may not change half-way; caches count by their digest instead."""

@@ -14,32 +14,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+from transformers.integrations import is_tensorboard_available
 
 from kdcache import __version__
 from kdcache.cache import Cache
 from kdcache.errors import UsageError
-from kdcache.loss import check_loss
-from kdcache.storage import redact
-from kdcache.stream import TargetStream, check_caches, open_caches
+from kdcache.stream import TargetStream
 from kdcache.student import (
     BiLstmClassifier,
     DistilledStudent,
@@ -48,75 +45,19 @@ from kdcache.student import (
     load_student,
     student_tokenize,
 )
-from kdcache.targets import Dense, DenseTargets, Sample, SparseTargets
 from kdcache.teacher import quiet_transformers
-from kdcache.training.options import TrainOptions
-from kdcache.training.trainer import (
-    DistillationTrainer,
-    check_identity,
-    last_checkpoint,
-    read_state,
+from kdcache.training.metrics import (
+    MetricsCallback,
+    PlainTensorBoard,
+    cut_metrics,
+    seconds_before,
 )
+from kdcache.training.options import TrainOptions
+from kdcache.training.plan import CAUSAL, RESULT_FILE, STUDENT_FOLDER, Plan, steps_of
+from kdcache.training.result import TrainProgress, TrainResult
+from kdcache.training.trainer import DistillationTrainer, read_state
 
-logger = logging.getLogger(__name__)
-
-RESULT_FILE = "train.json"
-METRICS_FILE = "metrics.jsonl"
-STUDENT_FOLDER = "student"
-_CAUSAL = "causal-lm"
 _WORDS_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class TrainProgress:
-    """Where a run stands.
-
-    Attributes:
-        step: steps done.
-        steps: steps of the run.
-        epoch: passes over the caches, with the part of the present one.
-        seconds: training time so far, over all sittings of the run.
-        logs: what was just logged: losses, learning rate, or metrics of an evaluation (`eval_...`).
-    """
-
-    step: int
-    steps: int
-    epoch: float
-    seconds: float
-    logs: dict[str, float]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        out: folder of the run.
-        student: folder of the student.
-        steps: steps of the whole run.
-        epochs: passes over the caches.
-        rows: rows trained on, over all epochs.
-        loss: last logged training loss, alpha and T as they were then.
-        hard_loss: its cross-entropy with hard labels, a position.
-        soft_loss: its T^2 KL with the teacher, a position; None on hard labels alone.
-        eval: metrics of the student on the evaluation caches.
-        best_step: step of the checkpoint that became the student, where there were evaluations.
-        seconds: wall time of training, over all sittings.
-        made: False where the run was finished before and nothing was done.
-    """
-
-    out: str
-    student: str
-    steps: int
-    epochs: float
-    rows: int
-    loss: float
-    hard_loss: float
-    soft_loss: float | None = None
-    eval: dict[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-    seconds: float = 0.0
-    made: bool = True
 
 
 def train(
@@ -145,122 +86,6 @@ def train(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Options with their caches opened and checked."""
-
-    options: TrainOptions
-    caches: list[Cache]
-    eval_caches: list[Cache]
-
-    @classmethod
-    def make(cls, options: TrainOptions) -> Plan:
-        """Open the caches and check all that needs no student."""
-        caches = open_caches(options.cache)
-        eval_caches = open_caches(options.eval_cache) if options.eval_cache else []
-        first, problems = caches[0], []
-        codec, temperatures = first.codec(), []
-        if not options.hard_only:
-            schedule = options.temperatures
-            if not schedule.constant and not isinstance(codec, Dense):
-                problems.append(
-                    f"a schedule of temperatures ({schedule}) needs a dense cache, not {codec}."
-                )
-            temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
-            kind = DenseTargets if isinstance(codec, Dense) else SparseTargets
-            for temperature in temperatures:
-                try:
-                    check_loss(
-                        kind,
-                        temperature=temperature,
-                        divergence=options.loss,
-                        tail=options.tail,
-                        exact=not isinstance(codec, Sample),
-                    )
-                except UsageError as error:
-                    problems.append(str(error))
-        if options.best == "accuracy" and first.spec.task == _CAUSAL:
-            problems.append("best is accuracy, which is for classifiers. Use loss.")
-        if options.best == "soft_loss" and options.hard_only:
-            problems.append(
-                "best is soft_loss, but alpha 1 trains and evaluates on hard labels alone."
-            )
-        if options.fp16 and not torch.cuda.is_available():
-            problems.append("fp16 needs a GPU. Use bf16, or neither.")
-        check_caches([*caches, *eval_caches], temperatures, problems)
-        return cls(options, caches, eval_caches)
-
-    @property
-    def out(self) -> Path:
-        """Folder of the run."""
-        return Path(self.options.out).expanduser().absolute()
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        weights = self.options.cache_weight or None
-        stream = TargetStream(
-            self.caches,
-            batch_size=self.options.batch_size,
-            weights=weights,
-            temperature=None,
-        )
-        return _steps(self.options, stream)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must share."""
-        digests = [cache.digest for cache in self.eval_caches]
-        return {**self.options.decisive(), "eval_caches": digests}
-
-    def finished(self) -> TrainResult | None:
-        """The result of this very run if it was finished before.
-
-        Raises:
-            UsageError: the folder holds a finished run with other options, or something else.
-        """
-        path = self.out / RESULT_FILE
-        if path.is_file():
-            document = json.loads(path.read_text())
-            length = {"epochs": self.options.epochs, "max_steps": self.options.max_steps}
-            digests = [cache.digest for cache in self.caches]
-            check_identity(
-                document,
-                json.loads(json.dumps({**self.identity, **length, "caches": digests})),
-                f"the finished run in {self.out}",
-            )
-            here = {"out": str(self.out), "student": str(self.out / STUDENT_FOLDER), "made": False}
-            return TrainResult(**{**document["result"], **here})
-        ours = ("checkpoint-*", METRICS_FILE, "runs", ".ray", STUDENT_FOLDER + "*")
-        if self.out.is_file():
-            raise UsageError(f"{self.out} is a file. Choose another --out.")
-        if self.out.is_dir():
-            known = {p for pattern in ours for p in self.out.glob(pattern)}
-            if set(self.out.iterdir()) - known:
-                raise UsageError(
-                    f"{self.out} is not empty and not a run of kdcache. Choose another --out."
-                )
-        return None
-
-    def checkpoint(self) -> Path | None:
-        """Where to go on from.
-
-        Raises:
-            UsageError: the checkpoint asked for is none, or resuming was ruled out.
-        """
-        resume = self.options.resume
-        if resume not in ("auto", "never"):
-            read_state(Path(resume))
-            return Path(resume)
-        found = last_checkpoint(self.out)
-        if found is not None and resume == "never":
-            raise UsageError(
-                f"{self.out} has checkpoints and --resume never forbids to go on. "
-                "Delete them or choose another --out."
-            )
-        return found
-
-
-@dataclass(frozen=True)
 class Run:
     """A run made ready: everything that can be wrong with its student is known."""
 
@@ -277,8 +102,9 @@ class Run:
         """Load the student and make its trainer, in this process (one of several, where
         torch.distributed is set up).
         """
+        student, tokenize = make_student(plan)
         with quiet_transformers():
-            student, stream, tokenize = _student_and_stream(plan)
+            stream = _stream(plan, tokenize)
             caching = getattr(student.config, "use_cache", None)
             trainer = _trainer(plan, student, stream, tokenize, on_progress)
         return cls(plan, trainer, student, stream, tokenize, plan.checkpoint(), caching)
@@ -287,8 +113,8 @@ class Run:
         """Train to the end and write the student and the result."""
         plan, trainer = self.plan, self.trainer
         if trainer.is_world_process_zero():
-            _cut_metrics(plan.out / METRICS_FILE, self.resume)
-        before = _seconds(plan.out / METRICS_FILE) if self.resume else 0.0
+            cut_metrics(plan.out, read_state(self.resume)["cursor"]["step"] if self.resume else -1)
+        before = seconds_before(plan.out) if self.resume else 0.0
         begun = time.perf_counter()
         with quiet_transformers():
             trainer.train(str(self.resume) if self.resume else None)
@@ -311,6 +137,7 @@ class Run:
             eval=_evaluation(state, best),
             best_step=best,
             seconds=seconds,
+            parameters=sum(p.numel() for p in self.student.parameters()),
         )
         with quiet_transformers():
             _save(plan, trainer, self.tokenize, result)
@@ -323,9 +150,18 @@ def _rows(stream: TargetStream) -> int:
     return cursor.epoch * epoch + cursor.rows_seen
 
 
-def _student_and_stream(plan: Plan) -> tuple[DistilledStudent, TargetStream, Any]:
+# Student and data
+
+
+def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
+    """The student of a run with its loss, and how it turns texts into tensors (None: it takes the
+    cached ids).
+
+    Raises:
+        UsageError: there is no such student, or it does not fit the caches.
+    """
     options, spec = plan.options, plan.caches[0].spec
-    causal = spec.task == _CAUSAL
+    causal = spec.task == CAUSAL
     tokenizer = plan.caches[0].tokenizer()
     length = spec.max_length if causal else options.max_length
     info = StudentInfo(
@@ -342,27 +178,45 @@ def _student_and_stream(plan: Plan) -> tuple[DistilledStudent, TargetStream, Any
         tokenizer=tokenizer,
         seed=options.seed,
     )
-    inner = load_student(
-        options.student,
-        info,
-        options=options.bilstm,
-        embeddings=options.embeddings,
-        trust_remote_code=options.trust_remote_code,
-    )
-    tokenize = student_tokenize(inner, options.student, info)
-    alphas, temperatures = options.alphas, options.temperatures
+    with quiet_transformers():
+        inner = load_student(
+            options.student,
+            info,
+            options=options.bilstm,
+            embeddings=options.embeddings,
+            trust_remote_code=options.trust_remote_code,
+        )
+        tokenize = student_tokenize(inner, options.student, info)
+    if options.fsdp and not isinstance(inner, PreTrainedModel):
+        raise UsageError(
+            f"fsdp shards Hugging Face students layer by layer; {options.student} is none. "
+            "Train it without --fsdp."
+        )
     student = DistilledStudent(
         inner,
         spec.task,
         codec=spec.codec,
-        alpha=alphas.start,
-        temperature=1.0 if options.hard_only else temperatures.start,
+        alpha=options.alphas.start,
+        temperature=1.0 if options.hard_only else options.temperatures.start,
         divergence="forward-kl" if options.hard_only else options.loss,
         tail=options.tail,
         vocab_size=spec.vocab_size,
     )
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
+    return student, tokenize
+
+
+def _texts(caches: list[Cache]) -> Iterator[str]:
+    for cache in caches:
+        for shard in range(cache.spec.spans):
+            data = cache.read(shard, targets=False)
+            yield from data.texts or []
+            yield from data.text_pairs or []
+
+
+def _stream(plan: Plan, tokenize: Any) -> TargetStream:
+    options, temperatures = plan.options, plan.options.temperatures
     steps = 1  # until the stream has told its length
     stream = TargetStream(
         plan.caches,
@@ -379,20 +233,25 @@ def _student_and_stream(plan: Plan) -> tuple[DistilledStudent, TargetStream, Any
         prefetch=options.prefetch,
         pin_memory=torch.cuda.is_available(),
     )
-    steps = _steps(options, stream)
-    return student, stream, tokenize
+    steps = steps_of(options, stream)
+    return stream
 
 
-def _steps(options: TrainOptions, stream: TargetStream) -> int:
-    return options.max_steps or max(1, math.ceil(options.epochs * stream.steps))
+def _eval_stream(plan: Plan, tokenize: Any) -> TargetStream:
+    options = plan.options
+    return TargetStream(
+        plan.eval_caches,
+        batch_size=options.eval_batch_size or options.batch_size,
+        temperature=None if options.hard_only else options.temperatures.end,
+        group=1,
+        shuffle=False,
+        tokenize=tokenize,
+        prefetch=options.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
-def _texts(caches: list[Cache]) -> Iterator[str]:
-    for cache in caches:
-        for shard in range(cache.spec.spans):
-            data = cache.read(shard, targets=False)
-            yield from data.texts or []
-            yield from data.text_pairs or []
+# Trainer
 
 
 def _trainer(
@@ -403,21 +262,15 @@ def _trainer(
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> DistillationTrainer:
     options = plan.options
-    steps = _steps(options, stream)
+    steps = steps_of(options, stream)
     evaluates = bool(plan.eval_caches)
     every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
-    callbacks: list[TrainerCallback] = [_Metrics(plan.out / METRICS_FILE, on_progress)]
+    callbacks: list[TrainerCallback] = [MetricsCallback(plan.out, on_progress)]
     trackers = [name for name in options.report_to if name not in ("auto", "none", "tensorboard")]
     if {"auto", "tensorboard"} & {*options.report_to} and is_tensorboard_available():
-        callbacks.append(_TensorBoard())
+        callbacks.append(PlainTensorBoard())
     if options.patience is not None:
         callbacks.append(EarlyStoppingCallback(options.patience))
-    sharding: dict[str, Any] = {}
-    if options.fsdp:
-        sharding = {
-            "fsdp": "full_shard auto_wrap",
-            "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"},
-        }
     arguments = TrainingArguments(
         output_dir=str(plan.out),
         max_steps=steps,
@@ -451,7 +304,7 @@ def _trainer(
         log_level="error",
         log_level_replica="error",
         report_to=trackers or "none",
-        **sharding,
+        **(_sharding(student.student) if options.fsdp else {}),
     )
     constant = options.alphas.constant
     return DistillationTrainer(
@@ -467,18 +320,19 @@ def _trainer(
     )
 
 
-def _eval_stream(plan: Plan, tokenize: Any) -> TargetStream:
-    options = plan.options
-    return TargetStream(
-        plan.eval_caches,
-        batch_size=options.eval_batch_size or options.batch_size,
-        temperature=None if options.hard_only else options.temperatures.end,
-        group=1,
-        shuffle=False,
-        tokenize=tokenize,
-        prefetch=options.prefetch,
-        pin_memory=torch.cuda.is_available(),
-    )
+def _sharding(student: nn.Module) -> dict[str, Any]:
+    """Arguments for FSDP: a unit for each layer of a Hugging Face student, and the root, which
+    keeps the output projection and so lets the loss be fused (see `DistilledStudent`)."""
+    named = set(getattr(student, "_no_split_modules", None) or ())
+    layers = named & {type(module).__name__ for module in student.modules()}
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "state_dict_type": "FULL_STATE_DICT",
+            "transformer_layer_cls_to_wrap": sorted(layers),
+        },
+    }
 
 
 def _learning_rate(name: str, student: DistilledStudent) -> float:
@@ -486,6 +340,9 @@ def _learning_rate(name: str, student: DistilledStudent) -> float:
         return 1e-3
     # Random weights take larger steps than trained ones.
     return 5e-4 if name.endswith(".json") or (":" in name and not os.path.exists(name)) else 5e-5
+
+
+# Result
 
 
 def _evaluation(state: TrainerState, best: int | None) -> dict[str, float]:
@@ -499,21 +356,6 @@ def _evaluation(state: TrainerState, best: int | None) -> dict[str, float]:
     return {}
 
 
-def _seconds(metrics: Path) -> float:
-    """Training time of the earlier sittings of a run, as far as they count."""
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
-
-
-def _cut_metrics(path: Path, checkpoint: Path | None) -> None:
-    """Drop the lines that the resumed run will write again."""
-    if not path.is_file():
-        return
-    last = read_state(checkpoint)["cursor"]["step"] if checkpoint else -1
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last]
-    path.write_text("".join(line + "\n" for line in lines))
-
-
 def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: TrainResult) -> None:
     """Write the student, then the result: whoever finds `train.json` finds all."""
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
@@ -525,64 +367,24 @@ def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: Train
     student = trainer.accelerator.unwrap_model(trainer.model)
     options: dict[str, Any] = {}
     if weights is not None:
-        options["state_dict"] = {k.removeprefix("student."): v for k, v in weights.items()}
+        # Tied weights were gathered once for each of their names; they are stored under the first.
+        every = dict(student.named_parameters(remove_duplicate=False))
+        tied = every.keys() - dict(student.named_parameters()).keys()
+        options["state_dict"] = {
+            k.removeprefix("student."): v for k, v in weights.items() if k not in tied
+        }
     student.save_pretrained(scratch, **options)
     if tokenize is None:
         plan.caches[0].tokenizer().save_pretrained(str(scratch))
     elif isinstance(tokenize, HfTokenize):
         tokenize.tokenizer.save_pretrained(str(scratch))
     scratch.replace(folder)
-    length = {"epochs": plan.options.epochs, "max_steps": plan.options.max_steps}
-    digests = [cache.digest for cache in plan.caches]
     document = {
         "kdcache": __version__,
-        "options": {**plan.options.to_dict(), "cache": [redact(c) for c in plan.options.cache]},
-        "identity": {**plan.identity, **length, "caches": digests},
+        "options": plan.options.shown(),
+        "identity": plan.finished_identity,
         "result": dataclasses.asdict(result),
     }
     path = plan.out / (RESULT_FILE + ".tmp")
     path.write_text(json.dumps(document, indent=1) + "\n")
     path.replace(plan.out / RESULT_FILE)
-
-
-class _Metrics(TrainerCallback):  # type: ignore[misc]
-    """A line of `metrics.jsonl` for everything logged, and the caller's progress."""
-
-    def __init__(self, path: Path, on_progress: Callable[[TrainProgress], None] | None) -> None:
-        self._path, self._on_progress = path, on_progress
-        self._begun, self._before = time.perf_counter(), 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._begun, self._before = time.perf_counter(), _seconds(self._path)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        seconds = self._before + time.perf_counter() - self._begun
-        line = {"step": state.global_step, **logs, "seconds": round(seconds, 3)}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._on_progress is not None:
-            progress = TrainProgress(
-                state.global_step, state.max_steps, float(state.epoch or 0.0), seconds, dict(logs)
-            )
-            self._on_progress(progress)
-
-
-class _TensorBoard(TensorBoardCallback):  # type: ignore[misc]
-    """HF's own callback, without a model: a student need not have an HF config."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        kwargs.pop("model", None)
-        super().on_train_begin(args, state, control, **kwargs)

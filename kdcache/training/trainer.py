@@ -5,11 +5,10 @@ subclass
 
 * takes batches from a `TargetStream` as they are (accelerate would shard or gather them again);
 * divides each loss by the number of positions of the whole global batch, which the stream knows, so
-that
-  several workers or accumulated slices give the gradient of the one big batch;
+  that several workers or accumulated slices give the gradient of the one big batch;
 * sets alpha and T of each step, and logs the hard and the soft loss apart;
 * keeps the cursor and the identity of the caches in every checkpoint, and goes on from there
-exactly;
+  exactly;
 * evaluates on a stream: cross-entropy, soft loss, accuracy.
 
 Guarantee: a run that was stopped and resumed takes the same steps as one that was not; on one CPU,
@@ -18,6 +17,7 @@ to the bit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -28,7 +28,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -49,6 +52,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     """
 
     control: TrainerControl
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
@@ -83,6 +87,33 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def streams(self) -> bool:
         """Whether the training set is a `TargetStream`."""
         return isinstance(self.train_dataset, TargetStream)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer, but FSDP holds on a CPU too, and the loss stays float32 under it.
+
+        accelerate knows FSDP for accelerators alone: on a CPU it leaves it out without a word,
+        although torch shards over gloo as well.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is None:
+            return
+        accelerator, precision = self.accelerator, self.accelerator.mixed_precision
+        if not self.is_fsdp_enabled:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if precision != "no":
+                plugin.set_mixed_precision(precision)
+            accelerator.state.fsdp_plugin = plugin
+            # Every new view of accelerate's state begins with that of PartialState.
+            for state in (PartialState(), accelerator.state):
+                state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+        if isinstance(policy, MixedPrecisionPolicy):
+            # accelerate would round outputs to 16 bits, and our output is the loss; and gradients
+            # before they are summed over workers, which DDP does not.
+            accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
+                policy, output_dtype=None, reduce_dtype=torch.float32
+            )
 
     # Data
 

@@ -18,8 +18,11 @@ from typing import Any
 
 from kdcache.crew import connect
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.training.metrics import read_metrics
 from kdcache.training.options import TrainOptions
-from kdcache.training.run import METRICS_FILE, RESULT_FILE, Plan, Run, TrainProgress, TrainResult
+from kdcache.training.plan import RESULT_FILE, Plan
+from kdcache.training.result import TrainProgress, TrainResult
+from kdcache.training.run import Run
 
 _RETRIES = 2
 _RAY, _WRONG = ".ray", "wrong.txt"
@@ -125,7 +128,7 @@ class _Follower:
     """Tells what the first worker logs, from the file it writes."""
 
     def __init__(self, plan: Plan, on_progress: Callable[[TrainProgress], None] | None) -> None:
-        self._path, self._steps = plan.out / METRICS_FILE, plan.steps
+        self._run, self._steps = plan.out, plan.steps
         self._on_progress = on_progress
         self._done = threading.Event()
         self._told = 0
@@ -139,14 +142,12 @@ class _Follower:
         self._look()
 
     def _look(self) -> None:
-        if self._on_progress is None or not self._path.is_file():
+        if self._on_progress is None:
             return
-        text = self._path.read_text()
-        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half-written
+        lines = read_metrics(self._run)
         told = min(self._told, len(lines))  # workers that restart cut lines off
         self._told = len(lines)
-        for line in lines[told:]:
-            logs = json.loads(line)
+        for logs in lines[told:]:
             step, seconds = logs.pop("step"), logs.pop("seconds")
             self._on_progress(TrainProgress(step, self._steps, logs["epoch"], seconds, logs))
 

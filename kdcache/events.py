@@ -1,0 +1,80 @@
+"""What happened during a build, as JSON lines beside the cache, for programs and for the curious.
+
+A local cache has them in `events.jsonl`, one line appended at a time, from all its builds. An
+object store cannot append: there the lines of one run are kept in memory and written when it ends,
+under `events/` and a name of their own. They are no part of the cache: nothing reads them back.
+
+Cost: about 200 bytes a span. Guarantee: telling never stops the work; a log that cannot be written
+(a full disk) is given up with one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import uuid
+from typing import Any, Protocol
+
+from kdcache.storage import LocalStorage, Storage
+
+logger = logging.getLogger(__name__)
+
+FILE = "events.jsonl"
+
+
+class Tell(Protocol):
+    """What takes an event: its name and its facts."""
+
+    def __call__(self, event: str, /, **facts: Any) -> None:
+        """Tell that it happened, now."""
+
+
+def tell_nobody(event: str, /, **facts: Any) -> None:
+    """Where nobody listens."""
+
+
+class EventLog:
+    """The events of one run of `build`; call it to add one, `close` it at the end.
+
+    Every line has `time` (seconds since 1970), `run` (the same for all lines of a run) and `event`.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._path = storage.root / FILE if isinstance(storage, LocalStorage) else None
+        self._run = uuid.uuid4().hex[:8]
+        self._begin = time.time()
+        self._kept: list[str] = []
+        self._broken = False
+        self._lock = threading.Lock()
+
+    def __call__(self, event: str, /, **facts: Any) -> None:
+        """Add one line."""
+        line = json.dumps({"time": round(time.time(), 3), "run": self._run, "event": event} | facts)
+        with self._lock:
+            if self._path is None:
+                self._kept.append(line)
+            elif not self._broken:
+                try:
+                    # One write of one line, so that two builds may append to the same file.
+                    with open(self._path, "a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+                except OSError as error:
+                    self._give_up(error)
+
+    def close(self) -> None:
+        """Write what is kept in memory."""
+        if self._kept:
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._begin))
+            try:
+                content = "".join(line + "\n" for line in self._kept).encode()
+                self._storage.write(f"events/{stamp}-{self._run}.jsonl", content)
+            except Exception as error:  # a store has errors of its own kinds
+                self._give_up(error)
+            self._kept.clear()
+
+    def _give_up(self, error: Exception) -> None:
+        self._broken = True
+        logger.warning("the events of this run are not kept: %s", error)

@@ -1,0 +1,258 @@
+"""HDF5 with suspicion: which files are plain columns, seen before any value is read.
+
+HDF5 can do much that a shard never needs: links into other files, values kept in other files, types
+of any size, filters that are loaded from plug-ins. A file that uses any of it is refused. What is
+left is numbers in chunks, each behind shuffle, gzip and fletcher32; where the chunks lie and how
+large they are is compared with the file's size and with each other before memory is taken. So a
+small file that claims to be large is an error and not a full memory.
+
+Cost: some microseconds a column and one a chunk. Guarantee: a column that passes has its values in
+the file itself, every one of them, and takes no more memory than 1,100 times its stored bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from kdcache.errors import CorruptCacheError
+
+NUMBERS = ("|u1", "<u2", "<u4", "<i4", "<f2", "<f4")
+"""The types of columns: little-endian, as numpy writes them."""
+
+DEFLATE_LIMIT = 1100
+"""Decoded bytes a stored one, at most: deflate cannot shrink below 1/1032."""
+
+_SHUFFLE, _DEFLATE, _FLETCHER = 2, 1, 3
+_CHUNK_BYTES = 1 << 20  # of a chunk of more than one item, at most
+_CHECKSUM = 4  # bytes behind a chunk from fletcher32; deflate has a checksum of its own
+_ATTRIBUTE_BYTES = 1 << 16
+
+# What h5py raises for files that are damaged or not what they say.
+_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, NotImplementedError)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """An HDF5 file, open for reading.
+
+    Raises:
+        CorruptCacheError: it is missing, or HDF5 fails on it, now or in the `with` block.
+    """
+    try:
+        # Readers on network file systems must not depend on file locks.
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CorruptCacheError(
+            f"{path} is missing. Run the same build again to make it anew."
+        ) from error
+    except _ERRORS as error:
+        raise CorruptCacheError(
+            f"{path} cannot be read ({error}). Delete the file and run the same build again: "
+            "only this shard is made anew."
+        ) from error
+
+
+def attribute(path: Path, file: Any, name: str, kind: type[str] | type[int]) -> Any:
+    """A fact of an open file: a text, or a number that is not negative.
+
+    Raises:
+        CorruptCacheError: there is none of that name and kind.
+    """
+    if name not in file.attrs:
+        raise CorruptCacheError(f"{path} has no attribute {name!r}: it is not a kdcache shard.")
+    found = file.attrs.get_id(name)
+    if found.shape != () or found.dtype.kind not in ("S" if kind is str else "iu"):
+        raise CorruptCacheError(f"{path}: its attribute {name!r} is no plain {kind.__name__}.")
+    if found.get_storage_size() > _ATTRIBUTE_BYTES:
+        raise CorruptCacheError(f"{path}: its attribute {name!r} is too long.")
+    value = file.attrs[name]
+    if kind is str:
+        return value.decode("ascii")
+    if value < 0:
+        raise CorruptCacheError(f"{path}: its attribute {name!r} is {value}.")
+    return int(value)
+
+
+def write_text(file: Any, name: str, text: str) -> None:
+    """Give a file an attribute of fixed length, in ASCII.
+
+    HDF5 keeps texts of variable length in a heap, of which it can walk a damaged one for ever.
+    """
+    file.attrs[name] = np.bytes_(text.encode("ascii"))
+
+
+def columns_of(
+    path: Path, file: Any, name: str, required: Iterable[str] = (), optional: Iterable[str] = ()
+) -> Any:
+    """A group of an open file, all of whose members lie in the file itself.
+
+    Args:
+        path: of the file.
+        file: open.
+        name: of the group.
+        required: names of its members; none to leave that open.
+        optional: names of members that may be there too.
+
+    Raises:
+        CorruptCacheError: there is none, it is no group, has other members, or links to elsewhere.
+    """
+    _members(path, file)
+    group = file[name]
+    if not isinstance(group, h5py.Group):
+        raise CorruptCacheError(f"{path}: {name} is no group of columns.")
+    found, wanted = _members(path, group), set(required)
+    if wanted and not wanted <= found <= wanted | set(optional):
+        raise CorruptCacheError(
+            f"{path}: {name} has the columns {sorted(found)}, expected {sorted(wanted)}."
+        )
+    return group
+
+
+def column(path: Path, group: Any, name: str, kinds: Sequence[str] = NUMBERS) -> Any:
+    """A column of a group of `columns_of`: its dataset, which may be read.
+
+    Args:
+        path: of the file.
+        group: from `columns_of`.
+        name: of the column.
+        kinds: the types it may have.
+
+    Raises:
+        CorruptCacheError: there is none, it has another type or layout, or it claims what its
+            stored bytes cannot hold.
+    """
+    if name not in group:
+        raise CorruptCacheError(f"{path} has no column {name}.")
+    dataset = group[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or dataset.ndim not in (1, 2):
+        raise CorruptCacheError(f"{path}: {name} is no column.")
+    kind = dataset.dtype.str
+    # The type in the file may have fewer bits, or others, than the one numpy would read it as.
+    if kind not in kinds or not h5py.h5t.py_create(dataset.dtype).equal(dataset.id.get_type()):
+        raise CorruptCacheError(
+            f"{path}: column {name} has type {dataset.dtype}, expected {' or '.join(kinds)}."
+        )
+    if dataset.size:
+        _check_chunks(path, dataset, name)
+    return dataset
+
+
+def values(path: Path, dataset: Any) -> np.ndarray:
+    """All of a dataset of `column`.
+
+    HDF5 finds the chunks; they are decoded here, where a stream that goes on beyond its chunk is
+    cut off, and a chunk that is not found is no chunk of zeros.
+
+    Raises:
+        CorruptCacheError: a chunk cannot be found or decoded, or its checksum is wrong.
+    """
+    found = np.empty(dataset.shape, dataset.dtype)
+    if not dataset.size:
+        return found
+    step, *width = dataset.chunks
+    count = step * math.prod(width)
+    for start in range(0, len(found), step):
+        _, stored = dataset.id.read_direct_chunk((start, *(0 for _ in width)))
+        stream = zlib.decompressobj()
+        try:
+            shuffled = stream.decompress(stored[:-_CHECKSUM], count * found.itemsize)
+            more = stream.decompress(stream.unconsumed_tail, 1)  # reads on to the checksum
+        except zlib.error as error:
+            raise CorruptCacheError(f"{path}: {dataset.name} is damaged ({error}).") from None
+        if len(shuffled) != count * found.itemsize or more or not stream.eof:
+            raise CorruptCacheError(f"{path}: a chunk of {dataset.name} has not the size of one.")
+        # Shuffled are the lowest bytes of all values, then the next ones, and so on.
+        planes = np.frombuffer(shuffled, np.uint8).reshape(found.itemsize, count)
+        words = planes[-1].astype(f"<u{found.itemsize}")
+        for plane in planes[-2::-1]:
+            words <<= 8
+            words |= plane
+        chunk = words.view(found.dtype).reshape(step, *width)
+        found[start : start + step] = chunk[: len(found) - start]
+    return found
+
+
+def read_all(path: Path) -> None:
+    """Read every column of a file, and keep nothing.
+
+    Raises:
+        CorruptCacheError: as `open_file`, `columns_of` and `column` do.
+    """
+    with open_file(path) as file:
+        for member in file:
+            group = columns_of(path, file, member)
+            for name in group:
+                values(path, column(path, group, name))
+        for name in file.attrs:
+            attribute(path, file, name, str if file.attrs.get_id(name).dtype.kind == "S" else int)
+
+
+def _members(path: Path, group: Any) -> set[str]:
+    """Names in a group, all of which must be of objects of the file itself."""
+    links: list[tuple[bytes, int]] = []
+    group.id.links.iterate(lambda name, info: links.append((name, info.type)), info=True)
+    for name, kind in links:
+        if kind != h5py.h5l.TYPE_HARD:
+            raise CorruptCacheError(f"{path}: {name!r} is a link, and links are not followed.")
+    names = {name.decode() for name, _ in links}
+    if len(names) != len(links):
+        raise CorruptCacheError(f"{path}: a name comes twice in {group.name}.")
+    return names
+
+
+def _check_chunks(path: Path, dataset: Any, name: str) -> None:
+    """Refuse a dataset unless each of its chunks is in the file once, filtered as we filter."""
+    made = dataset.id.get_create_plist()
+    filters = [made.get_filter(i) for i in range(made.get_nfilters())]
+    plain = [code for code, *_ in filters] == [_SHUFFLE, _DEFLATE, _FLETCHER]
+    if (
+        made.get_layout() != h5py.h5d.CHUNKED
+        or not plain
+        or filters[0][2] != (dataset.dtype.itemsize,)
+    ):
+        raise CorruptCacheError(
+            f"{path}: column {name} is not stored in chunks behind shuffle, gzip and fletcher32."
+        )
+    rows, *width = dataset.shape
+    step, *across = dataset.chunks
+    item = dataset.dtype.itemsize * math.prod(width)
+    if across != width or not 1 <= step <= rows or (step > 1 and step * item > _CHUNK_BYTES):
+        raise CorruptCacheError(
+            f"{path}: column {name} is {dataset.shape} in chunks of {dataset.chunks}."
+        )
+    expected = -(-rows // step)
+    limit = path.stat().st_size
+    stored = dataset.id.get_storage_size()
+    if dataset.nbytes > DEFLATE_LIMIT * min(stored, limit):
+        raise CorruptCacheError(
+            f"{path}: column {name} claims {dataset.nbytes} bytes, more than its stored bytes can "
+            "hold."
+        )
+    seen = np.zeros(expected, bool)
+    # Deflate makes nothing much larger; more stored bytes than that would be a bomb.
+    most = step * item + step * item // 100 + 64
+    chunks: list[Any] = []
+
+    def note(chunk: Any) -> bool | None:
+        chunks.append(chunk)
+        return len(chunks) > expected or None  # whether HDF5 may stop: a list may have no end
+
+    dataset.id.chunk_iter(note)
+    for chunk in chunks:
+        place, rest = divmod(chunk.chunk_offset[0], step)
+        inside = chunk.byte_offset + chunk.size <= limit and 0 < chunk.size <= most
+        aligned = not rest and not any(chunk.chunk_offset[1:]) and place < expected
+        if not aligned or not inside or chunk.filter_mask or seen[place]:
+            break
+        seen[place] = True
+    if not seen.all() or len(chunks) != expected:
+        raise CorruptCacheError(f"{path}: the chunks of column {name} are not where they belong.")

@@ -1,0 +1,28 @@
+"""Where a cache lives: a folder, local or behind any fsspec URL, reduced to the few verbs a cache
+needs.
+
+Guarantee: a name appears only with its whole content. Locally a file is written under `tmp/`,
+flushed to the disk and renamed; in an object store one PUT makes it appear. Listing the folder is
+therefore the only state there is: what is listed is committed.
+"""
+
+from __future__ import annotations
+
+from kdcache.storage.base import Storage, no_space, sha256_file
+from kdcache.storage.local import LocalStorage
+from kdcache.storage.urls import redact
+
+__all__ = ["LocalStorage", "Storage", "no_space", "open_storage", "redact", "sha256_file"]
+
+
+def open_storage(url: str) -> Storage:
+    """The storage behind a local path or an fsspec URL such as `s3://bucket/cache`.
+
+    Raises:
+        UsageError: a protocol that is unknown, or credentials in an address that takes none.
+    """
+    if "://" in url and not url.startswith("file://"):
+        from kdcache.storage.remote import RemoteStorage
+
+        return RemoteStorage(url)
+    return LocalStorage(url.removeprefix("file://"))

@@ -1,0 +1,118 @@
+"""The verbs of a storage, and what all storages share."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+_BLOCK = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_HASHED_NAME = re.compile(r"-([0-9a-f]{16})\.\w+$")
+
+
+class Storage(ABC):
+    """A folder of immutable files. Names are relative, with `/` between their parts."""
+
+    url: str
+    remote = False  # whether `hold` gives copies
+
+    @abstractmethod
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files directly inside `folder`, sorted; empty where the folder is
+        missing.
+        """
+
+    @abstractmethod
+    def entries(self) -> list[str]:
+        """Names of the files and folders at the top, sorted."""
+
+    def empty(self) -> bool:
+        """Whether nothing at all is there yet."""
+        return not self.entries()
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether a whole file of that name is there."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The content of a small file; FileNotFoundError where there is none."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Create or replace a file, atomically and durably.
+
+        Raises:
+            IncompleteError: no space left, or no answer.
+            UsageError: the place cannot be written to.
+        """
+
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file unless it exists; whether this call made it.
+
+        Where the answer of an object store was lost on its way this may be False although the file
+        is this call's: compare what is there.
+        """
+
+    @abstractmethod
+    def hold(self, name: str, *, fresh: bool = False) -> AbstractContextManager[Path]:
+        """A local path to read the file from, which stays until the end of the `with` block.
+
+        A remote file is downloaded first, unless a copy of it is on this machine. A file whose name
+        carries its hash (`00042-0123456789abcdef.h5`) is checked against it when it arrives.
+
+        Args:
+            name: of the file.
+            fresh: leave a copy that is on this machine aside and download anew.
+
+        Raises:
+            FileNotFoundError: there is none (a local path is given without a look).
+            CorruptCacheError: the bytes of the store are not those of the name.
+        """
+
+    def fetch(self, name: str) -> Path:
+        """As `hold`, without keeping it: a later download may push the copy out."""
+        with self.hold(name) as path:
+            return path
+
+    @abstractmethod
+    def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
+        """Say which files are read next, in this order, with their sizes in bytes.
+
+        Returns at once; downloads go on behind, as far as the disk's bound allows. The next call
+        takes the place of this one's list. Local files need none of it.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a file; no error where it is gone already."""
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits; about 1 GB/s a core."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_in(name: str) -> str | None:
+    """The first 16 digits of the file's SHA-256, where its name carries them."""
+    found = _HASHED_NAME.search(name)
+    return found.group(1) if found else None
+
+
+def no_space(error: OSError) -> bool:
+    """Whether an error means a full disk or quota."""
+    return error.errno in _FULL

@@ -1,0 +1,249 @@
+"""Copies of remote files on this machine: a bounded folder, shared by all its processes.
+
+A copy is a file `<key>`; while it arrives it is `<key>.part`. Every use of either holds a kernel
+lock (flock) on it: exclusive while it is written or removed, shared while it is read. The kernel
+drops the locks of a process that dies, so there is nothing to repair: a `.part` that nobody locks
+is what a killed download left, and goes with the next look around. Who wants a copy that is on its
+way waits for it and reads it too. Space is taken before a download begins: the `.part` has its
+final size from the start, and under the lock of the whole folder the copies that were not used for
+longest are removed until it fits.
+
+Cost: one scan of the folder a download; two system calls and a stat a use. Guarantee: a key's file
+is whole and checked; the copies' sizes stay within the bound, but for those in use (which are never
+removed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.storage.base import no_space
+
+_MOST = 32 << 30
+_PART = ".part"
+_LOCK = ".lock"
+
+# Size of a file, and what writes it whole or raises.
+Download = Callable[[], tuple[int, Callable[[BinaryIO], None]]]
+
+
+class DiskCache:
+    """A bounded folder of copies, least recently used first out."""
+
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        """Name the folder; nothing is made yet.
+
+        Args:
+            folder: of the copies and of nothing else.
+            limit: bytes they may take. Default: 32 GiB, or half of what is free for them if that is
+                less.
+        """
+        self.folder, self.limit = folder, limit
+
+    @classmethod
+    def of_environment(cls) -> DiskCache:
+        """The folder that KDCACHE_DISK names, bounded by KDCACHE_DISK_BYTES.
+
+        Without them it lies in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
+
+        Raises:
+            UsageError: the bound is not a positive number of bytes.
+        """
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = os.environ.get("KDCACHE_DISK") or f"{base}/kdcache"
+        given = os.environ.get("KDCACHE_DISK_BYTES")
+        if given and not (given.isdecimal() and int(given)):
+            raise UsageError(f"KDCACHE_DISK_BYTES is {given!r}, expected a number of bytes.")
+        return cls(Path(folder).expanduser().absolute(), int(given) if given else None)
+
+    @contextlib.contextmanager
+    def hold(self, key: str, download: Download, *, fresh: bool = False) -> Iterator[Path]:
+        """The copy of that key, kept until the end of the `with` block.
+
+        Args:
+            key: name of the copy, which tells its content.
+            download: called where there is none.
+            fresh: download in any case.
+
+        Raises:
+            UsageError: the folder cannot be written to, or the bound is below the file's size.
+            IncompleteError: no space left.
+        """
+        file = self._obtain(key, download, fresh=fresh, wait=True)
+        assert file is not None, "waiting ends with a copy or an error"
+        with file:
+            yield self.folder / key
+
+    def bring(self, key: str, download: Download) -> None:
+        """Download a copy unless it is here or on its way; raises as `hold` does."""
+        file = self._obtain(key, download, fresh=False, wait=False)
+        if file is not None:
+            file.close()
+
+    def leading(self, files: Iterable[tuple[str, int]], share: float) -> list[str]:
+        """The first of these names whose sizes together fit in that share of the bound."""
+        names, room = [], self._bound(sum(size for *_, size in self._copies())) * share
+        for name, size in files:
+            room -= size
+            if room < 0:
+                break
+            names.append(name)
+        return names
+
+    def _obtain(self, key: str, download: Download, *, fresh: bool, wait: bool) -> BinaryIO | None:
+        """The copy, open and locked for reading; None if it is on its way and we do not wait."""
+        path, part = self.folder / key, self.folder / f"{key}{_PART}"
+        with self._errors():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            while True:
+                found = None if fresh else _locked(path, fcntl.LOCK_SH)
+                if found is not None:
+                    os.utime(path)
+                    return found
+                ours = _locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB, create=True)
+                if ours is None:
+                    if not wait:
+                        return None
+                    # Whoever downloads it turns its lock into a shared one when the copy is whole.
+                    arrived = _locked(part, fcntl.LOCK_SH, named=path)
+                    if arrived is not None:
+                        return arrived
+                    time.sleep(random.uniform(0.0, 0.02))  # it failed: one of us goes on
+                    continue
+                if fresh or not path.exists():
+                    fresh = False
+                    self._download(ours, part, path, download)
+                    fcntl.flock(ours, fcntl.LOCK_SH)
+                else:  # it arrived between the two looks
+                    part.unlink()
+                if _is(ours, path):
+                    return ours
+                ours.close()
+
+    def _download(self, file: BinaryIO, part: Path, path: Path, download: Download) -> None:
+        try:
+            size, fill = download()
+            os.ftruncate(file.fileno(), 0)
+            self._make_room(file, size)
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            file.close()
+            raise
+
+    def _make_room(self, file: BinaryIO, size: int) -> None:
+        """Remove copies until a file fits within the bound, and give it its size."""
+        with open(self.folder / _LOCK, "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            copies = self._copies()
+            taken = sum(held for *_, held in copies)
+            bound = self._bound(taken)
+            if size > bound:
+                raise UsageError(
+                    f"a file of {size} bytes does not fit into {self.folder}, which may hold "
+                    f"{bound} bytes. Let KDCACHE_DISK_BYTES be several times as much, or name a "
+                    "larger disk with KDCACHE_DISK."
+                )
+            for _, path, held in sorted(copies):
+                if taken + size <= bound:
+                    break
+                if _discard(path):
+                    taken -= held
+            os.ftruncate(file.fileno(), size)
+
+    def _bound(self, taken: int) -> int:
+        if self.limit is not None:
+            return self.limit
+        place = self.folder
+        while not place.exists():
+            place = place.parent
+        return min(_MOST, (shutil.disk_usage(place).free + taken) // 2)
+
+    def _copies(self) -> list[tuple[int, Path, int]]:
+        """Time of the last use (0: left by a killed download), path and bytes of each file."""
+        copies = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    stat = entry.stat()
+                    if entry.name != _LOCK and entry.is_file():
+                        used = 0 if entry.name.endswith(_PART) else stat.st_mtime_ns
+                        copies.append((used, Path(entry.path), stat.st_size))
+        return copies
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if no_space(error):
+                raise IncompleteError(
+                    f"no space left for {self.folder}, where files of object stores are kept. "
+                    "Free some, lower KDCACHE_DISK_BYTES or name another disk with KDCACHE_DISK, "
+                    "and run the same command again."
+                ) from error
+            if isinstance(error, PermissionError):
+                raise UsageError(
+                    f"cannot write to {self.folder} ({error.strerror}). Name a folder for copies "
+                    "of remote files with KDCACHE_DISK."
+                ) from error
+            raise
+
+
+def _locked(
+    path: Path, lock: int, *, create: bool = False, named: Path | None = None
+) -> BinaryIO | None:
+    """The file of a path, open and locked.
+
+    Args:
+        path: where to open it.
+        lock: of `fcntl.flock`.
+        create: make an empty file where there is none.
+        named: the path that must name it once it is locked. Default: the same one.
+
+    Returns:
+        None if it is missing, named otherwise by now, or locked by others and `lock` does not wait.
+    """
+    flags = os.O_RDWR | (os.O_CREAT if create else 0)
+    while True:
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(os.fdopen(os.open(path, flags, 0o600), "r+b"))
+                fcntl.flock(file, lock)
+            except (FileNotFoundError, BlockingIOError):
+                return None
+            if _is(file, named or path):
+                opened.pop_all()
+                return file
+        if not create:
+            return None
+
+
+def _is(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _discard(path: Path) -> bool:
+    """Remove a file unless somebody uses it; whether this did."""
+    file = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if file is None:
+        return False
+    with file:
+        path.unlink()
+    return True

@@ -1,0 +1,271 @@
+"""fsspec, made to answer or to say why it does not.
+
+Each request has a deadline and is repeated, with growing pauses, while the store has trouble. What
+clients do by themselves is not enough: s3fs has no bound at all on an upload to a server that falls
+silent before the body is sent, gives up on a server's own faults within seconds, and does not look
+at the length of a range it was sent.
+
+Cost: nothing on the good way. Guarantee: no request outlives `_PATIENCE` and one deadline, and what
+comes back is an answer, `FileNotFoundError`, `FileExistsError`, or an error with a cure.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.storage.urls import redact
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PATIENCE = 120.0  # seconds in which a request is begun again
+_SILENCE = 60.0  # seconds that an answer may take, and a second for each of these bytes
+_SLOWEST = 1 << 18
+_LONGEST_PAUSE = 10.0
+_BLOCK = 4 << 20
+_BLOCKS_KEPT = 2
+_S3_CURE = (
+    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role; "
+    "it must be allowed to list, get, put and delete objects there."
+)
+_GCS_CURE = (
+    "Set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account; it must be allowed "
+    "to list, get, create and delete objects there."
+)
+# Protocol: extra of the package that brings it, and where credentials come from.
+_STORES = {
+    "s3": ("s3", _S3_CURE),
+    "s3a": ("s3", _S3_CURE),
+    "gs": ("gcs", _GCS_CURE),
+    "gcs": ("gcs", _GCS_CURE),
+}
+_NO_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+)
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+# A request that is at fault itself will be refused again; these words and codes of S3 are troubles
+# of the way or of the moment all the same.
+_PASSING = (
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "InvalidRange",
+    "NoSuchUpload",
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+)
+_PASSING_STATUS = (408, 409, 416, 425, 429)
+
+
+class FileSystem:
+    """An fsspec file system behind one URL."""
+
+    def __init__(self, url: str) -> None:
+        """Find the file system; nothing is asked of it yet.
+
+        Raises:
+            UsageError: no such protocol, its package is missing, or credentials in an address that
+                takes none.
+        """
+        self.shown = redact(url)
+        protocol = url.split("://")[0].split("::")[-1]
+        extra, self._cure = _STORES.get(protocol, (None, "Check its rights and credentials."))
+        if extra and self.shown != url.split("?")[0]:
+            raise UsageError(
+                f"{self.shown}: credentials do not belong into {protocol}:// addresses. "
+                f"{self._cure}"
+            )
+        try:
+            # Listings are the state of a cache: none may come from memory.
+            self.fs, self.path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            cure = f"pip install 'kdcache[{extra}]'" if extra else "install its fsspec package"
+            raise UsageError(
+                f"{self.shown}: can't open {protocol}:// paths ({redact(str(error))}). To "
+                f"use them, {cure}."
+            ) from None
+
+    def ask(self, verb: str, *args: Any, volume: int = 0, **options: Any) -> Any:
+        """Call a method of the file system that sends requests.
+
+        Args:
+            verb: name of the method.
+            args: its arguments.
+            volume: bytes that go over the wire, at most; the deadline allows for them.
+            options: its keyword arguments.
+
+        Raises:
+            FileNotFoundError, FileExistsError: as the method means them.
+            UsageError: no credentials, no permission, no bucket, or a request that is refused.
+            IncompleteError: no answer for too long, or credentials that have expired.
+        """
+        return self._patiently(lambda: self._call(verb, *args, volume=volume, **options))
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of a file, all of them; raises as `ask` does."""
+        return self.read_all([(path, start, stop)])[0]
+
+    def read_all(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """As `read`, of many ranges at a time: path, start and stop of each."""
+        done: dict[int, bytes] = {}
+
+        def request() -> list[bytes]:
+            left = {i: where for i, where in enumerate(ranges) if i not in done}
+            paths, starts, stops = (list(column) for column in zip(*left.values(), strict=True))
+            volume = sum(stops) - sum(starts)
+            found = self._call("cat_ranges", paths, starts, stops, on_error="return", volume=volume)
+            failed = []
+            for (i, (_, start, stop)), data in zip(left.items(), found, strict=True):
+                try:
+                    done[i] = _whole(data, start, stop)
+                except Exception as error:
+                    failed.append(error)
+            if failed:
+                raise failed[0]
+            return [done[i] for i in range(len(ranges))]
+
+        return self._patiently(request)
+
+    def _call(self, verb: str, *args: Any, volume: int, **options: Any) -> Any:
+        if isinstance(self.fs, AsyncFileSystem) and not self.fs.asynchronous:
+            options["timeout"] = _SILENCE + volume / _SLOWEST
+        return getattr(self.fs, verb)(*args, **options)
+
+    def _patiently(self, request: Callable[[], T]) -> T:
+        begin = time.monotonic()
+        for attempt in itertools.count():
+            try:
+                return request()
+            except Exception as error:
+                self._judge(error)
+                waited = time.monotonic() - begin
+                if waited > _PATIENCE:
+                    raise IncompleteError(
+                        f"{self.shown} has given no good answer for {waited:.0f} s "
+                        f"({_words(error)}). What is committed stays valid: check the network and "
+                        "the store's address, and run the same command again."
+                    ) from error
+                pause = min(_LONGEST_PAUSE, 0.2 * 2**attempt) * random.uniform(0.5, 1.0)
+                logger.info("%s: %s; once more in %.1f s", self.shown, _words(error), pause)
+                time.sleep(pause)
+        raise AssertionError
+
+    def _judge(self, error: Exception) -> None:
+        """Raise what trying again cannot mend."""
+        code, status = _answer(error)
+        kind = type(error).__name__
+        if code in _PASSING or status in _PASSING_STATUS:
+            return
+        if code == "NoSuchBucket":
+            raise UsageError(
+                f"{self.shown}: there is no such bucket. Create it, or correct the address."
+            ) from error
+        if isinstance(error, (FileNotFoundError, FileExistsError)):
+            raise error
+        if code in _EXPIRED:
+            raise IncompleteError(
+                f"{self.shown}: the credentials have expired ({_words(error)}). Renew them and run "
+                "the same command again: what is committed stays valid."
+            ) from error
+        if kind in _NO_CREDENTIALS:
+            raise UsageError(f"{self.shown}: {_words(error)}. {self._cure}") from error
+        if isinstance(error, PermissionError):
+            raise UsageError(
+                f"{self.shown}: access denied ({_words(error)}). {self._cure}"
+            ) from error
+        refused = status is not None and 400 <= status < 500
+        if refused or isinstance(error, ValueError) or kind == "ParamValidationError":
+            raise UsageError(
+                f"{self.shown}: the store refuses the request ({_words(error)}). Correct the "
+                "address, the region or the store's settings."
+            ) from error
+        unsupported = isinstance(error, OSError) and error.errno == errno.ENOSYS
+        ours = (AttributeError, LookupError, NotImplementedError, TypeError)
+        if unsupported or isinstance(error, ours):
+            raise error
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file to read and to seek in, fetched in blocks that arrive whole."""
+
+    def __init__(self, url: str) -> None:
+        """Ask for the size; raises as `FileSystem.ask` does."""
+        self._store = FileSystem(url)
+        self._size = int(self._store.ask("info", self._store.path)["size"])
+        self._blocks: dict[int, bytes] = {}
+        self._at = 0
+
+    def _block(self, number: int) -> bytes:
+        if number not in self._blocks:
+            if len(self._blocks) == _BLOCKS_KEPT:
+                del self._blocks[next(iter(self._blocks))]
+            start = number * _BLOCK
+            stop = min(self._size, start + _BLOCK)
+            self._blocks[number] = self._store.read(self._store.path, start, stop)
+        return self._blocks[number]
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte, counted as files do."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill as much of a buffer as one block has; returns 0 at the end of the file."""
+        if self._at >= self._size:
+            return 0
+        number, start = divmod(self._at, _BLOCK)
+        data = self._block(number)[start : start + len(buffer)]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _whole(data: bytes | Exception, start: int, stop: int) -> bytes:
+    if isinstance(data, Exception):
+        raise data
+    if len(data) > stop - start and len(data) >= stop:  # all of it: a server without ranges
+        data = data[start:stop]
+    if len(data) != stop - start:
+        raise OSError(errno.EIO, f"{len(data)} bytes came where {stop - start} were asked for")
+    return bytes(data)
+
+
+def _answer(error: Exception) -> tuple[str | None, int | None]:
+    """S3's word for an error and its HTTP status, where the error came as an answer."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return None, getattr(error, "status", None)  # of an error of aiohttp
+    code = response.get("Error", {}).get("Code")
+    return code, response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+def _words(error: Exception) -> str:
+    """What an error says, fit for eyes, on one line."""
+    text = " ".join(redact(str(error)).split()) or "no answer in time"
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"

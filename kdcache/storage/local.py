@@ -1,0 +1,155 @@
+"""A folder of this machine or of a shared file system, as a storage.
+
+Guarantee: a file is written under `tmp/`, flushed to the disk and renamed, so a name appears only
+with its whole content, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.storage.base import Storage, no_space
+
+_SCRATCH = "tmp"
+
+
+class LocalStorage(Storage):
+    """A folder of this machine or of a shared file system."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.root = Path(folder).expanduser().absolute()
+        self.url = str(self.root)
+        if self.root.exists() and not self.root.is_dir():
+            raise UsageError(f"{self.root} is a file; a cache is a folder. Choose another path.")
+
+    def names(self, folder: str = "") -> list[str]:
+        """See `Storage.names`."""
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return sorted(e.name for e in entries if e.is_file())
+        except FileNotFoundError:
+            return []
+
+    def entries(self) -> list[str]:
+        """See `Storage.entries`."""
+        try:
+            return sorted(os.listdir(self.root))
+        except FileNotFoundError:
+            return []
+
+    def exists(self, name: str) -> bool:
+        """See `Storage.exists`."""
+        return (self.root / name).is_file()
+
+    def size(self, name: str) -> int:
+        """See `Storage.size`."""
+        return (self.root / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """See `Storage.read`."""
+        return (self.root / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `Storage.write`."""
+        with self._written(data) as path:
+            target = self._target(name)
+            path.replace(target)
+            _sync_folder(target.parent)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `Storage.create`."""
+        with self._written(data) as path:
+            target = self._target(name)
+            try:
+                os.link(path, target)  # unlike a rename, a link never replaces what is there
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # Some network and FUSE file systems have no hard links; a look and a rename is the
+                # best that remains there, and the spec is compared after writing anyway.
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                if target.exists():
+                    return False
+                path.rename(target)
+            _sync_folder(target.parent)
+            return True
+
+    @contextlib.contextmanager
+    def hold(self, name: str, *, fresh: bool = False) -> Iterator[Path]:
+        """See `Storage.hold`."""
+        yield self.root / name
+
+    def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
+        """See `Storage.prefetch`."""
+
+    def remove(self, name: str) -> None:
+        """See `Storage.remove`."""
+        (self.root / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _written(self, data: bytes) -> Iterator[Path]:
+        """A temporary file with the data, safe on the disk; removed at exit unless it was moved."""
+        path = self.root / _SCRATCH / f"{uuid.uuid4().hex}.tmp"
+        with _output_errors(self.url):
+            try:
+                with _new_file(path) as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another writer still has a file in it
+                    path.parent.rmdir()
+
+    def _target(self, name: str) -> Path:
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """A new file in a folder that other writers make and remove all the time."""
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "xb")
+
+
+@contextlib.contextmanager
+def _output_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise UsageError(
+            f"cannot write to {url}: {error.strerror}. Choose another --out."
+        ) from error
+    except OSError as error:
+        if no_space(error):
+            raise IncompleteError(
+                f"no space left on {url}: what is committed stays valid. "
+                "Free some space and run the same command again."
+            ) from error
+        if error.errno == errno.EROFS:
+            raise UsageError(
+                f"{url} is on a read-only file system. Choose another --out."
+            ) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,214 @@
+"""A prefix of an object store, through fsspec, as a storage.
+
+Guarantee: an object appears at once and whole, by one PUT or when a multipart upload is completed;
+an upload that was killed leaves nothing that can be seen (its parts stay until the bucket's rule
+for unfinished uploads removes them). What is read from a copy on this machine is what the store
+holds: a name with a hash stands for its content, and any other name is downloaded each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.storage.base import Storage, hash_in
+from kdcache.storage.disk import DiskCache
+from kdcache.storage.filesystem import FileSystem
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 16 << 20
+_SMALL = 32 << 20  # what a file that is read into memory may be expected to have
+_LISTING = 256 << 20  # a million names, a thousand a request
+_THREADS = 4
+_TRIES = 3
+
+
+class RemoteStorage(Storage):
+    """A prefix of an object store; files are read from copies in the machine's `DiskCache`."""
+
+    remote = True
+
+    def __init__(self, url: str, disk: DiskCache | None = None) -> None:
+        """Find the store; nothing is asked of it yet.
+
+        Args:
+            url: fsspec URL of the prefix.
+            disk: where copies are kept. Default: as the environment says.
+
+        Raises:
+            UsageError: a URL that cannot be opened.
+        """
+        self.url = url.rstrip("/")
+        self.disk = disk or DiskCache.of_environment()
+        self._store = FileSystem(self.url)
+        self._ahead = _Ahead(self._bring)
+
+    def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str, DiskCache]]:
+        return RemoteStorage, (self.url, self.disk)  # locks and connections stay in their process
+
+    def _path(self, name: str) -> str:
+        return f"{self._store.path}/{name}" if name else self._store.path
+
+    def _list(self, folder: str) -> list[tuple[str, str]]:
+        """Last part of the name, and type, of what lies in a folder."""
+        path = self._path(folder)
+        try:
+            listed = self._store.ask("ls", path, detail=True, volume=_LISTING)
+        except FileNotFoundError:
+            return []
+        named = ((entry["name"].rstrip("/"), entry["type"]) for entry in listed)
+        # Some tools mark a folder with an empty object of its own name.
+        return sorted((name.rsplit("/", 1)[-1], kind) for name, kind in named if name != path)
+
+    def names(self, folder: str = "") -> list[str]:
+        """See `Storage.names`."""
+        return [name for name, kind in self._list(folder) if kind == "file"]
+
+    def entries(self) -> list[str]:
+        """See `Storage.entries`."""
+        return [name for name, _ in self._list("")]
+
+    def exists(self, name: str) -> bool:
+        """See `Storage.exists`."""
+        try:
+            return bool(self._store.ask("info", self._path(name))["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+    def size(self, name: str) -> int:
+        """See `Storage.size`."""
+        return int(self._store.ask("info", self._path(name))["size"])
+
+    def read(self, name: str) -> bytes:
+        """See `Storage.read`."""
+        return bytes(self._store.ask("cat_file", self._path(name), volume=_SMALL))
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `Storage.write`."""
+        self._put(name, data)
+
+    def _put(self, name: str, data: bytes, **options: str) -> None:
+        try:
+            self._store.ask("pipe_file", self._path(name), data, volume=len(data), **options)
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"cannot write to {self._store.shown}: there is no such place. Create it, or "
+                "choose another --out."
+            ) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `Storage.create`.
+
+        Exclusive where the store has conditional writes, as S3 and GCS have; elsewhere a look
+        before writing is the best that remains.
+        """
+        if self.exists(name):
+            return False
+        try:
+            self._put(name, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            logger.warning("%s has no conditional writes", self._store.shown)
+            self._put(name, data)
+        return True
+
+    @contextlib.contextmanager
+    def hold(self, name: str, *, fresh: bool = False) -> Iterator[Path]:
+        """See `Storage.hold`."""
+        fresh = fresh or hash_in(name) is None
+        with self.disk.hold(self._key(name), self._download(name), fresh=fresh) as path:
+            yield path
+
+    def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
+        """See `Storage.prefetch`."""
+        # More than half of the bound could push out what is read before it.
+        self._ahead.want(self.disk.leading(files, share=0.5))
+
+    def remove(self, name: str) -> None:
+        """See `Storage.remove`."""
+        with contextlib.suppress(FileNotFoundError):
+            self._store.ask("rm_file", self._path(name))
+
+    def _key(self, name: str) -> str:
+        """What the copy of a file is called: its own name, after a hash of the whole address."""
+        address = hashlib.sha256(f"{self.url}/{name}".encode()).hexdigest()
+        return f"{address[:16]}-{name.rsplit('/', 1)[-1]}"
+
+    def _bring(self, name: str) -> None:
+        self.disk.bring(self._key(name), self._download(name))
+
+    def _download(self, name: str) -> Callable[[], tuple[int, Callable[[BinaryIO], None]]]:
+        def begin() -> tuple[int, Callable[[BinaryIO], None]]:
+            size = self.size(name)
+            return size, functools.partial(self._copy, name, size)
+
+        return begin
+
+    def _copy(self, name: str, size: int, file: BinaryIO) -> None:
+        """Write all bytes of a remote file, and see that they are what its name says."""
+        wanted = hash_in(name)
+        for _ in range(_TRIES):
+            digest = hashlib.sha256()
+            file.seek(0)
+            for start in range(0, size, _BLOCK):
+                block = self._store.read(self._path(name), start, min(size, start + _BLOCK))
+                digest.update(block)
+                file.write(block)
+            found = digest.hexdigest()[:16]
+            if wanted in (None, found):
+                return
+            logger.warning("%s/%s came with sha256 %s…", self._store.shown, name, found)
+        raise CorruptCacheError(
+            f"{self._store.shown}/{name}: its bytes have sha256 {found}…. Delete the file and run "
+            "the same build again: only this shard is made anew."
+        )
+
+
+class _Ahead:
+    """Downloads what is wanted next, in order, a few files at a time, in threads behind.
+
+    The threads live while there is something to do, and do not keep the process from ending: a
+    download that is cut short leaves nothing to repair.
+    """
+
+    def __init__(self, bring: Callable[[str], None]) -> None:
+        self._bring = bring
+        self._lock = threading.Lock()
+        self._names: deque[str] = deque()
+        self._threads = 0
+
+    def want(self, names: Iterable[str]) -> None:
+        with self._lock:
+            self._names = deque(names)
+            while self._threads < min(_THREADS, len(self._names)):
+                self._threads += 1
+                threading.Thread(target=self._work, name="kdcache-prefetch", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._names:
+                    self._threads -= 1
+                    return
+                names = self._names
+                name = names.popleft()
+            try:
+                self._bring(name)
+            except Exception as error:
+                # Whoever reads the file meets the error, and has it raised where it belongs.
+                logger.info("%s was not fetched ahead: %s", name, error)
+                with self._lock:
+                    names.clear()  # and not a list that has come since

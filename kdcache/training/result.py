@@ -1,0 +1,59 @@
+"""Where a training run stands, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        steps: steps of the run.
+        epoch: passes over the caches, with the part of the present one.
+        seconds: training time so far, over all sittings of the run.
+        logs: what was just logged: losses, learning rate, or metrics of an evaluation (`eval_...`).
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    seconds: float
+    logs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        out: folder of the run.
+        student: folder of the student.
+        steps: steps of the whole run.
+        epochs: passes over the caches.
+        rows: rows trained on, over all epochs.
+        loss: last logged training loss, alpha and T as they were then.
+        hard_loss: its cross-entropy with hard labels, a position.
+        soft_loss: its T^2 KL with the teacher, a position; None on hard labels alone.
+        eval: metrics of the student on the evaluation caches.
+        best_step: step of the checkpoint that became the student, where there were evaluations.
+        seconds: wall time of training, over all sittings.
+        parameters: parameters of the student.
+        made: False where the run was finished before and nothing was done.
+    """
+
+    out: str
+    student: str
+    steps: int
+    epochs: float
+    rows: int
+    loss: float
+    hard_loss: float
+    soft_loss: float | None = None
+    eval: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    seconds: float = 0.0
+    parameters: int = 0
+    made: bool = True

@@ -1,0 +1,44 @@
+"""Caches to be broken: a copy of one with every kind of file, and ways to look at it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from kdcache.cli import cli
+from kdcache.errors import CorruptCacheError
+from kdcache.upkeep import VerifyOptions, verify
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli, list(words))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache by name, apart from the log of events."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {name: data for name, data in found.items() if name != "events.jsonl"}
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def naming(folder: Path) -> str:
+    """What `verify` says of a cache."""
+    try:
+        return "\n".join(verify(VerifyOptions(str(folder))).problems)
+    except CorruptCacheError as error:
+        return str(error)
+
+
+def golden_copy(folder: Path) -> Path:
+    """A cache with every kind of file: documents, ranks, tokenizer and a shard."""
+    shutil.copytree(GOLDEN / "sample-1-2", folder)
+    return folder

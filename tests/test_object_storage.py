@@ -1,0 +1,825 @@
+"""Caches in an object store: a real S3 server, a network that fails, and copies on this machine."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+pytest.importorskip("moto")
+s3fs = pytest.importorskip("s3fs")
+
+from click.testing import CliRunner  # noqa: E402
+from faulty_s3 import CREDENTIALS, Fault, Proxy, S3Server, environment  # noqa: E402
+from make_caches import make_cache  # noqa: E402
+from test_storage import (  # noqa: E402, F401
+    test_a_storage_starts_empty_and_lists_what_was_written,
+    test_fetch_gives_a_readable_path,
+    test_reading_what_is_missing_raises,
+    test_remove_is_silent_about_what_is_gone,
+    test_write_replaces_and_create_never_does,
+)
+
+from kdcache.cache import Cache, CacheSpec  # noqa: E402
+from kdcache.cli import cli  # noqa: E402
+from kdcache.corpus import Corpus  # noqa: E402
+from kdcache.errors import CorruptCacheError, IncompleteError, UsageError  # noqa: E402
+from kdcache.storage import Storage, filesystem, open_storage  # noqa: E402
+from kdcache.storage.disk import DiskCache  # noqa: E402
+from kdcache.stream import TargetStream  # noqa: E402
+
+BUCKET = "kdcache-tests"
+DEADLINE = 60.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    server = S3Server()
+    server.make_bucket(BUCKET)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def proxy(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The way to the server; this process and its children take it."""
+    proxy = Proxy(server)
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    # The client's own retries would hide most faults from ours, and take seconds.
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("KDCACHE_DISK", str(tmp_path / "disk"))
+    s3fs.S3FileSystem.clear_instance_cache()  # each knows the endpoint it was made for
+    yield proxy
+    s3fs.S3FileSystem.clear_instance_cache()
+    proxy.close()
+
+
+@pytest.fixture
+def url(proxy: Proxy, request: pytest.FixtureRequest) -> str:
+    """A prefix of this test's own."""
+    told = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
+    return f"s3://{BUCKET}/{told}/cache"
+
+
+@pytest.fixture
+def storage(url: str) -> Storage:
+    return open_storage(url)
+
+
+def shard(number: int, size: int = 5000) -> tuple[str, bytes]:
+    """Name and content of a file whose name carries its hash."""
+    data = hashlib.shake_256(str(number).encode()).digest(size)
+    return f"shards/{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.h5", data
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was never met"
+        threading.Event().wait(0.01)
+
+
+def python(code: str, *words: str, endpoint: str = "", **settings: str) -> subprocess.Popen[str]:
+    """A process of this Python that runs `code`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        env=(environment(endpoint) if endpoint else {**os.environ}) | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+# A network that fails
+
+FAULTS = {
+    "500": Fault("error", every=3),
+    "503": Fault("error", every=3, status=503, code="SlowDown"),
+    "reset": Fault("reset", every=3),
+    "answer lost": Fault("lost", every=3),
+    "truncated": Fault("truncate", "^GET", every=2),
+    "half of it": Fault("short", "^GET /[^?]*/shards/", every=2),
+    "a bit flipped": Fault("flip", "^GET /[^?]*/shards/", every=2),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_failing_network_changes_nothing(name: str, proxy: Proxy, storage: Storage) -> None:
+    fault = FAULTS[name]
+    proxy.faults.append(fault)
+    files = dict(shard(i) for i in range(6))
+    for path, data in files.items():
+        storage.write(path, data)
+    assert storage.create("spec.json", b"{}") or storage.read("spec.json") == b"{}"
+    assert not storage.create("spec.json", b"other")
+    assert storage.names("shards") == [path.removeprefix("shards/") for path in files]
+    for path, data in files.items():
+        assert storage.read(path) == data
+        with storage.hold(path) as copy:
+            assert copy.read_bytes() == data
+    assert fault.hits >= 3
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "_SILENCE", 1.0)
+    monkeypatch.setattr(filesystem, "_SLOWEST", 1 << 40)
+    monkeypatch.setattr(filesystem, "_PATIENCE", 0.5)
+
+
+def test_a_server_that_never_answers_ends_in_an_error_that_says_how_to_go_on(
+    proxy: Proxy, storage: Storage, hurry: None
+) -> None:
+    proxy.faults.append(Fault("silence"))
+    for request in (
+        lambda: storage.write("shards/one", b"1" * 3_000_000),
+        lambda: storage.read("shards/one"),
+        lambda: storage.names("shards"),
+    ):
+        with pytest.raises(IncompleteError, match="same command again"):
+            request()
+
+
+def test_a_server_that_never_asks_for_the_body_ends_the_same_way(
+    proxy: Proxy, url: str, hurry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The client waits for leave to send the body (100-continue); no timeout of its own counts.
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        with pytest.raises(IncompleteError, match="same command again"):
+            open_storage(url).write("shards/one", b"1")
+
+
+def test_a_damaged_object_is_never_shown_as_a_copy(proxy: Proxy, storage: Storage) -> None:
+    name, data = shard(0)
+    storage.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CorruptCacheError, match=name.split("/")[1]), storage.hold(name):
+        pass
+    assert not list(Path(os.environ["KDCACHE_DISK"]).glob("*-*"))
+    storage.write(name, data)
+    assert storage.fetch(name).read_bytes() == data
+
+
+def test_what_a_user_must_mend_is_said_at_once(
+    proxy: Proxy, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = open_storage("s3://no-such-bucket/cache")
+    with pytest.raises(UsageError, match=r"no such bucket. Create it"):
+        nowhere.write("spec.json", b"{}")
+    with pytest.raises(UsageError, match="no such bucket"):
+        nowhere.exists("spec.json")
+    proxy.faults.append(Fault("error", status=403, code="AccessDenied"))
+    with pytest.raises(UsageError, match="access denied.*AWS_ACCESS_KEY_ID"):
+        storage.write("spec.json", b"{}")
+    with pytest.raises(UsageError, match="access denied"):
+        storage.exists("spec.json")
+    proxy.faults[:] = [Fault("error", "^PUT", status=400, code="ExpiredToken")]
+    with pytest.raises(IncompleteError, match="expired.*Renew them"):
+        storage.write("spec.json", b"{}")
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UsageError, match="AWS_PROFILE"):
+        open_storage("s3://somewhere/cache").exists("spec.json")
+
+
+@pytest.mark.parametrize("user", ["AKIAKEY:secret", "AKIAKEY:se/cr+et"])
+def test_credentials_in_an_s3_address_are_refused_and_never_repeated(user: str) -> None:
+    with pytest.raises(UsageError, match="do not belong") as raised:
+        open_storage(f"s3://{user}@bucket/cache")
+    assert "AKIA" not in str(raised.value)
+    assert "s3://bucket/cache" in str(raised.value)
+
+
+def test_only_one_of_many_creates_a_file(proxy: Proxy, storage: Storage) -> None:
+    # All look before any of them writes: the store itself must decide.
+    gate = Fault("hold", "^PUT")
+    proxy.faults.append(gate)
+    made: list[int] = []
+    workers = [
+        threading.Thread(
+            target=lambda i=i: made.append(i) if storage.create("name", b"%d" % i) else None
+        )
+        for i in range(5)
+    ]
+    for worker in workers:
+        worker.start()
+    wait_for(lambda: gate.hits == 5)
+    gate.released.set()
+    for worker in workers:
+        worker.join(DEADLINE)
+    assert [b"%d" % i for i in made] == [storage.read("name")]
+
+
+def test_a_store_without_conditional_writes_is_looked_at_first(
+    proxy: Proxy, storage: Storage
+) -> None:
+    proxy.faults.append(Fault("error", header="If-None-Match", status=501, code="NotImplemented"))
+    assert storage.create("name", b"first")
+    assert not storage.create("name", b"second")
+    assert storage.read("name") == b"first"
+
+
+UPLOAD = """
+import sys
+from kdcache.storage import open_storage
+open_storage(sys.argv[1]).write("shards/big", b"0123456789" * 11_000_000)
+"""
+
+
+def test_a_killed_upload_leaves_nothing_to_see(
+    proxy: Proxy, server: S3Server, storage: Storage, url: str
+) -> None:
+    gate = Fault("hold", "partNumber=3")
+    proxy.faults.append(gate)
+    uploader = python(UPLOAD, url, endpoint=proxy.url)
+    assert gate.held.wait(DEADLINE)
+    uploader.send_signal(signal.SIGKILL)
+    uploader.communicate()
+    gate.released.set()
+    assert storage.names("shards") == []
+    assert not storage.exists("shards/big")
+    assert server.objects(url) == {}
+    proxy.faults.clear()
+    storage.write("shards/big", b"0123456789" * 11_000_000)
+    assert any("partNumber=3" in line for line in proxy.requests)
+    assert storage.size("shards/big") == 110_000_000
+    storage.remove("shards/big")
+
+
+# Copies on this machine
+
+
+def copied(size: int, calls: list[int] | None = None) -> Any:
+    """A download of that many bytes."""
+
+    def begin() -> tuple[int, Callable[[BinaryIO], None]]:
+        if calls is not None:
+            calls.append(size)
+        return size, lambda file: (file.seek(0), file.write(b"x" * size), None)[-1]
+
+    return begin
+
+
+def kept(disk: DiskCache) -> set[str]:
+    return {path.name for path in disk.folder.iterdir() if path.name != ".lock"}
+
+
+def test_the_copies_used_longest_ago_make_room(tmp_path: Path) -> None:
+    disk = DiskCache(tmp_path / "disk", 1000)
+    for key in "abc":
+        disk.bring(key, copied(300))
+    with disk.hold("a", copied(300)):
+        pass
+    disk.bring("d", copied(300))
+    assert kept(disk) == {"a", "c", "d"}
+    disk.bring("e", copied(700))
+    assert kept(disk) == {"d", "e"}
+    with pytest.raises(UsageError, match="KDCACHE_DISK_BYTES"):
+        disk.bring("f", copied(1001))
+    assert kept(disk) == {"d", "e"}
+
+
+def test_a_copy_in_use_is_never_removed(tmp_path: Path) -> None:
+    disk = DiskCache(tmp_path / "disk", 1000)
+    with disk.hold("a", copied(600)) as path:
+        with disk.hold("b", copied(600)) as other:
+            assert (path.stat().st_size, other.stat().st_size) == (600, 600)
+        disk.bring("c", copied(300))
+        assert kept(disk) == {"a", "c"}
+    disk.bring("d", copied(600))
+    assert kept(disk) == {"c", "d"}
+
+
+def test_a_fresh_copy_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    disk = DiskCache(tmp_path / "disk", 1000)
+    calls: list[int] = []
+    with disk.hold("a", copied(300, calls)) as path, open(path, "rb") as old:
+        with disk.hold("a", copied(400, calls), fresh=True):
+            assert path.stat().st_size == 400
+        assert len(old.read()) == 300
+    with disk.hold("a", copied(300, calls)) as path:
+        assert path.stat().st_size == 400
+    assert calls == [300, 400]
+
+
+def test_a_failed_download_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    disk = DiskCache(tmp_path / "disk", 1000)
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError("the line broke")
+
+    with pytest.raises(OSError, match="broke"):
+        disk.bring("a", lambda: (300, fail))
+    assert kept(disk) == set()
+    disk.bring("a", copied(300))
+    assert kept(disk) == {"a"}
+
+
+def test_many_readers_share_few_downloads_within_the_bound(tmp_path: Path) -> None:
+    disk = DiskCache(tmp_path / "disk", 1000)
+    calls: list[int] = []
+    problems: list[BaseException] = []
+
+    def read(first: int) -> None:
+        try:
+            for i in range(120):
+                key = (first + i) % 6
+                with disk.hold(str(key), copied(100 * (key + 1), calls)) as path:
+                    assert path.read_bytes() == b"x" * (100 * (key + 1))
+        except BaseException as error:
+            problems.append(error)
+
+    readers = [threading.Thread(target=read, args=(i % 2,)) for i in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(DEADLINE)
+    assert not problems
+    assert not any(reader.is_alive() for reader in readers)
+    disk.bring("last", copied(100))
+    assert sum((disk.folder / name).stat().st_size for name in kept(disk)) <= 1000
+
+
+READ = """
+import sys, hashlib
+from kdcache.storage import open_storage
+storage = open_storage(sys.argv[1])
+for name in sys.argv[2:]:
+    with storage.hold(name) as path:
+        print(hashlib.sha256(path.read_bytes()).hexdigest(), flush=True)
+"""
+
+
+def test_processes_that_want_the_same_shards_download_each_once(
+    proxy: Proxy, storage: Storage, url: str
+) -> None:
+    files = dict(shard(i) for i in range(4))
+    for name, data in files.items():
+        storage.write(name, data)
+    proxy.requests.clear()
+    readers = [python(READ, url, *files, endpoint=proxy.url) for _ in range(3)]
+    want = [hashlib.sha256(data).hexdigest() for data in files.values()]
+    for reader in readers:
+        said, _ = reader.communicate(timeout=DEADLINE)
+        assert said.split() == want
+    for name in files:
+        gets = [r for r in proxy.requests if r.startswith("GET") and r.split("?")[0].endswith(name)]
+        assert len(gets) == 1
+
+
+def test_a_reader_killed_while_downloading_is_in_nobodys_way(
+    proxy: Proxy, storage: Storage, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (name, data), (other, more) = shard(0, 6000), shard(1, 5000)
+    storage.write(name, data)
+    storage.write(other, more)
+    gate = Fault("hold", f"^GET .*{name}")
+    proxy.faults.append(gate)
+    reader = python(READ, url, name, endpoint=proxy.url)
+    assert gate.held.wait(DEADLINE)
+    disk = Path(os.environ["KDCACHE_DISK"])
+    assert [path.suffix for path in disk.glob("*-*")] == [".part"]
+    reader.send_signal(signal.SIGKILL)
+    reader.communicate()
+    proxy.faults.clear()
+    gate.released.set()
+    # What it left gives way to another file, and is no obstacle to the same one.
+    monkeypatch.setenv("KDCACHE_DISK_BYTES", "10000")
+    bounded = open_storage(url)
+    assert bounded.fetch(other).read_bytes() == more
+    assert not list(disk.glob("*.part"))
+    assert bounded.fetch(name).read_bytes() == data
+
+
+def test_what_comes_next_is_fetched_ahead_within_half_of_the_bound(
+    proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = dict(shard(i) for i in range(8))
+    monkeypatch.setenv("KDCACHE_DISK_BYTES", "40000")
+    storage = open_storage(url)
+    for name, data in files.items():
+        storage.write(name, data)
+    disk = Path(os.environ["KDCACHE_DISK"])
+    names = list(files)
+    storage.prefetch((name, len(files[name])) for name in names)
+    wait_for(lambda: len(list(disk.glob("*.h5"))) == 4)
+    proxy.faults.append(Fault("error", "^GET /[^?]*/shards/", status=403, code="AccessDenied"))
+    for name in names[:4]:  # they are here: nothing is asked for
+        assert storage.fetch(name).read_bytes() == files[name]
+    with pytest.raises(UsageError, match="access denied"):
+        storage.fetch(names[4])
+    # A list that fails is given up; the next one is begun.
+    storage.prefetch([(names[5], 5000)])
+    wait_for(lambda: proxy.faults[0].hits == 2)
+    proxy.faults.clear()
+    storage.prefetch([(names[6], 5000)])
+    wait_for(lambda: len(list(disk.glob("*.h5"))) == 5)
+
+
+def test_a_file_without_a_hash_in_its_name_is_never_old(
+    proxy: Proxy, storage: Storage, url: str
+) -> None:
+    storage.write("events.jsonl", b"old")
+    assert storage.fetch("events.jsonl").read_bytes() == b"old"
+    open_storage(url).write("events.jsonl", b"new")
+    assert storage.fetch("events.jsonl").read_bytes() == b"new"
+
+
+def test_bounds_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCACHE_DISK_BYTES", "20GB")
+    with pytest.raises(UsageError, match="20GB"):
+        open_storage("s3://bucket/cache")
+
+
+# Caches
+
+
+def upload(folder: Path, url: str) -> None:
+    storage = open_storage(url)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.write(str(path.relative_to(folder)), path.read_bytes())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a local cache by name, apart from the log of events."""
+    return without_events(
+        {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    )
+
+
+def without_events(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if not name.startswith("events")}
+
+
+def test_a_cache_is_streamed_through_a_disk_smaller_than_itself(
+    proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = make_cache(tmp_path / "cache", [20, 15, 25, 10, 30])
+    upload(tmp_path / "cache", url)
+    most = max(entry.bytes for entry in local.manifest.shards)
+    monkeypatch.setenv("KDCACHE_DISK_BYTES", str(2 * most))
+    cache = Cache.open(url)
+    assert cache.digest == local.digest
+    assert list(cache.verify()) == []
+    cache.prefetch(range(5))
+
+    def batches(of: Cache) -> list[Any]:
+        return [b["input_ids"].tolist() for b in TargetStream(of, batch_size=7, group=1).batches(2)]
+
+    want = batches(local)
+    results: list[list[Any]] = []
+    readers = [
+        threading.Thread(target=lambda: results.append(batches(Cache.open(url)))) for _ in range(2)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(DEADLINE)
+    assert results == [want, want]
+    copies = list(Path(os.environ["KDCACHE_DISK"]).glob("*.h5"))
+    assert 0 < sum(path.stat().st_size for path in copies) <= 2 * most
+
+
+def test_training_reads_through_the_disk_and_heals_a_damaged_copy(
+    proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = make_cache(tmp_path / "cache", [20, 14, 11])
+    upload(tmp_path / "cache", url)
+    most = max(entry.bytes for entry in local.manifest.shards)
+    monkeypatch.setenv("KDCACHE_DISK_BYTES", str(2 * most))
+    words = ["--student", "bilstm", "--epochs", "2", "--batch-size", "8", "--seed", "3"]
+    for name, cache in (("near", str(tmp_path / "cache")), ("far", url)):
+        out = str(tmp_path / name)
+        result = CliRunner().invoke(cli, ["train", "--cache", cache, "--out", out, *words])
+        assert result.exit_code == 0, result.output
+    near, far = (tmp_path / n / "student" / "model.safetensors" for n in ("near", "far"))
+    assert near.read_bytes() == far.read_bytes()
+
+    (copy, *_) = Path(os.environ["KDCACHE_DISK"]).glob("*.h5")
+    damaged = bytearray(copy.read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 64] = bytes(64)
+    copy.write_bytes(damaged)
+    cache = Cache.open(url)
+    for span in range(3):
+        assert cache.read(span).input_ids.tolist() == local.read(span).input_ids.tolist()
+
+
+def test_a_flipped_bit_in_the_store_is_named_though_a_good_copy_is_here(
+    proxy: Proxy, url: str, tmp_path: Path
+) -> None:
+    local = make_cache(tmp_path / "cache", [5, 5])
+    upload(tmp_path / "cache", url)
+    cache = Cache.open(url)
+    assert list(cache.verify()) == []
+    name = f"shards/{local.manifest.shards[1].name}"
+    damaged = bytearray(cache.storage.read(name))
+    damaged[100] ^= 1
+    cache.storage.write(name, bytes(damaged))
+    (line,) = cache.verify()
+    assert name in line
+    cache.storage.remove(name)
+    (line,) = cache.verify()
+    assert "missing" in line
+
+
+def test_a_cache_built_anew_at_the_same_place_is_not_the_old_one(
+    proxy: Proxy, url: str, tmp_path: Path
+) -> None:
+    for number in (0, 1):
+        folder = tmp_path / str(number)
+        local = make_cache(folder, [6, 4], first=100 * number)
+        storage = open_storage(url)
+        for name in [*storage.names(), *(f"shards/{n}" for n in storage.names("shards"))]:
+            storage.remove(name)
+        upload(folder, url)
+        cache = Cache.open(url)
+        assert cache.digest == local.digest
+        assert cache.read(0).input_ids.tolist() == local.read(0).input_ids.tolist()
+
+
+# Beginning a cache
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a cache may be begun: a folder and a prefix."""
+    if request.param == "local":
+        return str(tmp_path / "place")
+    return str(request.getfixturevalue("url"))
+
+
+def spec_and_files(folder: Path, number: int) -> tuple[CacheSpec, dict[str, bytes]]:
+    """A spec and a tokenizer of their own for each number."""
+    spec = make_cache(folder / f"spec-{number}", [3], first=number).spec
+    return spec, {"tokenizer.json": b"%d" % number * 1000, "tokenizer_config.json": b"{}"}
+
+
+def test_of_many_different_builds_that_start_at_once_one_begins_the_cache(
+    place: str, tmp_path: Path
+) -> None:
+    builds = [spec_and_files(tmp_path, number) for number in (0, 1, 2)] * 2
+
+    def begin(
+        number: int, url: str, gate: threading.Barrier, begun: list[int], refused: list[str]
+    ) -> None:
+        spec, files = builds[number]
+        gate.wait(DEADLINE)
+        try:
+            Cache.create_or_resume(url, spec, tokenizer_files=files)
+            begun.append(number % 3)
+        except UsageError as error:
+            refused.append(str(error))
+
+    for turn in range(4):
+        url = f"{place}-{turn}"
+        gate = threading.Barrier(len(builds))
+        begun: list[int] = []
+        refused: list[str] = []
+        threads = [
+            threading.Thread(target=begin, args=(number, url, gate, begun, refused))
+            for number in range(len(builds))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert (len(begun), len(set(begun)), len(refused)) == (2, 1, 4)
+        assert all("corpus.0.name" in line for line in refused)
+        cache = Cache.resume(url)
+        spec, files = builds[begun[0]]
+        assert cache.spec == spec
+        for name, data in files.items():
+            assert cache.read_beside(f"tokenizer/{name}") == data
+        assert cache.storage.entries() == ["spec.json", "tokenizer"]
+
+
+def test_a_start_that_crashed_is_finished_by_the_same_build(place: str, tmp_path: Path) -> None:
+    spec, files = spec_and_files(tmp_path, 0)
+    storage = open_storage(place)
+    # Before the spec: what an earlier version left. After it: a tokenizer that is not all there.
+    storage.write("tokenizer/tokenizer.json", b"of another build")
+    Cache.create_or_resume(place, spec, tokenizer_files=files)
+    assert storage.read("tokenizer/tokenizer.json") == files["tokenizer.json"]
+    storage.remove("tokenizer/tokenizer.json")
+    cache = Cache.create_or_resume(place, spec, tokenizer_files=files)
+    assert cache.read_beside("tokenizer/tokenizer.json") == files["tokenizer.json"]
+    storage.write("tokenizer/tokenizer.json", b"damaged")
+    with pytest.raises(CorruptCacheError, match="tokenizer.json: sha256"):
+        cache.tokenizer()
+    with pytest.raises(UsageError, match="other versions of the libraries"):
+        Cache.create_or_resume(place, spec, tokenizer_files={"tokenizer.json": b"newer"})
+
+
+def test_a_folder_of_something_else_is_left_alone(place: str, tmp_path: Path) -> None:
+    spec, files = spec_and_files(tmp_path, 0)
+    open_storage(place).write("thesis/chapter", b"one")
+    with pytest.raises(UsageError, match="not a kdcache cache"):
+        Cache.create_or_resume(place, spec, tokenizer_files=files)
+    assert open_storage(place).entries() == ["thesis"]
+
+
+def test_the_first_seal_stands(place: str, tmp_path: Path) -> None:
+    spec, files = spec_and_files(tmp_path, 0)
+    one = Cache.create_or_resume(place, spec, tokenizer_files=files)
+    two = Cache.create_or_resume(place, spec, tokenizer_files=files)
+    data = Cache.open(str(tmp_path / "spec-0")).read(0)
+    # A teacher whose last bits vary: two builds, two shards of one span.
+    entries = [build.commit(0, data, clipped_mass=i) for i, build in enumerate((one, two))]
+    entries.sort(key=lambda entry: entry.name)
+    open_storage(place).remove(f"shards/{entries[0].name}")
+    first = one.seal(one.prepare_manifest())
+    assert first.shards[0].name == entries[1].name
+    two.commit(0, data, clipped_mass=entries[0].clipped_mass)
+    assert two.prepare_manifest().shards[0].name == entries[0].name
+    assert two.seal(two.prepare_manifest()) == first
+    assert Cache.open(place).manifest == first
+
+
+# Whole commands
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, corpus_texts: list[str]) -> Path:
+    """A folder of JSON lines, of compressed ones, and of a table."""
+    folder = tmp_path_factory.mktemp("corpora")
+    lines = [json.dumps({"text": text}) + "\n" for text in corpus_texts]
+    (folder / "a.jsonl").write_text("".join(lines[:90]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[90:120]).encode(), mtime=0))
+    table = pa.table({"text": corpus_texts[120:150]})
+    pq.write_table(table, folder / "c.parquet", row_group_size=15)
+    return folder
+
+
+def words(teacher: Path, corpus: str, out: str, *more: str) -> list[str]:
+    """The words of a build in this process, of about ten spans."""
+    given = {"--teacher": teacher, "--corpus": corpus, "--out": out, "--workers": 0}
+    small = {"--max-length": 64, "--codec": "sample:8", "--shard-tokens": 600}
+    return ["build", *(str(w) for pair in (given | small).items() for w in pair), *more]
+
+
+def built(teacher: Path, corpus: Path, out: Path, *more: str) -> dict[str, bytes]:
+    """What one undisturbed build makes."""
+    result = CliRunner().invoke(cli, words(teacher, str(corpus), str(out), *more))
+    assert result.exit_code == 0, result.output
+    return content(out)
+
+
+@pytest.fixture(scope="module")
+def alone(
+    corpus: Path, stories260k: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, bytes]]:
+    """What one undisturbed build makes with each of two seeds."""
+    folder = tmp_path_factory.mktemp("alone")
+    return [
+        built(stories260k, corpus / "a.jsonl", folder / str(seed), "--seed", str(seed))
+        for seed in range(2)
+    ]
+
+
+@pytest.mark.end_to_end
+def test_a_build_into_s3_that_is_killed_and_run_again_makes_the_same_objects(
+    proxy: Proxy,
+    server: S3Server,
+    url: str,
+    corpus: Path,
+    stories260k: Path,
+    alone: list[dict[str, bytes]],
+) -> None:
+    want = alone[0]
+    gate = Fault("hold", "^PUT /[^?]*/shards/00004")
+    proxy.faults += [gate, Fault("error", every=9), Fault("lost", "^PUT", every=7)]
+    command = words(stories260k, str(corpus / "a.jsonl"), url)
+    first = python("from kdcache.cli import main; main()", *command, endpoint=proxy.url)
+    assert gate.held.wait(DEADLINE)
+    first.send_signal(signal.SIGKILL)
+    said, _ = first.communicate()
+    gate.released.set()
+    assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in said
+    left = without_events(server.objects(url))
+    assert 3 <= len(left) < len(want)
+    assert left.items() <= want.items()
+    again = CliRunner().invoke(cli, command)
+    assert again.exit_code == 0, again.output
+    assert without_events(server.objects(url)) == want
+    assert proxy.faults[1].hits > 3
+
+
+def test_the_signature_of_an_address_goes_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{web.server_port}/a.jsonl?X-Amz-Signature=feedbeef"
+        corpus = Corpus.open([address], span_bytes=1000)
+        identity = corpus.identity()
+        texts = [record.values["text"] for record in Corpus.read(corpus.spans[0])]
+        web.shutdown()
+        thread.join(DEADLINE)
+    assert texts == ["one"]
+    assert "feedbeef" not in json.dumps(identity)
+    missing = address.replace("a.jsonl", "b.xyz").replace(str(web.server_port), "1")
+    result = CliRunner().invoke(
+        cli,
+        ["build", "--teacher", str(tmp_path), "--corpus", missing, "--out", str(tmp_path / "c")],
+    )
+    assert result.exit_code == 2
+    assert "feedbeef" not in result.output
+
+
+@pytest.mark.end_to_end
+def test_a_corpus_in_s3_makes_the_same_cache(
+    proxy: Proxy, url: str, corpus: Path, stories260k: Path, tmp_path: Path
+) -> None:
+    upload(corpus, url)
+    want = built(stories260k, corpus, tmp_path / "near")
+    proxy.faults += [
+        Fault("error", "^GET", every=4),
+        Fault("truncate", "^GET", every=5),
+        Fault("short", "^GET /[^?]*/(a.jsonl|b.jsonl.gz|c.parquet)", every=6),
+    ]
+    result = CliRunner().invoke(cli, words(stories260k, url, str(tmp_path / "far")))
+    assert result.exit_code == 0, result.output
+    assert content(tmp_path / "far") == want
+    assert all(fault.hits for fault in proxy.faults)
+    one = ["--rows", "2", "--max-length", "16", "--codec", "topk:4", "--temperatures", "1"]
+    planned = CliRunner().invoke(
+        cli, ["plan", "--teacher", str(stories260k), "--corpus", url, "--json", *one]
+    )
+    assert planned.exit_code == 0, planned.output
+
+
+RACE = """
+import json, os, sys
+from kdcache.cli import main
+# What a build imports, once for all of them; threads are begun only in the children.
+import kdcache.builder, kdcache.commands, kdcache.progress
+import transformers.models.llama.modeling_llama
+builds, go = json.loads(sys.argv[1]), os.pipe()
+children = []
+for words in builds:
+    child = os.fork()
+    if not child:
+        os.close(go[1])
+        os.read(go[0], 1)  # until the parent closes its end: all start at once
+        sys.argv[1:] = words
+        main()
+    children.append(child)
+os.close(go[1])
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+@pytest.mark.end_to_end
+def test_builds_on_one_output_at_the_same_time_cooperate_or_are_refused(
+    url: str,
+    server: S3Server,
+    proxy: Proxy,
+    corpus: Path,
+    stories260k: Path,
+    alone: list[dict[str, bytes]],
+    tmp_path: Path,
+) -> None:
+    near, source = tmp_path / "near", str(corpus / "a.jsonl")
+    commands = [
+        words(stories260k, source, out, "--seed", seed)
+        for out in (str(near), url)
+        for seed in ("0", "1", "0")
+    ]
+    racers = python(RACE, json.dumps(commands), endpoint=proxy.url)
+    said, _ = racers.communicate(timeout=300)
+    codes = json.loads(said.splitlines()[-1])
+    for found, ends in (
+        (content(near), codes[:3]),
+        (without_events(server.objects(url)), codes[3:]),
+    ):
+        assert ends in ([0, 2, 0], [2, 0, 2]), said
+        assert found == alone[ends[0] // 2]
+    assert said.count("seed: ") == codes.count(2)

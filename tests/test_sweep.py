@@ -1,0 +1,535 @@
+"""Sweeps: which runs a grid means, their files and figures, failures, interruptions, workers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_caches import CAUSAL, make_cache
+from rich.console import Console
+
+from kdcache.cli import cli
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.plots import DotRow, plot_dots
+from kdcache.sweeping import SweepOptions, SweepProgress, render_sweep, sweep
+from kdcache.sweeping.grid import Grid
+from kdcache.sweeping.pool import RayPool
+from kdcache.training import TrainOptions, train
+from kdcache.training.metrics import last_metrics, read_metrics
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 32,
+}
+BILSTM = {"model_type": "kdcache-bilstm", "embedding_size": 4, "hidden_size": 4, "dense_size": 4}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches `classes` (45 rows), `held` (20), `causal` (24), and configs of students."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_cache(folder / "classes", [20, 14, 11])
+    make_cache(folder / "held", [20], first=500)
+    make_cache(folder / "causal", [14, 10], task=CAUSAL, codec="topk:6")
+    (folder / "tiny.json").write_text(json.dumps(LLAMA))
+    (folder / "small.json").write_text(json.dumps(LLAMA | {"hidden_size": 16}))
+    (folder / "lstm.json").write_text(json.dumps(BILSTM))
+    return folder
+
+
+@pytest.fixture
+def here(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder in which these caches and configs have short names."""
+    for path in caches.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: str | Path, grid: dict[str, list[Any]], **fixed: Any) -> str:
+    """A grid file; a language model unless `fixed` says otherwise."""
+    common = {"cache": "causal", "student": "tiny.json", "report-to": "none", "batch-size": 8}
+    values = {k: v for k, v in {**common, **fixed}.items() if k not in grid}
+    Path(path).write_text(yaml.safe_dump({**values, "grid": grid}, sort_keys=False))
+    return str(path)
+
+
+def classifiers(path: str | Path, grid: dict[str, list[Any]], **fixed: Any) -> str:
+    lstm = {"cache": "classes", "eval-cache": "held", "student": "lstm.json", "learning-rate": 0.01}
+    return write(path, grid, **{**lstm, **fixed})
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli, ["sweep", *words], catch_exceptions=False)
+
+
+def local(grid: str, out: str = "out", **more: Any) -> SweepOptions:
+    return SweepOptions(grid, out, workers=0, **more)
+
+
+def logged(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each run of a sweep logged, without wall times."""
+    times = ("seconds", "eval_runtime")
+    return {
+        run.name: [{k: v for k, v in x.items() if k not in times} for x in read_metrics(run)]
+        for run in sorted((folder / "runs").iterdir())
+    }
+
+
+# Which runs a grid means
+
+
+ALPHAS, SEEDS = [0, 0.25, 0.5], [0, 1, 7]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    alphas=st.lists(st.sampled_from(ALPHAS), min_size=1, unique=True),
+    seeds=st.lists(st.sampled_from(SEEDS), min_size=1, unique=True),
+    seed_first=st.booleans(),
+)
+def test_a_run_is_the_same_in_any_grid(
+    caches: Path, alphas: list[float], seeds: list[int], seed_first: bool
+) -> None:
+    names = {"cache": str(caches / "causal"), "student": str(caches / "tiny.json")}
+    path = caches.parent / "grid.yaml"
+    crossed = {"seed": seeds, "alpha": alphas} if seed_first else {"alpha": alphas, "seed": seeds}
+    grid = Grid.read(write(path, crossed, **names))
+    assert len(grid.runs) == len(alphas) * len(seeds)
+    assert len({r.key for r in grid.runs}) == len({r.name for r in grid.runs}) == len(grid.runs)
+    for member in grid.runs:
+        one = {"alpha": [str(member.options.alpha)]}
+        (again,) = Grid.read(write(path, one, seed=member.options.seed, **names)).runs
+        assert again.key == member.key
+
+
+def test_what_a_student_does_not_depend_on_makes_no_runs(here: Path) -> None:
+    grid = Grid.read(write("g.yaml", {"alpha": [1, 0.5, 1.0], "temperature": [1, 2, "2"]}))
+    assert grid.combinations == 9
+    assert [r.setting for r in grid.runs] == [
+        {"alpha": "1", "temperature": "-"},
+        {"alpha": "0.5", "temperature": "1"},
+        {"alpha": "0.5", "temperature": "2"},
+    ]
+    speed = {"logging-steps": [1, 10], "gradient-accumulation": [1, 2], "prefetch": [2, 4]}
+    assert len(Grid.read(write("g.yaml", speed)).runs) == 1
+    length = {"epochs": [1, 2], "max-steps": [None, 3]}
+    assert len(Grid.read(write("g.yaml", length)).runs) == 4
+    losses = {"loss": ["forward-kl", "mse"], "temperature": [1, 3]}
+    assert len(Grid.read(classifiers("g.yaml", losses)).runs) == 3
+
+
+def test_a_changed_config_is_another_student(here: Path) -> None:
+    path = write("g.yaml", {"seed": [0]}, student="own.json")
+    Path("own.json").write_text(json.dumps(LLAMA))
+    (before,) = Grid.read(path).runs
+    Path("own.json").write_text(json.dumps(LLAMA | {"hidden_size": 12}))
+    (after,) = Grid.read(path).runs
+    assert before.key != after.key
+
+
+def test_values_are_told_apart_by_short_names(here: Path) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "student.json").write_text(json.dumps(LLAMA))
+    crossed = {
+        "student": ["a/student.json", "b/student.json"],
+        "cache": ["causal", ["causal", str(here / "causal")]],
+    }
+    grid = Grid.read(write("g.yaml", crossed))
+    assert [r.setting["student"] for r in grid.runs[::2]] == ["a/student", "b/student"]
+    assert [r.setting["cache"] for r in grid.runs[:2]] == ["causal", "causal+causal"]
+    assert all("/" not in r.name for r in grid.runs)
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("cache: [1", ["not valid YAML"]),
+        ("just words", ["holds no options"]),
+        ("cache: causal\nstudent: tiny.json", ["nothing to cross"]),
+        ("cache: causal\nstudent: tiny.json\ngrid: {alpha: 0.5}", ["alpha under grid is 0.5"]),
+        ("grid: {seed: [0]}", ["cache is missing", "student is missing"]),
+        (
+            "cache: causal\nstudent: none.json\nout: x\nalpha: 0.2\nbatch-size: [1, 2]\n"
+            "tempature: 2\n"
+            "grid: {alpha: [0.5, 1.5], temperature: [1, 3], seed: [zero], fsdp: [true], lr: []}",
+            [
+                "out has no place", "fsdp has no place", "alpha is given twice",
+                "batch-size takes one value", "Did you mean temperature?", "lr under grid is []",
+                "alpha is 1.5, expected 0 to 1. (2 of 4 combinations, first alpha=1.5",
+                "'zero' is not a valid int", "student none.json: no such file",
+            ],
+        ),
+        (
+            "cache: [causal, classes]\nstudent: tiny.json\ngrid: {temperature: [1, 3], seed: [0]}",
+            ["task of", "(1 of 2 combinations, first temperature=3 seed=0)"],
+        ),
+        (
+            "cache: causal\ngrid: {student: [bilstm, tiny.json, nowhere/x, 'm:f']}",
+            ["bilstm is a classifier", "nowhere/x", "No module named 'm'"],
+        ),
+    ],
+)  # fmt: skip
+def test_everything_wrong_is_told_before_anything_starts(
+    here: Path, text: str, messages: list[str]
+) -> None:
+    Path("g.yaml").write_text(text)
+    result = run("g.yaml", "--out", "out", "--workers", "0")
+    assert result.exit_code == 2, result.output
+    for message in messages:
+        assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not Path("out").exists()
+
+
+def test_a_grid_that_is_not_there_and_options_that_cannot_be() -> None:
+    assert "cannot be read" in run("/nowhere.yaml", "--out", "out").stderr
+    with pytest.raises(UsageError, match=r"workers is -1[^\n]*\ngpus_per_run is -2"):
+        SweepOptions("g", "o", workers=-1, gpus_per_run=-2)
+
+
+def test_an_unfinished_cache_is_exit_code_3(here: Path) -> None:
+    make_cache(here / "begun", [3])
+    (here / "begun" / "manifest.json").unlink()
+    result = run(write("g.yaml", {"seed": [0]}, cache="begun"), "--out", "out")
+    assert result.exit_code == 3
+    assert "kdcache build" in result.stderr
+
+
+# What comes out
+
+
+def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
+    crossed = {"alpha": [0.5, 1.0], "temperature": [1, 2], "seed": [0, 1]}
+    grid = classifiers("g.yaml", crossed, epochs=2)
+    told: list[SweepProgress] = []
+    result = sweep(local(grid), on_progress=told.append)
+    assert (len(result.runs), result.made, result.combinations) == (6, 6, 8)
+    assert told[-1] == SweepProgress(6, 6, 0, 72, 72, 0, told[-1].seconds)
+    steps = [now.step for now in told]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 6
+
+    # Each run is what the train command makes of the same options.
+    one = next(r for r in result.runs if r.setting["temperature"] == "2" and r.seed == "1")
+    alone = train(
+        TrainOptions(
+            cache="classes", eval_cache="held", student="lstm.json", out="alone", alpha=0.5,
+            temperature=2, seed=1, epochs=2, batch_size=8, learning_rate=0.01, report_to="none",
+        )  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert one.figures == alone.eval
+    assert (one.parameters, one.steps, one.best_step) == (
+        alone.parameters, alone.steps, alone.best_step,
+    )  # fmt: skip
+    assert Path(one.out, "student", "model.safetensors").is_file()
+    student = Path(alone.student, "model.safetensors").read_bytes()
+    assert Path(one.out, "student", "model.safetensors").read_bytes() == student
+
+    # Figures over seeds, best first.
+    assert result.ranked_by == "accuracy"
+    assert [s.mean["accuracy"] for s in result.settings] == sorted(
+        (s.mean["accuracy"] for s in result.settings), reverse=True
+    )
+    by_name = {r.name: r for r in result.runs}
+    for setting in result.settings:
+        assert len(setting.runs) == 2
+        values = [by_name[name].figures["hard_loss"] for name in setting.runs]
+        assert setting.mean["hard_loss"] == pytest.approx(sum(values) / 2)
+        assert setting.deviation["hard_loss"] == pytest.approx(statistics.stdev(values))
+    hard = next(s for s in result.settings if s.setting["alpha"] == "1")
+    assert hard.setting["temperature"] == "-"
+    assert "soft_loss" not in hard.mean
+
+    # Files.
+    document = json.loads(Path("out/results.json").read_text())
+    assert [r["name"] for r in document["runs"]] == [r.name for r in result.runs]
+    with Path("out/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows] == [r.figures["accuracy"] for r in result.runs]
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    assert Path("out/results.png").read_bytes()[:4] == b"\x89PNG"
+
+    # No column is lost where a terminal is narrow.
+    for width in (40, 90, 200):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        render_sweep(result, console)
+        assert console.file.getvalue().count(f"{one.parameters:,}") == 3, width
+
+    # Again: nothing is trained, the table is printed.
+    stamps = {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("*")}
+    printed = run(grid, "--out", "out")
+    assert printed.exit_code == 0
+    assert "8 combinations are 6 runs" in printed.stdout
+    assert "6 runs, 0 of them now" in printed.stdout
+    assert "±" in printed.stdout
+    table = [line.split()[:2] for line in printed.stdout.splitlines()[2:5]]
+    assert table == [[s.setting["alpha"], s.setting["temperature"]] for s in result.settings]
+    assert {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("*")} == stamps
+    outcome = json.loads(run(grid, "--out", "out", "--json").stdout)
+    assert outcome["made"] == 0
+    assert outcome["runs"] == document["runs"]
+
+
+def test_a_changed_grid_only_adds_runs(here: Path) -> None:
+    common = {"learning-rate": 1e-3, "max-steps": 2}
+    first = sweep(local(write("g.yaml", {"alpha": [0.1, 0.5]}, **common)))
+    names = {r.name for r in first.runs}
+    stamps = {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("*")}
+    # One value less and one more; an option with several values that had one: alpha 0.5 is found.
+    crossed = {"alpha": [0.5, 1.0], "learning-rate": [5e-4, 1e-3]}
+    second = sweep(local(write("g.yaml", crossed, **common)))
+    assert (len(second.runs), second.made) == (4, 3)
+    assert len(names & {r.name for r in second.runs}) == 1
+    third = sweep(local(write("g.yaml", {"seed": [0, 1], "alpha": [0.1, 0.5]}, **common)))
+    assert (len(third.runs), third.made) == (4, 2)
+    assert names < {r.name for r in third.runs}
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    manifest = json.loads(Path("out/sweep.json").read_text())
+    assert {entry["name"] for entry in manifest["runs"].values()} == {
+        path.name for path in Path("out/runs").iterdir()
+    }
+    # Without evaluation caches there are only the losses of training, and it is said.
+    assert (third.ranked_by, third.evaluated) == ("hard_loss", False)
+    assert "No eval-cache was given" in run("g.yaml", "--out", "out").stdout
+
+
+def test_runs_of_one_process_may_differ_in_precision(here: Path) -> None:
+    result = sweep(local(write("g.yaml", {"bf16": [False, True, False]}, **{"max-steps": 2})))
+    low, high = result.runs[1].figures, result.runs[0].figures
+    assert low != high
+    assert low == pytest.approx(high, abs=0.05)
+
+
+def test_another_folder_is_not_taken_over(here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="not a sweep"):
+        sweep(local(write("g.yaml", {"seed": [0]})))
+
+
+def test_two_sweeps_do_not_share_a_folder(here: Path) -> None:
+    grid = write("g.yaml", {"seed": [0]})
+    (here / "out").mkdir()
+    with (here / "out" / "sweep.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another sweep is at work"):
+            sweep(local(grid))
+    assert sweep(local(grid)).made == 1
+
+
+def test_credentials_in_urls_stay_out_of_the_files(here: Path) -> None:
+    make_cache(here / "causal2", [14], task=CAUSAL, codec="topk:6", first=40)
+    url = f"file://{here}/causal2?token=hush"
+    grid = write("g.yaml", {"seed": [0]})
+    (member,) = Grid.read(grid).runs
+    shown = dataclasses.replace(member.options, cache=(url,), eval_cache=(url,)).shown()
+    assert "hush" not in json.dumps(shown)
+
+
+def test_the_plot_has_room_for_every_row(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    rows = [
+        DotRow(f"student-{i}  alpha 0.5  learning-rate 0.001  temperature {i}", f"s{i % 3}", values)
+        for i, values in enumerate([[1.0, 1.2, 0.9], [2.0], [1.5, 1.5]] * 12)
+    ]
+    heights = []
+    for count in (3, 36):
+        plot_dots(tmp_path / "p.png", rows[:count], title="loss", x_label="nats")
+        heights.append(imread(tmp_path / "p.png").shape[0])
+    assert heights[1] > 3 * heights[0]
+
+
+# What goes wrong
+
+
+MOODS = """
+import time
+from pathlib import Path
+
+import torch
+
+
+class Moody(torch.nn.Module):
+    def __init__(self, info):
+        super().__init__()
+        torch.manual_seed(info.seed)
+        self.odd = info.seed % 2 == 1
+        self.head = torch.nn.Linear(1, info.num_labels)
+
+    def forward(self, input_ids):
+        if self.odd and Path("bad-weather").exists():
+            raise ValueError("it rains")
+        deadline = time.monotonic() + 100
+        while Path("hold").exists() and list(Path("out").glob("runs/*/checkpoint-*/kdcache*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return self.head(input_ids.float().mean(-1, keepdim=True))
+"""
+
+
+@pytest.fixture
+def moods(here: Path) -> str:
+    """A student that fails if its seed is odd and there is bad weather, and that holds from the
+    first checkpoint on while there is a file `hold`."""
+    (here / "moods.py").write_text(MOODS)
+    return "moods:Moody"
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    here: Path, moods: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = classifiers("g.yaml", {"seed": [0, 1, 2, 3]}, student=moods)
+    Path("bad-weather").touch()
+    result = run(grid, "--out", "out", "--workers", "0")
+    assert result.exit_code == 3
+    assert "2 of 4 runs failed" in result.stderr
+    assert result.stderr.count("ValueError: it rains") == 2
+    assert "seed1-" in result.stderr
+    assert "kdcache sweep g.yaml --out out --workers 0" in result.stderr
+    assert "Traceback" in caplog.text
+    with Path("out/results.csv").open() as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0", "2"]
+    Path("bad-weather").unlink()
+    again = sweep(local(grid))
+    assert again.made == 2
+    assert [r.seed for r in again.runs] == ["0", "1", "2", "3"]
+
+
+def test_all_runs_may_fail(here: Path, moods: str) -> None:
+    grid = classifiers("g.yaml", {"seed": [1]}, student=moods)
+    Path("bad-weather").touch()
+    with pytest.raises(IncompleteError, match="1 of 1 runs failed:"):
+        sweep(local(grid))
+    assert not Path("out/results.json").exists()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.end_to_end
+def test_a_stopped_and_a_killed_sweep_go_on(here: Path) -> None:
+    more = {"epochs": 4, "eval-steps": 6, "logging-steps": 3}
+    grid = classifiers("g.yaml", {"alpha": [0.5, 1.0, 0.2]}, **more)
+    whole = sweep(local(grid, "whole"))
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "kdcache", "sweep", grid, "--out", "out", "--workers", "0"]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        )
+
+    def saved(runs: int) -> bool:
+        """Whether so many runs have got to a checkpoint."""
+        begun = {path.parent for path in here.glob("out/runs/*/checkpoint-*")}
+        return len(begun) >= runs
+
+    with start() as process:
+        wait_until(lambda: saved(1), process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3, errors
+        assert "interrupted: 0 of 3 runs are finished" in errors
+        assert "To go on: kdcache sweep g.yaml --out out --workers 0" in errors
+    with start() as process:
+        wait_until(lambda: saved(3), process)
+        process.kill()
+        process.communicate(timeout=60)
+    finished = {path.parent.name for path in here.glob("out/runs/*/train.json")}
+    assert len(finished) == 2
+    result = sweep(local(grid))
+    assert result.made == 1
+    assert logged(here / "out") == logged(here / "whole")
+    assert [r.figures for r in result.runs] == [r.figures for r in whole.runs]
+
+
+# Ray
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One Ray of two CPUs for the tests of this module."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.end_to_end
+def test_runs_on_ray_survive_killed_workers_and_a_failing_neighbour(
+    ray: None, here: Path, moods: str
+) -> None:
+    more = {"epochs": 3, "eval-steps": 3, "logging-steps": 1}
+    grid = classifiers("g.yaml", {"seed": [0, 1, 2, 4]}, student=moods, **more)
+    Path("bad-weather").touch()
+    with pytest.raises(IncompleteError):
+        sweep(local(grid, "whole"))
+    Path("hold").touch()
+    killed: list[int] = []
+
+    def kill_them(_: SweepProgress) -> None:
+        """Kill all workers once a run has a checkpoint."""
+        if killed or not list(here.glob("out/runs/*/checkpoint-*/kdcache*")):
+            return
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::_call"):
+                killed.append(process.pid)
+                process.kill()
+        Path("hold").unlink()
+
+    with pytest.raises(IncompleteError, match=r"1 of 4 runs failed(.|\n)*ValueError: it rains"):
+        sweep(SweepOptions(grid, "out", workers=2), on_progress=kill_them)
+    assert killed
+    mine, theirs = logged(here / "out"), logged(here / "whole")
+    assert mine.keys() == theirs.keys()
+    for name, lines in theirs.items():
+        assert len(mine[name]) == len(lines)
+        for x, y in zip(mine[name], lines, strict=True):
+            assert x == pytest.approx(y, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.end_to_end
+def test_a_cluster_without_what_a_run_needs_is_told(ray: None) -> None:
+    with pytest.raises(UsageError, match="has 0 GPUs, a run needs 1"):
+        RayPool(workers=None, gpus=1, address=None, items=3)
+
+
+def test_the_last_line_is_found_from_the_end(tmp_path: Path) -> None:
+    assert last_metrics(tmp_path) is None
+    lines = [{"step": i, "seconds": 0.5, "loss": 1 / (i + 1)} for i in range(3000)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 30')
+    assert last_metrics(tmp_path) == lines[-1]
+    assert read_metrics(tmp_path) == lines
+    (tmp_path / "metrics.jsonl").write_text('{"st')
+    assert last_metrics(tmp_path) is None

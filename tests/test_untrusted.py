@@ -1,0 +1,455 @@
+"""A cache from elsewhere is data: what it claims, names and links to does no harm."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from broken_caches import files, flip, golden_copy, naming, run
+from make_caches import CAUSAL, make_cache
+
+from kdcache import trial
+from kdcache.cache import Cache
+from kdcache.cache.integrity import problems
+from kdcache.cache.sealed import from_text, to_text
+from kdcache.errors import CorruptCacheError
+from kdcache.hdf5 import write_text
+from kdcache.ranks import read_ranks
+from kdcache.shard import read_shard
+from kdcache.targets import Codec
+from kdcache.trial import Trial
+
+PACKAGE = Path(__file__).parent.parent / "kdcache"
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    return golden_copy(tmp_path / "golden")
+
+
+def test_the_package_reads_data_and_runs_none() -> None:
+    refused = re.compile(
+        r"\bpickle|\bmarshal\b|\bshelve\b|joblib|torch\.load\(|allow_pickle=True|\beval\(|\bexec\("
+        r"|yaml\.(unsafe_)?load\(|trust_remote_code(: bool | )?=( )?True|weights_only=False"
+    )
+    sources = sorted(PACKAGE.rglob("*.py"))
+    assert len(sources) > 50
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sources
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        # `model.eval()` is no evaluation, and some messages speak of pickled weights.
+        if refused.search(line.replace(".eval(", "").replace("pickled", ""))
+    ]
+    assert found == []
+
+
+def resealed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a document as its author could."""
+    values = from_text(path.read_bytes(), path.name)
+    change(values)
+    path.write_bytes(to_text(values))
+
+
+NAMES = ["../x", "/etc/passwd", "00000-0123456789abcdef.h5/../../x", "a\0b", "", "00000-\u0663.h5"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_leaves_the_folder(name: str, golden: Path) -> None:
+    before = files(golden)
+    resealed(golden / "manifest.json", lambda values: values["shards"][0].update(name=name))
+    with pytest.raises(CorruptCacheError, match="manifest.json"):
+        Cache.open(str(golden))
+    (golden / "manifest.json").write_bytes(before["manifest.json"])
+    for beside in (name, f"tokenizer/{name}", f"tokenizer/.{name}", "tokenizer/a\nb"):
+        resealed(
+            golden / "spec.json", lambda values, n=beside: values["files"].update({n: "0" * 64})
+        )
+        with pytest.raises(CorruptCacheError, match="spec.json"):
+            Cache.open(str(golden))
+        (golden / "spec.json").write_bytes(before["spec.json"])
+
+
+FORGERIES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "rows that the bytes cannot hold": (
+        "manifest.json",
+        lambda v: v["shards"][0].update(rows=10**12),
+    ),
+    "more bytes than a shard has": (
+        "manifest.json",
+        lambda v: v["shards"][0].update(rows=10**12, bytes=10**13),
+    ),
+    "a count below zero": ("manifest.json", lambda v: v["shards"][0].update(tokens=-1)),
+    "a count that is a truth": ("manifest.json", lambda v: v["shards"][0].update(rows=True)),
+    "a count that is a text": ("manifest.json", lambda v: v["shards"][0].update(rows="10")),
+    "totals that do not add up": ("manifest.json", lambda v: v.update(rows=11)),
+    "another hash than the name's": (
+        "manifest.json",
+        lambda v: v["shards"][0].update(sha256="0" * 64),
+    ),
+    "an infinite mass": ("manifest.json", lambda v: v["shards"][0].update(clipped_mass=1e999)),
+    "a field too many": ("manifest.json", lambda v: v.update(more=1)),
+    "an entry's field too many": ("manifest.json", lambda v: v["shards"][0].update(more=1)),
+    "shards that are no list": ("manifest.json", lambda v: v.update(shards={"0": 1})),
+    "another format": ("manifest.json", lambda v: v.update(format=2)),
+    "a huge number": ("spec.json", lambda v: v["spec"].update(vocab_size=10**4000)),
+    "a vocabulary of none": ("spec.json", lambda v: v["spec"].update(vocab_size=-5)),
+    "a list for an object": ("spec.json", lambda v: v["spec"].update(rows=[])),
+    "an object for a text": ("spec.json", lambda v: v["spec"].update(codec={})),
+    "temperatures that are texts": ("spec.json", lambda v: v["spec"].update(temperatures=["1"])),
+    "half a surrogate pair": ("spec.json", lambda v: v["notes"].update(teachers=["\ud800"])),
+    "notes that are a number": ("spec.json", lambda v: v.update(notes=5)),
+    "no spec": ("spec.json", lambda v: v.pop("spec")),
+    "deep nesting": ("spec.json", lambda v: v["notes"].update(deep=nested(900))),
+}
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_a_document_that_claims_the_impossible_is_refused(what: str, golden: Path) -> None:
+    name, change = FORGERIES[what]
+    resealed(golden / name, change)
+    if what == "deep nesting":  # Python can write less than it is given to read
+        deep = (golden / name).read_bytes().replace(b"[" * 900, b"[" * 90_000)
+        (golden / name).write_bytes(summed(deep))
+    with pytest.raises(CorruptCacheError, match=name.replace(".", r"\.")):
+        Cache.open(str(golden))
+    assert run("inspect", str(golden)).exit_code == 1
+
+
+def summed(text: bytes) -> bytes:
+    """A document with the right sum for what it says now."""
+    body = text[: text.rindex(b' "sha256": "')]
+    return body + f' "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"seed": 0', b'"seed": 0,\n  "seed": 1'),
+        (b'"seed": 0', b'"seed": NaN'),
+        (b'"seed": 0', b'"seed": Infinity'),
+        (b'"seed": 0', b'"seed": ' + b"9" * 5000),
+        (b'"seed": 0', b'"seed": 0,'),
+        (b'"task"', b'"\xff"'),
+    ],
+)
+def test_json_that_is_odd_is_refused(old: bytes, new: bytes, golden: Path) -> None:
+    text = (golden / "spec.json").read_bytes()
+    assert old in text
+    (golden / "spec.json").write_bytes(summed(text.replace(old, new)))
+    with pytest.raises(CorruptCacheError, match=r"spec\.json cannot be read"):
+        Cache.open(str(golden))
+
+
+def test_a_table_of_ranks_cannot_ask_for_all_memory() -> None:
+    with pytest.raises(CorruptCacheError, match=r"ranks\.u32"):
+        read_ranks(b"\0" * 4, 2**31 - 1)
+
+
+def test_what_is_no_file_is_not_read(golden: Path) -> None:
+    (shard,) = (golden / "shards").iterdir()
+    shard.unlink()
+    os.mkfifo(shard)  # a read of it would wait for ever
+    with pytest.raises(CorruptCacheError, match="has 0 bytes, the manifest says"):
+        Cache.open(str(golden)).read(0)
+    shard.unlink()
+    shard.symlink_to("/dev/zero")
+    assert shard.name in naming(golden)
+
+
+CODEC = Codec.parse("topk:3", (1.0,), 64)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """A shard of the codec, to be changed with h5py."""
+    cache = make_cache(tmp_path / "made", [5], task=CAUSAL, codec="topk:3", temperatures=(1.0,))
+    path = tmp_path / "shard.h5"
+    shutil.copy(tmp_path / "made" / "shards" / cache.manifest.shards[0].name, path)
+    read_shard(path, CODEC)
+    return path
+
+
+def column(file: Any, values: np.ndarray, name: str = "rows/lengths", **change: Any) -> None:
+    settings = {
+        "chunks": values.shape,
+        "compression": "gzip",
+        "shuffle": True,
+        "fletcher32": True,
+    }
+    file.create_dataset(name, data=values, **(settings | change))
+
+
+def elsewhere(file: Any, lengths: np.ndarray) -> None:
+    other = Path(file.filename).with_name("other.h5")
+    with h5py.File(other, "w") as made:
+        column(made, lengths)
+    file["rows/lengths"] = h5py.ExternalLink(str(other), "rows/lengths")
+
+
+def outside(file: Any, lengths: np.ndarray) -> None:
+    raw = Path(file.filename).with_name("raw.bin")
+    raw.write_bytes(lengths.tobytes())
+    file.create_dataset(
+        "rows/lengths", lengths.shape, "<u4", external=[(str(raw), 0, lengths.nbytes)]
+    )
+
+
+def virtual(file: Any, lengths: np.ndarray) -> None:
+    layout = h5py.VirtualLayout(lengths.shape, "<u4")
+    layout[:] = h5py.VirtualSource(file.filename, "rows/has_label", lengths.shape)
+    file.create_virtual_dataset("rows/lengths", layout)
+
+
+def soft(file: Any, lengths: np.ndarray) -> None:
+    column(file, lengths, "elsewhere")
+    file["rows/lengths"] = h5py.SoftLink("/elsewhere")
+
+
+def varying(file: Any, lengths: np.ndarray) -> None:
+    kind = h5py.vlen_dtype(np.uint32)
+    dataset = file.create_dataset("rows/lengths", lengths.shape, kind)
+    dataset[0] = lengths
+
+
+def unwritten(file: Any, lengths: np.ndarray) -> None:
+    file.create_dataset(
+        "rows/lengths",
+        lengths.shape,
+        "<u4",
+        chunks=(2,),
+        compression="gzip",
+        shuffle=True,
+        fletcher32=True,
+        fillvalue=7,
+    )
+    file["rows/lengths"][:2] = lengths[:2]  # the other chunks are all sevens
+
+
+def unfiltered(file: Any, lengths: np.ndarray) -> None:
+    column(file, np.zeros_like(lengths))
+    # This chunk says of itself that it went through no filter.
+    file["rows/lengths"].id.write_direct_chunk((0,), lengths.tobytes(), filter_mask=7)
+
+
+def bomb(file: Any, lengths: np.ndarray) -> None:
+    column(file, np.zeros_like(lengths))
+    stored = zlib.compress(bytes(40 << 10)) + bytes(4)
+    file["rows/lengths"].id.write_direct_chunk((0,), stored)
+
+
+CHANGES: dict[str, tuple[Callable[[Any, np.ndarray], None], str]] = {
+    "external link": (elsewhere, "is a link"),
+    "soft link": (soft, "is a link"),
+    "external storage": (outside, "not stored in chunks"),
+    "virtual": (virtual, "not stored in chunks"),
+    "variable length": (varying, "has type object"),
+    "chunks that are not there": (unwritten, "not where they belong"),
+    "a chunk without filters": (unfiltered, "not where they belong"),
+    "a bomb": (bomb, "has not the size of one|not where they belong"),
+    "another type": (lambda f, x: column(f, x.astype("<f4")), "has type float32"),
+    "big-endian": (lambda f, x: column(f, x.astype(">u4")), "has type >u4"),
+    "compound": (
+        lambda f, x: f.create_dataset("rows/lengths", x.shape, np.dtype([("a", "<u4")])),
+        "has type",
+    ),
+    "another filter": (lambda f, x: column(f, x, compression="lzf"), "not stored in chunks"),
+    "no checksum": (lambda f, x: column(f, x, fletcher32=False), "not stored in chunks"),
+    "a scalar": (lambda f, x: f.create_dataset("rows/lengths", data=np.uint32(5)), "is no column"),
+    "nothing": (lambda f, x: f.create_dataset("rows/lengths", data=h5py.Empty("<u4")), "no column"),
+    "a group": (lambda f, x: f.create_group("rows/lengths"), "is no column"),
+    "no column": (lambda f, x: None, "has the columns"),
+    "a column too many": (
+        lambda f, x: (column(f, x), column(f, x, "rows/more")),  # type: ignore[dict-item,return-value,func-returns-value]
+        "has the columns",
+    ),
+    "chunks larger than the column": (
+        lambda f, x: column(f, x, chunks=(1000,), maxshape=(None,)),
+        "in chunks of",
+    ),
+    "rows without a token": (lambda f, x: column(f, zero_first(x)), "rows without a token"),
+    "lengths that do not add up": (lambda f, x: column(f, x + 1), "add up"),
+}
+
+
+def zero_first(lengths: np.ndarray) -> np.ndarray:
+    moved = lengths.copy()
+    moved[1] += moved[0]
+    moved[0] = 0
+    return moved
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_hdf5_that_is_no_plain_column_is_refused(what: str, shard: Path) -> None:
+    change, match = CHANGES[what]
+    with h5py.File(shard, "a", locking=False) as file:
+        lengths = file["rows/lengths"][...]
+        del file["rows/lengths"]
+        change(file, lengths)
+    with pytest.raises(CorruptCacheError, match=match):
+        read_shard(shard, CODEC)
+
+
+def test_attributes_are_plain_too(shard: Path) -> None:
+    for name, value in (
+        ("task", "causal-lm"),  # of variable length, as h5py writes texts by itself
+        ("rows", -5),
+        ("rows", 2.5),
+        ("rows", [5, 5]),
+        ("task", np.bytes_(b"chess")),
+        ("format", h5py.Empty("S5")),
+        ("codec", np.bytes_(b"\xff")),
+    ):
+        with h5py.File(shard, "a", locking=False) as file:
+            before = file.attrs[name]
+            del file.attrs[name]
+            file.attrs[name] = value
+        with pytest.raises(CorruptCacheError):
+            read_shard(shard, CODEC)
+        with h5py.File(shard, "a", locking=False) as file:
+            del file.attrs[name]
+            if isinstance(before, bytes):
+                write_text(file, name, before.decode())
+            else:
+                file.attrs[name] = before
+        read_shard(shard, CODEC)
+
+
+def test_claims_take_no_memory(shard: Path, golden: Path) -> None:
+    """All of them in one process that has little, beyond what its libraries take."""
+    with h5py.File(shard, "a", locking=False) as file:
+        for name in ("rows", "tokens", "positions"):
+            file.attrs[name] = 10**12
+        for name in ("lengths", "input_ids", "has_label", "next_ids"):
+            kind = file[f"rows/{name}"].dtype
+            del file[f"rows/{name}"]
+            file.create_dataset(
+                f"rows/{name}",
+                (10**12,),
+                kind,
+                chunks=(1000,),
+                compression="gzip",
+                shuffle=True,
+                fletcher32=True,
+            )
+    resealed(
+        golden / "manifest.json",
+        lambda v: (v.update(rows=10**12), v["shards"][0].update(rows=10**12)),
+    )
+    code = f"""
+import resource
+from pathlib import Path
+from kdcache.cache import Cache
+from kdcache.errors import CorruptCacheError
+from kdcache.ranks import read_ranks
+from kdcache.shard import ShardCounts, read_shard
+from kdcache.targets import Codec
+
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), taken + (64 << 20)))
+codec, n = Codec.parse("topk:3", (1.0,), 64), 10**12
+for claim in (
+    lambda: Cache.open({str(golden)!r}),
+    lambda: read_shard(Path({str(shard)!r}), codec, counts=ShardCounts(n, n, n)),
+    lambda: read_shard(Path({str(shard)!r}), codec),
+    lambda: read_ranks(bytes(4), 2**31 - 1),
+):
+    try:
+        claim()
+    except CorruptCacheError as error:
+        print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["refused"] * 4
+    assert "1000000000000" in lines[0]
+    assert "claims 4000000000000 bytes" in lines[1]
+
+
+# Another process opens a file first
+
+
+@pytest.fixture
+def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for faults of HDF5: a file whose name says so kills or holds up who reads it."""
+    start = """
+import os, signal, sys, time
+sys.path[:] = sys.argv[1:]
+from kdcache import trial
+def read_all(path, honest=trial.read_all):
+    if "00001" in path.name:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "00002" in path.name:
+        signal.pause()
+    if "00003" in path.name:
+        bytearray(4 << 30)
+    honest(path)
+trial.read_all = read_all
+trial.serve()
+"""
+    monkeypatch.setattr(trial, "_START", start)
+    monkeypatch.setattr(trial, "_PATIENCE", 5.0)
+
+
+def test_a_shard_that_kills_its_reader_is_that_shards_problem(
+    fragile: None, tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "cache", [4, 4, 4, 4, 4])
+    found = list(problems(cache))
+    assert [p.file for p in found] == [f"shards/{e.name}" for e in cache.manifest.shards[1:4]]
+    for problem, how in zip(found, ("SIGSEGV", "no answer in", "more memory"), strict=True):
+        assert how in problem.text
+        assert Path(problem.file).name in problem.text
+    flip(Path(cache.url) / "shards" / cache.manifest.shards[1].name, 77)
+    assert "sha256" in next(problems(cache)).text  # what is known to be wrong is not opened
+
+
+def test_inspect_survives_it_too(fragile: None, tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", [4, 4])
+    for words in (("--row", "5"), ()):
+        result = run("inspect", str(tmp_path / "cache"), *words)
+        assert result.exit_code == 1
+        assert "SIGSEGV" in result.stderr
+    (tmp_path / "cache" / "manifest.json").unlink()
+    assert "SIGSEGV" in run("inspect", str(tmp_path / "cache")).stderr
+
+
+def test_the_other_process_is_bounded_and_brings_no_strange_code(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", [4])
+    for name in ("h5py", "numpy", "json", "kdcache"):
+        (tmp_path / "cache" / f"{name}.py").write_text("raise SystemExit(9)")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kdcache"), "verify", "."],
+        cwd=tmp_path / "cache",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == [
+        "h5py.py",
+        "json.py",
+        "kdcache.py",
+        "numpy.py",
+    ]
+    with Trial() as one, pytest.raises(CorruptCacheError, match="signature"):
+        one.open(tmp_path / "cache" / "spec.json")
