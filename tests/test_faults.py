@@ -108,7 +108,10 @@ def same_as_undisturbed(options: BuildOptions) -> bool:
     disturbed = files(Path(options.out))
     # A killed writer may leave its temporary file; nothing ever reads one.
     left = {k: v for k, v in disturbed.items() if not k.startswith("tmp/")}
-    return left == files(quiet) and not list(Cache.open(options.out).verify())
+    wanted = files(quiet)
+    assert sorted(left) == sorted(wanted)
+    assert [name for name in wanted if left[name] != wanted[name]] == []
+    return not list(Cache.open(options.out).verify())
 
 
 def events(options: BuildOptions, kind: str) -> list[dict[str, Any]]:
