@@ -164,7 +164,9 @@ class BuildResult:
         rows: rows in the whole cache.
         positions: positions in the whole cache.
         bytes: bytes of all shards.
-        skipped: records that were left out.
+        skipped: records in the whole cache's corpus that were left out: empty, or broken with
+            `on_error="skip"`.
+        truncated: documents that were cut at `max_length`, in the shards that this run made.
         seconds: wall time of this run.
         teacher_seconds: of it in the teacher, summed over workers.
     """
@@ -178,6 +180,7 @@ class BuildResult:
     positions: int
     bytes: int
     skipped: int
+    truncated: int
     seconds: float
     teacher_seconds: float
 
@@ -251,6 +254,7 @@ def _build(
         positions=manifest.positions,
         bytes=manifest.bytes,
         skipped=manifest.skipped,
+        truncated=driver.truncated,
         seconds=time.perf_counter() - begin,
         teacher_seconds=driver.teacher_seconds,
     )

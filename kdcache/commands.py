@@ -58,15 +58,19 @@ def _build() -> click.Command:
                 f"{result.cache} is complete: {result.positions:,} positions. Nothing to do."
             )
         else:
-            skipped = f"; {result.skipped} records skipped" if result.skipped else ""
+            losses = ""
+            if result.skipped:
+                losses += f"; {result.skipped:,} records left out (empty or broken)"
+            if result.truncated:
+                losses += f"; {result.truncated:,} documents cut at --max-length"
             if result.workers_lost:
-                skipped += f"; {result.workers_lost} workers lost, {result.redone} attempts redone"
+                losses += f"; {result.workers_lost} workers lost, {result.redone} attempts redone"
             click.echo(
                 f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
                 f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows "
                 f"included) in "
                 f"{duration(result.seconds)}, teacher {duration(result.teacher_seconds)}; "
-                f"{result.made} of {result.spans} shards made now{skipped}."
+                f"{result.made} of {result.spans} shards made now{losses}."
             )
 
     return command

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _TRIES = 3
 _FUSE = 20  # spans that may fail before the first succeeds
 _NAMED = 20  # spans that were set aside, in the error's text; the events name them all
+_EXPLAINED = 5  # records that were skipped, as warnings; the events tell some of every span
 _PROGRESS_EVERY = 0.2
 _EVENT_EVERY = 10.0
 GO_ON = "Run the same command to go on."
@@ -176,6 +177,7 @@ class Driver:
         positions: in them.
         bytes: of them.
         teacher_seconds: spent in the teacher so far, summed over workers.
+        truncated: documents that were cut at `max_length`, in them.
         redone: attempts that did not end in a shard and were, or will be, made again.
         lost: workers that died, hung or went with their node.
     """
@@ -188,8 +190,10 @@ class Driver:
     positions: int = 0
     bytes: int = 0
     teacher_seconds: float = 0.0
+    truncated: int = 0
     redone: int = 0
     lost: int = 0
+    _explained: int = 0
     _fresh: deque[int] = field(default_factory=deque)
     _suspects: deque[int] = field(default_factory=deque)
     _in_flight: int = 0
@@ -278,6 +282,8 @@ class Driver:
             self.positions += entry.positions
             self.bytes += entry.bytes
             self.teacher_seconds += outcome.report.teacher_seconds
+            self.truncated += outcome.report.truncated
+            reasons = [redact(reason) for reason in outcome.report.reasons]
             self.tell(
                 "span",
                 span=span,
@@ -285,9 +291,15 @@ class Driver:
                 rows=entry.rows,
                 positions=entry.positions,
                 bytes=entry.bytes,
+                skipped=entry.skipped,
+                truncated=outcome.report.truncated,
+                reasons=reasons,
                 seconds=round(outcome.report.seconds, 3),
                 teacher_seconds=round(outcome.report.teacher_seconds, 3),
             )
+            for reason in reasons[: _EXPLAINED - self._explained]:
+                logger.warning("skipped: %s", reason)
+                self._explained += 1
             return
         error = outcome.error
         assert error is not None

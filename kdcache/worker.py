@@ -58,11 +58,21 @@ class Job:
 
 @dataclass(frozen=True)
 class SpanReport:
-    """What became of a span: its shard, the seconds it took, and those of the teacher in them."""
+    """What became of a span.
+
+    Attributes:
+        entry: its shard.
+        seconds: that it took.
+        teacher_seconds: of them in the teacher.
+        truncated: documents that were cut at `max_length`.
+        reasons: why the first few records were left out.
+    """
 
     entry: ShardEntry
     seconds: float
     teacher_seconds: float
+    truncated: int = 0
+    reasons: tuple[str, ...] = ()
 
 
 class Stopped(Exception):  # noqa: N818 - an outcome that was asked for, not an error
@@ -136,10 +146,15 @@ class SpanWorker:
             teacher_seconds = time.perf_counter() - start
         self._move(span)
         data = ShardData.from_rows(self.job.teacher.task, rows, targets)
-        entry = self.cache.commit(
-            span.index, data, skipped=stats.skipped + encoder.skipped, clipped_mass=clipped
+        left_out = stats.skipped + encoder.skipped + encoder.empty
+        entry = self.cache.commit(span.index, data, skipped=left_out, clipped_mass=clipped)
+        return SpanReport(
+            entry,
+            time.perf_counter() - begin,
+            teacher_seconds,
+            encoder.truncated,
+            (*stats.reasons, *encoder.stats.reasons),
         )
-        return SpanReport(entry, time.perf_counter() - begin, teacher_seconds)
 
     def _moving(self, span: Span, records: Iterator[Record]) -> Iterator[Record]:
         for record in records:

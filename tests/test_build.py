@@ -5,6 +5,7 @@ spans.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -327,6 +328,71 @@ class TestWrongInput:
         ):
             with pytest.raises(UsageError, match=match):
                 build(dataclasses.replace(options, **change))
+
+
+def test_what_is_left_out_is_counted_in_the_manifest_and_told(
+    options: BuildOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, packed = tmp_path / "some.jsonl", tmp_path / "some.jsonl.gz"
+    good = [json.dumps({"text": f"line {i}, which is a good one"}).encode() for i in range(300)]
+    bad = [b'{"text": "not closed', b'{"text": "\xff"}', b'{"text": 7}', b'{"text": " "}']
+    path.write_bytes(b"\n".join([*good[:200], *bad, *good[200:]]))
+    cut = gzip.compress(b"\n".join(good))
+    packed.write_bytes(cut[: len(cut) // 2])
+    options = dataclasses.replace(
+        options, corpus=(str(path), str(packed)), packing="none", max_length=4, shard_tokens=1000
+    )
+    with pytest.raises(UsageError, match=r"some\.jsonl: line 201: not valid JSON"):
+        build(options)
+    result = build(dataclasses.replace(options, on_error="skip", out=str(tmp_path / "skipped")))
+    manifest = Cache.open(str(tmp_path / "skipped")).manifest
+    # Two broken lines, a number for a text, an empty document, and a stream that ends too early.
+    assert result.skipped == manifest.skipped == len(bad) + 1
+    assert sum(shard.skipped > 0 for shard in manifest.shards) > 1
+    assert result.truncated == result.rows > 300
+    lines = Path(tmp_path, "skipped", "events.jsonl").read_text().splitlines()
+    spans = [e for e in map(json.loads, lines) if e["event"] == "span"]
+    assert sum(e["skipped"] for e in spans) == result.skipped
+    assert sum(e["truncated"] for e in spans) == result.truncated
+    told = " ".join(reason for e in spans for reason in e["reasons"])
+    for words in ("not valid JSON", "not valid UTF-8", "holds a int", "the gz stream is cut short"):
+        assert words in told
+        assert words in caplog.text
+
+
+def test_chats_have_targets_only_where_the_assistant_speaks(
+    options: BuildOptions, tiny_lm: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "chat-teacher"
+    shutil.copytree(tiny_lm, teacher)
+    (teacher / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    said = ["A cat sat.", "No, two cats.", "Yes."]
+    chat = [{"role": r, "content": f"{r} asks"} for r in ("system", "user")]
+    for answer in said[:2]:
+        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    values = [{"messages": chat}, {"prompt": "Are there cats? ", "completion": said[2]}]
+    corpus = tmp_path / "chats.jsonl"
+    corpus.write_text("".join(json.dumps(value) + "\n" for value in values))
+    build(
+        dataclasses.replace(options, teacher=(str(teacher),), corpus=(str(corpus),), max_length=128)
+    )
+    cache = Cache.open(options.out)
+    data = cache.read(0)
+    learnt = data.labels[data.labels != IGNORE]
+    assert cache.tokenizer().decode(learnt) == "".join(f"{text}<|end|>" for text in said)
+    # As many targets as labels, and no more: each is the teacher's at its own place.
+    assert len(data.targets) == cache.manifest.positions == len(learnt) < 0.5 * len(data.labels)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    row = data.row(0)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(row.input_ids)[None].long()).logits[0]
+    got = data.targets.take(np.arange(data.position_offsets[1])).at(1.0)
+    assert isinstance(got, DenseTargets)
+    want = logits[torch.from_numpy(row.labels != IGNORE)]
+    torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unfinished_cache_cannot_be_opened(options: BuildOptions) -> None:
