@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -16,6 +19,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from fake_hub import DATASET, GATED, fake_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -303,6 +307,49 @@ def test_any_fsspec_url(memory: Any, tmp_path: Path) -> None:
         UsageError, match=r"a.jsonl.gz: start: the gz stream is cut short or damaged"
     ):
         texts_of(Corpus.open([bad], span_bytes=100))
+
+
+READ = """
+import json, sys
+from kdcache.corpus import Corpus
+from kdcache.errors import UsageError
+for url in sys.argv[1:]:
+    try:
+        corpus = Corpus.open([url], span_bytes=5000)
+    except UsageError as error:
+        print(json.dumps(str(error)))
+    else:
+        records = [r.values["text"] for span in corpus.spans for r in Corpus.read(span)]
+        print(json.dumps([len(corpus.spans), records, corpus.identity()]))
+"""
+
+
+@pytest.mark.end_to_end
+def test_a_dataset_on_the_hub(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(1000)]
+    for name in ("a.jsonl", "a.parquet", "a.jsonl.gz"):
+        WRITERS[name](tmp_path / name, texts)
+    local = Corpus.open([str(tmp_path)], span_bytes=5000)
+    files = {f"data/{path.name}": path.read_bytes() for path in tmp_path.iterdir()}
+    whole = f"hf://datasets/{DATASET}"
+    urls = [whole, f"{whole}@main/data", f"{whole}/data/*.jsonl", f"{whole}/**/a.jsonl"]
+    wrong = [f"{whole}/b.jsonl", f"hf://datasets/{DATASET}s", f"hf://datasets/{GATED}"]
+    # The hub's address is read when its library is imported: a process of its own.
+    with fake_hub(files | {"README.md": b"no data"}) as address:
+        done = subprocess.run(
+            [sys.executable, "-c", READ, *urls, *wrong],
+            env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers[:2] == [[len(local.spans), texts_of(local), local.identity()]] * 2
+    assert [records for _, records, _ in answers[2:4]] == [texts, texts]
+    for told, url in zip(answers[4:], wrong, strict=True):
+        assert told.startswith(f"--corpus {url}: no file found")
+        assert "A private or gated dataset needs HF_TOKEN" in told
 
 
 # -- wrong input ---------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.storage import LocalStorage, Storage, open_storage, redact
+from kdcache.storage.filesystem import FileSystem
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -144,3 +146,22 @@ def test_writers_that_share_the_scratch_folder_do_not_disturb_each_other(tmp_pat
     assert not problems
     assert len(storage.names("shards")) == 600
     assert storage.entries() == ["shards"]
+
+
+def test_ranges_are_asked_for_together_where_the_client_would_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everybody = threading.Barrier(4, timeout=60)
+    cat_file = MemoryFileSystem.cat_file
+
+    def together(*args: object, **options: object) -> bytes:
+        everybody.wait()
+        data: bytes = cat_file(*args, **options)
+        return data
+
+    fsspec.filesystem("memory").pipe({"/ranges/a": b"0123456789", "/ranges/b": b"abcdef"})
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", together)
+    store = FileSystem("memory://ranges")
+    wanted = [("/ranges/a", 0, 2), ("/ranges/a", 8, 10), ("/ranges/b", 0, 6), ("/ranges/b", 5, 6)]
+    assert store.read_all(wanted) == [b"01", b"89", b"abcdef", b"f"]
+    fsspec.filesystem("memory").store.clear()

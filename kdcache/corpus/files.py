@@ -183,9 +183,11 @@ def expand(patterns: Sequence[str], forced: str = "auto") -> list[InputFile]:
     for pattern in patterns:
         found = (_expand_remote if is_remote(pattern) else _expand_local)(pattern, forced)
         if not found:
+            # The hub does not tell what is private from what is not there.
+            cure = " A private or gated dataset needs HF_TOKEN." if "hf://" in pattern else ""
             raise UsageError(
-                f"--corpus {pattern}: no file found. Expected {', '.join(KINDS)} "
-                f"(line formats also as .gz or .zst); name other files' kind with --format."
+                f"--corpus {redact(pattern)}: no file found. Expected {', '.join(KINDS)} "
+                f"(line formats also as .gz or .zst); name other files' kind with --format.{cure}"
             )
         for url, size in found:
             kind = kind_of(redact(url), forced)  # a signed address ends in its signature

@@ -18,9 +18,11 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from kdcache.errors import IncompleteError, UsageError
@@ -36,6 +38,7 @@ _SLOWEST = 1 << 18
 _LONGEST_PAUSE = 10.0
 _BLOCK = 4 << 20
 _BLOCKS_KEPT = 2
+_AT_ONCE = 32  # ranges, where the client itself asks for one after the other
 _S3_CURE = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role; "
     "it must be allowed to list, get, put and delete objects there."
@@ -131,7 +134,7 @@ class FileSystem:
             left = {i: where for i, where in enumerate(ranges) if i not in done}
             paths, starts, stops = (list(column) for column in zip(*left.values(), strict=True))
             volume = sum(stops) - sum(starts)
-            found = self._call("cat_ranges", paths, starts, stops, on_error="return", volume=volume)
+            found = self._ranges(paths, starts, stops, volume)
             failed = []
             for (i, (_, start, stop)), data in zip(left.items(), found, strict=True):
                 try:
@@ -143,6 +146,23 @@ class FileSystem:
             return [done[i] for i in range(len(ranges))]
 
         return self._patiently(request)
+
+    def _ranges(
+        self, paths: list[str], starts: list[int], stops: list[int], volume: int
+    ) -> list[bytes | Exception]:
+        """The ranges, or what went wrong with them, many at a time."""
+        in_turn = type(self.fs).cat_ranges is AbstractFileSystem.cat_ranges  # such as hf://
+        if len(paths) == 1 or not in_turn:
+            found: list[bytes | Exception] = self._call(
+                "cat_ranges", paths, starts, stops, on_error="return", volume=volume
+            )
+            return found
+
+        def one(path: str, start: int, stop: int) -> bytes | Exception:
+            return self._ranges([path], [start], [stop], stop - start)[0]
+
+        with ThreadPoolExecutor(min(_AT_ONCE, len(paths))) as pool:
+            return list(pool.map(one, paths, starts, stops))
 
     def _call(self, verb: str, *args: Any, volume: int, **options: Any) -> Any:
         if isinstance(self.fs, AsyncFileSystem) and not self.fs.asynchronous:
