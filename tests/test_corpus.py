@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -278,6 +279,32 @@ def test_ten_thousand_files_plan_lazily(tmp_path: Path) -> None:
     assert [span.index for span in corpus.spans[5:8]] == [5, 6, 7]
     with pytest.raises(IndexError):
         corpus.spans[40_000]
+
+
+def test_planning_neither_reads_files_nor_grows_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("jsonl", "txt", "csv", "tsv", "parquet", "arrow", "jsonl.gz", "jsonl.zst")
+    paths = [tmp_path / f"{i:04}.{names[i % len(names)]}" for i in range(2000)]
+    for module in ("files", "readers"):
+        monkeypatch.setattr(
+            f"kdcache.corpus.{module}.open_bytes", lambda url: pytest.fail(f"{url} was opened")
+        )
+    peaks, spans = [], []
+    # Sparse files: 2 MB, then 2 TB in all.
+    for size in (1000, 1_000_000_000):
+        for path in paths:
+            path.touch()
+            os.truncate(path, size)
+        tracemalloc.start()
+        corpus = Corpus.open([str(tmp_path)], span_bytes=1 << 20)
+        assert corpus.spans[len(corpus.spans) - 1].file == str(paths[-1])
+        spans.append(len(corpus.spans))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert spans[0] == 2000
+    assert spans[1] > 500 * spans[0]
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 @pytest.fixture
