@@ -107,15 +107,32 @@ class Cloud:
     Attributes:
         label: its name in the legend.
         points: x, y and a short name of each; only those above zero can be shown.
+        hollow: drawn with hollow markers and a dashed line.
     """
 
     label: str
     points: Sequence[tuple[float, float, str]]
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the plots side by side.
+
+    Attributes:
+        title: what it shows.
+        y_label: name and unit of the y axis.
+        clouds: the points.
+    """
+
+    title: str
+    y_label: str
+    clouds: Sequence[Cloud]
 
 
 def plot_clouds(
     path: str | Path,
-    panels: Sequence[tuple[str, Sequence[Cloud]]],
+    panels: Sequence[Panel],
     *,
     title: str,
     x_label: str,
@@ -124,7 +141,7 @@ def plot_clouds(
 
     Args:
         path: the file; replaced if it is there.
-        panels: name and unit of the y axis, and the clouds; the same clouds in all panels.
+        panels: with the same clouds in all of them.
         title: above the plot.
         x_label: name and unit of the x axis.
     """
@@ -134,9 +151,9 @@ def plot_clouds(
 
     figure = Figure(figsize=(6.5 * len(panels), 5.5), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    for i, (y_label, clouds) in enumerate(panels):
+    for i, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
-        for k, cloud in enumerate(clouds):
+        for k, cloud in enumerate(panel.clouds):
             points = sorted(p for p in cloud.points if p[0] > 0 and p[1] > 0)
             axes.plot(
                 [x for x, _, _ in points],
@@ -144,6 +161,8 @@ def plot_clouds(
                 color=_COLOURS[k % len(_COLOURS)],
                 marker=_MARKERS[k % len(_MARKERS)],
                 markersize=6,
+                markerfacecolor="white" if cloud.hollow else None,
+                linestyle="--" if cloud.hollow else "-",
                 linewidth=1.2,
                 label=cloud.label,
             )
@@ -164,7 +183,8 @@ def plot_clouds(
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(x_label, color=_INK)
-        axes.set_ylabel(y_label, color=_INK)
+        axes.set_ylabel(panel.y_label, color=_INK)
+        axes.set_title(panel.title, loc="left", color=_INK, fontsize=10)
         axes.grid(color=_FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

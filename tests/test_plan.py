@@ -272,3 +272,13 @@ def test_a_cache_that_never_pays_is_said_to(options: PlanOptions) -> None:
     render_plan(result, Console(file=out))
     assert "never" in out.getvalue()
     assert "25.0000 % of its probability to ids outside" in out.getvalue()
+
+
+def test_a_narrow_terminal_folds_headings_and_no_cell(options: PlanOptions) -> None:
+    result = plan(options)
+    for width in (100, 120):
+        out = io.StringIO()
+        render_plan(result, Console(file=out, width=width, force_terminal=True, color_system=None))
+        lines = [line.split() for line in out.getvalue().splitlines()]
+        for codec in options.codecs:
+            assert sum(words[:1] == [codec] for words in lines) == 2 + 3  # costs, fidelities

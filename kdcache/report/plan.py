@@ -255,7 +255,12 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
         from kdcache.report.plan_view import plot_plan
 
         names = ", ".join(Path(redact(name)).name for name in options.teacher)
-        plot_plan(options.plot, caches, title=f"Targets of {names}: fidelity against bytes")
+        plot_plan(
+            options.plot,
+            caches,
+            title=f"Targets of {names}: fidelity against bytes",
+            positions=run.compared,
+        )
     return PlanResult(
         teacher=tuple(redact(name) for name in options.teacher),
         task=options.task,

@@ -44,8 +44,8 @@ def print_table(
     table = Table(box=box.SIMPLE_HEAD, show_header=any(header), header_style="bold")
     for i, name in enumerate(header):
         justify: JustifyMethod = "left" if i < left else "right"
-        # A heading may fold, a number may not.
-        least = max((cell_len(line[i]) for line in lines), default=0) if i >= left else None
+        # A heading may fold, a cell may not.
+        least = max((cell_len(line[i]) for line in lines), default=0)
         table.add_column(name, justify=justify, min_width=least, overflow="fold")
     for cells in lines:
         table.add_row(*map(Text, cells))
