@@ -64,6 +64,18 @@ class _Commands(click.Group):
             ctx.exit(0)
 
 
+class _Log(logging.Handler):
+    """Lines on standard error, without secrets: what libraries say may name a signed address."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            # Looked up each time: a live display stands in for it, and makes room for the line.
+            sys.stderr.write(redact(self.format(record)) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kdcache")
 @click.option("--verbose", is_flag=True, help="Show what the libraries below have to say.")
@@ -73,7 +85,8 @@ def cli(verbose: bool) -> None:
     Start with `kdcache demo`, or with `kdcache build` on a teacher and a corpus of yours.
     """
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    form = "%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, format=form, handlers=[_Log()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         warnings.filterwarnings("ignore", module=r"(torch|transformers|ray|accelerate)\b")

@@ -318,7 +318,7 @@ class Driver:
     def _fail(self, span: int, error: BaseException) -> None:
         """Count a failure against a span, and set it aside at the third."""
         self._failures[span] = self._failures.get(span, 0) + 1
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        reason = redact((str(error).strip().splitlines() or [type(error).__name__])[-1])
         self.tell("span failed", span=span, tries=self._failures[span], error=reason)
         if len(self._failures) >= _FUSE and not self.made and not self._before:
             raise IncompleteError(

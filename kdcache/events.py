@@ -5,7 +5,7 @@ object store cannot append: there the lines of one run are kept in memory and wr
 under `events/` and a name of their own. They are no part of the cache: nothing reads them back.
 
 Cost: about 200 bytes a span. Guarantee: telling never stops the work; a log that cannot be written
-(a full disk) is given up with one warning.
+(a full disk) is given up with one warning. Texts are written without credentials in their URLs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import uuid
 from typing import Any, Protocol
 
-from kdcache.storage import LocalStorage, Storage
+from kdcache.storage import LocalStorage, Storage, redact
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class EventLog:
 
     def __call__(self, event: str, /, **facts: Any) -> None:
         """Add one line."""
+        facts = {k: redact(v) if isinstance(v, str) else v for k, v in facts.items()}
         line = json.dumps({"time": round(time.time(), 3), "run": self._run, "event": event} | facts)
         with self._lock:
             if self._path is None:

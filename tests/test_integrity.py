@@ -77,6 +77,26 @@ def use(folder: Path) -> None:
     list(TargetStream(cache, batch_size=4))
 
 
+def test_train_refuses_a_flipped_bit_in_any_file(golden: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student.json"
+    llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "head_dim": 4}
+    student.write_text(
+        json.dumps(llama | {"num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0})
+    )
+    out = tmp_path / "run"
+    words = ["train", "--cache", str(golden), "--student", str(student), "--out", str(out)]
+    words += ["--temperature", "2", "--max-steps", "1", "--batch-size", "2"]
+    whole = files(golden)
+    for name, data in whole.items():
+        flip(golden / name, 4 * len(data))
+        refused = run(*words)
+        assert refused.exit_code == 1, name
+        assert Path(name).name in refused.stderr
+        assert not (out / "train.json").exists()
+        (golden / name).write_bytes(data)
+    assert run(*words).exit_code == 0
+
+
 def test_verify_names_each_file_on_a_line_and_train_refuses(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", [4, 4, 4], temperatures=(1.0,))
     good = run("verify", str(tmp_path / "cache"))

@@ -77,6 +77,7 @@ def test_reading_what_is_missing_raises(storage: Storage) -> None:
         (errno.ENOSPC, IncompleteError, "no space left"),
         (errno.EDQUOT, IncompleteError, "no space left"),
         (errno.EACCES, UsageError, "cannot write"),
+        (errno.ENAMETOOLONG, UsageError, "cannot write"),
         (errno.EROFS, UsageError, "read-only"),
         (errno.EIO, OSError, "disk"),
     ],
@@ -103,6 +104,12 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a folder")
     with pytest.raises(UsageError, match="is a file"):
         open_storage(str(tmp_path / "cache"))
+    below = open_storage(str(tmp_path / "cache" / "below"))
+    assert below.empty()
+    with pytest.raises(UsageError, match="Not a directory. Choose another --out"):
+        below.create("spec.json", b"{}")
+    with pytest.raises(UsageError, match="File name too long. Choose another path"):
+        open_storage(str(tmp_path / ("x" * 300)))
 
 
 def test_an_unknown_protocol_is_a_usage_error() -> None:

@@ -18,6 +18,7 @@ from kdcache.errors import IncompleteError, UsageError
 from kdcache.storage.base import Storage, no_space
 
 _SCRATCH = "tmp"
+_NO_PLACE = {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}  # a path that can never be one
 
 
 class LocalStorage(Storage):
@@ -26,7 +27,11 @@ class LocalStorage(Storage):
     def __init__(self, folder: str | Path) -> None:
         self.root = Path(folder).expanduser().absolute()
         self.url = str(self.root)
-        if self.root.exists() and not self.root.is_dir():
+        try:
+            is_file = self.root.exists() and not self.root.is_dir()
+        except OSError as error:  # no right to look there, or no path at all
+            raise UsageError(f"{self.root}: {error.strerror}. Choose another path.") from error
+        if is_file:
             raise UsageError(f"{self.root} is a file; a cache is a folder. Choose another path.")
 
     def names(self, folder: str = "") -> list[str]:
@@ -41,7 +46,7 @@ class LocalStorage(Storage):
         """See `Storage.entries`."""
         try:
             return sorted(os.listdir(self.root))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def exists(self, name: str) -> bool:
@@ -130,11 +135,11 @@ def _new_file(path: Path) -> BinaryIO:
 def _output_errors(url: str) -> Iterator[None]:
     try:
         yield
-    except PermissionError as error:
-        raise UsageError(
-            f"cannot write to {url}: {error.strerror}. Choose another --out."
-        ) from error
     except OSError as error:
+        if isinstance(error, PermissionError) or error.errno in _NO_PLACE:
+            raise UsageError(
+                f"cannot write to {url}: {error.strerror}. Choose another --out."
+            ) from error
         if no_space(error):
             raise IncompleteError(
                 f"no space left on {url}: what is committed stays valid. "
