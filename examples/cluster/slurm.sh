@@ -18,8 +18,9 @@ set -euo pipefail
 
 # Other people's jobs reach the ports of these nodes; only who has the token may use this Ray.
 export RAY_AUTH_MODE=token
-ray get-auth-token --generate > /dev/null    # makes ~/.ray/auth_token unless it is there
-chmod 600 ~/.ray/auth_token
+# Makes ~/.ray/auth_token unless there is a token; one that was made before may be open to others.
+(umask 077 && ray get-auth-token --generate > /dev/null)
+[[ ! -e ~/.ray/auth_token ]] || chmod 600 ~/.ray/auth_token
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))       # another job may have its head on the same node
