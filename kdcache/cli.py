@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
+from types import TracebackType
 from typing import Any
 
 import click
@@ -92,6 +94,14 @@ def cli(verbose: bool) -> None:
         warnings.filterwarnings("ignore", module=r"(torch|transformers|ray|accelerate)\b")
 
 
+def _tell_fault(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What Python says of an error that nobody expected, without secrets."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main() -> None:
     """Entry point of the `kdcache` program."""
+    sys.excepthook = _tell_fault
     cli()

@@ -40,6 +40,7 @@ from kdcache.cache import Cache, CacheSpec  # noqa: E402
 from kdcache.cli import cli  # noqa: E402
 from kdcache.corpus import Corpus  # noqa: E402
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError  # noqa: E402
+from kdcache.events import EventLog  # noqa: E402
 from kdcache.storage import Storage, filesystem, open_storage  # noqa: E402
 from kdcache.storage.disk import DiskCache  # noqa: E402
 from kdcache.stream import TargetStream  # noqa: E402
@@ -726,32 +727,90 @@ def test_a_build_into_s3_that_is_killed_and_run_again_makes_the_same_objects(
     assert proxy.faults[1].hits > 3
 
 
-def test_the_signature_of_an_address_goes_nowhere(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and the address at which a web server shows it."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
-    handler = functools.partial(Handler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-        thread = threading.Thread(target=web.serve_forever)
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = functools.partial(Handler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        address = f"http://127.0.0.1:{web.server_port}/a.jsonl?X-Amz-Signature=feedbeef"
-        corpus = Corpus.open([address], span_bytes=1000)
-        identity = corpus.identity()
-        texts = [record.values["text"] for record in Corpus.read(corpus.spans[0])]
-        web.shutdown()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
         thread.join(DEADLINE)
+
+
+def test_the_signature_of_an_address_goes_nowhere(web: tuple[Path, str], tmp_path: Path) -> None:
+    folder, at = web
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    corpus = Corpus.open([f"{at}/a.jsonl?X-Amz-Signature=feedbeef"], span_bytes=1000)
+    texts = [record.values["text"] for record in Corpus.read(corpus.spans[0])]
     assert texts == ["one"]
-    assert "feedbeef" not in json.dumps(identity)
-    missing = address.replace("a.jsonl", "b.xyz").replace(str(web.server_port), "1")
+    assert "feedbeef" not in json.dumps(corpus.identity())
+    missing = "http://127.0.0.1:1/b.xyz?X-Amz-Signature=feedbeef"
     result = CliRunner().invoke(
         cli,
         ["build", "--teacher", str(tmp_path), "--corpus", missing, "--out", str(tmp_path / "c")],
     )
     assert result.exit_code == 2
     assert "feedbeef" not in result.output
+
+
+@pytest.mark.end_to_end
+def test_a_build_from_signed_addresses_keeps_no_signature(
+    web: tuple[Path, str], tiny_lm: Path, tmp_path: Path
+) -> None:
+    folder, at = web
+    (folder / "a.jsonl").write_text('{"text": "one fine text"}\n{"text": \n')
+    corpus, out = f"{at}/a.jsonl?X-Amz-Signature=feedbeef", tmp_path / "cache"
+    for more, code in (["--on-error", "fail"], 2), (["--on-error", "skip"], 0):
+        command = words(tiny_lm, corpus, str(out / more[1]), *more)
+        ran = python("from kdcache.cli import main; main()", "--verbose", *command)
+        said, _ = ran.communicate(timeout=DEADLINE)
+        assert ran.returncode == code, said
+        assert f"{at}/a.jsonl" in said  # the bad record is named
+        assert "feedbeef" not in said
+    kept = {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert {"events.jsonl", "spec.json", "manifest.json"} <= kept.keys()
+    assert [name for name, data in kept.items() if b"feedbeef" in data] == []
+
+
+LEAK = """
+import click, logging
+from kdcache import cli, commands
+
+def leak(address="http://me:feedbeef@host/a?X-Amz-Signature=feedbeef"):
+    try:
+        raise OSError(address)
+    except OSError as error:
+        logging.getLogger("aiohttp").warning("no answer: %s", address, exc_info=True)
+        raise RuntimeError(f"nobody expects {address}") from error
+
+commands.load = lambda name: click.Command(name, callback=leak)
+cli.main()
+"""
+
+
+def test_logs_and_tracebacks_of_the_program_are_redacted() -> None:
+    ran = python(LEAK, "build")
+    said, _ = ran.communicate(timeout=DEADLINE)
+    assert ran.returncode == 1
+    assert "WARNING aiohttp: no answer: http://host/a\n" in said
+    assert "RuntimeError: nobody expects http://host/a\n" in said
+    assert "feedbeef" not in said
+
+
+def test_events_are_redacted(tmp_path: Path) -> None:
+    log = EventLog(open_storage(str(tmp_path)))
+    log("span failed", span=3, error="403 of http://me:feedbeef@host/a?X-Amz-Signature=feedbeef")
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert json.loads(line)["error"] == "403 of http://host/a"
 
 
 @pytest.mark.end_to_end
