@@ -167,6 +167,7 @@ class BuildResult:
         skipped: records in the whole cache's corpus that were left out: empty, or broken with
             `on_error="skip"`.
         truncated: documents that were cut at `max_length`, in the shards that this run made.
+        clipped_mass: mean probability of the teacher, a position, on ids outside the vocabulary.
         seconds: wall time of this run.
         teacher_seconds: of it in the teacher, summed over workers.
     """
@@ -181,6 +182,7 @@ class BuildResult:
     bytes: int
     skipped: int
     truncated: int
+    clipped_mass: float
     seconds: float
     teacher_seconds: float
 
@@ -255,6 +257,7 @@ def _build(
         bytes=manifest.bytes,
         skipped=manifest.skipped,
         truncated=driver.truncated,
+        clipped_mass=sum(s.clipped_mass for s in manifest.shards) / manifest.positions,
         seconds=time.perf_counter() - begin,
         teacher_seconds=driver.teacher_seconds,
     )
@@ -418,7 +421,8 @@ def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN
     per_position = codec.bytes_per_position if options.task == "causal-lm" else 1.0
     most = int(_SHARD_BYTES / max(1.0, per_position)) * _TEXT_BYTES_A_TOKEN
-    share = min(1 << 22, max(1 << 16, total // 64, total // 100_000))
+    # 64 spans or more, of 4 MiB at most, unless that made more than 100,000 of them.
+    share = max(min(1 << 22, max(1 << 16, total // 64)), total // 100_000)
     return max(1 << 12, min(share, most))
 
 

@@ -63,6 +63,9 @@ def _build() -> click.Command:
                 losses += f"; {result.skipped:,} records left out (empty or broken)"
             if result.truncated:
                 losses += f"; {result.truncated:,} documents cut at --max-length"
+            if result.clipped_mass > 1e-3:
+                losses += f"; {result.clipped_mass:.1%} of the teacher's probability fell on ids "
+                losses += "that its tokenizer has not"
             if result.workers_lost:
                 losses += f"; {result.workers_lost} workers lost, {result.redone} attempts redone"
             click.echo(

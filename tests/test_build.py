@@ -22,7 +22,7 @@ import torch
 from conftest import make_tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from kdcache.builder import BuildOptions, build
+from kdcache.builder import BuildOptions, _span_bytes, build
 from kdcache.cache import Cache
 from kdcache.cache.manifest import ShardEntry
 from kdcache.cache.sealed import from_text, to_text
@@ -32,7 +32,7 @@ from kdcache.driver import Driver, Progress, interruptible
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.progress import BuildDisplay
 from kdcache.rows import IGNORE
-from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.worker import SpanReport, batches
 
 
@@ -211,6 +211,58 @@ def test_a_padded_output_layer_is_cut_before_the_normaliser(
     targets = cache.read(0).targets.at(1.0)
     assert isinstance(targets, SparseTargets)
     torch.testing.assert_close(targets.weights.sum(-1), torch.ones(len(targets)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(2, 64), (300_000, 300_032)])
+@pytest.mark.parametrize("codec", ["topk:4", "sample:4"])
+def test_vocabularies_of_any_size(vocabulary: int, width: int, codec: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0").save_pretrained(folder)
+    teacher = make_tiny_lm(folder, tmp_path / "teacher", vocab_size=width)
+    corpus = tmp_path / "text.txt"
+    corpus.write_text(" ".join(f"w{vocabulary - 1 - i % 2}" for i in range(40)))
+    out = str(tmp_path / "cache")
+    result = build(
+        BuildOptions((str(teacher),), (str(corpus),), out, codec=codec, max_length=40, workers=0)
+    )
+    cache = Cache.open(out)
+    assert cache.spec.vocab_size == vocabulary
+    assert list(cache.verify()) == []
+    data = cache.read(0)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(data.row(0).input_ids)[None].long()).logits[0]
+    outside = logits.softmax(-1)[:, vocabulary:].sum(-1).mean()
+    assert result.clipped_mass == pytest.approx(float(outside), rel=1e-3)
+    assert (result.clipped_mass > 0.5) == (vocabulary == 2)
+    p = logits[:, :vocabulary].softmax(-1)
+    targets = data.targets.at(1.0)
+    assert isinstance(targets, SparseTargets)
+    assert min(vocabulary, 2**16) <= int(targets.ids.max()) + 1 <= vocabulary
+    if targets.exact:
+        best = p.topk(min(4, vocabulary), -1).values
+        torch.testing.assert_close(targets.weights, best, rtol=5e-3, atol=1e-3)
+        torch.testing.assert_close(p.gather(1, targets.ids), best, rtol=5e-3, atol=1e-3)
+    total = targets.weights.sum(-1) + targets.rest
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("total", [1, 10**6, 10**9, 10**12, 10**15])
+def test_spans_are_many_enough_to_share_and_few_enough_to_list(
+    options: BuildOptions, total: int
+) -> None:
+    options = dataclasses.replace(options, shard_tokens=None)
+    for codec in ("sample:20", "topk:64"):
+        size = _span_bytes(options, Codec.parse(codec, (1.0,), 50_000), total)
+        decoded = size / 4 * Codec.parse(codec, (1.0,), 50_000).bytes_per_position
+        assert decoded <= 1 << 28, "a reader holds a shard in memory"
+        assert total / size <= 100_000 or decoded > 0.9 * (1 << 28)
+        assert size <= max(1 << 22, total / 100_000)
 
 
 def test_an_ensemble_is_the_mean_of_its_teachers(
