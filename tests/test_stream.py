@@ -35,7 +35,7 @@ from kdcache.targets import (
     position_uniform,
     sample,
 )
-from kdcache.targets.base import owners, ragged_items
+from kdcache.targets.base import owners, ragged_items, running_sum
 
 SIZES = [5, 0, 3, 9, 1, 7, 4]
 
@@ -554,6 +554,20 @@ def test_ragged_items_are_runs(runs: list[tuple[int, int]]) -> None:
     assert owners(counts).tolist() == np.repeat(np.arange(len(runs)), counts).tolist()
     want = flat(list(range(start, start + count)) for start, count in runs)
     assert ragged_items(starts, counts).tolist() == want
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("stored", [np.bool_, np.uint8, np.uint16, np.int32, np.uint32])
+@given(data=st.data())
+def test_a_running_sum_is_that_of_numpy(stored: type, dtype: type, data: st.DataObject) -> None:
+    highest = 1 if stored is np.bool_ else np.iinfo(stored).max
+    numbers = data.draw(st.lists(st.integers(0, int(highest)), max_size=9))
+    values = np.array(numbers, stored)
+    values.flags.writeable = False
+    # Where 32 bits overflow too: differences of such sums are right all the same.
+    found, want = running_sum(values, dtype), np.cumsum(values, dtype=dtype)
+    assert found.dtype == dtype
+    assert np.array_equal(found, want)
 
 
 @pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (1.0, 2.0, 3.0)])

@@ -294,28 +294,50 @@ def id_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
+def running_sum(values: Array, dtype: npt.DTypeLike = np.int64) -> Array:
+    """`np.cumsum` of one axis, in a new array; see `sum_up_`."""
+    return sum_up_(values.astype(dtype))
+
+
+def sum_up_(values: Array) -> Array:
+    """`np.cumsum` of one axis, in place.
+
+    torch keeps the sum in a register where numpy goes through memory: a fifth of the time. Neither
+    uses more than this thread.
+    """
+    torch.from_numpy(values).cumsum_(0)
+    return values
+
+
 def owners(counts: Array) -> Array:
     """Which run each item belongs to: i, `counts[i]` times, of every i (int64).
 
     What `np.repeat(np.arange(len(counts)), counts)` gives, but for runs of a few items in half the
     time.
     """
-    ends = np.cumsum(counts)
+    ends = running_sum(counts)
     total = int(ends[-1]) if len(ends) else 0
     # One is added where a run begins; empty runs begin where the next one does.
-    return np.cumsum(np.bincount(ends[:-1], minlength=total)[:total])
+    return sum_up_(np.bincount(ends[:-1], minlength=total)[:total])
 
 
-def ragged_items(starts: Array, counts: Array, owner: Array | None = None) -> Array:
+def ragged_items(starts: Array, counts: Array) -> Array:
     """Indices `starts[i] .. starts[i] + counts[i] - 1` of every i, one run after another (int64).
 
     Args:
         starts: int64 [runs].
-        counts: int64 [runs].
-        owner: `owners(counts)`, where it is known.
+        counts: integers [runs].
     """
-    owner = owners(counts) if owner is None else owner
-    # Each index is its place in the result, shifted by how far its own run starts from there.
-    items: Array = np.asarray(starts - (np.cumsum(counts) - counts))[owner]
-    items += np.arange(len(items))
-    return items
+    used = np.flatnonzero(counts)
+    return run_items(starts[used], counts[used])[0]
+
+
+def run_items(starts: Array, counts: Array) -> tuple[Array, Array]:
+    """`ragged_items` of runs none of which is empty, and the place of each run's first (int64)."""
+    ends = running_sum(counts)
+    first = ends - counts
+    # A running sum of ones, set anew where a run begins.
+    items = np.ones(int(ends[-1]) if len(ends) else 0, np.int64)
+    items[first] = starts
+    items[first[1:]] -= starts[:-1] + counts[:-1] - 1
+    return sum_up_(items), first

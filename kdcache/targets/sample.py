@@ -46,9 +46,11 @@ from kdcache.targets.base import (
     id_dtype,
     owners,
     positive_int,
-    ragged_items,
     ranks_pay,
     refuse_bad_positions,
+    run_items,
+    running_sum,
+    sum_up_,
 )
 
 _SHARE_UNITS = 7
@@ -59,7 +61,7 @@ _NEAR = 256
 
 _AXES = ("head", "near", "far")
 
-_SLICE = 8192
+_SLICE = 4096
 """Positions decoded at a time: their entries fit the processor's cache, and memory is used again
 instead of being asked from the system anew, which took up to half of the time."""
 
@@ -134,15 +136,15 @@ class Sample(Codec):
     def _lengths(self, columns: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
         """Items of each position by axis, and the units that its head leaves to the tail, int32."""
         m, units = len(self.temperatures), self.rule.units
-        heads, near = columns["head_count"], columns["near_count"].astype(np.int32)
+        heads, near = (columns[f"{axis}_count"].astype(np.int32) for axis in ("head", "near"))
         # 32 bits are enough: if the running sum overflows, its differences are right all the same.
         before = np.zeros(columns["head_units"].size + 1, np.int32)
-        np.cumsum(columns["head_units"].reshape(-1), out=before[1:])
-        ends = before[np.cumsum(heads, dtype=np.int64) * m]
+        before[1:] = running_sum(columns["head_units"].reshape(-1), np.int32)
+        ends = before[running_sum(heads) * m]
         left = units * m - np.diff(ends, prepend=before[:1])
         # n = ceil(U N / M) and M is a multiple of N: the device computes the same.
         draws = -(-left // (units // self.draws))
-        return {"head": heads.astype(np.int32), "near": near, "far": draws - near}, left
+        return {"head": heads, "near": near, "far": draws - near}, left
 
     @property
     def bytes_per_position(self) -> float:
@@ -160,7 +162,8 @@ class Sample(Codec):
         check_logits(logits, self.vocab_size)
         if u is None or u.dtype != torch.float64 or u.shape != logits.shape[:1]:
             raise ValueError("sample needs u, float64 [positions], from position_uniform")
-        return sample_entries(logits, u, self.rule)
+        # Of a model that is spread over devices the last one gives the logits.
+        return sample_entries(logits, u.to(logits.device), self.rule)
 
     def pack(
         self, encoded: Mapping[str, Array], id_to_rank: Array | None = None
@@ -189,7 +192,7 @@ class Sample(Codec):
         """See `Codec.renumber`: an id moves between near and far, and takes its shares along."""
         counts = self.counts(columns)
         owner = {axis: owners(n) for axis, n in counts.items()}
-        ids = {a: _undo_deltas(columns[f"{a}_ids"], n, owner[a]) for a, n in counts.items()}
+        ids = {axis: _undo_deltas(columns[f"{axis}_ids"], _first(n)) for axis, n in counts.items()}
         renamed = dict(columns)
 
         head = rank_to_id[ids["head"]]
@@ -224,21 +227,26 @@ class Sample(Codec):
         index = self._temperature_index(temperature)
         lengths, left = self._lengths(columns)
         counts = np.stack([lengths[axis] for axis in _AXES])
-        positions, width = counts.shape[1], max(1, int(counts.sum(0).max(initial=0)))
+        total = counts.sum(0)
+        positions, width = len(total), max(1, int(total.max(initial=0)))
+        # What each tail entry stands for.
+        size = left / np.maximum((total - counts[0]) * float(self.rule.units), 1)
+        size = size.astype(np.float32)
         ends = np.zeros((len(_AXES), positions + 1), np.int64)
-        np.cumsum(counts, axis=1, out=ends[:, 1:])
+        for axis, count in enumerate(counts):
+            ends[axis, 1:] = running_sum(count)
         ids = np.zeros((positions, width), np.int64)
-        weights = np.zeros((positions, width), np.float32)
+        weights = np.empty((positions, width), np.float32)
         ragged = [column for column in self.columns if column.per != "position"]
         for first in range(0, positions, _SLICE):
-            last = min(first + _SLICE, positions)
-            cut = {a: slice(*ends[i, [first, last]]) for i, a in enumerate(_AXES)}
+            part = slice(first, min(first + _SLICE, positions))
+            cut = {a: slice(*ends[i, [part.start, part.stop]]) for i, a in enumerate(_AXES)}
             mine = {column.name: columns[column.name][cut[column.per]] for column in ragged}
-            place, found, weight = self._entries(
-                mine, counts[:, first:last], left[first:last], width, index
-            )
-            ids[first:last].reshape(-1)[place] = found if rank_to_id is None else rank_to_id[found]
-            weights[first:last].reshape(-1)[place] = weight
+            place, found = self._entries(mine, counts[:, part], width)
+            if rank_to_id is not None:
+                found = rank_to_id[found].astype(np.int64)
+            ids[part].reshape(-1)[place] = found
+            self._weigh(weights[part], mine, place, size[part], total[part], index)
         return SparseTargets(
             ids=torch.from_numpy(ids),
             weights=torch.from_numpy(weights),
@@ -247,42 +255,62 @@ class Sample(Codec):
         )
 
     def _entries(
-        self, columns: Mapping[str, Array], counts: Array, left: Array, width: int, index: int
-    ) -> tuple[Array, Array, Array]:
+        self, columns: Mapping[str, Array], counts: Array, width: int
+    ) -> tuple[Array, Array]:
         """All entries of some positions: those of the head, then the near and the far ones.
 
         Args:
             columns: the ragged columns.
             counts: int32 [3, n], entries of each position by axis.
-            left: int32 [n], units that its head leaves to the tail.
             width: of the padded result.
-            index: of the temperature.
 
         Returns:
-            Place in the padded result, laid flat (int64), id or rank (int64) and weight (float32)
-            of each entry.
+            Place in the padded result, laid flat, and id or rank of each entry, int64.
         """
-        heads, near, far = counts
-        # What each tail entry stands for.
-        size = left / np.maximum((near + far) * float(self.rule.units), 1)
-        row = np.arange(len(left)) * width
+        heads, near, _ = counts
+        row = np.arange(counts.shape[1]) * width
         starts = np.concatenate([row, row + heads, row + heads + near])
         counts = counts.reshape(-1)
-        owner = owners(counts)
-        place = ragged_items(starts, counts, owner)
-        ids = _undo_deltas(
-            np.concatenate([columns[f"{axis}_ids"] for axis in _AXES]), counts, owner
-        )
-        head = len(columns["head_ids"])
-        ids[head + len(columns["near_ids"]) :] += _NEAR
-        weights = np.tile(size.astype(np.float32), 3)[owner]
-        weights[:head] = columns["head_units"][:, index] / np.float32(self.rule.units)
-        if len(self.temperatures) > 1:
+        used = np.flatnonzero(counts)
+        place, first = run_items(starts[used], counts[used])
+        deltas = [columns[f"{axis}_ids"] for axis in _AXES]
+        ids = _undo_deltas(np.concatenate(deltas), first)
+        ids[len(ids) - len(deltas[-1]) :] += _NEAR
+        return place, ids
+
+    def _weigh(
+        self,
+        weights: Array,
+        columns: Mapping[str, Array],
+        place: Array,
+        size: Array,
+        total: Array,
+        index: int,
+    ) -> None:
+        """Fill in the weights of some positions.
+
+        Args:
+            weights: float32 [n, width], of any content.
+            columns: as for `_entries`.
+            place: from there.
+            size: float32 [n], what each tail entry stands for.
+            total: [n], entries of each position.
+            index: of the temperature.
+        """
+        flat, head = weights.reshape(-1), len(columns["head_ids"])
+        if len(self.temperatures) == 1:
+            # Heads as well, for now: whole rows, `total` ones before zeros, are faster than places.
+            rows = np.tri(weights.shape[1] + 1, weights.shape[1], -1, dtype=np.float32)
+            rows.take(total, axis=0, out=weights, mode="clip")
+            weights *= size[:, None]
+        else:
             shares = np.concatenate([columns["near_shares"], columns["far_shares"]])
-            last = _SHARE_UNITS - shares.sum(1, dtype=np.uint8)
-            share = shares[:, index] if index < shares.shape[1] else last
-            weights[head:] *= share / np.float32(_SHARE_UNITS)
-        return place, ids, weights
+            last = index == shares.shape[1]
+            share = _SHARE_UNITS - sum(shares.T) if last else shares[:, index]
+            weights[...] = 0
+            flat[place[head:]] = share / np.float32(_SHARE_UNITS)
+            weights *= size[:, None]
+        flat[place[:head]] = columns["head_units"][:, index] / np.float32(self.rule.units)
 
 
 def _unsigned(largest: int) -> str:
@@ -315,22 +343,26 @@ def _order(owner: Array, ids: Array) -> Array:
 def _deltas(ids: Array, counts: Array) -> Array:
     """Differences of ids that are sorted inside each position; the first of one counts from 0."""
     deltas = np.diff(ids, prepend=0)
-    first = (np.cumsum(counts) - counts)[counts > 0]
+    first = _first(counts)
     deltas[first] = ids[first]
     return np.asarray(deltas)
 
 
-def _undo_deltas(deltas: Array, counts: Array, owner: Array) -> Array:
+def _first(counts: Array) -> Array:
+    """Where the items of each position begin, of those that have any."""
+    return np.asarray((running_sum(counts) - counts)[counts > 0])
+
+
+def _undo_deltas(deltas: Array, first: Array) -> Array:
     """Ids from their differences (int64).
 
     Args:
         deltas: as `_deltas` gives them.
-        counts: int64, how many each position has.
-        owner: `owners(counts)`.
+        first: where the ids of each position begin, of those that have any.
     """
-    sums = np.zeros(len(deltas) + 1, np.int64)
-    np.cumsum(deltas, out=sums[1:])
-    before = sums[np.cumsum(counts) - counts]
-    ids = sums[1:]
-    ids -= before[owner]
-    return ids
+    deltas = deltas.astype(np.int64)
+    # Each position's first difference takes back the sum of those of the position before.
+    totals = running_sum(deltas)[first[1:] - 1]
+    totals[1:] -= totals[:-1]
+    deltas[first[1:]] -= totals
+    return sum_up_(deltas)

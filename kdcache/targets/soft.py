@@ -8,7 +8,14 @@ from functools import cached_property
 
 import numpy as np
 
-from kdcache.targets.base import Array, Codec, DenseTargets, SparseTargets, ragged_items
+from kdcache.targets.base import (
+    Array,
+    Codec,
+    DenseTargets,
+    SparseTargets,
+    ragged_items,
+    running_sum,
+)
 
 
 @dataclass
@@ -35,10 +42,7 @@ class SoftTargets:
 
     @cached_property
     def _starts(self) -> dict[str, Array]:
-        return {
-            axis: np.cumsum(counts, dtype=np.int64) - counts
-            for axis, counts in self._counts.items()
-        }
+        return {axis: running_sum(counts) - counts for axis, counts in self._counts.items()}
 
     def take(self, positions: Array) -> SoftTargets:
         """The targets of these positions, in this order; repetition is fine.
@@ -65,7 +69,7 @@ class SoftTargets:
         found = {"position": positions}
         for axis, counts in self.codec.counts(self.columns).items():
             begin = np.zeros(len(counts) + 1, np.int64)
-            np.cumsum(counts, out=begin[1:])
+            begin[1:] = running_sum(counts)
             found[axis] = begin[positions]
         return found
 
