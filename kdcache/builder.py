@@ -409,8 +409,12 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
 def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
     """A row may not be longer than the teacher's positions reach."""
     config = teacher.config.get_text_config()
-    reach = getattr(config, "max_position_embeddings", None) or options.max_length
-    return min(options.max_length, int(reach))
+    reach = [options.max_length, getattr(config, "max_position_embeddings", None)]
+    if options.task != "causal-lm":
+        # RoBERTa and its kin begin to count behind the padding's id: they reach two places less far
+        # than their configuration says, and their tokenizers know it.
+        reach.append(int(teacher.tokenizer.model_max_length))
+    return min(int(length) for length in reach if length)
 
 
 def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:

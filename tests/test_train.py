@@ -31,7 +31,7 @@ from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import BiLstmClassifier, DistilledStudent, StudentInfo, load_student
 from kdcache.training import DistillationTrainer, Schedule, TrainOptions, TrainProgress, train
 from kdcache.training.plan import Plan
-from kdcache.training.run import make_student
+from kdcache.training.run import Run, make_student
 
 BERT = {
     "model_type": "bert",
@@ -165,6 +165,12 @@ def test_caches_are_checked_before_anything_is_written(options: Make, folder: Pa
     for word in ("needs a dense cache", "mse", "accuracy", "task of", "temperature 3"):
         assert word in str(error.value)
     assert not Path(wrong.out).exists()
+
+
+def test_shards_are_grouped_as_the_stream_groups_them(options: Make, folder: Path) -> None:
+    usual = TargetStream(str(folder / "classes"), batch_size=8).group
+    assert Run.prepare(Plan.make(options())).stream.group == usual != 2
+    assert Run.prepare(Plan.make(options(shuffle_shards=2))).stream.group == 2
 
 
 def test_another_folder_is_not_taken_over(options: Make, tmp_path: Path) -> None:
@@ -341,6 +347,17 @@ def test_a_changed_cache_or_option_is_refused(options: Make, folder: Path, tmp_p
     with pytest.raises(UsageError, match=r"no kdcache_state\.json"):
         train(options(resume=str(tmp_path)))
     assert train(options(save_steps=2, logging_steps=5)).steps == 12
+
+
+def test_several_caches_are_weighted(options: Make, folder: Path) -> None:
+    both = {"cache": [str(folder / "classes"), str(folder / "held")], "epochs": 1}
+    assert train(options(**both)).rows == 45 + 20
+    weighted = options(**both, cache_weight=[2, 0.5], out=options().out + "-weighted")
+    assert train(weighted).rows == 90 + 10
+    with pytest.raises(UsageError, match="1 cache weights for 2 caches"):
+        options(**both, cache_weight=[2])
+    with pytest.raises(UsageError, match="task of"):
+        train(options(cache=[str(folder / "classes"), str(folder / "causal")]))
 
 
 def test_a_finished_run_is_left_alone(options: Make) -> None:
@@ -589,9 +606,43 @@ def test_two_workers_take_the_steps_of_one(
         torch.testing.assert_close(value, weights(alone.out)[key], atol=1e-4, rtol=1e-3)
     if name == "causal":
         AutoModelForCausalLM.from_pretrained(Path(both.out, "student"))
-
-    # Another number of workers goes on where two stopped.
     assert not train(both).made
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("first", [1, 2])
+def test_another_number_of_workers_goes_on(
+    options: Make, folder: Path, tmp_path: Path, first: int
+) -> None:
+    common = {
+        "cache": str(folder / "causal"), "student": str(folder / "llama.json"), "batch_size": 7,
+        "epochs": 3, "save_steps": 3, "keep_checkpoints": 9, "alpha": "0.8:0.2",
+    }  # fmt: skip
+    alone = options(out=str(tmp_path / "alone"), **common)
+    train(alone)
+    runs = {n: options(out=str(tmp_path / "run"), num_workers=n, **common) for n in (1, 2)}
+
+    def work(workers: int) -> None:
+        if workers == 1:
+            train(runs[1])
+        else:
+            on_two_workers(runs[2])
+
+    work(first)
+    # As if it had stopped after 6 of 12 steps, in the middle of the second epoch.
+    Path(runs[first].out, "train.json").unlink()
+    for checkpoint in ("checkpoint-9", "checkpoint-12"):
+        Path(runs[first].out, checkpoint, "kdcache_state.json").unlink()
+    before = metrics(runs[first].out)
+    work(3 - first)
+    found = metrics(runs[first].out)
+    assert [line["step"] for line in found] == list(range(1, 13))
+    assert found[:6] == before[:6]
+    # The later steps were taken anew, by another number of workers: the sums round differently.
+    assert found[6:] != before[6:]
+    same_metrics(found, metrics(alone.out), 1e-3, 2e-5)
+    for key, value in weights(runs[first].out).items():
+        torch.testing.assert_close(value, weights(alone.out)[key], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.end_to_end
