@@ -32,7 +32,13 @@ from kdcache.ranks import count_ranks
 from kdcache.rows import Form, Packing, RowSpec, Task
 from kdcache.storage import redact
 from kdcache.targets import Codec
-from kdcache.teacher import TeacherFiles, TeacherOptions, tokenizer_files, tokenizer_sha256
+from kdcache.teacher import (
+    Attention,
+    TeacherFiles,
+    TeacherOptions,
+    tokenizer_files,
+    tokenizer_sha256,
+)
 from kdcache.worker import Job
 
 logger = logging.getLogger(__name__)
@@ -77,7 +83,11 @@ class BuildOptions:
         hang_seconds: a Ray worker in which nothing moves for so long (no record read, no batch
             finished) is replaced.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        batch_tokens: padded tokens of a teacher batch. Default: by device.
+        batch_tokens: padded tokens of a teacher batch. Default: 4096 on a CPU; on a GPU the largest
+            of 65536 and its halves that fits.
+        attention: `auto` (FlashAttention 2 where it is installed and works, else the choice of
+            transformers), `sdpa`, `flash_attention_2` or `eager`.
+        compile: run the teacher through torch.compile; pays on long builds.
         shard_tokens: target size of a shard in tokens. Default: by corpus and codec.
         seed: seed of the `sample` codec.
         ensemble: `mean-probs` or `mean-logits`.
@@ -110,6 +120,8 @@ class BuildOptions:
     hang_seconds: float = 600.0
     dtype: Dtype = "auto"
     batch_tokens: int | None = None
+    attention: Attention = "auto"
+    compile: bool = False
     shard_tokens: int | None = None
     seed: int = 0
     ensemble: Ensemble = "mean-probs"
@@ -122,7 +134,12 @@ class BuildOptions:
             problems.append("--teacher is missing: name a folder or a hub id")
         if not self.corpus:
             problems.append("--corpus is missing: name files, folders, globs or URLs")
-        for name, words in (("task", Task), ("ensemble", Ensemble), ("dtype", Dtype)):
+        for name, words in (
+            ("task", Task),
+            ("ensemble", Ensemble),
+            ("dtype", Dtype),
+            ("attention", Attention),
+        ):
             if getattr(self, name) not in get_args(words):
                 expected = ", ".join(get_args(words))
                 problems.append(f"--{name} is {getattr(self, name)!r}, expected one of {expected}")
@@ -293,7 +310,7 @@ class Prepared:
         rows: how records become rows.
         tokenizer: the teacher's.
         teacher: how a worker loads the teacher.
-        batch_tokens: padded tokens of a teacher batch.
+        batch_tokens: padded tokens of a teacher batch, at most.
         gpus: GPUs a worker.
         ranks: rank table of the cache; empty for none.
     """
@@ -382,6 +399,8 @@ def prepare(options: BuildOptions) -> Prepared:
         dtype=spec.dtype,
         device=device,
         trust_remote_code=options.trust_remote_code,
+        attention=options.attention,
+        compile=options.compile,
     )
     batch_tokens = options.batch_tokens or (4096 if device == "cpu" else 65536)
     return Prepared(spec, corpus, rows, tokenizer, teacher, batch_tokens, gpus, ranks)
@@ -432,7 +451,8 @@ def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
 
 def _gpus(options: BuildOptions) -> float:
     if options.workers == 0:
-        return float(torch.cuda.is_available() and options.gpus_per_worker != 0)
+        asked = 1.0 if options.gpus_per_worker is None else options.gpus_per_worker
+        return asked * torch.cuda.is_available()
     if options.gpus_per_worker is not None:
         return options.gpus_per_worker
     # A cluster is rented for its GPUs; it may have none yet, and the driver's own machine says
@@ -447,7 +467,13 @@ def _dtype(name: str, gpus: float) -> str:
 
 
 def _hire(options: BuildOptions, plan: Prepared, cache: Cache, tell: Tell) -> Crew:
-    job = Job(cache.storage.url, plan.rows, plan.teacher, plan.batch_tokens)
+    job = Job(
+        cache.storage.url,
+        plan.rows,
+        plan.teacher,
+        plan.batch_tokens,
+        find_batch=options.batch_tokens is None,
+    )
     if options.workers == 0:
         return LocalCrew(job)
     return RayCrew(

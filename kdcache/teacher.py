@@ -15,14 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,11 +40,14 @@ from transformers import (
 
 from kdcache.errors import UsageError
 from kdcache.head import HEAD_FILE, HeadedClassifier
+from kdcache.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.rows import IGNORE, Row
+from kdcache.sampling import compiles
 from kdcache.storage import sha256_file
 
 logger = logging.getLogger(__name__)
 
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 _CAUSAL = "causal-lm"
 _SLICE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 
@@ -143,8 +149,16 @@ class TeacherOptions:
         weights: weight of each teacher, summing to 1.
         ensemble: `mean-probs` (of the distributions) or `mean-logits`.
         dtype: `float32`, `bfloat16` or `float16`.
-        device: `cpu`, `cuda`, or `auto` to spread one model over all visible devices.
+        device: `cpu`; `cuda` for one GPU, or more than it where the weights do not fit; `auto` to
+            spread each model over all visible GPUs, and the host's memory where they are not
+            enough.
         trust_remote_code: whether code that ships with a model may run.
+        attention: kernel of the attention; `auto` is FlashAttention 2 where it is installed and
+            works, and else what transformers chooses.
+        compile: run the models through `torch.compile`.
+
+    Raises:
+        UsageError: an attention that the device or the dtype rules out.
     """
 
     names: tuple[str, ...]
@@ -154,6 +168,23 @@ class TeacherOptions:
     dtype: str = "float32"
     device: str = "cpu"
     trust_remote_code: bool = False
+    attention: Attention = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(Attention):
+            expected = ", ".join(get_args(Attention))
+            raise UsageError(f"--attention is {self.attention!r}, expected one of {expected}.")
+        if self.attention == "flash_attention_2" and not self.flash_possible:
+            raise UsageError(
+                f"--attention flash_attention_2 needs a GPU and bfloat16 or float16; this teacher "
+                f"runs on {self.device} in {self.dtype}. Use --attention auto."
+            )
+
+    @property
+    def flash_possible(self) -> bool:
+        """Whether device and dtype are what FlashAttention is written for."""
+        return self.device != "cpu" and self.dtype in ("bfloat16", "float16")
 
 
 class Teacher:
@@ -168,9 +199,12 @@ class Teacher:
         """
         self.options = options
         self.vocab_size = vocab_size
-        self._models = [_load(name, options) for name in options.names]
+        self._models = _load_all(options)
         self._direct = [options.task == _CAUSAL and _head_is_plain(model) for model in self._models]
-        self.device = next(self._models[0].parameters()).device
+        if options.compile:
+            for model in self._models:
+                _compile(model)
+        self.device = input_device(self._models[0])
         self._clipped_mass = torch.zeros((), device=self.device)
 
     @torch.inference_mode()
@@ -193,6 +227,7 @@ class Teacher:
 
     def _mean(self, slices: tuple[Tensor, ...]) -> Tensor:
         weights = self.options.weights
+        slices = tuple(z.to(slices[0].device) for z in slices)
         if self.options.ensemble == "mean-logits":
             return torch.stack([w * z.float() for w, z in zip(weights, slices, strict=True)]).sum(0)
         # Log of the mean probability serves as logits: their softmax at T = 1 is that mean.
@@ -243,13 +278,14 @@ class Teacher:
         # without one the fastest attention kernels apply.
         if not self._direct[index]:
             logits = model(**inputs, use_cache=False).logits
-            yield self._cut(logits.flatten(0, 1).index_select(0, batch["wanted"]))
+            wanted = batch["wanted"].to(logits.device)
+            yield self._cut(logits.flatten(0, 1).index_select(0, wanted))
             return
         hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         head = model.get_output_embeddings()
-        # With `device_map="auto"` the last layer may live on another device than the first.
-        wanted = batch["wanted"].to(hidden.device)
-        hidden = hidden.flatten(0, 1).index_select(0, wanted).to(head.weight.device)
+        # The layers of a model that is spread move what they are given to their own devices; the
+        # last one may live on another than the first.
+        hidden = hidden.flatten(0, 1).index_select(0, batch["wanted"].to(hidden.device))
         step = max(1, _SLICE_BYTES[hidden.device.type] // (4 * head.weight.shape[0]))
         for start in range(0, len(hidden), step):
             yield self._cut(head(hidden[start : start + step]))
@@ -283,35 +319,138 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _load(name: str, options: TeacherOptions) -> Any:
-    files = TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+def _load_all(options: TeacherOptions) -> list[Any]:
+    """Load each model on the one device, or spread over all where they do not fit it together."""
+    files = [
+        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+        for name in options.names
+    ]
+    spread = options.device == "auto"
+    if options.device == "cuda":
+        needed = sum(weight_bytes(one.folder, options.dtype) for one in files)
+        free = torch.cuda.mem_get_info()[0]
+        spread = not fits_one_gpu(needed, free)
+        if spread:
+            logger.warning(
+                "the teacher's weights take %.1f GB and the GPU has %.1f GB free: they are spread "
+                "over all GPUs that this worker sees and the host's memory, which is slower",
+                needed / 1e9,
+                free / 1e9,
+            )
+    models = []
+    for place, one in enumerate(files):
+        room = None
+        if spread:
+            from accelerate.utils import get_max_memory
+
+            room = room_for_weights(get_max_memory(), len(files) - place)
+        models.append(_load(one, options, room))
+    return models
+
+
+def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, int] | None) -> Any:
+    """Load one model.
+
+    Args:
+        files: the model.
+        options: how.
+        room: bytes it may take of each device that it is spread over; None for one device.
+    """
     settings: dict[str, Any] = {
         "dtype": getattr(torch, options.dtype),
         "use_safetensors": True,
         "trust_remote_code": options.trust_remote_code,
     }
-    if options.device == "auto":
-        settings["device_map"] = "auto"
+    if options.task != _CAUSAL and (files.folder / HEAD_FILE).is_file():
+        room = None  # a head of ours on an encoder: small enough for any GPU
+    if room is not None:
+        settings |= {"device_map": "auto", "max_memory": room}
     with quiet_transformers():
-        if options.task != _CAUSAL and (files.folder / HEAD_FILE).is_file():
-            model = HeadedClassifier.from_pretrained(files.folder, **settings)
-        else:
-            kind = (
-                AutoModelForCausalLM
-                if options.task == _CAUSAL
-                else AutoModelForSequenceClassification
-            )
-            model, info = kind.from_pretrained(files.folder, output_loading_info=True, **settings)
-            if info["missing_keys"]:
-                # Transformers would fill them at random: a teacher that knows nothing.
-                missing = ", ".join(sorted(info["missing_keys"])[:3])
-                raise UsageError(
-                    f"teacher {name} has no weights for {missing}: it was not trained for "
-                    f"{options.task}. Fine-tune it first (`kdcache finetune`), or name another."
-                )
-    if options.device != "auto":
-        model.to(options.device)
+        model = _with_attention(files, options, settings)
+    if room is None:
+        model.to("cuda" if options.device == "auto" else options.device)
+    elif "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
+        raise UsageError(
+            f"teacher {files.name} does not fit the GPUs and the memory of a worker together. Use "
+            "more --gpus-per-worker, or a machine with more memory."
+        )
     return model.eval().requires_grad_(False)
+
+
+def _with_attention(files: TeacherFiles, options: TeacherOptions, settings: dict[str, Any]) -> Any:
+    from transformers.utils import is_flash_attn_2_available
+
+    if options.attention == "auto":
+        if options.flash_possible and is_flash_attn_2_available():
+            with suppress(ImportError, ValueError):  # this model has no such attention
+                flash = {**settings, "attn_implementation": "flash_attention_2"}
+                return _from_pretrained(files, options.task, flash)
+        return _from_pretrained(files, options.task, settings)
+    try:
+        settings = {**settings, "attn_implementation": options.attention}
+        return _from_pretrained(files, options.task, settings)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"teacher {files.name} cannot run with --attention {options.attention}: {reason} "
+            "Use --attention auto."
+        ) from error
+
+
+def _from_pretrained(files: TeacherFiles, task: str, settings: dict[str, Any]) -> Any:
+    if task != _CAUSAL and (files.folder / HEAD_FILE).is_file():
+        return HeadedClassifier.from_pretrained(files.folder, **settings)
+    kind = AutoModelForCausalLM if task == _CAUSAL else AutoModelForSequenceClassification
+    model, info = kind.from_pretrained(files.folder, output_loading_info=True, **settings)
+    if info["missing_keys"]:
+        # Transformers would fill them at random: a teacher that knows nothing.
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UsageError(
+            f"teacher {files.name} has no weights for {missing}: it was not trained for "
+            f"{task}. Fine-tune it first (`kdcache finetune`), or name another."
+        )
+    return model
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its inputs; weights that are offloaded lie on no device between calls."""
+    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
+    if not places:
+        return torch.device(next(model.parameters()).device)
+    gpus = [place for place in places if place not in ("cpu", "disk")]
+    first = gpus[0] if gpus else "cpu"
+    return torch.device("cuda", int(first)) if first.isdecimal() else torch.device(first)
+
+
+def _compile(model: Any) -> None:
+    """Have a model's repeated layers compiled at the first batch: one layer's code serves all.
+
+    A whole model would take as many times longer as it has layers, and the rest of it is small.
+
+    Raises:
+        UsageError: a compiler is missing.
+    """
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        logger.warning("a teacher that is spread over devices is not compiled")
+        return
+    if input_device(model).type == "cuda":
+        able, needs = compiles(), "Triton and a C compiler (and KDCACHE_COMPILE not 0)"
+    else:
+        name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        able, needs = shutil.which(name) is not None, f"a C++ compiler ({name}; CXX names another)"
+    if not able:
+        raise UsageError(f"--compile needs {needs} where the workers run. Leave it out.")
+    for layer in _repeated_layers(model) or [model]:
+        # With fixed shapes the last batch of each span would be compiled anew.
+        layer.compile(dynamic=True)
+
+
+def _repeated_layers(model: Any) -> list[Any]:
+    """The layers of the largest stack; lists inside a layer, such as experts, are shorter or in
+    it."""
+    stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
+    sizes = [sum(p.numel() for p in stack.parameters()) for stack in stacks]
+    return list(stacks[int(np.argmax(sizes))]) if stacks else []
 
 
 class quiet_transformers:  # noqa: N801 - used like a function
@@ -343,10 +482,11 @@ def _head_is_plain(model: Any) -> bool:
         decoder, head = model.get_decoder(), model.get_output_embeddings()
         if decoder is None or head is None or decoder is model:
             return False
-        device = next(model.parameters()).device
+        device = input_device(model)
         ids = torch.arange(8, device=device)[None] % int(model.config.get_text_config().vocab_size)
         want = model(input_ids=ids, use_cache=False).logits.float()
-        got = head(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
+        got = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
+        got = got.float().to(want.device)
         # A broken model gives NaN here too: the build says so later, with the place.
         scale = float(want.nan_to_num(0, 0, 0).abs().max())
         plain = torch.allclose(got, want, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)

@@ -25,6 +25,7 @@ import torch
 from kdcache.cache import Cache, ShardEntry
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
+from kdcache.memory import find_batch_tokens, peak_share
 from kdcache.ranks import ranks_of_ids
 from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
 from kdcache.shard import ShardData
@@ -46,6 +47,7 @@ class Job:
         rows: how records become rows.
         teacher: which models to load, and how.
         batch_tokens: padded tokens of a batch, at most (one row may be longer).
+        find_batch: whether such a batch is tried first, and halved until it fits the GPU.
         threads: CPU threads of this worker's arithmetic.
     """
 
@@ -53,6 +55,7 @@ class Job:
     rows: RowSpec
     teacher: TeacherOptions
     batch_tokens: int
+    find_batch: bool = False
     threads: int | None = None
 
 
@@ -92,9 +95,31 @@ class SpanWorker:
         self.codec = self.cache.codec()
         self.teacher = Teacher(job.teacher, self.cache.spec.vocab_size)
         self.batch_tokens = job.batch_tokens
+        if job.find_batch and self.teacher.device.type == "cuda":
+            self.batch_tokens = self._find_batch_tokens()
+        elif job.teacher.compile:
+            self._try_batch(self.batch_tokens)  # compiles before the first span
         self._turn = threading.Lock()
         self._stop = threading.Event()
         self._moved: dict[int, float] = {}  # span -> when something of it was last done
+
+    def _find_batch_tokens(self) -> int:
+        found = find_batch_tokens(
+            lambda tokens: peak_share(lambda: self._try_batch(tokens)),
+            self.job.batch_tokens,
+            self.job.rows.max_length,
+        )
+        logger.info("batches have %d tokens", found)
+        return found
+
+    def _try_batch(self, tokens: int) -> None:
+        """Run teacher and codec over a batch of the longest rows."""
+        length = self.job.rows.max_length
+        ids = np.arange(length, dtype=np.int32) % self.cache.spec.vocab_size
+        row = Row(ids, ids if self.job.teacher.task == _CAUSAL else ids[:1])
+        for logits in self.teacher.logits([row] * max(1, tokens // length)):
+            self.codec.encode(logits, torch.zeros(len(logits), dtype=torch.float64))
+        self.teacher.take_clipped_mass()
 
     def stop(self) -> None:
         """Abandon what is in flight at the next batch."""
@@ -178,7 +203,10 @@ class SpanWorker:
                 try:
                     parts = self._run(span.index, [rows[i] for i in batch], place, packer)
                 except torch.OutOfMemoryError as error:
-                    waiting.extendleft(reversed(self._halve(batch, lengths, error)))
+                    self._shrink(batch, lengths, error)
+                    left = [i for rows_of in (batch, *waiting) for i in rows_of]
+                    cut = batches([lengths[i] for i in left], self.batch_tokens)
+                    waiting = deque([left[i] for i in smaller] for smaller in cut)
                     continue
                 packed.extend(parts)
                 order.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
@@ -204,10 +232,10 @@ class SpanWorker:
         assert done == len(place.rows), "the teacher answers every position"
         return parts
 
-    def _halve(
+    def _shrink(
         self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError
-    ) -> list[list[int]]:
-        """Two batches for one that did not fit; later spans begin with the smaller size."""
+    ) -> None:
+        """Remember half the size of a batch that did not fit, for this span and later ones."""
         if len(batch) == 1:
             raise UsageError(
                 f"one row of {lengths[batch[0]]} tokens does not fit the device beside the "
@@ -217,7 +245,6 @@ class SpanWorker:
         torch.cuda.empty_cache()
         self.batch_tokens = min(self.batch_tokens, len(batch) * lengths[batch[0]]) // 2
         logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
-        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
 
 
 class _Places:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -136,7 +136,7 @@ class RayCrew(Crew):
                 max_concurrency=IN_FLIGHT,
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._cpus)}},
             )
-            self._job = Job(job.url, job.rows, job.teacher, job.batch_tokens, self._cpus)
+            self._job = replace(job, threads=self._cpus)
             self._hire()
         except BaseException:
             self.stop()

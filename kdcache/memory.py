@@ -1,0 +1,119 @@
+"""What fits a device: weights on one GPU or spread over several and the host, and how large a
+batch beside them.
+
+Both are decided by measured numbers: the tensors of the weight files against free memory, and the
+peak of a batch that is tried before the first span. Sizes that are tried are halves of one another,
+so equal cards that run nothing else settle on the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+_WEIGHTS_SHARE = 0.8
+"""Of a GPU's free memory that weights may take; the rest is for a batch and a slice of logits."""
+
+_HOST_SHARE = 0.9
+"""Of the host's available memory that offloaded weights may take."""
+
+_BATCH_SHARE = 0.9
+"""Of what the weights leave free that a batch may take: other batches leave other holes."""
+
+_FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+def weight_bytes(folder: Path, dtype: str) -> int:
+    """Bytes that a model's weights take once they are loaded.
+
+    Args:
+        folder: with `*.safetensors`, and an index where there are several.
+        dtype: what floats are converted to; other tensors (quantised ones) stay as they are.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    total = 0
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - a handle, not a mapping
+                part = file.get_slice(key)
+                if part.get_dtype() in _FLOATS:
+                    total += size * math.prod(part.get_shape())
+                else:
+                    total += file.get_tensor(key).nbytes
+    return total
+
+
+def fits_one_gpu(weights: int, free: int) -> bool:
+    """Whether weights leave enough of a GPU's free bytes to work in."""
+    return weights <= _WEIGHTS_SHARE * free
+
+
+def room_for_weights(free: Mapping[int | str, int], models: int) -> dict[int | str, int]:
+    """Bytes that each device may hold of one model.
+
+    Args:
+        free: free bytes by GPU number, and of the host as "cpu".
+        models: that still have to share them.
+    """
+    return {
+        device: int((_HOST_SHARE if device == "cpu" else _WEIGHTS_SHARE) * size / models)
+        for device, size in free.items()
+    }
+
+
+def find_batch_tokens(peak_share: Callable[[int], float | None], most: int, least: int) -> int:
+    """The largest batch that fits: `most`, or the first of its halves.
+
+    Args:
+        peak_share: runs a batch of so many tokens; the share of the free memory that it took at
+            its peak, None if it ran out of it.
+        most: tokens that are tried first.
+        least: tokens of one row, which are not tried: there is nothing smaller.
+
+    Returns:
+        Tokens of a batch, at least `least`.
+    """
+    tokens = most
+    while tokens > least:
+        share = peak_share(tokens)
+        if share is not None and share <= _BATCH_SHARE:
+            return tokens
+        tokens //= 2
+    return least
+
+
+def peak_share(run: Callable[[], object]) -> float | None:
+    """Run something on all visible GPUs and see how much of their free memory it takes.
+
+    Returns:
+        The largest share of any GPU; None if one ran out.
+    """
+    devices = range(torch.cuda.device_count())
+    before, free = [], []
+    for device in devices:
+        torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+        before.append(torch.cuda.memory_allocated(device))
+        free.append(torch.cuda.mem_get_info(device)[0])
+    try:
+        run()
+        for device in devices:
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+    taken = [torch.cuda.max_memory_allocated(d) - b for d, b in zip(devices, before, strict=True)]
+    return max(t / max(1, f) for t, f in zip(taken, free, strict=True))

@@ -1,0 +1,381 @@
+"""How a teacher is loaded: attention, compilation, weights that are spread, batches that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_lm
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from kdcache import memory, teacher, worker
+from kdcache.builder import BuildOptions, build
+from kdcache.cache import Cache
+from kdcache.errors import UsageError
+from kdcache.memory import find_batch_tokens, fits_one_gpu, room_for_weights, weight_bytes
+from kdcache.rows import Row
+from kdcache.targets import DenseTargets
+from kdcache.teacher import Teacher, TeacherOptions
+from kdcache.worker import SpanWorker
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def lm_rows(*lengths: int) -> list[Row]:
+    ids = [np.arange(3, 3 + n, dtype=np.int32) for n in lengths]
+    return [Row(i, i + 1) for i in ids]
+
+
+def logits_of(one: Teacher, rows: list[Row]) -> torch.Tensor:
+    return torch.cat([z.clone().cpu().float() for z in one.logits(rows)])
+
+
+@pytest.fixture
+def lm(tiny_lm: Path) -> TeacherOptions:
+    return TeacherOptions((str(tiny_lm),), "causal-lm")
+
+
+@pytest.fixture
+def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
+    return BuildOptions(
+        teacher=(str(tiny_lm),),
+        corpus=(str(text_corpus),),
+        out=str(tmp_path / "cache"),
+        codec="dense",
+        max_length=64,
+        limit=30,
+        workers=0,
+    )
+
+
+class TestAttention:
+    @pytest.mark.parametrize("name", ["eager", "sdpa"])
+    def test_the_one_that_is_named_is_used(self, lm: TeacherOptions, name: str) -> None:
+        one = Teacher(dataclasses.replace(lm, attention=name), 300)
+        assert one._models[0].config._attn_implementation == name
+        rows = lm_rows(20, 7)
+        want = logits_of(Teacher(lm, 300), rows)
+        torch.testing.assert_close(logits_of(one, rows), want, rtol=1e-4, atol=1e-4)
+
+    def test_it_may_change_between_runs_of_one_build(self, options: BuildOptions) -> None:
+        build(options)
+        assert build(dataclasses.replace(options, attention="eager")).made == 0
+
+    def test_what_cannot_be_is_one_line(self, options: BuildOptions, lm: TeacherOptions) -> None:
+        with pytest.raises(UsageError, match=r"--attention is 'flash', expected one of auto, sdpa"):
+            dataclasses.replace(options, attention="flash")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="needs a GPU and bfloat16 or float16.* cpu in float3"):
+            build(dataclasses.replace(options, attention="flash_attention_2", gpus_per_worker=0))
+        assert not Path(options.out).exists()
+
+    def test_flash_attention_that_is_not_installed_is_named(self, lm: TeacherOptions) -> None:
+        flash = dataclasses.replace(
+            lm, device="cuda", dtype="bfloat16", attention="flash_attention_2"
+        )
+        with (
+            mock.patch.object(
+                teacher, "_from_pretrained", side_effect=ImportError("no\n package.")
+            ),
+            pytest.raises(
+                UsageError, match=r"with --attention flash_attention_2: no package\. Use"
+            ),
+        ):
+            teacher._load(teacher.TeacherFiles.find(lm.names[0]), flash, None)
+
+    @pytest.mark.parametrize(
+        ("installed", "dtype", "works", "tried"),
+        [
+            (True, "bfloat16", True, ["flash_attention_2"]),
+            (True, "bfloat16", False, ["flash_attention_2", None]),  # not of every model
+            (True, "float32", True, [None]),
+            (False, "float16", True, [None]),
+        ],
+    )
+    def test_auto_prefers_flash_attention_where_it_can_be(
+        self,
+        lm: TeacherOptions,
+        monkeypatch: pytest.MonkeyPatch,
+        installed: bool,
+        dtype: str,
+        works: bool,
+        tried: list[str | None],
+    ) -> None:
+        seen = []
+
+        def load(_files: object, _task: str, settings: dict[str, str]) -> str:
+            seen.append(settings.get("attn_implementation"))
+            if seen[-1] and not works:
+                raise ValueError("this model has no such attention")
+            return "model"
+
+        monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+        monkeypatch.setattr(teacher, "_from_pretrained", load)
+        on_gpu = dataclasses.replace(lm, device="cuda", dtype=dtype)
+        files = teacher.TeacherFiles.find(lm.names[0])
+        assert teacher._with_attention(files, on_gpu, {}) == "model"
+        assert seen == tried
+
+
+class TestCompile:
+    @pytest.mark.end_to_end
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of PyTorch's own code
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+    def test_a_compiled_teacher_says_the_same_in_a_few_compilations(
+        self, lm: TeacherOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("CXX", raising=False)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        plain, compiled = Teacher(lm, 300), Teacher(dataclasses.replace(lm, compile=True), 300)
+        for lengths in ([64] * 4, [64] * 3, [33, 20, 7], [50], [9], [128, 128], [31] * 9):
+            rows = lm_rows(*lengths)
+            got, want = logits_of(compiled, rows), logits_of(plain, rows)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        # One for all layers and shapes; a batch of one row and odd lengths may take one more each.
+        assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+    def test_it_begins_before_the_first_span_and_is_no_part_of_the_spec(
+        self, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build(options)
+        shape: list[int] = []
+        monkeypatch.setattr(teacher, "_compile", lambda _model: None)
+        monkeypatch.setattr(SpanWorker, "_try_batch", lambda _worker, tokens: shape.append(tokens))
+        (Path(options.out) / "manifest.json").unlink()
+        min(Path(options.out, "shards").iterdir()).unlink()
+        assert build(dataclasses.replace(options, compile=True, batch_tokens=256)).made == 1
+        assert shape == [256]
+
+    def test_without_a_compiler_it_is_refused_in_one_line(
+        self, lm: TeacherOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(UsageError, match=r"--compile needs a C\+\+ compiler \(no-such-comp"):
+            Teacher(dataclasses.replace(lm, compile=True), 300)
+
+    def test_the_largest_stack_is_the_layers(self, lm: TeacherOptions) -> None:
+        model = Teacher(lm, 300)._models[0]
+        assert teacher._repeated_layers(model) == list(model.model.layers)
+        assert teacher._repeated_layers(torch.nn.Linear(2, 2)) == []
+
+
+class TestWeights:
+    def test_their_size_is_that_of_the_files_in_the_wanted_dtype(self, tiny_lm: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+        count = sum(p.numel() for p in model.parameters())
+        assert weight_bytes(tiny_lm, "float32") == 4 * count
+        assert weight_bytes(tiny_lm, "bfloat16") == 2 * count
+
+    def test_only_files_of_the_index_count_and_whole_numbers_stay(
+        self, tiny_lm: Path, tmp_path: Path
+    ) -> None:
+        weights = load_file(tiny_lm / "model.safetensors")
+        part = {"a": weights["lm_head.weight"], "packed": torch.zeros(10, dtype=torch.int8)}
+        save_file(part, tmp_path / "model-00001-of-00001.safetensors")
+        save_file(weights, tmp_path / "consolidated.safetensors")
+        index = {"weight_map": dict.fromkeys(part, "model-00001-of-00001.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert weight_bytes(tmp_path, "float16") == 2 * part["a"].numel() + 10
+
+    def test_one_gpu_or_more(self) -> None:
+        assert fits_one_gpu(16 << 30, 78 << 30)
+        assert not fits_one_gpu(70 << 30, 78 << 30), "a batch has to fit beside them"
+        assert not fits_one_gpu(1, 0)
+
+    def test_room_leaves_space_for_batches_and_for_later_teachers(self) -> None:
+        free: dict[int | str, int] = {0: 1000, 1: 500, "cpu": 2000}
+        assert room_for_weights(free, 1) == {0: 800, 1: 400, "cpu": 1800}
+        assert room_for_weights(free, 2) == {0: 400, 1: 200, "cpu": 900}
+
+    def test_a_teacher_that_does_not_fit_is_spread(
+        self, lm: TeacherOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rooms: list[object] = []
+        monkeypatch.setattr(teacher, "_load", lambda _files, _options, room: rooms.append(room))
+        size = weight_bytes(Path(lm.names[0]), "float32")
+        both = dataclasses.replace(lm, names=lm.names * 2, device="cuda", weights=(0.5, 0.5))
+        for free in (3 * size, 2 * size):  # there must be some room beside the two
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+            monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 100, "cpu": 1000})
+            teacher._load_all(both)
+        assert rooms == [None, None, {0: 40, "cpu": 450}, {0: 80, "cpu": 900}]
+        assert caplog.text.count("are spread") == 1
+
+    def test_weights_that_lie_elsewhere_between_calls_give_the_same_logits(
+        self, lm: TeacherOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # What CPU offload does to a GPU, done with a disk to this CPU: the output layer is on no
+        # device until it is called.
+        places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+        spread = AutoModelForCausalLM.from_pretrained(
+            lm.names[0],
+            device_map={**places, "model.layers": "disk", "lm_head": "disk"},
+            offload_folder=str(tmp_path),
+        )
+        assert spread.lm_head.weight.is_meta
+        plain = Teacher(lm, 290)
+        monkeypatch.setattr(teacher, "_load_all", lambda _options: [spread.eval()])
+        offloaded = Teacher(dataclasses.replace(lm, compile=True), 290)  # which it leaves alone
+        assert offloaded.device == torch.device("cpu")
+        assert offloaded._direct == [True]
+        rows = lm_rows(30, 12)
+        assert torch.equal(logits_of(offloaded, rows), logits_of(plain, rows))
+
+    def test_where_inputs_go_to_a_model_that_is_spread(self) -> None:
+        places = {"embed": "cpu", "layers.0": 1, "layers.1": 0, "head": "cpu"}
+        model = mock.Mock(hf_device_map=places)
+        assert teacher.input_device(model) == torch.device("cuda", 1)
+
+    def test_a_teacher_that_fits_nowhere_is_refused(self, lm: TeacherOptions) -> None:
+        files = teacher.TeacherFiles.find(lm.names[0])
+        half = weight_bytes(files.folder, "float32") // 2
+        with pytest.raises(UsageError, match="does not fit the GPUs and the memory of a worker"):
+            teacher._load(files, dataclasses.replace(lm, device="auto"), {"cpu": half})
+
+
+class TestBatchSize:
+    @pytest.mark.parametrize(
+        ("shares", "found", "tried"),
+        [
+            ({65536: 0.5}, 65536, 1),
+            ({65536: 0.95, 32768: 0.48}, 32768, 2),  # it fits today and not with other holes
+            ({65536: None, 32768: None, 16384: 0.8}, 16384, 3),
+            ({}, 1000, 7),  # one row is never tried
+        ],
+    )
+    def test_the_largest_that_fits(
+        self, shares: dict[int, float | None], found: int, tried: int
+    ) -> None:
+        seen: list[int] = []
+
+        def share(tokens: int) -> float | None:
+            seen.append(tokens)
+            return shares.get(tokens)
+
+        assert find_batch_tokens(share, 65536, 1000) == found
+        assert seen == [65536 >> i for i in range(tried)]
+
+    def test_rows_longer_than_the_largest_batch_are_one_each(self) -> None:
+        assert find_batch_tokens(lambda _tokens: 1 / 0, 65536, 100_000) == 100_000
+
+    def test_a_batch_that_is_tried_is_full_of_the_longest_rows(
+        self, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shapes: list[tuple[int, int]] = []
+        own = Teacher.logits
+
+        def logits(self: Teacher, rows: list[Row]) -> object:
+            shapes.append((len(rows), len(rows[0].input_ids)))
+            return own(self, rows)
+
+        monkeypatch.setattr(Teacher, "logits", logits)
+        monkeypatch.setattr(teacher, "_compile", lambda _model: None)
+        build(dataclasses.replace(options, compile=True, batch_tokens=300))
+        assert shapes[0] == (4, 64)
+
+    @pytest.mark.parametrize("given", [None, 512])
+    def test_only_a_size_that_was_not_given_is_looked_for(
+        self, options: BuildOptions, monkeypatch: pytest.MonkeyPatch, given: int | None
+    ) -> None:
+        found: list[int] = []
+
+        class OnGpu(Teacher):
+            def __init__(self, *args: object) -> None:
+                super().__init__(*args)  # type: ignore[arg-type]
+                self.device = mock.Mock(type="cuda")
+
+        def look(_worker: SpanWorker) -> int:
+            found.append(1)
+            raise UsageError("looked")
+
+        monkeypatch.setattr(worker, "Teacher", OnGpu)
+        monkeypatch.setattr(SpanWorker, "_find_batch_tokens", look)
+        monkeypatch.setattr(SpanWorker, "run", lambda *_: (_ for _ in ()).throw(UsageError("ran")))
+        with pytest.raises(UsageError, match="ran" if given else "looked"):
+            build(dataclasses.replace(options, batch_tokens=given))
+        assert bool(found) == (given is None)
+
+    def test_memory_that_runs_out_halves_the_batch_and_loses_no_row(
+        self, options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build(options)
+        own, limit = Teacher.logits, 200
+        refused = []
+
+        def logits(self: Teacher, rows: list[Row]) -> object:
+            tokens = len(rows) * max(len(row.input_ids) for row in rows)
+            if tokens > limit:
+                refused.append(tokens)
+                raise torch.OutOfMemoryError("no")
+            return own(self, rows)
+
+        monkeypatch.setattr(Teacher, "logits", logits)
+        other = dataclasses.replace(options, out=str(tmp_path / "other"), batch_tokens=1000)
+        build(other)
+        assert refused == [960, 448], "what fits is remembered, for the rest of the span too"
+        one, two = Cache.open(options.out), Cache.open(other.out)
+        assert one.spec.fingerprint == two.spec.fingerprint
+        for span in range(one.spec.spans):
+            a, b = one.read(span), two.read(span)
+            assert np.array_equal(a.input_ids, b.input_ids)
+            left, right = a.targets.at(1.0), b.targets.at(1.0)
+            assert isinstance(left, DenseTargets)
+            assert isinstance(right, DenseTargets)
+            torch.testing.assert_close(left.logits, right.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+class TestOnGpu:
+    def test_the_share_of_memory_that_something_takes(self) -> None:
+        free = torch.cuda.mem_get_info()[0]
+
+        def take(share: float) -> Callable[[], torch.Tensor]:
+            return lambda: torch.empty(int(share * free), dtype=torch.uint8, device="cuda")
+
+        assert memory.peak_share(take(0.25)) == pytest.approx(0.25, abs=0.02)
+        assert memory.peak_share(take(1.5)) is None
+        assert torch.cuda.memory_allocated() < 0.01 * free, "nothing of it is left"
+
+    def test_a_batch_size_is_found_and_used(self, options: BuildOptions) -> None:
+        sizes: list[int] = []
+        own = SpanWorker._find_batch_tokens
+        with mock.patch.object(
+            SpanWorker, "_find_batch_tokens", lambda w: sizes.append(own(w)) or sizes[-1]
+        ):
+            result = build(dataclasses.replace(options, codec="sample:8"))
+        assert result.positions > 0
+        assert sizes == [65536], "a tiny model fits any card with the largest"
+
+    @pytest.mark.parametrize("share", [0.6, 0.1])
+    def test_a_teacher_spread_over_gpu_and_host_says_the_same(
+        self, lm: TeacherOptions, tiny_tokenizer: Path, tmp_path: Path, share: float
+    ) -> None:
+        folder = make_tiny_lm(tiny_tokenizer, tmp_path / "lm", seed=3)
+        lm = dataclasses.replace(lm, names=(str(folder),))
+        size = weight_bytes(folder, "float32")
+        room: dict[int | str, int] = {0: int(share * size), "cpu": 1 << 30}
+        with (
+            mock.patch.object(teacher, "fits_one_gpu", return_value=False),
+            mock.patch.object(teacher, "room_for_weights", return_value=room),
+        ):
+            spread = Teacher(dataclasses.replace(lm, device="cuda"), 290)
+        assert "cpu" in map(str, spread._models[0].hf_device_map.values())
+        rows = lm_rows(30, 12)
+        want = logits_of(Teacher(lm, 290), rows)
+        torch.testing.assert_close(logits_of(spread, rows), want, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_a_compiled_teacher_says_the_same(self, lm: TeacherOptions) -> None:
+        rows = lm_rows(64, 64, 20)
+        plain = logits_of(Teacher(dataclasses.replace(lm, device="cuda"), 300), rows)
+        fast = Teacher(dataclasses.replace(lm, device="cuda", compile=True), 300)
+        torch.testing.assert_close(logits_of(fast, rows), plain, rtol=1e-3, atol=1e-3)
