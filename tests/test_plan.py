@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
@@ -244,6 +246,16 @@ def test_a_corpus_without_a_row_is_refused(options: PlanOptions, tmp_path: Path)
     empty.write_text('{"text": ""}\n{"text": " "}\n')
     with pytest.raises(UsageError, match="no row could be made"):
         plan(dataclasses.replace(options, corpus=(str(empty),)))
+
+
+def test_a_broken_teacher_is_refused(options: PlanOptions, tiny_lm: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("inf")
+    shutil.copytree(tiny_lm, tmp_path / "broken")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UsageError, match=r"NaN or infinite logits at \d+ of \d+ positions"):
+        plan(dataclasses.replace(options, teacher=(str(tmp_path / "broken"),)))
 
 
 def test_the_command_prints_tables_json_and_a_plot(options: PlanOptions, tmp_path: Path) -> None:

@@ -306,6 +306,12 @@ class _Trial:
         if timed:
             self.seconds += _now(logits.device) - begin
         arrays = {name: tensor.cpu().numpy() for name, tensor in encoded.items()}
+        bad = int((~arrays["finite"]).sum())
+        if bad:
+            raise UsageError(
+                f"the teacher gives NaN or infinite logits at {bad} of {len(logits)} positions: "
+                "nothing to plan with. Try --dtype float32, or check the model."
+            )
         to_id, to_rank = self.ranks or (None, None)
         return SoftTargets(self.codec, self.codec.pack(arrays, to_rank), to_id)
 
