@@ -123,7 +123,8 @@ class TrainOptions:
         bf16: compute in bfloat16.
         fp16: compute in float16 with a scaled loss.
         seed: of the order, of random weights and of dropout.
-        shuffle_shards: shards whose rows are shuffled together.
+        shuffle_shards: shards whose rows are shuffled together. Default: as many as make 32 MiB of
+            stored bytes, but 3 at least.
         prefetch: batches decoded ahead.
         student_tokenizer: what a biLSTM reads: `words` of a vocabulary of its own, or the
             `teacher`'s tokens. None: words.
@@ -176,7 +177,7 @@ class TrainOptions:
     bf16: bool = False
     fp16: bool = False
     seed: int = 0
-    shuffle_shards: int = 8
+    shuffle_shards: int | None = None
     prefetch: int = 4
     student_tokenizer: Literal["words", "teacher"] | None = None
     max_length: int | None = None
