@@ -8,6 +8,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -294,3 +295,29 @@ def test_a_narrow_terminal_folds_headings_and_no_cell(options: PlanOptions) -> N
         lines = [line.split() for line in out.getvalue().splitlines()]
         for codec in options.codecs:
             assert sum(words[:1] == [codec] for words in lines) == 2 + 3  # costs, fidelities
+
+
+def test_figures_do_not_depend_on_the_size_of_batches(options: PlanOptions) -> None:
+    large, small = (plan(dataclasses.replace(options, batch_tokens=n)) for n in (10_000, 70))
+    assert large.positions == small.positions
+    for one, two in zip(large.caches, small.caches, strict=True):
+        assert one.entries == pytest.approx(two.entries, rel=1e-3)
+        assert one.bytes_per_position == pytest.approx(two.bytes_per_position, rel=0.01)
+        for a, b in zip(one.fidelity, two.fidelity, strict=True):
+            assert a.noise == pytest.approx(b.noise, rel=0.02, abs=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_plan_takes_the_batch_that_fits_the_gpu(
+    options: PlanOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    def share(run: Callable[[], object]) -> float | None:
+        tried.append(run())
+        return 0.5 if len(tried) == 8 else None
+
+    monkeypatch.setattr("kdcache.report.plan.peak_share", share)
+    assert plan(options).rows == options.rows
+    assert len(tried) == 8  # 65,536 tokens down to 512, and rows of 64 would end it

@@ -34,6 +34,7 @@ from torch import Tensor
 from kdcache.builder import BuildOptions, Dtype, Prepared, prepare
 from kdcache.corpus import OnError
 from kdcache.errors import UsageError
+from kdcache.memory import find_batch_tokens, peak_share
 from kdcache.ranks import ranks_of_ids, read_ranks
 from kdcache.report.fidelity import Fidelity, FidelityMeter, FullGradient
 from kdcache.report.sample import CorpusSample, sample_rows
@@ -41,7 +42,7 @@ from kdcache.rows import IGNORE, Form, Packing, Row, Task
 from kdcache.shard import ShardData, column_bytes, read_shard, write_shard
 from kdcache.storage import redact
 from kdcache.targets import Codec, SoftTargets, position_uniform
-from kdcache.teacher import Teacher
+from kdcache.teacher import Attention, Teacher
 from kdcache.worker import batches
 
 WORKERS = (1, 8, 64)
@@ -86,7 +87,10 @@ class PlanOptions:
         on_error: `fail` or `skip` for records that cannot be read.
         limit: plan for the first records of the corpus only.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        batch_tokens: padded tokens of a teacher batch. Default: by device.
+        batch_tokens: padded tokens of a teacher batch. Default: 4096 on a CPU; on a GPU the largest
+            of 65536 and its halves that fits.
+        attention: `auto`, `sdpa`, `flash_attention_2` or `eager`, as in `build`.
+        compile: run the teacher through torch.compile, as in `build`.
         ensemble: `mean-probs` or `mean-logits`.
         teacher_weight: weight of each teacher. Default: all equal.
         trust_remote_code: let code that ships with a teacher run.
@@ -114,6 +118,8 @@ class PlanOptions:
     limit: int | None = None
     dtype: Dtype = "auto"
     batch_tokens: int | None = None
+    attention: Attention = "auto"
+    compile: bool = False
     ensemble: Literal["mean-probs", "mean-logits"] = "mean-probs"
     teacher_weight: tuple[float, ...] | None = None
     trust_remote_code: bool = False
@@ -246,7 +252,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
     codecs = _grid(options, vocab)
     sample = sample_rows(prepared.corpus, prepared.rows, prepared.tokenizer, options.rows)
     report(f"{len(sample.rows)} rows of {sample.records} records; loading the teacher")
-    run = _Run(prepared, codecs, sample)
+    run = _Run(prepared, codecs, sample, find_batch=options.batch_tokens is None)
     run.check_memory()
     run.measure(report)
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
@@ -319,20 +325,32 @@ class _Trial:
 class _Run:
     """The teacher's pass over the sample."""
 
-    def __init__(self, prepared: Prepared, codecs: Sequence[Codec], sample: CorpusSample) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        codecs: Sequence[Codec],
+        sample: CorpusSample,
+        *,
+        find_batch: bool,
+    ) -> None:
         self.prepared, self.sample = prepared, sample
+        self._find_batch = find_batch
         self.causal = prepared.spec.task == "causal-lm"
         ranks = None
         if prepared.ranks:
             to_id = read_ranks(prepared.ranks, prepared.spec.vocab_size)
             ranks = (to_id, ranks_of_ids(to_id))
         self.trials = [_Trial(c, ranks if c.uses_ranks else None) for c in codecs]
-        lengths = [len(row.input_ids) for row in sample.rows]
-        self.batches = list(batches(lengths, prepared.batch_tokens))
-        self.rows = [sample.rows[i] for batch in self.batches for i in batch]
+        # The order of the rows is the same for batches of any size.
+        self.rows = [
+            sample.rows[i] for batch in self._batches(prepared.batch_tokens) for i in batch
+        ]
         self.positions = sum(len(self._wanted(row)) for row in self.rows)
         self.compared = 0
         self.seconds = 0.0
+
+    def _batches(self, tokens: int) -> list[list[int]]:
+        return list(batches([len(row.input_ids) for row in self.sample.rows], tokens))
 
     def _wanted(self, row: Row) -> np.ndarray:
         return np.flatnonzero(row.labels != IGNORE) if self.causal else np.zeros(1, np.int64)
@@ -354,10 +372,12 @@ class _Run:
     def measure(self, report: Report) -> None:
         """Run the teacher over the sample and every codec over its logits."""
         self.teacher = Teacher(self.prepared.teacher, self.prepared.spec.vocab_size)
-        self._warm_up()
+        cut = self._batches(self._batch_tokens())
+        # Kernels are chosen and compiled at their first call: not what a long build is made of.
+        self._try(cut[0] if self.prepared.teacher.compile else cut[-1][-1:])
         every = max(1, -(-self.positions // _COMPARED))
         at = done = 0
-        for batch in self.batches:
+        for batch in cut:
             rows = [self.sample.rows[i] for i in batch]
             u = self._noise(batch)
             place = 0
@@ -375,10 +395,20 @@ class _Run:
             done += len(batch)
             report(f"teacher: {done} of {len(self.rows)} rows")
 
-    def _warm_up(self) -> None:
-        """Kernels are chosen and compiled at their first call: not what a long build is made of."""
-        row = min(self.rows, key=lambda row: len(row.input_ids))
-        for logits in self.teacher.logits([row]):
+    def _batch_tokens(self) -> int:
+        """What a build would find: the largest batch that fits a GPU."""
+        most = self.prepared.batch_tokens
+        if not self._find_batch or self.teacher.device.type != "cuda":
+            return most
+        return find_batch_tokens(
+            lambda tokens: peak_share(lambda: self._try(self._batches(tokens)[0])),
+            most,
+            max(len(row.input_ids) for row in self.rows),
+        )
+
+    def _try(self, batch: Sequence[int]) -> None:
+        """Run teacher and codecs over some rows, for nothing but their effects."""
+        for logits in self.teacher.logits([self.sample.rows[i] for i in batch]):
             u = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
             for trial in self.trials:
                 trial.add(logits, u, timed=False)
