@@ -398,6 +398,12 @@ class TestClassification:
         assert len(list(encoder.encode(records(values)))) == 1
         assert encoder.empty == 1
 
+    def test_texts_that_are_cut_are_counted(self, bert: Any) -> None:
+        encoder = make_encoder(RowSpec("sequence-classification", max_length=32), bert)
+        values = [{"text": "a film"}, {"text": "bad " * 30}, {"text": "bad " * 31}]
+        assert [len(row.input_ids) for row in encoder.encode(records(values))] == [4, 32, 32]
+        assert encoder.truncated == 1
+
     def test_no_room_for_text(self, bert: Any) -> None:
         with pytest.raises(UsageError, match=r"adds 3 tokens.*--max-length to 5"):
             classify(bert, [], max_length=4, pair_column="other")

@@ -31,7 +31,8 @@ class Encoder(ABC):
         tokenizer: A Hugging Face tokenizer.
         stats: Records taken, records skipped because of `RowSpec.on_error` and the first reasons.
         empty: Records without anything to learn: empty text, no answer of the assistant.
-        truncated: Documents cut short at `RowSpec.max_length` (``packing="none"`` only).
+        truncated: Documents cut short at `RowSpec.max_length`: texts to classify (where a fast
+            tokenizer tells), and under ``packing="none"``.
     """
 
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
@@ -282,6 +283,7 @@ class ClassificationEncoder(Encoder):
                 return_attention_mask=False,
                 verbose=False,
             )
+            self.truncated += sum(bool(text.overflowing) for text in encoded.encodings or ())
             types = encoded.get("token_type_ids")
             for i, text in enumerate(texts):
                 yield Row(
