@@ -116,6 +116,18 @@ def test_marked_blocks_are_run_by_a_test(path: Path) -> None:
         assert run is None or f'"{run}"' in here
 
 
+def test_messages_that_operations_explains_are_said() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "kdcache").rglob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources).replace("{_TRIES}", "3")
+    table = (ROOT / "docs" / "operations.md").read_text().split("| you see |")[1].split("\n\n")[0]
+    # Those of other programs are marked as such.
+    cells = [line.split(" | ")[0] for line in table.splitlines() if "from `ray`" not in line]
+    messages = [found for cell in cells for found in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 20
+    parts = [part.strip() for message in messages for part in message.split("…")]
+    assert [part for part in parts if part not in said and not part.startswith("--")] == []
+
+
 def test_layout_in_the_design_is_the_real_one() -> None:
     (layout,) = (t for _, _, t in _blocks(ROOT / "docs" / "design.md") if t.startswith("cli.py"))
     named: set[str] = set()
