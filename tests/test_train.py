@@ -24,6 +24,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from kdcache.cache import Cache
 from kdcache.errors import UsageError
@@ -302,6 +306,42 @@ def test_tensorboard_gets_the_curves(options: Make, folder: Path) -> None:
     assert {"train/hard_loss", "train/soft_loss", "eval/loss", "eval/accuracy"} <= set(
         log.Tags()["scalars"]
     )
+
+
+def test_each_training_is_a_run_of_weights_and_biases(
+    options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is optional")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    seen: dict[str, float] = {}
+
+    def look(_: TrainProgress) -> None:
+        seen[wandb.run.name] = wandb.run.summary.get("train/loss")  # the line before this one
+
+    for name in ("one", "two"):
+        chosen = options(out=str(tmp_path / name), report_to="wandb", student="bilstm", **SMALL)
+        train(chosen, on_progress=look)
+        assert wandb.run is None
+        assert seen[name] == pytest.approx(losses(chosen.out)[-2])
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+    with wandb.init(project="mine") as mine:
+        train(options(report_to="wandb", student="bilstm", **SMALL))
+        assert wandb.run is mine
+
+
+def test_trackers_that_are_not_there_are_told(options: Make, tmp_path: Path) -> None:
+    missing = next(
+        name
+        for name in INTEGRATION_TO_CALLBACK
+        if name not in get_available_reporting_integrations()
+    )
+    with pytest.raises(UsageError) as told:
+        train(options(report_to=("auto", "tensorbord", missing)))
+    assert "report_to is 'tensorbord', expected one of auto, none, " in str(told.value)
+    assert f"report_to is {missing}, which is not installed" in str(told.value)
+    assert not (tmp_path / "run").exists()
 
 
 # Resume

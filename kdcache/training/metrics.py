@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
 
 from kdcache.training.result import TrainProgress
 
@@ -92,6 +97,22 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             self._on_progress(progress)
 
 
+def wrong_trackers(names: Sequence[str]) -> list[str]:
+    """What is wrong with the trackers asked for: a line each."""
+    here, wrong = get_available_reporting_integrations(), []
+    for name in names:
+        if name in ("auto", "none", *here):
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            wrong.append(
+                f"report_to is {name}, which is not installed. Install it or leave it out."
+            )
+        else:
+            known = ", ".join(["auto", "none", *sorted(INTEGRATION_TO_CALLBACK)])
+            wrong.append(f"report_to is {name!r}, expected one of {known}.")
+    return wrong
+
+
 class PlainTensorBoard(TensorBoardCallback):  # type: ignore[misc]
     """HF's own callback, without a model: a student need not have an HF config."""
 
@@ -101,3 +122,33 @@ class PlainTensorBoard(TensorBoardCallback):  # type: ignore[misc]
         """Open the log."""
         kwargs.pop("model", None)
         super().on_train_begin(args, state, control, **kwargs)
+
+
+class OwnWandb(WandbCallback):  # type: ignore[misc]
+    """HF's own callback, with a run of Weights & Biases for each training.
+
+    HF leaves it open, and the next training of the process would go on in it.
+    """
+
+    _ours: ClassVar[Any] = None  # the run open now, unless the caller made it
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open a run, unless the caller has one open."""
+        self._close()  # that of a training that failed
+        theirs = self._wandb.run
+        super().on_train_begin(args, state, control, **kwargs)
+        OwnWandb._ours = None if self._wandb.run is theirs else self._wandb.run
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close it."""
+        super().on_train_end(args, state, control, **kwargs)
+        self._close()
+
+    def _close(self) -> None:
+        if OwnWandb._ours is not None and OwnWandb._ours is self._wandb.run:
+            self._wandb.finish()
+        OwnWandb._ours = None

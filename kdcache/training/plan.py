@@ -16,7 +16,7 @@ from kdcache.errors import UsageError
 from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.targets import Dense, DenseTargets, Sample, SparseTargets
-from kdcache.training.metrics import METRICS_FILE
+from kdcache.training.metrics import METRICS_FILE, wrong_trackers
 from kdcache.training.options import TrainOptions
 from kdcache.training.result import TrainResult
 from kdcache.training.trainer import check_identity, last_checkpoint, read_state
@@ -51,7 +51,7 @@ class Plan:
         """
         caches = opened(options.cache)
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
-        first, problems = caches[0], []
+        first, problems = caches[0], wrong_trackers(options.report_to)
         codec, temperatures = first.codec(), []
         if not options.hard_only:
             schedule = options.temperatures

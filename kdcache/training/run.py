@@ -48,6 +48,7 @@ from kdcache.student import (
 from kdcache.teacher import quiet_transformers
 from kdcache.training.metrics import (
     MetricsCallback,
+    OwnWandb,
     PlainTensorBoard,
     cut_metrics,
     seconds_before,
@@ -266,13 +267,17 @@ def _trainer(
     evaluates = bool(plan.eval_caches)
     every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
     callbacks: list[TrainerCallback] = [MetricsCallback(plan.out, on_progress)]
-    trackers = [name for name in options.report_to if name not in ("auto", "none", "tensorboard")]
-    if {"auto", "tensorboard"} & {*options.report_to} and is_tensorboard_available():
+    asked = {*options.report_to}
+    trackers = sorted(asked - {"auto", "none", "tensorboard", "wandb"})
+    if asked & {"auto", "tensorboard"} and is_tensorboard_available():
         callbacks.append(PlainTensorBoard())
+    if "wandb" in asked:
+        callbacks.append(OwnWandb())
     if options.patience is not None:
         callbacks.append(EarlyStoppingCallback(options.patience))
     arguments = TrainingArguments(
         output_dir=str(plan.out),
+        run_name=plan.out.name,
         max_steps=steps,
         per_device_train_batch_size=max(1, options.batch_size // options.num_workers),
         gradient_accumulation_steps=options.gradient_accumulation,
