@@ -72,7 +72,8 @@ class BuildOptions:
             by the columns that hold something.
         format: format of all files, such as `jsonl`; `auto` goes by their names.
         max_length: tokens of the longest row.
-        packing: `concat`, `none` or `split`. Default: `concat` for a causal LM.
+        packing: `concat` joins documents into full rows, `none` makes one row of each and cuts it
+            at the longest, `split` goes on in further rows. Default: `concat` for a causal LM.
         on_error: `fail` or `skip` for records that cannot be read.
         limit: use only the first records of the corpus.
         workers: number of Ray workers; `auto` for as many as there is room, 0 for this

@@ -70,7 +70,7 @@ class PlanOptions:
         task: `causal-lm` or `sequence-classification`.
         codec: codecs to compare. Default: `sample:10`, `sample:20`, `sample:40`, `topk:16`,
             `topk:64` for a causal LM, `dense` and `dense:float16` for classification.
-        temperatures: sets of declared temperatures to compare, such as `1` and `1,2`.
+        temperatures: sets of declared temperatures to compare. Default: `1` and `1,2`.
         rows: rows of the sample.
         text_column: column of the text.
         pair_column: column of a second text (optional).
@@ -83,7 +83,8 @@ class PlanOptions:
             by the columns that hold something.
         format: format of all files, such as `jsonl`; `auto` goes by their names.
         max_length: tokens of the longest row.
-        packing: `concat`, `none` or `split`. Default: `concat` for a causal LM.
+        packing: `concat` joins documents into full rows, `none` makes one row of each and cuts it
+            at the longest, `split` goes on in further rows. Default: `concat` for a causal LM.
         on_error: `fail` or `skip` for records that cannot be read.
         limit: plan for the first records of the corpus only.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
@@ -101,7 +102,7 @@ class PlanOptions:
     corpus: tuple[str, ...]
     task: Task = "causal-lm"
     codec: tuple[str, ...] | None = None
-    temperatures: tuple[str, ...] = ("1", "1,2")
+    temperatures: tuple[str, ...] | None = None
     rows: int = 64
     text_column: str = "text"
     pair_column: str | None = None
@@ -132,8 +133,9 @@ class PlanOptions:
         try:
             _ = self.temperature_sets
         except ValueError:
+            given = " ".join(self.temperatures or ())
             problems.append(
-                f"--temperatures are {' '.join(self.temperatures)}, expected positive numbers, "
+                f"--temperatures are {given}, expected positive numbers, "
                 "several of one set with commas: --temperatures 1 --temperatures 1,2"
             )
         folder = Path(self.plot).parent if self.plot else Path()
@@ -151,8 +153,9 @@ class PlanOptions:
     @property
     def temperature_sets(self) -> tuple[tuple[float, ...], ...]:
         """The sets of declared temperatures; ValueError where one is no such set."""
-        sets = tuple(tuple(float(t) for t in text.split(",")) for text in self.temperatures)
-        if not sets or not all(math.isfinite(t) and t > 0 for one in sets for t in one):
+        texts = self.temperatures or ("1", "1,2")
+        sets = tuple(tuple(float(t) for t in text.split(",")) for text in texts)
+        if not all(math.isfinite(t) and t > 0 for one in sets for t in one):
             raise ValueError(self.temperatures)
         return sets
 
