@@ -7,8 +7,9 @@ range), Parquet and Arrow by a fraction of their rows, and what can't be entered
 
 Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
 are made when asked for. Only ``limit`` reads while planning, and only up to the limit. Reading a
-byte span costs its bytes; a dealt part costs the whole file's decompression or CSV parsing, hence
-at most 128 parts a file: a very large corpus is better off in plain JSONL or Parquet.
+byte span costs its bytes; one of Parquet decodes its row group from the beginning; a dealt part
+costs the whole file's decompression or CSV parsing, hence at most 128 parts a file: a very large
+corpus is better off in plain JSONL, or in Parquet of small row groups.
 
 Guarantee: a span is a pure function of the files' names and sizes and the options, so every worker
 reads the same records from the same span; over all spans each record comes exactly once. A span may
