@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,17 @@ def test_readme_python(run: Run) -> None:
     assert "target_weights" in printed
 
 
-@pytest.mark.end_to_end
-def test_training_page(run: Run, desk: Path) -> None:
-    build = _blocks(ROOT / "docs" / "training.md")
-    (command,) = (text for _, language, text in build if language == "sh")
+@pytest.fixture
+def built(run: Run) -> None:
+    """The cache of the page on training."""
+    blocks = _blocks(ROOT / "docs" / "training.md")
+    (command,) = (text for _, language, text in blocks if language == "sh")
     run("bash", "-euo", "pipefail", "-c", command.rstrip() + " --workers 0 --limit 40\n")
+
+
+@pytest.mark.end_to_end
+@pytest.mark.usefixtures("built")
+def test_training_page(run: Run, desk: Path) -> None:
     names = ("loop", "trainer", "own-loss")
     # One process for all, each block with names of its own.
     blocks = [_block("docs/training.md", name) for name in names]
@@ -244,6 +251,19 @@ def test_training_page(run: Run, desk: Path) -> None:
     assert said == ["loop", "trainer", "own loss"]
     for folder in ("loop", "trainer/student", "own-loss/student"):
         assert (desk / "runs" / folder / "model.safetensors").is_file()
+
+
+@pytest.mark.end_to_end
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.usefixtures("built")
+def test_training_page_with_trl(run: Run) -> None:
+    script = _block("docs/training.md", "own-loss") + _block("docs/training.md", "trl")
+    own, trl = (
+        line
+        for line in run(sys.executable, "-c", script).splitlines()
+        if line.startswith(("own loss:", "trl:"))
+    )
+    assert own.removeprefix("own loss") == trl.removeprefix("trl")  # as many steps
 
 
 @pytest.mark.end_to_end

@@ -128,14 +128,13 @@ class SweepResult:
         better = "higher" if self.ranked_by == "accuracy" else "lower"
         unit = "" if self.ranked_by == "accuracy" else ", nats a position"
         seeds = "" if self.runs[0].seed is None else " (small: seeds, large: their mean)"
-        first = next(iter(self.settings[0].setting), "")
         by_name = {run.name: run for run in self.runs}
         plot_dots(
             folder / "results.png",
             [
                 DotRow(
                     label=_words(setting.setting),
-                    group=setting.setting.get("student", setting.setting.get(first, "")),
+                    group=_kind(setting.setting),
                     values=[by_name[name].figures[self.ranked_by] for name in setting.runs],
                 )
                 for setting in best
@@ -182,6 +181,14 @@ def _words(setting: dict[str, str]) -> str:
         if value != "-"
     )
     return "  ".join(shown) or "all seeds"
+
+
+def _kind(setting: dict[str, str]) -> str:
+    """What gives a setting its colour: the student, or else the first option that is crossed."""
+    if "student" in setting or not setting:
+        return setting.get("student", "")
+    name, value = next(iter(setting.items()))
+    return f"{name} {value}"
 
 
 def replace_text(path: Path, text: str) -> None:
