@@ -9,6 +9,7 @@ is there at once.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ import click
 
 from kdcache import __version__
 from kdcache.errors import KdcacheError
-from kdcache.storage.urls import redact
+from kdcache.storage import no_space, redact
 
 COMMANDS = {
     "plan": "Measure what a cache would cost and how good it would be, on a sample.",
@@ -64,6 +65,15 @@ class _Commands(click.Group):
             # The reader of our output went away (`| head`): nothing is wrong.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except OSError as error:
+            # Wherever a command writes to, a disk that refuses is for the user to mend.
+            full, closed = no_space(error), error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            if not (full or closed):
+                raise
+            cure = "Free some space and run" if full else "Make it writable, or name another; run"
+            place = redact(str(error.filename or "the disk"))
+            click.echo(f"Error: {place}: {error.strerror}. {cure} the same command.", err=True)
+            ctx.exit(3 if full else 2)
 
 
 class _Log(logging.Handler):

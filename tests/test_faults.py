@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from broken_caches import flip, run
 from fault_points import MOMENTS
 from test_build import files
 
@@ -29,6 +30,7 @@ from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
 from kdcache.driver import Progress
 from kdcache.errors import IncompleteError, UsageError
+from kdcache.upkeep import RepairOptions, repair
 
 pytestmark = pytest.mark.end_to_end
 
@@ -182,7 +184,8 @@ def test_nodes_go_and_come(cluster: Any, faults: Path, options: BuildOptions) ->
             added.append(cluster.add_node(num_cpus=1))
         elif added and len(progress.workers) == 3:
             for node in old:
-                cluster.remove_node(node, allow_graceful=True)
+                # One is preempted with notice, the other is simply gone.
+                cluster.remove_node(node, allow_graceful=node is old[0])
             (faults / "gate").unlink()
 
     options = dataclasses.replace(options, address=cluster.address)
@@ -278,6 +281,7 @@ def test_a_driver_that_ends_leaves_nothing_behind(
     assert process.stderr is not None
     shards = Path(options.out, "shards")
     until(lambda: len(list(faults.glob("waiting-*"))) == 2 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     assert len(list(shards.glob("*"))) == 2
     started = psutil.Process(process.pid).children(recursive=True)
     assert any("ray::RayWorker" in " ".join(p.cmdline()) for p in started) == bool(workers)
@@ -354,7 +358,7 @@ def test_a_read_only_file_system(options: BuildOptions, mount: Callable[..., Pat
     place = mount("size=10m")
     options = dataclasses.replace(options, out=str(place / "cache"))
     mount("remount,ro")
-    refuse(options, UsageError, "read-only file system. Choose another --out")
+    refuse(options, UsageError, "read-only file system. Make it writable, or choose another place")
     mount("remount,rw")
 
     def freeze(progress: Progress) -> None:
@@ -365,6 +369,14 @@ def test_a_read_only_file_system(options: BuildOptions, mount: Callable[..., Pat
     mount("remount,rw")
     build(options)
     assert same_as_undisturbed(options)
+    flip(min(Path(options.out, "shards").iterdir()), 999)
+    mount("remount,ro")
+    with pytest.raises(UsageError, match="read-only"):
+        repair(RepairOptions(options.out))
+    words = ["--cache", options.out, "--student", "bilstm", "--out", f"{place}/run"]
+    trained = run("train", *words)
+    assert trained.exit_code == 2, trained.output
+    assert trained.output.splitlines()[-1].startswith("Error: ")
 
 
 def test_a_file_system_that_loses_a_rename(

@@ -106,7 +106,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         open_storage(str(tmp_path / "cache"))
     below = open_storage(str(tmp_path / "cache" / "below"))
     assert below.empty()
-    with pytest.raises(UsageError, match="Not a directory. Choose another --out"):
+    with pytest.raises(UsageError, match="Not a directory. Make it writable, or choose"):
         below.create("spec.json", b"{}")
     with pytest.raises(UsageError, match="File name too long. Choose another path"):
         open_storage(str(tmp_path / ("x" * 300)))

@@ -97,7 +97,8 @@ class LocalStorage(Storage):
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""
-        (self.root / name).unlink(missing_ok=True)
+        with _output_errors(self.url):
+            (self.root / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _written(self, data: bytes) -> Iterator[Path]:
@@ -138,7 +139,8 @@ def _output_errors(url: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, PermissionError) or error.errno in _NO_PLACE:
             raise UsageError(
-                f"cannot write to {url}: {error.strerror}. Choose another --out."
+                f"cannot write to {url}: {error.strerror}. Make it writable, or choose another "
+                "place."
             ) from error
         if no_space(error):
             raise IncompleteError(
@@ -147,7 +149,7 @@ def _output_errors(url: str) -> Iterator[None]:
             ) from error
         if error.errno == errno.EROFS:
             raise UsageError(
-                f"{url} is on a read-only file system. Choose another --out."
+                f"{url} is on a read-only file system. Make it writable, or choose another place."
             ) from error
         raise
 
