@@ -5,6 +5,7 @@ Cost: opening reads two JSON files; no shard is touched.
 
 from __future__ import annotations
 
+import concurrent.futures as futures
 import contextlib
 import hashlib
 import tempfile
@@ -27,6 +28,7 @@ from kdcache.storage import Storage, open_storage, redact, sha256_file
 from kdcache.targets import Codec
 
 _LEFTOVERS = {"tmp", "tokenizer", "ranks.u32"}  # of a start that crashed
+_READERS = 16  # shards of earlier runs that a seal reads at once
 
 
 @dataclass
@@ -107,8 +109,7 @@ class Cache:
             done = len(cache.committed())
             raise IncompleteError(
                 f"the build of {redact(url)} has not finished: {done} of {cache.spec.spans} "
-                f"shards are "
-                "there. Run the same `kdcache build` command again to finish it."
+                "shards are there. Run the same `kdcache build` command again to finish it."
             )
         return cache
 
@@ -243,16 +244,24 @@ class Cache:
         if missing:
             raise IncompleteError(
                 f"{len(missing)} of {self.spec.spans} spans have no shard yet (first: "
-                f"{missing[0]}). "
-                "Run the same command again to make them."
+                f"{missing[0]}). Run the same command again to make them."
             )
         if self.manifest_or_none is not None:
             return self.manifest
-        shards = tuple(
-            known.get(committed[span]) or self.entry(span, committed[span])
-            for span in range(self.spec.spans)
-        )
+        known |= self._look_into({s: n for s, n in committed.items() if n not in known})
+        shards = tuple(known[committed[span]] for span in range(self.spec.spans))
         return Manifest(self.spec.fingerprint, shards, self.files)
+
+    def _look_into(self, names: Mapping[int, str]) -> dict[str, ShardEntry]:
+        """What a manifest says of shards (name by span) that this process has not written, by name.
+
+        Each is read whole. A store is mostly waited for, so several are read at once.
+        """
+        pool = futures.ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-seal")
+        try:
+            return {entry.name: entry for entry in pool.map(self.entry, names, names.values())}
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _refuse_change(self, entry: ShardEntry) -> None:
         said = self.manifest.shards[entry.span]
