@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from unbiased import excess
 
+from kdcache import sampling
 from kdcache.sampling import (
     BLOCK,
     Rule,
@@ -233,6 +234,23 @@ def test_entries_stay_within_the_bound(
         # Units of all entries and of the tail make up the whole: n follows from them.
         rest = len(ts) * rule(draws, ts).units - int(out["values"][position, :heads].sum())
         assert n == -(-rest * draws // rule(draws, ts).units)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(("n", "width", "k"), [(7, 512, 20), (3, 40, 40), (1, 3, 1), (5, 2560, 64)])
+def test_the_largest_are_those_of_topk(threads: int, n: int, width: int, k: int) -> None:
+    x = torch.randn(n, width, generator=torch.Generator().manual_seed(k))
+    x[0, ::3] = -torch.inf
+    x[-1, 0] = torch.nan  # counts as the largest, as in `topk`
+    want, before = x.topk(k, -1), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values, places = sampling._largest(x, k)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(values, want.values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x.gather(1, places), values, rtol=0, atol=0, equal_nan=True)
+    assert all(len(set(line.tolist())) == k for line in places)
 
 
 def test_masked_ids_are_never_met() -> None:
