@@ -11,6 +11,10 @@ same batches. Both take turns block by block, in changing order, so that other w
 slows both. Start-up (planning, creating the cache) and the loading of the model are apart. Wall
 time and CPU time of the process, which counts all threads, are given.
 
+Floor: the stages of a build by themselves, one after the other, on some rows of the first span.
+Where they share a core, no build can be faster than their sum; with cores to spare, all but the
+teacher and `encode` run beside the teacher.
+
 Sampler: `Codec.encode` on logits of one slice against what is commonly written instead.
 """
 
@@ -22,6 +26,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,10 +46,12 @@ from kdcache.builder import BuildOptions, Prepared, prepare
 from kdcache.cache import Cache
 from kdcache.corpus import Corpus, Span
 from kdcache.crew import LocalCrew
+from kdcache.ranks import ranks_of_ids
 from kdcache.rows import IGNORE, Row, make_encoder
-from kdcache.targets import Codec
+from kdcache.shard import ShardData, shard_bytes
+from kdcache.targets import Codec, SoftTargets
 from kdcache.teacher import tokenizer_files
-from kdcache.worker import Job, batches
+from kdcache.worker import Job, SpanWorker, batches
 
 CODECS = (("topk:64", (1.0,)), ("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)))
 SHAPES = {
@@ -86,6 +93,7 @@ class Sides:
         build: in steady state.
         forward: over the same batches.
         teacher: seconds of the build in its teacher and codec.
+        stages: seconds a position of each stage by itself.
     """
 
     codec: str
@@ -96,6 +104,7 @@ class Sides:
     build: Clock = field(default_factory=Clock)
     forward: Clock = field(default_factory=Clock)
     teacher: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
 
     @property
     def wall_ratio(self) -> float:
@@ -151,7 +160,44 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
             flush=True,
         )
     crew.stop()
+    del crew
+    sides.stages = stages(SpanWorker(job), spans[0])
     return sides
+
+
+@torch.inference_mode()
+def stages(worker: SpanWorker, span: Span) -> dict[str, float]:
+    """Seconds a position of each stage by itself: wall time on a GPU, else CPU time."""
+    clocks: dict[str, Clock] = defaultdict(Clock)
+    codec, ranks = worker.codec, worker.cache.rank_to_id
+    id_to_rank = None if ranks is None else ranks_of_ids(ranks)
+    with clocks["tokenise"].running():
+        rows = list(make_encoder(worker.job.rows, worker.tokenizer).encode(Corpus.read(span)))
+    share = [row for row in rows if (row.labels != IGNORE).any()]
+    read = sum(int((row.labels != IGNORE).sum()) for row in rows)
+    cut = list(batches([len(row.input_ids) for row in share], worker.batch_tokens))[:2]
+    used = [share[i] for batch in cut for i in batch]
+    parts, done = [], 0
+    for batch in cut:
+        logits_of = worker.teacher.logits([share[i] for i in batch])
+        while True:
+            with clocks["teacher"].running():
+                logits = next(logits_of, None)
+            if logits is None:
+                break
+            u = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
+            with clocks["encode"].running():
+                encoded = codec.encode(logits, u)
+            arrays = {name: value.cpu().numpy() for name, value in encoded.items()}
+            with clocks["pack"].running():
+                parts.append(SoftTargets(codec, codec.pack(arrays, id_to_rank), ranks))
+            done += len(logits)
+    with clocks["compress"].running():
+        data = ShardData.from_rows("causal-lm", used, SoftTargets.concat(parts))
+        shard_bytes(data, attributes={})
+    on_gpu = torch.cuda.is_available()
+    taken = {name: clock.wall if on_gpu else clock.cpu for name, clock in clocks.items()}
+    return {name: t / (read if name == "tokenise" else done) for name, t in taken.items()}
 
 
 def run(crew: LocalCrew, spans: Sequence[Span]) -> float:
@@ -318,10 +364,26 @@ def report(found: Sequence[Sides], what: str) -> str:
         for s in found
     ]
     header = ["cache", "wall", "CPU", "forward, µs", "build, µs", "in the teacher", "planning"]
-    return (
-        f"{what}: {found[0].positions:,} positions; {machine()}. Build by bare forward of the same "
-        f"model over the same batches; microseconds a position of wall time.\n\n"
-        + table([*header, "loading"], rows)
+    floors = [
+        [
+            f"`{s.codec}`, T = {name(s.temperatures)}",
+            *(f"{1e6 * seconds:.2f}" for seconds in s.stages.values()),
+            f"{(s.stages['teacher'] + s.stages['encode']) / s.stages['teacher']:.3f}x",
+            f"{sum(s.stages.values()) / s.stages['teacher']:.3f}x",
+        ]
+        for s in found
+    ]
+    kind = "wall" if torch.cuda.is_available() else "CPU"
+    return "\n\n".join(
+        [
+            f"{what}: {found[0].positions:,} positions; {machine()}. Build by bare forward of the "
+            "same model over the same batches; microseconds a position of wall time.",
+            table([*header, "loading"], rows),
+            f"The stages by themselves, microseconds a position of {kind} time, and what follows: "
+            "no build is faster than teacher and `encode` by the teacher alone where other cores "
+            "do the rest, nor than their sum where one core does everything.",
+            table(["cache", *found[0].stages, "floor", "floor on one core"], floors),
+        ]
     )
 
 

@@ -137,8 +137,10 @@ def _facts(now: Progress) -> str:
     words.append(f"teacher busy {now.teacher_busy:.0%}")
     if now.positions:
         words.append(f"{now.bytes_per_position:.1f} B/position")
-    if now.seconds_left:
-        words.append(f"{duration(now.seconds_left)} left")
+    left = now.spans - now.done - now.failed
+    if left:
+        end = f", {duration(now.seconds_left)}" if now.seconds_left else ""
+        words.append(f"{left:,} span{'s' if left > 1 else ''} left{end}")
     if now.failed:
         words.append(f"{now.failed} failed")
     if now.lost:
