@@ -284,6 +284,11 @@ class Driver:
             self.teacher_seconds += outcome.report.teacher_seconds
             self.truncated += outcome.report.truncated
             reasons = [redact(reason) for reason in outcome.report.reasons]
+            losses = {
+                "skipped": entry.skipped,
+                "truncated": outcome.report.truncated,
+                "reasons": reasons,
+            }
             self.tell(
                 "span",
                 span=span,
@@ -291,11 +296,9 @@ class Driver:
                 rows=entry.rows,
                 positions=entry.positions,
                 bytes=entry.bytes,
-                skipped=entry.skipped,
-                truncated=outcome.report.truncated,
-                reasons=reasons,
                 seconds=round(outcome.report.seconds, 3),
                 teacher_seconds=round(outcome.report.teacher_seconds, 3),
+                **{name: loss for name, loss in losses.items() if loss},
             )
             for reason in reasons[: _EXPLAINED - self._explained]:
                 logger.warning("skipped: %s", reason)
