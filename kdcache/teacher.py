@@ -234,9 +234,13 @@ class Teacher:
         logs = [z.float().log_softmax(-1) + np.log(w) for w, z in zip(weights, slices, strict=True)]
         return torch.logsumexp(torch.stack(logs), 0)
 
-    def take_clipped_mass(self) -> float:
-        """Probability the teacher gave to ids beyond the vocabulary since the last call, summed."""
-        total = float(self._clipped_mass)
+    def take_clipped_mass(self) -> Tensor:
+        """Probability the teacher gave to ids beyond the vocabulary since the last call, summed.
+
+        Returns:
+            A float32 scalar on the teacher's device: reading it waits for all batches so far.
+        """
+        total = self._clipped_mass
         self._clipped_mass = torch.zeros((), device=self.device)
         return total
 
@@ -261,9 +265,10 @@ class Teacher:
             batch["attention_mask"] = mask
         if rows[0].type_ids is not None:
             batch["token_type_ids"] = type_ids
-        return {name: self._to_device(torch.from_numpy(a)) for name, a in batch.items()}
+        return {name: self.to_device(torch.from_numpy(a)) for name, a in batch.items()}
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy to where inputs go, without waiting for what the device has still to do."""
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)

@@ -1,8 +1,9 @@
 """The work on one span: read, tokenise, run the teacher, encode, commit. The same code in an actor
 or here.
 
-Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read
-or compressed while the other computes: a pipeline without queues.
+Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read,
+packed or compressed while the other computes: a pipeline without queues. On a GPU the lock is given
+on once everything is launched, so that the device goes from one span to the next without a pause.
 
 Cost: memory of two spans' rows and encoded targets, plus the teacher and one slice of its logits.
 Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling
@@ -66,7 +67,7 @@ class SpanReport:
     Attributes:
         entry: its shard.
         seconds: that it took.
-        teacher_seconds: of them in the teacher.
+        teacher_seconds: of them in the teacher and the codec; on a GPU until all was launched.
         truncated: documents that were cut at `max_length`.
         reasons: why the first few records were left out.
     """
@@ -162,17 +163,21 @@ class SpanWorker:
             span, columns=self.job.rows.columns, on_error=self.job.rows.on_error, stats=stats
         )
         rows = list(encoder.encode(self._moving(span, records)))
-        del self._moved[span.index]
-        with self._turn:
+        with _Packer(self.codec, span.index, self.cache.rank_to_id) as packer:
+            del self._moved[span.index]
+            with self._turn:
+                self._move(span)
+                start = time.perf_counter()
+                packed, places = self._ask(span, rows, packer)
+                clipped = self.teacher.take_clipped_mass()
+                teacher_seconds = time.perf_counter() - start
+            # The next span has its turn while the last slices of this one are copied and packed.
             self._move(span)
-            start = time.perf_counter()
-            targets = self._targets(span, rows)
-            clipped = self.teacher.take_clipped_mass()
-            teacher_seconds = time.perf_counter() - start
+            targets = _in_row_order(self.codec, [part.result() for part in packed], places)
         self._move(span)
         data = ShardData.from_rows(self.job.teacher.task, rows, targets)
         left_out = stats.skipped + encoder.skipped + encoder.empty
-        entry = self.cache.commit(span.index, data, skipped=left_out, clipped_mass=clipped)
+        entry = self.cache.commit(span.index, data, skipped=left_out, clipped_mass=float(clipped))
         return SpanReport(
             entry,
             time.perf_counter() - begin,
@@ -186,43 +191,44 @@ class SpanWorker:
             self._move(span)
             yield record
 
-    def _targets(self, span: Span, rows: Sequence[Row]) -> SoftTargets:
-        """Soft targets of all positions of a span, in row-major order."""
+    def _ask(
+        self, span: Span, rows: Sequence[Row], packer: _Packer
+    ) -> tuple[list[futures.Future[SoftTargets]], list[np.ndarray]]:
+        """Put all rows of a span to the teacher; nothing here waits for the device.
+
+        Returns:
+            Its targets, in the order of batches, and which position of the span, counted row by
+            row, each of them is.
+        """
         causal = self.job.teacher.task == _CAUSAL
         wanted = [np.flatnonzero(r.labels != IGNORE) if causal else np.zeros(1, int) for r in rows]
         offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
         packed: list[futures.Future[SoftTargets]] = []
-        order: list[np.ndarray] = []
+        places: list[np.ndarray] = []
         lengths = [len(row.input_ids) for row in rows]
         waiting = deque(batches(lengths, self.batch_tokens))
-        with _Packer(self.codec, span.index, self.cache.rank_to_id) as packer:
-            while waiting:
-                self._move(span)
-                batch = waiting.popleft()
-                place = _Places(batch, wanted)
-                try:
-                    parts = self._run(span.index, [rows[i] for i in batch], place, packer)
-                except torch.OutOfMemoryError as error:
-                    self._shrink(batch, lengths, error)
-                    left = [i for rows_of in (batch, *waiting) for i in rows_of]
-                    cut = batches([lengths[i] for i in left], self.batch_tokens)
-                    waiting = deque([left[i] for i in smaller] for smaller in cut)
-                    continue
-                packed.extend(parts)
-                order.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
-            targets = [future.result() for future in packed]
-        if not targets:
-            return SoftTargets.empty(self.codec)
-        inverse = np.empty(int(offsets[-1]), np.int64)
-        inverse[np.concatenate(order)] = np.arange(len(inverse))
-        return SoftTargets.concat(targets).take(inverse)
+        while waiting:
+            self._move(span)
+            batch = waiting.popleft()
+            place = _Places(batch, wanted)
+            try:
+                parts = self._run(span.index, [rows[i] for i in batch], place, packer)
+            except torch.OutOfMemoryError as error:
+                self._shrink(batch, lengths, error)
+                left = [i for rows_of in (batch, *waiting) for i in rows_of]
+                cut = batches([lengths[i] for i in left], self.batch_tokens)
+                waiting = deque([left[i] for i in smaller] for smaller in cut)
+                continue
+            packed.extend(parts)
+            places.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
+        return packed, places
 
     def _run(
         self, span: int, rows: Sequence[Row], place: _Places, packer: _Packer
     ) -> list[futures.Future[SoftTargets]]:
-        """One batch through teacher and codec; nothing here waits for the device."""
+        """One batch through teacher and codec."""
         noise = position_uniform(self.cache.spec.seed, span, place.rows, place.within)
-        uniform = torch.from_numpy(noise).to(self.teacher.device, non_blocking=True)
+        uniform = self.teacher.to_device(torch.from_numpy(noise))
         parts = []
         done = 0
         for logits in self.teacher.logits(rows):
@@ -245,6 +251,18 @@ class SpanWorker:
         torch.cuda.empty_cache()
         self.batch_tokens = min(self.batch_tokens, len(batch) * lengths[batch[0]]) // 2
         logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
+
+
+def _in_row_order(
+    codec: Codec, targets: Sequence[SoftTargets], places: Sequence[np.ndarray]
+) -> SoftTargets:
+    """Targets of a span in row-major order, from those of its batches."""
+    if not targets:
+        return SoftTargets.empty(codec)
+    order = np.concatenate(places)
+    inverse = np.empty(len(order), np.int64)
+    inverse[order] = np.arange(len(order))
+    return SoftTargets.concat(targets).take(inverse)
 
 
 class _Places:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from kdcache import memory, teacher, worker
 from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
+from kdcache.corpus import Span
 from kdcache.errors import UsageError
 from kdcache.memory import find_batch_tokens, fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.rows import Row
@@ -330,6 +332,29 @@ class TestBatchSize:
             assert isinstance(left, DenseTargets)
             assert isinstance(right, DenseTargets)
             torch.testing.assert_close(left.logits, right.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_teacher_goes_on_while_a_span_is_packed(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first span's packing waits until the second one is with the teacher: they must overlap.
+    second = threading.Event()
+    spans: set[int] = set()
+    ask, pack = SpanWorker._ask, worker._Packer._pack
+
+    def note(self: SpanWorker, span: Span, *rest: object) -> object:
+        spans.add(span.index)
+        if len(spans) == 2:
+            second.set()
+        return ask(self, span, *rest)  # type: ignore[arg-type]
+
+    def wait(self: object, *rest: object) -> object:
+        assert second.wait(60), "the second span never had its turn"
+        return pack(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SpanWorker, "_ask", note)
+    monkeypatch.setattr(worker._Packer, "_pack", wait)
+    assert build(dataclasses.replace(options, shard_tokens=600)).spans > 1
 
 
 @pytest.mark.gpu

@@ -281,7 +281,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
         device=_device_name(run.teacher.device),
         dtype=prepared.spec.dtype,
         teacher_seconds=run.seconds / run.positions,
-        clipped_mass=run.teacher.take_clipped_mass() / run.positions,
+        clipped_mass=float(run.teacher.take_clipped_mass()) / run.positions,
         caches=caches,
         plot=options.plot,
     )
