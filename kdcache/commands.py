@@ -390,7 +390,9 @@ def _gc() -> click.Command:
             click.echo(f"{leftover.name}: {size(leftover.bytes)}")
         verb = "would be removed" if result.dry_run else "removed"
         young = f"; {result.young} younger than an hour stay" if result.young else ""
-        click.echo(f"{len(result.removed)} files {verb}, {size(result.bytes)}{young}.")
+        count = len(result.removed)
+        files = "1 file" if count == 1 else f"{count} files"
+        click.echo(f"{files} {verb}, {size(result.bytes)}{young}.")
 
     return command
 

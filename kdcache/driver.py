@@ -238,7 +238,7 @@ class Driver:
                     elif deadline is None:
                         deadline = interrupt.asked + self.grace
                         logger.warning(
-                            "stopping: %d spans in flight have %.0f s to finish; "
+                            "stopping: spans in flight (%d) have %.0f s to finish; "
                             "a second signal stops at once",
                             self._in_flight,
                             self.grace,
