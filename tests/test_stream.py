@@ -525,6 +525,15 @@ def test_a_stream_in_a_loader_and_not_in_worker_processes(classes: Cache) -> Non
     assert sum(len(numbers(b)) for b in DataLoader(stream, batch_size=None)) == 29
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_are_page_locked(causal: Cache) -> None:
+    plain = TargetStream(causal, batch_size=5)
+    for batch, same in zip(TargetStream(causal, batch_size=5, pin_memory=True), plain, strict=True):
+        assert all(tensor.is_pinned() for tensor in batch.values())
+        assert all(torch.equal(tensor, same[name]) for name, tensor in batch.items())
+
+
 def test_a_pool_picks_from_several_shards(classes: Cache) -> None:
     parts = [classes.read(span) for span in range(4)]
     parts[1].type_ids = None  # as in a cache whose teacher knows no second sentence
