@@ -1,6 +1,8 @@
-"""What making targets costs a build beyond the teacher's forward, and what the sampler costs alone.
+r"""What making targets costs a build beyond the teacher's forward, and what the sampler costs alone.
 
-    python benchmarks/build_speed.py --teacher SMOLLM2_135M --corpus novels.jsonl.gz --limit 40
+    python benchmarks/build_speed.py --teacher SMOLLM2_135M --corpus novels.jsonl.gz --limit 8 \
+        --shard-tokens 2048 --block 1
+    python benchmarks/build_speed.py --teacher STORIES260K --corpus novels.jsonl.gz --limit 150
     python benchmarks/build_speed.py --shape 1b --tokens 4000000       # random weights, 128k ids
     python benchmarks/build_speed.py --sampler
 
