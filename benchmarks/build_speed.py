@@ -1,4 +1,4 @@
-r"""What making targets costs a build beyond the teacher's forward, and what the sampler costs alone.
+r"""What targets cost a build beyond the forward of its teacher, and what the sampler costs alone.
 
     python benchmarks/build_speed.py --teacher SMOLLM2_135M --corpus novels.jsonl.gz --limit 8 \
         --shard-tokens 2048 --block 1
