@@ -193,7 +193,7 @@ class Actor:
         )
 
     def _where(self) -> Any:
-        return self._ray.answer(30.0, (f"node:{id(self)}", "n"))
+        return self._ray.answer(30.0, (f"node:{id(self)}", "n", 4096))
 
     def _run(self, span: Span) -> Any:
         ray = self._ray

@@ -196,6 +196,7 @@ def test_nodes_go_and_come(cluster: Any, faults: Path, options: BuildOptions) ->
     assert not events(options, "span failed")
     last = events(options, "worker ready")[-1]
     assert last["node"] == added[0].node_id
+    assert last["batch_tokens"] == options.batch_tokens
     assert same_as_undisturbed(options)
     cluster.add_node(num_cpus=1)
 

@@ -46,12 +46,13 @@ class RayWorker(SpanWorker):
             "kdcache_teacher_seconds", description="Seconds spent in the teacher."
         )
 
-    def where(self) -> tuple[str, str]:
-        """Name of this worker (host and process), and Ray's id of its node."""
+    def where(self) -> tuple[str, str, int]:
+        """Name of this worker (host and process), Ray's id of its node, and the tokens of a
+        batch."""
         import ray
 
         node = ray.get_runtime_context().get_node_id()
-        return f"{ray.util.get_node_ip_address()}:{os.getpid()}", node
+        return f"{ray.util.get_node_ip_address()}:{os.getpid()}", node, self.batch_tokens
 
     def run(self, span: Span) -> SpanReport:
         """See `SpanWorker.run`."""
@@ -200,11 +201,11 @@ class RayCrew(Crew):
         if actor not in self._actors:
             return []
         if error is None:
-            name, actor.node = answer.result()
+            name, actor.node, batch_tokens = answer.result()
             actor.figures = WorkerFigures(name)
             self._failed_starts = 0
             self._offer(actor)
-            self._tell("worker ready", worker=name, node=actor.node)
+            self._tell("worker ready", worker=name, node=actor.node, batch_tokens=batch_tokens)
             return []
         cause = _cause(error)
         if isinstance(cause, KdcacheError):
