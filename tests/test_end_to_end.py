@@ -34,7 +34,13 @@ def ray() -> Iterator[None]:
     """One Ray of two CPUs for the tests of this module."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(  # "local": not the cluster that may be running on this machine
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     yield
     ray.shutdown()
 
