@@ -6,7 +6,7 @@ A tokenizer and a teacher are made from four of every 16 documents; students lea
 teacher's targets on two others, and are measured on another one. All students of a seed begin with
 the same weights and see the same rows in the same order. They learn from the soft targets alone
 (alpha = 0), so that nothing but the targets differs; the hard-label student from the labels alone.
-The learning rate is the best of three for hard labels, and all students use it.
+The learning rate is the best of four for hard labels, and all students use it.
 
 Targets of this package go through its codec, packed columns and loss; random sampling and top-k are
 references (`references.py`) with as many entries a position as `sample:20` has. "Rescaled" is what
@@ -55,7 +55,7 @@ VOCABULARY = 2048
 LENGTH = 128
 BATCH_ROWS = 4
 EPOCHS = 2
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 HARD = "hard labels"
 
 
@@ -316,9 +316,9 @@ def main() -> None:
     )
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--out", required=True, help="work folder")
-    parser.add_argument("--positions", type=int, default=400_000, help="that students learn from")
+    parser.add_argument("--positions", type=int, default=200_000, help="that students learn from")
     parser.add_argument("--held-out", type=int, default=60_000, help="positions to measure on")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     options = parser.parse_args()
