@@ -414,14 +414,12 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
         if tokenizer_sha256(other.tokenizer) != tokenizer_sha256(first.tokenizer):
             raise UsageError(
                 f"teachers {first.name} and {other.name} have different tokenizers: their "
-                f"positions are "
-                "not the same. Build one cache for each."
+                "positions are not the same. Build one cache for each."
             )
         if task != "causal-lm" and other.label_names != first.label_names:
             raise UsageError(
                 f"teachers {first.name} and {other.name} have different classes: "
-                f"{first.label_names} and "
-                f"{other.label_names}."
+                f"{first.label_names} and {other.label_names}."
             )
     return min(teacher.vocab_size(task) for teacher in teachers)
 

@@ -71,8 +71,8 @@ def _build() -> click.Command:
             click.echo(
                 f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
                 f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows "
-                f"included) in "
-                f"{duration(result.seconds)}, teacher {duration(result.teacher_seconds)}; "
+                f"included) in {duration(result.seconds)}, "
+                f"teacher {duration(result.teacher_seconds)}; "
                 f"{result.made} of {result.spans} shards made now{losses}."
             )
 
