@@ -26,16 +26,14 @@ import torch
 from kdcache.cache import Cache, ShardEntry
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
-from kdcache.memory import find_batch_tokens, peak_share
 from kdcache.ranks import ranks_of_ids
 from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
 from kdcache.shard import ShardData
 from kdcache.targets import Codec, SoftTargets, position_uniform
-from kdcache.teacher import Teacher, TeacherOptions
+from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
 
 logger = logging.getLogger(__name__)
 
-_CAUSAL = "causal-lm"
 _UNPACKED = 8  # encoded slices on their way to the packer, at most
 
 
@@ -117,7 +115,7 @@ class SpanWorker:
         """Run teacher and codec over a batch of the longest rows."""
         length = self.job.rows.max_length
         ids = np.arange(length, dtype=np.int32) % self.cache.spec.vocab_size
-        row = Row(ids, ids if self.job.teacher.task == _CAUSAL else ids[:1])
+        row = Row(ids, ids if self.job.teacher.causal else ids[:1])
         for logits in self.teacher.logits([row] * max(1, tokens // length)):
             self.codec.encode(logits, torch.zeros(len(logits), dtype=torch.float64))
         self.teacher.take_clipped_mass()
@@ -200,7 +198,7 @@ class SpanWorker:
             Its targets, in the order of batches, and which position of the span, counted row by
             row, each of them is.
         """
-        causal = self.job.teacher.task == _CAUSAL
+        causal = self.job.teacher.causal
         wanted = [np.flatnonzero(r.labels != IGNORE) if causal else np.zeros(1, int) for r in rows]
         offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
         packed: list[futures.Future[SoftTargets]] = []
@@ -245,8 +243,7 @@ class SpanWorker:
         if len(batch) == 1:
             raise UsageError(
                 f"one row of {lengths[batch[0]]} tokens does not fit the device beside the "
-                f"teacher. "
-                "Use a smaller --max-length, or more --gpus-per-worker."
+                "teacher. Use a smaller --max-length, or more --gpus-per-worker."
             ) from error
         torch.cuda.empty_cache()
         self.batch_tokens = min(self.batch_tokens, len(batch) * lengths[batch[0]]) // 2

@@ -17,15 +17,23 @@ from conftest import make_tiny_lm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kdcache import memory, teacher, worker
+from kdcache import worker
 from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
 from kdcache.corpus import Span
 from kdcache.errors import UsageError
-from kdcache.memory import find_batch_tokens, fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.rows import Row
 from kdcache.targets import DenseTargets
-from kdcache.teacher import Teacher, TeacherOptions
+from kdcache.teacher import (
+    Teacher,
+    TeacherFiles,
+    TeacherOptions,
+    find_batch_tokens,
+    load,
+    peak_share,
+    teacher,
+)
+from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.worker import SpanWorker
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -83,14 +91,12 @@ class TestAttention:
             lm, device="cuda", dtype="bfloat16", attention="flash_attention_2"
         )
         with (
-            mock.patch.object(
-                teacher, "_from_pretrained", side_effect=ImportError("no\n package.")
-            ),
+            mock.patch.object(load, "_from_pretrained", side_effect=ImportError("no\n package.")),
             pytest.raises(
                 UsageError, match=r"with --attention flash_attention_2: no package\. Use"
             ),
         ):
-            teacher._load(teacher.TeacherFiles.find(lm.names[0]), flash, None)
+            load._load(TeacherFiles.find(lm.names[0]), flash, None)
 
     @pytest.mark.parametrize(
         ("installed", "dtype", "works", "tried"),
@@ -112,17 +118,17 @@ class TestAttention:
     ) -> None:
         seen = []
 
-        def load(_files: object, _task: str, settings: dict[str, str]) -> str:
+        def pretend(_files: object, _options: object, settings: dict[str, str]) -> str:
             seen.append(settings.get("attn_implementation"))
             if seen[-1] and not works:
                 raise ValueError("this model has no such attention")
             return "model"
 
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
-        monkeypatch.setattr(teacher, "_from_pretrained", load)
+        monkeypatch.setattr(load, "_from_pretrained", pretend)
         on_gpu = dataclasses.replace(lm, device="cuda", dtype=dtype)
-        files = teacher.TeacherFiles.find(lm.names[0])
-        assert teacher._with_attention(files, on_gpu, {}) == "model"
+        files = TeacherFiles.find(lm.names[0])
+        assert load._with_attention(files, on_gpu, {}) == "model"
         assert seen == tried
 
 
@@ -149,7 +155,7 @@ class TestCompile:
     ) -> None:
         build(options)
         shape: list[int] = []
-        monkeypatch.setattr(teacher, "_compile", lambda _model: None)
+        monkeypatch.setattr(teacher, "compile_layers", lambda _model: None)
         monkeypatch.setattr(SpanWorker, "_try_batch", lambda _worker, tokens: shape.append(tokens))
         (Path(options.out) / "manifest.json").unlink()
         min(Path(options.out, "shards").iterdir()).unlink()
@@ -165,8 +171,8 @@ class TestCompile:
 
     def test_the_largest_stack_is_the_layers(self, lm: TeacherOptions) -> None:
         model = Teacher(lm, 300)._models[0]
-        assert teacher._repeated_layers(model) == list(model.model.layers)
-        assert teacher._repeated_layers(torch.nn.Linear(2, 2)) == []
+        assert load._repeated_layers(model) == list(model.model.layers)
+        assert load._repeated_layers(torch.nn.Linear(2, 2)) == []
 
 
 class TestWeights:
@@ -201,13 +207,13 @@ class TestWeights:
         self, lm: TeacherOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         rooms: list[object] = []
-        monkeypatch.setattr(teacher, "_load", lambda _files, _options, room: rooms.append(room))
+        monkeypatch.setattr(load, "_load", lambda _files, _options, room: rooms.append(room))
         size = weight_bytes(Path(lm.names[0]), "float32")
         both = dataclasses.replace(lm, names=lm.names * 2, device="cuda", weights=(0.5, 0.5))
         for free in (3 * size, 2 * size):  # there must be some room beside the two
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
             monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 100, "cpu": 1000})
-            teacher._load_all(both)
+            load.load_models(both)
         assert rooms == [None, None, {0: 40, "cpu": 450}, {0: 80, "cpu": 900}]
         assert caplog.text.count("are spread") == 1
 
@@ -224,7 +230,7 @@ class TestWeights:
         )
         assert spread.lm_head.weight.is_meta
         plain = Teacher(lm, 290)
-        monkeypatch.setattr(teacher, "_load_all", lambda _options: [spread.eval()])
+        monkeypatch.setattr(teacher, "load_models", lambda _options: [spread.eval()])
         offloaded = Teacher(dataclasses.replace(lm, compile=True), 290)  # which it leaves alone
         assert offloaded.device == torch.device("cpu")
         assert offloaded._direct == [True]
@@ -234,13 +240,13 @@ class TestWeights:
     def test_where_inputs_go_to_a_model_that_is_spread(self) -> None:
         places = {"embed": "cpu", "layers.0": 1, "layers.1": 0, "head": "cpu"}
         model = mock.Mock(hf_device_map=places)
-        assert teacher.input_device(model) == torch.device("cuda", 1)
+        assert load.input_device(model) == torch.device("cuda", 1)
 
     def test_a_teacher_that_fits_nowhere_is_refused(self, lm: TeacherOptions) -> None:
-        files = teacher.TeacherFiles.find(lm.names[0])
+        files = TeacherFiles.find(lm.names[0])
         half = weight_bytes(files.folder, "float32") // 2
         with pytest.raises(UsageError, match="does not fit the GPUs and the memory of a worker"):
-            teacher._load(files, dataclasses.replace(lm, device="auto"), {"cpu": half})
+            load._load(files, dataclasses.replace(lm, device="auto"), {"cpu": half})
 
 
 class TestBatchSize:
@@ -279,7 +285,7 @@ class TestBatchSize:
             return own(self, rows)
 
         monkeypatch.setattr(Teacher, "logits", logits)
-        monkeypatch.setattr(teacher, "_compile", lambda _model: None)
+        monkeypatch.setattr(teacher, "compile_layers", lambda _model: None)
         build(dataclasses.replace(options, compile=True, batch_tokens=300))
         assert shapes[0] == (4, 64)
 
@@ -366,8 +372,8 @@ class TestOnGpu:
         def take(share: float) -> Callable[[], torch.Tensor]:
             return lambda: torch.empty(int(share * free), dtype=torch.uint8, device="cuda")
 
-        assert memory.peak_share(take(0.25)) == pytest.approx(0.25, abs=0.02)
-        assert memory.peak_share(take(1.5)) is None
+        assert peak_share(take(0.25)) == pytest.approx(0.25, abs=0.02)
+        assert peak_share(take(1.5)) is None
         assert torch.cuda.memory_allocated() < 0.01 * free, "nothing of it is left"
 
     def test_a_batch_size_is_found_and_used(self, options: BuildOptions) -> None:
@@ -388,8 +394,8 @@ class TestOnGpu:
         size = weight_bytes(folder, "float32")
         room: dict[int | str, int] = {0: int(0.8 * size), "cpu": 1 << 30}
         with (
-            mock.patch.object(teacher, "fits_one_gpu", return_value=False),
-            mock.patch.object(teacher, "room_for_weights", return_value=room),
+            mock.patch.object(load, "fits_one_gpu", return_value=False),
+            mock.patch.object(load, "room_for_weights", return_value=room),
         ):
             spread = Teacher(dataclasses.replace(lm, device="cuda"), 290)
         assert "cpu" in map(str, spread._models[0].hf_device_map.values())

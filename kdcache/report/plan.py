@@ -34,7 +34,6 @@ from torch import Tensor
 from kdcache.builder import BuildOptions, Dtype, Prepared, prepare
 from kdcache.corpus import OnError
 from kdcache.errors import UsageError
-from kdcache.memory import find_batch_tokens, peak_share
 from kdcache.ranks import ranks_of_ids, read_ranks
 from kdcache.report.fidelity import Fidelity, FidelityMeter, FullGradient
 from kdcache.report.sample import CorpusSample, sample_rows
@@ -42,7 +41,7 @@ from kdcache.rows import IGNORE, Form, Packing, Row, Task
 from kdcache.shard import ShardData, column_bytes, read_shard, write_shard
 from kdcache.storage import redact
 from kdcache.targets import Codec, SoftTargets, position_uniform
-from kdcache.teacher import Attention, Teacher
+from kdcache.teacher import Attention, Teacher, find_batch_tokens, peak_share
 from kdcache.worker import batches
 
 WORKERS = (1, 8, 64)

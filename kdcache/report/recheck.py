@@ -187,7 +187,7 @@ def _live(teacher: Teacher, chosen: _Sample, groups: Sequence[Sequence[int]]) ->
         groups: numbers of the rows that make a batch.
     """
     found: dict[int, Tensor] = {}
-    causal = teacher.options.task == _CAUSAL
+    causal = teacher.options.causal
     for group in groups:
         rows = [chosen.rows[i] for i in group]
         counts = [int((row.labels != IGNORE).sum()) if causal else 1 for row in rows]

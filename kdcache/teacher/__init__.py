@@ -1,0 +1,26 @@
+"""The teacher: one or several Hugging Face models that turn rows into logits, a slice of positions
+at a time.
+
+`TeacherFiles` is what can be known without loading weights (identity, tokenizer, vocabulary or
+classes); the driver of a build needs no more. `Teacher` holds the models of one worker.
+"""
+
+from __future__ import annotations
+
+from kdcache.teacher.files import TeacherFiles, tokenizer_files, tokenizer_sha256
+from kdcache.teacher.load import quiet_transformers
+from kdcache.teacher.memory import find_batch_tokens, peak_share
+from kdcache.teacher.options import Attention, TeacherOptions
+from kdcache.teacher.teacher import Teacher
+
+__all__ = [
+    "Attention",
+    "Teacher",
+    "TeacherFiles",
+    "TeacherOptions",
+    "find_batch_tokens",
+    "peak_share",
+    "quiet_transformers",
+    "tokenizer_files",
+    "tokenizer_sha256",
+]

@@ -1,0 +1,157 @@
+"""A teacher as it lies on disk: its identity by content, its tokenizer, its vocabulary or classes.
+
+Cost: the identity reads every weight file once, at about 1 GB/s; the rest reads small files.
+Guarantee: no weights are loaded, and pickled ones are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from kdcache.errors import UsageError
+from kdcache.head import HEAD_FILE
+from kdcache.storage import sha256_file
+
+
+@dataclass(frozen=True)
+class TeacherFiles:
+    """One teacher as it lies on disk.
+
+    Attributes:
+        name: folder or hub id, as the user gave it.
+        folder: local folder with `config.json`, `*.safetensors` and the tokenizer.
+        trust_remote_code: whether code that ships with the model may run.
+    """
+
+    name: str
+    folder: Path
+    trust_remote_code: bool = False
+
+    @classmethod
+    def find(cls, name: str, *, trust_remote_code: bool = False) -> TeacherFiles:
+        """Locate a teacher's files; a hub id is downloaded unless it is cached already.
+
+        Raises:
+            UsageError: no such folder or model, or it has no safetensors weights.
+        """
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            folder = _download(name)
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"teacher {name} has no config.json: it is not a Hugging Face model folder."
+            )
+        if not any(folder.glob("*.safetensors")):
+            pickled = (
+                " (pickled weights are not loaded: convert them)"
+                if any(folder.glob("*.bin"))
+                else ""
+            )
+            raise UsageError(
+                f"teacher {name} has no weights: expected *.safetensors in it{pickled}."
+            )
+        return cls(name, folder, trust_remote_code)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity: SHA-256 over the configuration and every weight file. About 1 GB/s."""
+        digest = hashlib.sha256()
+        config = json.loads((self.folder / "config.json").read_bytes())
+        # What says nothing about the function computed must not make two equal teachers differ.
+        for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+            config.pop(key, None)
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            digest.update(path.name.encode())
+            # The hub's cache names a blob by its SHA-256: no need to read 100 GB for it.
+            target = path.resolve().name
+            digest.update(
+                (target if re.fullmatch("[0-9a-f]{64}", target) else sha256_file(path)).encode()
+            )
+        return digest.hexdigest()
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"teacher {self.name} has no usable tokenizer: {error}") from error
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether a head of ours (`kdcache.head`) stands on an encoder."""
+        return (self.folder / HEAD_FILE).is_file()
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the logits."""
+        names = self.config.id2label
+        return tuple(str(names[i]) for i in range(len(names)))
+
+    def vocab_size(self, task: str) -> int:
+        """Width of a soft target: the classes, or the ids that tokenizer and output layer share."""
+        if task != "causal-lm":
+            return len(self.label_names)
+        known = max(self.tokenizer.get_vocab().values()) + 1
+        width = int(self.config.get_text_config().vocab_size)
+        return min(int(known), width)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"teacher {name} is neither a folder here nor a model that the hub gives "
+            f"({type(error).__name__}). Check the path or the id."
+        ) from error
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Name and content of the files that rebuild a tokenizer."""
+    with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file()
+        }
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identity of what a tokenizer does: its model, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        # Truncation and padding are settings of the last call, not of the tokenizer.
+        model: Any = {k: v for k, v in state.items() if k not in ("truncation", "padding")}
+    else:
+        model = sorted(tokenizer.get_vocab().items())
+    facts = [model, sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
+    facts.append(tokenizer.chat_template)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,179 @@
+"""Teachers are loaded: on one device or spread over several, with the attention that was asked for,
+compiled if wished.
+
+Guarantee: a model whose weights are not all in its files is refused; transformers would fill the
+rest at random.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from kdcache.errors import UsageError
+from kdcache.head import HeadedClassifier
+from kdcache.sampling import compiles
+from kdcache.teacher.files import TeacherFiles
+from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
+from kdcache.teacher.options import TeacherOptions
+
+logger = logging.getLogger(__name__)
+
+
+def load_models(options: TeacherOptions) -> list[Any]:
+    """Load each model on the one device, or spread over all where they do not fit it together."""
+    files = [
+        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+        for name in options.names
+    ]
+    spread = options.device == "auto"
+    if options.device == "cuda":
+        needed = sum(weight_bytes(one.folder, options.dtype) for one in files)
+        free = torch.cuda.mem_get_info()[0]
+        spread = not fits_one_gpu(needed, free)
+        if spread:
+            logger.warning(
+                "the teacher's weights take %.1f GB and the GPU has %.1f GB free: they are spread "
+                "over all GPUs that this worker sees and the host's memory, which is slower",
+                needed / 1e9,
+                free / 1e9,
+            )
+    models = []
+    for place, one in enumerate(files):
+        room = None
+        if spread:
+            from accelerate.utils import get_max_memory
+
+            room = room_for_weights(get_max_memory(), len(files) - place)
+        models.append(_load(one, options, room))
+    return models
+
+
+def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, int] | None) -> Any:
+    """Load one model.
+
+    Args:
+        files: the model.
+        options: how.
+        room: bytes it may take of each device that it is spread over; None for one device.
+    """
+    settings: dict[str, Any] = {
+        "dtype": getattr(torch, options.dtype),
+        "use_safetensors": True,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if not options.causal and files.has_own_head:
+        room = None  # a head of ours on an encoder: small enough for any GPU
+    if room is not None:
+        settings |= {"device_map": "auto", "max_memory": room}
+    with quiet_transformers():
+        model = _with_attention(files, options, settings)
+    if room is None:
+        model.to("cuda" if options.device == "auto" else options.device)
+    elif "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
+        raise UsageError(
+            f"teacher {files.name} does not fit the GPUs and the memory of a worker together. Use "
+            "more --gpus-per-worker, or a machine with more memory."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _with_attention(files: TeacherFiles, options: TeacherOptions, settings: dict[str, Any]) -> Any:
+    from transformers.utils import is_flash_attn_2_available
+
+    if options.attention == "auto":
+        if options.flash_possible and is_flash_attn_2_available():
+            with suppress(ImportError, ValueError):  # this model has no such attention
+                flash = {**settings, "attn_implementation": "flash_attention_2"}
+                return _from_pretrained(files, options, flash)
+        return _from_pretrained(files, options, settings)
+    try:
+        settings = {**settings, "attn_implementation": options.attention}
+        return _from_pretrained(files, options, settings)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"teacher {files.name} cannot run with --attention {options.attention}: {reason} "
+            "Use --attention auto."
+        ) from error
+
+
+def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dict[str, Any]) -> Any:
+    if not options.causal and files.has_own_head:
+        return HeadedClassifier.from_pretrained(files.folder, **settings)
+    kind = AutoModelForCausalLM if options.causal else AutoModelForSequenceClassification
+    model, info = kind.from_pretrained(files.folder, output_loading_info=True, **settings)
+    if info["missing_keys"]:
+        # Transformers would fill them at random: a teacher that knows nothing.
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UsageError(
+            f"teacher {files.name} has no weights for {missing}: it was not trained for "
+            f"{options.task}. Fine-tune it first (`kdcache finetune`), or name another."
+        )
+    return model
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its inputs; weights that are offloaded lie on no device between calls."""
+    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
+    if not places:
+        return torch.device(next(model.parameters()).device)
+    gpus = [place for place in places if place not in ("cpu", "disk")]
+    first = gpus[0] if gpus else "cpu"
+    return torch.device("cuda", int(first)) if first.isdecimal() else torch.device(first)
+
+
+def compile_layers(model: Any) -> None:
+    """Have a model's repeated layers compiled at the first batch: one layer's code serves all.
+
+    A whole model would take as many times longer as it has layers, and the rest of it is small.
+
+    Raises:
+        UsageError: a compiler is missing.
+    """
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        logger.warning("a teacher that is spread over devices is not compiled")
+        return
+    if input_device(model).type == "cuda":
+        able, needs = compiles(), "Triton and a C compiler (and KDCACHE_COMPILE not 0)"
+    else:
+        name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        able, needs = shutil.which(name) is not None, f"a C++ compiler ({name}; CXX names another)"
+    if not able:
+        raise UsageError(f"--compile needs {needs} where the workers run. Leave it out.")
+    for layer in _repeated_layers(model) or [model]:
+        # With fixed shapes the last batch of each span would be compiled anew.
+        layer.compile(dynamic=True)
+
+
+def _repeated_layers(model: Any) -> list[Any]:
+    """The layers of the largest stack; a list inside a layer, such as its experts, is smaller."""
+    stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
+    sizes = [sum(p.numel() for p in stack.parameters()) for stack in stacks]
+    return list(stacks[int(np.argmax(sizes))]) if stacks else []
+
+
+class quiet_transformers:  # noqa: N801 - used like a function
+    """Context without transformers' progress bars and loading reports."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf
+
+        self._bars, self._level = hf.is_progress_bar_enabled(), hf.get_verbosity()
+        hf.disable_progress_bar()
+        hf.set_verbosity_error()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf
+
+        if self._bars:
+            hf.enable_progress_bar()
+        hf.set_verbosity(self._level)

@@ -1,0 +1,63 @@
+"""How a worker loads its teachers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kdcache.errors import UsageError
+
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """How a worker loads its teachers.
+
+    Attributes:
+        names: folder or hub id of each teacher.
+        task: `causal-lm` or `sequence-classification`.
+        weights: weight of each teacher, summing to 1.
+        ensemble: `mean-probs` (of the distributions) or `mean-logits`.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: `cpu`; `cuda` for one GPU, or more than it where the weights do not fit; `auto` to
+            spread each model over all visible GPUs, and the host's memory where they are not
+            enough.
+        trust_remote_code: whether code that ships with a model may run.
+        attention: kernel of the attention; `auto` is FlashAttention 2 where it is installed and
+            works, and else what transformers chooses.
+        compile: run the models through `torch.compile`.
+
+    Raises:
+        UsageError: an attention that the device or the dtype rules out.
+    """
+
+    names: tuple[str, ...]
+    task: str
+    weights: tuple[float, ...] = (1.0,)
+    ensemble: str = "mean-probs"
+    dtype: str = "float32"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    attention: Attention = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(Attention):
+            expected = ", ".join(get_args(Attention))
+            raise UsageError(f"--attention is {self.attention!r}, expected one of {expected}.")
+        if self.attention == "flash_attention_2" and not self.flash_possible:
+            raise UsageError(
+                f"--attention flash_attention_2 needs a GPU and bfloat16 or float16; this teacher "
+                f"runs on {self.device} in {self.dtype}. Use --attention auto."
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Whether the teachers are language models, which answer every position of a row."""
+        return self.task == "causal-lm"
+
+    @property
+    def flash_possible(self) -> bool:
+        """Whether device and dtype are what FlashAttention is written for."""
+        return self.device != "cpu" and self.dtype in ("bfloat16", "float16")
