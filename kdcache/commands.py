@@ -81,7 +81,7 @@ def _build() -> click.Command:
 
 def _plan() -> click.Command:
     from kdcache.report.plan import PlanOptions, plan
-    from kdcache.report.plan_view import render_plan
+    from kdcache.report.plan.view import render_plan
 
     @options_command(
         PlanOptions,

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from kdcache.plots import Cloud, Panel, plot_clouds
-from kdcache.report.plan import SMALL_SHARD, WORKERS, PlannedCache, PlanResult
+from kdcache.report.plan.result import WORKERS, PlannedCache, PlanResult
 from kdcache.report.tables import number, percent, print_line, print_table
 from kdcache.text import duration, size
+
+_SMALL_SHARD = 100_000
+"""Positions from which on a shard compresses as well as a large one."""
 
 
 def render_plan(result: PlanResult, console: Console) -> None:
@@ -90,7 +93,7 @@ def _notes(result: PlanResult) -> list[str]:
         "mean: summed over positions. The student stands in: half of the teacher's logits, plus "
         "noise.",
     ]
-    if result.positions < SMALL_SHARD:
+    if result.positions < _SMALL_SHARD:
         notes.append(
             f"Bytes are those of one shard of {result.positions:,} positions; larger ones compress "
             "a little better."
