@@ -1,18 +1,23 @@
-"""Fixtures shared by all tests: real models and data where this machine has them, Ray once a
-module.
+"""Fixtures shared by all tests: real models and data where this machine has them, tiny ones made
+on the spot, a small build of them, and a Ray.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from kdcache.builder import BuildOptions
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests compute little at a time: on two cores, threads that wait for each other take four times as
-# long.
+# Tests compute little at a time: threads that wait for each other take four times as long on two
+# cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -150,3 +155,32 @@ def labelled_corpus(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("corpus") / "labelled.tsv"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture
+def small_build(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
+    """A build of short documents in this process: `dataclasses.replace` what a test is about."""
+    from kdcache.builder import BuildOptions
+
+    return BuildOptions(
+        teacher=(str(tiny_lm),),
+        corpus=(str(text_corpus),),
+        out=str(tmp_path / "cache"),
+        workers=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One Ray of two CPUs for the tests of a module."""
+    import ray
+
+    ray.init(  # "local": not the cluster that may be running on this machine
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from broken_caches import files
 from conftest import make_tiny_lm
 from transformers import (
     AutoModelForCausalLM,
@@ -42,26 +43,14 @@ from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.worker import SpanReport, batches
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a cache by name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "events.jsonl"
-    }
-
-
 @pytest.fixture
-def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
-    return BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(text_corpus),),
-        out=str(tmp_path / "cache"),
+def options(small_build: BuildOptions) -> BuildOptions:
+    return dataclasses.replace(
+        small_build,
         codec="dense",
         max_length=64,
         shard_tokens=1500,
         batch_tokens=512,
-        workers=0,
     )
 
 

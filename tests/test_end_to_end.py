@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from broken_caches import files
 from click.testing import CliRunner, Result
-from test_build import files
 
 from kdcache import (
     BuildOptions,
@@ -27,22 +26,6 @@ from kdcache.cli import cli
 from kdcache.targets import DenseTargets
 
 pytestmark = pytest.mark.end_to_end
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    """One Ray of two CPUs for the tests of this module."""
-    import ray
-
-    ray.init(  # "local": not the cluster that may be running on this machine
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
 
 
 def run(*words: str) -> Result:

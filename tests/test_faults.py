@@ -22,9 +22,8 @@ from typing import Any
 
 import psutil
 import pytest
-from broken_caches import flip, run
+from broken_caches import files, flip, run
 from fault_points import MOMENTS
-from test_build import files
 
 from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
@@ -84,22 +83,20 @@ def cluster(faults: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
+def options(small_build: BuildOptions, text_corpus: Path, tmp_path: Path) -> BuildOptions:
     """A build of twelve input files, each of them one span."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     lines = text_corpus.read_text().splitlines(keepends=True)
     for i in range(FILES):
         (corpus / f"{i:02}.jsonl").write_text("".join(lines[i::FILES]))
-    return BuildOptions(
-        teacher=(str(tiny_lm),),
+    return dataclasses.replace(
+        small_build,
         corpus=(str(corpus),),
-        out=str(tmp_path / "cache"),
         codec="topk:8",
         max_length=32,
         batch_tokens=128,
         gpus_per_worker=0,
-        workers=0,
     )
 
 

@@ -171,15 +171,12 @@ def forge(
 
 
 @pytest.fixture
-def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
-    return BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(text_corpus),),
-        out=str(tmp_path / "cache"),
+def options(small_build: BuildOptions) -> BuildOptions:
+    return dataclasses.replace(
+        small_build,
         codec="topk:8",
         max_length=32,
         shard_tokens=1500,
-        workers=0,
     )
 
 

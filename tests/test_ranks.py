@@ -37,16 +37,13 @@ def encoded(codec: Codec, n: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
-    return BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(text_corpus),),
-        out=str(tmp_path / "cache"),
+def options(small_build: BuildOptions) -> BuildOptions:
+    return dataclasses.replace(
+        small_build,
         codec="sample:6",
         temperatures=(1.0, 2.0),
         max_length=64,
         shard_tokens=3000,
-        workers=0,
     )
 
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -473,22 +473,6 @@ def test_a_stopped_and_a_killed_sweep_go_on(here: Path) -> None:
 
 
 # Ray
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    """One Ray of two CPUs for the tests of this module."""
-    import ray
-
-    ray.init(  # "local": not the cluster that may be running on this machine
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.end_to_end

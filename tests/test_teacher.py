@@ -54,15 +54,12 @@ def lm(tiny_lm: Path) -> TeacherOptions:
 
 
 @pytest.fixture
-def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
-    return BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(text_corpus),),
-        out=str(tmp_path / "cache"),
+def options(small_build: BuildOptions) -> BuildOptions:
+    return dataclasses.replace(
+        small_build,
         codec="dense",
         max_length=64,
         limit=30,
-        workers=0,
     )
 
 
