@@ -283,7 +283,9 @@ class ClassificationEncoder(Encoder):
                 return_attention_mask=False,
                 verbose=False,
             )
-            self.truncated += sum(bool(text.overflowing) for text in encoded.encodings or ())
+            # A fast tokenizer of Hugging Face tells; a biLSTM's words and slow ones do not.
+            told = getattr(encoded, "encodings", None) or ()
+            self.truncated += sum(bool(text.overflowing) for text in told)
             types = encoded.get("token_type_ids")
             for i, text in enumerate(texts):
                 yield Row(
