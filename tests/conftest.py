@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+CLASSES = ("bad", "neutral", "good")
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
@@ -109,29 +110,48 @@ def tiny_lm(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return make_tiny_lm(tiny_tokenizer, tmp_path_factory.mktemp("tiny-lm"))
 
 
-@pytest.fixture(scope="session")
-def tiny_classifier(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer BERT classifier: bad, neutral, good."""
+def make_tiny_classifier(
+    tokenizer: Path,
+    folder: Path,
+    names: tuple[str, ...] = CLASSES,
+    *,
+    layers: int = 2,
+    hidden_size: int = 32,
+    seed: int = 0,
+) -> Path:
+    """Save a random BERT classifier beside a copy of the tokenizer."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 8,
         max_position_embeddings=128,
         pad_token_id=0,
         initializer_range=0.3,
-        id2label={0: "bad", 1: "neutral", 2: "good"},
-        label2id={"bad": 0, "neutral": 1, "good": 2},
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
     )
-    folder = tmp_path_factory.mktemp("tiny-classifier")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     BertForSequenceClassification(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer BERT classifier: bad, neutral, good."""
+    return make_tiny_classifier(tiny_tokenizer, tmp_path_factory.mktemp("tiny-classifier"))
+
+
+@pytest.fixture(scope="session")
+def student_classifier(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a smaller one with the same classes."""
+    folder = tmp_path_factory.mktemp("student-classifier")
+    return make_tiny_classifier(tiny_tokenizer, folder, layers=1, hidden_size=16, seed=7)
 
 
 @pytest.fixture(scope="session")
@@ -147,10 +167,9 @@ def text_corpus(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def labelled_corpus(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TSV file with a header, names as labels, and every fifth row without one."""
-    names = ("bad", "neutral", "good")
     lines = ["text\tlabel"]
     for i, text in enumerate(corpus_texts[:200]):
-        label = "" if i % 5 == 4 else names[len(text) % 3]
+        label = "" if i % 5 == 4 else CLASSES[len(text) % 3]
         lines.append(f"{' '.join(text.split())}\t{label}")
     path = tmp_path_factory.mktemp("corpus") / "labelled.tsv"
     path.write_text("\n".join(lines) + "\n")
@@ -168,6 +187,69 @@ def small_build(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOption
         out=str(tmp_path / "cache"),
         workers=0,
     )
+
+
+@pytest.fixture(scope="session")
+def class_cache(
+    tiny_classifier: Path, labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A cache of one shard: the tiny classifier over the labelled corpus. To be read only."""
+    from kdcache.builder import BuildOptions, build
+
+    options = BuildOptions(
+        teacher=(str(tiny_classifier),),
+        corpus=(str(labelled_corpus),),
+        out=str(tmp_path_factory.mktemp("classes") / "cache"),
+        task="sequence-classification",
+        max_length=64,
+        workers=0,
+    )
+    build(options)
+    return options.out
+
+
+@pytest.fixture(scope="session")
+def lm_caches(
+    tiny_lm: Path, text_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Caches of the tiny LM over the same documents, by codec. To be read only."""
+    from kdcache.builder import BuildOptions, build
+
+    caches = {}
+    for codec in ("dense", "topk:8", "sample:20"):
+        options = BuildOptions(
+            teacher=(str(tiny_lm),),
+            corpus=(str(text_corpus),),
+            out=str(tmp_path_factory.mktemp("lm") / "cache"),
+            codec=codec,
+            temperatures=(1.0, 2.0),
+            max_length=48,
+            limit=60,
+            workers=0,
+        )
+        build(options)
+        caches[codec] = options.out
+    return caches
+
+
+@pytest.fixture(scope="session")
+def word_student(class_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a biLSTM over words in `student/`."""
+    import torch
+
+    from kdcache.cache import Cache
+    from kdcache.student import BiLstmClassifier, BiLstmConfig, Vocabulary
+
+    data = Cache.open(class_cache).read(0)
+    assert data.texts is not None
+    vocabulary = Vocabulary.build(data.texts)
+    torch.manual_seed(3)
+    config = BiLstmConfig(
+        len(vocabulary), 3, CLASSES, embedding_size=8, hidden_size=6, dense_size=5
+    )
+    run = tmp_path_factory.mktemp("run")
+    BiLstmClassifier(config, vocabulary).save_pretrained(run / "student")
+    return run
 
 
 @pytest.fixture(scope="module")

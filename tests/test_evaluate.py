@@ -1,0 +1,442 @@
+"""evaluate against formulas and forwards that share no code with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, make_tiny_classifier, make_tiny_lm
+from rich.console import Console
+from textbook import class_logits, lm_logits, logprobs_of, naive_ece, plain, word_logits
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kdcache.cache import Cache
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.report import (
+    EvaluateOptions,
+    EvaluateResult,
+    ModelScores,
+    evaluate,
+    render_evaluation,
+)
+from kdcache.rows import IGNORE
+from kdcache.student import DistilledStudent, StudentInfo, load_student
+
+
+@pytest.fixture(scope="module")
+def student_lm(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose output layer is 20 ids wider than the teacher's vocabulary."""
+    folder = tmp_path_factory.mktemp("student-lm")
+    return make_tiny_lm(tiny_tokenizer, folder, vocab_size=320, seed=5)
+
+
+def student_of(result: EvaluateResult) -> ModelScores:
+    return next(m for m in result.models if m.role == "student")
+
+
+def teacher_of(result: EvaluateResult) -> ModelScores:
+    return next(m for m in result.models if m.role == "teacher")
+
+
+# Classification
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_classifier_is_judged_by_the_textbook(
+    temperature: float, class_cache: str, student_classifier: Path, tiny_classifier: Path
+) -> None:
+    result = evaluate(
+        EvaluateOptions((str(student_classifier),), cache=class_cache, temperature=temperature)
+    )
+    data = Cache.open(class_cache).read(0)
+    z, teacher = (
+        class_logits(student_classifier, class_cache),
+        class_logits(tiny_classifier, class_cache),
+    )
+    labelled = data.labels != IGNORE
+    labels = data.labels[labelled]
+    log_p = logprobs_of(z)
+    top = log_p.argmax(-1)
+    got = student_of(result)
+    assert got.accuracy == pytest.approx((top[labelled] == labels).mean())
+    assert got.cross_entropy == pytest.approx(
+        -log_p[labelled][np.arange(len(labels)), labels].mean(), abs=1e-5
+    )
+    q, p = logprobs_of(teacher, temperature), logprobs_of(z, temperature)
+    assert got.kl == pytest.approx((np.exp(q) * (q - p)).sum(-1).mean(), abs=1e-5)
+    assert got.agreement == pytest.approx((top == teacher.argmax(-1).numpy()).mean())
+    confidence = np.exp(log_p.max(-1))[labelled]
+    assert got.calibration_error == pytest.approx(
+        naive_ece(confidence, top[labelled] == labels, 15), abs=1e-5
+    )
+    scores = []
+    for k in range(3):
+        hit = ((top[labelled] == k) & (labels == k)).sum()
+        scores.append(2 * hit / max(1, (top[labelled] == k).sum() + (labels == k).sum()))
+    assert got.f1 == pytest.approx(np.mean(scores))
+    assert (result.rows, result.positions, result.labelled) == (200, 200, labelled.sum())
+    own = teacher_of(result)
+    assert own.accuracy == pytest.approx((teacher.argmax(-1).numpy()[labelled] == labels).mean())
+    assert own.cross_entropy == pytest.approx(
+        -logprobs_of(teacher)[labelled][np.arange(len(labels)), labels].mean(), abs=1e-5
+    )
+    assert any("no hard label" in note for note in result.notes)
+
+
+def test_the_teacher_as_a_student_is_perfect_and_live_equals_cached(
+    class_cache: str, tiny_classifier: Path, student_classifier: Path
+) -> None:
+    names = (str(tiny_classifier), str(student_classifier))
+    cached = evaluate(EvaluateOptions(names, cache=class_cache))
+    live = evaluate(EvaluateOptions(names, cache=class_cache, teacher=str(tiny_classifier)))
+    twin = cached.models[1]
+    assert twin.kl == pytest.approx(0, abs=1e-9)
+    assert twin.agreement == 1
+    for a, b in zip(cached.models[1:], live.models[1:], strict=True):
+        assert a.kl == pytest.approx(b.kl, abs=1e-6)
+        assert a.cross_entropy == pytest.approx(b.cross_entropy, abs=1e-6)
+    assert live.models[0].accuracy == cached.models[0].accuracy
+    assert cached.models[0].parameters is None
+    want = sum(
+        p.numel()
+        for p in AutoModelForSequenceClassification.from_pretrained(tiny_classifier).parameters()
+    )
+    assert twin.parameters == live.models[0].parameters == want
+
+
+def test_corpus_and_cache_give_the_same_figures(
+    class_cache: str, labelled_corpus: Path, tiny_classifier: Path, student_classifier: Path
+) -> None:
+    on_cache = evaluate(EvaluateOptions((str(student_classifier),), cache=class_cache))
+    common: dict[str, Any] = {
+        "student": (str(student_classifier),),
+        "corpus": (str(labelled_corpus),),
+    }
+    with_teacher = evaluate(EvaluateOptions(**common, teacher=str(tiny_classifier), max_length=64))
+    alone = evaluate(EvaluateOptions(**common, max_length=64, batch_tokens=100))
+    for result in (with_teacher, alone):
+        a, b = student_of(on_cache), student_of(result)
+        assert b.accuracy == a.accuracy
+        assert b.f1 == pytest.approx(a.f1)
+        assert b.cross_entropy == pytest.approx(a.cross_entropy, abs=1e-5)
+    assert student_of(with_teacher).kl == pytest.approx(student_of(on_cache).kl, abs=1e-5)
+    assert student_of(alone).kl is None
+    assert [m.role for m in alone.models] == ["student"]
+
+
+def test_classes_in_another_order_are_matched_by_name(
+    class_cache: str, student_classifier: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(student_classifier, other)
+    model = AutoModelForSequenceClassification.from_pretrained(student_classifier)
+    order = [2, 0, 1]
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order].clone())
+        model.classifier.bias.copy_(model.classifier.bias[order].clone())
+    model.config.id2label = {i: CLASSES[k] for i, k in enumerate(order)}
+    model.config.label2id = {CLASSES[k]: i for i, k in enumerate(order)}
+    model.save_pretrained(other)
+    straight, turned = (
+        student_of(evaluate(EvaluateOptions((str(f),), cache=class_cache)))
+        for f in (student_classifier, other)
+    )
+    assert turned.accuracy == straight.accuracy
+    assert turned.kl == pytest.approx(straight.kl, abs=1e-6)
+
+
+def test_a_bilstm_reads_the_texts_itself(
+    class_cache: str, labelled_corpus: Path, word_student: Path, tiny_classifier: Path
+) -> None:
+    data = Cache.open(class_cache).read(0)
+    assert data.texts is not None
+    top = word_logits(word_student, data.texts).argmax(-1).numpy()
+    labelled = data.labels != IGNORE
+    want = (top[labelled] == data.labels[labelled]).mean()
+    student = (str(word_student),)
+    on_cache = evaluate(EvaluateOptions(student, cache=class_cache))
+    alone = evaluate(EvaluateOptions(student, corpus=(str(labelled_corpus),)))
+    with_teacher = evaluate(
+        EvaluateOptions(
+            student, corpus=(str(labelled_corpus),), teacher=str(tiny_classifier), max_length=64
+        )
+    )
+    for result in (on_cache, alone, with_teacher):
+        assert student_of(result).accuracy == pytest.approx(want)
+    assert student_of(on_cache).kl == pytest.approx(student_of(with_teacher).kl, abs=1e-5)
+
+
+def test_a_student_of_a_users_function(
+    class_cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_student.py").write_text(
+        "import torch\n"
+        "class Bag(torch.nn.Module):\n"
+        "    def __init__(self, info):\n"
+        "        super().__init__()\n"
+        "        self.bag = torch.nn.Embedding(300, info.num_labels)\n"
+        "    def forward(self, input_ids, attention_mask):\n"
+        "        return (self.bag(input_ids) * attention_mask[..., None]).sum(1)\n"
+        "def make(info):\n"
+        "    return Bag(info)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    info = StudentInfo("sequence-classification", 300, num_labels=3, label_names=CLASSES)
+    student = load_student("my_student:make", info)
+    DistilledStudent(student, info.task, codec="dense").save_pretrained(tmp_path / "saved")
+    data = Cache.open(class_cache).read(0)
+    table = student.get_parameter("bag.weight").detach()
+    top = [int(table[data.row(i).input_ids.astype(np.int64)].sum(0).argmax()) for i in range(200)]
+    labelled = data.labels != IGNORE
+    want = (np.array(top)[labelled] == data.labels[labelled]).mean()
+    result = evaluate(EvaluateOptions((str(tmp_path / "saved"),), cache=class_cache))
+    assert student_of(result).accuracy == pytest.approx(want)
+    sys.modules.pop("my_student")
+
+
+def test_real_teacher_on_sst2(minilm_sst2: Path, sst2: Path) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    result = evaluate(
+        EvaluateOptions(
+            (str(minilm_sst2),),
+            corpus=(str(sst2 / "dev.tsv"),),
+            columns=("text", "label"),
+            limit=60,
+        )
+    )
+    lines = (sst2 / "dev.tsv").read_text().splitlines()[:60]
+    texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_sst2).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(minilm_sst2)
+    with torch.no_grad():
+        top = model(**tokenizer(list(texts), padding=True, return_tensors="pt")).logits.argmax(-1)
+    truth = [int(label) for label in labels]
+    assert student_of(result).accuracy == pytest.approx(
+        sklearn.accuracy_score(truth, top), abs=1 / 59
+    )
+    assert student_of(result).f1 == pytest.approx(sklearn.f1_score(truth, top), abs=1 / 59)
+
+
+# Language models
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_language_model_is_judged_by_the_textbook(
+    temperature: float, lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path
+) -> None:
+    cache = lm_caches["dense"]
+    result = evaluate(EvaluateOptions((str(student_lm),), cache=cache, temperature=temperature))
+    z, labels = lm_logits(student_lm, cache)
+    teacher, _ = lm_logits(tiny_lm, cache)
+    got = student_of(result)
+    log_p = logprobs_of(z)
+    hard = -log_p[np.arange(len(labels)), labels].mean()
+    assert result.positions == len(labels)
+    assert got.cross_entropy == pytest.approx(hard, abs=1e-4)
+    assert got.perplexity == pytest.approx(math.exp(hard), rel=1e-4)
+    q, p = logprobs_of(teacher, temperature), logprobs_of(z, temperature)
+    assert got.kl == pytest.approx((np.exp(q) * (q - p)).sum(-1).mean(), abs=1e-4)
+    top = log_p.argmax(-1)
+    assert got.agreement == pytest.approx((top == teacher.argmax(-1).numpy()).mean(), abs=1e-3)
+    assert got.calibration_error == pytest.approx(
+        naive_ece(np.exp(log_p.max(-1)), top == labels, 15), abs=1e-3
+    )
+    assert got.f1 is None
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_topk_gives_the_coarsened_kl(
+    temperature: float, lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path
+) -> None:
+    cache = lm_caches["topk:8"]
+    result = evaluate(EvaluateOptions((str(student_lm),), cache=cache, temperature=temperature))
+    z, labels = lm_logits(student_lm, cache)
+    teacher, _ = lm_logits(tiny_lm, cache)
+    q, p = np.exp(logprobs_of(teacher, temperature)), np.exp(logprobs_of(z, temperature))
+    ids = np.argsort(-q, -1)[:, :8]
+    head_q, head_p = np.take_along_axis(q, ids, -1), np.take_along_axis(p, ids, -1)
+    rest_q, rest_p = 1 - head_q.sum(-1), 1 - head_p.sum(-1)
+    coarse = (head_q * np.log(head_q / head_p)).sum(-1) + rest_q * np.log(rest_q / rest_p)
+    got = student_of(result)
+    assert got.kl == pytest.approx(coarse.mean(), abs=0.01)
+    assert got.kl < (q * np.log(q / p)).sum(-1).mean()
+    assert got.soft_cross_entropy is None
+    own = teacher_of(result)
+    assert own.accuracy == pytest.approx((q.argmax(-1) == labels).mean(), abs=1e-3)
+    assert own.cross_entropy is None
+    assert (own.calibration_error is None) == (temperature != 1)
+    assert any("top ids" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_samples_give_an_unbiased_soft_cross_entropy(
+    temperature: float, lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path
+) -> None:
+    cache = lm_caches["sample:20"]
+    options = EvaluateOptions((str(student_lm),), cache=cache, temperature=temperature)
+    result = evaluate(options)
+    z, _ = lm_logits(student_lm, cache)
+    teacher, _ = lm_logits(tiny_lm, cache)
+    q, p = logprobs_of(teacher, temperature), logprobs_of(z, temperature)
+    want = -(np.exp(q) * p).sum(-1)
+    got = student_of(result)
+    assert got.kl is None
+    # A few thousand positions: the noise of the mean is far below one percent.
+    assert got.soft_cross_entropy == pytest.approx(want.mean(), rel=0.01)
+    assert any("entropy" in note for note in result.notes)
+    live = evaluate(dataclasses.replace(options, teacher=str(tiny_lm)))
+    exact = student_of(live)
+    assert exact.kl == pytest.approx((np.exp(q) * (q - p)).sum(-1).mean(), abs=1e-4)
+    assert exact.soft_cross_entropy is None
+
+
+def test_a_sample_claims_only_the_top_ids_it_knows(
+    lm_caches: dict[str, str], tiny_lm: Path
+) -> None:
+    """The teacher as its own student agrees wherever its best id counts as known."""
+    for temperature in (1.0, 2.0):
+        result = evaluate(
+            EvaluateOptions((str(tiny_lm),), cache=lm_caches["sample:20"], temperature=temperature)
+        )
+        assert student_of(result).agreement == 1
+        assert 0 < result.agreement_positions < result.positions
+        assert any(note.startswith("Agreement is over") for note in result.notes)
+
+
+def test_figures_do_not_depend_on_the_batches(
+    lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path
+) -> None:
+    results = [
+        evaluate(
+            EvaluateOptions(
+                (str(student_lm), str(tiny_lm)), cache=lm_caches["dense"], batch_tokens=n
+            )
+        )
+        for n in (48, 4096)
+    ]
+    for a, b in zip(results[0].models, results[1].models, strict=True):
+        assert a.cross_entropy == pytest.approx(b.cross_entropy, abs=1e-5)
+        assert a.kl == pytest.approx(b.kl, abs=1e-5)
+
+
+def test_a_corpus_is_judged_as_its_cache(
+    lm_caches: dict[str, str], text_corpus: Path, student_lm: Path, tiny_lm: Path
+) -> None:
+    on_cache = evaluate(EvaluateOptions((str(student_lm),), cache=lm_caches["dense"]))
+    on_corpus = evaluate(
+        EvaluateOptions(
+            (str(student_lm),),
+            corpus=(str(text_corpus),),
+            teacher=str(tiny_lm),
+            max_length=48,
+            limit=60,
+        )
+    )
+    assert on_corpus.task == "causal-lm"
+    # A cache's spans begin rows anew where the corpus goes on: a few positions differ.
+    assert on_corpus.positions == pytest.approx(on_cache.positions, rel=0.02)
+    assert student_of(on_corpus).kl == pytest.approx(student_of(on_cache).kl, rel=0.05)
+
+
+def test_limit_takes_the_first_rows_of_a_cache(lm_caches: dict[str, str], student_lm: Path) -> None:
+    result = evaluate(EvaluateOptions((str(student_lm),), cache=lm_caches["dense"], limit=3))
+    data = Cache.open(lm_caches["dense"]).read(0)
+    assert result.rows == 3
+    assert result.positions == data.position_offsets[3]
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student": ()}, "--student is missing"),
+        ({"cache": None}, "either --cache or --corpus"),
+        ({"corpus": ("x",)}, "either --cache or --corpus"),
+        ({"task": "translation"}, "--task is 'translation'"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"limit": 0}, "--limit is 0"),
+        ({"dtype": "int8"}, "--dtype"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvaluateOptions(**{"student": ("s",), "cache": "c", **options})
+
+
+def test_wrong_students(
+    class_cache: str,
+    lm_caches: dict[str, str],
+    tiny_tokenizer: Path,
+    tiny_lm: Path,
+    student_classifier: Path,
+    tmp_path: Path,
+) -> None:
+    def fails(message: str, student: Path | str, cache: str, **more: Any) -> None:
+        with pytest.raises(UsageError, match=message):
+            evaluate(EvaluateOptions((str(student),), cache=cache, **more))
+
+    fails("student .* was saved for causal-lm", tiny_lm, class_cache)
+    fails("saved for sequence-classification", student_classifier, lm_caches["dense"])
+    fails("student .*nowhere", tmp_path / "nowhere", class_cache)
+    two = make_tiny_classifier(tiny_tokenizer, tmp_path / "two", ("no", "yes"))
+    fails("knows 2 classes, the targets are over 3", two, class_cache)
+    narrow = make_tiny_lm(tiny_tokenizer, tmp_path / "narrow", vocab_size=200)
+    fails("knows 200 ids, the targets are over 300", narrow, lm_caches["dense"])
+    fails("temperature 3 is not declared", tiny_lm, lm_caches["topk:8"], temperature=3.0)
+    fails("a cache for causal-lm", tiny_lm, lm_caches["dense"], task="sequence-classification")
+    shutil.copytree(tiny_lm, tmp_path / "mixed")
+    file = tmp_path / "mixed" / "tokenizer.json"
+    swapped = json.loads(file.read_text())
+    vocab = swapped["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(swapped))
+    fails("another vocabulary than the cache: 2 tokens", tmp_path / "mixed", lm_caches["dense"])
+
+
+def test_nothing_to_compare_with(student_classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("one\ntwo\n")
+    with pytest.raises(UsageError, match=r"has no labels .* and there is no teacher"):
+        evaluate(EvaluateOptions((str(student_classifier),), corpus=(str(tmp_path / "plain.txt"),)))
+
+
+def test_an_unfinished_cache_is_not_judged(
+    lm_caches: dict[str, str], student_lm: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(lm_caches["dense"], tmp_path / "cache")
+    (tmp_path / "cache" / "manifest.json").unlink()
+    with pytest.raises(IncompleteError):
+        evaluate(EvaluateOptions((str(student_lm),), cache=str(tmp_path / "cache")))
+
+
+# What is printed
+
+
+def test_the_table_is_plain_lines_in_a_file_and_the_result_is_json(
+    class_cache: str, student_classifier: Path
+) -> None:
+    result = evaluate(EvaluateOptions((str(student_classifier),), cache=class_cache))
+    text = plain(render_evaluation, result)
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    assert lines[1].split(maxsplit=2) == ["teacher", "(cached)", str(student_classifier)]
+    kl = student_of(result).kl
+    assert f"KL to the teacher (nats, T = 1)  {'-':>16}  {kl:.4f}".split() in [
+        line.split() for line in lines
+    ]
+    again = json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))
+    assert again["models"][1]["kl"] == student_of(result).kl
+    out = io.StringIO()
+    render_evaluation(result, Console(file=out, force_terminal=True, width=120))
+    assert "\x1b[1m" in out.getvalue()
