@@ -3,10 +3,10 @@
 Algorithm: patterns are expanded once into an ordered list of files with their sizes. Each file is
 cut without looking inside: plain line formats by bytes (a span owns the lines that *start* in its
 range), Parquet and Arrow by a fraction of their rows, and what can't be entered in the middle
-(compressed files, CSV with its quoted newlines) by dealing record ``i`` to part ``i mod parts``.
+(compressed files, CSV with its quoted newlines) by dealing record `i` to part `i mod parts`.
 
 Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
-are made when asked for. Only ``limit`` reads while planning, and only up to the limit. Reading a
+are made when asked for. Only `limit` reads while planning, and only up to the limit. Reading a
 byte span costs its bytes; one of Parquet decodes its row group from the beginning; a dealt part
 costs the whole file's decompression or CSV parsing, hence at most 128 parts a file: a very large
 corpus is better off in plain JSONL, or in Parquet of small row groups.

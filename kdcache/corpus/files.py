@@ -55,7 +55,7 @@ class InputFile:
         url: Absolute path or URL.
         size: Bytes, as stored.
         kind: One of the values of `KINDS`.
-        compression: ``""``, ``"gz"`` or ``"zst"``.
+        compression: `""`, `"gz"` or `"zst"`.
     """
 
     url: str
@@ -65,7 +65,7 @@ class InputFile:
 
 
 def is_remote(path: str) -> bool:
-    """Whether ``path`` names something that only fsspec can open."""
+    """Whether `path` names something that only fsspec can open."""
     return "://" in path and not path.startswith(("file://", "local://"))
 
 
@@ -80,10 +80,10 @@ def kind_of(name: str, forced: str = "auto") -> tuple[str, str] | None:
 
     Args:
         name: Path or URL.
-        forced: The kind of all files (one of `FORMATS`); ``auto`` goes by the extension.
+        forced: The kind of all files (one of `FORMATS`); `auto` goes by the extension.
 
     Returns:
-        For example ``("jsonl", "gz")``; None if the extension says nothing.
+        For example `("jsonl", "gz")`; None if the extension says nothing.
     """
     stem, extension = os.path.splitext(name.lower().rstrip("/"))
     compression = COMPRESSIONS.get(extension, "")
@@ -165,7 +165,7 @@ def expand(patterns: Sequence[str], forced: str = "auto") -> list[InputFile]:
     """All files that the patterns name: in the patterns' order, sorted inside each, each once.
 
     Args:
-        patterns: Paths, globs (``**`` too), folders (read recursively; hidden files and files of
+        patterns: Paths, globs (`**` too), folders (read recursively; hidden files and files of
             other kinds are left out) and fsspec URLs of these.
         forced: See `kind_of`.
 

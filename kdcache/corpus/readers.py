@@ -1,9 +1,8 @@
 """Readers: one span's raw records, format by format.
 
-Each reader yields ``(location, payload)`` in file order; `parse` turns a payload into values or
-says why it can't (`RecordError`). The same readers count records for ``limit``, so that both agree
-about what a record is: a line that is not blank, a CSV row that is not empty, a row
-of a table.
+Each reader yields `(location, payload)` in file order; `parse` turns a payload into values or
+says why it can't (`RecordError`). The same readers count records for `limit`, so that both agree
+about what a record is: a line that is not blank, a CSV row that is not empty, a row of a table.
 
 Cost: one pass; a table is decoded in batches of 1,024 rows and only in the columns asked for.
 """
@@ -41,7 +40,7 @@ def open_span(span: Span, columns: Sequence[str] | None) -> tuple[Source, Raws]:
     """Open a span for reading.
 
     Args:
-        span: What to read. The caller applies ``limit`` (but to tables) and deals the parts of a
+        span: What to read. The caller applies `limit` (but to tables) and deals the parts of a
             dealt file (see `is_dealt`).
         columns: Columns wanted of a table; None is all. Text formats give all they have.
 
@@ -257,7 +256,7 @@ def _unreadable(span: Span, error: Exception) -> UsageError:
 
 
 def _cut(rows: int, part: int, parts: int) -> int:
-    """First row of a part when ``rows`` rows are cut into ``parts`` even parts."""
+    """First row of a part when `rows` rows are cut into `parts` even parts."""
     return rows * part // parts
 
 
@@ -315,7 +314,7 @@ def _parquet_rows(span: Span, handle: BinaryIO, file: Any, names: list[str]) -> 
 
 
 def _group_rows(file: Any, group: int, names: list[str], first: int, start: int, stop: int) -> Raws:
-    """Rows [start, stop) of the file that lie in one row group, whose first row is ``first``."""
+    """Rows [start, stop) of the file that lie in one row group, whose first row is `first`."""
     for batch in file.iter_batches(
         _BATCH_ROWS, row_groups=[group], columns=names, use_threads=False
     ):
@@ -388,7 +387,7 @@ def _arrow_file_rows(span: Span, handle: Any, reader: Any, names: list[str]) -> 
 
 
 def _until(reader: Any, limit: int) -> tuple[int, int]:
-    """How many batches hold the first ``limit`` rows, and how many of these are in the last."""
+    """How many batches hold the first `limit` rows, and how many of these are in the last."""
     rows = 0
     for index in range(reader.num_record_batches):
         own = min(reader.get_batch(index).num_rows, limit - rows)
@@ -416,7 +415,7 @@ def _arrow_stream_rows(span: Span, handle: Any, reader: Any, names: list[str]) -
 
 
 def table_size(span: Span) -> tuple[int, int]:
-    """How many rows of a table are within ``span.limit``, and about how many bytes they take."""
+    """How many rows of a table are within `span.limit`, and about how many bytes they take."""
     limit = span.limit
     assert limit is not None
     try:

@@ -1,8 +1,7 @@
 """Record: one item of a corpus, and what to say when it is not what was expected.
 
-Cost: a record's place in a file cut by bytes is kept as an offset; its line number is counted (one
-    pass
-over the file up to there) only when a message asks for it.
+Cost: a record's place in a file cut by bytes is kept as an offset; its line number is counted, by a
+pass over the file up to there, only when a message asks for it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LineAt:
-    """The line that starts at byte ``offset`` of ``file``; printing it finds its number."""
+    """The line that starts at byte `offset` of `file`; printing it finds its number."""
 
     file: str
     offset: int
@@ -49,7 +48,7 @@ class Source:
     Attributes:
         columns: Names of all columns of the file, read or not; empty where each record has its own
             keys.
-        header: True if ``columns`` was taken from the file's first line.
+        header: True if `columns` was taken from the file's first line.
     """
 
     columns: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ class Record:
     Attributes:
         values: Column name to value, as the file holds it (`str` for text formats).
         file: Path or URL of the file.
-        location: Where in the file: prints as ``line 17`` or ``row 12``, both counted from 1.
+        location: Where in the file: prints as `line 17` or `row 12`, both counted from 1.
         source: What the file says about its columns.
     """
 
@@ -91,7 +90,7 @@ class Record:
         Args:
             wanted: The column that was looked for, or several of which one was needed.
             option: The option that names it, as the cure.
-            named: Names to propose for a headerless table's columns; default ``wanted``.
+            named: Names to propose for a headerless table's columns; default `wanted`.
 
         Returns:
             The error, to be raised by the caller.
@@ -125,14 +124,14 @@ class ReadStats:
         """Raise for a bad record, or count it as skipped.
 
         Args:
-            on_error: ``fail`` raises, ``skip`` counts.
+            on_error: `fail` raises, `skip` counts.
             file: Path or URL of the file.
             location: Where in the file; formatted only if a message is made.
             problem: What is wrong, a phrase without a full stop.
-            count: What it adds to ``skipped``; 0 where another part of the file counts it.
+            count: What it adds to `skipped`; 0 where another part of the file counts it.
 
         Raises:
-            UsageError: With ``on_error="fail"``.
+            UsageError: With `on_error="fail"`.
         """
         if on_error == "fail":
             raise UsageError(
@@ -147,6 +146,6 @@ class ReadStats:
 
 
 def shorten(text: object, width: int = 40) -> str:
-    """``text`` on one line of at most ``width`` characters, for messages."""
+    """`text` on one line of at most `width` characters, for messages."""
     line = " ".join(str(text).split())
     return line if len(line) <= width else line[: width - 1] + "…"

@@ -38,14 +38,14 @@ class Span:
     Attributes:
         index: Its place among the corpus's spans.
         file: Absolute path or URL.
-        kind: ``jsonl``, ``txt``, ``csv``, ``tsv``, ``parquet`` or ``arrow``.
+        kind: `jsonl`, `txt`, `csv`, `tsv`, `parquet` or `arrow`.
         start: First byte; the span owns the lines that start in [start, stop). 0 where parts count.
         stop: Byte after the last; the file's size where parts count.
-        part: Which of ``parts`` of a table or of a file that can't be cut by bytes.
+        part: Which of `parts` of a table or of a file that can't be cut by bytes.
         parts: 1 for files cut by bytes.
-        limit: If not None, only the first ``limit`` records of [start, stop), before parts are
+        limit: If not None, only the first `limit` records of [start, stop), before parts are
             dealt.
-        compression: ``""``, ``gz`` or ``zst``.
+        compression: `""`, `gz` or `zst`.
         columns: Names of a headerless table's columns; None means that the first line names them.
     """
 
@@ -87,9 +87,8 @@ class Span:
 class _Plan:
     """How one file is cut.
 
-    ``cuts`` even stretches, of which the first ``spans`` are in the corpus (all, unless a limit
-    ends it earlier). ``limit`` is `Span`'s: of the last span of a file cut by bytes, of every span
-    of others.
+    `cuts` even stretches, of which the first `spans` are in the corpus (all, unless a limit ends it
+    earlier). `limit` is `Span`'s: of the last span of a file cut by bytes, of every span of others.
     """
 
     file: InputFile
@@ -151,7 +150,7 @@ class Corpus:
         files: The files, in order, those behind a limit left out.
         spans: Units of work, in order; indexable, made lazily.
         settings: The options that decide the spans and their records, JSON-able, for a fingerprint;
-            ``span_bytes`` as the number it came to.
+            `span_bytes` as the number it came to.
     """
 
     files: Sequence[InputFile]
@@ -171,15 +170,15 @@ class Corpus:
         """Find the files and plan their spans.
 
         Args:
-            patterns: Files, folders (recursive), globs (``**`` too) or fsspec URLs of these; a file
+            patterns: Files, folders (recursive), globs (`**` too) or fsspec URLs of these; a file
                 that several name counts once.
             span_bytes: Bytes of input that a span aims at (compressed files: of their text,
                 guessed), or a function that says them by the bytes of all files.
             limit: Only the first so many records. Planning then reads the corpus up to there.
-            format: ``auto`` goes by the extension; else the kind of all files (``jsonl``, ``txt``,
-                ``csv``, ``tsv``, ``parquet``, ``arrow``).
-            columns: Names of the columns of CSV and TSV files *without* a header line; for ``.txt``
-                one name instead of ``text``.
+            format: `auto` goes by the extension; else the kind of all files (`jsonl`, `txt`,
+                `csv`, `tsv`, `parquet`, `arrow`).
+            columns: Names of the columns of CSV and TSV files *without* a header line; for `.txt`
+                one name instead of `text`.
 
         Returns:
             The corpus.
@@ -226,8 +225,8 @@ class Corpus:
         """What the corpus is, file by file, wherever it lies.
 
         Returns:
-            Per file ``name`` (below the files' nearest common folder), ``size`` in bytes, ``kind``
-            (such as ``jsonl.gz``) and ``tag`` (SHA-256 of the first and last 64 KiB, 32 hex
+            Per file `name` (below the files' nearest common folder), `size` in bytes, `kind`
+            (such as `jsonl.gz`) and `tag` (SHA-256 of the first and last 64 KiB, 32 hex
             digits).
         """
         names = input_files.names(self.files)
@@ -250,7 +249,7 @@ class Corpus:
             span: What to read.
             columns: Columns that the caller will look at: tables (Parquet, Arrow) are read in these
                 only. Names that are not there are no error here (`Record.missing` makes one).
-            on_error: What a record that can't be read does: ``fail`` or be ``skip``-ped and
+            on_error: What a record that can't be read does: `fail` or be `skip`-ped and
                 counted.
             stats: Where to count.
 
@@ -258,7 +257,7 @@ class Corpus:
             The records in file order.
 
         Raises:
-            UsageError: A bad record with ``on_error="fail"``, or a file that can't be opened.
+            UsageError: A bad record with `on_error="fail"`, or a file that can't be opened.
         """
         stats = ReadStats() if stats is None else stats
         source, rows = open_span(span, columns)
@@ -331,7 +330,7 @@ def _plan(file: InputFile, span_bytes: int) -> _Plan:
 def _limited(
     plans: Sequence[_Plan], span_bytes: int, limit: int, columns: tuple[str, ...] | None
 ) -> tuple[int, list[_Plan]]:
-    """How many records there are up to ``limit``, and the plans of the files that hold these."""
+    """How many records there are up to `limit`, and the plans of the files that hold these."""
     kept = []
     left = limit
     for plan in plans:
@@ -347,7 +346,7 @@ def _limited(
 def _count(
     plan: _Plan, left: int, span_bytes: int, columns: tuple[str, ...] | None
 ) -> tuple[int, _Plan]:
-    """Count a file's records up to ``left``; the plan comes back cut if that many are there."""
+    """Count a file's records up to `left`; the plan comes back cut if that many are there."""
     file = plan.file
     whole = replace(_Plan(file, 1, 1).span(0, 0, columns), limit=left)
     if _by_bytes(file):
@@ -374,7 +373,7 @@ def _count_lines(plan: _Plan, whole: Span, left: int) -> tuple[int, _Plan]:
 
 
 def _dealt_size(whole: Span, left: int) -> tuple[int, int]:
-    """Records of a dealt file up to ``left``, and the bytes (CSV: characters) of these."""
+    """Records of a dealt file up to `left`, and the bytes (CSV: characters) of these."""
     seen = size = 0
     try:
         for _, payload in _first(open_span(whole, None)[1], left):

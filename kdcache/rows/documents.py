@@ -2,7 +2,7 @@
 
 Which tokens the assistant speaks is decided by character offsets in the rendered conversation, with
 one tokenisation of the whole: what the student sees is exactly what the model would see. Templates
-that mark the assistant's part (``{% generation %}``) say it themselves; for others the conversation
+that mark the assistant's part (`{% generation %}`) say it themselves; for others the conversation
 is rendered up to and after each assistant message, and what the message adds is the assistant's.
 
 Cost: a conversation with n answers is rendered once if the template marks them, else 2n + 1 times.
@@ -44,7 +44,7 @@ class Document:
 
 
 def checked_text(value: Any, column: str) -> str:
-    """``value`` as text that a tokenizer takes; missing is empty.
+    """`value` as text that a tokenizer takes; missing is empty.
 
     Raises:
         RecordError: It is no text, or holds half a surrogate pair (JSON can, UTF-8 can't).
@@ -200,7 +200,7 @@ class DocumentMaker:
         return Document(text, learnt, framed=False)
 
     def _spoken_until(self, text: str) -> int:
-        """Where the answer that ``text`` ends with is over."""
+        """Where the answer that `text` ends with is over."""
         # White space after the end token is the template's: nobody has to learn to say it.
         end = len(text.rstrip())
         tokens = self._tokenizer.all_special_tokens

@@ -32,7 +32,7 @@ class Encoder(ABC):
         stats: Records taken, records skipped because of `RowSpec.on_error` and the first reasons.
         empty: Records without anything to learn: empty text, no answer of the assistant.
         truncated: Documents cut short at `RowSpec.max_length`: texts to classify (where a fast
-            tokenizer tells), and under ``packing="none"``.
+            tokenizer tells), and under `packing="none"`.
     """
 
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
@@ -58,7 +58,7 @@ class Encoder(ABC):
             The rows, in the records' order.
 
         Raises:
-            UsageError: A column is not there, a label is no class, or (``on_error="fail"``) a
+            UsageError: A column is not there, a label is no class, or (`on_error="fail"`) a
                 value can't be used.
         """
 
@@ -68,7 +68,7 @@ class Encoder(ABC):
         make: Callable[[Record], Item | None],
         size: Callable[[Item], int],
     ) -> Iterator[list[Item]]:
-        """What ``make`` makes of the records, in batches; None is counted as empty."""
+        """What `make` makes of the records, in batches; None is counted as empty."""
         batch: list[Item] = []
         characters = 0
         for record in records:
@@ -241,7 +241,7 @@ def _learnt(
 
 
 def _cut(ids: Ids, wanted: Marks, length: int) -> Iterator[Row]:
-    """Rows of at most ``length`` places of one sequence, each up to its last label."""
+    """Rows of at most `length` places of one sequence, each up to its last label."""
     labels = np.where(wanted[1:], ids[1:], np.int32(IGNORE))
     for start in range(0, len(labels), length):
         own = labels[start : start + length]

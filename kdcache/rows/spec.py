@@ -24,10 +24,10 @@ class Row:
     """One token sequence with its hard labels; the unit of shuffling.
 
     Attributes:
-        input_ids: int32 ``[L]``, no padding.
-        labels: int32; causal-lm ``[L]``, the id to predict after each place or `IGNORE`;
-            classification ``[1]``, the class or `IGNORE`.
-        type_ids: uint8 ``[L]`` if the tokenizer tells text from pair (BERT does), else None.
+        input_ids: int32 `[L]`, no padding.
+        labels: int32; causal-lm `[L]`, the id to predict after each place or `IGNORE`;
+            classification `[1]`, the class or `IGNORE`.
+        type_ids: uint8 `[L]` if the tokenizer tells text from pair (BERT does), else None.
         text: Classification only: what was tokenised, so that a student may tokenise it anew.
         text_pair: The pair's text, if there is one.
     """
@@ -44,7 +44,7 @@ class RowSpec:
     """How records become rows.
 
     Attributes:
-        task: ``causal-lm`` or ``sequence-classification``.
+        task: `causal-lm` or `sequence-classification`.
         text_column: Column with the text.
         pair_column: Classification: column with the second text, if any.
         label_column: Classification: column with the class. The default may be missing (a transfer
@@ -52,14 +52,14 @@ class RowSpec:
         label_names: Classification: the teacher's class names in order; None takes any class
             number.
         max_length: Most tokens of a row.
-        packing: Causal LM: ``concat`` joins documents into full rows; ``none`` makes one row of a
-            document and truncates it; ``split`` continues it in further rows.
-        messages_column: Causal LM: column with a conversation, a list of ``{"role", "content"}``.
+        packing: Causal LM: `concat` joins documents into full rows; `none` makes one row of a
+            document and truncates it; `split` continues it in further rows.
+        messages_column: Causal LM: column with a conversation, a list of `{"role", "content"}`.
         prompt_column: Causal LM: column with the part that is only read.
         completion_column: Causal LM: column with the part that is learnt.
-        record_form: Causal LM: which of these a record is; ``auto`` goes by the columns that hold
+        record_form: Causal LM: which of these a record is; `auto` goes by the columns that hold
             something, and refuses a record where more than one form does.
-        on_error: What a record that can't be encoded does: ``fail``, or be ``skip``-ped and
+        on_error: What a record that can't be encoded does: `fail`, or be `skip`-ped and
             counted.
 
     Raises:
