@@ -1,8 +1,7 @@
 """`kdcache build`: run the teacher over a corpus once and seal the cache.
 
-    options -> spans of the corpus -> teacher's identity -> CacheSpec -> create or resume -> missing
-    spans
-    crew: workers read, tokenise, run the teacher, encode, commit
+    options -> spans of the corpus -> teacher's identity -> CacheSpec -> create or resume
+    missing spans -> crew: workers read, tokenise, run the teacher, encode, commit
     all spans committed -> seal
 
 Guarantee: the same command is always the way to go on, and a finished cache is never touched again.
@@ -436,9 +435,7 @@ def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
 
 
 def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
-    """Bytes of corpus a span: small enough to share out and to hold in memory, few enough to
-    list.
-    """
+    """Bytes of corpus a span: small enough to hold in memory and to share out, few in all."""
     if options.shard_tokens is not None:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN
     per_position = codec.bytes_per_position if options.task == "causal-lm" else 1.0
@@ -454,8 +451,8 @@ def _gpus(options: BuildOptions) -> float:
         return asked * torch.cuda.is_available()
     if options.gpus_per_worker is not None:
         return options.gpus_per_worker
-    # A cluster is rented for its GPUs; it may have none yet, and the driver's own machine says
-    # nothing.
+    # A cluster is rented for its GPUs. It may have none yet, and the driver's own machine does not
+    # tell.
     return 1.0 if cluster_address(options.address) else float(torch.cuda.is_available())
 
 

@@ -1,7 +1,6 @@
 """The command line: maps words to commands, and errors to one line and an exit code.
 
-Exit codes: 0 done; 2 wrong usage or input; 3 incomplete, and the same command goes on; 1 anything
-else.
+Exit codes: 0 done; 2 wrong usage or input; 3 incomplete, and the same command goes on; 1 all else.
 
 The commands themselves are in `kdcache.commands`, loaded when one is asked for: the list of them
 is there at once.

@@ -14,8 +14,7 @@ A span with three counted failures is set aside, and the rest completes. Wrong i
 and so do twenty spans that fail before any of the cache has succeeded: then it is not the spans.
 
 Cost: a queue of span numbers and one entry a shard; the driver touches no row and no target.
-Guarantee: a build ends only when the listing shows every shard, or it names the spans that lack
-one.
+Guarantee: a build ends only when the listing shows every shard, or it names the spans without one.
 """
 
 from __future__ import annotations

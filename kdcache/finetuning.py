@@ -1,7 +1,6 @@
 """`kdcache finetune`: a Hugging Face encoder becomes the teacher of a classifier.
 
-    records -> class names -> token rows -> HF Trainer -> best epoch -> folder for `kdcache build
-    --teacher`
+    records -> class names -> token rows -> HF Trainer -> best epoch -> folder for `build`
 
 All of the encoder is trained, or only its last parameter tensors and the new head (Tang et al. 2019
 froze all but the last four of BERT and put a ReLU layer of 192 before the classes: `train_last=4,

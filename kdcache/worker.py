@@ -1,5 +1,5 @@
-"""The work on one span: read, tokenise, run the teacher, encode, commit. The same code in an actor
-or here.
+"""The work on one span, in an actor or in this process: read, tokenise, run the teacher, encode,
+commit.
 
 Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read,
 packed or compressed while the other computes: a pipeline without queues. On a GPU the lock is given
@@ -140,8 +140,7 @@ class SpanWorker:
     def still(self) -> float:
         """Seconds for which nothing has moved in the slowest span; 0 while there is none.
 
-        A span that waits for its turn with the teacher does not count: the one whose turn it is
-        does.
+        A span that waits for its turn with the teacher does not count; the one that has it does.
         """
         now = time.monotonic()
         return now - min(list(self._moved.values()), default=now)
@@ -274,8 +273,7 @@ class _Places:
 class _Packer:
     """Packs encoded slices on a thread while the device computes the next ones.
 
-    Copies to the host are queued behind the kernels that make them; the thread alone waits for
-    them.
+    Copies to the host are queued behind the kernels that make them; only the thread waits for them.
     """
 
     def __init__(self, codec: Codec, span: int, rank_to_id: np.ndarray | None) -> None:

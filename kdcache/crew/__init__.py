@@ -1,9 +1,7 @@
-"""Who does the spans: threads of this process, or actors on a Ray cluster. Both look alike to the
-driver.
+"""Who does the spans: threads of this process, or actors on a Ray cluster, alike to the driver.
 
 A crew takes spans while it has room and hands back outcomes. It knows about workers and nodes that
-come and go; it does not know what is still to do, what was tried, or when to give up: that is the
-driver's part.
+come and go. What is still to do, what was tried, and when to give up, only the driver knows.
 """
 
 from __future__ import annotations

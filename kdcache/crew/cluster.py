@@ -47,8 +47,7 @@ class RayWorker(SpanWorker):
         )
 
     def where(self) -> tuple[str, str, int]:
-        """Name of this worker (host and process), Ray's id of its node, and the tokens of a
-        batch."""
+        """Name of this worker (host and process), Ray's id of its node, tokens of a batch."""
         import ray
 
         node = ray.get_runtime_context().get_node_id()
@@ -123,8 +122,8 @@ class RayCrew(Crew):
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._workers, self._gpus = workers, gpus
         self._hang, self._tell = hang_seconds, tell
-        # A clock that stands still while this process does (Ctrl-Z, a laptop's lid): nobody hung
-        # then.
+        # A clock that stands still while this process does (Ctrl-Z, a closed laptop): meanwhile no
+        # worker hangs.
         self._now, self._ticked = 0.0, time.monotonic()
         self._hired = self._felt = 0.0
         self._failed_starts = 0

@@ -1,7 +1,6 @@
 """Reports: what a cache holds, how students compare with their teacher, what a classifier says.
 
-Each command is options in, a JSON-able result out, and a function that prints the result on a rich
-console.
+Each command is options in, a JSON-able result out, and a function that prints it on a rich console.
 """
 
 from __future__ import annotations

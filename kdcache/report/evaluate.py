@@ -391,8 +391,11 @@ class _Evaluation:
         labels: np.ndarray,
         cached: SoftTargets | None,
     ) -> np.ndarray:
-        """Count the teacher's own figures; its most probable id at each position, -1 where not
-        known."""
+        """Count the teacher's own figures.
+
+        Returns:
+            Its most probable id at each position, -1 where it is not known.
+        """
         tally = self.teacher_tally
         if isinstance(targets, DenseTargets):
             return self._add_student(tally, targets.logits, labels, None)
@@ -437,8 +440,7 @@ class _Evaluation:
         return self.cache is not None and self.cache.spec.codec.startswith("dense")
 
     def _label_scores(self, tally: Tally, *, dense: bool = True) -> dict[str, Any]:
-        """Figures against the hard labels; a sparse target does not say what a label outside it
-        has."""
+        """Figures against the hard labels; sparse targets lack the probability of some."""
         hard = known(ratio(tally.hard, tally.labelled)) if dense else None
         causal = self.task == CAUSAL
         return {

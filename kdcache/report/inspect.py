@@ -1,5 +1,4 @@
-"""`kdcache inspect`: what a cache is, how large its parts are, and what the teacher said about a
-row.
+"""`kdcache inspect`: what a cache is, how large its parts are, what the teacher said about a row.
 
 Cost: the two JSON files of a sealed cache and the headers of a few shards, from which bytes a
 column are scaled up; with a row, that row's shard. An unfinished cache has no manifest: each
@@ -331,8 +330,7 @@ def _find(shards: Sequence[ShardEntry], row: int, sealed: bool) -> tuple[ShardEn
 def _guesses(
     soft: SoftTargets, temperature: float, top: int
 ) -> tuple[list[list[tuple[int, float]]], list[float], bool]:
-    """The best (id, probability) pairs of each position, the mass of the others, and whether
-    exact."""
+    """At each position the best (id, probability) pairs and the rest of the mass; whether exact."""
     targets = soft.at(temperature)
     pairs: list[list[tuple[int, float]]] = []
     if isinstance(targets, DenseTargets):

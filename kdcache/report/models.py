@@ -191,8 +191,7 @@ class SavedModel:
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None = None
     ) -> list[Row]:
-        """Rows of texts (no labels) by the model's own tokenizer, cut to what the model can
-        read."""
+        """Rows of texts, without labels, by the model's own tokenizer; cut to what it can read."""
         if self.tokenizer is None and self.is_factory:
             # It tokenises by itself, if at all: the ids only tell how long a text is.
             second = [""] * len(texts) if pairs is None else pairs
@@ -279,8 +278,7 @@ class LoadedModel:
     order: tuple[int, ...] | None = None
 
     def matching(self, names: Sequence[str] | None) -> LoadedModel:
-        """This model with its classes in the order of `names`, where it knows them by the same
-        names."""
+        """This model with its classes in the order of `names`, if those are its own names."""
         own = self.saved.label_names if names is not None else ()
         if names is None or own == tuple(names) or set(own) != set(names):
             return self

@@ -20,8 +20,10 @@ def print_table(
     left: int = 1,
     title: str | None = None,
 ) -> None:
-    """Print a table; nothing is cut: where a terminal has no room, its lines are plain and wrap.
-    Elsewhere than on a terminal nothing is wrapped or coloured either.
+    """Print a table, and cut nothing.
+
+    Where a terminal has no room for it, it comes as plain lines, which wrap. In a file or a pipe
+    nothing is wrapped or coloured.
 
     Args:
         console: where to.

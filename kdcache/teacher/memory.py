@@ -1,5 +1,4 @@
-"""What fits a device: weights on one GPU or spread over several and the host, and how large a
-batch beside them.
+"""What fits a device: weights on one GPU or spread over several and the host, a batch beside them.
 
 Both are decided by measured numbers: the tensors of the weight files against free memory, and the
 peak of a batch that is tried before the first span. Sizes that are tried are halves of one another,
