@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from unbiased import excess
 
-from kdcache import sampling
 from kdcache.sampling import (
     BLOCK,
     Rule,
     blocked_sample,
     check_finite,
+    largest,
     open_blocks,
     read_blocks,
     reference_sample,
@@ -245,7 +245,7 @@ def test_the_largest_are_those_of_topk(threads: int, n: int, width: int, k: int)
     want, before = x.topk(k, -1), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        values, places = sampling._largest(x, k)
+        values, places = largest(x, k)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(values, want.values, rtol=0, atol=0, equal_nan=True)

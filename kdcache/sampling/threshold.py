@@ -45,32 +45,26 @@ Shapes: n positions, V ids, b blocks of B ids, K slots, m temperatures.
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128
-"""Ids in a block: as many as make reading block statistics and opening blocks cost about the
-same."""
+from kdcache.sampling.blocks import (
+    BLOCK,
+    find_best,
+    largest,
+    open_blocks,
+    probabilities,
+    read_blocks,
+)
+from kdcache.sampling.device import run_encoding
+from kdcache.sampling.finite import all_finite
 
 _SLACK = 1e-5
 """Relative rounding error allowed in float32 sums of sizes, so that S / tau = 20.0000002 makes 20
 draws."""
-
-_CPU_SLICE = 1 << 22
-"""Logits handled at once on a CPU: 16 MB of float32; fewer pay in calls, more in cache misses."""
-
-_CPU_ROWS = 1024
-"""Positions handled at once on a CPU, where the vocabulary is small."""
 
 
 class Rule(NamedTuple):
@@ -93,39 +87,6 @@ class Rule(NamedTuple):
         return min(self.draws * len(self.temperatures), vocabulary) + 1
 
 
-class Blocks(NamedTuple):
-    """What one pass over the logits leaves.
-
-    Attributes:
-        top: float32 [n, b], largest logit of each block.
-        mass: float32 [n, b, m], the block's probability at each temperature.
-        peak: float32 [n, 1], largest logit of all.
-        normalizer: float32 [n, m], sum over all ids of exp((z - peak) / T).
-    """
-
-    top: Tensor
-    mass: Tensor
-    peak: Tensor
-    normalizer: Tensor
-
-
-def check_finite(values: Tensor) -> Tensor:
-    """Find the first position that is not usable, without waiting for the device.
-
-    Args:
-        values: logits [n, ...], or the flags "finite" [n] that every codec's `encode` returns
-            (those cost nothing more).
-
-    Returns:
-        int64 scalar on the same device: the index of the first bad position, or -1.
-    """
-    good = values if values.dtype == torch.bool else values.isfinite().flatten(1).all(-1)
-    bad = ~good.flatten()
-    if bad.numel() == 0:
-        return torch.full((), -1, dtype=torch.int64, device=values.device)
-    return torch.where(bad.any(), bad.int().argmax(), -1)
-
-
 def sample_entries(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     """Sample and quantise by the rule; see the module's text.
 
@@ -144,218 +105,7 @@ def sample_entries(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     # Opening up to 2 K blocks costs more than reading a small vocabulary outright.
     blocked = logits.shape[-1] > 4 * rule.slots(logits.shape[-1]) * BLOCK
     run = blocked_sample if blocked else reference_sample
-    if logits.is_cuda and compiles():
-        return _compiled(run)(logits, u, rule)
-    if logits.is_cuda:
-        return run(logits, u, rule)
-    return _in_slices(lambda x, v: run(x, v, rule), logits, u)
-
-
-def top_entries(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
-    """The K largest logits of each position and the mass of the others at each temperature.
-
-    Args:
-        logits: [n, V].
-        k: entries, at most V.
-        temperatures: where the tail's mass is wanted.
-
-    Returns:
-        "ids" int32 [n, K] and "logprobs" float32 [n, K] (T = 1), largest first; "tail" float32 [n,
-        m]; "finite".
-    """
-    run = _top_blocked if logits.shape[-1] > 4 * k * BLOCK else _top_plain
-    if logits.is_cuda and compiles():
-        return _compiled(run)(logits, k, temperatures)
-    if logits.is_cuda:
-        return run(logits, k, temperatures)
-    return _in_slices(lambda x: run(x, k, temperatures), logits)
-
-
-def compiles() -> bool:
-    """True if CUDA code may go through `torch.compile`: Triton and a C compiler are there.
-
-    `KDCACHE_COMPILE=0` turns it off; the plain operations give the same results several times
-    slower.
-    """
-    if os.environ.get("KDCACHE_COMPILE", "1") == "0" or find_spec("triton") is None:
-        return False
-    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
-
-
-@cache
-def _compiled(run: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    return torch.compile(run)
-
-
-def _in_slices(run: Callable[..., dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
-    """Work on as many positions at once as keep temporaries in a CPU's caches."""
-    n, vocabulary = inputs[0].shape
-    rows = max(1, min(_CPU_ROWS, _CPU_SLICE // vocabulary))
-    if n <= rows:
-        return run(*inputs)
-    parts = [run(*(x[a : a + rows] for x in inputs)) for a in range(0, n, rows)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-# ------------------------------------------------------------------------------------------ blocks
-
-
-def read_blocks(logits: Tensor, temperatures: tuple[float, ...]) -> Blocks:
-    """The one pass over all logits: maximum and mass of each block.
-
-    Masses are sums of exp((z - block maximum) / T) brought to one scale afterwards. No logarithm is
-    taken, so the error stays at float32's rounding whatever the size of the logits.
-    """
-    whole = logits.shape[-1] // BLOCK
-    parts = [_block_sums(_whole_blocks(logits), temperatures)]
-    if logits.shape[-1] % BLOCK:
-        # The last, shorter block is read by itself: padding would copy all logits.
-        parts.append(_block_sums(logits[:, None, whole * BLOCK :], temperatures))
-    top = torch.cat([part[0] for part in parts], 1)
-    sums = torch.cat([part[1] for part in parts], 1)
-    peak = top.amax(1, keepdim=True)
-    scale = torch.stack([((top - peak) / t).exp() for t in temperatures], -1)
-    sums = sums * scale
-    normalizer = sums.sum(1)
-    return Blocks(top, sums / normalizer[:, None], peak, normalizer)
-
-
-def _whole_blocks(logits: Tensor) -> Tensor:
-    """View [n, V // B, B] of the logits, without the last, shorter block."""
-    whole = logits.shape[-1] // BLOCK
-    return logits[:, : whole * BLOCK].view(-1, whole, BLOCK)
-
-
-def _block_sums(blocks: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    x = blocks.float()
-    top = x.amax(-1)
-    # A block of masked ids has the maximum -inf, and -inf - -inf would be NaN.
-    x = x - top.clamp_min(torch.finfo(torch.float32).min)[..., None]
-    return top, torch.stack(_power_sums(x, temperatures), -1)
-
-
-def _power_sums(x: Tensor, temperatures: tuple[float, ...]) -> list[Tensor]:
-    """Sums of exp(x / T) over the last axis, for each T; x is spent.
-
-    The exponential is most of a CPU's work here: where all temperatures are one another's doubles,
-    squaring the hottest one's serves the others.
-    """
-    hottest = max(temperatures)
-    doublings = [round(math.log2(hottest / t)) for t in temperatures]
-    exact = all(hottest == t * 2**d for t, d in zip(temperatures, doublings, strict=True))
-    if exact and max(doublings) <= 3:
-        weights = (x if hottest == 1 else x.div_(hottest)).exp_()
-        sums = {}
-        for d in range(max(doublings) + 1):
-            weights = weights.square_() if d else weights
-            if d in doublings:
-                sums[d] = weights.sum(-1)
-        return [sums[d] for d in doublings]
-    return [(x / t).exp_().sum(-1) for t in temperatures]
-
-
-def open_blocks(logits: Tensor, which: Tensor) -> Tensor:
-    """Logits of chosen blocks, float32 [n, k, B]; -inf beyond the vocabulary. `which` int64 [n,
-    k]."""
-    whole, left = divmod(logits.shape[-1], BLOCK)
-    blocks = _whole_blocks(logits)
-    row = torch.arange(len(logits), device=logits.device)[:, None]
-    opened = blocks[row, which.clamp_max(whole - 1) if left else which].float()
-    if left:
-        last = F.pad(logits[:, whole * BLOCK :].float(), (0, BLOCK - left), value=-torch.inf)
-        opened = torch.where((which == whole)[..., None], last[:, None], opened)
-    return opened
-
-
-def _probabilities(
-    z: Tensor, peak: Tensor, normalizer: Tensor, temperatures: tuple[float, ...]
-) -> list[Tensor]:
-    """Probability at each temperature of logits z [n, ...]."""
-    shape = (-1,) + (1,) * (z.ndim - 1)
-    z = z - peak.view(shape)
-    return [
-        (z / t if t != 1 else z).exp() / normalizer[:, i].view(shape)
-        for i, t in enumerate(temperatures)
-    ]
-
-
-def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`x.topk(k)` along the last axis. On one or two threads of a CPU numpy's partition, which is
-    vectorised, takes less than half of the time; with more, PyTorch's runs on all of them."""
-    if x.is_cuda or torch.compiler.is_compiling() or torch.get_num_threads() > 2:
-        values, places = x.topk(k, -1)
-        return values, places
-    least = x.shape[-1] - k
-    found = torch.from_numpy(np.argpartition(x.numpy(), max(0, least - 1), -1)[..., least:])
-    values, order = x.gather(-1, found).sort(-1, descending=True)
-    return values, found.gather(-1, order)
-
-
-def _add(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _best(logits: Tensor, blocks: Blocks, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k largest logits: they lie inside the k blocks with the largest maxima.
-
-    Returns:
-        Candidate blocks [n, c], their logits [n, c, B], the k values [n, k] and their places in [c
-        * B].
-    """
-    candidates = _largest(blocks.top, min(k, blocks.top.shape[1]))[1]
-    opened = open_blocks(logits, candidates)
-    values, places = _largest(opened.flatten(1), k)
-    return candidates, opened, values, places
-
-
-def _finite(peak: Tensor, normalizer: Tensor) -> Tensor:
-    # NaN and +inf spread to the peak or the sums; -inf everywhere makes the peak -inf.
-    return (peak.isfinite() & normalizer.isfinite()).all(-1)
-
-
-# ------------------------------------------------------------------------------------------- top-k
-
-
-def _top_plain(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
-    z = logits.float()
-    values, ids = _largest(z, k)
-    peak = values[:, :1]
-    normalizer = torch.stack([((z - peak) / t).exp().sum(-1) for t in (1.0, *temperatures)], -1)
-    return _top_result(ids, values, peak, normalizer, temperatures, k == z.shape[-1])
-
-
-def _top_blocked(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
-    blocks = read_blocks(logits, (1.0, *temperatures))
-    candidates, _, values, places = _best(logits, blocks, k)
-    ids = candidates.gather(1, places // BLOCK) * BLOCK + places % BLOCK
-    return _top_result(
-        ids, values, blocks.peak, blocks.normalizer, temperatures, k == logits.shape[-1]
-    )
-
-
-def _top_result(
-    ids: Tensor,
-    values: Tensor,
-    peak: Tensor,
-    normalizer: Tensor,
-    temperatures: tuple[float, ...],
-    everything: bool,
-) -> dict[str, Tensor]:
-    """`normalizer` has T = 1 first, then the declared temperatures."""
-    kept = [p.sum(-1) for p in _probabilities(values, peak, normalizer[:, 1:], temperatures)]
-    tail = 1 - torch.stack(kept, -1)
-    return {
-        "ids": ids.int(),
-        "logprobs": values - peak - normalizer[:, :1].log(),
-        "tail": torch.zeros_like(tail) if everything else tail.clamp_min(0),
-        "finite": _finite(peak, normalizer),
-    }
-
-
-# ------------------------------------------------------------------------------------------ sample
+    return run_encoding(run, (logits, u), rule)
 
 
 def split(top: Tensor, outside: Tensor, draws: int) -> tuple[Tensor, Tensor]:
@@ -413,8 +163,7 @@ def _points(u: Tensor, heads: Tensor, draws: Tensor, slots: int, line: Tensor) -
 
 
 def _round_shares(p: Tensor, ids: Tensor, u: Tensor, units: int) -> Tensor:
-    """Shares of the temperatures in each id's size, in whole units that sum to `units`. p [n, K,
-    m]."""
+    """Shares of the temperatures in each id's size p [n, K, m], in whole units, `units` in all."""
     dither = (u * 2.0**37).frac().float()[:, None]  # bits 38 to 53
     # A Weyl step per id, in whole numbers, keeps the entries of a position from rounding alike.
     step = ((ids * 40503) & 0xFFFF).float() / 0x10000
@@ -454,7 +203,7 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     size = weights[0].div_(normalizer[:, :1])
     for i, w in enumerate(weights[1:], 1):
         size.addcdiv_(w, normalizer[:, i, None])
-    top, top_ids = _largest(size, slots - 1)
+    top, top_ids = largest(size, slots - 1)
     outside = size.scatter_(1, top_ids, 0).sum(-1)
     heads, left = split(top, outside, rule.draws)
 
@@ -462,28 +211,26 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     # The line on which the draws fall: the tail's sizes end to end, the head taken out.
     line = size.scatter_(1, top_ids, torch.where(head[:, :-1], 0, top)).cumsum_(-1)
     top_ids = F.pad(top_ids, (0, 1))
-    p_top = torch.stack(_probabilities(z.gather(1, top_ids), peak, normalizer, temperatures), -1)
+    p_top = torch.stack(probabilities(z.gather(1, top_ids), peak, normalizer, temperatures), -1)
     units, draws = _round_head(p_top, head, left, u, rule)
     points = _points(u, heads, draws, slots, line[:, -1:])
     drawn = torch.searchsorted(line, points, right=True).clamp_max(z.shape[-1] - 1)
     ids = torch.where(head, top_ids, drawn)
-    p = torch.stack(_probabilities(z.gather(1, ids), peak, normalizer, temperatures), -1)
+    p = torch.stack(probabilities(z.gather(1, ids), peak, normalizer, temperatures), -1)
     shares = _round_shares(p, ids, u, rule.share_units)
-    return _entries(ids, head, units, shares, draws, _finite(peak, normalizer), rule)
+    return _entries(ids, head, units, shares, draws, all_finite(peak, normalizer), rule)
 
 
 def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
-    """Threshold sampling in one pass over the logits: the same draws as the reference, up to
-    rounding."""
+    """Threshold sampling in one pass over the logits: the reference's draws, up to rounding."""
     temperatures, slots = rule.temperatures, rule.slots(logits.shape[-1])
     blocks = read_blocks(logits, temperatures)
     peak, normalizer = blocks.peak, blocks.normalizer
 
-    candidates, opened, values, places = _best(logits, blocks, slots - 1)
-    top_ids = candidates.gather(1, places // BLOCK) * BLOCK + places % BLOCK
-    p_top = torch.stack(_probabilities(values, peak, normalizer, temperatures), -1)
+    candidates, opened, values, places, top_ids = find_best(logits, blocks, slots - 1)
+    p_top = torch.stack(probabilities(values, peak, normalizer, temperatures), -1)
     top = p_top.sum(-1)
-    inner = _add(_probabilities(opened, peak, normalizer, temperatures)).flatten(1)
+    inner = _add(probabilities(opened, peak, normalizer, temperatures)).flatten(1)
     # Subtracting the head from its blocks' masses would leave rounding noise of the head's size:
     # the candidate blocks are open anyway, so what is left in them is summed afresh.
     remaining = inner.scatter(1, places, 0).view_as(opened).sum(-1)
@@ -504,7 +251,7 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     seat = seat.gather(1, block)
     row = torch.arange(len(logits), device=logits.device)[:, None]
     known = inner[row, seat.clamp_min(0)]
-    fresh = _add(_probabilities(open_blocks(logits, block), peak, normalizer, temperatures))
+    fresh = _add(probabilities(open_blocks(logits, block), peak, normalizer, temperatures))
     within = torch.where((seat >= 0)[..., None], known, fresh).cumsum(-1)
     # The point's place inside its block, on the scale of the block's own sum.
     block_mass = mass.gather(1, block)
@@ -515,6 +262,13 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
 
     ids = torch.where(head, F.pad(top_ids, (0, 1)), drawn)
     z = logits.gather(1, ids).float()
-    p = torch.stack(_probabilities(z, peak, normalizer, temperatures), -1)
+    p = torch.stack(probabilities(z, peak, normalizer, temperatures), -1)
     shares = _round_shares(p, ids, u, rule.share_units)
-    return _entries(ids, head, units, shares, draws, _finite(peak, normalizer), rule)
+    return _entries(ids, head, units, shares, draws, all_finite(peak, normalizer), rule)
+
+
+def _add(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
