@@ -1,0 +1,127 @@
+"""Secrets in addresses (signatures, passwords) reach no output, no log and no file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kdcache.cli import cli
+from kdcache.corpus import Corpus
+from kdcache.events import EventLog
+from kdcache.storage import open_storage
+
+DEADLINE = 60.0
+
+
+def python(code: str, *words: str) -> tuple[int, str]:
+    """Exit code and output of a process of this Python that runs `code`."""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE,
+    )
+    return ran.returncode, ran.stdout
+
+
+def build(teacher: Path, corpus: str, out: Path, *more: str) -> list[str]:
+    """The words of a small build in one process."""
+    given = {"--teacher": teacher, "--corpus": corpus, "--out": out, "--workers": 0}
+    small = {"--max-length": 64, "--codec": "sample:8", "--shard-tokens": 600}
+    return ["build", *(str(w) for pair in (given | small).items() for w in pair), *more]
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and the address at which a web server shows it."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = functools.partial(Handler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join(DEADLINE)
+
+
+def test_the_signature_of_an_address_goes_nowhere(web: tuple[Path, str], tmp_path: Path) -> None:
+    folder, at = web
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    corpus = Corpus.open([f"{at}/a.jsonl?X-Amz-Signature=feedbeef"], span_bytes=1000)
+    texts = [record.values["text"] for record in Corpus.read(corpus.spans[0])]
+    assert texts == ["one"]
+    assert "feedbeef" not in json.dumps(corpus.identity())
+    missing = "http://127.0.0.1:1/b.xyz?X-Amz-Signature=feedbeef"
+    result = CliRunner().invoke(
+        cli,
+        ["build", "--teacher", str(tmp_path), "--corpus", missing, "--out", str(tmp_path / "c")],
+    )
+    assert result.exit_code == 2
+    assert "feedbeef" not in result.output
+
+
+@pytest.mark.end_to_end
+def test_a_build_from_signed_addresses_keeps_no_signature(
+    web: tuple[Path, str], tiny_lm: Path, tmp_path: Path
+) -> None:
+    folder, at = web
+    (folder / "a.jsonl").write_text('{"text": "one fine text"}\n{"text": \n')
+    corpus, out = f"{at}/a.jsonl?X-Amz-Signature=feedbeef", tmp_path / "cache"
+    failed = CliRunner().invoke(cli, build(tiny_lm, corpus, out / "fail"))
+    skip = build(tiny_lm, corpus, out / "skip", "--on-error", "skip")
+    code, said = python("from kdcache.cli import main; main()", "--verbose", *skip)
+    assert (failed.exit_code, code) == (2, 0), said
+    for told in (failed.output, said):
+        assert f"{at}/a.jsonl" in told  # the bad record is named
+        assert "feedbeef" not in told
+    kept = {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert {"events.jsonl", "spec.json", "manifest.json"} <= kept.keys()
+    assert [name for name, data in kept.items() if b"feedbeef" in data] == []
+
+
+LEAK = """
+import click, logging
+from kdcache import cli, commands
+
+def leak(address="http://me:feedbeef@host/a?X-Amz-Signature=feedbeef"):
+    try:
+        raise OSError(address)
+    except OSError as error:
+        logging.getLogger("aiohttp").warning("no answer: %s", address, exc_info=True)
+        raise RuntimeError(f"nobody expects {address}") from error
+
+commands.load = lambda name: click.Command(name, callback=leak)
+cli.main()
+"""
+
+
+def test_logs_and_tracebacks_of_the_program_are_redacted() -> None:
+    code, said = python(LEAK, "build")
+    assert code == 1
+    assert "WARNING aiohttp: no answer: http://host/a\n" in said
+    assert "RuntimeError: nobody expects http://host/a\n" in said
+    assert "feedbeef" not in said
+
+
+def test_events_are_redacted(tmp_path: Path) -> None:
+    log = EventLog(open_storage(str(tmp_path)))
+    log("span failed", span=3, error="403 of http://me:feedbeef@host/a?X-Amz-Signature=feedbeef")
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert json.loads(line)["error"] == "403 of http://host/a"
