@@ -1,4 +1,4 @@
-"""Plots as PNG files: curves over steps, and levels they are compared with.
+"""Plots as PNG files: curves over steps, clouds of named points, rows of dots.
 
 Figures are made without pyplot: no global state, no window system, safe in any thread.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito 2008
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -59,12 +61,9 @@ def plot_curves(
         y_label: name and unit of the values.
         levels: dashed lines across the whole width.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(8, 5, dpi=200)
     axes = figure.add_subplot()
     for i, curve in enumerate(curves):
         last = f"{curve.values[-1]:.3f}" if len(curve.values) else "-"
@@ -89,15 +88,11 @@ def plot_curves(
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.grid(color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _style(axes)
     axes.margins(x=0.02, y=0.08)
     axes.set_xlim(left=0)
     axes.legend(loc="upper right", frameon=True, framealpha=0.95, edgecolor=_FAINT)
-    scratch = Path(f"{path}.tmp")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)
+    _save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -145,12 +140,9 @@ def plot_clouds(
         title: above the plot.
         x_label: name and unit of the x axis.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(6.5 * len(panels), 5.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(6.5 * len(panels), 5.5, dpi=160)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for k, cloud in enumerate(panel.clouds):
@@ -185,17 +177,13 @@ def plot_clouds(
         axes.set_xlabel(x_label, color=_INK)
         axes.set_ylabel(panel.y_label, color=_INK)
         axes.set_title(panel.title, loc="left", color=_INK, fontsize=10)
-        axes.grid(color=_FAINT, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _style(axes)
         axes.margins(x=0.1, y=0.1)
     axes = figure.axes[0]
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
-    scratch = Path(f"{path}.tmp")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)
+    _save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -225,15 +213,10 @@ def plot_dots(path: str | Path, rows: Sequence[DotRow], *, title: str, x_label: 
         title: above the plot.
         x_label: name and unit of the values.
     """
-    from statistics import fmean, stdev
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     width = 7.5 + 0.06 * max(len(row.label) for row in rows)
-    figure = Figure(figsize=(width, 1.8 + 0.28 * len(rows)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(width, 1.8 + 0.28 * len(rows), dpi=160)
     axes = figure.add_subplot()
     groups = list(dict.fromkeys(row.group for row in rows))
     named, told = set(), []
@@ -256,13 +239,33 @@ def plot_dots(path: str | Path, rows: Sequence[DotRow], *, title: str, x_label: 
     figures.spines["right"].set_visible(False)
     axes.set_xlabel(x_label, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.grid(color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _style(axes)
     axes.margins(x=0.05)
     if len(groups) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float, dpi: int) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Any) -> None:
+    """A faint grid behind what is drawn, and no frame above and on the right."""
+    axes.grid(color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    """Write a PNG under another name and rename it: nobody sees half of it."""
     scratch = Path(f"{path}.tmp")
     figure.savefig(scratch, format="png")
     scratch.replace(path)
