@@ -357,9 +357,8 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
             if trained and config.num_labels != info.num_labels:
                 raise UsageError(
                     f"student {name} has {config.num_labels} classes, the cache has "
-                    f"{info.num_labels}. "
-                    "Give the encoder before its fine-tuning, or a student fine-tuned on the same "
-                    "classes."
+                    f"{info.num_labels}. Give the encoder before its fine-tuning, or a student "
+                    "fine-tuned on the same classes."
                 )
             extra = _labels(info)
             if getattr(config, "pad_token_id", None) is None:
@@ -372,8 +371,8 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"student {name}: not a folder or hub id of a {info.task} model with weights "
-            f"({_first_line(error)}). "
-            "Check the path; for random weights give its config.json itself."
+            f"({_first_line(error)}). Check the path; for random weights give its config.json "
+            "itself."
         ) from error
     return student  # type: ignore[no-any-return]
 
@@ -391,18 +390,17 @@ def _check(student: nn.Module, name: str, info: StudentInfo) -> None:
                 f"student {name} has {labels} classes, the cache has {info.num_labels}."
             )
         embedded = _rows(student, "get_input_embeddings")
-        own = isinstance(student, BiLstmClassifier) and student.vocabulary is not None
+        has_words = isinstance(student, BiLstmClassifier) and student.vocabulary is not None
         if (
             embedded is not None
-            and not own
+            and not has_words
             and student_tokenize(student, name, info) is None
             and embedded < info.vocab_size
         ):
             raise UsageError(
                 f"student {name} embeds {embedded} ids, the cache's tokenizer has "
-                f"{info.vocab_size}. "
-                "Put the student's own tokenizer into its folder, or use one with the teacher's "
-                "vocabulary."
+                f"{info.vocab_size}. Put the student's own tokenizer into its folder, or use one "
+                "with the teacher's vocabulary."
             )
         return
     size = _rows(student, "get_output_embeddings")
@@ -416,15 +414,14 @@ def _check(student: nn.Module, name: str, info: StudentInfo) -> None:
         )
     tokenizer = _tokenizer_of(name)
     if tokenizer is not None and info.tokenizer is not None:
-        theirs, ours = (
+        cached, own = (
             {i: t for t, i in x.get_vocab().items()} for x in (info.tokenizer, tokenizer)
         )
-        differ = sum(ours[i] != theirs[i] for i in theirs.keys() & ours.keys())
+        differ = sum(own[i] != cached[i] for i in cached.keys() & own.keys())
         if differ:
             raise UsageError(
-                f"student {name} has another vocabulary ({len(ours)} tokens, the cache's "
-                f"tokenizer {len(theirs)}; "
-                f"{differ} ids mean different tokens). {cure}"
+                f"student {name} has another vocabulary ({len(own)} tokens, the cache's "
+                f"tokenizer {len(cached)}; {differ} ids mean different tokens). {cure}"
             )
 
 

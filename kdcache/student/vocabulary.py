@@ -81,8 +81,7 @@ class Vocabulary:
         if not kept:
             raise UsageError(
                 f"no word occurs {min_count} times or more in the training texts, so there is no "
-                "vocabulary. "
-                "Lower min_count, or check that the cache holds the texts."
+                "vocabulary. Lower min_count, or check that the cache holds the texts."
             )
         return cls((PAD, UNKNOWN, SEPARATOR, *kept), lower=lower, max_length=max_length)
 
@@ -90,8 +89,7 @@ class Vocabulary:
         return len(self.words)
 
     def ids(self, text: str, pair: str | None = None) -> list[int]:
-        """Token ids of a text, or of two with a separator between them; at least one, at most
-        `max_length`."""
+        """Token ids of a text, or of two with a separator between: from 1 to `max_length`."""
         table: dict[str, int] = self._ids  # type: ignore[attr-defined]
         ids = [table.get(word, 1) for word in split_words(text, self.lower)]
         if pair is not None:
@@ -175,8 +173,7 @@ def read_embeddings(
                 if len(parts) - 1 < max(width, 1):
                     raise UsageError(
                         f"{path}, line {number}: {len(parts) - 1} numbers after the word, "
-                        f"expected {width}. "
-                        "Give --embedding-size as the file has it."
+                        f"expected {width}. Give --embedding-size as the file has it."
                     )
                 if size is None and width < 2:
                     raise UsageError(
@@ -199,8 +196,7 @@ def read_embeddings(
         width = 0 if vectors is None else vectors.shape[1]
         raise UsageError(
             f"embeddings {path}: none of the {len(words)} words of the vocabulary is in it with "
-            f"{width} numbers a word. "
-            "Check the language, the case and --embedding-size."
+            f"{width} numbers a word. Check the language, the case and --embedding-size."
         )
     return found, vectors
 
