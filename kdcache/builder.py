@@ -338,24 +338,10 @@ def prepare(options: BuildOptions) -> Prepared:
     ]
     vocab_size = _agree(teachers, options.task)
     tokenizer = teachers[0].tokenizer
-    label_names = None if causal else teachers[0].label_names
     codec = Codec.parse(
         options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
     )
-    rows = RowSpec(
-        task=options.task,
-        text_column=options.text_column,
-        pair_column=options.pair_column,
-        label_column=options.label_column,
-        label_names=label_names,
-        max_length=_max_length(options, teachers[0]),
-        packing=options.packing or ("concat" if causal else "none"),
-        messages_column=options.messages_column,
-        prompt_column=options.prompt_column,
-        completion_column=options.completion_column,
-        record_form=options.record_form,
-        on_error=options.on_error,
-    )
+    rows = _row_spec(options, teachers[0])
     corpus = Corpus.open(
         options.corpus,
         span_bytes=functools.partial(_span_bytes, options, codec),
@@ -380,7 +366,7 @@ def prepare(options: BuildOptions) -> Prepared:
         vocab_size=vocab_size,
         pad_id=pad_id if pad_id is not None else (tokenizer.eos_token_id or 0),
         eos_id=tokenizer.eos_token_id,
-        label_names=label_names,
+        label_names=rows.label_names,
         corpus=tuple(corpus.identity()),
         rows=dataclasses.asdict(rows),
         reading=corpus.settings,
@@ -390,20 +376,16 @@ def prepare(options: BuildOptions) -> Prepared:
         seed=options.seed,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
     )
-    device = "cpu" if not gpus else "auto" if gpus > 1 else "cuda"
-    teacher = TeacherOptions(
-        names=options.teacher,
-        task=options.task,
-        weights=options.weights,
-        ensemble=options.ensemble,
-        dtype=spec.dtype,
-        device=device,
-        trust_remote_code=options.trust_remote_code,
-        attention=options.attention,
-        compile=options.compile,
+    return Prepared(
+        spec,
+        corpus,
+        rows,
+        tokenizer,
+        teacher=_teacher_options(options, spec.dtype, gpus),
+        batch_tokens=options.batch_tokens or (65536 if gpus else 4096),
+        gpus=gpus,
+        ranks=ranks,
     )
-    batch_tokens = options.batch_tokens or (4096 if device == "cpu" else 65536)
-    return Prepared(spec, corpus, rows, tokenizer, teacher, batch_tokens, gpus, ranks)
 
 
 def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
@@ -421,6 +403,38 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
                 f"{first.label_names} and {other.label_names}."
             )
     return min(teacher.vocab_size(task) for teacher in teachers)
+
+
+def _row_spec(options: BuildOptions, teacher: TeacherFiles) -> RowSpec:
+    causal = options.task == "causal-lm"
+    return RowSpec(
+        task=options.task,
+        text_column=options.text_column,
+        pair_column=options.pair_column,
+        label_column=options.label_column,
+        label_names=None if causal else teacher.label_names,
+        max_length=_max_length(options, teacher),
+        packing=options.packing or ("concat" if causal else "none"),
+        messages_column=options.messages_column,
+        prompt_column=options.prompt_column,
+        completion_column=options.completion_column,
+        record_form=options.record_form,
+        on_error=options.on_error,
+    )
+
+
+def _teacher_options(options: BuildOptions, dtype: str, gpus: float) -> TeacherOptions:
+    return TeacherOptions(
+        names=options.teacher,
+        task=options.task,
+        weights=options.weights,
+        ensemble=options.ensemble,
+        dtype=dtype,
+        device="cpu" if not gpus else "auto" if gpus > 1 else "cuda",
+        trust_remote_code=options.trust_remote_code,
+        attention=options.attention,
+        compile=options.compile,
+    )
 
 
 def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:

@@ -35,7 +35,7 @@ from kdcache.crew import Crew, Outcome, WorkerFigures
 from kdcache.errors import IncompleteError, KdcacheError
 from kdcache.events import Tell, tell_nobody
 from kdcache.storage import redact
-from kdcache.worker import Stopped
+from kdcache.worker import SpanReport, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -227,28 +227,10 @@ class Driver:
         if not self._fresh:
             return
         crew: Crew | None = None
-        deadline: float | None = None
         try:
             crew = hire()
             with interrupt.patient():
-                while self._left():
-                    if interrupt.asked is None:
-                        self._hand_out(crew)
-                    elif deadline is None:
-                        deadline = interrupt.asked + self.grace
-                        logger.warning(
-                            "stopping: spans in flight (%d) have %.0f s to finish; "
-                            "a second signal stops at once",
-                            self._in_flight,
-                            self.grace,
-                        )
-                    if deadline and (not self._in_flight or time.monotonic() > deadline):
-                        raise KeyboardInterrupt
-                    for outcome in crew.wait(1.0):
-                        self._settle(outcome)
-                    if not self._left():
-                        self._look_again(missing())
-                    self._show(crew)
+                self._work(crew, missing, interrupt)
         except KeyboardInterrupt:
             done = self._before + len(self.made)
             raise IncompleteError(
@@ -259,6 +241,32 @@ class Driver:
                 self.lost = crew.lost
                 crew.stop()
         self._report_set_aside()
+
+    def _work(self, crew: Crew, missing: Callable[[], Sequence[int]], interrupt: Interrupt) -> None:
+        """Hand out and settle until nothing is left, or until the grace after a signal is over.
+
+        Raises:
+            KeyboardInterrupt: it is over.
+        """
+        deadline: float | None = None
+        while self._left():
+            if interrupt.asked is None:
+                self._hand_out(crew)
+            elif deadline is None:
+                deadline = interrupt.asked + self.grace
+                logger.warning(
+                    "stopping: spans in flight (%d) have %.0f s to finish; "
+                    "a second signal stops at once",
+                    self._in_flight,
+                    self.grace,
+                )
+            if deadline and (not self._in_flight or time.monotonic() > deadline):
+                raise KeyboardInterrupt
+            for outcome in crew.wait(1.0):
+                self._settle(outcome)
+            if not self._left():
+                self._look_again(missing())
+            self._show(crew)
 
     def _left(self) -> bool:
         return bool(self._fresh or self._suspects or self._in_flight)
@@ -272,38 +280,12 @@ class Driver:
             self._in_flight += 1
 
     def _settle(self, outcome: Outcome) -> None:
-        """Book an outcome; what should be tried again is queued."""
+        """Book what was made; queue what should be tried again."""
         self._in_flight -= 1
-        span = outcome.span.index
         if outcome.report is not None:
-            entry = outcome.report.entry
-            self.made[span] = entry
-            self.positions += entry.positions
-            self.bytes += entry.bytes
-            self.teacher_seconds += outcome.report.teacher_seconds
-            self.truncated += outcome.report.truncated
-            reasons = [redact(reason) for reason in outcome.report.reasons]
-            losses = {
-                "skipped": entry.skipped,
-                "truncated": outcome.report.truncated,
-                "reasons": reasons,
-            }
-            self.tell(
-                "span",
-                span=span,
-                worker=outcome.worker,
-                rows=entry.rows,
-                positions=entry.positions,
-                bytes=entry.bytes,
-                seconds=round(outcome.report.seconds, 3),
-                teacher_seconds=round(outcome.report.teacher_seconds, 3),
-                **{name: loss for name, loss in losses.items() if loss},
-            )
-            for reason in reasons[: _EXPLAINED - self._explained]:
-                logger.warning("skipped: %s", reason)
-                self._explained += 1
+            self._book(outcome.report, outcome.worker)
             return
-        error = outcome.error
+        span, error = outcome.span.index, outcome.error
         assert error is not None
         if isinstance(error, (KdcacheError, Stopped)):
             raise error
@@ -316,6 +298,30 @@ class Driver:
             self._suspects.append(span)
         else:
             self._fresh.appendleft(span)
+
+    def _book(self, report: SpanReport, worker: str) -> None:
+        entry = report.entry
+        self.made[entry.span] = entry
+        self.positions += entry.positions
+        self.bytes += entry.bytes
+        self.teacher_seconds += report.teacher_seconds
+        self.truncated += report.truncated
+        reasons = [redact(reason) for reason in report.reasons]
+        losses = {"skipped": entry.skipped, "truncated": report.truncated, "reasons": reasons}
+        self.tell(
+            "span",
+            span=entry.span,
+            worker=worker,
+            rows=entry.rows,
+            positions=entry.positions,
+            bytes=entry.bytes,
+            seconds=round(report.seconds, 3),
+            teacher_seconds=round(report.teacher_seconds, 3),
+            **{name: loss for name, loss in losses.items() if loss},
+        )
+        for reason in reasons[: _EXPLAINED - self._explained]:
+            logger.warning("skipped: %s", reason)
+            self._explained += 1
 
     def _fail(self, span: int, error: BaseException) -> None:
         """Count a failure against a span, and set it aside at the third."""
