@@ -139,10 +139,6 @@ def make_teacher(
 ) -> None:
     """Train a Llama from random weights and save the best of it beside its tokenizer.
 
-    AdamW with a cosine schedule, on windows that begin elsewhere in every epoch. The weights of the
-    evaluation with the least held-out cross-entropy are kept: a teacher that knows its text by
-    heart has nothing to tell beyond the hard labels.
-
     Args:
         train: documents to learn from.
         held_out: documents to stop by.
@@ -151,11 +147,23 @@ def make_teacher(
         sizes: see `TeacherSizes`.
         report: called after each evaluation with step, steps and held-out cross-entropy.
     """
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     reader = AutoTokenizer.from_pretrained(tokenizer)
-    train_ids, held_ids = _ids(reader, train), _ids(reader, held_out)
-    length = sizes.max_length
+    model = _new_model(reader, sizes)
+    _train(model, _ids(reader, train), _ids(reader, held_out), sizes, report)
+
+    def save(scratch: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(scratch)
+        reader.save_pretrained(scratch)
+
+    _publish(folder, save)
+
+
+def _new_model(reader: Any, sizes: TeacherSizes) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=len(reader),
         hidden_size=sizes.hidden,
@@ -163,7 +171,7 @@ def make_teacher(
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.heads,
-        max_position_embeddings=length,
+        max_position_embeddings=sizes.max_length,
         tie_word_embeddings=True,
         bos_token_id=reader.eos_token_id,
         eos_token_id=reader.eos_token_id,
@@ -171,19 +179,29 @@ def make_teacher(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
-        model = LlamaForCausalLM(config)
+        return LlamaForCausalLM(config)
+
+
+def _train(
+    model: Any,
+    train_ids: Tensor,
+    held_out_ids: Tensor,
+    sizes: TeacherSizes,
+    report: Callable[[int, int, float], None],
+) -> None:
+    """AdamW with a cosine schedule, on windows that begin elsewhere in every epoch.
+
+    The weights of the evaluation with the least held-out cross-entropy are kept: a teacher that
+    knows its text by heart has nothing to tell beyond the hard labels.
+    """
+    length = sizes.max_length
     windows = max(1, (len(train_ids) - 1) // length - 1)
     steps = max(1, math.ceil(windows * sizes.epochs / _BATCH_ROWS))
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if p.ndim < 2]},
     ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=_PEAK_RATE,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
+    optimizer = torch.optim.AdamW(groups, lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     generator = torch.Generator().manual_seed(sizes.seed)
     every = max(1, math.ceil(steps / _EVALUATIONS))
@@ -201,19 +219,12 @@ def make_teacher(
         scheduler.step()
         optimizer.zero_grad()
         if step % every == 0 or step == steps:
-            loss = _held_out_loss(model, _windows(held_ids, length))
+            loss = _held_out_loss(model, _windows(held_out_ids, length))
             report(step, steps, loss)
             if loss < best:
                 best = loss
                 weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
     model.load_state_dict(weights)
-
-    def save(scratch: Path) -> None:
-        with quiet_transformers():
-            model.save_pretrained(scratch)
-        reader.save_pretrained(scratch)
-
-    _publish(folder, save)
 
 
 def _rate(step: int, steps: int) -> float:
