@@ -93,7 +93,6 @@ class RayCrew(Crew):
         workers: int | None,
         gpus: float,
         address: str | None,
-        cpus: int | None = None,
         hang_seconds: float = 600.0,
         tell: Tell = tell_nobody,
     ) -> None:
@@ -105,7 +104,6 @@ class RayCrew(Crew):
             gpus: GPUs a worker.
             address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
                 otherwise.
-            cpus: CPUs a worker; None shares the cluster's evenly.
             hang_seconds: a worker that has not moved for so long is replaced.
             tell: takes the events.
 
@@ -129,7 +127,7 @@ class RayCrew(Crew):
         self._failed_starts = 0
         try:
             fixed = workers is None or cluster_address(address) is None
-            self._cpus = cpus or self._share_of_cpus(fixed)
+            self._cpus = self._share_of_cpus(fixed)
             self._class = ray.remote(concurrency_groups={"pulse": 1})(RayWorker).options(
                 num_cpus=self._cpus,
                 num_gpus=gpus,
