@@ -31,6 +31,14 @@ def render_plan(result: PlanResult, console: Console) -> None:
             "outside the vocabulary, which are cut off.",
         )
     print_line(console, "")
+    _print_costs(result, console)
+    print_line(console, "")
+    _print_fidelity(result, console)
+    for line in _notes(result):
+        print_line(console, line)
+
+
+def _print_costs(result: PlanResult, console: Console) -> None:
     workers = [f"{n} worker{'s' if n > 1 else ''}" for n in WORKERS]
     header = [
         "codec",
@@ -42,7 +50,7 @@ def render_plan(result: PlanResult, console: Console) -> None:
         *workers,
         "break-even",
     ]
-    rows: list[tuple[str, ...]] = [
+    rows = [
         (
             cache.codec,
             _set(cache),
@@ -56,7 +64,9 @@ def render_plan(result: PlanResult, console: Console) -> None:
         for cache in result.caches
     ]
     print_table(console, header, rows, left=2, title="Cost")
-    print_line(console, "")
+
+
+def _print_fidelity(result: PlanResult, console: Console) -> None:
     header = ["codec", "T", "at T", "noise", "bias", "untold", "mass", "angle", "norm"]
     header += ["mean angle", "mean norm"]
     rows = [
@@ -78,8 +88,6 @@ def render_plan(result: PlanResult, console: Console) -> None:
     ]
     title = f"Fidelity, {result.compared_positions:,} positions"
     print_table(console, header, rows, left=2, title=title)
-    for line in _notes(result):
-        print_line(console, line)
 
 
 def _notes(result: PlanResult) -> list[str]:
