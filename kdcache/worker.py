@@ -27,7 +27,7 @@ from kdcache.cache import Cache, ShardEntry
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
 from kdcache.ranks import ranks_of_ids
-from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.shard import ShardData
 from kdcache.targets import Codec, SoftTargets, position_uniform
 from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
@@ -197,8 +197,7 @@ class SpanWorker:
             Its targets, in the order of batches, and which position of the span, counted row by
             row, each of them is.
         """
-        causal = self.job.teacher.causal
-        wanted = [np.flatnonzero(r.labels != IGNORE) if causal else np.zeros(1, int) for r in rows]
+        wanted = [row.places(self.job.teacher.task) for row in rows]
         offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
         packed: list[futures.Future[SoftTargets]] = []
         places: list[np.ndarray] = []

@@ -281,9 +281,8 @@ def _row(
     tokenizer = cache.tokenizer() if causal else None
     name = _token_text(tokenizer) if causal else _class_name(cache.spec.label_names)
     guesses, rests, exact = _guesses(targets, temperature, options.top)
-    places = np.flatnonzero(row.labels != IGNORE) if causal else np.zeros(1, np.int64)
     positions = []
-    for place, found, rest in zip(places, guesses, rests, strict=True):
+    for place, found, rest in zip(row.places(cache.spec.task), guesses, rests, strict=True):
         label = int(row.labels[place])
         positions.append(
             PositionView(

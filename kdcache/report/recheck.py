@@ -30,7 +30,7 @@ from kdcache.cache import Cache
 from kdcache.errors import UsageError
 from kdcache.ranks import ranks_of_ids
 from kdcache.report.models import pick_device
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.targets import DenseTargets, SoftTargets, position_uniform
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
 from kdcache.worker import batches
@@ -167,8 +167,7 @@ def _choose(cache: Cache, sample: int, rng: np.random.Generator) -> _Sample:
         first = int(ends[span]) - len(data)
         for index in (numbers[spans == span] - first).tolist():
             row = data.row(index)
-            causal = spec.task == _CAUSAL
-            within = np.flatnonzero(row.labels != IGNORE) if causal else np.zeros(1, np.int64)
+            within = row.places(spec.task)
             some = np.sort(rng.choice(len(within), min(most, len(within)), replace=False))
             chosen.rows.append(row)
             chosen.places.append((span, index))
@@ -187,10 +186,9 @@ def _live(teacher: Teacher, chosen: _Sample, groups: Sequence[Sequence[int]]) ->
         groups: numbers of the rows that make a batch.
     """
     found: dict[int, Tensor] = {}
-    causal = teacher.options.causal
     for group in groups:
         rows = [chosen.rows[i] for i in group]
-        counts = [int((row.labels != IGNORE).sum()) if causal else 1 for row in rows]
+        counts = [len(row.places(teacher.options.task)) for row in rows]
         starts = np.cumsum(counts) - counts
         wanted = np.concatenate([chosen.wanted[i] + s for i, s in zip(group, starts, strict=True)])
         done, parts = 0, []

@@ -38,6 +38,12 @@ class Row:
     text: str | None = None
     text_pair: str | None = None
 
+    def places(self, task: str) -> npt.NDArray[np.int64]:
+        """Places that have a soft target, rising: those with a label; the one of a class always."""
+        if task != "causal-lm":
+            return np.zeros(1, np.int64)
+        return np.flatnonzero(self.labels != IGNORE)
+
 
 @dataclass(frozen=True)
 class RowSpec:

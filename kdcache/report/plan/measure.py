@@ -18,7 +18,7 @@ from kdcache.ranks import ranks_of_ids, read_ranks
 from kdcache.report.plan.fidelity import FidelityMeter, FullGradient
 from kdcache.report.plan.result import WORKERS, PlannedCache, break_even
 from kdcache.report.plan.sample import CorpusSample
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.shard import ShardData, column_bytes, read_shard, write_shard
 from kdcache.targets import Codec, SoftTargets, position_uniform
 from kdcache.teacher import Teacher, find_batch_tokens, peak_share
@@ -73,7 +73,6 @@ class SamplePass:
     ) -> None:
         self.prepared, self.sample = prepared, sample
         self._find_batch = find_batch
-        self.causal = prepared.spec.task == "causal-lm"
         ranks = None
         if prepared.ranks:
             to_id = read_ranks(prepared.ranks, prepared.spec.vocab_size)
@@ -83,15 +82,15 @@ class SamplePass:
         self.rows = [
             sample.rows[i] for batch in self._batches(prepared.batch_tokens) for i in batch
         ]
-        self.positions = sum(len(self._wanted(row)) for row in self.rows)
+        self.positions = sum(len(self._places(row)) for row in self.rows)
         self.compared = 0
         self.seconds = 0.0
 
     def _batches(self, tokens: int) -> list[list[int]]:
         return list(batches([len(row.input_ids) for row in self.sample.rows], tokens))
 
-    def _wanted(self, row: Row) -> np.ndarray:
-        return np.flatnonzero(row.labels != IGNORE) if self.causal else np.zeros(1, np.int64)
+    def _places(self, row: Row) -> np.ndarray:
+        return row.places(self.prepared.spec.task)
 
     def check_memory(self) -> None:
         """Refuse a sample whose dense targets would fill the memory."""
@@ -161,7 +160,7 @@ class SamplePass:
     def _noise(self, batch: Sequence[int]) -> Tensor:
         """The numbers of a build with seed 0."""
         parts = [
-            position_uniform(0, *self.sample.places[i], self._wanted(self.sample.rows[i]))
+            position_uniform(0, *self.sample.places[i], self._places(self.sample.rows[i]))
             for i in batch
         ]
         u = np.concatenate(parts)

@@ -23,7 +23,7 @@ import numpy as np
 from kdcache.corpus import Corpus, LineAt, Look, Record, look_into, looks
 from kdcache.corpus.readers import table_size
 from kdcache.errors import UsageError
-from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.rows import Row, RowSpec, make_encoder
 
 _CHARACTERS_A_TOKEN = 6  # more than most scripts have, so that a full row comes out
 _ALL = 1 << 62
@@ -77,8 +77,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
             characters=wanted * spec.max_length * _CHARACTERS_A_TOKEN,
         )
         found = list(make_encoder(spec, tokenizer).encode(look.records))
-        causal = spec.task == "causal-lm"
-        sample.positions += sum(int((r.labels != IGNORE).sum()) if causal else 1 for r in found)
+        sample.positions += sum(len(row.places(spec.task)) for row in found)
         sample.records += len(look.records)
         sample.stored += _stored(look)
         chosen = np.linspace(0, len(found), min(wanted, len(found)), endpoint=False).astype(int)
