@@ -154,10 +154,15 @@ def test_workers_killed_at_every_moment_and_a_span_that_kills_each(
 
 
 def test_a_worker_that_hangs_is_replaced(cluster: Any, faults: Path, options: BuildOptions) -> None:
-    (faults / "read").write_text("stop")  # the first worker does not get past it,
-    (faults / "forward").write_text("hang")  # so this strikes the second
+    (faults / "read").write_text("stop")
+    later = ["hang"]
+
+    def strike_the_second(progress: Progress) -> None:
+        if progress.lost and later:
+            (faults / "forward").write_text(later.pop())
+
     options = dataclasses.replace(options, address=cluster.address, workers=1, hang_seconds=6)
-    result = build(options)
+    result = build(options, on_progress=strike_the_second)
     assert not list(faults.iterdir()), "both came"
     lost = events(options, "worker lost")
     assert result.workers_lost == len(lost) >= 2
