@@ -136,6 +136,14 @@ def reference(
     )
 
 
+def random_reference(
+    positions: Positions, temperature: float, draws: int, generator: torch.Generator
+) -> Figures:
+    """Figures of random sampling, at 3 bytes an entry."""
+    draw = partial(random_sampling, draws=draws, generator=generator)
+    return reference(positions, f"random sampling, {draws} draws", temperature, 3.0, draw)
+
+
 def squared_error(p: Tensor, ids: Tensor, weights: Tensor) -> float:
     """Sum of ||target - p||^2."""
     return float(p.clone().scatter_add_(1, ids, -weights).square().sum())
@@ -271,16 +279,7 @@ def tables(options: argparse.Namespace) -> str:
     print(f"{len(positions)} positions of {len(positions.rows)} documents", flush=True)
     vocab = positions.logits.shape[1]
     generator = torch.Generator().manual_seed(0)
-    random = {
-        t: reference(
-            positions,
-            "random sampling, 50 draws",
-            t,
-            3.0,
-            partial(random_sampling, draws=50, generator=generator),
-        )
-        for t in (1.0, 2.0)
-    }
+    random = {t: random_reference(positions, t, 50, generator) for t in (1.0, 2.0)}
     most = {t: figures.noise[t] for t, figures in random.items()}
     lines = [random[1.0], random[2.0]]
 
@@ -291,13 +290,7 @@ def tables(options: argparse.Namespace) -> str:
     two = smallest(positions, (1.0, 2.0), {1.0: most[1.0]}, 40)
     both = smallest(positions, (1.0, 2.0), most, 60)
     draws = draws_for(positions, one.entries)
-    equal = reference(
-        positions,
-        f"random sampling, {draws} draws",
-        1.0,
-        3.0,
-        partial(random_sampling, draws=draws, generator=generator),
-    )
+    equal = random_reference(positions, 1.0, draws, generator)
     lines += [equal, ten, twenty, one, two, both]
     for k in (17, 64):
         lines.append(
@@ -318,19 +311,7 @@ def tables(options: argparse.Namespace) -> str:
     print(found, flush=True)
     worst = max(e for by_t in found.values() for values in by_t.values() for e in values)
     ratio = one.noise[1.0] / equal.noise[1.0]
-    with tempfile.TemporaryDirectory() as folder:
-        built = build_speed.measure(
-            BuildOptions(
-                (options.teacher,),
-                (options.corpus,),
-                f"{folder}/cache",
-                codec="sample:20",
-                limit=options.records,
-                shard_tokens=4096,
-                workers=0,
-            ),
-            block=4,
-        )
+    built = build_against_forward(options)
 
     goals = [
         (
@@ -362,12 +343,6 @@ def tables(options: argparse.Namespace) -> str:
         ),
     ]
     goal_rows = [[a, b, c, "yes" if ok else "**no**"] for a, b, c, ok in goals]
-    line_rows = []
-    for f in lines:
-        noise = [f"{f.noise[t]:.5f}" if t in f.noise else "" for t in (1.0, 2.0)]
-        mass = [f"{100 * f.mass[t]:.1f} %" if t in f.mass else "" for t in (1.0, 2.0)]
-        line_rows.append([f.name, f.declared, f"{f.entries:.1f}", f"{f.size:.1f}", *noise, *mass])
-    header = ["target", "T declared", "entries", "B a position", "noise, T = 1", "noise, T = 2"]
     squares = "; ".join(
         f"{name}, at {t:g}: {', '.join(f'{e:+.1f}' for e in values)}"
         for name, by_t in found.items()
@@ -376,7 +351,7 @@ def tables(options: argparse.Namespace) -> str:
     return "\n\n".join(
         [
             table(["", "goal", "reached", ""], goal_rows),
-            table([*header, "mass, T = 1", "mass, T = 2"], line_rows),
+            figures_table(lines),
             f"{both.name} at T = 1 and 2 is the smallest with no more noise than 50 random draws "
             "have at *each* of the two temperatures. Mass is the teacher's probability on the ids "
             "that are stored: what is left is told on average by samples, never by top-k.",
@@ -388,6 +363,32 @@ def tables(options: argparse.Namespace) -> str:
             f"{built.cpu_ratio:.3f}x); planning, {built.planning:.1f} s once, is not in it.",
         ]
     )
+
+
+def figures_table(lines: Sequence[Figures]) -> str:
+    """A row for each method."""
+    rows = []
+    for f in lines:
+        noise = [f"{f.noise[t]:.5f}" if t in f.noise else "" for t in (1.0, 2.0)]
+        mass = [f"{100 * f.mass[t]:.1f} %" if t in f.mass else "" for t in (1.0, 2.0)]
+        rows.append([f.name, f.declared, f"{f.entries:.1f}", f"{f.size:.1f}", *noise, *mass])
+    header = ["target", "T declared", "entries", "B a position", "noise, T = 1", "noise, T = 2"]
+    return table([*header, "mass, T = 1", "mass, T = 2"], rows)
+
+
+def build_against_forward(options: argparse.Namespace) -> build_speed.Sides:
+    """A build of the first documents with `sample:20`, and the bare forwards of its rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        build = BuildOptions(
+            (options.teacher,),
+            (options.corpus,),
+            f"{folder}/cache",
+            codec="sample:20",
+            limit=options.records,
+            shard_tokens=4096,
+            workers=0,
+        )
+        return build_speed.measure(build, block=4)
 
 
 def main() -> None:
