@@ -200,25 +200,7 @@ def read_shard(
         CorruptCacheError: not a shard, other counts than promised, or a failing checksum.
     """
     with open_file(path) as file:
-        if attribute(path, file, "format", str) != "kdcache-shard":
-            raise CorruptCacheError(f"{path} is not a kdcache shard.")
-        version = attribute(path, file, "version", int)
-        if version != FORMAT:
-            raise CorruptCacheError(
-                f"{path} has format version {version}; this kdcache reads version {FORMAT}."
-            )
-        found = attribute(path, file, "codec", str)
-        if found != str(codec):
-            raise CorruptCacheError(
-                f"{path} was written with codec {found}, the cache has {codec}."
-            )
-        found_counts = shard_counts(path, file)
-        if counts is not None and counts != found_counts:
-            raise CorruptCacheError(f"{path} holds {found_counts}, the manifest says {counts}.")
-        task = attribute(path, file, "task", str)
-        if task not in (_CAUSAL, _CLASSES):
-            raise CorruptCacheError(f"{path} has rows of the unknown task {task!r}.")
-        n = found_counts
+        n, task = _check_head(path, file, codec, counts)
         rows = columns_of(path, file, "rows", _REQUIRED[task], _OPTIONAL)
         lengths = _read(path, rows, "lengths", _U4, n.rows)
         offsets = _offsets(lengths.astype(np.int64))
@@ -258,6 +240,29 @@ def read_shard(
     if with_targets:
         _check_items(path, data)
     return data
+
+
+def _check_head(
+    path: Path, file: h5py.File, codec: Codec, counts: ShardCounts | None
+) -> tuple[ShardCounts, str]:
+    """Compare the file's attributes with what was promised; its counts and its task."""
+    if attribute(path, file, "format", str) != "kdcache-shard":
+        raise CorruptCacheError(f"{path} is not a kdcache shard.")
+    version = attribute(path, file, "version", int)
+    if version != FORMAT:
+        raise CorruptCacheError(
+            f"{path} has format version {version}; this kdcache reads version {FORMAT}."
+        )
+    found = attribute(path, file, "codec", str)
+    if found != str(codec):
+        raise CorruptCacheError(f"{path} was written with codec {found}, the cache has {codec}.")
+    found_counts = shard_counts(path, file)
+    if counts is not None and counts != found_counts:
+        raise CorruptCacheError(f"{path} holds {found_counts}, the manifest says {counts}.")
+    task = attribute(path, file, "task", str)
+    if task not in (_CAUSAL, _CLASSES):
+        raise CorruptCacheError(f"{path} has rows of the unknown task {task!r}.")
+    return found_counts, task
 
 
 def read_counts(path: Path) -> tuple[ShardCounts, dict[str, Any]]:
