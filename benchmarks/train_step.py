@@ -43,8 +43,8 @@ from torch import Tensor
 from kdcache.student import DistilledStudent
 
 MODELS = {
-    # hidden, layers, heads, feed-forward; tied embeddings. With 131,072 ids: 21 M, 302 M and 988 M
-    # parameters.
+    # hidden, layers, heads, feed-forward; tied embeddings.
+    # With 131,072 ids: 21 M, 302 M and 988 M parameters.
     "tiny": (128, 4, 4, 512),
     "300m": (1024, 13, 16, 2816),
     "1b": (2048, 14, 16, 5632),
@@ -64,8 +64,7 @@ Step = Callable[[], Tensor]
 
 
 def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step:
-    """One training step of one way; all ways of one configuration see the same weights and
-    tokens."""
+    """One training step of one way; all ways of a configuration see equal weights and tokens."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     hidden, layers, heads, wide = MODELS[options.model]

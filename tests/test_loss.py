@@ -1,5 +1,4 @@
-"""Losses and gradients against a float64 reference in its plainest form: one position, one id at a
-time."""
+"""Losses and gradients against a plain float64 reference: one position, one id at a time."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -230,8 +229,7 @@ def test_mse_is_the_recipe_of_tang_2019() -> None:
 
 @pytest.mark.parametrize("t", TEMPERATURES)
 def test_t_squared_in_the_gradient(t: float) -> None:
-    """d(T^2 KL)/dz = T (softmax(z/T) - softmax(y/T)); for large T it tends to (z - y) / V of
-    centred logits."""
+    """d(T^2 KL)/dz = T (softmax(z/T) - softmax(y/T)); for large T (z - y) / V, logits centred."""
     torch.manual_seed(3)
     hidden = torch.randn(6, 8, dtype=torch.float64)
     weight = torch.eye(8, dtype=torch.float64)
@@ -360,8 +358,7 @@ def test_entries_of_a_confident_student_are_not_rounded_away() -> None:
 
 
 def test_tail_of_a_confident_student_is_not_lost_in_a_difference() -> None:
-    """The student leaves 4e-12 for the tail: 1 - p would be 0 in float32, and its logarithm
-    infinite."""
+    """The student leaves 4e-12 for the tail: 1 - p would be 0 in float32, its log infinite."""
     z = torch.tensor([[30.0, 1.0, 2.0, 3.0]])
     targets = SparseTargets(
         ids=torch.tensor([[0]]),
@@ -404,8 +401,7 @@ def test_top_k_of_the_whole_vocabulary_is_dense(t: float) -> None:
 
 
 def test_sampled_loss_is_unbiased_for_the_dense_gradient() -> None:
-    """One entry drawn with probability 1/2 at twice its weight: the mean over both draws is the
-    dense gradient."""
+    """An entry drawn half of the time at twice its weight: both draws average to the dense one."""
     torch.manual_seed(6)
     teacher = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
     z = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
@@ -521,8 +517,7 @@ def test_autocast_computes_in_low_precision_and_returns_float32_gradients() -> N
 
 
 def test_float16_gradients_survive_a_large_count_and_a_scaler() -> None:
-    """1 / 100,000 of a gradient underflows float16; a scaler's 2^16 must reach it before the
-    rounding does."""
+    """1 / 100,000 of a gradient underflows float16: the scaler's 2^16 must come before rounding."""
     torch.manual_seed(10)
     case = make_case("sample", 1.0, n=16, h=8, v=200, k=4)
     hidden, weight = (case[k].detach().half().requires_grad_() for k in ("hidden", "weight"))
@@ -541,8 +536,7 @@ def test_float16_gradients_survive_a_large_count_and_a_scaler() -> None:
 
 
 def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
-    """1,024 slices that each add 2^-9 of the sum: a bfloat16 running sum would stop growing at 2^8
-    times one slice."""
+    """1,024 equal slices: a running sum in bfloat16 would stop growing at 2^8 times one slice."""
     hidden = torch.ones(1024, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     empty = SparseTargets(
@@ -611,8 +605,7 @@ def test_a_scheduled_alpha_may_be_a_tensor() -> None:
 
 
 def test_compiled_pass_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass is one source for both; here the compiler's front end runs it (the back end is the
-    GPU's)."""
+    """One source for both; here the compiler's front end runs it (the back end is the GPU's)."""
     torch.manual_seed(11)
     seen: list[Any] = []
 

@@ -63,8 +63,7 @@ from kdcache.sampling.device import run_encoding
 from kdcache.sampling.finite import all_finite
 
 _SLACK = 1e-5
-"""Relative rounding error allowed in float32 sums of sizes, so that S / tau = 20.0000002 makes 20
-draws."""
+"""Relative rounding error allowed in float32 sums of sizes: S / tau = 20.0000002 is 20 draws."""
 
 
 class Rule(NamedTuple):

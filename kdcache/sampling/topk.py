@@ -19,8 +19,8 @@ def top_entries(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict
         temperatures: where the tail's mass is wanted.
 
     Returns:
-        "ids" int32 [n, K] and "logprobs" float32 [n, K] (T = 1), largest first; "tail" float32 [n,
-        m]; "finite".
+        "ids" int32 [n, K] and "logprobs" float32 [n, K] (T = 1), largest first;
+        "tail" float32 [n, m]; "finite" bool [n].
     """
     run = _top_blocked if logits.shape[-1] > 4 * k * BLOCK else _top_plain
     return run_encoding(run, (logits,), k, temperatures)

@@ -130,8 +130,8 @@ def sources(caches: Sequence[Cache], weights: Sequence[float]) -> list[Source]:
         whole = int(weight)
         for _ in range(whole):
             found += [Source(index, i, n, n) for i, n in enumerate(stored)]
-        # Rounded on the running total: the cache's share is exact to one row however small its
-        # shards.
+        # Rounded on the running total: however small the shards, the cache's share is exact to
+        # one row.
         bounds = np.floor(np.cumsum([0, *stored]) * (weight - whole) + 0.5).astype(np.int64)
         part = np.diff(bounds)
         found += [

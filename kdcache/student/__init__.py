@@ -1,5 +1,4 @@
-"""Students: the built-in biLSTM, any Hugging Face model, any module; and the wrapper whose forward
-is the loss."""
+"""Students: the biLSTM, any Hugging Face model, any module; a wrapper whose forward is the loss."""
 
 from __future__ import annotations
 

@@ -138,8 +138,7 @@ class BiLstmClassifier(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.dense = nn.Linear(2 * config.hidden_size, config.dense_size)
         self.classes = nn.Linear(config.dense_size, config.num_labels)
-        # Word vectors of a few tenths, as pretrained ones have; unit variance would saturate the
-        # LSTM.
+        # Word vectors of a few tenths, like pretrained ones; unit variance would saturate the LSTM.
         nn.init.normal_(self.embedding.weight, std=0.1)
         with torch.no_grad():
             self.embedding.weight[config.pad_id].zero_()
@@ -169,8 +168,12 @@ class BiLstmClassifier(nn.Module):
         return ModelOutput(logits=self.classes(self.dropout(dense)))
 
     def load_embeddings(self, found: Tensor, vectors: Tensor) -> None:
-        """Take over pretrained word vectors: `found` bool [vocab_size], `vectors` [vocab_size,
-        embedding_size]."""
+        """Take over pretrained word vectors.
+
+        Args:
+            found: bool [vocab_size], which words have one.
+            vectors: [vocab_size, embedding_size].
+        """
         with torch.no_grad():
             self.embedding.weight[found] = vectors[found].to(self.embedding.weight)
 

@@ -323,8 +323,7 @@ class DistilledStudent(nn.Module):
         return module(**given)
 
     def _head(self) -> nn.Linear | None:
-        """The output projection, if the logits are nothing but its product with the last hidden
-        states."""
+        """The output projection, if the logits are its product with the last hidden states."""
         getter = getattr(self.student, "get_output_embeddings", None)
         head = None if getter is None else getter()
         bodies = self._bodies()
@@ -350,8 +349,7 @@ class DistilledStudent(nn.Module):
 
     @torch.no_grad()
     def _measure_head(self, body: nn.Module, head: nn.Linear) -> float:
-        """The constant between the model's logits and its projection of the last states; nan where
-        there is none."""
+        """The constant by which the model multiplies its projected last states; nan if none."""
         weight = head.weight
         states = torch.randn((1, 8, head.in_features), generator=torch.Generator().manual_seed(0))
         states = states.to(weight)

@@ -184,8 +184,7 @@ class _Sweep:
             pool.stop()
 
     def _check_students(self, pool: Pool, missing: Sequence[str]) -> None:
-        """Make each student once and let it go: what is wrong with it is told before anything is
-        trained."""
+        """Make each student once and let it go: its errors are told before anything is trained."""
         distinct = {
             tuple(getattr(self.plans[key].options, name) for name in _STUDENT): key
             for key in reversed(missing)

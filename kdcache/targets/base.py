@@ -142,15 +142,13 @@ class Codec(ABC):
         """The arrays as they are stored."""
 
     def counts(self, columns: Mapping[str, Array]) -> dict[str, Array]:
-        """Items of each position in the ragged columns: integers [positions] by the name of the
-        axis."""
+        """Items of each position in the ragged columns: axis name to integers [positions]."""
         return {}
 
     @property
     @abstractmethod
     def bytes_per_position(self) -> float:
-        """Rough size of a position on disk, for planning: real teachers differ by half either
-        way."""
+        """Rough size of a position on disk, for planning; real teachers need 50 % more or less."""
 
     @property
     def needs_noise(self) -> bool:

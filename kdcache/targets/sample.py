@@ -148,8 +148,7 @@ class Sample(Codec):
 
     @property
     def bytes_per_position(self) -> float:
-        """From SmolLM2: half of the possible entries are used at T = 1, nearly all at hotter
-        ones."""
+        """From SmolLM2: half of the possible entries are used at T = 1, nearly all when hotter."""
         return 3.0 + 0.75 * self.draws + 2.3 * self.draws * (len(self.temperatures) - 1)
 
     @property
