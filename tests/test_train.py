@@ -496,6 +496,40 @@ def test_a_language_model_learns_and_is_saved(options: Make, folder: Path) -> No
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("held_out", ["topk:6", "dense"])
+def test_an_eval_cache_may_have_another_codec(
+    options: Make, folder: Path, tmp_path: Path, held_out: str
+) -> None:
+    make_cache(tmp_path / "sampled", [14, 10], task=CAUSAL, codec="sample:4")
+    held = make_cache(tmp_path / "held", [9], task=CAUSAL, codec=held_out, first=500)
+    common = {
+        "cache": str(tmp_path / "sampled"), "student": str(folder / "llama.json"), "temperature": 2,
+        "epochs": 2,
+    }  # fmt: skip
+    alone = train(options(**common, out=str(tmp_path / "alone")))
+    result = train(options(**common, eval_cache=held.url, eval_steps=2, best="soft_loss"))
+    losses = [
+        {x["step"]: x["loss"] for x in metrics(run.out) if "loss" in x} for run in (alone, result)
+    ]
+    assert losses[0] == losses[1]  # training goes on with its own codec
+    student = DistilledStudent(
+        AutoModelForCausalLM.from_pretrained(result.student), CAUSAL, codec=held_out, temperature=2,
+        vocab_size=held.spec.vocab_size,
+    ).eval()  # fmt: skip
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in TargetStream(held, batch_size=4, temperature=2.0):
+            total += float(student(**batch).soft_loss) * float(batch["count"])
+            count += float(batch["count"])
+    assert result.eval["soft_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_loss_must_suit_the_eval_cache_too(options: Make, folder: Path, tmp_path: Path) -> None:
+    held = make_cache(tmp_path / "held", [9], codec="topk:2", first=500)
+    with pytest.raises(UsageError, match="mse compares all logits"):
+        train(options(loss="mse", eval_cache=held.url))
+
+
 # Other loops
 
 

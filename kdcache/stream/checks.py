@@ -18,7 +18,11 @@ def open_caches(caches: Cache | str | Sequence[Cache | str]) -> list[Cache]:
 
 
 def check_caches(
-    caches: Sequence[Cache], temperatures: Iterable[float], problems: Sequence[str] = ()
+    caches: Sequence[Cache],
+    temperatures: Iterable[float],
+    problems: Sequence[str] = (),
+    *,
+    beside: Sequence[Cache] = (),
 ) -> None:
     """Check that caches fit each other and declare the temperatures wanted.
 
@@ -26,20 +30,16 @@ def check_caches(
         caches: the caches to be mixed.
         temperatures: every temperature that will be asked for.
         problems: what else was found wrong, to be told in the same message.
+        beside: caches to evaluate on, which are mixed with each other alone: their codec and
+            declared temperatures may be others.
 
     Raises:
         UsageError: lists everything that is wrong.
     """
-    found = list(problems)
-    first = caches[0]
-    for cache in caches:
-        for name in ("task", "vocab_size", "label_names", "tokenizer", "codec", "temperatures"):
-            mine, theirs = getattr(cache.spec, name), getattr(first.spec, name)
-            if mine != theirs:
-                found.append(
-                    f"{name} of {cache.url} is {mine}, but {first.url} has {theirs}: "
-                    "caches are mixed only where these agree."
-                )
+    found, temperatures = list(problems), list(temperatures)
+    for together, cache in [(group, cache) for group in (caches, beside) for cache in group]:
+        found += _differences(cache, caches[0], ("task", "vocab_size", "label_names", "tokenizer"))
+        found += _differences(cache, together[0], ("codec", "temperatures"))
         for temperature in temperatures:
             try:
                 cache.codec().check_temperature(temperature)
@@ -47,3 +47,12 @@ def check_caches(
                 found.append(f"{cache.url}: {error}")
     if found:
         raise UsageError("\n".join(dict.fromkeys(found)))
+
+
+def _differences(cache: Cache, other: Cache, names: Sequence[str]) -> list[str]:
+    return [
+        f"{name} of {cache.url} is {mine}, but {other.url} has {theirs}: "
+        "caches are mixed only where these agree."
+        for name in names
+        if (mine := getattr(cache.spec, name)) != (theirs := getattr(other.spec, name))
+    ]

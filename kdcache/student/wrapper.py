@@ -119,8 +119,7 @@ class DistilledStudent(nn.Module):
             raise UsageError(f"task {task!r} is unknown; it is {CAUSAL} or {CLASSIFICATION}.")
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha:g}; the weight of the hard loss is from 0 to 1.")
-        self.dense = codec.split(":")[0] == "dense"
-        self.exact = codec.split(":")[0] != "sample"
+        self.read_targets_of(codec)
         kind = DenseTargets if self.dense else SparseTargets
         check_loss(
             kind, temperature=temperature, divergence=divergence, tail=tail, exact=self.exact
@@ -134,6 +133,12 @@ class DistilledStudent(nn.Module):
         self.vocab_size = vocab_size
         self._head_scale: float | None = None  # None: not known yet; nan: not a plain head
         self._body = 0  # which of `_bodies` the head's input comes from
+
+    def read_targets_of(self, codec: str) -> None:
+        """Say which codec the next batches' targets are of: evaluation may have its own."""
+        self.codec = codec
+        self.dense = codec.split(":")[0] == "dense"
+        self.exact = codec.split(":")[0] != "sample"
 
     @property
     def config(self) -> Any:

@@ -103,7 +103,8 @@ class TrainOptions:
         warmup: steps of the learning rate's rise, or a share of the run if below 1.
         lr_scheduler: `linear`, `cosine`, `constant`, `constant_with_warmup` or `polynomial`.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        eval_cache: caches to evaluate on; the best checkpoint becomes the student.
+        eval_cache: caches to evaluate on, whose codec may be another; the best checkpoint becomes
+            the student.
         eval_steps: steps between evaluations. Default: an epoch.
         eval_batch_size: rows of an evaluation batch. Default: `batch_size`.
         best: what tells the best checkpoint: `loss`, `hard_loss`, `soft_loss` or `accuracy`.

@@ -15,7 +15,7 @@ from kdcache.cache import Cache
 from kdcache.errors import UsageError
 from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
-from kdcache.targets import Dense, DenseTargets, Sample, SparseTargets
+from kdcache.targets import Codec, Dense, DenseTargets, Sample, SparseTargets
 from kdcache.training.metrics import METRICS_FILE, wrong_trackers
 from kdcache.training.options import TrainOptions
 from kdcache.training.result import TrainResult
@@ -60,18 +60,8 @@ class Plan:
                     f"a schedule of temperatures ({schedule}) needs a dense cache, not {codec}."
                 )
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
-            kind = DenseTargets if isinstance(codec, Dense) else SparseTargets
-            for temperature in temperatures:
-                try:
-                    check_loss(
-                        kind,
-                        temperature=temperature,
-                        divergence=options.loss,
-                        tail=options.tail,
-                        exact=not isinstance(codec, Sample),
-                    )
-                except UsageError as error:
-                    problems.append(str(error))
+            for cache in (first, *eval_caches):  # what is said twice is told once
+                problems += _wrong_loss(options, cache.codec(), temperatures)
         if options.best == "accuracy" and first.spec.task == CAUSAL:
             problems.append("best is accuracy, which is for classifiers. Use loss.")
         if options.best == "soft_loss" and options.hard_only:
@@ -80,7 +70,7 @@ class Plan:
             )
         if options.fp16 and not torch.cuda.is_available():
             problems.append("fp16 needs a GPU. Use bf16, or neither.")
-        check_caches([*caches, *eval_caches], temperatures, problems)
+        check_caches(caches, temperatures, problems, beside=eval_caches)
         return cls(options, caches, eval_caches)
 
     @property
@@ -157,3 +147,20 @@ class Plan:
 def steps_of(options: TrainOptions, stream: TargetStream) -> int:
     """Steps of a run on a stream."""
     return options.max_steps or max(1, math.ceil(options.epochs * stream.steps))
+
+
+def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[float]) -> list[str]:
+    """Why the loss has no meaning for targets of this codec: a line each."""
+    wrong = []
+    for temperature in temperatures:
+        try:
+            check_loss(
+                DenseTargets if isinstance(codec, Dense) else SparseTargets,
+                temperature=temperature,
+                divergence=options.loss,
+                tail=options.tail,
+                exact=not isinstance(codec, Sample),
+            )
+        except UsageError as error:
+            wrong.append(str(error))
+    return wrong

@@ -17,6 +17,7 @@ to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -38,6 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kdcache.errors import UsageError
 from kdcache.stream import Batch, TargetStream
+from kdcache.student import DistilledStudent
 
 STATE_FILE = "kdcache_state.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -236,7 +238,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             )
             return metrics
         begun = time.perf_counter()
-        found = self._evaluate_stream(stream)
+        with self._reading(stream):
+            found = self._evaluate_stream(stream)
         found["runtime"] = time.perf_counter() - begun
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
@@ -244,6 +247,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    @contextlib.contextmanager
+    def _reading(self, stream: TargetStream) -> Iterator[None]:
+        """The student reads this stream's targets meanwhile, and then again what it did before."""
+        if not isinstance(self.model, DistilledStudent):
+            yield
+            return
+        before = self.model.codec
+        self.model.read_targets_of(stream.caches[0].spec.codec)
+        try:
+            yield
+        finally:
+            self.model.read_targets_of(before)
 
     @torch.no_grad()
     def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:
