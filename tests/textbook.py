@@ -5,6 +5,7 @@ the reports.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,21 @@ def naive_ece(confidence: np.ndarray, correct: np.ndarray, bins: int) -> float:
     return total
 
 
-@torch.no_grad()
 def class_logits(folder: Path, cache: str) -> torch.Tensor:
-    """A classifier's logits, one text at a time: no padding, no batches."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    data = Cache.open(cache).read(0)
+    """A classifier's logits for the texts of a cache's first shard."""
+    texts = Cache.open(cache).read(0).texts
+    assert texts is not None
+    return text_logits(folder, texts)
+
+
+@torch.no_grad()
+def text_logits(folder: Path, texts: Iterable[str]) -> torch.Tensor:
+    """A classifier's logits, one text of at most 64 tokens at a time: no padding, no batches."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert data.texts is not None
     parts = [
         model(**tokenizer(t, truncation=True, max_length=64, return_tensors="pt")).logits
-        for t in data.texts
+        for t in texts
     ]
     return torch.cat(parts)
 
