@@ -1,6 +1,6 @@
 """Launcher for a checkout and for `ray job submit -- python cli.py build …`."""
 
-from kdcache.cli import main
+from kdcache.cli.main import main
 
 if __name__ == "__main__":
     main()

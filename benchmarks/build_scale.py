@@ -38,7 +38,7 @@ def child(options: argparse.Namespace) -> dict[str, float]:
     import ray
 
     from kdcache import BuildOptions, build
-    from kdcache.driver import Progress
+    from kdcache.commands.build.driver import Progress
 
     ray.init(
         "local",  # and no cluster that runs on this machine already

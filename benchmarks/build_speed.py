@@ -44,16 +44,16 @@ import torch
 import transformers
 from results import keep, machine, table
 
-from kdcache.builder import BuildOptions, Prepared, prepare
 from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData, shard_bytes
+from kdcache.commands.build.build import BuildOptions, Prepared, prepare
+from kdcache.commands.build.local import LocalCrew
+from kdcache.commands.build.worker import Job, SpanWorker, batches
 from kdcache.corpus import Corpus, Span
-from kdcache.crew import LocalCrew
-from kdcache.ranks import ranks_of_ids
 from kdcache.rows import IGNORE, Row, make_encoder
-from kdcache.shard import ShardData, shard_bytes
 from kdcache.targets import Codec, SoftTargets
+from kdcache.targets.ranks import ranks_of_ids
 from kdcache.teacher import tokenizer_files
-from kdcache.worker import Job, SpanWorker, batches
 
 CODECS = (("topk:64", (1.0,)), ("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)))
 SHAPES = {

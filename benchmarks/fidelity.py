@@ -9,13 +9,12 @@ the same positions:
 * top-k: the K largest probabilities, nothing else; and this package's `topk`;
 * `sample:N` with one and with two declared temperatures.
 
-Bytes are those of all datasets of the targets in a shard that `kdcache.shard` writes, with the rank
-table that a build of this corpus makes. Noise is the mean of ||target - p||^2 over positions and
-seeds. The smallest N with no more noise than 50 random draws is searched for. Bias: 20,000 draws of
-a few positions, through quantisation and columns, against the full distribution; a chi-square over
-ids in standard errors of its own. Build: as in `build_speed.py`, for `sample:20` and the first
-documents.
-"""
+Bytes are those of all datasets of the targets in a shard that `kdcache.cache.shard` writes, with
+the rank table that a build of this corpus makes. Noise is the mean of ||target - p||^2 over
+positions and seeds. The smallest N with no more noise than 50 random draws is searched for. Bias:
+20,000 draws of a few positions, through quantisation and columns, against the full distribution; a
+chi-square over ids in standard errors of its own. Build: as in `build_speed.py`, for `sample:20`
+and the first documents."""
 
 from __future__ import annotations
 
@@ -37,14 +36,14 @@ from references import random_draws_for, random_sampling, top_k
 from results import keep, machine, table
 from torch import Tensor
 
-from kdcache.builder import BuildOptions, prepare
+from kdcache.cache.shard import ShardData, column_bytes, write_shard
+from kdcache.commands.build.build import BuildOptions, prepare
+from kdcache.commands.build.worker import batches
 from kdcache.corpus import Corpus
-from kdcache.ranks import ranks_of_ids, read_ranks
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.shard import ShardData, column_bytes, write_shard
 from kdcache.targets import Codec, SoftTargets, SparseTargets, TopK, position_uniform
+from kdcache.targets.ranks import ranks_of_ids, read_ranks
 from kdcache.teacher import Teacher
-from kdcache.worker import batches
 
 ROW = 256
 SLICE = 256

@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 from results import keep, machine, table
 from transformers import AutoTokenizer
 
+from kdcache.commands.build.ranks import count_ranks
 from kdcache.corpus import Corpus
-from kdcache.ranks import count_ranks
 from kdcache.rows import RowSpec
 
 CORPORA = ((1_000, 1), (10_000, 1), (10_000, 10))

@@ -42,10 +42,10 @@ from results import keep, machine, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from kdcache.commands.demo.teacher import TeacherSizes, make_teacher, make_tokenizer
 from kdcache.corpus import Corpus
-from kdcache.demonstration.teacher import TeacherSizes, make_teacher, make_tokenizer
 from kdcache.loss import distillation_loss
-from kdcache.report.metrics import Calibration
+from kdcache.loss.metrics import Calibration
 from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets, position_uniform
 
 Targets = DenseTargets | SparseTargets

@@ -38,14 +38,14 @@ from results import keep, table
 
 from kdcache.cache import Manifest
 from kdcache.cache.manifest import ShardEntry
+from kdcache.commands.build.driver import Driver, Progress
+from kdcache.commands.build.events import EventLog
+from kdcache.commands.build.on_ray import RayCrew
+from kdcache.commands.build.worker import Job, SpanReport
 from kdcache.corpus import Span
-from kdcache.crew import RayCrew
-from kdcache.driver import Driver, Progress
-from kdcache.events import EventLog
 from kdcache.rows import RowSpec
 from kdcache.storage import LocalStorage
 from kdcache.teacher import TeacherOptions
-from kdcache.worker import Job, SpanReport
 
 HEADING = "scale"
 LISTED_AT_ONCE = 1000  # names that S3 and its like give in one answer

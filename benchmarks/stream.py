@@ -40,11 +40,11 @@ from results import keep, machine, table
 from torch import Tensor
 
 from kdcache.cache import Cache, CacheSpec
-from kdcache.ranks import ranks_of_ids, read_ranks
+from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
-from kdcache.shard import ShardData
 from kdcache.stream import Pool, TargetStream
 from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.targets.ranks import ranks_of_ids, read_ranks
 
 CODECS = (("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)), ("topk:64", (1.0,)))
 ROW = 1024

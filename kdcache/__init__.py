@@ -16,31 +16,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.builder import BuildOptions, BuildResult, build
     from kdcache.cache import Cache
-    from kdcache.cache.mending import GcResult, RepairResult
-    from kdcache.demonstration import DemoOptions, DemoResult, demo
-    from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
-    from kdcache.finetuning import FinetuneOptions, FinetuneResult, finetune
-    from kdcache.loss import distillation_loss, fused_linear_distillation
-    from kdcache.report import (
-        EvaluateOptions,
-        EvaluateResult,
-        InspectOptions,
-        InspectResult,
-        PredictOptions,
-        PredictResult,
-        evaluate,
-        inspect,
-        predict,
-    )
-    from kdcache.report.plan import PlanOptions, PlanResult, plan
-    from kdcache.stream import Collator, TargetDataset, TargetStream
-    from kdcache.student import DistilledStudent
-    from kdcache.sweeping import SweepOptions, SweepResult, sweep
-    from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
-    from kdcache.training import DistillationTrainer, TrainOptions, TrainResult, train
-    from kdcache.upkeep import (
+    from kdcache.cache.repair import GcResult, RepairResult
+    from kdcache.commands.build.build import BuildOptions, BuildResult, build
+    from kdcache.commands.demo.demo import DemoOptions, demo
+    from kdcache.commands.demo.result import DemoResult
+    from kdcache.commands.evaluate import EvaluateOptions, evaluate
+    from kdcache.commands.finetune import FinetuneOptions, FinetuneResult, finetune
+    from kdcache.commands.inspect import InspectOptions, InspectResult, inspect
+    from kdcache.commands.plan.options import PlanOptions
+    from kdcache.commands.plan.plan import plan
+    from kdcache.commands.plan.result import PlanResult
+    from kdcache.commands.predict import PredictOptions, PredictResult, predict
+    from kdcache.commands.scores import EvaluateResult
+    from kdcache.commands.sweep.results import SweepResult
+    from kdcache.commands.sweep.sweep import SweepOptions, sweep
+    from kdcache.commands.train.options import TrainOptions
+    from kdcache.commands.train.result import TrainResult
+    from kdcache.commands.train.run import train
+    from kdcache.commands.verify import (
         GcOptions,
         RepairOptions,
         VerifyOptions,
@@ -49,35 +43,35 @@ if TYPE_CHECKING:
         repair,
         verify,
     )
+    from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
+    from kdcache.loss import distillation_loss, fused_linear_distillation
+    from kdcache.stream import Collator, TargetDataset, TargetStream
+    from kdcache.student import DistilledStudent
+    from kdcache.student.trainer import DistillationTrainer
+    from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "kdcache.builder": ("BuildOptions", "BuildResult", "build"),
+    "kdcache.commands.build": ("BuildOptions", "BuildResult", "build"),
     "kdcache.cache": ("Cache",),
-    "kdcache.cache.mending": ("GcResult", "RepairResult"),
-    "kdcache.demonstration": ("DemoOptions", "DemoResult", "demo"),
+    "kdcache.cache.repair": ("GcResult", "RepairResult"),
+    "kdcache.commands.demo": ("DemoOptions", "DemoResult", "demo"),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
-    "kdcache.finetuning": ("FinetuneOptions", "FinetuneResult", "finetune"),
+    "kdcache.commands.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
-    "kdcache.report": (
-        "EvaluateOptions",
-        "EvaluateResult",
-        "InspectOptions",
-        "InspectResult",
-        "PredictOptions",
-        "PredictResult",
-        "evaluate",
-        "inspect",
-        "predict",
-    ),
-    "kdcache.report.plan": ("PlanOptions", "PlanResult", "plan"),
+    "kdcache.commands.evaluate": ("EvaluateOptions", "evaluate"),
+    "kdcache.commands.inspect": ("InspectOptions", "InspectResult", "inspect"),
+    "kdcache.commands.predict": ("PredictOptions", "PredictResult", "predict"),
+    "kdcache.commands.scores": ("EvaluateResult",),
+    "kdcache.commands.plan": ("PlanOptions", "PlanResult", "plan"),
     "kdcache.stream": ("Collator", "TargetDataset", "TargetStream"),
     "kdcache.student": ("DistilledStudent",),
-    "kdcache.sweeping": ("SweepOptions", "SweepResult", "sweep"),
+    "kdcache.student.trainer": ("DistillationTrainer",),
+    "kdcache.commands.sweep": ("SweepOptions", "SweepResult", "sweep"),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),
-    "kdcache.training": ("DistillationTrainer", "TrainOptions", "TrainResult", "train"),
-    "kdcache.upkeep": (
+    "kdcache.commands.train": ("TrainOptions", "TrainResult", "train"),
+    "kdcache.commands.verify": (
         "GcOptions",
         "RepairOptions",
         "VerifyOptions",

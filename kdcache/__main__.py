@@ -1,6 +1,6 @@
 """`python -m kdcache`: the same as the `kdcache` program."""
 
-from kdcache.cli import main
+from kdcache.cli.main import main
 
 if __name__ == "__main__":
     main()

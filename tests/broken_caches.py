@@ -7,9 +7,9 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from kdcache.cli import cli
+from kdcache.cli.main import cli
+from kdcache.commands.verify import VerifyOptions, verify
 from kdcache.errors import CorruptCacheError
-from kdcache.upkeep import VerifyOptions, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache import Cache, CacheSpec
-from kdcache.cache.integrity import check_values
+from kdcache.cache.check import check_values
+from kdcache.cache.shard import ShardCounts, ShardData, read_counts, read_shard
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.shard import ShardCounts, ShardData, read_counts, read_shard
 
 MEMORY = 1 << 30
 

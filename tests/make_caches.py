@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.shard import ShardData
 from kdcache.rows import IGNORE, Row
-from kdcache.shard import ShardData
 from kdcache.targets import Codec, SoftTargets, position_uniform
 from kdcache.teacher import tokenizer_files
 

@@ -29,18 +29,18 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from kdcache.builder import BuildOptions, _span_bytes, build
 from kdcache.cache import Cache
+from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.manifest import ShardEntry
-from kdcache.cache.sealed import from_text, to_text
+from kdcache.cli.display import BuildDisplay
+from kdcache.commands.build.build import BuildOptions, _span_bytes, build
+from kdcache.commands.build.driver import Driver, Progress, interruptible
+from kdcache.commands.build.worker import SpanReport, batches
+from kdcache.commands.build.workers import Crew, Fault, Outcome, WorkerFigures
 from kdcache.corpus import Span
-from kdcache.crew import Crew, Fault, Outcome, WorkerFigures
-from kdcache.driver import Driver, Progress, interruptible
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
-from kdcache.progress import BuildDisplay
 from kdcache.rows import IGNORE
 from kdcache.targets import Codec, DenseTargets, SparseTargets
-from kdcache.worker import SpanReport, batches
 
 
 @pytest.fixture

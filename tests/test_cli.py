@@ -11,8 +11,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from kdcache.cli import COMMANDS, cli
-from kdcache.commands import load
+from kdcache.cli.commands import load
+from kdcache.cli.main import COMMANDS, cli
 
 
 def run(*words: str) -> Result:
@@ -30,7 +30,7 @@ def words(tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path) -> list[
 
 def test_help_lists_every_command_and_loads_none_of_them() -> None:
     code = (
-        "import sys; from click.testing import CliRunner; from kdcache.cli import cli; "
+        "import sys; from click.testing import CliRunner; from kdcache.cli.main import cli; "
         "out = CliRunner().invoke(cli, ['--help']).output; print(out); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

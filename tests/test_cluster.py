@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from kdcache.cache import Cache
-from kdcache.cli import COMMANDS
+from kdcache.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = Path(sys.executable).with_name("ray")

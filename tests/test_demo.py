@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdcache.demonstration import DemoOptions, demo, render_demo
-from kdcache.demonstration.teacher import documents
+from kdcache.commands.demo import DemoOptions, demo, render_demo
+from kdcache.commands.demo.teacher import documents
 from kdcache.errors import UsageError
 from kdcache.plots import Curve, Level, plot_curves
 

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from kdcache.cache import Cache
-from kdcache.cli import cli
+from kdcache.cli.main import cli
 from kdcache.targets import DenseTargets
 
 ROOT = Path(__file__).resolve().parent.parent

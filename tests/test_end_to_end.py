@@ -22,7 +22,7 @@ from kdcache import (
     evaluate,
     train,
 )
-from kdcache.cli import cli
+from kdcache.cli.main import cli
 from kdcache.targets import DenseTargets
 
 pytestmark = pytest.mark.end_to_end

@@ -29,14 +29,9 @@ from textbook import (
 from transformers import AutoModelForSequenceClassification
 
 from kdcache.cache import Cache
+from kdcache.commands.evaluate import EvaluateOptions, evaluate
+from kdcache.commands.scores import EvaluateResult, ModelScores, render_evaluation
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.report import (
-    EvaluateOptions,
-    EvaluateResult,
-    ModelScores,
-    evaluate,
-    render_evaluation,
-)
 from kdcache.rows import IGNORE
 from kdcache.student import DistilledStudent, StudentInfo, load_student
 

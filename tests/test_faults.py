@@ -25,11 +25,11 @@ import pytest
 from broken_caches import files, flip, run
 from fault_points import MOMENTS
 
-from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
-from kdcache.driver import Progress
+from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build.driver import Progress
+from kdcache.commands.verify import RepairOptions, repair
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.upkeep import RepairOptions, repair
 
 pytestmark = pytest.mark.end_to_end
 

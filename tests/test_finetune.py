@@ -21,10 +21,10 @@ from transformers import (
     DistilBertModel,
 )
 
+from kdcache.commands.finetune import FinetuneOptions, finetune
+from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import UsageError
-from kdcache.finetuning import FinetuneOptions, finetune
-from kdcache.head import HEAD_FILE, HeadedClassifier, load_classifier
-from kdcache.training import TrainProgress
+from kdcache.teacher.headed import HEAD_FILE, HeadedClassifier, load_classifier
 
 Make = Callable[..., FinetuneOptions]
 

@@ -23,8 +23,8 @@ import pytest
 from fuzz_reader import mutate
 
 from kdcache.cache import Cache
+from kdcache.cache.sandbox import Trial
 from kdcache.errors import CorruptCacheError
-from kdcache.trial import Trial
 
 GOLDEN = Path(__file__).parent / "golden"
 READER = Path(__file__).parent / "fuzz_reader.py"

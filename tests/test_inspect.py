@@ -12,10 +12,10 @@ from conftest import CLASSES
 from textbook import class_logits, lm_logits, logprobs_of, plain
 from transformers import AutoTokenizer
 
-from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
+from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.inspect import InspectOptions, inspect, render_inspection
 from kdcache.errors import UsageError
-from kdcache.report import InspectOptions, inspect, render_inspection
 from kdcache.rows import IGNORE
 
 

@@ -18,16 +18,17 @@ from broken_caches import GOLDEN, files, flip, golden_copy, naming, run
 from conftest import make_tiny_lm
 from make_caches import CAUSAL, make_cache
 
-from kdcache.builder import BuildOptions, build
-from kdcache.cache import Cache, mending
-from kdcache.cache.integrity import problems
-from kdcache.cache.sealed import from_text, to_text
+from kdcache.cache import Cache
+from kdcache.cache import repair as mending
+from kdcache.cache.check import problems
+from kdcache.cache.hashed_json import from_text, to_text
+from kdcache.cache.shard import ShardData
+from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.recheck import Recheck, recheck
+from kdcache.commands.verify import GcOptions, RepairOptions, gc, repair
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
-from kdcache.report.recheck import Recheck, recheck
-from kdcache.shard import ShardData
 from kdcache.stream import TargetStream
 from kdcache.targets import SoftTargets
-from kdcache.upkeep import GcOptions, RepairOptions, gc, repair
 
 
 @pytest.fixture

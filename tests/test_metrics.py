@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from textbook import naive_ece
 
-from kdcache.report import Tally, accuracy, confusion_matrix, expected_calibration_error, f1
-from kdcache.report.models import aligned
+from kdcache.loss.metrics import Tally, accuracy, confusion_matrix, expected_calibration_error, f1
+from kdcache.student.saved import aligned
 
 
 @pytest.mark.parametrize("classes", [2, 5])

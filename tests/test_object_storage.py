@@ -35,7 +35,7 @@ from test_storage import (  # noqa: E402, F401
 )
 
 from kdcache.cache import Cache, CacheSpec  # noqa: E402
-from kdcache.cli import cli  # noqa: E402
+from kdcache.cli.main import cli  # noqa: E402
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError  # noqa: E402
 from kdcache.storage import Storage, filesystem, open_storage  # noqa: E402
 from kdcache.stream import TargetStream  # noqa: E402
@@ -609,7 +609,7 @@ def test_a_build_into_s3_that_is_killed_and_run_again_makes_the_same_objects(
     gate = Fault("hold", "^PUT /[^?]*/shards/00004")
     proxy.faults += [gate, Fault("error", every=9), Fault("lost", "^PUT", every=7)]
     command = words(stories260k, str(corpus / "a.jsonl"), url)
-    first = python("from kdcache.cli import main; main()", *command, endpoint=proxy.url)
+    first = python("from kdcache.cli.main import main; main()", *command, endpoint=proxy.url)
     assert gate.held.wait(DEADLINE)
     first.send_signal(signal.SIGKILL)
     said, _ = first.communicate()
@@ -650,7 +650,7 @@ RACE = """
 import json, os, sys
 from kdcache.cli import main
 # What a build imports, once for all of them; threads are begun only in the children.
-import kdcache.builder, kdcache.commands, kdcache.progress
+import kdcache.commands.build, kdcache.cli.commands, kdcache.cli.display
 import transformers.models.llama.modeling_llama
 builds, go = json.loads(sys.argv[1]), os.pipe()
 children = []

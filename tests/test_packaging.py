@@ -56,8 +56,8 @@ def test_version_is_the_installed_one() -> None:
 
 def test_command_is_installed_and_is_the_launchers() -> None:
     (entry,) = metadata.entry_points(group="console_scripts", name="kdcache")
-    assert entry.value == "kdcache.cli:main"
-    assert "from kdcache.cli import main" in (ROOT / "cli.py").read_text()
+    assert entry.value == "kdcache.cli.main:main"
+    assert "from kdcache.cli.main import main" in (ROOT / "cli.py").read_text()
 
 
 @pytest.mark.end_to_end

@@ -18,15 +18,15 @@ from click.testing import CliRunner
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
-from kdcache.cli import cli
+from kdcache.cli.main import cli
+from kdcache.cli.view_plan import render_plan
+from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.plan import PlannedCache, PlanOptions, PlanResult, break_even, plan
+from kdcache.commands.plan.fidelity import Fidelity, FidelityMeter, FullGradient
+from kdcache.commands.plan.sample import sample_rows
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
-from kdcache.report.plan import PlannedCache, PlanOptions, PlanResult, break_even, plan
-from kdcache.report.plan.fidelity import Fidelity, FidelityMeter, FullGradient
-from kdcache.report.plan.sample import sample_rows
-from kdcache.report.plan.view import render_plan
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec, position_uniform
 
@@ -237,7 +237,7 @@ def test_wrong_options_are_refused(options: PlanOptions, tmp_path: Path) -> None
 def test_dense_targets_that_fill_the_memory_are_refused(
     options: PlanOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.report.plan.measure._MOST_BYTES", 1_000_000)
+    monkeypatch.setattr("kdcache.commands.plan.measure._MOST_BYTES", 1_000_000)
     with pytest.raises(UsageError, match="fewer --rows, or leave this --codec out"):
         plan(options)
 
@@ -318,6 +318,6 @@ def test_a_plan_takes_the_batch_that_fits_the_gpu(
         tried.append(run())
         return 0.5 if len(tried) == 8 else None
 
-    monkeypatch.setattr("kdcache.report.plan.measure.peak_share", share)
+    monkeypatch.setattr("kdcache.commands.plan.measure.peak_share", share)
     assert plan(options).rows == options.rows
     assert len(tried) == 8  # 65,536 tokens down to 512, and rows of 64 would end it

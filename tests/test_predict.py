@@ -18,8 +18,8 @@ from textbook import class_logits, logprobs_of, word_logits
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdcache.cache import Cache
+from kdcache.commands.predict import PredictOptions, predict
 from kdcache.errors import UsageError
-from kdcache.report import PredictOptions, predict
 
 
 def lines_of(text: str) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def test_predictions_come_in_order_whatever_the_batches(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(sys.modules["kdcache.report.predict"], "_WINDOW", window)
+    monkeypatch.setattr(sys.modules["kdcache.commands.predict"], "_WINDOW", window)
     out = tmp_path / "new" / "out.jsonl"
     result = predict(
         PredictOptions(
@@ -79,7 +79,7 @@ def test_lines_of_standard_input_each_get_an_answer(word_student: Path) -> None:
 
 def test_prediction_streams(student_classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than one window is read ahead of what is written."""
-    monkeypatch.setattr(sys.modules["kdcache.report.predict"], "_WINDOW", 10)
+    monkeypatch.setattr(sys.modules["kdcache.commands.predict"], "_WINDOW", 10)
     output = io.StringIO()
     ahead = []
 

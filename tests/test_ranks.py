@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
+from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build.ranks import count_ranks
 from kdcache.corpus import Corpus
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.ranks import count_ranks, ranks_of_ids, read_ranks
 from kdcache.rows import RowSpec
 from kdcache.stream import TargetStream
 from kdcache.targets import Codec, SoftTargets, SparseTargets, position_uniform
+from kdcache.targets.ranks import ranks_of_ids, read_ranks
 
 
 def dense(targets: SoftTargets, temperature: float) -> Tensor:
@@ -74,7 +75,7 @@ def test_targets_are_those_of_a_build_without_ranks(
         plain = dataclasses.replace(ranked, out=str(tmp_path / f"plain-{codec}"))
         build(ranked)
         with monkeypatch.context() as patch:
-            patch.setattr("kdcache.builder.count_ranks", lambda *_: b"")
+            patch.setattr("kdcache.commands.build.build.count_ranks", lambda *_: b"")
             build(plain)
         one, two = Cache.open(ranked.out), Cache.open(plain.out)
         assert one.rank_to_id is not None
@@ -156,6 +157,8 @@ def test_a_corpus_that_ranks_otherwise_is_another_cache(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(options)
-    monkeypatch.setattr("kdcache.builder.count_ranks", lambda *_: np.arange(5).tobytes())
+    monkeypatch.setattr(
+        "kdcache.commands.build.build.count_ranks", lambda *_: np.arange(5).tobytes()
+    )
     with pytest.raises(UsageError, match="ranks: "):
         build(options)

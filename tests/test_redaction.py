@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from kdcache.cli import cli
+from kdcache.cli.main import cli
+from kdcache.commands.build.events import EventLog
 from kdcache.corpus import Corpus
-from kdcache.events import EventLog
 from kdcache.storage import open_storage
 
 DEADLINE = 60.0
@@ -86,7 +86,7 @@ def test_a_build_from_signed_addresses_keeps_no_signature(
     corpus, out = f"{at}/a.jsonl?X-Amz-Signature=feedbeef", tmp_path / "cache"
     failed = CliRunner().invoke(cli, build(tiny_lm, corpus, out / "fail"))
     skip = build(tiny_lm, corpus, out / "skip", "--on-error", "skip")
-    code, said = python("from kdcache.cli import main; main()", "--verbose", *skip)
+    code, said = python("from kdcache.cli.main import main; main()", "--verbose", *skip)
     assert (failed.exit_code, code) == (2, 0), said
     for told in (failed.output, said):
         assert f"{at}/a.jsonl" in told  # the bad record is named

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from unbiased import excess
 
-from kdcache.sampling import (
+from kdcache.targets import position_uniform
+from kdcache.targets.device import (
     BLOCK,
     Rule,
     blocked_sample,
@@ -23,7 +24,6 @@ from kdcache.sampling import (
     split,
     top_entries,
 )
-from kdcache.targets import position_uniform
 
 
 def logits_like_a_teacher(n: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> Tensor:

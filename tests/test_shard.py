@@ -10,9 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcache.cache.shard import (
+    ShardCounts,
+    ShardData,
+    column_bytes,
+    read_counts,
+    read_shard,
+    write_shard,
+)
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import IGNORE, Row
-from kdcache.shard import ShardCounts, ShardData, column_bytes, read_counts, read_shard, write_shard
 from kdcache.targets import Codec, SoftTargets, position_uniform
 
 

@@ -22,9 +22,8 @@ from make_caches import CAUSAL, CLASSES, make_cache, make_rows, teacher_logits
 from torch.utils.data import DataLoader
 
 from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.ranks import ranks_of_ids
-from kdcache.shard import ShardData
 from kdcache.stream import Collator, Cursor, Pool, TargetDataset, TargetStream, join, order, reader
 from kdcache.stream.background import Background
 from kdcache.targets import (
@@ -36,6 +35,7 @@ from kdcache.targets import (
     sample,
 )
 from kdcache.targets.base import owners, ragged_items, running_sum
+from kdcache.targets.ranks import ranks_of_ids
 
 SIZES = [5, 0, 3, 9, 1, 7, 4]
 

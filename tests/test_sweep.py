@@ -26,14 +26,15 @@ from hypothesis import strategies as st
 from make_caches import CAUSAL, make_cache
 from rich.console import Console
 
-from kdcache.cli import cli
+from kdcache.cli.main import cli
+from kdcache.commands.sweep import SweepOptions, SweepProgress, render_sweep, sweep
+from kdcache.commands.sweep.grid import Grid
+from kdcache.commands.sweep.pool import RayPool
+from kdcache.commands.train.log import last_metrics, read_metrics
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.run import train
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.plots import DotRow, plot_dots
-from kdcache.sweeping import SweepOptions, SweepProgress, render_sweep, sweep
-from kdcache.sweeping.grid import Grid
-from kdcache.sweeping.pool import RayPool
-from kdcache.training import TrainOptions, train
-from kdcache.training.metrics import last_metrics, read_metrics
 
 LLAMA = {
     "model_type": "llama",

@@ -17,9 +17,10 @@ from conftest import make_tiny_lm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kdcache import worker
-from kdcache.builder import BuildOptions, build
 from kdcache.cache import Cache
+from kdcache.commands.build import worker
+from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build.worker import SpanWorker
 from kdcache.corpus import Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row
@@ -34,7 +35,6 @@ from kdcache.teacher import (
     teacher,
 )
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
-from kdcache.worker import SpanWorker
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

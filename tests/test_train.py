@@ -30,12 +30,14 @@ from transformers.integrations import (
 )
 
 from kdcache.cache import Cache
+from kdcache.commands.train.options import Schedule, TrainOptions
+from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.train.run import Run, make_student, train
 from kdcache.errors import UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import BiLstmClassifier, DistilledStudent, StudentInfo, load_student
-from kdcache.training import DistillationTrainer, Schedule, TrainOptions, TrainProgress, train
-from kdcache.training.plan import Plan
-from kdcache.training.run import Run, make_student
+from kdcache.student.trainer import DistillationTrainer
 
 BERT = {
     "model_type": "bert",
@@ -608,9 +610,9 @@ def test_a_plain_trainer_accumulates(kind: type, name: str, folder: Path, tmp_pa
 
 WORKER = """
 import json, sys
-from kdcache.training import TrainOptions
-from kdcache.training.plan import Plan
-from kdcache.training.run import Run
+from kdcache import TrainOptions
+from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.run import Run
 run = Run.prepare(Plan.make(TrainOptions(**json.loads(sys.argv[1]))))
 run.train()
 print(*{type(p).__name__ for p in run.trainer.model.parameters()})

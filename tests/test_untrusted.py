@@ -19,16 +19,16 @@ import pytest
 from broken_caches import files, flip, golden_copy, naming, run
 from make_caches import CAUSAL, make_cache
 
-from kdcache import trial
 from kdcache.cache import Cache
-from kdcache.cache.integrity import problems
-from kdcache.cache.sealed import from_text, to_text
+from kdcache.cache import sandbox as trial
+from kdcache.cache.check import problems
+from kdcache.cache.hashed_json import from_text, to_text
+from kdcache.cache.hdf5 import write_text
+from kdcache.cache.sandbox import Trial
+from kdcache.cache.shard import read_shard
 from kdcache.errors import CorruptCacheError
-from kdcache.hdf5 import write_text
-from kdcache.ranks import read_ranks
-from kdcache.shard import read_shard
 from kdcache.targets import Codec
-from kdcache.trial import Trial
+from kdcache.targets.ranks import read_ranks
 
 PACKAGE = Path(__file__).parent.parent / "kdcache"
 
@@ -359,8 +359,8 @@ import resource
 from pathlib import Path
 from kdcache.cache import Cache
 from kdcache.errors import CorruptCacheError
-from kdcache.ranks import read_ranks
-from kdcache.shard import ShardCounts, read_shard
+from kdcache.targets.ranks import read_ranks
+from kdcache.cache.shard import ShardCounts, read_shard
 from kdcache.targets import Codec
 
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

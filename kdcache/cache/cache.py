@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
-from kdcache.cache.sealed import from_text, to_text
+from kdcache.cache.shard import ShardData, read_counts, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
-from kdcache.ranks import read_ranks
-from kdcache.shard import ShardData, read_counts, read_shard, shard_bytes
 from kdcache.storage import Storage, open_storage, redact, sha256_file
 from kdcache.targets import Codec
+from kdcache.targets.ranks import read_ranks
 
 _LEFTOVERS = {"tmp", "tokenizer", "ranks.u32"}  # of a start that crashed
 _READERS = 16  # shards of earlier runs that a seal reads at once
@@ -428,8 +428,8 @@ class Cache:
     def verify(self) -> Iterator[str]:
         """Check every file, hash, count and value; yields one line a problem.
 
-        See `kdcache.cache.integrity.problems`.
+        See `kdcache.cache.check.problems`.
         """
-        from kdcache.cache.integrity import problems
+        from kdcache.cache.check import problems
 
         yield from (problem.text for problem in problems(self))

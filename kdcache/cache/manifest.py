@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.sealed import from_text, to_text
+from kdcache.cache.hashed_json import from_text, to_text
+from kdcache.cache.hdf5 import DEFLATE_LIMIT
+from kdcache.cache.shard import ShardCounts
 from kdcache.cache.spec import FORMAT
 from kdcache.errors import CorruptCacheError
-from kdcache.hdf5 import DEFLATE_LIMIT
-from kdcache.shard import ShardCounts
 from kdcache.storage import sha256_file
 
 SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.h5")

@@ -19,9 +19,9 @@ counted.
 
 from __future__ import annotations
 
+from kdcache.corpus.corpus import Corpus, Span
 from kdcache.corpus.records import LineAt, OnError, ReadStats, Record, RecordError, Source
-from kdcache.corpus.spans import Corpus, Span
-from kdcache.corpus.spread import Look, look_into, looks
+from kdcache.corpus.sample import Look, look_into, looks
 
 __all__ = [
     "Corpus",

@@ -6,8 +6,8 @@ from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order
-from kdcache.stream.pool import Pool
 from kdcache.stream.reader import TargetStream
+from kdcache.stream.shard_rows import Pool
 
 __all__ = [
     "Batch",

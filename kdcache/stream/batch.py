@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.rows import IGNORE
-from kdcache.shard import ShardData
-from kdcache.stream.pool import CAUSAL, positions_of, types_of
+from kdcache.stream.shard_rows import CAUSAL, positions_of, types_of
 from kdcache.targets import DenseTargets, SoftTargets
 
 Batch: TypeAlias = dict[str, Tensor]

@@ -10,10 +10,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from kdcache.cache import Cache
-from kdcache.shard import ShardData
+from kdcache.cache.shard import ShardData
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
-from kdcache.stream.pool import Pool
+from kdcache.stream.shard_rows import Pool
 
 
 class TargetDataset(Dataset[ShardData]):

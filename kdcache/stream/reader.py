@@ -29,13 +29,13 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
-from kdcache.shard import ShardData
 from kdcache.stream.background import Background
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.order import Cursor, Source, order, slices, sources
-from kdcache.stream.pool import Pool
+from kdcache.stream.shard_rows import Pool
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdcache.student.bilstm import BiLstmClassifier, BiLstmConfig
 from kdcache.student.load import HfTokenize, StudentInfo, load_student, student_tokenize
-from kdcache.student.vocabulary import Vocabulary, read_embeddings
+from kdcache.student.words import Vocabulary, read_embeddings
 from kdcache.student.wrapper import DistillationOutput, DistilledStudent
 
 __all__ = [

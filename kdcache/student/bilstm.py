@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
-from kdcache.student.vocabulary import Vocabulary
+from kdcache.student.words import Vocabulary
 
 MODEL_TYPE = "kdcache-bilstm"
 POOLINGS = ("last", "max")

@@ -38,7 +38,7 @@ from transformers import (
 
 from kdcache.errors import UsageError
 from kdcache.student.bilstm import MODEL_TYPE, BiLstmClassifier, BiLstmConfig
-from kdcache.student.vocabulary import Vocabulary, read_embeddings
+from kdcache.student.words import Vocabulary, read_embeddings
 
 CAUSAL, CLASSIFICATION = "causal-lm", "sequence-classification"
 FACTORY_TYPE = "kdcache-factory"

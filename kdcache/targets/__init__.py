@@ -17,9 +17,9 @@ data loader.
 
 from __future__ import annotations
 
-from kdcache.sampling import check_finite
 from kdcache.targets.base import Codec, Column, DenseTargets, SparseTargets
 from kdcache.targets.dense import Dense
+from kdcache.targets.device import check_finite
 from kdcache.targets.noise import position_uniform
 from kdcache.targets.sample import Sample
 from kdcache.targets.soft import SoftTargets

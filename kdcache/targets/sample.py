@@ -1,8 +1,8 @@
 """Threshold samples: unbiased sparse weights, a few ids a position, at every declared temperature
 at once.
 
-`kdcache.sampling` chooses and quantises; here is how the result lies on disk. A position with m
-temperatures stores
+`kdcache.targets.device` chooses and quantises; here is how the result lies on disk. A position with
+m temperatures stores
 
 * `head_count`, and per head id its rank and its mass at each temperature in units of 1/M;
 * `near_count`: how many tail ids have a rank below 256;
@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.sampling import Rule, sample_entries
 from kdcache.targets.base import (
     Array,
     Codec,
@@ -52,6 +51,7 @@ from kdcache.targets.base import (
     running_sum,
     sum_up_,
 )
+from kdcache.targets.device import Rule, sample_entries
 
 _SHARE_UNITS = 7
 """R: rounding shares to 1/7 adds 2 % to the noise and takes 5 % of the bytes off, against 1/15."""

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.sampling import top_entries
 from kdcache.targets.base import (
     Array,
     Codec,
@@ -31,6 +30,7 @@ from kdcache.targets.base import (
     ranks_pay,
     refuse_bad_positions,
 )
+from kdcache.targets.device import top_entries
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from kdcache.errors import UsageError
-from kdcache.head import HEAD_FILE
 from kdcache.storage import sha256_file
+from kdcache.teacher.headed import HEAD_FILE
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TeacherFiles:
 
     @property
     def has_own_head(self) -> bool:
-        """Whether a head of ours (`kdcache.head`) stands on an encoder."""
+        """Whether a head of ours (`kdcache.teacher.headed`) stands on an encoder."""
         return (self.folder / HEAD_FILE).is_file()
 
     @property

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kdcache.errors import UsageError
-from kdcache.head import HeadedClassifier
-from kdcache.sampling import compiles
+from kdcache.targets.device import compiles
 from kdcache.teacher.files import TeacherFiles
+from kdcache.teacher.headed import HeadedClassifier
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.teacher.options import TeacherOptions
 

@@ -25,10 +25,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
-from kdcache.ranks import ranks_of_ids, read_ranks
+from kdcache.cache.shard import ShardData
 from kdcache.rows import IGNORE, Row
-from kdcache.shard import ShardData
 from kdcache.targets import DenseTargets, SoftTargets, position_uniform
+from kdcache.targets.ranks import ranks_of_ids, read_ranks
 from kdcache.teacher import tokenizer_files
 
 VOCABULARY = 300

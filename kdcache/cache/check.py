@@ -1,0 +1,162 @@
+"""What is wrong with a cache: every file of it, hashed first and opened second.
+
+A manifest may come from anybody, and its hashes say only that the files are the ones it was written
+for. So a shard whose hash is right is opened by another process first (`kdcache.cache.sandbox`),
+and its values are checked in this one: ids that are in the vocabulary, probabilities that are some.
+
+Cost: every byte is read once and decoded twice; a third of a second for the other process.
+Guarantee: a sealed cache in which `problems` finds none has every file as it was written, and every
+value is one that training can use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdcache.cache.cache import Cache
+from kdcache.cache.manifest import ShardEntry
+from kdcache.cache.sandbox import Trial
+from kdcache.cache.shard import ShardData, read_counts, read_shard
+from kdcache.cache.spec import CacheSpec
+from kdcache.errors import CorruptCacheError, KdcacheError
+from kdcache.rows import IGNORE
+from kdcache.targets import DenseTargets, SoftTargets
+
+_CAUSAL = "causal-lm"
+_VALUES = 1 << 24  # decoded at a time
+_NOT_OURS = ("tmp", "events", "events.jsonl")  # scratch and logs, which nothing reads
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a cache.
+
+    Attributes:
+        file: its name in the cache.
+        text: what is wrong and what can be done, in a line that names the file.
+        stray: whether it is a file that does not belong to the cache, and does no harm.
+    """
+
+    file: str
+    text: str
+    stray: bool = False
+
+
+def problems(cache: Cache) -> Iterator[Problem]:
+    """Check all files of a sealed cache, whose spec and manifest have been read and checked.
+
+    Yields:
+        One problem a file at most, as they are found: strays first, the shards in order.
+    """
+    for name in _strays(cache):
+        yield Problem(
+            name,
+            f"{name} is no part of this cache, and nothing reads it. Remove it; `kdcache gc` does "
+            "so with what crashed builds have left.",
+            stray=True,
+        )
+    whole = True
+    for name in cache.files:
+        try:
+            cache.read_beside(name)
+            if name == "ranks.u32":
+                _ = cache.rank_to_id
+        except CorruptCacheError as error:
+            yield Problem(name, str(error))
+            whole = whole and name != "ranks.u32"
+    with Trial() as trial:
+        for entry in cache.manifest.shards:
+            try:
+                check_shard(cache, entry, trial, values=whole)
+            except KdcacheError as error:
+                yield Problem(f"shards/{entry.name}", _naming(entry, str(error)))
+
+
+def check_shard(cache: Cache, entry: ShardEntry, trial: Trial, *, values: bool = True) -> None:
+    """Check the bytes of a shard, then whether it can be opened, then what it holds.
+
+    Args:
+        cache: of the shard.
+        entry: what the manifest says of it.
+        trial: the process that opens it first.
+        values: False leaves the values out, where what is needed to read them is broken.
+
+    Raises:
+        CorruptCacheError: it is not the one of the manifest, or not what a shard must be.
+    """
+    with cache.hold(entry, fresh=True) as path:
+        trial.open(path)
+        _, facts = read_counts(path)
+        said = cache.spec.fingerprint, entry.span, entry.skipped, entry.clipped_mass
+        names = "fingerprint", "index", "skipped", "clipped_mass"
+        if tuple(facts.get(name) for name in names) != said:
+            raise CorruptCacheError(f"it is the shard of {facts}, and not of this cache.")
+        if values:
+            ranks = cache.rank_to_id
+            data = read_shard(path, cache.codec(), counts=entry.counts, ranks=ranks)
+            check_values(data, cache.spec)
+
+
+def check_values(data: ShardData, spec: CacheSpec) -> None:
+    """Whether a shard that could be read holds values that can be.
+
+    Cost: the targets are decoded once at each declared temperature, some positions at a time.
+
+    Raises:
+        CorruptCacheError: an id, a class, a weight or a count is impossible.
+    """
+    causal = spec.task == _CAUSAL
+    if data.task != spec.task:
+        raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
+    classes = spec.vocab_size if causal else spec.num_labels or 0
+    labels = data.labels[data.labels != IGNORE]
+    # For a causal LM some ids may lie beyond the ids that a target names, and labels with them.
+    if labels.min(initial=0) < 0 or (not causal and labels.max(initial=0) >= classes):
+        raise CorruptCacheError(f"it has the label {labels.max()} of {classes} classes.")
+    if data.input_ids.min(initial=0) < 0:
+        raise CorruptCacheError("it has an id below 0.")
+    counts = data.targets.codec.counts(data.targets.columns)
+    if any(count.min(initial=0) < 0 for count in counts.values()):
+        raise CorruptCacheError("a position has fewer than no entries.")
+    _check_targets(data.targets, spec)
+
+
+def _check_targets(targets: SoftTargets, spec: CacheSpec) -> None:
+    counts = sum(targets.codec.counts(targets.columns).values(), np.zeros(len(targets), np.int64))
+    width = max(1, int(counts.max(initial=0)))
+    dense = targets.codec.kind == "dense"
+    step = max(1, _VALUES // (spec.vocab_size if dense else width))
+    for start in range(0, len(targets), step):
+        some = targets.take(np.arange(start, min(start + step, len(targets))))
+        for temperature in spec.temperatures:
+            try:
+                found = some.at(temperature)
+            except IndexError as error:  # a rank that no id has
+                raise CorruptCacheError("an id is a rank that no id has.") from error
+            if isinstance(found, DenseTargets):
+                if not found.logits.isfinite().all():
+                    raise CorruptCacheError("a logit is no number.")
+                break
+            if found.ids.numel() and not 0 <= found.ids.min() <= found.ids.max() < spec.vocab_size:
+                raise CorruptCacheError(f"an id is outside the vocabulary of {spec.vocab_size}.")
+            for numbers in (found.weights, found.rest):
+                if not (numbers.isfinite().all() and (numbers >= 0).all()):
+                    raise CorruptCacheError("a weight is no number, or below 0.")
+
+
+def _strays(cache: Cache) -> Iterator[str]:
+    """Names of files and folders in the cache that spec and manifest do not know."""
+    ours = {"spec.json", "manifest.json", *cache.files, *_NOT_OURS}
+    ours |= {f"shards/{entry.name}" for entry in cache.manifest.shards}
+    folders = {name.split("/")[0] for name in ours if "/" in name}
+    yield from (name for name in cache.storage.entries() if name not in ours | folders)
+    for folder in sorted(folders):
+        names = (f"{folder}/{name}" for name in cache.storage.names(folder))
+        yield from (name for name in names if name not in ours)
+
+
+def _naming(entry: ShardEntry, text: str) -> str:
+    return text if entry.name in text else f"shard {entry.span}: {entry.name}: {text}"

@@ -1,0 +1,265 @@
+"""What is broken or left over in a cache is taken away, so that the same build makes it anew.
+
+The state of a cache is the listing of its files. So a repair is a removal: of a shard, and its span
+is missing; of the manifest, and the cache is unfinished; of the spec of a finished cache, and a
+build of the same spec writes it again. Nothing is computed here, and nothing that is whole is
+touched.
+
+Cost: `repair` reads what `verify` does; `gc` reads listings. Guarantee: what a sealed cache names
+and what is whole stays; the digest of a cache changes only where `reseal` is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from kdcache.cache.cache import Cache
+from kdcache.cache.check import problems
+from kdcache.cache.manifest import SHARD_NAME, Manifest
+from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.storage import LocalStorage, Storage, open_storage, redact
+from kdcache.storage.filesystem import FileSystem
+
+YOUNG = 3600.0
+"""Seconds: what was begun so recently may be the work of a build that runs."""
+
+_SCRATCH = re.compile(r"[0-9a-f]{32}\.tmp")
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What a repair has done.
+
+    Attributes:
+        cache: where it is.
+        removed: names of the files that were broken, and are gone now.
+        missing: names of files that had been missing.
+        old_digest: of the cache before `reseal` gave it another one, else None.
+        digest: of the cache now; None where it is no longer sealed.
+    """
+
+    cache: str
+    removed: tuple[str, ...]
+    missing: tuple[str, ...]
+    old_digest: str | None
+    digest: str | None
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file, or the beginning of one, that no build will finish and no reader will look at."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GcResult:
+    """What was left over.
+
+    Attributes:
+        cache: where it is.
+        removed: what is gone now, or would be.
+        young: number of leftovers that may belong to a running build, and stay.
+        dry_run: whether nothing was removed.
+    """
+
+    cache: str
+    removed: tuple[Leftover, ...]
+    young: int
+    dry_run: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all that is gone."""
+        return sum(leftover.bytes for leftover in self.removed)
+
+
+def repair(url: str, *, reseal: bool = False) -> RepairResult:
+    """Remove what is broken in a cache, finished or not.
+
+    Args:
+        url: of the cache.
+        reseal: accept shards that were made anew with other bytes than the manifest says, and write
+            a manifest that names them.
+
+    Raises:
+        UsageError: there is no cache, or its folders are links.
+        CorruptCacheError: neither spec nor manifest can be read, or they are of two caches.
+        IncompleteError: a cache that is to be resealed lacks shards.
+    """
+    storage = _open(url)
+    removed = list(_remove_documents(storage))
+    if not storage.exists("spec.json"):
+        missing = () if removed else ("spec.json",)
+        return RepairResult(redact(url), tuple(removed), missing, None, None)
+    cache = Cache.resume(url)
+    gone = []
+    for name in list(_broken(cache)):
+        if storage.exists(name):
+            storage.remove(name)
+            removed.append(name)
+        else:
+            gone.append(name)
+    old = cache.digest if cache.sealed else None
+    if reseal:
+        cache = _reseal(cache)
+    new = cache.digest if cache.sealed else None
+    changed = old if old != new else None
+    return RepairResult(redact(url), tuple(removed), tuple(gone), changed, new)
+
+
+def _remove_documents(storage: Storage) -> Iterator[str]:
+    """Remove the manifest or the spec if it cannot be read; each can be made from the rest."""
+    broken = []
+    parsers: dict[str, Callable[[], Any]] = {
+        "spec.json": lambda: Cache.read_spec(storage),
+        "manifest.json": lambda: Manifest.from_json(storage.read("manifest.json")),
+    }
+    for name, parse in parsers.items():
+        try:
+            if storage.exists(name):
+                parse()
+        except CorruptCacheError:
+            broken.append(name)
+    if not any(storage.exists(name) and name not in broken for name in parsers):
+        raise CorruptCacheError(
+            f"{redact(storage.url)}: neither spec.json nor manifest.json can be read, and nothing "
+            "else says what this cache is. Restore one from a copy, or build with another --out."
+        )
+    for name in broken:
+        storage.remove(name)
+        yield name
+
+
+def _broken(cache: Cache) -> Iterator[str]:
+    """Names of files that are not as they must be."""
+    if cache.sealed:
+        yield from (problem.file for problem in problems(cache) if not problem.stray)
+        return
+    for span, name in cache.committed().items():
+        try:
+            cache.entry(span, name)
+        except CorruptCacheError:
+            yield f"shards/{name}"
+
+
+def _reseal(cache: Cache) -> Cache:
+    """The cache with a manifest of the shards that are there."""
+    if not cache.sealed:
+        raise IncompleteError(
+            f"{cache.url} is not finished: there is nothing to reseal. Run the same build again."
+        )
+    here, listed = cache.committed(), dataclasses.replace(cache, manifest_or_none=None).committed()
+    lacking = [span for span in range(cache.spec.spans) if span not in listed]
+    if lacking:
+        raise IncompleteError(
+            f"{len(lacking)} of {cache.spec.spans} spans have no shard (first: {lacking[0]}). Run "
+            "the same build again to make them, then reseal."
+        )
+    entries = tuple(
+        said if said.span in here else cache.entry(said.span, listed[said.span])
+        for said in cache.manifest.shards
+    )
+    if entries != cache.manifest.shards:
+        manifest = dataclasses.replace(cache.manifest, shards=entries)
+        cache.storage.write("manifest.json", manifest.to_json())
+    return Cache.open(cache.storage.url)
+
+
+def gc(url: str, *, dry_run: bool = False) -> GcResult:
+    """Remove what crashed builds have left, and nothing that is part of the cache.
+
+    That is: temporary files and unfinished uploads that are older than an hour and, in a finished
+    cache, second shards of a span.
+
+    Args:
+        url: of the cache, finished or not.
+        dry_run: only look.
+
+    Raises:
+        UsageError: there is no cache, or its folders are links.
+        CorruptCacheError: its spec or manifest cannot be read.
+    """
+    storage = _open(url)
+    cache = Cache.resume(url)
+    removed, young = [], 0
+    for found in (_second_copies(cache), _scratch(storage), _uploads(storage)):
+        for leftover, age, remove in found:
+            if age < YOUNG:
+                young += 1
+                continue
+            if not dry_run:
+                remove()
+            removed.append(leftover)
+    return GcResult(redact(url), tuple(removed), young, dry_run)
+
+
+# A leftover, its age in seconds, and what removes it.
+_Found = Iterator[tuple[Leftover, float, Callable[[], Any]]]
+
+
+def _second_copies(cache: Cache) -> _Found:
+    if not cache.sealed:
+        return
+    here = cache.committed()
+    named = set(here.values())
+    for name in cache.storage.names("shards"):
+        match = SHARD_NAME.fullmatch(name)
+        # Where the shard of the manifest is missing, another may be what takes its place.
+        if match and name not in named and int(match.group(1)) in here:
+            full = f"shards/{name}"
+            remove = functools.partial(cache.storage.remove, full)
+            yield Leftover(full, cache.storage.size(full)), YOUNG, remove
+
+
+def _scratch(storage: Storage) -> _Found:
+    if not isinstance(storage, LocalStorage):
+        return
+    for name in storage.names("tmp"):
+        path = storage.root / "tmp" / name
+        if _SCRATCH.fullmatch(name) and not path.is_symlink():
+            stat = path.stat()
+            remove = functools.partial(storage.remove, f"tmp/{name}")
+            yield Leftover(f"tmp/{name}", stat.st_size), time.time() - stat.st_mtime, remove
+
+
+def _uploads(storage: Storage) -> _Found:
+    """Uploads of large objects that were begun and neither completed nor given up (S3)."""
+    if not storage.remote:
+        return
+    store = FileSystem(storage.url)
+    if not hasattr(store.fs, "call_s3"):
+        return
+    bucket, prefix, _ = store.fs.split_path(store.path)
+    where = {"Bucket": bucket, "Prefix": f"{prefix}/"}
+    for upload in store.ask("call_s3", "list_multipart_uploads", **where).get("Uploads", []):
+        one = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        parts = store.ask("call_s3", "list_parts", **one).get("Parts", [])
+        name = upload["Key"].removeprefix(f"{prefix}/")
+        leftover = Leftover(name, sum(part["Size"] for part in parts))
+        age = (datetime.now(timezone.utc) - upload["Initiated"]).total_seconds()
+        remove = functools.partial(store.ask, "call_s3", "abort_multipart_upload", **one)
+        yield leftover, age, remove
+
+
+def _open(url: str) -> Storage:
+    """The storage of a cache whose folders are its own: what is removed must be the cache's."""
+    storage = open_storage(url)
+    if not storage.exists("spec.json") and not storage.exists("manifest.json"):
+        raise UsageError(f"{redact(url)} is not a kdcache cache: it has no spec.json.")
+    if isinstance(storage, LocalStorage):
+        for name in ("shards", "tmp", "tokenizer"):
+            if (storage.root / name).is_symlink():
+                raise UsageError(
+                    f"{storage.root / name} is a link to elsewhere: files are removed only inside "
+                    "the cache. Put the folder itself in its place."
+                )
+    return storage

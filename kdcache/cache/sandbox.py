@@ -1,0 +1,125 @@
+"""Files that nobody vouches for are opened by another process first.
+
+HDF5 is a large library in C: a file made for it, and not by it, may bring down the process that
+opens it. A cache from elsewhere vouches only for itself, since the hashes in its manifest came with
+it. So before such a shard is opened here, a process of its own opens it and reads all of it, and
+what becomes of that process is found out and said.
+
+Cost: the process starts in a third of a second and lives as long as its `Trial`; each file is
+decoded once more. Guarantee: `Trial.open` returns or raises, whatever the file does to its reader:
+the other process has a bounded memory and a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from kdcache.cache.hdf5 import read_all
+from kdcache.errors import CorruptCacheError
+
+_START = "import sys; sys.path[:] = sys.argv[1:]; from kdcache.cache.sandbox import serve; serve()"
+_MEMORY = 1 << 30  # above what the process has when it starts: a chunk at a time is read
+_PATIENCE = 60.0  # seconds, and one more for each of these bytes
+_SLOWEST = 1 << 20
+
+
+class Trial:
+    """Opens files in a process of its own; use as a context, from one thread at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._end(self._process)
+
+    def open(self, path: Path) -> None:
+        """Open a file there, and read all of it.
+
+        Args:
+            path: a file of this machine that exists.
+
+        Raises:
+            CorruptCacheError: HDF5 cannot read it, or its reader does not survive it.
+        """
+        process = self._process or self._start()
+        patience = _PATIENCE + path.stat().st_size / _SLOWEST
+        with contextlib.suppress(BrokenPipeError):  # no answer tells as much
+            assert process.stdin is not None, "it was started with a pipe"
+            process.stdin.write(json.dumps(str(path)).encode() + b"\n")
+            process.stdin.flush()
+        answer = _answer(process, patience)
+        if not answer.endswith(b"\n"):
+            died = self._end(process)
+            how = f"dies of {died}" if died else f"has no answer in {patience:.0f} s"
+            raise CorruptCacheError(f"{path} cannot be read: the process that tries {how}.")
+        found = json.loads(answer)
+        if found is not None:
+            raise CorruptCacheError(str(found))
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # The same modules as here, and not those of the folder that we happen to be in.
+        words = [sys.executable, "-c", _START, *sys.path]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        self._process = process
+        if not _answer(process, _PATIENCE):
+            raise RuntimeError(f"no process to try files in: {self._end(process) or 'no answer'}")
+        return process
+
+    def _end(self, process: subprocess.Popen[bytes]) -> str:
+        """End the process; what it had died of before."""
+        self._process = None
+        code = process.poll()
+        process.kill()
+        process.communicate()
+        if code is None:
+            return ""
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _answer(process: subprocess.Popen[bytes], patience: float) -> bytes:
+    """A line of the other process; nothing where it died, or has none in so many seconds."""
+    assert process.stdout is not None, "it was started with a pipe"
+    waiting = select.poll()
+    waiting.register(process.stdout, select.POLLIN)
+    if not waiting.poll(1000 * patience):
+        return b""
+    line = process.stdout.readline()
+    if not line:  # the end of its output comes a moment before its own
+        process.wait(_PATIENCE)
+    return line
+
+
+def serve() -> None:
+    """The other process: a path comes in as a JSON line, what is wrong with it goes out as one."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MEMORY, most))
+    _tell("ready")
+    for line in sys.stdin.buffer:
+        try:
+            read_all(Path(json.loads(line)))
+        except CorruptCacheError as error:
+            _tell(str(error))
+        except MemoryError:
+            _tell("It takes more memory than a shard may.")
+        else:
+            _tell(None)
+
+
+def _tell(found: str | None) -> None:
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()

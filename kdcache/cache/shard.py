@@ -1,0 +1,388 @@
+"""One shard: an immutable HDF5 file with the rows of one span and their soft targets.
+
+Ragged data is stored as flat columns with counts or offsets; every column is chunked and passes
+through shuffle + gzip + fletcher32, filters that each HDF5 build has, so one flipped bit raises
+instead of giving wrong numbers. `docs/format.md` specifies the layout. What may be in a file at all
+is for `kdcache.cache.hdf5` to say; what the columns must hold is said here.
+
+Cost: a shard is written and read whole, in one pass over its columns; memory is the shard's decoded
+size.
+Guarantee: the same content gives the same bytes (no times, no names of machines inside).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from kdcache.cache.hdf5 import attribute, column, columns_of, open_file, values, write_text
+from kdcache.errors import CorruptCacheError
+from kdcache.rows import IGNORE, Row
+from kdcache.targets import Codec, SoftTargets
+
+FORMAT = 1
+_CHUNK_BYTES = 1 << 19
+_CAUSAL, _CLASSES = "causal-lm", "sequence-classification"
+_REQUIRED = {
+    _CAUSAL: ("lengths", "input_ids", "has_label", "next_ids"),
+    _CLASSES: ("lengths", "input_ids", "labels", "text_bytes", "text"),
+}
+_OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
+_U1, _U4, _I4, _IDS = ("|u1",), ("<u4",), ("<i4",), ("|u1", "<u2", "<u4")
+
+
+@dataclass
+class ShardData:
+    """The rows of one shard in memory, columnar.
+
+    Attributes:
+        task: `causal-lm` or `sequence-classification`.
+        offsets: int64 [rows + 1], where each row's tokens begin.
+        input_ids: int32 [tokens].
+        labels: int32, aligned with the logits: [tokens] for causal-lm, [rows] for classification;
+            -100 where there is none.
+        targets: the soft targets of all positions, in row-major order.
+        type_ids: uint8 [tokens] (BERT's sentence A/B), or None.
+        texts: the text of each row (classification only), or None.
+        text_pairs: the second text of each row, or None.
+    """
+
+    task: str
+    offsets: np.ndarray
+    input_ids: np.ndarray
+    labels: np.ndarray
+    targets: SoftTargets
+    type_ids: np.ndarray | None = None
+    texts: list[str] | None = None
+    text_pairs: list[str] | None = None
+
+    @classmethod
+    def from_rows(cls, task: str, rows: Sequence[Row], targets: SoftTargets) -> ShardData:
+        """Gather rows, whose positions `targets` holds in the same order, into columns."""
+        lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+        data = cls(
+            task=task,
+            offsets=_offsets(lengths),
+            input_ids=_concatenate([row.input_ids for row in rows], np.int32),
+            labels=_concatenate([row.labels for row in rows], np.int32),
+            targets=targets,
+        )
+        typed = [row.type_ids for row in rows if row.type_ids is not None]
+        if typed:
+            assert len(typed) == len(rows), "either every row has type ids or none"
+            data.type_ids = _concatenate(typed, np.uint8)
+        if task != _CAUSAL:
+            data.texts = [row.text or "" for row in rows]
+            if any(row.text_pair is not None for row in rows):
+                data.text_pairs = [row.text_pair or "" for row in rows]
+        assert len(targets) == data.position_offsets[-1], "one soft target a position"
+        return data
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def position_offsets(self) -> np.ndarray:
+        """int64 [rows + 1]: where each row's positions begin in `targets`."""
+        if self.task != _CAUSAL:
+            return np.arange(len(self) + 1, dtype=np.int64)
+        before = np.zeros(len(self.labels) + 1, np.int64)
+        np.cumsum(self.labels != IGNORE, out=before[1:])
+        return np.asarray(before[self.offsets])
+
+    @cached_property
+    def item_offsets(self) -> dict[str, np.ndarray]:
+        """int64 [rows + 1] by axis of the targets: where each row's items begin in its columns."""
+        return self.targets.offsets(self.position_offsets)
+
+    def row(self, index: int) -> Row:
+        """One row as the encoder made it."""
+        tokens = slice(self.offsets[index], self.offsets[index + 1])
+        causal = self.task == _CAUSAL
+        return Row(
+            input_ids=self.input_ids[tokens],
+            labels=self.labels[tokens] if causal else self.labels[index : index + 1],
+            type_ids=None if self.type_ids is None else self.type_ids[tokens],
+            text=None if self.texts is None else self.texts[index],
+            text_pair=None if self.text_pairs is None else self.text_pairs[index],
+        )
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """What a manifest promises of a shard; checked before memory is taken for its columns."""
+
+    rows: int
+    tokens: int
+    positions: int
+
+
+def write_shard(path: Path, data: ShardData, *, attributes: Mapping[str, Any]) -> None:
+    """Write one shard file at `path` (a scratch name: commit it afterwards).
+
+    Args:
+        path: the file to create.
+        data: rows and targets.
+        attributes: JSON-able facts of the span, kept in the file's `span` attribute.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    path.write_bytes(shard_bytes(data, attributes=attributes))
+
+
+def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
+    """The content of one shard file.
+
+    HDF5 composes it in memory: where a disk is full, HDF5 itself cannot close its file any more and
+    takes the process down when it exits.
+    """
+    # The name never meets a disk, but two open files of one process may not share it.
+    with h5py.File(uuid.uuid4().hex, "w", driver="core", backing_store=False) as file:
+        write_text(file, "format", "kdcache-shard")
+        file.attrs["version"] = FORMAT
+        write_text(file, "task", data.task)
+        write_text(file, "codec", str(data.targets.codec))
+        write_text(file, "span", json.dumps(attributes, sort_keys=True))
+        file.attrs["rows"] = len(data)
+        file.attrs["tokens"] = len(data.input_ids)
+        file.attrs["positions"] = len(data.targets)
+        rows = file.create_group("rows")
+        _write(rows, "lengths", np.diff(data.offsets).astype(np.uint32))
+        largest = int(data.input_ids.max(initial=0))
+        _write(rows, "input_ids", data.input_ids.astype(np.min_scalar_type(largest)))
+        if data.type_ids is not None:
+            _write(rows, "type_ids", data.type_ids)
+        if data.task == _CAUSAL:
+            has_label, next_ids = _split_labels(data)
+            _write(rows, "has_label", has_label)
+            _write(rows, "next_ids", next_ids)
+        else:
+            _write(rows, "labels", data.labels.astype(np.int32))
+        for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
+            if texts is not None:
+                encoded = [text.encode() for text in texts]
+                _write(rows, f"{name}_bytes", np.array([len(t) for t in encoded], np.uint32))
+                _write(rows, name, np.frombuffer(b"".join(encoded), np.uint8))
+        targets = file.create_group("targets")
+        for column in data.targets.codec.columns:
+            _write(targets, column.name, data.targets.columns[column.name])
+        file.flush()
+        return bytes(file.id.get_file_image())
+
+
+def read_shard(
+    path: Path,
+    codec: Codec,
+    *,
+    counts: ShardCounts | None = None,
+    ranks: np.ndarray | None = None,
+    with_targets: bool = True,
+) -> ShardData:
+    """Read one shard whole.
+
+    Args:
+        path: a committed shard file.
+        codec: the cache's codec; the file must have been written with it.
+        counts: what the manifest says; compared before any column is read.
+        ranks: the cache's table from frequency rank to id, where it has one.
+        with_targets: False reads no column of the targets and leaves them empty.
+
+    Raises:
+        CorruptCacheError: not a shard, other counts than promised, or a failing checksum.
+    """
+    with open_file(path) as file:
+        n, task = _check_head(path, file, codec, counts)
+        rows = columns_of(path, file, "rows", _REQUIRED[task], _OPTIONAL)
+        lengths = _read(path, rows, "lengths", _U4, n.rows)
+        offsets = _offsets(lengths.astype(np.int64))
+        if offsets[-1] != n.tokens:
+            raise CorruptCacheError(f"{path}: row lengths add up to {offsets[-1]}, not {n.tokens}.")
+        if task == _CAUSAL and not lengths.all():
+            raise CorruptCacheError(f"{path}: it has rows without a token.")
+        input_ids = _read(path, rows, "input_ids", _IDS, n.tokens).astype(np.int32)
+        if task == _CAUSAL:
+            labels = _join_labels(
+                offsets,
+                input_ids,
+                _read(path, rows, "has_label", _U1, n.tokens),
+                _read(path, rows, "next_ids", _I4, n.rows),
+            )
+        else:
+            labels = _read(path, rows, "labels", _I4, n.rows)
+        targets = SoftTargets.empty(codec)
+        if with_targets:
+            group = columns_of(path, file, "targets", [c.name for c in codec.columns])
+            columns = _read_targets(path, group, codec, n.positions)
+            targets = SoftTargets(codec, columns, ranks)
+        data = ShardData(
+            task=task,
+            offsets=offsets,
+            input_ids=input_ids,
+            labels=labels,
+            targets=targets,
+            type_ids=_read(path, rows, "type_ids", _U1, n.tokens) if "type_ids" in rows else None,
+            texts=_read_texts(path, rows, "text", n.rows),
+            text_pairs=_read_texts(path, rows, "text_pair", n.rows),
+        )
+    if data.position_offsets[-1] != n.positions:
+        raise CorruptCacheError(
+            f"{path}: its labels make {data.position_offsets[-1]} positions, not {n.positions}."
+        )
+    if with_targets:
+        _check_items(path, data)
+    return data
+
+
+def _check_head(
+    path: Path, file: h5py.File, codec: Codec, counts: ShardCounts | None
+) -> tuple[ShardCounts, str]:
+    """Compare the file's attributes with what was promised; its counts and its task."""
+    if attribute(path, file, "format", str) != "kdcache-shard":
+        raise CorruptCacheError(f"{path} is not a kdcache shard.")
+    version = attribute(path, file, "version", int)
+    if version != FORMAT:
+        raise CorruptCacheError(
+            f"{path} has format version {version}; this kdcache reads version {FORMAT}."
+        )
+    found = attribute(path, file, "codec", str)
+    if found != str(codec):
+        raise CorruptCacheError(f"{path} was written with codec {found}, the cache has {codec}.")
+    found_counts = shard_counts(path, file)
+    if counts is not None and counts != found_counts:
+        raise CorruptCacheError(f"{path} holds {found_counts}, the manifest says {counts}.")
+    task = attribute(path, file, "task", str)
+    if task not in (_CAUSAL, _CLASSES):
+        raise CorruptCacheError(f"{path} has rows of the unknown task {task!r}.")
+    return found_counts, task
+
+
+def read_counts(path: Path) -> tuple[ShardCounts, dict[str, Any]]:
+    """Counts and span attributes of a shard file, without reading a column."""
+    with open_file(path) as file:
+        facts = json.loads(attribute(path, file, "span", str))
+        if not isinstance(facts, dict):
+            raise CorruptCacheError(f"{path}: its attribute 'span' is no object.")
+        return shard_counts(path, file), facts
+
+
+def column_bytes(path: Path) -> dict[str, int]:
+    """Stored (compressed) bytes of each dataset, by its name such as `targets/ids`."""
+    sizes: dict[str, int] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            sizes[name] = int(item.id.get_storage_size())
+
+    with open_file(path) as file:
+        file.visititems(visit)
+    return sizes
+
+
+def shard_counts(path: Path, file: Any) -> ShardCounts:
+    """The counts an open shard file declares."""
+    return ShardCounts(
+        *(attribute(path, file, name, int) for name in ("rows", "tokens", "positions"))
+    )
+
+
+def _write(group: Any, name: str, array: np.ndarray) -> None:
+    if array.size == 0:  # HDF5 cannot chunk nothing
+        group.create_dataset(name, data=array)
+        return
+    row_bytes = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+    length = min(len(array), max(1, _CHUNK_BYTES // row_bytes))
+    group.create_dataset(
+        name,
+        data=array,
+        chunks=(length, *array.shape[1:]),
+        compression="gzip",
+        compression_opts=4,
+        shuffle=True,
+        fletcher32=True,
+    )
+
+
+def _read(
+    path: Path, group: Any, name: str, kinds: Sequence[str], length: int | None, *width: int
+) -> np.ndarray:
+    """A column, its length (None: as it is) and the shape of its items as expected."""
+    dataset = column(path, group, name, kinds)
+    found, expected = dataset.shape, (len(dataset) if length is None else length, *width)
+    if found != expected:
+        raise CorruptCacheError(f"{path}: column {name} has shape {found}, expected {expected}.")
+    return values(path, dataset)
+
+
+def _read_targets(path: Path, group: Any, codec: Codec, positions: int) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {}
+    for stored in codec.columns:
+        kinds = (np.dtype(stored.dtype).str,)
+        length = positions if stored.per == "position" else None
+        columns[stored.name] = _read(path, group, stored.name, kinds, length, *stored.shape)
+    return columns
+
+
+def _check_items(path: Path, data: ShardData) -> None:
+    """Compare the ragged columns with what the counts of the positions say."""
+    try:
+        ends = {axis: int(offsets[-1]) for axis, offsets in data.item_offsets.items()}
+    except IndexError as error:
+        raise CorruptCacheError(
+            f"{path}: the counts of its targets do not fit the columns they count."
+        ) from error
+    for stored in data.targets.codec.columns:
+        found = len(data.targets.columns[stored.name])
+        if found != ends[stored.per]:
+            raise CorruptCacheError(
+                f"{path}: column {stored.name} has {found} values, its counts make "
+                f"{ends[stored.per]}."
+            )
+
+
+def _split_labels(data: ShardData) -> tuple[np.ndarray, np.ndarray]:
+    """Causal labels repeat the input ids one place later: store where they are and each row's
+    last.
+    """
+    has_label = data.labels != IGNORE
+    last = data.offsets[1:] - 1
+    inner = has_label.copy()
+    inner[last] = False
+    where = np.flatnonzero(inner)
+    assert np.array_equal(data.labels[where], data.input_ids[where + 1]), "labels are the next ids"
+    return has_label.astype(np.uint8), data.labels[last].astype(np.int32)
+
+
+def _join_labels(
+    offsets: np.ndarray, input_ids: np.ndarray, has_label: np.ndarray, next_ids: np.ndarray
+) -> np.ndarray:
+    labels = np.full(len(input_ids), IGNORE, np.int32)
+    labels[:-1] = input_ids[1:]
+    labels[offsets[1:] - 1] = next_ids
+    labels[has_label == 0] = IGNORE
+    return labels
+
+
+def _read_texts(path: Path, rows: Any, name: str, count: int) -> list[str] | None:
+    if name not in rows and f"{name}_bytes" not in rows:
+        return None
+    ends = np.cumsum(_read(path, rows, f"{name}_bytes", _U4, count), dtype=np.int64)
+    blob = _read(path, rows, name, _U1, int(ends[-1]) if count else 0).tobytes()
+    starts = [0, *ends[:-1]]
+    return [blob[a:b].decode() for a, b in zip(starts, ends, strict=True)]
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)

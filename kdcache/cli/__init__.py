@@ -1,0 +1,1 @@
+"""The command line: words to commands, and everything that prints."""

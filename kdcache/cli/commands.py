@@ -1,0 +1,430 @@
+"""The commands: options in, one function of the package called, its outcome printed. No logic.
+
+Each is made when it is first asked for, so that one command does not import what another needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+from rich.console import Console
+
+from kdcache.humanize import duration, size
+from kdcache.options import options_command, print_json
+
+
+def load(name: str) -> click.Command:
+    """The command of that name."""
+    return _MAKERS[name]()
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _build() -> click.Command:
+    from kdcache.cli.display import BuildDisplay
+    from kdcache.commands.build.build import BuildOptions, build
+
+    @options_command(
+        BuildOptions,
+        name="build",
+        epilog=_examples(
+            "kdcache build --teacher bert-sst2 --task sequence-classification \\",
+            "    --corpus train.tsv --out cache",
+            "kdcache build --teacher SmolLM2-135M --corpus 's3://bucket/text/*.parquet' \\",
+            "    --codec sample:20 --temperatures 1,2 --address auto --out s3://bucket/cache",
+            "The same command again goes on where this one ended.",
+        ),
+        commas={"temperatures": float, "columns": str},
+        metavars={
+            "teacher": "DIR_OR_HUB_ID",
+            "corpus": "PATH_OR_URL_OR_GLOB",
+            "out": "CACHE",
+            "codec": "dense|topk:K|sample:N",
+            "limit": "ROWS",
+            "address": "RAY_ADDRESS",
+        },
+    )
+    def command(options: BuildOptions, as_json: bool) -> None:
+        """Run the teacher over a corpus once and cache its soft targets."""
+        with BuildDisplay(quiet=as_json) as display:
+            result = build(options, on_progress=display)
+        if as_json:
+            print_json(result)
+        elif not result.made:
+            click.echo(
+                f"{result.cache} is complete: {result.positions:,} positions. Nothing to do."
+            )
+        else:
+            losses = ""
+            if result.skipped:
+                losses += f"; {result.skipped:,} records left out (empty or broken)"
+            if result.truncated:
+                losses += f"; {result.truncated:,} documents cut at --max-length"
+            if result.clipped_mass > 1e-3:
+                losses += f"; {result.clipped_mass:.1%} of the teacher's probability fell on ids "
+                losses += "that its tokenizer has not"
+            if result.workers_lost:
+                losses += f"; {result.workers_lost} workers lost, {result.redone} attempts redone"
+            click.echo(
+                f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
+                f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows "
+                f"included) in {duration(result.seconds)}, "
+                f"teacher {duration(result.teacher_seconds)}; "
+                f"{result.made} of {result.spans} shards made now{losses}."
+            )
+
+    return command
+
+
+def _plan() -> click.Command:
+    from kdcache.cli.view_plan import render_plan
+    from kdcache.commands.plan import PlanOptions, plan
+
+    @options_command(
+        PlanOptions,
+        name="plan",
+        epilog=_examples(
+            "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --plot plan.png",
+            "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --rows 16 \\",
+            "    --codec sample:20 --codec topk:32 --temperatures 1 --temperatures 1,2,4",
+        ),
+        commas={"columns": str},
+        metavars={
+            "teacher": "DIR_OR_HUB_ID",
+            "corpus": "PATH_OR_URL_OR_GLOB",
+            "codec": "dense|topk:K|sample:N",
+            "temperatures": "T[,T...]",
+            "plot": "FILE.png",
+        },
+    )
+    def command(options: PlanOptions, as_json: bool) -> None:
+        """Measure what a cache would cost and how good it would be, on a sample."""
+        result = plan(options, report=lambda line: click.echo(line, err=True))
+        if as_json:
+            print_json(result)
+        else:
+            render_plan(result, Console())
+
+    return command
+
+
+def _train() -> click.Command:
+    from kdcache.cli.display import TrainDisplay
+    from kdcache.commands.train.options import TrainOptions
+    from kdcache.commands.train.run import train
+
+    @options_command(
+        TrainOptions,
+        name="train",
+        epilog=_examples(
+            "kdcache train --cache cache --student bilstm --temperature 2 --out run \\",
+            "    --epochs 20 --eval-cache dev-cache --patience 3",
+            "kdcache train --cache cache --student config.json --alpha 0.5 --out run",
+            "The same command again goes on from the last checkpoint.",
+        ),
+        metavars={
+            "cache": "CACHE",
+            "student": "DIR_OR_HUB_ID|CONFIG.json|bilstm|module:function",
+            "out": "RUN",
+            "eval_cache": "CACHE",
+            "embeddings": "FILE",
+            "resume": "auto|never|PATH",
+            "alpha": "A[:B]",
+            "temperature": "T[:U]",
+        },
+    )
+    def command(options: TrainOptions, as_json: bool) -> None:
+        """Train a student on the hard labels and soft targets of a cache."""
+        with TrainDisplay(quiet=as_json) as display:
+            result = train(options, on_progress=display)
+        if as_json:
+            print_json(result)
+            return
+        measured = "  ".join(f"{name} {value:.4g}" for name, value in result.eval.items())
+        if not result.made:
+            click.echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
+            return
+        best = f" (best: step {result.best_step})" if result.best_step is not None else ""
+        click.echo(
+            f"{result.student}: {result.steps} steps{best}, {result.rows:,} rows, loss "
+            f"{result.loss:.4f} in {duration(result.seconds)}"
+            + (f"; evaluation: {measured}" if measured else "")
+            + "."
+        )
+
+    return command
+
+
+def _sweep() -> click.Command:
+    from kdcache.cli.display import SweepDisplay
+    from kdcache.commands.sweep import SweepOptions, render_sweep, sweep
+
+    @options_command(
+        SweepOptions,
+        name="sweep",
+        epilog=_examples(
+            "kdcache sweep grid.yaml --out sweeps/novels",
+            "kdcache sweep grid.yaml --out sweeps/novels --workers 8 --gpus-per-run 0.5",
+            "The same command again goes on; a grid with more values only adds runs. A grid:",
+            "    cache: caches/novels",
+            "    eval-cache: caches/held-out",
+            "    grid:",
+            "      student: [tiny.json, small.json]",
+            "      alpha: [0.1, 0.5, 1.0]",
+            "      seed: [0, 1, 2]",
+        ),
+        arguments=("grid",),
+        metavars={"grid": "GRID.yaml", "out": "DIR", "address": "RAY_ADDRESS"},
+    )
+    def command(options: SweepOptions, as_json: bool) -> None:
+        """Train many students of the same caches and put them side by side."""
+        with SweepDisplay(quiet=as_json) as display:
+            result = sweep(options, on_progress=display)
+        if as_json:
+            print_json(result)
+        else:
+            render_sweep(result, Console())
+
+    return command
+
+
+def _finetune() -> click.Command:
+    from kdcache.cli.display import TrainDisplay
+    from kdcache.commands.finetune import FinetuneOptions, finetune
+
+    @options_command(
+        FinetuneOptions,
+        name="finetune",
+        epilog=_examples(
+            "kdcache finetune --model bert-base --corpus train.tsv --eval-corpus dev.tsv --out "
+            "teacher",
+            "kdcache finetune --model bert-base --corpus train.tsv --out teacher \\",
+            "    --train-last 4 --head-width 192",
+        ),
+        commas={"columns": str, "label_names": str},
+        metavars={"model": "DIR_OR_HUB_ID", "corpus": "PATH_OR_URL_OR_GLOB", "out": "TEACHER"},
+    )
+    def command(options: FinetuneOptions, as_json: bool) -> None:
+        """Fine-tune a Hugging Face encoder as the teacher of a classifier."""
+        with TrainDisplay(quiet=as_json) as display:
+            result = finetune(options, on_progress=display)
+        if as_json:
+            print_json(result)
+            return
+        scores = "" if result.accuracy is None else f", accuracy {result.accuracy:.4f}"
+        scores += "" if result.f1 is None else f", F1 {result.f1:.4f}"
+        if not result.made:
+            click.echo(f"{result.out} is complete{scores}. Nothing to do.")
+            return
+        click.echo(
+            f"{result.out}: {result.rows:,} rows, {result.trained:,} of {result.parameters:,} "
+            f"parameters trained in {duration(result.seconds)}{scores}."
+        )
+
+    return command
+
+
+def _evaluate() -> click.Command:
+    from kdcache.commands.evaluate import EvaluateOptions, evaluate
+    from kdcache.commands.scores import render_evaluation
+
+    @options_command(
+        EvaluateOptions,
+        name="evaluate",
+        epilog=_examples(
+            "kdcache evaluate --student run --cache test-cache",
+            "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher "
+            "bert-sst2",
+        ),
+        commas={"columns": str},
+        metavars={"student": "RUN_OR_DIR", "cache": "CACHE", "teacher": "DIR_OR_HUB_ID"},
+    )
+    def command(options: EvaluateOptions, as_json: bool) -> None:
+        """Measure students beside their teacher."""
+        result = evaluate(options)
+        if as_json:
+            print_json(result)
+        else:
+            render_evaluation(result, Console())
+
+    return command
+
+
+def _predict() -> click.Command:
+    from kdcache.commands.predict import PredictOptions, predict
+
+    @options_command(
+        PredictOptions,
+        name="predict",
+        epilog=_examples(
+            "kdcache predict --student run --corpus new.jsonl --out labelled.jsonl",
+            "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
+        ),
+        commas={"columns": str},
+        metavars={"student": "RUN_OR_DIR", "corpus": "PATH_OR_URL_OR_GLOB|-", "out": "FILE"},
+    )
+    def command(options: PredictOptions, as_json: bool) -> None:
+        """Label texts with a classifier; JSON lines out."""
+        result = predict(options)
+        if options.out is not None:
+            if as_json:
+                print_json(result)
+            else:
+                click.echo(
+                    f"{result.out}: {result.records:,} records in {duration(result.seconds)}"
+                    + (f", {result.skipped} skipped" if result.skipped else "")
+                    + "."
+                )
+
+    return command
+
+
+def _inspect() -> click.Command:
+    from kdcache.commands.inspect import InspectOptions, inspect, render_inspection
+
+    @options_command(
+        InspectOptions,
+        name="inspect",
+        epilog=_examples("kdcache inspect cache", "kdcache inspect cache --row 17 --temperature 2"),
+        arguments=("cache",),
+        metavars={"cache": "CACHE"},
+    )
+    def command(options: InspectOptions, as_json: bool) -> None:
+        """Show what is in a cache: spec, sizes, rows with the teacher's guesses."""
+        result = inspect(options)
+        if as_json:
+            print_json(result)
+        else:
+            render_inspection(result, Console())
+
+    return command
+
+
+def _verify() -> click.Command:
+    from kdcache.commands.verify import VerifyOptions, verify
+
+    @options_command(
+        VerifyOptions,
+        name="verify",
+        epilog=_examples(
+            "kdcache verify cache",
+            "kdcache verify cache --teacher SmolLM2-135M --sample 64",
+        ),
+        arguments=("cache",),
+        metavars={"cache": "CACHE", "teacher": "DIR_OR_HUB_ID", "sample": "ROWS"},
+    )
+    def command(options: VerifyOptions, as_json: bool) -> None:
+        """Check every file of a cache, and its targets against the teacher if one is named."""
+        result = verify(options)
+        if as_json:
+            print_json(result)
+        elif not result.problems:
+            click.echo(f"{result.cache}: {result.shards} shards, {result.rows:,} rows: all good.")
+        if not as_json and (check := result.recheck) is not None:
+            click.echo(
+                f"{check.rows} rows, {check.positions:,} positions run again: cached and live "
+                f"targets differ by {check.cached:.2g}, two live runs by {check.live:.2g}; "
+                f"rounding explains {check.allowed:.2g}."
+            )
+            if not check.same_teacher and not check.problems:
+                click.echo("Configuration or weights are not those of the build, to the byte.")
+        if result.problems:
+            for problem in result.problems:
+                click.echo(problem, err=True)
+            raise click.exceptions.Exit(1)
+
+    return command
+
+
+def _repair() -> click.Command:
+    from kdcache.commands.verify import RepairOptions, repair
+
+    @options_command(
+        RepairOptions,
+        name="repair",
+        epilog=_examples(
+            "kdcache repair cache",
+            "Then the same `kdcache build` command makes anew what was removed.",
+        ),
+        arguments=("cache",),
+        metavars={"cache": "CACHE"},
+    )
+    def command(options: RepairOptions, as_json: bool) -> None:
+        """Remove what is broken in a cache, so that the same build makes only that anew."""
+        result = repair(options)
+        if as_json:
+            print_json(result)
+            return
+        for name in result.removed:
+            click.echo(f"{name}: broken, removed")
+        for name in result.missing:
+            click.echo(f"{name}: missing")
+        if result.removed or result.missing:
+            click.echo("Run the same `kdcache build` command again: it makes only these anew.")
+        elif result.old_digest is None:
+            click.echo(f"{result.cache}: nothing is broken.")
+        if result.old_digest is not None:
+            click.echo(f"The digest was {result.old_digest} and is {result.digest} now.")
+
+    return command
+
+
+def _gc() -> click.Command:
+    from kdcache.commands.verify import GcOptions, gc
+
+    @options_command(
+        GcOptions,
+        name="gc",
+        epilog=_examples("kdcache gc cache --dry-run"),
+        arguments=("cache",),
+        metavars={"cache": "CACHE"},
+    )
+    def command(options: GcOptions, as_json: bool) -> None:
+        """Remove what crashed builds have left beside a cache."""
+        result = gc(options)
+        if as_json:
+            print_json(result)
+            return
+        for leftover in result.removed:
+            click.echo(f"{leftover.name}: {size(leftover.bytes)}")
+        verb = "would be removed" if result.dry_run else "removed"
+        young = f"; {result.young} younger than an hour stay" if result.young else ""
+        count = len(result.removed)
+        files = "1 file" if count == 1 else f"{count} files"
+        click.echo(f"{files} {verb}, {size(result.bytes)}{young}.")
+
+    return command
+
+
+def _demo() -> click.Command:
+    from kdcache.commands.demo import DemoOptions, demo, render_demo
+
+    @options_command(DemoOptions, name="demo", epilog=_examples("kdcache demo --out demo"))
+    def command(options: DemoOptions, as_json: bool) -> None:
+        """Run the main job end to end with what the package carries."""
+        result = demo(options, report=lambda line: click.echo(line, err=True))
+        if as_json:
+            print_json(result)
+        else:
+            render_demo(result, Console())
+
+    return command
+
+
+_MAKERS: dict[str, Callable[[], click.Command]] = {
+    "plan": _plan,
+    "build": _build,
+    "train": _train,
+    "sweep": _sweep,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "inspect": _inspect,
+    "verify": _verify,
+    "repair": _repair,
+    "gc": _gc,
+    "demo": _demo,
+}

@@ -1,0 +1,116 @@
+"""The command line: maps words to commands, and errors to one line and an exit code.
+
+Exit codes: 0 done; 2 wrong usage or input; 3 incomplete, and the same command goes on; 1 all else.
+
+The commands themselves are in `kdcache.cli.commands`, loaded when one is asked for: the list of
+them is there at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+import warnings
+from types import TracebackType
+from typing import Any
+
+import click
+
+from kdcache import __version__
+from kdcache.errors import KdcacheError
+from kdcache.storage import no_space, redact
+
+COMMANDS = {
+    "plan": "Measure what a cache would cost and how good it would be, on a sample.",
+    "build": "Run the teacher over a corpus once and cache its soft targets.",
+    "train": "Train a student on the hard labels and soft targets of a cache.",
+    "sweep": "Train many students of the same caches and put them side by side.",
+    "finetune": "Fine-tune a Hugging Face encoder as the teacher of a classifier.",
+    "evaluate": "Measure students beside their teacher.",
+    "predict": "Label texts with a classifier; JSON lines out.",
+    "inspect": "Show what is in a cache: spec, sizes, rows with the teacher's guesses.",
+    "verify": "Check every file of a cache, and its targets against the teacher if one is named.",
+    "repair": "Remove what is broken in a cache, so that the same build makes only that anew.",
+    "gc": "Remove what crashed builds have left beside a cache.",
+    "demo": "Run the main job end to end with what the package carries.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        from kdcache.cli import commands
+
+        return commands.load(name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KdcacheError as error:
+            click.echo(f"Error: {redact(str(error))}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader of our output went away (`| head`): nothing is wrong.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+        except OSError as error:
+            # Wherever a command writes to, a disk that refuses is for the user to mend.
+            full, closed = no_space(error), error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            if not (full or closed):
+                raise
+            cure = "Free some space and run" if full else "Make it writable, or name another; run"
+            place = redact(str(error.filename or "the disk"))
+            click.echo(f"Error: {place}: {error.strerror}. {cure} the same command.", err=True)
+            ctx.exit(3 if full else 2)
+
+
+class _Log(logging.Handler):
+    """Lines on standard error, without secrets: what libraries say may name a signed address."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            # Looked up each time: a live display stands in for it, and makes room for the line.
+            sys.stderr.write(redact(self.format(record)) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kdcache")
+@click.option("--verbose", is_flag=True, help="Show what the libraries below have to say.")
+def cli(verbose: bool) -> None:
+    """Pay for the teacher once, train many students from its cached soft targets.
+
+    Start with `kdcache demo`, or with `kdcache build` on a teacher and a corpus of yours.
+    """
+    level = logging.INFO if verbose else logging.WARNING
+    form = "%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, format=form, handlers=[_Log()])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|ray|accelerate)\b")
+
+
+def _tell_fault(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What Python says of an error that nobody expected, without secrets."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
+def main() -> None:
+    """Entry point of the `kdcache` program."""
+    sys.excepthook = _tell_fault
+    cli()

@@ -1,0 +1,160 @@
+"""A plan as tables and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.commands.plan.result import WORKERS, PlannedCache, PlanResult
+from kdcache.humanize import duration, size
+from kdcache.plots import Cloud, Panel, plot_clouds
+
+_SMALL_SHARD = 100_000
+"""Positions from which on a shard compresses as well as a large one."""
+
+
+def render_plan(result: PlanResult, console: Console) -> None:
+    """Print what each codec costs, then how good its targets are."""
+    rate = 1 / result.teacher_seconds if result.teacher_seconds else 0.0
+    print_line(
+        console,
+        f"Sample: {result.rows:,} rows, {result.positions:,} positions. Teacher: {rate:,.0f} "
+        f"positions a second ({result.device}, {result.dtype}). Whole corpus: about "
+        f"{result.corpus_positions:,} positions.",
+    )
+    if result.clipped_mass:
+        print_line(
+            console,
+            f"The teacher gives {percent(result.clipped_mass, 4)} of its probability to ids "
+            "outside the vocabulary, which are cut off.",
+        )
+    print_line(console, "")
+    _print_costs(result, console)
+    print_line(console, "")
+    _print_fidelity(result, console)
+    for line in _notes(result):
+        print_line(console, line)
+
+
+def _print_costs(result: PlanResult, console: Console) -> None:
+    workers = [f"{n} worker{'s' if n > 1 else ''}" for n in WORKERS]
+    header = [
+        "codec",
+        "T",
+        "entries",
+        "B a position",
+        "+ rows, B",
+        "corpus",
+        *workers,
+        "break-even",
+    ]
+    rows = [
+        (
+            cache.codec,
+            _set(cache),
+            number(cache.entries, 1),
+            number(cache.bytes_per_position, 1),
+            number(cache.row_bytes_per_position, 1),
+            size(cache.corpus_bytes),
+            *(duration(3600 * cache.hours[str(n)]) for n in WORKERS),
+            "never" if cache.break_even is None else number(cache.break_even, 2),
+        )
+        for cache in result.caches
+    ]
+    print_table(console, header, rows, left=2, title="Cost")
+
+
+def _print_fidelity(result: PlanResult, console: Console) -> None:
+    header = ["codec", "T", "at T", "noise", "bias", "untold", "mass", "angle", "norm"]
+    header += ["mean angle", "mean norm"]
+    rows = [
+        (
+            cache.codec,
+            _set(cache),
+            f"{f.temperature:g}",
+            _small(f.noise),
+            _small(f.bias),
+            percent(f.untold, 1),
+            percent(f.mass, 1),
+            f"{f.angle:.1f}°",
+            number(f.norm_ratio, 2),
+            f"{f.mean_angle:.1f}°",
+            number(f.mean_norm_ratio, 2),
+        )
+        for cache in result.caches
+        for f in cache.fidelity
+    ]
+    title = f"Fidelity, {result.compared_positions:,} positions"
+    print_table(console, header, rows, left=2, title=title)
+
+
+def _notes(result: PlanResult) -> list[str]:
+    notes = [
+        "break-even: students (passes over the corpus) from which on a cache takes less time than "
+        "the teacher online, where a student's step takes as long as the teacher's forward.",
+        "noise: E||target - p||²; bias: the part of it that averages never take away; untold: "
+        "probability that no student ever hears of; mass: probability on the stored ids. Noise "
+        "averages out over positions, what is untold does not.",
+        "angle, norm: gradient by a student's logits against the one from the full distribution; "
+        "mean: summed over positions. The student stands in: half of the teacher's logits, plus "
+        "noise.",
+    ]
+    if result.positions < _SMALL_SHARD:
+        notes.append(
+            f"Bytes are those of one shard of {result.positions:,} positions; larger ones compress "
+            "a little better."
+        )
+    if result.plot is not None:
+        notes.append(f"Plot: {result.plot}")
+    return notes
+
+
+def plot_plan(path: str, caches: Sequence[PlannedCache], *, title: str, positions: int) -> None:
+    """Draw squared error, and the angle of the mean gradient, against bytes a position.
+
+    Args:
+        path: the PNG file.
+        caches: a plan's grid.
+        title: above the plot.
+        positions: that were compared.
+    """
+    # Side by side, drawn targets look worse than they are: only a bias is left after many steps.
+    both = len({cache.codec.partition(":")[0] for cache in caches} & {"sample", "topk"}) == 2
+    panels = [
+        Panel(
+            "One target"
+            + both * ": the error of samples averages out in training, that of top-k stays",
+            "squared error, E||t - p||²",
+            _clouds(caches, "noise"),
+        ),
+        Panel(
+            f"All {positions:,} together" + both * ": more positions take samples down, top-k not",
+            "angle of the mean gradient (degrees)",
+            _clouds(caches, "mean_angle"),
+        ),
+    ]
+    plot_clouds(path, panels, title=title, x_label="bytes a position, targets on disk")
+
+
+def _clouds(caches: Sequence[PlannedCache], name: str) -> list[Cloud]:
+    """A figure of each cache against its bytes; what is biased is hollow."""
+    clouds: dict[tuple[str, bool], list[tuple[float, float, str]]] = {}
+    for cache in caches:
+        kind, _, argument = cache.codec.partition(":")
+        for fidelity in cache.fidelity:
+            declared = f" of {{{_set(cache)}}}" if len(cache.temperatures) > 1 else ""
+            biased = kind == "topk"
+            label = f"{kind}{' (biased)' if biased else ''}, T = {fidelity.temperature:g}{declared}"
+            point = (cache.bytes_per_position, getattr(fidelity, name), argument or kind)
+            clouds.setdefault((label, biased), []).append(point)
+    return [Cloud(label, tuple(points), hollow) for (label, hollow), points in clouds.items()]
+
+
+def _set(cache: PlannedCache) -> str:
+    return ",".join(f"{t:g}" for t in cache.temperatures)
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}" if value < 1e-3 else f"{value:.4f}"

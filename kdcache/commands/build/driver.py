@@ -1,0 +1,401 @@
+"""The driver of a build: hands out missing spans until each is committed or set aside.
+
+What a failed attempt says about its span decides what follows:
+
+| the attempt ended because | the span is tried again | and it counts |
+|---|---|---|
+| the span raised an error | alone on a worker | yes |
+| its worker died or hung, with nothing else in it | alone on a worker | yes |
+| its worker died or hung, with another span in it | alone on a worker | no |
+| its node went away (preempted, unreachable) | like any other | no |
+| its shard is not in the listing after the commit | alone on a worker | yes |
+
+A span with three counted failures is set aside, and the rest completes. Wrong input stops at once,
+and so do twenty spans that fail before any of the cache has succeeded: then it is not the spans.
+
+Cost: a queue of span numbers and one entry a shard; the driver touches no row and no target.
+Guarantee: a build ends only when the listing shows every shard, or it names the spans without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kdcache.cache import ShardEntry
+from kdcache.corpus import Span
+from kdcache.commands.build.workers import Crew, Outcome, WorkerFigures
+from kdcache.errors import IncompleteError, KdcacheError
+from kdcache.commands.build.events import Tell, tell_nobody
+from kdcache.storage import redact
+from kdcache.commands.build.worker import SpanReport, Stopped
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 3
+_FUSE = 20  # spans that may fail before the first succeeds
+_NAMED = 20  # spans that were set aside, in the error's text; the events name them all
+_EXPLAINED = 5  # records that were skipped, as warnings; the events tell some of every span
+_PROGRESS_EVERY = 0.2
+_EVENT_EVERY = 10.0
+GO_ON = "Run the same command to go on."
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a build stands.
+
+    Attributes:
+        spans: spans of the cache.
+        done: spans with a committed shard, those of earlier runs included.
+        made: those of them that this run committed.
+        failed: spans set aside after three tries.
+        workers: the workers that are ready, with what each has done.
+        lost: workers that died, hung or went with their node.
+        positions: positions cached by this run.
+        bytes: bytes of shards written by this run.
+        seconds: since the workers were asked for.
+        teacher_seconds: spent in the teacher, summed over workers.
+    """
+
+    spans: int
+    done: int
+    made: int
+    failed: int
+    workers: tuple[WorkerFigures, ...]
+    lost: int
+    positions: int
+    bytes: int
+    seconds: float
+    teacher_seconds: float
+
+    @property
+    def positions_per_second(self) -> float:
+        """Of the workers that are there now, since each was ready."""
+        return sum(worker.positions_per_second for worker in self.workers)
+
+    @property
+    def teacher_busy(self) -> float:
+        """Share of the time of the workers that are there now in which their teachers computed."""
+        ready = sum(worker.seconds for worker in self.workers)
+        return sum(worker.teacher_seconds for worker in self.workers) / max(ready, 1e-9)
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Shard bytes, rows included, a position."""
+        return self.bytes / max(1, self.positions)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last span, at the present rate; None before anything is known."""
+        rate = self.positions_per_second
+        if not rate or not self.made:
+            return None
+        left = self.spans - self.done - self.failed
+        return left * self.positions / self.made / rate
+
+    def figures(self) -> dict[str, Any]:
+        """The same as values for a program, without the single workers."""
+        left = self.seconds_left
+        return {
+            "spans": self.spans,
+            "done": self.done,
+            "made": self.made,
+            "failed": self.failed,
+            "left": self.spans - self.done - self.failed,
+            "workers": len(self.workers),
+            "lost": self.lost,
+            "positions": self.positions,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "teacher_seconds": round(self.teacher_seconds, 3),
+            "positions_per_second": round(self.positions_per_second, 1),
+            "teacher_busy": round(self.teacher_busy, 4),
+            "bytes_per_position": round(self.bytes_per_position, 2),
+            "seconds_left": None if left is None else round(left, 1),
+        }
+
+
+class Interrupt:
+    """What Ctrl-C and SIGTERM do: at once outside of `patient`, within a grace period inside."""
+
+    def __init__(self) -> None:
+        self.asked: float | None = None  # `time.monotonic()` of the first signal
+        self._patient = False
+
+    def signal(self, *_: object) -> None:
+        """The handler. A second signal never waits."""
+        if self.asked is not None or not self._patient:
+            raise KeyboardInterrupt
+        self.asked = time.monotonic()
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Meanwhile the first signal is only noted in `asked`."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """SIGTERM acts like Ctrl-C meanwhile, so that preempted drivers end in order, and both may be
+    made to wait."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt  # only the main thread may handle signals
+        return
+    before = {s: signal.signal(s, interrupt.signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Driver:
+    """Hands out missing spans until each is committed or set aside.
+
+    Attributes:
+        spans: all spans of the cache.
+        on_progress: called after changes, a few times a second at most, and at the end.
+        tell: takes the events.
+        grace: seconds that spans in flight are given to finish once a signal came. Below the 30
+            seconds that clouds and schedulers give a process between SIGTERM and SIGKILL.
+        made: entry of each shard this run committed, by span.
+        positions: in them.
+        bytes: of them.
+        teacher_seconds: spent in the teacher so far, summed over workers.
+        truncated: documents that were cut at `max_length`, in them.
+        redone: attempts that did not end in a shard and were, or will be, made again.
+        lost: workers that died, hung or went with their node.
+    """
+
+    spans: Sequence[Span]
+    on_progress: Callable[[Progress], None] | None = None
+    tell: Tell = tell_nobody
+    grace: float = 20.0
+    made: dict[int, ShardEntry] = field(default_factory=dict)
+    positions: int = 0
+    bytes: int = 0
+    teacher_seconds: float = 0.0
+    truncated: int = 0
+    redone: int = 0
+    lost: int = 0
+    _explained: int = 0
+    _fresh: deque[int] = field(default_factory=deque)
+    _suspects: deque[int] = field(default_factory=deque)
+    _in_flight: int = 0
+    _before: int = 0
+    _failures: dict[int, int] = field(default_factory=dict)
+    _set_aside: dict[int, str] = field(default_factory=dict)
+    _told: float = 0.0
+    _event_told: float = 0.0
+
+    def run(
+        self,
+        missing: Callable[[], Sequence[int]],
+        hire: Callable[[], Crew],
+        interrupt: Interrupt | None = None,
+    ) -> None:
+        """Make the missing spans with a crew that is hired now and let go at the end.
+
+        Args:
+            missing: the spans without a shard, from the listing: asked at the start, and again when
+                all is done, because a file system may have lost one.
+            hire: makes the crew.
+            interrupt: the signals that may come; default none.
+
+        Raises:
+            UsageError: wrong input; nothing more is tried.
+            IncompleteError: interrupted, no space left, or spans set aside.
+        """
+        interrupt = interrupt or Interrupt()
+        self._begin = self._event_told = time.perf_counter()
+        self._fresh.extend(missing())
+        self._before = len(self.spans) - len(self._fresh)
+        if not self._fresh:
+            return
+        crew: Crew | None = None
+        try:
+            crew = hire()
+            with interrupt.patient():
+                self._work(crew, missing, interrupt)
+        except KeyboardInterrupt:
+            done = self._before + len(self.made)
+            raise IncompleteError(
+                f"interrupted: {done} of {len(self.spans)} shards are committed. {GO_ON}"
+            ) from None
+        finally:
+            if crew is not None:
+                self.lost = crew.lost
+                crew.stop()
+        self._report_set_aside()
+
+    def _work(self, crew: Crew, missing: Callable[[], Sequence[int]], interrupt: Interrupt) -> None:
+        """Hand out and settle until nothing is left, or until the grace after a signal is over.
+
+        Raises:
+            KeyboardInterrupt: it is over.
+        """
+        deadline: float | None = None
+        while self._left():
+            if interrupt.asked is None:
+                self._hand_out(crew)
+            elif deadline is None:
+                deadline = interrupt.asked + self.grace
+                logger.warning(
+                    "stopping: spans in flight (%d) have %.0f s to finish; "
+                    "a second signal stops at once",
+                    self._in_flight,
+                    self.grace,
+                )
+            if deadline and (not self._in_flight or time.monotonic() > deadline):
+                raise KeyboardInterrupt
+            for outcome in crew.wait(1.0):
+                self._settle(outcome)
+            if not self._left():
+                self._look_again(missing())
+            self._show(crew)
+
+    def _left(self) -> bool:
+        return bool(self._fresh or self._suspects or self._in_flight)
+
+    def _hand_out(self, crew: Crew) -> None:
+        while self._fresh and crew.room():
+            crew.give(self.spans[self._fresh.popleft()])
+            self._in_flight += 1
+        while not self._fresh and self._suspects and crew.room(alone=True):
+            crew.give(self.spans[self._suspects.popleft()], alone=True)
+            self._in_flight += 1
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Book what was made; queue what should be tried again."""
+        self._in_flight -= 1
+        if outcome.report is not None:
+            self._book(outcome.report, outcome.worker)
+            return
+        span, error = outcome.span.index, outcome.error
+        assert error is not None
+        if isinstance(error, (KdcacheError, Stopped)):
+            raise error
+        self.redone += 1
+        if outcome.fault == "span":
+            logger.warning("span %d failed: %s", span, error, exc_info=error)
+        if outcome.fault == "span" or (outcome.fault == "worker" and outcome.alone):
+            self._fail(span, error)
+        elif outcome.alone or outcome.fault == "worker":
+            self._suspects.append(span)
+        else:
+            self._fresh.appendleft(span)
+
+    def _book(self, report: SpanReport, worker: str) -> None:
+        entry = report.entry
+        self.made[entry.span] = entry
+        self.positions += entry.positions
+        self.bytes += entry.bytes
+        self.teacher_seconds += report.teacher_seconds
+        self.truncated += report.truncated
+        reasons = [redact(reason) for reason in report.reasons]
+        losses = {"skipped": entry.skipped, "truncated": report.truncated, "reasons": reasons}
+        self.tell(
+            "span",
+            span=entry.span,
+            worker=worker,
+            rows=entry.rows,
+            positions=entry.positions,
+            bytes=entry.bytes,
+            seconds=round(report.seconds, 3),
+            teacher_seconds=round(report.teacher_seconds, 3),
+            **{name: loss for name, loss in losses.items() if loss},
+        )
+        for reason in reasons[: _EXPLAINED - self._explained]:
+            logger.warning("skipped: %s", reason)
+            self._explained += 1
+
+    def _fail(self, span: int, error: BaseException) -> None:
+        """Count a failure against a span, and set it aside at the third."""
+        self._failures[span] = self._failures.get(span, 0) + 1
+        reason = redact((str(error).strip().splitlines() or [type(error).__name__])[-1])
+        self.tell("span failed", span=span, tries=self._failures[span], error=reason)
+        if len(self._failures) >= _FUSE and not self.made and not self._before:
+            raise IncompleteError(
+                f"{len(self._failures)} spans failed and none succeeded; the last: {reason}. "
+                f"Mend the cause. {GO_ON}"
+            ) from error
+        if self._failures[span] < _TRIES:
+            self._suspects.append(span)
+            return
+        self._set_aside[span] = reason
+        self.tell("span set aside", span=span, records=self._records(span), error=reason)
+
+    def _look_again(self, missing: Sequence[int]) -> None:
+        """Queue what the listing lacks although it was committed."""
+        for span in missing:
+            if span in self._set_aside:
+                continue
+            entry = self.made.pop(span, None)
+            if entry is None:  # it was there when this run began
+                self._before -= 1
+                self._fresh.append(span)
+                continue
+            self.redone += 1
+            self.positions -= entry.positions
+            self.bytes -= entry.bytes
+            lost = f"{entry.name} was committed and is not in the listing"
+            logger.warning("span %d: %s; making it again", span, lost)
+            self._fail(span, OSError(lost))
+
+    def _show(self, crew: Crew) -> None:
+        now = time.perf_counter()
+        over = not self._left()
+        if now - self._told < _PROGRESS_EVERY and not over:
+            return
+        self._told = now
+        progress = Progress(
+            spans=len(self.spans),
+            done=self._before + len(self.made),
+            made=len(self.made),
+            failed=len(self._set_aside),
+            workers=tuple(crew.workers()),
+            lost=crew.lost,
+            positions=self.positions,
+            bytes=self.bytes,
+            seconds=now - self._begin,
+            teacher_seconds=self.teacher_seconds,
+        )
+        if now - self._event_told >= _EVENT_EVERY or over:
+            self._event_told = now
+            self.tell("progress", **progress.figures())
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+    def _records(self, span: int) -> str:
+        shown = self.spans[span]
+        return replace(shown, file=redact(shown.file)).records
+
+    def _report_set_aside(self) -> None:
+        if not self._set_aside:
+            return
+        lines = [
+            f"  span {span} ({self._records(span)}): {reason}"
+            for span, reason in sorted(self._set_aside.items())[:_NAMED]
+        ]
+        if len(self._set_aside) > _NAMED:
+            lines.append(f"  and {len(self._set_aside) - _NAMED} more, named in the events")
+        raise IncompleteError(
+            f"{len(self._set_aside)} of {len(self.spans)} spans failed {_TRIES} times and were set "
+            "aside; the others are committed:\n"
+            + "\n".join(lines)
+            + "\nRun the same command to try them again."
+        )

@@ -1,0 +1,73 @@
+"""A crew of one worker in this process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+from kdcache.corpus import Span
+from kdcache.commands.build.workers import IN_FLIGHT, Crew, Outcome, WorkerFigures, arrived
+from kdcache.commands.build.worker import Job, SpanWorker
+
+_LEAVE = 5.0  # seconds that threads are given to end
+
+
+class LocalCrew(Crew):
+    """One worker in this process: `--workers 0`."""
+
+    def __init__(self, job: Job) -> None:
+        self._worker = SpanWorker(job)
+        self._figures = WorkerFigures("this process")
+        self._given: queue.SimpleQueue[tuple[Span, bool] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._in_flight = 0
+        # Daemons: one that hangs (a dead network drive) must not keep the process from ending.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"kdcache-span-{i}", daemon=True)
+            for i in range(IN_FLIGHT)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while (task := self._given.get()) is not None:
+            span, alone = task
+            try:
+                report = self._worker.run(span)
+            except BaseException as error:  # whatever it is, the driver decides
+                self._done.put(Outcome(span, error=error, alone=alone))
+            else:
+                self._done.put(Outcome(span, report, alone=alone, worker=self._figures.name))
+
+    def room(self, *, alone: bool = False) -> bool:
+        """See `Crew.room`."""
+        return self._in_flight < (1 if alone else IN_FLIGHT)
+
+    def give(self, span: Span, *, alone: bool = False) -> None:
+        """See `Crew.give`."""
+        self._in_flight += 1
+        self._given.put((span, alone))
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """See `Crew.wait`."""
+        outcomes = arrived(self._done, seconds)
+        self._in_flight -= len(outcomes)
+        for outcome in outcomes:
+            if outcome.report is not None:
+                self._figures.book(outcome.report)
+        return outcomes
+
+    def stop(self) -> None:
+        """See `Crew.stop`."""
+        self._worker.stop()
+        for _ in self._threads:
+            self._given.put(None)
+        deadline = time.monotonic() + _LEAVE
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def workers(self) -> Sequence[WorkerFigures]:
+        """See `Crew.workers`."""
+        return [self._figures]

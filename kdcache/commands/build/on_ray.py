@@ -1,0 +1,392 @@
+"""A crew of actors on a Ray cluster, which come and go with its nodes.
+
+Cost: every answer of an actor arrives in one queue, from Ray's own thread, so an answer costs the
+driver the same among ten workers and among thousands.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from kdcache.corpus import Span
+from kdcache.commands.build.workers import IN_FLIGHT, Crew, Fault, Outcome, WorkerFigures, arrived
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.commands.build.events import Tell, tell_nobody
+from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
+
+logger = logging.getLogger(__name__)
+
+_MOST_CPUS = 8  # of one worker: reading and packing keep no more busy
+_START_TRIES = 3
+_HIRE_EVERY = 5.0
+_PULSES = 10  # in the time after which a worker counts as hung
+
+
+class RayWorker(SpanWorker):
+    """A worker in a process of its own: says where it is and whether it moves, and keeps the
+    figures that Ray's dashboard shows."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        from ray.util.metrics import Counter
+
+        self._positions = Counter("kdcache_positions", description="Positions cached.")
+        self._bytes = Counter("kdcache_bytes", description="Bytes of shards committed.")
+        self._teacher = Counter(
+            "kdcache_teacher_seconds", description="Seconds spent in the teacher."
+        )
+
+    def where(self) -> tuple[str, str, int]:
+        """Name of this worker (host and process), Ray's id of its node, tokens of a batch."""
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        return f"{ray.util.get_node_ip_address()}:{os.getpid()}", node, self.batch_tokens
+
+    def run(self, span: Span) -> SpanReport:
+        """See `SpanWorker.run`."""
+        report = super().run(span)
+        for counter, value in (
+            (self._positions, report.entry.positions),
+            (self._bytes, report.entry.bytes),
+            (self._teacher, report.teacher_seconds),
+        ):
+            if value:
+                counter.inc(value)
+        return report
+
+
+@dataclass(eq=False)
+class _Actor:
+    handle: Any
+    node: str = ""
+    figures: WorkerFigures | None = None  # once it is ready
+    in_flight: dict[int, Span] = field(default_factory=dict)
+    alone: bool = False
+    moved: float = 0.0
+    asked: bool = False
+
+
+class RayCrew(Crew):
+    """One actor a worker on a Ray cluster. A worker that dies is replaced; its spans come back
+    as outcomes with a fault.
+
+    A worker hangs if one of its spans has not moved (a record read, a batch finished) for
+    `hang_seconds`. It is asked on a thread of its own in the actor; a process that is stopped does
+    not answer, which is the same as not moving.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        workers: int | None,
+        gpus: float,
+        address: str | None,
+        hang_seconds: float = 600.0,
+        tell: Tell = tell_nobody,
+    ) -> None:
+        """Connect (or start a local Ray) and ask for workers.
+
+        Args:
+            job: what the workers do.
+            workers: how many; None for as many as the cluster has room for, now and later.
+            gpus: GPUs a worker.
+            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
+                otherwise.
+            hang_seconds: a worker that has not moved for so long is replaced.
+            tell: takes the events.
+
+        Raises:
+            UsageError: the cluster cannot be reached or has not what a worker needs.
+        """
+        self._owns = connect(address)
+        import ray
+
+        self._ray = ray
+        self._actors: dict[_Actor, None] = {}  # in the order of hiring
+        # Actors by spans in flight, for those with room; entries may be out of date.
+        self._open: list[deque[_Actor]] = [deque() for _ in range(IN_FLIGHT)]
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._workers, self._gpus = workers, gpus
+        self._hang, self._tell = hang_seconds, tell
+        # A clock that stands still while this process does (Ctrl-Z, a closed laptop): meanwhile no
+        # worker hangs.
+        self._now, self._ticked = 0.0, time.monotonic()
+        self._hired = self._felt = 0.0
+        self._failed_starts = 0
+        try:
+            fixed = workers is None or cluster_address(address) is None
+            self._cpus = self._share_of_cpus(fixed)
+            self._class = ray.remote(concurrency_groups={"pulse": 1})(RayWorker).options(
+                num_cpus=self._cpus,
+                num_gpus=gpus,
+                max_concurrency=IN_FLIGHT,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._cpus)}},
+            )
+            self._job = replace(job, threads=self._cpus)
+            self._hire()
+        except BaseException:
+            self.stop()
+            raise
+
+    # Hiring
+
+    def _room(self, cpus: int) -> int:
+        """How many workers of so many CPUs the nodes of this moment hold, used or not."""
+        room = 0
+        for node in self._ray.nodes():
+            if node["Alive"]:
+                has = node["Resources"]
+                workers = int(has.get("CPU", 0)) // cpus
+                if self._gpus:
+                    workers = min(workers, int(has.get("GPU", 0) // self._gpus))
+                room += workers
+        return room
+
+    def _share_of_cpus(self, fixed: bool) -> int:
+        """CPUs a worker: as many as leave room for all. A cluster that grows on demand (not
+        `fixed`) may have room later: what is asked for by number waits."""
+        most = self._room(1)
+        if fixed and self._gpus and not most:
+            gpus = self._ray.cluster_resources().get("GPU", 0)
+            raise UsageError(
+                f"the Ray cluster has {gpus:g} GPUs, a worker needs {self._gpus:g} on one node. "
+                "Use --gpus-per-worker 0, or say with --workers how many to wait for."
+            )
+        count = self._workers or max(1, most)
+        if fixed and count > most:
+            raise UsageError(
+                f"the Ray cluster has room for {most} workers, not for {count}. "
+                f"Use --workers {most}."
+            )
+        return next((cpus for cpus in range(_MOST_CPUS, 1, -1) if self._room(cpus) >= count), 1)
+
+    def _wanted(self) -> int:
+        """How many workers there should be: as told, or as many as the nodes now hold."""
+        return self._workers or max(1, self._room(self._cpus))
+
+    def _hire(self) -> None:
+        """Ask for the workers that lack; withdraw what was asked for and has no room any more."""
+        self._hired = self._now
+        wanted = self._wanted()
+        waiting = [actor for actor in self._actors if actor.figures is None]
+        for actor in waiting[: max(0, len(self._actors) - wanted)]:
+            self._dismiss(actor)
+        while len(self._actors) < wanted:
+            actor = _Actor(self._class.remote(self._job))
+            self._actors[actor] = None
+            self._when_answered(actor.handle.where.remote(), self._started, actor)
+
+    def _when_answered(self, ref: Any, handler: Any, *facts: Any) -> None:
+        """Have `handler(*facts, future)` called by `wait` once the answer is there."""
+        put = self._answers.put
+        ref.future().add_done_callback(lambda future: put(partial(handler, *facts, future)))
+
+    def _started(self, actor: _Actor, answer: Any) -> list[Outcome]:
+        error = answer.exception()
+        if actor not in self._actors:
+            return []
+        if error is None:
+            name, actor.node, batch_tokens = answer.result()
+            actor.figures = WorkerFigures(name)
+            self._failed_starts = 0
+            self._offer(actor)
+            self._tell("worker ready", worker=name, node=actor.node, batch_tokens=batch_tokens)
+            return []
+        cause = _cause(error)
+        if isinstance(cause, KdcacheError):
+            raise cause
+        self._failed_starts += 1
+        if self._failed_starts >= _START_TRIES * len(self._actors):
+            if getattr(error, "actor_init_failed", False):
+                raise error
+            raise IncompleteError(
+                f"{self._failed_starts} workers in a row died before they were ready; the last: "
+                f"{_reason(error)}. Is the teacher too large for their memory? Run the same "
+                "command to go on."
+            ) from error
+        logger.warning("a worker did not start (%s); trying another", _reason(error))
+        self._dismiss(actor)
+        self._hire()
+        return []
+
+    def _dismiss(self, actor: _Actor) -> None:
+        self._ray.kill(actor.handle)
+        del self._actors[actor]
+
+    # Working
+
+    def room(self, *, alone: bool = False) -> bool:
+        """See `Crew.room`."""
+        return self._free(alone) is not None
+
+    def _free(self, alone: bool) -> _Actor | None:
+        """The least busy actor with room. Constant time on average, however many there are."""
+        for load, actors in enumerate(self._open[: 1 if alone else IN_FLIGHT]):
+            while actors:
+                actor = actors[0]
+                if actor in self._actors and not actor.alone and len(actor.in_flight) == load:
+                    return actor
+                actors.popleft()
+        return None
+
+    def _offer(self, actor: _Actor) -> None:
+        """Enter an actor among those with room, if it has some."""
+        if not actor.alone and len(actor.in_flight) < IN_FLIGHT:
+            self._open[len(actor.in_flight)].append(actor)
+
+    def give(self, span: Span, *, alone: bool = False) -> None:
+        """See `Crew.give`."""
+        actor = self._free(alone)
+        assert actor is not None, "room() comes first"
+        actor.alone = alone
+        if not actor.in_flight:
+            actor.moved = self._now
+        actor.in_flight[span.index] = span
+        self._offer(actor)
+        self._when_answered(actor.handle.run.remote(span), self._finished, actor, span)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """See `Crew.wait`."""
+        answers = arrived(self._answers, seconds)
+        elapsed = time.monotonic() - self._ticked
+        self._ticked += elapsed
+        self._now += min(elapsed, seconds + 1.0)
+        outcomes = [outcome for answer in answers for outcome in answer()]
+        if self._now - self._felt >= self._hang / _PULSES:
+            outcomes.extend(self._feel())
+        if self._now - self._hired >= _HIRE_EVERY:
+            self._hire()
+        return outcomes
+
+    def _finished(self, actor: _Actor, span: Span, answer: Any) -> list[Outcome]:
+        if span.index not in actor.in_flight:
+            return []  # the worker was given up before
+        error, alone = answer.exception(), actor.alone
+        assert actor.figures is not None, "only a worker that is ready is given spans"
+        name = actor.figures.name
+        if error is not None and not isinstance(error, self._ray.exceptions.RayTaskError):
+            return self._lose(actor, error)
+        del actor.in_flight[span.index]
+        actor.alone = False
+        self._offer(actor)
+        if error is not None:
+            return [Outcome(span, error=_cause(error), alone=alone, worker=name)]
+        actor.figures.book(answer.result())
+        return [Outcome(span, answer.result(), alone=alone, worker=name)]
+
+    # Losing
+
+    def _lose(self, actor: _Actor, error: BaseException) -> list[Outcome]:
+        """Give up a worker and all that it had with it, and start another."""
+        assert actor.figures is not None, "only a worker that was ready can be lost"
+        fault: Fault = "node" if self._node_gone(actor, error) else "worker"
+        name, spans = actor.figures.name, list(actor.in_flight.values())
+        logger.warning("worker %s is lost (%s); starting another", name, _reason(error))
+        numbers = [span.index for span in spans]
+        self._tell("worker lost", worker=name, fault=fault, spans=numbers, error=_reason(error))
+        self.lost += 1
+        actor.in_flight.clear()
+        self._dismiss(actor)
+        self._hire()
+        return [Outcome(s, error=error, fault=fault, alone=actor.alone, worker=name) for s in spans]
+
+    def _node_gone(self, actor: _Actor, error: BaseException) -> bool:
+        """Whether a worker went with its machine, which says nothing about its spans."""
+        exceptions = self._ray.exceptions
+        # A worker that died is reported by its node at once; silence is the node's own.
+        if isinstance(error, (exceptions.ActorUnavailableError, exceptions.NodeDiedError)):
+            return True
+        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        return actor.node not in alive
+
+    def _feel(self) -> list[Outcome]:
+        """Ask the workers when they last moved, and give up those that hang."""
+        self._felt = self._now
+        outcomes = []
+        for actor in [a for a in self._actors if a.figures]:
+            if actor.in_flight and self._now - actor.moved > self._hang:
+                error = TimeoutError(f"nothing moved in it for {self._now - actor.moved:.0f} s")
+                outcomes.extend(self._lose(actor, error))
+            elif not actor.asked:
+                actor.asked = True
+                pulse = actor.handle.still.options(concurrency_group="pulse").remote()
+                self._when_answered(pulse, self._felt_pulse, actor)
+        return outcomes
+
+    def _felt_pulse(self, actor: _Actor, answer: Any) -> list[Outcome]:
+        actor.asked = False
+        if actor not in self._actors:
+            return []
+        error = answer.exception()
+        if error is not None:  # a worker without spans shows in no other way that it died
+            return self._lose(actor, error)
+        actor.moved = max(actor.moved, self._now - answer.result())
+        return []
+
+    # The end
+
+    def stop(self) -> None:
+        """See `Crew.stop`."""
+        for actor in self._actors:
+            self._ray.kill(actor.handle)
+        if self._owns:
+            self._ray.shutdown()
+
+    def workers(self) -> Sequence[WorkerFigures]:
+        """See `Crew.workers`."""
+        return [actor.figures for actor in self._actors if actor.figures is not None]
+
+
+def cluster_address(address: str | None) -> str | None:
+    """The cluster that is meant: the one named, else RAY_ADDRESS (`ray job submit` sets it), or
+    None for a Ray of this process."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+def connect(address: str | None) -> bool:
+    """Join or start a Ray; whether this call started it, so that `stop` ends it."""
+    # What a cluster reports of dead workers Ray prints on standard output, where a command's
+    # outcome belongs; our own log says it too.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    # Without an address Ray would join any cluster it finds running on this machine.
+    address = cluster_address(address) or "local"
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        quiet["include_dashboard"] = False
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
+    finally:
+        if main:  # Ray's own handler ends the process on the spot
+            signal.signal(signal.SIGTERM, handler)
+    return True
+
+
+def _cause(error: BaseException) -> BaseException:
+    return getattr(error, "cause", None) or error
+
+
+def _reason(error: BaseException) -> str:
+    """First sentence of the last line of a message: there Ray says why."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].split(". ")[0].strip()

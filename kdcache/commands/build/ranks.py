@@ -1,0 +1,54 @@
+"""Frequency ranks: ids numbered anew so that frequent ones are small, which makes a cache smaller.
+
+The driver counts the tokens to be predicted in the beginnings of a few hundred records, spread over
+the corpus; the id met most often gets rank 0, equal counts go by id. The table lies once in the
+cache and takes 6 to 9 % off the bytes of language-model targets (SmolLM2-135M on novels).
+
+Cost: about 100 thousand tokens are tokenised, half a second; counting all of the corpus would save
+another 1 %.
+Guarantee: the table is a pure function of the corpus, the row options and the tokenizer. Any table
+is right, a fitting one is small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdcache.corpus import Corpus, look_into, looks
+from kdcache.corpus.sample import shortened
+from kdcache.rows import IGNORE, RowSpec, make_encoder
+
+_LOOKS = 16
+_READ = 4096  # records of all looks
+_RECORDS = 320  # of all looks; up to twice as many are counted
+_CHARACTERS = 1 << 10  # of each of them: a book tells less than many beginnings
+
+
+def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: int) -> bytes:
+    """The rank table of a build.
+
+    Args:
+        corpus: what will be built from.
+        rows: how its records become rows.
+        tokenizer: the teacher's.
+        vocab_size: V.
+
+    Returns:
+        The ids that were met, the most frequent first, as little-endian uint32; empty if none was.
+    """
+    counts = np.zeros(vocab_size, np.int64)
+    places = looks(corpus, _LOOKS)
+    for span in places:
+        look = look_into(
+            span,
+            columns=rows.columns,
+            on_error=rows.on_error,
+            read=_READ // len(places),
+            records=-(-_RECORDS // len(places)),
+        )
+        records = shortened(look.records, _CHARACTERS)
+        for row in make_encoder(rows, tokenizer).encode(records):
+            labels = row.labels[(row.labels != IGNORE) & (row.labels < vocab_size)]
+            counts += np.bincount(labels, minlength=vocab_size)
+    order = np.argsort(-counts, kind="stable")
+    return order[: np.count_nonzero(counts)].astype("<u4").tobytes()

@@ -1,0 +1,342 @@
+"""The work on one span, in an actor or in this process: read, tokenise, run the teacher, encode,
+commit.
+
+Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read,
+packed or compressed while the other computes: a pipeline without queues. On a GPU the lock is given
+on once everything is launched, so that the device goes from one span to the next without a pause.
+
+Cost: memory of two spans' rows and encoded targets, plus the teacher and one slice of its logits.
+Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling
+noise is keyed by (seed, span, row, position).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdcache.cache import Cache, ShardEntry
+from kdcache.corpus import Corpus, ReadStats, Record, Span
+from kdcache.errors import UsageError
+from kdcache.targets.ranks import ranks_of_ids
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.cache.shard import ShardData
+from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
+
+logger = logging.getLogger(__name__)
+
+_UNPACKED = 8  # encoded slices on their way to the packer, at most
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know of a build; travels to each actor once.
+
+    Attributes:
+        url: the cache, already created.
+        rows: how records become rows.
+        teacher: which models to load, and how.
+        batch_tokens: padded tokens of a batch, at most (one row may be longer).
+        find_batch: whether such a batch is tried first, and halved until it fits the GPU.
+        threads: CPU threads of this worker's arithmetic.
+    """
+
+    url: str
+    rows: RowSpec
+    teacher: TeacherOptions
+    batch_tokens: int
+    find_batch: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class SpanReport:
+    """What became of a span.
+
+    Attributes:
+        entry: its shard.
+        seconds: that it took.
+        teacher_seconds: of them in the teacher and the codec; on a GPU until all was launched.
+        truncated: documents that were cut at `max_length`.
+        reasons: why the first few records were left out.
+    """
+
+    entry: ShardEntry
+    seconds: float
+    teacher_seconds: float
+    truncated: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+class Stopped(Exception):  # noqa: N818 - an outcome that was asked for, not an error
+    """The worker was told to stop before the span was committed."""
+
+
+class SpanWorker:
+    """A loaded teacher that turns spans into committed shards. Safe to call from two threads."""
+
+    def __init__(self, job: Job) -> None:
+        """Open the cache and load the teacher."""
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self.job = job
+        self.cache = Cache.resume(job.url)
+        self.tokenizer = self.cache.tokenizer()
+        self.codec = self.cache.codec()
+        self.teacher = Teacher(job.teacher, self.cache.spec.vocab_size)
+        self.batch_tokens = job.batch_tokens
+        if job.find_batch and self.teacher.device.type == "cuda":
+            self.batch_tokens = self._find_batch_tokens()
+        elif job.teacher.compile:
+            self._try_batch(self.batch_tokens)  # compiles before the first span
+        self._turn = threading.Lock()
+        self._stop = threading.Event()
+        self._moved: dict[int, float] = {}  # span -> when something of it was last done
+
+    def _find_batch_tokens(self) -> int:
+        found = find_batch_tokens(
+            lambda tokens: peak_share(lambda: self._try_batch(tokens)),
+            self.job.batch_tokens,
+            self.job.rows.max_length,
+        )
+        logger.info("batches have %d tokens", found)
+        return found
+
+    def _try_batch(self, tokens: int) -> None:
+        """Run teacher and codec over a batch of the longest rows."""
+        length = self.job.rows.max_length
+        ids = np.arange(length, dtype=np.int32) % self.cache.spec.vocab_size
+        row = Row(ids, ids if self.job.teacher.causal else ids[:1])
+        for logits in self.teacher.logits([row] * max(1, tokens // length)):
+            self.codec.encode(logits, torch.zeros(len(logits), dtype=torch.float64))
+        self.teacher.take_clipped_mass()
+
+    def stop(self) -> None:
+        """Abandon what is in flight at the next batch."""
+        self._stop.set()
+
+    def run(self, span: Span) -> SpanReport:
+        """Make one span's shard and commit it.
+
+        Raises:
+            UsageError: the input or the teacher's logits are unusable.
+            IncompleteError: no space left.
+            Stopped: `stop` was called.
+        """
+        try:
+            return self._make(span)
+        finally:
+            self._moved.pop(span.index, None)
+
+    def still(self) -> float:
+        """Seconds for which nothing has moved in the slowest span; 0 while there is none.
+
+        A span that waits for its turn with the teacher does not count; the one that has it does.
+        """
+        now = time.monotonic()
+        return now - min(list(self._moved.values()), default=now)
+
+    def _move(self, span: Span) -> None:
+        """Something of a span was done; the place where a stopped worker leaves off."""
+        if self._stop.is_set():
+            raise Stopped
+        self._moved[span.index] = time.monotonic()
+
+    def _make(self, span: Span) -> SpanReport:
+        begin = time.perf_counter()
+        self._move(span)
+        stats = ReadStats()
+        encoder = make_encoder(self.job.rows, self.tokenizer)
+        records = Corpus.read(
+            span, columns=self.job.rows.columns, on_error=self.job.rows.on_error, stats=stats
+        )
+        rows = list(encoder.encode(self._moving(span, records)))
+        with _Packer(self.codec, span.index, self.cache.rank_to_id) as packer:
+            del self._moved[span.index]
+            with self._turn:
+                self._move(span)
+                start = time.perf_counter()
+                packed, places = self._ask(span, rows, packer)
+                clipped = self.teacher.take_clipped_mass()
+                teacher_seconds = time.perf_counter() - start
+            # The next span has its turn while the last slices of this one are copied and packed.
+            self._move(span)
+            targets = _in_row_order(self.codec, [part.result() for part in packed], places)
+        self._move(span)
+        data = ShardData.from_rows(self.job.teacher.task, rows, targets)
+        left_out = stats.skipped + encoder.skipped + encoder.empty
+        entry = self.cache.commit(span.index, data, skipped=left_out, clipped_mass=float(clipped))
+        return SpanReport(
+            entry,
+            time.perf_counter() - begin,
+            teacher_seconds,
+            encoder.truncated,
+            (*stats.reasons, *encoder.stats.reasons),
+        )
+
+    def _moving(self, span: Span, records: Iterator[Record]) -> Iterator[Record]:
+        for record in records:
+            self._move(span)
+            yield record
+
+    def _ask(
+        self, span: Span, rows: Sequence[Row], packer: _Packer
+    ) -> tuple[list[futures.Future[SoftTargets]], list[np.ndarray]]:
+        """Put all rows of a span to the teacher; nothing here waits for the device.
+
+        Returns:
+            Its targets, in the order of batches, and which position of the span, counted row by
+            row, each of them is.
+        """
+        wanted = [row.places(self.job.teacher.task) for row in rows]
+        offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
+        packed: list[futures.Future[SoftTargets]] = []
+        places: list[np.ndarray] = []
+        lengths = [len(row.input_ids) for row in rows]
+        waiting = deque(batches(lengths, self.batch_tokens))
+        while waiting:
+            self._move(span)
+            batch = waiting.popleft()
+            place = _Places(batch, wanted)
+            try:
+                parts = self._run(span.index, [rows[i] for i in batch], place, packer)
+            except torch.OutOfMemoryError as error:
+                self._shrink(batch, lengths, error)
+                left = [i for rows_of in (batch, *waiting) for i in rows_of]
+                cut = batches([lengths[i] for i in left], self.batch_tokens)
+                waiting = deque([left[i] for i in smaller] for smaller in cut)
+                continue
+            packed.extend(parts)
+            places.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
+        return packed, places
+
+    def _run(
+        self, span: int, rows: Sequence[Row], place: _Places, packer: _Packer
+    ) -> list[futures.Future[SoftTargets]]:
+        """One batch through teacher and codec."""
+        noise = position_uniform(self.cache.spec.seed, span, place.rows, place.within)
+        uniform = self.teacher.to_device(torch.from_numpy(noise))
+        parts = []
+        done = 0
+        for logits in self.teacher.logits(rows):
+            piece = slice(done, done + len(logits))
+            parts.append(packer.put(self.codec.encode(logits, uniform[piece]), place, done))
+            done = piece.stop
+        assert done == len(place.rows), "the teacher answers every position"
+        return parts
+
+    def _shrink(
+        self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError
+    ) -> None:
+        """Remember half the size of a batch that did not fit, for this span and later ones."""
+        if len(batch) == 1:
+            raise UsageError(
+                f"one row of {lengths[batch[0]]} tokens does not fit the device beside the "
+                "teacher. Use a smaller --max-length, or more --gpus-per-worker."
+            ) from error
+        torch.cuda.empty_cache()
+        self.batch_tokens = min(self.batch_tokens, len(batch) * lengths[batch[0]]) // 2
+        logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
+
+
+def _in_row_order(
+    codec: Codec, targets: Sequence[SoftTargets], places: Sequence[np.ndarray]
+) -> SoftTargets:
+    """Targets of a span in row-major order, from those of its batches."""
+    if not targets:
+        return SoftTargets.empty(codec)
+    order = np.concatenate(places)
+    inverse = np.empty(len(order), np.int64)
+    inverse[order] = np.arange(len(order))
+    return SoftTargets.concat(targets).take(inverse)
+
+
+class _Places:
+    """Which row of the span, and which place of the row, each position of a batch is."""
+
+    def __init__(self, batch: Sequence[int], wanted: Sequence[np.ndarray]) -> None:
+        counts = [len(wanted[i]) for i in batch]
+        self.rows = np.repeat(np.asarray(batch, np.int64), counts)
+        self.within = np.concatenate([wanted[i] for i in batch])
+
+
+class _Packer:
+    """Packs encoded slices on a thread while the device computes the next ones.
+
+    Copies to the host are queued behind the kernels that make them; only the thread waits for them.
+    """
+
+    def __init__(self, codec: Codec, span: int, rank_to_id: np.ndarray | None) -> None:
+        self._codec, self._span = codec, span
+        self._rank_to_id = rank_to_id
+        self._id_to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="kdcache-pack")
+        self._room = threading.BoundedSemaphore(_UNPACKED)
+
+    def __enter__(self) -> _Packer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def put(
+        self, encoded: dict[str, torch.Tensor], place: _Places, start: int
+    ) -> futures.Future[SoftTargets]:
+        host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in encoded.items()}
+        copied = None
+        if any(tensor.is_cuda for tensor in encoded.values()):
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        self._room.acquire()
+        return self._pool.submit(self._pack, host, copied, place, start)
+
+    def _pack(
+        self,
+        host: dict[str, torch.Tensor],
+        copied: torch.cuda.Event | None,
+        place: _Places,
+        start: int,
+    ) -> SoftTargets:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            arrays = {name: tensor.numpy() for name, tensor in host.items()}
+            if not arrays["finite"].all():
+                bad = start + int(np.argmin(arrays["finite"]))
+                raise UsageError(
+                    f"the teacher gives NaN or infinite logits for span {self._span}, row "
+                    f"{place.rows[bad]}, position {place.within[bad]}: nothing of this span is "
+                    "cached. Try --dtype float32, or check the model."
+                )
+            packed = self._codec.pack(arrays, self._id_to_rank)
+            return SoftTargets(self._codec, packed, self._rank_to_id)
+        finally:
+            self._room.release()
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows grouped by length, so that rows times the longest stays within
+    `batch_tokens`.
+
+    Every index comes exactly once; a row longer than the budget is a batch of its own.
+    """
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        if not batch:
+            longest = lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,121 @@
+"""What a crew is: workers that take spans and hand back outcomes."""
+
+from __future__ import annotations
+
+import queue
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from kdcache.corpus import Span
+from kdcache.commands.build.worker import SpanReport
+
+IN_FLIGHT = 2  # spans of a worker: one is read or written while the other is in the teacher
+
+Fault = Literal["span", "worker", "node"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A span that left a worker: with a report, or with the error that ended it.
+
+    Attributes:
+        span: which one.
+        report: of the committed shard.
+        error: instead of a report.
+        fault: what the error was of: `span` raised it, the `worker` died or hung with the span in
+            it, or the `node` went away.
+        alone: the span was handed out with `alone`.
+        worker: name of the worker.
+    """
+
+    span: Span
+    report: SpanReport | None = None
+    error: BaseException | None = None
+    fault: Fault = "span"
+    alone: bool = False
+    worker: str = ""
+
+
+@dataclass
+class WorkerFigures:
+    """What one worker has done; goes on counting.
+
+    Attributes:
+        name: host and process, such as `node7:4711`.
+        since: `time.perf_counter()` when it was ready.
+        spans: that it committed.
+        positions: in them.
+        teacher_seconds: in its teacher, for them.
+    """
+
+    name: str
+    since: float = field(default_factory=time.perf_counter)
+    spans: int = 0
+    positions: int = 0
+    teacher_seconds: float = 0.0
+
+    def book(self, report: SpanReport) -> None:
+        """Add one span."""
+        self.spans += 1
+        self.positions += report.entry.positions
+        self.teacher_seconds += report.teacher_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Since it was ready."""
+        return time.perf_counter() - self.since
+
+    @property
+    def positions_per_second(self) -> float:
+        """Since it was ready."""
+        return self.positions / max(self.seconds, 1e-9)
+
+    @property
+    def teacher_busy(self) -> float:
+        """Share of its time in which its teacher computed."""
+        return self.teacher_seconds / max(self.seconds, 1e-9)
+
+
+class Crew(ABC):
+    """Workers that make shards.
+
+    Attributes:
+        lost: workers that died, hung or went with their node so far.
+    """
+
+    lost = 0
+
+    @abstractmethod
+    def room(self, *, alone: bool = False) -> bool:
+        """Whether a span can be given now; `alone` asks for a worker that has nothing else."""
+
+    @abstractmethod
+    def give(self, span: Span, *, alone: bool = False) -> None:
+        """Hand a span to the least busy worker; with `alone` nothing else runs beside it."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> list[Outcome]:
+        """Outcomes that arrived; waits for the first one, `seconds` at most."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Abandon what is in flight and let the workers go."""
+
+    @abstractmethod
+    def workers(self) -> Sequence[WorkerFigures]:
+        """The workers that are ready now."""
+
+
+def arrived(source: queue.SimpleQueue[T], seconds: float) -> list[T]:
+    """Everything that is in a queue; waits for the first item, `seconds` at most."""
+    try:
+        items = [source.get(timeout=seconds)]
+    except queue.Empty:
+        return []
+    while not source.empty():
+        items.append(source.get())
+    return items

@@ -1,0 +1,420 @@
+"""The demo's steps: corpus, tokenizer, teacher, caches, students, evaluation and plot.
+
+    pydoc_data.topics -> train.jsonl, heldout.jsonl -> tokenizer -> teacher
+    build (Ray, two workers) -> train-cache; build (this process) -> heldout-cache
+    train x 3 from train-cache -> evaluate on heldout-cache and teacher -> table, losses.png
+
+Nothing is done here that the commands do not do: the steps call `build`, `train` and `evaluate`
+with their options.
+
+Cost: a few minutes on one core (two while building), half of it the teacher's training.
+Guarantee: the three students see the same rows in the same order for as many steps, and each is its
+best evaluation by held-out cross-entropy; the first two also begin with the same weights. Finished
+steps are kept: the same command goes on after the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.commands.build.build import BuildOptions, BuildResult, build
+from kdcache.commands.demo.result import DemoResult, StudentScores
+from kdcache.commands.demo.teacher import (
+    TeacherSizes,
+    documents,
+    make_teacher,
+    make_tokenizer,
+    read_jsonl,
+    write_jsonl,
+)
+from kdcache.commands.evaluate import EvaluateOptions, evaluate
+from kdcache.commands.scores import EvaluateResult, ModelScores
+from kdcache.commands.train.log import METRICS_FILE
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.result import TrainResult
+from kdcache.commands.train.run import train
+from kdcache.errors import UsageError
+from kdcache.humanize import duration, size
+from kdcache.plots import Curve, Level, plot_curves
+from kdcache.teacher import quiet_transformers
+
+Report = Callable[[str], None]
+
+_STATE_FILE = "demo.json"
+_MAX_LENGTH = 128
+_VOCAB_SIZE = 1024
+_BATCH_ROWS = 4
+# The best of seven from 5e-4 to 8e-3 for the student on hard labels: a rate that does not suit it
+# (twice this) triples what distillation seems to gain.
+_RATE = 2e-3
+_EVALUATIONS = 10
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": _MAX_LENGTH,
+    "tie_word_embeddings": True,
+}
+_GPT_NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": _MAX_LENGTH,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `kdcache demo` is asked for; fields bear the names of its options.
+
+    Attributes:
+        out: folder of everything the demo makes.
+        workers: Ray workers that run the teacher.
+        codec: what is kept of each of the teacher's distributions: `dense`, `topk:K` or `sample:N`.
+        alpha: weight of the hard loss of the distilled students, 0 to 1.
+        teacher_epochs: passes of the teacher over the corpus.
+        student_epochs: passes of each student.
+        documents: use only the first documents of the corpus. Default: all.
+        seed: of weights, orders and samples.
+    """
+
+    out: str
+    workers: int = 2
+    codec: str = "sample:20"
+    alpha: float = 0.1
+    teacher_epochs: float = 6.0
+    student_epochs: float = 3.0
+    documents: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.workers < 0:
+            problems.append(f"--workers is {self.workers}, expected 0 or more")
+        if not 0 <= self.alpha < 1:
+            problems.append(f"--alpha is {self.alpha:g}, expected at least 0 and less than 1")
+        for name in ("teacher_epochs", "student_epochs"):
+            if not getattr(self, name) > 0:
+                shown = name.replace("_", "-")
+                problems.append(f"--{shown} is {getattr(self, name):g}, expected more than 0")
+        if self.documents is not None and self.documents < 10:
+            problems.append(f"--documents is {self.documents}, expected 10 or more")
+        if problems:
+            raise UsageError("; ".join(problems) + ".")
+
+
+@dataclass(frozen=True)
+class _Student:
+    folder: str
+    name: str
+    config: dict[str, Any]
+    distilled: bool
+
+
+_STUDENTS = (
+    _Student("student-hard", "hard labels (Llama)", _LLAMA, False),
+    _Student("student-distilled", "distilled (Llama)", _LLAMA, True),
+    _Student("student-distilled-neox", "distilled (GPT-NeoX)", _GPT_NEOX, True),
+)
+
+
+def demo(options: DemoOptions, report: Report = lambda line: None) -> DemoResult:
+    """Make a teacher, cache it once, train three students from the cache, and compare them.
+
+    Args:
+        options: see `DemoOptions`.
+        report: called with a line of text as the steps go.
+
+    Raises:
+        UsageError: the folder holds something else, or a demo with other options.
+        IncompleteError: the build was interrupted; the same call goes on.
+    """
+    threads = torch.get_num_threads()
+    # Matrices this small gain little from threads, and lose tenfold where another process wants
+    # the cores too: the threads wait for each other in every product.
+    torch.set_num_threads(1)
+    try:
+        with quiet_transformers():
+            return _Demo(options, report).run()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Demo:
+    def __init__(self, options: DemoOptions, report: Report) -> None:
+        self.options = options
+        self.report = report
+        self.out = Path(options.out).expanduser().absolute()
+        self.reused: list[str] = []
+        self.train_texts, self.held_out_texts = documents(options.documents)
+        self.state = self._open()
+
+    def _open(self) -> dict[str, Any]:
+        """Begin a folder, or take up one that was made for the same options and corpus.
+
+        The corpus counts as well: it changes with the version of Python.
+        """
+        wanted = {k: v for k, v in asdict(self.options).items() if k not in ("out", "workers")}
+        wanted["characters"] = sum(map(len, self.train_texts + self.held_out_texts))
+        path = self.out / _STATE_FILE
+        if path.is_file():
+            state: dict[str, Any] = json.loads(path.read_text())
+            then = state["options"]
+            changed = [f"{k} {then.get(k)} -> {v}" for k, v in wanted.items() if then.get(k) != v]
+            if changed:
+                raise UsageError(
+                    f"{self.out} holds a demo with other options ({', '.join(changed)}). "
+                    "Use the same ones to go on, or another --out."
+                )
+            return state
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UsageError(f"{self.out} is not empty and not a demo. Choose another --out.")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.state = {"options": wanted, "seconds": {}, "teacher_seconds": 0.0}
+        self._save()
+        return self.state
+
+    def _save(self) -> None:
+        scratch = self.out / (_STATE_FILE + ".tmp")
+        scratch.write_text(json.dumps(self.state, indent=1) + "\n")
+        scratch.replace(self.out / _STATE_FILE)
+
+    def _path(self, name: str) -> str:
+        return str(self.out / name)
+
+    @contextmanager
+    def _step(self, name: str, *, done: bool) -> Iterator[None]:
+        """Time a step; one that is done already keeps the time it took."""
+        if done:
+            self.reused.append(name)
+            yield
+            return
+        begin = time.perf_counter()
+        yield
+        self.state["seconds"][name] = time.perf_counter() - begin
+        self._save()
+
+    def _tell(self, step: int, name: str, text: str) -> None:
+        took = "reused" if name in self.reused else duration(self.state["seconds"][name])
+        self.report(f"{step}/6 {name}: {text} ({took})")
+
+    def run(self) -> DemoResult:
+        self._corpus()
+        self._tokenizer()
+        self._teacher()
+        cache = self._caches()
+        # Every step is of as many rows, and the last step is an evaluation.
+        rounds = math.ceil(cache.rows / _BATCH_ROWS * self.options.student_epochs / _EVALUATIONS)
+        students = [self._student(student, rounds) for student in _STUDENTS]
+        return self._compare(cache, students)
+
+    def _corpus(self) -> None:
+        train_file, held_out_file = self.out / "train.jsonl", self.out / "heldout.jsonl"
+        # A teacher and caches of an earlier sitting were made from these files: they stay.
+        done = train_file.is_file() and held_out_file.is_file()
+        with self._step("corpus", done=done):
+            if not done:
+                write_jsonl(train_file, self.train_texts)
+                write_jsonl(held_out_file, self.held_out_texts)
+        self.train_texts, self.held_out_texts = read_jsonl(train_file), read_jsonl(held_out_file)
+        self._tell(
+            1,
+            "corpus",
+            f"the Python language reference, {len(self.train_texts)} documents "
+            f"({size(train_file.stat().st_size)}) to learn from, {len(self.held_out_texts)} "
+            f"({size(held_out_file.stat().st_size)}) held out",
+        )
+
+    def _tokenizer(self) -> None:
+        folder = self.out / "tokenizer"
+        done = folder.is_dir()
+        with self._step("tokenizer", done=done):
+            if not done:
+                make_tokenizer(self.train_texts, folder, vocab_size=_VOCAB_SIZE)
+        self._tell(2, "tokenizer", f"byte-level BPE, {_VOCAB_SIZE:,} ids")
+
+    def _teacher(self) -> None:
+        folder = self.out / "teacher"
+        sizes = TeacherSizes(
+            vocab_size=_VOCAB_SIZE,
+            max_length=_MAX_LENGTH,
+            hidden=192,
+            layers=2,
+            heads=6,
+            epochs=self.options.teacher_epochs,
+            seed=self.options.seed,
+        )
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            self.report(f"3/6 teacher: step {step} of {steps}, held-out cross-entropy {loss:.3f}")
+
+        done = folder.is_dir()
+        with self._step("teacher", done=done):
+            if not done:
+                make_teacher(
+                    self.train_texts,
+                    self.held_out_texts,
+                    self.out / "tokenizer",
+                    folder,
+                    sizes,
+                    progress,
+                )
+        self._tell(3, "teacher", f"Llama, {sizes.layers} layers of {sizes.hidden}")
+
+    def _caches(self) -> BuildResult:
+        train_cache = self._cache("train", self.options.workers)
+        # So few documents are done here before a worker has started.
+        self._cache("heldout", 0)
+        return train_cache
+
+    def _cache(self, name: str, workers: int) -> BuildResult:
+        folder = self.out / f"{name}-cache"
+        done = (folder / "manifest.json").is_file()
+        with self._step(f"{name} cache", done=done):
+            result = build(
+                BuildOptions(
+                    teacher=(self._path("teacher"),),
+                    corpus=(self._path(f"{name}.jsonl"),),
+                    out=str(folder),
+                    codec=self.options.codec,
+                    max_length=_MAX_LENGTH,
+                    workers=min(workers, os.cpu_count() or 1),
+                    gpus_per_worker=0,
+                    dtype="float32",
+                    seed=self.options.seed,
+                )
+            )
+            if name == "train" and result.made:
+                # An earlier sitting that was cut short has not told its part.
+                share = result.made / result.spans
+                self.state["teacher_seconds"] = result.teacher_seconds / share
+        self._tell(
+            4,
+            f"{name} cache",
+            f"{self.options.codec}, {result.positions:,} positions in {result.spans} "
+            f"shard{'s' if result.spans > 1 else ''}, {result.bytes_per_position:.1f} B a position",
+        )
+        return result
+
+    def _student(self, student: _Student, eval_steps: int) -> TrainResult:
+        config = self.out / f"{student.folder}.json"
+        config.write_text(json.dumps(student.config, indent=1) + "\n")
+        run = self.out / student.folder
+        done = (run / "train.json").is_file()
+        with self._step(student.name, done=done):
+            result = train(
+                TrainOptions(
+                    cache=(self._path("train-cache"),),
+                    student=str(config),
+                    out=str(run),
+                    alpha=self.options.alpha if student.distilled else 1.0,
+                    batch_size=_BATCH_ROWS,
+                    max_steps=eval_steps * _EVALUATIONS,
+                    learning_rate=_RATE,
+                    lr_scheduler="cosine",
+                    warmup=0.05,
+                    eval_cache=(self._path("heldout-cache"),),
+                    eval_steps=eval_steps,
+                    eval_batch_size=32,
+                    best="hard_loss",
+                    report_to=("none",),
+                    seed=self.options.seed,
+                )
+            )
+        self._tell(
+            5,
+            student.name,
+            f"{result.steps} steps, held-out cross-entropy {result.eval['hard_loss']:.3f}",
+        )
+        return result
+
+    def _compare(self, cache: BuildResult, students: list[TrainResult]) -> DemoResult:
+        result: EvaluateResult
+        with self._step("evaluation", done=False):
+            result = evaluate(
+                EvaluateOptions(
+                    student=tuple(student.student for student in students),
+                    cache=self._path("heldout-cache"),
+                    teacher=self._path("teacher"),  # live: sparse targets do not tell KL itself
+                )
+            )
+        teacher, *scores = result.models
+        a_pass = self.state["teacher_seconds"]
+        models = [
+            self._scores(
+                "teacher (Llama)", "llama", teacher, None, self.state["seconds"]["teacher"], None
+            )
+        ]
+        for plan, run, found in zip(_STUDENTS, students, scores, strict=True):
+            beside = a_pass * run.rows / cache.rows if plan.distilled else 0.0
+            architecture = plan.config["model_type"]
+            models.append(self._scores(plan.name, architecture, found, run, run.seconds, beside))
+        plot = self.out / "losses.png"
+        self._plot(plot, models[0].cross_entropy)
+        self._tell(6, "evaluation", f"{result.positions:,} held-out positions, plot in {plot}")
+        return DemoResult(
+            out=str(self.out),
+            plot=str(plot),
+            models=tuple(models),
+            positions=cache.positions,
+            bytes_per_position=cache.bytes_per_position,
+            teacher_seconds=a_pass,
+            seconds=dict(self.state["seconds"]),
+            reused=tuple(self.reused),
+        )
+
+    def _scores(
+        self,
+        name: str,
+        architecture: str,
+        found: ModelScores,
+        run: TrainResult | None,
+        train_seconds: float,
+        teacher_seconds: float | None,
+    ) -> StudentScores:
+        assert found.cross_entropy is not None
+        assert found.parameters is not None
+        return StudentScores(
+            name=name,
+            architecture=architecture,
+            parameters=found.parameters,
+            cross_entropy=found.cross_entropy,
+            perplexity=math.exp(found.cross_entropy),
+            kl=found.kl,
+            steps=None if run is None else run.steps,
+            train_seconds=train_seconds,
+            teacher_seconds=teacher_seconds,
+        )
+
+    def _plot(self, path: Path, teacher: float) -> None:
+        curves = []
+        for student in _STUDENTS:
+            metrics = (self.out / student.folder / METRICS_FILE).read_text()
+            lines = map(json.loads, metrics.splitlines())
+            points = [(x["step"], x["eval_hard_loss"]) for x in lines if "eval_hard_loss" in x]
+            steps, values = zip(*points, strict=True)
+            curves.append(Curve(student.name, steps, values))
+        plot_curves(
+            path,
+            curves,
+            levels=[Level("teacher (Llama)", teacher)],
+            title="Three students from one cache",
+            x_label=f"step ({_BATCH_ROWS} rows of {_MAX_LENGTH} tokens each)",
+            y_label="held-out cross-entropy (nats a token)",
+        )

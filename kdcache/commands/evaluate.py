@@ -1,0 +1,486 @@
+"""`kdcache evaluate`: the teacher beside its students, on the rows of a cache or of a corpus.
+
+Every model runs over the same batches, a slice of positions at a time; the figures are sums
+(`kdcache.loss.metrics`), so memory is that of one batch whatever the size of the set.
+
+Cost: one forward of each student over all rows, and of the teacher only if it is asked to run live:
+from a cache its answers are read.
+Guarantee: cross-entropy and KL are the loss's own (`kdcache.loss`): KL is exact for a live teacher
+and for `dense` caches, that of the coarsened distribution (one bucket for the tail) for `topk`. A
+`sample` cache does not tell the teacher's entropy: at one temperature a tail id's own probability
+is not kept, at several only its rounded share. There the soft cross-entropy, which exceeds KL by
+that entropy, is reported instead: it is unbiased, and between students its differences are
+differences in KL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
+from kdcache.cli.tables import known
+from kdcache.commands.build.worker import batches
+from kdcache.commands.inspect import default_temperature
+from kdcache.commands.scores import EvaluateResult, ModelScores
+from kdcache.corpus import Corpus
+from kdcache.errors import UsageError
+from kdcache.loss import distillation_loss
+from kdcache.loss.metrics import BINS, Tally, f1, ratio
+from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.student.load import CAUSAL, CLASSIFICATION
+from kdcache.student.saved import LoadedModel, SavedModel, aligned, pick_device, word_reader
+from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets
+
+_TASKS = (CAUSAL, CLASSIFICATION)
+_WINDOW = 1024  # rows of a corpus that are sorted by length at a time
+_SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `kdcache evaluate` is asked for; fields bear the names of its options.
+
+    Attributes:
+        student: folders (also of runs, which keep theirs in `student/`) or hub ids.
+        cache: a sealed cache whose rows and targets are used (optional).
+        corpus: files, folders, globs or URLs whose rows are used, where there is no cache.
+        teacher: folder or hub id of a teacher that runs live; with a cache it replaces the cached
+            targets.
+        task: `causal-lm` or `sequence-classification`. Default: the cache's or the first
+            student's.
+        text_column: column of the text (these and the next: of a corpus).
+        pair_column: column of a second text (optional).
+        label_column: column of the class.
+        columns: names of the columns of files without a header.
+        messages_column: column of chat messages.
+        prompt_column: column of prompts, beside `completion_column`.
+        completion_column: column of completions.
+        max_length: tokens of the longest row; models that read less shorten it.
+        packing: `concat`, `none` or `split`. Default: `concat` for a causal LM.
+        on_error: `fail` or `skip` for records that cannot be read.
+        limit: use only the first records of a corpus, or the first rows of a cache.
+        temperature: of KL. Default: 1 where the cache declares it, else the first declared.
+        batch_tokens: padded tokens of a batch. Default: by device.
+        dtype: compute type of all models: `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu` or `cuda`.
+        trust_remote_code: let code that ships with a model run.
+    """
+
+    student: tuple[str, ...]
+    cache: str | None = None
+    corpus: tuple[str, ...] = ()
+    teacher: str | None = None
+    task: str | None = None
+    text_column: str = "text"
+    pair_column: str | None = None
+    label_column: str = "label"
+    columns: tuple[str, ...] | None = None
+    messages_column: str = "messages"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    max_length: int = 1024
+    packing: str | None = None
+    on_error: str = "fail"
+    limit: int | None = None
+    temperature: float | None = None
+    batch_tokens: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.student:
+            problems.append("--student is missing: name a folder or a hub id")
+        if bool(self.cache) == bool(self.corpus):
+            problems.append("name either --cache or --corpus: what to evaluate on")
+        if self.task is not None and self.task not in _TASKS:
+            problems.append(f"--task is {self.task!r}, expected one of {', '.join(_TASKS)}")
+        if self.temperature is not None and not (
+            math.isfinite(self.temperature) and self.temperature > 0
+        ):
+            problems.append(f"--temperature is {self.temperature:g}, expected a positive number")
+        for name in ("limit", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            problems.append(f"--dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
+        if problems:
+            raise UsageError("; ".join(problems) + ".")
+
+
+def evaluate(options: EvaluateOptions) -> EvaluateResult:
+    """Judge students, beside their teacher where there is one.
+
+    Raises:
+        UsageError: a model that does not fit the set or the task, no labels and no teacher, a
+            temperature that the cache does not declare, or unreadable input.
+        IncompleteError: the cache is not finished.
+    """
+    return _Evaluation(options).run()
+
+
+@dataclass
+class _Batch:
+    """Rows, and the soft targets of their positions if they are cached."""
+
+    rows: list[Row]
+    targets: SoftTargets | None
+
+
+class _Evaluation:
+    def __init__(self, options: EvaluateOptions) -> None:
+        self.options = options
+        self.device = pick_device(options.device)
+        trust = options.trust_remote_code
+        students = [SavedModel.find(name, trust_remote_code=trust) for name in options.student]
+        teacher = None
+        if options.teacher is not None:
+            teacher = SavedModel.find(options.teacher, role="teacher", trust_remote_code=trust)
+        saved = [*([teacher] if teacher else []), *students]
+        self.cache = None if options.cache is None else Cache.open(options.cache)
+        self.temperature = options.temperature or 1.0
+        self.max_length = options.max_length
+        if self.cache is not None:
+            self._set_cache(self.cache, saved)
+        else:
+            self._set_corpus(saved)
+        self._check_tokenizers(saved)
+        loaded = [
+            model.load(
+                self.task, self.vocab_size, dtype=options.dtype, device=self.device
+            ).matching(self.label_names)
+            for model in saved
+        ]
+        self.teacher = loaded[0] if teacher else None
+        self.students = loaded[1:] if teacher else loaded
+        classes = None if self.label_names is None else len(self.label_names)
+        self.teacher_tally = Tally(classes)
+        self.tallies = [Tally(classes) for _ in self.students]
+        self.rows = 0
+        self.exact = True
+
+    def _set_cache(self, cache: Cache, saved: Sequence[SavedModel]) -> None:
+        spec = cache.spec
+        if self.options.task not in (None, spec.task):
+            raise UsageError(
+                f"--task is {self.options.task}, but {cache.url} is a cache for {spec.task}. "
+                "Leave --task out."
+            )
+        self.task, self.vocab_size, self.label_names = spec.task, spec.vocab_size, spec.label_names
+        self.tokenizer_sha256: str | None = spec.tokenizer
+        self.max_length = spec.max_length
+        self.source = cache.url
+        for model in saved:
+            model.check_task(self.task)
+        if self.options.temperature is None:
+            self.temperature = default_temperature(cache)
+        if self.options.teacher is None:
+            cache.codec().check_temperature(self.temperature)
+
+    def _set_corpus(self, saved: Sequence[SavedModel]) -> None:
+        options, first = self.options, saved[0]
+        task = options.task or first.task
+        if task is None:
+            raise UsageError(
+                f"{first.role} {first.name} does not say what it was saved for. "
+                "Name it with --task."
+            )
+        self.task, self.label_names = task, None
+        for model in saved:
+            model.check_task(task)
+        if task == CLASSIFICATION:
+            self.label_names = first.label_names
+        self.vocab_size = first.vocab_size(task)
+        reaches = [model.reach for model in saved if model.reach is not None]
+        self.max_length = min([self.max_length, *reaches])
+        self.source = ", ".join(options.corpus)
+        self.encoder_tokenizer = first.tokenizer
+        self.tokenizer_sha256 = first.tokenizer_sha256
+        if first.tokenizer is None and task == CLASSIFICATION and first.is_factory:
+            self.encoder_tokenizer = word_reader()
+        readers = [model for model in saved if model.role == "teacher"] or saved
+        without = [m for m in readers if m.tokenizer is None and not m.is_factory]
+        if without or self.encoder_tokenizer is None:
+            lacking = (without or [first])[0]
+            raise UsageError(
+                f"{lacking.role} {lacking.name} has no tokenizer to read the corpus with. Copy its "
+                "tokenizer's files into its folder, or evaluate on a --cache."
+            )
+
+    def _check_tokenizers(self, saved: Sequence[SavedModel]) -> None:
+        """Ids mean the same to every model, or every model reads the texts itself."""
+        if self.task == CLASSIFICATION:
+            return
+        ours = None
+        for model in saved:
+            if model.tokenizer is None or model.tokenizer_sha256 == self.tokenizer_sha256:
+                continue
+            if ours is None:
+                reader = self.encoder_tokenizer if self.cache is None else self.cache.tokenizer()
+                ours = reader.get_vocab()
+            theirs = model.tokenizer.get_vocab()
+            # Special tokens and templates may differ: what counts is what each id stands for.
+            differ = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
+            if differ or not theirs.keys() & ours.keys():
+                whose = "the cache" if self.cache is not None else saved[0].name
+                raise UsageError(
+                    f"{model.role} {model.name} has another vocabulary than {whose}: {differ} "
+                    "tokens have different ids. Evaluate on a cache built for this vocabulary."
+                )
+
+    # The set
+
+    def _batches(self) -> Iterator[_Batch]:
+        budget = self.options.batch_tokens or (4096 if self.device == "cpu" else 32768)
+        windows = self._corpus_rows() if self.cache is None else self._cached_rows(self.cache)
+        for rows, data in windows:
+            for chosen in batches([len(row.input_ids) for row in rows], budget):
+                targets = None
+                if data is not None:
+                    places = [_places(data, i) for i in chosen]
+                    targets = data.targets.take(np.concatenate(places))
+                yield _Batch([rows[i] for i in chosen], targets)
+
+    def _cached_rows(self, cache: Cache) -> Iterator[tuple[list[Row], ShardData | None]]:
+        left = self.options.limit or cache.manifest.rows
+        live = self.teacher is not None
+        for entry in cache.manifest.shards:
+            if left <= 0:
+                return
+            if entry.rows:
+                data = cache.read(entry.span)
+                rows = [data.row(i) for i in range(min(left, len(data)))]
+                left -= len(rows)
+                yield rows, None if live else data
+
+    def _corpus_rows(self) -> Iterator[tuple[list[Row], ShardData | None]]:
+        options = self.options
+        causal = self.task == CAUSAL
+        spec = RowSpec(
+            task=self.task,  # type: ignore[arg-type]  # checked by RowSpec
+            text_column=options.text_column,
+            pair_column=options.pair_column,
+            label_column=options.label_column,
+            label_names=self.label_names,
+            max_length=self.max_length,
+            packing=options.packing or ("concat" if causal else "none"),  # type: ignore[arg-type]
+            messages_column=options.messages_column,
+            prompt_column=options.prompt_column,
+            completion_column=options.completion_column,
+            on_error=options.on_error,  # type: ignore[arg-type]
+        )
+        corpus = Corpus.open(
+            options.corpus, span_bytes=_SPAN_BYTES, limit=options.limit, columns=options.columns
+        )
+        encoder = make_encoder(spec, self.encoder_tokenizer)
+        for span in corpus.spans:
+            records = Corpus.read(span, columns=spec.columns, on_error=spec.on_error)
+            rows = encoder.encode(records)
+            while window := list(islice(rows, _WINDOW)):
+                yield window, None
+
+    # The figures
+
+    def run(self) -> EvaluateResult:
+        for batch in self._batches():
+            self.rows += len(batch.rows)
+            self._add(batch)
+        soft = self.teacher is not None or self.cache is not None
+        if not self.rows:
+            raise UsageError(f"{self.source} has no rows to evaluate on.")
+        if not self.tallies[0].labelled and not soft:
+            raise UsageError(
+                f"{self.source} has no labels (column {self.options.label_column!r}) and there is "
+                "no teacher: there is nothing to compare with. Name the column with "
+                "--label-column, or a --teacher."
+            )
+        models = [self._scores(s, t) for s, t in zip(self.students, self.tallies, strict=True)]
+        if soft:
+            models.insert(0, self._teacher_scores())
+        tally = self.tallies[0]
+        return EvaluateResult(
+            source=self.source,
+            task=self.task,
+            label_names=self.label_names,
+            rows=self.rows,
+            positions=tally.positions,
+            labelled=tally.labelled,
+            temperature=self.temperature,
+            agreement_positions=tally.known,
+            calibration_bins=BINS,
+            models=tuple(models),
+            notes=tuple(self._notes(soft)),
+        )
+
+    @torch.inference_mode()
+    def _add(self, batch: _Batch) -> None:
+        causal = self.task == CAUSAL
+        labels = np.concatenate(
+            [r.labels[r.labels != IGNORE] if causal else r.labels for r in batch.rows]
+        )
+        models = [*([self.teacher] if self.teacher else []), *self.students]
+        streams = [m.logits(batch.rows, self.tokenizer_sha256, self.max_length) for m in models]
+        done = 0
+        for pieces in aligned(streams):
+            part = slice(done, done + len(pieces[0]))
+            done = part.stop
+            targets: DenseTargets | SparseTargets | None = None
+            top = None
+            logits: Sequence[Tensor] = pieces
+            if self.teacher is not None:
+                targets, logits = DenseTargets(pieces[0].float()), pieces[1:]
+                top = self._add_teacher(targets, labels[part], None)
+            elif batch.targets is not None:
+                cached = batch.targets.take(np.arange(part.start, part.stop))
+                targets = cached.at(self.temperature).to(self.device)
+                top = self._add_teacher(targets, labels[part], cached)
+            for tally, z in zip(self.tallies, logits, strict=True):
+                predictions = self._add_student(tally, z, labels[part], targets)
+                if top is not None:
+                    tally.add_agreement(predictions, top)
+        assert done == len(labels), "the models answer every position"
+
+    def _add_student(
+        self,
+        tally: Tally,
+        logits: Tensor,
+        labels: np.ndarray,
+        targets: DenseTargets | SparseTargets | None,
+    ) -> np.ndarray:
+        # Double precision costs nothing for classes, and all of the memory for a large vocabulary.
+        z = logits.double() if logits.shape[-1] <= 4096 else logits.float()
+        hard_only = targets is None
+        parts = distillation_loss(
+            z,
+            torch.from_numpy(labels).to(z.device),
+            DenseTargets(z) if targets is None else targets,
+            alpha=1.0 if hard_only else 0.5,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            count=1,
+        )
+        tally.hard += float(parts.hard)
+        if not hard_only:
+            tally.soft += float(parts.soft) / self.temperature**2
+            tally.soft_positions += len(labels)
+        confidence, predictions = z.softmax(-1).max(-1)
+        found: np.ndarray = predictions.cpu().numpy()
+        tally.add_predictions(labels, found, confidence.cpu().numpy())
+        return found
+
+    def _add_teacher(
+        self,
+        targets: DenseTargets | SparseTargets,
+        labels: np.ndarray,
+        cached: SoftTargets | None,
+    ) -> np.ndarray:
+        """Count the teacher's own figures.
+
+        Returns:
+            Its most probable id at each position, -1 where it is not known.
+        """
+        tally = self.teacher_tally
+        if isinstance(targets, DenseTargets):
+            return self._add_student(tally, targets.logits, labels, None)
+        self.exact = self.exact and targets.exact
+        best, slot = targets.weights.max(-1)
+        top = targets.ids.gather(-1, slot[:, None])[:, 0].cpu().numpy()
+        assert cached is not None, "sparse targets come from a cache"
+        if targets.exact:
+            at_one = math.isclose(self.temperature, 1.0)
+            tally.add_predictions(labels, top, best.cpu().numpy() if at_one else None)
+            return np.asarray(top)
+        codec = cached.codec
+        assert isinstance(codec, Sample), "the one codec whose targets are samples"
+        return np.where(_leads(targets.weights, codec), top, -1)
+
+    def _scores(self, model: LoadedModel, tally: Tally) -> ModelScores:
+        soft = known(ratio(tally.soft, tally.soft_positions))
+        return ModelScores(
+            name=model.saved.name,
+            role="student",
+            parameters=model.saved.parameters,
+            kl=soft if self.exact else None,
+            soft_cross_entropy=None if self.exact else soft,
+            agreement=known(ratio(tally.agreed, tally.known)),
+            **self._label_scores(tally),
+        )
+
+    def _teacher_scores(self) -> ModelScores:
+        model = self.teacher
+        return ModelScores(
+            name="teacher (cached)" if model is None else model.saved.name,
+            role="teacher",
+            parameters=None if model is None else model.saved.parameters,
+            kl=None,
+            soft_cross_entropy=None,
+            agreement=None,
+            **self._label_scores(self.teacher_tally, dense=model is not None or self._dense),
+        )
+
+    @property
+    def _dense(self) -> bool:
+        return self.cache is not None and self.cache.spec.codec.startswith("dense")
+
+    def _label_scores(self, tally: Tally, *, dense: bool = True) -> dict[str, Any]:
+        """Figures against the hard labels; sparse targets lack the probability of some."""
+        hard = known(ratio(tally.hard, tally.labelled)) if dense else None
+        causal = self.task == CAUSAL
+        return {
+            "accuracy": known(ratio(tally.correct, tally.labelled)),
+            "f1": None if causal else known(f1(tally.confusion)),
+            "cross_entropy": hard,
+            "perplexity": math.exp(hard) if causal and hard is not None and hard < 700 else None,
+            "calibration_error": known(tally.calibration.error),
+        }
+
+    def _notes(self, soft: bool) -> Iterable[str]:
+        tally = self.tallies[0]
+        if not self.exact:
+            yield (
+                "The cache holds samples of the teacher, which do not tell its entropy: soft "
+                "cross-entropy is KL plus that entropy, and its differences are differences in KL. "
+                "Name the --teacher for KL itself."
+            )
+        elif soft and self.teacher is None and not self._dense:
+            yield (
+                "The cache holds the teacher's top ids: KL compares these and the sum of all "
+                "others, and is at most the full KL. Name the --teacher for that."
+            )
+        if soft and tally.known < tally.positions:
+            yield (
+                f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where the "
+                "cached sample tells the teacher's most probable id."
+            )
+        if tally.labelled < tally.positions:
+            yield (
+                f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
+                "hard label and count in the soft figures alone."
+            )
+
+
+def _places(data: ShardData, row: int) -> np.ndarray:
+    first, last = data.position_offsets[row : row + 2]
+    return np.arange(first, last)
+
+
+def _leads(weights: Tensor, codec: Sample) -> np.ndarray:
+    """Where the largest weight of a sample is certain to be that of the most probable id.
+
+    A mass that was kept is known to one unit; an id that was drawn, or was not, has at most 1/N.
+    """
+    best = torch.nn.functional.pad(weights, (0, 1)).topk(2, -1).values.double().cpu().numpy()
+    unit = 1 / codec.rule.units
+    clear = best[:, 0] - best[:, 1] >= 2 * unit - 1e-6
+    return np.asarray(clear & (best[:, 0] >= 1 / codec.draws + unit - 1e-6))

@@ -1,0 +1,445 @@
+"""`kdcache inspect`: what a cache is, how large its parts are, what the teacher said about a row.
+
+Cost: the two JSON files of a sealed cache and the headers of a few shards, from which bytes a
+column are scaled up; with a row, that row's shard. An unfinished cache has no manifest: each
+committed shard is opened (and fetched first, if the cache is remote) to count it.
+Guarantee: nothing is written; figures that come from a few shards say so. Each shard is hashed,
+then opened by another process (`kdcache.cache.sandbox`), then by this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from kdcache.cache import Cache, ShardEntry
+from kdcache.cache.sandbox import Trial
+from kdcache.cache.shard import column_bytes, read_shard
+from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.errors import UsageError
+from kdcache.humanize import size
+from kdcache.rows import IGNORE, Row
+from kdcache.storage import open_storage, redact
+from kdcache.targets import DenseTargets, SoftTargets
+
+_CAUSAL = "causal-lm"
+_SAMPLED_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What `kdcache inspect` is asked for.
+
+    Attributes:
+        cache: folder or URL, finished or not.
+        row: number of a row to show, counted from 0 over all shards (optional).
+        temperature: of the shown probabilities. Default: 1 where the cache declares it, else the
+            first.
+        top: guesses to show at each position.
+    """
+
+    cache: str
+    row: int | None = None
+    temperature: float | None = None
+    top: int = 5
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.cache:
+            problems.append("no cache is named: give its folder or URL")
+        if self.row is not None and self.row < 0:
+            problems.append(f"--row is {self.row}, expected 0 or more")
+        if self.temperature is not None and not self.temperature > 0:
+            problems.append(f"--temperature is {self.temperature:g}, expected a positive number")
+        if self.top < 1:
+            problems.append(f"--top is {self.top}, expected at least 1")
+        if problems:
+            raise UsageError("; ".join(problems) + ".")
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One id and the probability that the teacher gives it."""
+
+    id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class PositionView:
+    """What the teacher said at one position.
+
+    Attributes:
+        place: index of the token in its row (0 for classification).
+        token: the last token that the teacher had read (causal LM), else None.
+        label: id of the hard label (optional).
+        label_text: the token or the class of that id.
+        guesses: the most probable ids, falling.
+        rest: the mass of all ids that are not shown.
+    """
+
+    place: int
+    token: str | None
+    label: int | None
+    label_text: str | None
+    guesses: tuple[Guess, ...]
+    rest: float
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One row as text, with the teacher's guesses.
+
+    Attributes:
+        row: its number in the cache.
+        shard: the shard (span) it lies in.
+        tokens: its length.
+        text: the text; for a causal LM decoded from the ids.
+        text_pair: the second text, if there is one.
+        temperature: of the probabilities.
+        exact: False where the weights are an unbiased sample: right on average, not one by one.
+        positions: its positions in order.
+    """
+
+    row: int
+    shard: int
+    tokens: int
+    text: str
+    text_pair: str | None
+    temperature: float
+    exact: bool
+    positions: tuple[PositionView, ...]
+
+
+@dataclass(frozen=True)
+class ColumnSize:
+    """Stored bytes a position of one dataset of the shards, such as `targets/ids`."""
+
+    name: str
+    bytes_per_position: float
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What a cache is.
+
+    Attributes:
+        cache: where it is.
+        finished: whether it is sealed.
+        fingerprint: SHA-256 of its spec.
+        digest: SHA-256 of its manifest: names the exact bytes. None where it is not finished.
+        teachers: their names when the cache was built.
+        task: `causal-lm` or `sequence-classification`.
+        codec: canonical codec text.
+        temperatures: the declared temperatures; `dense` allows others too.
+        any_temperature: whether temperatures that are not declared are allowed.
+        vocab_size: ids or classes of a distribution.
+        spans: shards of the whole cache.
+        done: shards that are there.
+        rows: rows in them; so the next four.
+        tokens: tokens.
+        positions: positions with a soft target.
+        skipped: records left out.
+        bytes: bytes of the shard files.
+        clipped_mass: mean probability a position that fell on ids outside the vocabulary.
+        bytes_per_position: of the whole file; None where there is no position yet.
+        target_bytes_per_position: of the soft targets alone.
+        columns: bytes a position of each dataset.
+        sampled_shards: how many shards the last two come from.
+        spec: the whole spec.
+        row: the row that was asked for.
+    """
+
+    cache: str
+    finished: bool
+    fingerprint: str
+    digest: str | None
+    teachers: tuple[str, ...]
+    task: str
+    codec: str
+    temperatures: tuple[float, ...]
+    any_temperature: bool
+    vocab_size: int
+    spans: int
+    done: int
+    rows: int
+    tokens: int
+    positions: int
+    skipped: int
+    bytes: int
+    clipped_mass: float | None
+    bytes_per_position: float | None
+    target_bytes_per_position: float | None
+    columns: tuple[ColumnSize, ...]
+    sampled_shards: int
+    spec: dict[str, Any]
+    row: RowView | None = None
+
+
+def inspect(options: InspectOptions) -> InspectResult:
+    """Look into a cache, finished or not.
+
+    Raises:
+        UsageError: no cache there, no such row, or a temperature that the cache does not declare.
+        CorruptCacheError: its files contradict each other.
+    """
+    if not open_storage(options.cache).exists("spec.json"):
+        raise UsageError(f"{redact(options.cache)} is not a kdcache cache: it has no spec.json.")
+    cache = Cache.resume(options.cache)
+    with Trial() as trial:
+        shards = cache.manifest.shards if cache.sealed else _committed(cache, trial)
+        row = None if options.row is None else _row(cache, shards, options, trial)
+        columns, sampled = _columns(cache, shards, trial)
+    spec = cache.spec
+    positions = sum(s.positions for s in shards)
+    total = sum(s.bytes for s in shards)
+    targets = [c.bytes_per_position for c in columns if c.name.startswith("targets/")]
+    return InspectResult(
+        cache=cache.url,
+        finished=cache.sealed,
+        fingerprint=spec.fingerprint,
+        digest=cache.digest if cache.sealed else None,
+        teachers=tuple(str(name) for name in cache.notes.get("teachers", ())),
+        task=spec.task,
+        codec=spec.codec,
+        temperatures=tuple(spec.temperatures),
+        any_temperature=spec.codec.startswith("dense"),
+        vocab_size=spec.vocab_size,
+        spans=spec.spans,
+        done=len(shards),
+        rows=sum(s.rows for s in shards),
+        tokens=sum(s.tokens for s in shards),
+        positions=positions,
+        skipped=sum(s.skipped for s in shards),
+        bytes=total,
+        clipped_mass=sum(s.clipped_mass for s in shards) / positions if positions else None,
+        bytes_per_position=total / positions if positions else None,
+        target_bytes_per_position=sum(targets) if targets else None,
+        columns=columns,
+        sampled_shards=sampled,
+        spec=spec.to_dict(),
+        row=row,
+    )
+
+
+def _committed(cache: Cache, trial: Trial) -> tuple[ShardEntry, ...]:
+    """Entries of the shards that an unfinished build has left."""
+    entries = []
+    for span, name in sorted(cache.committed().items()):
+        trial.open(cache.storage.fetch(f"shards/{name}"))
+        entries.append(cache.entry(span, name))
+    return tuple(entries)
+
+
+def _fetch(cache: Cache, entry: ShardEntry, trial: Trial) -> Path:
+    with cache.hold(entry) as path:
+        trial.open(path)
+        return path
+
+
+def _columns(
+    cache: Cache, shards: Sequence[ShardEntry], trial: Trial
+) -> tuple[tuple[ColumnSize, ...], int]:
+    """Bytes a position of each dataset, from a few shards spread over the cache."""
+    full = [s for s in shards if s.positions]
+    chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SAMPLED_SHARDS)).astype(int))
+    sums: dict[str, int] = {}
+    for i in chosen:
+        for name, stored in column_bytes(_fetch(cache, full[i], trial)).items():
+            sums[name] = sums.get(name, 0) + stored
+    positions = sum(full[i].positions for i in chosen)
+    ordered = sorted(sums.items(), key=lambda item: -item[1])
+    return tuple(ColumnSize(name, stored / positions) for name, stored in ordered), len(chosen)
+
+
+# One row
+
+
+def _row(
+    cache: Cache, shards: Sequence[ShardEntry], options: InspectOptions, trial: Trial
+) -> RowView:
+    codec = cache.codec()
+    temperature = options.temperature or default_temperature(cache)
+    codec.check_temperature(temperature)
+    number = options.row
+    assert number is not None
+    entry, index = _find(shards, number, cache.sealed)
+    path = _fetch(cache, entry, trial)
+    data = read_shard(path, codec, counts=entry.counts, ranks=cache.rank_to_id)
+    row = data.row(index)
+    first, last = (int(p) for p in data.position_offsets[index : index + 2])
+    targets = data.targets.take(np.arange(first, last))
+    causal = cache.spec.task == _CAUSAL
+    tokenizer = cache.tokenizer() if causal else None
+    name = _token_text(tokenizer) if causal else _class_name(cache.spec.label_names)
+    guesses, rests, exact = _guesses(targets, temperature, options.top)
+    positions = []
+    for place, found, rest in zip(row.places(cache.spec.task), guesses, rests, strict=True):
+        label = int(row.labels[place])
+        positions.append(
+            PositionView(
+                place=int(place),
+                token=name(int(row.input_ids[place])) if causal else None,
+                label=None if label == IGNORE else label,
+                label_text=None if label == IGNORE else name(label),
+                guesses=tuple(Guess(i, name(i), p) for i, p in found),
+                rest=rest,
+            )
+        )
+    return RowView(
+        row=number,
+        shard=entry.span,
+        tokens=len(row.input_ids),
+        text=_text(row, tokenizer),
+        text_pair=row.text_pair,
+        temperature=temperature,
+        exact=exact,
+        positions=tuple(positions),
+    )
+
+
+def default_temperature(cache: Cache) -> float:
+    """The temperature to show where none was asked for: 1 if declared, else the first declared."""
+    declared = tuple(cache.spec.temperatures)
+    plain = cache.spec.codec.startswith("dense") or any(math.isclose(t, 1.0) for t in declared)
+    return 1.0 if plain or not declared else declared[0]
+
+
+def _find(shards: Sequence[ShardEntry], row: int, sealed: bool) -> tuple[ShardEntry, int]:
+    """The shard of a row, and the row's index in it."""
+    left = row
+    for entry in shards:
+        if left < entry.rows:
+            return entry, left
+        left -= entry.rows
+    total = sum(s.rows for s in shards)
+    there = "the cache has" if sealed else "the unfinished cache has so far"
+    which = f"{there} {total} rows, numbered from 0" if total else f"{there} no rows"
+    raise UsageError(f"--row is {row}, but {which}. Choose a row that is there.")
+
+
+def _guesses(
+    soft: SoftTargets, temperature: float, top: int
+) -> tuple[list[list[tuple[int, float]]], list[float], bool]:
+    """At each position the best (id, probability) pairs and the rest of the mass; whether exact."""
+    targets = soft.at(temperature)
+    pairs: list[list[tuple[int, float]]] = []
+    if isinstance(targets, DenseTargets):
+        p = torch.softmax(targets.logits.double() / temperature, -1)
+        best, ids = p.topk(min(top, p.shape[-1]), -1)
+        for chosen, values in zip(ids.tolist(), best.tolist(), strict=True):
+            pairs.append(list(zip(chosen, values, strict=True)))
+        return pairs, (1 - best.sum(-1)).clamp_min(0).tolist(), True
+    rests = []
+    mass = targets.weights.double().sum(-1) + targets.rest.double()
+    columns = (targets.ids.numpy(), targets.weights.double().numpy(), mass.tolist())
+    for ids_of, weights, total in zip(*columns, strict=True):
+        # A sample may hold an id twice: its weights add up.
+        found, where = np.unique(ids_of[weights > 0], return_inverse=True)
+        sums = np.bincount(where, weights[weights > 0], len(found))
+        order = np.argsort(-sums, kind="stable")[:top]
+        pairs.append([(int(found[i]), float(sums[i])) for i in order])
+        rests.append(max(0.0, total - float(sums[order].sum())))
+    return pairs, rests, targets.exact
+
+
+def _text(row: Row, tokenizer: Any) -> str:
+    if row.text is not None:
+        return row.text
+    return str(tokenizer.decode(row.input_ids.tolist(), clean_up_tokenization_spaces=False))
+
+
+def _token_text(tokenizer: Any) -> Any:
+    """A function from an id to what it stands for in running text, its leading space included."""
+
+    def text(token: int) -> str:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return f"<{token}>"
+        found = str(tokenizer.convert_tokens_to_string([piece]))
+        # Decoders of SentencePiece vocabularies drop the space that begins a text.
+        return f" {found}" if piece.startswith("\u2581") and not found.startswith(" ") else found
+
+    return text
+
+
+def _class_name(names: Sequence[str] | None) -> Any:
+    assert names is not None, "a classification cache names its classes"
+    return lambda index: names[index]
+
+
+# Rendering
+
+
+def render_inspection(result: InspectResult, console: Console) -> None:
+    """Print what `inspect` found."""
+    kind = "classes" if result.task != _CAUSAL else "ids"
+    temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
+    state = "finished" if result.finished else f"unfinished: {result.done} of {result.spans} shards"
+    facts = [
+        ("task", result.task),
+        ("teachers", ", ".join(result.teachers) or "-"),
+        ("codec", f"{result.codec} over {result.vocab_size:,} {kind}"),
+        ("temperatures", temperatures + (" (any other too)" if result.any_temperature else "")),
+        ("state", state),
+        ("shards", f"{result.done:,}"),
+        ("rows", f"{result.rows:,}"),
+        ("tokens", f"{result.tokens:,}"),
+        ("positions", f"{result.positions:,}"),
+        ("skipped records", f"{result.skipped:,}"),
+        ("clipped mass", percent(result.clipped_mass, 4) + " a position"),
+        ("size", size(result.bytes)),
+        ("bytes a position", f"{number(result.bytes_per_position, 2)} of the whole files"),
+        ("", f"{number(result.target_bytes_per_position, 2)} of the soft targets alone"),
+        ("fingerprint", result.fingerprint),
+    ]
+    if result.digest:
+        facts.append(("digest", result.digest))
+    print_table(console, ("", ""), facts, left=2, title=result.cache)
+    if result.columns:
+        shards = f"{result.sampled_shards} of {result.done} shards"
+        print_line(console, "")
+        print_table(
+            console,
+            ("column", "B/position"),
+            [(c.name, f"{c.bytes_per_position:.3f}") for c in result.columns],
+            title=f"Columns, compressed ({shards})",
+        )
+    if result.row is not None:
+        print_line(console, "")
+        _render_row(result.row, console)
+
+
+def _render_row(row: RowView, console: Console) -> None:
+    about = "" if row.exact else ", unbiased sample"
+    print_line(
+        console,
+        f"Row {row.row} (shard {row.shard}, {row.tokens} tokens), T = {row.temperature:g}{about}",
+        style="bold",
+    )
+    print_line(console, row.text)
+    if row.text_pair is not None:
+        print_line(console, row.text_pair)
+    print_line(console, "")
+    causal = any(p.token is not None for p in row.positions)
+    quote = repr if causal else str
+    lines: list[tuple[str, ...]] = []
+    for position in row.positions:
+        guesses = "  ".join(f"{quote(g.text)} {g.probability:.3f}" for g in position.guesses)
+        label = "-" if position.label_text is None else quote(position.label_text)
+        rest = f"{position.rest:.3f}"
+        if causal:
+            lines.append((str(position.place), repr(position.token), label, guesses, rest))
+        else:
+            lines.append((label, guesses, rest))
+    header = ("place", "after", "next", "teacher's guesses", "rest")
+    shown = header if causal else ("label", "teacher's probabilities", "rest")
+    print_table(console, shown, lines, left=len(shown) - 1)

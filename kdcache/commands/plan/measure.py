@@ -1,0 +1,223 @@
+"""The teacher's pass over the sample: every codec of the grid on the same logits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
+from kdcache.commands.build.build import Prepared
+from kdcache.commands.build.worker import batches
+from kdcache.commands.plan.fidelity import FidelityMeter, FullGradient
+from kdcache.commands.plan.result import WORKERS, PlannedCache, break_even
+from kdcache.commands.plan.sample import CorpusSample
+from kdcache.errors import UsageError
+from kdcache.rows import Row
+from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.targets.ranks import ranks_of_ids, read_ranks
+from kdcache.teacher import Teacher, find_batch_tokens, peak_share
+
+_COMPARED = 2048  # positions, at most
+_COMPARED_AT_ONCE = 64
+_MOST_BYTES = 1 << 31  # of the targets of one codec
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class _Trial:
+    """What one codec made of the sample so far."""
+
+    codec: Codec
+    ranks: tuple[np.ndarray, np.ndarray] | None
+    parts: list[SoftTargets] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        drawn = self.codec.needs_noise
+        self.meters = {t: FidelityMeter(drawn=drawn) for t in self.codec.temperatures}
+
+    def add(self, logits: Tensor, u: Tensor, *, timed: bool = True) -> SoftTargets:
+        begin = _now(logits.device)
+        encoded = self.codec.encode(logits, u)
+        if timed:
+            self.seconds += _now(logits.device) - begin
+        arrays = {name: tensor.cpu().numpy() for name, tensor in encoded.items()}
+        bad = int((~arrays["finite"]).sum())
+        if bad:
+            raise UsageError(
+                f"the teacher gives NaN or infinite logits at {bad} of {len(logits)} positions: "
+                "nothing to plan with. Try --dtype float32, or check the model."
+            )
+        to_id, to_rank = self.ranks or (None, None)
+        return SoftTargets(self.codec, self.codec.pack(arrays, to_rank), to_id)
+
+
+class SamplePass:
+    """The teacher's pass over the sample."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        codecs: Sequence[Codec],
+        sample: CorpusSample,
+        *,
+        find_batch: bool,
+    ) -> None:
+        self.prepared, self.sample = prepared, sample
+        self._find_batch = find_batch
+        ranks = None
+        if prepared.ranks:
+            to_id = read_ranks(prepared.ranks, prepared.spec.vocab_size)
+            ranks = (to_id, ranks_of_ids(to_id))
+        self.trials = [_Trial(c, ranks if c.uses_ranks else None) for c in codecs]
+        # The order of the rows is the same for batches of any size.
+        self.rows = [
+            sample.rows[i] for batch in self._batches(prepared.batch_tokens) for i in batch
+        ]
+        self.positions = sum(len(self._places(row)) for row in self.rows)
+        self.compared = 0
+        self.seconds = 0.0
+
+    def _batches(self, tokens: int) -> list[list[int]]:
+        return list(batches([len(row.input_ids) for row in self.sample.rows], tokens))
+
+    def _places(self, row: Row) -> np.ndarray:
+        return row.places(self.prepared.spec.task)
+
+    def check_memory(self) -> None:
+        """Refuse a sample whose dense targets would fill the memory."""
+        for trial in self.trials:
+            size = self.positions * sum(
+                np.dtype(c.dtype).itemsize * math.prod(c.shape)
+                for c in trial.codec.columns
+                if c.per == "position"
+            )
+            if size > _MOST_BYTES:
+                raise UsageError(
+                    f"{trial.codec} takes {size / 1e9:.1f} GB for a sample of {self.positions:,} "
+                    "positions. Use fewer --rows, or leave this --codec out."
+                )
+
+    def measure(self, report: Report) -> None:
+        """Run the teacher over the sample and every codec over its logits."""
+        self.teacher = Teacher(self.prepared.teacher, self.prepared.spec.vocab_size)
+        cut = self._batches(self._batch_tokens())
+        # Kernels are chosen and compiled at their first call: not what a long build is made of.
+        self._try(cut[0] if self.prepared.teacher.compile else cut[-1][-1:])
+        every = max(1, -(-self.positions // _COMPARED))
+        at = done = 0
+        for batch in cut:
+            rows = [self.sample.rows[i] for i in batch]
+            u = self._noise(batch)
+            place = 0
+            slices = self.teacher.logits(rows)
+            while (logits := self._next(slices)) is not None:
+                piece = u[place : place + len(logits)]
+                chosen = np.arange(-at % every, len(logits), every)
+                made = [trial.add(logits, piece) for trial in self.trials]
+                for trial, part in zip(self.trials, made, strict=True):
+                    trial.parts.append(part)
+                for start in range(0, len(chosen), _COMPARED_AT_ONCE):
+                    self._compare(logits, made, chosen[start : start + _COMPARED_AT_ONCE])
+                place += len(logits)
+                at += len(logits)
+            done += len(batch)
+            report(f"teacher: {done} of {len(self.rows)} rows")
+
+    def _batch_tokens(self) -> int:
+        """What a build would find: the largest batch that fits a GPU."""
+        most = self.prepared.batch_tokens
+        if not self._find_batch or self.teacher.device.type != "cuda":
+            return most
+        return find_batch_tokens(
+            lambda tokens: peak_share(lambda: self._try(self._batches(tokens)[0])),
+            most,
+            max(len(row.input_ids) for row in self.rows),
+        )
+
+    def _try(self, batch: Sequence[int]) -> None:
+        """Run teacher and codecs over some rows, for nothing but their effects."""
+        for logits in self.teacher.logits([self.sample.rows[i] for i in batch]):
+            u = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+            for trial in self.trials:
+                trial.add(logits, u, timed=False)
+        self.teacher.take_clipped_mass()
+
+    def _next(self, slices: Iterator[Tensor]) -> Tensor | None:
+        begin = _now(self.teacher.device)
+        logits = next(slices, None)
+        self.seconds += _now(self.teacher.device) - begin
+        return logits
+
+    def _noise(self, batch: Sequence[int]) -> Tensor:
+        """The numbers of a build with seed 0."""
+        parts = [
+            position_uniform(0, *self.sample.places[i], self._places(self.sample.rows[i]))
+            for i in batch
+        ]
+        u = np.concatenate(parts)
+        return torch.from_numpy(u).to(self.teacher.device)
+
+    def _compare(self, logits: Tensor, made: Sequence[SoftTargets], chosen: np.ndarray) -> None:
+        """Hold what was stored of some positions of a slice against all of their logits."""
+        here = logits[torch.from_numpy(chosen).to(logits.device)]
+        taken = [part.take(chosen) for part in made]
+        for t in sorted({t for trial in self.trials for t in trial.codec.temperatures}):
+            # One student for all temperatures and codecs.
+            full = FullGradient(here, t, torch.Generator().manual_seed(self.compared))
+            for trial, targets in zip(self.trials, taken, strict=True):
+                if t in trial.meters:
+                    trial.meters[t].add(full, targets.at(t).to(here.device))
+        self.compared += len(chosen)
+
+    def cache(self, trial: _Trial, path: Path) -> PlannedCache:
+        """Write the sample with one codec and put its figures together."""
+        targets = SoftTargets.concat(trial.parts)
+        trial.parts.clear()
+        data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets)
+        write_shard(path, data, attributes={})
+        sizes = column_bytes(path)
+        of_rows = sum(n for name, n in sizes.items() if name.startswith("rows/")) / self.positions
+        of_targets = sum(sizes.values()) / self.positions - of_rows
+        begin = time.perf_counter()
+        read_shard(path, trial.codec, ranks=targets.rank_to_id).targets.at(
+            trial.codec.temperatures[0]
+        )
+        read = (time.perf_counter() - begin) / self.positions
+        teacher = self.seconds / self.positions
+        encode = trial.seconds / self.positions
+        hours = self.sample.corpus_positions * (teacher + encode) / 3600
+        return PlannedCache(
+            codec=str(trial.codec),
+            temperatures=trial.codec.temperatures,
+            entries=_entries(targets),
+            bytes_per_position=of_targets,
+            row_bytes_per_position=of_rows,
+            corpus_bytes=round(self.sample.corpus_positions * (of_rows + of_targets)),
+            encode_seconds=encode,
+            read_seconds=read,
+            hours={str(n): hours / n for n in WORKERS},
+            break_even=break_even(teacher, encode, read),
+            fidelity=tuple(meter.result() for meter in trial.meters.values()),
+        )
+
+
+def _entries(targets: SoftTargets) -> float:
+    counts = targets.codec.counts(targets.columns)
+    if counts:
+        return float(sum(n.sum() for n in counts.values()) / len(targets))
+    return float(math.prod(targets.codec.columns[0].shape))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

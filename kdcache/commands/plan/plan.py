@@ -1,0 +1,79 @@
+"""A plan from its options to its result."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kdcache.commands.build.build import prepare
+from kdcache.commands.plan.measure import Report, SamplePass
+from kdcache.commands.plan.options import PlanOptions
+from kdcache.commands.plan.result import PlanResult
+from kdcache.commands.plan.sample import sample_rows
+from kdcache.storage import redact
+from kdcache.targets import Codec
+
+
+def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
+    """Measure a grid of codecs on a sample of the corpus.
+
+    Args:
+        options: what to plan.
+        report: called with a line on what is going on.
+
+    Raises:
+        UsageError: wrong options or input, or a sample that does not fit the memory.
+    """
+    report = report or (lambda line: None)
+    prepared = prepare(options.build_options())
+    vocab = prepared.spec.vocab_size
+    codecs = _grid(options, vocab)
+    sample = sample_rows(prepared.corpus, prepared.rows, prepared.tokenizer, options.rows)
+    report(f"{len(sample.rows)} rows of {sample.records} records; loading the teacher")
+    run = SamplePass(prepared, codecs, sample, find_batch=options.batch_tokens is None)
+    run.check_memory()
+    run.measure(report)
+    with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
+        caches = tuple(run.cache(trial, Path(folder) / "shard.h5") for trial in run.trials)
+    if options.plot is not None:
+        from kdcache.cli.view_plan import plot_plan
+
+        names = ", ".join(Path(redact(name)).name for name in options.teacher)
+        plot_plan(
+            options.plot,
+            caches,
+            title=f"Targets of {names}: fidelity against bytes",
+            positions=run.compared,
+        )
+    return PlanResult(
+        teacher=tuple(redact(name) for name in options.teacher),
+        task=options.task,
+        vocab_size=vocab,
+        rows=len(sample.rows),
+        positions=run.positions,
+        compared_positions=run.compared,
+        corpus_positions=sample.corpus_positions,
+        device=_device_name(run.teacher.device),
+        dtype=prepared.spec.dtype,
+        teacher_seconds=run.seconds / run.positions,
+        clipped_mass=float(run.teacher.take_clipped_mass()) / run.positions,
+        caches=caches,
+        plot=options.plot,
+    )
+
+
+def _grid(options: PlanOptions, vocab: int) -> list[Codec]:
+    codecs = [
+        Codec.parse(text, temperatures, vocab)
+        for temperatures in options.temperature_sets
+        for text in options.codecs
+    ]
+    return list(dict.fromkeys(codecs))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

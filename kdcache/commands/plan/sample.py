@@ -1,0 +1,123 @@
+"""Rows from all over a corpus, and how large the corpus is.
+
+Evenly spaced places of the corpus are looked into (`kdcache.corpus.sample`) and their records are
+encoded as in a build. Positions per stored byte of what was encoded, times the bytes of all files,
+is the size of the corpus in positions.
+
+The estimate is near for files that are not compressed; where they are, how well the sample
+compresses stands for all, and a sample of a large file compresses a little worse than the file.
+
+Cost: a few thousand records are read.
+Guarantee: the same corpus and options give the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kdcache.corpus import Corpus, LineAt, Look, Record, look_into, looks
+from kdcache.corpus.formats import table_size
+from kdcache.errors import UsageError
+from kdcache.rows import Row, RowSpec, make_encoder
+
+_CHARACTERS_A_TOKEN = 6  # more than most scripts have, so that a full row comes out
+_ALL = 1 << 62
+_READ = 4096  # records of all looks, more only where more rows are wanted
+
+
+@dataclass
+class CorpusSample:
+    """Some rows of a corpus, where they come from, and what that says about the whole.
+
+    Attributes:
+        rows: the sample.
+        places: span, and number of the row in it, of each.
+        records: read for it; more than the rows need, where a row is a small part of a record.
+        positions: in all rows of these records.
+        stored: bytes that these records take in their files.
+        corpus_positions: estimate of the positions in the whole corpus.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    records: int = 0
+    positions: int = 0
+    stored: float = 0.0
+    corpus_positions: int = 0
+
+
+def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> CorpusSample:
+    """Take about `rows` rows, spread over the corpus.
+
+    Args:
+        corpus: where from.
+        spec: how records become rows.
+        tokenizer: the teacher's.
+        rows: how many are wanted; there are fewer only where the corpus has fewer.
+
+    Raises:
+        UsageError: no row could be made, or a record cannot be read.
+    """
+    sample = CorpusSample()
+    places = looks(corpus, rows)
+    for done, span in enumerate(places):
+        # Places that are short of rows leave theirs to the ones behind them.
+        wanted = -(-(rows - len(sample.rows)) // (len(places) - done))
+        look = look_into(
+            span,
+            columns=spec.columns,
+            on_error=spec.on_error,
+            read=max(wanted, _READ // len(places)),
+            records=wanted,
+            characters=wanted * spec.max_length * _CHARACTERS_A_TOKEN,
+        )
+        found = list(make_encoder(spec, tokenizer).encode(look.records))
+        sample.positions += sum(len(row.places(spec.task)) for row in found)
+        sample.records += len(look.records)
+        sample.stored += _stored(look)
+        chosen = np.linspace(0, len(found), min(wanted, len(found)), endpoint=False).astype(int)
+        sample.rows += [found[i] for i in chosen]
+        sample.places += [(span.index, int(i)) for i in chosen]
+    if not sample.rows:
+        raise UsageError(
+            "no row could be made of the first records of the corpus: nothing to plan with. Look "
+            "at its text column, or name another --corpus."
+        )
+    sample.corpus_positions = _corpus_positions(corpus, sample)
+    return sample
+
+
+def _corpus_positions(corpus: Corpus, sample: CorpusSample) -> int:
+    size = sum(file.size for file in corpus.files)
+    estimate = sample.positions * size / max(sample.stored, 1)
+    if corpus.settings["limit"] is not None:
+        estimate = min(estimate, corpus.settings["limit"] * sample.positions / sample.records)
+    # The sample itself is certain.
+    return max(round(estimate), sample.positions)
+
+
+def _stored(look: Look) -> float:
+    """Bytes that these records take in their file; guessed where it is compressed."""
+    span, records = look.span, look.records
+    if not records:
+        return 0.0
+    if span.kind in ("parquet", "arrow"):
+        total, _ = table_size(replace(span, limit=_ALL))
+        return span.stop * len(records) / max(total, 1)
+    first, last = records[0].location, records[-1].location
+    if isinstance(first, LineAt) and isinstance(last, LineAt) and len(records) > 1:
+        read = (len(records) - 1) * look.stride
+        return (last.offset - first.offset) / read * len(records)
+    plain = "".join(_line(span.kind, record) for record in records).encode()
+    return len(zlib.compress(plain)) if span.compression else len(plain)
+
+
+def _line(kind: str, record: Record) -> str:
+    if kind == "jsonl":
+        return json.dumps(record.values, ensure_ascii=False) + "\n"
+    return "\t".join(str(value) for value in record.values.values()) + "\n"

@@ -1,0 +1,248 @@
+"""`kdcache predict`: texts in, one JSON line a text out, in the order they came.
+
+Records are read in windows; a window is sorted by length for the model and put back in order for
+the output. Memory is that of one window, however long the input.
+
+Guarantee: one line for every record that could be read, empty texts included, so that line i of the
+output belongs to record i of the input. A file named by `out` appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from kdcache.commands.build.worker import batches
+from kdcache.corpus import Corpus, ReadStats, Record
+from kdcache.errors import UsageError
+from kdcache.storage import no_space
+from kdcache.student.load import CAUSAL, CLASSIFICATION
+from kdcache.student.saved import LoadedModel, SavedModel, pick_device
+
+_WINDOW = 1024
+_SPAN_BYTES = 1 << 60  # a file is one span: spans of compressed files would mix its order
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What `kdcache predict` is asked for; fields bear the names of its options.
+
+    Attributes:
+        student: folder (also of a run, which keeps it in `student/`) or hub id of a classifier.
+        corpus: files, folders, globs or URLs; `-` alone reads plain lines from standard input.
+        out: file for the JSON lines. Default: standard output.
+        text_column: column of the text.
+        pair_column: column of a second text (optional).
+        columns: names of the columns of files without a header.
+        on_error: `fail` or `skip` for records that cannot be read.
+        limit: only the first records.
+        batch_tokens: padded tokens of a batch. Default: by device.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu` or `cuda`.
+        trust_remote_code: let code that ships with the model run.
+    """
+
+    student: str
+    corpus: tuple[str, ...]
+    out: str | None = None
+    text_column: str = "text"
+    pair_column: str | None = None
+    columns: tuple[str, ...] | None = None
+    on_error: str = "fail"
+    limit: int | None = None
+    batch_tokens: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.student:
+            problems.append("--student is missing: name a folder or a hub id")
+        if not self.corpus:
+            problems.append("--corpus is missing: name files, or - for standard input")
+        if "-" in self.corpus and len(self.corpus) > 1:
+            problems.append("--corpus - reads standard input and stands alone")
+        if "-" in self.corpus and self.pair_column is not None:
+            problems.append("--corpus - reads one text a line and has no --pair-column")
+        if self.on_error not in ("fail", "skip"):
+            problems.append(f"--on-error is {self.on_error!r}, expected fail or skip")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            problems.append(f"--dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
+        for name in ("limit", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if problems:
+            raise UsageError("; ".join(problems) + ".")
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """The outcome of a prediction run.
+
+    Attributes:
+        out: where the lines went. Default: standard output.
+        records: lines written.
+        skipped: records that could not be read.
+        seconds: wall time, loading the model included.
+    """
+
+    out: str | None
+    records: int
+    skipped: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says about a text.
+
+    Attributes:
+        text: as it was read.
+        text_pair: the second text, or None where there is no pair column.
+        label: name of the most probable class.
+        probabilities: of each class by its name; they sum to 1.
+    """
+
+    text: str
+    text_pair: str | None
+    label: str
+    probabilities: dict[str, float]
+
+    def to_json(self) -> str:
+        """One line; a missing second text is left out."""
+        values = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+        kept = {name: value for name, value in values.items() if value is not None}
+        return json.dumps({**kept, "probabilities": self.probabilities}, ensure_ascii=False)
+
+
+def predict(
+    options: PredictOptions, *, lines: Iterable[str] | None = None, output: TextIO | None = None
+) -> PredictResult:
+    """Classify texts.
+
+    Args:
+        options: what to do.
+        lines: read instead of standard input, for `corpus` `-`.
+        output: written to instead of standard output, where `out` is None.
+
+    Raises:
+        UsageError: the model is no classifier or cannot read texts, or unreadable input.
+    """
+    begin = time.perf_counter()
+    saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)
+    if saved.task == CAUSAL:
+        raise UsageError(
+            f"student {options.student} is a causal LM; predict is for classifiers. "
+            "Generate text with transformers, and judge it with `kdcache evaluate`."
+        )
+    device = pick_device(options.device)
+    stats = ReadStats()
+    written = 0
+    with _sink(options.out, output) as sink:
+        model = saved.load(
+            CLASSIFICATION, len(saved.label_names), dtype=options.dtype, device=device
+        )
+        budget = options.batch_tokens or (4096 if device == "cpu" else 32768)
+        texts, window = _texts(options, stats, lines)
+        while some := list(islice(texts, window)):
+            for prediction in predictions(model, some, batch_tokens=budget):
+                sink.write(prediction.to_json() + "\n")
+            sink.flush()
+            written += len(some)
+    return PredictResult(options.out, written, stats.skipped, time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def predictions(
+    model: LoadedModel, texts: list[tuple[str, str | None]], *, batch_tokens: int = 4096
+) -> list[Prediction]:
+    """What a loaded classifier says about texts, or pairs of texts, in their order."""
+    pairs = None if texts[0][1] is None else [pair or "" for _, pair in texts]
+    rows = model.saved.encode([text for text, _ in texts], pairs)
+    names = model.saved.label_names
+    found: list[Prediction | None] = [None] * len(rows)
+    for chosen in batches([len(row.input_ids) for row in rows], batch_tokens):
+        logits = torch.cat(list(model.run([rows[i] for i in chosen])))
+        for i, p in zip(chosen, logits.double().softmax(-1).tolist(), strict=True):
+            best = max(range(len(p)), key=p.__getitem__)
+            found[i] = Prediction(*texts[i], names[best], dict(zip(names, p, strict=True)))
+    return [prediction for prediction in found if prediction is not None]
+
+
+def _texts(
+    options: PredictOptions, stats: ReadStats, lines: Iterable[str] | None
+) -> tuple[Iterator[tuple[str, str | None]], int]:
+    """The texts in order, and how many to take at a time."""
+    if options.corpus == ("-",):
+        source = sys.stdin if lines is None else lines
+        # Someone who types wants an answer to each line.
+        window = 1 if lines is None and sys.stdin.isatty() else _WINDOW
+        plain = ((line.rstrip("\r\n"), None) for line in source)
+        return islice(plain, options.limit), window
+    return (_columns(record, options) for record in _records(options, stats)), _WINDOW
+
+
+def _records(options: PredictOptions, stats: ReadStats) -> Iterator[Record]:
+    corpus = Corpus.open(
+        options.corpus, span_bytes=_SPAN_BYTES, limit=options.limit, columns=options.columns
+    )
+    wanted = [name for name in (options.text_column, options.pair_column) if name is not None]
+    for span in corpus.spans:
+        on_error = options.on_error
+        yield from Corpus.read(span, columns=wanted, on_error=on_error, stats=stats)  # type: ignore[arg-type]
+
+
+def _columns(record: Record, options: PredictOptions) -> tuple[str, str | None]:
+    found: list[str] = []
+    for name, option in (
+        (options.text_column, "--text-column"),
+        (options.pair_column, "--pair-column"),
+    ):
+        if name is None:
+            continue
+        if name not in record.values:
+            raise record.missing([name], option)
+        value = record.values[name]
+        found.append("" if value is None else str(value))
+    return found[0], found[1] if len(found) == 2 else None
+
+
+@contextmanager
+def _sink(out: str | None, output: TextIO | None) -> Iterator[TextIO]:
+    if out is None:
+        yield sys.stdout if output is None else output
+        return
+    path = Path(out).expanduser()
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}. Choose another --out.") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if no_space(error):
+            raise UsageError(
+                f"no space left for {out}. Free some, or choose another --out."
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)

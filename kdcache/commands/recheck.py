@@ -1,0 +1,287 @@
+"""Cached targets beside the teacher's own: is this cache what this teacher says?
+
+A few random rows go through the teacher again, twice: each by itself, and padded together. Their
+logits are encoded as in the build, with the same noise, and compared with what the cache holds.
+They can't be equal to the last bit, since other batches, machines and libraries round otherwise.
+How much they may differ is measured: the two live runs show how far rounding moves the logits, and
+noise of that size, put on the logits of one of them, shows what it makes of stored targets (of a
+top-k it swaps ids, of a sample it draws others, and quantisation makes steps of all of it).
+
+The difference of two targets is half the sum of what their weights differ by, which is 1 for
+targets that share nothing, as a mean over the declared temperatures. For `dense` it is the root
+mean square of what the logits differ by, over that of the logits themselves.
+
+Cost: two forwards of the sampled rows, and six encodings of some positions of each.
+Guarantee: the same arguments compare the same positions. Other weights, rows and targets that do
+not belong together, or a coarser dtype than the spec's stand out, unless what they change is less
+than what rounding does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import Cache
+from kdcache.commands.build.worker import batches
+from kdcache.errors import UsageError
+from kdcache.rows import Row
+from kdcache.student.saved import pick_device
+from kdcache.targets import DenseTargets, SoftTargets, position_uniform
+from kdcache.targets.ranks import ranks_of_ids
+from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
+
+_CAUSAL = "causal-lm"
+_LOGITS = 1 << 25  # numbers, of all positions that are compared
+_TRIALS = 4
+_SLACK = 2.0  # times the largest difference that rounding was seen to make
+# Rounding in a model as a share of its logits, at least, since machines differ more than batches
+# do: two kernels of attention gave 6e-7, 9e-4 and 8e-3 on a 6-layer encoder.
+_ROUNDING = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """Cached targets beside those of a teacher that runs now.
+
+    Attributes:
+        rows: that were compared.
+        positions: of them that were compared.
+        same_teacher: whether configuration and weights are those of the build.
+        cached: mean difference between cached and live targets.
+        live: mean difference between the targets of the two live runs.
+        allowed: what rounding explains of `cached`.
+        worst: largest mean difference of a row.
+        worst_allowed: what rounding explains of `worst`.
+        problems: one line each; none where rounding explains all.
+    """
+
+    rows: int
+    positions: int
+    same_teacher: bool
+    cached: float
+    live: float
+    allowed: float
+    worst: float
+    worst_allowed: float
+    problems: tuple[str, ...]
+
+
+@dataclass
+class _Sample:
+    """Rows of a cache with their targets at some positions.
+
+    Attributes:
+        rows: the rows.
+        places: shard, and number in it, of each.
+        wanted: which of its positions, counted in the row, are compared.
+        noise: float64 [positions], the noise of all of them.
+        targets: what the cache holds of them.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    wanted: list[np.ndarray] = field(default_factory=list)
+    noise: list[np.ndarray] = field(default_factory=list)
+    targets: list[SoftTargets] = field(default_factory=list)
+
+
+def recheck(
+    cache: Cache,
+    teachers: Sequence[str],
+    *,
+    sample: int = 32,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Recheck:
+    """Run the teachers of a cache again on some of its rows.
+
+    Args:
+        cache: a sealed cache, whose files are whole.
+        teachers: folder or hub id of each, in the order of the build.
+        sample: number of rows.
+        seed: of their choice, and of the choice of positions.
+        trust_remote_code: let code that ships with a teacher run.
+
+    Raises:
+        UsageError: not as many teachers as the cache has, or they have other ids or classes.
+    """
+    spec = cache.spec
+    files = [TeacherFiles.find(name, trust_remote_code=trust_remote_code) for name in teachers]
+    _check_teachers(cache, files)
+    rng = np.random.default_rng(seed)
+    chosen = _choose(cache, sample, rng)
+    device = pick_device("auto")
+    options = TeacherOptions(
+        names=tuple(teachers),
+        task=spec.task,
+        weights=tuple(float(teacher["weight"]) for teacher in spec.teachers),
+        ensemble=spec.ensemble,
+        dtype=spec.dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    teacher = Teacher(options, spec.vocab_size)
+    lengths = [len(row.input_ids) for row in chosen.rows]
+    budget = max(_BATCH_TOKENS[device], 2 * max(lengths))
+    alone = _live(teacher, chosen, [[i] for i in range(len(lengths))])
+    together = _live(teacher, chosen, list(batches(lengths, budget)))
+    return _compare(cache, chosen, files, alone, together, rng)
+
+
+def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
+    spec = cache.spec
+    if len(files) != len(spec.teachers):
+        raise UsageError(
+            f"{cache.url} was built with {len(spec.teachers)} teachers, {len(files)} are named. "
+            "Name each with a --teacher, in the order of the build."
+        )
+    for one in files:
+        if spec.task != _CAUSAL and one.label_names != spec.label_names:
+            raise UsageError(
+                f"teacher {one.name} has the classes {one.label_names}, {cache.url} has "
+                f"{spec.label_names}: it is not the teacher of this cache."
+            )
+        width = int(one.config.get_text_config().vocab_size)
+        if spec.task == _CAUSAL and width < spec.vocab_size:
+            raise UsageError(
+                f"teacher {one.name} has {width} ids, the targets of {cache.url} have "
+                f"{spec.vocab_size}: it is not the teacher of this cache."
+            )
+
+
+def _choose(cache: Cache, sample: int, rng: np.random.Generator) -> _Sample:
+    spec = cache.spec
+    ends = np.cumsum([entry.rows for entry in cache.manifest.shards])
+    numbers = np.sort(rng.choice(ends[-1], min(sample, int(ends[-1])), replace=False))
+    spans = np.searchsorted(ends, numbers, side="right")
+    most = max(1, _LOGITS // (spec.vocab_size * len(numbers)))
+    chosen = _Sample()
+    for span in np.unique(spans).tolist():
+        data = cache.read(span)
+        first = int(ends[span]) - len(data)
+        for index in (numbers[spans == span] - first).tolist():
+            row = data.row(index)
+            within = row.places(spec.task)
+            some = np.sort(rng.choice(len(within), min(most, len(within)), replace=False))
+            chosen.rows.append(row)
+            chosen.places.append((span, index))
+            chosen.wanted.append(some)
+            chosen.noise.append(position_uniform(spec.seed, span, index, within[some]))
+            chosen.targets.append(data.targets.take(data.position_offsets[index] + some))
+    return chosen
+
+
+def _live(teacher: Teacher, chosen: _Sample, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Logits of the wanted positions, float32 [positions, V], row by row as they were chosen.
+
+    Args:
+        teacher: who is asked.
+        chosen: the rows.
+        groups: numbers of the rows that make a batch.
+    """
+    found: dict[int, Tensor] = {}
+    for group in groups:
+        rows = [chosen.rows[i] for i in group]
+        counts = [len(row.places(teacher.options.task)) for row in rows]
+        starts = np.cumsum(counts) - counts
+        wanted = np.concatenate([chosen.wanted[i] + s for i, s in zip(group, starts, strict=True)])
+        done, parts = 0, []
+        for logits in teacher.logits(rows):
+            here = wanted[(wanted >= done) & (wanted < done + len(logits))] - done
+            parts.append(logits[torch.from_numpy(here).to(logits.device)].float().cpu())
+            done += len(logits)
+        sizes = [len(chosen.wanted[i]) for i in group]
+        found.update(zip(group, torch.split(torch.cat(parts), sizes), strict=True))
+    return torch.cat([found[i] for i in range(len(chosen.rows))])
+
+
+def _compare(
+    cache: Cache,
+    chosen: _Sample,
+    files: Sequence[TeacherFiles],
+    alone: Tensor,
+    together: Tensor,
+    rng: np.random.Generator,
+) -> Recheck:
+    spec, codec, ranks = cache.spec, cache.codec(), cache.rank_to_id
+    noise = torch.from_numpy(np.concatenate(chosen.noise))
+    row_of = np.repeat(np.arange(len(chosen.rows)), [len(w) for w in chosen.wanted])
+    scale = float((alone - alone.mean(1, keepdim=True)).square().mean().sqrt())
+
+    def stored(logits: Tensor) -> SoftTargets:
+        encoded = {name: t.numpy() for name, t in codec.encode(logits, noise).items()}
+        packed = codec.pack(encoded, None if ranks is None else ranks_of_ids(ranks))
+        return SoftTargets(codec, packed, ranks)
+
+    def by_row(one: SoftTargets, other: SoftTargets) -> np.ndarray:
+        each = _differences(one, other, spec.vocab_size, scale)
+        return np.bincount(row_of, each) / np.bincount(row_of)
+
+    held, live = SoftTargets.concat(chosen.targets), stored(alone)
+    moved = (together - alone).square().mean(1, keepdim=True).sqrt()
+    moved = moved.clamp_min(max(float(moved.square().mean().sqrt()), _ROUNDING[spec.dtype] * scale))
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+    explained = [by_row(live, stored(together))]
+    for _ in range(_TRIALS):
+        shaken = alone + moved * torch.randn(alone.shape, generator=generator)
+        explained.append(by_row(live, stored(shaken)))
+    found = by_row(live, held)
+    allowed = _SLACK * max(float(rows.mean()) for rows in explained)
+    worst_allowed = _SLACK * max(float(rows.max()) for rows in explained)
+    same = tuple(one.sha256 for one in files) == tuple(t["sha256"] for t in spec.teachers)
+    result = Recheck(
+        rows=len(chosen.rows),
+        positions=len(alone),
+        same_teacher=same,
+        cached=float(found.mean()),
+        live=float(explained[0].mean()),
+        allowed=allowed,
+        worst=float(found.max()),
+        worst_allowed=worst_allowed,
+        problems=(),
+    )
+    return replace(result, problems=tuple(_problems(result, chosen, found)))
+
+
+def _differences(one: SoftTargets, other: SoftTargets, vocab_size: int, scale: float) -> np.ndarray:
+    """How much the targets of each position differ, float64 [positions]."""
+    sums = np.zeros(len(one))
+    temperatures = one.codec.temperatures
+    for temperature in temperatures:
+        a, b = one.at(temperature), other.at(temperature)
+        if isinstance(a, DenseTargets):
+            assert isinstance(b, DenseTargets), "one codec makes one kind"
+            return np.asarray((a.logits - b.logits).double().square().mean(1).sqrt() / scale)
+        assert not isinstance(b, DenseTargets), "one codec makes one kind"
+        apart = torch.zeros(len(one), vocab_size)
+        apart.scatter_add_(1, a.ids, a.weights).scatter_add_(1, b.ids, -b.weights)
+        sums += (apart.abs().sum(1).double() + (a.rest - b.rest).abs()).numpy() / 2
+    return sums / len(temperatures)
+
+
+def _problems(result: Recheck, chosen: _Sample, found: np.ndarray) -> list[str]:
+    figures = (
+        f"cached and live targets differ by {result.cached:.2g}, two live runs by "
+        f"{result.live:.2g}, and rounding explains {result.allowed:.2g}"
+    )
+    if result.cached > result.allowed:
+        whose = (
+            "It is the teacher of the build: the cache is not what it says"
+            if result.same_teacher
+            else "It is not the teacher of the build, whose weights or configuration are others"
+        )
+        return [f"the targets are not those of this teacher: {figures}. {whose}."]
+    if result.worst > result.worst_allowed:
+        span, row = chosen.places[int(found.argmax())]
+        return [
+            f"shard {span}, row {row}: its targets are not those of its tokens. They differ from "
+            f"the teacher's by {result.worst:.2g}, and rounding explains "
+            f"{result.worst_allowed:.2g}; of all rows, {figures}. Build the cache again."
+        ]
+    return []

@@ -1,0 +1,107 @@
+"""The figures of an evaluation, and how they are printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.student.load import CAUSAL
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """The figures of one model; None where one has no meaning or is not known.
+
+    Attributes:
+        name: as the user gave it, or `teacher` for cached targets.
+        role: `teacher` or `student`.
+        parameters: numbers in its weights; None for cached targets.
+        accuracy: share of hard labels that are the most probable id or class.
+        f1: of class 1 with two classes, else macro (classification only).
+        cross_entropy: with the hard labels, nats a position, T = 1.
+        perplexity: its exponential (causal LM only).
+        kl: KL(teacher || student) at the result's temperature, nats a position.
+        soft_cross_entropy: where KL is not known: that plus the teacher's entropy.
+        agreement: share of positions whose most probable id is also the teacher's.
+        calibration_error: expected calibration error of the most probable id, T = 1.
+    """
+
+    name: str
+    role: str
+    parameters: int | None
+    accuracy: float | None
+    f1: float | None
+    cross_entropy: float | None
+    perplexity: float | None
+    kl: float | None
+    soft_cross_entropy: float | None
+    agreement: float | None
+    calibration_error: float | None
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Figures of all models over one set.
+
+    Attributes:
+        source: the cache or the corpus.
+        task: `causal-lm` or `sequence-classification`.
+        label_names: the classes, or None.
+        rows: rows in the set.
+        positions: positions (one a row for classification).
+        labelled: positions with a hard label.
+        temperature: of KL.
+        agreement_positions: positions where the teacher's most probable id is known.
+        calibration_bins: bins of the calibration error.
+        models: the teacher, if there is one, then the students.
+        notes: what a reader must know about figures that are missing or not exact.
+    """
+
+    source: str
+    task: str
+    label_names: tuple[str, ...] | None
+    rows: int
+    positions: int
+    labelled: int
+    temperature: float
+    agreement_positions: int
+    calibration_bins: int
+    models: tuple[ModelScores, ...]
+    notes: tuple[str, ...]
+
+
+def render_evaluation(result: EvaluateResult, console: Console) -> None:
+    """Print the models side by side."""
+    causal = result.task == CAUSAL
+    sampled = any(m.soft_cross_entropy is not None for m in result.models)
+    at = f"T = {result.temperature:g}"
+    figures = [("parameters", [number(m.parameters, 0) for m in result.models])]
+    figures.append(("accuracy", [percent(m.accuracy) for m in result.models]))
+    if causal:
+        figures.append(("perplexity", [number(m.perplexity, 2) for m in result.models]))
+    elif result.label_names is not None:
+        binary = len(result.label_names) == 2
+        name = f"F1 of {result.label_names[1]}" if binary else "macro F1"
+        figures.append((name, [percent(m.f1) for m in result.models]))
+    figures.append(("cross-entropy (nats)", [number(m.cross_entropy) for m in result.models]))
+    if sampled:
+        soft = [number(m.soft_cross_entropy) for m in result.models]
+        figures.append((f"soft cross-entropy (nats, {at})", soft))
+    else:
+        figures.append((f"KL to the teacher (nats, {at})", [number(m.kl) for m in result.models]))
+    figures.append(("agreement with the teacher", [percent(m.agreement) for m in result.models]))
+    error = [percent(m.calibration_error) for m in result.models]
+    figures.append((f"calibration error ({result.calibration_bins} bins)", error))
+    title = f"{result.source}: {result.rows:,} rows, {result.positions:,} positions"
+    header = ("", *(_heading(model) for model in result.models))
+    print_table(console, header, [(name, *values) for name, values in figures], title=title)
+    for note in result.notes:
+        print_line(console, note)
+
+
+def _heading(model: ModelScores) -> str:
+    if model.role == "teacher" and not model.name.startswith("teacher"):
+        return f"teacher: {model.name}"
+    return model.name

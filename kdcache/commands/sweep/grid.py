@@ -1,0 +1,255 @@
+"""The grid of a sweep: a YAML file to the runs it means, and everything that is wrong, at once.
+
+    cache: caches/novels            # keys are options of `kdcache train`
+    eval-cache: caches/held-out
+    grid:                           # every value with every other
+      student: [tiny.json, small.json]
+      alpha: [0.1, 0.5, 1.0]
+      temperature: [1, 2]
+      seed: [0, 1, 2]
+
+Two combinations are one run if nothing that a student depends on tells them apart: values given
+twice, options that only decide speed or logging, and at alpha 1 or with loss mse the temperature.
+A run's key is a hash of what its student depends on (caches by their digests, a config file by its
+content), so it does not change when the grid around it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdcache.cache import Cache
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import Plan
+from kdcache.errors import UsageError
+from kdcache.options import read_values
+from kdcache.storage import redact
+from kdcache.stream import open_caches
+
+_GRID = "grid"
+_NOT_OURS = {
+    "out": "each run has a folder of its own below the --out of the sweep",
+    "resume": "runs go on from their last checkpoints by themselves",
+    "num_workers": "each run is one process, and several run at once",
+    "fsdp": "each run is one process",
+    "gpus_per_worker": "the sweep has --gpus-per-run",
+    "address": "the sweep has its own --address",
+}
+_PATHS = ("student", "cache", "eval_cache", "embeddings")
+_ANY = "-"
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of a sweep.
+
+    Attributes:
+        key: SHA-256 of everything its student depends on.
+        name: the values that tell it from the others, and the begin of the key.
+        setting: option to value, as people read them, of what the grid crosses; `-` where the
+            student does not depend on it.
+        options: of the run, all but `out`.
+        plan: these options with their caches opened.
+    """
+
+    key: str
+    name: str
+    setting: dict[str, str]
+    options: TrainOptions
+    plan: Plan
+
+    def at(self, out: Path) -> Plan:
+        """The plan of this run in a folder."""
+        return dataclasses.replace(
+            self.plan, options=dataclasses.replace(self.options, out=str(out))
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a sweep is to train.
+
+    Attributes:
+        crossed: options with several values, in the order of the file.
+        runs: each once.
+        combinations: how many combinations of values these runs stand for.
+    """
+
+    crossed: tuple[str, ...]
+    runs: tuple[GridRun, ...]
+    combinations: int
+
+    @classmethod
+    def read(cls, path: str | Path) -> Grid:
+        """Read a grid and check every run as far as it goes without its student.
+
+        Args:
+            path: the YAML file.
+
+        Raises:
+            UsageError: lists everything that is wrong.
+            IncompleteError: the build of a cache has not finished.
+        """
+        fixed, crossed, wrong = _read_file(Path(path))
+        combinations = list(itertools.product(*crossed.values()))
+        labels = itertools.product(*(_labels(name, values) for name, values in crossed.items()))
+        problems: dict[str, list[str]] = {}
+        runs: dict[str, GridRun] = {}
+
+        @functools.cache
+        def opened(names: Sequence[str]) -> list[Cache]:
+            return open_caches(names)
+
+        for values, texts in zip(combinations, labels, strict=True):
+            setting = dict(zip(crossed, texts, strict=True))
+            try:
+                run = _run({**fixed, **dict(zip(crossed, values, strict=True))}, setting, opened)
+            except UsageError as error:
+                here = " ".join(f"{_option(name)}={text}" for name, text in setting.items())
+                for line in str(error).splitlines():
+                    problems.setdefault(line, []).append(here)
+            else:
+                runs.setdefault(run.key, run)
+        for problem, places in problems.items():
+            everywhere = len(places) == len(combinations)
+            where = f"{len(places)} of {len(combinations)} combinations, first {places[0]}"
+            wrong.append(problem if everywhere else f"{problem} ({where})")
+        if wrong:
+            raise nothing_started(path, wrong)
+        return cls(tuple(crossed), tuple(runs.values()), len(combinations))
+
+
+def nothing_started(path: str | Path, wrong: Sequence[str]) -> UsageError:
+    """The error that lists what is wrong with a grid."""
+    return UsageError("\n  ".join([f"grid {path}: nothing was started.", *wrong]))
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], list[str]]:
+    """Options with one value, those with several (names with `_`), and what is wrong."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"grid {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"grid {path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"grid {path} holds no options: expected lines like `epochs: 1`.")
+    grid = document.pop(_GRID, None)
+    wrong = []
+    if not isinstance(grid, dict) or not grid:
+        wrong.append(
+            "there is nothing to cross: expected `grid:` with lines like `alpha: [0.1, 0.5]` below "
+            "it. For a single run use `kdcache train`."
+        )
+        grid = {}
+    fixed = {str(key).replace("-", "_"): value for key, value in document.items()}
+    crossed = {}
+    for key, values in grid.items():
+        name = str(key).replace("-", "_")
+        if isinstance(values, list) and values:
+            crossed[name] = values
+        else:
+            shown = json.dumps(values, default=str)
+            wrong.append(f"{key} under grid is {shown}, expected a list of values.")
+        if name in fixed:
+            wrong.append(f"{key} is given twice, under grid and beside it. Drop one.")
+    for name in _NOT_OURS.keys() & {*fixed, *crossed}:
+        wrong.append(f"{_option(name)} has no place in a grid: {_NOT_OURS[name]}.")
+        fixed.pop(name, None)
+        crossed.pop(name, None)
+    return fixed, crossed, wrong
+
+
+def _run(values: Mapping[str, Any], setting: Mapping[str, str], opened: Any) -> GridRun:
+    found, wrong = read_values(TrainOptions, values)
+    wrong += [
+        f"{name} is missing." for name in ("cache", "student") if values.get(name) in (None, [])
+    ]
+    try:
+        options = TrainOptions(**{"cache": ("?",), "student": "?", **found, "out": "?"})
+    except UsageError as error:
+        wrong += str(error).splitlines()
+    student = found.get("student", "")
+    if student.endswith(".json") and not Path(student).is_file():
+        wrong.append(f"student {student}: no such file.")
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    options, setting = _without_idle(options, setting)
+    plan = Plan.make(options, opened)
+    key = _key(plan)
+    return GridRun(key, _name(setting, key), setting, options, plan)
+
+
+def _without_idle(
+    options: TrainOptions, setting: Mapping[str, str]
+) -> tuple[TrainOptions, dict[str, str]]:
+    """Options that do nothing beside the others set to one value, so that equal runs are equal."""
+    idle: dict[str, Any] = {}
+    if options.hard_only:
+        idle = {"temperature": 1.0, "loss": "forward-kl", "tail": "bucket"}
+    elif options.loss == "mse" and "temperature" in setting:
+        idle = {"temperature": 1.0}
+    shown = {name: _ANY if name in idle else text for name, text in setting.items()}
+    return dataclasses.replace(options, **idle), shown
+
+
+def _key(plan: Plan) -> str:
+    options = plan.options
+    student = Path(options.student)
+    facts = {
+        **plan.finished_identity,
+        "eval_steps": options.eval_steps,
+        "patience": options.patience,
+        # Two configs under one name are two students.
+        "config": hashlib.sha256(student.read_bytes()).hexdigest() if student.is_file() else None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _name(setting: Mapping[str, str], key: str) -> str:
+    words = [
+        value if name in _PATHS else f"{_option(name)}{value}"
+        for name, value in setting.items()
+        if value != _ANY
+    ]
+    readable = re.sub(r"[^\w.+-]+", "_", "-".join(words))[:_LONGEST_NAME]
+    return f"{readable}-{key[:8]}"
+
+
+def _labels(name: str, values: Sequence[Any]) -> list[str]:
+    """Short texts for the values of an option, as different as the values are."""
+    texts = [
+        [_text(v) for v in value] if isinstance(value, list) else [_text(value)] for value in values
+    ]
+    if name not in _PATHS:
+        return ["+".join(parts) for parts in texts]
+    depth = max((len(Path(text).parts) for parts in texts for text in parts), default=1)
+    for last in range(1, depth + 1):
+        short = ["+".join(_end(text, last) for text in parts) for parts in texts]
+        if len(set(short)) == len({tuple(parts) for parts in texts}):
+            return short
+    return ["+".join(parts) for parts in texts]
+
+
+def _end(text: str, last: int) -> str:
+    return "/".join(Path(text).parts[-last:]).removesuffix(".json")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else redact(str(value))
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,139 @@
+"""Where the runs of a sweep are done: in this process one by one, or as tasks on a Ray cluster.
+
+A pool applies a function to items and hands back outcomes as they come. A worker process that dies
+costs its item one of three tries, and a training run goes on from its last checkpoint then; an
+exception is an outcome like any other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdcache.commands.build.on_ray import cluster_address, connect
+from kdcache.errors import KdcacheError, UsageError
+
+_TRIES = 3
+_MOST_CPUS = 8
+
+Tick = Callable[[], None]
+Function = Callable[[Any, Tick], Any]
+Outcome = tuple[int, Any]
+
+
+class Pool(Protocol):
+    """Applies a function to items."""
+
+    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
+        """Number and result of each item, or the exception that it ended with, as they come.
+
+        Args:
+            function: of a module (not a closure), called as `function(item, tick)`.
+            items: what it is applied to, started in this order.
+            tick: to be called every now and then in this process.
+        """
+
+    def stop(self) -> None:
+        """Abandon what is not done."""
+
+
+class LocalPool:
+    """This process, one item after the other: `--workers 0`."""
+
+    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
+        """See `Pool.map`."""
+        for i, item in enumerate(items):
+            try:
+                result = function(item, tick)
+            except Exception as error:
+                result = error
+            yield i, result
+
+    def stop(self) -> None:
+        """See `Pool.stop`."""
+
+
+class RayPool:
+    """One Ray task an item."""
+
+    def __init__(
+        self, *, workers: int | None, gpus: float | None, address: str | None, items: int
+    ) -> None:
+        """Connect (or start a local Ray) and share it out.
+
+        Args:
+            workers: tasks at once; None for as many as there is room for.
+            gpus: GPUs of a task; None for one where there are any.
+            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
+                otherwise.
+            items: how many there will be at most.
+
+        Raises:
+            UsageError: the cluster cannot be reached or has not what a task needs.
+        """
+        import ray
+
+        self._ray = ray
+        self._owns = connect(address)
+        self._running: dict[Any, int] = {}
+        total = ray.cluster_resources()
+        cores, cards = int(total.get("CPU", 1)), total.get("GPU", 0)
+        gpus = (1.0 if cards else 0.0) if gpus is None else gpus
+        # A cluster that grows on demand may have room later: what is asked for by number waits.
+        fixed = workers is None or cluster_address(address) is None
+        if fixed and gpus > cards:
+            self.stop()
+            raise UsageError(
+                f"the Ray cluster has {cards:g} GPUs, a run needs {gpus:g}. Use --gpus-per-run 0, "
+                "or say with --workers how many to wait for."
+            )
+        room = int(cards // gpus) if gpus else cores
+        self._count = max(1, min(workers or room, items))
+        self._threads = max(1, min(_MOST_CPUS, cores // self._count))
+        self._remote = ray.remote(_call).options(
+            num_cpus=self._threads,
+            num_gpus=gpus,
+            max_retries=_TRIES - 1,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
+        )
+
+    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
+        """See `Pool.map`."""
+        waiting = deque(enumerate(items))
+        while waiting or self._running:
+            while waiting and len(self._running) < self._count:
+                i, item = waiting.popleft()
+                ref = self._remote.remote(str(Path.cwd()), self._threads, function, item)
+                self._running[ref] = i
+            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1.0)
+            tick()
+            for ref in done:
+                i = self._running.pop(ref)
+                try:
+                    yield i, self._ray.get(ref)
+                except self._ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None)
+                    # Ours say all themselves; with others goes the traceback of the worker.
+                    yield i, cause if isinstance(cause, KdcacheError) else error
+
+    def stop(self) -> None:
+        """See `Pool.stop`."""
+        for ref in self._running:
+            self._ray.cancel(ref, force=True)
+        self._running.clear()
+        if self._owns:
+            self._ray.shutdown()
+
+
+def _call(folder: str, threads: int, function: Function, item: Any) -> Any:
+    """On a worker: as if it had been called where the sweep was."""
+    import torch
+
+    if Path(folder).is_dir():  # relative paths, and the modules of a `module:function`
+        os.chdir(folder)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return function(item, lambda: None)

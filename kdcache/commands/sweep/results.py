@@ -1,0 +1,259 @@
+"""What a sweep came to: figures of its runs, and of its settings over seeds.
+
+A *setting* is what is left of the crossed options without the seed; its figures are means over
+seeds, with the sample standard deviation where there are two or more.
+
+Settings are ranked by accuracy, or by the cross-entropy with hard labels where there is none: these
+compare between all students. `loss` does not, it is weighted by the alpha and T of its own run.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.humanize import duration
+from kdcache.plots import DotRow, plot_dots
+
+SEED = "seed"
+_NAMES = {
+    "accuracy": "accuracy",
+    "hard_loss": "cross-entropy",
+    "soft_loss": "soft loss",
+    "loss": "loss",
+}
+_MOST_DRAWN = 40
+
+
+@dataclass(frozen=True)
+class RunScore:
+    """The figures of one run.
+
+    Attributes:
+        name: its folder below `runs/`.
+        out: its folder.
+        setting: value of each crossed option but the seed; `-` where it has no part.
+        seed: its seed, where seeds are crossed.
+        figures: `accuracy`, `hard_loss`, `soft_loss` and `loss`, as far as they are known: of the
+            best checkpoint on the evaluation caches; without such, the last logged of training.
+        parameters: of the student.
+        steps: of the run.
+        best_step: of the checkpoint that became the student, where there were evaluations.
+        seconds: training time.
+    """
+
+    name: str
+    out: str
+    setting: dict[str, str]
+    seed: str | None
+    figures: dict[str, float]
+    parameters: int
+    steps: int
+    best_step: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SettingScore:
+    """The runs of one setting together.
+
+    Attributes:
+        setting: value of each crossed option but the seed.
+        runs: their names.
+        mean: of each figure.
+        deviation: of each figure, over seeds; empty for a single run.
+        parameters: of the student.
+        seconds: mean training time.
+    """
+
+    setting: dict[str, str]
+    runs: tuple[str, ...]
+    mean: dict[str, float]
+    deviation: dict[str, float]
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep came to.
+
+    Attributes:
+        out: folder of the sweep.
+        made: runs that were trained now.
+        combinations: of values in the grid; several may be one run.
+        evaluated: whether figures are of evaluation caches, or of training.
+        ranked_by: the figure that orders the settings, best first.
+        settings: the settings.
+        runs: all runs, in the order of the grid.
+    """
+
+    out: str
+    made: int
+    combinations: int
+    evaluated: bool
+    ranked_by: str
+    settings: tuple[SettingScore, ...]
+    runs: tuple[RunScore, ...]
+
+    @classmethod
+    def of(
+        cls, out: Path, runs: Sequence[RunScore], *, made: int, combinations: int, evaluated: bool
+    ) -> SweepResult:
+        """Put runs together and rank their settings; `runs` is not empty."""
+        groups: dict[tuple[str, ...], list[RunScore]] = {}
+        for run in runs:
+            groups.setdefault(tuple(run.setting.values()), []).append(run)
+        settings = [_together(group) for group in groups.values()]
+        rank = next(name for name in _NAMES if all(name in s.mean for s in settings))
+        sign = -1 if rank == "accuracy" else 1
+        settings.sort(key=lambda s: (sign * s.mean[rank], s.mean.get("hard_loss", 0.0)))
+        return cls(str(out), made, combinations, evaluated, rank, tuple(settings), tuple(runs))
+
+    def write(self, folder: Path) -> None:
+        """Write `results.json`, `results.csv` (a line a run) and `results.png`."""
+        replace_text(folder / "results.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        replace_text(folder / "results.csv", self._csv())
+        best = self.settings[:_MOST_DRAWN]
+        shown = "" if len(best) == len(self.settings) else f"best {len(best)} settings: "
+        better = "higher" if self.ranked_by == "accuracy" else "lower"
+        unit = "" if self.ranked_by == "accuracy" else ", nats a position"
+        seeds = "" if self.runs[0].seed is None else " (small: seeds, large: their mean)"
+        by_name = {run.name: run for run in self.runs}
+        plot_dots(
+            folder / "results.png",
+            [
+                DotRow(
+                    label=_words(setting.setting),
+                    group=_kind(setting.setting),
+                    values=[by_name[name].figures[self.ranked_by] for name in setting.runs],
+                )
+                for setting in best
+            ],
+            title=f"{shown}{_NAMES[self.ranked_by]} {self._source}",
+            x_label=f"{_NAMES[self.ranked_by]}{unit}, {better} is better{seeds}",
+        )
+
+    @property
+    def _source(self) -> str:
+        return "on the evaluation caches" if self.evaluated else "of training, as last logged"
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        options = list(self.runs[0].setting)
+        seeds = [SEED] if self.runs[0].seed is not None else []
+        rest = ["parameters", "steps", "best_step", "seconds", "out"]
+        header = ["name", *options, *seeds, *_NAMES, *rest]
+        writer = csv.DictWriter(text, header, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for run in self.runs:
+            writer.writerow({**dataclasses.asdict(run), **run.setting, **run.figures})
+        return text.getvalue()
+
+
+def _together(runs: Sequence[RunScore]) -> SettingScore:
+    known = [name for name in _NAMES if all(name in run.figures for run in runs)]
+    values = {name: [run.figures[name] for run in runs] for name in known}
+    return SettingScore(
+        setting=runs[0].setting,
+        runs=tuple(run.name for run in runs),
+        mean={name: statistics.fmean(v) for name, v in values.items()},
+        deviation={name: statistics.stdev(v) for name, v in values.items() if len(v) > 1},
+        parameters=runs[0].parameters,
+        seconds=statistics.fmean(run.seconds for run in runs),
+    )
+
+
+def _words(setting: dict[str, str]) -> str:
+    """A setting on one line: `tiny  alpha 0.5  temperature 2`."""
+    shown = (
+        value if name == "student" else f"{name} {value}"
+        for name, value in setting.items()
+        if value != "-"
+    )
+    return "  ".join(shown) or "all seeds"
+
+
+def _kind(setting: dict[str, str]) -> str:
+    """What gives a setting its colour: the student, or else the first option that is crossed."""
+    if "student" in setting or not setting:
+        return setting.get("student", "")
+    name, value = next(iter(setting.items()))
+    return f"{name} {value}"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is whole at any moment."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def render_sweep(result: SweepResult, console: Console) -> None:
+    """Print the table of settings."""
+    options = list(result.settings[0].setting)
+    seeds = result.runs[0].seed is not None
+    known = [name for name in _NAMES if any(name in s.mean for s in result.settings)]
+    if _mixed(result):
+        known.remove("loss")
+    header = [*(name.replace("_", "-") for name in options), *(["seeds"] if seeds else [])]
+    header += [*(_NAMES[name] for name in known), "training", "parameters"]
+    rows = [
+        [
+            *setting.setting.values(),
+            *([str(len(setting.runs))] if seeds else []),
+            *(_figure(setting, name) for name in known),
+            duration(setting.seconds),
+            number(setting.parameters, 0),
+        ]
+        for setting in result.settings
+    ]
+    means = ", means and standard deviations over seeds" if seeds else ""
+    title = f"{_NAMES[result.ranked_by]} first: {result._source}{means}"
+    print_table(console, header, rows, left=len(options), title=title)
+    for line in _notes(result):
+        print_line(console, line)
+
+
+def _mixed(result: SweepResult) -> bool:
+    """Whether the runs were trained on losses that do not compare."""
+    return bool({"alpha", "temperature", "loss"} & set(result.settings[0].setting))
+
+
+def _notes(result: SweepResult) -> Iterable[str]:
+    if _mixed(result):
+        yield (
+            "The soft loss compares at one temperature alone. The loss that was trained on, "
+            "weighted by a run's own alpha and T, is in the files."
+        )
+    if not result.evaluated:
+        yield "No eval-cache was given: figures are those of the last steps of training."
+    if len(result.runs) < result.combinations:
+        yield (
+            f"{result.combinations} combinations are {len(result.runs)} runs: the others differ in "
+            "nothing that a student depends on, as the temperature at alpha 1 or with mse."
+        )
+    total = duration(sum(run.seconds for run in result.runs))
+    yield (
+        f"{len(result.runs)} runs, {result.made} of them now, {total} of training in all: "
+        f"{result.out}/results.json, .csv, .png"
+    )
+
+
+def _figure(setting: SettingScore, name: str) -> str:
+    value, deviation = setting.mean.get(name), setting.deviation.get(name)
+    shown = percent if name == "accuracy" else number
+    if value is None or deviation is None:
+        return shown(value)
+    if name == "accuracy":
+        return f"{100 * value:.2f}±{100 * deviation:.2f} %"
+    return f"{shown(value)}±{deviation:.4f}"

@@ -1,0 +1,352 @@
+"""`kdcache sweep`: many students of the same caches.
+
+    grid.yaml -> runs, all checked -> students, each tried once -> training, several at a time ->
+    table, plot, results
+
+A sweep's folder holds `sweep.json` (key, name and options of every run that was ever in its grid),
+`runs/NAME/` (the folder of a `kdcache train` each) and `results.json`, `.csv` and `.png` of the
+grid as it is now.
+
+Guarantee: the same command goes on. Finished runs are left alone, begun ones go on from their last
+checkpoint, and a changed grid only adds runs. A run that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache import __version__
+from kdcache.commands.build.driver import interruptible
+from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
+from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
+from kdcache.commands.sweep.results import SEED, RunScore, SweepResult, replace_text
+from kdcache.commands.train.log import last_metrics
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.result import TrainResult
+from kdcache.commands.train.run import make_student, train
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
+
+logger = logging.getLogger(__name__)
+
+SWEEP_FILE = "sweep.json"
+_LOCK = "sweep.lock"
+_RUNS = "runs"
+# What decides which student is made, beside the caches.
+_STUDENT = (
+    "cache", "student", "student_tokenizer", "max_length", "embeddings", "freeze_embeddings",
+    "embedding_size", "hidden_size", "layers", "dense_size", "dropout", "pooling", "min_count",
+    "max_words", "trust_remote_code", "gradient_checkpointing",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep is asked for.
+
+    Attributes:
+        grid: YAML file: options of `kdcache train`, and under `grid` those with several values.
+        out: folder of the sweep.
+        workers: runs at once on Ray; `auto` as many as there is room for, 0 one by one in this
+            process.
+        gpus_per_run: GPUs of a run, a share of one too. Default: one where there are any.
+        address: Ray address. Default: a Ray of this process.
+    """
+
+    grid: str
+    out: str
+    workers: int | None = None
+    gpus_per_run: float | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {getattr(self, name)}, expected at least 0."
+            for name in ("workers", "gpus_per_run")
+            if getattr(self, name) is not None and not getattr(self, name) >= 0
+        ]
+        if wrong:
+            raise UsageError("\n".join(wrong))
+
+
+@dataclass(frozen=True)
+class SweepProgress:
+    """Where a sweep stands.
+
+    Attributes:
+        runs: runs of the grid.
+        done: finished ones.
+        failed: given up.
+        step: steps done, over all runs.
+        steps: steps of all runs.
+        before: steps that were done before this sitting.
+        seconds: since this sitting began to train.
+    """
+
+    runs: int
+    done: int
+    failed: int
+    step: int
+    steps: int
+    before: int
+    seconds: float
+
+
+def sweep(
+    options: SweepOptions, *, on_progress: Callable[[SweepProgress], None] | None = None
+) -> SweepResult:
+    """Train every run of a grid, or go on with it, and put their figures side by side.
+
+    Args:
+        options: see `SweepOptions`.
+        on_progress: called about once a second and after every run.
+
+    Raises:
+        UsageError: the grid, a run of it or a student is wrong (nothing was started), or the folder
+            holds something else.
+        IncompleteError: interrupted, or some runs failed; the same command goes on.
+    """
+    job = _Sweep(options, on_progress)
+    if job.missing():
+        with interruptible():
+            try:
+                job.train()
+            except KeyboardInterrupt:
+                raise IncompleteError(
+                    f"interrupted: {len(job.finished)} of {len(job.runs)} runs are finished. "
+                    f"To go on: {_command(options)}"
+                ) from None
+    result = job.result()
+    if result is not None:
+        result.write(job.out)
+    if job.failed or result is None:
+        raise IncompleteError(job.failures())
+    return result
+
+
+class _Sweep:
+    """A sweep at work: its runs, which of them are finished, which have failed."""
+
+    def __init__(
+        self, options: SweepOptions, on_progress: Callable[[SweepProgress], None] | None
+    ) -> None:
+        self.options, self.on_progress = options, on_progress
+        self.grid = Grid.read(options.grid)
+        self.out = Path(options.out).expanduser().absolute()
+        self.runs = {run.key: run for run in self.grid.runs}
+        self.known = _read_manifest(self.out)
+        self.names = {
+            key: self.known[key]["name"] if key in self.known else run.name
+            for key, run in self.runs.items()
+        }
+        self.plans = {
+            key: run.at(self.out / _RUNS / self.names[key]) for key, run in self.runs.items()
+        }
+        self.finished: dict[str, TrainResult] = {}
+        for key, plan in self.plans.items():
+            result = plan.finished()
+            if result is not None:
+                self.finished[key] = result
+        self.failed: dict[str, BaseException] = {}
+        self.made = 0
+        self._steps: dict[str, int] = {}
+        self._before, self._begun = 0, 0.0
+
+    def missing(self) -> list[str]:
+        """Keys of the runs that are still to do."""
+        return [key for key in self.runs if key not in self.finished]
+
+    def train(self) -> None:
+        """Do what is missing."""
+        missing = self.missing()
+        pool = _pool(self.options, len(missing))
+        try:
+            self._check_students(pool, missing)
+            (self.out / _RUNS).mkdir(parents=True, exist_ok=True)
+            with _alone(self.out):
+                self._write_manifest()
+                self._steps = {key: plan.steps for key, plan in self.plans.items()}
+                self._before, self._begun = self._step(), time.perf_counter()
+                items = [self.plans[key].options for key in missing]
+                for i, outcome in pool.map(_train_one, items, self._tell):
+                    self._settle(missing[i], outcome)
+                    self._tell()
+        finally:
+            pool.stop()
+
+    def _check_students(self, pool: Pool, missing: Sequence[str]) -> None:
+        """Make each student once and let it go: its errors are told before anything is trained."""
+        distinct = {
+            tuple(getattr(self.plans[key].options, name) for name in _STUDENT): key
+            for key in reversed(missing)
+        }
+        keys = list(reversed(distinct.values()))
+        wrong: dict[str, None] = {}
+        items = [self.plans[key].options for key in keys]
+        for _, outcome in pool.map(_try_student, items, lambda: None):
+            if isinstance(outcome, KdcacheError):
+                wrong.update(dict.fromkeys(str(outcome).splitlines()))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        if wrong:
+            raise nothing_started(self.options.grid, list(wrong))
+
+    def _settle(self, key: str, outcome: Any) -> None:
+        if isinstance(outcome, TrainResult):
+            self.finished[key] = outcome
+            self.made += 1
+            return
+        self.failed[key] = outcome
+        if not isinstance(outcome, KdcacheError):
+            logger.warning("run %s failed", self.names[key], exc_info=outcome)
+
+    def _step(self) -> int:
+        step = 0
+        for key, plan in self.plans.items():
+            if key in self.finished:
+                step += self._steps[key]  # a run that ended early leaves nothing to do
+            else:
+                step += (last_metrics(plan.out) or {"step": 0})["step"]
+        return step
+
+    def _tell(self) -> None:
+        if self.on_progress is None:
+            return
+        self.on_progress(
+            SweepProgress(
+                runs=len(self.runs),
+                done=len(self.finished),
+                failed=len(self.failed),
+                step=self._step(),
+                steps=sum(self._steps.values()),
+                before=self._before,
+                seconds=time.perf_counter() - self._begun,
+            )
+        )
+
+    def _write_manifest(self) -> None:
+        entries = {
+            key: {
+                "name": self.names[key],
+                "setting": run.setting,
+                "options": self.plans[key].options.shown(),
+            }
+            for key, run in self.runs.items()
+        }
+        document = {"kdcache": __version__, "runs": {**self.known, **entries}}
+        replace_text(self.out / SWEEP_FILE, json.dumps(document, indent=1) + "\n")
+
+    def result(self) -> SweepResult | None:
+        """The figures of the finished runs; None where there are none."""
+        scores = [
+            _score(run, self.finished[key])
+            for key, run in self.runs.items()
+            if key in self.finished
+        ]
+        if not scores:
+            return None
+        return SweepResult.of(
+            self.out,
+            scores,
+            made=self.made,
+            combinations=self.grid.combinations,
+            evaluated=all(plan.eval_caches for plan in self.plans.values()),
+        )
+
+    def failures(self) -> str:
+        """What failed and how to go on."""
+        lines = [f"  {self.names[key]}: {_reason(error)}" for key, error in self.failed.items()]
+        others = f"; the others are in {self.out}/results.csv" if self.finished else ""
+        return (
+            f"{len(self.failed)} of {len(self.runs)} runs failed{others}:\n"
+            + "\n".join(lines)
+            + f"\nTo try them again: {_command(self.options)}"
+        )
+
+
+def _pool(options: SweepOptions, items: int) -> Pool:
+    if options.workers == 0:
+        return LocalPool()
+    return RayPool(
+        workers=options.workers, gpus=options.gpus_per_run, address=options.address, items=items
+    )
+
+
+def _try_student(options: TrainOptions, _: Tick) -> None:
+    make_student(Plan.make(options))
+
+
+def _train_one(options: TrainOptions, tick: Tick) -> TrainResult:
+    return train(options, on_progress=lambda _: tick())
+
+
+def _read_manifest(out: Path) -> dict[str, Any]:
+    """The runs of earlier grids.
+
+    Raises:
+        UsageError: the folder is no sweep's.
+    """
+    path = out / SWEEP_FILE
+    if path.is_file():
+        return dict(json.loads(path.read_text())["runs"])
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {_RUNS, _LOCK}):
+        raise UsageError(f"{out} is not empty and not a sweep of kdcache. Choose another --out.")
+    return {}
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second sweep out of the folder for as long as this process lives."""
+    with (out / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another sweep is at work in {out}. Wait for it, or choose another --out."
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): run no other sweep there", out, error)
+        yield
+
+
+def _score(run: GridRun, result: TrainResult) -> RunScore:
+    trained = {"loss": result.loss, "hard_loss": result.hard_loss, "soft_loss": result.soft_loss}
+    figures = result.eval or {name: value for name, value in trained.items() if value is not None}
+    return RunScore(
+        name=Path(result.out).name,
+        out=result.out,
+        setting={name: text for name, text in run.setting.items() if name != SEED},
+        seed=run.setting.get(SEED),
+        figures=figures,
+        parameters=result.parameters,
+        steps=result.steps,
+        best_step=result.best_step,
+        seconds=result.seconds,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KdcacheError):
+        return " ".join(str(error).splitlines())
+    lines = str(error).strip().splitlines()
+    if hasattr(error, "cause") and lines:  # of a Ray task: a traceback, which ends in the error
+        return lines[-1]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _command(options: SweepOptions) -> str:
+    words = ["kdcache", "sweep", options.grid, "--out", options.out]
+    for name in ("workers", "gpus_per_run", "address"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if name != "address" else value]
+    return shlex.join(words)

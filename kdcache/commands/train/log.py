@@ -1,0 +1,154 @@
+"""`metrics.jsonl`: one line for everything a run logs, written by a callback of the HF Trainer.
+
+Guarantee: whole lines only are read, so a run that was killed while writing one, or is writing it
+now, does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
+
+from kdcache.commands.train.result import TrainProgress
+
+METRICS_FILE = "metrics.jsonl"
+_TAIL = 2**16  # bytes that hold at least one whole line
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run logged so far: `step`, `seconds` (of training, over all its sittings), `epoch`,
+    and losses or the metrics of an evaluation (`eval_...`).
+
+    Args:
+        run: folder of the run; nothing need be there.
+    """
+    path = run / METRICS_FILE
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def last_metrics(run: Path) -> dict[str, Any] | None:
+    """The last of `read_metrics`, found from the end of the file; None where nothing was logged."""
+    path = run / METRICS_FILE
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().rpartition(b"\n")[0].splitlines()
+    return dict(json.loads(lines[-1])) if lines else None
+
+
+def cut_metrics(run: Path, last: int) -> None:
+    """Drop what was logged after step `last`: the resumed run will log it again."""
+    lines = [line for line in read_metrics(run) if line["step"] <= last]
+    if lines or (run / METRICS_FILE).is_file():
+        (run / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def seconds_before(run: Path) -> float:
+    """Training time of the earlier sittings of a run, as far as they count."""
+    last = last_metrics(run)
+    return float(last["seconds"]) if last else 0.0
+
+
+class MetricsCallback(TrainerCallback):  # type: ignore[misc]
+    """Appends a line for everything logged and tells the caller."""
+
+    def __init__(self, run: Path, on_progress: Callable[[TrainProgress], None] | None) -> None:
+        self._run, self._on_progress = run, on_progress
+        self._begun, self._before = time.perf_counter(), 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock where the last sitting stopped it."""
+        self._begun, self._before = time.perf_counter(), seconds_before(self._run)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write what was logged."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        seconds = self._before + time.perf_counter() - self._begun
+        line = {"step": state.global_step, **logs, "seconds": round(seconds, 3)}
+        with (self._run / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._on_progress is not None:
+            progress = TrainProgress(
+                state.global_step, state.max_steps, float(state.epoch or 0.0), seconds, dict(logs)
+            )
+            self._on_progress(progress)
+
+
+def wrong_trackers(names: Sequence[str]) -> list[str]:
+    """What is wrong with the trackers asked for: a line each."""
+    here, wrong = get_available_reporting_integrations(), []
+    for name in names:
+        if name in ("auto", "none", *here):
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            wrong.append(
+                f"report_to is {name}, which is not installed. Install it or leave it out."
+            )
+        else:
+            known = ", ".join(["auto", "none", *sorted(INTEGRATION_TO_CALLBACK)])
+            wrong.append(f"report_to is {name!r}, expected one of {known}.")
+    return wrong
+
+
+class PlainTensorBoard(TensorBoardCallback):  # type: ignore[misc]
+    """HF's own callback, without a model: a student need not have an HF config."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the log."""
+        kwargs.pop("model", None)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
+class OwnWandb(WandbCallback):  # type: ignore[misc]
+    """HF's own callback, with a run of Weights & Biases for each training.
+
+    HF leaves it open, and the next training of the process would go on in it.
+    """
+
+    _ours: ClassVar[Any] = None  # the run open now, unless the caller made it
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open a run, unless the caller has one open."""
+        self._close()  # that of a training that failed
+        theirs = self._wandb.run
+        super().on_train_begin(args, state, control, **kwargs)
+        OwnWandb._ours = None if self._wandb.run is theirs else self._wandb.run
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close it."""
+        super().on_train_end(args, state, control, **kwargs)
+        self._close()
+
+    def _close(self) -> None:
+        if OwnWandb._ours is not None and OwnWandb._ours is self._wandb.run:
+            self._wandb.finish()
+        OwnWandb._ours = None

@@ -1,0 +1,158 @@
+"""`--num-workers N`: the same run in several processes, started by Ray Train.
+
+Each worker makes its own student from the same seed and takes its slices of the same global
+batches; gradients are averaged over workers by torch (DDP, or FSDP on demand). Worker 0 writes the
+run's folder, which all workers must be able to read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kdcache.commands.build.on_ray import connect
+from kdcache.commands.train.log import read_metrics
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import RESULT_FILE, Plan
+from kdcache.commands.train.result import TrainProgress, TrainResult
+from kdcache.commands.train.run import Run
+from kdcache.errors import KdcacheError, UsageError
+
+_RETRIES = 2
+_RAY, _WRONG = ".ray", "wrong.txt"
+_LOOK_EVERY = 0.5
+
+
+def train_on_ray(
+    options: TrainOptions, on_progress: Callable[[TrainProgress], None] | None = None
+) -> TrainResult:
+    """Run a training on Ray workers; a lost worker restarts them all from the last checkpoint.
+
+    Args:
+        options: with `num_workers` of 2 or more.
+        on_progress: called for every new line of `metrics.jsonl`.
+
+    Raises:
+        UsageError: the cluster lacks what the workers need.
+        KdcacheError: the workers failed for good.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    plan = Plan.make(options)
+    owns = connect(options.address)
+    try:
+        have = ray.cluster_resources()
+        gpus = options.gpus_per_worker
+        if gpus is None:
+            gpus = 1.0 if have.get("GPU", 0) >= options.num_workers else 0.0
+        cpus = max(1, min(8, int(have.get("CPU", 1)) // options.num_workers))
+        for name, each in (("CPU", cpus), ("GPU", gpus)):
+            if each * options.num_workers > have.get(name, 0):
+                raise UsageError(
+                    f"{options.num_workers} workers need {each * options.num_workers:g} {name}s, "
+                    f"the Ray cluster has {have.get(name, 0):g}. Use fewer --num-workers."
+                )
+        plan.out.mkdir(parents=True, exist_ok=True)
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={
+                "options": {**options.to_dict(), "out": str(plan.out)},
+                "threads": cpus,
+            },
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=options.num_workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+            ),
+            run_config=RunConfig(
+                name="workers",
+                storage_path=str(plan.out / _RAY),
+                failure_config=FailureConfig(max_failures=_RETRIES),
+            ),
+        )
+        follower = _Follower(plan, on_progress)
+        try:
+            with warnings.catch_warnings():
+                # Ray warns of what its own modules use.
+                warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
+                trainer.fit()
+        except TrainingFailedError as error:
+            raise KdcacheError(
+                f"the workers failed: {error} The same command goes on from the last checkpoint."
+            ) from error
+        finally:
+            follower.stop()
+            told = plan.out / _RAY / _WRONG
+            wrong = told.read_text() if told.is_file() else ""
+            shutil.rmtree(plan.out / _RAY, ignore_errors=True)
+    finally:
+        if owns:
+            ray.shutdown()
+    if wrong:
+        raise UsageError(wrong)
+    return TrainResult(**json.loads((plan.out / RESULT_FILE).read_text())["result"])
+
+
+def _work(config: dict[str, Any]) -> None:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(config["threads"])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    mine, ready = "", None
+    try:
+        ready = Run.prepare(Plan.make(TrainOptions(**config["options"])))
+    except KdcacheError as error:
+        mine = str(error)
+    # All stop together: a rank that went on alone would wait for the others for ever.
+    everyones = [""] * distributed.get_world_size()
+    distributed.all_gather_object(everyones, mine)
+    wrong = next(filter(None, everyones), "")
+    if ready is not None and not wrong:
+        ready.train()
+    elif distributed.get_rank() == 0:
+        # Not raised: Ray would try again, and the same mistake would be the outcome.
+        Path(config["options"]["out"], _RAY, _WRONG).write_text(wrong)
+
+
+class _Follower:
+    """Tells what the first worker logs, from the file it writes."""
+
+    def __init__(self, plan: Plan, on_progress: Callable[[TrainProgress], None] | None) -> None:
+        self._run, self._steps = plan.out, plan.steps
+        self._on_progress = on_progress
+        self._done = threading.Event()
+        self._told = 0
+        self._thread = threading.Thread(target=self._follow, name="kdcache-follow", daemon=True)
+        if on_progress is not None:
+            self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._done.wait(_LOOK_EVERY):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        if self._on_progress is None:
+            return
+        lines = read_metrics(self._run)
+        told = min(self._told, len(lines))  # workers that restart cut lines off
+        self._told = len(lines)
+        for logs in lines[told:]:
+            step, seconds = logs.pop("step"), logs.pop("seconds")
+            self._on_progress(TrainProgress(step, self._steps, logs["epoch"], seconds, logs))
+
+    def stop(self) -> None:
+        """Tell the last lines and end."""
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()

@@ -1,0 +1,166 @@
+"""A training run before it runs: options with their caches opened and checked, and its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.cache import Cache
+from kdcache.commands.train.log import METRICS_FILE, wrong_trackers
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.result import TrainResult
+from kdcache.errors import UsageError
+from kdcache.loss import check_loss
+from kdcache.stream import TargetStream, check_caches, open_caches
+from kdcache.student.trainer import check_identity, last_checkpoint, read_state
+from kdcache.targets import Codec, Dense, DenseTargets, Sample, SparseTargets
+
+RESULT_FILE = "train.json"
+STUDENT_FOLDER = "student"
+CAUSAL = "causal-lm"
+_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", STUDENT_FOLDER + "*")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options with their caches opened and checked."""
+
+    options: TrainOptions
+    caches: list[Cache]
+    eval_caches: list[Cache]
+
+    @classmethod
+    def make(
+        cls, options: TrainOptions, opened: Callable[[Sequence[str]], list[Cache]] = open_caches
+    ) -> Plan:
+        """Open the caches and check all that needs no student.
+
+        Args:
+            options: of the run.
+            opened: names to caches, for callers that make many plans of the same ones.
+
+        Raises:
+            UsageError: lists everything that is wrong.
+            IncompleteError: a cache's build has not finished.
+        """
+        caches = opened(options.cache)
+        eval_caches = opened(options.eval_cache) if options.eval_cache else []
+        first, problems = caches[0], wrong_trackers(options.report_to)
+        codec, temperatures = first.codec(), []
+        if not options.hard_only:
+            schedule = options.temperatures
+            if not schedule.constant and not isinstance(codec, Dense):
+                problems.append(
+                    f"a schedule of temperatures ({schedule}) needs a dense cache, not {codec}."
+                )
+            temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
+            for cache in (first, *eval_caches):  # what is said twice is told once
+                problems += _wrong_loss(options, cache.codec(), temperatures)
+        if options.best == "accuracy" and first.spec.task == CAUSAL:
+            problems.append("best is accuracy, which is for classifiers. Use loss.")
+        if options.best == "soft_loss" and options.hard_only:
+            problems.append(
+                "best is soft_loss, but alpha 1 trains and evaluates on hard labels alone."
+            )
+        if options.fp16 and not torch.cuda.is_available():
+            problems.append("fp16 needs a GPU. Use bf16, or neither.")
+        check_caches(caches, temperatures, problems, beside=eval_caches)
+        return cls(options, caches, eval_caches)
+
+    @property
+    def out(self) -> Path:
+        """Folder of the run."""
+        return Path(self.options.out).expanduser().absolute()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        stream = TargetStream(
+            self.caches,
+            batch_size=self.options.batch_size,
+            weights=self.options.cache_weight or None,
+            temperature=None,
+        )
+        return steps_of(self.options, stream)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share; its checkpoints add the caches it is trained on."""
+        digests = [cache.digest for cache in self.eval_caches]
+        return {**self.options.decisive(), "eval_caches": digests}
+
+    @property
+    def finished_identity(self) -> dict[str, Any]:
+        """What a finished run must share to count as this one, as JSON gives it back."""
+        length = {"epochs": self.options.epochs, "max_steps": self.options.max_steps}
+        digests = [cache.digest for cache in self.caches]
+        facts = {**self.identity, **length, "caches": digests}
+        return dict(json.loads(json.dumps(facts)))
+
+    def finished(self) -> TrainResult | None:
+        """The result of this very run if it was finished before.
+
+        Raises:
+            UsageError: the folder holds a finished run with other options, or something else.
+        """
+        path = self.out / RESULT_FILE
+        if path.is_file():
+            document = json.loads(path.read_text())
+            check_identity(document, self.finished_identity, f"the finished run in {self.out}")
+            here = {"out": str(self.out), "student": str(self.out / STUDENT_FOLDER), "made": False}
+            return TrainResult(**{**document["result"], **here})
+        if self.out.is_file():
+            raise UsageError(f"{self.out} is a file. Choose another --out.")
+        if self.out.is_dir():
+            known = {p for pattern in _OURS for p in self.out.glob(pattern)}
+            if set(self.out.iterdir()) - known:
+                raise UsageError(
+                    f"{self.out} is not empty and not a run of kdcache. Choose another --out."
+                )
+        return None
+
+    def checkpoint(self) -> Path | None:
+        """Where to go on from.
+
+        Raises:
+            UsageError: the checkpoint asked for is none, or resuming was ruled out.
+        """
+        resume = self.options.resume
+        if resume not in ("auto", "never"):
+            read_state(Path(resume))
+            return Path(resume)
+        found = last_checkpoint(self.out)
+        if found is not None and resume == "never":
+            raise UsageError(
+                f"{self.out} has checkpoints and --resume never forbids to go on. "
+                "Delete them or choose another --out."
+            )
+        return found
+
+
+def steps_of(options: TrainOptions, stream: TargetStream) -> int:
+    """Steps of a run on a stream."""
+    return options.max_steps or max(1, math.ceil(options.epochs * stream.steps))
+
+
+def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[float]) -> list[str]:
+    """Why the loss has no meaning for targets of this codec: a line each."""
+    wrong = []
+    for temperature in temperatures:
+        try:
+            check_loss(
+                DenseTargets if isinstance(codec, Dense) else SparseTargets,
+                temperature=temperature,
+                divergence=options.loss,
+                tail=options.tail,
+                exact=not isinstance(codec, Sample),
+            )
+        except UsageError as error:
+            wrong.append(str(error))
+    return wrong

@@ -1,0 +1,395 @@
+"""`kdcache train`: one student from sealed caches.
+
+    caches -> all checks at once -> student -> stream -> DistillationTrainer -> best checkpoint ->
+    RUN/student
+
+A run's folder holds `checkpoint-N/` (weights, optimizer, random state, cursor), `metrics.jsonl` (a
+line a logged step or evaluation), `student/` (loadable by its own library) and, written last,
+`train.json` (options, digests of the caches, result): a folder with `train.json` is finished, and
+the same command on it does nothing; without, the same command goes on from the last whole
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import is_tensorboard_available
+
+from kdcache import __version__
+from kdcache.cache import Cache
+from kdcache.commands.train.log import (
+    MetricsCallback,
+    OwnWandb,
+    PlainTensorBoard,
+    cut_metrics,
+    seconds_before,
+)
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import CAUSAL, RESULT_FILE, STUDENT_FOLDER, Plan, steps_of
+from kdcache.commands.train.result import TrainProgress, TrainResult
+from kdcache.errors import UsageError
+from kdcache.stream import TargetStream
+from kdcache.student import (
+    BiLstmClassifier,
+    DistilledStudent,
+    HfTokenize,
+    StudentInfo,
+    load_student,
+    student_tokenize,
+)
+from kdcache.student.trainer import DistillationTrainer, read_state
+from kdcache.teacher import quiet_transformers
+
+_WORDS_LENGTH = 512
+
+
+def train(
+    options: TrainOptions, *, on_progress: Callable[[TrainProgress], None] | None = None
+) -> TrainResult:
+    """Train a student, or go on with it, or say that it is finished.
+
+    Args:
+        options: see `TrainOptions`.
+        on_progress: called for every line of `metrics.jsonl`.
+
+    Raises:
+        UsageError: options, caches and student do not fit, or the folder holds another run.
+        IncompleteError: a cache's build has not finished.
+    """
+    plan = Plan.make(options)
+    finished = plan.finished()
+    if finished is not None:
+        return finished
+    plan.checkpoint()  # its mistakes are told before workers start
+    if options.num_workers > 1:
+        from kdcache.commands.train.on_ray import train_on_ray
+
+        return train_on_ray(options, on_progress)
+    return Run.prepare(plan, on_progress).train()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run made ready: everything that can be wrong with its student is known."""
+
+    plan: Plan
+    trainer: DistillationTrainer
+    student: DistilledStudent
+    stream: TargetStream
+    tokenize: Any
+    resume: Path | None
+    caching: bool | None
+
+    @classmethod
+    def prepare(cls, plan: Plan, on_progress: Callable[[TrainProgress], None] | None = None) -> Run:
+        """Load the student and make its trainer, in this process (one of several, where
+        torch.distributed is set up).
+        """
+        student, tokenize = make_student(plan)
+        with quiet_transformers():
+            stream = _stream(plan, tokenize)
+            caching = getattr(student.config, "use_cache", None)
+            trainer = _trainer(plan, student, stream, tokenize, on_progress)
+        return cls(plan, trainer, student, stream, tokenize, plan.checkpoint(), caching)
+
+    def train(self) -> TrainResult:
+        """Train to the end and write the student and the result."""
+        plan, trainer = self.plan, self.trainer
+        if trainer.is_world_process_zero():
+            cut_metrics(plan.out, read_state(self.resume)["cursor"]["step"] if self.resume else -1)
+        before = seconds_before(plan.out) if self.resume else 0.0
+        begun = time.perf_counter()
+        with quiet_transformers():
+            trainer.train(str(self.resume) if self.resume else None)
+        seconds = before + time.perf_counter() - begun
+        if self.student.config is not None:
+            # The Trainer turns it off; a saved student generates with it.
+            self.student.config.use_cache = self.caching
+        state = trainer.state
+        logs = [line for line in state.log_history if "loss" in line]
+        best = state.best_global_step if plan.eval_caches else None
+        result = TrainResult(
+            out=str(plan.out),
+            student=str(plan.out / STUDENT_FOLDER),
+            steps=state.global_step,
+            epochs=round(float(state.epoch or 0.0), 6),
+            rows=_rows(self.stream),
+            loss=logs[-1]["loss"],
+            hard_loss=logs[-1]["hard_loss"],
+            soft_loss=logs[-1].get("soft_loss"),
+            eval=_evaluation(state, best),
+            best_step=best,
+            seconds=seconds,
+            parameters=sum(p.numel() for p in self.student.parameters()),
+        )
+        with quiet_transformers():
+            _save(plan, trainer, self.tokenize, result)
+        return result
+
+
+def _rows(stream: TargetStream) -> int:
+    cursor = stream.cursor
+    epoch = stream.steps * stream.batch_size if stream.drop_last else stream.rows
+    return cursor.epoch * epoch + cursor.rows_seen
+
+
+# Student and data
+
+
+def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
+    """The student of a run with its loss, and how it turns texts into tensors (None: it takes the
+    cached ids).
+
+    Raises:
+        UsageError: there is no such student, or it does not fit the caches.
+    """
+    options, spec = plan.options, plan.caches[0].spec
+    causal = spec.task == CAUSAL
+    tokenizer = plan.caches[0].tokenizer()
+    length = spec.max_length if causal else options.max_length
+    info = StudentInfo(
+        task=spec.task,
+        # For classification the cache's own vocabulary size is that of the classes.
+        vocab_size=spec.vocab_size if causal else max(tokenizer.get_vocab().values()) + 1,
+        num_labels=spec.num_labels,
+        label_names=spec.label_names,
+        pad_id=spec.pad_id,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=spec.eos_id,
+        max_length=length or _WORDS_LENGTH,
+        texts=None if causal else _texts(plan.caches),
+        tokenizer=tokenizer,
+        seed=options.seed,
+    )
+    with quiet_transformers():
+        inner = load_student(
+            options.student,
+            info,
+            options=options.bilstm,
+            embeddings=options.embeddings,
+            trust_remote_code=options.trust_remote_code,
+        )
+        tokenize = student_tokenize(inner, options.student, info)
+    if options.fsdp and not isinstance(inner, PreTrainedModel):
+        raise UsageError(
+            f"fsdp shards Hugging Face students layer by layer; {options.student} is none. "
+            "Train it without --fsdp."
+        )
+    student = DistilledStudent(
+        inner,
+        spec.task,
+        codec=spec.codec,
+        alpha=options.alphas.start,
+        temperature=1.0 if options.hard_only else options.temperatures.start,
+        divergence="forward-kl" if options.hard_only else options.loss,
+        tail=options.tail,
+        vocab_size=spec.vocab_size,
+    )
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    return student, tokenize
+
+
+def _texts(caches: list[Cache]) -> Iterator[str]:
+    for cache in caches:
+        for shard in range(cache.spec.spans):
+            data = cache.read(shard, targets=False)
+            yield from data.texts or []
+            yield from data.text_pairs or []
+
+
+def _stream(plan: Plan, tokenize: Any) -> TargetStream:
+    options, temperatures = plan.options, plan.options.temperatures
+    steps = 1  # until the stream has told its length
+    stream = TargetStream(
+        plan.caches,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        temperature=None
+        if options.hard_only
+        else temperatures.start
+        if temperatures.constant
+        else lambda step: temperatures.at(step, steps),
+        weights=options.cache_weight or None,
+        group=options.shuffle_shards,
+        tokenize=tokenize,
+        prefetch=options.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+    steps = steps_of(options, stream)
+    return stream
+
+
+def _eval_stream(plan: Plan, tokenize: Any) -> TargetStream:
+    options = plan.options
+    return TargetStream(
+        plan.eval_caches,
+        batch_size=options.eval_batch_size or options.batch_size,
+        temperature=None if options.hard_only else options.temperatures.end,
+        group=1,
+        shuffle=False,
+        tokenize=tokenize,
+        prefetch=options.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+# Trainer
+
+
+def _trainer(
+    plan: Plan,
+    student: DistilledStudent,
+    stream: TargetStream,
+    tokenize: Any,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> DistillationTrainer:
+    options = plan.options
+    steps = steps_of(options, stream)
+    evaluates = bool(plan.eval_caches)
+    every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
+    callbacks: list[TrainerCallback] = [MetricsCallback(plan.out, on_progress)]
+    asked = {*options.report_to}
+    trackers = sorted(asked - {"auto", "none", "tensorboard", "wandb"})
+    if asked & {"auto", "tensorboard"} and is_tensorboard_available():
+        callbacks.append(PlainTensorBoard())
+    if "wandb" in asked:
+        callbacks.append(OwnWandb())
+    if options.patience is not None:
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    arguments = TrainingArguments(
+        output_dir=str(plan.out),
+        run_name=plan.out.name,
+        max_steps=steps,
+        per_device_train_batch_size=max(1, options.batch_size // options.num_workers),
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate or _learning_rate(options.student, student),
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,
+        lr_scheduler_type=options.lr_scheduler,
+        max_grad_norm=options.max_grad_norm,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,  # a diverged run should show
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every if evaluates else None,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=options.keep_checkpoints,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model=f"eval_{options.best}" if evaluates else None,
+        greater_is_better=options.best == "accuracy" if evaluates else None,
+        restore_callback_states_from_checkpoint=True,
+        bf16=options.bf16,
+        fp16=options.fp16,
+        seed=options.seed,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if options.num_workers > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        report_to=trackers or "none",
+        **(_sharding(student.student) if options.fsdp else {}),
+    )
+    constant = options.alphas.constant
+    return DistillationTrainer(
+        model=student,
+        args=arguments,
+        train_dataset=stream,
+        eval_dataset=_eval_stream(plan, tokenize) if evaluates else None,
+        callbacks=callbacks,
+        alpha=(lambda _: options.alphas.start)
+        if constant
+        else lambda step: options.alphas.at(step, steps),
+        identity=plan.identity,
+    )
+
+
+def _sharding(student: nn.Module) -> dict[str, Any]:
+    """Arguments for FSDP: a unit for each layer of a Hugging Face student, and the root, which
+    keeps the output projection and so lets the loss be fused (see `DistilledStudent`)."""
+    named = set(getattr(student, "_no_split_modules", None) or ())
+    layers = named & {type(module).__name__ for module in student.modules()}
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "state_dict_type": "FULL_STATE_DICT",
+            "transformer_layer_cls_to_wrap": sorted(layers),
+        },
+    }
+
+
+def _learning_rate(name: str, student: DistilledStudent) -> float:
+    if isinstance(student.student, BiLstmClassifier):
+        return 1e-3
+    # Random weights take larger steps than trained ones.
+    return 5e-4 if name.endswith(".json") or (":" in name and not os.path.exists(name)) else 5e-5
+
+
+# Result
+
+
+def _evaluation(state: TrainerState, best: int | None) -> dict[str, float]:
+    for line in state.log_history:
+        if line["step"] == best and "eval_loss" in line:
+            return {
+                name.removeprefix("eval_"): value
+                for name, value in line.items()
+                if name.startswith("eval_") and name != "eval_runtime"
+            }
+    return {}
+
+
+def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: TrainResult) -> None:
+    """Write the student, then the result: whoever finds `train.json` finds all."""
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return
+    scratch, folder = plan.out / f"{STUDENT_FOLDER}.tmp", plan.out / STUDENT_FOLDER
+    for leftover in (scratch, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    options: dict[str, Any] = {}
+    if weights is not None:
+        # Tied weights were gathered once for each of their names; they are stored under the first.
+        every = dict(student.named_parameters(remove_duplicate=False))
+        tied = every.keys() - dict(student.named_parameters()).keys()
+        options["state_dict"] = {
+            k.removeprefix("student."): v for k, v in weights.items() if k not in tied
+        }
+    student.save_pretrained(scratch, **options)
+    if tokenize is None:
+        plan.caches[0].tokenizer().save_pretrained(str(scratch))
+    elif isinstance(tokenize, HfTokenize):
+        tokenize.tokenizer.save_pretrained(str(scratch))
+    scratch.replace(folder)
+    document = {
+        "kdcache": __version__,
+        "options": plan.options.shown(),
+        "identity": plan.finished_identity,
+        "result": dataclasses.asdict(result),
+    }
+    path = plan.out / (RESULT_FILE + ".tmp")
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.replace(plan.out / RESULT_FILE)

@@ -1,0 +1,104 @@
+"""A few records from all over a corpus, for what must be known before it is read whole.
+
+Algorithm: evenly spaced spans are looked into. A file that cannot be entered in the middle is one
+look, however many of its spans are chosen: its spans all begin at its first records. From the first
+records of a look every n-th is kept, where n doubles each time twice as many are kept as are
+wanted: so they are evenly spaced whether the look holds ten records or ten million.
+
+Cost: a look reads as many records as it is allowed and holds twice as many as are wanted.
+Guarantee: the same corpus and numbers give the same records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+
+from kdcache.corpus.corpus import Corpus, Span
+from kdcache.corpus.formats import is_dealt
+from kdcache.corpus.records import OnError, Record
+
+
+@dataclass(frozen=True)
+class Look:
+    """Some records of one place of a corpus.
+
+    Attributes:
+        span: where from; a whole file, if it cannot be entered in the middle.
+        records: evenly spaced among those that were read.
+        stride: each of them stands for so many.
+    """
+
+    span: Span
+    records: Sequence[Record]
+    stride: int
+
+
+def looks(corpus: Corpus, most: int) -> list[Span]:
+    """Evenly spaced places to look into, `most` at most, in corpus order."""
+    chosen: dict[tuple[str, int], Span] = {}
+    count = min(most, len(corpus.spans))
+    for index in np.linspace(0, len(corpus.spans), count, endpoint=False).astype(int):
+        span = corpus.spans[int(index)]
+        if is_dealt(span.kind, span.compression):
+            span = replace(span, part=0, parts=1)
+        chosen.setdefault((span.file, span.start), span)
+    return list(chosen.values())
+
+
+def look_into(
+    span: Span,
+    *,
+    columns: Sequence[str] | None,
+    on_error: OnError,
+    read: int,
+    records: int,
+    characters: int = 0,
+) -> Look:
+    """Take evenly spaced records from the first `read` of a place.
+
+    Args:
+        span: one of `looks`.
+        columns: see `Corpus.read`.
+        on_error: see `Corpus.read`.
+        read: records that are read at most.
+        records: how many are wanted, at least, if there are so many; up to twice as many come.
+        characters: how many are wanted in them, at least.
+
+    Raises:
+        UsageError: a record cannot be read.
+    """
+    found = Corpus.read(span, columns=columns, on_error=on_error)
+    return Look(span, *_evenly(islice(found, read), records, characters))
+
+
+def _evenly(found: Iterable[Record], records: int, characters: int) -> tuple[list[Record], int]:
+    kept: list[Record] = []
+    stride, held = 1, 0
+    for number, record in enumerate(found):
+        if number % stride:
+            continue
+        kept.append(record)
+        held += length(record)
+        while len(kept) >= 2 * records and held >= 2 * characters:
+            kept = kept[::2]
+            stride, held = 2 * stride, sum(map(length, kept))
+    return kept, stride
+
+
+def length(record: Record) -> int:
+    """Characters of a record's values."""
+    return sum(len(v if isinstance(v, str) else repr(v)) for v in record.values.values())
+
+
+def shortened(records: Iterable[Record], characters: int) -> Iterator[Record]:
+    """The records with no text longer than so many characters."""
+    for record in records:
+        values = {
+            name: value[:characters] if isinstance(value, str) else value
+            for name, value in record.values.items()
+        }
+        yield replace(record, values=values)

@@ -1,0 +1,118 @@
+"""Rows of some shards, to be picked in any order.
+
+Cost: a row is a stretch of each column, and a pick copies stretches: long rows cost what copying
+their memory costs, short ones some microseconds each.
+Guarantee: a pick is itself a shard's worth of columns, its positions in the order of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from kdcache.cache.shard import ShardData
+from kdcache.rows import IGNORE
+from kdcache.targets import SoftTargets
+
+CAUSAL = "causal-lm"
+
+
+class Pool:
+    """Rows of some shards, numbered one shard after another.
+
+    Attributes:
+        first: int64 [shards + 1], the number of each shard's first row.
+        positions: int64 [rows], what the loss of each row is a sum over; see `positions_of`.
+    """
+
+    def __init__(self, parts: Sequence[ShardData], *, soft: bool = True) -> None:
+        """Number the rows; no column is copied.
+
+        Args:
+            parts: shards of one task and codec.
+            soft: False leaves the soft targets out of every pick.
+        """
+        if soft:
+            alike = SoftTargets.alike([part.targets for part in parts])
+            parts = [
+                part if targets is part.targets else replace(part, targets=targets)
+                for part, targets in zip(parts, alike, strict=True)
+            ]
+        self._parts, self._soft = parts, soft
+        self.first = np.cumsum([0, *(len(part) for part in parts)])
+        self.positions = np.concatenate([positions_of(part, soft=soft) for part in parts])
+        self._owner = np.repeat(np.arange(len(parts)), np.diff(self.first))
+        offsets = [
+            {"token": part.offsets, "row": np.arange(len(part) + 1)}
+            | (part.item_offsets if soft else {})
+            for part in parts
+        ]
+        self._begin = {a: np.concatenate([o[a][:-1] for o in offsets]) for a in offsets[0]}
+        self._end = {a: np.concatenate([o[a][1:] for o in offsets]) for a in offsets[0]}
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def take(self, rows: np.ndarray) -> ShardData:
+        """Some rows, in the order asked for; repetition is fine.
+
+        Args:
+            rows: int64 [n], n being 1 or more.
+        """
+        owner = self._owner[rows].tolist()
+        runs = {
+            axis: list(zip(owner, begin[rows].tolist(), end[rows].tolist(), strict=True))
+            for (axis, begin), end in zip(self._begin.items(), self._end.values(), strict=True)
+        }
+
+        def pick(columns: Sequence[np.ndarray], axis: str) -> np.ndarray:
+            return np.concatenate([columns[part][a:b] for part, a, b in runs[axis]])
+
+        def pick_texts(columns: Sequence[list[str] | None]) -> list[str] | None:
+            if all(column is None for column in columns):
+                return None
+            chosen = ((columns[part], row) for part, row, _ in runs["row"])
+            return [column[row] if column else "" for column, row in chosen]
+
+        parts = self._parts
+        targets = SoftTargets.empty(parts[0].targets.codec)
+        if self._soft:
+            for column in targets.codec.columns:
+                targets.columns[column.name] = pick(
+                    [part.targets.columns[column.name] for part in parts], column.per
+                )
+            targets.rank_to_id = parts[0].targets.rank_to_id
+        typed = any(part.type_ids is not None for part in parts)
+        lengths = self._end["token"][rows] - self._begin["token"][rows]
+        return ShardData(
+            task=parts[0].task,
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            input_ids=pick([part.input_ids for part in parts], "token"),
+            labels=pick(
+                [part.labels for part in parts], "token" if parts[0].task == CAUSAL else "row"
+            ),
+            targets=targets,
+            type_ids=pick([types_of(part) for part in parts], "token") if typed else None,
+            texts=pick_texts([part.texts for part in parts]),
+            text_pairs=pick_texts([part.text_pairs for part in parts]),
+        )
+
+
+def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
+    """How many soft targets, or else hard labels, each row has: what its loss is a sum over.
+
+    Returns:
+        int64 [rows].
+    """
+    if data.task == CAUSAL:
+        return np.diff(data.position_offsets)
+    return np.ones(len(data), np.int64) if soft else (data.labels != IGNORE).astype(np.int64)
+
+
+def types_of(data: ShardData) -> np.ndarray:
+    """uint8 [tokens]: sentence A or B, all A where the shard does not say."""
+    if data.type_ids is None:
+        return np.zeros(len(data.input_ids), np.uint8)
+    return data.type_ids
