@@ -46,11 +46,13 @@ from results import keep, machine, table
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData, shard_bytes
-from kdcache.commands.build.build import BuildOptions, Prepared, prepare
 from kdcache.commands.build.local import LocalCrew
-from kdcache.commands.build.worker import Job, SpanWorker, batches
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.prepare import Prepared, prepare
+from kdcache.commands.build.worker import Job, SpanWorker
 from kdcache.corpus import Corpus, Span
 from kdcache.rows import IGNORE, Row, make_encoder
+from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets
 from kdcache.targets.ranks import ranks_of_ids
 from kdcache.teacher import tokenizer_files

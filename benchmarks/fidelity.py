@@ -37,10 +37,11 @@ from results import keep, machine, table
 from torch import Tensor
 
 from kdcache.cache.shard import ShardData, column_bytes, write_shard
-from kdcache.commands.build.build import BuildOptions, prepare
-from kdcache.commands.build.worker import batches
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.prepare import prepare
 from kdcache.corpus import Corpus
 from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets, SparseTargets, TopK, position_uniform
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
 from kdcache.teacher import Teacher

@@ -18,31 +18,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.cache.repair import GcResult, RepairResult
-    from kdcache.commands.build.build import BuildOptions, BuildResult, build
+    from kdcache.commands.build.build import BuildResult, build
+    from kdcache.commands.build.options import BuildOptions
     from kdcache.commands.demo.demo import DemoOptions, demo
     from kdcache.commands.demo.result import DemoResult
     from kdcache.commands.evaluate import EvaluateOptions, evaluate
     from kdcache.commands.finetune import FinetuneOptions, FinetuneResult, finetune
+    from kdcache.commands.gc import GcOptions, gc
     from kdcache.commands.inspect import InspectOptions, InspectResult, inspect
     from kdcache.commands.plan.options import PlanOptions
     from kdcache.commands.plan.plan import plan
     from kdcache.commands.plan.result import PlanResult
     from kdcache.commands.predict import PredictOptions, PredictResult, predict
+    from kdcache.commands.repair import RepairOptions, repair
     from kdcache.commands.scores import EvaluateResult
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.sweep.sweep import SweepOptions, sweep
     from kdcache.commands.train.options import TrainOptions
     from kdcache.commands.train.result import TrainResult
-    from kdcache.commands.train.run import train
-    from kdcache.commands.verify import (
-        GcOptions,
-        RepairOptions,
-        VerifyOptions,
-        VerifyResult,
-        gc,
-        repair,
-        verify,
-    )
+    from kdcache.commands.train.train import train
+    from kdcache.commands.verify import VerifyOptions, VerifyResult, verify
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation
     from kdcache.stream import Collator, TargetDataset, TargetStream

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from kdcache.commands.build.build import BuildOptions
+    from kdcache.commands.build.options import BuildOptions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -179,7 +179,7 @@ def labelled_corpus(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def small_build(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOptions:
     """A build of short documents in this process: `dataclasses.replace` what a test is about."""
-    from kdcache.commands.build.build import BuildOptions
+    from kdcache.commands.build.options import BuildOptions
 
     return BuildOptions(
         teacher=(str(tiny_lm),),
@@ -194,7 +194,8 @@ def class_cache(
     tiny_classifier: Path, labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
     """A cache of one shard: the tiny classifier over the labelled corpus. To be read only."""
-    from kdcache.commands.build.build import BuildOptions, build
+    from kdcache.commands.build.build import build
+    from kdcache.commands.build.options import BuildOptions
 
     options = BuildOptions(
         teacher=(str(tiny_classifier),),
@@ -213,7 +214,8 @@ def lm_caches(
     tiny_lm: Path, text_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Caches of the tiny LM over the same documents, by codec. To be read only."""
-    from kdcache.commands.build.build import BuildOptions, build
+    from kdcache.commands.build.build import build
+    from kdcache.commands.build.options import BuildOptions
 
     caches = {}
     for codec in ("dense", "topk:8", "sample:20"):

@@ -33,13 +33,17 @@ from kdcache.cache import Cache
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.manifest import ShardEntry
 from kdcache.cli.display import BuildDisplay
-from kdcache.commands.build.build import BuildOptions, _span_bytes, build
-from kdcache.commands.build.driver import Driver, Progress, interruptible
-from kdcache.commands.build.worker import SpanReport, batches
+from kdcache.commands.build.build import build
+from kdcache.commands.build.driver import Driver, Progress
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.prepare import _span_bytes
+from kdcache.commands.build.worker import SpanReport
 from kdcache.commands.build.workers import Crew, Fault, Outcome, WorkerFigures
+from kdcache.commands.interrupt import interruptible
 from kdcache.corpus import Span
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.rows import IGNORE
+from kdcache.rows.batches import batches
 from kdcache.targets import Codec, DenseTargets, SparseTargets
 
 

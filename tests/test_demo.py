@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdcache.commands.demo import DemoOptions, demo, render_demo
+from kdcache.cli.view_demo import render_demo
+from kdcache.commands.demo.demo import DemoOptions, demo
 from kdcache.commands.demo.teacher import documents
 from kdcache.errors import UsageError
 from kdcache.plots import Curve, Level, plot_curves

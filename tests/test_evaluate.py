@@ -29,8 +29,9 @@ from textbook import (
 from transformers import AutoModelForSequenceClassification
 
 from kdcache.cache import Cache
+from kdcache.cli.view_evaluate import render_evaluation
 from kdcache.commands.evaluate import EvaluateOptions, evaluate
-from kdcache.commands.scores import EvaluateResult, ModelScores, render_evaluation
+from kdcache.commands.scores import EvaluateResult, ModelScores
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.rows import IGNORE
 from kdcache.student import DistilledStudent, StudentInfo, load_student

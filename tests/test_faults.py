@@ -26,9 +26,10 @@ from broken_caches import files, flip, run
 from fault_points import MOMENTS
 
 from kdcache.cache import Cache
-from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.verify import RepairOptions, repair
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.repair import RepairOptions, repair
 from kdcache.errors import IncompleteError, UsageError
 
 pytestmark = pytest.mark.end_to_end

@@ -13,8 +13,10 @@ from textbook import class_logits, lm_logits, logprobs_of, plain
 from transformers import AutoTokenizer
 
 from kdcache.cache import Cache
-from kdcache.commands.build.build import BuildOptions, build
-from kdcache.commands.inspect import InspectOptions, inspect, render_inspection
+from kdcache.cli.view_inspect import render_inspection
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.inspect import InspectOptions, inspect
 from kdcache.errors import UsageError
 from kdcache.rows import IGNORE
 

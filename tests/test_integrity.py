@@ -23,9 +23,11 @@ from kdcache.cache import repair as mending
 from kdcache.cache.check import problems
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.shard import ShardData
-from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.gc import GcOptions, gc
 from kdcache.commands.recheck import Recheck, recheck
-from kdcache.commands.verify import GcOptions, RepairOptions, gc, repair
+from kdcache.commands.repair import RepairOptions, repair
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.stream import TargetStream
 from kdcache.targets import SoftTargets

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from kdcache.cache import Cache
-from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.ranks import count_ranks
 from kdcache.corpus import Corpus
 from kdcache.errors import CorruptCacheError, UsageError

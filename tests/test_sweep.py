@@ -27,12 +27,13 @@ from make_caches import CAUSAL, make_cache
 from rich.console import Console
 
 from kdcache.cli.main import cli
-from kdcache.commands.sweep import SweepOptions, SweepProgress, render_sweep, sweep
+from kdcache.cli.view_sweep import render_sweep
 from kdcache.commands.sweep.grid import Grid
 from kdcache.commands.sweep.pool import RayPool
+from kdcache.commands.sweep.sweep import SweepOptions, SweepProgress, sweep
 from kdcache.commands.train.log import last_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.run import train
+from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.plots import DotRow, plot_dots
 

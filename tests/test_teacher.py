@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from kdcache.cache import Cache
 from kdcache.commands.build import worker
-from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.worker import SpanWorker
 from kdcache.corpus import Span
 from kdcache.errors import UsageError

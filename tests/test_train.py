@@ -33,7 +33,8 @@ from kdcache.cache import Cache
 from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.prepare import Plan
 from kdcache.commands.train.result import TrainProgress
-from kdcache.commands.train.run import Run, make_student, train
+from kdcache.commands.train.run import Run, make_student
+from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import BiLstmClassifier, DistilledStudent, StudentInfo, load_student

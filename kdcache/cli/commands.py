@@ -25,7 +25,8 @@ def _examples(*lines: str) -> str:
 
 def _build() -> click.Command:
     from kdcache.cli.display import BuildDisplay
-    from kdcache.commands.build.build import BuildOptions, build
+    from kdcache.commands.build.build import build
+    from kdcache.commands.build.options import BuildOptions
 
     @options_command(
         BuildOptions,
@@ -81,7 +82,8 @@ def _build() -> click.Command:
 
 def _plan() -> click.Command:
     from kdcache.cli.view_plan import render_plan
-    from kdcache.commands.plan import PlanOptions, plan
+    from kdcache.commands.plan.options import PlanOptions
+    from kdcache.commands.plan.plan import plan
 
     @options_command(
         PlanOptions,
@@ -114,7 +116,7 @@ def _plan() -> click.Command:
 def _train() -> click.Command:
     from kdcache.cli.display import TrainDisplay
     from kdcache.commands.train.options import TrainOptions
-    from kdcache.commands.train.run import train
+    from kdcache.commands.train.train import train
 
     @options_command(
         TrainOptions,
@@ -160,7 +162,8 @@ def _train() -> click.Command:
 
 def _sweep() -> click.Command:
     from kdcache.cli.display import SweepDisplay
-    from kdcache.commands.sweep import SweepOptions, render_sweep, sweep
+    from kdcache.cli.view_sweep import render_sweep
+    from kdcache.commands.sweep.sweep import SweepOptions, sweep
 
     @options_command(
         SweepOptions,
@@ -228,8 +231,8 @@ def _finetune() -> click.Command:
 
 
 def _evaluate() -> click.Command:
+    from kdcache.cli.view_evaluate import render_evaluation
     from kdcache.commands.evaluate import EvaluateOptions, evaluate
-    from kdcache.commands.scores import render_evaluation
 
     @options_command(
         EvaluateOptions,
@@ -283,7 +286,8 @@ def _predict() -> click.Command:
 
 
 def _inspect() -> click.Command:
-    from kdcache.commands.inspect import InspectOptions, inspect, render_inspection
+    from kdcache.cli.view_inspect import render_inspection
+    from kdcache.commands.inspect import InspectOptions, inspect
 
     @options_command(
         InspectOptions,
@@ -340,7 +344,7 @@ def _verify() -> click.Command:
 
 
 def _repair() -> click.Command:
-    from kdcache.commands.verify import RepairOptions, repair
+    from kdcache.commands.repair import RepairOptions, repair
 
     @options_command(
         RepairOptions,
@@ -373,7 +377,7 @@ def _repair() -> click.Command:
 
 
 def _gc() -> click.Command:
-    from kdcache.commands.verify import GcOptions, gc
+    from kdcache.commands.gc import GcOptions, gc
 
     @options_command(
         GcOptions,
@@ -400,7 +404,8 @@ def _gc() -> click.Command:
 
 
 def _demo() -> click.Command:
-    from kdcache.commands.demo import DemoOptions, demo, render_demo
+    from kdcache.cli.view_demo import render_demo
+    from kdcache.commands.demo.demo import DemoOptions, demo
 
     @options_command(DemoOptions, name="demo", epilog=_examples("kdcache demo --out demo"))
     def command(options: DemoOptions, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.workers import WorkerFigures
-from kdcache.commands.sweep import SweepProgress
+from kdcache.commands.sweep.sweep import SweepProgress
 from kdcache.commands.train.result import TrainProgress
 from kdcache.humanize import duration
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
@@ -77,8 +76,3 @@ def number(value: float | None, digits: int = 4) -> str:
 def percent(value: float | None, digits: int = 2) -> str:
     """A share as a percentage; `-` where there is none."""
     return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def known(value: float) -> float | None:
-    """The value, or None for NaN: what JSON can say."""
-    return None if math.isnan(value) else value

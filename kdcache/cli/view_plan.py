@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.commands.plan.result import WORKERS, PlannedCache, PlanResult
+from kdcache.commands.plan.plot import _set
+from kdcache.commands.plan.result import WORKERS, PlanResult
 from kdcache.humanize import duration, size
-from kdcache.plots import Cloud, Panel, plot_clouds
 
 _SMALL_SHARD = 100_000
 """Positions from which on a shard compresses as well as a large one."""
@@ -109,51 +107,6 @@ def _notes(result: PlanResult) -> list[str]:
     if result.plot is not None:
         notes.append(f"Plot: {result.plot}")
     return notes
-
-
-def plot_plan(path: str, caches: Sequence[PlannedCache], *, title: str, positions: int) -> None:
-    """Draw squared error, and the angle of the mean gradient, against bytes a position.
-
-    Args:
-        path: the PNG file.
-        caches: a plan's grid.
-        title: above the plot.
-        positions: that were compared.
-    """
-    # Side by side, drawn targets look worse than they are: only a bias is left after many steps.
-    both = len({cache.codec.partition(":")[0] for cache in caches} & {"sample", "topk"}) == 2
-    panels = [
-        Panel(
-            "One target"
-            + both * ": the error of samples averages out in training, that of top-k stays",
-            "squared error, E||t - p||²",
-            _clouds(caches, "noise"),
-        ),
-        Panel(
-            f"All {positions:,} together" + both * ": more positions take samples down, top-k not",
-            "angle of the mean gradient (degrees)",
-            _clouds(caches, "mean_angle"),
-        ),
-    ]
-    plot_clouds(path, panels, title=title, x_label="bytes a position, targets on disk")
-
-
-def _clouds(caches: Sequence[PlannedCache], name: str) -> list[Cloud]:
-    """A figure of each cache against its bytes; what is biased is hollow."""
-    clouds: dict[tuple[str, bool], list[tuple[float, float, str]]] = {}
-    for cache in caches:
-        kind, _, argument = cache.codec.partition(":")
-        for fidelity in cache.fidelity:
-            declared = f" of {{{_set(cache)}}}" if len(cache.temperatures) > 1 else ""
-            biased = kind == "topk"
-            label = f"{kind}{' (biased)' if biased else ''}, T = {fidelity.temperature:g}{declared}"
-            point = (cache.bytes_per_position, getattr(fidelity, name), argument or kind)
-            clouds.setdefault((label, biased), []).append(point)
-    return [Cloud(label, tuple(points), hollow) for (label, hollow), points in clouds.items()]
-
-
-def _set(cache: PlannedCache) -> str:
-    return ",".join(f"{t:g}" for t in cache.temperatures)
 
 
 def _small(value: float) -> str:

@@ -27,15 +27,14 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.cli.tables import known
-from kdcache.commands.build.worker import batches
 from kdcache.commands.inspect import default_temperature
 from kdcache.commands.scores import EvaluateResult, ModelScores
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
-from kdcache.loss.metrics import BINS, Tally, f1, ratio
+from kdcache.loss.metrics import BINS, Tally, f1, known, ratio
 from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.rows.batches import batches
 from kdcache.student.load import CAUSAL, CLASSIFICATION
 from kdcache.student.saved import LoadedModel, SavedModel, aligned, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets

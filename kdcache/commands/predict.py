@@ -23,9 +23,9 @@ from typing import TextIO
 
 import torch
 
-from kdcache.commands.build.worker import batches
 from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import UsageError
+from kdcache.rows.batches import batches
 from kdcache.storage import no_space
 from kdcache.student.load import CAUSAL, CLASSIFICATION
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device

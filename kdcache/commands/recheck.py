@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import Cache
-from kdcache.commands.build.worker import batches
 from kdcache.errors import UsageError
 from kdcache.rows import Row
+from kdcache.rows.batches import batches
 from kdcache.student.saved import pick_device
 from kdcache.targets import DenseTargets, SoftTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids

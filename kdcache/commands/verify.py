@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdcache.cache import Cache
-from kdcache.cache import repair as mending
 from kdcache.cache.check import problems
-from kdcache.cache.repair import GcResult, RepairResult
 from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,33 +70,6 @@ class VerifyResult:
     recheck: Recheck | None
 
 
-@dataclass(frozen=True)
-class RepairOptions:
-    """What `kdcache repair` is asked for; fields bear the names of its options.
-
-    Attributes:
-        cache: folder or URL, finished or not.
-        reseal: accept shards that were made anew with other bytes than the manifest says. The cache
-            gets another digest.
-    """
-
-    cache: str
-    reseal: bool = False
-
-
-@dataclass(frozen=True)
-class GcOptions:
-    """What `kdcache gc` is asked for; fields bear the names of its options.
-
-    Attributes:
-        cache: folder or URL, finished or not.
-        dry_run: say what would be removed, and remove nothing.
-    """
-
-    cache: str
-    dry_run: bool = False
-
-
 def verify(options: VerifyOptions) -> VerifyResult:
     """Check every file of a cache and, if a teacher is named, some targets against it.
 
@@ -125,13 +96,3 @@ def verify(options: VerifyOptions) -> VerifyResult:
     return VerifyResult(
         cache.url, cache.digest, len(manifest.shards), manifest.rows, tuple(found), recheck
     )
-
-
-def repair(options: RepairOptions) -> RepairResult:
-    """Remove what is broken, so that the same build makes it anew; see `kdcache.cache.repair`."""
-    return mending.repair(options.cache, reseal=options.reseal)
-
-
-def gc(options: GcOptions) -> GcResult:
-    """Remove what crashed builds have left; see `kdcache.cache.repair.gc`."""
-    return mending.gc(options.cache, dry_run=options.dry_run)

@@ -14,11 +14,10 @@ from itertools import accumulate
 from typing import Any, overload
 
 from kdcache.corpus import files as input_files
-from kdcache.corpus.files import LINE_KINDS, InputFile
+from kdcache.corpus.files import LINE_KINDS, InputFile, is_dealt
 from kdcache.corpus.formats import (
     DECOMPRESSION_ERRORS,
     Raws,
-    is_dealt,
     open_span,
     parse,
     table_size,

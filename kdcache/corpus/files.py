@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 
 from kdcache.errors import UsageError
 from kdcache.storage import redact
 from kdcache.storage.filesystem import FileSystem, RemoteFile
+
+if TYPE_CHECKING:
+    pass
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -319,3 +322,8 @@ def _remote_ends(files: Sequence[InputFile]) -> dict[str, list[bytes]]:
         for (file, _, _), block in zip(wanted, blocks, strict=True):
             ends[file.url].append(block)
     return ends
+
+
+def is_dealt(kind: str, compression: str) -> bool:
+    """Whether a file can't be entered in the middle, so that records are dealt to its parts."""
+    return kind == "csv" or bool(compression)

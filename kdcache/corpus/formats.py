@@ -66,11 +66,6 @@ def open_span(span: Span, columns: Sequence[str] | None) -> tuple[Source, Raws]:
     return source, lines
 
 
-def is_dealt(kind: str, compression: str) -> bool:
-    """Whether a file can't be entered in the middle, so that records are dealt to its parts."""
-    return kind == "csv" or bool(compression)
-
-
 def parse(payload: Any, kind: str, source: Source) -> dict[str, Any]:
     """Values of one raw record.
 

@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 
 from kdcache.corpus.corpus import Corpus, Span
-from kdcache.corpus.formats import is_dealt
+from kdcache.corpus.files import is_dealt
 from kdcache.corpus.records import OnError, Record
 
 

@@ -182,3 +182,8 @@ class Tally:
 def ratio(part: float, whole: float) -> float:
     """`part / whole`, NaN where there is no whole."""
     return part / whole if whole else math.nan
+
+
+def known(value: float) -> float | None:
+    """The value, or None for NaN: what JSON can say."""
+    return None if math.isnan(value) else value

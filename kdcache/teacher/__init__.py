@@ -8,9 +8,9 @@ classes); the driver of a build needs no more. `Teacher` holds the models of one
 from __future__ import annotations
 
 from kdcache.teacher.files import TeacherFiles, tokenizer_files, tokenizer_sha256
-from kdcache.teacher.load import quiet_transformers
 from kdcache.teacher.memory import find_batch_tokens, peak_share
 from kdcache.teacher.options import Attention, TeacherOptions
+from kdcache.teacher.quiet import quiet_transformers
 from kdcache.teacher.teacher import Teacher
 
 __all__ = [

@@ -24,6 +24,7 @@ from kdcache.teacher.files import TeacherFiles
 from kdcache.teacher.headed import HeadedClassifier
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.teacher.options import TeacherOptions
+from kdcache.teacher.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -159,21 +160,3 @@ def _repeated_layers(model: Any) -> list[Any]:
     stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
     sizes = [sum(p.numel() for p in stack.parameters()) for stack in stacks]
     return list(stacks[int(np.argmax(sizes))]) if stacks else []
-
-
-class quiet_transformers:  # noqa: N801 - used like a function
-    """Context without transformers' progress bars and loading reports."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf
-
-        self._bars, self._level = hf.is_progress_bar_enabled(), hf.get_verbosity()
-        hf.disable_progress_bar()
-        hf.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf
-
-        if self._bars:
-            hf.enable_progress_bar()
-        hf.set_verbosity(self._level)

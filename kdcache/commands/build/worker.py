@@ -31,6 +31,7 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.cache.shard import ShardData
 from kdcache.targets import Codec, SoftTargets, position_uniform
 from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
+from kdcache.rows.batches import batches
 
 logger = logging.getLogger(__name__)
 
@@ -323,20 +324,3 @@ class _Packer:
             self._room.release()
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows grouped by length, so that rows times the longest stays within
-    `batch_tokens`.
-
-    Every index comes exactly once; a row longer than the budget is a batch of its own.
-    """
-    batch: list[int] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * longest > batch_tokens:
-            yield batch
-            batch = []
-        if not batch:
-            longest = lengths[index]
-        batch.append(index)
-    if batch:
-        yield batch

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from kdcache.commands.build.build import BuildOptions, BuildResult, build
+from kdcache.commands.build.build import BuildResult, build
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.demo.result import DemoResult, StudentScores
 from kdcache.commands.demo.teacher import (
     TeacherSizes,
@@ -42,7 +43,7 @@ from kdcache.commands.scores import EvaluateResult, ModelScores
 from kdcache.commands.train.log import METRICS_FILE
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
-from kdcache.commands.train.run import train
+from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.humanize import duration, size
 from kdcache.plots import Curve, Level, plot_curves

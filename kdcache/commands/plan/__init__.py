@@ -16,11 +16,3 @@ Cost: one forward of the sample and, for each codec, an encoding of it; the comp
 2,048 positions at most.
 Guarantee: apart from the timings, the same command gives the same figures.
 """
-
-from __future__ import annotations
-
-from kdcache.commands.plan.options import PlanOptions
-from kdcache.commands.plan.plan import plan
-from kdcache.commands.plan.result import PlannedCache, PlanResult, break_even
-
-__all__ = ["PlanOptions", "PlanResult", "PlannedCache", "break_even", "plan"]

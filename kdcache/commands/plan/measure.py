@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
-from kdcache.commands.build.build import Prepared
-from kdcache.commands.build.worker import batches
+from kdcache.commands.build.prepare import Prepared
 from kdcache.commands.plan.fidelity import FidelityMeter, FullGradient
 from kdcache.commands.plan.result import WORKERS, PlannedCache, break_even
 from kdcache.commands.plan.sample import CorpusSample
 from kdcache.errors import UsageError
 from kdcache.rows import Row
+from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
 from kdcache.teacher import Teacher, find_batch_tokens, peak_share

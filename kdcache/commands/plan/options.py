@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.commands.build.build import BuildOptions, Dtype, Ensemble
+from kdcache.commands.build.options import BuildOptions, Dtype, Ensemble
 from kdcache.corpus import OnError
 from kdcache.errors import UsageError
 from kdcache.rows import Form, Packing, Task

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdcache.commands.build.build import prepare
+from kdcache.commands.build.prepare import prepare
 from kdcache.commands.plan.measure import Report, SamplePass
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.result import PlanResult
@@ -38,7 +38,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
         caches = tuple(run.cache(trial, Path(folder) / "shard.h5") for trial in run.trials)
     if options.plot is not None:
-        from kdcache.cli.view_plan import plot_plan
+        from kdcache.commands.plan.plot import plot_plan
 
         names = ", ".join(Path(redact(name)).name for name in options.teacher)
         plot_plan(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdcache.commands.build.on_ray import cluster_address, connect
+from kdcache.cluster import cluster_address, connect
 from kdcache.errors import KdcacheError, UsageError
 
 _TRIES = 3

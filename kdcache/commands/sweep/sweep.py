@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import __version__
-from kdcache.commands.build.driver import interruptible
+from kdcache.commands.interrupt import interruptible
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
 from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
 from kdcache.commands.sweep.results import SEED, RunScore, SweepResult, replace_text
@@ -33,7 +33,8 @@ from kdcache.commands.train.log import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import Plan
 from kdcache.commands.train.result import TrainResult
-from kdcache.commands.train.run import make_student, train
+from kdcache.commands.train.run import make_student
+from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 
 logger = logging.getLogger(__name__)

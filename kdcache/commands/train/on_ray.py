@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdcache.commands.build.on_ray import connect
+from kdcache.cluster import connect
 from kdcache.commands.train.log import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RESULT_FILE, Plan

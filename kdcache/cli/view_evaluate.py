@@ -1,0 +1,44 @@
+"""Prints the result of `evaluate`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.commands.scores import EvaluateResult, ModelScores
+from kdcache.student.load import CAUSAL
+
+
+def render_evaluation(result: EvaluateResult, console: Console) -> None:
+    """Print the models side by side."""
+    causal = result.task == CAUSAL
+    sampled = any(m.soft_cross_entropy is not None for m in result.models)
+    at = f"T = {result.temperature:g}"
+    figures = [("parameters", [number(m.parameters, 0) for m in result.models])]
+    figures.append(("accuracy", [percent(m.accuracy) for m in result.models]))
+    if causal:
+        figures.append(("perplexity", [number(m.perplexity, 2) for m in result.models]))
+    elif result.label_names is not None:
+        binary = len(result.label_names) == 2
+        name = f"F1 of {result.label_names[1]}" if binary else "macro F1"
+        figures.append((name, [percent(m.f1) for m in result.models]))
+    figures.append(("cross-entropy (nats)", [number(m.cross_entropy) for m in result.models]))
+    if sampled:
+        soft = [number(m.soft_cross_entropy) for m in result.models]
+        figures.append((f"soft cross-entropy (nats, {at})", soft))
+    else:
+        figures.append((f"KL to the teacher (nats, {at})", [number(m.kl) for m in result.models]))
+    figures.append(("agreement with the teacher", [percent(m.agreement) for m in result.models]))
+    error = [percent(m.calibration_error) for m in result.models]
+    figures.append((f"calibration error ({result.calibration_bins} bins)", error))
+    title = f"{result.source}: {result.rows:,} rows, {result.positions:,} positions"
+    header = ("", *(_heading(model) for model in result.models))
+    print_table(console, header, [(name, *values) for name, values in figures], title=title)
+    for note in result.notes:
+        print_line(console, note)
+
+
+def _heading(model: ModelScores) -> str:
+    if model.role == "teacher" and not model.name.startswith("teacher"):
+        return f"teacher: {model.name}"
+    return model.name

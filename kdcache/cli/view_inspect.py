@@ -1,0 +1,75 @@
+"""Prints the result of `inspect`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.commands.inspect import _CAUSAL, InspectResult, RowView
+from kdcache.humanize import size
+
+
+def render_inspection(result: InspectResult, console: Console) -> None:
+    """Print what `inspect` found."""
+    kind = "classes" if result.task != _CAUSAL else "ids"
+    temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
+    state = "finished" if result.finished else f"unfinished: {result.done} of {result.spans} shards"
+    facts = [
+        ("task", result.task),
+        ("teachers", ", ".join(result.teachers) or "-"),
+        ("codec", f"{result.codec} over {result.vocab_size:,} {kind}"),
+        ("temperatures", temperatures + (" (any other too)" if result.any_temperature else "")),
+        ("state", state),
+        ("shards", f"{result.done:,}"),
+        ("rows", f"{result.rows:,}"),
+        ("tokens", f"{result.tokens:,}"),
+        ("positions", f"{result.positions:,}"),
+        ("skipped records", f"{result.skipped:,}"),
+        ("clipped mass", percent(result.clipped_mass, 4) + " a position"),
+        ("size", size(result.bytes)),
+        ("bytes a position", f"{number(result.bytes_per_position, 2)} of the whole files"),
+        ("", f"{number(result.target_bytes_per_position, 2)} of the soft targets alone"),
+        ("fingerprint", result.fingerprint),
+    ]
+    if result.digest:
+        facts.append(("digest", result.digest))
+    print_table(console, ("", ""), facts, left=2, title=result.cache)
+    if result.columns:
+        shards = f"{result.sampled_shards} of {result.done} shards"
+        print_line(console, "")
+        print_table(
+            console,
+            ("column", "B/position"),
+            [(c.name, f"{c.bytes_per_position:.3f}") for c in result.columns],
+            title=f"Columns, compressed ({shards})",
+        )
+    if result.row is not None:
+        print_line(console, "")
+        _render_row(result.row, console)
+
+
+def _render_row(row: RowView, console: Console) -> None:
+    about = "" if row.exact else ", unbiased sample"
+    print_line(
+        console,
+        f"Row {row.row} (shard {row.shard}, {row.tokens} tokens), T = {row.temperature:g}{about}",
+        style="bold",
+    )
+    print_line(console, row.text)
+    if row.text_pair is not None:
+        print_line(console, row.text_pair)
+    print_line(console, "")
+    causal = any(p.token is not None for p in row.positions)
+    quote = repr if causal else str
+    lines: list[tuple[str, ...]] = []
+    for position in row.positions:
+        guesses = "  ".join(f"{quote(g.text)} {g.probability:.3f}" for g in position.guesses)
+        label = "-" if position.label_text is None else quote(position.label_text)
+        rest = f"{position.rest:.3f}"
+        if causal:
+            lines.append((str(position.place), repr(position.token), label, guesses, rest))
+        else:
+            lines.append((label, guesses, rest))
+    header = ("place", "after", "next", "teacher's guesses", "rest")
+    shown = header if causal else ("label", "teacher's probabilities", "rest")
+    print_table(console, shown, lines, left=len(shown) - 1)

@@ -1,0 +1,72 @@
+"""Prints the result of `sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+
+from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.commands.sweep.results import _NAMES, SettingScore, SweepResult
+from kdcache.humanize import duration
+
+
+def render_sweep(result: SweepResult, console: Console) -> None:
+    """Print the table of settings."""
+    options = list(result.settings[0].setting)
+    seeds = result.runs[0].seed is not None
+    known = [name for name in _NAMES if any(name in s.mean for s in result.settings)]
+    if _mixed(result):
+        known.remove("loss")
+    header = [*(name.replace("_", "-") for name in options), *(["seeds"] if seeds else [])]
+    header += [*(_NAMES[name] for name in known), "training", "parameters"]
+    rows = [
+        [
+            *setting.setting.values(),
+            *([str(len(setting.runs))] if seeds else []),
+            *(_figure(setting, name) for name in known),
+            duration(setting.seconds),
+            number(setting.parameters, 0),
+        ]
+        for setting in result.settings
+    ]
+    means = ", means and standard deviations over seeds" if seeds else ""
+    title = f"{_NAMES[result.ranked_by]} first: {result._source}{means}"
+    print_table(console, header, rows, left=len(options), title=title)
+    for line in _notes(result):
+        print_line(console, line)
+
+
+def _mixed(result: SweepResult) -> bool:
+    """Whether the runs were trained on losses that do not compare."""
+    return bool({"alpha", "temperature", "loss"} & set(result.settings[0].setting))
+
+
+def _notes(result: SweepResult) -> Iterable[str]:
+    if _mixed(result):
+        yield (
+            "The soft loss compares at one temperature alone. The loss that was trained on, "
+            "weighted by a run's own alpha and T, is in the files."
+        )
+    if not result.evaluated:
+        yield "No eval-cache was given: figures are those of the last steps of training."
+    if len(result.runs) < result.combinations:
+        yield (
+            f"{result.combinations} combinations are {len(result.runs)} runs: the others differ in "
+            "nothing that a student depends on, as the temperature at alpha 1 or with mse."
+        )
+    total = duration(sum(run.seconds for run in result.runs))
+    yield (
+        f"{len(result.runs)} runs, {result.made} of them now, {total} of training in all: "
+        f"{result.out}/results.json, .csv, .png"
+    )
+
+
+def _figure(setting: SettingScore, name: str) -> str:
+    value, deviation = setting.mean.get(name), setting.deviation.get(name)
+    shown = percent if name == "accuracy" else number
+    if value is None or deviation is None:
+        return shown(value)
+    if name == "accuracy":
+        return f"{100 * value:.2f}±{100 * deviation:.2f} %"
+    return f"{shown(value)}±{deviation:.4f}"
