@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kdcache.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.cache.repair import GcResult, RepairResult
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
     from kdcache.student.trainer import DistillationTrainer
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "kdcache.commands.build": ("BuildOptions", "BuildResult", "build"),

@@ -286,7 +286,7 @@ def test_planning_neither_reads_files_nor_grows_with_them(
 ) -> None:
     names = ("jsonl", "txt", "csv", "tsv", "parquet", "arrow", "jsonl.gz", "jsonl.zst")
     paths = [tmp_path / f"{i:04}.{names[i % len(names)]}" for i in range(2000)]
-    for module in ("files", "readers"):
+    for module in ("files", "formats"):
         monkeypatch.setattr(
             f"kdcache.corpus.{module}.open_bytes", lambda url: pytest.fail(f"{url} was opened")
         )

@@ -98,7 +98,8 @@ def test_a_build_from_signed_addresses_keeps_no_signature(
 
 LEAK = """
 import click, logging
-from kdcache import cli, commands
+from kdcache.cli import commands
+from kdcache.cli.main import main
 
 def leak(address="http://me:feedbeef@host/a?X-Amz-Signature=feedbeef"):
     try:
@@ -108,7 +109,7 @@ def leak(address="http://me:feedbeef@host/a?X-Amz-Signature=feedbeef"):
         raise RuntimeError(f"nobody expects {address}") from error
 
 commands.load = lambda name: click.Command(name, callback=leak)
-cli.main()
+main()
 """
 
 

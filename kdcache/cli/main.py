@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
-from kdcache import __version__
 from kdcache.errors import KdcacheError
 from kdcache.storage import no_space, redact
+from kdcache.version import __version__
 
 COMMANDS = {
     "plan": "Measure what a cache would cost and how good it would be, on a sample.",

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from kdcache import __version__
+from kdcache.version import __version__
 from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.corpus import Corpus, OnError
 from kdcache.commands.build.local import LocalCrew

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache import __version__
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
 from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
@@ -36,6 +35,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.run import make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.version import __version__
 
 logger = logging.getLogger(__name__)
 

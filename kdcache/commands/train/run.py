@@ -33,7 +33,6 @@ from transformers import (
 )
 from transformers.integrations import is_tensorboard_available
 
-from kdcache import __version__
 from kdcache.cache import Cache
 from kdcache.commands.train.log import (
     MetricsCallback,
@@ -56,6 +55,7 @@ from kdcache.student import (
 )
 from kdcache.student.trainer import DistillationTrainer, read_state
 from kdcache.teacher import quiet_transformers
+from kdcache.version import __version__
 
 _WORDS_LENGTH = 512
 
