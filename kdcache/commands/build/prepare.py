@@ -1,0 +1,217 @@
+"""What follows from the options of a build before any work is done: spec, corpus, teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+import torch
+from kdcache.version import __version__
+from kdcache.cache import Cache, CacheSpec, Manifest
+from kdcache.corpus import Corpus, OnError
+from kdcache.commands.build.local import LocalCrew
+from kdcache.commands.build.on_ray import RayCrew
+from kdcache.cluster import cluster_address
+from kdcache.commands.build.workers import Crew
+from kdcache.commands.build.driver import GO_ON, Driver, Progress
+from kdcache.commands.interrupt import Interrupt, interruptible
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.commands.build.events import EventLog, Tell
+from kdcache.commands.build.ranks import count_ranks
+from kdcache.rows import Form, Packing, RowSpec, Task
+from kdcache.storage import redact
+from kdcache.targets import Codec
+from kdcache.teacher import (
+    Attention,
+    TeacherFiles,
+    TeacherOptions,
+    tokenizer_files,
+    tokenizer_sha256,
+)
+from kdcache.commands.build.worker import Job
+from kdcache.commands.build.options import BuildOptions
+
+
+_TEXT_BYTES_A_TOKEN = 4
+_SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What follows from the options of a build before any work is done.
+
+    Attributes:
+        spec: of the cache.
+        corpus: its files and spans.
+        rows: how records become rows.
+        tokenizer: the teacher's.
+        teacher: how a worker loads the teacher.
+        batch_tokens: padded tokens of a teacher batch, at most.
+        gpus: GPUs a worker.
+        ranks: rank table of the cache; empty for none.
+    """
+
+    spec: CacheSpec
+    corpus: Corpus
+    rows: RowSpec
+    tokenizer: Any
+    teacher: TeacherOptions
+    batch_tokens: int
+    gpus: float
+    ranks: bytes
+
+
+def prepare(options: BuildOptions) -> Prepared:
+    """Find teacher and corpus and settle everything that decides the bytes of a cache.
+
+    Raises:
+        UsageError: options or input that cannot be.
+    """
+    causal = options.task == "causal-lm"
+    teachers = [
+        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+        for name in options.teacher
+    ]
+    vocab_size = _agree(teachers, options.task)
+    tokenizer = teachers[0].tokenizer
+    codec = Codec.parse(
+        options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
+    )
+    rows = _row_spec(options, teachers[0])
+    corpus = Corpus.open(
+        options.corpus,
+        span_bytes=functools.partial(_span_bytes, options, codec),
+        limit=options.limit,
+        format=options.format,
+        columns=options.columns,
+    )
+    ranks = b""
+    if causal and codec.uses_ranks:
+        ranks = count_ranks(corpus, rows, tokenizer, vocab_size)
+    gpus = _gpus(options)
+    pad_id = tokenizer.pad_token_id
+    spec = CacheSpec(
+        task=options.task,
+        teachers=tuple(
+            {"sha256": t.sha256, "weight": w}
+            for t, w in zip(teachers, options.weights, strict=True)
+        ),
+        ensemble=options.ensemble,
+        dtype=_dtype(options.dtype, gpus),
+        tokenizer=tokenizer_sha256(tokenizer),
+        vocab_size=vocab_size,
+        pad_id=pad_id if pad_id is not None else (tokenizer.eos_token_id or 0),
+        eos_id=tokenizer.eos_token_id,
+        label_names=rows.label_names,
+        corpus=tuple(corpus.identity()),
+        rows=dataclasses.asdict(rows),
+        reading=corpus.settings,
+        spans=len(corpus.spans),
+        codec=str(codec),
+        temperatures=codec.temperatures,
+        seed=options.seed,
+        ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+    )
+    return Prepared(
+        spec,
+        corpus,
+        rows,
+        tokenizer,
+        teacher=_teacher_options(options, spec.dtype, gpus),
+        batch_tokens=options.batch_tokens or (65536 if gpus else 4096),
+        gpus=gpus,
+        ranks=ranks,
+    )
+
+
+def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
+    """The vocabulary size or number of classes of all teachers, which must be one ensemble."""
+    first = teachers[0]
+    for other in teachers[1:]:
+        if tokenizer_sha256(other.tokenizer) != tokenizer_sha256(first.tokenizer):
+            raise UsageError(
+                f"teachers {first.name} and {other.name} have different tokenizers: their "
+                "positions are not the same. Build one cache for each."
+            )
+        if task != "causal-lm" and other.label_names != first.label_names:
+            raise UsageError(
+                f"teachers {first.name} and {other.name} have different classes: "
+                f"{first.label_names} and {other.label_names}."
+            )
+    return min(teacher.vocab_size(task) for teacher in teachers)
+
+
+def _row_spec(options: BuildOptions, teacher: TeacherFiles) -> RowSpec:
+    causal = options.task == "causal-lm"
+    return RowSpec(
+        task=options.task,
+        text_column=options.text_column,
+        pair_column=options.pair_column,
+        label_column=options.label_column,
+        label_names=None if causal else teacher.label_names,
+        max_length=_max_length(options, teacher),
+        packing=options.packing or ("concat" if causal else "none"),
+        messages_column=options.messages_column,
+        prompt_column=options.prompt_column,
+        completion_column=options.completion_column,
+        record_form=options.record_form,
+        on_error=options.on_error,
+    )
+
+
+def _teacher_options(options: BuildOptions, dtype: str, gpus: float) -> TeacherOptions:
+    return TeacherOptions(
+        names=options.teacher,
+        task=options.task,
+        weights=options.weights,
+        ensemble=options.ensemble,
+        dtype=dtype,
+        device="cpu" if not gpus else "auto" if gpus > 1 else "cuda",
+        trust_remote_code=options.trust_remote_code,
+        attention=options.attention,
+        compile=options.compile,
+    )
+
+
+def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
+    """A row may not be longer than the teacher's positions reach."""
+    config = teacher.config.get_text_config()
+    reach = [options.max_length, getattr(config, "max_position_embeddings", None)]
+    if options.task != "causal-lm":
+        # RoBERTa and its kin begin to count behind the padding's id: they reach two places less far
+        # than their configuration says, and their tokenizers know it.
+        reach.append(int(teacher.tokenizer.model_max_length))
+    return min(int(length) for length in reach if length)
+
+
+def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
+    """Bytes of corpus a span: small enough to hold in memory and to share out, few in all."""
+    if options.shard_tokens is not None:
+        return options.shard_tokens * _TEXT_BYTES_A_TOKEN
+    per_position = codec.bytes_per_position if options.task == "causal-lm" else 1.0
+    most = int(_SHARD_BYTES / max(1.0, per_position)) * _TEXT_BYTES_A_TOKEN
+    # 64 spans or more, of 4 MiB at most, unless that made more than 100,000 of them.
+    share = max(min(1 << 22, max(1 << 16, total // 64)), total // 100_000)
+    return max(1 << 12, min(share, most))
+
+
+def _gpus(options: BuildOptions) -> float:
+    if options.workers == 0:
+        asked = 1.0 if options.gpus_per_worker is None else options.gpus_per_worker
+        return asked * torch.cuda.is_available()
+    if options.gpus_per_worker is not None:
+        return options.gpus_per_worker
+    # A cluster is rented for its GPUs. It may have none yet, and the driver's own machine does not
+    # tell.
+    return 1.0 if cluster_address(options.address) else float(torch.cuda.is_available())
+
+
+def _dtype(name: str, gpus: float) -> str:
+    if name == "auto":
+        return "bfloat16" if gpus else "float32"
+    return name
