@@ -9,47 +9,30 @@ Guarantee: the same command is always the way to go on, and a finished cache is 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
-import torch
-
-from kdcache.version import __version__
-from kdcache.cache import Cache, CacheSpec, Manifest
-from kdcache.corpus import Corpus, OnError
+from kdcache.cache import Cache, Manifest
+from kdcache.commands.build.driver import GO_ON, Driver, Progress
+from kdcache.commands.build.events import EventLog, Tell
 from kdcache.commands.build.local import LocalCrew
 from kdcache.commands.build.on_ray import RayCrew
-from kdcache.cluster import cluster_address
-from kdcache.commands.build.workers import Crew
-from kdcache.commands.build.driver import GO_ON, Driver, Progress
-from kdcache.commands.interrupt import Interrupt, interruptible
-from kdcache.errors import IncompleteError, UsageError
-from kdcache.commands.build.events import EventLog, Tell
-from kdcache.commands.build.ranks import count_ranks
-from kdcache.rows import Form, Packing, RowSpec, Task
-from kdcache.storage import redact
-from kdcache.targets import Codec
-from kdcache.teacher import (
-    Attention,
-    TeacherFiles,
-    TeacherOptions,
-    tokenizer_files,
-    tokenizer_sha256,
-)
-from kdcache.commands.build.worker import Job
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
+from kdcache.commands.build.worker import Job
+from kdcache.commands.build.workers import Crew
+from kdcache.commands.interrupt import Interrupt, interruptible
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.storage import redact
+from kdcache.teacher import (
+    tokenizer_files,
+)
+from kdcache.version import __version__
 
 logger = logging.getLogger(__name__)
-
-
-
 
 
 @dataclass(frozen=True)
@@ -182,24 +165,6 @@ def _seal(cache: Cache, driver: Driver) -> Manifest:
             "Look at its text column, or name another --corpus."
         )
     return cache.seal(manifest)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _hire(options: BuildOptions, plan: Prepared, cache: Cache, tell: Tell) -> Crew:

@@ -19,24 +19,21 @@ Guarantee: a build ends only when the listing shows every shard, or it names the
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdcache.cache import ShardEntry
-from kdcache.corpus import Span
-from kdcache.commands.build.workers import Crew, Outcome, WorkerFigures
-from kdcache.errors import IncompleteError, KdcacheError
 from kdcache.commands.build.events import Tell, tell_nobody
-from kdcache.storage import redact
 from kdcache.commands.build.worker import SpanReport, Stopped
+from kdcache.commands.build.workers import Crew, Outcome, WorkerFigures
 from kdcache.commands.interrupt import Interrupt
+from kdcache.corpus import Span
+from kdcache.errors import IncompleteError, KdcacheError
+from kdcache.storage import redact
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +119,6 @@ class Progress:
             "bytes_per_position": round(self.bytes_per_position, 2),
             "seconds_left": None if left is None else round(left, 1),
         }
-
-
-
-
 
 
 @dataclass

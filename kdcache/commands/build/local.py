@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kdcache.corpus import Span
-from kdcache.commands.build.workers import IN_FLIGHT, Crew, Outcome, WorkerFigures, arrived
 from kdcache.commands.build.worker import Job, SpanWorker
+from kdcache.commands.build.workers import IN_FLIGHT, Crew, Outcome, WorkerFigures, arrived
+from kdcache.corpus import Span
 
 _LEAVE = 5.0  # seconds that threads are given to end
 

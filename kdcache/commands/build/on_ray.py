@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from kdcache.corpus import Span
-from kdcache.commands.build.workers import IN_FLIGHT, Crew, Fault, Outcome, WorkerFigures, arrived
-from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.cluster import cluster_address, connect
 from kdcache.commands.build.events import Tell, tell_nobody
 from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
-from kdcache.cluster import cluster_address, connect
+from kdcache.commands.build.workers import IN_FLIGHT, Crew, Fault, Outcome, WorkerFigures, arrived
+from kdcache.corpus import Span
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -348,10 +346,6 @@ class RayCrew(Crew):
     def workers(self) -> Sequence[WorkerFigures]:
         """See `Crew.workers`."""
         return [actor.figures for actor in self._actors if actor.figures is not None]
-
-
-
-
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import logging
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-import torch
-from kdcache.version import __version__
-from kdcache.cache import Cache, CacheSpec, Manifest
-from kdcache.corpus import Corpus, OnError
-from kdcache.commands.build.local import LocalCrew
-from kdcache.commands.build.on_ray import RayCrew
-from kdcache.cluster import cluster_address
-from kdcache.commands.build.workers import Crew
-from kdcache.commands.build.driver import GO_ON, Driver, Progress
-from kdcache.commands.interrupt import Interrupt, interruptible
-from kdcache.errors import IncompleteError, UsageError
-from kdcache.commands.build.events import EventLog, Tell
-from kdcache.commands.build.ranks import count_ranks
-from kdcache.rows import Form, Packing, RowSpec, Task
-from kdcache.storage import redact
-from kdcache.targets import Codec
+from typing import Literal, get_args
+
+from kdcache.corpus import OnError
+from kdcache.errors import UsageError
+from kdcache.rows import Form, Packing, Task
 from kdcache.teacher import (
     Attention,
-    TeacherFiles,
-    TeacherOptions,
-    tokenizer_files,
-    tokenizer_sha256,
 )
-from kdcache.commands.build.worker import Job
-
 
 Ensemble = Literal["mean-probs", "mean-logits"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -5,37 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
+
 import torch
-from kdcache.version import __version__
-from kdcache.cache import Cache, CacheSpec, Manifest
-from kdcache.corpus import Corpus, OnError
-from kdcache.commands.build.local import LocalCrew
-from kdcache.commands.build.on_ray import RayCrew
+
+from kdcache.cache import CacheSpec
 from kdcache.cluster import cluster_address
-from kdcache.commands.build.workers import Crew
-from kdcache.commands.build.driver import GO_ON, Driver, Progress
-from kdcache.commands.interrupt import Interrupt, interruptible
-from kdcache.errors import IncompleteError, UsageError
-from kdcache.commands.build.events import EventLog, Tell
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.ranks import count_ranks
-from kdcache.rows import Form, Packing, RowSpec, Task
-from kdcache.storage import redact
+from kdcache.corpus import Corpus
+from kdcache.errors import UsageError
+from kdcache.rows import RowSpec
 from kdcache.targets import Codec
 from kdcache.teacher import (
-    Attention,
     TeacherFiles,
     TeacherOptions,
-    tokenizer_files,
     tokenizer_sha256,
 )
-from kdcache.commands.build.worker import Job
-from kdcache.commands.build.options import BuildOptions
-
 
 _TEXT_BYTES_A_TOKEN = 4
 _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time

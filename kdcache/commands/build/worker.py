@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, ShardEntry
+from kdcache.cache.shard import ShardData
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
-from kdcache.targets.ranks import ranks_of_ids
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.cache.shard import ShardData
-from kdcache.targets import Codec, SoftTargets, position_uniform
-from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
 from kdcache.rows.batches import batches
+from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.targets.ranks import ranks_of_ids
+from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
 
 logger = logging.getLogger(__name__)
 
@@ -322,5 +322,3 @@ class _Packer:
             return SoftTargets(self._codec, packed, self._rank_to_id)
         finally:
             self._room.release()
-
-

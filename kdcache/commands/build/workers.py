@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from kdcache.corpus import Span
 from kdcache.commands.build.worker import SpanReport
+from kdcache.corpus import Span
 
 IN_FLIGHT = 2  # spans of a worker: one is read or written while the other is in the teacher
 
