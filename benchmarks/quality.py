@@ -13,8 +13,10 @@ references (`references.py`) with as many entries a position as `sample:20` has.
 peers do at T = 2 with a top-k of T = 1: its probabilities to the power 1 / T, renormalised.
 
 Measured on held-out text: cross-entropy with the labels, KL from the teacher at T = 1 and at T = 2
-(nats a position), and the expected calibration error of the most probable id. Finished runs are
-kept in the work folder, so an interrupted benchmark goes on.
+(nats a position), and the expected calibration error of the most probable id. Bytes a position are
+those of the targets of the first 32,768 positions in a real shard; random sampling takes 3 bytes an
+entry, and top-k what `topk` of as many entries takes. Finished runs are kept in the work folder, so
+an interrupted benchmark resumes. `quality_plot.py` draws KL against bytes from the kept table.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,11 +45,14 @@ from results import keep, machine, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from kdcache.cache.shard import ShardData, column_bytes, write_shard
 from kdcache.commands.demo.teacher import TeacherSizes, make_teacher, make_tokenizer
 from kdcache.corpus import Corpus
 from kdcache.loss import distillation_loss
 from kdcache.loss.metrics import Calibration
+from kdcache.rows import Row
 from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets, position_uniform
+from kdcache.targets.ranks import ranks_of_ids
 
 Targets = DenseTargets | SparseTargets
 At = Callable[[np.ndarray], Targets]
@@ -55,6 +61,7 @@ VOCABULARY = 2048
 LENGTH = 128
 BATCH_ROWS = 4
 EPOCHS = 2
+SIZED = 32_768  # positions whose bytes are measured
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 HARD = "hard labels"
 
@@ -164,13 +171,17 @@ def load(out: Path, name: str) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------- targets
 
 
-def stored(logits: Tensor, codec: Codec, seed: int) -> SoftTargets:
+def stored(
+    logits: Tensor, codec: Codec, seed: int, rank_to_id: np.ndarray | None = None
+) -> SoftTargets:
     """All positions through a codec, as a build stores them."""
     u = torch.from_numpy(position_uniform(seed, 0, np.arange(len(logits)), 0))
+    to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
     parts = []
     for start in range(0, len(logits), 1024):
         raw = codec.encode(logits[start : start + 1024].float(), u[start : start + 1024])
-        parts.append(SoftTargets(codec, codec.pack({k: v.numpy() for k, v in raw.items()}), None))
+        packed = codec.pack({k: v.numpy() for k, v in raw.items()}, to_rank)
+        parts.append(SoftTargets(codec, packed, rank_to_id))
     return SoftTargets.concat(parts)
 
 
@@ -178,6 +189,32 @@ def entries(targets: SoftTargets) -> float:
     """Stored ids a position."""
     counts = targets.codec.counts(targets.columns)
     return float(sum(int(c.sum()) for c in counts.values())) / len(targets)
+
+
+def stored_bytes(out: Path, codec: Codec) -> float:
+    """Bytes a position of the targets in a shard, ids as frequency ranks like in a build."""
+    token_rows, logits = load(out, "student")
+    some = token_rows[: SIZED // LENGTH].numpy().astype(np.int32)
+    counts = np.bincount(some[:, 1:].ravel(), minlength=VOCABULARY)
+    rank_to_id = np.argsort(-counts, kind="stable")
+    targets = stored(logits[: some[:, 1:].size], codec, 0, rank_to_id)
+    data = ShardData.from_rows("causal-lm", [Row(r[:-1], r[1:]) for r in some], targets)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.h5"
+        write_shard(path, data, attributes={})
+        sizes = column_bytes(path).items()
+        return sum(b for name, b in sizes if name.startswith("targets/")) / len(targets)
+
+
+def bytes_of(out: Path, method: Method, entries: float) -> float:
+    """Bytes a position of a method's targets."""
+    if method.kind == "hard":
+        return 0.0
+    if method.kind == "random":
+        return 3 * entries
+    texts = {"full": "dense:float16", "top": f"topk:{round(entries)}"}
+    text = texts.get(method.kind, method.argument)
+    return stored_bytes(out, Codec.parse(text, method.declared, VOCABULARY))
 
 
 def kept(logits: Tensor, draw: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -342,7 +379,9 @@ def main() -> None:
         for name, job in jobs:
             found[name].append(job.result())
     teacher = measure(None, *load(out, "held-out"))
-    text = report(options, found, teacher, {r: j.result()["ce"] for r, j in tried.items()}, rate)
+    sizes = {name: bytes_of(out, METHODS[name], found[name][0]["entries"]) for name in METHODS}
+    tried_ce = {r: j.result()["ce"] for r, j in tried.items()}
+    text = report(options, found, sizes, teacher, tried_ce, rate)
     print(text)
     if options.markdown:
         keep("quality", text)
@@ -351,13 +390,14 @@ def main() -> None:
 def report(
     options: argparse.Namespace,
     found: dict[str, list[dict[str, float]]],
+    sizes: dict[str, float],
     teacher: dict[str, float],
     tried: dict[float, float],
     rate: float,
 ) -> str:
     """Means over seeds and their standard deviations, as markdown."""
     names = ("ce", "kl-1", "kl-2", "ece")
-    rows = [["teacher", "", "", *(f"{teacher[n]:.4f}" for n in names)]]
+    rows = [["teacher", "", "", "", *(f"{teacher[n]:.4f}" for n in names)]]
     for name, runs in found.items():
         cells = []
         for n in names:
@@ -366,15 +406,16 @@ def report(
             cells.append(f"{statistics.mean(values):.4f}{spread}")
         count = runs[0]["entries"]
         kept = "" if name == HARD else f"{count:.1f}" if count < VOCABULARY else f"{VOCABULARY:,}"
-        rows.append([name, kept, str(len(runs)), *cells])
-    header = ["student learns from", "entries", "seeds", "cross-entropy", "KL, T = 1", "KL, T = 2"]
+        size = f"{sizes[name]:,.1f}" if sizes[name] else ""
+        rows.append([name, kept, size, str(len(runs)), *cells])
+    header = ["student learns from", "entries", "bytes", "seeds", "cross-entropy"]
     return "\n".join(
         [
             f"`python benchmarks/quality.py --corpus {Path(options.corpus).name}`: "
             f"{options.positions:,} positions, {EPOCHS} epochs, {options.held_out:,} held out, "
             f"vocabulary {VOCABULARY:,}; {machine()}.",
             "",
-            table([*header, "calibration error"], rows),
+            table([*header, "KL, T = 1", "KL, T = 2", "calibration error"], rows),
             "",
             "Mean ± standard deviation over seeds, nats a position. Learning rate of all students: "
             f"{rate:g}, the best for hard labels of "

@@ -49,3 +49,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def kept_table(heading: str) -> list[dict[str, str]]:
+    """The first table of a section of RESULTS.md: a dictionary a row, by the table's header."""
+    (section,) = (
+        part for part in RESULTS.read_text().split("\n## ") if part.startswith(f"{heading}\n")
+    )
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    header, _, *rows = cells
+    return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]

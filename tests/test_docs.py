@@ -233,8 +233,8 @@ def test_readme_language_model(run: Run, desk: Path) -> None:
 
 
 @pytest.mark.end_to_end
-def test_readme_python(run: Run) -> None:
-    printed = run(sys.executable, "-c", _block("README.md", "python"))
+def test_guide_python(run: Run) -> None:
+    printed = run(sys.executable, "-c", _block("docs/guide.md", "python"))
     assert "target_weights" in printed
 
 
