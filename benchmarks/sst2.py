@@ -53,7 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "biLSTM, KL, T = 1": {**BILSTM, "alpha": 0.5, "temperature": 1.0},
     "biLSTM, KL, T = 2": {**BILSTM, "alpha": 0.5, "temperature": 2.0},
     "biLSTM, KL, T = 4": {**BILSTM, "alpha": 0.5, "temperature": 4.0},
-    "biLSTM, MSE": {**BILSTM, "alpha": 0.0, "loss": "mse"},
+    "biLSTM, MSE": {**BILSTM, "alpha": 0.0, "divergence": "mse"},
     "2-layer BERT, hard labels": {**BERT, "alpha": 1.0},
     "2-layer BERT, KL, T = 2": {**BERT, "alpha": 0.5, "temperature": 2.0},
     "biLSTM, KL, T = 1, transfer set": {
@@ -66,7 +66,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "biLSTM, MSE, transfer set": {
         **BILSTM,
         "alpha": 0.0,
-        "loss": "mse",
+        "divergence": "mse",
         "epochs": 3,
         "transfer": True,
     },

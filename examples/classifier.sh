@@ -29,7 +29,7 @@ student() {  # student NAME OPTIONS...
 }
 student hard --alpha 1
 student kl --alpha 0.5 --temperature 2
-student mse --alpha 0 --loss mse
+student mse --alpha 0 --divergence mse
 
 kdcache evaluate --student "$OUT/hard" --student "$OUT/kl" --student "$OUT/mse" \
   --teacher "$OUT/teacher" --corpus "$DATA/test.tsv"

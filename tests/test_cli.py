@@ -159,7 +159,7 @@ def test_training_mistakes_are_told_at_once(
         (("--student", str(config)), "77"),
         (("--student", "bilstm"), "bilstm"),
         (("--temperature", "3"), "1, 2"),
-        (("--loss", "mse"), "mse"),
+        (("--divergence", "mse"), "mse"),
         (("--alpha", "1.5"), "alpha"),
         (("--student", "/nowhere"), "nowhere"),
     ):

@@ -154,11 +154,11 @@ def test_the_original_method_command_by_command(
     )  # fmt: skip
     assert built.exit_code == 0
     assert "200 positions" in built.output
-    for loss in ("forward-kl", "mse"):
+    for divergence in ("forward-kl", "mse"):
         trained = run(
             "train", "--cache", cache, "--student", "bilstm", "--hidden-size", "16",
-            "--embedding-size", "16", "--dense-size", "8", "--out", str(tmp_path / loss),
-            "--loss", loss, "--epochs", "2", "--eval-cache", cache,
+            "--embedding-size", "16", "--dense-size", "8", "--out", str(tmp_path / divergence),
+            "--divergence", divergence, "--epochs", "2", "--eval-cache", cache,
         )  # fmt: skip
         assert trained.exit_code == 0
     scores = run(

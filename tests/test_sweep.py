@@ -139,7 +139,7 @@ def test_what_a_student_does_not_depend_on_makes_no_runs(here: Path) -> None:
     assert len(Grid.read(write("g.yaml", speed)).runs) == 1
     length = {"epochs": [1, 2], "max-steps": [None, 3]}
     assert len(Grid.read(write("g.yaml", length)).runs) == 4
-    losses = {"loss": ["forward-kl", "mse"], "temperature": [1, 3]}
+    losses = {"divergence": ["forward-kl", "mse"], "temperature": [1, 3]}
     assert len(Grid.read(classifiers("g.yaml", losses)).runs) == 3
 
 

@@ -143,7 +143,7 @@ def test_wrong_options_are_told_all_at_once() -> None:
             out="y",
             alpha=1.5,
             temperature="1:two",
-            loss="kl",  # type: ignore[arg-type]
+            divergence="kl",  # type: ignore[arg-type]
             batch_size=0,
             patience=3,
             bf16=True,
@@ -153,8 +153,8 @@ def test_wrong_options_are_told_all_at_once() -> None:
             fsdp=True,
         )
     for word in (
-        "no cache", "alpha", "temperature", "loss", "batch_size", "patience", "bf16", "epochs",
-        "learning_rate", "fsdp",
+        "no cache", "alpha", "temperature", "divergence", "batch_size", "patience", "bf16",
+        "epochs", "learning_rate", "fsdp",
     ):  # fmt: skip
         assert word in str(error.value)
 
@@ -164,7 +164,7 @@ def test_caches_are_checked_before_anything_is_written(options: Make, folder: Pa
         cache=str(folder / "causal"),
         eval_cache=str(folder / "held"),
         temperature="1:3",
-        loss="mse",
+        divergence="mse",
         best="accuracy",
     )
     with pytest.raises(UsageError) as error:
@@ -530,7 +530,7 @@ def test_an_eval_cache_may_have_another_codec(
 def test_a_loss_must_suit_the_eval_cache_too(options: Make, folder: Path, tmp_path: Path) -> None:
     held = make_cache(tmp_path / "held", [9], codec="topk:2", first=500)
     with pytest.raises(UsageError, match="mse compares all logits"):
-        train(options(loss="mse", eval_cache=held.url))
+        train(options(divergence="mse", eval_cache=held.url))
 
 
 # Other loops

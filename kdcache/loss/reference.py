@@ -58,7 +58,9 @@ def check_loss(
     """
     dense = targets is DenseTargets or isinstance(targets, DenseTargets)
     if divergence not in DIVERGENCES:
-        raise UsageError(f"loss {divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}.")
+        raise UsageError(
+            f"divergence {divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}."
+        )
     if tail not in TAILS:
         raise UsageError(f"tail {tail!r} is unknown; choose one of {', '.join(TAILS)}.")
     if not temperature > 0:
@@ -66,25 +68,25 @@ def check_loss(
     if divergence == "mse":
         if not dense:
             raise UsageError(
-                "loss mse compares all logits, but this cache holds sparse targets. "
-                "Build it with --codec dense, or train with --loss forward-kl."
+                "divergence mse compares all logits, but this cache holds sparse targets. "
+                "Build it with --codec dense, or train with --divergence forward-kl."
             )
         if temperature != 1:
             raise UsageError(
-                f"loss mse compares raw logits and knows no temperature, but {temperature:g} was "
-                "given. Train with --temperature 1."
+                "divergence mse compares raw logits and knows no temperature, but "
+                f"{temperature:g} was given. Train with --temperature 1."
             )
     if dense or divergence == "forward-kl":
         return
     if not exact:
         raise UsageError(
-            f"loss {divergence} is not linear in the teacher's probabilities, so it would be "
-            "biased on sampled targets. Train with --loss forward-kl, or build the cache with "
-            "--codec topk:K or dense."
+            f"divergence {divergence} is not linear in the teacher's probabilities, so it would be "
+            "biased on sampled targets. Train with --divergence forward-kl, or build the cache "
+            "with --codec topk:K or dense."
         )
     if tail == "renormalize":
         raise UsageError(
-            f"loss {divergence} is infinite where a renormalised top-k has no mass. "
+            f"divergence {divergence} is infinite where a renormalised top-k has no mass. "
             "Train with --tail bucket."
         )
 

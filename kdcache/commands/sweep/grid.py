@@ -198,8 +198,8 @@ def _without_idle(
     """Options that do nothing beside the others set to one value, so that equal runs are equal."""
     idle: dict[str, Any] = {}
     if options.hard_only:
-        idle = {"temperature": 1.0, "loss": "forward-kl", "tail": "bucket"}
-    elif options.loss == "mse" and "temperature" in setting:
+        idle = {"temperature": 1.0, "divergence": "forward-kl", "tail": "bucket"}
+    elif options.divergence == "mse" and "temperature" in setting:
         idle = {"temperature": 1.0}
     shown = {name: _ANY if name in idle else text for name, text in setting.items()}
     return dataclasses.replace(options, **idle), shown

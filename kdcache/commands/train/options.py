@@ -91,7 +91,7 @@ class TrainOptions:
         cache_weight: how often an epoch uses the rows of each cache; default 1 each.
         alpha: weight of the hard loss, 0 to 1, or `start:end`; 1 trains on hard labels alone.
         temperature: of the soft loss, or `start:end` (dense caches).
-        loss: `forward-kl`, `reverse-kl`, `jsd` or `mse`.
+        divergence: `forward-kl`, `reverse-kl`, `jsd` or `mse`.
         tail: for top-k caches, `bucket` or `renormalize`.
         epochs: passes over the caches.
         max_steps: steps of the run, instead of `epochs`.
@@ -149,7 +149,7 @@ class TrainOptions:
     cache_weight: tuple[float, ...] = ()
     alpha: float | str = 0.5
     temperature: float | str = 1.0
-    loss: Divergence = "forward-kl"
+    divergence: Divergence = "forward-kl"
     tail: Tail = "bucket"
     epochs: float = 1.0
     max_steps: int | None = None
@@ -234,7 +234,7 @@ class TrainOptions:
 
     def _wrong_words(self) -> list[str]:
         choices = {
-            "loss": DIVERGENCES,
+            "divergence": DIVERGENCES,
             "tail": TAILS,
             "best": get_args(Best),
             "lr_scheduler": get_args(Scheduler),

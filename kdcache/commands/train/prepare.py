@@ -157,7 +157,7 @@ def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[floa
             check_loss(
                 DenseTargets if isinstance(codec, Dense) else SparseTargets,
                 temperature=temperature,
-                divergence=options.loss,
+                divergence=options.divergence,
                 tail=options.tail,
                 exact=not isinstance(codec, Sample),
             )
