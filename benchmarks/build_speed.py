@@ -51,10 +51,11 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
 from kdcache.commands.build.worker import Job, SpanWorker
 from kdcache.corpus import Corpus, Span
-from kdcache.rows import IGNORE, Row, make_encoder
+from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets
 from kdcache.targets.ranks import ranks_of_ids
+from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
 
 CODECS = (("topk:64", (1.0,)), ("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)))

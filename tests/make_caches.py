@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
 
 CAUSAL, CLASSES = "causal-lm", "sequence-classification"

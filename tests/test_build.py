@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from kdcache.cache import Cache
+from kdcache.cache.check import problems
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.manifest import ShardEntry
 from kdcache.cli.display import BuildDisplay
@@ -42,9 +43,9 @@ from kdcache.commands.build.workers import Crew, Fault, Outcome, WorkerFigures
 from kdcache.commands.interrupt import interruptible
 from kdcache.corpus import Span
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
-from kdcache.rows import IGNORE
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, DenseTargets, SparseTargets
+from kdcache.tasks import IGNORE
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_vocabularies_of_any_size(vocabulary: int, width: int, codec: str, tmp_p
     )
     cache = Cache.open(out)
     assert cache.spec.vocab_size == vocabulary
-    assert list(cache.verify()) == []
+    assert list(problems(cache)) == []
     data = cache.read(0)
     model = AutoModelForCausalLM.from_pretrained(teacher)
     with torch.no_grad():
@@ -482,17 +483,16 @@ def test_an_unfinished_cache_cannot_be_opened(options: BuildOptions) -> None:
 def test_verify_names_each_bad_shard(options: BuildOptions) -> None:
     build(options)
     shards = sorted((Path(options.out) / "shards").iterdir())
-    assert list(Cache.open(options.out).verify()) == []
+    assert list(problems(Cache.open(options.out))) == []
     data = bytearray(shards[1].read_bytes())
     data[len(data) // 2] ^= 1
     shards[1].write_bytes(bytes(data))
     shards[2].unlink()
-    problems = list(Cache.open(options.out).verify())
-    assert len(problems) == 2
-    assert "shard 1" in problems[0]
-    assert "sha256" in problems[0]
-    assert "shard 2" in problems[1]
-    assert "missing" in problems[1]
+    damaged, missing = [problem.text for problem in problems(Cache.open(options.out))]
+    assert "shard 1" in damaged
+    assert "sha256" in damaged
+    assert "shard 2" in missing
+    assert "missing" in missing
 
 
 def test_a_manifest_that_points_outside_is_refused(options: BuildOptions) -> None:
@@ -695,7 +695,7 @@ def test_events_tell_what_happened(options: BuildOptions) -> None:
     # A finished cache has nothing to tell, and its bytes do not depend on what was told.
     build(options)
     assert len(path.read_text().splitlines()) == len(lines)
-    assert list(Cache.open(options.out).verify()) == []
+    assert list(problems(Cache.open(options.out))) == []
     min(Path(options.out, "shards").iterdir()).unlink()
     (Path(options.out) / "manifest.json").unlink()
     build(options)

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from kdcache.cache import Cache
+from kdcache.cache.check import problems
 from kdcache.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +125,7 @@ def test_a_build_is_submitted_to_a_cluster_that_asks_for_a_token(
     token = (Path(environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
     assert token not in done.stdout
     cache = Cache.open(str(out))
-    assert list(cache.verify()) == []
+    assert list(problems(cache)) == []
     assert cache.manifest.rows > 0
 
 
@@ -164,7 +165,7 @@ def test_the_slurm_script_builds(
     call += ["--max-length", "64", "--workers", "1", "--gpus-per-worker", "0"]
     done = run(call, slurm)
     assert done.returncode == 0, done.stdout
-    assert list(Cache.open(str(out)).verify()) == []
+    assert list(problems(Cache.open(str(out)))) == []
     token = Path(slurm["HOME"]) / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o077 == 0
     assert token.read_text().strip() not in done.stdout

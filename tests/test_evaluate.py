@@ -33,8 +33,8 @@ from kdcache.cli.view_evaluate import render_evaluation
 from kdcache.commands.evaluate import EvaluateOptions, evaluate
 from kdcache.commands.scores import EvaluateResult, ModelScores
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.rows import IGNORE
 from kdcache.student import DistilledStudent, StudentInfo, load_student
+from kdcache.tasks import IGNORE
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from broken_caches import files, flip, run
 from fault_points import MOMENTS
 
 from kdcache.cache import Cache
+from kdcache.cache.check import problems
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
@@ -111,7 +112,7 @@ def same_as_undisturbed(options: BuildOptions) -> bool:
     wanted = files(quiet)
     assert sorted(left) == sorted(wanted)
     assert [name for name in wanted if left[name] != wanted[name]] == []
-    return not list(Cache.open(options.out).verify())
+    return not list(problems(Cache.open(options.out)))
 
 
 def events(options: BuildOptions, kind: str) -> list[dict[str, Any]]:

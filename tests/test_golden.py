@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from kdcache.cache import Cache
+from kdcache.cache.check import problems
 from kdcache.errors import UsageError
 from kdcache.targets import DenseTargets
 
@@ -30,7 +31,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_golden_caches_are_whole(name: str) -> None:
     cache = Cache.open(str(GOLDEN / name))
-    assert list(cache.verify()) == []
+    assert list(problems(cache)) == []
     assert cache.digest == EXPECTED[name]["digest"]
     assert cache.spec.fingerprint == EXPECTED[name]["fingerprint"]
     assert cache.tokenizer()("w2")["input_ids"] == [2]
@@ -87,4 +88,4 @@ def test_a_golden_target_that_changed_is_noticed(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     shard.chmod(0o644)
     shard.write_bytes(content)
-    assert len(list(Cache.open(str(tmp_path / "cache")).verify())) == 1
+    assert len(list(problems(Cache.open(str(tmp_path / "cache"))))) == 1

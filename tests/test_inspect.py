@@ -18,7 +18,7 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.inspect import InspectOptions, inspect
 from kdcache.errors import UsageError
-from kdcache.rows import IGNORE
+from kdcache.tasks import IGNORE
 
 
 @pytest.mark.parametrize("codec", ["dense", "topk:8", "sample:20"])

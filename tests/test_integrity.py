@@ -388,7 +388,7 @@ def test_a_digest_changes_only_if_asked(tmp_path: Path) -> None:
     result = repair(RepairOptions(cache.url, reseal=True))
     assert result.old_digest == cache.digest
     assert result.digest == Cache.open(cache.url).digest != cache.digest
-    assert list(Cache.open(cache.url).verify()) == []
+    assert list(problems(Cache.open(cache.url))) == []
     assert Cache.open(cache.url).manifest.shards[1] == entry
     assert repair(RepairOptions(cache.url, reseal=True)).old_digest is None
 
@@ -456,7 +456,7 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
         result = run(command, str(tmp_path / "trap"))
         assert result.exit_code == 2
         assert "is a link to elsewhere" in result.stderr
-    assert list(victim.verify()) == []
+    assert list(problems(victim)) == []
 
 
 def test_unfinished_uploads_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +488,7 @@ def test_unfinished_uploads_are_removed(tmp_path: Path, monkeypatch: pytest.Monk
         assert gc(GcOptions(url)).removed == ()
         uploads = store.call_s3("list_multipart_uploads", Bucket="kdcache-gc")["Uploads"]
         assert [upload["Key"] for upload in uploads] == ["folder/cache2/shards/y.h5"]
-        assert list(Cache.open(url).verify()) == []
+        assert list(problems(Cache.open(url))) == []
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.close()

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kdcache.cache.check import problems
+
 pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
 
@@ -380,7 +382,7 @@ def test_a_cache_is_streamed_through_a_disk_smaller_than_itself(
     monkeypatch.setenv("KDCACHE_DISK_BYTES", str(2 * most))
     cache = Cache.open(url)
     assert cache.digest == local.digest
-    assert list(cache.verify()) == []
+    assert list(problems(cache)) == []
     cache.prefetch(range(5))
 
     def batches(of: Cache) -> list[Any]:
@@ -430,15 +432,15 @@ def test_a_flipped_bit_in_the_store_is_named_though_a_good_copy_is_here(
     local = make_cache(tmp_path / "cache", [5, 5])
     upload(tmp_path / "cache", url)
     cache = Cache.open(url)
-    assert list(cache.verify()) == []
+    assert list(problems(cache)) == []
     name = f"shards/{local.manifest.shards[1].name}"
     damaged = bytearray(cache.storage.read(name))
     damaged[100] ^= 1
     cache.storage.write(name, bytes(damaged))
-    (line,) = cache.verify()
+    (line,) = [problem.text for problem in problems(cache)]
     assert name in line
     cache.storage.remove(name)
-    (line,) = cache.verify()
+    (line,) = [problem.text for problem in problems(cache)]
     assert "missing" in line
 
 

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from kdcache.corpus import Corpus, Record, Source
 from kdcache.errors import UsageError
-from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.tasks import IGNORE
 
 PATIENT = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

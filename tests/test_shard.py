@@ -19,8 +19,9 @@ from kdcache.cache.shard import (
     write_shard,
 )
 from kdcache.errors import CorruptCacheError
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.tasks import IGNORE
 
 
 def causal_data(lengths: list[int], codec: Codec, seed: int = 0) -> ShardData:

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from kdcache.cache import Cache
-from kdcache.rows import IGNORE
 from kdcache.student import BiLstmClassifier
+from kdcache.tasks import IGNORE
 
 
 def logprobs_of(logits: torch.Tensor, temperature: float = 1.0) -> np.ndarray:

@@ -424,12 +424,3 @@ class Cache:
     def _tokenizer_files(self) -> list[str]:
         named = [name for name in self.files if name.startswith("tokenizer/")]
         return [n.split("/")[1] for n in named] or self.storage.names("tokenizer")
-
-    def verify(self) -> Iterator[str]:
-        """Check every file, hash, count and value; yields one line a problem.
-
-        See `kdcache.cache.check.problems`.
-        """
-        from kdcache.cache.check import problems
-
-        yield from (problem.text for problem in problems(self))

@@ -22,10 +22,9 @@ from kdcache.cache.sandbox import Trial
 from kdcache.cache.shard import ShardData, read_counts, read_shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
-from kdcache.rows import IGNORE
 from kdcache.targets import DenseTargets, SoftTargets
+from kdcache.tasks import CAUSAL_LM, IGNORE
 
-_CAUSAL = "causal-lm"
 _VALUES = 1 << 24  # decoded at a time
 _NOT_OURS = ("tmp", "events", "events.jsonl")  # scratch and logs, which nothing reads
 
@@ -108,7 +107,7 @@ def check_values(data: ShardData, spec: CacheSpec) -> None:
     Raises:
         CorruptCacheError: an id, a class, a weight or a count is impossible.
     """
-    causal = spec.task == _CAUSAL
+    causal = spec.task == CAUSAL_LM
     if data.task != spec.task:
         raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
     classes = spec.vocab_size if causal else spec.num_labels or 0

@@ -25,15 +25,15 @@ import numpy as np
 
 from kdcache.cache.hdf5 import attribute, column, columns_of, open_file, values, write_text
 from kdcache.errors import CorruptCacheError
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets
+from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, TASKS, positions
 
 FORMAT = 1
 _CHUNK_BYTES = 1 << 19
-_CAUSAL, _CLASSES = "causal-lm", "sequence-classification"
 _REQUIRED = {
-    _CAUSAL: ("lengths", "input_ids", "has_label", "next_ids"),
-    _CLASSES: ("lengths", "input_ids", "labels", "text_bytes", "text"),
+    CAUSAL_LM: ("lengths", "input_ids", "has_label", "next_ids"),
+    SEQUENCE_CLASSIFICATION: ("lengths", "input_ids", "labels", "text_bytes", "text"),
 }
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
 _U1, _U4, _I4, _IDS = ("|u1",), ("<u4",), ("<i4",), ("|u1", "<u2", "<u4")
@@ -79,7 +79,7 @@ class ShardData:
         if typed:
             assert len(typed) == len(rows), "either every row has type ids or none"
             data.type_ids = _concatenate(typed, np.uint8)
-        if task != _CAUSAL:
+        if task != CAUSAL_LM:
             data.texts = [row.text or "" for row in rows]
             if any(row.text_pair is not None for row in rows):
                 data.text_pairs = [row.text_pair or "" for row in rows]
@@ -92,10 +92,10 @@ class ShardData:
     @cached_property
     def position_offsets(self) -> np.ndarray:
         """int64 [rows + 1]: where each row's positions begin in `targets`."""
-        if self.task != _CAUSAL:
+        if self.task != CAUSAL_LM:
             return np.arange(len(self) + 1, dtype=np.int64)
         before = np.zeros(len(self.labels) + 1, np.int64)
-        np.cumsum(self.labels != IGNORE, out=before[1:])
+        np.cumsum(positions(self.labels, self.task), out=before[1:])
         return np.asarray(before[self.offsets])
 
     @cached_property
@@ -106,7 +106,7 @@ class ShardData:
     def row(self, index: int) -> Row:
         """One row as the encoder made it."""
         tokens = slice(self.offsets[index], self.offsets[index + 1])
-        causal = self.task == _CAUSAL
+        causal = self.task == CAUSAL_LM
         return Row(
             input_ids=self.input_ids[tokens],
             labels=self.labels[tokens] if causal else self.labels[index : index + 1],
@@ -161,7 +161,7 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
         _write(rows, "input_ids", data.input_ids.astype(np.min_scalar_type(largest)))
         if data.type_ids is not None:
             _write(rows, "type_ids", data.type_ids)
-        if data.task == _CAUSAL:
+        if data.task == CAUSAL_LM:
             has_label, next_ids = _split_labels(data)
             _write(rows, "has_label", has_label)
             _write(rows, "next_ids", next_ids)
@@ -206,10 +206,10 @@ def read_shard(
         offsets = _offsets(lengths.astype(np.int64))
         if offsets[-1] != n.tokens:
             raise CorruptCacheError(f"{path}: row lengths add up to {offsets[-1]}, not {n.tokens}.")
-        if task == _CAUSAL and not lengths.all():
+        if task == CAUSAL_LM and not lengths.all():
             raise CorruptCacheError(f"{path}: it has rows without a token.")
         input_ids = _read(path, rows, "input_ids", _IDS, n.tokens).astype(np.int32)
-        if task == _CAUSAL:
+        if task == CAUSAL_LM:
             labels = _join_labels(
                 offsets,
                 input_ids,
@@ -260,7 +260,7 @@ def _check_head(
     if counts is not None and counts != found_counts:
         raise CorruptCacheError(f"{path} holds {found_counts}, the manifest says {counts}.")
     task = attribute(path, file, "task", str)
-    if task not in (_CAUSAL, _CLASSES):
+    if task not in TASKS:
         raise CorruptCacheError(f"{path} has rows of the unknown task {task!r}.")
     return found_counts, task
 

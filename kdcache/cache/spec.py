@@ -12,6 +12,7 @@ from typing import Any
 
 from kdcache.errors import CorruptCacheError
 from kdcache.targets import Codec
+from kdcache.tasks import TASKS
 
 FORMAT = 1
 
@@ -158,7 +159,7 @@ def _none_or(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "task": lambda value: value in ("causal-lm", "sequence-classification"),
+    "task": lambda value: value in TASKS,
     "teachers": _list(_object(sha256=_text, weight=_number)),
     "ensemble": _text,
     "dtype": _text,

@@ -6,12 +6,12 @@ from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.commands.scores import EvaluateResult, ModelScores
-from kdcache.student.load import CAUSAL
+from kdcache.tasks import CAUSAL_LM
 
 
 def render_evaluation(result: EvaluateResult, console: Console) -> None:
     """Print the models side by side."""
-    causal = result.task == CAUSAL
+    causal = result.task == CAUSAL_LM
     sampled = any(m.soft_cross_entropy is not None for m in result.models)
     at = f"T = {result.temperature:g}"
     figures = [("parameters", [number(m.parameters, 0) for m in result.models])]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.commands.inspect import _CAUSAL, InspectResult, RowView
+from kdcache.commands.inspect import InspectResult, RowView
 from kdcache.humanize import size
+from kdcache.tasks import CAUSAL_LM
 
 
 def render_inspection(result: InspectResult, console: Console) -> None:
     """Print what `inspect` found."""
-    kind = "classes" if result.task != _CAUSAL else "ids"
+    kind = "classes" if result.task != CAUSAL_LM else "ids"
     temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
     state = "finished" if result.finished else f"unfinished: {result.done} of {result.spans} shards"
     facts = [

@@ -33,13 +33,12 @@ from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.loss.metrics import BINS, Tally, f1, known, ratio
-from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
-from kdcache.student.load import CAUSAL, CLASSIFICATION
 from kdcache.student.saved import LoadedModel, SavedModel, aligned, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, positions
 
-_TASKS = (CAUSAL, CLASSIFICATION)
 _WINDOW = 1024  # rows of a corpus that are sorted by length at a time
 _SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order
 
@@ -102,8 +101,8 @@ class EvaluateOptions:
             problems.append("--student is missing: name a folder or a hub id")
         if bool(self.cache) == bool(self.corpus):
             problems.append("name either --cache or --corpus: what to evaluate on")
-        if self.task is not None and self.task not in _TASKS:
-            problems.append(f"--task is {self.task!r}, expected one of {', '.join(_TASKS)}")
+        if self.task is not None and self.task not in TASKS:
+            problems.append(f"--task is {self.task!r}, expected one of {', '.join(TASKS)}")
         if self.temperature is not None and not (
             math.isfinite(self.temperature) and self.temperature > 0
         ):
@@ -198,7 +197,7 @@ class _Evaluation:
         self.task, self.label_names = task, None
         for model in saved:
             model.check_task(task)
-        if task == CLASSIFICATION:
+        if task == SEQUENCE_CLASSIFICATION:
             self.label_names = first.label_names
         self.vocab_size = first.vocab_size(task)
         reaches = [model.reach for model in saved if model.reach is not None]
@@ -206,7 +205,7 @@ class _Evaluation:
         self.source = ", ".join(options.corpus)
         self.encoder_tokenizer = first.tokenizer
         self.tokenizer_sha256 = first.tokenizer_sha256
-        if first.tokenizer is None and task == CLASSIFICATION and first.is_factory:
+        if first.tokenizer is None and task == SEQUENCE_CLASSIFICATION and first.is_factory:
             self.encoder_tokenizer = word_reader()
         readers = [model for model in saved if model.role == "teacher"] or saved
         without = [m for m in readers if m.tokenizer is None and not m.is_factory]
@@ -219,7 +218,7 @@ class _Evaluation:
 
     def _check_tokenizers(self, saved: Sequence[SavedModel]) -> None:
         """Ids mean the same to every model, or every model reads the texts itself."""
-        if self.task == CLASSIFICATION:
+        if self.task == SEQUENCE_CLASSIFICATION:
             return
         ours = None
         for model in saved:
@@ -265,7 +264,7 @@ class _Evaluation:
 
     def _corpus_rows(self) -> Iterator[tuple[list[Row], ShardData | None]]:
         options = self.options
-        causal = self.task == CAUSAL
+        causal = self.task == CAUSAL_LM
         spec = RowSpec(
             task=self.task,  # type: ignore[arg-type]  # checked by RowSpec
             text_column=options.text_column,
@@ -324,9 +323,8 @@ class _Evaluation:
 
     @torch.inference_mode()
     def _add(self, batch: _Batch) -> None:
-        causal = self.task == CAUSAL
         labels = np.concatenate(
-            [r.labels[r.labels != IGNORE] if causal else r.labels for r in batch.rows]
+            [row.labels[positions(row.labels, self.task)] for row in batch.rows]
         )
         models = [*([self.teacher] if self.teacher else []), *self.students]
         streams = [m.logits(batch.rows, self.tokenizer_sha256, self.max_length) for m in models]
@@ -435,7 +433,7 @@ class _Evaluation:
     def _label_scores(self, tally: Tally, *, dense: bool = True) -> dict[str, Any]:
         """Figures against the hard labels; sparse targets lack the probability of some."""
         hard = known(ratio(tally.hard, tally.labelled)) if dense else None
-        causal = self.task == CAUSAL
+        causal = self.task == CAUSAL_LM
         return {
             "accuracy": known(ratio(tally.correct, tally.labelled)),
             "f1": None if causal else known(f1(tally.confusion)),

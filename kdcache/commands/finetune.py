@@ -43,7 +43,8 @@ from kdcache.commands.train.result import TrainProgress
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
-from kdcache.rows import IGNORE, Row, RowSpec, make_encoder
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import quiet_transformers
 from kdcache.teacher.headed import HeadedClassifier
 
@@ -318,7 +319,7 @@ def _rows(
     if not patterns:
         return [], 0
     spec = RowSpec(
-        task="sequence-classification",
+        task=SEQUENCE_CLASSIFICATION,
         text_column=options.text_column,
         pair_column=options.pair_column,
         label_column=options.label_column,

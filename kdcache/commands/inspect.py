@@ -22,11 +22,11 @@ from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.sandbox import Trial
 from kdcache.cache.shard import column_bytes, read_shard
 from kdcache.errors import UsageError
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets
+from kdcache.tasks import CAUSAL_LM, IGNORE
 
-_CAUSAL = "causal-lm"
 _SAMPLED_SHARDS = 8
 
 
@@ -274,7 +274,7 @@ def _row(
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
     targets = data.targets.take(np.arange(first, last))
-    causal = cache.spec.task == _CAUSAL
+    causal = cache.spec.task == CAUSAL_LM
     tokenizer = cache.tokenizer() if causal else None
     name = _token_text(tokenizer) if causal else _class_name(cache.spec.label_names)
     guesses, rests, exact = _guesses(targets, temperature, options.top)

@@ -27,8 +27,8 @@ from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import UsageError
 from kdcache.rows.batches import batches
 from kdcache.storage import no_space
-from kdcache.student.load import CAUSAL, CLASSIFICATION
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
 _WINDOW = 1024
 _SPAN_BYTES = 1 << 60  # a file is one span: spans of compressed files would mix its order
@@ -143,7 +143,7 @@ def predict(
     """
     begin = time.perf_counter()
     saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)
-    if saved.task == CAUSAL:
+    if saved.task == CAUSAL_LM:
         raise UsageError(
             f"student {options.student} is a causal LM; predict is for classifiers. "
             "Generate text with transformers, and judge it with `kdcache evaluate`."
@@ -153,7 +153,7 @@ def predict(
     written = 0
     with _sink(options.out, output) as sink:
         model = saved.load(
-            CLASSIFICATION, len(saved.label_names), dtype=options.dtype, device=device
+            SEQUENCE_CLASSIFICATION, len(saved.label_names), dtype=options.dtype, device=device
         )
         budget = options.batch_tokens or (4096 if device == "cpu" else 32768)
         texts, window = _texts(options, stats, lines)

@@ -33,9 +33,9 @@ from kdcache.rows.batches import batches
 from kdcache.student.saved import pick_device
 from kdcache.targets import DenseTargets, SoftTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids
+from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
 
-_CAUSAL = "causal-lm"
 _LOGITS = 1 << 25  # numbers, of all positions that are compared
 _TRIALS = 4
 _SLACK = 2.0  # times the largest difference that rounding was seen to make
@@ -142,13 +142,13 @@ def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
             "Name each with a --teacher, in the order of the build."
         )
     for one in files:
-        if spec.task != _CAUSAL and one.label_names != spec.label_names:
+        if spec.task != CAUSAL_LM and one.label_names != spec.label_names:
             raise UsageError(
                 f"teacher {one.name} has the classes {one.label_names}, {cache.url} has "
                 f"{spec.label_names}: it is not the teacher of this cache."
             )
         width = int(one.config.get_text_config().vocab_size)
-        if spec.task == _CAUSAL and width < spec.vocab_size:
+        if spec.task == CAUSAL_LM and width < spec.vocab_size:
             raise UsageError(
                 f"teacher {one.name} has {width} ids, the targets of {cache.url} have "
                 f"{spec.vocab_size}: it is not the teacher of this cache."

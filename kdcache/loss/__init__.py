@@ -24,7 +24,6 @@ from __future__ import annotations
 from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.reference import (
     DIVERGENCES,
-    IGNORE,
     TAILS,
     Divergence,
     LossParts,
@@ -37,7 +36,6 @@ from kdcache.loss.reference import (
 
 __all__ = [
     "DIVERGENCES",
-    "IGNORE",
     "TAILS",
     "Divergence",
     "LossParts",

@@ -22,16 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.loss.reference import (
-    IGNORE,
-    LossParts,
-    Targets,
-    check_loss,
-    scalar_count,
-    student_width,
-    take,
-)
+from kdcache.loss.reference import LossParts, Targets, check_loss, scalar_count, student_width, take
 from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.tasks import IGNORE
 
 Pass = Callable[..., tuple[Tensor, Tensor]]
 

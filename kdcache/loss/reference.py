@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.errors import UsageError
 from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.tasks import IGNORE
 
-IGNORE = -100
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd", "mse")
 TAILS = ("bucket", "renormalize")
 

@@ -17,17 +17,15 @@ nothing is learnt from.
 from __future__ import annotations
 
 from kdcache.rows.encoders import ClassificationEncoder, Encoder, TextEncoder, make_encoder
-from kdcache.rows.spec import IGNORE, Form, Packing, Row, RowSpec, Task
+from kdcache.rows.spec import Form, Packing, Row, RowSpec
 
 __all__ = [
-    "IGNORE",
     "ClassificationEncoder",
     "Encoder",
     "Form",
     "Packing",
     "Row",
     "RowSpec",
-    "Task",
     "TextEncoder",
     "make_encoder",
 ]

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from kdcache.corpus import ReadStats, Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.rows.documents import Document, DocumentMaker, checked_text
-from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, IGNORE, Row, RowSpec
+from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, Row, RowSpec
+from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 22  # a batch of books must not be a batch of 256 books
@@ -103,7 +104,7 @@ def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
     Raises:
         UsageError: The tokenizer can't serve the spec.
     """
-    kind = TextEncoder if spec.task == "causal-lm" else ClassificationEncoder
+    kind = TextEncoder if spec.task == CAUSAL_LM else ClassificationEncoder
     return kind(spec, tokenizer)
 
 

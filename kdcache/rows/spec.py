@@ -10,10 +10,8 @@ import numpy.typing as npt
 
 from kdcache.corpus import OnError
 from kdcache.errors import UsageError
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
-IGNORE = -100  # label of a place with nothing to learn: torch's cross-entropy default
-
-Task = Literal["causal-lm", "sequence-classification"]
 Packing = Literal["concat", "none", "split"]
 Form = Literal["auto", "text", "messages", "prompt"]
 DEFAULT_LABEL_COLUMN = "label"
@@ -40,9 +38,7 @@ class Row:
 
     def places(self, task: str) -> npt.NDArray[np.int64]:
         """Places that have a soft target, rising: those with a label; the one of a class always."""
-        if task != "causal-lm":
-            return np.zeros(1, np.int64)
-        return np.flatnonzero(self.labels != IGNORE)
+        return np.flatnonzero(positions(self.labels, task))
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class RowSpec:
         ]
         if self.max_length < 2:
             wrong.append(f"max_length is {self.max_length}, expected 2 or more tokens")
-        if self.task == "causal-lm" and self.pair_column is not None:
+        if self.task == CAUSAL_LM and self.pair_column is not None:
             wrong.append("pair_column is for sequence-classification, leave it out for causal-lm")
         names = self.label_names
         if names is not None and (not names or len(set(names)) < len(names)):
@@ -113,7 +109,7 @@ class RowSpec:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the encoder looks at; a table needs to be read in no others."""
-        if self.task == "sequence-classification":
+        if self.task == SEQUENCE_CLASSIFICATION:
             wanted = (self.text_column, self.pair_column, self.label_column)
             return tuple(name for name in wanted if name is not None)
         forms = {

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
-from kdcache.rows import IGNORE
-from kdcache.stream.shard_rows import CAUSAL, positions_of, types_of
+from kdcache.stream.shard_rows import positions_of, types_of
 from kdcache.targets import DenseTargets, SoftTargets
+from kdcache.tasks import CAUSAL_LM, IGNORE
 
 Batch: TypeAlias = dict[str, Tensor]
 Tokenize: TypeAlias = Callable[[list[str], "list[str] | None"], Mapping[str, Tensor]]
@@ -76,7 +76,7 @@ def collate(
     rows, lengths = len(data), np.diff(data.offsets)
     width = int(lengths.max()) if rows else 0
     real = np.arange(width) < lengths[:, None]
-    causal = data.task == CAUSAL
+    causal = data.task == CAUSAL_LM
     if tokenize is not None:
         if data.texts is None:
             raise UsageError(

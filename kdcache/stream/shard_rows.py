@@ -13,10 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 from kdcache.cache.shard import ShardData
-from kdcache.rows import IGNORE
 from kdcache.targets import SoftTargets
-
-CAUSAL = "causal-lm"
+from kdcache.tasks import CAUSAL_LM, IGNORE
 
 
 class Pool:
@@ -91,7 +89,7 @@ class Pool:
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             input_ids=pick([part.input_ids for part in parts], "token"),
             labels=pick(
-                [part.labels for part in parts], "token" if parts[0].task == CAUSAL else "row"
+                [part.labels for part in parts], "token" if parts[0].task == CAUSAL_LM else "row"
             ),
             targets=targets,
             type_ids=pick([types_of(part) for part in parts], "token") if typed else None,
@@ -106,7 +104,7 @@ def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
     Returns:
         int64 [rows].
     """
-    if data.task == CAUSAL:
+    if data.task == CAUSAL_LM:
         return np.diff(data.position_offsets)
     return np.ones(len(data), np.int64) if soft else (data.labels != IGNORE).astype(np.int64)
 

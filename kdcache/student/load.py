@@ -39,8 +39,8 @@ from transformers import (
 from kdcache.errors import UsageError
 from kdcache.student.bilstm import MODEL_TYPE, BiLstmClassifier, BiLstmConfig
 from kdcache.student.words import Vocabulary, read_embeddings
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
 
-CAUSAL, CLASSIFICATION = "causal-lm", "sequence-classification"
 FACTORY_TYPE = "kdcache-factory"
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # A student may pad its vocabulary, as models do for the speed of their last product, but not by
@@ -56,7 +56,7 @@ class StudentInfo:
     """What a student must know of the cache it learns from.
 
     Attributes:
-        task: "causal-lm" or "sequence-classification".
+        task: CAUSAL_LM or "sequence-classification".
         vocab_size: ids of the cache's tokenizer.
         num_labels: classes, for classification.
         label_names: their names, in order.
@@ -82,9 +82,9 @@ class StudentInfo:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task not in (CAUSAL, CLASSIFICATION):
-            raise UsageError(f"task {self.task!r} is unknown; it is {CAUSAL} or {CLASSIFICATION}.")
-        if self.task == CLASSIFICATION and not self.num_labels:
+        if self.task not in TASKS:
+            raise UsageError(f"task {self.task!r} is unknown; it is {' or '.join(TASKS)}.")
+        if self.task == SEQUENCE_CLASSIFICATION and not self.num_labels:
             raise UsageError("a classification student needs the number of classes (num_labels).")
 
 
@@ -152,7 +152,7 @@ def student_tokenize(student: nn.Module, name: str, info: StudentInfo) -> Tokeni
         name: see `load_student`.
         info: the cache's side.
     """
-    if info.task == CAUSAL:
+    if info.task == CAUSAL_LM:
         return None
     if isinstance(student, BiLstmClassifier):
         return student.vocabulary
@@ -223,7 +223,7 @@ def _config_file(name: str) -> dict[str, Any] | None:
 def _bilstm(
     options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo
 ) -> BiLstmClassifier:
-    if info.task != CLASSIFICATION:
+    if info.task != SEQUENCE_CLASSIFICATION:
         raise UsageError(
             f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
         )
@@ -303,14 +303,14 @@ def _saved_factory(folder: Path, raw: Mapping[str, Any], info: StudentInfo) -> n
 
 
 def _labels(info: StudentInfo) -> dict[str, Any]:
-    if info.task != CLASSIFICATION:
+    if info.task != SEQUENCE_CLASSIFICATION:
         return {}
     names = info.label_names or tuple(f"LABEL_{i}" for i in range(info.num_labels or 0))
     return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
 
 
 def _auto(info: StudentInfo) -> Any:
-    return AutoModelForCausalLM if info.task == CAUSAL else AutoModelForSequenceClassification
+    return AutoModelForCausalLM if info.task == CAUSAL_LM else AutoModelForSequenceClassification
 
 
 def _from_config(
@@ -321,7 +321,7 @@ def _from_config(
         for k, v in raw.items()
         if k not in ("model_type", "architectures", "transformers_version")
     }
-    if info.task == CLASSIFICATION:
+    if info.task == SEQUENCE_CLASSIFICATION:
         if given.pop("num_labels", info.num_labels) != info.num_labels:
             raise UsageError(
                 f"student {name} has {raw['num_labels']} classes, the cache has "
@@ -350,7 +350,7 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
         extra: dict[str, Any] = {}
-        if info.task == CLASSIFICATION:
+        if info.task == SEQUENCE_CLASSIFICATION:
             trained = any(
                 "SequenceClassification" in a for a in getattr(config, "architectures", None) or ()
             )
@@ -383,7 +383,7 @@ def _first_line(error: BaseException) -> str:
 
 def _check(student: nn.Module, name: str, info: StudentInfo) -> None:
     """Compare sizes (and for language models the tokenizer itself) with the cache's."""
-    if info.task == CLASSIFICATION:
+    if info.task == SEQUENCE_CLASSIFICATION:
         labels = getattr(getattr(student, "config", None), "num_labels", info.num_labels)
         if labels != info.num_labels:
             raise UsageError(

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.student import (
     BiLstmClassifier,
     DistilledStudent,
@@ -29,7 +29,8 @@ from kdcache.student import (
     load_student,
 )
 from kdcache.student.bilstm import MODEL_TYPE
-from kdcache.student.load import CAUSAL, CLASSIFICATION, FACTORY_TYPE, Tokenize
+from kdcache.student.load import FACTORY_TYPE, Tokenize
+from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
 
 _TOKENIZER_FILES = (
@@ -107,10 +108,10 @@ class SavedModel:
         """What the model was saved for, or None where its configuration does not say."""
         names = " ".join(self.raw_config.get("architectures") or ())
         if self.is_bilstm or "SequenceClassification" in names:
-            return CLASSIFICATION
+            return SEQUENCE_CLASSIFICATION
         if self.is_factory:
             return str(self.raw_config["info"]["task"])
-        return CAUSAL if "CausalLM" in names or "LMHead" in names else None
+        return CAUSAL_LM if "CausalLM" in names or "LMHead" in names else None
 
     def check_task(self, task: str) -> None:
         """Refuse a model that was saved for something else."""
@@ -133,7 +134,7 @@ class SavedModel:
 
     def vocab_size(self, task: str) -> int:
         """Width of its logits that stands for ids or classes."""
-        if task == CLASSIFICATION:
+        if task == SEQUENCE_CLASSIFICATION:
             return len(self.label_names)
         if self.is_factory:
             return int(self.raw_config["info"]["vocab_size"])
@@ -144,10 +145,10 @@ class SavedModel:
     def check_width(self, task: str, wanted: int) -> None:
         """Refuse a model that does not share the targets' ids or classes."""
         wide = self.vocab_size(task)
-        if not self.is_factory and task == CAUSAL:
+        if not self.is_factory and task == CAUSAL_LM:
             wide = int(self.files.config.get_text_config().vocab_size)
-        if wide < wanted or (task == CLASSIFICATION and wide > wanted):
-            what = "classes" if task == CLASSIFICATION else "ids"
+        if wide < wanted or (task == SEQUENCE_CLASSIFICATION and wide > wanted):
+            what = "classes" if task == SEQUENCE_CLASSIFICATION else "ids"
             raise UsageError(
                 f"{self.role} {self.name} knows {wide} {what}, the targets are over {wanted}. "
                 "Both must share one vocabulary or one set of classes."
@@ -352,7 +353,7 @@ def _own_forward(
 ) -> Callable[[Sequence[Row]], Iterator[Tensor]]:
     """Run a student by its own forward, which gives the logits of all places of a batch."""
     whole = DistilledStudent(student, task, codec="dense").eval().to(device)
-    causal = task == CAUSAL
+    causal = task == CAUSAL_LM
 
     @torch.inference_mode()
     def run(rows: Sequence[Row]) -> Iterator[Tensor]:
@@ -376,7 +377,7 @@ def _own_forward(
             inputs = dict(tokenize([row.text or "" for row in rows], pairs))
         inputs = {name: value.to(device) for name, value in inputs.items()}
         logits = whole(labels=labels.to(device), return_logits=True, **inputs).logits
-        yield logits[(labels != IGNORE).to(device)][:, :vocab_size] if causal else logits
+        yield logits[positions(labels, task).to(device)][:, :vocab_size] if causal else logits
 
     return run
 

@@ -40,6 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from kdcache.errors import UsageError
 from kdcache.stream import Batch, TargetStream
 from kdcache.student import DistilledStudent
+from kdcache.tasks import IGNORE
 
 STATE_FILE = "kdcache_state.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -277,7 +278,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if not math.isfinite(count):
                 continue  # a rank without rows only keeps the others company
             labels = inputs["labels"]
-            labelled = labels != -100
+            labelled = labels != IGNORE
             classes = labels.ndim == 1
             soft_known = outputs.soft_loss is not None
             correct = torch.zeros((), device=labels.device)

@@ -29,7 +29,6 @@ from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
 from kdcache.loss import (
-    IGNORE,
     LossParts,
     Targets,
     check_loss,
@@ -37,8 +36,9 @@ from kdcache.loss import (
     fused_linear_distillation,
     sliced_linear_distillation,
 )
-from kdcache.student.load import CAUSAL, CLASSIFICATION, FACTORY_TYPE
+from kdcache.student.load import FACTORY_TYPE
 from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
 
 _OURS = frozenset(
     (
@@ -89,7 +89,7 @@ class DistilledStudent(nn.Module):
 
     Args:
         student: what `load_student` returns.
-        task: "causal-lm" or "sequence-classification".
+        task: CAUSAL_LM or "sequence-classification".
         codec: the cache's codec ("dense", "topk:64", "sample:20"): how sparse targets are to be
             read.
         alpha: weight of the hard loss; may be set between steps, and a batch's own `alpha` wins.
@@ -115,8 +115,8 @@ class DistilledStudent(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        if task not in (CAUSAL, CLASSIFICATION):
-            raise UsageError(f"task {task!r} is unknown; it is {CAUSAL} or {CLASSIFICATION}.")
+        if task not in TASKS:
+            raise UsageError(f"task {task!r} is unknown; it is {' or '.join(TASKS)}.")
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha:g}; the weight of the hard loss is from 0 to 1.")
         self.read_targets_of(codec)
@@ -153,7 +153,7 @@ class DistilledStudent(nn.Module):
         True for language models, where every position has a label. A classifier's loss also counts
         rows without one.
         """
-        return self.task == CAUSAL
+        return self.task == CAUSAL_LM
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
@@ -239,11 +239,11 @@ class DistilledStudent(nn.Module):
             count = batch.get("count")
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
-        causal = self.task == CAUSAL
+        causal = self.task == CAUSAL_LM
         flat = labels.reshape(-1)
         # Before the student's own work: asking for the number of places waits for the device, and
         # now it is idle.
-        places = (flat != IGNORE).nonzero().squeeze(-1) if causal else None
+        places = positions(flat, self.task).nonzero().squeeze(-1) if causal else None
         n = len(flat) if places is None else len(places)
         targets = self._targets(batch, n, flat.device)
         soft = targets is not None
@@ -323,7 +323,7 @@ class DistilledStudent(nn.Module):
         """Run a module with the inputs that it names."""
         names = inspect.signature(module.forward).parameters
         given = {k: v for k, v in inputs.items() if k in names}
-        if self.task == CAUSAL and "use_cache" in names:
+        if self.task == CAUSAL_LM and "use_cache" in names:
             given["use_cache"] = False
         return module(**given)
 

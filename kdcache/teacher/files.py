@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from kdcache.errors import UsageError
 from kdcache.storage import sha256_file
+from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.headed import HEAD_FILE
 
 
@@ -107,7 +108,7 @@ class TeacherFiles:
 
     def vocab_size(self, task: str) -> int:
         """Width of a soft target: the classes, or the ids that tokenizer and output layer share."""
-        if task != "causal-lm":
+        if task != CAUSAL_LM:
             return len(self.label_names)
         known = max(self.tokenizer.get_vocab().values()) + 1
         width = int(self.config.get_text_config().vocab_size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kdcache.errors import UsageError
+from kdcache.tasks import CAUSAL_LM
 
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 
@@ -55,7 +56,7 @@ class TeacherOptions:
     @property
     def causal(self) -> bool:
         """Whether the teachers are language models, which answer every position of a row."""
-        return self.task == "causal-lm"
+        return self.task == CAUSAL_LM
 
     @property
     def flash_possible(self) -> bool:

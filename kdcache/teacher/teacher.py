@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
+from kdcache.tasks import positions
 from kdcache.teacher.load import compile_layers, input_device, load_models
 from kdcache.teacher.options import TeacherOptions
 
@@ -95,7 +96,7 @@ class Teacher:
             input_ids[i, :length] = row.input_ids
             mask[i, :length] = 1
             if self.options.causal:
-                wanted[i, :length] = row.labels != IGNORE
+                wanted[i, :length] = positions(row.labels, self.options.task)
             if row.type_ids is not None:
                 type_ids[i, :length] = row.type_ids
         # Indexing by a mask would make the host wait for the device to count it.

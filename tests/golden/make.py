@@ -26,9 +26,10 @@ from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
-from kdcache.rows import IGNORE, Row
+from kdcache.rows import Row
 from kdcache.targets import DenseTargets, SoftTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
+from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
 
 VOCABULARY = 300

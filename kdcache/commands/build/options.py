@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from kdcache.corpus import OnError
 from kdcache.errors import UsageError
-from kdcache.rows import Form, Packing, Task
+from kdcache.rows import Form, Packing
+from kdcache.tasks import CAUSAL_LM, Task
 from kdcache.teacher import (
     Attention,
 )
@@ -66,7 +67,7 @@ class BuildOptions:
     teacher: tuple[str, ...]
     corpus: tuple[str, ...]
     out: str
-    task: Task = "causal-lm"
+    task: Task = CAUSAL_LM
     codec: str | None = None
     temperatures: tuple[float, ...] = (1.0,)
     text_column: str = "text"

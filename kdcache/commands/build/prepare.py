@@ -19,6 +19,7 @@ from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec
+from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import (
     TeacherFiles,
     TeacherOptions,
@@ -60,7 +61,7 @@ def prepare(options: BuildOptions) -> Prepared:
     Raises:
         UsageError: options or input that cannot be.
     """
-    causal = options.task == "causal-lm"
+    causal = options.task == CAUSAL_LM
     teachers = [
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
         for name in options.teacher
@@ -126,7 +127,7 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
                 f"teachers {first.name} and {other.name} have different tokenizers: their "
                 "positions are not the same. Build one cache for each."
             )
-        if task != "causal-lm" and other.label_names != first.label_names:
+        if task != CAUSAL_LM and other.label_names != first.label_names:
             raise UsageError(
                 f"teachers {first.name} and {other.name} have different classes: "
                 f"{first.label_names} and {other.label_names}."
@@ -135,7 +136,7 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
 
 
 def _row_spec(options: BuildOptions, teacher: TeacherFiles) -> RowSpec:
-    causal = options.task == "causal-lm"
+    causal = options.task == CAUSAL_LM
     return RowSpec(
         task=options.task,
         text_column=options.text_column,
@@ -170,7 +171,7 @@ def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
     """A row may not be longer than the teacher's positions reach."""
     config = teacher.config.get_text_config()
     reach = [options.max_length, getattr(config, "max_position_embeddings", None)]
-    if options.task != "causal-lm":
+    if options.task != CAUSAL_LM:
         # RoBERTa and its kin begin to count behind the padding's id: they reach two places less far
         # than their configuration says, and their tokenizers know it.
         reach.append(int(teacher.tokenizer.model_max_length))
@@ -181,7 +182,7 @@ def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
     """Bytes of corpus a span: small enough to hold in memory and to share out, few in all."""
     if options.shard_tokens is not None:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN
-    per_position = codec.bytes_per_position if options.task == "causal-lm" else 1.0
+    per_position = codec.bytes_per_position if options.task == CAUSAL_LM else 1.0
     most = int(_SHARD_BYTES / max(1.0, per_position)) * _TEXT_BYTES_A_TOKEN
     # 64 spans or more, of 4 MiB at most, unless that made more than 100,000 of them.
     share = max(min(1 << 22, max(1 << 16, total // 64)), total // 100_000)

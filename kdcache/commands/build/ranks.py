@@ -16,7 +16,7 @@ import numpy as np
 
 from kdcache.corpus import Corpus, look_into, looks
 from kdcache.corpus.sample import shortened
-from kdcache.rows import IGNORE, RowSpec, make_encoder
+from kdcache.rows import RowSpec, make_encoder
 
 _LOOKS = 16
 _READ = 4096  # records of all looks
@@ -48,7 +48,8 @@ def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: in
         )
         records = shortened(look.records, _CHARACTERS)
         for row in make_encoder(rows, tokenizer).encode(records):
-            labels = row.labels[(row.labels != IGNORE) & (row.labels < vocab_size)]
+            labels = row.labels[row.places(rows.task)]
+            labels = labels[labels < vocab_size]
             counts += np.bincount(labels, minlength=vocab_size)
     order = np.argsort(-counts, kind="stable")
     return order[: np.count_nonzero(counts)].astype("<u4").tobytes()

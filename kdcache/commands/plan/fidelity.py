@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from kdcache.loss import distillation_loss
-from kdcache.rows import IGNORE
 from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.tasks import IGNORE
 
 STUDENT_SHARE, STUDENT_DEVIATION = 0.5, 1.0
 """What a student has of the teacher's logits, and the deviation of the noise in its own."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from kdcache.commands.build.options import BuildOptions, Dtype, Ensemble
 from kdcache.corpus import OnError
 from kdcache.errors import UsageError
-from kdcache.rows import Form, Packing, Task
+from kdcache.rows import Form, Packing
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task
 from kdcache.teacher import Attention
 
 _CODECS = {
-    "causal-lm": ("sample:10", "sample:20", "sample:40", "topk:16", "topk:64"),
-    "sequence-classification": ("dense", "dense:float16"),
+    CAUSAL_LM: ("sample:10", "sample:20", "sample:40", "topk:16", "topk:64"),
+    SEQUENCE_CLASSIFICATION: ("dense", "dense:float16"),
 }
 
 
@@ -58,7 +59,7 @@ class PlanOptions:
 
     teacher: tuple[str, ...]
     corpus: tuple[str, ...]
-    task: Task = "causal-lm"
+    task: Task = CAUSAL_LM
     codec: tuple[str, ...] | None = None
     temperatures: tuple[str, ...] | None = None
     rows: int = 64

@@ -20,10 +20,10 @@ from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.student.trainer import check_identity, last_checkpoint, read_state
 from kdcache.targets import Codec, Dense, DenseTargets, Sample, SparseTargets
+from kdcache.tasks import CAUSAL_LM
 
 RESULT_FILE = "train.json"
 STUDENT_FOLDER = "student"
-CAUSAL = "causal-lm"
 _OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", STUDENT_FOLDER + "*")
 
 
@@ -62,7 +62,7 @@ class Plan:
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
             for cache in (first, *eval_caches):  # what is said twice is told once
                 problems += _wrong_loss(options, cache.codec(), temperatures)
-        if options.best == "accuracy" and first.spec.task == CAUSAL:
+        if options.best == "accuracy" and first.spec.task == CAUSAL_LM:
             problems.append("best is accuracy, which is for classifiers. Use loss.")
         if options.best == "soft_loss" and options.hard_only:
             problems.append(

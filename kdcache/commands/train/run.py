@@ -41,7 +41,7 @@ from kdcache.commands.train.log import (
     cut_metrics,
     seconds_before,
 )
-from kdcache.commands.train.prepare import CAUSAL, RESULT_FILE, STUDENT_FOLDER, Plan, steps_of
+from kdcache.commands.train.prepare import RESULT_FILE, STUDENT_FOLDER, Plan, steps_of
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.errors import UsageError
 from kdcache.stream import TargetStream
@@ -54,6 +54,7 @@ from kdcache.student import (
     student_tokenize,
 )
 from kdcache.student.trainer import DistillationTrainer, read_state
+from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
 
@@ -136,7 +137,7 @@ def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
         UsageError: there is no such student, or it does not fit the caches.
     """
     options, spec = plan.options, plan.caches[0].spec
-    causal = spec.task == CAUSAL
+    causal = spec.task == CAUSAL_LM
     tokenizer = plan.caches[0].tokenizer()
     length = spec.max_length if causal else options.max_length
     info = StudentInfo(
