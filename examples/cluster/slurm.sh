@@ -1,10 +1,10 @@
 #!/bin/bash
-# A build on a Slurm cluster: one Ray over all nodes of the job, which ends with it. Arguments are those of `kdcache build`:
+# A build on a Slurm cluster: one Ray over all nodes of the job, which ends with it. Arguments as for `kdcache build`:
 #
 #   sbatch examples/cluster/slurm.sh --teacher /models/teacher --corpus '/data/text/*.jsonl' --out /data/caches/lm
 #
-# Preempted, out of time or cancelled: submit the same line again, and it goes on. `--requeue` lets Slurm do that after a
-# preemption. Home, teacher, corpus and cache must be on file systems that all nodes see, or in object storage.
+# Preempted, out of time or cancelled: submit the same line again, and it resumes. `--requeue` lets Slurm do that after a
+# preemption. Home, teacher, corpus and cache must be on file systems that all nodes share, or in object storage.
 #SBATCH --job-name=kdcache
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -12,13 +12,13 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --time=24:00:00
-# Two minutes before the end of the time: kdcache commits what it has and says how to go on.
+# Two minutes before the time limit: kdcache commits what it has and says how to resume.
 #SBATCH --signal=TERM@120
 set -euo pipefail
 
-# Other people's jobs reach the ports of these nodes; only who has the token may use this Ray.
+# Other users' jobs can reach the ports of these nodes; the token protects this Ray.
 export RAY_AUTH_MODE=token
-# Makes ~/.ray/auth_token unless there is a token; one that was made before may be open to others.
+# Makes ~/.ray/auth_token unless it exists; an existing one may be readable by others.
 (umask 077 && ray get-auth-token --generate > /dev/null)
 [[ ! -e ~/.ray/auth_token ]] || chmod 600 ~/.ray/auth_token
 
