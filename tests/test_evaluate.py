@@ -203,7 +203,8 @@ def test_a_student_of_a_users_function(
     top = [int(table[data.row(i).input_ids.astype(np.int64)].sum(0).argmax()) for i in range(200)]
     labelled = data.labels != IGNORE
     want = (np.array(top)[labelled] == data.labels[labelled]).mean()
-    result = evaluate(EvaluateOptions((str(tmp_path / "saved"),), cache=class_cache))
+    saved = (str(tmp_path / "saved"),)
+    result = evaluate(EvaluateOptions(saved, cache=class_cache, trust_remote_code=True))
     assert student_of(result).accuracy == pytest.approx(want)
     sys.modules.pop("my_student")
 

@@ -28,7 +28,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -44,8 +43,9 @@ from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
 from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.student.load import find_files
 from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
-from kdcache.teacher import quiet_transformers
+from kdcache.teacher import TeacherFiles, quiet_transformers
 from kdcache.teacher.headed import HeadedClassifier
 
 RESULT_FILE = "finetune.json"
@@ -191,11 +191,12 @@ def finetune(
         return finished
     with quiet_transformers():
         set_seed(options.seed)
-        tokenizer = _tokenizer(options)
+        files = find_files(options.model, "model", trust_remote_code=options.trust_remote_code)
+        tokenizer = files.tokenizer
         names = options.label_names or _label_names(options)
         rows, unlabelled = _rows(options, options.corpus, names, tokenizer)
         tests, _ = _rows(options, options.eval_corpus, names, tokenizer)
-        model = _model(options, names)
+        model = _model(options, files, names)
         _freeze(model, options.train_last)
         scratch = out.with_name(out.name + ".tmp")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -260,18 +261,6 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
 
 
 # Data
-
-
-def _tokenizer(options: FinetuneOptions) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(
-            options.model, trust_remote_code=options.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"model {options.model} is neither a folder here nor a model that the hub gives, "
-            f"or it has no tokenizer ({type(error).__name__}). Check the path or the id."
-        ) from error
 
 
 def _records(
@@ -361,7 +350,7 @@ class _Pad:
 # Model
 
 
-def _model(options: FinetuneOptions, names: tuple[str, ...]) -> Any:
+def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]) -> Any:
     trust = options.trust_remote_code
     classes = {
         "id2label": dict(enumerate(names)),
@@ -369,10 +358,10 @@ def _model(options: FinetuneOptions, names: tuple[str, ...]) -> Any:
         "problem_type": "single_label_classification",
     }
     try:
-        config = AutoConfig.from_pretrained(options.model, trust_remote_code=trust, **classes)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
         kind = AutoModelForSequenceClassification if options.head_width is None else AutoModel
         model = kind.from_pretrained(
-            options.model,
+            files.folder,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,

@@ -40,8 +40,9 @@ from kdcache.errors import UsageError
 from kdcache.student.bilstm import MODEL_TYPE, BiLstmClassifier, BiLstmConfig
 from kdcache.student.words import Vocabulary, read_embeddings
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
+from kdcache.teacher import TeacherFiles
+from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
-FACTORY_TYPE = "kdcache-factory"
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # A student may pad its vocabulary, as models do for the speed of their last product, but not by
 # whole vocabularies.
@@ -107,7 +108,7 @@ def load_student(
         embeddings: only for bilstm with words: GloVe or word2vec text file, .gz too.
         dtype: of the weights of Hugging Face students (training in float16 weights does not
             converge).
-        trust_remote_code: run code that a hub repository brings.
+        trust_remote_code: run code that a folder or hub repository brings or names.
 
     Returns:
         The student, in training mode.
@@ -117,6 +118,8 @@ def load_student(
     """
     raw = _config_file(name)
     kind = None if raw is None else raw.get("model_type")
+    if raw is not None:
+        check_config(f"student {name}", raw, trust_remote_code=trust_remote_code)
     builtin = name == "bilstm" or kind == MODEL_TYPE
     if (options or embeddings) and not (builtin and not Path(name).is_dir()):
         raise UsageError(
@@ -137,11 +140,13 @@ def load_student(
             student = _from_config(name, raw, info, dtype, trust_remote_code)
         else:
             student = _from_weights(name, info, dtype, trust_remote_code)
-    _check(student, name, info)
+    _check(student, name, info, trust_remote_code)
     return student.train()
 
 
-def student_tokenize(student: nn.Module, name: str, info: StudentInfo) -> Tokenize | None:
+def student_tokenize(
+    student: nn.Module, name: str, info: StudentInfo, *, trust_remote_code: bool = False
+) -> Tokenize | None:
     """How a classification student turns texts into tensors, or None where the cached ids serve.
 
     A bilstm with words brings its vocabulary, a module may bring a method `tokenize`, a Hugging
@@ -151,6 +156,7 @@ def student_tokenize(student: nn.Module, name: str, info: StudentInfo) -> Tokeni
         student: what `load_student` returned for `name`.
         name: see `load_student`.
         info: the cache's side.
+        trust_remote_code: run code that the folder brings.
     """
     if info.task == CAUSAL_LM:
         return None
@@ -159,7 +165,7 @@ def student_tokenize(student: nn.Module, name: str, info: StudentInfo) -> Tokeni
     own = getattr(student, "tokenize", None)
     if own is not None:
         return own  # type: ignore[no-any-return]
-    tokenizer = _tokenizer_of(name)
+    tokenizer = _tokenizer_of(name, trust_remote_code)
     if tokenizer is None or info.tokenizer is None or _same_tokenizer(tokenizer, info.tokenizer):
         return None
     return HfTokenize(tokenizer, info.max_length)
@@ -346,9 +352,22 @@ def _from_config(
     return student  # type: ignore[no-any-return]
 
 
-def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool) -> nn.Module:
+def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles:
+    """The files of a model that is a student, or whatever else its role is.
+
+    Raises:
+        UsageError: as `TeacherFiles.find`, with that role.
+    """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        return TeacherFiles.find(name, trust_remote_code=trust_remote_code)
+    except UsageError as error:
+        raise UsageError(str(error).replace("teacher", role, 1)) from error
+
+
+def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool) -> nn.Module:
+    folder = find_files(name, "student", trust_remote_code=trust).folder
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         extra: dict[str, Any] = {}
         if info.task == SEQUENCE_CLASSIFICATION:
             trained = any(
@@ -366,13 +385,11 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
             for key, value in extra.items():
                 setattr(config, key, value)
         student = _auto(info).from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=trust
+            folder, config=config, dtype=dtype, trust_remote_code=trust, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"student {name}: not a folder or hub id of a {info.task} model with weights "
-            f"({_first_line(error)}). Check the path; for random weights give its config.json "
-            "itself."
+            f"student {name} cannot be loaded as a {info.task} model ({_first_line(error)})."
         ) from error
     return student  # type: ignore[no-any-return]
 
@@ -381,7 +398,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def _check(student: nn.Module, name: str, info: StudentInfo) -> None:
+def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> None:
     """Compare sizes (and for language models the tokenizer itself) with the cache's."""
     if info.task == SEQUENCE_CLASSIFICATION:
         labels = getattr(getattr(student, "config", None), "num_labels", info.num_labels)
@@ -394,7 +411,7 @@ def _check(student: nn.Module, name: str, info: StudentInfo) -> None:
         if (
             embedded is not None
             and not has_words
-            and student_tokenize(student, name, info) is None
+            and student_tokenize(student, name, info, trust_remote_code=trust) is None
             and embedded < info.vocab_size
         ):
             raise UsageError(
@@ -412,7 +429,7 @@ def _check(student: nn.Module, name: str, info: StudentInfo) -> None:
         raise UsageError(
             f"student {name} has a vocabulary of {size}, the cache's is {info.vocab_size}. {cure}"
         )
-    tokenizer = _tokenizer_of(name)
+    tokenizer = _tokenizer_of(name, trust)
     if tokenizer is not None and info.tokenizer is not None:
         cached, own = (
             {i: t for t, i in x.get_vocab().items()} for x in (info.tokenizer, tokenizer)
@@ -432,13 +449,18 @@ def _rows(student: nn.Module, getter: str) -> int | None:
     return len(weight) if isinstance(weight, Tensor) else None
 
 
-def _tokenizer_of(name: str) -> Any:
+def _tokenizer_of(name: str, trust: bool) -> Any:
     """The tokenizer of a folder, or None; a hub id's is not fetched for the comparison alone."""
     if not any(
         (Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")
     ):
         return None
-    return AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"student {name} has no usable tokenizer: {_first_line(error)}."
+        ) from error
 
 
 def _same_tokenizer(a: Any, b: Any) -> bool:

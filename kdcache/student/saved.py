@@ -7,7 +7,6 @@ forward, whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,9 +28,10 @@ from kdcache.student import (
     load_student,
 )
 from kdcache.student.bilstm import MODEL_TYPE
-from kdcache.student.load import FACTORY_TYPE, Tokenize
+from kdcache.student.load import Tokenize, find_files
 from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
+from kdcache.teacher.trust import FACTORY_TYPE, read_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -77,21 +77,13 @@ class SavedModel:
         if not (folder / "config.json").is_file() and (inner / "config.json").is_file():
             folder = inner
         where = str(folder) if folder.is_dir() else name
-        try:
-            files = TeacherFiles.find(where, trust_remote_code=trust_remote_code)
-        except UsageError as error:
-            raise UsageError(str(error).replace("teacher", role, 1)) from error
+        files = find_files(where, role, trust_remote_code=trust_remote_code)
         return cls(name, files, role)
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """`config.json` as it is."""
-        try:
-            return dict(json.loads((self.files.folder / "config.json").read_bytes()))
-        except ValueError as error:
-            raise UsageError(
-                f"{self.role} {self.name}: config.json is not JSON ({error})."
-            ) from error
+        return read_json(f"{self.role} {self.name}", self.files.folder / "config.json")
 
     @property
     def is_bilstm(self) -> bool:
@@ -251,7 +243,8 @@ class SavedModel:
             return LoadedModel(self, _own_forward(bilstm, task, bilstm.vocabulary, device))
         if self.is_factory:
             info = StudentInfo(**self.raw_config["info"])
-            student = load_student(str(self.files.folder), info)
+            trust = self.files.trust_remote_code
+            student = load_student(str(self.files.folder), info, trust_remote_code=trust)
             tokenize = getattr(student, "tokenize", None)
             return LoadedModel(self, _own_forward(student, task, tokenize, device, vocab_size))
         options = TeacherOptions(

@@ -36,9 +36,9 @@ from kdcache.loss import (
     fused_linear_distillation,
     sliced_linear_distillation,
 )
-from kdcache.student.load import FACTORY_TYPE
 from kdcache.targets import DenseTargets, SparseTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
+from kdcache.teacher.trust import FACTORY_TYPE
 
 _OURS = frozenset(
     (

@@ -21,6 +21,7 @@ from kdcache.errors import UsageError
 from kdcache.storage import sha256_file
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.headed import HEAD_FILE
+from kdcache.teacher.trust import check_folder
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TeacherFiles:
         """Locate a teacher's files; a hub id is downloaded unless it is cached already.
 
         Raises:
-            UsageError: no such folder or model, or it has no safetensors weights.
+            UsageError: no such model, no safetensors weights, or code that is not trusted.
         """
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -51,15 +52,7 @@ class TeacherFiles:
             raise UsageError(
                 f"teacher {name} has no config.json: it is not a Hugging Face model folder."
             )
-        if not any(folder.glob("*.safetensors")):
-            pickled = (
-                " (pickled weights are not loaded: convert them)"
-                if any(folder.glob("*.bin"))
-                else ""
-            )
-            raise UsageError(
-                f"teacher {name} has no weights: expected *.safetensors in it{pickled}."
-            )
+        check_folder(f"teacher {name}", folder, trust_remote_code=trust_remote_code)
         return cls(name, folder, trust_remote_code)
 
     @cached_property

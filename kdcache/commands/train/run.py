@@ -162,7 +162,9 @@ def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
             embeddings=options.embeddings,
             trust_remote_code=options.trust_remote_code,
         )
-        tokenize = student_tokenize(inner, options.student, info)
+        tokenize = student_tokenize(
+            inner, options.student, info, trust_remote_code=options.trust_remote_code
+        )
     if options.fsdp and not isinstance(inner, PreTrainedModel):
         raise UsageError(
             f"fsdp shards Hugging Face students layer by layer; {options.student} is none. "

@@ -1,0 +1,104 @@
+"""What in a model's folder would run code, or read a pickle, once it is loaded.
+
+Refused before anything is loaded:
+
+* weights that are not safetensors, also where an index of safetensors names them;
+* without `--trust-remote-code`: a Python function that makes the model (`kdcache-factory`), Python
+  files of the folder (`auto_map`) where transformers has no such architecture, and attention
+  kernels (`attn_implementation` with a `/`), which are compiled code from the hub.
+
+transformers itself refuses the rest of `auto_map` without that flag, runs chat templates in a
+sandbox, and reads the state of a resumed run as tensors and numbers only (`weights_only`).
+Cost: two small files are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from kdcache.errors import UsageError
+
+FACTORY_TYPE = "kdcache-factory"
+_INDEX = "model.safetensors.index.json"
+
+
+def check_folder(who: str, folder: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a folder without safetensors weights, or that would run code without leave.
+
+    Args:
+        who: the model, for messages: "teacher NAME".
+        folder: with `config.json` and the weights.
+        trust_remote_code: whether code that ships with the model may run.
+
+    Raises:
+        UsageError: names the file and the reason.
+    """
+    weights = [path.name for path in folder.glob("*.safetensors")]
+    if (folder / _INDEX).is_file():
+        weights += map(str, read_json(who, folder / _INDEX).get("weight_map", {}).values())
+    others = sorted(name for name in weights if not name.endswith(".safetensors"))
+    if others or not weights:
+        others += [path.name for path in folder.glob("*.bin")]
+        pickled = f" ({others[0]} is not loaded: convert it)" if others else ""
+        raise UsageError(f"{who} has no weights: expected *.safetensors in it{pickled}.")
+    config = read_json(who, folder / "config.json")
+    check_config(who, config, trust_remote_code=trust_remote_code)
+
+
+def check_config(who: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Refuse a configuration that would run code without leave.
+
+    Args:
+        who: the model, for messages.
+        config: the object in its `config.json`.
+        trust_remote_code: whether code that the configuration names may run.
+
+    Raises:
+        UsageError: names the reason.
+    """
+    kind, kernels = config.get("model_type"), sorted(_kernels(config))
+    reason = None
+    if kind == FACTORY_TYPE:
+        reason = f"is made by the Python function {config.get('factory')}"
+    elif "auto_map" in config and kind not in CONFIG_MAPPING:
+        reason = "brings its own code (auto_map)"
+    elif kernels:
+        reason = f"asks for the attention kernel {kernels[0]} from the hub"
+    if reason is not None and not trust_remote_code:
+        raise UsageError(
+            f"{who} {reason}, as its configuration says, and that code would run here. Give "
+            "--trust-remote-code if you trust it."
+        )
+
+
+def _kernels(value: Any, key: str = "") -> Iterator[str]:
+    """Attention implementations that are named like a repository, in nested configurations too."""
+    if isinstance(value, Mapping):
+        for inner, below in value.items():
+            # A mapping of sub-models to implementations has their names as keys.
+            yield from _kernels(below, key if "attn_implementation" in key else inner)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _kernels(below, key)
+    elif "attn_implementation" in key and "/" in str(value):
+        yield str(value)
+
+
+def read_json(who: str, path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{who}: {path.name} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{who}: {path.name} is not a JSON object.")
+    return value
