@@ -1,11 +1,19 @@
-"""Ray: which cluster is meant, and joining or starting it."""
+"""Ray: which cluster is meant, and joining or starting it.
+
+Guarantee: a Ray that is started here listens on the loopback interface alone and asks for a token
+that only this user can read. A cluster that is joined is as open as whoever started it made it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import signal
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
@@ -19,7 +27,11 @@ def cluster_address(address: str | None) -> str | None:
 
 
 def connect(address: str | None) -> bool:
-    """Join or start a Ray; whether this call started it, so that `stop` ends it."""
+    """Join or start a Ray; whether this call started it, so that `stop` ends it.
+
+    Raises:
+        UsageError: no cluster answers at the address, or it wants another token.
+    """
     # What a cluster reports of dead workers Ray prints on standard output, where a command's
     # outcome belongs; our own log says it too.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
@@ -30,15 +42,56 @@ def connect(address: str | None) -> bool:
     # Without an address Ray would join any cluster it finds running on this machine.
     address = cluster_address(address) or "local"
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    private: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if address == "local":
         quiet["include_dashboard"] = False
+        private = _private_ray()
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **quiet)
-    except ConnectionError as error:
-        raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
+        with private:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UsageError(
+            f"cannot join the Ray cluster at {address}: no answer, or not with this token. Check "
+            "the address. If the cluster asks for a token, set RAY_AUTH_MODE=token and put its "
+            "token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+        ) from error
     finally:
         if main:  # Ray's own handler ends the process on the spot
             signal.signal(signal.SIGTERM, handler)
     return True
+
+
+@contextlib.contextmanager
+def _private_ray() -> Iterator[None]:
+    """What is started inside keeps to the loopback interface, with a token of this user's."""
+    from ray._private import ray_constants
+
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        _keep_token_private(Path.home() / ".ray" / "auth_token")
+    # Ray listens on all interfaces wherever it could form a cluster; this is its own switch, off on
+    # macOS. As a node's address it takes 127.0.0.1 for the machine's public one.
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _keep_token_private(path: Path) -> None:
+    """Make the token before Ray does, whose file everybody could read; close one that is open."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        made = path.with_name(f".{secrets.token_hex(8)}")
+        try:
+            made.touch(mode=0o600)
+            made.write_text(secrets.token_hex(32))
+            os.link(made, path)  # whole at once, and only if there is none
+        finally:
+            made.unlink(missing_ok=True)
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)

@@ -1,7 +1,8 @@
-"""Ways onto a cluster: job submission with a token, the Slurm script, and the KubeRay manifest."""
+"""Ways onto a cluster: a Ray of one's own, job submission with a token, Slurm, and KubeRay."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import yaml
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cli.main import COMMANDS
+from kdcache.cluster import _keep_token_private
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = Path(sys.executable).with_name("ray")
@@ -65,19 +67,78 @@ def run(call: list[Any], environment: dict[str, str]) -> subprocess.CompletedPro
     )
 
 
+LISTENING = """
+import psutil, ray
+from kdcache.cluster import connect
+
+assert connect(None)
+actors = [ray.remote(num_cpus=0)(type("Actor", (), {"ping": lambda self: 1})).remote()] * 2
+ray.get([actor.ping.remote() for actor in actors])
+me = psutil.Process()
+for process in [me, *me.children(recursive=True)]:
+    for port in process.net_connections("inet"):
+        if not port.raddr:
+            print("port", process.name(), port.laddr.ip)
+"""
+
+
+@pytest.mark.end_to_end
+def test_a_ray_of_our_own_listens_on_loopback_and_keeps_its_token_private(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    own = {k: v for k, v in environment.items() if k != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+    done = run([sys.executable, "-c", LISTENING], own)
+    assert done.returncode == 0, done.stdout
+    ports = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("port ")]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in ports}
+    outside = [
+        (name, ip)
+        for name, ip in ports
+        if not ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback
+    ]
+    assert outside == []
+    token = tmp_path / ".ray" / "auth_token"
+    assert len(token.read_text()) == 64
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+def test_only_one_module_starts_a_ray() -> None:
+    starts = [p.name for p in (ROOT / "kdcache").rglob("*.py") if "ray.init(" in p.read_text()]
+    assert starts == ["cluster.py"]
+
+
+def test_a_token_is_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    _keep_token_private(token)
+    assert not token.parent.exists()
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    _keep_token_private(token)
+    made = token.read_text()
+    assert len(made) == 64
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    token.chmod(0o644)  # as Ray itself writes it
+    _keep_token_private(token)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert token.read_text() == made
+    assert list(token.parent.iterdir()) == [token]
+
+
 @pytest.fixture
-def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
-    """Address for jobs of a local cluster that asks for a token."""
+def head(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """A local cluster that asks for a token: its address for jobs, and its port for drivers."""
     made = run([RAY, "get-auth-token", "--generate"], environment)
     assert made.returncode == 0, made.stdout
     port = free_port()
     log = tmp_path / "ray.log"
-    call = [RAY, "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2"]
+    drivers = free_port()
+    call = [RAY, "start", "--head", "--block", f"--port={drivers}", "--num-cpus=2"]
     call += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
     # At its usual port the agent of a Ray that has just ended may listen for another minute.
     call += [f"--dashboard-agent-listen-port={free_port()}"]
     with log.open("wb") as out:
-        head = subprocess.Popen(
+        process = subprocess.Popen(
             [str(w) for w in call],
             env=environment,
             stdout=out,
@@ -87,17 +148,17 @@ def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     try:
         end = time.monotonic() + DEADLINE
         while not _listens(port):
-            assert head.poll() is None, log.read_text()
+            assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", drivers
     finally:
-        head.send_signal(signal.SIGTERM)  # `--block` ends the processes it started
+        process.send_signal(signal.SIGTERM)  # `--block` ends the processes it started
         try:
-            head.wait(30)
+            process.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _listens(port: int) -> bool:
@@ -108,8 +169,13 @@ def _listens(port: int) -> bool:
 
 @pytest.mark.end_to_end
 def test_a_build_is_submitted_to_a_cluster_that_asks_for_a_token(
-    dashboard: str, environment: dict[str, str], tiny_lm: Path, text_corpus: Path, tmp_path: Path
+    head: tuple[str, int],
+    environment: dict[str, str],
+    tiny_lm: Path,
+    text_corpus: Path,
+    tmp_path: Path,
 ) -> None:
+    dashboard, port = head
     call = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"]
     out = tmp_path / "cache"
     build = ["python", "cli.py", "build", "--address", "auto"]
@@ -119,6 +185,15 @@ def test_a_build_is_submitted_to_a_cluster_that_asks_for_a_token(
     refused = run([*call, *build], stranger)
     assert "Invalid authentication token" in refused.stdout
     assert not out.exists()
+    # A client that does not know of tokens asks once a second, 20 times unless told otherwise.
+    address = f"{socket.gethostbyname(socket.gethostname())}:{port}"
+    unaware = {**environment, "HOME": str(tmp_path), "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    del unaware["RAY_AUTH_MODE"]
+    words = [sys.executable, "cli.py", *build[2:], "--address", address]
+    for client in (unaware, {**unaware, "RAY_AUTH_MODE": "token"}):
+        refused = run(words, client)
+        assert refused.returncode == 2, refused.stdout
+        assert "RAY_AUTH_MODE=token" in refused.stdout.splitlines()[-1]
     done = run([*call, *build], environment)
     assert done.returncode == 0, done.stdout
     assert "succeeded" in done.stdout
