@@ -7,7 +7,7 @@ fields are the command's options:
 
     kdcache.build(kdcache.BuildOptions(teacher=("bert-sst2",), corpus=("train.tsv",), out="cache"))
 
-Nothing heavy is imported before it is asked for.
+Heavy libraries are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The cache: a folder with `spec.json`, `shards/00042-<sha256[:16]>.h5`, `tokenizer/` and
 `manifest.json`.
 
-The spec says what bytes the cache should hold; its SHA-256 is the fingerprint. A span is done when
-its shard is listed; resuming is the difference. `manifest.json` is written last and seals the
-cache: readers accept nothing without it.
+The spec states which bytes the cache should hold; its SHA-256 is the fingerprint. A span is done
+when its shard is listed; resuming makes the missing ones. `manifest.json` is written last and seals
+the cache: readers refuse a cache without it.
 
 Guarantee: a sealed cache holds every span exactly once, with the counts and hashes of the manifest.
 """

@@ -1,6 +1,6 @@
-"""A cache being built or read: what is committed, what is missing, the seal, and the shards.
+"""A cache being built or read: committed shards, missing spans, the seal, and reading.
 
-Cost: opening reads two JSON files; no shard is touched.
+Cost: opening reads two JSON files and no shard.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What is wrong with a cache: every file of it, hashed first and opened second.
+"""The problems of a cache: every file is hashed first and opened second.
 
-A manifest may come from anybody, and its hashes say only that the files are the ones it was written
-for. So a shard whose hash is right is opened by another process first (`kdcache.cache.sandbox`),
-and its values are checked in this one: ids that are in the vocabulary, probabilities that are some.
+A manifest may come from anywhere; its hashes only prove that the files are the ones it was written
+for. So a shard whose hash is right is opened in a sandboxed subprocess first
+(`kdcache.cache.sandbox`). Then its values are checked in this process: ids are in the vocabulary,
+probabilities are valid.
 
-Cost: every byte is read once and decoded twice; a third of a second for the other process.
-Guarantee: a sealed cache in which `problems` finds none has every file as it was written, and every
-value is one that training can use.
+Cost: every byte is read once and decoded twice; a third of a second for the subprocess.
+Guarantee: if `problems` finds none in a sealed cache, every file is as it was written and every
+value can be used for training.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Sealed JSON: the text of `spec.json` and `manifest.json`, which ends in a hash of itself.
+"""JSON that ends in a hash of itself: the text of `spec.json` and `manifest.json`.
 
-The last field of the object, on a line of its own, is `sha256`: that of all bytes before this line.
-A bit that is flipped anywhere in the file is therefore seen before a value is used.
+The last field of the object, on a line of its own, is `sha256`: the hash of all bytes before this
+line. So a flipped bit anywhere in the file is detected before a value is used.
 
 Cost: a hash and a parse; one line an item, so that 100,000 shards take well under a second.
-Guarantee: what `from_text` returns was written whole by `to_text`, or by somebody who took the
-trouble to forge the sum: JSON with repeated names, NaN or numbers without bounds is refused, and
-types are for the caller to check.
+Guarantee: what `from_text` returns was written whole by `to_text`, or forged on purpose. JSON with
+repeated names, NaN or unbounded numbers is refused; the caller checks types.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""HDF5 with suspicion: which files are plain columns, seen before any value is read.
+"""Checks that an untrusted HDF5 file holds plain columns only, before any value is read.
 
-HDF5 can do much that a shard never needs: links into other files, values kept in other files, types
-of any size, filters that are loaded from plug-ins. A file that uses any of it is refused. What is
-left is numbers in chunks, each behind shuffle, gzip and fletcher32; where the chunks lie and how
-large they are is compared with the file's size and with each other before memory is taken. So a
-small file that claims to be large is an error and not a full memory.
+HDF5 supports much that a shard never needs: links into other files, values kept in other files,
+types of any size, filters loaded from plug-ins. A file that uses any of it is refused. What remains
+is numbers in chunks, each behind shuffle, gzip and fletcher32. Offsets and sizes of the chunks are
+compared with the file's size and with each other before memory is allocated, so a small file that
+claims to be large is an error and does not fill the memory.
 
-Cost: some microseconds a column and one a chunk. Guarantee: a column that passes has its values in
-the file itself, every one of them, and takes no more memory than 1,100 times its stored bytes.
+Cost: some microseconds a column and one a chunk. Guarantee: a column that passes has all its values
+in the file itself, and takes at most 1,100 times its stored bytes in memory.
 """
 
 from __future__ import annotations

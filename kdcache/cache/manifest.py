@@ -1,4 +1,4 @@
-"""The manifest: the sealed list of a cache's shards with their counts and hashes."""
+"""The manifest: the final list of a cache's shards with their counts and hashes."""
 
 from __future__ import annotations
 

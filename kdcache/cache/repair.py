@@ -1,12 +1,11 @@
-"""What is broken or left over in a cache is taken away, so that the same build makes it anew.
+"""Removes damaged and left-over files from a cache, so that the same build makes them again.
 
-The state of a cache is the listing of its files. So a repair is a removal: of a shard, and its span
-is missing; of the manifest, and the cache is unfinished; of the spec of a finished cache, and a
-build of the same spec writes it again. Nothing is computed here, and nothing that is whole is
-touched.
+The state of a cache is the listing of its files, so a repair only removes. Without a shard, its
+span is missing; without the manifest, the cache is unfinished; the spec of a finished cache is
+written again by a build of the same spec. Nothing is computed here.
 
-Cost: `repair` reads what `verify` does; `gc` reads listings. Guarantee: what a sealed cache names
-and what is whole stays; the digest of a cache changes only where `reseal` is asked for.
+Cost: `repair` reads what `verify` reads; `gc` reads listings. Guarantee: intact files that a sealed
+cache names are kept; the digest of a cache changes only with `reseal`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Files that nobody vouches for are opened by another process first.
+"""Opens untrusted HDF5 files in a sandboxed subprocess and reports how it ended.
 
-HDF5 is a large library in C: a file made for it, and not by it, may bring down the process that
-opens it. A cache from elsewhere vouches only for itself, since the hashes in its manifest came with
-it. So before such a shard is opened here, a process of its own opens it and reads all of it, and
-what becomes of that process is found out and said.
+HDF5 is a large C library: a malicious file may crash the process that opens it. The hashes of a
+cache from elsewhere came with it and prove nothing. So a subprocess opens and reads the whole of
+each shard before this process does.
 
-Cost: the process starts in a third of a second and lives as long as its `Trial`; each file is
+Cost: the subprocess starts in a third of a second and lives as long as its `Trial`; each file is
 decoded once more. Guarantee: `Trial.open` returns or raises, whatever the file does to its reader:
-the other process has a bounded memory and a deadline.
+the subprocess has bounded memory and a deadline.
 """
 
 from __future__ import annotations

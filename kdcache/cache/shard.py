@@ -1,13 +1,13 @@
 """One shard: an immutable HDF5 file with the rows of one span and their soft targets.
 
-Ragged data is stored as flat columns with counts or offsets; every column is chunked and passes
-through shuffle + gzip + fletcher32, filters that each HDF5 build has, so one flipped bit raises
-instead of giving wrong numbers. `docs/format.md` specifies the layout. What may be in a file at all
-is for `kdcache.cache.hdf5` to say; what the columns must hold is said here.
+Ragged data is stored as flat columns with counts or offsets. Every column is chunked and passes
+through shuffle + gzip + fletcher32, filters that each HDF5 build has, so a flipped bit raises an
+error instead of giving wrong numbers. `docs/format.md` specifies the layout. `kdcache.cache.hdf5`
+checks what may be in a file at all; this module checks the columns' contents.
 
 Cost: a shard is written and read whole, in one pass over its columns; memory is the shard's decoded
 size.
-Guarantee: the same content gives the same bytes (no times, no names of machines inside).
+Guarantee: the same content gives the same bytes (no times, no machine names inside).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The spec of a cache: a frozen, JSON-able answer to "what bytes should this cache hold"."""
+"""The spec of a cache: a frozen, JSON-able statement of which bytes the cache should hold."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """Corpus: input files of many formats, cut into deterministic spans, read back as records.
 
 Algorithm: patterns are expanded once into an ordered list of files with their sizes. Each file is
-cut without looking inside: plain line formats by bytes (a span owns the lines that *start* in its
-range), Parquet and Arrow by a fraction of their rows, and what can't be entered in the middle
-(compressed files, CSV with its quoted newlines) by dealing record `i` to part `i mod parts`.
+cut without reading it: plain line formats by bytes (a span owns the lines that *start* in its
+range), Parquet and Arrow by a fraction of their rows. Files that can't be entered in the middle
+(compressed files, CSV with quoted newlines) deal record `i` to part `i mod parts`.
 
 Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
-are made when asked for. Only `limit` reads while planning, and only up to the limit. Reading a
-byte span costs its bytes; one of Parquet decodes its row group from the beginning; a dealt part
-costs the whole file's decompression or CSV parsing, hence at most 128 parts a file: a very large
-corpus is better off in plain JSONL, or in Parquet of small row groups.
+are made on demand. Only `limit` reads while planning, and only up to the limit. Reading a byte span
+costs its bytes; one of Parquet decodes its row group from the beginning; a dealt part costs the
+whole file's decompression or CSV parsing, hence at most 128 parts a file. Plain JSONL, or Parquet
+with small row groups, suits a very large corpus better.
 
 Guarantee: a span is a pure function of the files' names and sizes and the options, so every worker
 reads the same records from the same span; over all spans each record comes exactly once. A span may

@@ -1,4 +1,4 @@
-"""Spans: how files are cut into units of work, and the reading of one unit.
+"""Spans: cutting files into units of work, and reading one unit.
 
 Cost and guarantee: see `kdcache.corpus`.
 """

@@ -1,7 +1,7 @@
-"""Input files: which ones a pattern names, of what kind, how large, and how to open them.
+"""Input files: which ones a pattern names, their formats and sizes, and how to open them.
 
-Local files are opened plainly; everything with a scheme goes through fsspec. Cost: one listing per
-pattern and, for `tags`, 128 KiB read per file (remote ones many at a time).
+Local files are opened directly, URLs through fsspec. Cost: one listing per pattern and, for `tags`,
+128 KiB read per file (many remote files at a time).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Readers: one span's raw records, format by format.
 
 Each reader yields `(location, payload)` in file order; `parse` turns a payload into values or
-says why it can't (`RecordError`). The same readers count records for `limit`, so that both agree
-about what a record is: a line that is not blank, a CSV row that is not empty, a row of a table.
+raises `RecordError` with the reason. The same readers count records for `limit`, so both agree on
+what a record is: a line that is not blank, a CSV row that is not empty, a row of a table.
 
-Cost: one pass; a table is decoded in batches of 1,024 rows and only in the columns asked for.
+Cost: one pass; a table is decoded in batches of 1,024 rows and only in the requested columns.
 """
 
 from __future__ import annotations

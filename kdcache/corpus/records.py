@@ -1,7 +1,7 @@
-"""Record: one item of a corpus, and what to say when it is not what was expected.
+"""Record: one item of a corpus, and the errors about it.
 
-Cost: a record's place in a file cut by bytes is kept as an offset; its line number is counted, by a
-pass over the file up to there, only when a message asks for it.
+Cost: a record's position in a file cut by bytes is kept as an offset. Its line number is counted
+only when a message needs it, by a pass over the file up to there.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A few records from all over a corpus, for what must be known before it is read whole.
+"""A few records from all over a corpus, for decisions made before it is read whole.
 
-Algorithm: evenly spaced spans are looked into. A file that cannot be entered in the middle is one
-look, however many of its spans are chosen: its spans all begin at its first records. From the first
-records of a look every n-th is kept, where n doubles each time twice as many are kept as are
-wanted: so they are evenly spaced whether the look holds ten records or ten million.
+Algorithm: evenly spaced spans are sampled. A file that cannot be entered in the middle is sampled
+once, however many of its spans are chosen, since they all begin at its first records. From the
+first records of a span every n-th is kept; n doubles each time twice as many are kept as are
+needed. So the kept ones are evenly spaced whether the span holds ten records or ten million.
 
-Cost: a look reads as many records as it is allowed and holds twice as many as are wanted.
+Cost: for each span, a bounded number of records read, and twice the needed number held.
 Guarantee: the same corpus and numbers give the same records.
 """
 

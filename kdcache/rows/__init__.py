@@ -1,17 +1,16 @@
 """Rows: records become token sequences with hard labels.
 
-Algorithm: records are turned into documents (text, and which stretches of it are to be learnt),
-batches of documents are tokenised at once, their ids are laid end to end in flat arrays, and these
-are cut into rows. Labels are aligned with the logits: `labels[t]` is the id to predict after
-reading the places up to and including `t`.
+Algorithm: records are turned into documents (a text, and which parts of it have labels), batches of
+documents are tokenised at once, their ids are laid end to end in flat arrays, and these are cut
+into rows. Labels are aligned with the logits: `labels[t]` is the id to predict after reading the
+tokens up to and including `t`.
 
-Cost: the tokenizer's; around it a constant number of numpy calls per batch (`concat`) or per
-document, never Python work per token of plain text. Memory: one batch of documents and one row.
+Cost: the tokenizer's, plus a constant number of numpy calls per batch (`concat`) or per document,
+never Python work per token of plain text. Memory: one batch of documents and one row.
 
 Guarantee: rows depend on the spec, the tokenizer and the records' order alone. Under `concat`
 every token of a span but the first is predicted exactly once; under `split` the same holds for
-each document. A row ends at its last label, so under a causal model no place is computed that
-nothing is learnt from.
+each document. A row ends at its last label, so no trailing token without a label is computed.
 """
 
 from __future__ import annotations

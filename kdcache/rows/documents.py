@@ -1,9 +1,9 @@
-"""Documents: a causal-LM record as text plus the stretches of it that are to be learnt.
+"""Documents: a causal-LM record as text plus the parts of it that have labels.
 
-Which tokens the assistant speaks is decided by character offsets in the rendered conversation, with
-one tokenisation of the whole: what the student sees is exactly what the model would see. Templates
-that mark the assistant's part (`{% generation %}`) say it themselves; for others the conversation
-is rendered up to and after each assistant message, and what the message adds is the assistant's.
+The assistant's tokens are found by character offsets in the rendered conversation, with one
+tokenisation of the whole: the student sees exactly what the model would see. Templates with
+`{% generation %}` mark them. For other templates the conversation is rendered up to and after each
+assistant message, and what the message adds is the assistant's.
 
 Cost: a conversation with n answers is rendered once if the template marks them, else 2n + 1 times.
 """

@@ -1,4 +1,4 @@
-"""Row and RowSpec: what a row is, and the options that decide it."""
+"""Row and RowSpec: one row, and the options that decide how rows are made."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Where a cache lives: a folder, local or behind any fsspec URL, reduced to the few verbs a cache
-needs.
+"""Storage of a cache: a folder, local or behind any fsspec URL, with the few methods a cache needs.
 
 Guarantee: a name appears only with its whole content. Locally a file is written under `tmp/`,
-flushed to the disk and renamed; in an object store one PUT makes it appear. Listing the folder is
-therefore the only state there is: what is listed is committed.
+flushed to the disk and renamed; in an object store one PUT makes it appear. The listing of the
+folder is therefore the only state: what is listed is committed.
 """
 
 from __future__ import annotations

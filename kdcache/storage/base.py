@@ -1,4 +1,4 @@
-"""The verbs of a storage, and what all storages share."""
+"""The interface of a storage, and what all storages share."""
 
 from __future__ import annotations
 

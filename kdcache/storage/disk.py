@@ -1,16 +1,16 @@
 """Copies of remote files on this machine: a bounded folder, shared by all its processes.
 
-A copy is a file `<key>`; while it arrives it is `<key>.part`. Every use of either holds a kernel
-lock (flock) on it: exclusive while it is written or removed, shared while it is read. The kernel
-drops the locks of a process that dies, so there is nothing to repair: a `.part` that nobody locks
-is what a killed download left, and goes with the next look around. Who wants a copy that is on its
-way waits for it and reads it too. Space is taken before a download begins: the `.part` has its
-final size from the start, and under the lock of the whole folder the copies that were not used for
-longest are removed until it fits.
+A copy is a file `<key>`; while it is downloaded it is `<key>.part`. Every use of either holds a
+kernel lock (flock) on it: exclusive while it is written or removed, shared while it is read. The
+kernel drops the locks of a process that dies, so nothing needs repair: a `.part` without a lock is
+left from a killed download and is removed by the next scan. A process that needs a copy which is
+being downloaded waits for it. Space is reserved before a download begins: the `.part` has its final
+size from the start, and under the lock of the whole folder the least recently used copies are
+removed until it fits.
 
 Cost: one scan of the folder a download; two system calls and a stat a use. Guarantee: a key's file
-is whole and checked; the copies' sizes stay within the bound, but for those in use (which are never
-removed).
+is whole and checked; the copies' sizes stay within the bound, except for those in use (which are
+never removed).
 """
 
 from __future__ import annotations

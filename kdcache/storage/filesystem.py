@@ -1,12 +1,13 @@
-"""fsspec, made to answer or to say why it does not.
+"""fsspec with deadlines and retries: a request returns, or raises an error that says what to do.
 
-Each request has a deadline and is repeated, with growing pauses, while the store has trouble. What
-clients do by themselves is not enough: s3fs has no bound at all on an upload to a server that falls
-silent before the body is sent, gives up on a server's own faults within seconds, and does not look
-at the length of a range it was sent.
+Each request has a deadline and is retried, with growing pauses, while the store has trouble. The
+clients' own handling is not enough: s3fs waits without bound on an upload to a server that falls
+silent before the body is sent, gives up on a server's own faults within seconds, and does not check
+the length of a range that it received.
 
-Cost: nothing on the good way. Guarantee: no request outlives `_PATIENCE` and one deadline, and what
-comes back is an answer, `FileNotFoundError`, `FileExistsError`, or an error with a cure.
+Cost: none if the first request succeeds. Guarantee: no request outlives `_PATIENCE` and one
+deadline, and the outcome is an answer, `FileNotFoundError`, `FileExistsError`, or an error with a
+cure.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A folder of this machine or of a shared file system, as a storage.
 
 Guarantee: a file is written under `tmp/`, flushed to the disk and renamed, so a name appears only
-with its whole content, whatever is killed.
+with its whole content, even if a process is killed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A prefix of an object store, through fsspec, as a storage.
 
-Guarantee: an object appears at once and whole, by one PUT or when a multipart upload is completed;
-an upload that was killed leaves nothing that can be seen (its parts stay until the bucket's rule
-for unfinished uploads removes them). What is read from a copy on this machine is what the store
-holds: a name with a hash stands for its content, and any other name is downloaded each time.
+Guarantee: an object appears whole, with one PUT or at the end of a multipart upload. A killed
+upload leaves nothing visible (its parts stay until the bucket's rule for incomplete uploads removes
+them). What is read from a copy on this machine is what the store holds: a name with a hash stands
+for its content, and any other name is downloaded each time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""URLs fit for eyes: without the secrets that they may carry."""
+"""URLs without the secrets that they may carry."""
 
 from __future__ import annotations
 
