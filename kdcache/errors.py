@@ -1,6 +1,6 @@
 """The errors a user can cause or must act on. The command line maps each class to one exit code.
 
-Everything else that escapes is a fault of ours and keeps its traceback.
+Any other exception is a fault of kdcache and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures as a person says them."""
+"""Figures as people write them: sizes, durations, counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How command-line options and `--config` files become the options dataclass of a command."""
+"""Command-line options and `--config` files become the options dataclass of a command."""
 
 from __future__ import annotations
 

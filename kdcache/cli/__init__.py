@@ -1,1 +1,1 @@
-"""The command line: words to commands, and everything that prints."""
+"""The command line: options to commands, and everything that prints."""

@@ -1,6 +1,6 @@
 """The commands: options in, one function of the package called, its outcome printed. No logic.
 
-Each is made when it is first asked for, so that one command does not import what another needs.
+Each is created on first use, so that one command does not import what another needs.
 """
 
 from __future__ import annotations

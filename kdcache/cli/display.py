@@ -1,4 +1,4 @@
-"""What a long command shows: a live bar on a terminal, a plain line every so often elsewhere."""
+"""The progress of a long command: a live bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 

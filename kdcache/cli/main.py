@@ -1,9 +1,9 @@
-"""The command line: maps words to commands, and errors to one line and an exit code.
+"""The `kdcache` program: maps arguments to commands, and errors to one line and an exit code.
 
-Exit codes: 0 done; 2 wrong usage or input; 3 incomplete, and the same command goes on; 1 all else.
+Exit codes: 0 done; 2 wrong usage or input; 3 incomplete (run the same command again); 1 any other.
 
-The commands themselves are in `kdcache.cli.commands`, loaded when one is asked for: the list of
-them is there at once.
+The commands themselves are in `kdcache.cli.commands`, loaded on first use; the list of them is
+available at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan as tables and as a plot."""
+"""Prints the result of `plan`."""
 
 from __future__ import annotations
 

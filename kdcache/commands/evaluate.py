@@ -1,15 +1,15 @@
 """`kdcache evaluate`: the teacher beside its students, on the rows of a cache or of a corpus.
 
-Every model runs over the same batches, a slice of positions at a time; the figures are sums
+Every model runs over the same batches, a slice of positions at a time. The figures are sums
 (`kdcache.loss.metrics`), so memory is that of one batch whatever the size of the set.
 
-Cost: one forward of each student over all rows, and of the teacher only if it is asked to run live:
-from a cache its answers are read.
-Guarantee: cross-entropy and KL are the loss's own (`kdcache.loss`): KL is exact for a live teacher
-and for `dense` caches, that of the coarsened distribution (one bucket for the tail) for `topk`. A
-`sample` cache does not tell the teacher's entropy: at one temperature a tail id's own probability
-is not kept, at several only its rounded share. There the soft cross-entropy, which exceeds KL by
-that entropy, is reported instead: it is unbiased, and between students its differences are
+Cost: one forward of each student over all rows, and of the teacher only if it is to run live: its
+answers in a cache are read.
+Guarantee: cross-entropy and KL are the loss's own (`kdcache.loss`). KL is exact for a live teacher
+and for `dense` caches, and that of the coarsened distribution (one bucket for the tail) for `topk`.
+A `sample` cache does not determine the teacher's entropy: at one temperature a tail id's own
+probability is not kept, at several only its rounded share. So the soft cross-entropy, which exceeds
+KL by that entropy, is reported instead: it is unbiased, and its differences between students are
 differences in KL.
 """
 

@@ -1,4 +1,4 @@
-"""`kdcache finetune`: a Hugging Face encoder becomes the teacher of a classifier.
+"""`kdcache finetune`: fine-tunes a Hugging Face encoder as the teacher of a classifier.
 
     records -> class names -> token rows -> HF Trainer -> best epoch -> folder for `build`
 

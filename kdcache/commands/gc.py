@@ -1,4 +1,4 @@
-"""`kdcache gc`: removes what crashed builds have left beside a cache."""
+"""`kdcache gc`: removes what crashed builds left beside a cache."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""`kdcache inspect`: what a cache is, how large its parts are, what the teacher said about a row.
+"""`kdcache inspect`: what a cache is, how large its parts are, the teacher's guesses for a row.
 
 Cost: the two JSON files of a sealed cache and the headers of a few shards, from which bytes a
 column are scaled up; with a row, that row's shard. An unfinished cache has no manifest: each
-committed shard is opened (and fetched first, if the cache is remote) to count it.
-Guarantee: nothing is written; figures that come from a few shards say so. Each shard is hashed,
-then opened by another process (`kdcache.cache.sandbox`), then by this one.
+committed shard is opened (and downloaded first, if the cache is remote) to count it.
+Guarantee: nothing is written; figures that are estimated from a few shards are marked so. Each
+shard is hashed, then opened in a sandboxed subprocess (`kdcache.cache.sandbox`), then here.
 """
 
 from __future__ import annotations

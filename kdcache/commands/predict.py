@@ -1,10 +1,10 @@
-"""`kdcache predict`: texts in, one JSON line a text out, in the order they came.
+"""`kdcache predict`: texts in, one JSON line a text out, in the order of the input.
 
 Records are read in windows; a window is sorted by length for the model and put back in order for
 the output. Memory is that of one window, however long the input.
 
-Guarantee: one line for every record that could be read, empty texts included, so that line i of the
-output belongs to record i of the input. A file named by `out` appears whole or not at all.
+Guarantee: one line for every readable record, empty texts included, so that line i of the output
+belongs to record i of the input. A file named by `out` appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Cached targets beside the teacher's own: is this cache what this teacher says?
+"""Compares cached targets with the teacher's own: do they belong to this teacher?
 
 A few random rows go through the teacher again, twice: each by itself, and padded together. Their
-logits are encoded as in the build, with the same noise, and compared with what the cache holds.
-They can't be equal to the last bit, since other batches, machines and libraries round otherwise.
-How much they may differ is measured: the two live runs show how far rounding moves the logits, and
-noise of that size, put on the logits of one of them, shows what it makes of stored targets (of a
-top-k it swaps ids, of a sample it draws others, and quantisation makes steps of all of it).
+logits are encoded as in the build, with the same noise, and compared with the cache's targets.
+These can't be equal to the last bit, since other batches, machines and libraries round differently.
+The tolerance is measured: the two live runs show how far rounding moves the logits, and noise of
+that size, added to the logits of one of them, shows its effect on stored targets (in a top-k it
+swaps ids, in a sample it draws others, and quantisation makes steps of all of it).
 
-The difference of two targets is half the sum of what their weights differ by, which is 1 for
+The difference of two targets is half the sum of the differences of their weights, which is 1 for
 targets that share nothing, as a mean over the declared temperatures. For `dense` it is the root
-mean square of what the logits differ by, over that of the logits themselves.
+mean square of the logits' differences over that of the logits themselves.
 
 Cost: two forwards of the sampled rows, and six encodings of some positions of each.
 Guarantee: the same arguments compare the same positions. Other weights, rows and targets that do
-not belong together, or a coarser dtype than the spec's stand out, unless what they change is less
-than what rounding does.
+not belong together, or a coarser dtype than the spec's are found, unless their effect is smaller
+than that of rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`kdcache repair`: removes what is broken in a cache; the same build makes only that anew."""
+"""`kdcache repair`: removes the damaged files of a cache; the same build makes only those again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, and how they are printed."""
+"""The figures of an evaluation."""
 
 from __future__ import annotations
 

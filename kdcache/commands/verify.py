@@ -1,8 +1,6 @@
-"""`kdcache verify`, `kdcache repair` and `kdcache gc`: keeping a cache whole.
+"""`kdcache verify`: checks every file of a cache, and its targets against a teacher.
 
-`verify` says what is wrong, `repair` takes what is broken away so that the same build makes it
-anew, `gc` what crashed builds have left. The work is in `kdcache.cache.check`,
-`kdcache.cache.repair` and, where a teacher is named, `kdcache.commands.recheck`.
+The work is in `kdcache.cache.check` and, for a teacher, `kdcache.commands.recheck`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`kdcache build`: run the teacher over a corpus once and seal the cache.
+"""`kdcache build`: runs the teacher over a corpus once and seals the cache.
 
     options -> spans of the corpus -> teacher's identity -> CacheSpec -> create or resume
-    missing spans -> crew: workers read, tokenise, run the teacher, encode, commit
+    missing spans -> workers: read, tokenise, run the teacher, encode, commit
     all spans committed -> seal
 
-Guarantee: the same command is always the way to go on, and a finished cache is never touched again.
+Guarantee: the same command always resumes, and a finished cache is never changed.
 """
 
 from __future__ import annotations

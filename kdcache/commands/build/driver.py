@@ -1,17 +1,18 @@
 """The driver of a build: hands out missing spans until each is committed or set aside.
 
-What a failed attempt says about its span decides what follows:
+The way an attempt failed decides what follows:
 
-| the attempt ended because | the span is tried again | and it counts |
+| the attempt ended because | the span is retried | counts as a failure |
 |---|---|---|
 | the span raised an error | alone on a worker | yes |
-| its worker died or hung, with nothing else in it | alone on a worker | yes |
+| its worker died or hung, with no other span in it | alone on a worker | yes |
 | its worker died or hung, with another span in it | alone on a worker | no |
 | its node went away (preempted, unreachable) | like any other | no |
-| its shard is not in the listing after the commit | alone on a worker | yes |
+| its shard is missing from the listing after the commit | alone on a worker | yes |
 
-A span with three counted failures is set aside, and the rest completes. Wrong input stops at once,
-and so do twenty spans that fail before any of the cache has succeeded: then it is not the spans.
+A span with three counted failures is set aside, and the others complete. Wrong input stops the
+build at once, and so do twenty failed spans before the first success: then the cause is not the
+spans.
 
 Cost: a queue of span numbers and one entry a shard; the driver touches no row and no target.
 Guarantee: a build ends only when the listing shows every shard, or it names the spans without one.

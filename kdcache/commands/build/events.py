@@ -1,11 +1,11 @@
-"""What happened during a build, as JSON lines beside the cache, for programs and for the curious.
+"""The events of a build, as JSON lines beside the cache, for programs and for people.
 
-A local cache has them in `events.jsonl`, one line appended at a time, from all its builds. An
-object store cannot append: there the lines of one run are kept in memory and written when it ends,
-under `events/` and a name of their own. They are no part of the cache: nothing reads them back.
+A local cache has them in `events.jsonl`, appended one line at a time by all its builds. An object
+store cannot append: there the lines of one run are kept in memory and written when it ends, under
+`events/` with a name of their own. They are no part of the cache: nothing reads them back.
 
-Cost: about 200 bytes a span. Guarantee: telling never stops the work; a log that cannot be written
-(a full disk) is given up with one warning. Texts are written without credentials in their URLs.
+Cost: about 200 bytes a span. Guarantee: the log never stops the build; if it cannot be written (a
+full disk), it is given up with one warning. URLs are written without credentials.
 """
 
 from __future__ import annotations

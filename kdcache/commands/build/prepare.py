@@ -1,4 +1,4 @@
-"""What follows from the options of a build before any work is done: spec, corpus, teacher."""
+"""What a build derives from its options before any work: spec, corpus, teacher."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Frequency ranks: ids numbered anew so that frequent ones are small, which makes a cache smaller.
+"""Frequency ranks: ids renumbered so that frequent ones are small, which makes a cache smaller.
 
 The driver counts the tokens to be predicted in the beginnings of a few hundred records, spread over
-the corpus; the id met most often gets rank 0, equal counts go by id. The table lies once in the
+the corpus; the most frequent id gets rank 0, equal counts go by id. The table is stored once in the
 cache and takes 6 to 9 % off the bytes of language-model targets (SmolLM2-135M on novels).
 
 Cost: about 100 thousand tokens are tokenised, half a second; counting all of the corpus would save
 another 1 %.
 Guarantee: the table is a pure function of the corpus, the row options and the tokenizer. Any table
-is right, a fitting one is small.
+is correct; a good one makes the cache small.
 """
 
 from __future__ import annotations

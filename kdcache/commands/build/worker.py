@@ -2,8 +2,9 @@
 commit.
 
 Two spans are in flight in a worker and a lock admits one to the teacher, so that one span is read,
-packed or compressed while the other computes: a pipeline without queues. On a GPU the lock is given
-on once everything is launched, so that the device goes from one span to the next without a pause.
+packed or compressed while the other computes: a pipeline without queues. On a GPU the lock is
+released once everything is launched, so that the device goes from one span to the next without a
+pause.
 
 Cost: memory of two spans' rows and encoded targets, plus the teacher and one slice of its logits.
 Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling

@@ -1,1 +1,1 @@
-"""`kdcache demo`: the main job on what every Python carries, in a few minutes on two cores."""
+"""`kdcache demo`: the whole job on text that every Python carries, in minutes on two cores."""

@@ -4,13 +4,13 @@
     build (Ray, two workers) -> train-cache; build (this process) -> heldout-cache
     train x 3 from train-cache -> evaluate on heldout-cache and teacher -> table, losses.png
 
-Nothing is done here that the commands do not do: the steps call `build`, `train` and `evaluate`
-with their options.
+The steps call `build`, `train` and `evaluate` with their options; the demo does nothing that the
+commands cannot.
 
 Cost: a few minutes on one core (two while building), half of it the teacher's training.
 Guarantee: the three students see the same rows in the same order for as many steps, and each is its
 best evaluation by held-out cross-entropy; the first two also begin with the same weights. Finished
-steps are kept: the same command goes on after the last of them.
+steps are kept: the same command resumes after the last of them.
 """
 
 from __future__ import annotations

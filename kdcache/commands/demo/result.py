@@ -1,4 +1,4 @@
-"""What came of a demo, and how it is shown."""
+"""The result of a demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo learns from: a corpus that every CPython carries, a tokenizer and a small teacher.
+"""The demo's material: a corpus that every CPython carries, a tokenizer and a small teacher.
 
 The corpus is the Python language reference of `pydoc_data.topics`. Its topics repeat each other (a
 fifth of the text occurs twice), so every paragraph is kept once: otherwise the held-out documents
@@ -6,8 +6,8 @@ would hold paragraphs that were trained on.
 
 Cost: the teacher trains with about 6 x parameters x tokens floating-point operations; small batches
 make the most of few of them.
-Guarantee: corpus and tokenizer are the same on every run of one Python version; each is there as a
-whole or not at all.
+Guarantee: corpus and tokenizer are the same on every run of one Python version; each file is
+written whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a plan is asked for: a build, with several codecs and sets of temperatures to compare."""
+"""The options of `plan`: those of a build, with several codecs and temperatures to compare."""
 
 from __future__ import annotations
 

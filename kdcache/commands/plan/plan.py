@@ -1,4 +1,4 @@
-"""A plan from its options to its result."""
+"""`kdcache plan`, from its options to its result."""
 
 from __future__ import annotations
 

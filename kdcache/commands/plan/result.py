@@ -1,4 +1,4 @@
-"""What a plan found: the figures of each cache that could be built."""
+"""The result of a plan: the figures of each cache that could be built."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Rows from all over a corpus, and how large the corpus is.
+"""Rows from all over a corpus, and an estimate of the corpus's size in positions.
 
-Evenly spaced places of the corpus are looked into (`kdcache.corpus.sample`) and their records are
+Evenly spaced spans of the corpus are sampled (`kdcache.corpus.sample`) and their records are
 encoded as in a build. Positions per stored byte of what was encoded, times the bytes of all files,
 is the size of the corpus in positions.
 
-The estimate is near for files that are not compressed; where they are, how well the sample
-compresses stands for all, and a sample of a large file compresses a little worse than the file.
+The estimate is close for uncompressed files. For compressed ones the sample's compression ratio
+stands for all, and a sample compresses a little worse than its whole file.
 
 Cost: a few thousand records are read.
 Guarantee: the same corpus and options give the same rows.

@@ -1,1 +1,1 @@
-"""`kdcache sweep`: many students of the same caches, side by side."""
+"""`kdcache sweep`: trains many students of the same caches and compares them."""

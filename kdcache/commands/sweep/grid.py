@@ -1,17 +1,17 @@
-"""The grid of a sweep: a YAML file to the runs it means, and everything that is wrong, at once.
+"""The grid of a sweep: a YAML file becomes runs, and all its problems are reported at once.
 
     cache: caches/novels            # keys are options of `kdcache train`
     eval-cache: caches/held-out
-    grid:                           # every value with every other
+    grid:                           # every combination
       student: [tiny.json, small.json]
       alpha: [0.1, 0.5, 1.0]
       temperature: [1, 2]
       seed: [0, 1, 2]
 
-Two combinations are one run if nothing that a student depends on tells them apart: values given
-twice, options that only decide speed or logging, and at alpha 1 or with loss mse the temperature.
-A run's key is a hash of what its student depends on (caches by their digests, a config file by its
-content), so it does not change when the grid around it does.
+Two combinations are one run if nothing that a student depends on differs: values given twice,
+options that only change speed or logging, and at alpha 1 or with mse the temperature. A run's key
+is a hash of what its student depends on (caches by their digests, a config file by its content), so
+it does not change when the grid around it does.
 """
 
 from __future__ import annotations

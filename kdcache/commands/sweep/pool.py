@@ -1,7 +1,7 @@
-"""Where the runs of a sweep are done: in this process one by one, or as tasks on a Ray cluster.
+"""Runs the trainings of a sweep: one by one in this process, or as tasks on a Ray cluster.
 
-A pool applies a function to items and hands back outcomes as they come. A worker process that dies
-costs its item one of three tries, and a training run goes on from its last checkpoint then; an
+A pool applies a function to items and returns outcomes as they come. A worker process that dies
+costs its item one of three tries, and the training run then continues from its last checkpoint. An
 exception is an outcome like any other.
 """
 

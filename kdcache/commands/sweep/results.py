@@ -1,10 +1,10 @@
-"""What a sweep came to: figures of its runs, and of its settings over seeds.
+"""The results of a sweep: figures of its runs, and of its settings over seeds.
 
-A *setting* is what is left of the crossed options without the seed; its figures are means over
-seeds, with the sample standard deviation where there are two or more.
+A *setting* is the combination of the grid's options without the seed; its figures are means over
+seeds, with the sample standard deviation for two or more.
 
 Settings are ranked by accuracy, or by the cross-entropy with hard labels where there is none: these
-compare between all students. `loss` does not, it is weighted by the alpha and T of its own run.
+compare between all students. `loss` does not: it is weighted by the alpha and T of its own run.
 """
 
 from __future__ import annotations

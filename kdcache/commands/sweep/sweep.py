@@ -1,14 +1,14 @@
 """`kdcache sweep`: many students of the same caches.
 
-    grid.yaml -> runs, all checked -> students, each tried once -> training, several at a time ->
+    grid.yaml -> runs, all checked -> students, each built once -> training, several at a time ->
     table, plot, results
 
 A sweep's folder holds `sweep.json` (key, name and options of every run that was ever in its grid),
-`runs/NAME/` (the folder of a `kdcache train` each) and `results.json`, `.csv` and `.png` of the
-grid as it is now.
+`runs/NAME/` (the folder of one `kdcache train` each) and `results.json`, `.csv` and `.png` of the
+current grid.
 
-Guarantee: the same command goes on. Finished runs are left alone, begun ones go on from their last
-checkpoint, and a changed grid only adds runs. A run that fails does not stop the others.
+Guarantee: the same command resumes. Finished runs are left alone, interrupted ones continue from
+their last checkpoint, and a changed grid only adds runs. A failed run does not stop the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`metrics.jsonl`: one line for everything a run logs, written by a callback of the HF Trainer.
 
-Guarantee: whole lines only are read, so a run that was killed while writing one, or is writing it
-now, does no harm.
+Guarantee: only whole lines are read, so an interrupted or running writer does no harm.
 """
 
 from __future__ import annotations

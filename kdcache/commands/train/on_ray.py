@@ -1,8 +1,8 @@
 """`--num-workers N`: the same run in several processes, started by Ray Train.
 
 Each worker makes its own student from the same seed and takes its slices of the same global
-batches; gradients are averaged over workers by torch (DDP, or FSDP on demand). Worker 0 writes the
-run's folder, which all workers must be able to read.
+batches; torch averages gradients over workers (DDP, or FSDP on demand). Worker 0 writes the run's
+folder, which all workers must be able to read.
 """
 
 from __future__ import annotations

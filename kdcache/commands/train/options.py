@@ -1,4 +1,4 @@
-"""What `kdcache train` is asked for: options that check themselves, and schedules."""
+"""The options of `train`, which check themselves, and schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run before it runs: options with their caches opened and checked, and its folder."""
+"""A prepared training run: options, opened and checked caches, and its folder."""
 
 from __future__ import annotations
 

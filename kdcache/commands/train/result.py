@@ -1,4 +1,4 @@
-"""Where a training run stands, and what it came to."""
+"""The progress of a training run, and its result."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""`kdcache train`: one student from sealed caches.
+"""One training run: a student from sealed caches.
 
     caches -> all checks at once -> student -> stream -> DistillationTrainer -> best checkpoint ->
     RUN/student
 
 A run's folder holds `checkpoint-N/` (weights, optimizer, random state, cursor), `metrics.jsonl` (a
 line a logged step or evaluation), `student/` (loadable by its own library) and, written last,
-`train.json` (options, digests of the caches, result): a folder with `train.json` is finished, and
-the same command on it does nothing; without, the same command goes on from the last whole
+`train.json` (options, digests of the caches, result). A folder with `train.json` is finished, and
+the same command on it does nothing; without it the same command continues from the last complete
 checkpoint.
 """
 
