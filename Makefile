@@ -6,20 +6,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-gpu test-fast lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
-	@echo "make test       all tests"
+	@echo "make test       all tests that need no GPU, with or without one"
+	@echo "make test-gpu   those that need one"
 	@echo "make test-fast  unit tests only, under a minute"
 	@echo "make lint       ruff and strict types"
 	@echo "make format     let ruff rewrite the code"
 
-# torch first and by itself: otherwise another package's requirement picks its build.
+# torch first and by itself: otherwise another package's requirement picks its build. Builds for CUDA
+# bring the Triton that fits them.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[cuda-tests]"
 	@touch $@
 
 install: $(VENV)/.installed
@@ -28,7 +32,10 @@ demo: install
 	$(BIN)/kdcache demo --out .demo
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: install
+	KDCACHE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not end_to_end and not gpu" $(PYTEST_ARGS)

@@ -19,6 +19,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests compute little at a time: threads that wait for each other take four times as long on two
 # cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The same suite on every machine: only `make test-gpu` sees a GPU.
+if os.environ.get("KDCACHE_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 CLASSES = ("bad", "neutral", "good")
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"

@@ -24,6 +24,7 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.loss.reference import LossParts, Targets, check_loss, scalar_count, student_width, take
 from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.targets.device import compiles
 from kdcache.tasks import IGNORE
 
 Pass = Callable[..., tuple[Tensor, Tensor]]
@@ -231,10 +232,10 @@ def _logits_to_gradient_(
     valid = labels != IGNORE
     ids = labels.long().masked_fill(~valid, 0)[:, None]
     valid_each = valid * each
-    fast = z.device.type == "cuda" and _has_triton()
-    # Eager passes are cheap only while a block stays in the cores' cache; a compiled pass takes the
-    # whole slice.
-    block = len(z) if fast else max(2**20 // z.shape[1], 1)
+    fast = z.is_cuda and compiles()
+    # Eager passes are cheap on a CPU only while a block stays in its cache. On a GPU a block must
+    # outlast the launches of its operations. A compiled pass takes the whole slice.
+    block = len(z) if fast else max((2**26 if z.is_cuda else 2**20) // z.shape[1], 1)
     sums = torch.zeros(2, dtype=each.dtype, device=z.device)
     tensors: tuple[Tensor, ...]
     for start in range(0, len(z), block):
@@ -408,13 +409,6 @@ def _compiled(function: Pass) -> Pass:
         return fast(z, x, *rest)
 
     return call
-
-
-@functools.cache
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return bool(has_triton())
 
 
 @functools.cache

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _CPU_SLICE = 1 << 22
 """Logits handled at once on a CPU: 16 MB of float32; fewer pay in calls, more in cache misses."""
@@ -42,14 +43,29 @@ def run_encoding(run: Encoding, tensors: tuple[Tensor, ...], *constants: Any) ->
 
 
 def compiles() -> bool:
-    """True if CUDA code may go through `torch.compile`: Triton and a C compiler are there.
+    """Whether CUDA code goes through `torch.compile`; a compiler that fails is reported once.
 
     `KDCACHE_COMPILE=0` turns it off; the plain operations give the same results several times
     slower.
     """
-    if os.environ.get("KDCACHE_COMPILE", "1") == "0" or find_spec("triton") is None:
+    return os.environ.get("KDCACHE_COMPILE", "1") != "0" and _compiler_works()
+
+
+@cache
+def _compiler_works() -> bool:
+    """Compile one small kernel and run it."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device="cuda"))
+    except Exception as error:  # Triton, C compiler, Python.h, driver: each fails in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning(
+            "torch.compile does not work here (%s): sampler and loss run several times slower. "
+            "Install Triton, a C compiler and the Python headers (python3-dev); KDCACHE_COMPILE=0 "
+            "chooses the slow way without this warning.",
+            reason,
+        )
         return False
-    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    return True
 
 
 @cache

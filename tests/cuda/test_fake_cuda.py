@@ -1,0 +1,254 @@
+"""Build and training on fake CUDA tensors: no mixed devices, dtypes as promised, no hidden wait."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from fake import Waits, every_wait_is_seen, fake_cuda, on_fake_cuda
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kdcache.loss import fused, fused_linear_distillation
+from kdcache.rows import Row
+from kdcache.student import DistilledStudent
+from kdcache.targets import Codec, DenseTargets, SparseTargets
+from kdcache.teacher import Teacher, TeacherOptions, teacher
+
+CODECS = ("dense", "dense:float16", "topk:64", "sample:20")
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations one by one; what the compiler makes of them is `test_generated_code.py`'s."""
+    monkeypatch.setenv("KDCACHE_COMPILE", "0")
+
+
+def fake_llama(vocabulary: int, dtype: torch.dtype, device: str = "cuda:0") -> Any:
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = on_fake_cuda(model, dtype, device)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 1.5)])
+@pytest.mark.parametrize("vocabulary", [500, 50_257])
+def test_every_codec_encodes_where_the_logits_are(
+    codec: str, temperatures: tuple[float, ...], vocabulary: int
+) -> None:
+    chosen = Codec.parse(codec, temperatures, vocabulary)
+    small = Codec.parse(codec, temperatures, 500)
+    types = {k: v.dtype for k, v in small.encode(*logits_and_noise(500, "cpu", FLOAT32)).items()}
+    with fake_cuda(2):
+        for dtype, device in ((BFLOAT16, "cuda:0"), (FLOAT16, "cuda:1"), (FLOAT32, "cuda:1")):
+            # The noise goes where a teacher's inputs go; a spread teacher's logits come from its
+            # last device.
+            logits, u = logits_and_noise(vocabulary, device, dtype)
+            with Waits() as waits:
+                encoded = chosen.encode(logits, u)
+            assert {str(v.device) for v in encoded.values()} == {device}
+            assert {len(v) for v in encoded.values()} == {len(logits)}
+            assert {k: v.dtype for k, v in encoded.items()} == types
+            assert not waits.found
+
+
+def logits_and_noise(vocabulary: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # A view: what is left of a padded output layer.
+    whole = torch.zeros(5, vocabulary + 64, dtype=dtype, device=device)
+    first = "cuda:0" if device != "cpu" else "cpu"
+    return whole[:, :vocabulary], torch.zeros(5, dtype=torch.float64, device=first)
+
+
+@pytest.mark.parametrize("padding", [0, 64])
+@pytest.mark.parametrize("codec", ["topk:16", "sample:20"])
+def test_a_batch_of_a_build_never_waits(codec: str, padding: int) -> None:
+    vocabulary = 32_000
+    options = TeacherOptions(("llama",), "causal-lm", device="cuda", dtype="bfloat16")
+    rows = [Row(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in (300, 256, 17)]
+    chosen = Codec.parse(codec, (1.0, 2.0), vocabulary)
+    with fake_cuda(), every_wait_is_seen():
+        model = fake_llama(vocabulary + padding, BFLOAT16).eval().requires_grad_(False)
+        with mock.patch.object(teacher, "load_models", return_value=[model]), Waits():
+            one = Teacher(options, vocabulary)
+        assert one._direct == [True]
+        positions = 0
+        with Waits() as waits:
+            for logits in one.logits(rows):
+                encoded = chosen.encode(logits, fake_noise(len(logits)))
+                assert encoded["finite"].device.type == "cuda"
+                positions += len(logits)
+            one.take_clipped_mass()
+        assert positions == sum(len(row.input_ids) for row in rows)
+    ours = [where for _, where in waits.found if not where.startswith("transformers/")]
+    assert not ours, waits.found
+    # Whether several sequences share a row is asked by transformers once a batch.
+    assert [where for _, where in waits.found] == [
+        "transformers/masking_utils.py:find_packed_sequence_indices"
+    ]
+
+
+def fake_noise(n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.float64, device="cuda")
+
+
+TYPES = [
+    (BFLOAT16, BFLOAT16, None),
+    (FLOAT32, FLOAT32, None),
+    (FLOAT32, FLOAT32, BFLOAT16),  # float32 master weights under autocast
+    (BFLOAT16, FLOAT32, BFLOAT16),
+    (FLOAT32, FLOAT32, FLOAT16),
+]
+
+
+@pytest.mark.parametrize(("states", "weights", "autocast"), TYPES)
+@pytest.mark.parametrize("kind", ["sample", "topk", "dense"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_fused_loss_keeps_devices_and_dtypes(
+    states: torch.dtype,
+    weights: torch.dtype,
+    autocast: torch.dtype | None,
+    kind: str,
+    temperature: float,
+) -> None:
+    n, width, vocabulary = 700, 32, 12_800
+    with fake_cuda(), mock.patch.object(fused, "_mixed_addmm", return_value=False):
+        hidden = torch.zeros(n, width, dtype=states, device="cuda")
+        weight = torch.zeros(vocabulary + 64, width, dtype=weights, device="cuda")
+        bias = torch.zeros(vocabulary + 64, dtype=weights, device="cuda")
+        labels = torch.zeros(n, dtype=torch.int64, device="cuda")
+        with Waits() as waits, under(autocast):
+            parts, gradients = forward_and_backward(
+                hidden, weight, bias, labels, fake_targets(kind, n, vocabulary), temperature
+            )
+    assert [(p.dtype, p.device.type, p.ndim) for p in parts] == 3 * [(FLOAT32, "cuda", 0)]
+    assert [(g.dtype, g.shape, str(g.device)) for g in gradients] == [
+        (x.dtype, x.shape, "cuda:0") for x in (hidden, weight, bias)
+    ]
+    assert not waits.found
+
+
+def under(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast("cuda", dtype) if dtype is not None else contextlib.nullcontext()
+
+
+def fake_targets(kind: str, n: int, vocabulary: int) -> SparseTargets | DenseTargets:
+    if kind == "dense":
+        return DenseTargets(torch.zeros(n, vocabulary, device="cuda"))
+    return SparseTargets(
+        ids=torch.zeros(n, 16, dtype=torch.int64, device="cuda"),
+        weights=torch.zeros(n, 16, device="cuda"),
+        rest=torch.zeros(n, device="cuda"),
+        exact=kind == "topk",
+    )
+
+
+def forward_and_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    targets: SparseTargets | DenseTargets,
+    temperature: float,
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Loss and gradients; the backward pass is called by hand, for the autograd engine starts a
+    thread on the device."""
+    kept: dict[str, Any] = {}
+
+    class Context:
+        needs_input_grad = (True, True, True)
+
+        def save_for_backward(self, *tensors: Tensor) -> None:
+            self.saved_tensors = tensors
+
+        def mark_non_differentiable(self, *_: Tensor) -> None: ...
+
+    def apply(*arguments: Any) -> tuple[Tensor, ...]:
+        kept["context"] = Context()
+        with torch.no_grad():
+            return tuple(fused._Fused.forward(kept["context"], *arguments))
+
+    with mock.patch.object(fused, "_eagerly", apply):
+        parts = fused_linear_distillation(
+            hidden, weight, bias, labels, targets, alpha=0.5, temperature=temperature,
+            vocab_size=weight.shape[0] - 64, rows=256,
+        )  # fmt: skip
+    backward = fused._Fused.backward.__wrapped__  # type: ignore[attr-defined]
+    gradients = backward(kept["context"], torch.ones((), device="cuda"))
+    return tuple(parts), [g for g in gradients if g is not None]
+
+
+@pytest.mark.parametrize("rows", ["full", "padded", "no mask"])
+@pytest.mark.parametrize("autocast", [None, BFLOAT16, FLOAT16])
+def test_a_training_step_waits_once(rows: str, autocast: torch.dtype | None) -> None:
+    vocabulary, batch, length = 32_000, 4, 128
+    weights = BFLOAT16 if autocast is None else FLOAT32
+    tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=True)
+    with fake_cuda(), every_wait_is_seen(), tried_before:
+        model = fake_llama(vocabulary + 64, weights).train()
+        student = DistilledStudent(model, "causal-lm", codec="sample:20", vocab_size=vocabulary)
+        student._head_scale = 1.0  # measured at the first step
+        inputs = fake_batch(batch, length, masked=rows != "no mask")
+        with Waits() as waits, under(autocast):
+            output = student(**inputs)
+    assert output.loss.dtype == FLOAT32
+    assert str(output.loss.device) == "cuda:0"
+    assert output.loss.requires_grad
+    ours = [where for _, where in waits.found if not where.startswith("transformers/")]
+    assert len(ours) <= 1, waits.found
+    assert len(waits.found) - len(ours) <= 1, waits.found
+
+
+def fake_batch(batch: int, length: int, *, masked: bool) -> dict[str, Any]:
+    positions = batch * length
+    ids = torch.zeros(batch, length, dtype=torch.int64, device="cuda")
+    targets = fake_targets("sample", positions, 0)
+    assert isinstance(targets, SparseTargets)
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        **({"attention_mask": ids} if masked else {}),
+        "target_ids": targets.ids,
+        "target_weights": targets.weights,
+        "target_rest": targets.rest,
+        "temperature": 1.0,
+        "count": torch.zeros((), device="cuda"),
+        "alpha": 0.5,
+    }
+
+
+def test_a_student_on_another_device_than_its_batch_is_noticed() -> None:
+    # The check of this file can fail.
+    with fake_cuda(2):
+        layer = on_fake_cuda(nn.Linear(4, 4, device="meta"), FLOAT32, "cuda:1")
+        with pytest.raises(RuntimeError, match="device"):
+            layer(torch.zeros(2, 4, device="cuda:0"))
+
+
+def test_a_wait_is_noticed() -> None:
+    with fake_cuda(), Waits() as waits:
+        x = torch.zeros(3, device="cuda")
+        x[x > 0]
+        x.cpu()
+        float(x.sum())
+    kinds = [kind for kind, _ in waits.found]
+    assert "index by a mask" in kinds
+    assert "copy cuda -> cpu" in kinds
+    assert "item" in kinds

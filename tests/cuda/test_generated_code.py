@@ -1,0 +1,303 @@
+"""The code that inductor writes for an H100: how much of it there is, that it compiles, that it is
+right.
+
+It is written on fake tensors, compiled by Triton's own ptxas, and run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake import fake_cuda
+from torch import Tensor
+
+from kdcache.loss import fused
+from kdcache.targets import Codec
+from kdcache.targets.device import Rule, blocked_sample, run, topk
+
+pytest.importorskip("triton", reason="Triton is missing: pip install 'kdcache[cuda-tests]'")
+
+from inductor import Code, compiled_for_sm90, written_for_h100
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+POSITIONS, IDS = 2048, 128_256
+ENTRIES = 17
+SAMPLE = {"t1": (1.0,), "t12": (1.0, 2.0), "t15": (1.0, 1.5)}
+
+
+def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def padded(n: int, vocabulary: int) -> Tensor:
+    """What is left of the logits of an output layer that is wider than the vocabulary."""
+    return fake(n, vocabulary + 64, dtype=torch.bfloat16)[:, :vocabulary]
+
+
+@functools.cache
+def sample_code(temperatures: tuple[float, ...], n: int, vocabulary: int, cut: bool) -> Code:
+    with fake_cuda(symbolic=True):
+        logits = padded(n, vocabulary) if cut else fake(n, vocabulary, dtype=torch.bfloat16)
+        u = fake(n, dtype=torch.float64)
+        return written_for_h100(blocked_sample, logits, u, Rule(20, temperatures, 40, 7))
+
+
+@functools.cache
+def topk_code(n: int, vocabulary: int) -> Code:
+    with fake_cuda(symbolic=True):
+        logits = fake(n, vocabulary, dtype=torch.bfloat16)
+        return written_for_h100(topk._top_blocked, logits, 64, (1.0,))
+
+
+@functools.cache
+def loss_code(unit: bool, n: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> Code:
+    with fake_cuda(symbolic=True), torch.no_grad():
+        return written_for_h100(
+            fused._sparse_pass,
+            fake(n, vocabulary, dtype=dtype),
+            fake(n, ENTRIES),
+            fake(n, ENTRIES, dtype=torch.int64),
+            fake(n, ENTRIES - 1),
+            fake(n),
+            fake(n),
+            fake(n),
+            fake(),
+            fake(),
+            unit,
+            False,
+        )
+
+
+@functools.cache
+def dense_code(unit: bool, n: int, vocabulary: int) -> Code:
+    with fake_cuda(symbolic=True), torch.no_grad():
+        return written_for_h100(
+            fused._dense_pass,
+            fake(n, vocabulary, dtype=torch.bfloat16),
+            fake(n, 1),
+            fake(n, vocabulary),
+            fake(n, 1, dtype=torch.int64),
+            fake(n),
+            fake(n),
+            fake(),
+            fake(),
+            unit,
+            True,
+        )
+
+
+@pytest.mark.parametrize(("name", "most"), [("t1", 22), ("t12", 27), ("t15", 27)])
+@pytest.mark.parametrize(("vocabulary", "cut"), [(IDS, False), (151_665, True)])
+def test_a_sample_reads_the_logits_once(name: str, most: int, vocabulary: int, cut: bool) -> None:
+    code = sample_code(SAMPLE[name], POSITIONS, vocabulary, cut)
+    # The last, shorter block of a vocabulary that is no multiple of 128 has kernels of its own.
+    assert len(code.launches) <= most + (4 if vocabulary % 128 else 0)
+    assert code.library_calls == ["torch.ops.aten.topk"] * 2
+    one_pass(code, POSITIONS, vocabulary)
+
+
+def test_the_best_entries_read_the_logits_once() -> None:
+    code = topk_code(POSITIONS, IDS)
+    assert len(code.launches) <= 6
+    assert code.library_calls == ["torch.ops.aten.topk"] * 2
+    one_pass(code, POSITIONS, IDS)
+
+
+def one_pass(code: Code, n: int, vocabulary: int) -> None:
+    logits = code.argument(n, vocabulary)
+    assert len(code.passes(logits, n * (vocabulary - 128))) == 1
+    assert code.largest_buffer < n * vocabulary // 8, "nothing as large as the logits"
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_the_loss_reads_its_logits_three_times_at_most(unit: bool) -> None:
+    code = loss_code(unit, POSITIONS, IDS)
+    assert len(code.launches) <= 9
+    assert not code.library_calls
+    # Maximum and sums may share a pass; the last one writes the gradient in place.
+    assert 2 <= len(code.passes(code.argument(POSITIONS, IDS), POSITIONS * IDS)) <= 3
+    assert code.largest_buffer < POSITIONS * IDS // 8
+
+
+class TestGraphs:
+    """One graph for each shape of tensor, not for each number of positions."""
+
+    @pytest.fixture
+    def made(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+        made: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+            made.append(len(graph.graph.nodes))
+            return graph.forward
+
+        own = torch.compile
+        compiled = functools.partial(own, backend=count, fullgraph=True)
+        monkeypatch.setattr(torch, "compile", compiled)
+        monkeypatch.setattr(run, "compiles", lambda: True)
+        monkeypatch.setattr(fused, "compiles", lambda: True)
+        for cached in (run._compiled, fused._compiled):
+            cached.cache_clear()
+        torch._dynamo.reset()
+        yield made
+        for cached in (run._compiled, fused._compiled):
+            cached.cache_clear()
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("codec", ["sample:20", "topk:64"])
+    def test_three_in_a_build_at_most(self, codec: str, made: list[int]) -> None:
+        chosen = Codec.parse(codec, (1.0,), IDS)
+        with fake_cuda(symbolic=True):
+            for n in (2048, 653, 2048, 411, 2048, 7, 1, 2, 2048):
+                with torch.inference_mode():  # as the teacher's own
+                    logits = fake(n, IDS, dtype=torch.bfloat16)
+                chosen.encode(logits, fake(n, dtype=torch.float64))
+        assert 1 <= len(made) <= 3
+
+    def test_three_in_a_training_at_most(self, made: list[int]) -> None:
+        options = fused._Options(torch.ones(()), torch.ones(()), True, False)
+        with fake_cuda(symbolic=True), torch.no_grad():
+            options = options._replace(alpha=fake(), inverse_t=fake())
+            for n, entries in ((4096, 16), (4096, 15), (100, 12), (4096, 17), (1, 16), (7, 3)):
+                targets = fused.SparseTargets(
+                    ids=fake(n, entries, dtype=torch.int64),
+                    weights=fake(n, entries),
+                    rest=fake(n),
+                    exact=False,
+                )
+                fused._logits_to_gradient_(
+                    fake(n, 32_000, dtype=torch.bfloat16),
+                    fake(n, dtype=torch.int64),
+                    targets,
+                    fake(n),
+                    options,
+                )
+        assert 1 <= len(made) <= 3
+
+
+@pytest.mark.parametrize("what", ["sample t1", "sample t12", "topk", "loss", "loss t2", "dense"])
+def test_every_kernel_compiles_for_sm_90(what: str) -> None:
+    written = {
+        "sample t1": lambda: sample_code((1.0,), POSITIONS, IDS, False),
+        "sample t12": lambda: sample_code((1.0, 2.0), POSITIONS, 151_665, True),
+        "topk": lambda: topk_code(POSITIONS, IDS),
+        "loss": lambda: loss_code(True, POSITIONS, IDS),
+        "loss t2": lambda: loss_code(False, POSITIONS, IDS),
+        "dense": lambda: dense_code(False, POSITIONS, IDS),
+    }
+    code = written[what]()
+    made = compiled_for_sm90(code)
+    assert {one.kernel for one in made} == set(code.kernels)
+    for one in made:
+        assert one.machine_code.startswith(b"\x7fELF")
+        assert one.shared <= 227 << 10, one.kernel
+
+
+# ------------------------------------------------------------------------------ the code, executed
+
+ROWS, WORDS, MANY_WORDS = 6, 12_800, 32_897
+LOSS_ROWS, LOSS_IDS = 5, 3000
+
+
+def hard_logits(vocabulary: int) -> Tensor:
+    """Rows with ties among the largest, a NaN, nothing but -inf, masked blocks."""
+    torch.manual_seed(0)
+    z = (3 * torch.randn(ROWS, vocabulary + 64)).to(torch.bfloat16)
+    z[1, 7] = 60
+    z[2, 9] = torch.nan
+    z[3] = -torch.inf
+    z[4, 100:] = -torch.inf
+    return z[:, :vocabulary]
+
+
+def loss_arguments(unit: bool) -> dict[str, Any]:
+    """Repeated ids, labels among the targets, unused slots, rows without a label."""
+    torch.manual_seed(1)
+    n = LOSS_ROWS
+    z = (3 * torch.randn(n, LOSS_IDS)).to(torch.bfloat16)
+    ids = torch.randint(0, LOSS_IDS, (n, ENTRIES))
+    ids[0, 3], ids[1, -1], ids[2, 5:8] = ids[0, 2], ids[1, 0], 0
+    w = torch.rand(n, ENTRIES - 1)
+    w[2, 5:] = 0
+    x = z.gather(1, ids).float()
+    z.scatter_(1, ids, -torch.inf)
+    return {
+        "z": z, "x": x, "ids": ids, "w": w,
+        "rest": torch.rand(n) / 8, "valid": torch.tensor([1.0, 1, 0, 1, 1]),
+        "each": torch.tensor([1.0, 0.5, 1, 1, 2]), "alpha": torch.tensor(0.3),
+        "inverse_t": torch.tensor(1.0 if unit else 0.5),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the interpreter makes of each module, in one process: it starts slowly."""
+    jobs: dict[str, tuple[str, list[Any]]] = {}
+    noise = torch.rand(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for name, temperatures in SAMPLE.items():
+        code = sample_code(temperatures, ROWS, WORDS, True)
+        jobs[name] = code.text, [hard_logits(WORDS), noise]
+    whole = hard_logits(MANY_WORDS).contiguous()
+    jobs["topk"] = topk_code(ROWS, MANY_WORDS).text, [whole]
+    for unit in (True, False):
+        code, named = loss_code(unit, LOSS_ROWS, LOSS_IDS), loss_arguments(unit)
+        jobs[f"loss {unit}"] = code.text, [named[name] for name in code.inputs]
+    folder = tmp_path_factory.mktemp("interpreter")
+    torch.save(list(jobs.values()), folder / "jobs.pt")
+    script = Path(__file__).with_name("interpreter.py")
+    subprocess.run([sys.executable, script, folder / "jobs.pt", folder / "results.pt"], check=True)
+    results = torch.load(folder / "results.pt")
+    return {name: (jobs[name][1], *result) for name, result in zip(jobs, results, strict=True)}
+
+
+@pytest.mark.parametrize("name", list(SAMPLE))
+def test_the_samples_code_draws_what_eager_draws(executed: dict[str, Any], name: str) -> None:
+    (logits, u), found, _ = executed[name]
+    want = blocked_sample(logits, u, Rule(20, SAMPLE[name], 40, 7))
+    got = {key: value.view(want[key].shape) for key, value in zip(want, found, strict=True)}
+    assert want["finite"].tolist() == [True, True, False, False, True, True]
+    for key in ("heads", "draws", "finite"):
+        assert torch.equal(got[key], want[key]), key
+    assert ((got["ids"] >= 0) & (got["ids"] < WORDS)).all()
+    for row in want["finite"].nonzero().flatten():
+        heads, used = int(want["heads"][row]), int(want["heads"][row] + want["draws"][row])
+        one, other = ((x["ids"][row, :used].long(), x["values"][row, :used]) for x in (got, want))
+        # Equal logits of the head may change places; what each place weighs may not.
+        assert torch.equal(logits[row, one[0][:heads]], logits[row, other[0][:heads]])
+        assert torch.equal(one[0][heads:], other[0][heads:])
+        assert torch.equal(one[1], other[1])
+
+
+def test_the_best_entries_code_finds_what_eager_finds(executed: dict[str, Any]) -> None:
+    (logits,), found, _ = executed["topk"]
+    want = topk._top_blocked(logits, 64, (1.0,))
+    got = {key: value.view(want[key].shape) for key, value in zip(want, found, strict=True)}
+    good = want["finite"]
+    assert torch.equal(got["finite"], good)
+    assert good.tolist() == [True, True, False, False, True, True]
+    for key in ("logprobs", "tail"):
+        torch.testing.assert_close(got[key][good], want[key][good], rtol=0, atol=1e-6)
+    # Which of equal logits is found is open.
+    assert torch.equal(
+        logits[good].gather(1, got["ids"][good].long()).float().log_softmax(-1),
+        logits[good].gather(1, want["ids"][good].long()).float().log_softmax(-1),
+    )
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_the_losses_code_computes_what_eager_computes(executed: dict[str, Any], unit: bool) -> None:
+    _, (losses, entries), after = executed[f"loss {unit}"]
+    named = loss_arguments(unit)
+    want_losses, want_entries = fused._sparse_pass(*named.values(), unit, False)
+    torch.testing.assert_close(losses.view(2), want_losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entries.view_as(want_entries), want_entries, rtol=1e-5, atol=1e-6)
+    (gradient,) = (x for x in after if x.shape == (LOSS_ROWS, LOSS_IDS))
+    # Equal, or neighbours in bfloat16.
+    torch.testing.assert_close(gradient.float(), named["z"].float(), rtol=2**-7, atol=1e-30)
