@@ -1,4 +1,4 @@
-"""The tasks a teacher is asked for, and which labels of a row are positions.
+"""The tasks of a teacher, and which labels of a row are positions.
 
 The single place for their names, for the label that means "none" and for the rule that decides
 where a soft target is.

@@ -1,7 +1,7 @@
 """The distillation loss of a linear head, without the [positions, vocabulary] logits.
 
 Works in slices of positions: project, turn the slice of logits into its own gradient in place,
-multiply that gradient with the weight and with the hidden states, go on. Guarantee: loss and
+multiply that gradient with the weight and with the hidden states, continue. Guarantee: loss and
 gradients of `kdcache.loss.distillation_loss` on ``hidden @ weight.T + bias``, up to the rounding of
 the compute dtype.
 

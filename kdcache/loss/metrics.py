@@ -1,8 +1,8 @@
-"""What a classifier or a language model is judged by, as sums over positions.
+"""Metrics of classifiers and language models, as sums over positions.
 
 Every figure is made from sums, so a `Tally` of a billion positions is as small as one of ten:
-batches are added, nothing is kept. Cross-entropy and KL are not made here: they are the loss's own
-(`kdcache.loss`), so that evaluation reports the very quantity that training minimises.
+batches are added, nothing is kept. Cross-entropy and KL are not computed here: they are the loss's
+own (`kdcache.loss`), so that evaluation reports the very quantity that training minimises.
 """
 
 from __future__ import annotations

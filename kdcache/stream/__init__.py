@@ -1,4 +1,4 @@
-"""Caches as a stream of batches: order, cursor, read-ahead, and a view by row number."""
+"""Caches as a stream of batches: order, cursor, read-ahead, and random access by row number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One iterable, run in a thread a bounded number of items before its consumer.
+"""Runs an iterable in a thread, a bounded number of items ahead of its consumer.
 
 Guarantee: items in order, errors raised where the items are taken, no thread left after `close`.
 """

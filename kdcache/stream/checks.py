@@ -1,4 +1,4 @@
-"""Which caches fit each other: every problem at once, before anything is read."""
+"""Checks whether caches fit each other: every problem at once, before anything is read."""
 
 from __future__ import annotations
 

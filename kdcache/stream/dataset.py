@@ -1,4 +1,4 @@
-"""Rows of caches by number, for training loops that bring their own order."""
+"""Rows of caches by number, for training loops with their own order."""
 
 from __future__ import annotations
 

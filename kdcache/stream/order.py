@@ -1,4 +1,4 @@
-"""The order of training as a pure function: which row comes when, and where a run stands in it.
+"""The order of training as a pure function: which row comes when, and the cursor of a run.
 
 Cost: one sort of 64-bit words a group and epoch; memory for one group's row numbers.
 Guarantee: a permutation of all rows, the same on every machine, numpy version and world size.

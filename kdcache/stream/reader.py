@@ -1,18 +1,18 @@
 """Streaming a cache into training: a global order that is a pure function, batches, and a cursor.
 
 Order: the shards of all caches are permuted by (seed, epoch) and dealt into groups; the rows of a
-group are permuted together. A global batch is the next `batch_size` rows of that order, the last
-one of an epoch may be shorter, and none straddles two epochs. Each batch is cut into `world_size *
+group are permuted together. A global batch is the next `batch_size` rows of that order; the last
+one of an epoch may be shorter, and none spans two epochs. Each batch is cut into `world_size *
 accumulation` slices of equal size (give or take a row); rank `r` gets the slices `r, r +
 world_size, ...`. So every number of workers and every accumulation sees the same global batches,
-and a position in the order (`Cursor`) is all there is to resume from. A slice that would be empty
+and a position in the order (`Cursor`) is all that resuming needs. A slice that would be empty
 holds one row whose weight is zero (`count` = infinity): every rank takes the same number of steps,
 nothing is dropped and nothing counts twice.
 
 Cost: one thread reads groups, a second cuts, decodes and collates batches, both ahead of the
 training step and mostly without Python's global lock: half a microsecond of CPU time a position at
 `sample:20` (`benchmarks/stream.py`). Each rank reads the whole cache once an epoch, the price of
-equal global batches, but decodes its own slices only. In memory are the group being cut, the next
+equal global batches, but decodes only its own slices. Memory holds the group being cut, the next
 one, and `prefetch` batches, however large the cache.
 Guarantee: every row exactly once an epoch (weights aside), whatever the world size, accumulation,
 group size and restart point.

@@ -2,7 +2,7 @@
 
 Cost: a row is a stretch of each column, and a pick copies stretches: long rows cost what copying
 their memory costs, short ones some microseconds each.
-Guarantee: a pick is itself a shard's worth of columns, its positions in the order of its rows.
+Guarantee: a pick has the columns of a shard, its positions in the order of its rows.
 """
 
 from __future__ import annotations

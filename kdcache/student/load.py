@@ -7,11 +7,11 @@ folder or hub id     a Hugging Face model with its weights; a plain encoder gets
                      classifier head; also what `save_pretrained` of any student here wrote
 ``CONFIG.json``      a Hugging Face (or bilstm) architecture, randomly initialised
 ``bilstm``           the built-in classifier, with words or the teacher's tokens
-``module:function``  whatever ``function(info)`` returns: a `torch.nn.Module` whose forward
+``module:function``  the result of ``function(info)``: a `torch.nn.Module` whose forward
                      takes the batch's input tensors and returns logits
 ===================  ===========================================================================
 
-Random weights come from `StudentInfo.seed` alone and leave the global random state as it was.
+Random weights come from `StudentInfo.seed` alone; the global random state is left unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A saved model, of whichever kind, as evaluation and prediction see it: rows in, logits out.
+"""A saved model of any kind, for evaluation and prediction: rows in, logits out.
 
 Hugging Face folders are run by `kdcache.teacher.Teacher`, which projects the vocabulary in slices
-and only where it is wanted; other students (the biLSTM, those of a `module:function`) by their own
+and only at positions; other students (the biLSTM, those of a `module:function`) by their own
 forward, whole.
 """
 

@@ -3,11 +3,11 @@
 The Trainer keeps its loop, optimizer, schedulers, precision, checkpoints and callbacks. This
 subclass
 
-* takes batches from a `TargetStream` as they are (accelerate would shard or gather them again);
+* takes batches from a `TargetStream` unchanged (accelerate would shard or gather them again);
 * divides each loss by the number of positions of the whole global batch, which the stream knows, so
   that several workers or accumulated slices give the gradient of the one big batch;
-* sets alpha and T of each step, and logs the hard and the soft loss apart;
-* keeps the cursor and the identity of the caches in every checkpoint, and goes on from there
+* sets alpha and T of each step, and logs the hard and the soft loss separately;
+* keeps the cursor and the identity of the caches in every checkpoint, and continues from there
   exactly;
 * evaluates on a stream: cross-entropy, soft loss, accuracy.
 

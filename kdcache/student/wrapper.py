@@ -1,13 +1,13 @@
 """A student whose forward pass returns the distillation loss.
 
 The loss belongs inside `forward`: DDP and FSDP synchronise what happens there, gradient
-checkpointing and autocast reach it, and any training loop can drive it.
+checkpointing and autocast apply to it, and any training loop can drive it.
 
-Causal language models run their decoder, pick the hidden states of the labelled places and hand
-them with the output projection to `fused_linear_distillation`: whole logits never exist. That is
-right only if the model's logits are its projection of these states and nothing else. The first
-forward pass finds out, on the model's own forward: see `DistilledStudent`. All other models are
-right as well, with their own logits and the reference loss.
+Causal language models run their decoder, pick the hidden states of the positions and pass them with
+the output projection to `fused_linear_distillation`: whole logits never exist. That is right only
+if the model's logits are its projection of these states and nothing else. The first forward pass
+checks this on the model's own forward: see `DistilledStudent`. All other models use their own
+logits and the reference loss.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Soft targets: what a teacher said at each position, in a form for a file and a student's loss.
+"""Soft targets: the teacher's distribution at each position, for a file and for a student's loss.
 
 A `Codec` turns logits into stored columns and columns into targets at a temperature. Three kinds:
 
@@ -6,13 +6,13 @@ A `Codec` turns logits into stored columns and columns into targets at a tempera
 codec         at each declared temperature                good for
 ============  ==========================================  ====================================
 ``dense``     every logit (any temperature)               classifiers, small vocabularies
-``topk:K``    K probabilities and the mass of the rest    inspection, reverse divergences
+``topk:K``    K probabilities and the mass of the tail    inspection, reverse divergences
 ``sample:N``  unbiased sparse weights                     language models
 ============  ==========================================  ====================================
 
-The work is split by where it runs: `Codec.encode` on the teacher's device (fixed shapes, nothing
-waits for the host), `Codec.pack` on a CPU thread (ragged, quantised), `Codec.at` in the student's
-data loader.
+The work is split by where it runs: `Codec.encode` on the teacher's device (fixed shapes, no
+synchronisation with the host), `Codec.pack` on a CPU thread (ragged, quantised), `Codec.at` in the
+student's data loader.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The contract every codec keeps, and the two forms of target a loss understands.
+"""The contract of every codec, and the two forms of target that a loss accepts.
 
-A codec is a frozen value: its text (`str(codec)`), its temperatures and its vocabulary say
-everything about the bytes it writes. Its columns are either one value a position or ragged: a
-ragged column names its axis, and `Codec.counts` tells how many items of an axis belong to each
-position, so positions can be sliced and joined without knowing the codec.
+A codec is a frozen value: its text (`str(codec)`), its temperatures and its vocabulary determine
+the bytes it writes. Its columns are either one value a position or ragged: a ragged column names
+its axis, and `Codec.counts` gives how many items of an axis belong to each position, so positions
+can be sliced and joined without knowing the codec.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Random numbers that belong to positions.
 
-Sampling noise must not depend on how positions were batched or which worker met them: the same
-build gives the same bytes. So each position's number is a hash of where the position is, not the
-next value of a generator. Cost: four rounds of integer mixing a position, vectorised.
+Sampling noise must not depend on how positions were batched or which worker computed them: the same
+build gives the same bytes. So each position's number is a hash of its coordinates, not the next
+value of a generator. Cost: four rounds of integer mixing a position, vectorised.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of frequency ranks: ids numbered anew so that frequent ones are small.
+"""The table of frequency ranks: ids renumbered so that frequent ones are small.
 
 Small numbers compress better: 6 to 9 % off the bytes of language-model targets. How a build counts
 them: `kdcache.commands.build.ranks`.

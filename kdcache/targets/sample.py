@@ -1,27 +1,26 @@
 """Threshold samples: unbiased sparse weights, a few ids a position, at every declared temperature
 at once.
 
-`kdcache.targets.device` chooses and quantises; here is how the result lies on disk. A position with
-m temperatures stores
+`kdcache.targets.device` chooses and quantises; this module stores the result. A position with m
+temperatures stores
 
 * `head_count`, and per head id its rank and its mass at each temperature in units of 1/M;
 * `near_count`: how many tail ids have a rank below 256;
 * per tail id its rank and, for m > 1, its shares at the first m - 1 temperatures in units of 1/R
   (at all of them the shares sum to R).
 
-Nothing else is needed. The head's units tell the tail's (M minus their sum, at each T; in all U),
-hence the number of tail ids n = ceil(U N / M) and the size U / (M n) that each stands for; a tail
-id weighs its share of that. M = 2 N: finer units cost more bytes than the noise they save is worth,
-measured on SmolLM2.
+Nothing else is needed. The tail's units follow from the head's (M minus their sum, at each T; in
+all U), hence the number of tail ids n = ceil(U N / M) and the size U / (M n) that each stands for;
+a tail id weighs its share of that. M = 2 N: finer units cost more bytes than the noise they save is
+worth, measured on SmolLM2.
 
-Ids lie sorted inside a position and are stored as differences, because what is left after shuffle +
-gzip is then close to the entropy of a set of ids. Frequent ids (low ranks) lie apart in a column of
-bytes: one Huffman code cannot serve their small differences and the large ones of rare ids well (4
-    % of the ids' bytes).
+Ids are sorted inside a position and stored as differences: after shuffle + gzip that is close to
+the entropy of a set of ids. Frequent ids (low ranks) have a column of bytes of their own: one
+Huffman code cannot serve their small differences and the large ones of rare ids well (4 % of the
+ids' bytes).
 
 Guarantee: the mean over the noise of the weight of any id is its probability at each declared T, up
-    to
-float32 rounding; at one temperature the weights of a position sum to 1.
+to float32 rounding; at one temperature the weights of a position sum to 1.
 """
 
 from __future__ import annotations

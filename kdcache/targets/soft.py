@@ -1,4 +1,4 @@
-"""Soft targets of many positions as one value: slice it, join it, ask for a temperature."""
+"""Soft targets of many positions as one value: sliced, joined, and decoded at a temperature."""
 
 from __future__ import annotations
 

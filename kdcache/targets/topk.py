@@ -1,10 +1,10 @@
-"""The K best log-probabilities and the exact mass of everything else at each declared temperature.
+"""The K best log-probabilities and the exact mass of all other ids at each declared temperature.
 
-Log-probabilities at T = 1 can be rescaled to another temperature only among themselves: how much
-mass the other V - K ids then hold is lost (of SmolLM2's top 64, 88 % of the mass at T = 1 becomes 2
-% at T = 4). So the tail's mass is stored as float32 at every declared temperature; the K entries
-share what it leaves in the proportions their log-probabilities give. Cost: about 4 bytes an entry
-and 4 bytes a temperature before compression; bias: what the K entries cannot see inside the tail.
+Log-probabilities at T = 1 can be rescaled to another temperature only among themselves: the mass of
+the other V - K ids at that temperature is lost (of SmolLM2's top 64, 88 % of the mass at T = 1
+becomes 2 % at T = 4). So the tail's mass is stored as float32 at every declared temperature; the K
+entries share the remainder in the proportions their log-probabilities give. Cost: about 4 bytes an
+entry and 4 bytes a temperature before compression; bias: the distribution inside the tail.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A teacher as it lies on disk: its identity by content, its tokenizer, its vocabulary or classes.
+"""A teacher's files: its identity by content, its tokenizer, its vocabulary or classes.
 
 Cost: the identity reads every weight file once, at about 1 GB/s; the rest reads small files.
 Guarantee: no weights are loaded, and pickled ones are refused.

@@ -1,8 +1,8 @@
-"""Teachers are loaded: on one device or spread over several, with the attention that was asked for,
-compiled if wished.
+"""Loads teachers: on one device or spread over several, with the requested attention, compiled if
+requested.
 
-Guarantee: a model whose weights are not all in its files is refused; transformers would fill the
-rest at random.
+Guarantee: a model whose weights are not all in its files is refused; transformers would initialise
+the others at random.
 """
 
 from __future__ import annotations

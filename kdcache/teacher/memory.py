@@ -1,8 +1,9 @@
-"""What fits a device: weights on one GPU or spread over several and the host, a batch beside them.
+"""Fits a teacher into memory: weights on one GPU or spread over several and the host, and the batch
+size beside them.
 
 Both are decided by measured numbers: the tensors of the weight files against free memory, and the
-peak of a batch that is tried before the first span. Sizes that are tried are halves of one another,
-so equal cards that run nothing else settle on the same one.
+peak of a batch that is run before the first span. The sizes tried are halves of one another, so
+equal cards that run nothing else settle on the same one.
 """
 
 from __future__ import annotations

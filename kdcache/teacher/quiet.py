@@ -1,4 +1,4 @@
-"""Transformers without its own progress bars and advice."""
+"""Silences transformers' own progress bars and advice."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Logits of the positions that are wanted, from the models of one worker.
+"""Logits of the requested positions, from the models of one worker.
 
 Cost: one forward of the base model a batch; the vocabulary is projected in slices of positions,
-only where a position is wanted, so `[positions, vocabulary]` never exists whole.
-Guarantee: ids outside the tokenizer's vocabulary (padded output layers) are cut off before any
-normaliser sees them.
+only where a position is requested, so `[positions, vocabulary]` never exists whole.
+Guarantee: ids outside the tokenizer's vocabulary (padded output layers) are cut off before the
+softmax.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What is kept of a distribution over a large vocabulary, found on the device that made it.
+"""What is kept of a distribution over a large vocabulary, computed on the device that made it.
 
-`sample_entries` draws a threshold sample (what that is, and why it is unbiased: `threshold.py`),
-`top_entries` finds the largest and the mass of the rest. Both read the logits once, by blocks of
-ids, and wait for nothing: the first position that is of no use is told by `check_finite`.
+`sample_entries` draws a threshold sample (explained and proved unbiased in `threshold.py`),
+`top_entries` finds the largest and the mass of the tail. Both read the logits once, by blocks of
+ids, and never synchronise with the host; the first non-finite position is returned.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Positions whose logits are of no use: NaN, plus infinity, or nothing but minus infinity."""
+"""Finds positions with unusable logits: NaN, plus infinity, or nothing but minus infinity."""
 
 from __future__ import annotations
 

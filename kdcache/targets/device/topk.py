@@ -1,4 +1,4 @@
-"""Top-k with the mass of the rest, in one pass over the logits."""
+"""Top-k with the mass of the tail, in one pass over the logits."""
 
 from __future__ import annotations
 
