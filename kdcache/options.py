@@ -1,4 +1,19 @@
-"""Command-line options and `--config` files become the options dataclass of a command."""
+"""Options: a dataclass whose fields are the options of a command and the arguments of a function.
+
+An option is declared once, at its field, with `option`: default, help, bounds, how it is written,
+and what it decides. Groups that several commands share are base classes. Whoever needs to know an
+option (the command line, a YAML file, the identity of a run) reads the fields:
+
+    @dataclass(frozen=True, kw_only=True)
+    class ShoutOptions(Options):
+        \"\"\"What `shout` is asked for.\"\"\"
+
+        text: str = option(help="what to shout.", metavar="TEXT")
+        times: int = option(1, help="how often.", at_least=1)
+
+Guarantee: a value is checked when the object is made, wherever it came from, and all that is wrong
+is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -6,163 +21,246 @@ import dataclasses
 import difflib
 import inspect
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import click
-import yaml
+from kdcache.errors import UsageError
 
-Options = TypeVar("Options")
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class CommaList(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """`1,2,4`: several values of one type in one option."""
-
-    name = "LIST"
-
-    def __init__(self, item: Callable[[str], Any]) -> None:
-        self._item = item
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        """Parse a comma-separated text; a list of a YAML file is taken as it is."""
-        items = value if isinstance(value, (list, tuple)) else str(value).split(",")
-        try:
-            return tuple(self._item(str(v).strip()) for v in items)
-        except ValueError:
-            self.fail(
-                f"{value!r} is not a comma-separated list of {self._item.__name__}s", param, ctx
-            )
+Decides = Literal["nothing", "run", "student"]
+_KEY = "kdcache.option"
 
 
-class AutoInt(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A whole number, or `auto` for None."""
-
-    name = "auto|N"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        """Parse."""
-        if value == "auto":
-            return None
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither auto nor a whole number", param, ctx)
-
-
-def config_option(command: Command) -> Command:
-    """Add `--config FILE.yaml`, whose keys are the names of the command's options; flags win."""
-
-    def load(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
-        if path is None:
-            return
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except yaml.YAMLError as error:
-            raise click.UsageError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise click.UsageError(
-                f"{path} holds no options: expected lines like `max-length: 512`."
-            )
-        known = {
-            opt.lstrip("-"): p for p in ctx.command.params for opt in p.opts if opt.startswith("--")
-        }
-        unknown = [str(key) for key in values if str(key).replace("_", "-") not in known]
-        if unknown:
-            raise click.UsageError(
-                f"{path}: `{ctx.info_name}` has no option {', '.join(unknown)}. "
-                f"Known: {', '.join(sorted(known))}."
-            )
-        defaults: dict[str, Any] = {}
-        for key, value in values.items():
-            param = known[str(key).replace("_", "-")]
-            several = isinstance(param, click.Option) and param.multiple
-            defaults[str(param.name)] = (
-                [value] if several and not isinstance(value, list) else value
-            )
-        ctx.default_map = {**(ctx.default_map or {}), **defaults}
-
-    return click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False),
-        is_eager=True,
-        expose_value=False,
-        callback=load,
-        help="YAML file whose keys are option names; flags win.",
-    )(command)
-
-
-def options_command(
-    kind: type[Options],
+def option(
+    default: Any = MISSING,
     *,
-    name: str,
-    epilog: str = "",
-    commas: Mapping[str, Callable[[str], Any]] | None = None,
-    metavars: Mapping[str, str] | None = None,
-    arguments: Sequence[str] = (),
-) -> Callable[[Callable[[Options, bool], None]], click.Command]:
-    """Make a click command whose options are the fields of a dataclass: one place to say it all.
-
-    A field's name is the option's, its type and default decide how it is parsed, and its line in
-    the docstring's `Attributes:` is the help.
+    help: str,
+    metavar: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    comma: bool = False,
+    auto: bool = False,
+    positional: bool = False,
+    decides: Decides = "run",
+) -> Any:
+    """A field of an options dataclass.
 
     Args:
-        kind: the options dataclass.
-        name: name of the command.
-        epilog: worked examples, shown as they are.
-        commas: fields that take several values in one comma-separated option, with their item type.
-        metavars: what stands for a field's value in the help.
-        arguments: fields that are positional.
-
-    Returns:
-        A decorator for `function(options, as_json)`; its docstring is the command's help.
+        default: its value where none is given; without it the option is required.
+        help: what it is; begins in lower case, ends with a full stop.
+        metavar: what stands for a value in the help.
+        at_least: smallest value, or the smallest of several.
+        above: value that it must exceed.
+        at_most: largest value.
+        below: value that it must stay under.
+        comma: several values stand in one option, with commas; else the option is repeated.
+        auto: `auto` is a value and means None.
+        positional: on the command line it stands without its name.
+        decides: what changes with it. A `"run"` may not go on with another value; an option
+            that decides the `"student"` decides the run, too.
     """
-    commas, metavars = commas or {}, metavars or {}
+    declared = {
+        "help": help, "metavar": metavar, "at_least": at_least, "above": above, "at_most": at_most,
+        "below": below, "comma": comma, "auto": auto, "positional": positional, "decides": decides,
+    }  # fmt: skip
+    if isinstance(default, list):
+        raise TypeError("the default of an option is not a list: take a tuple")
+    return dataclasses.field(default=default, metadata={_KEY: declared})
 
-    def decorate(function: Callable[[Options, bool], None]) -> click.Command:
-        def run(as_json: bool, **values: Any) -> None:
-            absent = [
-                f"--{field.name.replace('_', '-')}"
-                for field in fields
-                if field.default is dataclasses.MISSING and values.get(field.name) in (None, ())
-            ]
-            if absent:
-                raise click.UsageError(
-                    f"missing {', '.join(absent)} (a flag, or a key of --config)."
-                )
-            given = {k: v for k, v in values.items() if v is not None and v != ()}
-            function(kind(**given), as_json)
 
-        fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-        hints, helps = get_type_hints(kind), _attributes(kind.__doc__ or "")
-        command: Any = config_option(run)
-        command = click.option(
-            "--json", "as_json", is_flag=True, help="Print the outcome as one JSON object."
-        )(command)
-        for field in reversed(fields):
-            if field.name in arguments:
-                command = click.argument(field.name, metavar=metavars.get(field.name))(command)
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """An option as its field declares it; see `option`.
+
+    Attributes:
+        name: of the field.
+        type: of one value: `str`, `int`, `float` or `bool`.
+        choices: the words that are allowed; empty where all are.
+        several: whether its value is a tuple.
+        default: `dataclasses.MISSING` where it is required.
+        group: heading in the help of the class that declares it; empty for the command's own.
+    """
+
+    name: str
+    type: type
+    choices: tuple[str, ...]
+    several: bool
+    default: Any
+    group: str
+    help: str
+    metavar: str | None
+    at_least: float | None
+    above: float | None
+    at_most: float | None
+    below: float | None
+    comma: bool
+    auto: bool
+    positional: bool
+    decides: Decides
+
+    @property
+    def words(self) -> str:
+        """Its name in files: `max-length`."""
+        return self.name.replace("_", "-")
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line: `--max-length`."""
+        return f"--{self.words}"
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is MISSING
+
+    def parse(self, value: Any) -> Any:
+        """One value of a command line or a YAML file, or with `comma` all of them.
+
+        Raises:
+            ValueError: it has another type; the text continues "--name is ...".
+        """
+        if self.comma:
+            items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+            return tuple(self._parse_one(str(item).strip()) for item in items)
+        return self._parse_one(value)
+
+    def _parse_one(self, value: Any) -> Any:
+        if self.auto and value in ("auto", None):
+            return None
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(self.type)
+        if expected is None:
+            return str(value)
+        if self.type is bool or isinstance(value, bool):
+            words = {"true": True, "false": False}
+            if self.type is bool and str(value).lower() in words:
+                return words[str(value).lower()]
+            raise ValueError(f"{value!r}, expected {expected}")
+        try:
+            return self.type(str(value))
+        except ValueError:
+            also = " or auto" if self.auto else ""
+            each = ", several with commas" if self.comma else ""
+            raise ValueError(f"{value!r}, expected {expected}{also}{each}") from None
+
+    def wrong(self, value: Any) -> str:
+        """What is wrong with a value of the right type, as one sentence; empty if nothing is."""
+        shown = value if self.type is not str else repr(value)
+        for one in value if self.several and value is not None else (value,):
+            if one is None:
                 continue
-            command = _option(
-                field,
-                hints[field.name],
-                helps.get(field.name, ""),
-                commas.get(field.name),
-                metavars.get(field.name),
-            )(command)
-        return click.command(name, help=function.__doc__, epilog=epilog)(command)
+            if self.choices and one not in self.choices:
+                return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."
+            if self.type in (int, float) and isinstance(one, (int, float)) and not self._fits(one):
+                return f"{self.flag} is {shown}, expected {self._bounds()}."
+        return ""
 
-    return decorate
+    def _fits(self, value: float) -> bool:
+        return (
+            value == value
+            and abs(value) != float("inf")
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def _bounds(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            return f"{self.at_least:g} to {self.at_most:g}"
+        bounds = (
+            ("at least", self.at_least),
+            ("more than", self.above),
+            ("at most", self.at_most),
+            ("less than", self.below),
+        )
+        words = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+        return " and ".join(words) or "a finite number"
 
 
-def read_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+class Options:
+    """Base of the options of a command: its fields are declared with `option`.
+
+    Class attributes:
+        heading: for a class of options that several commands share: their heading in the help.
+
+    Raises:
+        UsageError: when an object is made whose values cannot be; a sentence each, one a line.
+    """
+
+    heading = ""
+
+    def __init_subclass__(cls) -> None:
+        """Tell readers of the class what its own fields are."""
+        fields = {n: getattr(cls, n, None) for n in inspect.get_annotations(cls)}
+        lines = [
+            textwrap.indent(textwrap.fill(f"{name}: {field.metadata[_KEY]['help']}", 90), "    ")
+            for name, field in fields.items()
+            if isinstance(field, dataclasses.Field)
+        ]
+        cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *lines])
+
+    def __post_init__(self) -> None:
+        """Check every value, those of a tuple's type given as a list or one text included."""
+        problems = []
+        for one in options_of(type(self)):
+            value = getattr(self, one.name)
+            if one.several and value is not None and not isinstance(value, tuple):
+                value = (value,) if isinstance(value, (str, int, float)) else tuple(value)
+                object.__setattr__(self, one.name, value)
+            absent = one.required and value in (None, (), "")
+            problems.append(f"{one.flag} is missing." if absent else one.wrong(value))
+        lines = "\n".join(filter(None, [*problems, *self.conflicts()])).splitlines()
+        if lines:
+            raise UsageError("\n".join(dict.fromkeys(lines)))
+
+    def conflicts(self) -> Sequence[str]:
+        """What is wrong with values beside each other, a sentence each. Their types are right."""
+        return ()
+
+
+def options_of(kind: type[Any]) -> tuple[Option, ...]:
+    """The options of a dataclass: its own first, then those of each group, as declared."""
+    hints = get_type_hints(kind)
+    groups = [c for c in kind.__mro__[1:] if issubclass(c, Options)]
+    classes = [kind]
+    for heading in dict.fromkeys(group.heading for group in groups):
+        classes += [group for group in reversed(groups) if group.heading == heading]
+    found: dict[str, Option] = {}
+    for owner in classes:
+        heading = "" if owner is kind else owner.heading
+        for name in inspect.get_annotations(owner):
+            field = kind.__dataclass_fields__.get(name)
+            if field is not None and name not in found:
+                found[name] = _read(field, hints[name], heading)
+    return tuple(found.values())
+
+
+def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
+    members = [hint]
+    if get_origin(hint) in (Union, UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+    several = any(get_origin(member) is tuple for member in members)
+    inner = get_args(members[0])[0] if several else members[0]
+    choices: tuple[str, ...] = ()
+    if get_origin(inner) is Literal:
+        choices, inner = get_args(inner), str
+    kind = inner if len(members) == 1 else str  # what may be a number or a text is checked later
+    return Option(
+        name=field.name,
+        type=kind,
+        choices=choices,
+        several=several,
+        default=field.default,
+        group=group,
+        **field.metadata[_KEY],
+    )
+
+
+def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Values of a YAML file as the command line would read them.
 
     Args:
@@ -172,87 +270,25 @@ def read_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, A
     Returns:
         Fields of `kind` with their values, and what is wrong, one sentence each.
     """
-    command = options_command(kind, name="values")(lambda _options, _as_json: None)
-    context = click.Context(command)
-    fields = {field.name for field in dataclasses.fields(kind)}
-    known = {str(param.name): param for param in command.params if param.name in fields}
+    known = {one.name: one for one in options_of(kind)}
     found: dict[str, Any] = {}
     wrong: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        key = name.replace("_", "-")
-        param = known.get(name)
-        if param is None:
+        one = known.get(name)
+        if one is None:
             near = difflib.get_close_matches(name, known, 1)
-            meant = f" Did you mean {near[0].replace('_', '-')}?" if near else ""
-            wrong.append(f"there is no option {key}.{meant}")
-        elif isinstance(value, (list, dict)) and not param.multiple:
-            wrong.append(f"{key} takes one value, not {json.dumps(value, default=str)}.")
+            meant = f" Did you mean {known[near[0]].words}?" if near else ""
+            wrong.append(f"there is no option {name.replace('_', '-')}.{meant}")
+        elif isinstance(value, dict) or (isinstance(value, list) and not one.several):
+            wrong.append(f"{one.words} takes one value, not {json.dumps(value, default=str)}.")
         elif value is not None:
-            several = param.multiple and not isinstance(value, list)
             try:
-                found[name] = param.type_cast_value(context, [value] if several else value)
-            except click.BadParameter as error:
-                wrong.append(f"{key}: {error.message}")
+                if one.several and not one.comma:
+                    items = value if isinstance(value, list) else [value]
+                    found[name] = tuple(one.parse(item) for item in items)
+                else:
+                    found[name] = one.parse(value)
+            except ValueError as error:
+                wrong.append(f"{one.words} is {error}.")
     return found, wrong
-
-
-def _option(
-    field: dataclasses.Field[Any],
-    hint: Any,
-    help_text: str,
-    comma: Callable[[str], Any] | None,
-    metavar: str | None,
-) -> Callable[[Any], Any]:
-    flag = f"--{field.name.replace('_', '-')}"
-    default = None if field.default is dataclasses.MISSING else field.default
-    if hint is bool:
-        return click.option(flag, is_flag=True, default=False, help=help_text)
-    if default not in (None, ()):
-        shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in _items(default))
-        help_text = f"{help_text}  [default: {shown}]"
-    union = get_origin(hint) in (Union, UnionType)
-    members = [m for m in (get_args(hint) if union else (hint,)) if m is not type(None)]
-    several = any(get_origin(m) is tuple for m in members)
-    kind: Any = str
-    if comma is not None:
-        kind, several = CommaList(comma), False
-    elif get_origin(members[0]) is Literal:
-        kind = click.Choice(list(get_args(members[0])))
-    elif several:
-        inner = next((m for m in members if get_origin(m) is tuple), hint)
-        kind = get_args(inner)[0]
-    elif field.name == "workers" and union:
-        kind = AutoInt()
-    elif members in ([int], [float]):
-        kind = members[0]
-    return click.option(
-        flag, type=kind, multiple=several, default=None, help=help_text, metavar=metavar
-    )
-
-
-def _items(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    """The `Attributes:` of a Google docstring: field name -> its text on one line."""
-    found: dict[str, str] = {}
-    name = ""
-    _, _, section = inspect.cleandoc(doc).partition("Attributes:\n")
-    for line in section.splitlines():
-        if line and not line.startswith(" "):
-            break
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            name = start.group(1)
-            found[name] = start.group(2)
-        elif name and line.strip():
-            found[name] += " " + line.strip()
-    return {k: (v[:1].upper() + v[1:]).replace("`", "") for k, v in found.items()}
-
-
-def print_json(value: Any) -> None:
-    """Print a dataclass or mapping as one JSON object."""
-    plain = value if isinstance(value, dict) else dataclasses.asdict(value)
-    click.echo(json.dumps(plain, default=str))

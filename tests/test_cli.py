@@ -81,7 +81,7 @@ def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: P
     config.write_text("limitt: 3\n")
     wrong = run("build", "--config", str(config))
     assert wrong.exit_code == 2
-    assert "has no option limitt" in wrong.output
+    assert "there is no option limitt. Did you mean limit?" in wrong.output
     config.write_text("a: [1\n")
     assert "not valid YAML" in run("build", "--config", str(config)).output
 
@@ -94,8 +94,11 @@ def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: P
         (("--text-column", "body"), "body"),
         (("--codec", "topk"), "topk"),
         (("--temperatures", "0"), "--temperatures"),
-        (("--temperatures", "warm"), "comma-separated"),
-        (("--workers", "many"), "neither auto nor a whole number"),
+        (
+            ("--temperatures", "warm"),
+            "--temperatures is 'warm', expected a number, several with commas",
+        ),
+        (("--workers", "many"), "--workers is 'many', expected a whole number or auto"),
         (("--task", "poetry"), "poetry"),
     ],
 )

@@ -195,7 +195,7 @@ def test_wrong_input_is_told_and_nothing_is_written(
     assert not (tmp_path / "teacher").exists()
     with pytest.raises(UsageError) as error:
         options(epochs=0, batch_size=0, head_width=0, corpus=(), bf16=True, fp16=True)
-    for word in ("epochs", "batch_size", "head_width", "corpus", "bf16"):
+    for word in ("--epochs", "--batch-size", "--head-width", "--corpus", "--bf16"):
         assert word in str(error.value)
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "notes").write_text("")

@@ -18,7 +18,7 @@ LAYERS = (
 RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in layer}  # ground: 0
 GROUND = {"errors", "tasks", "options", "cluster", "files", "plots", "humanize", "version"}
 ONLY = {  # a library, and where alone it may be imported
-    "click": r"cli/.*|options",  # options: until they are split
+    "click": r"cli/.*",
     "rich": r"cli/.*",
     "h5py": r"cache/(shard|hdf5)",
     "ray": r"cluster|commands/.*/on_ray|commands/sweep/pool",

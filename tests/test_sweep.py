@@ -182,7 +182,7 @@ def test_values_are_told_apart_by_short_names(here: Path) -> None:
                 "out has no place", "fsdp has no place", "alpha is given twice",
                 "batch-size takes one value", "Did you mean temperature?", "lr under grid is []",
                 "alpha is 1.5, expected 0 to 1. (2 of 4 combinations, first alpha=1.5",
-                "'zero' is not a valid int", "student none.json: no such file",
+                "seed is 'zero', expected a whole number", "student none.json: no such file",
             ],
         ),
         (
@@ -209,7 +209,7 @@ def test_everything_wrong_is_told_before_anything_starts(
 
 def test_a_grid_that_is_not_there_and_options_that_cannot_be() -> None:
     assert "cannot be read" in run("/nowhere.yaml", "--out", "out").stderr
-    with pytest.raises(UsageError, match=r"workers is -1[^\n]*\ngpus_per_run is -2"):
+    with pytest.raises(UsageError, match=r"workers is -1[^\n]*\n--gpus-per-run is -2"):
         SweepOptions("g", "o", workers=-1, gpus_per_run=-2)
 
 

@@ -10,17 +10,14 @@ from collections.abc import Callable
 import click
 from rich.console import Console
 
+from kdcache.cli.options import options_command, print_json
 from kdcache.humanize import duration, size
-from kdcache.options import options_command, print_json
 
 
 def load(name: str) -> click.Command:
     """The command of that name."""
-    return _MAKERS[name]()
-
-
-def _examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+    maker: Callable[[], click.Command] = globals()[f"_{name}"]
+    return maker()
 
 
 def _build() -> click.Command:
@@ -30,23 +27,11 @@ def _build() -> click.Command:
 
     @options_command(
         BuildOptions,
-        name="build",
-        epilog=_examples(
-            "kdcache build --teacher bert-sst2 --task sequence-classification \\",
-            "    --corpus train.tsv --out cache",
-            "kdcache build --teacher SmolLM2-135M --corpus 's3://bucket/text/*.parquet' \\",
-            "    --codec sample:20 --temperatures 1,2 --address auto --out s3://bucket/cache",
-            "The same command again goes on where this one ended.",
-        ),
-        commas={"temperatures": float, "columns": str},
-        metavars={
-            "teacher": "DIR_OR_HUB_ID",
-            "corpus": "PATH_OR_URL_OR_GLOB",
-            "out": "CACHE",
-            "codec": "dense|topk:K|sample:N",
-            "limit": "ROWS",
-            "address": "RAY_ADDRESS",
-        },
+        "kdcache build --teacher bert-sst2 --task sequence-classification \\",
+        "    --corpus train.tsv --out cache",
+        "kdcache build --teacher SmolLM2-135M --corpus 's3://bucket/text/*.parquet' \\",
+        "    --codec sample:20 --temperatures 1,2 --address auto --out s3://bucket/cache",
+        "The same command again goes on where this one ended.",
     )
     def command(options: BuildOptions, as_json: bool) -> None:
         """Run the teacher over a corpus once and cache its soft targets."""
@@ -87,20 +72,9 @@ def _plan() -> click.Command:
 
     @options_command(
         PlanOptions,
-        name="plan",
-        epilog=_examples(
-            "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --plot plan.png",
-            "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --rows 16 \\",
-            "    --codec sample:20 --codec topk:32 --temperatures 1 --temperatures 1,2,4",
-        ),
-        commas={"columns": str},
-        metavars={
-            "teacher": "DIR_OR_HUB_ID",
-            "corpus": "PATH_OR_URL_OR_GLOB",
-            "codec": "dense|topk:K|sample:N",
-            "temperatures": "T[,T...]",
-            "plot": "FILE.png",
-        },
+        "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --plot plan.png",
+        "kdcache plan --teacher SmolLM2-135M --corpus text.jsonl --rows 16 \\",
+        "    --codec sample:20 --codec topk:32 --temperatures 1 --temperatures 1,2,4",
     )
     def command(options: PlanOptions, as_json: bool) -> None:
         """Measure what a cache would cost and how good it would be, on a sample."""
@@ -120,23 +94,10 @@ def _train() -> click.Command:
 
     @options_command(
         TrainOptions,
-        name="train",
-        epilog=_examples(
-            "kdcache train --cache cache --student bilstm --temperature 2 --out run \\",
-            "    --epochs 20 --eval-cache dev-cache --patience 3",
-            "kdcache train --cache cache --student config.json --alpha 0.5 --out run",
-            "The same command again goes on from the last checkpoint.",
-        ),
-        metavars={
-            "cache": "CACHE",
-            "student": "DIR_OR_HUB_ID|CONFIG.json|bilstm|module:function",
-            "out": "RUN",
-            "eval_cache": "CACHE",
-            "embeddings": "FILE",
-            "resume": "auto|never|PATH",
-            "alpha": "A[:B]",
-            "temperature": "T[:U]",
-        },
+        "kdcache train --cache cache --student bilstm --temperature 2 --out run \\",
+        "    --epochs 20 --eval-cache dev-cache --patience 3",
+        "kdcache train --cache cache --student config.json --alpha 0.5 --out run",
+        "The same command again goes on from the last checkpoint.",
     )
     def command(options: TrainOptions, as_json: bool) -> None:
         """Train a student on the hard labels and soft targets of a cache."""
@@ -167,20 +128,15 @@ def _sweep() -> click.Command:
 
     @options_command(
         SweepOptions,
-        name="sweep",
-        epilog=_examples(
-            "kdcache sweep grid.yaml --out sweeps/novels",
-            "kdcache sweep grid.yaml --out sweeps/novels --workers 8 --gpus-per-run 0.5",
-            "The same command again goes on; a grid with more values only adds runs. A grid:",
-            "    cache: caches/novels",
-            "    eval-cache: caches/held-out",
-            "    grid:",
-            "      student: [tiny.json, small.json]",
-            "      alpha: [0.1, 0.5, 1.0]",
-            "      seed: [0, 1, 2]",
-        ),
-        arguments=("grid",),
-        metavars={"grid": "GRID.yaml", "out": "DIR", "address": "RAY_ADDRESS"},
+        "kdcache sweep grid.yaml --out sweeps/novels",
+        "kdcache sweep grid.yaml --out sweeps/novels --workers 8 --gpus-per-run 0.5",
+        "The same command again goes on; a grid with more values only adds runs. A grid:",
+        "    cache: caches/novels",
+        "    eval-cache: caches/held-out",
+        "    grid:",
+        "      student: [tiny.json, small.json]",
+        "      alpha: [0.1, 0.5, 1.0]",
+        "      seed: [0, 1, 2]",
     )
     def command(options: SweepOptions, as_json: bool) -> None:
         """Train many students of the same caches and put them side by side."""
@@ -200,15 +156,9 @@ def _finetune() -> click.Command:
 
     @options_command(
         FinetuneOptions,
-        name="finetune",
-        epilog=_examples(
-            "kdcache finetune --model bert-base --corpus train.tsv --eval-corpus dev.tsv --out "
-            "teacher",
-            "kdcache finetune --model bert-base --corpus train.tsv --out teacher \\",
-            "    --train-last 4 --head-width 192",
-        ),
-        commas={"columns": str, "label_names": str},
-        metavars={"model": "DIR_OR_HUB_ID", "corpus": "PATH_OR_URL_OR_GLOB", "out": "TEACHER"},
+        "kdcache finetune --model bert-base --corpus train.tsv --eval-corpus dev.tsv --out teacher",
+        "kdcache finetune --model bert-base --corpus train.tsv --out teacher \\",
+        "    --train-last 4 --head-width 192",
     )
     def command(options: FinetuneOptions, as_json: bool) -> None:
         """Fine-tune a Hugging Face encoder as the teacher of a classifier."""
@@ -236,14 +186,8 @@ def _evaluate() -> click.Command:
 
     @options_command(
         EvaluateOptions,
-        name="evaluate",
-        epilog=_examples(
-            "kdcache evaluate --student run --cache test-cache",
-            "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher "
-            "bert-sst2",
-        ),
-        commas={"columns": str},
-        metavars={"student": "RUN_OR_DIR", "cache": "CACHE", "teacher": "DIR_OR_HUB_ID"},
+        "kdcache evaluate --student run --cache test-cache",
+        "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher bert-sst2",
     )
     def command(options: EvaluateOptions, as_json: bool) -> None:
         """Measure students beside their teacher."""
@@ -261,13 +205,8 @@ def _predict() -> click.Command:
 
     @options_command(
         PredictOptions,
-        name="predict",
-        epilog=_examples(
-            "kdcache predict --student run --corpus new.jsonl --out labelled.jsonl",
-            "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
-        ),
-        commas={"columns": str},
-        metavars={"student": "RUN_OR_DIR", "corpus": "PATH_OR_URL_OR_GLOB|-", "out": "FILE"},
+        "kdcache predict --student run --corpus new.jsonl --out labelled.jsonl",
+        "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
     )
     def command(options: PredictOptions, as_json: bool) -> None:
         """Label texts with a classifier; JSON lines out."""
@@ -291,10 +230,8 @@ def _inspect() -> click.Command:
 
     @options_command(
         InspectOptions,
-        name="inspect",
-        epilog=_examples("kdcache inspect cache", "kdcache inspect cache --row 17 --temperature 2"),
-        arguments=("cache",),
-        metavars={"cache": "CACHE"},
+        "kdcache inspect cache",
+        "kdcache inspect cache --row 17 --temperature 2",
     )
     def command(options: InspectOptions, as_json: bool) -> None:
         """Show what is in a cache: spec, sizes, rows with the teacher's guesses."""
@@ -312,13 +249,8 @@ def _verify() -> click.Command:
 
     @options_command(
         VerifyOptions,
-        name="verify",
-        epilog=_examples(
-            "kdcache verify cache",
-            "kdcache verify cache --teacher SmolLM2-135M --sample 64",
-        ),
-        arguments=("cache",),
-        metavars={"cache": "CACHE", "teacher": "DIR_OR_HUB_ID", "sample": "ROWS"},
+        "kdcache verify cache",
+        "kdcache verify cache --teacher SmolLM2-135M --sample 64",
     )
     def command(options: VerifyOptions, as_json: bool) -> None:
         """Check every file of a cache, and its targets against the teacher if one is named."""
@@ -348,13 +280,8 @@ def _repair() -> click.Command:
 
     @options_command(
         RepairOptions,
-        name="repair",
-        epilog=_examples(
-            "kdcache repair cache",
-            "Then the same `kdcache build` command makes anew what was removed.",
-        ),
-        arguments=("cache",),
-        metavars={"cache": "CACHE"},
+        "kdcache repair cache",
+        "Then the same `kdcache build` command makes anew what was removed.",
     )
     def command(options: RepairOptions, as_json: bool) -> None:
         """Remove what is broken in a cache, so that the same build makes only that anew."""
@@ -381,10 +308,7 @@ def _gc() -> click.Command:
 
     @options_command(
         GcOptions,
-        name="gc",
-        epilog=_examples("kdcache gc cache --dry-run"),
-        arguments=("cache",),
-        metavars={"cache": "CACHE"},
+        "kdcache gc cache --dry-run",
     )
     def command(options: GcOptions, as_json: bool) -> None:
         """Remove what crashed builds have left beside a cache."""
@@ -407,7 +331,10 @@ def _demo() -> click.Command:
     from kdcache.cli.view_demo import render_demo
     from kdcache.commands.demo.demo import DemoOptions, demo
 
-    @options_command(DemoOptions, name="demo", epilog=_examples("kdcache demo --out demo"))
+    @options_command(
+        DemoOptions,
+        "kdcache demo --out demo",
+    )
     def command(options: DemoOptions, as_json: bool) -> None:
         """Run the main job end to end with what the package carries."""
         result = demo(options, report=lambda line: click.echo(line, err=True))
@@ -417,19 +344,3 @@ def _demo() -> click.Command:
             render_demo(result, Console())
 
     return command
-
-
-_MAKERS: dict[str, Callable[[], click.Command]] = {
-    "plan": _plan,
-    "build": _build,
-    "train": _train,
-    "sweep": _sweep,
-    "finetune": _finetune,
-    "evaluate": _evaluate,
-    "predict": _predict,
-    "inspect": _inspect,
-    "verify": _verify,
-    "repair": _repair,
-    "gc": _gc,
-    "demo": _demo,
-}

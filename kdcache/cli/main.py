@@ -48,7 +48,9 @@ class _Commands(click.Group):
             return None
         from kdcache.cli import commands
 
-        return commands.load(name)
+        command = commands.load(name)
+        command.name = name
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

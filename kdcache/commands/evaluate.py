@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from typing import Any
 
@@ -27,94 +27,68 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.commands.groups import InferenceOptions, RowOptions, form_problems
 from kdcache.commands.inspect import default_temperature
 from kdcache.commands.scores import EvaluateResult, ModelScores
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.loss.metrics import BINS, Tally, f1, known, ratio
-from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.options import option
+from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, aligned, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, positions
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
 _WINDOW = 1024  # rows of a corpus that are sorted by length at a time
 _SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """What `kdcache evaluate` is asked for; fields bear the names of its options.
+class EvaluateOptions(RowOptions, InferenceOptions):
+    """What `kdcache evaluate` is asked for; fields bear the names of its options."""
 
-    Attributes:
-        student: folders (also of runs, which keep theirs in `student/`) or hub ids.
-        cache: a sealed cache whose rows and targets are used (optional).
-        corpus: files, folders, globs or URLs whose rows are used, where there is no cache.
-        teacher: folder or hub id of a teacher that runs live; with a cache it replaces the cached
-            targets.
-        task: `causal-lm` or `sequence-classification`. Default: the cache's or the first
-            student's.
-        text_column: column of the text (these and the next: of a corpus).
-        pair_column: column of a second text (optional).
-        label_column: column of the class.
-        columns: names of the columns of files without a header.
-        messages_column: column of chat messages.
-        prompt_column: column of prompts, beside `completion_column`.
-        completion_column: column of completions.
-        max_length: tokens of the longest row; models that read less shorten it.
-        packing: `concat`, `none` or `split`. Default: `concat` for a causal LM.
-        on_error: `fail` or `skip` for records that cannot be read.
-        limit: use only the first records of a corpus, or the first rows of a cache.
-        temperature: of KL. Default: 1 where the cache declares it, else the first declared.
-        batch_tokens: padded tokens of a batch. Default: by device.
-        dtype: compute type of all models: `float32`, `bfloat16` or `float16`.
-        device: `auto`, `cpu` or `cuda`.
-        trust_remote_code: let code that ships with a model run.
-    """
+    student: tuple[str, ...] = option(
+        help="folders (also of runs, which keep theirs in `student/`) or hub ids.",
+        metavar="RUN_OR_DIR",
+    )
+    cache: str | None = option(
+        None, help="a sealed cache whose rows and targets are used (optional).", metavar="CACHE"
+    )
+    corpus: tuple[str, ...] = option(
+        (),
+        help="files, folders, globs or URLs whose rows are used, where there is no cache.",
+        metavar="PATH_OR_URL_OR_GLOB",
+    )
+    teacher: str | None = option(
+        None,
+        help="folder or hub id of a teacher that runs live; with a cache it replaces the cached "
+        "targets.",
+        metavar="DIR_OR_HUB_ID",
+    )
+    task: Task | None = option(
+        None, help="what the models are asked for. Default: the cache's or the first student's."
+    )
+    _: KW_ONLY
+    limit: int | None = option(
+        None,
+        help="use only the first records of a corpus, or the first rows of a cache.",
+        metavar="ROWS",
+        at_least=1,
+    )
+    temperature: float | None = option(
+        None,
+        help="of KL. Default: 1 where the cache declares it, else the first declared.",
+        above=0,
+    )
 
-    student: tuple[str, ...]
-    cache: str | None = None
-    corpus: tuple[str, ...] = ()
-    teacher: str | None = None
-    task: str | None = None
-    text_column: str = "text"
-    pair_column: str | None = None
-    label_column: str = "label"
-    columns: tuple[str, ...] | None = None
-    messages_column: str = "messages"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    max_length: int = 1024
-    packing: str | None = None
-    on_error: str = "fail"
-    limit: int | None = None
-    temperature: float | None = None
-    batch_tokens: int | None = None
-    dtype: str = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.student:
-            problems.append("--student is missing: name a folder or a hub id")
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        problems = form_problems(self.record_form, self.task)
         if bool(self.cache) == bool(self.corpus):
-            problems.append("name either --cache or --corpus: what to evaluate on")
-        if self.task is not None and self.task not in TASKS:
-            problems.append(f"--task is {self.task!r}, expected one of {', '.join(TASKS)}")
-        if self.temperature is not None and not (
-            math.isfinite(self.temperature) and self.temperature > 0
-        ):
-            problems.append(f"--temperature is {self.temperature:g}, expected a positive number")
-        for name in ("limit", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            problems.append(f"--dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
-        if problems:
-            raise UsageError("; ".join(problems) + ".")
+            problems.append("name either --cache or --corpus: what to evaluate on.")
+        return problems
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
@@ -264,23 +238,8 @@ class _Evaluation:
 
     def _corpus_rows(self) -> Iterator[tuple[list[Row], ShardData | None]]:
         options = self.options
-        causal = self.task == CAUSAL_LM
-        spec = RowSpec(
-            task=self.task,  # type: ignore[arg-type]  # checked by RowSpec
-            text_column=options.text_column,
-            pair_column=options.pair_column,
-            label_column=options.label_column,
-            label_names=self.label_names,
-            max_length=self.max_length,
-            packing=options.packing or ("concat" if causal else "none"),  # type: ignore[arg-type]
-            messages_column=options.messages_column,
-            prompt_column=options.prompt_column,
-            completion_column=options.completion_column,
-            on_error=options.on_error,  # type: ignore[arg-type]
-        )
-        corpus = Corpus.open(
-            options.corpus, span_bytes=_SPAN_BYTES, limit=options.limit, columns=options.columns
-        )
+        spec = options.row_spec(self.task, self.label_names, max_length=self.max_length)
+        corpus = options.open_corpus(options.corpus, span_bytes=_SPAN_BYTES)
         encoder = make_encoder(spec, self.encoder_tokenizer)
         for span in corpus.spans:
             records = Corpus.read(span, columns=spec.columns, on_error=spec.on_error)

@@ -17,7 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kdcache.commands.train.options import Scheduler
+from kdcache.commands.groups import LearningOptions, RowOptions, form_problems
 from kdcache.commands.train.result import TrainProgress
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
-from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.options import option
+from kdcache.rows import Row, make_encoder
 from kdcache.student.load import find_files
 from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import TeacherFiles, quiet_transformers
@@ -54,90 +55,57 @@ _MOST_CLASSES = 10_000
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
-    """What a fine-tuning is asked for; fields bear the names of the command's options.
+class FinetuneOptions(RowOptions, LearningOptions):
+    """What a fine-tuning is asked for; fields bear the names of the command's options."""
 
-    Attributes:
-        model: folder or hub id of the encoder.
-        corpus: files, folders, globs or URLs with texts and labels.
-        out: folder of the teacher.
-        eval_corpus: files to evaluate on after each epoch; the best epoch becomes the teacher.
-        text_column: column of the text.
-        pair_column: column of a second text.
-        label_column: column of the class, as a number or a name.
-        columns: names of the columns of files without a header.
-        label_names: the classes in order; default: as found in the corpus, numbers in their order,
-            names in alphabetical order.
-        limit: use only the first records of the corpus.
-        max_length: tokens of a row.
-        epochs: passes over the corpus.
-        batch_size: rows of a step.
-        learning_rate: peak. Default: 5e-5, or 1e-3 where only a part is trained.
-        weight_decay: of AdamW.
-        warmup: steps of the learning rate's rise, or a share of the run if below 1.
-        lr_scheduler: shape of the learning rate.
-        train_last: train only so many of the encoder's parameter tensors, the last ones, and the
-            head.
-        head_width: units of a ReLU layer before the classes. Default: the architecture's own head.
-        head_dropout: dropout before the layers of that head.
-        seed: of the order, the head's weights and dropout.
-        logging_steps: steps between reports of progress.
-        bf16: compute in bfloat16.
-        fp16: compute in float16 with a scaled loss.
-        trust_remote_code: let code that ships with the model run.
-    """
+    model: str = option(help="folder or hub id of the encoder.", metavar="DIR_OR_HUB_ID")
+    corpus: tuple[str, ...] = option(
+        help="files, folders, globs or URLs with texts and labels.", metavar="PATH_OR_URL_OR_GLOB"
+    )
+    out: str = option(help="folder of the teacher.", metavar="TEACHER")
+    eval_corpus: tuple[str, ...] = option(
+        (),
+        help="files to evaluate on after each epoch; the best epoch becomes the teacher.",
+        metavar="PATH_OR_URL_OR_GLOB",
+    )
+    _: KW_ONLY
+    label_column: str = option(
+        "label", help="column of the class, as a number or a name.", metavar="NAME"
+    )
+    label_names: tuple[str, ...] | None = option(
+        None,
+        help="the classes in order. Default: as found in the corpus, numbers in their order, names "
+        "in alphabetical order.",
+        metavar="NAME",
+        comma=True,
+    )
+    max_length: int = option(128, help="tokens of a row.", metavar="TOKENS", at_least=2)
+    epochs: float = option(3.0, help="passes over the corpus.", above=0)
+    learning_rate: float | None = option(
+        None, help="peak. Default: 5e-5, or 1e-3 where only a part is trained.", above=0
+    )
+    warmup: float = option(
+        0.1,
+        help="steps of the learning rate's rise, or a share of the run if below 1.",
+        at_least=0,
+    )
+    train_last: int | None = option(
+        None,
+        help="train only so many of the encoder's parameter tensors, the last ones, and the head.",
+        at_least=0,
+    )
+    head_width: int | None = option(
+        None,
+        help="units of a ReLU layer before the classes. Default: the architecture's own head.",
+        at_least=1,
+    )
+    head_dropout: float = option(
+        0.1, help="dropout before the layers of that head.", at_least=0, below=1
+    )
 
-    model: str
-    corpus: tuple[str, ...]
-    out: str
-    eval_corpus: tuple[str, ...] = ()
-    text_column: str = "text"
-    pair_column: str | None = None
-    label_column: str = "label"
-    columns: tuple[str, ...] | None = None
-    label_names: tuple[str, ...] | None = None
-    limit: int | None = None
-    max_length: int = 128
-    epochs: float = 3.0
-    batch_size: int = 32
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    warmup: float = 0.1
-    lr_scheduler: Scheduler = "linear"
-    train_last: int | None = None
-    head_width: int | None = None
-    head_dropout: float = 0.1
-    seed: int = 0
-    logging_steps: int = 10
-    bf16: bool = False
-    fp16: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("corpus", "eval_corpus", "columns", "label_names"):
-            value = getattr(self, name)
-            if value is not None:
-                value = (value,) if isinstance(value, str) else tuple(value)
-                object.__setattr__(self, name, value or None if name == "columns" else value)
-        least = {
-            "max_length": 2, "batch_size": 1, "train_last": 0, "head_width": 1, "seed": 0,
-            "logging_steps": 1, "warmup": 0, "weight_decay": 0,
-        }  # fmt: skip
-        wrong = [
-            f"{name} is {getattr(self, name)}, expected at least {low}."
-            for name, low in least.items()
-            if getattr(self, name) is not None and not getattr(self, name) >= low
-        ]
-        if not self.epochs > 0:
-            wrong.append(f"epochs is {self.epochs}, expected more than 0.")
-        if not 0 <= self.head_dropout < 1:
-            wrong.append(f"head_dropout is {self.head_dropout}, expected 0 to below 1.")
-        if not self.corpus:
-            wrong.append("no corpus was given. Name at least one with --corpus.")
-        if self.bf16 and self.fp16:
-            wrong.append("bf16 and fp16 exclude each other. Choose one.")
-        if wrong:
-            raise UsageError("\n".join(wrong))
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        return super().conflicts() + form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
 
 
 @dataclass(frozen=True)
@@ -266,10 +234,9 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
 def _records(
     options: FinetuneOptions, patterns: Sequence[str], columns: Sequence[str] | None = None
 ) -> Iterator[Record]:
-    limit = options.limit if patterns is options.corpus else None
-    corpus = Corpus.open(patterns, span_bytes=_SPAN_BYTES, limit=limit, columns=options.columns)
-    for span in corpus.spans:
-        yield from Corpus.read(span, columns=columns)
+    reading = options if patterns is options.corpus else replace(options, limit=None)
+    for span in reading.open_corpus(patterns, span_bytes=_SPAN_BYTES).spans:
+        yield from Corpus.read(span, columns=columns, on_error=options.on_error)
 
 
 def _label_names(options: FinetuneOptions) -> tuple[str, ...]:
@@ -307,14 +274,7 @@ def _rows(
     """Labelled rows, and how many had no label."""
     if not patterns:
         return [], 0
-    spec = RowSpec(
-        task=SEQUENCE_CLASSIFICATION,
-        text_column=options.text_column,
-        pair_column=options.pair_column,
-        label_column=options.label_column,
-        label_names=names,
-        max_length=options.max_length,
-    )
+    spec = options.row_spec(SEQUENCE_CLASSIFICATION, names)
     rows = list(make_encoder(spec, tokenizer).encode(_records(options, patterns)))
     labelled = [row for row in rows if row.labels[0] != IGNORE]
     if not labelled:

@@ -7,22 +7,18 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import repair as mending
 from kdcache.cache.repair import GcResult
+from kdcache.options import Options, option
 
 if TYPE_CHECKING:
     pass
 
 
 @dataclass(frozen=True)
-class GcOptions:
-    """What `kdcache gc` is asked for; fields bear the names of its options.
+class GcOptions(Options):
+    """What `kdcache gc` is asked for; fields bear the names of its options."""
 
-    Attributes:
-        cache: folder or URL, finished or not.
-        dry_run: say what would be removed, and remove nothing.
-    """
-
-    cache: str
-    dry_run: bool = False
+    cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
+    dry_run: bool = option(False, help="say what would be removed, and remove nothing.")
 
 
 def gc(options: GcOptions) -> GcResult:

@@ -22,6 +22,7 @@ from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.sandbox import Trial
 from kdcache.cache.shard import column_bytes, read_shard
 from kdcache.errors import UsageError
+from kdcache.options import Options, option
 from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets
@@ -31,34 +32,19 @@ _SAMPLED_SHARDS = 8
 
 
 @dataclass(frozen=True)
-class InspectOptions:
-    """What `kdcache inspect` is asked for.
+class InspectOptions(Options):
+    """What `kdcache inspect` is asked for."""
 
-    Attributes:
-        cache: folder or URL, finished or not.
-        row: number of a row to show, counted from 0 over all shards (optional).
-        temperature: of the shown probabilities. Default: 1 where the cache declares it, else the
-            first.
-        top: guesses to show at each position.
-    """
-
-    cache: str
-    row: int | None = None
-    temperature: float | None = None
-    top: int = 5
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.cache:
-            problems.append("no cache is named: give its folder or URL")
-        if self.row is not None and self.row < 0:
-            problems.append(f"--row is {self.row}, expected 0 or more")
-        if self.temperature is not None and not self.temperature > 0:
-            problems.append(f"--temperature is {self.temperature:g}, expected a positive number")
-        if self.top < 1:
-            problems.append(f"--top is {self.top}, expected at least 1")
-        if problems:
-            raise UsageError("; ".join(problems) + ".")
+    cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
+    row: int | None = option(
+        None, help="number of a row to show, counted from 0 over all shards (optional).", at_least=0
+    )
+    temperature: float | None = option(
+        None,
+        help="of the shown probabilities. Default: 1 where the cache declares it, else the first.",
+        above=0,
+    )
+    top: int = option(5, help="guesses to show at each position.", at_least=1)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ from typing import TextIO
 
 import torch
 
+from kdcache.commands.groups import InferenceOptions, RecordOptions, form_problems
 from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import UsageError
+from kdcache.options import option
 from kdcache.rows.batches import batches
 from kdcache.storage import no_space
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
@@ -35,57 +37,29 @@ _SPAN_BYTES = 1 << 60  # a file is one span: spans of compressed files would mix
 
 
 @dataclass(frozen=True)
-class PredictOptions:
-    """What `kdcache predict` is asked for; fields bear the names of its options.
+class PredictOptions(RecordOptions, InferenceOptions):
+    """What `kdcache predict` is asked for; fields bear the names of its options."""
 
-    Attributes:
-        student: folder (also of a run, which keeps it in `student/`) or hub id of a classifier.
-        corpus: files, folders, globs or URLs; `-` alone reads plain lines from standard input.
-        out: file for the JSON lines. Default: standard output.
-        text_column: column of the text.
-        pair_column: column of a second text (optional).
-        columns: names of the columns of files without a header.
-        on_error: `fail` or `skip` for records that cannot be read.
-        limit: only the first records.
-        batch_tokens: padded tokens of a batch. Default: by device.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: `auto`, `cpu` or `cuda`.
-        trust_remote_code: let code that ships with the model run.
-    """
+    student: str = option(
+        help="folder (also of a run, which keeps it in `student/`) or hub id of a classifier.",
+        metavar="RUN_OR_DIR",
+    )
+    corpus: tuple[str, ...] = option(
+        help="files, folders, globs or URLs; `-` alone reads plain lines from standard input.",
+        metavar="PATH_OR_URL_OR_GLOB|-",
+    )
+    out: str | None = option(
+        None, help="file for the JSON lines. Default: standard output.", metavar="FILE"
+    )
 
-    student: str
-    corpus: tuple[str, ...]
-    out: str | None = None
-    text_column: str = "text"
-    pair_column: str | None = None
-    columns: tuple[str, ...] | None = None
-    on_error: str = "fail"
-    limit: int | None = None
-    batch_tokens: int | None = None
-    dtype: str = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.student:
-            problems.append("--student is missing: name a folder or a hub id")
-        if not self.corpus:
-            problems.append("--corpus is missing: name files, or - for standard input")
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        problems = form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
         if "-" in self.corpus and len(self.corpus) > 1:
-            problems.append("--corpus - reads standard input and stands alone")
+            problems.append("--corpus - reads standard input and stands alone.")
         if "-" in self.corpus and self.pair_column is not None:
-            problems.append("--corpus - reads one text a line and has no --pair-column")
-        if self.on_error not in ("fail", "skip"):
-            problems.append(f"--on-error is {self.on_error!r}, expected fail or skip")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            problems.append(f"--dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
-        for name in ("limit", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-        if problems:
-            raise UsageError("; ".join(problems) + ".")
+            problems.append("--corpus - reads one text a line and has no --pair-column.")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -196,25 +170,22 @@ def _texts(
 
 
 def _records(options: PredictOptions, stats: ReadStats) -> Iterator[Record]:
-    corpus = Corpus.open(
-        options.corpus, span_bytes=_SPAN_BYTES, limit=options.limit, columns=options.columns
-    )
+    corpus = options.open_corpus(options.corpus, span_bytes=_SPAN_BYTES)
     wanted = [name for name in (options.text_column, options.pair_column) if name is not None]
     for span in corpus.spans:
-        on_error = options.on_error
-        yield from Corpus.read(span, columns=wanted, on_error=on_error, stats=stats)  # type: ignore[arg-type]
+        yield from Corpus.read(span, columns=wanted, on_error=options.on_error, stats=stats)
 
 
 def _columns(record: Record, options: PredictOptions) -> tuple[str, str | None]:
     found: list[str] = []
-    for name, option in (
+    for name, flag in (
         (options.text_column, "--text-column"),
         (options.pair_column, "--pair-column"),
     ):
         if name is None:
             continue
         if name not in record.values:
-            raise record.missing([name], option)
+            raise record.missing([name], flag)
         value = record.values[name]
         found.append("" if value is None else str(value))
     return found[0], found[1] if len(found) == 2 else None

@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import repair as mending
 from kdcache.cache.repair import RepairResult
+from kdcache.options import Options, option
 
 if TYPE_CHECKING:
     pass
 
 
 @dataclass(frozen=True)
-class RepairOptions:
-    """What `kdcache repair` is asked for; fields bear the names of its options.
+class RepairOptions(Options):
+    """What `kdcache repair` is asked for; fields bear the names of its options."""
 
-    Attributes:
-        cache: folder or URL, finished or not.
-        reseal: accept shards that were made anew with other bytes than the manifest says. The cache
-            gets another digest.
-    """
-
-    cache: str
-    reseal: bool = False
+    cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
+    reseal: bool = option(
+        False,
+        help="accept shards that were made anew with other bytes than the manifest says. The cache "
+        "gets another digest.",
+    )
 
 
 def repair(options: RepairOptions) -> RepairResult:

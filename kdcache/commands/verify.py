@@ -10,41 +10,26 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
-from kdcache.errors import UsageError
+from kdcache.options import Options, option
 
 if TYPE_CHECKING:
     from kdcache.commands.recheck import Recheck
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
-    """What `kdcache verify` is asked for; fields bear the names of its options.
+class VerifyOptions(Options):
+    """What `kdcache verify` is asked for; fields bear the names of its options."""
 
-    Attributes:
-        cache: folder or URL of a finished cache.
-        teacher: folder or hub id of each teacher, in the order of the build, to run again on a few
-            rows (optional).
-        sample: number of these rows.
-        seed: of their choice.
-        trust_remote_code: let code that ships with a teacher run.
-    """
-
-    cache: str
-    teacher: tuple[str, ...] = ()
-    sample: int = 32
-    seed: int = 0
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        wrong = []
-        if not self.cache:
-            wrong.append("no cache is named: give its folder or URL")
-        if self.sample < 1:
-            wrong.append(f"--sample is {self.sample}, expected at least 1")
-        if self.seed < 0:
-            wrong.append(f"--seed is {self.seed}, expected 0 or more")
-        if wrong:
-            raise UsageError("; ".join(wrong) + ".")
+    cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
+    teacher: tuple[str, ...] = option(
+        (),
+        help="folder or hub id of each teacher, in the order of the build, to run again on a few "
+        "rows (optional).",
+        metavar="DIR_OR_HUB_ID",
+    )
+    sample: int = option(32, help="number of these rows.", metavar="ROWS", at_least=1)
+    seed: int = option(0, help="of their choice.", at_least=0)
+    trust_remote_code: bool = option(False, help="let code that ships with a teacher run.")
 
 
 @dataclass(frozen=True)

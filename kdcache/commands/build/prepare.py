@@ -71,13 +71,11 @@ def prepare(options: BuildOptions) -> Prepared:
     codec = Codec.parse(
         options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
     )
-    rows = _row_spec(options, teachers[0])
-    corpus = Corpus.open(
-        options.corpus,
-        span_bytes=functools.partial(_span_bytes, options, codec),
-        limit=options.limit,
-        format=options.format,
-        columns=options.columns,
+    rows = options.row_spec(
+        options.task, teachers[0].label_names, max_length=_max_length(options, teachers[0])
+    )
+    corpus = options.open_corpus(
+        options.corpus, span_bytes=functools.partial(_span_bytes, options, codec)
     )
     ranks = b""
     if causal and codec.uses_ranks:
@@ -133,24 +131,6 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
                 f"{first.label_names} and {other.label_names}."
             )
     return min(teacher.vocab_size(task) for teacher in teachers)
-
-
-def _row_spec(options: BuildOptions, teacher: TeacherFiles) -> RowSpec:
-    causal = options.task == CAUSAL_LM
-    return RowSpec(
-        task=options.task,
-        text_column=options.text_column,
-        pair_column=options.pair_column,
-        label_column=options.label_column,
-        label_names=None if causal else teacher.label_names,
-        max_length=_max_length(options, teacher),
-        packing=options.packing or ("concat" if causal else "none"),
-        messages_column=options.messages_column,
-        prompt_column=options.prompt_column,
-        completion_column=options.completion_column,
-        record_form=options.record_form,
-        on_error=options.on_error,
-    )
 
 
 def _teacher_options(options: BuildOptions, dtype: str, gpus: float) -> TeacherOptions:

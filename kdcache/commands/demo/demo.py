@@ -46,6 +46,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.humanize import duration, size
+from kdcache.options import Options, option
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
 
@@ -81,43 +82,25 @@ _GPT_NEOX = {
 
 
 @dataclass(frozen=True)
-class DemoOptions:
-    """What `kdcache demo` is asked for; fields bear the names of its options.
+class DemoOptions(Options):
+    """What `kdcache demo` is asked for; fields bear the names of its options."""
 
-    Attributes:
-        out: folder of everything the demo makes.
-        workers: Ray workers that run the teacher.
-        codec: what is kept of each of the teacher's distributions: `dense`, `topk:K` or `sample:N`.
-        alpha: weight of the hard loss of the distilled students, 0 to 1.
-        teacher_epochs: passes of the teacher over the corpus.
-        student_epochs: passes of each student.
-        documents: use only the first documents of the corpus. Default: all.
-        seed: of weights, orders and samples.
-    """
-
-    out: str
-    workers: int = 2
-    codec: str = "sample:20"
-    alpha: float = 0.1
-    teacher_epochs: float = 6.0
-    student_epochs: float = 3.0
-    documents: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.workers < 0:
-            problems.append(f"--workers is {self.workers}, expected 0 or more")
-        if not 0 <= self.alpha < 1:
-            problems.append(f"--alpha is {self.alpha:g}, expected at least 0 and less than 1")
-        for name in ("teacher_epochs", "student_epochs"):
-            if not getattr(self, name) > 0:
-                shown = name.replace("_", "-")
-                problems.append(f"--{shown} is {getattr(self, name):g}, expected more than 0")
-        if self.documents is not None and self.documents < 10:
-            problems.append(f"--documents is {self.documents}, expected 10 or more")
-        if problems:
-            raise UsageError("; ".join(problems) + ".")
+    out: str = option(help="folder of everything the demo makes.", metavar="DIR")
+    workers: int = option(2, help="Ray workers that run the teacher.", at_least=0)
+    codec: str = option(
+        "sample:20",
+        help="what is kept of each of the teacher's distributions.",
+        metavar="dense|topk:K|sample:N",
+    )
+    alpha: float = option(
+        0.1, help="weight of the hard loss of the distilled students.", at_least=0, below=1
+    )
+    teacher_epochs: float = option(6.0, help="passes of the teacher over the corpus.", above=0)
+    student_epochs: float = option(3.0, help="passes of each student.", above=0)
+    documents: int | None = option(
+        None, help="use only the first documents of the corpus. Default: all.", at_least=10
+    )
+    seed: int = option(0, help="of weights, orders and samples.", at_least=0)
 
 
 @dataclass(frozen=True)

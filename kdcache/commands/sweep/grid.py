@@ -33,7 +33,7 @@ from kdcache.cache import Cache
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import Plan
 from kdcache.errors import UsageError
-from kdcache.options import read_values
+from kdcache.options import parse_values
 from kdcache.storage import redact
 from kdcache.stream import open_caches
 
@@ -173,7 +173,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], list[s
 
 
 def _run(values: Mapping[str, Any], setting: Mapping[str, str], opened: Any) -> GridRun:
-    found, wrong = read_values(TrainOptions, values)
+    found, wrong = parse_values(TrainOptions, values)
     wrong += [
         f"{name} is missing." for name in ("cache", "student") if values.get(name) in (None, [])
     ]

@@ -35,6 +35,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.run import make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.options import Options, option, options_of
 from kdcache.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -42,41 +43,34 @@ logger = logging.getLogger(__name__)
 SWEEP_FILE = "sweep.json"
 _LOCK = "sweep.lock"
 _RUNS = "runs"
-# What decides which student is made, beside the caches.
-_STUDENT = (
-    "cache", "student", "student_tokenizer", "max_length", "embeddings", "freeze_embeddings",
-    "embedding_size", "hidden_size", "layers", "dense_size", "dropout", "pooling", "min_count",
-    "max_words", "trust_remote_code", "gradient_checkpointing",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SweepOptions:
-    """What a sweep is asked for.
+class SweepOptions(Options):
+    """What a sweep is asked for."""
 
-    Attributes:
-        grid: YAML file: options of `kdcache train`, and under `grid` those with several values.
-        out: folder of the sweep.
-        workers: runs at once on Ray; `auto` as many as there is room for, 0 one by one in this
-            process.
-        gpus_per_run: GPUs of a run, a share of one too. Default: one where there are any.
-        address: Ray address. Default: a Ray of this process.
-    """
-
-    grid: str
-    out: str
-    workers: int | None = None
-    gpus_per_run: float | None = None
-    address: str | None = None
-
-    def __post_init__(self) -> None:
-        wrong = [
-            f"{name} is {getattr(self, name)}, expected at least 0."
-            for name in ("workers", "gpus_per_run")
-            if getattr(self, name) is not None and not getattr(self, name) >= 0
-        ]
-        if wrong:
-            raise UsageError("\n".join(wrong))
+    grid: str = option(
+        help="YAML file: options of `kdcache train`, and under `grid` those with several values.",
+        metavar="GRID.yaml",
+        positional=True,
+    )
+    out: str = option(help="folder of the sweep.", metavar="SWEEP")
+    workers: int | None = option(
+        None,
+        help="runs at once on Ray; `auto` as many as there is room for, 0 one by one in this "
+        "process.",
+        auto=True,
+        at_least=0,
+    )
+    gpus_per_run: float | None = option(
+        None,
+        help="GPUs of a run, a share of one too. Default: one where there are any.",
+        metavar="GPUS",
+        at_least=0,
+    )
+    address: str | None = option(
+        None, help="Ray address. Default: a Ray of this process.", metavar="RAY_ADDRESS"
+    )
 
 
 @dataclass(frozen=True)
@@ -186,8 +180,9 @@ class _Sweep:
 
     def _check_students(self, pool: Pool, missing: Sequence[str]) -> None:
         """Make each student once and let it go: its errors are told before anything is trained."""
+        student = [one.name for one in options_of(TrainOptions) if one.decides == "student"]
         distinct = {
-            tuple(getattr(self.plans[key].options, name) for name in _STUDENT): key
+            tuple(getattr(self.plans[key].options, name) for name in student): key
             for key in reversed(missing)
         }
         keys = list(reversed(distinct.values()))

@@ -1,0 +1,156 @@
+"""An options dataclass becomes a click command: each field is an option."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+from kdcache.options import Option, options_of, parse_values
+
+Kind = TypeVar("Kind")
+
+
+class _Value(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A value as its field declares it."""
+
+    name = "value"
+
+    def __init__(self, option: Option) -> None:
+        self._option = option
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse a text; a value of a `--config` file comes parsed."""
+        try:
+            return self._option.parse(value)
+        except ValueError as error:
+            raise click.UsageError(f"{self._option.flag} is {error}.", ctx) from None
+
+
+class OptionsCommand(click.Command):
+    """A command whose help lists its options under the headings of their groups."""
+
+    groups: dict[str, str]  # name of a parameter to its heading
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section for each group."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                heading = self.groups.get(str(param.name)) or "Options"
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def options_command(
+    kind: type[Kind], *examples: str
+) -> Callable[[Callable[[Kind, bool], None]], click.Command]:
+    """Make a click command whose options are the fields of an options dataclass.
+
+    Args:
+        kind: the options dataclass.
+        examples: lines of worked examples, shown as they are.
+
+    Returns:
+        A decorator for `function(options, as_json)`; its docstring is the command's help.
+    """
+
+    def decorate(function: Callable[[Kind, bool], None]) -> click.Command:
+        def run(as_json: bool, **values: Any) -> None:
+            absent = [o.flag for o in options if o.required and values[o.name] in (None, ())]
+            if absent:
+                raise click.UsageError(
+                    f"missing {', '.join(absent)} (a flag, or a key of --config)."
+                )
+            given = {k: v for k, v in values.items() if v is not None and v != ()}
+            function(kind(**given), as_json)
+
+        options = options_of(kind)
+        names = [option.name for option in options]
+        params: list[click.Parameter] = [_parameter(option, names) for option in options]
+        params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(exists=True, dir_okay=False),
+                is_eager=True,
+                expose_value=False,
+                callback=lambda ctx, _, path: _load(kind, ctx, path),
+                help="YAML file whose keys are option names; flags win.",
+            )
+        )
+        params.append(
+            click.Option(
+                ["--json", "as_json"], is_flag=True, help="Print the outcome as one JSON object."
+            )
+        )
+        command = OptionsCommand(
+            params=params,
+            name=None,
+            callback=run,
+            help=function.__doc__,
+            epilog="\n".join(["\b", "Examples:", *(f"  {line}" for line in examples)]),
+        )
+        command.groups = {option.name: option.group for option in options}
+        return command
+
+    return decorate
+
+
+def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
+    if option.positional:
+        return click.Argument([option.name], metavar=option.metavar)
+    text = option.help[:1].upper() + option.help[1:]
+    for name in names:  # a help speaks of fields, which are options here
+        text = text.replace(f"`{name}`", f"--{name.replace('_', '-')}")
+    text = text.replace("`", "")
+    if option.type is bool:
+        return click.Option([option.flag], is_flag=True, default=False, help=text)
+    if not option.required and option.default not in (None, ()):
+        several = option.default if option.several else (option.default,)
+        shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in several)
+        text = f"{text}  [default: {shown}]"
+    return click.Option(
+        [option.flag],
+        type=_Value(option),
+        multiple=option.several and not option.comma,
+        help=text,
+        metavar=_metavar(option),
+    )
+
+
+def _metavar(option: Option) -> str:
+    plain = {str: "TEXT", int: "N", float: "X"}
+    one = option.metavar or "|".join(option.choices) or plain[option.type]
+    if option.auto:
+        return f"auto|{one}"
+    return f"{one}[,{one}...]" if option.comma else one
+
+
+def _load(kind: type[Any], ctx: click.Context, path: str | None) -> None:
+    """Take the values of a `--config` file as defaults."""
+    if path is None:
+        return
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise click.UsageError(f"{path} holds no options: expected lines like `max-length: 512`.")
+    found, wrong = parse_values(kind, values)
+    if wrong:
+        raise click.UsageError(f"{path}: {' '.join(wrong)}")
+    ctx.default_map = {**(ctx.default_map or {}), **found}
+
+
+def print_json(value: Any) -> None:
+    """Print a dataclass or mapping as one JSON object."""
+    plain = value if isinstance(value, dict) else dataclasses.asdict(value)
+    click.echo(json.dumps(plain, default=str))

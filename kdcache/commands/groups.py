@@ -1,0 +1,199 @@
+"""Groups of options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kdcache.corpus import Corpus, OnError
+from kdcache.options import Options, option
+from kdcache.rows import Form, Packing, RowSpec
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.teacher import Attention
+
+Ensemble = Literal["mean-probs", "mean-logits"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions(Options):
+    """How the records of a corpus are read."""
+
+    heading = "Corpus"
+
+    text_column: str = option("text", help="column of the text.", metavar="NAME")
+    pair_column: str | None = option(
+        None, help="column of a second text (optional).", metavar="NAME"
+    )
+    columns: tuple[str, ...] | None = option(
+        None, help="names of the columns of files without a header.", comma=True, metavar="NAME"
+    )
+    format: str = option(
+        "auto", help="format of all files, such as `jsonl`; `auto` goes by their names."
+    )
+    record_form: Form = option(
+        "auto",
+        help="which columns make a record: the text, the messages of a chat, or a prompt with its "
+        "completion; `auto` goes by the columns that hold something. Classifiers read texts.",
+    )
+    on_error: OnError = option("fail", help="what to do with records that cannot be read.")
+    limit: int | None = option(
+        None, help="use only the first records of the corpus.", metavar="RECORDS", at_least=1
+    )
+
+    def open_corpus(
+        self, patterns: Sequence[str], *, span_bytes: int | Callable[[int], int]
+    ) -> Corpus:
+        """Find the files of `patterns` and plan their spans; see `Corpus.open`."""
+        return Corpus.open(
+            patterns,
+            span_bytes=span_bytes,
+            limit=self.limit,
+            format=self.format,
+            columns=self.columns,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(RecordOptions):
+    """How the records of a corpus become rows of tokens with hard labels."""
+
+    heading = "Corpus"
+
+    label_column: str = option("label", help="column of the class.", metavar="NAME")
+    messages_column: str = option(
+        "messages",
+        help="column of chat messages; where a file has it, its chats become the rows.",
+        metavar="NAME",
+    )
+    prompt_column: str = option(
+        "prompt", help="column of the prompt, beside `completion_column`.", metavar="NAME"
+    )
+    completion_column: str = option("completion", help="column of the completion.", metavar="NAME")
+    max_length: int = option(1024, help="tokens of the longest row.", metavar="TOKENS", at_least=2)
+    packing: Packing | None = option(
+        None,
+        help="`concat` joins documents into full rows, `none` makes one row of each and cuts it at "
+        "the longest, `split` goes on in further rows. Default: `concat` for a causal LM.",
+    )
+
+    def row_spec(
+        self, task: str, label_names: tuple[str, ...] | None, *, max_length: int | None = None
+    ) -> RowSpec:
+        """What decides the rows.
+
+        Args:
+            task: what the teacher is asked for.
+            label_names: classes of a classifier.
+            max_length: tokens of the longest row, where a model reads less than the option says.
+        """
+        causal = task == CAUSAL_LM
+        return RowSpec(
+            task=task,  # type: ignore[arg-type]  # RowSpec checks it
+            text_column=self.text_column,
+            pair_column=self.pair_column,
+            label_column=self.label_column,
+            label_names=None if causal else label_names,
+            max_length=max_length or self.max_length,
+            packing=self.packing or ("concat" if causal else "none"),
+            messages_column=self.messages_column,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
+            record_form=self.record_form,
+            on_error=self.on_error,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRunOptions(Options):
+    """How the teacher runs."""
+
+    heading = "Teacher"
+
+    dtype: Dtype = option("auto", help="compute type; `auto` is bfloat16 on a GPU, else float32.")
+    batch_tokens: int | None = option(
+        None,
+        help="padded tokens of a teacher batch. Default: 4096 on a CPU; on a GPU the largest of "
+        "65536 and its halves that fits.",
+        metavar="TOKENS",
+        at_least=1,
+    )
+    attention: Attention = option(
+        "auto",
+        help="`auto` is FlashAttention 2 where it is installed and works, else the choice of "
+        "transformers.",
+    )
+    compile: bool = option(
+        False, help="run the teacher through torch.compile; pays on long builds."
+    )
+    ensemble: Ensemble = option("mean-probs", help="how several teachers become one.")
+    teacher_weight: tuple[float, ...] | None = option(
+        None, help="weight of each teacher. Default: equal.", metavar="WEIGHT", above=0
+    )
+    trust_remote_code: bool = option(False, help="let code that ships with a teacher run.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions(Options):
+    """How finished models run."""
+
+    heading = "Models"
+
+    batch_tokens: int | None = option(
+        None,
+        help="padded tokens of a batch. Default: by device.",
+        metavar="TOKENS",
+        at_least=1,
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", help="compute type of all models."
+    )
+    device: Device = option("auto", help="where they run.")
+    trust_remote_code: bool = option(False, help="let code that ships with a model run.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions(Options):
+    """How a model is trained."""
+
+    heading = "Learning"
+
+    epochs: float = option(1.0, help="passes over the rows.", above=0, decides="nothing")
+    batch_size: int = option(
+        32, help="rows of one step, over all workers and accumulated slices.", at_least=1
+    )
+    learning_rate: float | None = option(None, help="peak.", above=0)
+    weight_decay: float = option(0.0, help="of AdamW.", at_least=0)
+    warmup: float = option(
+        0.0,
+        help="steps of the learning rate's rise, or a share of the run if below 1.",
+        at_least=0,
+    )
+    lr_scheduler: Scheduler = option("linear", help="shape of the learning rate.")
+    bf16: bool = option(False, help="compute in bfloat16.")
+    fp16: bool = option(False, help="compute in float16 with a scaled loss.")
+    seed: int = option(0, help="of the order, of random weights and of dropout.", at_least=0)
+    logging_steps: int = option(
+        10, help="steps between reports of progress.", at_least=1, decides="nothing"
+    )
+    trust_remote_code: bool = option(
+        False, help="let code that ships with the model run.", decides="student"
+    )
+
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        both = self.bf16 and self.fp16
+        return ["--bf16 and --fp16 exclude each other. Choose one."] if both else []
+
+
+def form_problems(record_form: Form, task: str | None) -> list[str]:
+    """What is wrong with a form of records for a task."""
+    if task == SEQUENCE_CLASSIFICATION and record_form not in ("auto", "text"):
+        return [
+            f"--record-form is '{record_form}': a classifier reads texts. Name their column with "
+            "--text-column."
+        ]
+    return []
