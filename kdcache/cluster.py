@@ -1,7 +1,7 @@
 """Ray: which cluster is meant, and joining or starting it.
 
 Guarantee: a Ray that is started here listens on the loopback interface alone and asks for a token
-that only this user can read. A cluster that is joined is as open as whoever started it made it.
+that only this user can read. A cluster that is joined is as open as its owner made it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class UsageError(KdcacheError):
 
 
 class IncompleteError(KdcacheError):
-    """Work is left, and the same command again goes on where this one ended."""
+    """Work is left, and the same command resumes where this one ended."""
 
     exit_code = 3
 

@@ -268,7 +268,7 @@ def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
         values: names of options to values; `-` or `_` in names, an absent value is None.
 
     Returns:
-        Fields of `kind` with their values, and what is wrong, one sentence each.
+        Fields of `kind` with their values, and the problems, one sentence each.
     """
     known = {one.name: one for one in options_of(kind)}
     found: dict[str, Any] = {}

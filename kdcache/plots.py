@@ -50,7 +50,7 @@ def plot_curves(
 ) -> None:
     """Draw curves and levels into a PNG of 1600 x 1000 pixels.
 
-    Each curve has its own colour and marker, told apart by colour-blind readers too, and its last
+    Each curve has its own colour and marker, distinct for colour-blind readers too, and its last
     value stands in the legend, where labels can never cover each other or a curve.
 
     Args:
@@ -265,7 +265,7 @@ def _style(axes: Any) -> None:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    """Write a PNG under another name and rename it: nobody sees half of it."""
+    """Write a PNG under another name and rename it, so that it appears whole."""
     scratch = Path(f"{path}.tmp")
     figure.savefig(scratch, format="png")
     scratch.replace(path)

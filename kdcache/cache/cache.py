@@ -51,9 +51,9 @@ class Cache:
         ranks: bytes = b"",
         notes: Mapping[str, Any] | None = None,
     ) -> Cache:
-        """Start a cache, or go on with one of the same spec.
+        """Start a cache, or resume one of the same spec.
 
-        Whoever creates `spec.json` has begun the cache: it names the hashes of all files beside it,
+        The creator of `spec.json` has begun the cache: it names the hashes of all its other files,
         and no build writes anything that it does not name. So of two builds that start at once one
         is refused, or both work on the same cache.
 
@@ -62,7 +62,7 @@ class Cache:
             spec: what the cache should hold.
             tokenizer_files: name and content of each tokenizer file, kept in the cache.
             ranks: the rank table whose hash the spec has, if it has one.
-            notes: facts that do not decide the bytes (names, versions), kept beside the spec.
+            notes: facts that do not decide the bytes (names, versions), kept with the spec.
 
         Raises:
             UsageError: the folder holds something else, or a cache with another spec.
@@ -98,7 +98,7 @@ class Cache:
 
         Raises:
             UsageError: there is no cache at `url`.
-            IncompleteError: its build has not finished.
+            IncompleteError: its build is unfinished.
             CorruptCacheError: its files contradict each other.
         """
         storage = open_storage(url)
@@ -115,7 +115,7 @@ class Cache:
 
     @classmethod
     def resume(cls, url: str) -> Cache:
-        """Open a cache whose build may still be going on, as its workers do."""
+        """Open a cache whose build may be running, as its workers do."""
         return cls._read(open_storage(url))
 
     @classmethod
@@ -130,7 +130,7 @@ class Cache:
         """A cache by its `spec.json` alone, finished or not.
 
         Raises:
-            CorruptCacheError: the file is not as it was written, or no spec.
+            CorruptCacheError: the file was changed or truncated, or is not a spec.
         """
         name = f"{redact(storage.url)}/spec.json"
         document = from_text(storage.read("spec.json"), name)
@@ -160,7 +160,7 @@ class Cache:
         return (manifest.fingerprint, manifest.files) == (spec.fingerprint, files)
 
     def _complete(self, beside: Mapping[str, bytes]) -> None:
-        """Write the files beside the spec that are missing or not what it says of them."""
+        """Write the spec's other files that are missing or differ from its hashes."""
         for name, sha256 in self.files.items():
             try:
                 self.read_beside(name)
@@ -253,7 +253,7 @@ class Cache:
         return Manifest(self.spec.fingerprint, shards, self.files)
 
     def _look_into(self, names: Mapping[int, str]) -> dict[str, ShardEntry]:
-        """What a manifest says of shards (name by span) that this process has not written, by name.
+        """Manifest entries of shards (name by span) that this process has not written, by name.
 
         Each is read whole. A store is mostly waited for, so several are read at once.
         """
@@ -379,7 +379,7 @@ class Cache:
     def prefetch(self, spans: Iterable[int]) -> None:
         """Say which shards are read next, in this order, so that remote ones are fetched ahead.
 
-        Returns at once. The next call takes the place of this one's list.
+        Returns at once. The next call replaces this one's list.
         """
         entries = (self.manifest.shards[span] for span in spans)
         self.storage.prefetch((f"shards/{entry.name}", entry.bytes) for entry in entries)
@@ -396,7 +396,7 @@ class Cache:
         return read_ranks(self.read_beside("ranks.u32"), self.spec.vocab_size)
 
     def read_beside(self, name: str) -> bytes:
-        """A file beside `spec.json`, such as `tokenizer/tokenizer.json`.
+        """A file named in `spec.json`, such as `tokenizer/tokenizer.json`.
 
         Raises:
             CorruptCacheError: it is missing, or not the one that `spec.json` names.

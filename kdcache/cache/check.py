@@ -36,7 +36,7 @@ class Problem:
 
     Attributes:
         file: its name in the cache.
-        text: what is wrong and what can be done, in a line that names the file.
+        text: the problem and its cure, in a line that names the file.
         stray: whether it is a file that does not belong to the cache, and does no harm.
     """
 
@@ -113,7 +113,7 @@ def check_values(data: ShardData, spec: CacheSpec) -> None:
         raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
     classes = spec.vocab_size if causal else spec.num_labels or 0
     labels = data.labels[data.labels != IGNORE]
-    # For a causal LM some ids may lie beyond the ids that a target names, and labels with them.
+    # For a causal LM ids and labels may exceed the ids that a target names.
     if labels.min(initial=0) < 0 or (not causal and labels.max(initial=0) >= classes):
         raise CorruptCacheError(f"it has the label {labels.max()} of {classes} classes.")
     if data.input_ids.min(initial=0) < 0:

@@ -36,7 +36,7 @@ def from_text(data: bytes, name: str) -> dict[str, Any]:
         name: of the file, for messages.
 
     Raises:
-        CorruptCacheError: the sum is not that of the text, or the text is no plain JSON.
+        CorruptCacheError: the hash is not that of the text, or the text is not plain JSON.
     """
     body = data[: len(data) - len(_seal(b""))]
     if body + _seal(body) != data:
@@ -47,7 +47,7 @@ def from_text(data: bytes, name: str) -> dict[str, Any]:
     try:
         values = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse)
         if _SURROGATE.search(data):
-            json.dumps(values, ensure_ascii=False).encode()  # half a pair is no text
+            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is not text
     except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{name} cannot be read: {error}.") from error
     if not isinstance(values, dict):

@@ -93,7 +93,7 @@ def write_text(file: Any, name: str, text: str) -> None:
 def columns_of(
     path: Path, file: Any, name: str, required: Iterable[str] = (), optional: Iterable[str] = ()
 ) -> Any:
-    """A group of an open file, all of whose members lie in the file itself.
+    """A group of an open file, all of whose members are in the file itself.
 
     Args:
         path: of the file.
@@ -103,7 +103,7 @@ def columns_of(
         optional: names of members that may be there too.
 
     Raises:
-        CorruptCacheError: there is none, it is no group, has other members, or links to elsewhere.
+        CorruptCacheError: it is missing, not a group, has other members, or links to elsewhere.
     """
     _members(path, file)
     group = file[name]
@@ -149,8 +149,8 @@ def column(path: Path, group: Any, name: str, kinds: Sequence[str] = NUMBERS) ->
 def values(path: Path, dataset: Any) -> np.ndarray:
     """All of a dataset of `column`.
 
-    HDF5 finds the chunks; they are decoded here, where a stream that goes on beyond its chunk is
-    cut off, and a chunk that is not found is no chunk of zeros.
+    HDF5 finds the chunks; they are decoded here, where a stream longer than its chunk is
+    cut off, and a missing chunk is not a chunk of zeros.
 
     Raises:
         CorruptCacheError: a chunk cannot be found or decoded, or its checksum is wrong.

@@ -104,7 +104,7 @@ class Manifest:
     Attributes:
         fingerprint: of the spec.
         shards: one a span.
-        files: SHA-256 of each file beside the spec.
+        files: SHA-256 of each file written with the spec.
     """
 
     fingerprint: str
@@ -153,7 +153,7 @@ class Manifest:
         """Parse and check a manifest.
 
         Raises:
-            CorruptCacheError: not a manifest of this format, not as it was written, names outside
+            CorruptCacheError: not a manifest of this format, changed or truncated, names outside
                 the cache's folder, counts that cannot be, or totals that do not add up.
         """
         values = from_text(data, "manifest.json")
@@ -181,7 +181,7 @@ class Manifest:
 
 
 def check_files(files: Any) -> dict[str, str]:
-    """Names and hashes of files beside `spec.json`, as a spec or a manifest says them.
+    """Names and hashes of the files written with `spec.json`, from a spec or a manifest.
 
     Raises:
         ValueError: a name that could leave the folder, or a hash that is none.

@@ -41,7 +41,7 @@ class RepairResult:
         removed: names of the files that were broken, and are gone now.
         missing: names of files that had been missing.
         old_digest: of the cache before `reseal` gave it another one, else None.
-        digest: of the cache now; None where it is no longer sealed.
+        digest: of the cache now; None if it is no longer sealed.
     """
 
     cache: str
@@ -86,7 +86,7 @@ def repair(url: str, *, reseal: bool = False) -> RepairResult:
 
     Args:
         url: of the cache.
-        reseal: accept shards that were made anew with other bytes than the manifest says, and write
+        reseal: accept shards that were made again with other bytes than in the manifest, and write
             a manifest that names them.
 
     Raises:
@@ -212,7 +212,7 @@ def _second_copies(cache: Cache) -> _Found:
     named = set(here.values())
     for name in cache.storage.names("shards"):
         match = SHARD_NAME.fullmatch(name)
-        # Where the shard of the manifest is missing, another may be what takes its place.
+        # If the manifest's shard is missing, another one may replace it.
         if match and name not in named and int(match.group(1)) in here:
             full = f"shards/{name}"
             remove = functools.partial(cache.storage.remove, full)

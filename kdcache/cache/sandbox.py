@@ -30,7 +30,7 @@ _SLOWEST = 1 << 20
 
 
 class Trial:
-    """Opens files in a process of its own; use as a context, from one thread at a time."""
+    """Opens files in a subprocess; use as a context manager, from one thread at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,7 +53,7 @@ class Trial:
         """
         process = self._process or self._start()
         patience = _PATIENCE + path.stat().st_size / _SLOWEST
-        with contextlib.suppress(BrokenPipeError):  # no answer tells as much
+        with contextlib.suppress(BrokenPipeError):  # a missing answer means the same
             assert process.stdin is not None, "it was started with a pipe"
             process.stdin.write(json.dumps(str(path)).encode() + b"\n")
             process.stdin.flush()
@@ -101,7 +101,7 @@ def _answer(process: subprocess.Popen[bytes], patience: float) -> bytes:
 
 
 def serve() -> None:
-    """The other process: a path comes in as a JSON line, what is wrong with it goes out as one."""
+    """The subprocess: reads a path as a JSON line, answers with its problem as one."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -349,7 +349,7 @@ def _check_items(path: Path, data: ShardData) -> None:
 
 
 def _split_labels(data: ShardData) -> tuple[np.ndarray, np.ndarray]:
-    """Causal labels repeat the input ids one place later: store where they are and each row's
+    """Causal labels repeat the input ids one token later: store where they are and each row's
     last.
     """
     has_label = data.labels != IGNORE

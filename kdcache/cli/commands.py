@@ -284,7 +284,7 @@ def _repair() -> click.Command:
         "Then the same `kdcache build` command makes anew what was removed.",
     )
     def command(options: RepairOptions, as_json: bool) -> None:
-        """Remove what is broken in a cache, so that the same build makes only that anew."""
+        """Remove the damaged files of a cache, so that the same build makes only those again."""
         result = repair(options)
         if as_json:
             print_json(result)
@@ -311,7 +311,7 @@ def _gc() -> click.Command:
         "kdcache gc cache --dry-run",
     )
     def command(options: GcOptions, as_json: bool) -> None:
-        """Remove what crashed builds have left beside a cache."""
+        """Remove what crashed builds left beside a cache."""
         result = gc(options)
         if as_json:
             print_json(result)

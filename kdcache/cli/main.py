@@ -67,7 +67,7 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
         except OSError as error:
-            # Wherever a command writes to, a disk that refuses is for the user to mend.
+            # A disk that refuses a command's output is for the user to correct.
             full, closed = no_space(error), error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
             if not (full or closed):
                 raise
@@ -108,7 +108,7 @@ def cli(verbose: bool) -> None:
 def _tell_fault(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """What Python says of an error that nobody expected, without secrets."""
+    """The traceback of an unexpected error, without secrets."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 

@@ -47,7 +47,7 @@ _SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order
 
 @dataclass(frozen=True)
 class EvaluateOptions(RowOptions, InferenceOptions):
-    """What `kdcache evaluate` is asked for; fields bear the names of its options."""
+    """What `kdcache evaluate` takes: fields have the names of its options."""
 
     student: tuple[str, ...] = option(
         help="folders (also of runs, which keep theirs in `student/`) or hub ids.",
@@ -58,7 +58,7 @@ class EvaluateOptions(RowOptions, InferenceOptions):
     )
     corpus: tuple[str, ...] = option(
         (),
-        help="files, folders, globs or URLs whose rows are used, where there is no cache.",
+        help="files, folders, globs or URLs whose rows are used if there is no cache.",
         metavar="PATH_OR_URL_OR_GLOB",
     )
     teacher: str | None = option(
@@ -92,7 +92,7 @@ class EvaluateOptions(RowOptions, InferenceOptions):
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
-    """Judge students, beside their teacher where there is one.
+    """Evaluate students, and their teacher where there is one.
 
     Raises:
         UsageError: a model that does not fit the set or the task, no labels and no teacher, a
@@ -202,7 +202,7 @@ class _Evaluation:
                 reader = self.encoder_tokenizer if self.cache is None else self.cache.tokenizer()
                 ours = reader.get_vocab()
             theirs = model.tokenizer.get_vocab()
-            # Special tokens and templates may differ: what counts is what each id stands for.
+            # Special tokens and templates may differ: only the meaning of each id counts.
             differ = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
             if differ or not theirs.keys() & ours.keys():
                 whose = "the cache" if self.cache is not None else saved[0].name

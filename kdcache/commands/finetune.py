@@ -56,7 +56,7 @@ _MOST_CLASSES = 10_000
 
 @dataclass(frozen=True)
 class FinetuneOptions(RowOptions, LearningOptions):
-    """What a fine-tuning is asked for; fields bear the names of the command's options."""
+    """What a fine-tuning takes: fields have the names of the command's options."""
 
     model: str = option(help="folder or hub id of the encoder.", metavar="DIR_OR_HUB_ID")
     corpus: tuple[str, ...] = option(
@@ -326,7 +326,7 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=trust,
-            # A head of other classes is made anew.
+            # A head of other classes is replaced by a new one.
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError) as error:
@@ -433,7 +433,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Tell the caller."""
+        """Report to the caller."""
         if self._on_progress is not None and logs and "train_runtime" not in logs:
             seconds = time.perf_counter() - self._begun
             epoch = float(state.epoch or 0.0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GcOptions(Options):
-    """What `kdcache gc` is asked for; fields bear the names of its options."""
+    """What `kdcache gc` takes: fields have the names of its options."""
 
     cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
     dry_run: bool = option(False, help="say what would be removed, and remove nothing.")

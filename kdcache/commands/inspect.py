@@ -33,7 +33,7 @@ _SAMPLED_SHARDS = 8
 
 @dataclass(frozen=True)
 class InspectOptions(Options):
-    """What `kdcache inspect` is asked for."""
+    """What `kdcache inspect` takes."""
 
     cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
     row: int | None = option(
@@ -58,7 +58,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class PositionView:
-    """What the teacher said at one position.
+    """The teacher's guesses at one position.
 
     Attributes:
         place: index of the token in its row (0 for classification).
@@ -83,7 +83,7 @@ class RowView:
 
     Attributes:
         row: its number in the cache.
-        shard: the shard (span) it lies in.
+        shard: the shard (span) that holds it.
         tokens: its length.
         text: the text; for a causal LM decoded from the ids.
         text_pair: the second text, if there is one.
@@ -133,12 +133,12 @@ class InspectResult:
         skipped: records left out.
         bytes: bytes of the shard files.
         clipped_mass: mean probability a position that fell on ids outside the vocabulary.
-        bytes_per_position: of the whole file; None where there is no position yet.
+        bytes_per_position: of the whole file; None if there is no position yet.
         target_bytes_per_position: of the soft targets alone.
         columns: bytes a position of each dataset.
         sampled_shards: how many shards the last two come from.
         spec: the whole spec.
-        row: the row that was asked for.
+        row: the requested row.
     """
 
     cache: str
@@ -290,7 +290,7 @@ def _row(
 
 
 def default_temperature(cache: Cache) -> float:
-    """The temperature to show where none was asked for: 1 if declared, else the first declared."""
+    """The temperature to show by default: 1 if declared, else the first declared."""
     declared = tuple(cache.spec.temperatures)
     plain = cache.spec.codec.startswith("dense") or any(math.isclose(t, 1.0) for t in declared)
     return 1.0 if plain or not declared else declared[0]
@@ -341,7 +341,7 @@ def _text(row: Row, tokenizer: Any) -> str:
 
 
 def _token_text(tokenizer: Any) -> Any:
-    """A function from an id to what it stands for in running text, its leading space included."""
+    """A function from an id to its text inside a sentence, its leading space included."""
 
     def text(token: int) -> str:
         piece = tokenizer.convert_ids_to_tokens(token)

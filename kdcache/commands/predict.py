@@ -38,7 +38,7 @@ _SPAN_BYTES = 1 << 60  # a file is one span: spans of compressed files would mix
 
 @dataclass(frozen=True)
 class PredictOptions(RecordOptions, InferenceOptions):
-    """What `kdcache predict` is asked for; fields bear the names of its options."""
+    """What `kdcache predict` takes: fields have the names of its options."""
 
     student: str = option(
         help="folder (also of a run, which keeps it in `student/`) or hub id of a classifier.",
@@ -84,8 +84,8 @@ class Prediction:
     """What a classifier says about a text.
 
     Attributes:
-        text: as it was read.
-        text_pair: the second text, or None where there is no pair column.
+        text: unchanged from the input.
+        text_pair: the second text, or None without a pair column.
         label: name of the most probable class.
         probabilities: of each class by its name; they sum to 1.
     """
@@ -113,7 +113,7 @@ def predict(
         output: written to instead of standard output, where `out` is None.
 
     Raises:
-        UsageError: the model is no classifier or cannot read texts, or unreadable input.
+        UsageError: the model is not a classifier or cannot read texts, or the input is unreadable.
     """
     begin = time.perf_counter()
     saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)

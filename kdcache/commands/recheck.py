@@ -47,7 +47,7 @@ _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 @dataclass(frozen=True)
 class Recheck:
-    """Cached targets beside those of a teacher that runs now.
+    """The comparison of cached targets with those of a live teacher.
 
     Attributes:
         rows: that were compared.

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RepairOptions(Options):
-    """What `kdcache repair` is asked for; fields bear the names of its options."""
+    """What `kdcache repair` takes: fields have the names of its options."""
 
     cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
     reseal: bool = option(
         False,
-        help="accept shards that were made anew with other bytes than the manifest says. The cache "
+        help="accept shards that were made again with other bytes than in the manifest. The cache "
         "gets another digest.",
     )
 
 
 def repair(options: RepairOptions) -> RepairResult:
-    """Remove what is broken, so that the same build makes it anew; see `kdcache.cache.repair`."""
+    """Remove damaged files, so that the same build makes them again; see `kdcache.cache.repair`."""
     return mending.repair(options.cache, reseal=options.reseal)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifyOptions(Options):
-    """What `kdcache verify` is asked for; fields bear the names of its options."""
+    """What `kdcache verify` takes: fields have the names of its options."""
 
     cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
     teacher: tuple[str, ...] = option(
@@ -42,7 +42,7 @@ class VerifyResult:
         shards: number of them.
         rows: in all of them.
         problems: one line each; none where all is well.
-        recheck: cached targets beside live ones, where a teacher was named and files are whole.
+        recheck: cached targets against live ones, if a teacher was named and files are intact.
     """
 
     cache: str
@@ -57,8 +57,8 @@ def verify(options: VerifyOptions) -> VerifyResult:
     """Check every file of a cache and, if a teacher is named, some targets against it.
 
     Raises:
-        UsageError: there is no cache, or the teachers cannot be its own.
-        IncompleteError: its build has not finished.
+        UsageError: there is no cache, or the teachers cannot be those of the cache.
+        IncompleteError: its build is unfinished.
         CorruptCacheError: its spec or manifest cannot be read.
     """
     cache = Cache.open(options.cache)

@@ -116,7 +116,7 @@ class _Plan:
 
 
 class Spans(Sequence[Span]):
-    """The spans of a corpus in order, made when asked for: memory is O(files)."""
+    """The spans of a corpus in order, made on demand: memory is O(files)."""
 
     def __init__(self, plans: Sequence[_Plan], columns: tuple[str, ...] | None) -> None:
         self._plans = [plan for plan in plans if plan.spans]
@@ -221,7 +221,7 @@ class Corpus:
         return cls([plan.file for plan in plans], Spans(plans, named), settings)
 
     def identity(self) -> list[dict[str, Any]]:
-        """What the corpus is, file by file, wherever it lies.
+        """What the corpus is, file by file, independent of its location.
 
         Returns:
             Per file `name` (below the files' nearest common folder), `size` in bytes, `kind`
@@ -247,7 +247,7 @@ class Corpus:
         Args:
             span: What to read.
             columns: Columns that the caller will look at: tables (Parquet, Arrow) are read in these
-                only. Names that are not there are no error here (`Record.missing` makes one).
+                only. Missing names are not an error here (`Record.missing` makes one).
             on_error: What a record that can't be read does: `fail` or be `skip`-ped and
                 counted.
             stats: Where to count.

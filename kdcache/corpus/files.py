@@ -41,7 +41,7 @@ LINE_KINDS = frozenset({"jsonl", "txt", "tsv", "csv"})
 FORMATS = ("auto", "jsonl", "txt", "csv", "tsv", "parquet", "arrow")
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 
-# Written beside the data by well-known tools; JSON, but not records.
+# Written next to the data by well-known tools; JSON, but not records.
 _SIDE_FILES = frozenset({"dataset_info.json", "dataset_infos.json", "state.json", "config.json"})
 _TAG_BYTES = 64 << 10
 _BUFFER = 1 << 20
@@ -118,7 +118,7 @@ def _expand_local(pattern: str, forced: str) -> list[tuple[str, int]]:
     found = []
     for match in sorted(matches):
         if os.path.isdir(match):
-            # `**` lists each folder beside its files; walking it again would only cost time.
+            # `**` lists each folder next to its files; walking it again would only cost time.
             if "**" in pattern:
                 continue
             inside = (
@@ -186,7 +186,7 @@ def expand(patterns: Sequence[str], forced: str = "auto") -> list[InputFile]:
     for pattern in patterns:
         found = (_expand_remote if is_remote(pattern) else _expand_local)(pattern, forced)
         if not found:
-            # The hub does not tell what is private from what is not there.
+            # The hub does not distinguish private from missing.
             cure = " A private or gated dataset needs HF_TOKEN." if "hf://" in pattern else ""
             raise UsageError(
                 f"--corpus {redact(pattern)}: no file found. Expected {', '.join(KINDS)} "
@@ -258,7 +258,7 @@ def open_plain(url: str, compression: str) -> BinaryIO:
         unzipped = gzip.GzipFile(fileobj=raw, mode="rb")
         stream = _Decompressed(unzipped.read1, unzipped, raw)
     else:
-        # Arrow's reader, unlike python-zstandard's, tells a cut-short stream from a finished one.
+        # Arrow's reader, unlike python-zstandard's, detects a truncated stream.
         if not pa.Codec.is_available("zstd"):
             raise UsageError(f"{url}: this pyarrow has no zstd. Install pyarrow from PyPI.")
         unpacked = pa.CompressedInputStream(raw, "zstd")

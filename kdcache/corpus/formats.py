@@ -309,7 +309,7 @@ def _parquet_rows(span: Span, handle: BinaryIO, file: Any, names: list[str]) -> 
 
 
 def _group_rows(file: Any, group: int, names: list[str], first: int, start: int, stop: int) -> Raws:
-    """Rows [start, stop) of the file that lie in one row group, whose first row is `first`."""
+    """Rows [start, stop) of the file that are in one row group, whose first row is `first`."""
     for batch in file.iter_batches(
         _BATCH_ROWS, row_groups=[group], columns=names, use_threads=False
     ):
@@ -358,7 +358,7 @@ def _arrow(span: Span, columns: Sequence[str] | None) -> tuple[Source, Raws]:
 def _arrow_file_rows(span: Span, handle: Any, reader: Any, names: list[str]) -> Raws:
     """Rows of the part: a batch is a unit of length 1, and parts are even stretches of the units.
 
-    The footer tells how many batches there are but not their lengths; so only own batches are read.
+    The footer gives the number of batches but not their lengths; so only own batches are read.
     """
     with handle:
         batches, last_rows = reader.num_record_batches, None
@@ -393,7 +393,7 @@ def _until(reader: Any, limit: int) -> tuple[int, int]:
 
 
 def _arrow_stream_rows(span: Span, handle: Any, reader: Any, names: list[str]) -> Raws:
-    """Rows of a stream, which has no footer to tell its batches: row i is of part i mod parts."""
+    """Rows of a stream, which has no footer with its batches: row i is of part i mod parts."""
     with handle:
         first = 0
         for batch in reader:

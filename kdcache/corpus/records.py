@@ -127,7 +127,7 @@ class ReadStats:
             on_error: `fail` raises, `skip` counts.
             file: Path or URL of the file.
             location: Where in the file; formatted only if a message is made.
-            problem: What is wrong, a phrase without a full stop.
+            problem: A phrase without a full stop.
             count: What it adds to `skipped`; 0 where another part of the file counts it.
 
         Raises:

@@ -24,12 +24,12 @@ from kdcache.corpus.records import OnError, Record
 
 @dataclass(frozen=True)
 class Look:
-    """Some records of one place of a corpus.
+    """Some records of one span of a corpus.
 
     Attributes:
         span: where from; a whole file, if it cannot be entered in the middle.
         records: evenly spaced among those that were read.
-        stride: each of them stands for so many.
+        stride: each of them represents so many.
     """
 
     span: Span
@@ -38,7 +38,7 @@ class Look:
 
 
 def looks(corpus: Corpus, most: int) -> list[Span]:
-    """Evenly spaced places to look into, `most` at most, in corpus order."""
+    """Evenly spaced spans to sample, `most` at most, in corpus order."""
     chosen: dict[tuple[str, int], Span] = {}
     count = min(most, len(corpus.spans))
     for index in np.linspace(0, len(corpus.spans), count, endpoint=False).astype(int):
@@ -58,7 +58,7 @@ def look_into(
     records: int,
     characters: int = 0,
 ) -> Look:
-    """Take evenly spaced records from the first `read` of a place.
+    """Take evenly spaced records from the first `read` of a span.
 
     Args:
         span: one of `looks`.

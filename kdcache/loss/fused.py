@@ -31,7 +31,7 @@ Pass = Callable[..., tuple[Tensor, Tensor]]
 
 
 class _Options(NamedTuple):
-    """What a slice needs beside its tensors.
+    """What a slice needs besides its tensors.
 
     Numbers that a schedule may change each step are tensors: they never recompile anything.
     """
@@ -120,7 +120,7 @@ def fused_linear_distillation(
 
 
 def _prepare(targets: SparseTargets, tail: str, wide: torch.dtype) -> SparseTargets:
-    """Weights as they enter the loss, and a `rest` that is 0 where there is no bucket."""
+    """Weights as they enter the loss, and a `rest` that is 0 without a bucket."""
     w, rest = targets.weights.to(wide), targets.rest.to(wide)
     if targets.exact and tail == "renormalize":
         w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
@@ -218,7 +218,7 @@ def _rows(n: int, width: int, device: torch.device, rows: int | None) -> int:
     """Positions in a slice, evened out so that the last slice is not a sliver."""
     if rows is None:
         # A GPU wants large products. On a CPU 128 rows of a 128k vocabulary reach the full speed of
-        # the products, and the buffer (64 MiB) stays small beside the weight.
+        # the products, and the buffer (64 MiB) stays small against the weight.
         budget, most = (2**29, 16384) if device.type == "cuda" else (2**24, 1024)
         rows = min(max(budget // width, 64), most)
     slices = max(-(-n // rows), 1)
@@ -284,7 +284,7 @@ def _sparse_pass(
     """One slice against sparse targets: z becomes the gradient outside the entries.
 
     The entries (the target's ids and, last, the label) were cut out of z, so that the mass outside
-    them is a sum of its own and not one minus something, which float32 could not resolve for a
+    them is a separate sum and not one minus something, which float32 could not resolve for a
     confident student.
 
     Args:

@@ -148,7 +148,7 @@ class Tally:
         self.calibration = Calibration(self.bins)
 
     def add_predictions(self, labels: Array, predictions: Array, confidence: Array | None) -> None:
-        """Count predictions beside hard labels.
+        """Count predictions against hard labels.
 
         Args:
             labels: int [n], negative where there is none.
@@ -180,7 +180,7 @@ class Tally:
 
 
 def ratio(part: float, whole: float) -> float:
-    """`part / whole`, NaN where there is no whole."""
+    """`part / whole`, NaN if the whole is 0."""
     return part / whole if whole else math.nan
 
 

@@ -45,7 +45,7 @@ def check_loss(
     """Refuse combinations of options that have no meaning.
 
     Args:
-        targets: the targets, or only their class where none are at hand yet.
+        targets: the targets, or only their class if there are none yet.
         temperature: the loss's temperature, above 0.
         divergence: one of `DIVERGENCES`.
         tail: one of `TAILS`; only read for top-k targets.

@@ -9,7 +9,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of rows grouped by length, so that rows times the longest stays within
     `batch_tokens`.
 
-    Every index comes exactly once; a row longer than the budget is a batch of its own.
+    Every index comes exactly once; a row longer than the budget is a batch by itself.
     """
     batch: list[int] = []
     longest = 0

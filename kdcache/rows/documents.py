@@ -47,7 +47,7 @@ def checked_text(value: Any, column: str) -> str:
     """`value` as text that a tokenizer takes; missing is empty.
 
     Raises:
-        RecordError: It is no text, or holds half a surrogate pair (JSON can, UTF-8 can't).
+        RecordError: It is not text, or holds half a surrogate pair (JSON can, UTF-8 can't).
     """
     if value is None:
         return ""
@@ -201,7 +201,7 @@ class DocumentMaker:
 
     def _spoken_until(self, text: str) -> int:
         """Where the answer that `text` ends with is over."""
-        # White space after the end token is the template's: nobody has to learn to say it.
+        # White space after the end token is the template's: it has no label.
         end = len(text.rstrip())
         tokens = self._tokenizer.all_special_tokens
         return end if any(text.endswith(token, 0, end) for token in tokens) else len(text)

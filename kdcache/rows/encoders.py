@@ -59,7 +59,7 @@ class Encoder(ABC):
             The rows, in the records' order.
 
         Raises:
-            UsageError: A column is not there, a label is no class, or (`on_error="fail"`) a
+            UsageError: A column is missing, a label is not a class, or (`on_error="fail"`) a
                 value can't be used.
         """
 
@@ -69,7 +69,7 @@ class Encoder(ABC):
         make: Callable[[Record], Item | None],
         size: Callable[[Item], int],
     ) -> Iterator[list[Item]]:
-        """What `make` makes of the records, in batches; None is counted as empty."""
+        """The results of `make` for the records, in batches; None is counted as empty."""
         batch: list[Item] = []
         characters = 0
         for record in records:
@@ -128,7 +128,7 @@ class TextEncoder(Encoder):
                 yield from self._apart(ids, marks, lengths)
                 continue
             carried, wanted = np.concatenate([carried, ids]), np.concatenate([wanted, marks])
-            # A full row needs one id more than it has places: the last label.
+            # A full row needs one id more than its tokens: the last label.
             full = max(len(carried) - 1, 0) // length * length
             yield from _cut(carried[: full + 1], wanted[: full + 1], length)
             carried, wanted = carried[full:], wanted[full:]
@@ -226,7 +226,7 @@ def _learnt(
 ) -> Marks | None:
     """Which tokens of a document are to be learnt, the EOS after it included; None is all.
 
-    A token across the border of a stretch belongs to it: it can't be said without.
+    A token across the border of a stretch belongs to it.
     """
     if document.tokens is not None:
         return np.asarray(document.tokens[1], np.bool_)
@@ -242,7 +242,7 @@ def _learnt(
 
 
 def _cut(ids: Ids, wanted: Marks, length: int) -> Iterator[Row]:
-    """Rows of at most `length` places of one sequence, each up to its last label."""
+    """Rows of at most `length` tokens of one sequence, each up to its last label."""
     labels = np.where(wanted[1:], ids[1:], np.int32(IGNORE))
     for start in range(0, len(labels), length):
         own = labels[start : start + length]
@@ -284,7 +284,7 @@ class ClassificationEncoder(Encoder):
                 return_attention_mask=False,
                 verbose=False,
             )
-            # A fast tokenizer of Hugging Face tells; a biLSTM's words and slow ones do not.
+            # A fast tokenizer of Hugging Face reports it; a biLSTM's words and slow ones do not.
             told = getattr(encoded, "encodings", None) or ()
             self.truncated += sum(bool(text.overflowing) for text in told)
             types = encoded.get("token_type_ids")

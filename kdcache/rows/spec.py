@@ -23,10 +23,10 @@ class Row:
 
     Attributes:
         input_ids: int32 `[L]`, no padding.
-        labels: int32; causal-lm `[L]`, the id to predict after each place or `IGNORE`;
+        labels: int32; causal-lm `[L]`, the id to predict after each token or `IGNORE`;
             classification `[1]`, the class or `IGNORE`.
-        type_ids: uint8 `[L]` if the tokenizer tells text from pair (BERT does), else None.
-        text: Classification only: what was tokenised, so that a student may tokenise it anew.
+        type_ids: uint8 `[L]` if the tokenizer marks text and pair (BERT does), else None.
+        text: Classification only: what was tokenised, so that a student may tokenise it again.
         text_pair: The pair's text, if there is one.
     """
 
@@ -37,7 +37,7 @@ class Row:
     text_pair: str | None = None
 
     def places(self, task: str) -> npt.NDArray[np.int64]:
-        """Places that have a soft target, rising: those with a label; the one of a class always."""
+        """Indices of the positions, rising: those with a label; the one of a class always."""
         return np.flatnonzero(positions(self.labels, task))
 
 
@@ -58,7 +58,7 @@ class RowSpec:
             document and truncates it; `split` continues it in further rows.
         messages_column: Causal LM: column with a conversation, a list of `{"role", "content"}`.
         prompt_column: Causal LM: column with the part that is only read.
-        completion_column: Causal LM: column with the part that is learnt.
+        completion_column: Causal LM: column with the part that has labels.
         record_form: Causal LM: which of these a record is; `auto` goes by the columns that hold
             something, and refuses a record where more than one form does.
         on_error: What a record that can't be encoded does: `fail`, or be `skip`-ped and

@@ -53,7 +53,7 @@ class Storage(ABC):
 
         Raises:
             IncompleteError: no space left, or no answer.
-            UsageError: the place cannot be written to.
+            UsageError: the storage cannot be written to.
         """
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Storage(ABC):
 
         Args:
             name: of the file.
-            fresh: leave a copy that is on this machine aside and download anew.
+            fresh: ignore a copy on this machine and download it again.
 
         Raises:
             FileNotFoundError: there is none (a local path is given without a look).
@@ -89,8 +89,8 @@ class Storage(ABC):
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
         """Say which files are read next, in this order, with their sizes in bytes.
 
-        Returns at once; downloads go on behind, as far as the disk's bound allows. The next call
-        takes the place of this one's list. Local files need none of it.
+        Returns at once; threads download, as far as the disk's bound allows. The next call
+        replaces this one's list. Local files need none of it.
         """
 
     @abstractmethod

@@ -53,7 +53,7 @@ class DiskCache:
     def of_environment(cls) -> DiskCache:
         """The folder that KDCACHE_DISK names, bounded by KDCACHE_DISK_BYTES.
 
-        Without them it lies in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
+        Without them it is in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
 
         Raises:
             UsageError: the bound is not a positive number of bytes.
@@ -70,7 +70,7 @@ class DiskCache:
         """The copy of that key, kept until the end of the `with` block.
 
         Args:
-            key: name of the copy, which tells its content.
+            key: name of the copy, which identifies its content.
             download: called where there is none.
             fresh: download in any case.
 
@@ -113,11 +113,11 @@ class DiskCache:
                 if ours is None:
                     if not wait:
                         return None
-                    # Whoever downloads it turns its lock into a shared one when the copy is whole.
+                    # The downloading process makes its lock a shared one when the copy is whole.
                     arrived = _locked(part, fcntl.LOCK_SH, named=path)
                     if arrived is not None:
                         return arrived
-                    time.sleep(random.uniform(0.0, 0.02))  # it failed: one of us goes on
+                    time.sleep(random.uniform(0.0, 0.02))  # it failed: one of us retries
                     continue
                 if fresh or not path.exists():
                     fresh = False

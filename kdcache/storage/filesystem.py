@@ -190,7 +190,7 @@ class FileSystem:
         raise AssertionError
 
     def _judge(self, error: Exception) -> None:
-        """Raise what trying again cannot mend."""
+        """Raise errors that a retry cannot cure."""
         code, status = _answer(error)
         kind = type(error).__name__
         if code in _PASSING or status in _PASSING_STATUS:

@@ -60,14 +60,14 @@ class RemoteStorage(Storage):
         return f"{self._store.path}/{name}" if name else self._store.path
 
     def _list(self, folder: str) -> list[tuple[str, str]]:
-        """Last part of the name, and type, of what lies in a folder."""
+        """Last part of the name, and type, of a folder's contents."""
         path = self._path(folder)
         try:
             listed = self._store.ask("ls", path, detail=True, volume=_LISTING)
         except FileNotFoundError:
             return []
         named = ((entry["name"].rstrip("/"), entry["type"]) for entry in listed)
-        # Some tools mark a folder with an empty object of its own name.
+        # Some tools mark a folder with an empty object of the folder's name.
         return sorted((name.rsplit("/", 1)[-1], kind) for name, kind in named if name != path)
 
     def names(self, folder: str = "") -> list[str]:
@@ -208,7 +208,7 @@ class _Ahead:
             try:
                 self._bring(name)
             except Exception as error:
-                # Whoever reads the file meets the error, and has it raised where it belongs.
+                # The reader of the file meets the error, and has it raised where it belongs.
                 logger.info("%s was not fetched ahead: %s", name, error)
                 with self._lock:
                     names.clear()  # and not a list that has come since

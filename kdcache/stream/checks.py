@@ -28,8 +28,8 @@ def check_caches(
 
     Args:
         caches: the caches to be mixed.
-        temperatures: every temperature that will be asked for.
-        problems: what else was found wrong, to be told in the same message.
+        temperatures: every temperature that will be requested.
+        problems: other problems, for the same message.
         beside: caches to evaluate on, which are mixed with each other alone: their codec and
             declared temperatures may be others.
 

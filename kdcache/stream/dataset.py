@@ -19,7 +19,7 @@ from kdcache.stream.shard_rows import Pool
 class TargetDataset(Dataset[ShardData]):
     """Rows of caches by number, for a plain `DataLoader` or HF `Trainer` together with `Collator`.
 
-    An item is one row with its targets. Shards are read when a row of theirs is asked for and the
+    An item is one row with its targets. Shards are read when one of their rows is requested and the
     last few are kept: random access over a cache of many shards decodes them again and again, for
     which `TargetStream` is the cure.
     """

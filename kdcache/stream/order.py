@@ -77,7 +77,7 @@ def slices(rows: int, pieces: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the endless order, the same for all ranks.
+    """A point in the endless order, the same for all ranks.
 
     Attributes:
         epoch: epoch of the next row.

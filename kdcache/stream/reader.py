@@ -55,7 +55,7 @@ class TargetStream(IterableDataset[Batch]):
 
     Iterating gives the rest of the current epoch and leaves the cursor at the next one, so
     `for epoch in range(3): for batch in stream: ...` trains three epochs. Works as it is, or in
-    `DataLoader(stream, batch_size=None)` (with no worker processes: it has threads of its own).
+    `DataLoader(stream, batch_size=None)` (with no worker processes: it has its own threads).
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class TargetStream(IterableDataset[Batch]):
         return self.cursor.to_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a cursor: the next iteration begins there."""
+        """Continue from a cursor: the next iteration begins there."""
         self.cursor = Cursor.from_dict(state)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -54,7 +54,7 @@ class Pool:
         return len(self._owner)
 
     def take(self, rows: np.ndarray) -> ShardData:
-        """Some rows, in the order asked for; repetition is fine.
+        """Some rows, in the given order; repetition is fine.
 
         Args:
             rows: int64 [n], n being 1 or more.

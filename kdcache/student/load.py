@@ -54,7 +54,7 @@ Tokenize = Callable[[Sequence[str], Sequence[str] | None], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class StudentInfo:
-    """What a student must know of the cache it learns from.
+    """What a student must know about its cache.
 
     Attributes:
         task: CAUSAL_LM or "sequence-classification".

@@ -125,12 +125,12 @@ class SavedModel:
         return self.files.label_names
 
     def vocab_size(self, task: str) -> int:
-        """Width of its logits that stands for ids or classes."""
+        """Number of its logits that are ids or classes."""
         if task == SEQUENCE_CLASSIFICATION:
             return len(self.label_names)
         if self.is_factory:
             return int(self.raw_config["info"]["vocab_size"])
-        # Without a tokenizer nothing tells padding from ids: all columns count.
+        # Without a tokenizer padding and ids cannot be distinguished: all columns count.
         wide = int(self.files.config.get_text_config().vocab_size)
         return wide if self.tokenizer is None else self.files.vocab_size(task)
 
@@ -165,7 +165,7 @@ class SavedModel:
     def reach(self) -> int | None:
         """Tokens that the model can read, or None where nothing bounds them."""
         config = self.raw_config
-        # Rotary positions go on beyond what was trained; a table of positions ends.
+        # Rotary positions continue beyond the trained ones; a table of positions ends.
         if any(name.startswith("rope_") for name in config):
             return None
         length = config.get("max_position_embeddings") or config.get("n_positions")
@@ -186,7 +186,7 @@ class SavedModel:
     ) -> list[Row]:
         """Rows of texts, without labels, by the model's own tokenizer; cut to what it can read."""
         if self.tokenizer is None and self.is_factory:
-            # It tokenises by itself, if at all: the ids only tell how long a text is.
+            # It tokenises by itself, if at all: the ids only give the length of a text.
             second = [""] * len(texts) if pairs is None else pairs
             return [
                 Row(
@@ -344,7 +344,7 @@ def _own_forward(
     device: str,
     vocab_size: int | None = None,
 ) -> Callable[[Sequence[Row]], Iterator[Tensor]]:
-    """Run a student by its own forward, which gives the logits of all places of a batch."""
+    """Run a student by its own forward, which gives the logits of all tokens of a batch."""
     whole = DistilledStudent(student, task, codec="dense").eval().to(device)
     causal = task == CAUSAL_LM
 

@@ -49,7 +49,7 @@ WEIGHTS_FILE = "model.safetensors"
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """HF Trainer whose model is a `DistilledStudent`: its forward returns the loss.
 
-    With a `TargetStream` as `train_dataset`, the trainer tells the stream its rank, world size and
+    With a `TargetStream` as `train_dataset`, the trainer gives the stream its rank, world size and
     accumulation; `per_device_train_batch_size` has no part, the stream's `batch_size` is that of a
     step. With any other dataset (a `TargetDataset` with a `Collator`) it is the plain Trainer.
     """
@@ -176,7 +176,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """
         if not self.streams:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        self.args.ignore_data_skip = True  # the cursor is where to go on
+        self.args.ignore_data_skip = True  # the cursor says where to resume
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
@@ -211,7 +211,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer; a line of the training loss also tells its two parts, alpha and T."""
+        """As the Trainer; a line of the training loss also has its two parts, alpha and T."""
         if self.streams and "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts.clone(), "sum") / self._parts_steps
             hard, soft = parts.tolist()
@@ -355,7 +355,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
 
 class _StreamLoader:
-    """One epoch of the stream an iteration; the reading goes on across epochs."""
+    """One epoch of the stream an iteration; reading continues across epochs."""
 
     def __init__(self, stream: TargetStream, steps: int) -> None:
         self.dataset = stream
@@ -429,7 +429,7 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:
-    """Refuse to go on with other caches or options than a checkpoint's.
+    """Refuse to resume with other caches or options than a checkpoint's.
 
     Raises:
         UsageError: names what differs, then and now.

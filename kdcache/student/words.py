@@ -26,7 +26,7 @@ _WORD = re.compile("\\w+(?:['\u2019]\\w+)*|[^\\w\\s]")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words and their ids (their place in `words`); id 0 pads, 1 is any unknown word, 2 separates a
+    """Words and their ids (their index in `words`); id 0 pads, 1 is any unknown word, 2 separates a
     pair of texts.
 
     Attributes:

@@ -60,7 +60,7 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         loss: scalar to differentiate.
-        logits: [B, classes] for classification; [B, L, V] for language models that were asked for
+        logits: [B, classes] for classification; [B, L, V] for language models if requested with
             them, else None.
         hard_loss: cross-entropy with the labels, not weighted by alpha; detached.
         soft_loss: T^2 times the divergence, not weighted; detached; None where the batch has no
@@ -212,7 +212,7 @@ class DistilledStudent(nn.Module):
         """The loss of a batch.
 
         Args:
-            labels: int [B, L] aligned with the logits, -100 at places without a position (language
+            labels: int [B, L] aligned with the logits, -100 where there is no position (language
                 models); or [B], -100 at rows without a label.
             return_logits: for language models: return all logits too, which takes their memory.
             batch: the student's inputs (`input_ids`, `attention_mask`, ...; those that its forward
@@ -241,7 +241,7 @@ class DistilledStudent(nn.Module):
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
         causal = self.task == CAUSAL_LM
         flat = labels.reshape(-1)
-        # Before the student's own work: asking for the number of places waits for the device, and
+        # Before the student's own work: reading the number of positions waits for the device, and
         # now it is idle.
         places = positions(flat, self.task).nonzero().squeeze(-1) if causal else None
         n = len(flat) if places is None else len(places)
@@ -423,6 +423,6 @@ def _states(output: Any) -> Tensor:
 
 
 def _pick(values: Tensor, places: Tensor) -> Tensor:
-    """Rows [P, ...] of values [B, L, ...] at flat places; a view where all are wanted."""
+    """Rows [P, ...] of values [B, L, ...] at flat indices; a view if all are requested."""
     flat = values.flatten(0, 1)
     return flat if len(places) == len(flat) else flat.index_select(0, places)

@@ -54,7 +54,7 @@ class SparseTargets:
         ids: int64 [positions, K]; 0 in unused slots.
         weights: float32 [positions, K]; 0 in unused slots.
         rest: float32 [positions], the teacher's mass outside `ids`: the tail of top-k, 0 for
-            samples (their weights stand for the whole distribution).
+            samples (their weights represent the whole distribution).
         exact: True where `weights` are the teacher's probabilities of distinct ids (top-k); False
             where they are an unbiased sample, right on average only.
     """
@@ -211,7 +211,7 @@ class Codec(ABC):
     def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
         """Columns that were packed with ranks, as if they had been packed with none.
 
-        The same targets, though entries of a position may change places.
+        The same targets, though entries of a position may be in another order.
         """
         return dict(columns)
 
@@ -331,10 +331,10 @@ def ragged_items(starts: Array, counts: Array) -> Array:
 
 
 def run_items(starts: Array, counts: Array) -> tuple[Array, Array]:
-    """`ragged_items` of runs none of which is empty, and the place of each run's first (int64)."""
+    """`ragged_items` of non-empty runs, and the index of each run's first (int64)."""
     ends = running_sum(counts)
     first = ends - counts
-    # A running sum of ones, set anew where a run begins.
+    # A running sum of ones, reset where a run begins.
     items = np.ones(int(ends[-1]) if len(ends) else 0, np.int64)
     items[first] = starts
     items[first[1:]] -= starts[:-1] + counts[:-1] - 1

@@ -24,7 +24,7 @@ def position_uniform(
         seed: the build's seed.
         span: index of the span.
         row: integers, the rows' indices in the span; broadcasts with `position`.
-        position: integers, the places in their rows.
+        position: integers, the token indices in their rows.
 
     Returns:
         float64 in [0, 1) with 53 random bits, of the broadcast shape.

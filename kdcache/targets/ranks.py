@@ -20,7 +20,7 @@ def read_ranks(table: bytes, vocab_size: int) -> Ids:
     """The id of every rank, int64 [V]: the ids of the table, then all others in rising order.
 
     Raises:
-        CorruptCacheError: it is no list of different ids of the vocabulary.
+        CorruptCacheError: it is not a list of different ids of the vocabulary.
     """
     if len(table) % 4 == 0 and vocab_size <= _LARGEST:
         met = np.frombuffer(table, "<u4").astype(np.int64)

@@ -227,7 +227,7 @@ class Sample(Codec):
         counts = np.stack([lengths[axis] for axis in _AXES])
         total = counts.sum(0)
         positions, width = len(total), max(1, int(total.max(initial=0)))
-        # What each tail entry stands for.
+        # The size that each tail entry represents.
         size = left / np.maximum((total - counts[0]) * float(self.rule.units), 1)
         size = size.astype(np.float32)
         ends = np.zeros((len(_AXES), positions + 1), np.int64)
@@ -263,7 +263,7 @@ class Sample(Codec):
             width: of the padded result.
 
         Returns:
-            Place in the padded result, laid flat, and id or rank of each entry, int64.
+            Flat index in the padded result, and id or rank of each entry, int64.
         """
         heads, near, _ = counts
         row = np.arange(counts.shape[1]) * width
@@ -291,7 +291,7 @@ class Sample(Codec):
             weights: float32 [n, width], of any content.
             columns: as for `_entries`.
             place: from there.
-            size: float32 [n], what each tail entry stands for.
+            size: float32 [n], the size that each tail entry represents.
             total: [n], entries of each position.
             index: of the temperature.
         """

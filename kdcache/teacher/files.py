@@ -26,7 +26,7 @@ from kdcache.teacher.trust import check_folder
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """One teacher as it lies on disk.
+    """One teacher's files on disk.
 
     Attributes:
         name: folder or hub id, as the user gave it.

@@ -123,7 +123,7 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model wants its inputs; weights that are offloaded lie on no device between calls."""
+    """The device of a model's inputs; offloaded weights are on no device between calls."""
     places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
     if not places:
         return torch.device(next(model.parameters()).device)
@@ -151,7 +151,7 @@ def compile_layers(model: Any) -> None:
     if not able:
         raise UsageError(f"--compile needs {needs} where the workers run. Leave it out.")
     for layer in _repeated_layers(model) or [model]:
-        # With fixed shapes the last batch of each span would be compiled anew.
+        # With fixed shapes the last batch of each span would be compiled again.
         layer.compile(dynamic=True)
 
 

@@ -161,7 +161,7 @@ def _head_is_plain(model: Any) -> bool:
         want = model(input_ids=ids, use_cache=False).logits.float()
         got = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
         got = got.float().to(want.device)
-        # A broken model gives NaN here too: the build says so later, with the place.
+        # A broken model gives NaN here too: the build reports it later, with the position.
         scale = float(want.nan_to_num(0, 0, 0).abs().max())
         plain = torch.allclose(got, want, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
         if not plain:

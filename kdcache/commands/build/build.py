@@ -87,7 +87,7 @@ def build(
 
     Raises:
         UsageError: wrong options or input; nothing was written that a later run would trust.
-        IncompleteError: interrupted, no space left, or spans set aside; the same command goes on.
+        IncompleteError: interrupted, no space left, or spans set aside; the same command resumes.
     """
     with interruptible() as interrupt:
         try:
@@ -151,7 +151,7 @@ def _missing(cache: Cache, driver: Driver) -> list[int]:
     """Spans to make, by the listing.
 
     A shard of a sealed cache that came out with other bytes than its manifest says is not in it,
-    and would not be after another try: the seal tells.
+    and a retry would not change that: the seal reports it.
     """
     made = driver.made if cache.sealed else {}
     return [span for span in cache.missing() if span not in made]

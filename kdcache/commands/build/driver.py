@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _TRIES = 3
 _FUSE = 20  # spans that may fail before the first succeeds
 _NAMED = 20  # spans that were set aside, in the error's text; the events name them all
-_EXPLAINED = 5  # records that were skipped, as warnings; the events tell some of every span
+_EXPLAINED = 5  # skipped records shown as warnings; the events have some of every span
 _PROGRESS_EVERY = 0.2
 _EVENT_EVERY = 10.0
 GO_ON = "Run the same command to go on."
@@ -60,7 +60,7 @@ class Progress:
         lost: workers that died, hung or went with their node.
         positions: positions cached by this run.
         bytes: bytes of shards written by this run.
-        seconds: since the workers were asked for.
+        seconds: since the workers were requested.
         teacher_seconds: spent in the teacher, summed over workers.
     """
 
@@ -168,7 +168,7 @@ class Driver:
         hire: Callable[[], Crew],
         interrupt: Interrupt | None = None,
     ) -> None:
-        """Make the missing spans with a crew that is hired now and let go at the end.
+        """Make the missing spans with workers that are started now and stopped at the end.
 
         Args:
             missing: the spans without a shard, from the listing: asked at the start, and again when

@@ -28,11 +28,11 @@ class Tell(Protocol):
     """What takes an event: its name and its facts."""
 
     def __call__(self, event: str, /, **facts: Any) -> None:
-        """Tell that it happened, now."""
+        """Record the event, with the current time."""
 
 
 def tell_nobody(event: str, /, **facts: Any) -> None:
-    """Where nobody listens."""
+    """Ignore events."""
 
 
 class EventLog:
@@ -72,7 +72,7 @@ class EventLog:
             try:
                 content = "".join(line + "\n" for line in self._kept).encode()
                 self._storage.write(f"events/{stamp}-{self._run}.jsonl", content)
-            except Exception as error:  # a store has errors of its own kinds
+            except Exception as error:  # stores raise errors of many classes
                 self._give_up(error)
             self._kept.clear()
 

@@ -1,4 +1,4 @@
-"""A crew of one worker in this process."""
+"""One worker in this process."""
 
 from __future__ import annotations
 

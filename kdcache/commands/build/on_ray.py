@@ -1,4 +1,4 @@
-"""A crew of actors on a Ray cluster, which come and go with its nodes.
+"""Workers as actors on a Ray cluster, which come and go with its nodes.
 
 Cost: every answer of an actor arrives in one queue, from Ray's own thread, so an answer costs the
 driver the same among ten workers and among thousands.
@@ -32,7 +32,7 @@ _PULSES = 10  # in the time after which a worker counts as hung
 
 
 class RayWorker(SpanWorker):
-    """A worker in a process of its own: says where it is and whether it moves, and keeps the
+    """A worker in its own process: reports where it is and whether it makes progress, and keeps the
     figures that Ray's dashboard shows."""
 
     def __init__(self, job: Job) -> None:
@@ -80,8 +80,8 @@ class RayCrew(Crew):
     """One actor a worker on a Ray cluster. A worker that dies is replaced; its spans come back
     as outcomes with a fault.
 
-    A worker hangs if one of its spans has not moved (a record read, a batch finished) for
-    `hang_seconds`. It is asked on a thread of its own in the actor; a process that is stopped does
+    A worker hangs if one of its spans made no progress (a record read, a batch finished) for
+    `hang_seconds`. A separate thread of the actor answers; a process that is stopped does
     not answer, which is the same as not moving.
     """
 
@@ -103,11 +103,11 @@ class RayCrew(Crew):
             gpus: GPUs a worker.
             address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
                 otherwise.
-            hang_seconds: a worker that has not moved for so long is replaced.
+            hang_seconds: a worker without progress for so long is replaced.
             tell: takes the events.
 
         Raises:
-            UsageError: the cluster cannot be reached or has not what a worker needs.
+            UsageError: the cluster is unreachable or too small for a worker.
         """
         self._owns = connect(address)
         import ray
@@ -155,7 +155,7 @@ class RayCrew(Crew):
 
     def _share_of_cpus(self, fixed: bool) -> int:
         """CPUs a worker: as many as leave room for all. A cluster that grows on demand (not
-        `fixed`) may have room later: what is asked for by number waits."""
+        `fixed`) may have room later: a fixed number of workers waits."""
         most = self._room(1)
         if fixed and self._gpus and not most:
             gpus = self._ray.cluster_resources().get("GPU", 0)
@@ -172,11 +172,11 @@ class RayCrew(Crew):
         return next((cpus for cpus in range(_MOST_CPUS, 1, -1) if self._room(cpus) >= count), 1)
 
     def _wanted(self) -> int:
-        """How many workers there should be: as told, or as many as the nodes now hold."""
+        """The number of workers there should be: as given, or as many as the nodes hold."""
         return self._workers or max(1, self._room(self._cpus))
 
     def _hire(self) -> None:
-        """Ask for the workers that lack; withdraw what was asked for and has no room any more."""
+        """Request the missing workers; withdraw requests for which there is no room any more."""
         self._hired = self._now
         wanted = self._wanted()
         waiting = [actor for actor in self._actors if actor.figures is None]

@@ -45,7 +45,7 @@ class WorkerOptions(Options):
 
 @dataclass(frozen=True)
 class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
-    """What `kdcache build` is asked for; fields bear the names of its options."""
+    """What `kdcache build` takes: fields have the names of its options."""
 
     teacher: tuple[str, ...] = option(
         help="folder or hub id of each teacher; several make an ensemble.",

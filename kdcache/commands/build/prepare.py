@@ -152,7 +152,7 @@ def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
     config = teacher.config.get_text_config()
     reach = [options.max_length, getattr(config, "max_position_embeddings", None)]
     if options.task != CAUSAL_LM:
-        # RoBERTa and its kin begin to count behind the padding's id: they reach two places less far
+        # RoBERTa and similar models count positions from the padding's id on: they reach two less
         # than their configuration says, and their tokenizers know it.
         reach.append(int(teacher.tokenizer.model_max_length))
     return min(int(length) for length in reach if length)

@@ -21,7 +21,7 @@ from kdcache.rows import RowSpec, make_encoder
 _LOOKS = 16
 _READ = 4096  # records of all looks
 _RECORDS = 320  # of all looks; up to twice as many are counted
-_CHARACTERS = 1 << 10  # of each of them: a book tells less than many beginnings
+_CHARACTERS = 1 << 10  # of each of them: many beginnings are more representative than one book
 
 
 def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: int) -> bytes:

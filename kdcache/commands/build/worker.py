@@ -41,7 +41,7 @@ _UNPACKED = 8  # encoded slices on their way to the packer, at most
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to know of a build; travels to each actor once.
+    """All that a worker needs to know about a build; sent to each actor once.
 
     Attributes:
         url: the cache, already created.
@@ -79,8 +79,8 @@ class SpanReport:
     reasons: tuple[str, ...] = ()
 
 
-class Stopped(Exception):  # noqa: N818 - an outcome that was asked for, not an error
-    """The worker was told to stop before the span was committed."""
+class Stopped(Exception):  # noqa: N818 - a requested outcome, not an error
+    """The worker was asked to stop before the span was committed."""
 
 
 class SpanWorker:
@@ -148,7 +148,7 @@ class SpanWorker:
         return now - min(list(self._moved.values()), default=now)
 
     def _move(self, span: Span) -> None:
-        """Something of a span was done; the place where a stopped worker leaves off."""
+        """Records progress of a span; a stopped worker raises here."""
         if self._stop.is_set():
             raise Stopped
         self._moved[span.index] = time.monotonic()
@@ -263,7 +263,7 @@ def _in_row_order(
 
 
 class _Places:
-    """Which row of the span, and which place of the row, each position of a batch is."""
+    """The row of the span, and the token of the row, of each position of a batch."""
 
     def __init__(self, batch: Sequence[int], wanted: Sequence[np.ndarray]) -> None:
         counts = [len(wanted[i]) for i in batch]

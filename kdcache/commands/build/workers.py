@@ -1,4 +1,4 @@
-"""What a crew is: workers that take spans and hand back outcomes."""
+"""The interface of a build's workers: they take spans and return outcomes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Outcome:
 
 @dataclass
 class WorkerFigures:
-    """What one worker has done; goes on counting.
+    """Running counts of what one worker has done.
 
     Attributes:
         name: host and process, such as `node7:4711`.
@@ -95,7 +95,7 @@ class Crew(ABC):
 
     @abstractmethod
     def give(self, span: Span, *, alone: bool = False) -> None:
-        """Hand a span to the least busy worker; with `alone` nothing else runs beside it."""
+        """Give a span to the least busy worker; with `alone` no other span runs in that worker."""
 
     @abstractmethod
     def wait(self, seconds: float) -> list[Outcome]:

@@ -83,7 +83,7 @@ _GPT_NEOX = {
 
 @dataclass(frozen=True)
 class DemoOptions(Options):
-    """What `kdcache demo` is asked for; fields bear the names of its options."""
+    """What `kdcache demo` takes: fields have the names of its options."""
 
     out: str = option(help="folder of everything the demo makes.", metavar="DIR")
     workers: int = option(2, help="Ray workers that run the teacher.", at_least=0)
@@ -127,7 +127,7 @@ def demo(options: DemoOptions, report: Report = lambda line: None) -> DemoResult
 
     Raises:
         UsageError: the folder holds something else, or a demo with other options.
-        IncompleteError: the build was interrupted; the same call goes on.
+        IncompleteError: the build was interrupted; the same call resumes.
     """
     threads = torch.get_num_threads()
     # Matrices this small gain little from threads, and lose tenfold where another process wants
@@ -285,7 +285,7 @@ class _Demo:
                 )
             )
             if name == "train" and result.made:
-                # An earlier sitting that was cut short has not told its part.
+                # The part of an earlier, interrupted run is unknown.
                 share = result.made / result.spans
                 self.state["teacher_seconds"] = result.teacher_seconds / share
         self._tell(
@@ -335,7 +335,7 @@ class _Demo:
                 EvaluateOptions(
                     student=tuple(student.student for student in students),
                     cache=self._path("heldout-cache"),
-                    teacher=self._path("teacher"),  # live: sparse targets do not tell KL itself
+                    teacher=self._path("teacher"),  # live: sparse targets do not give KL
                 )
             )
         teacher, *scores = result.models

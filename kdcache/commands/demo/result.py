@@ -10,7 +10,7 @@ class StudentScores:
     """One line of the demo's table.
 
     Attributes:
-        name: what it learnt from, and its architecture.
+        name: what it was trained on, and its architecture.
         architecture: the model type of its config.
         parameters: numbers in its weights.
         cross_entropy: held out, nats a position.
@@ -18,7 +18,7 @@ class StudentScores:
         kl: KL(teacher || student) held out, nats a position, exact.
         steps: steps of its training; None for the teacher.
         train_seconds: wall time of its training.
-        teacher_seconds: what the teacher would cost beside its training, at the speed of the build.
+        teacher_seconds: cost of running the teacher during its training, at the speed of the build.
     """
 
     name: str

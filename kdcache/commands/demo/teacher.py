@@ -137,7 +137,7 @@ def make_teacher(
     sizes: TeacherSizes,
     report: Callable[[int, int, float], None],
 ) -> None:
-    """Train a Llama from random weights and save the best of it beside its tokenizer.
+    """Train a Llama from random weights and save its best state with its tokenizer.
 
     Args:
         train: documents to learn from.
@@ -192,7 +192,7 @@ def _train(
     """AdamW with a cosine schedule, on windows that begin elsewhere in every epoch.
 
     The weights of the evaluation with the least held-out cross-entropy are kept: a teacher that
-    knows its text by heart has nothing to tell beyond the hard labels.
+    has memorised its text has nothing to add to the hard labels.
     """
     length = sizes.max_length
     windows = max(1, (len(train_ids) - 1) // length - 1)

@@ -1,4 +1,4 @@
-"""How well stored targets stand for the teacher's whole distribution.
+"""How well stored targets represent the teacher's whole distribution.
 
 For one position with probabilities p at T, and t what the cache holds (weights on a few ids,
 nothing on the others):

@@ -21,7 +21,7 @@ _CODECS = {
 
 @dataclass(frozen=True)
 class PlanOptions(RowOptions, TeacherRunOptions):
-    """What `kdcache plan` is asked for; fields bear the names of its options."""
+    """What `kdcache plan` takes: fields have the names of its options."""
 
     teacher: tuple[str, ...] = option(
         help="folder or hub id of each teacher; several make an ensemble.",
@@ -74,7 +74,7 @@ class PlanOptions(RowOptions, TeacherRunOptions):
 
     @property
     def temperature_sets(self) -> tuple[tuple[float, ...], ...]:
-        """The sets of declared temperatures; ValueError where one is no such set."""
+        """The sets of declared temperatures; ValueError if one is not such a set."""
         texts = self.temperatures or ("1", "1,2")
         sets = tuple(tuple(float(t) for t in text.split(",")) for text in texts)
         if not all(math.isfinite(t) and t > 0 for one in sets for t in one):

@@ -21,7 +21,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
 
     Args:
         options: what to plan.
-        report: called with a line on what is going on.
+        report: called with a line on the current step.
 
     Raises:
         UsageError: wrong options or input, or a sample that does not fit the memory.

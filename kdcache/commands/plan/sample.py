@@ -66,7 +66,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
     sample = CorpusSample()
     places = looks(corpus, rows)
     for done, span in enumerate(places):
-        # Places that are short of rows leave theirs to the ones behind them.
+        # Samples that are short of rows leave theirs to the following ones.
         wanted = -(-(rows - len(sample.rows)) // (len(places) - done))
         look = look_into(
             span,

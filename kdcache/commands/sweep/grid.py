@@ -57,7 +57,7 @@ class GridRun:
 
     Attributes:
         key: SHA-256 of everything its student depends on.
-        name: the values that tell it from the others, and the begin of the key.
+        name: the values that distinguish it, and the beginning of the key.
         setting: option to value, as people read them, of what the grid crosses; `-` where the
             student does not depend on it.
         options: of the run, all but `out`.
@@ -84,7 +84,7 @@ class Grid:
     Attributes:
         crossed: options with several values, in the order of the file.
         runs: each once.
-        combinations: how many combinations of values these runs stand for.
+        combinations: how many combinations of values these runs cover.
     """
 
     crossed: tuple[str, ...]
@@ -100,7 +100,7 @@ class Grid:
 
         Raises:
             UsageError: lists everything that is wrong.
-            IncompleteError: the build of a cache has not finished.
+            IncompleteError: the build of a cache is unfinished.
         """
         fixed, crossed, wrong = _read_file(Path(path))
         combinations = list(itertools.product(*crossed.values()))
@@ -132,12 +132,12 @@ class Grid:
 
 
 def nothing_started(path: str | Path, wrong: Sequence[str]) -> UsageError:
-    """The error that lists what is wrong with a grid."""
+    """The error that lists a grid's problems."""
     return UsageError("\n  ".join([f"grid {path}: nothing was started.", *wrong]))
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], list[str]]:
-    """Options with one value, those with several (names with `_`), and what is wrong."""
+    """Options with one value, those with several (names with `_`), and the problems."""
     try:
         document = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -195,7 +195,7 @@ def _run(values: Mapping[str, Any], setting: Mapping[str, str], opened: Any) -> 
 def _without_idle(
     options: TrainOptions, setting: Mapping[str, str]
 ) -> tuple[TrainOptions, dict[str, str]]:
-    """Options that do nothing beside the others set to one value, so that equal runs are equal."""
+    """Options without effect set to one value, so that equal runs have equal options."""
     idle: dict[str, Any] = {}
     if options.hard_only:
         idle = {"temperature": 1.0, "divergence": "forward-kl", "tail": "bucket"}

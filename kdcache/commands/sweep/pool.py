@@ -72,7 +72,7 @@ class RayPool:
             items: how many there will be at most.
 
         Raises:
-            UsageError: the cluster cannot be reached or has not what a task needs.
+            UsageError: the cluster is unreachable or too small for a task.
         """
         import ray
 
@@ -82,7 +82,7 @@ class RayPool:
         total = ray.cluster_resources()
         cores, cards = int(total.get("CPU", 1)), total.get("GPU", 0)
         gpus = (1.0 if cards else 0.0) if gpus is None else gpus
-        # A cluster that grows on demand may have room later: what is asked for by number waits.
+        # A cluster that grows on demand may have room later: a fixed number of workers waits.
         fixed = workers is None or cluster_address(address) is None
         if fixed and gpus > cards:
             self.stop()

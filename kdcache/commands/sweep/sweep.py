@@ -47,7 +47,7 @@ _RUNS = "runs"
 
 @dataclass(frozen=True)
 class SweepOptions(Options):
-    """What a sweep is asked for."""
+    """What a sweep takes."""
 
     grid: str = option(
         help="YAML file: options of `kdcache train`, and under `grid` those with several values.",
@@ -99,7 +99,7 @@ class SweepProgress:
 def sweep(
     options: SweepOptions, *, on_progress: Callable[[SweepProgress], None] | None = None
 ) -> SweepResult:
-    """Train every run of a grid, or go on with it, and put their figures side by side.
+    """Train or resume every run of a grid, and compare their figures.
 
     Args:
         options: see `SweepOptions`.
@@ -108,7 +108,7 @@ def sweep(
     Raises:
         UsageError: the grid, a run of it or a student is wrong (nothing was started), or the folder
             holds something else.
-        IncompleteError: interrupted, or some runs failed; the same command goes on.
+        IncompleteError: interrupted, or some runs failed; the same command resumes.
     """
     job = _Sweep(options, on_progress)
     if job.missing():
@@ -179,7 +179,7 @@ class _Sweep:
             pool.stop()
 
     def _check_students(self, pool: Pool, missing: Sequence[str]) -> None:
-        """Make each student once and let it go: its errors are told before anything is trained."""
+        """Build each student once and drop it: its errors are reported before any training."""
         student = [one.name for one in options_of(TrainOptions) if one.decides == "student"]
         distinct = {
             tuple(getattr(self.plans[key].options, name) for name in student): key
@@ -259,7 +259,7 @@ class _Sweep:
         )
 
     def failures(self) -> str:
-        """What failed and how to go on."""
+        """What failed and how to resume."""
         lines = [f"  {self.names[key]}: {_reason(error)}" for key, error in self.failed.items()]
         others = f"; the others are in {self.out}/results.csv" if self.finished else ""
         return (
@@ -289,7 +289,7 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     """The runs of earlier grids.
 
     Raises:
-        UsageError: the folder is no sweep's.
+        UsageError: the folder is not a sweep's.
     """
     path = out / SWEEP_FILE
     if path.is_file():

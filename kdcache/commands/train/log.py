@@ -62,7 +62,7 @@ def seconds_before(run: Path) -> float:
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
-    """Appends a line for everything logged and tells the caller."""
+    """Appends a line for everything logged and reports to the caller."""
 
     def __init__(self, run: Path, on_progress: Callable[[TrainProgress], None] | None) -> None:
         self._run, self._on_progress = run, on_progress
@@ -97,7 +97,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def wrong_trackers(names: Sequence[str]) -> list[str]:
-    """What is wrong with the trackers asked for: a line each."""
+    """The problems of the requested trackers: a line each."""
     here, wrong = get_available_reporting_integrations(), []
     for name in names:
         if name in ("auto", "none", *here):
@@ -126,7 +126,7 @@ class PlainTensorBoard(TensorBoardCallback):  # type: ignore[misc]
 class OwnWandb(WandbCallback):  # type: ignore[misc]
     """HF's own callback, with a run of Weights & Biases for each training.
 
-    HF leaves it open, and the next training of the process would go on in it.
+    HF leaves it open, and the next training of the process would continue it.
     """
 
     _ours: ClassVar[Any] = None  # the run open now, unless the caller made it

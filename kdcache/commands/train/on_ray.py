@@ -113,7 +113,7 @@ def _work(config: dict[str, Any]) -> None:
         ready = Run.prepare(Plan.make(TrainOptions(**config["options"])))
     except KdcacheError as error:
         mine = str(error)
-    # All stop together: a rank that went on alone would wait for the others for ever.
+    # All stop together: a rank that continued alone would wait for the others for ever.
     everyones = [""] * distributed.get_world_size()
     distributed.all_gather_object(everyones, mine)
     wrong = next(filter(None, everyones), "")
@@ -125,7 +125,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 class _Follower:
-    """Tells what the first worker logs, from the file it writes."""
+    """Reports what the first worker logs, from the file it writes."""
 
     def __init__(self, plan: Plan, on_progress: Callable[[TrainProgress], None] | None) -> None:
         self._run, self._steps = plan.out, plan.steps
@@ -152,7 +152,7 @@ class _Follower:
             self._on_progress(TrainProgress(step, self._steps, logs["epoch"], seconds, logs))
 
     def stop(self) -> None:
-        """Tell the last lines and end."""
+        """Report the last lines and end."""
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()

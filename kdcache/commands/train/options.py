@@ -77,7 +77,7 @@ class BiLstmOptions(Options):
     )
     max_length: int | None = option(
         None,
-        help="most tokens of a row, where the student has words or a tokenizer of its own.",
+        help="most tokens of a row, if the student has words or its own tokenizer.",
         at_least=1,
         decides="student",
     )
@@ -127,7 +127,7 @@ class BiLstmOptions(Options):
 
 @dataclass(frozen=True)
 class TrainOptions(LearningOptions, BiLstmOptions):
-    """What a training run is asked for; fields bear the names of the command's options."""
+    """What a training run takes: fields have the names of the command's options."""
 
     cache: tuple[str, ...] = option(
         help="folder or URL of each cache; several are mixed row by row.",

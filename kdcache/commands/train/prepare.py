@@ -47,7 +47,7 @@ class Plan:
 
         Raises:
             UsageError: lists everything that is wrong.
-            IncompleteError: a cache's build has not finished.
+            IncompleteError: a cache's build is unfinished.
         """
         caches = opened(options.cache)
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
@@ -60,7 +60,7 @@ class Plan:
                     f"a schedule of temperatures ({schedule}) needs a dense cache, not {codec}."
                 )
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
-            for cache in (first, *eval_caches):  # what is said twice is told once
+            for cache in (first, *eval_caches):  # equal problems are reported once
                 problems += _wrong_loss(options, cache.codec(), temperatures)
         if options.best == "accuracy" and first.spec.task == CAUSAL_LM:
             problems.append("best is accuracy, which is for classifiers. Use loss.")
@@ -126,10 +126,10 @@ class Plan:
         return None
 
     def checkpoint(self) -> Path | None:
-        """Where to go on from.
+        """Where to resume.
 
         Raises:
-            UsageError: the checkpoint asked for is none, or resuming was ruled out.
+            UsageError: the given checkpoint is not one, or resuming was ruled out.
         """
         resume = self.options.resume
         if resume not in ("auto", "never"):

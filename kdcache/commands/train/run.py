@@ -195,7 +195,7 @@ def _texts(caches: list[Cache]) -> Iterator[str]:
 
 def _stream(plan: Plan, tokenize: Any) -> TargetStream:
     options, temperatures = plan.options, plan.options.temperatures
-    steps = 1  # until the stream has told its length
+    steps = 1  # until the stream's length is known
     stream = TargetStream(
         plan.caches,
         batch_size=options.batch_size,
@@ -339,7 +339,7 @@ def _evaluation(state: TrainerState, best: int | None) -> dict[str, float]:
 
 
 def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: TrainResult) -> None:
-    """Write the student, then the result: whoever finds `train.json` finds all."""
+    """Write the student, then the result: a folder with `train.json` is complete."""
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return

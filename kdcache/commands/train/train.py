@@ -13,7 +13,7 @@ from kdcache.commands.train.run import Run
 def train(
     options: TrainOptions, *, on_progress: Callable[[TrainProgress], None] | None = None
 ) -> TrainResult:
-    """Train a student, or go on with it, or say that it is finished.
+    """Train a student, or resume it, or report that it is finished.
 
     Args:
         options: see `TrainOptions`.
@@ -21,13 +21,13 @@ def train(
 
     Raises:
         UsageError: options, caches and student do not fit, or the folder holds another run.
-        IncompleteError: a cache's build has not finished.
+        IncompleteError: a cache's build is unfinished.
     """
     plan = Plan.make(options)
     finished = plan.finished()
     if finished is not None:
         return finished
-    plan.checkpoint()  # its mistakes are told before workers start
+    plan.checkpoint()  # its errors are reported before workers start
     if options.num_workers > 1:
         from kdcache.commands.train.on_ray import train_on_ray
 

@@ -133,7 +133,7 @@ class Best(NamedTuple):
         blocks: int64 [n, c], the candidates: the k blocks with the largest maxima.
         opened: float32 [n, c, B], their logits.
         values: float32 [n, k], the largest logits, falling.
-        places: int64 [n, k], where they lie in the flattened `opened`.
+        places: int64 [n, k], their indices in the flattened `opened`.
         ids: int64 [n, k].
     """
 
@@ -145,7 +145,7 @@ class Best(NamedTuple):
 
 
 def find_best(logits: Tensor, blocks: Blocks, k: int) -> Best:
-    """The k largest logits: they lie inside the k blocks with the largest maxima."""
+    """The k largest logits: they are inside the k blocks with the largest maxima."""
     candidates = largest(blocks.top, min(k, blocks.top.shape[1]))[1]
     opened = open_blocks(logits, candidates)
     values, places = largest(opened.flatten(1), k)

@@ -252,7 +252,7 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     known = inner[row, seat.clamp_min(0)]
     fresh = _add(probabilities(open_blocks(logits, block), peak, normalizer, temperatures))
     within = torch.where((seat >= 0)[..., None], known, fresh).cumsum(-1)
-    # The point's place inside its block, on the scale of the block's own sum.
+    # The point's offset inside its block, on the scale of the block's own sum.
     block_mass = mass.gather(1, block)
     offset = (points - (line.gather(1, block) - block_mass)) / block_mass.clamp_min(1e-38)
     point = offset.clamp(0, 1 - 1e-6) * within[..., -1]
