@@ -153,8 +153,8 @@ def test_wrong_options_are_told_all_at_once() -> None:
             fsdp=True,
         )
     for word in (
-        "no cache", "alpha", "temperature", "divergence", "batch_size", "patience", "bf16",
-        "epochs", "learning_rate", "fsdp",
+        "--cache is missing", "alpha", "temperature", "divergence", "batch-size", "patience",
+        "bf16", "epochs", "learning-rate", "fsdp",
     ):  # fmt: skip
         assert word in str(error.value)
 
