@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from kdcache.files import whole_file
+
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito 2008
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK, _FAINT = "#222222", "#d9d9d9"
@@ -265,7 +267,6 @@ def _style(axes: Any) -> None:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    """Write a PNG under another name and rename it, so that it appears whole."""
-    scratch = Path(f"{path}.tmp")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)
+    """Write a PNG that appears whole."""
+    with whole_file(Path(path)) as file:
+        figure.savefig(file, format="png")

@@ -336,7 +336,7 @@ def test_another_folder_is_not_taken_over(here: Path) -> None:
 def test_two_sweeps_do_not_share_a_folder(here: Path) -> None:
     grid = write("g.yaml", {"seed": [0]})
     (here / "out").mkdir()
-    with (here / "out" / "sweep.lock").open("w") as file:
+    with (here / "out" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another sweep is at work"):
             sweep(local(grid))

@@ -20,7 +20,8 @@ from typing import Any
 import click
 
 from kdcache.errors import KdcacheError
-from kdcache.storage import no_space, redact
+from kdcache.files import no_space
+from kdcache.storage import redact
 from kdcache.version import __version__
 
 COMMANDS = {

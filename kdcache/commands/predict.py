@@ -9,16 +9,14 @@ belongs to record i of the input. A file named by `out` appears whole or not at 
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -26,9 +24,9 @@ import torch
 from kdcache.commands.groups import InferenceOptions, RecordOptions, form_problems
 from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import UsageError
+from kdcache.files import full_disk, local_path, output_errors, whole_file
 from kdcache.options import option
 from kdcache.rows.batches import batches
-from kdcache.storage import no_space
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
@@ -196,24 +194,10 @@ def _sink(out: str | None, output: TextIO | None) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout if output is None else output
         return
-    path = Path(out).expanduser()
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror}. Choose another --out.") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        if no_space(error):
-            raise UsageError(
-                f"no space left for {out}. Free some, or choose another --out."
-            ) from error
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+    path = local_path(out)
+    with full_disk(path, lambda: "The same command starts over."), ExitStack() as opened:
+        with output_errors(out):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = io.TextIOWrapper(opened.enter_context(whole_file(path)), encoding="utf-8")
+        yield text
+        text.detach()  # flushed; the file below it is closed when it is whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 from abc import ABC, abstractmethod
@@ -11,7 +10,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 _BLOCK = 1 << 20
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HASHED_NAME = re.compile(r"-([0-9a-f]{16})\.\w+$")
 
 
@@ -111,8 +109,3 @@ def hash_in(name: str) -> str | None:
     """The first 16 digits of the file's SHA-256, where its name carries them."""
     found = _HASHED_NAME.search(name)
     return found.group(1) if found else None
-
-
-def no_space(error: OSError) -> bool:
-    """Whether an error means a full disk or quota."""
-    return error.errno in _FULL

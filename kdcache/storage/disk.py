@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.storage.base import no_space
+from kdcache.files import no_space
 
 _MOST = 32 << 30
 _PART = ".part"

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from kdcache.errors import IncompleteError, UsageError
-from kdcache.storage.base import Storage, no_space
+from kdcache.errors import UsageError
+from kdcache.files import output_errors, sync_folder
+from kdcache.storage.base import Storage
 
 _SCRATCH = "tmp"
-_NO_PLACE = {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}  # a path that can never be one
 
 
 class LocalStorage(Storage):
@@ -66,7 +66,7 @@ class LocalStorage(Storage):
         with self._written(data) as path:
             target = self._target(name)
             path.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
         """See `Storage.create`."""
@@ -84,7 +84,7 @@ class LocalStorage(Storage):
                 if target.exists():
                     return False
                 path.rename(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
             return True
 
     @contextlib.contextmanager
@@ -97,14 +97,14 @@ class LocalStorage(Storage):
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""
-        with _output_errors(self.url):
+        with output_errors(self.url):
             (self.root / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _written(self, data: bytes) -> Iterator[Path]:
         """A temporary file with the data, safe on the disk; removed at exit unless it was moved."""
         path = self.root / _SCRATCH / f"{uuid.uuid4().hex}.tmp"
-        with _output_errors(self.url):
+        with output_errors(self.url):
             try:
                 with _new_file(path) as file:
                     file.write(data)
@@ -130,33 +130,3 @@ def _new_file(path: Path) -> BinaryIO:
             path.parent.mkdir()
         with contextlib.suppress(FileNotFoundError):
             return open(path, "xb")
-
-
-@contextlib.contextmanager
-def _output_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, PermissionError) or error.errno in _NO_PLACE:
-            raise UsageError(
-                f"cannot write to {url}: {error.strerror}. Make it writable, or choose another "
-                "place."
-            ) from error
-        if no_space(error):
-            raise IncompleteError(
-                f"no space left on {url}: what is committed stays valid. "
-                "Free some space and run the same command again."
-            ) from error
-        if error.errno == errno.EROFS:
-            raise UsageError(
-                f"{url} is on a read-only file system. Make it writable, or choose another place."
-            ) from error
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -33,20 +33,19 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from kdcache.errors import UsageError
 from kdcache.stream import Batch, TargetStream
 from kdcache.student import DistilledStudent
+from kdcache.student.checkpoints import CheckpointingTrainer, last_checkpoint, read_state
 from kdcache.tasks import IGNORE
 
-STATE_FILE = "kdcache_state.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(CheckpointingTrainer):
     """HF Trainer whose model is a `DistilledStudent`: its forward returns the loss.
 
     With a `TargetStream` as `train_dataset`, the trainer gives the stream its rank, world size and
@@ -146,6 +145,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if not self.streams:
             samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
             return samples, count
+        if self.control.should_training_stop:  # before the first step: nothing is left to do
+            return [], None
         slices = [b for b in (next(epoch_iterator, None) for _ in range(num_batches)) if b]
         return slices, slices[0]["count"] if slices else None
 
@@ -178,7 +179,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint, *args, **kwargs)
         self.args.ignore_data_skip = True  # the cursor says where to resume
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            found = last_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = str(found) if found else None
         if resume_from_checkpoint:
             state = read_state(Path(str(resume_from_checkpoint)))
             check_identity(state, self._identity(), str(resume_from_checkpoint))
@@ -275,6 +277,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             count = float(batch["count"])
             inputs = self._prepare_inputs(batch)
             outputs = model(**inputs)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
             if not math.isfinite(count):
                 continue  # a rank without rows only keeps the others company
             labels = inputs["labels"]
@@ -346,12 +351,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         facts = {**order, "weights": list(stream.weights), **self.identity, "caches": caches}
         return dict(json.loads(json.dumps(facts)))
 
-    def write_state(self, folder: Path) -> None:
-        """Write cursor and identity into a checkpoint; one that lacks them is unfinished."""
-        state = {"cursor": self.train_dataset.state_dict(), "identity": self._identity()}
-        scratch = folder / (STATE_FILE + ".tmp")
-        scratch.write_text(json.dumps(state, indent=1) + "\n")
-        scratch.replace(folder / STATE_FILE)
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """Cursor and identity of the run."""
+        if not self.streams:
+            return {}
+        return {"cursor": self.train_dataset.state_dict(), "identity": self._identity()}
 
 
 class _StreamLoader:
@@ -383,7 +387,7 @@ class _StreamLoader:
 
 
 class _CursorCallback(TrainerCallback):  # type: ignore[misc]
-    """Keeps the Trainer's idea of the epoch true, and completes its checkpoints."""
+    """Keeps the Trainer's idea of the epoch true."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
@@ -399,33 +403,6 @@ class _CursorCallback(TrainerCallback):  # type: ignore[misc]
         state.epoch = cursor.epoch + cursor.rows_seen / rows
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self._trainer.streams and state.is_world_process_zero:
-            self._trainer.write_state(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Cursor and identity of a checkpoint.
-
-    Raises:
-        UsageError: not a whole checkpoint of a stream.
-    """
-    try:
-        return dict(json.loads((checkpoint / STATE_FILE).read_text()))
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{checkpoint} has no {STATE_FILE}: it is not a whole checkpoint of kdcache. Name "
-            "another one, or begin anew with another --out."
-        ) from error
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The last whole checkpoint of a run, or None."""
-    found = [path.parent for path in out.glob(f"checkpoint-*/{STATE_FILE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:

@@ -45,6 +45,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
+from kdcache.files import local_path, write_json
 from kdcache.humanize import duration, size
 from kdcache.options import Options, option
 from kdcache.plots import Curve, Level, plot_curves
@@ -144,7 +145,7 @@ class _Demo:
     def __init__(self, options: DemoOptions, report: Report) -> None:
         self.options = options
         self.report = report
-        self.out = Path(options.out).expanduser().absolute()
+        self.out = local_path(options.out)
         self.reused: list[str] = []
         self.train_texts, self.held_out_texts = documents(options.documents)
         self.state = self._open()
@@ -175,9 +176,7 @@ class _Demo:
         return self.state
 
     def _save(self) -> None:
-        scratch = self.out / (_STATE_FILE + ".tmp")
-        scratch.write_text(json.dumps(self.state, indent=1) + "\n")
-        scratch.replace(self.out / _STATE_FILE)
+        write_json(self.out / _STATE_FILE, self.state)
 
     def _path(self, name: str) -> str:
         return str(self.out / name)

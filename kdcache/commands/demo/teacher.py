@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
+from kdcache.files import whole_folder, write_text
 from kdcache.teacher import quiet_transformers
 
 END = "<|end|>"
@@ -100,9 +100,7 @@ def documents(limit: int | None = None) -> tuple[list[str], list[str]]:
 
 def write_jsonl(path: Path, texts: Sequence[str]) -> None:
     """Write documents as records with a `text`."""
-    scratch = Path(f"{path}.tmp")
-    scratch.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    scratch.replace(path)
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def read_jsonl(path: Path) -> list[str]:
@@ -126,7 +124,8 @@ def make_tokenizer(texts: Sequence[str], folder: Path, *, vocab_size: int) -> No
     )
     bpe.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
-    _publish(folder, fast.save_pretrained)
+    with whole_folder(folder) as scratch:
+        fast.save_pretrained(scratch)
 
 
 def make_teacher(
@@ -153,12 +152,10 @@ def make_teacher(
     model = _new_model(reader, sizes)
     _train(model, _ids(reader, train), _ids(reader, held_out), sizes, report)
 
-    def save(scratch: Path) -> None:
+    with whole_folder(folder) as scratch:
         with quiet_transformers():
             model.save_pretrained(scratch)
         reader.save_pretrained(scratch)
-
-    _publish(folder, save)
 
 
 def _new_model(reader: Any, sizes: TeacherSizes) -> Any:
@@ -257,12 +254,3 @@ def _held_out_loss(model: Any, windows: Tensor) -> float:
     parts = [float(_loss(model, rows)) * len(rows) for rows in torch.split(windows, 32)]
     model.train()
     return sum(parts) / max(1, len(windows))
-
-
-def _publish(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a folder that appears as a whole."""
-    scratch = folder.with_name(folder.name + ".tmp")
-    for leftover in (scratch, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(scratch)
-    scratch.rename(folder)

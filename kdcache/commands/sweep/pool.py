@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdcache.cluster import cluster_address, connect
+from kdcache.commands.interrupt import check
 from kdcache.errors import KdcacheError, UsageError
 
 _TRIES = 3
@@ -110,6 +111,7 @@ class RayPool:
                 self._running[ref] = i
             done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1.0)
             tick()
+            check()
             for ref in done:
                 i = self._running.pop(ref)
                 try:

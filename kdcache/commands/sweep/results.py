@@ -12,12 +12,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdcache.files import write_json, write_text
 from kdcache.plots import DotRow, plot_dots
 
 SEED = "seed"
@@ -117,8 +117,8 @@ class SweepResult:
 
     def write(self, folder: Path) -> None:
         """Write `results.json`, `results.csv` (a line a run) and `results.png`."""
-        replace_text(folder / "results.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        replace_text(folder / "results.csv", self._csv())
+        write_json(folder / "results.json", dataclasses.asdict(self))
+        write_text(folder / "results.csv", self._csv())
         best = self.settings[:_MOST_DRAWN]
         shown = "" if len(best) == len(self.settings) else f"best {len(best)} settings: "
         better = "higher" if self.ranked_by == "accuracy" else "lower"
@@ -185,10 +185,3 @@ def _kind(setting: dict[str, str]) -> str:
         return setting.get("student", "")
     name, value = next(iter(setting.items()))
     return f"{name} {value}"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is whole at any moment."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
-    scratch.replace(path)

@@ -13,13 +13,11 @@ their last checkpoint, and a changed grid only adds runs. A failed run does not 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +25,21 @@ from typing import Any
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
 from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
-from kdcache.commands.sweep.results import SEED, RunScore, SweepResult, replace_text
+from kdcache.commands.sweep.results import SEED, RunScore, SweepResult
 from kdcache.commands.train.log import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import Plan
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.run import make_student
-from kdcache.commands.train.train import train
+from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.files import LOCK_FILE, alone, local_path, write_json
 from kdcache.options import Options, option, options_of
 from kdcache.version import __version__
 
 logger = logging.getLogger(__name__)
 
 SWEEP_FILE = "sweep.json"
-_LOCK = "sweep.lock"
 _RUNS = "runs"
 
 
@@ -110,16 +108,15 @@ def sweep(
             holds something else.
         IncompleteError: interrupted, or some runs failed; the same command resumes.
     """
-    job = _Sweep(options, on_progress)
-    if job.missing():
-        with interruptible():
-            try:
+    job: _Sweep | None = None
+    with interruptible():
+        try:
+            job = _Sweep(options, on_progress)
+            if job.missing():
                 job.train()
-            except KeyboardInterrupt:
-                raise IncompleteError(
-                    f"interrupted: {len(job.finished)} of {len(job.runs)} runs are finished. "
-                    f"To go on: {_command(options)}"
-                ) from None
+        except KeyboardInterrupt:
+            done = f": {len(job.finished)} of {len(job.runs)} runs are finished" if job else ""
+            raise IncompleteError(f"interrupted{done}. To go on: {_command(options)}") from None
     result = job.result()
     if result is not None:
         result.write(job.out)
@@ -136,7 +133,7 @@ class _Sweep:
     ) -> None:
         self.options, self.on_progress = options, on_progress
         self.grid = Grid.read(options.grid)
-        self.out = Path(options.out).expanduser().absolute()
+        self.out = local_path(options.out)
         self.runs = {run.key: run for run in self.grid.runs}
         self.known = _read_manifest(self.out)
         self.names = {
@@ -166,8 +163,8 @@ class _Sweep:
         pool = _pool(self.options, len(missing))
         try:
             self._check_students(pool, missing)
-            (self.out / _RUNS).mkdir(parents=True, exist_ok=True)
-            with _alone(self.out):
+            with alone(self.out, "sweep"):
+                (self.out / _RUNS).mkdir(exist_ok=True)
                 self._write_manifest()
                 self._steps = {key: plan.steps for key, plan in self.plans.items()}
                 self._before, self._begun = self._step(), time.perf_counter()
@@ -239,7 +236,7 @@ class _Sweep:
             for key, run in self.runs.items()
         }
         document = {"kdcache": __version__, "runs": {**self.known, **entries}}
-        replace_text(self.out / SWEEP_FILE, json.dumps(document, indent=1) + "\n")
+        write_json(self.out / SWEEP_FILE, document)
 
     def result(self) -> SweepResult | None:
         """The figures of the finished runs; None where there are none."""
@@ -282,7 +279,7 @@ def _try_student(options: TrainOptions, _: Tick) -> None:
 
 
 def _train_one(options: TrainOptions, tick: Tick) -> TrainResult:
-    return train(options, on_progress=lambda _: tick())
+    return train_one(options, on_progress=lambda _: tick())
 
 
 def _read_manifest(out: Path) -> dict[str, Any]:
@@ -294,24 +291,9 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     path = out / SWEEP_FILE
     if path.is_file():
         return dict(json.loads(path.read_text())["runs"])
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {_RUNS, _LOCK}):
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {_RUNS, LOCK_FILE}):
         raise UsageError(f"{out} is not empty and not a sweep of kdcache. Choose another --out.")
     return {}
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a second sweep out of the folder for as long as this process lives."""
-    with (out / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another sweep is at work in {out}. Wait for it, or choose another --out."
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s): run no other sweep there", out, error)
-        yield
 
 
 def _score(run: GridRun, result: TrainResult) -> RunScore:

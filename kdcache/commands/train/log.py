@@ -20,6 +20,7 @@ from transformers.integrations import (
 )
 
 from kdcache.commands.train.result import TrainProgress
+from kdcache.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 _TAIL = 2**16  # bytes that hold at least one whole line
@@ -52,7 +53,7 @@ def cut_metrics(run: Path, last: int) -> None:
     """Drop what was logged after step `last`: the resumed run will log it again."""
     lines = [line for line in read_metrics(run) if line["step"] <= last]
     if lines or (run / METRICS_FILE).is_file():
-        (run / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_text(run / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def seconds_before(run: Path) -> float:

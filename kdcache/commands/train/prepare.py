@@ -16,15 +16,17 @@ from kdcache.commands.train.log import METRICS_FILE, wrong_trackers
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.errors import UsageError
+from kdcache.files import LOCK_FILE, local_path
 from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
-from kdcache.student.trainer import check_identity, last_checkpoint, read_state
+from kdcache.student.checkpoints import last_checkpoint, read_state, step_of
+from kdcache.student.trainer import check_identity
 from kdcache.targets import Codec, Dense, DenseTargets, Sample, SparseTargets
 from kdcache.tasks import CAUSAL_LM
 
 RESULT_FILE = "train.json"
 STUDENT_FOLDER = "student"
-_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", STUDENT_FOLDER + "*")
+_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", STUDENT_FOLDER + "*", LOCK_FILE, ".*.tmp")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Plan:
             UsageError: lists everything that is wrong.
             IncompleteError: a cache's build is unfinished.
         """
+        local_path(options.out)
         caches = opened(options.cache)
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
         first, problems = caches[0], wrong_trackers(options.report_to)
@@ -76,7 +79,7 @@ class Plan:
     @property
     def out(self) -> Path:
         """Folder of the run."""
-        return Path(self.options.out).expanduser().absolute()
+        return local_path(self.options.out)
 
     @property
     def steps(self) -> int:
@@ -142,6 +145,20 @@ class Plan:
                 "Delete them or choose another --out."
             )
         return found
+
+    @staticmethod
+    def go_on(options: TrainOptions) -> str:
+        """How to go on with a run that was stopped, and from where."""
+        found = last_checkpoint(local_path(options.out))
+        if options.resume not in ("auto", "never"):
+            return f"The same command starts again at {options.resume}."
+        if found is None:
+            return (
+                "There is no checkpoint yet: the same command starts over. --save-steps, or "
+                "--eval-steps with an --eval-cache, takes them more often."
+            )
+        command = "The same command" if options.resume == "auto" else "--resume auto"
+        return f"{command} continues from step {step_of(found)} ({found})."
 
 
 def steps_of(options: TrainOptions, stream: TargetStream) -> int:

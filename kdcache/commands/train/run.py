@@ -13,9 +13,7 @@ checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     TrainerCallback,
     TrainerState,
@@ -43,7 +40,9 @@ from kdcache.commands.train.log import (
 )
 from kdcache.commands.train.prepare import RESULT_FILE, STUDENT_FOLDER, Plan, steps_of
 from kdcache.commands.train.result import TrainProgress, TrainResult
+from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.errors import UsageError
+from kdcache.files import whole_folder, write_json
 from kdcache.stream import TargetStream
 from kdcache.student import (
     BiLstmClassifier,
@@ -53,7 +52,8 @@ from kdcache.student import (
     load_student,
     student_tokenize,
 )
-from kdcache.student.trainer import DistillationTrainer, read_state
+from kdcache.student.checkpoints import read_state
+from kdcache.student.trainer import DistillationTrainer
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
@@ -243,7 +243,7 @@ def _trainer(
     steps = steps_of(options, stream)
     evaluates = bool(plan.eval_caches)
     every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
-    callbacks: list[TrainerCallback] = [MetricsCallback(plan.out, on_progress)]
+    callbacks: list[TrainerCallback] = [StopOnSignal(), MetricsCallback(plan.out, on_progress)]
     asked = {*options.report_to}
     trackers = sorted(asked - {"auto", "none", "tensorboard", "wandb"})
     if asked & {"auto", "tensorboard"} and is_tensorboard_available():
@@ -251,7 +251,7 @@ def _trainer(
     if "wandb" in asked:
         callbacks.append(OwnWandb())
     if options.patience is not None:
-        callbacks.append(EarlyStoppingCallback(options.patience))
+        callbacks.append(Patience(options.patience))
     arguments = TrainingArguments(
         output_dir=str(plan.out),
         run_name=plan.out.name,
@@ -273,7 +273,6 @@ def _trainer(
         load_best_model_at_end=evaluates,
         metric_for_best_model=f"eval_{options.best}" if evaluates else None,
         greater_is_better=options.best == "accuracy" if evaluates else None,
-        restore_callback_states_from_checkpoint=True,
         bf16=options.bf16,
         fp16=options.fp16,
         seed=options.seed,
@@ -343,9 +342,6 @@ def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: Train
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return
-    scratch, folder = plan.out / f"{STUDENT_FOLDER}.tmp", plan.out / STUDENT_FOLDER
-    for leftover in (scratch, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
     student = trainer.accelerator.unwrap_model(trainer.model)
     options: dict[str, Any] = {}
     if weights is not None:
@@ -355,18 +351,16 @@ def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: Train
         options["state_dict"] = {
             k.removeprefix("student."): v for k, v in weights.items() if k not in tied
         }
-    student.save_pretrained(scratch, **options)
-    if tokenize is None:
-        plan.caches[0].tokenizer().save_pretrained(str(scratch))
-    elif isinstance(tokenize, HfTokenize):
-        tokenize.tokenizer.save_pretrained(str(scratch))
-    scratch.replace(folder)
+    with whole_folder(plan.out / STUDENT_FOLDER) as folder:
+        student.save_pretrained(folder, **options)
+        if tokenize is None:
+            plan.caches[0].tokenizer().save_pretrained(str(folder))
+        elif isinstance(tokenize, HfTokenize):
+            tokenize.tokenizer.save_pretrained(str(folder))
     document = {
         "kdcache": __version__,
         "options": plan.options.shown(),
         "identity": plan.finished_identity,
         "result": dataclasses.asdict(result),
     }
-    path = plan.out / (RESULT_FILE + ".tmp")
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    path.replace(plan.out / RESULT_FILE)
+    write_json(plan.out / RESULT_FILE, document)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kdcache.commands.interrupt import interruptible
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import Plan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
+from kdcache.errors import IncompleteError
+from kdcache.files import alone, full_disk
 
 
 def train(
@@ -20,16 +23,33 @@ def train(
         on_progress: called for every line of `metrics.jsonl`.
 
     Raises:
-        UsageError: options, caches and student do not fit, or the folder holds another run.
-        IncompleteError: a cache's build is unfinished.
+        UsageError: options, caches and student do not fit, or the folder holds another run or has
+            another process at work in it.
+        IncompleteError: a cache's build has not finished, or the run was interrupted or filled the
+            disk; the same command goes on.
     """
+    with interruptible():
+        try:
+            return train_one(options, on_progress)
+        except KeyboardInterrupt:
+            raise IncompleteError(f"interrupted. {Plan.go_on(options)}") from None
+
+
+def train_one(
+    options: TrainOptions, on_progress: Callable[[TrainProgress], None] | None = None
+) -> TrainResult:
+    """As `train`, for callers that handle signals themselves."""
     plan = Plan.make(options)
     finished = plan.finished()
     if finished is not None:
         return finished
-    plan.checkpoint()  # its errors are reported before workers start
-    if options.num_workers > 1:
-        from kdcache.commands.train.on_ray import train_on_ray
+    with alone(plan.out, "training"), full_disk(plan.out, lambda: Plan.go_on(options)):
+        finished = plan.finished()
+        if finished is not None:  # by the process that was at work here
+            return finished
+        plan.checkpoint()  # its errors are reported before workers start
+        if options.num_workers > 1:
+            from kdcache.commands.train.on_ray import train_on_ray
 
-        return train_on_ray(options, on_progress)
-    return Run.prepare(plan, on_progress).train()
+            return train_on_ray(options, on_progress)
+        return Run.prepare(plan, on_progress).train()

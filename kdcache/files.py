@@ -1,0 +1,272 @@
+"""Files that appear whole or not at all, and folders in which one process works at a time.
+
+A file is written beside its place, flushed to the disk and renamed; a folder likewise. Where a
+folder must be filled in place (a checkpoint, by several processes), its *seal* says that it is
+whole: a JSON file with the name and size of every other file, written last and removed first.
+
+Guarantee: whatever is killed, a reader finds the old content, the new content or nothing, and a
+sealed folder that lacks a byte counts as none. A full disk is an `IncompleteError`. Cost: one
+fsync a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PLACE = {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EISDIR}
+# torch and safetensors report a failed write as errors of their own.
+_FULL_WORDS = re.compile(
+    r"No space left on device|File too large|Disk quota exceeded|PytorchStreamWriter failed"
+    r"|unexpected pos \d+ vs \d+|basic_ios::clear: iostream error"
+)
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error means a full disk or quota."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return bool(_FULL_WORDS.search(str(error)))
+
+
+@contextlib.contextmanager
+def output_errors(place: str | Path, kept: str = "what is committed stays valid") -> Iterator[None]:
+    """Errors of writing to a place, as errors with a cure.
+
+    Args:
+        place: folder or file that is written, for the message.
+        kept: what a full disk does not lose.
+
+    Raises:
+        UsageError: the place cannot be written to.
+        IncompleteError: no space left.
+    """
+    try:
+        yield
+    except Exception as error:
+        if no_space(error):
+            raise IncompleteError(
+                f"no space left on {place}: {kept}. Free some space and run the same command again."
+            ) from error
+        if not isinstance(error, OSError):
+            raise
+        if isinstance(error, PermissionError) or error.errno in _NO_PLACE:
+            raise UsageError(
+                f"cannot write to {place}: {error.strerror}. Make it writable, or choose another "
+                "place."
+            ) from error
+        if error.errno == errno.EROFS:
+            raise UsageError(
+                f"{place} is on a read-only file system. Make it writable, or choose another place."
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def full_disk(place: Path, go_on: Callable[[], str]) -> Iterator[None]:
+    """A disk that fills up meanwhile ends the work in order.
+
+    Args:
+        place: where the work writes, for the message where the error names no file.
+        go_on: what to tell about going on.
+
+    Raises:
+        IncompleteError: no space left.
+    """
+    try:
+        yield
+    except KdcacheError:
+        raise
+    except Exception as error:
+        if not no_space(error):
+            raise
+        where = getattr(error, "filename", None) or place
+        raise IncompleteError(f"no space left on {where}. Free some. {go_on()}") from error
+
+
+def local_path(name: str, option: str = "--out") -> Path:
+    """The absolute path of an output on this machine.
+
+    Raises:
+        UsageError: it is a URL, which would become a folder named `s3:`.
+    """
+    name = name.removeprefix("file://")
+    if "://" in name:
+        raise UsageError(
+            f"{option} is {name}, expected a folder or file on this machine: only caches can be "
+            "written to an object store."
+        )
+    return Path(name).expanduser().absolute()
+
+
+# Files
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears under its name at the end of the `with` block.
+
+    An error leaves what was there before.
+    """
+    scratch = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(scratch, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a text file (UTF-8), whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write or replace a JSON file, whole or not at all."""
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+# Folders
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name, and the place of an older one, at the end.
+
+    One process at a time: see `alone`.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        sync_tree(scratch)
+        shutil.rmtree(path, ignore_errors=True)
+        scratch.replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush all files below a folder to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
+
+
+@contextlib.contextmanager
+def alone(folder: Path, work: str) -> Iterator[None]:
+    """Make a folder if need be, and keep a second process out of it.
+
+    The lock is the kernel's and ends with this process, however that ends.
+
+    Args:
+        folder: where this process works.
+        work: what it does there, for the message to the second one.
+
+    Raises:
+        UsageError: another process is at work there, or the folder cannot be written to.
+    """
+    path = folder / LOCK_FILE
+    with contextlib.ExitStack() as held:
+        while True:
+            with output_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(path, "ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"another {work} is at work in {folder}. Wait for it, or choose another --out."
+                ) from error
+            except OSError as error:  # some network file systems have no locks
+                logger.warning(
+                    "%s cannot be locked (%s): run no other %s there", folder, error, work
+                )
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            file.close()  # whoever held it has removed the folder: look again
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [LOCK_FILE]:  # nothing was begun
+                shutil.rmtree(folder)
+
+
+# Sealed folders
+
+
+def seal(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+    """Declare a folder whole: write its seal, with these facts and the size of every file."""
+    sync_tree(folder)
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(folder / name, {**facts, "files": files})
+
+
+def read_seal(folder: Path, name: str) -> dict[str, Any]:
+    """The facts of a sealed folder.
+
+    Raises:
+        ValueError: the folder is not whole; says what is wrong.
+    """
+    try:
+        document = json.loads((folder / name).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"has no {name}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
+        raise ValueError(f"has a {name} without a list of files")
+    for file, size in document.pop("files").items():
+        try:
+            found = (folder / file).stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"lacks {file}") from None
+        if found != size:
+            raise ValueError(f"has {found} bytes of {file} instead of {size}")
+    return dict(document)
+
+
+def discard(folder: Path, name: str) -> None:
+    """Remove a sealed folder, its seal first; no error where there is none."""
+    if folder.is_dir():
+        (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
+        shutil.rmtree(folder)

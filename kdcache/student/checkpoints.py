@@ -1,0 +1,132 @@
+"""Checkpoints of the HF Trainer that are whole or not there.
+
+A checkpoint's `kdcache_state.json` is its seal (`kdcache.files`): written when all its files are
+on the disk, removed before any of them. The Trainer itself overwrites, and deletes the oldest
+before the newest is complete; here the newest is sealed first.
+
+Guarantee: a run that was killed at any moment goes on from a checkpoint as it was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kdcache.errors import UsageError
+from kdcache.files import discard, read_seal, seal
+
+STATE_FILE = "kdcache_state.json"
+_PREFIX = "checkpoint-"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What the seal of a checkpoint says: cursor and identity of the run.
+
+    Raises:
+        UsageError: it is not a whole checkpoint.
+    """
+    try:
+        return read_seal(checkpoint, STATE_FILE)
+    except ValueError as error:
+        raise UsageError(
+            f"{checkpoint} {error}: it is not a whole checkpoint of kdcache. Name another one, or "
+            "begin anew with another --out."
+        ) from error
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The last whole checkpoint of a run, or None."""
+    for folder in sorted(_checkpoints(out), key=step_of, reverse=True):
+        try:
+            read_seal(folder, STATE_FILE)
+        except ValueError:
+            continue
+        return folder
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was taken."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    found = out.glob(f"{_PREFIX}*")
+    return [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
+
+
+class CheckpointingTrainer(Trainer):  # type: ignore[misc]
+    """The HF Trainer with checkpoints that are whole or not there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer."""
+        super().__init__(*args, **kwargs)
+        self.add_callback(_BestCallback())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not Path(checkpoint, "scheduler.pt").is_file():
+            raise UsageError(
+                f"{checkpoint} was saved without the optimizer: training cannot go on from it. "
+                "Name another one, or begin anew."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What a checkpoint's seal says beside its files; for subclasses."""
+        return {}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        out = Path(self._get_output_dir(trial=trial))
+        folder = out / f"{_PREFIX}{self.state.global_step}"
+        if self.args.should_save:
+            discard(folder, STATE_FILE)  # of a sitting that was killed, with other files perhaps
+        self.accelerator.wait_for_everyone()
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(folder, STATE_FILE, self.checkpoint_facts())
+        except Exception:
+            if self.args.should_save:  # a full disk needs the room
+                with contextlib.suppress(OSError):
+                    discard(folder, STATE_FILE)
+            raise
+        finally:
+            self.args.save_total_limit = keep
+        if self.args.should_save and keep:
+            self._rotate(out, keep)
+
+    def _rotate(self, out: Path, keep: int) -> None:
+        """Delete the oldest checkpoints but `keep`, the best and the newest being among these; and
+        any later than now, which an earlier sitting took before this one went back."""
+        now, best = self.state.global_step, self.state.best_global_step
+        steps = {step_of(path): path for path in _checkpoints(out)}
+        kept = {now, best} & steps.keys()
+        for step in sorted((s for s in steps if s < now), reverse=True):
+            if len(kept) < keep:
+                kept.add(step)
+        for step, path in steps.items():
+            if step not in kept:
+                discard(path, STATE_FILE)
+
+
+class _BestCallback(TrainerCallback):  # type: ignore[misc]
+    """Finds the best checkpoint again where a run's folder has moved.
+
+    The Trainer notes an absolute path, and where that is gone it ends with the last weights.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not (args.load_best_model_at_end and state.best_global_step):
+            return
+        here = Path(args.output_dir, f"{_PREFIX}{state.best_global_step}")
+        noted = Path(state.best_model_checkpoint or here)
+        best = here if here.is_dir() else noted
+        read_state(best)
+        state.best_model_checkpoint = str(best)

@@ -1,0 +1,403 @@
+"""Trainings that are stopped: killed at every moment, interrupted, out of disk, or started twice.
+
+After each the same command ends with the student of a run that was left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_caches import make_cache
+from safetensors.torch import load_file
+
+from kdcache.commands.train import run as run_module
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.train.train import train
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.files import LOCK_FILE
+from kdcache.student.checkpoints import last_checkpoint, step_of
+
+SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
+Make = Callable[..., TrainOptions]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches `classes` (45 rows, so 6 steps an epoch) and `held` (20 rows)."""
+    folder = tmp_path_factory.mktemp("stops")
+    make_cache(folder / "classes", [20, 14, 11])
+    make_cache(folder / "held", [20], first=500)
+    return folder
+
+
+@pytest.fixture
+def options(folder: Path, tmp_path: Path) -> Make:
+    """Options of a small run with a checkpoint every two steps."""
+
+    def make(**changes: Any) -> TrainOptions:
+        values: dict[str, Any] = {
+            "cache": str(folder / "classes"), "eval_cache": str(folder / "held"), "eval_steps": 2,
+            "student": "bilstm", "out": str(tmp_path / "run"), "batch_size": 8, "epochs": 2,
+            "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", **SMALL,
+        }  # fmt: skip
+        return TrainOptions(**(values | changes))
+
+    return make
+
+
+def metrics(run: str | Path) -> list[dict[str, Any]]:
+    """What a run logged, without wall times."""
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in ("seconds", "eval_runtime")} for x in lines]
+
+
+def same(run: str | Path, other: str | Path) -> bool:
+    """Whether two runs logged the same and ended with the same weights, to the bit."""
+    weights = [load_file(Path(r, "student", "model.safetensors")) for r in (run, other)]
+    equal = all(weights[0][name].equal(weights[1][name]) for name in weights[1])
+    return equal and metrics(run) == metrics(other)
+
+
+class StopError(Exception):
+    """An interruption."""
+
+
+def stop(*_: Any) -> None:
+    raise StopError
+
+
+_WRITES = os.O_WRONLY | os.O_RDWR
+_CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
+
+
+class Watch:
+    """Calls `act(event, path)` before each change of a file or folder below `place`."""
+
+    def __init__(self) -> None:
+        self.place: str | None = None
+        self.act: Callable[[str, str], None] = lambda *_: None
+        sys.addaudithook(self._hook)  # for as long as the process lives
+
+    def _hook(self, event: str, facts: tuple[Any, ...]) -> None:
+        if self.place is None or event not in _CHANGES:
+            return
+        if event == "open" and not (isinstance(facts[2], int) and facts[2] & _WRITES):
+            return
+        paths = [str(fact) for fact in facts[:2]]
+        if event in ("os.remove", "os.rmdir") and facts[1] != -1:
+            paths = [os.path.join(os.readlink(f"/proc/self/fd/{facts[1]}"), paths[0])]
+        if any(path.startswith(self.place) for path in paths):
+            place, self.place = self.place, None  # what `act` does is not watched
+            try:
+                self.act(event, paths[0])
+            finally:
+                self.place = place
+
+
+@pytest.fixture(scope="module")
+def watcher() -> Watch:
+    """One hook for all tests: it can't be removed."""
+    return Watch()
+
+
+@pytest.fixture
+def watch(watcher: Watch) -> Iterator[Watch]:
+    """The hook, at rest before and after."""
+    yield watcher
+    watcher.place = None
+
+
+# Killed
+
+
+def test_killed_at_every_moment_of_saving_and_rotation(
+    options: Make, tmp_path: Path, watch: Watch
+) -> None:
+    """What a kill leaves is the folder as it was at that moment: it is copied there."""
+    whole = options(out=str(tmp_path / "whole"), keep_checkpoints=99)
+    train(whole)
+    moments: list[Path] = []
+    copies = tmp_path / "copies"
+    copies.mkdir()
+
+    def copy(event: str, path: str) -> None:
+        if not (tmp_path / "run").is_dir():
+            return
+        shutil.copytree(tmp_path / "run", copies / f"{len(moments)}")
+        moments.append(copies / f"{len(moments)}")
+
+    watch.act, watch.place = copy, str(tmp_path / "run")
+    train(options())
+    watch.place = None
+    assert len(moments) > 50
+    steps = []
+    for moment in moments:
+        found = last_checkpoint(moment)
+        steps.append(step_of(found) if found else 0)
+        for path in found.iterdir() if found else ():
+            if path.suffix != ".json":  # these hold times and paths
+                assert path.read_bytes() == Path(whole.out, found.name, path.name).read_bytes()
+    assert steps == sorted(steps), "no moment falls back"
+    assert {*steps} == {0, 2, 4, 6, 8, 10, 12}
+    # Of the moments with each checkpoint: the first and the last, with the next one half there.
+    picked = {step: i for i, step in enumerate(steps)} | {-s: steps.index(s) for s in (4, 12)}
+    for i in picked.values():
+        result = train(options(out=str(moments[i])))
+        assert same(moments[i], whole.out)
+        assert result.steps == 12
+
+
+def test_a_checkpoint_that_lacks_a_byte_is_passed_over(options: Make, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        train(options(), on_progress=lambda now: stop() if now.step == 7 else None)
+    six = Path(options().out, "checkpoint-6")
+    files = [path for path in six.iterdir() if path.name != "kdcache_state.json"]
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {
+        path.name for path in files
+    }
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        assert step_of(last_checkpoint(six.parent) or six) == 4
+        with pytest.raises(UsageError, match=f"{len(content) - 1} bytes of {path.name} instead of"):
+            train(options(resume=str(six)))
+        path.unlink()
+        with pytest.raises(UsageError, match=f"lacks {path.name}: it is not a whole checkpoint"):
+            train(options(resume=str(six)))
+        path.write_bytes(content)
+    assert last_checkpoint(six.parent) == six
+    (six / "kdcache_state.json").write_text("{}")
+    assert step_of(last_checkpoint(six.parent) or six) == 4
+
+
+def test_going_back_forgets_what_came_later(options: Make, tmp_path: Path) -> None:
+    whole = options(out=str(tmp_path / "whole"))
+    train(whole)
+    with pytest.raises(StopError):
+        train(options(), on_progress=lambda now: stop() if now.step == 9 else None)
+    back = options(resume=str(tmp_path / "run" / "checkpoint-6"))
+    with pytest.raises(StopError):
+        train(back, on_progress=lambda now: stop() if now.step == 9 else None)
+    assert step_of(last_checkpoint(tmp_path / "run") or tmp_path) == 8
+    train(options())
+    assert same(tmp_path / "run", whole.out)
+
+
+def test_a_run_whose_folder_moved_ends_with_its_best_weights(options: Make, tmp_path: Path) -> None:
+    common = {"learning_rate": 0.5, "epochs": 40, "patience": 2}
+    whole = train(options(out=str(tmp_path / "whole"), **common))
+    assert whole.best_step == whole.steps - 4
+    last = whole.steps - 1
+    with pytest.raises(StopError):
+        train(options(**common), on_progress=lambda now: stop() if now.step == last else None)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = options(out=str(tmp_path / "moved"), **common)
+    assert train(moved).best_step == whole.best_step
+    assert same(moved.out, whole.out)
+    (tmp_path / "moved" / "train.json").unlink()
+    shutil.rmtree(tmp_path / "moved" / f"checkpoint-{whole.best_step}")
+    with pytest.raises(UsageError, match=f"checkpoint-{whole.best_step} has no kdcache_state"):
+        train(moved)
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "student"])
+def test_a_run_that_stopped_early_takes_no_step_more(
+    options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    common = {"learning_rate": 0.5, "epochs": 40, "patience": 2}
+    whole = train(options(out=str(tmp_path / "whole"), **common))
+    assert whole.steps < 240
+    with monkeypatch.context() as patched:
+        if moment == "checkpoint":  # right after the last one
+            patched.setattr(run_module.DistillationTrainer, "_load_best_model", stop)
+        else:
+            patched.setattr(run_module, "_save", stop)
+        with pytest.raises(StopError):
+            train(options(**common))
+    seen: list[int] = []
+    result = train(options(**common), on_progress=lambda now: seen.append(now.step))
+    assert not seen
+    assert (result.steps, result.best_step) == (whole.steps, whole.best_step)
+    assert (result.loss, result.eval) == (whole.loss, pytest.approx(whole.eval, abs=60))
+    assert same(result.out, whole.out)
+    # More patience is more steps.
+    Path(result.out, "train.json").unlink()
+    assert train(options(**common | {"patience": 4})).steps > whole.steps
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_signal_ends_a_training_in_order(
+    options: Make, tmp_path: Path, sign: signal.Signals, lost: bool
+) -> None:
+    """One that a library swallowed (its exception could not leave a callback) is found again."""
+    whole = options(out=str(tmp_path / "whole"))
+    train(whole)
+    last: list[int] = []
+
+    def strike(now: TrainProgress) -> None:
+        last.append(now.step)
+        if now.step == 5:
+            try:
+                signal.raise_signal(sign)
+            except KeyboardInterrupt:
+                if not lost:
+                    raise
+
+    before = signal.getsignal(sign)
+    with pytest.raises(IncompleteError) as told:
+        train(options(), on_progress=strike)
+    four = tmp_path / "run" / "checkpoint-4"
+    assert str(told.value) == f"interrupted. The same command continues from step 4 ({four})."
+    assert last[-1] == 5
+    assert signal.getsignal(sign) is before
+    train(options())
+    assert same(options().out, whole.out)
+
+
+def test_a_training_without_a_checkpoint_says_so(options: Make) -> None:
+    with pytest.raises(IncompleteError, match="There is no checkpoint yet: the same command sta"):
+        train(options(), on_progress=lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(IncompleteError, match="--resume auto continues from step 2"):
+        train(
+            options(resume="never"),
+            on_progress=lambda now: signal.raise_signal(signal.SIGINT) if now.step == 3 else None,
+        )
+
+
+def command(options: TrainOptions) -> list[str]:
+    """The words of the program for these options."""
+    words = [sys.executable, "-m", "kdcache", "train"]
+    for name, value in options.to_dict().items():
+        default = getattr(TrainOptions("?", "?", "?"), name)
+        for each in value if isinstance(value, list) else [value]:
+            if value != (list(default) if isinstance(default, tuple) else default):
+                words += [f"--{name.replace('_', '-')}", str(each)]
+    return words
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_process_that_is_ended_goes_on(
+    options: Make, tmp_path: Path, sign: signal.Signals
+) -> None:
+    chosen = options(epochs=400)
+    process = subprocess.Popen(
+        command(chosen), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    run = Path(chosen.out)
+    while process.poll() is None and not last_checkpoint(run):
+        pass
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=120)
+    if sign != signal.SIGKILL:
+        assert process.returncode == 3
+        (line,) = [x for x in errors.splitlines() if x.strip()][-1:]
+        assert line.startswith("Error: interrupted. The same command continues from step ")
+        assert "Traceback" not in errors
+    short = options()  # the length may change
+    train(short)
+    assert metrics(run)[-1]["step"] >= 12
+
+
+# Disk
+
+
+def refuse_writes(watch: Watch, place: str, count: int) -> None:
+    """From the `count`-th file that is opened for writing below `place` on, the disk is full."""
+    left = [count]
+
+    def act(event: str, path: str) -> None:
+        if event in ("open", "os.mkdir"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    watch.act, watch.place = act, place
+
+
+def test_a_disk_that_is_full_at_any_write(options: Make, tmp_path: Path, watch: Watch) -> None:
+    whole = options(out=str(tmp_path / "whole"))
+    train(whole)
+    run, count = Path(options().out), 1
+    for count in (*range(1, 60, 9), *range(60, 90, 3)):
+        refuse_writes(watch, str(run), count)
+        told = ""
+        try:
+            train(options())
+        except IncompleteError as error:
+            told = str(error)
+        finally:
+            watch.place = None
+        found = last_checkpoint(run)
+        assert told.startswith(f"no space left on {run}") == (not (run / "train.json").exists())
+        assert not told or found is None or f"continues from step {step_of(found)} (" in told
+        assert len(list(run.glob("checkpoint-*"))) <= 2, "half a checkpoint takes no room"
+    assert (run / "train.json").exists()
+    assert same(run, whole.out)
+
+
+@pytest.mark.parametrize("limit", [10_000, 20_000])
+def test_files_that_may_not_grow(options: Make, tmp_path: Path, limit: int) -> None:
+    """Errors of torch's and safetensors' own writers: weights and optimizer are larger."""
+    whole = options(out=str(tmp_path / "whole"))
+    train(whole)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(IncompleteError, match="no space left on"):
+            train(options())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    train(options())
+    assert same(options().out, whole.out)
+
+
+# Two at once
+
+
+def test_a_second_training_on_one_folder_is_refused(options: Make) -> None:
+    tried: list[int] = []
+
+    def second(now: TrainProgress) -> None:
+        tried.append(now.step)
+        with pytest.raises(UsageError, match="another training is at work in .*run. Wait for it"):
+            train(options())
+
+    train(options(max_steps=2), on_progress=second)
+    assert tried
+    assert not train(options(max_steps=2)).made
+
+
+def test_wrong_students_leave_no_folder(options: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        train(options(student=str(tmp_path / "none")))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_FILE).touch()  # of a run that was killed
+    train(options(max_steps=1))
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "hf://x/y", "memory://x"])
+def test_a_run_is_not_written_to_an_address(
+    options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"--out is {url}, expected a folder"):
+        train(options(out=url))
+    assert not list(tmp_path.iterdir())
