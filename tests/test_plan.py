@@ -317,7 +317,7 @@ def test_a_plan_takes_the_batch_that_fits_the_gpu(
 ) -> None:
     tried: list[object] = []
 
-    def share(run: Callable[[], object]) -> float | None:
+    def share(run: Callable[[], object], _gpus: object) -> float | None:
         tried.append(run())
         return 0.5 if len(tried) == 8 else None
 

@@ -35,7 +35,7 @@ from kdcache.teacher import (
     peak_share,
     teacher,
 )
-from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
+from kdcache.teacher.memory import fits_one_gpu, gpus_of, room_for_weights, weight_bytes
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -370,8 +370,9 @@ class TestOnGpu:
         def take(share: float) -> Callable[[], torch.Tensor]:
             return lambda: torch.empty(int(share * free), dtype=torch.uint8, device="cuda")
 
-        assert peak_share(take(0.25)) == pytest.approx(0.25, abs=0.02)
-        assert peak_share(take(1.5)) is None
+        (gpu,) = gpus_of([torch.nn.Linear(1, 1, device="cuda")])
+        assert peak_share(take(0.25), [gpu]) == pytest.approx(0.25, abs=0.02)
+        assert peak_share(take(1.5), [gpu]) is None
         assert torch.cuda.memory_allocated() < 0.01 * free, "nothing of it is left"
 
     def test_a_batch_size_is_found_and_used(self, options: BuildOptions) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -92,13 +93,26 @@ def find_batch_tokens(peak_share: Callable[[int], float | None], most: int, leas
     return least
 
 
-def peak_share(run: Callable[[], object]) -> float | None:
-    """Run something on all visible GPUs and see how much of their free memory it takes.
+def gpus_of(models: Iterable[Any]) -> tuple[torch.device, ...]:
+    """The GPUs that models lie on, in order; other processes may work on the rest."""
+    places = {str(tensor.device) for model in models for tensor in model.state_dict().values()}
+    for model in models:
+        places |= {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    found = {torch.device("cuda", int(p)) if p.isdecimal() else torch.device(p) for p in places}
+    return tuple(sorted((d for d in found if d.type == "cuda"), key=lambda d: d.index or 0))
+
+
+def peak_share(run: Callable[[], object], devices: Sequence[torch.device]) -> float | None:
+    """Run something on GPUs and see how much of their free memory it takes.
+
+    Args:
+        run: what is tried.
+        devices: the GPUs that it uses. Others are left alone: asking one makes a context there, of
+            half a GB.
 
     Returns:
         The largest share of any GPU; None if one ran out.
     """
-    devices = range(torch.cuda.device_count())
     before, free = [], []
     for device in devices:
         torch.cuda.synchronize(device)

@@ -20,6 +20,7 @@ from torch import Tensor
 from kdcache.rows import Row
 from kdcache.tasks import positions
 from kdcache.teacher.load import compile_layers, input_device, load_models
+from kdcache.teacher.memory import gpus_of
 from kdcache.teacher.options import TeacherOptions
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ class Teacher:
                 compile_layers(model)
         self.device = input_device(self._models[0])
         self._clipped_mass = torch.zeros((), device=self.device)
+
+    @property
+    def gpus(self) -> tuple[torch.device, ...]:
+        """The GPUs that its models lie on."""
+        return gpus_of(self._models)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Iterator[Tensor]:

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -106,7 +108,7 @@ class SpanWorker:
 
     def _find_batch_tokens(self) -> int:
         found = find_batch_tokens(
-            lambda tokens: peak_share(lambda: self._try_batch(tokens)),
+            lambda tokens: peak_share(lambda: self._try_batch(tokens), self.teacher.gpus),
             self.job.batch_tokens,
             self.job.rows.max_length,
         )
@@ -162,20 +164,24 @@ class SpanWorker:
             span, columns=self.job.rows.columns, on_error=self.job.rows.on_error, stats=stats
         )
         rows = list(encoder.encode(self._moving(span, records)))
-        with _Packer(self.codec, span.index, self.cache.rank_to_id) as packer:
+        threads = packing_threads(self.teacher.device.type, self.job.threads or os.cpu_count() or 1)
+        with _Packer(self.codec, span.index, self.cache.rank_to_id, threads) as packer:
             del self._moved[span.index]
             with self._turn:
                 self._move(span)
                 start = time.perf_counter()
-                packed, places = self._ask(span, rows, packer)
-                clipped = self.teacher.take_clipped_mass()
+                packing, places = self._ask(span, rows, packer)
                 teacher_seconds = time.perf_counter() - start
             # The next span has its turn while the last slices of this one are copied and packed.
             self._move(span)
-            targets = _in_row_order(self.codec, [part.result() for part in packed], places)
+            packed = [part.result() for part in packing]
+            targets = _in_row_order(self.codec, [part.targets for part in packed], places)
         self._move(span)
         data = ShardData.from_rows(self.job.teacher.task, rows, targets)
         left_out = stats.skipped + encoder.skipped + encoder.empty
+        clipped = np.float32(0)
+        for part in packed:
+            clipped += part.clipped
         entry = self.cache.commit(span.index, data, skipped=left_out, clipped_mass=float(clipped))
         return SpanReport(
             entry,
@@ -192,7 +198,7 @@ class SpanWorker:
 
     def _ask(
         self, span: Span, rows: Sequence[Row], packer: _Packer
-    ) -> tuple[list[futures.Future[SoftTargets]], list[np.ndarray]]:
+    ) -> tuple[list[futures.Future[_Packed]], list[np.ndarray]]:
         """Put all rows of a span to the teacher; nothing here waits for the device.
 
         Returns:
@@ -201,7 +207,7 @@ class SpanWorker:
         """
         wanted = [row.places(self.job.teacher.task) for row in rows]
         offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
-        packed: list[futures.Future[SoftTargets]] = []
+        packed: list[futures.Future[_Packed]] = []
         places: list[np.ndarray] = []
         lengths = [len(row.input_ids) for row in rows]
         waiting = deque(batches(lengths, self.batch_tokens))
@@ -212,6 +218,7 @@ class SpanWorker:
             try:
                 parts = self._run(span.index, [rows[i] for i in batch], place, packer)
             except torch.OutOfMemoryError as error:
+                self.teacher.take_clipped_mass()  # all of this batch is asked again
                 self._shrink(batch, lengths, error)
                 left = [i for rows_of in (batch, *waiting) for i in rows_of]
                 cut = batches([lengths[i] for i in left], self.batch_tokens)
@@ -223,7 +230,7 @@ class SpanWorker:
 
     def _run(
         self, span: int, rows: Sequence[Row], place: _Places, packer: _Packer
-    ) -> list[futures.Future[SoftTargets]]:
+    ) -> list[futures.Future[_Packed]]:
         """One batch through teacher and codec."""
         noise = position_uniform(self.cache.spec.seed, span, place.rows, place.within)
         uniform = self.teacher.to_device(torch.from_numpy(noise))
@@ -231,7 +238,8 @@ class SpanWorker:
         done = 0
         for logits in self.teacher.logits(rows):
             piece = slice(done, done + len(logits))
-            parts.append(packer.put(self.codec.encode(logits, uniform[piece]), place, done))
+            encoded = self.codec.encode(logits, uniform[piece])
+            parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
             done = piece.stop
         assert done == len(place.rows), "the teacher answers every position"
         return parts
@@ -271,17 +279,31 @@ class _Places:
         self.within = np.concatenate([wanted[i] for i in batch])
 
 
-class _Packer:
-    """Packs encoded slices on a thread while the device computes the next ones.
+class _Packed(NamedTuple):
+    """Targets of a slice of positions, and the mass that its teacher gave to unknown ids."""
 
-    Copies to the host are queued behind the kernels that make them; only the thread waits for them.
+    targets: SoftTargets
+    clipped: np.float32
+
+
+def packing_threads(device: str, cores: int) -> int:
+    """Threads that pack beside the teacher: a second one where a GPU leaves a core free."""
+    return 2 if device == "cuda" and cores > 2 else 1
+
+
+class _Packer:
+    """Packs encoded slices on threads while the device computes the next ones.
+
+    Copies to the host are queued behind the kernels that make them; only the threads wait for them.
     """
 
-    def __init__(self, codec: Codec, span: int, rank_to_id: np.ndarray | None) -> None:
+    def __init__(
+        self, codec: Codec, span: int, rank_to_id: np.ndarray | None, threads: int = 1
+    ) -> None:
         self._codec, self._span = codec, span
         self._rank_to_id = rank_to_id
         self._id_to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
-        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="kdcache-pack")
+        self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="kdcache-pack")
         self._room = threading.BoundedSemaphore(_UNPACKED)
 
     def __enter__(self) -> _Packer:
@@ -291,26 +313,30 @@ class _Packer:
         self._pool.shutdown(cancel_futures=True)
 
     def put(
-        self, encoded: dict[str, torch.Tensor], place: _Places, start: int
-    ) -> futures.Future[SoftTargets]:
+        self, encoded: dict[str, torch.Tensor], clipped: torch.Tensor, place: _Places, start: int
+    ) -> futures.Future[_Packed]:
+        encoded = {**encoded, "clipped": clipped}
         host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in encoded.items()}
-        copied = None
-        if any(tensor.is_cuda for tensor in encoded.values()):
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+        # Of a teacher that is spread over GPUs the last one encodes: each copy waits in the stream
+        # of its own device.
+        copied = []
+        for device in {tensor.device for tensor in encoded.values() if tensor.is_cuda}:
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            copied.append(event)
         self._room.acquire()
         return self._pool.submit(self._pack, host, copied, place, start)
 
     def _pack(
         self,
         host: dict[str, torch.Tensor],
-        copied: torch.cuda.Event | None,
+        copied: list[torch.cuda.Event],
         place: _Places,
         start: int,
-    ) -> SoftTargets:
+    ) -> _Packed:
         try:
-            if copied is not None:
-                copied.synchronize()
+            for event in copied:
+                event.synchronize()
             arrays = {name: tensor.numpy() for name, tensor in host.items()}
             if not arrays["finite"].all():
                 bad = start + int(np.argmin(arrays["finite"]))
@@ -319,7 +345,8 @@ class _Packer:
                     f"{place.rows[bad]}, position {place.within[bad]}: nothing of this span is "
                     "cached. Try --dtype float32, or check the model."
                 )
+            clipped = np.float32(arrays.pop("clipped"))
             packed = self._codec.pack(arrays, self._id_to_rank)
-            return SoftTargets(self._codec, packed, self._rank_to_id)
+            return _Packed(SoftTargets(self._codec, packed, self._rank_to_id), clipped)
         finally:
             self._room.release()

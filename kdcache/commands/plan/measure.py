@@ -138,7 +138,9 @@ class SamplePass:
         if not self._find_batch or self.teacher.device.type != "cuda":
             return most
         return find_batch_tokens(
-            lambda tokens: peak_share(lambda: self._try(self._batches(tokens)[0])),
+            lambda tokens: peak_share(
+                lambda: self._try(self._batches(tokens)[0]), self.teacher.gpus
+            ),
             most,
             max(len(row.input_ids) for row in self.rows),
         )
