@@ -34,7 +34,6 @@ def _build() -> click.Command:
         "The same command again goes on where this one ended.",
     )
     def command(options: BuildOptions, as_json: bool) -> None:
-        """Run the teacher over a corpus once and cache its soft targets."""
         with BuildDisplay(quiet=as_json) as display:
             result = build(options, on_progress=display)
         if as_json:
@@ -77,7 +76,6 @@ def _plan() -> click.Command:
         "    --codec sample:20 --codec topk:32 --temperatures 1 --temperatures 1,2,4",
     )
     def command(options: PlanOptions, as_json: bool) -> None:
-        """Measure what a cache would cost and how good it would be, on a sample."""
         result = plan(options, report=lambda line: click.echo(line, err=True))
         if as_json:
             print_json(result)
@@ -100,7 +98,6 @@ def _train() -> click.Command:
         "The same command again goes on from the last checkpoint.",
     )
     def command(options: TrainOptions, as_json: bool) -> None:
-        """Train a student on the hard labels and soft targets of a cache."""
         with TrainDisplay(quiet=as_json) as display:
             result = train(options, on_progress=display)
         if as_json:
@@ -139,7 +136,6 @@ def _sweep() -> click.Command:
         "      seed: [0, 1, 2]",
     )
     def command(options: SweepOptions, as_json: bool) -> None:
-        """Train many students of the same caches and put them side by side."""
         with SweepDisplay(quiet=as_json) as display:
             result = sweep(options, on_progress=display)
         if as_json:
@@ -161,7 +157,6 @@ def _finetune() -> click.Command:
         "    --train-last 4 --head-width 192",
     )
     def command(options: FinetuneOptions, as_json: bool) -> None:
-        """Fine-tune a Hugging Face encoder as the teacher of a classifier."""
         with TrainDisplay(quiet=as_json) as display:
             result = finetune(options, on_progress=display)
         if as_json:
@@ -190,7 +185,6 @@ def _evaluate() -> click.Command:
         "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher bert-sst2",
     )
     def command(options: EvaluateOptions, as_json: bool) -> None:
-        """Measure students beside their teacher."""
         result = evaluate(options)
         if as_json:
             print_json(result)
@@ -209,7 +203,6 @@ def _predict() -> click.Command:
         "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
     )
     def command(options: PredictOptions, as_json: bool) -> None:
-        """Label texts with a classifier; JSON lines out."""
         result = predict(options)
         if options.out is not None:
             if as_json:
@@ -234,7 +227,6 @@ def _inspect() -> click.Command:
         "kdcache inspect cache --row 17 --temperature 2",
     )
     def command(options: InspectOptions, as_json: bool) -> None:
-        """Show what is in a cache: spec, sizes, rows with the teacher's guesses."""
         result = inspect(options)
         if as_json:
             print_json(result)
@@ -253,7 +245,6 @@ def _verify() -> click.Command:
         "kdcache verify cache --teacher SmolLM2-135M --sample 64",
     )
     def command(options: VerifyOptions, as_json: bool) -> None:
-        """Check every file of a cache, and its targets against the teacher if one is named."""
         result = verify(options)
         if as_json:
             print_json(result)
@@ -284,7 +275,6 @@ def _repair() -> click.Command:
         "Then the same `kdcache build` command makes anew what was removed.",
     )
     def command(options: RepairOptions, as_json: bool) -> None:
-        """Remove the damaged files of a cache, so that the same build makes only those again."""
         result = repair(options)
         if as_json:
             print_json(result)
@@ -311,7 +301,6 @@ def _gc() -> click.Command:
         "kdcache gc cache --dry-run",
     )
     def command(options: GcOptions, as_json: bool) -> None:
-        """Remove what crashed builds left beside a cache."""
         result = gc(options)
         if as_json:
             print_json(result)
@@ -336,7 +325,6 @@ def _demo() -> click.Command:
         "kdcache demo --out demo",
     )
     def command(options: DemoOptions, as_json: bool) -> None:
-        """Run the main job end to end with what the package carries."""
         result = demo(options, report=lambda line: click.echo(line, err=True))
         if as_json:
             print_json(result)

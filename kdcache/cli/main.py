@@ -50,7 +50,7 @@ class _Commands(click.Group):
         from kdcache.cli import commands
 
         command = commands.load(name)
-        command.name = name
+        command.name, command.help = name, COMMANDS[name]
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -60,7 +60,7 @@ def options_command(
         examples: lines of worked examples, shown as they are.
 
     Returns:
-        A decorator for `function(options, as_json)`; its docstring is the command's help.
+        A decorator for `function(options, as_json)`.
     """
 
     def decorate(function: Callable[[Kind, bool], None]) -> click.Command:
@@ -95,7 +95,6 @@ def options_command(
             params=params,
             name=None,
             callback=run,
-            help=function.__doc__,
             epilog="\n".join(["\b", "Examples:", *(f"  {line}" for line in examples)]),
         )
         command.groups = {option.name: option.group for option in options}

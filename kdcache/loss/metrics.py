@@ -104,13 +104,6 @@ class Calibration:
         return ratio(float(np.abs(self.correct - self.confidence).sum()), int(self.counts.sum()))
 
 
-def expected_calibration_error(confidence: Array, correct: Array, bins: int = BINS) -> float:
-    """`Calibration.error` of arrays in memory; see `Calibration.add`."""
-    calibration = Calibration(bins)
-    calibration.add(confidence, correct)
-    return calibration.error
-
-
 @dataclass
 class Tally:
     """Sums over the positions that a model has answered.
