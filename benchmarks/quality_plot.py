@@ -28,11 +28,11 @@ SIDES = {
 Panel = dict[str, tuple[str, str, str]]  # row of the table -> name, side, colour
 LEARN_AT_1: Panel = {
     "full distribution": ("full distribution", "above", WHOLE),
-    "`sample:40`": ("sample:40", "right", OURS),
-    "`sample:20`": ("sample:20", "right", OURS),
-    "`sample:10`": ("sample:10", "right", OURS),
-    "random sampling": ("random sampling", "above", OTHERS),
-    "top-k, tail bucket": ("top 17 and the tail's mass", "right", OTHERS),
+    "`sample:40`": ("sample:40", "below", OURS),
+    "`sample:20`": ("sample:20", "left", OURS),
+    "`sample:10`": ("sample:10", "above", OURS),
+    "random sampling": ("random sampling", "right", OTHERS),
+    "top-k, tail bucket": ("top 17 and the tail's mass", "below", OTHERS),
     "top-k, renormalised": ("top 17, renormalised", "right", OTHERS),
 }
 LEARN_AT_2: Panel = {
@@ -49,7 +49,7 @@ def main() -> None:
     for i, (temperature, panel) in enumerate(((1, LEARN_AT_1), (2, LEARN_AT_2))):
         draw(figure.add_subplot(1, 2, i + 1), rows, temperature, panel)
     figure.suptitle(
-        "How far a student ends from its teacher, by what is stored of the teacher",
+        "KL from the teacher to the trained student, against the bytes that are stored",
         x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold",
     )  # fmt: skip
     figure.savefig(OUT)
@@ -77,7 +77,7 @@ def draw(axes: Any, rows: dict[str, dict[str, str]], temperature: int, panel: Pa
         "hard labels, no teacher", (1, hard), (-4, 4), xycoords=("axes fraction", "data"),
         textcoords="offset points", ha="right", va="bottom", fontsize=9, color=INK,
     )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(5, 9000), ylim=(0.02, 4))
+    axes.set(xscale="log", yscale="log", xlim=(3, 9000), ylim=(0.02, 4))
     axes.xaxis.set_major_locator(FixedLocator([10, 100, 1000]))
     axes.yaxis.set_major_locator(FixedLocator([0.03, 0.1, 0.3, 1, 3]))
     for axis in (axes.xaxis, axes.yaxis):
