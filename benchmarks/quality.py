@@ -234,7 +234,9 @@ def make_targets(logits: Tensor, method: Method, seed: int, like: float) -> tupl
     """
     if method.kind in ("hard", "full"):
         # Hard labels: the targets have weight zero.
-        return (lambda at: DenseTargets(logits[torch.from_numpy(at)].float())), float(VOCABULARY)
+        return (
+            lambda at: DenseTargets(logits[torch.from_numpy(at)].float(), method.temperature)
+        ), float(VOCABULARY)
     if method.kind == "codec":
         targets = stored(logits, Codec.parse(method.argument, method.declared, VOCABULARY), seed)
         return (lambda at: targets.take(at).at(method.temperature)), entries(targets)
@@ -254,7 +256,9 @@ def make_targets(logits: Tensor, method: Method, seed: int, like: float) -> tupl
 
     def at(positions: np.ndarray) -> SparseTargets:
         where = torch.from_numpy(positions)
-        return SparseTargets(ids[where], weights[where], rest[where].clamp(min=0), exact)
+        return SparseTargets(
+            ids[where], weights[where], rest[where].clamp(min=0), exact, method.temperature
+        )
 
     return at, float((weights > 0).sum()) / len(ids)
 
@@ -294,7 +298,6 @@ def train(rows: Tensor, at: At, method: Method, seed: int, rate: float) -> Any:
                 batch[:, 1:].flatten(),
                 at(positions),
                 alpha=alpha,
-                temperature=method.temperature,
                 tail=tail,
             ).total
             loss.backward()

@@ -41,6 +41,7 @@ from results import keep, machine
 from torch import Tensor
 
 from kdcache.student import DistilledStudent
+from kdcache.targets import SparseTargets
 
 MODELS = {
     # hidden, layers, heads, feed-forward; tied embeddings.
@@ -86,15 +87,14 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
     ids = torch.randint(0, options.vocab, (rows, options.length + 1), device=device)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     n = labels.numel()
-    targets = {
-        "target_ids": torch.randint(0, options.vocab, (n, options.entries), device=device),
-        "target_weights": torch.full((n, options.entries), 1 / options.entries, device=device),
-        "target_rest": torch.zeros(n, device=device),
-        "temperature": torch.tensor([temperature]),
-    }
-    wrapper = DistilledStudent(
-        model, "causal-lm", codec=f"sample:{options.entries}", vocab_size=options.vocab
+    targets = SparseTargets(
+        ids=torch.randint(0, options.vocab, (n, options.entries), device=device),
+        weights=torch.full((n, options.entries), 1 / options.entries, device=device),
+        rest=torch.zeros(n, device=device),
+        exact=False,
+        temperature=temperature,
     )
+    wrapper = DistilledStudent(model, "causal-lm", vocab_size=options.vocab)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def loss() -> Tensor:
@@ -104,12 +104,12 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
         if way == NAIVE:
             logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
             hard = F.cross_entropy(logits, labels.flatten())
-            logprobs = F.log_softmax(logits / temperature, -1).gather(-1, targets["target_ids"])
-            soft = -(targets["target_weights"] * logprobs).sum(-1).mean()
+            logprobs = F.log_softmax(logits / temperature, -1).gather(-1, targets.ids)
+            soft = -(targets.weights * logprobs).sum(-1).mean()
             both: Tensor = 0.5 * hard + 0.5 * temperature**2 * soft
             return both
-        batch = {} if way == OURS_HARD else targets
-        total: Tensor | None = wrapper(input_ids=inputs, labels=labels, **batch).loss
+        soft_targets = None if way == OURS_HARD else targets
+        total: Tensor | None = wrapper(labels, soft_targets, input_ids=inputs).loss
         assert total is not None
         return total
 

@@ -28,7 +28,7 @@ from kdcache.student import StudentInfo, load_student
 CONFIG = Path(__file__).parent / "config" / "student-llama.json"
 
 
-def make_student(cache: Cache, name: str, temperature: float) -> DistilledStudent:
+def make_student(cache: Cache, name: str) -> DistilledStudent:
     spec = cache.spec
     info = StudentInfo(
         task=spec.task,
@@ -42,9 +42,7 @@ def make_student(cache: Cache, name: str, temperature: float) -> DistilledStuden
     return DistilledStudent(
         load_student(name, info),
         spec.task,
-        codec=spec.codec,
         alpha=0.1,
-        temperature=temperature,
         vocab_size=spec.vocab_size,
     )
 
@@ -52,7 +50,7 @@ def make_student(cache: Cache, name: str, temperature: float) -> DistilledStuden
 def with_a_stream(cache: Cache, name: str, temperature: float, out: Path) -> None:
     """The Trainer on a stream: exact resuming, equal global batches on any number of workers."""
     trainer = DistillationTrainer(
-        model=make_student(cache, name, temperature),
+        model=make_student(cache, name),
         args=TrainingArguments(
             str(out / "stream"), num_train_epochs=1, logging_steps=5, report_to="none"
         ),
@@ -67,7 +65,7 @@ def with_a_stream(cache: Cache, name: str, temperature: float, out: Path) -> Non
 def with_a_dataset(cache: Cache, name: str, temperature: float, out: Path) -> None:
     """The Trainer on a map-style dataset and a collator: as any other fine-tuning script."""
     trainer = DistillationTrainer(
-        model=make_student(cache, name, temperature),
+        model=make_student(cache, name),
         args=TrainingArguments(
             str(out / "dataset"),
             num_train_epochs=1,
@@ -87,7 +85,7 @@ def with_a_dataset(cache: Cache, name: str, temperature: float, out: Path) -> No
 
 def with_a_loop(cache: Cache, name: str, temperature: float) -> None:
     """No Trainer at all."""
-    student = make_student(cache, name, temperature)
+    student = make_student(cache, name)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4)
     loss = torch.zeros(())
     for batch in TargetStream(cache, batch_size=8, temperature=temperature):

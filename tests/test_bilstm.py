@@ -78,7 +78,7 @@ def test_bilstm_round_trip(tmp_path: Path, source: str) -> None:
     }
     model: Any = load_student("bilstm", CLASSES, options=sizes)
     assert (model.vocabulary is None) == (source == "teacher")
-    DistilledStudent(model, CLASSES.task, codec="dense").save_pretrained(tmp_path / "run")
+    DistilledStudent(model, CLASSES.task).save_pretrained(tmp_path / "run")
     again: Any = load_student(str(tmp_path / "run"), CLASSES)
     assert again.config == model.config
     assert again.vocabulary == model.vocabulary

@@ -235,7 +235,7 @@ def test_readme_language_model(run: Run, desk: Path) -> None:
 @pytest.mark.end_to_end
 def test_guide_python(run: Run) -> None:
     printed = run(sys.executable, "-c", _block("docs/guide.md", "python"))
-    assert "target_weights" in printed
+    assert "SparseTargets" in printed
 
 
 @pytest.fixture

@@ -122,8 +122,7 @@ def test_a_student_learns_the_same_from_the_cache_as_beside_the_teacher(
             num_attention_heads=2,
         )  # fmt: skip
         student = DistilledStudent(
-            LlamaForCausalLM(config), "causal-lm", codec="dense", alpha=0.5, temperature=2.0,
-            vocab_size=300,
+            LlamaForCausalLM(config), "causal-lm", alpha=0.5, vocab_size=300
         )  # fmt: skip
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         dataset = TargetDataset([cache])
@@ -134,7 +133,7 @@ def test_a_student_learns_the_same_from_the_cache_as_beside_the_teacher(
             if source == "teacher":
                 with torch.no_grad():
                     logits = teacher(batch["input_ids"], batch["attention_mask"]).logits
-                batch["target_logits"] = DenseTargets(logits[batch["labels"] != -100]).logits
+                batch["targets"] = DenseTargets(logits[batch["labels"] != -100], 2.0)
             loss = student(**batch)["loss"]
             optimizer.zero_grad()
             loss.backward()

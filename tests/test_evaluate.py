@@ -197,7 +197,7 @@ def test_a_student_of_a_users_function(
     monkeypatch.syspath_prepend(str(tmp_path))
     info = StudentInfo("sequence-classification", 300, num_labels=3, label_names=CLASSES)
     student = load_student("my_student:make", info)
-    DistilledStudent(student, info.task, codec="dense").save_pretrained(tmp_path / "saved")
+    DistilledStudent(student, info.task).save_pretrained(tmp_path / "saved")
     data = Cache.open(class_cache).read(0)
     table = student.get_parameter("bag.weight").detach()
     top = [int(table[data.row(i).input_ids.astype(np.int64)].sum(0).argmax()) for i in range(200)]

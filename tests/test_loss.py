@@ -15,13 +15,12 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.loss import (
-    Targets,
     distillation_loss,
     fused_linear_distillation,
     sliced_linear_distillation,
 )
 from kdcache.loss import fused as fused_module
-from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.targets import DenseTargets, SparseTargets, Targets
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 KINDS = ("dense", "bucket", "renormalize", "sample")
@@ -98,7 +97,7 @@ def make_targets(
 ) -> Targets:
     logits = torch.randn(n, v, dtype=torch.float64) * 2
     if kind == "dense":
-        return DenseTargets(logits=logits.to(dtype))
+        return DenseTargets(logits.to(dtype), t)
     probabilities = (logits / t).softmax(-1)
     weights, ids = probabilities.topk(min(k, v), -1)
     rest = 1 - weights.sum(-1)
@@ -107,9 +106,7 @@ def make_targets(
     if k < v:  # an unused slot in the first row: id 0, weight 0
         rest[0] += weights[0, -1] if kind != "sample" else 0
         weights[0, -1], ids[0, -1] = 0, 0
-    return SparseTargets(
-        ids=ids, weights=weights.to(dtype), rest=rest.to(dtype), exact=kind != "sample"
-    )
+    return SparseTargets(ids, weights.to(dtype), rest.to(dtype), kind != "sample", t)
 
 
 def make_case(
@@ -128,7 +125,6 @@ def make_case(
         "targets": targets,
         "options": {
             "alpha": 0.3,
-            "temperature": t,
             "tail": "renormalize" if kind == "renormalize" else "bucket",
             "vocab_size": v,
             "count": 5.0,
@@ -219,9 +215,7 @@ def test_mse_is_the_recipe_of_tang_2019() -> None:
     z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(4, 3, dtype=torch.float64)
     labels = torch.tensor([0, 2, -100, 1])
-    got = distillation_loss(
-        z, labels, DenseTargets(logits=teacher), alpha=0.2, temperature=1, divergence="mse"
-    )
+    got = distillation_loss(z, labels, DenseTargets(teacher, 1.0), alpha=0.2, divergence="mse")
     hard = sum(-torch.log(plain_softmax(list(z[i]))[labels[i]]) for i in (0, 1, 3)) / 4
     soft = sum((z[i, j] - teacher[i, j]) ** 2 for i in range(4) for j in range(3)) / 12
     compare(got, (0.2 * hard + 0.8 * soft, hard, soft), [z], rtol=1e-10, atol=1e-12)
@@ -236,11 +230,11 @@ def test_t_squared_in_the_gradient(t: float) -> None:
     z = hidden.clone().requires_grad_()
     teacher = torch.randn(6, 8, dtype=torch.float64)
     exact = t * ((hidden / t).softmax(-1) - (teacher / t).softmax(-1)) / 6
-    targets = DenseTargets(logits=teacher)
+    targets = DenseTargets(teacher, t)
     labels = torch.full((6,), -100)
     for parts in (
-        distillation_loss(z, labels, targets, alpha=0.0, temperature=t),
-        fused_linear_distillation(z, weight, None, labels, targets, alpha=0.0, temperature=t),
+        distillation_loss(z, labels, targets, alpha=0.0),
+        fused_linear_distillation(z, weight, None, labels, targets, alpha=0.0),
     ):
         torch.testing.assert_close(
             torch.autograd.grad(parts.total, z)[0], exact, rtol=1e-10, atol=1e-13
@@ -251,9 +245,7 @@ def test_high_temperature_keeps_the_gradients_scale() -> None:
     torch.manual_seed(3)
     z = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(6, 8, dtype=torch.float64)
-    parts = distillation_loss(
-        z, torch.full((6,), -100), DenseTargets(logits=teacher), alpha=0.0, temperature=1e4
-    )
+    parts = distillation_loss(z, torch.full((6,), -100), DenseTargets(teacher, 1e4), alpha=0.0)
     got = torch.autograd.grad(parts.total, z)[0]
     difference = z.detach() - teacher
     want = (difference - difference.mean(-1, keepdim=True)) / 8 / 6
@@ -298,7 +290,6 @@ def test_fused_equals_the_reference_on_the_same_numbers(
     targets = make_targets(kind, n, v, k, t, torch.float32)
     options: dict[str, Any] = {
         "alpha": alpha,
-        "temperature": t,
         "tail": "renormalize" if kind == "renormalize" else "bucket",
         "vocab_size": v,
     }
@@ -347,10 +338,9 @@ def test_entries_of_a_confident_student_are_not_rounded_away() -> None:
         weights=torch.zeros(1, 0),
         rest=torch.zeros(1),
         exact=False,
+        temperature=1.0,
     )
-    got = fused_linear_distillation(
-        hidden, weight, None, torch.tensor([0]), empty, alpha=1.0, temperature=1.0
-    )
+    got = fused_linear_distillation(hidden, weight, None, torch.tensor([0]), empty, alpha=1.0)
     want = (p - torch.tensor([[1.0, 0.0]], dtype=torch.float64)) @ weight.double()
     torch.testing.assert_close(
         torch.autograd.grad(got.total, hidden)[0].double(), want, rtol=0.02, atol=0
@@ -365,15 +355,14 @@ def test_tail_of_a_confident_student_is_not_lost_in_a_difference() -> None:
         weights=torch.tensor([[0.75]]),
         rest=torch.tensor([0.25]),
         exact=True,
+        temperature=1.0,
     )
     labels = torch.tensor([-100])
-    want = distillation_loss(z.double(), labels, targets, alpha=0.0, temperature=1.0).total
+    want = distillation_loss(z.double(), labels, targets, alpha=0.0).total
     hidden = z.clone().requires_grad_()
     for got in (
-        distillation_loss(z, labels, targets, alpha=0.0, temperature=1.0).total,
-        fused_linear_distillation(
-            hidden, torch.eye(4), None, labels, targets, alpha=0.0, temperature=1.0
-        ).total,
+        distillation_loss(z, labels, targets, alpha=0.0).total,
+        fused_linear_distillation(hidden, torch.eye(4), None, labels, targets, alpha=0.0).total,
     ):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
     assert want > 6
@@ -388,14 +377,14 @@ def test_top_k_of_the_whole_vocabulary_is_dense(t: float) -> None:
     teacher = torch.randn(5, 9, dtype=torch.float64)
     weights, ids = (teacher / t).softmax(-1).topk(9, -1)
     rest = torch.full((5,), 1e-8, dtype=torch.float64)  # what rounding leaves
-    topk = SparseTargets(ids=ids, weights=weights, rest=rest, exact=True)
+    topk = SparseTargets(ids, weights, rest, True, t)
     labels = torch.tensor([1, 2, -100, 0, 8])
     hidden = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
     eye = torch.eye(9, dtype=torch.float64)
-    want = distillation_loss(hidden, labels, DenseTargets(logits=teacher), alpha=0.5, temperature=t)
+    want = distillation_loss(hidden, labels, DenseTargets(teacher, t), alpha=0.5)
     for got in (
-        distillation_loss(hidden, labels, topk, alpha=0.5, temperature=t),
-        fused_linear_distillation(hidden, eye, None, labels, topk, alpha=0.5, temperature=t),
+        distillation_loss(hidden, labels, topk, alpha=0.5),
+        fused_linear_distillation(hidden, eye, None, labels, topk, alpha=0.5),
     ):
         compare(got, want, [hidden], rtol=1e-6, atol=1e-8)
 
@@ -406,14 +395,13 @@ def test_sampled_loss_is_unbiased_for_the_dense_gradient() -> None:
     teacher = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
     z = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
     label = torch.tensor([-100])
-    dense = distillation_loss(z, label, DenseTargets(logits=teacher), alpha=0.0, temperature=2.0)
+    dense = distillation_loss(z, label, DenseTargets(teacher, 2.0), alpha=0.0)
     want = torch.autograd.grad(dense.total, z)[0]
     draws = []
     for k in (0, 1):
-        target = SparseTargets(
-            ids=torch.tensor([[k]]), weights=torch.ones(1, 1), rest=torch.zeros(1), exact=False
-        )
-        parts = distillation_loss(z, label, target, alpha=0.0, temperature=2.0)
+        ids, rest = torch.tensor([[k]]), torch.zeros(1)
+        target = SparseTargets(ids, torch.ones(1, 1), rest, exact=False, temperature=2.0)
+        parts = distillation_loss(z, label, target, alpha=0.0)
         draws.append(torch.autograd.grad(parts.total, z)[0])
     torch.testing.assert_close(sum(draws) / 2, want)
 
@@ -425,15 +413,10 @@ def test_gradient_accumulation_with_count_equals_one_batch(form: str) -> None:
     hidden, weight, bias, labels, targets = (
         case[k] for k in ("hidden", "weight", "bias", "labels", "targets")
     )
-    options: dict[str, Any] = {"alpha": 0.4, "temperature": 2.0, "vocab_size": 12}
+    options: dict[str, Any] = {"alpha": 0.4, "vocab_size": 12}
 
     def loss(part: slice, count: float | Tensor | None) -> Tensor:
-        piece = SparseTargets(
-            ids=targets.ids[part],
-            weights=targets.weights[part],
-            rest=targets.rest[part],
-            exact=False,
-        )
+        piece = targets[part]
         if form == "reference":
             return distillation_loss(
                 hidden[part] @ weight.T + bias, labels[part], piece, count=count, **options
@@ -521,7 +504,7 @@ def test_float16_gradients_survive_a_large_count_and_a_scaler() -> None:
     torch.manual_seed(10)
     case = make_case("sample", 1.0, n=16, h=8, v=200, k=4)
     hidden, weight = (case[k].detach().half().requires_grad_() for k in ("hidden", "weight"))
-    options: dict[str, Any] = {"alpha": 0.5, "temperature": 1.0, "vocab_size": 200, "count": 1e5}
+    options: dict[str, Any] = {"alpha": 0.5, "vocab_size": 200, "count": 1e5}
     got = fused_linear_distillation(
         hidden, weight, None, case["labels"], case["targets"], **options
     )
@@ -544,6 +527,7 @@ def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
         weights=torch.zeros(1024, 0),
         rest=torch.zeros(1024),
         exact=False,
+        temperature=1.0,
     )
     parts = fused_linear_distillation(
         hidden,
@@ -552,7 +536,6 @@ def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
         torch.zeros(1024, dtype=torch.int64),
         empty,
         alpha=1.0,
-        temperature=1.0,
         rows=1,
         count=1.0,
     )
@@ -579,9 +562,10 @@ def test_an_empty_batch_is_zero_and_connected(form: str) -> None:
         weights=torch.zeros(0, 2),
         rest=torch.zeros(0),
         exact=True,
+        temperature=2.0,
     )
     labels = torch.zeros(0, dtype=torch.int64)
-    options: dict[str, Any] = {"alpha": 0.5, "temperature": 2.0}
+    options: dict[str, Any] = {"alpha": 0.5}
     if form == "reference":
         parts = distillation_loss(hidden @ weight.T, labels, targets, **options)
     else:
@@ -645,12 +629,9 @@ def fused_arguments(case: dict[str, Any], z: Tensor) -> tuple[Any, ...]:
     return (x, ids, targets.weights, targets.rest, each, each, *scalars)
 
 
-SPARSE = SparseTargets(
-    ids=torch.tensor([[0]]), weights=torch.ones(1, 1), rest=torch.zeros(1), exact=True
-)
-SAMPLE = SparseTargets(
-    ids=torch.tensor([[0]]), weights=torch.ones(1, 1), rest=torch.zeros(1), exact=False
-)
+ONE_ID = (torch.tensor([[0]]), torch.ones(1, 1), torch.zeros(1))
+SPARSE = SparseTargets(*ONE_ID, exact=True, temperature=1.0)
+SAMPLE = SparseTargets(*ONE_ID, exact=False, temperature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -661,28 +642,24 @@ SAMPLE = SparseTargets(
         (SAMPLE, {"divergence": "reverse-kl"}, "forward-kl"),
         (SAMPLE, {"divergence": "jsd"}, "forward-kl"),
         (SPARSE, {"divergence": "jsd", "tail": "renormalize"}, "--tail bucket"),
-        (
-            DenseTargets(logits=torch.zeros(1, 3)),
-            {"divergence": "mse", "temperature": 2.0},
-            "--temperature 1",
-        ),
+        (DenseTargets(torch.zeros(1, 3), 2.0), {"divergence": "mse"}, "--temperature 1"),
         (SPARSE, {"divergence": "kl"}, "forward-kl, reverse-kl, jsd, mse"),
         (SPARSE, {"tail": "drop"}, "bucket, renormalize"),
-        (SPARSE, {"temperature": 0.0}, "above 0"),
         (SPARSE, {"vocab_size": 4}, "3 outputs.*over 4"),
-        (DenseTargets(logits=torch.zeros(1, 5)), {}, "3 outputs.*over 5"),
+        (DenseTargets(torch.zeros(1, 5), 1.0), {}, "3 outputs.*over 5"),
     ],
 )
+@pytest.mark.parametrize("form", ["reference", "sliced", "fused"])
 def test_combinations_without_a_meaning(
-    targets: Targets, options: dict[str, Any], message: str
+    targets: Targets, options: dict[str, Any], message: str, form: str
 ) -> None:
+    linear = fused_linear_distillation if form == "fused" else sliced_linear_distillation
+    labels, more = torch.tensor([0]), {"alpha": 0.5, **options}
     with pytest.raises(UsageError, match=message):
-        distillation_loss(
-            torch.zeros(1, 3),
-            torch.tensor([0]),
-            targets,
-            **{"alpha": 0.5, "temperature": 1.0, **options},
-        )
+        if form == "reference":
+            distillation_loss(torch.zeros(1, 3), labels, targets, **more)
+        else:
+            linear(torch.zeros(1, 2), torch.zeros(3, 2), None, labels, targets, **more)
 
 
 def test_the_fused_form_names_its_alternative() -> None:
@@ -694,7 +671,6 @@ def test_the_fused_form_names_its_alternative() -> None:
             torch.tensor([0]),
             SPARSE,
             alpha=0.5,
-            temperature=1.0,
             divergence="jsd",
         )
 
@@ -715,7 +691,6 @@ def test_on_a_gpu(t: float, kind: str, dtype: torch.dtype) -> None:
     targets = make_targets(kind, n, v, k, t, torch.float32).to("cuda")
     options: dict[str, Any] = {
         "alpha": 0.3,
-        "temperature": t,
         "vocab_size": v,
         "tail": "renormalize" if kind == "renormalize" else "bucket",
     }

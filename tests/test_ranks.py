@@ -105,8 +105,8 @@ def test_caches_of_different_ranks_are_mixed(
             want += dense(cache.read(span).targets, 2.0).sum(0)
     got = torch.zeros(300, dtype=torch.float64)
     for batch in TargetStream(caches, batch_size=7, seed=0, temperature=2.0):
-        weights = batch["target_weights"].flatten().double()
-        got.scatter_add_(0, batch["target_ids"].flatten(), weights)
+        targets = batch["targets"]
+        got.scatter_add_(0, targets.ids.flatten(), targets.weights.flatten().double())
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 

@@ -24,13 +24,24 @@ from torch.utils.data import DataLoader
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.stream import Collator, Cursor, Pool, TargetDataset, TargetStream, join, order, reader
+from kdcache.stream import (
+    Batch,
+    Collator,
+    Cursor,
+    Pool,
+    TargetDataset,
+    TargetStream,
+    join,
+    order,
+    reader,
+)
 from kdcache.stream.background import Background
 from kdcache.targets import (
     Codec,
     DenseTargets,
     SoftTargets,
     SparseTargets,
+    Targets,
     position_uniform,
     sample,
 )
@@ -268,11 +279,14 @@ def test_targets_stay_with_their_positions(causal: Cache, temperature: float) ->
         logits = teacher_logits(want, CAUSAL, 64)
         assert int((batch["labels"] != -100).sum()) == len(logits) == int(batch["count"])
         probs = torch.softmax(logits / temperature, -1)
-        if "target_logits" in batch:
-            torch.testing.assert_close(batch["target_logits"], logits)
+        targets = batch["targets"]
+        assert targets.temperature == temperature
+        if isinstance(targets, DenseTargets):
+            torch.testing.assert_close(targets.logits, logits)
             continue
-        if causal.spec.codec.startswith("topk"):
-            kept, weights = batch["target_ids"], batch["target_weights"]
+        assert targets.exact == causal.spec.codec.startswith("topk")
+        if targets.exact:
+            kept, weights = targets.ids, targets.weights
             used = weights > 0
             torch.testing.assert_close(
                 weights[used], probs.gather(1, kept)[used], rtol=2e-3, atol=1e-4
@@ -287,19 +301,18 @@ def test_targets_stay_with_their_positions(causal: Cache, temperature: float) ->
             begin = here.stop
             for name in ("ids", "weights", "rest"):
                 value = getattr(stored, name)
-                mine = batch[f"target_{name}"][here]
+                mine = getattr(targets, name)[here]
                 if value.ndim == 2:
                     assert not mine[:, value.shape[1] :].any()
                     mine = mine[:, : value.shape[1]]
                 assert torch.equal(mine, value)
-        assert batch["temperature"].tolist() == [temperature]
 
 
 def test_classification_batches_carry_labels_types_and_logits(classes: Cache) -> None:
     (batch,) = TargetStream(classes, batch_size=29, shuffle=False)
     rows = make_rows(CLASSES, range(29), 64, 3)
     assert batch["labels"].tolist() == [int(r.labels[0]) for r in rows]
-    torch.testing.assert_close(batch["target_logits"], teacher_logits(rows, CLASSES, 3))
+    torch.testing.assert_close(batch["targets"].logits, teacher_logits(rows, CLASSES, 3))
     for line, row in enumerate(rows):
         assert row.type_ids is not None
         length = len(row.input_ids)
@@ -308,7 +321,7 @@ def test_classification_batches_carry_labels_types_and_logits(classes: Cache) ->
 
 def test_without_a_temperature_the_count_is_that_of_hard_labels(classes: Cache) -> None:
     (batch,) = TargetStream(classes, batch_size=29, temperature=None)
-    assert not [name for name in batch if name.startswith("target_") or name == "temperature"]
+    assert "targets" not in batch
     assert int(batch["count"]) == int((batch["labels"] != -100).sum()) < 29
 
 
@@ -327,8 +340,8 @@ def test_a_schedule_sees_the_step(classes: Cache) -> None:
     stream = TargetStream(
         classes, batch_size=10, temperature=lambda step: 1.0 + step, accumulation=2
     )
-    assert [float(b["temperature"]) for b in stream] == [1, 1, 2, 2, 3, 3]
-    assert [float(b["temperature"]) for b in stream] == [4, 4, 5, 5, 6, 6]
+    assert [b["targets"].temperature for b in stream] == [1, 1, 2, 2, 3, 3]
+    assert [b["targets"].temperature for b in stream] == [4, 4, 5, 5, 6, 6]
 
 
 # Several caches
@@ -354,14 +367,11 @@ def test_caches_with_other_ranks_are_mixed(tmp_path: Path, codec: str) -> None:
         want = dense(data.targets.take(places).at(2.0))
         here = slice(begin, begin + len(want))
         begin = here.stop
-        mine = SparseTargets(
-            *(batch[f"target_{n}"][here] for n in ("ids", "weights", "rest")), True
-        )
-        torch.testing.assert_close(dense(mine), want)
-    assert begin == len(batch["target_ids"])
+        torch.testing.assert_close(dense(batch["targets"][here]), want)
+    assert begin == len(batch["targets"])
 
 
-def dense(targets: DenseTargets | SparseTargets) -> torch.Tensor:
+def dense(targets: Targets) -> torch.Tensor:
     """Weights of all ids, float32 [positions, 64]."""
     assert isinstance(targets, SparseTargets)
     return torch.zeros(len(targets), 64).scatter_add_(1, targets.ids, targets.weights)
@@ -506,6 +516,14 @@ def test_shards_are_announced_before_they_are_read(
 # Map-style
 
 
+def same_batch(one: Batch, other: Batch) -> bool:
+    left, right = ({**b, **vars(b["targets"])} for b in (one, other))
+    del left["targets"], right["targets"]
+    return left.keys() == right.keys() and all(
+        torch.equal(torch.as_tensor(left[name]), torch.as_tensor(right[name])) for name in left
+    )
+
+
 def test_a_plain_loader_gives_the_same_batches(classes: Cache, causal: Cache) -> None:
     for cache, rows in ((classes, 29), (causal, 20)):
         dataset = TargetDataset(cache, keep=1)
@@ -513,8 +531,7 @@ def test_a_plain_loader_gives_the_same_batches(classes: Cache, causal: Cache) ->
         loader = DataLoader(dataset, batch_size=6, collate_fn=Collator(cache.spec.pad_id, 2.0))
         stream = TargetStream(cache, batch_size=6, shuffle=False, temperature=2.0)
         for left, right in zip(loader, stream, strict=True):
-            assert left.keys() == right.keys()
-            assert all(torch.equal(left[name], right[name]) for name in left)
+            assert same_batch(left, right)
     with pytest.raises(IndexError):
         dataset[20]
 
@@ -530,8 +547,9 @@ def test_a_stream_in_a_loader_and_not_in_worker_processes(classes: Cache) -> Non
 def test_batches_for_a_gpu_are_page_locked(causal: Cache) -> None:
     plain = TargetStream(causal, batch_size=5)
     for batch, same in zip(TargetStream(causal, batch_size=5, pin_memory=True), plain, strict=True):
-        assert all(tensor.is_pinned() for tensor in batch.values())
-        assert all(torch.equal(tensor, same[name]) for name, tensor in batch.items())
+        values = [*batch.values(), *vars(batch["targets"]).values()]
+        assert all(value.is_pinned() for value in values if isinstance(value, torch.Tensor))
+        assert same_batch(batch, same)
 
 
 def test_a_pool_picks_from_several_shards(classes: Cache) -> None:

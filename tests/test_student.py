@@ -53,7 +53,7 @@ def causal_model(kind: str, **more: Any) -> Any:
     return model
 
 
-def causal_batch(codec: str = "sample:3", t: float = 2.0, vocab: int = V) -> dict[str, Tensor]:
+def causal_batch(codec: str = "sample:3", t: float = 2.0, vocab: int = V) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab, (3, 7), generator=generator)
     mask = torch.ones_like(ids)
@@ -65,36 +65,20 @@ def causal_batch(codec: str = "sample:3", t: float = 2.0, vocab: int = V) -> dic
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,
-        "temperature": torch.tensor([t]),
     }
     teacher = torch.randn(n, vocab, generator=generator)
     if codec == "dense":
-        return {**batch, "target_logits": teacher}
+        return {**batch, "targets": DenseTargets(teacher, t)}
     weights, top = (teacher / t).softmax(-1).topk(3, -1)
-    rest = 1 - weights.sum(-1) if codec.startswith("topk") else torch.zeros(n)
-    return {**batch, "target_ids": top, "target_weights": weights, "target_rest": rest}
+    exact = codec.startswith("topk")
+    rest = 1 - weights.sum(-1) if exact else torch.zeros(n)
+    return {**batch, "targets": SparseTargets(top, weights, rest, exact, t)}
 
 
-def expected(model: Any, batch: dict[str, Tensor], codec: str, **options: Any) -> Any:
+def expected(model: Any, batch: dict[str, Any], **options: Any) -> Any:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     places = batch["labels"] != -100
-    targets: Any
-    if codec == "dense":
-        targets = DenseTargets(batch["target_logits"])
-    else:
-        targets = SparseTargets(
-            ids=batch["target_ids"],
-            weights=batch["target_weights"],
-            rest=batch["target_rest"],
-            exact=codec.startswith("topk"),
-        )
-    return distillation_loss(
-        logits[places],
-        batch["labels"][places],
-        targets,
-        temperature=float(batch["temperature"]),
-        **options,
-    )
+    return distillation_loss(logits[places], batch["labels"][places], batch["targets"], **options)
 
 
 def check_against_own_logits(
@@ -102,11 +86,10 @@ def check_against_own_logits(
 ) -> DistilledStudent:
     """Loss and gradients of the wrapper against the reference on the model's own logits."""
     batch = causal_batch(codec)
-    student = DistilledStudent(model, "causal-lm", codec=codec, alpha=0.3, **options)
+    student = DistilledStudent(model, "causal-lm", alpha=0.3, **options)
     want = expected(
         model,
         batch,
-        codec,
         alpha=0.3,
         vocab_size=options.get("vocab_size"),
         **{k: v for k, v in options.items() if k in ("divergence", "tail")},
@@ -163,7 +146,7 @@ def test_soft_capped_logits_use_the_models_own_forward() -> None:
     model = causal_model("gemma2", final_logit_softcapping=1.0, head_dim=8, query_pre_attn_scalar=8)
     student = check_against_own_logits(model)
     assert student._head_scale != student._head_scale
-    uncapped = DistilledStudent(model, "causal-lm", codec="sample:3", alpha=0.3)
+    uncapped = DistilledStudent(model, "causal-lm", alpha=0.3)
     uncapped._head_scale = 1.0
     with torch.no_grad():
         assert abs(uncapped(**causal_batch()).loss - student(**causal_batch()).loss) > 1e-2
@@ -176,7 +159,7 @@ def test_soft_capping_is_found_even_while_logits_are_small() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1e-2)
-    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    student = DistilledStudent(model, "causal-lm")
     assert student(**causal_batch()).loss.requires_grad
     assert student._head_scale != student._head_scale
 
@@ -197,7 +180,7 @@ def test_padded_student_vocabulary() -> None:
 def test_the_head_check_draws_no_random_numbers_and_restores_modes() -> None:
     model = causal_model("gpt2", n_embd=16, n_layer=1, n_head=2).train()
     model.transformer.h[0].eval()
-    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    student = DistilledStudent(model, "causal-lm")
     state = torch.get_rng_state()
     student._head()
     assert torch.equal(torch.get_rng_state(), state)
@@ -207,7 +190,7 @@ def test_the_head_check_draws_no_random_numbers_and_restores_modes() -> None:
 
 def test_gradient_checkpointing_and_autocast() -> None:
     model = causal_model("llama").train()
-    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    student = DistilledStudent(model, "causal-lm")
     plain = student(**causal_batch())
     plain.loss.backward()
     want = model.model.embed_tokens.weight.grad.clone()
@@ -226,7 +209,7 @@ def test_gradient_checkpointing_and_autocast() -> None:
 
 def test_count_alpha_and_hard_labels_alone() -> None:
     model = causal_model("llama").eval()
-    student = DistilledStudent(model, "causal-lm", codec="sample:3", alpha=0.3)
+    student = DistilledStudent(model, "causal-lm", alpha=0.3)
     batch = causal_batch()
     n = int((batch["labels"] != -100).sum())
     full = student(**batch)
@@ -265,20 +248,14 @@ def test_module_function_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     model = load_student("my_students:make", LM)
     batch = causal_batch()
-    student = DistilledStudent(model, "causal-lm", codec="sample:3")
+    student = DistilledStudent(model, "causal-lm")
     loss = student(**batch).loss
     logits = model(batch["input_ids"])
     places = batch["labels"] != -100
-    targets = SparseTargets(
-        ids=batch["target_ids"],
-        weights=batch["target_weights"],
-        rest=batch["target_rest"],
-        exact=False,
-    )
     torch.testing.assert_close(
         loss,
         distillation_loss(
-            logits[places], batch["labels"][places], targets, alpha=0.5, temperature=2
+            logits[places], batch["labels"][places], batch["targets"], alpha=0.5
         ).total,
     )
     student.save_pretrained(tmp_path / "saved")
@@ -316,7 +293,7 @@ def test_config_file_seed_and_hf_round_trip(tmp_path: Path) -> None:
     weights = [dict(m.named_parameters())["lm_head.weight"] for m in (model, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    DistilledStudent(model, "causal-lm", codec="sample:3").save_pretrained(tmp_path / "run")
+    DistilledStudent(model, "causal-lm").save_pretrained(tmp_path / "run")
     again: Any = load_student(str(tmp_path / "run"), LM)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     with pytest.raises(
@@ -391,24 +368,20 @@ def test_classification_loss(divergence: str, t: float) -> None:
     student = DistilledStudent(
         model,
         "sequence-classification",
-        codec="dense",
         alpha=0.2,
-        temperature=t,
         divergence=divergence,
     )
     out = student(
         **inputs,
         labels=labels,
-        target_logits=teacher,
-        temperature=torch.tensor([t]),
+        targets=DenseTargets(teacher, t),
         token_type_ids=labels,
     )
     want = distillation_loss(
         model(**inputs).logits,
         labels,
-        DenseTargets(teacher),
+        DenseTargets(teacher, t),
         alpha=0.2,
-        temperature=t,
         divergence=divergence,
     )
     torch.testing.assert_close(out.loss, want.total)
@@ -428,10 +401,10 @@ def test_real_classifier_as_student(minilm_sst2: Path) -> None:
     assert student_tokenize(model, str(minilm_sst2), info) is None
     with pytest.raises(UsageError, match="has 2 classes, the cache has 3"):
         load_student(str(minilm_sst2), StudentInfo("sequence-classification", len(tokenizer), 3))
-    out = DistilledStudent(model, info.task, codec="dense")(
+    out = DistilledStudent(model, info.task)(
         **tokenizer(TEXTS, padding=True, return_tensors="pt"),
         labels=torch.tensor([1, 0, 1]),
-        target_logits=torch.zeros(3, 2),
+        targets=DenseTargets(torch.zeros(3, 2), 1.0),
     )
     assert out.logits.shape == (3, 2)
     stranger: Any = transformers.AutoTokenizer.from_pretrained(minilm_sst2)
@@ -485,36 +458,45 @@ def test_classifier_from_config(tmp_path: Path) -> None:
     [
         ({"labels": None}, "no labels"),
         (
-            {
-                "target_weights": torch.ones(2, 3),
-                "target_ids": torch.ones(2, 3).long(),
-                "target_rest": torch.ones(2),
-            },
+            {"targets": DenseTargets(torch.zeros(2, V), 1.0)},
             "2 soft targets for 13 positions",
-        ),
-        (
-            {"target_logits": torch.zeros(12, V), "target_ids": None},
-            "dense targets, but the student was made for a sparse",
         ),
         ({"alpha": torch.ones(12)}, "one number"),
     ],
 )
 def test_wrong_batches(change: dict[str, Any], message: str) -> None:
-    student = DistilledStudent(causal_model("llama"), "causal-lm", codec="sample:3")
+    student = DistilledStudent(causal_model("llama"), "causal-lm")
     batch = {k: v for k, v in {**causal_batch(), **change}.items() if v is not None}
     with pytest.raises(UsageError, match=message):
         student(**batch)
 
 
+@pytest.mark.parametrize("divergence", ["reverse-kl", "jsd", "mse"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bilstm"])
+def test_a_sample_reaches_no_divergence_that_it_does_not_fit(kind: str, divergence: str) -> None:
+    """Fused, with the model's own logits, and as a classifier."""
+    batch = causal_batch("sample:3", t=1.0)
+    if kind == "bilstm":
+        student = DistilledStudent(
+            load_student("bilstm", CLASSES), "sequence-classification", divergence=divergence
+        )
+        batch |= {"labels": torch.zeros(3, dtype=torch.int64), "targets": batch["targets"][:3]}
+    else:
+        sizes = {"head_dim": 8, "query_pre_attn_scalar": 8} if kind == "gemma2" else {}
+        student = DistilledStudent(causal_model(kind, **sizes), "causal-lm", divergence=divergence)
+    with pytest.raises(UsageError, match="biased on sampled targets|compares all logits"):
+        student(**batch)
+
+
 @pytest.mark.parametrize(
-    ("codec", "options", "message"),
+    ("options", "message"),
     [
-        ("sample:3", {"divergence": "jsd"}, "biased on sampled targets"),
-        ("topk:3", {"divergence": "mse"}, "--codec dense"),
-        ("dense", {"alpha": 1.5}, "from 0 to 1"),
-        ("dense", {"task": "translation"}, "causal-lm or sequence-classification"),
+        ({"divergence": "kl"}, "forward-kl, reverse-kl, jsd, mse"),
+        ({"tail": "drop"}, "bucket, renormalize"),
+        ({"alpha": 1.5}, "from 0 to 1"),
+        ({"task": "translation"}, "causal-lm or sequence-classification"),
     ],
 )
-def test_wrong_wrappers(codec: str, options: dict[str, Any], message: str) -> None:
+def test_wrong_wrappers(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        DistilledStudent(nn.Identity(), **{"task": "causal-lm", "codec": codec, **options})
+        DistilledStudent(nn.Identity(), **{"task": "causal-lm", **options})

@@ -446,7 +446,7 @@ def test_the_best_checkpoint_becomes_the_student(
     labelled = batch["labels"] != -100
     right = (logits.argmax(-1) == batch["labels"])[labelled].float().mean()
     hard = torch.nn.functional.cross_entropy(logits, batch["labels"])
-    teacher = torch.log_softmax(batch["target_logits"], -1)
+    teacher = torch.log_softmax(batch["targets"].logits, -1)
     soft = (teacher.exp() * (teacher - torch.log_softmax(logits, -1))).sum(-1).mean()
     assert result.eval["accuracy"] == pytest.approx(float(right))
     assert result.eval["hard_loss"] == pytest.approx(float(hard), rel=1e-5)
@@ -516,7 +516,7 @@ def test_an_eval_cache_may_have_another_codec(
     ]
     assert losses[0] == losses[1]  # training goes on with its own codec
     student = DistilledStudent(
-        AutoModelForCausalLM.from_pretrained(result.student), CAUSAL, codec=held_out, temperature=2,
+        AutoModelForCausalLM.from_pretrained(result.student), CAUSAL,
         vocab_size=held.spec.vocab_size,
     ).eval()  # fmt: skip
     total = count = 0.0
@@ -542,7 +542,7 @@ def test_a_users_own_trainer_script(folder: Path, tmp_path: Path) -> None:
 
     def student() -> DistilledStudent:
         inner = load_student(str(folder / "bert.json"), info)
-        return DistilledStudent(inner, "sequence-classification", codec="dense", temperature=2.0)
+        return DistilledStudent(inner, "sequence-classification")
 
     arguments = {
         "num_train_epochs": 2, "use_cpu": True, "disable_tqdm": True, "save_strategy": "epoch",
@@ -585,9 +585,7 @@ def test_a_plain_trainer_accumulates(kind: type, name: str, folder: Path, tmp_pa
     (tmp_path / "student.json").write_text(json.dumps(config))
     found = []
     for slices in (1, 2):
-        student = DistilledStudent(
-            load_student(str(tmp_path / "student.json"), info), spec.task, codec=spec.codec
-        )
+        student = DistilledStudent(load_student(str(tmp_path / "student.json"), info), spec.task)
         trainer = kind(
             model=student,
             args=TrainingArguments(

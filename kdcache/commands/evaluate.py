@@ -38,7 +38,7 @@ from kdcache.options import option
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, aligned, pick_device, word_reader
-from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets
+from kdcache.targets import DenseTargets, Sample, SoftTargets, Targets
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
 _WINDOW = 1024  # rows of a corpus that are sorted by length at a time
@@ -291,11 +291,11 @@ class _Evaluation:
         for pieces in aligned(streams):
             part = slice(done, done + len(pieces[0]))
             done = part.stop
-            targets: DenseTargets | SparseTargets | None = None
+            targets: Targets | None = None
             top = None
             logits: Sequence[Tensor] = pieces
             if self.teacher is not None:
-                targets, logits = DenseTargets(pieces[0].float()), pieces[1:]
+                targets, logits = DenseTargets(pieces[0].float(), self.temperature), pieces[1:]
                 top = self._add_teacher(targets, labels[part], None)
             elif batch.targets is not None:
                 cached = batch.targets.take(np.arange(part.start, part.stop))
@@ -312,7 +312,7 @@ class _Evaluation:
         tally: Tally,
         logits: Tensor,
         labels: np.ndarray,
-        targets: DenseTargets | SparseTargets | None,
+        targets: Targets | None,
     ) -> np.ndarray:
         # Double precision costs nothing for classes, and all of the memory for a large vocabulary.
         z = logits.double() if logits.shape[-1] <= 4096 else logits.float()
@@ -320,9 +320,8 @@ class _Evaluation:
         parts = distillation_loss(
             z,
             torch.from_numpy(labels).to(z.device),
-            DenseTargets(z) if targets is None else targets,
+            DenseTargets(z, self.temperature) if targets is None else targets,
             alpha=1.0 if hard_only else 0.5,
-            temperature=self.temperature,
             vocab_size=self.vocab_size,
             count=1,
         )
@@ -337,7 +336,7 @@ class _Evaluation:
 
     def _add_teacher(
         self,
-        targets: DenseTargets | SparseTargets,
+        targets: Targets,
         labels: np.ndarray,
         cached: SoftTargets | None,
     ) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.loss.reference import LossParts, Targets, check_loss, scalar_count, student_width, take
-from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.loss.reference import LossParts, check_loss, scalar_count, student_width
+from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.device import compiles
 from kdcache.tasks import IGNORE
 
@@ -50,7 +51,6 @@ def fused_linear_distillation(
     targets: Targets,
     *,
     alpha: float | Tensor,
-    temperature: float,
     divergence: str = "forward-kl",
     tail: str = "bucket",
     vocab_size: int | None = None,
@@ -70,11 +70,10 @@ def fused_linear_distillation(
         hidden: [n, H] last hidden states of the positions.
         weight: [V', H] output projection.
         bias: [V'] or None.
-        labels: see `distillation_loss`; so are `targets`, `alpha`, `temperature`, `tail`,
-            `vocab_size`, `count`.
-        targets: n positions at `temperature`.
+        labels: see `distillation_loss`; so are `targets`, `alpha`, `tail`, `vocab_size`,
+            `count`.
+        targets: n positions, at the temperature T of the soft part.
         alpha: weight of the hard loss.
-        temperature: T of the soft part.
         divergence: must be "forward-kl".
         tail: for top-k targets, "bucket" or "renormalize".
         vocab_size: V <= V'.
@@ -89,8 +88,7 @@ def fused_linear_distillation(
     Raises:
         UsageError: see `distillation_loss`; also any other divergence.
     """
-    exact = isinstance(targets, DenseTargets) or targets.exact
-    check_loss(targets, temperature=temperature, divergence=divergence, tail=tail, exact=exact)
+    check_loss(targets, divergence=divergence, tail=tail)
     if divergence != "forward-kl":
         raise UsageError(
             f"the fused loss knows forward-kl, not {divergence}; use sliced_linear_distillation."
@@ -105,7 +103,8 @@ def fused_linear_distillation(
             return value.detach().to(hidden.device, wide).reshape(())
         return torch.full((), value, dtype=wide, device=hidden.device)
 
-    options = _Options(scalar(alpha), scalar(1 / temperature), temperature == 1, exact)
+    t = targets.temperature
+    options = _Options(scalar(alpha), scalar(1 / t), t == 1, targets.exact)
     if isinstance(targets, SparseTargets):
         targets = _prepare(targets, tail, wide)
     each = (
@@ -126,7 +125,7 @@ def _prepare(targets: SparseTargets, tail: str, wide: torch.dtype) -> SparseTarg
         w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
     if not targets.exact or tail == "renormalize":
         rest = torch.zeros_like(rest)
-    return SparseTargets(ids=targets.ids, weights=w, rest=rest, exact=targets.exact)
+    return replace(targets, weights=w, rest=rest)
 
 
 class _Fused(torch.autograd.Function):
@@ -174,9 +173,7 @@ class _Fused(torch.autograd.Function):
                     torch.mm(h[part], w.T, out=z)
                 else:
                     torch.addmm(b, h[part], w.T, out=z)
-                sums += _logits_to_gradient_(
-                    z, labels[part], take(targets, part), each[part], options
-                )
+                sums += _logits_to_gradient_(z, labels[part], targets[part], each[part], options)
                 if d_hidden is not None:
                     torch.mm(z, w, out=d_hidden[part])
                 if d_weight is not None:

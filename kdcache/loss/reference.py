@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdcache.errors import UsageError
-from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.targets import DenseTargets, Targets
 from kdcache.tasks import IGNORE
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd", "mse")
@@ -22,7 +22,6 @@ TAILS = ("bucket", "renormalize")
 
 Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse"]
 Tail = Literal["bucket", "renormalize"]
-Targets = DenseTargets | SparseTargets
 
 
 class LossParts(NamedTuple):
@@ -39,46 +38,45 @@ class LossParts(NamedTuple):
     soft: Tensor
 
 
-def check_loss(
-    targets: type[Targets] | Targets, *, temperature: float, divergence: str, tail: str, exact: bool
-) -> None:
+def check_names(divergence: str, tail: str) -> None:
+    """Refuse an unknown divergence or tail.
+
+    Raises:
+        UsageError: names those there are.
+    """
+    for what, name, known in (("divergence", divergence, DIVERGENCES), ("tail", tail, TAILS)):
+        if name not in known:
+            raise UsageError(f"{what} {name!r} is unknown; choose one of {', '.join(known)}.")
+
+
+def check_loss(targets: Targets, *, divergence: str, tail: str) -> None:
     """Refuse combinations of options that have no meaning.
 
     Args:
-        targets: the targets, or only their class if there are none yet.
-        temperature: the loss's temperature, above 0.
+        targets: the targets; those of no position will do.
         divergence: one of `DIVERGENCES`.
         tail: one of `TAILS`; only read for top-k targets.
-        exact: for sparse targets, whether their weights are probabilities (top-k) or sample
-            weights.
 
     Raises:
-        UsageError: unknown name, T <= 0, "mse" without dense targets or with T != 1, "reverse-kl"
-            or "jsd" with sampled targets or with a renormalised top-k.
+        UsageError: unknown name, "mse" without dense targets or with T != 1, "reverse-kl" or "jsd"
+            with sampled targets or with a renormalised top-k.
     """
-    dense = targets is DenseTargets or isinstance(targets, DenseTargets)
-    if divergence not in DIVERGENCES:
-        raise UsageError(
-            f"divergence {divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}."
-        )
-    if tail not in TAILS:
-        raise UsageError(f"tail {tail!r} is unknown; choose one of {', '.join(TAILS)}.")
-    if not temperature > 0:
-        raise UsageError(f"temperature is {temperature:g}; it must be above 0.")
+    dense = isinstance(targets, DenseTargets)
+    check_names(divergence, tail)
     if divergence == "mse":
         if not dense:
             raise UsageError(
                 "divergence mse compares all logits, but this cache holds sparse targets. "
                 "Build it with --codec dense, or train with --divergence forward-kl."
             )
-        if temperature != 1:
+        if targets.temperature != 1:
             raise UsageError(
                 "divergence mse compares raw logits and knows no temperature, but "
-                f"{temperature:g} was given. Train with --temperature 1."
+                f"{targets.temperature:g} was given. Train with --temperature 1."
             )
     if dense or divergence == "forward-kl":
         return
-    if not exact:
+    if not targets.exact:
         raise UsageError(
             f"divergence {divergence} is not linear in the teacher's probabilities, so it would be "
             "biased on sampled targets. Train with --divergence forward-kl, or build the cache "
@@ -97,7 +95,6 @@ def distillation_loss(
     targets: Targets,
     *,
     alpha: float | Tensor,
-    temperature: float,
     divergence: str = "forward-kl",
     tail: str = "bucket",
     vocab_size: int | None = None,
@@ -120,9 +117,8 @@ def distillation_loss(
         logits: [n, V'] of any float dtype; the loss works in float32, or in float64 if they are
             float64.
         labels: int [n], -100 where there is none.
-        targets: n positions at `temperature`.
+        targets: n positions, at the temperature T of the soft part.
         alpha: weight of the hard loss, 0 to 1.
-        temperature: T of the soft part.
         divergence: "forward-kl" KL(q || p), "reverse-kl" KL(p || q), "jsd" (their mean to the
             mixture), "mse".
         tail: for top-k targets, "bucket" or "renormalize".
@@ -138,8 +134,8 @@ def distillation_loss(
     Raises:
         UsageError: see `check_loss`; also logits narrower than the vocabulary.
     """
-    exact = isinstance(targets, DenseTargets) or targets.exact
-    check_loss(targets, temperature=temperature, divergence=divergence, tail=tail, exact=exact)
+    check_loss(targets, divergence=divergence, tail=tail)
+    temperature = targets.temperature
     z = logits[:, : student_width(logits.shape[-1], targets, vocab_size)]
     z = z if z.dtype == torch.float64 else z.float()
     valid = labels != IGNORE
@@ -147,7 +143,7 @@ def distillation_loss(
     if divergence == "mse":
         soft = (z - _dense(targets).logits.to(z)).square().mean(-1)
     else:
-        soft = temperature**2 * _divergence(z / temperature, targets, temperature, divergence, tail)
+        soft = temperature**2 * _divergence(z / temperature, targets, divergence, tail)
     return _parts(hard, soft, alpha, count, position_weights)
 
 
@@ -159,7 +155,6 @@ def sliced_linear_distillation(
     targets: Targets,
     *,
     alpha: float | Tensor,
-    temperature: float,
     divergence: str = "forward-kl",
     tail: str = "bucket",
     vocab_size: int | None = None,
@@ -177,9 +172,8 @@ def sliced_linear_distillation(
         weight: [V', H] output projection.
         bias: [V'] or None.
         labels: as all other arguments, see `distillation_loss`.
-        targets: n positions at `temperature`.
+        targets: n positions, at the temperature T of the soft part.
         alpha: weight of the hard loss.
-        temperature: T of the soft part.
         divergence: one of `DIVERGENCES`.
         tail: for top-k targets, "bucket" or "renormalize".
         vocab_size: V <= V'.
@@ -202,9 +196,8 @@ def sliced_linear_distillation(
         return distillation_loss(
             F.linear(h, w, b),
             labels[piece],
-            take(targets, piece),
+            targets[piece],
             alpha=alpha,
-            temperature=temperature,
             divergence=divergence,
             tail=tail,
             vocab_size=vocab_size,
@@ -220,13 +213,12 @@ def sliced_linear_distillation(
     return LossParts(*(torch.stack(parts).sum(0) for parts in zip(*slices, strict=True)))
 
 
-def _divergence(
-    z: Tensor, targets: Targets, temperature: float, divergence: str, tail: str
-) -> Tensor:
+def _divergence(z: Tensor, targets: Targets, divergence: str, tail: str) -> Tensor:
     """Divergence of each position; z [n, V] is already divided by T."""
     student = F.log_softmax(z, -1)
     if isinstance(targets, DenseTargets):
-        return _coarse(F.log_softmax(targets.logits.to(z) / temperature, -1), student, divergence)
+        teacher = F.log_softmax(targets.logits.to(z) / targets.temperature, -1)
+        return _coarse(teacher, student, divergence)
     w, ids = targets.weights.to(z), targets.ids
     if not targets.exact:
         return -(w * student.gather(-1, ids)).sum(-1)
@@ -316,15 +308,3 @@ def student_width(columns: int, targets: Targets, vocab_size: int | None) -> int
 def _dense(targets: Targets) -> DenseTargets:
     assert isinstance(targets, DenseTargets), "check_loss let sparse targets through"
     return targets
-
-
-def take(targets: Targets, part: slice) -> Targets:
-    """The targets of a slice of positions, as views."""
-    if isinstance(targets, DenseTargets):
-        return DenseTargets(logits=targets.logits[part])
-    return SparseTargets(
-        ids=targets.ids[part],
-        weights=targets.weights[part],
-        rest=targets.rest[part],
-        exact=targets.exact,
-    )

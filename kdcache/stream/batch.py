@@ -7,7 +7,7 @@ Guarantee: positions of a batch keep the row-major order of its labels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.stream.shard_rows import positions_of, types_of
-from kdcache.targets import DenseTargets, SoftTargets
+from kdcache.targets import SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
-Batch: TypeAlias = dict[str, Tensor]
+Batch: TypeAlias = dict[str, Any]
+"""Tensors by name, and under `targets` the soft targets: see `collate`."""
+
 Tokenize: TypeAlias = Callable[[list[str], "list[str] | None"], Mapping[str, Tensor]]
 
 
@@ -61,17 +63,16 @@ def collate(
         data: the rows of the batch, in order.
         pad_id: id that fills `input_ids` up on the right.
         temperature: of the soft targets, or None to leave them out (training on hard labels alone).
-        count: what the loss is divided by; None for this batch's own count. See `Batch` keys below.
+        count: what the loss is divided by; None for this batch's own count, see below.
         tokenize: text (and second text) to the student's own tensors, such as `input_ids` and
             `attention_mask`; None uses the cached ids.
 
     Returns:
         `input_ids`, `attention_mask` int64 [B, L]; `token_type_ids` int64 [B, L] where there are
         any; `labels` int64 [B, L] (aligned with the logits: already shifted) or [B]; `count`
-        float32 []; and with a temperature: `temperature` float32 [1], and `target_logits` float32
-        [P, V], or `target_ids` int64 [P, K], `target_weights` float32 [P, K], `target_rest` float32
-        [P]. P counts the positions in row-major order. `count` is the number of positions the loss
-        is a mean of (without targets: of hard labels); infinity gives the batch the weight zero.
+        float32 []; and with a temperature `targets`, `DenseTargets` or `SparseTargets` of the
+        batch's positions in row-major order. `count` is the number of positions the loss is a mean
+        of (without targets: of hard labels); infinity gives the batch the weight zero.
     """
     rows, lengths = len(data), np.diff(data.offsets)
     width = int(lengths.max()) if rows else 0
@@ -82,7 +83,7 @@ def collate(
             raise UsageError(
                 "the cache holds no texts: this student must use the teacher's tokenizer."
             )
-        batch = {
+        batch: Batch = {
             name: torch.as_tensor(v) for name, v in tokenize(data.texts, data.text_pairs).items()
         }
     else:
@@ -97,14 +98,7 @@ def collate(
         _padded(labels, real, IGNORE) if causal else torch.from_numpy(labels.astype(np.int64))
     )
     if temperature is not None:
-        targets = data.targets.at(temperature)
-        batch["temperature"] = torch.tensor([temperature], dtype=torch.float32)
-        if isinstance(targets, DenseTargets):
-            batch["target_logits"] = targets.logits
-        else:
-            batch["target_ids"] = targets.ids
-            batch["target_weights"] = targets.weights
-            batch["target_rest"] = targets.rest
+        batch["targets"] = data.targets.at(temperature)
     if count is None:
         count = int(positions_of(data, soft=temperature is not None).sum())
     batch["count"] = torch.tensor(count, dtype=torch.float32)

@@ -345,7 +345,7 @@ def _own_forward(
     vocab_size: int | None = None,
 ) -> Callable[[Sequence[Row]], Iterator[Tensor]]:
     """Run a student by its own forward, which gives the logits of all tokens of a batch."""
-    whole = DistilledStudent(student, task, codec="dense").eval().to(device)
+    whole = DistilledStudent(student, task).eval().to(device)
     causal = task == CAUSAL_LM
 
     @torch.inference_mode()

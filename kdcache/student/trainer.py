@@ -17,7 +17,6 @@ to the bit.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -30,7 +29,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, send_to_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -38,7 +37,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError
 from kdcache.stream import Batch, TargetStream
-from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import CheckpointingTrainer, last_checkpoint, read_state
 from kdcache.tasks import IGNORE
 
@@ -151,14 +149,7 @@ class DistillationTrainer(CheckpointingTrainer):
         return slices, slices[0]["count"] if slices else None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # A number on the device would have to be waited for.
-        if isinstance(inputs.get("temperature"), Tensor):
-            inputs = {**inputs, "temperature": float(inputs["temperature"])}
-        device = self.args.device
-        return {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in inputs.items()
-        }
+        return dict(send_to_device(inputs, self.args.device, non_blocking=True))
 
     # Training
 
@@ -204,8 +195,8 @@ class DistillationTrainer(CheckpointingTrainer):
         if self.alpha is not None:
             inputs = {**inputs, "alpha": self.alpha(self.state.global_step)}
             self._last["alpha"] = inputs["alpha"]
-        if "temperature" in inputs:
-            self._last["temperature"] = inputs["temperature"]
+        if "targets" in inputs:
+            self._last["temperature"] = inputs["targets"].temperature
         outputs = model(**inputs)
         if model.training:
             self._parts += _stack(outputs.hard_loss, outputs.soft_loss)
@@ -241,8 +232,7 @@ class DistillationTrainer(CheckpointingTrainer):
             )
             return metrics
         begun = time.perf_counter()
-        with self._reading(stream):
-            found = self._evaluate_stream(stream)
+        found = self._evaluate_stream(stream)
         found["runtime"] = time.perf_counter() - begun
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
@@ -250,19 +240,6 @@ class DistillationTrainer(CheckpointingTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    @contextlib.contextmanager
-    def _reading(self, stream: TargetStream) -> Iterator[None]:
-        """The student reads this stream's targets meanwhile, and then again what it did before."""
-        if not isinstance(self.model, DistilledStudent):
-            yield
-            return
-        before = self.model.codec
-        self.model.read_targets_of(stream.caches[0].spec.codec)
-        try:
-            yield
-        finally:
-            self.model.read_targets_of(before)
 
     @torch.no_grad()
     def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:

@@ -30,28 +30,15 @@ from transformers.utils import ModelOutput
 from kdcache.errors import UsageError
 from kdcache.loss import (
     LossParts,
-    Targets,
     check_loss,
+    check_names,
     distillation_loss,
     fused_linear_distillation,
     sliced_linear_distillation,
 )
-from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.targets import SparseTargets, Targets
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
 from kdcache.teacher.trust import FACTORY_TYPE
-
-_OURS = frozenset(
-    (
-        "target_logits",
-        "target_ids",
-        "target_weights",
-        "target_rest",
-        "temperature",
-        "alpha",
-        "count",
-        "num_items_in_batch",
-    )
-)
 
 
 @dataclass
@@ -90,16 +77,14 @@ class DistilledStudent(nn.Module):
     Args:
         student: what `load_student` returns.
         task: CAUSAL_LM or "sequence-classification".
-        codec: the cache's codec ("dense", "topk:64", "sample:20"): how sparse targets are to be
-            read.
         alpha: weight of the hard loss; may be set between steps, and a batch's own `alpha` wins.
-        temperature: T where a batch does not say its own.
-        divergence: see `kdcache.loss.distillation_loss`.
+        divergence: see `kdcache.loss.distillation_loss`; what a batch's targets do not fit is
+            refused.
         tail: for top-k targets, "bucket" or "renormalize".
         vocab_size: ids of the cache's vocabulary; later columns of the student are padding.
 
     Raises:
-        UsageError: the loss has no meaning for this codec, or alpha is not from 0 to 1.
+        UsageError: an unknown task, divergence or tail, or alpha is not from 0 to 1.
     """
 
     def __init__(
@@ -107,9 +92,7 @@ class DistilledStudent(nn.Module):
         student: nn.Module,
         task: str,
         *,
-        codec: str,
         alpha: float = 0.5,
-        temperature: float = 1.0,
         divergence: str = "forward-kl",
         tail: str = "bucket",
         vocab_size: int | None = None,
@@ -119,26 +102,15 @@ class DistilledStudent(nn.Module):
             raise UsageError(f"task {task!r} is unknown; it is {' or '.join(TASKS)}.")
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha:g}; the weight of the hard loss is from 0 to 1.")
-        self.read_targets_of(codec)
-        kind = DenseTargets if self.dense else SparseTargets
-        check_loss(
-            kind, temperature=temperature, divergence=divergence, tail=tail, exact=self.exact
-        )
+        check_names(divergence, tail)
         self.student = student
         self.task = task
         self.alpha: float | Tensor = alpha
-        self.temperature = temperature
         self.divergence = divergence
         self.tail = tail
         self.vocab_size = vocab_size
         self._head_scale: float | None = None  # None: not known yet; nan: not a plain head
         self._body = 0  # which of `_bodies` the head's input comes from
-
-    def read_targets_of(self, codec: str) -> None:
-        """Say which codec the next batches' targets are of: evaluation may have its own."""
-        self.codec = codec
-        self.dense = codec.split(":")[0] == "dense"
-        self.exact = codec.split(":")[0] != "sample"
 
     @property
     def config(self) -> Any:
@@ -207,36 +179,41 @@ class DistilledStudent(nn.Module):
         save_model(self.student, str(folder / "model.safetensors"))
 
     def forward(
-        self, labels: Tensor | None = None, return_logits: bool = False, **batch: Any
+        self,
+        labels: Tensor | None = None,
+        targets: Targets | None = None,
+        *,
+        alpha: float | Tensor | None = None,
+        count: float | Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        return_logits: bool = False,
+        **inputs: Any,
     ) -> DistillationOutput:
         """The loss of a batch.
 
         Args:
             labels: int [B, L] aligned with the logits, -100 where there is no position (language
                 models); or [B], -100 at rows without a label.
+            targets: those of all P positions in row-major order, or None to train on hard labels
+                alone.
+            alpha: weight of the hard loss, one number. Default: the student's own.
+            count: divisor of the loss. Default: P.
+            num_items_in_batch: that of a whole step of several batches, which is stronger.
             return_logits: for language models: return all logits too, which takes their memory.
-            batch: the student's inputs (`input_ids`, `attention_mask`, ...; those that its forward
-                does not name are left out); the targets of all positions in row-major order,
-                `target_logits` [P, V] or `target_ids`, `target_weights` [P, K] and `target_rest`
-                [P], or none of them, for hard labels alone; `temperature` and `alpha` scalars;
-                `count`, the divisor of the loss, or `num_items_in_batch`, that of a whole step of
-                several batches, which is stronger. Default: P.
+            inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
+                does not name are left out.
 
         Returns:
             DistillationOutput.
 
         Raises:
-            UsageError: no labels, targets of another kind or number than announced, a student of
-                another width.
+            UsageError: no labels, targets of other positions, a divergence that the targets do not
+                fit, a student of another width.
         """
         if labels is None:
             raise UsageError("the batch has no labels; give -100 for rows without one.")
-        inputs = {k: v for k, v in batch.items() if k not in _OURS}
-        temperature = float(batch.get("temperature", self.temperature))
-        alpha = batch.get("alpha", self.alpha)
-        count = batch.get("num_items_in_batch")
-        if count is None:
-            count = batch.get("count")
+        alpha = self.alpha if alpha is None else alpha
+        count = count if num_items_in_batch is None else num_items_in_batch
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
         causal = self.task == CAUSAL_LM
@@ -245,20 +222,24 @@ class DistilledStudent(nn.Module):
         # now it is idle.
         places = positions(flat, self.task).nonzero().squeeze(-1) if causal else None
         n = len(flat) if places is None else len(places)
-        targets = self._targets(batch, n, flat.device)
         soft = targets is not None
         if targets is None:
             # Hard labels alone are targets without entries and without weight.
             nothing = torch.zeros((n, 0), device=flat.device)
-            targets = SparseTargets(
-                ids=nothing.long(), weights=nothing, rest=nothing.sum(-1), exact=False
-            )
+            targets = SparseTargets(nothing.long(), nothing, nothing.sum(-1), False, 1.0)
             alpha = 1.0
             count = (flat != IGNORE).sum().clamp_min(1) if count is None else count
-        options = {
+        divergence = self.divergence if soft else "forward-kl"
+        check_loss(targets, divergence=divergence, tail=self.tail)
+        if len(targets) != n:
+            raise UsageError(
+                f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
+                "are not of the same rows."
+            )
+        targets = targets.to(flat.device)
+        options: dict[str, Any] = {
             "alpha": alpha,
-            "temperature": temperature if soft else 1.0,
-            "divergence": self.divergence if soft else "forward-kl",
+            "divergence": divergence,
             "tail": self.tail,
             "vocab_size": self.vocab_size if causal else None,
             "count": count,
@@ -293,31 +274,6 @@ class DistilledStudent(nn.Module):
         if self._head_scale is not None and self._head_scale != 1:
             hidden = hidden * self._head_scale
         return function(hidden, head.weight, head.bias, labels, targets, **options)
-
-    def _targets(self, batch: Mapping[str, Any], n: int, device: torch.device) -> Targets | None:
-        targets: Targets
-        if "target_logits" in batch and self.dense:
-            targets = DenseTargets(batch["target_logits"].to(device))
-        elif "target_ids" in batch and not self.dense:
-            targets = SparseTargets(
-                ids=batch["target_ids"].to(device),
-                weights=batch["target_weights"].to(device),
-                rest=batch["target_rest"].to(device),
-                exact=self.exact,
-            )
-        elif "target_logits" in batch or "target_ids" in batch:
-            have, want = ("sparse", "dense") if self.dense else ("dense", "sparse")
-            raise UsageError(
-                f"the batch has {have} targets, but the student was made for a {want} codec."
-            )
-        else:
-            return None
-        if len(targets) != n:
-            raise UsageError(
-                f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
-                "are not of the same rows."
-            )
-        return targets
 
     def _call(self, module: Any, inputs: Mapping[str, Any]) -> Any:
         """Run a module with the inputs that it names."""

@@ -17,7 +17,8 @@ student's data loader.
 
 from __future__ import annotations
 
-from kdcache.targets.base import Codec, Column, DenseTargets, SparseTargets
+from kdcache.targets.base import Codec, Column
+from kdcache.targets.decoded import DenseTargets, SparseTargets, Targets
 from kdcache.targets.dense import Dense
 from kdcache.targets.device import check_finite
 from kdcache.targets.noise import position_uniform
@@ -33,6 +34,7 @@ __all__ = [
     "Sample",
     "SoftTargets",
     "SparseTargets",
+    "Targets",
     "TopK",
     "check_finite",
     "position_uniform",

@@ -1,4 +1,4 @@
-"""The contract of every codec, and the two forms of target that a loss accepts.
+"""The contract of every codec.
 
 A codec is a frozen value: its text (`str(codec)`), its temperatures and its vocabulary determine
 the bytes it writes. Its columns are either one value a position or ragged: a ragged column names
@@ -20,61 +20,12 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.targets.decoded import Targets
 
 Array: TypeAlias = npt.NDArray[Any]
 
 MAX_VOCABULARY = 2**31 - 1
 """Ids are 32-bit at most; real vocabularies end near 300,000."""
-
-
-@dataclass(frozen=True)
-class DenseTargets:
-    """All logits of each position.
-
-    Attributes:
-        logits: float32 [positions, vocabulary], as the teacher gave them (temperature 1, not
-            normalised).
-    """
-
-    logits: Tensor
-
-    def __len__(self) -> int:
-        return len(self.logits)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseTargets:
-        """Copy to a device."""
-        return DenseTargets(self.logits.to(device, non_blocking=non_blocking))
-
-
-@dataclass(frozen=True)
-class SparseTargets:
-    """A few weighted ids of each position, at one temperature.
-
-    Attributes:
-        ids: int64 [positions, K]; 0 in unused slots.
-        weights: float32 [positions, K]; 0 in unused slots.
-        rest: float32 [positions], the teacher's mass outside `ids`: the tail of top-k, 0 for
-            samples (their weights represent the whole distribution).
-        exact: True where `weights` are the teacher's probabilities of distinct ids (top-k); False
-            where they are an unbiased sample, right on average only.
-    """
-
-    ids: Tensor
-    weights: Tensor
-    rest: Tensor
-    exact: bool
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
-        """Copy to a device."""
-        return SparseTargets(
-            self.ids.to(device, non_blocking=non_blocking),
-            self.weights.to(device, non_blocking=non_blocking),
-            self.rest.to(device, non_blocking=non_blocking),
-            self.exact,
-        )
 
 
 @dataclass(frozen=True)
@@ -196,7 +147,7 @@ class Codec(ABC):
         columns: Mapping[str, Array],
         temperature: float,
         rank_to_id: Array | None = None,
-    ) -> DenseTargets | SparseTargets:
+    ) -> Targets:
         """Targets at one temperature, on the CPU.
 
         Args:

@@ -18,12 +18,12 @@ from kdcache.targets.base import (
     Array,
     Codec,
     Column,
-    DenseTargets,
     canonical_temperatures,
     check_logits,
     check_vocabulary,
     refuse_bad_positions,
 )
+from kdcache.targets.decoded import DenseTargets
 
 _DTYPES = {"float32": np.finfo(np.float32), "float16": np.finfo(np.float16)}
 
@@ -109,4 +109,4 @@ class Dense(Codec):
     ) -> DenseTargets:
         """The logits as float32: the loss applies the temperature."""
         self.check_temperature(temperature)
-        return DenseTargets(torch.from_numpy(columns["logits"].astype(np.float32)))
+        return DenseTargets(torch.from_numpy(columns["logits"].astype(np.float32)), temperature)

@@ -37,7 +37,6 @@ from kdcache.targets.base import (
     Array,
     Codec,
     Column,
-    SparseTargets,
     canonical_temperatures,
     check_logits,
     check_vocabulary,
@@ -50,6 +49,7 @@ from kdcache.targets.base import (
     running_sum,
     sum_up_,
 )
+from kdcache.targets.decoded import SparseTargets
 from kdcache.targets.device import Rule, sample_entries
 
 _SHARE_UNITS = 7
@@ -250,6 +250,7 @@ class Sample(Codec):
             weights=torch.from_numpy(weights),
             rest=torch.zeros(positions),
             exact=False,
+            temperature=temperature,
         )
 
     def _entries(

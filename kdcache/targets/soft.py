@@ -8,14 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from kdcache.targets.base import (
-    Array,
-    Codec,
-    DenseTargets,
-    SparseTargets,
-    ragged_items,
-    running_sum,
-)
+from kdcache.targets.base import Array, Codec, ragged_items, running_sum
+from kdcache.targets.decoded import Targets
 
 
 @dataclass
@@ -73,7 +67,7 @@ class SoftTargets:
             found[axis] = begin[positions]
         return found
 
-    def at(self, temperature: float) -> DenseTargets | SparseTargets:
+    def at(self, temperature: float) -> Targets:
         """Targets at a temperature the codec declares; see `Codec.at`."""
         return self.codec.at(self.columns, temperature, self.rank_to_id)
 

@@ -21,7 +21,6 @@ from kdcache.targets.base import (
     Array,
     Codec,
     Column,
-    SparseTargets,
     canonical_temperatures,
     check_logits,
     check_vocabulary,
@@ -30,6 +29,7 @@ from kdcache.targets.base import (
     ranks_pay,
     refuse_bad_positions,
 )
+from kdcache.targets.decoded import SparseTargets
 from kdcache.targets.device import top_entries
 
 
@@ -133,4 +133,5 @@ class TopK(Codec):
             weights=share * (1 - rest[:, None]),
             rest=rest,
             exact=True,
+            temperature=temperature,
         )

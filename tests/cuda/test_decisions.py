@@ -93,6 +93,7 @@ class TestCompileSwitch:
                 weights=torch.zeros(n, 4, device="cuda"),
                 rest=torch.zeros(n, device="cuda"),
                 exact=False,
+                temperature=1.0,
             )
             scalar = torch.zeros((), device="cuda")
             fused._logits_to_gradient_(

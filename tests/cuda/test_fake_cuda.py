@@ -136,7 +136,7 @@ def test_the_fused_loss_keeps_devices_and_dtypes(
         labels = torch.zeros(n, dtype=torch.int64, device="cuda")
         with Waits() as waits, under(autocast):
             parts, gradients = forward_and_backward(
-                hidden, weight, bias, labels, fake_targets(kind, n, vocabulary), temperature
+                hidden, weight, bias, labels, fake_targets(kind, n, vocabulary, temperature)
             )
     assert [(p.dtype, p.device.type, p.ndim) for p in parts] == 3 * [(FLOAT32, "cuda", 0)]
     assert [(g.dtype, g.shape, str(g.device)) for g in gradients] == [
@@ -149,14 +149,17 @@ def under(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object
     return torch.autocast("cuda", dtype) if dtype is not None else contextlib.nullcontext()
 
 
-def fake_targets(kind: str, n: int, vocabulary: int) -> SparseTargets | DenseTargets:
+def fake_targets(
+    kind: str, n: int, vocabulary: int, temperature: float
+) -> SparseTargets | DenseTargets:
     if kind == "dense":
-        return DenseTargets(torch.zeros(n, vocabulary, device="cuda"))
+        return DenseTargets(torch.zeros(n, vocabulary, device="cuda"), temperature)
     return SparseTargets(
         ids=torch.zeros(n, 16, dtype=torch.int64, device="cuda"),
         weights=torch.zeros(n, 16, device="cuda"),
         rest=torch.zeros(n, device="cuda"),
         exact=kind == "topk",
+        temperature=temperature,
     )
 
 
@@ -166,7 +169,6 @@ def forward_and_backward(
     bias: Tensor,
     labels: Tensor,
     targets: SparseTargets | DenseTargets,
-    temperature: float,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Loss and gradients; the backward pass is called by hand, for the autograd engine starts a
     thread on the device."""
@@ -187,7 +189,7 @@ def forward_and_backward(
 
     with mock.patch.object(fused, "_eagerly", apply):
         parts = fused_linear_distillation(
-            hidden, weight, bias, labels, targets, alpha=0.5, temperature=temperature,
+            hidden, weight, bias, labels, targets, alpha=0.5,
             vocab_size=weight.shape[0] - 64, rows=256,
         )  # fmt: skip
     backward = fused._Fused.backward.__wrapped__  # type: ignore[attr-defined]
@@ -203,7 +205,7 @@ def test_a_training_step_waits_once(rows: str, autocast: torch.dtype | None) -> 
     tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=True)
     with fake_cuda(), every_wait_is_seen(), tried_before:
         model = fake_llama(vocabulary + 64, weights).train()
-        student = DistilledStudent(model, "causal-lm", codec="sample:20", vocab_size=vocabulary)
+        student = DistilledStudent(model, "causal-lm", vocab_size=vocabulary)
         student._head_scale = 1.0  # measured at the first step
         inputs = fake_batch(batch, length, masked=rows != "no mask")
         with Waits() as waits, under(autocast):
@@ -219,16 +221,11 @@ def test_a_training_step_waits_once(rows: str, autocast: torch.dtype | None) -> 
 def fake_batch(batch: int, length: int, *, masked: bool) -> dict[str, Any]:
     positions = batch * length
     ids = torch.zeros(batch, length, dtype=torch.int64, device="cuda")
-    targets = fake_targets("sample", positions, 0)
-    assert isinstance(targets, SparseTargets)
     return {
         "input_ids": ids,
         "labels": ids,
         **({"attention_mask": ids} if masked else {}),
-        "target_ids": targets.ids,
-        "target_weights": targets.weights,
-        "target_rest": targets.rest,
-        "temperature": 1.0,
+        "targets": fake_targets("sample", positions, 0, 1.0),
         "count": torch.zeros((), device="cuda"),
         "alpha": 0.5,
     }

@@ -171,6 +171,7 @@ class TestGraphs:
                     weights=fake(n, entries),
                     rest=fake(n),
                     exact=False,
+                    temperature=1.0,
                 )
                 fused._logits_to_gradient_(
                     fake(n, 32_000, dtype=torch.bfloat16),

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from kdcache.loss import distillation_loss
-from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.targets import DenseTargets, Targets
 from kdcache.tasks import IGNORE
 
 STUDENT_SHARE, STUDENT_DEVIATION = 0.5, 1.0
@@ -83,15 +83,13 @@ class FullGradient:
         noise = torch.randn(logits.shape, generator=generator).to(logits.device)
         self.student = STUDENT_SHARE * self.logits + STUDENT_DEVIATION * noise
         self.p = (self.logits / temperature).softmax(-1)
-        self.gradient = self.towards(DenseTargets(self.logits))
+        self.gradient = self.towards(DenseTargets(self.logits, temperature))
 
-    def towards(self, targets: DenseTargets | SparseTargets) -> Tensor:
+    def towards(self, targets: Targets) -> Tensor:
         """Gradient of the summed soft loss by the student's logits, [n, V]."""
         z = self.student.clone().requires_grad_()
         labels = torch.full((len(z),), IGNORE, device=z.device)
-        loss = distillation_loss(
-            z, labels, targets, alpha=0.0, temperature=self.temperature, count=1
-        )
+        loss = distillation_loss(z, labels, targets, alpha=0.0, count=1)
         (gradient,) = torch.autograd.grad(loss.total, z)
         return gradient
 
@@ -107,7 +105,7 @@ class FidelityMeter:
         self._sums = torch.zeros(6, dtype=torch.float64)
         self._mean: tuple[Tensor, Tensor] | None = None
 
-    def add(self, full: FullGradient, targets: DenseTargets | SparseTargets) -> None:
+    def add(self, full: FullGradient, targets: Targets) -> None:
         """Add positions: what is stored of them, on the device of `full`."""
         if isinstance(targets, DenseTargets):
             held = (targets.logits / full.temperature).softmax(-1)

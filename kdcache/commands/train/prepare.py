@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.student.checkpoints import last_checkpoint, read_state, step_of
 from kdcache.student.trainer import check_identity
-from kdcache.targets import Codec, Dense, DenseTargets, Sample, SparseTargets
+from kdcache.targets import Codec, Dense, SoftTargets
 from kdcache.tasks import CAUSAL_LM
 
 RESULT_FILE = "train.json"
@@ -169,15 +170,11 @@ def steps_of(options: TrainOptions, stream: TargetStream) -> int:
 def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[float]) -> list[str]:
     """Why the loss has no meaning for targets of this codec: a line each."""
     wrong = []
+    none = SoftTargets.empty(codec).at(codec.temperatures[0])
     for temperature in temperatures:
         try:
-            check_loss(
-                DenseTargets if isinstance(codec, Dense) else SparseTargets,
-                temperature=temperature,
-                divergence=options.divergence,
-                tail=options.tail,
-                exact=not isinstance(codec, Sample),
-            )
+            targets = dataclasses.replace(none, temperature=temperature)
+            check_loss(targets, divergence=options.divergence, tail=options.tail)
         except UsageError as error:
             wrong.append(str(error))
     return wrong

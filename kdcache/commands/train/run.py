@@ -173,9 +173,7 @@ def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
     student = DistilledStudent(
         inner,
         spec.task,
-        codec=spec.codec,
         alpha=options.alphas.start,
-        temperature=1.0 if options.hard_only else options.temperatures.start,
         divergence="forward-kl" if options.hard_only else options.divergence,
         tail=options.tail,
         vocab_size=spec.vocab_size,

@@ -1,0 +1,119 @@
+"""Targets at one temperature as tensors: what a codec decodes, a batch carries and a loss reads.
+
+They know what a loss must not guess: the temperature that their numbers belong to, and whether
+sparse weights are probabilities (top-k) or an unbiased sample.
+
+`to` and `pin_memory` are what accelerate, the HF Trainer and PyTorch's `DataLoader` look for.
+Targets are not a pytree node: FSDP would round their numbers to the 16 bits of its parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.errors import UsageError
+
+Self = TypeVar("Self", bound="_Positions")
+
+
+class _Positions:
+    """What both kinds can do. Tensors have a row for each position."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UsageError(f"temperature is {self.temperature:g}; it must be above 0.")
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return len(next(iter(self._tensors().values())))
+
+    def __getitem__(self: Self, positions: slice | Tensor) -> Self:
+        """Some positions: those of a slice as views, those of an index or a mask as copies."""
+        return self._map(lambda tensor: tensor[positions])
+
+    def to(self: Self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """Copy to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: Self) -> Self:
+        """Copy to page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    @classmethod
+    def concat(cls: type[Self], parts: Sequence[Self]) -> Self:
+        """Join positions; narrower sparse targets are filled up with unused slots.
+
+        Raises:
+            ValueError: no part, or parts of different kinds or temperatures.
+        """
+        tensors = [part._tensors() for part in parts]
+        if len({(type(p), p.temperature, getattr(p, "exact", None)) for p in parts}) != 1:
+            raise ValueError("targets to be joined must be of one kind and temperature")
+        joined = {name: _cat([part[name] for part in tensors]) for name in tensors[0]}
+        return dataclasses.replace(parts[0], **joined)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in values if isinstance(value, Tensor)}
+
+    def _map(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = {name: change(tensor) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **changed)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].ndim == 1:
+        return torch.cat(list(tensors))
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+
+@dataclass(frozen=True, eq=False)
+class DenseTargets(_Positions):
+    """All logits of each position.
+
+    Attributes:
+        logits: float32 [positions, vocabulary], as the teacher gave them: not divided by the
+            temperature, not normalised.
+        temperature: T at which a loss compares them.
+    """
+
+    logits: Tensor
+    temperature: float
+
+    exact: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets(_Positions):
+    """A few weighted ids of each position.
+
+    Attributes:
+        ids: int64 [positions, K]; 0 in unused slots.
+        weights: float32 [positions, K]; 0 in unused slots.
+        rest: float32 [positions], the teacher's mass outside `ids`: the tail of top-k, 0 for
+            samples (their weights stand for the whole distribution).
+        exact: True where `weights` are the teacher's probabilities of distinct ids (top-k); False
+            where they are an unbiased sample, right on average only.
+        temperature: T of the distribution that the weights are of.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    rest: Tensor
+    exact: bool
+    temperature: float
+
+
+Targets: TypeAlias = DenseTargets | SparseTargets
