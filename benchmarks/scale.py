@@ -42,7 +42,7 @@ from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.events import EventLog
 from kdcache.commands.build.on_ray import RayCrew
 from kdcache.commands.build.worker import Job, SpanReport
-from kdcache.corpus import Span
+from kdcache.corpus import InputFile, Span
 from kdcache.rows import RowSpec
 from kdcache.storage import LocalStorage
 from kdcache.teacher import TeacherOptions
@@ -223,7 +223,9 @@ def drive(count: int, workers: int, span_seconds: float) -> list[tuple[str, str]
     """Run the driver over that many spans."""
     simulation = Simulation(workers, span_seconds, deaths=0.001, seed=0)
     real, sys.modules["ray"] = sys.modules.get("ray"), simulation  # type: ignore[assignment]
-    spans: Sequence[Span] = [Span(i, "/corpus/a.jsonl", "jsonl", i, i + 1) for i in range(count)]
+    spans: Sequence[Span] = [
+        Span(i, InputFile("/corpus/a.jsonl", 1 << 30, "jsonl"), i, i + 1) for i in range(count)
+    ]
     shown = [0, 0.0]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -276,7 +278,7 @@ def ray_call(calls: int = 2000) -> list[tuple[str, str]]:
     try:
         actor = ray.remote(Nothing).options(num_cpus=1).remote()
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        span = Span(0, "/corpus/a.jsonl", "jsonl", 0, 1)
+        span = Span(0, InputFile("/corpus/a.jsonl", 1, "jsonl"), 0, 1)
         ray.get(actor.run.remote(span))
         begin = time.process_time()
         for _ in range(calls):

@@ -41,7 +41,7 @@ from kdcache.commands.build.prepare import _span_bytes
 from kdcache.commands.build.worker import SpanReport
 from kdcache.commands.build.workers import Crew, Fault, Outcome, WorkerFigures
 from kdcache.commands.interrupt import interruptible
-from kdcache.corpus import Span
+from kdcache.corpus import InputFile, Span
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, DenseTargets, SparseTargets
@@ -544,7 +544,7 @@ class FailingCrew(Crew):
 def drive(crew: FailingCrew, count: int = 6) -> tuple[Driver, list[Progress]]:
     """A driver whose listing shows what it made."""
     seen: list[Progress] = []
-    spans: Sequence[Span] = [Span(i, "f", "jsonl", 0, 1) for i in range(count)]
+    spans: Sequence[Span] = [Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(count)]
     driver = Driver(spans, seen.append)
     driver.run(lambda: [i for i in range(count) if i not in driver.made], lambda: crew)
     return driver, seen
@@ -600,14 +600,14 @@ def test_a_build_in_which_everything_fails_ends_early() -> None:
 
 def test_a_shard_that_the_listing_lost_is_made_again() -> None:
     crew = FailingCrew({}, "span")
-    driver = Driver([Span(i, "f", "jsonl", 0, 1) for i in range(4)])
+    driver = Driver([Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(4)])
     looks: list[list[int]] = [[0, 1, 2, 3], [2], []]
     driver.run(lambda: looks.pop(0), lambda: crew)
     assert [span for span, _ in crew.log] == [0, 1, 2, 3, 2]
     assert (sorted(driver.made), driver.positions, driver.redone) == ([0, 1, 2, 3], 4, 1)
     always = [[0, 1], [1], [1], [1]]
     with pytest.raises(IncompleteError, match="span 1 .* not in the listing"):
-        Driver([Span(i, "f", "jsonl", 0, 1) for i in range(2)]).run(
+        Driver([Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(2)]).run(
             lambda: always.pop(0), lambda: FailingCrew({}, "span")
         )
 
@@ -662,7 +662,7 @@ class SlowCrew(FailingCrew):
 def test_a_signal_lets_spans_in_flight_finish_for_a_while(
     crew: SlowCrew, grace: float, made: int
 ) -> None:
-    driver = Driver([Span(i, "f", "jsonl", 0, 1) for i in range(6)], grace=grace)
+    driver = Driver([Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(6)], grace=grace)
     with (
         interruptible() as interrupt,
         pytest.raises(IncompleteError, match=f"{made} of 6 shards are committed. Run the same"),

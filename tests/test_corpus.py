@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from fake_hub import DATASET, GATED, fake_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdcache.corpus import Corpus, ReadStats, Record, Span
+from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import UsageError
 
 PATIENT = settings(
@@ -103,7 +104,7 @@ class TestEveryFormat:
     ) -> None:
         path = tmp_path / name
         WRITERS[name](path, texts)
-        corpus = Corpus.open([str(path)], span_bytes=span_bytes)
+        corpus = Corpus.open([str(path)], span_bytes=span_bytes, documents="line")
         found = texts_of(corpus)
         if "gz" in name or "zst" in name or "csv" in name or name == "a.arrow":
             # Dealt parts interleave: part k has the records k, k + parts, ...
@@ -120,23 +121,26 @@ class TestEveryFormat:
         WRITERS[name](tmp_path / name, texts)
         WRITERS[name](tmp_path / f"z{name}", texts)
         corpus = Corpus.open(
-            [str(tmp_path / name), str(tmp_path / f"z{name}")], span_bytes=span_bytes, limit=limit
+            [str(tmp_path / name), str(tmp_path / f"z{name}")],
+            span_bytes=span_bytes,
+            limit=limit,
+            documents="line",
         )
         assert sorted(texts_of(corpus)) == sorted([*texts, *texts][:limit])
 
-    def test_a_span_survives_json(self, tmp_path: Path, name: str) -> None:
+    def test_a_span_survives_the_way_to_a_worker(self, tmp_path: Path, name: str) -> None:
         WRITERS[name](tmp_path / name, ["one", "two", "three"])
         columns = ["text", "label"] if name == "a.tsv" else None
-        corpus = Corpus.open([str(tmp_path)], span_bytes=9, columns=columns)
+        corpus = Corpus.open([str(tmp_path)], span_bytes=9, columns=columns, documents="line")
         for span in corpus.spans:
-            again = Span.from_dict(json.loads(json.dumps(span.to_dict())))
+            again = pickle.loads(pickle.dumps(span))
             assert again == span
             assert list(Corpus.read(again)) == list(Corpus.read(span))
 
     def test_location_finds_the_record(self, tmp_path: Path, name: str) -> None:
         texts = [f"number {i}" for i in range(20)]
         WRITERS[name](tmp_path / name, texts)
-        records = read_all(Corpus.open([str(tmp_path)], span_bytes=30))
+        records = read_all(Corpus.open([str(tmp_path)], span_bytes=30, documents="line"))
         where = {record.values["text"]: str(record.location) for record in records}
         assert len(set(where.values())) == 20
         expected = {
@@ -271,10 +275,10 @@ def test_span_bytes_by_the_size_of_the_corpus(tree: Path) -> None:
 def test_ten_thousand_files_plan_lazily(tmp_path: Path) -> None:
     for i in range(10_000):
         (tmp_path / f"{i:05}.txt").write_bytes(b"a line\n")
-    corpus = Corpus.open([str(tmp_path)], span_bytes=2)
+    corpus = Corpus.open([str(tmp_path)], span_bytes=2, documents="line")
     # Spans are made on demand: the sequence holds none.
     assert len(corpus.spans) == 40_000
-    assert corpus.spans[39_999].file.endswith("09999.txt")
+    assert corpus.spans[39_999].file.url.endswith("09999.txt")
     assert corpus.spans[-1] == corpus.spans[39_999]
     assert [span.index for span in corpus.spans[5:8]] == [5, 6, 7]
     with pytest.raises(IndexError):
@@ -286,7 +290,7 @@ def test_planning_neither_reads_files_nor_grows_with_them(
 ) -> None:
     names = ("jsonl", "txt", "csv", "tsv", "parquet", "arrow", "jsonl.gz", "jsonl.zst")
     paths = [tmp_path / f"{i:04}.{names[i % len(names)]}" for i in range(2000)]
-    for module in ("files", "formats"):
+    for module in ("files", "tables"):
         monkeypatch.setattr(
             f"kdcache.corpus.{module}.open_bytes", lambda url: pytest.fail(f"{url} was opened")
         )
@@ -298,7 +302,7 @@ def test_planning_neither_reads_files_nor_grows_with_them(
             os.truncate(path, size)
         tracemalloc.start()
         corpus = Corpus.open([str(tmp_path)], span_bytes=1 << 20)
-        assert corpus.spans[len(corpus.spans) - 1].file == str(paths[-1])
+        assert corpus.spans[len(corpus.spans) - 1].file.url == str(paths[-1])
         spans.append(len(corpus.spans))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -321,8 +325,8 @@ def test_any_fsspec_url(memory: Any, tmp_path: Path) -> None:
         memory.pipe_file(f"/data/{name}", (tmp_path / name).read_bytes())
     memory.pipe_file("/data/README.md", b"no data")
     memory.pipe_file("/data/empty.txt", b"")
-    corpus = Corpus.open(["memory://data"], span_bytes=100)
-    local = Corpus.open([str(tmp_path)], span_bytes=100)
+    corpus = Corpus.open(["memory://data"], span_bytes=100, documents="line")
+    local = Corpus.open([str(tmp_path)], span_bytes=100, documents="line")
     assert texts_of(corpus) == texts_of(local)
     same = [entry for entry in corpus.identity() if entry["name"] != "empty.txt"]
     assert same == local.identity()
@@ -447,7 +451,7 @@ def test_a_bad_record_is_named_or_skipped_and_counted(
     data = good + line + after
     path = tmp_path / f"{name}{packed}"
     path.write_bytes(gzip.compress(data) if packed else data)
-    corpus = Corpus.open([str(path)], span_bytes=1 << 30)
+    corpus = Corpus.open([str(path)], span_bytes=1 << 30, documents="line")
     with pytest.raises(UsageError, match=message) as caught:
         read_all(corpus)
     assert str(path) in str(caught.value)

@@ -77,7 +77,7 @@ def test_targets_are_those_of_a_build_without_ranks(
         plain = dataclasses.replace(ranked, out=str(tmp_path / f"plain-{codec}"))
         build(ranked)
         with monkeypatch.context() as patch:
-            patch.setattr("kdcache.commands.build.build.count_ranks", lambda *_: b"")
+            patch.setattr("kdcache.commands.build.prepare.count_ranks", lambda *_: b"")
             build(plain)
         one, two = Cache.open(ranked.out), Cache.open(plain.out)
         assert one.rank_to_id is not None
@@ -160,7 +160,7 @@ def test_a_corpus_that_ranks_otherwise_is_another_cache(
 ) -> None:
     build(options)
     monkeypatch.setattr(
-        "kdcache.commands.build.build.count_ranks", lambda *_: np.arange(5).tobytes()
+        "kdcache.commands.build.prepare.count_ranks", lambda *_: np.arange(5).tobytes()
     )
     with pytest.raises(UsageError, match="ranks: "):
         build(options)

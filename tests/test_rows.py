@@ -425,7 +425,9 @@ class TestClassification:
         lines = [f"film number {i} is {('bad', 'good')[i % 2]}\t{i % 2}\n" for i in range(900)]
         for name, part in (("train", lines[:600]), ("dev", lines[600:700]), ("test", lines[700:])):
             (tmp_path / f"{name}.tsv").write_text("".join(part))
-        corpus = Corpus.open([str(tmp_path)], span_bytes=4_000, columns=["text", "label"])
+        corpus = Corpus.open(
+            [str(tmp_path)], span_bytes=4_000, columns=["text", "label"], split="all"
+        )
         assert len(corpus.spans) > 5
         spec = RowSpec("sequence-classification", label_names=self.names, max_length=128)
         encoder = make_encoder(spec, bert)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kdcache.corpus import Corpus, OnError
+from kdcache.corpus import MAX_RECORD_BYTES, Corpus, Documents, OnError
 from kdcache.options import Options, option
 from kdcache.rows import Form, Packing, RowSpec
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import Attention
+
+logger = logging.getLogger(__name__)
 
 Ensemble = Literal["mean-probs", "mean-logits"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -34,6 +37,22 @@ class RecordOptions(Options):
     format: str = option(
         "auto", help="format of all files, such as `jsonl`; `auto` goes by their names."
     )
+    documents: Documents = option(
+        "file",
+        help="what one document of a `.txt` file is: all of it, a paragraph (up to a blank line) "
+        "or a line.",
+    )
+    delimiter: str = option(
+        ",", help="what separates the fields of CSV files.", metavar="CHARACTER"
+    )
+    split: str | None = option(
+        None,
+        help="split to read of folders that hold several, such as `train`; `all` for every file.",
+        metavar="NAME",
+    )
+    max_record_bytes: int = option(
+        MAX_RECORD_BYTES, help="longest record; a longer one cannot be read.", at_least=1
+    )
     record_form: Form = option(
         "auto",
         help="which columns make a record: the text, the messages of a chat, or a prompt with its "
@@ -45,16 +64,28 @@ class RecordOptions(Options):
     )
 
     def open_corpus(
-        self, patterns: Sequence[str], *, span_bytes: int | Callable[[int], int]
+        self,
+        patterns: Sequence[str],
+        *,
+        span_bytes: int | Callable[[int], int],
+        divide: bool = False,
     ) -> Corpus:
         """Find the files of `patterns` and plan their spans; see `Corpus.open`."""
-        return Corpus.open(
+        corpus = Corpus.open(
             patterns,
             span_bytes=span_bytes,
             limit=self.limit,
             format=self.format,
             columns=self.columns,
+            documents=self.documents,
+            delimiter=self.delimiter,
+            max_record_bytes=self.max_record_bytes,
+            split=self.split,
+            divide=divide,
         )
+        if corpus.documents is not None:
+            logger.warning("text files: each %s is one document (--documents)", corpus.documents)
+        return corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +94,11 @@ class RowOptions(RecordOptions):
 
     heading = "Corpus"
 
-    label_column: str = option("label", help="column of the class.", metavar="NAME")
+    label_column: str = option(
+        "label",
+        help="column of the class; `none` for no hard labels, whatever the columns.",
+        metavar="NAME",
+    )
     messages_column: str = option(
         "messages",
         help="column of chat messages; where a file has it, its chats become the rows.",

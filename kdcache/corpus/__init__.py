@@ -19,16 +19,22 @@ counted.
 
 from __future__ import annotations
 
-from kdcache.corpus.corpus import Corpus, Span
+from kdcache.corpus.corpus import Corpus
+from kdcache.corpus.files import InputFile
 from kdcache.corpus.records import LineAt, OnError, ReadStats, Record, RecordError, Source
 from kdcache.corpus.sample import Look, look_into, looks
+from kdcache.corpus.span import MAX_RECORD_BYTES, Documents, Reading, Span
 
 __all__ = [
+    "MAX_RECORD_BYTES",
     "Corpus",
+    "Documents",
+    "InputFile",
     "LineAt",
     "Look",
     "OnError",
     "ReadStats",
+    "Reading",
     "Record",
     "RecordError",
     "Source",

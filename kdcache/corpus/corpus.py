@@ -8,78 +8,33 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from typing import Any, overload
 
 from kdcache.corpus import files as input_files
-from kdcache.corpus.files import LINE_KINDS, InputFile, is_dealt
-from kdcache.corpus.formats import (
-    DECOMPRESSION_ERRORS,
-    Raws,
-    open_span,
-    parse,
-    table_size,
-)
-from kdcache.corpus.records import LineAt, OnError, ReadStats, Record, RecordError
+from kdcache.corpus.files import LINE_KINDS, InputFile, check_all_unchanged, check_unchanged
+from kdcache.corpus.formats import Format
+from kdcache.corpus.listing import expand
+from kdcache.corpus.records import LineAt, Location, OnError, ReadStats, Record, RecordError
+from kdcache.corpus.span import MAX_RECORD_BYTES, Documents, Reading, Span
+from kdcache.corpus.tables import Arrow, Parquet
+from kdcache.corpus.text import Csv, JsonLines, TextFiles, TextLines, TextParagraphs, Tsv
 from kdcache.errors import UsageError
 
+_FORMATS: dict[str, type[Format]] = {
+    "jsonl": JsonLines,
+    "csv": Csv,
+    "tsv": Tsv,
+    "parquet": Parquet,
+    "arrow": Arrow,
+    "txt file": TextFiles,
+    "txt paragraph": TextParagraphs,
+    "txt line": TextLines,
+}
 # Each part of a dealt file decompresses all of it; so often, that costs less than a teacher's pass.
 MAX_PARTS = 128
 _TYPICAL_RATIO = 3  # text to its gzip or zstd size, to guess parts without decompressing
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A unit of work: a stretch of one file, which becomes exactly one shard.
-
-    Attributes:
-        index: Its place among the corpus's spans.
-        file: Absolute path or URL.
-        kind: `jsonl`, `txt`, `csv`, `tsv`, `parquet` or `arrow`.
-        start: First byte; the span owns the lines that start in [start, stop). 0 where parts count.
-        stop: Byte after the last; the file's size where parts count.
-        part: Which of `parts` of a table or of a file that can't be cut by bytes.
-        parts: 1 for files cut by bytes.
-        limit: If not None, only the first `limit` records of [start, stop), before parts are
-            dealt.
-        compression: `""`, `gz` or `zst`.
-        columns: Names of a headerless table's columns; None means that the first line names them.
-    """
-
-    index: int
-    file: str
-    kind: str
-    start: int
-    stop: int
-    part: int = 0
-    parts: int = 1
-    limit: int | None = None
-    compression: str = ""
-    columns: tuple[str, ...] | None = None
-
-    @property
-    def records(self) -> str:
-        """Where its records are, for a person who looks for them."""
-        if _by_parts(self):
-            which = f"every {self.parts}th record from record {self.part + 1} on"
-        elif self.kind in LINE_KINDS:
-            which = f"the lines that start in bytes {self.start}-{self.stop}"
-        else:
-            which = f"rows: stretch {self.part + 1} of {self.parts} even ones"
-        within = "" if self.limit is None else f", of the first {self.limit}"
-        return f"{self.file}: {which}{within}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The span as JSON-able values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Span:
-        """The span that `to_dict` wrote."""
-        columns = values.get("columns")
-        return cls(**{**values, "columns": None if columns is None else tuple(columns)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,33 +50,22 @@ class _Plan:
     spans: int
     limit: int | None = None
 
-    def span(self, index: int, k: int, columns: tuple[str, ...] | None) -> Span:
+    def span(self, index: int, k: int, reading: Reading) -> Span:
         file = self.file
         if _by_bytes(file):
             start, stop = (file.size * cut // self.cuts for cut in (k, k + 1))
             limit = self.limit if k == self.spans - 1 else None
-            return Span(index, file.url, file.kind, start, stop, limit=limit, columns=columns)
-        return Span(
-            index,
-            file.url,
-            file.kind,
-            0,
-            file.size,
-            k,
-            self.spans,
-            self.limit,
-            file.compression,
-            columns,
-        )
+            return Span(index, file, start, stop, limit=limit, reading=reading)
+        return Span(index, file, 0, file.size, k, self.spans, self.limit, reading)
 
 
 class Spans(Sequence[Span]):
     """The spans of a corpus in order, made on demand: memory is O(files)."""
 
-    def __init__(self, plans: Sequence[_Plan], columns: tuple[str, ...] | None) -> None:
+    def __init__(self, plans: Sequence[_Plan], reading: Reading) -> None:
         self._plans = [plan for plan in plans if plan.spans]
         self._ends = list(accumulate(plan.spans for plan in self._plans))
-        self._columns = columns
+        self._reading = reading
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -138,7 +82,7 @@ class Spans(Sequence[Span]):
         index %= len(self)
         which = bisect_right(self._ends, index)
         before = self._ends[which - 1] if which else 0
-        return self._plans[which].span(index, index - before, self._columns)
+        return self._plans[which].span(index, index - before, self._reading)
 
 
 @dataclass(frozen=True)
@@ -165,6 +109,11 @@ class Corpus:
         limit: int | None = None,
         format: str = "auto",
         columns: Sequence[str] | None = None,
+        documents: Documents = "file",
+        delimiter: str = ",",
+        max_record_bytes: int = MAX_RECORD_BYTES,
+        split: str | None = None,
+        divide: bool = False,
     ) -> Corpus:
         """Find the files and plan their spans.
 
@@ -178,6 +127,12 @@ class Corpus:
                 `csv`, `tsv`, `parquet`, `arrow`).
             columns: Names of the columns of CSV and TSV files *without* a header line; for `.txt`
                 one name instead of `text`.
+            documents: What a record of a `.txt` file is: `file`, `paragraph` or `line`.
+            delimiter: What separates the fields of CSV.
+            max_record_bytes: Longest record; longer ones can't be read.
+            split: Which split of folders and globs that hold several; `all` for every file.
+            divide: Let text files that are longer than a span come in pieces, each a record that
+                says whether a document begins or ends in it.
 
         Returns:
             The corpus.
@@ -189,8 +144,9 @@ class Corpus:
             raise UsageError(
                 f"--limit is {limit}; it must be 1 or more (leave it out to read all)."
             )
-        named = None if columns is None else _checked_columns(columns)
-        files = input_files.expand(patterns, format)
+        named = None if columns is None else tuple(name.strip() for name in columns)
+        reading = Reading(named, documents, delimiter, max_record_bytes)
+        files = expand(patterns, format, split)
         if not any(file.size for file in files):
             raise UsageError(
                 f"--corpus {' '.join(patterns)}: the corpus is empty ({len(files)} files of 0 "
@@ -205,9 +161,10 @@ class Corpus:
             span_bytes = span_bytes(sum(file.size for file in files))
         if span_bytes < 1:
             raise UsageError(f"span_bytes is {span_bytes}; it must be 1 or more.")
-        plans = [_plan(file, span_bytes) for file in files]
+        whole = documents == "file" and not divide
+        plans = [_plan(file, span_bytes, reading, whole) for file in files]
         if limit is not None:
-            records, plans = _limited(plans, span_bytes, limit, named)
+            records, plans = _limited(plans, span_bytes, limit, reading)
             if not records:
                 raise UsageError(
                     f"--corpus {' '.join(patterns)}: no records. Name files that have some."
@@ -218,7 +175,27 @@ class Corpus:
             "format": format,
             "columns": None if named is None else list(named),
         }
-        return cls([plan.file for plan in plans], Spans(plans, named), settings)
+        # What a corpus does not have, or what is as it always was, is not part of its identity.
+        if any(file.kind == "txt" for file in files):
+            settings["documents"] = documents
+        if delimiter != "," and any(file.kind == "csv" for file in files):
+            settings["delimiter"] = delimiter
+        if max_record_bytes != MAX_RECORD_BYTES:
+            settings["max_record_bytes"] = max_record_bytes
+        return cls([plan.file for plan in plans], Spans(plans, reading), settings)
+
+    @property
+    def documents(self) -> str | None:
+        """What a record of the text files is; None where there are none."""
+        return self.settings.get("documents")
+
+    def check_unchanged(self) -> None:
+        """Compare all files with what they were when they were planned; one request a file.
+
+        Raises:
+            UsageError: One was changed or is gone.
+        """
+        check_all_unchanged(self.files)
 
     def identity(self) -> list[dict[str, Any]]:
         """What the corpus is, file by file, independent of its location.
@@ -230,7 +207,7 @@ class Corpus:
         """
         names = input_files.names(self.files)
         return [
-            {"name": name, "size": file.size, "kind": _full_kind(file), "tag": tag}
+            {"name": name, "size": file.size, "kind": file.full_kind, "tag": tag}
             for name, file, tag in zip(names, self.files, input_files.tags(self.files), strict=True)
         ]
 
@@ -258,67 +235,56 @@ class Corpus:
         Raises:
             UsageError: A bad record with `on_error="fail"`, or a file that can't be opened.
         """
-        stats = ReadStats() if stats is None else stats
-        source, rows = open_span(span, columns)
-        if _by_parts(span):
-            rows = _dealt(rows, span)
-        elif span.limit is not None and span.parts == 1:
-            rows = _first(rows, span.limit)
-        location: str | LineAt = "start"
         try:
-            with closing(rows):
-                for location, payload in rows:
-                    try:
-                        values = parse(payload, span.kind, source)
-                    except RecordError as problem:
-                        stats.reject(on_error, span.file, location, problem)
-                        continue
-                    stats.records += 1
-                    yield Record(values, span.file, location, source)
-        except DECOMPRESSION_ERRORS as error:
-            if not span.compression:
+            yield from _read(span, columns, on_error, ReadStats() if stats is None else stats)
+        except Exception:
+            # What is wrong with a file that was changed is that it was changed.
+            check_unchanged(span.file)
+            raise
+        check_unchanged(span.file)
+
+
+def _read(
+    span: Span, columns: Sequence[str] | None, on_error: OnError, stats: ReadStats
+) -> Iterator[Record]:
+    file = span.file
+    location: Location = "start"
+    with open_span(span, columns) as reader:
+        try:
+            for location, payload in reader.records():
+                try:
+                    record = reader.record(location, payload)
+                except RecordError as problem:
+                    stats.reject(on_error, file.url, location, problem)
+                    continue
+                stats.records += 1
+                yield record
+        except Exception as error:
+            if not reader.damage(error):
                 raise
-            cause = f"the {span.compression} stream is cut short or damaged after this ({error})"
+            if not file.compression:
+                raise reader.unreadable(error) from error
+            cause = f"the {file.compression} stream is cut short or damaged after this ({error})"
             # Every part comes by here; the first counts it.
-            stats.reject(on_error, span.file, location, cause, count=int(span.part == 0))
+            stats.reject(on_error, file.url, location, cause, int(span.part == 0))
+
+
+def open_span(span: Span, columns: Sequence[str] | None = None) -> Format:
+    """Open a span's file for reading: see `Format`."""
+    kind = span.file.kind
+    return _FORMATS[f"txt {span.reading.documents}" if kind == "txt" else kind](span, columns)
 
 
 def _by_bytes(file: InputFile) -> bool:
-    return file.kind in LINE_KINDS and not is_dealt(file.kind, file.compression)
+    return file.kind in LINE_KINDS and not file.dealt
 
 
-def _by_parts(span: Span) -> bool:
-    return is_dealt(span.kind, span.compression)
-
-
-def _first(rows: Raws, limit: int) -> Raws:
-    for _, row in zip(range(limit), rows, strict=False):
-        yield row
-
-
-def _dealt(rows: Raws, span: Span) -> Raws:
-    if span.limit is not None:
-        rows = _first(rows, span.limit)
-    return (row for i, row in enumerate(rows) if i % span.parts == span.part)
-
-
-def _full_kind(file: InputFile) -> str:
-    return f"{file.kind}.{file.compression}" if file.compression else file.kind
-
-
-def _checked_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in columns)
-    if not names or not all(names) or len(set(names)) < len(names):
-        raise UsageError(
-            f"--columns is {','.join(columns)!r}; expected different names, such as text,label."
-        )
-    return names
-
-
-def _plan(file: InputFile, span_bytes: int) -> _Plan:
+def _plan(file: InputFile, span_bytes: int, reading: Reading, whole: bool) -> _Plan:
     if not file.size:
         return _Plan(file, 1, 0)
-    if not is_dealt(file.kind, file.compression):
+    if file.kind == "txt" and reading.documents == "file" and (whole or file.compression):
+        return _Plan(file, 1, 1)
+    if not file.dealt:
         cuts = math.ceil(file.size / span_bytes)
     else:
         size = file.size * (_TYPICAL_RATIO if file.compression else 1)
@@ -327,14 +293,14 @@ def _plan(file: InputFile, span_bytes: int) -> _Plan:
 
 
 def _limited(
-    plans: Sequence[_Plan], span_bytes: int, limit: int, columns: tuple[str, ...] | None
+    plans: Sequence[_Plan], span_bytes: int, limit: int, reading: Reading
 ) -> tuple[int, list[_Plan]]:
     """How many records there are up to `limit`, and the plans of the files that hold these."""
     kept = []
     left = limit
     for plan in plans:
         if plan.spans:
-            records, plan = _count(plan, left, span_bytes, columns)
+            records, plan = _count(plan, left, span_bytes, reading)
             left -= records
         kept.append(plan)
         if not left:
@@ -342,15 +308,15 @@ def _limited(
     return limit - left, kept
 
 
-def _count(
-    plan: _Plan, left: int, span_bytes: int, columns: tuple[str, ...] | None
-) -> tuple[int, _Plan]:
+def _count(plan: _Plan, left: int, span_bytes: int, reading: Reading) -> tuple[int, _Plan]:
     """Count a file's records up to `left`; the plan comes back cut if that many are there."""
     file = plan.file
-    whole = replace(_Plan(file, 1, 1).span(0, 0, columns), limit=left)
-    if _by_bytes(file):
-        return _count_lines(plan, whole, left)
-    records, size = table_size(whole) if file.kind not in LINE_KINDS else _dealt_size(whole, left)
+    with open_span(replace(_Plan(file, 1, 1).span(0, 0, reading), limit=left)) as reader:
+        if isinstance(reader, TextFiles):  # one document, however many pieces it comes in
+            return reader.size(left)[0], plan
+        if _by_bytes(file):
+            return _count_lines(plan, reader, left)
+        records, size = reader.size(left)
     if records < left:
         return records, plan
     # What is behind the limit is never read: parts go by what is before it.
@@ -358,31 +324,14 @@ def _count(
     return records, replace(plan, spans=parts, limit=left)
 
 
-def _count_lines(plan: _Plan, whole: Span, left: int) -> tuple[int, _Plan]:
+def _count_lines(plan: _Plan, reader: Format, left: int) -> tuple[int, _Plan]:
     seen = in_last = last = 0
-    for location, _ in _first(open_span(whole, None)[1], left):
+    for location, _ in islice(reader.records(), left):
         assert isinstance(location, LineAt)
-        while plan.span(0, last, None).stop <= location.offset:
+        while plan.span(0, last, Reading()).stop <= location.offset:
             last, in_last = last + 1, 0
         in_last += 1
         seen += 1
     if seen < left:
         return seen, plan
     return seen, replace(plan, spans=last + 1, limit=in_last)
-
-
-def _dealt_size(whole: Span, left: int) -> tuple[int, int]:
-    """Records of a dealt file up to `left`, and the bytes (CSV: characters) of these."""
-    seen = size = 0
-    try:
-        for _, payload in _first(open_span(whole, None)[1], left):
-            seen += 1
-            if isinstance(payload, bytes):
-                size += len(payload)
-            elif isinstance(payload, list):
-                size += sum(map(len, payload))
-    except DECOMPRESSION_ERRORS:
-        # Reading meets the same damage, and says so or skips what is behind it.
-        if not whole.compression:
-            raise
-    return seen, size

@@ -1,30 +1,30 @@
-"""Input files: which ones a pattern names, their formats and sizes, and how to open them.
+"""Input files: of what kind one is, whether it has changed, and how to open it.
 
-Local files are opened directly, URLs through fsspec. Cost: one listing per pattern and, for `tags`,
-128 KiB read per file (many remote files at a time).
+Local files are opened directly, URLs through fsspec. Cost: for `tags`, 128 KiB read per file (many
+remote files at a time); for `check_unchanged`, one request a file.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from glob import glob, has_magic
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import pyarrow as pa
 
 from kdcache.errors import UsageError
 from kdcache.storage import redact
 from kdcache.storage.filesystem import FileSystem, RemoteFile
-
-if TYPE_CHECKING:
-    pass
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -41,13 +41,13 @@ LINE_KINDS = frozenset({"jsonl", "txt", "tsv", "csv"})
 FORMATS = ("auto", "jsonl", "txt", "csv", "tsv", "parquet", "arrow")
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 
-# Written next to the data by well-known tools; JSON, but not records.
-_SIDE_FILES = frozenset({"dataset_info.json", "dataset_infos.json", "state.json", "config.json"})
 _TAG_BYTES = 64 << 10
 _BUFFER = 1 << 20
-_LISTING = 256 << 20  # what a listing may weigh at most: a million names
 _DECOMPRESSED_AT_ONCE = 64 << 10
 _TAGGED_AT_ONCE = 128
+_ASKED_AT_ONCE = 32
+# What stores call that which changes with a file's content, the same in a listing and asked singly.
+_VERSIONS = ("ETag", "etag", "blob_id", "generation", "sha", "CRC", "mtime", "created")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +59,30 @@ class InputFile:
         size: Bytes, as stored.
         kind: One of the values of `KINDS`.
         compression: `""`, `"gz"` or `"zst"`.
+        version: What changes when the file is written: the time of its last change, or the store's
+            word for its content; `""` where it is not known.
     """
 
     url: str
     size: int
     kind: str
-    compression: str
+    compression: str = ""
+    version: str = ""
+
+    @property
+    def dealt(self) -> bool:
+        """Whether it can't be entered in the middle, so that records are dealt to its parts."""
+        return self.kind == "csv" or bool(self.compression)
+
+    @property
+    def full_kind(self) -> str:
+        """Kind and compression, such as `jsonl.gz`."""
+        return f"{self.kind}.{self.compression}".rstrip(".")
 
 
 def is_remote(path: str) -> bool:
     """Whether `path` names something that only fsspec can open."""
     return "://" in path and not path.startswith(("file://", "local://"))
-
-
-def _local(path: str) -> str:
-    for scheme in ("file://", "local://"):
-        path = path.removeprefix(scheme)
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def kind_of(name: str, forced: str = "auto") -> tuple[str, str] | None:
@@ -98,109 +105,75 @@ def kind_of(name: str, forced: str = "auto") -> tuple[str, str] | None:
     return kind, compression
 
 
-def _in_folder(names: Iterable[str], forced: str) -> Iterator[str]:
-    """Of a folder's files (relative names) those that are data, sorted."""
-    for name in sorted(names):
-        parts = name.split("/")
-        if not any(part.startswith((".", "_")) for part in parts) and _is_data(name, forced):
-            yield name
-
-
-def _is_data(name: str, forced: str) -> bool:
-    return os.path.basename(name) not in _SIDE_FILES and kind_of(name, forced) is not None
-
-
-def _expand_local(pattern: str, forced: str) -> list[tuple[str, int]]:
-    path = _local(pattern)
-    # A file whose own name has brackets is that file, not a pattern.
-    globbing = has_magic(path) and not os.path.exists(path)
-    matches = glob(path, recursive=True) if globbing else [path]
-    found = []
-    for match in sorted(matches):
-        if os.path.isdir(match):
-            # `**` lists each folder next to its files; walking it again would only cost time.
-            if "**" in pattern:
-                continue
-            inside = (
-                os.path.relpath(os.path.join(folder, name), match).replace(os.sep, "/")
-                for folder, _, names in os.walk(match)
-                for name in names
-            )
-            found += [os.path.join(match, name) for name in _in_folder(inside, forced)]
-        # A file that is named is taken, or refused aloud; what a glob meets may be passed by.
-        elif os.path.exists(match) and (not globbing or _is_data(match, forced)):
-            found.append(match)
-    return [(name, os.stat(name).st_size) for name in found]
-
-
-def _expand_remote(pattern: str, forced: str) -> list[tuple[str, int]]:
-    store = FileSystem(pattern)
-    path = store.path
-    # In a web address `?` starts a query; servers list nothing anyway.
-    globbing = has_magic(path) and not pattern.startswith(("http://", "https://"))
+def local_version(url: str) -> tuple[int, str]:
+    """Size and version of a local file, which must be a regular one."""
+    shown = os.fsencode(url).decode("utf-8", "backslashreplace")
     try:
-        if globbing:
-            top = store.ask("glob", path, detail=True, volume=_LISTING)
+        url.encode()
+        found = os.stat(url)
+    except UnicodeEncodeError:
+        raise UsageError(f"{shown}: the file's name is not valid UTF-8. Rename it.") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            what = "a link that leads back to itself"
+        elif isinstance(error, FileNotFoundError) and os.path.islink(url):
+            what = f"a link to {os.readlink(url)}, which is not there"
         else:
-            top = {path: store.ask("info", path)}
-    except FileNotFoundError:
-        top = {}
-    found: dict[str, Any] = {}
-    for name, info in sorted(top.items()):
-        if info["type"] != "directory":
-            if not globbing or _is_data(name, forced):
-                found[name] = info
-        elif "**" not in pattern:
-            base = name.rstrip("/") + "/"
-            listed = store.ask("find", name, detail=True, volume=_LISTING)
-            inside = {key.removeprefix(base): value for key, value in listed.items()}
-            found |= {base + key: inside[key] for key in _in_folder(inside, forced)}
-    unsized = next((name for name, info in found.items() if info.get("size") is None), None)
-    if unsized is not None:
-        raise UsageError(f"{unsized}: its server doesn't tell its size. Copy the file first.")
-    if "::" in pattern and list(found) == [path]:
-        # A chain of file systems (simplecache::...) has no other name than the one it came by.
-        return [(pattern, int(found[path]["size"]))]
-    return [(store.fs.unstrip_protocol(name), int(info["size"])) for name, info in found.items()]
+            refuse(url, error)
+        raise UsageError(f"{shown}: {what}. Restore what it links to, or remove it.") from None
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        what = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise UsageError(f"{shown}: {what}, not a file. Write what it holds into a file first.")
+    return found.st_size, str(found.st_mtime_ns)
 
 
-def expand(patterns: Sequence[str], forced: str = "auto") -> list[InputFile]:
-    """All files that the patterns name: in the patterns' order, sorted inside each, each once.
+def remote_version(info: Mapping[str, Any]) -> tuple[int, str]:
+    """Size and version of a remote file, by what its store says of it."""
+    word = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    # Some stores give a time as a number in a listing, and else as a `datetime`.
+    return int(info["size"]), str(word.timestamp() if isinstance(word, datetime) else word)
 
-    Args:
-        patterns: Paths, globs (`**` too), folders (read recursively; hidden files and files of
-            other kinds are left out) and fsspec URLs of these.
-        forced: See `kind_of`.
 
-    Returns:
-        The files, empty ones included.
+def check_unchanged(file: InputFile) -> None:
+    """Compare a file with what it was when it was planned.
 
     Raises:
-        UsageError: Nothing found, a file of unknown kind, or a scheme that can't be opened.
+        UsageError: It has another size, was written since, or is gone.
     """
-    if forced not in FORMATS:
-        raise UsageError(f"format is {forced!r}; it must be one of {', '.join(FORMATS)}.")
-    if not patterns:
-        raise UsageError("no corpus was given. Name files, folders or globs with --corpus.")
-    files: dict[str, InputFile] = {}
-    for pattern in patterns:
-        found = (_expand_remote if is_remote(pattern) else _expand_local)(pattern, forced)
-        if not found:
-            # The hub does not distinguish private from missing.
-            cure = " A private or gated dataset needs HF_TOKEN." if "hf://" in pattern else ""
-            raise UsageError(
-                f"--corpus {redact(pattern)}: no file found. Expected {', '.join(KINDS)} "
-                f"(line formats also as .gz or .zst); name other files' kind with --format.{cure}"
-            )
-        for url, size in found:
-            kind = kind_of(redact(url), forced)  # a signed address ends in its signature
-            if kind is None:
-                raise UsageError(
-                    f"{url}: can't tell the format by the name. Expected {', '.join(KINDS)} (line "
-                    f"formats also as .gz or .zst); or name it: --format {'|'.join(FORMATS[1:])}."
-                )
-            files.setdefault(url, InputFile(url, size, *kind))
-    return list(files.values())
+    try:
+        if is_remote(file.url):
+            store = FileSystem(file.url)
+            found = remote_version(store.ask("info", store.path))
+        else:
+            found = local_version(file.url)
+    except FileNotFoundError as error:
+        refuse(file.url, error)
+    if file.version and found not in ((file.size, file.version), (file.size, "")):
+        what = f"it had {file.size:,} bytes and has {found[0]:,}"
+        if found[0] == file.size:
+            what = "it has been written to"
+        raise UsageError(
+            f"{redact(file.url)}: the file was changed after it was planned: {what}. Restore it "
+            "and run the same command again, or build the new corpus in another folder. (Copies of "
+            "one corpus on several machines must keep the times of its files: cp -p, rsync -t.)"
+        )
+
+
+def check_all_unchanged(files: Sequence[InputFile]) -> None:
+    """`check_unchanged` of many files, several at a time."""
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        for _ in pool.map(check_unchanged, files):
+            pass
+
+
+def refuse(url: str, error: OSError) -> NoReturn:
+    """Raise for a file that can't be asked for or opened."""
+    if isinstance(error, FileNotFoundError):
+        raise UsageError(f"{url}: the file is gone. Restore it, or plan the corpus anew.") from None
+    if isinstance(error, PermissionError):
+        raise UsageError(f"{url}: may not be read. Check its permissions.") from None
+    raise error
 
 
 def open_bytes(url: str) -> BinaryIO:
@@ -213,10 +186,8 @@ def open_bytes(url: str) -> BinaryIO:
         if not is_remote(url):
             return open(url, "rb")
         return io.BufferedReader(RemoteFile(url), _BUFFER)
-    except FileNotFoundError:
-        raise UsageError(f"{url}: the file is gone. Restore it, or plan the corpus anew.") from None
-    except PermissionError:
-        raise UsageError(f"{url}: may not be read. Check its permissions.") from None
+    except OSError as error:
+        refuse(url, error)
 
 
 class _Decompressed(io.RawIOBase):
@@ -245,22 +216,22 @@ class _Decompressed(io.RawIOBase):
                 stream.close()
 
 
-def open_plain(url: str, compression: str) -> BinaryIO:
+def open_plain(file: InputFile) -> BinaryIO:
     """Open a file's content, decompressed.
 
     Cut-short or foreign content raises `EOFError` or `OSError` (`gzip.BadGzipFile` is one) or
     `zlib.error` while reading; several members or frames in a row are read as one.
     """
-    raw = open_bytes(url)
-    if not compression:
+    raw = open_bytes(file.url)
+    if not file.compression:
         return raw
-    if compression == "gz":
+    if file.compression == "gz":
         unzipped = gzip.GzipFile(fileobj=raw, mode="rb")
         stream = _Decompressed(unzipped.read1, unzipped, raw)
     else:
         # Arrow's reader, unlike python-zstandard's, detects a truncated stream.
         if not pa.Codec.is_available("zstd"):
-            raise UsageError(f"{url}: this pyarrow has no zstd. Install pyarrow from PyPI.")
+            raise UsageError(f"{file.url}: this pyarrow has no zstd. Install pyarrow from PyPI.")
         unpacked = pa.CompressedInputStream(raw, "zstd")
         stream = _Decompressed(unpacked.read, unpacked, raw)
     # A buffer on top: its line iteration is C, GzipFile's own is a Python call a line.
@@ -322,8 +293,3 @@ def _remote_ends(files: Sequence[InputFile]) -> dict[str, list[bytes]]:
         for (file, _, _), block in zip(wanted, blocks, strict=True):
             ends[file.url].append(block)
     return ends
-
-
-def is_dealt(kind: str, compression: str) -> bool:
-    """Whether a file can't be entered in the middle, so that records are dealt to its parts."""
-    return kind == "csv" or bool(compression)

@@ -41,6 +41,9 @@ class LineAt:
         return f"line {number}"
 
 
+Location = str | LineAt
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What all records of one file share.
@@ -67,12 +70,16 @@ class Record:
         file: Path or URL of the file.
         location: Where in the file: prints as `line 17` or `row 12`, both counted from 1.
         source: What the file says about its columns.
+        opens: Whether a document begins here; False for the later pieces of a long text file.
+        closes: Whether it ends here.
     """
 
     values: dict[str, Any]
     file: str
-    location: str | LineAt
+    location: Location
     source: Source = _OWN_KEYS
+    opens: bool = True
+    closes: bool = True
 
     @property
     def place(self) -> str:

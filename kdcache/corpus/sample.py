@@ -17,9 +17,9 @@ from itertools import islice
 
 import numpy as np
 
-from kdcache.corpus.corpus import Corpus, Span
-from kdcache.corpus.files import is_dealt
+from kdcache.corpus.corpus import Corpus
 from kdcache.corpus.records import OnError, Record
+from kdcache.corpus.span import Span
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def looks(corpus: Corpus, most: int) -> list[Span]:
     count = min(most, len(corpus.spans))
     for index in np.linspace(0, len(corpus.spans), count, endpoint=False).astype(int):
         span = corpus.spans[int(index)]
-        if is_dealt(span.kind, span.compression):
+        if span.file.dealt:
             span = replace(span, part=0, parts=1)
-        chosen.setdefault((span.file, span.start), span)
+        chosen.setdefault((span.file.url, span.start), span)
     return list(chosen.values())
 
 

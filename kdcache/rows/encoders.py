@@ -122,10 +122,10 @@ class TextEncoder(Encoder):
         packed = self.spec.packing == "concat"
         carried: Ids = np.empty(0, np.int32)
         wanted: Marks = np.empty(0, np.bool_)
-        for batch in self._batches(records, self._make, lambda document: len(document.text)):
-            ids, marks, lengths = self._tokenise(batch)
+        for batch in self._batches(records, self._make, lambda item: len(item[1].text)):
+            ids, marks, whose = self._tokenise(batch)
             if not packed:
-                yield from self._apart(ids, marks, lengths)
+                yield from self._apart(ids, marks, whose)
                 continue
             carried, wanted = np.concatenate([carried, ids]), np.concatenate([wanted, marks])
             # A full row needs one id more than its tokens: the last label.
@@ -134,30 +134,35 @@ class TextEncoder(Encoder):
             carried, wanted = carried[full:], wanted[full:]
         yield from _cut(carried, wanted, length)
 
-    def _make(self, record: Record) -> Document | None:
+    def _make(self, record: Record) -> tuple[Record, Document] | None:
         document = self._documents.make(record)
         if document.tokens is not None:
-            return document if any(document.tokens[1]) else None
+            return (record, document) if any(document.tokens[1]) else None
         if not document.text or document.text.isspace() or document.learnt == []:
             return None
-        return document
+        return record, document
 
-    def _apart(self, ids: Ids, marks: Marks, lengths: Sequence[int]) -> Iterator[Row]:
+    def _apart(self, ids: Ids, marks: Marks, whose: Sequence[tuple[Record, int]]) -> Iterator[Row]:
         """Rows of documents that share none."""
         length = self.spec.max_length
         start = 0
-        for size in lengths:
+        for record, size in whose:
             stop = start + size
             if self.spec.packing == "none" and size > length + 1:
                 self.truncated += 1
                 stop = start + length + 1
+                if not marks[start + 1 : stop].any():
+                    cause = f"its first {length} tokens (--max-length) hold nothing to learn"
+                    self.stats.reject("skip", record.file, record.location, cause)
             yield from _cut(ids[start:stop], marks[start:stop], length)
             start += size
 
-    def _tokenise(self, batch: Sequence[Document]) -> tuple[Ids, Marks, list[int]]:
+    def _tokenise(
+        self, batch: Sequence[tuple[Record, Document]]
+    ) -> tuple[Ids, Marks, list[tuple[Record, int]]]:
         """Ids of all documents end to end, which are to be learnt, and the documents' lengths."""
-        offsets = any(document.learnt is not None for document in batch)
-        texts = [document.text for document in batch if document.tokens is None]
+        offsets = any(document.learnt is not None for _, document in batch)
+        texts = [document.text for _, document in batch if document.tokens is None]
         encoded: Any = {"input_ids": []}
         if texts:
             encoded = self.tokenizer(
@@ -173,13 +178,14 @@ class TextEncoder(Encoder):
         bodies = iter(encoded["input_ids"])
         spans = iter(encoded["offset_mapping"]) if offsets else iter(())
         pieces: list[list[int]] = []
-        lengths: list[int] = []
+        whose: list[tuple[Record, int]] = []
         masked: list[tuple[int, Marks]] = []
         total = 0
-        for document in batch:
+        for record, document in batch:
             body = next(bodies) if document.tokens is None else document.tokens[0]
             places = next(spans) if offsets and document.tokens is None else None
-            prefix, end = (self._prefix, self._end) if document.framed else ([], [])
+            prefix = self._prefix if document.framed and record.opens else []
+            end = self._end if document.framed and record.closes else []
             mark = _learnt(document, places, len(prefix), len(end))
             if not body or (mark is not None and not mark.any()):
                 self.empty += 1
@@ -187,13 +193,13 @@ class TextEncoder(Encoder):
             if mark is not None:
                 masked.append((total, mark))
             pieces += (prefix, body, end)
-            lengths.append(len(prefix) + len(body) + len(end))
-            total += lengths[-1]
+            whose.append((record, len(prefix) + len(body) + len(end)))
+            total += whose[-1][1]
         ids = np.fromiter(chain.from_iterable(pieces), np.int32, total)
         marks = np.ones(total, np.bool_)
         for start, mark in masked:
             marks[start : start + len(mark)] = mark
-        return ids, marks, lengths
+        return ids, marks, whose
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -50,7 +50,7 @@ class RowSpec:
         text_column: Column with the text.
         pair_column: Classification: column with the second text, if any.
         label_column: Classification: column with the class. The default may be missing (a transfer
-            set); another name must be there. None: no hard labels, whatever the columns.
+            set); another name must be there. `none` or None: no hard labels, whatever the columns.
         label_names: Classification: the teacher's class names in order; None takes any class
             number.
         max_length: Most tokens of a row.
@@ -82,6 +82,8 @@ class RowSpec:
     on_error: OnError = "fail"
 
     def __post_init__(self) -> None:
+        if self.label_column == "none":
+            object.__setattr__(self, "label_column", None)
         wrong = [
             f"{name} is {value!r}, expected one of {', '.join(choices)}"
             for name, value, choices in (

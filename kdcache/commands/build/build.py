@@ -120,6 +120,7 @@ def _build(
                 lambda: _hire(options, plan, cache, log),
                 interrupt,
             )
+            plan.corpus.check_unchanged()
             _seal(cache, driver)
         except BaseException as error:
             reason = redact(str(error)) or type(error).__name__

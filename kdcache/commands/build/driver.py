@@ -24,7 +24,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.cache import ShardEntry
@@ -341,8 +341,7 @@ class Driver:
             self.on_progress(progress)
 
     def _records(self, span: int) -> str:
-        shown = self.spans[span]
-        return replace(shown, file=redact(shown.file)).records
+        return self.spans[span].records
 
     def _report_set_aside(self) -> None:
         if not self._set_aside:

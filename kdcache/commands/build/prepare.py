@@ -75,7 +75,10 @@ def prepare(options: BuildOptions) -> Prepared:
         options.task, teachers[0].label_names, max_length=_max_length(options, teachers[0])
     )
     corpus = options.open_corpus(
-        options.corpus, span_bytes=functools.partial(_span_bytes, options, codec)
+        options.corpus,
+        span_bytes=functools.partial(_span_bytes, options, codec),
+        # Where each document is a row of its own, what does not fit is cut off anyway.
+        divide=causal and rows.packing != "none",
     )
     ranks = b""
     if causal and codec.uses_ranks:

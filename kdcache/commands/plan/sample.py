@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kdcache.corpus import Corpus, LineAt, Look, Record, look_into, looks
-from kdcache.corpus.formats import table_size
+from kdcache.corpus.corpus import open_span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 
@@ -106,15 +106,16 @@ def _stored(look: Look) -> float:
     span, records = look.span, look.records
     if not records:
         return 0.0
-    if span.kind in ("parquet", "arrow"):
-        total, _ = table_size(replace(span, limit=_ALL))
-        return span.stop * len(records) / max(total, 1)
+    if span.file.kind in ("parquet", "arrow"):
+        with open_span(span) as reader:
+            total = reader.size(_ALL)[0]
+        return span.file.size * len(records) / max(total, 1)
     first, last = records[0].location, records[-1].location
     if isinstance(first, LineAt) and isinstance(last, LineAt) and len(records) > 1:
         read = (len(records) - 1) * look.stride
         return (last.offset - first.offset) / read * len(records)
-    plain = "".join(_line(span.kind, record) for record in records).encode()
-    return len(zlib.compress(plain)) if span.compression else len(plain)
+    plain = "".join(_line(span.file.kind, record) for record in records).encode()
+    return len(zlib.compress(plain)) if span.file.compression else len(plain)
 
 
 def _line(kind: str, record: Record) -> str:

@@ -1,0 +1,254 @@
+"""Listing: which files the patterns of a corpus name.
+
+Cost: one listing per pattern.
+
+Guarantee: every file is a regular one whose name can be written down. What can't be read as data (a
+pipe, a link to nowhere or in a circle, a folder that can't be listed) is refused by name, not
+passed by; the files of a kdcache cache in a folder are no input.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from glob import glob, has_magic
+from typing import Any, NoReturn
+
+from kdcache.corpus.files import (
+    FORMATS,
+    KINDS,
+    InputFile,
+    is_remote,
+    kind_of,
+    local_version,
+    refuse,
+    remote_version,
+)
+from kdcache.corpus.splits import ALL, DICTIONARY, choose
+from kdcache.errors import UsageError
+from kdcache.storage import redact
+from kdcache.storage.filesystem import FileSystem
+
+# Written next to the data by well-known tools; JSON, but not records.
+_SIDE_FILES = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "state.json", "config.json", DICTIONARY}
+)
+_COMPUTED = re.compile(r"(cache-[0-9a-f]+|tmp\w+)\.arrow")  # by `datasets`, from the data beside
+_CACHE_FILES = ("shards", "manifest.json", "tokenizer")  # beside the spec.json of a kdcache cache
+_LISTING = 256 << 20  # what a listing may weigh at most: a million names
+
+# Size and version of a file, by its URL.
+Found = dict[str, tuple[int, str]]
+
+
+def expand(
+    patterns: Sequence[str], forced: str = "auto", split: str | None = None
+) -> list[InputFile]:
+    """All files that the patterns name: in the patterns' order, sorted inside each, each once.
+
+    Args:
+        patterns: Paths, globs (`**` too), folders (read recursively; hidden files and files of
+            other kinds are left out) and fsspec URLs of these.
+        forced: See `kind_of`.
+        split: Which split of folders and globs that hold several; `all` for every file.
+
+    Returns:
+        The files, empty ones included.
+
+    Raises:
+        UsageError: Nothing found, a file of unknown kind, one that is no file, several splits, or a
+            scheme that can't be opened.
+    """
+    if forced not in FORMATS:
+        raise UsageError(f"format is {forced!r}; it must be one of {', '.join(FORMATS)}.")
+    if not patterns:
+        raise UsageError("no corpus was given. Name files, folders or globs with --corpus.")
+    files: dict[str, InputFile] = {}
+    told = split in (None, ALL)
+    for pattern in patterns:
+        found, tells = (_remote if is_remote(pattern) else _local)(pattern, forced, split)
+        told |= tells
+        if not found:
+            # The hub does not distinguish private from missing.
+            cure = " A private or gated dataset needs HF_TOKEN." if "hf://" in pattern else ""
+            raise UsageError(
+                f"--corpus {redact(pattern)}: no file found. Expected {', '.join(KINDS)} "
+                f"(line formats also as .gz or .zst); name other files' kind with --format.{cure}"
+            )
+        for url, (size, version) in found.items():
+            kind = kind_of(redact(url), forced)  # a signed address ends in its signature
+            if kind is None:
+                raise UsageError(
+                    f"{url}: can't tell the format by the name. Expected {', '.join(KINDS)} (line "
+                    f"formats also as .gz or .zst); or name it: --format {'|'.join(FORMATS[1:])}."
+                )
+            files.setdefault(url, InputFile(url, size, *kind, version))
+    if not told:
+        raise UsageError(
+            f"--split is {split!r}, but no file of the corpus says by its name or folder which "
+            "split it belongs to. Leave --split out."
+        )
+    return list(files.values())
+
+
+def _is_data(name: str, forced: str) -> bool:
+    name = os.path.basename(name)
+    return not (name in _SIDE_FILES or _COMPUTED.fullmatch(name)) and bool(kind_of(name, forced))
+
+
+def _data(names: Sequence[str], forced: str) -> tuple[list[str], list[str]]:
+    """Of a folder's files (relative names) those that are data, and saved `DatasetDict`s in it."""
+    specs = [name for name in names if os.path.basename(name) == "spec.json"]
+    caches = tuple(
+        spec.removesuffix("spec.json")
+        for spec in specs
+        if any(name.startswith(_beside(spec)) for name in names)
+    )
+    data = [
+        name
+        for name in sorted(names)
+        if not any(part.startswith((".", "_")) for part in name.split("/"))
+        and not (caches and name.startswith(caches))
+        and _is_data(name, forced)
+    ]
+    return data, [os.path.dirname(name) for name in names if os.path.basename(name) == DICTIONARY]
+
+
+def _beside(spec: str) -> tuple[str, ...]:
+    return tuple(spec.removesuffix("spec.json") + name for name in _CACHE_FILES)
+
+
+def _chosen(
+    pattern: str, found: Found, base: str, saved: Iterable[str], split: str | None
+) -> tuple[Found, bool]:
+    """The files of a split, and whether names tell splits at all."""
+    names = {url.removeprefix(base).lstrip("/"): url for url in found}
+    homes = [home.removeprefix(base).lstrip("/") for home in saved]
+    chosen = choose(pattern, list(names), split, homes)
+    if chosen is None:
+        return found, False
+    return {names[name]: found[names[name]] for name in chosen}, True
+
+
+# -- local ---------------------------------------------------------------------------------
+
+
+def _local(pattern: str, forced: str, split: str | None) -> tuple[Found, bool]:
+    path = pattern
+    for scheme in ("file://", "local://"):
+        path = path.removeprefix(scheme)
+    path = os.path.abspath(os.path.expanduser(path))
+    # A file whose own name has brackets is that file, not a pattern.
+    globbing = has_magic(path) and not os.path.lexists(path)
+    if not globbing and not os.path.isdir(path):
+        return ({path: local_version(path)} if os.path.lexists(path) else {}), False
+    matches = _glob(path, forced) if globbing else [path]
+    urls: list[str] = []
+    saved: list[str] = []
+    for match in matches:
+        if os.path.isdir(match):
+            data, homes = _data(list(_walk(match)), forced)
+            urls += [os.path.join(match, name) for name in data]
+            saved += [os.path.join(match, home) for home in homes]
+        else:
+            urls.append(match)
+    base = _static(path) if globbing else path
+    return _chosen(pattern, {url: local_version(url) for url in urls}, base, saved, split)
+
+
+def _static(pattern: str) -> str:
+    """The folder of a pattern up to its first wildcard."""
+    return re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0].rstrip("/")
+
+
+def _glob(pattern: str, forced: str) -> list[str]:
+    """What a pattern matches: files that are data, and folders unless `**` lists their files too.
+
+    A file that is named is taken, or refused aloud; what a glob meets may be passed by.
+    """
+    top, in_cache = _static(pattern), cache(_in_cache)
+    found = []
+    for match in sorted(glob(pattern, recursive=True)):
+        for slash in re.finditer("/", match[len(top) + 1 :]):
+            _refuse_loop(match[: len(top) + 1 + slash.start()], top)
+        if os.path.isdir(match):
+            # `**` lists each folder next to its files; walking it again would only cost time.
+            if "**" not in pattern:
+                found.append(match)
+        elif _is_data(match, forced) and not in_cache(os.path.dirname(match)):
+            found.append(match)
+    return found
+
+
+def _walk(top: str) -> Iterator[str]:
+    """Names of all files below a folder, linked folders included, relative to it."""
+
+    def failed(error: OSError) -> NoReturn:
+        refuse(str(error.filename), error)
+
+    for folder, _, names in os.walk(top, followlinks=True, onerror=failed):
+        _refuse_loop(folder, top)
+        inside = os.path.relpath(folder, top).replace(os.sep, "/")
+        yield from (name if inside == "." else f"{inside}/{name}" for name in names)
+
+
+def _refuse_loop(folder: str, top: str) -> None:
+    """Raise if a linked folder holds a folder that it is reached through."""
+    if folder == top or not os.path.islink(folder):
+        return
+    real, above = os.path.join(os.path.realpath(folder), ""), folder
+    while above not in (top, os.path.dirname(above)):
+        above = os.path.dirname(above)
+        if os.path.join(os.path.realpath(above), "").startswith(real):
+            raise UsageError(
+                f"{folder}: a link to {os.readlink(folder)}, a folder that holds it. Remove it, or "
+                f"name the files without it."
+            )
+
+
+def _in_cache(folder: str) -> bool:
+    """Whether the files of a folder belong to a kdcache cache."""
+    specs = [os.path.join(place, "spec.json") for place in (folder, os.path.dirname(folder))]
+    return any(os.path.isfile(spec) and any(map(os.path.exists, _beside(spec))) for spec in specs)
+
+
+# -- remote --------------------------------------------------------------------------------
+
+
+def _remote(pattern: str, forced: str, split: str | None) -> tuple[Found, bool]:
+    store = FileSystem(pattern)
+    path = store.path
+    # In a web address `?` starts a query; servers list nothing anyway.
+    globbing = has_magic(path) and not pattern.startswith(("http://", "https://"))
+    try:
+        if globbing:
+            top = store.ask("glob", path, detail=True, volume=_LISTING)
+        else:
+            top = {path: store.ask("info", path)}
+    except FileNotFoundError:
+        top = {}
+    infos: dict[str, Any] = {}
+    saved: list[str] = []
+    for name, info in sorted(top.items()):
+        if info["type"] != "directory":
+            if not globbing or _is_data(name, forced):
+                infos[name] = info
+        elif "**" not in pattern:
+            base = name.rstrip("/") + "/"
+            listed = store.ask("find", name, detail=True, volume=_LISTING)
+            inside = {key.removeprefix(base): value for key, value in listed.items()}
+            data, homes = _data(list(inside), forced)
+            infos |= {base + key: inside[key] for key in data}
+            saved += [base + home for home in homes]
+    unsized = next((name for name, info in infos.items() if info.get("size") is None), None)
+    if unsized is not None:
+        raise UsageError(f"{unsized}: its server doesn't tell its size. Copy the file first.")
+    found = {name: remote_version(info) for name, info in infos.items()}
+    if list(found) == [path]:
+        # A chain of file systems (simplecache::...) has no other name than the one it came by.
+        url = pattern if "::" in pattern else store.fs.unstrip_protocol(path)
+        return {url: found[path]}, False
+    chosen, tells = _chosen(pattern, found, _static(path) if globbing else path, saved, split)
+    return {store.fs.unstrip_protocol(name): value for name, value in chosen.items()}, tells

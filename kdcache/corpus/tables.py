@@ -1,0 +1,193 @@
+"""Tables: Parquet and Arrow, read in batches and only in the columns asked for.
+
+Cost: memory of a batch of 1,024 rows as Python objects, and of what Arrow decodes at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdcache.corpus.files import is_remote, open_bytes
+from kdcache.corpus.formats import Format, Raw, not_utf8
+from kdcache.corpus.records import RecordError, Source
+
+_BATCH_ROWS = 1024
+_ARROW_FILE_MAGIC = b"ARROW1"
+
+
+class _Table(Format):
+    """What tables share: batches of rows in some of their columns."""
+
+    _names: Sequence[str]
+
+    def _take_schema(self, schema: Any, columns: Sequence[str] | None) -> None:
+        self.source = Source(tuple(schema.names))
+        self._names = [name for name in schema.names if columns is None or name in columns]
+
+    def _payloads(self, batch: Any) -> Iterator[Any]:
+        """Rows of an Arrow batch as payloads."""
+        if not self._names:
+            yield from ({} for _ in range(batch.num_rows))
+            return
+        batch = batch.select(list(self._names))
+        # One batch may be a whole file: never more of it as Python objects than a few rows.
+        for first in range(0, batch.num_rows, _BATCH_ROWS):
+            rows = batch.slice(first, _BATCH_ROWS)
+            try:
+                if rows.nbytes <= self._most:
+                    yield from rows.to_pylist()
+                    continue
+            except UnicodeDecodeError:
+                pass
+            yield from (self._one(rows.slice(i, 1)) for i in range(rows.num_rows))
+
+    def _one(self, row: Any) -> Any:
+        try:
+            values = row.to_pylist()[0]
+        except UnicodeDecodeError as error:
+            return RecordError(not_utf8(error))
+        return values if _bytes(values) <= self._most else self._too_long()
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of all text in a value."""
+    if isinstance(value, dict | list):
+        return sum(map(_bytes, value.values() if isinstance(value, dict) else value))
+    return len(value.encode()) if isinstance(value, str) else 0
+
+
+class Parquet(_Table):
+    """Parquet: even stretches of the rows; a row group is decoded from its beginning."""
+
+    def _open(self, columns: Sequence[str] | None) -> None:
+        self._stream = open_bytes(self._span.file.url)
+        self._table = pq.ParquetFile(self._stream)
+        self._take_schema(self._table.schema_arrow, columns)
+
+    def size(self, limit: int) -> tuple[int, int]:
+        """See `Format.size`; the footer tells."""
+        rows = self._table.metadata.num_rows
+        return min(rows, limit), self._span.file.size * min(rows, limit) // max(rows, 1)
+
+    def records(self) -> Iterator[Raw]:
+        """See `Format.records`."""
+        span, meta = self._span, self._table.metadata
+        rows = meta.num_rows if span.limit is None else min(meta.num_rows, span.limit)
+        start, stop = (rows * part // span.parts for part in (span.part, span.part + 1))
+        if not self._names:
+            yield from ((f"row {row + 1}", {}) for row in range(start, stop))
+            return
+        first = 0
+        for group in range(meta.num_row_groups):
+            after = first + meta.row_group(group).num_rows
+            if first < stop and after > start:
+                yield from self._group_rows(group, first, start, stop)
+            first = after
+
+    def _group_rows(self, group: int, first: int, start: int, stop: int) -> Iterator[Raw]:
+        """Rows [start, stop) of the file that lie in one row group, whose first row is `first`."""
+        for batch in self._table.iter_batches(
+            _BATCH_ROWS, row_groups=[group], columns=self._names, use_threads=False
+        ):
+            after = first + batch.num_rows
+            if first >= stop:
+                return
+            if after > start:
+                skip = max(start - first, 0)
+                part = batch.slice(skip, min(stop, after) - first - skip)
+                for number, payload in enumerate(self._payloads(part), first + skip + 1):
+                    yield f"row {number}", payload
+            first = after
+
+
+class Arrow(_Table):
+    """Arrow's file format (also Feather's) or its stream format, whichever it is."""
+
+    def _open(self, columns: Sequence[str] | None) -> None:
+        url = self._span.file.url
+        # A memory map decodes nothing of the batches that belong to other spans.
+        self._stream = open_bytes(url) if is_remote(url) else pa.memory_map(url)
+        magic = self._stream.read(len(_ARROW_FILE_MAGIC))
+        self._stream.seek(0)
+        self._indexed = magic == _ARROW_FILE_MAGIC
+        self._reader = (pa.ipc.open_file if self._indexed else pa.ipc.open_stream)(self._stream)
+        self._take_schema(self._reader.schema, columns)
+
+    def _batches(self) -> Iterator[Any]:
+        if self._indexed:
+            count = self._reader.num_record_batches
+            return (self._reader.get_batch(i) for i in range(count))
+        return iter(self._reader)
+
+    def size(self, limit: int) -> tuple[int, int]:
+        """See `Format.size`."""
+        rows = size = 0
+        for batch in self._batches():
+            own = min(batch.num_rows, limit - rows)
+            size += batch.nbytes * own // max(batch.num_rows, 1)
+            rows += own
+            if rows == limit:
+                break
+        return rows, size
+
+    def records(self) -> Iterator[Raw]:
+        """See `Format.records`."""
+        return self._file_rows() if self._indexed else self._stream_rows()
+
+    def _file_rows(self) -> Iterator[Raw]:
+        """Rows of the part: a batch is a unit of length 1, and parts are even stretches of them.
+
+        The footer gives the number of batches but not their lengths; so only own batches are
+        read.
+        """
+        span = self._span
+        batches, last_rows = self._reader.num_record_batches, None
+        if span.limit is not None:
+            batches, last_rows = self._until(span.limit)
+        for index in range(
+            span.part * batches // span.parts, -(-(span.part + 1) * batches // span.parts)
+        ):
+            batch = self._reader.get_batch(index)
+            if last_rows is not None and index == batches - 1:
+                batch = batch.slice(0, last_rows)
+            lo, hi = (
+                min(max(cut * batches - index * span.parts, 0), span.parts)
+                * batch.num_rows
+                // span.parts
+                for cut in (span.part, span.part + 1)
+            )
+            for number, payload in enumerate(self._payloads(batch.slice(lo, hi - lo)), lo + 1):
+                yield f"batch {index + 1}, row {number}", payload
+
+    def _until(self, limit: int) -> tuple[int, int]:
+        """How many batches hold the first `limit` rows, and how many of these are in the last."""
+        rows = 0
+        for index, batch in enumerate(self._batches()):
+            own = min(batch.num_rows, limit - rows)
+            rows += own
+            if rows == limit:
+                return index + 1, own
+        raise AssertionError("a limit is planned only where the file has as many rows")
+
+    def _stream_rows(self) -> Iterator[Raw]:
+        """Rows of a stream, which has no footer with its batches: row i is of part i mod parts.
+
+        Limit and dealing are applied batch by batch: no other row becomes Python objects.
+        """
+        span = self._span
+        first = 0
+        for batch in self._reader:
+            rows = batch.num_rows
+            if span.limit is not None:
+                rows = min(rows, span.limit - first)
+            own = range((span.part - first) % span.parts, rows, span.parts)
+            taken = batch.take(pa.array(own, pa.int64()))
+            for row, payload in zip(own, self._payloads(taken), strict=True):
+                yield f"row {first + row + 1}", payload
+            first += rows
+            if first == span.limit:
+                return

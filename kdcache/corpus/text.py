@@ -1,0 +1,373 @@
+"""Formats of text: JSON lines, TSV, CSV, and plain text by lines, paragraphs or files.
+
+Cost: memory of one record. What is longer than a record may be is read in small blocks and dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, BinaryIO
+
+from kdcache.corpus.files import open_plain
+from kdcache.corpus.formats import DECOMPRESSION_ERRORS, Format, Raw, not_utf8
+from kdcache.corpus.records import LineAt, Location, Record, RecordError, Source, shorten
+from kdcache.errors import UsageError
+
+_BOM = b"\xef\xbb\xbf"
+_BLOCK = 1 << 16
+
+
+class _Text(Format):
+    """What formats of text share: a stream of decompressed bytes, and its lines."""
+
+    _stream: BinaryIO
+    _header = False
+
+    def _open(self, columns: Sequence[str] | None) -> None:
+        self._stream = open_plain(self._span.file)
+
+    def records(self) -> Iterator[Raw]:
+        """See `Format.records`."""
+        first = islice(self._rows(), self._span.limit)
+        return islice(first, self._span.part, None, self._span.parts)
+
+    def size(self, limit: int) -> tuple[int, int]:
+        """See `Format.size`."""
+        seen = size = 0
+        try:
+            for _, payload in islice(self._rows(), limit):
+                seen += 1
+                size += _length(payload)
+        except DECOMPRESSION_ERRORS:
+            # Reading meets the same damage, and says so or skips what is behind it.
+            if not self._span.file.compression:
+                raise
+        return seen, size
+
+    def _lines(self) -> Iterator[tuple[int, int, bytes | None]]:
+        """Offset, number and bytes of the lines from the first that starts in the span, to the end.
+
+        Those longer than a record may be are None. Numbers count from where the reading began.
+        """
+        offset = number = 0
+        if self._span.start:
+            # From one byte before: a line that starts exactly at `start` is ours.
+            self._stream.seek(self._span.start - 1)
+            offset = self._span.start - 1 + _skip_line(self._stream)
+        while line := self._stream.readline(self._most + 1):
+            size = len(line)
+            own: bytes | None = line
+            if size > self._most:
+                own, size = None, size + (0 if line.endswith(b"\n") else _skip_line(self._stream))
+            number += 1
+            if offset or not self._header:
+                yield offset, number, own if offset or own is None else own.removeprefix(_BOM)
+            offset += size
+
+    def _at(self, offset: int, number: int) -> Location:
+        file = self._span.file
+        return f"line {number}" if file.compression else LineAt(file.url, offset)
+
+    def _ended(self, offset: int) -> bool:
+        """Whether what starts at an offset belongs to a later span."""
+        return not self._span.file.compression and offset >= self._span.stop
+
+    def _rows(self) -> Iterator[Raw]:
+        """Records of the span, before limit and dealing."""
+        for offset, number, line in self._lines():
+            if self._ended(offset):
+                return
+            if line is None:
+                yield self._at(offset, number), self._too_long()
+            elif (stripped := line.rstrip(b"\r\n")) and not stripped.isspace():
+                yield self._at(offset, number), stripped
+
+    def _named(self, fields: list[str]) -> Source:
+        """The columns that a first line names."""
+        twice = sorted({name for name in fields if fields.count(name) > 1})
+        if twice:
+            shown = ", ".join(repr(shorten(name)) for name in twice)
+            raise UsageError(
+                f"{self._span.file.url}: the header names {shown} more than once. Rename one, or, "
+                f"if the first line is no header, name its {len(fields)} columns with --columns."
+            )
+        return Source(tuple(fields), header=True)
+
+    def _fields(self, fields: list[str]) -> dict[str, Any]:
+        source = self.source
+        if len(fields) != len(source.columns):
+            named = "the header names" if source.header else "--columns names"
+            raise RecordError(
+                f"{len(fields)} fields where {named} {len(source.columns)} "
+                f"({shorten(', '.join(source.columns))})"
+            )
+        return dict(zip(source.columns, fields, strict=True))
+
+
+def _length(payload: Any) -> int:
+    if isinstance(payload, bytes):
+        return len(payload)
+    return sum(map(len, payload)) if isinstance(payload, list) else 0
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read to the end of a line without holding it; returns its bytes."""
+    size = 0
+    while chunk := stream.readline(_BLOCK):
+        size += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return size
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(not_utf8(error)) from None
+
+
+class JsonLines(_Text):
+    """One JSON object a line."""
+
+    def _values(self, payload: bytes) -> dict[str, Any]:
+        text = _decoded(payload)
+        if text.startswith("["):
+            raise RecordError("a JSON list where one object a line was expected (try jq -c '.[]')")
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            # The record's own line is in the message already; the parser would say "line 1".
+            raise RecordError(f"not valid JSON ({error.msg} in column {error.pos + 1})") from None
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"not JSON that can be read ({shorten(error)})") from None
+        if not isinstance(values, dict):
+            raise RecordError(
+                f"a JSON {type(values).__name__} where an object was expected (one object a line)"
+            )
+        return values
+
+
+class Tsv(_Text):
+    """One record a line, its fields separated by tabs; quotes have no meaning."""
+
+    def _open(self, columns: Sequence[str] | None) -> None:
+        super()._open(columns)
+        given = self._span.reading.columns
+        self._header = given is None
+        if given is not None:
+            self.source = Source(given)
+            return
+        line = self._stream.readline(self._most)
+        try:
+            self.source = self._named(_decoded(line.removeprefix(_BOM).rstrip(b"\r\n")).split("\t"))
+        except RecordError as error:
+            raise UsageError(
+                f"{self._span.file.url}: line 1: {error}. Save the file as UTF-8."
+            ) from None
+        self._stream.close()
+        super()._open(columns)
+
+    def _values(self, payload: bytes) -> dict[str, Any]:
+        return self._fields(_decoded(payload).split("\t"))
+
+
+class TextLines(_Text):
+    """Plain text: each line that is not blank is a record."""
+
+    def _open(self, columns: Sequence[str] | None) -> None:
+        super()._open(columns)
+        self.source = Source((self._span.reading.columns or ("text",))[:1])
+
+    def _values(self, payload: bytes) -> dict[str, Any]:
+        return {self.source.columns[0]: _decoded(payload)}
+
+
+class TextParagraphs(TextLines):
+    """Plain text: lines up to a blank one are a record, which belongs to the span of its first."""
+
+    def _rows(self) -> Iterator[Raw]:
+        lines: list[bytes] = []
+        size, at = 0, (0, 0)
+        # What a paragraph of an earlier span goes on with is not ours.
+        inside = skipping = self._span.start > 0 and not self._after_blank()
+        for offset, number, line in self._lines():
+            if line is not None and (not line or line.isspace()):
+                if inside and not skipping:
+                    yield self._at(*at), self._paragraph(lines, size)
+                inside = skipping = False
+                if self._ended(offset):
+                    return
+                continue
+            if not inside:
+                if self._ended(offset):
+                    return
+                inside, lines, size, at = True, [], 0, (offset, number)
+            size += self._most + 1 if line is None else len(line)
+            if line is not None and size <= self._most and not skipping:
+                lines.append(line)
+            elif size > self._most:
+                lines = []
+        if inside and not skipping:
+            yield self._at(*at), self._paragraph(lines, size)
+
+    def _paragraph(self, lines: Sequence[bytes], size: int) -> bytes | RecordError:
+        return self._too_long() if size > self._most else b"".join(lines).rstrip(b"\r\n")
+
+    def _after_blank(self) -> bool:
+        """Whether the line before the first that starts in the span is blank."""
+        stream = self._stream
+        stream.seek(self._span.start - 1)
+        while chunk := stream.readline(_BLOCK):
+            if not chunk.isspace():
+                return False
+            if chunk.endswith(b"\n"):
+                break
+        stop = self._span.start - 1
+        while stop:
+            start = max(0, stop - _BLOCK)
+            stream.seek(start)
+            _, newline, tail = stream.read(stop - start).rpartition(b"\n")
+            if tail.strip():
+                return False
+            if newline:
+                return True
+            stop = start
+        return True
+
+
+class TextFiles(TextLines):
+    """Plain text: the whole file is one document.
+
+    A file that is cut by bytes comes as the pieces of that document, each of the lines that start
+    in its span.
+    """
+
+    def _rows(self) -> Iterator[Raw]:
+        span, stream = self._span, self._stream
+        begin, room = 0, self._most + 1
+        if not span.file.compression:
+            if span.start:
+                stream.seek(span.start - 1)
+                begin = span.start - 1 + _skip_line(stream)
+            room = min(room, span.stop - begin)
+        if room <= 0:
+            return
+        data = stream.read(room)
+        if len(data) <= self._most and not data.endswith(b"\n"):
+            data += stream.readline(self._most + 1 - len(data))
+        if not begin:
+            data = data.removeprefix(_BOM)
+        closes = self._blank_until_end()
+        where = LineAt(span.file.url, begin) if begin else "the document"
+        if len(data) > self._most:
+            yield where, self._too_long()
+        elif data.strip():
+            yield where, (data.rstrip(b"\r\n") if closes else data, not begin, closes)
+
+    def _blank_until_end(self) -> bool:
+        return all(not block.strip() for block in iter(lambda: self._stream.read(_BLOCK), b""))
+
+    def record(self, location: Location, payload: Any) -> Record:
+        """See `Format.record`."""
+        if isinstance(payload, RecordError):
+            raise payload
+        text, opens, closes = payload
+        return Record(self._values(text), self._span.file.url, location, self.source, opens, closes)
+
+    def size(self, limit: int) -> tuple[int, int]:
+        """See `Format.size`: one document, unless the file is blank."""
+        begins = next(self._rows(), None) is not None
+        return int(begins), self._span.file.size
+
+
+class Csv(_Text):
+    """Rows of comma-separated fields; quotes may hold line breaks."""
+
+    def _open(self, columns: Sequence[str] | None) -> None:
+        super()._open(columns)
+        # The default of 128 KiB a field is less than one long document.
+        csv.field_size_limit((1 << 31) - 1)
+        self._text = _RowText(self._stream, self._most, self._too_long)
+        self._reader = csv.reader(self._text, delimiter=self._span.reading.delimiter, strict=True)
+        given = self._span.reading.columns
+        if given is not None:
+            self.source = Source(given)
+            return
+        try:
+            fields = next(self._reader, [])
+            _check_text(fields)
+        except (csv.Error, RecordError) as error:
+            raise UsageError(
+                f"{self._span.file.url}: line 1: {error}. The header must be valid CSV in UTF-8."
+            ) from None
+        self.source = self._named(fields)
+
+    def _rows(self) -> Iterator[Raw]:
+        while True:
+            location = f"line {self._text.begin_row()}"
+            try:
+                fields = next(self._reader)
+                if not fields:
+                    continue
+                _check_text(fields)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield location, RecordError(f"not valid CSV ({error})")
+            except RecordError as error:
+                yield location, error
+            else:
+                yield location, fields
+
+    def _values(self, payload: list[str]) -> dict[str, Any]:
+        return self._fields(payload)
+
+
+class _RowText:
+    """Lines of a CSV file as text, with a bound on a row.
+
+    Bytes that are not UTF-8 pass as lone surrogates, found field by field. A row that is too long
+    raises `RecordError` once it is over, which is where a line ends after an even number of quotes.
+    """
+
+    def __init__(self, stream: BinaryIO, most: int, too_long: Callable[[], RecordError]) -> None:
+        self._stream, self._most, self._too_long = stream, most, too_long
+        self._lines = self._bytes = self._quotes = 0
+
+    def begin_row(self) -> int:
+        """A new row begins; returns the number of its first line."""
+        self._bytes = self._quotes = 0
+        return self._lines + 1
+
+    def __iter__(self) -> _RowText:
+        return self
+
+    def __next__(self) -> str:
+        line = self._take(self._most + 1 - self._bytes)
+        if not line:
+            raise StopIteration
+        text = line if self._lines > 1 else line.removeprefix(_BOM)
+        if self._bytes > self._most:
+            while line and (self._quotes % 2 or not line.endswith(b"\n")):
+                line = self._take(_BLOCK)
+            raise self._too_long()
+        return text.decode("utf-8", "surrogateescape")
+
+    def _take(self, most: int) -> bytes:
+        line = self._stream.readline(most)
+        self._bytes += len(line)
+        self._quotes += line.count(b'"')
+        self._lines += line.endswith(b"\n")
+        return line
+
+
+def _check_text(fields: Iterable[str]) -> None:
+    try:
+        "".join(fields).encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(error.object[error.start]) & 0xFF
+        raise RecordError(f"not valid UTF-8 (byte 0x{byte:02x})") from None
