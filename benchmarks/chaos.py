@@ -1,4 +1,4 @@
-"""A build under random kills until it is done, against the same build in peace.
+"""A build under random kills until it is done, against the same build undisturbed.
 
     python benchmarks/chaos.py --teacher STORIES260K --corpus novels.jsonl.gz [--markdown]
 
@@ -172,7 +172,7 @@ def figures(chaos: Chaos, peace: Path, war: Path, seconds: tuple[float, float]) 
         ["failures counted against a span", str(sum(e["event"] == "span failed" for e in events))],
         ["spans set aside", str(sum(e["event"] == "span set aside" for e in events))],
         ["files left in `tmp/`", str(len(list(war.glob("tmp/*"))))],
-        ["seconds in peace", f"{seconds[0]:.0f}"],
+        ["seconds undisturbed", f"{seconds[0]:.0f}"],
         ["seconds under kills", f"{seconds[1]:.0f}"],
         ["cache byte-identical to the undisturbed one", "yes" if same else "**no**"],
         ["problems that `verify` finds", str(len(wrong))],

@@ -354,7 +354,7 @@ def tables(options: argparse.Namespace) -> str:
             figures_table(lines),
             f"{both.name} at T = 1 and 2 is the smallest with no more noise than 50 random draws "
             "have at *each* of the two temperatures. Mass is the teacher's probability on the ids "
-            "that are stored: what is left is told on average by samples, never by top-k.",
+            "that are stored: samples represent the other mass on average, top-k never does.",
             "Chi-squares over ids, in standard errors, at positions "
             f"{', '.join(map(str, chosen))}: {squares}.",
             f"Build: {built.positions:,} positions of the first {options.records} documents, "

@@ -311,7 +311,7 @@ def main() -> None:
     ]
     text = (
         f"`python benchmarks/scale.py`: {os.cpu_count()} cores of a shared {platform.machine()} "
-        f"machine, Python {platform.python_version()}. What it means is in "
+        f"machine, Python {platform.python_version()}. Explained in "
         "[docs/scale.md](../docs/scale.md).\n\n"
     )
     text += table(["", "", ""], [(name, *line) for name, lines in parts for line in lines])

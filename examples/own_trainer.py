@@ -1,10 +1,10 @@
-"""A cache in a training script of one's own: with the HF Trainer's arguments, and with a bare loop.
+"""A cache in your own training script: with the HF Trainer's arguments, and with a bare loop.
 
 python examples/own_trainer.py --cache runs/python-api/cache
 
 `DistilledStudent` wraps any model so that its `forward` returns the distillation loss; a
-`TargetStream` gives it batches that hold the targets. That is all there is to it: optimizers,
-schedulers, callbacks and precision are the Trainer's.
+`TargetStream` gives it batches that hold the targets. The rest is the Trainer's: optimizers,
+schedulers, callbacks and precision.
 """
 
 from __future__ import annotations
