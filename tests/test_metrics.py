@@ -14,7 +14,7 @@ from sklearn import metrics
 from textbook import naive_ece
 
 from kdcache.loss.metrics import BINS, Calibration, Tally, accuracy, confusion_matrix, f1
-from kdcache.student.saved import aligned
+from kdcache.teacher import aligned
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:

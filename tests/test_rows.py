@@ -389,9 +389,18 @@ class TestClassification:
         with pytest.raises(UsageError, match=r"data.jsonl: line 2: label is .*1 \(positive\)"):
             classify(bert, values, label_names=self.names, on_error="skip")
 
-    def test_a_name_that_looks_like_a_number_is_the_name(self, bert: Any) -> None:
-        (row,) = classify(bert, [{"text": "a", "label": "1"}], label_names=("1", "2"))
+    @pytest.mark.parametrize("label", [1, "1", 1.0, " 1", "01"])
+    @pytest.mark.parametrize("names", [("1", "2"), ("1", "unknown"), ("1", "0", "-1")])
+    def test_a_name_that_looks_like_a_number_is_the_name(
+        self, bert: Any, label: Any, names: tuple[str, ...]
+    ) -> None:
+        (row,) = classify(bert, [{"text": "a", "label": label}], label_names=names)
         assert row.labels.tolist() == [0]
+
+    @pytest.mark.parametrize("label", [0, "0", 0.0, 3])
+    def test_beside_such_names_a_number_is_no_index(self, bert: Any, label: Any) -> None:
+        with pytest.raises(UsageError, match=r"label is .*none of the teacher's classes: 1, 2\."):
+            classify(bert, [{"text": "a", "label": label}], label_names=("1", "2"))
 
     def test_a_label_column_that_was_named_must_be_there(self, bert: Any) -> None:
         with pytest.raises(UsageError, match=r"no column 'lable'.*--label-column"):

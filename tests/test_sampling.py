@@ -262,6 +262,21 @@ def test_masked_ids_are_never_met() -> None:
         assert int(out["ids"][used].max()) < vocabulary // 3
 
 
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("vocabulary", [60, 9000, 9001, 71 * BLOCK + 1])
+def test_the_best_are_different_ids_where_fewer_are_finite(k: int, vocabulary: int) -> None:
+    z = torch.full((50, vocabulary), -torch.inf)
+    z[:, -1] = 2.0  # in the last, shorter block
+    z[:25, 3] = 1.0
+    out = top_entries(z, k, (1.0,))
+    assert int(out["ids"].max()) < vocabulary
+    assert all(len(set(line)) == k for line in out["ids"].tolist())
+    assert out["ids"][:, 0].tolist() == [vocabulary - 1] * 50
+    assert (
+        out["logprobs"].isfinite().sum(-1) == torch.tensor([2] * 25 + [1] * 25).clamp_max(k)
+    ).all()
+
+
 def test_sure_teacher_costs_one_entry() -> None:
     z = torch.zeros(10, 5000)
     z[:, 77] = 60

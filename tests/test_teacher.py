@@ -68,7 +68,7 @@ class TestAttention:
     @pytest.mark.parametrize("name", ["eager", "sdpa"])
     def test_the_one_that_is_named_is_used(self, lm: TeacherOptions, name: str) -> None:
         one = Teacher(dataclasses.replace(lm, attention=name), 300)
-        assert one._models[0].config._attn_implementation == name
+        assert one.models[0].model.config._attn_implementation == name
         rows = lm_rows(20, 7)
         want = logits_of(Teacher(lm, 300), rows)
         torch.testing.assert_close(logits_of(one, rows), want, rtol=1e-4, atol=1e-4)
@@ -168,7 +168,7 @@ class TestCompile:
             Teacher(dataclasses.replace(lm, compile=True), 300)
 
     def test_the_largest_stack_is_the_layers(self, lm: TeacherOptions) -> None:
-        model = Teacher(lm, 300)._models[0]
+        model = Teacher(lm, 300).models[0].model
         assert load._repeated_layers(model) == list(model.model.layers)
         assert load._repeated_layers(torch.nn.Linear(2, 2)) == []
 
@@ -231,9 +231,9 @@ class TestWeights:
         monkeypatch.setattr(teacher, "load_models", lambda _options: [spread.eval()])
         offloaded = Teacher(dataclasses.replace(lm, compile=True), 290)  # which it leaves alone
         assert offloaded.device == torch.device("cpu")
-        assert offloaded._direct == [True]
         rows = lm_rows(30, 12)
         assert torch.equal(logits_of(offloaded, rows), logits_of(plain, rows))
+        assert offloaded.models[0].direct
 
     def test_where_inputs_go_to_a_model_that_is_spread(self) -> None:
         places = {"embed": "cpu", "layers.0": 1, "layers.1": 0, "head": "cpu"}

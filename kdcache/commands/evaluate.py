@@ -37,9 +37,10 @@ from kdcache.loss.metrics import BINS, Tally, f1, known, ratio
 from kdcache.options import option
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
-from kdcache.student.saved import LoadedModel, SavedModel, aligned, pick_device, word_reader
+from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, Targets
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
+from kdcache.teacher import aligned
 
 _WINDOW = 1024  # rows of a corpus that are sorted by length at a time
 _SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order

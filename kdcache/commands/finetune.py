@@ -48,6 +48,7 @@ from kdcache.student.load import find_files
 from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import TeacherFiles, quiet_transformers
 from kdcache.teacher.headed import HeadedClassifier
+from kdcache.teacher.load import set_pad_id
 
 RESULT_FILE = "finetune.json"
 _SPAN_BYTES = 1 << 26
@@ -319,6 +320,7 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
     }
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
+        set_pad_id(config, files)
         kind = AutoModelForSequenceClassification if options.head_width is None else AutoModel
         model = kind.from_pretrained(
             files.folder,
@@ -399,7 +401,7 @@ def _trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=tests or None,
-        data_collator=_Pad(tokenizer.pad_token_id or 0),
+        data_collator=_Pad(getattr(model.config.get_text_config(), "pad_token_id", None) or 0),
         compute_metrics=_scores,
         callbacks=[_Progress(on_progress)],
     )

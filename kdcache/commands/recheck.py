@@ -127,6 +127,7 @@ def recheck(
         trust_remote_code=trust_remote_code,
     )
     teacher = Teacher(options, spec.vocab_size)
+    teacher.probe(chosen.rows)
     lengths = [len(row.input_ids) for row in chosen.rows]
     budget = max(_BATCH_TOKENS[device], 2 * max(lengths))
     alone = _live(teacher, chosen, [[i] for i in range(len(lengths))])

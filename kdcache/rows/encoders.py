@@ -274,6 +274,9 @@ class ClassificationEncoder(Encoder):
                 f"Set --max-length to {special + 1 + pair} or more."
             )
         self._classes = {name: i for i, name in enumerate(spec.label_names or ())}
+        # One rule for all formats: 1 is the class named "1" if any class's name is a number, and
+        # the second class if none is.
+        self._numbers_are_names = any(_whole(name) is not None for name in self._classes)
 
     def encode(self, records: Iterable[Record]) -> Iterator[Row]:
         """See `Encoder.encode`."""
@@ -334,9 +337,13 @@ class ClassificationEncoder(Encoder):
             return IGNORE
         number = _whole(value)
         names = self.spec.label_names
+        if self._numbers_are_names and str(number) in self._classes:
+            return self._classes[str(number)]
         if number == IGNORE:
             return IGNORE
         if number is None or number < 0 or (names is not None and number >= len(names)):
+            raise self._no_class(record, value)
+        if self._numbers_are_names:  # an index beside names that are numbers could mean either
             raise self._no_class(record, value)
         return number
 
@@ -344,7 +351,8 @@ class ClassificationEncoder(Encoder):
         names = self.spec.label_names
         known = "0, 1, 2, ..."
         if names is not None:
-            shown = ", ".join(f"{i} ({name})" for i, name in enumerate(names[:10]))
+            each = "{1}" if self._numbers_are_names else "{0} ({1})"
+            shown = ", ".join(each.format(i, name) for i, name in enumerate(names[:10]))
             known = shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         return UsageError(
             f"{record.place}: label is {value!r}, which is none of the teacher's classes: {known}. "

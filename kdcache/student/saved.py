@@ -7,7 +7,7 @@ forward, whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,14 +32,6 @@ from kdcache.student.load import Tokenize, find_files
 from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
 from kdcache.teacher.trust import FACTORY_TYPE, read_json
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "spiece.model",
-)
 
 
 def pick_device(name: str) -> str:
@@ -112,6 +104,11 @@ class SavedModel:
                 f"{self.role} {self.name} was saved for {self.task}, but {task} is asked for. "
                 f"Name a model for {task}."
             )
+        if not self.is_bilstm and not self.is_factory:
+            try:
+                self.files.check_task(task)
+            except UsageError as error:
+                raise UsageError(str(error).replace("teacher", self.role, 1)) from error
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -151,7 +148,7 @@ class SavedModel:
         """The model's own tokenizer, or None where it reads another model's ids."""
         if self.is_bilstm and (self.files.folder / "vocab.json").is_file():
             return _Words(Vocabulary.load(self.files.folder / "vocab.json"))
-        if any((self.files.folder / name).is_file() for name in _TOKENIZER_FILES):
+        if self.files.has_tokenizer:
             return self.files.tokenizer
         return None
 
@@ -373,31 +370,3 @@ def _own_forward(
         yield logits[positions(labels, task).to(device)][:, :vocab_size] if causal else logits
 
     return run
-
-
-def aligned(streams: Sequence[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
-    """Streams of slices, cut so that each step gives the same positions of all of them.
-
-    Models slice their positions by the width of their output layers; comparing them must not hold
-    the logits of a whole batch.
-
-    Args:
-        streams: iterables of [n, V] slices with equal totals of n.
-    """
-    iterators = [iter(stream) for stream in streams]
-    heads: list[Tensor | None] = [None] * len(iterators)
-    while True:
-        for i, iterator in enumerate(iterators):
-            head = heads[i]
-            while head is None or not len(head):
-                head = next(iterator, None)
-                if head is None:
-                    break
-            heads[i] = head
-        left = [head for head in heads if head is not None]
-        if not left:
-            return
-        assert len(left) == len(heads), "all models answer the same positions"
-        n = min(len(head) for head in left)
-        yield tuple(head[:n] for head in left)
-        heads = [head[n:] for head in left]

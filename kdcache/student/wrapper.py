@@ -279,6 +279,11 @@ class DistilledStudent(nn.Module):
         """Run a module with the inputs that it names."""
         names = inspect.signature(module.forward).parameters
         given = {k: v for k, v in inputs.items() if k in names}
+        pad_id = getattr(_text_config(self.config), "pad_token_id", None)
+        mask, ids = inputs.get("attention_mask"), given.get("input_ids")
+        if self.task != CAUSAL_LM and pad_id is not None and mask is not None and ids is not None:
+            # Decoders that classify look for the last id that is not their own padding.
+            given["input_ids"] = torch.where(mask.bool(), ids, pad_id)
         if self.task == CAUSAL_LM and "use_cache" in names:
             given["use_cache"] = False
         return module(**given)

@@ -11,13 +11,14 @@ from kdcache.teacher.files import TeacherFiles, tokenizer_files, tokenizer_sha25
 from kdcache.teacher.memory import find_batch_tokens, peak_share
 from kdcache.teacher.options import Attention, TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
-from kdcache.teacher.teacher import Teacher
+from kdcache.teacher.teacher import Teacher, aligned
 
 __all__ = [
     "Attention",
     "Teacher",
     "TeacherFiles",
     "TeacherOptions",
+    "aligned",
     "find_batch_tokens",
     "peak_share",
     "quiet_transformers",

@@ -15,13 +15,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from kdcache.errors import UsageError
 from kdcache.storage import sha256_file
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.headed import HEAD_FILE
 from kdcache.teacher.trust import check_folder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,12 @@ class TeacherFiles:
         folder = Path(name).expanduser()
         if not folder.is_dir():
             folder = _download(name)
+        if (folder / "adapter_config.json").is_file():
+            base = json.loads((folder / "adapter_config.json").read_bytes())
+            raise UsageError(
+                f"teacher {name} is an adapter of {base.get('base_model_name_or_path')}, not a "
+                "model. Merge it first: PEFT's merge_and_unload(), then save_pretrained()."
+            )
         if not (folder / "config.json").is_file():
             raise UsageError(
                 f"teacher {name} has no config.json: it is not a Hugging Face model folder."
@@ -89,6 +109,11 @@ class TeacherFiles:
             raise UsageError(f"teacher {self.name} has no usable tokenizer: {error}") from error
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder has files of a tokenizer."""
+        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+
+    @property
     def has_own_head(self) -> bool:
         """Whether a head of ours (`kdcache.teacher.headed`) stands on an encoder."""
         return (self.folder / HEAD_FILE).is_file()
@@ -98,6 +123,35 @@ class TeacherFiles:
         """Names of the classes in the order of the logits."""
         names = self.config.id2label
         return tuple(str(names[i]) for i in range(len(names)))
+
+    def check_task(self, task: str) -> None:
+        """Refuse a model whose answers are no distribution over ids or classes.
+
+        Raises:
+            UsageError: an architecture without such a head, regression, or several labels a row.
+        """
+        config, causal = self.config, task == CAUSAL_LM
+        known = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+        own_code = self.trust_remote_code and getattr(config, "auto_map", None)
+        if type(config) not in known._model_mapping and not (own_code or self.has_own_head):
+            raise UsageError(
+                f"teacher {self.name} is of type {config.model_type}, for which transformers has "
+                f"no model for {task}. Name another teacher, or another --task."
+            )
+        if causal:
+            return
+        problem = getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            raise UsageError(
+                f"teacher {self.name} gives several labels to a text (its problem_type is "
+                "multi_label_classification): its logits are no distribution over classes. Name "
+                "a classifier of one label a text."
+            )
+        if problem == "regression" or len(self.label_names) < 2:
+            raise UsageError(
+                f"teacher {self.name} has a regression head of {len(self.label_names)} outputs, "
+                "not classes. Name a classifier of two classes or more."
+            )
 
     def vocab_size(self, task: str) -> int:
         """Width of a soft target: the classes, or the ids that tokenizer and output layer share."""

@@ -77,6 +77,8 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
         settings |= {"device_map": "auto", "max_memory": room}
     with quiet_transformers():
         model = _with_attention(files, options, settings)
+    if not options.causal:
+        set_pad_id(model.config, files)
     if room is None:
         model.to("cuda" if options.device == "auto" else options.device)
     elif "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
@@ -111,7 +113,15 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
     if not options.causal and files.has_own_head:
         return HeadedClassifier.from_pretrained(files.folder, **settings)
     kind = AutoModelForCausalLM if options.causal else AutoModelForSequenceClassification
-    model, info = kind.from_pretrained(files.folder, output_loading_info=True, **settings)
+    try:
+        model, info = kind.from_pretrained(files.folder, output_loading_info=True, **settings)
+    except ImportError as error:
+        if "attn_implementation" in settings:
+            raise  # tried with another one, or refused with the option's name
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"teacher {files.name} needs a library that is missing: {reason}"
+        ) from error
     if info["missing_keys"]:
         # Transformers would fill them at random: a teacher that knows nothing.
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -120,6 +130,16 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
             f"{options.task}. Fine-tune it first (`kdcache finetune`), or name another."
         )
     return model
+
+
+def set_pad_id(config: Any, files: TeacherFiles) -> None:
+    """Give a classifier's configuration that names no padding id its tokenizer's.
+
+    Decoders that classify look for the last id that is not padding.
+    """
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None and files.has_tokenizer:
+        text.pad_token_id = config.pad_token_id = files.tokenizer.pad_token_id
 
 
 def input_device(model: Any) -> torch.device:

@@ -66,6 +66,8 @@ def prepare(options: BuildOptions) -> Prepared:
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
         for name in options.teacher
     ]
+    for teacher in teachers:
+        teacher.check_task(options.task)
     vocab_size = _agree(teachers, options.task)
     tokenizer = teachers[0].tokenizer
     codec = Codec.parse(

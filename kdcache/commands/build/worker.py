@@ -97,6 +97,7 @@ class SpanWorker:
         self.tokenizer = self.cache.tokenizer()
         self.codec = self.cache.codec()
         self.teacher = Teacher(job.teacher, self.cache.spec.vocab_size)
+        self._probed = False  # on rows of the corpus
         self.batch_tokens = job.batch_tokens
         if job.find_batch and self.teacher.device.type == "cuda":
             self.batch_tokens = self._find_batch_tokens()
@@ -169,6 +170,9 @@ class SpanWorker:
             del self._moved[span.index]
             with self._turn:
                 self._move(span)
+                if rows and not self._probed:
+                    self.teacher.probe(rows)
+                    self._probed = True
                 start = time.perf_counter()
                 packing, places = self._ask(span, rows, packer)
                 teacher_seconds = time.perf_counter() - start

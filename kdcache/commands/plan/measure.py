@@ -109,6 +109,7 @@ class SamplePass:
     def measure(self, report: Report) -> None:
         """Run the teacher over the sample and every codec over its logits."""
         self.teacher = Teacher(self.prepared.teacher, self.prepared.spec.vocab_size)
+        self.teacher.probe(self.sample.rows)
         cut = self._batches(self._batch_tokens())
         # Kernels are chosen and compiled at their first call: not what a long build is made of.
         self._try(cut[0] if self.prepared.teacher.compile else cut[-1][-1:])

@@ -43,7 +43,7 @@ from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.errors import UsageError
 from kdcache.files import whole_folder, write_json
-from kdcache.stream import TargetStream
+from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import (
     BiLstmClassifier,
     DistilledStudent,
@@ -53,6 +53,7 @@ from kdcache.student import (
     student_tokenize,
 )
 from kdcache.student.checkpoints import read_state
+from kdcache.student.padding import check_rows
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
@@ -83,6 +84,8 @@ class Run:
             stream = _stream(plan, tokenize)
             caching = getattr(student.config, "use_cache", None)
             trainer = _trainer(plan, student, stream, tokenize, on_progress)
+            if plan.options.batch_size > 1:
+                check_rows(plan.options.student, student, _trial_batch(plan, tokenize))
         return cls(plan, trainer, student, stream, tokenize, plan.checkpoint(), caching)
 
     def train(self) -> TrainResult:
@@ -181,6 +184,17 @@ def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     return student, tokenize
+
+
+def _trial_batch(plan: Plan, tokenize: Any) -> dict[str, torch.Tensor]:
+    """Three of the first rows: the longest, the shortest, and one between."""
+    dataset = TargetDataset(plan.caches[:1])
+    rows = [dataset[i] for i in range(min(64, len(dataset)))]
+    rows.sort(key=lambda row: -len(row.input_ids))
+    chosen = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+    pad_id = plan.caches[0].spec.pad_id
+    batch = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize)(chosen)
+    return {name: value for name, value in batch.items() if name != "count"}
 
 
 def _texts(caches: list[Cache]) -> Iterator[str]:

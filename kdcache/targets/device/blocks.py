@@ -145,9 +145,18 @@ class Best(NamedTuple):
 
 
 def find_best(logits: Tensor, blocks: Blocks, k: int) -> Best:
-    """The k largest logits: they are inside the k blocks with the largest maxima."""
+    """The k largest logits: they are inside the k blocks with the largest maxima.
+
+    The k ids are different ones of the vocabulary, also where fewer than k logits are finite.
+    """
     candidates = largest(blocks.top, min(k, blocks.top.shape[1]))[1]
     opened = open_blocks(logits, candidates)
-    values, places = largest(opened.flatten(1), k)
+    # Masked ids come before the places of the last block that are no ids at all.
+    inside = candidates[..., None] * BLOCK + torch.arange(BLOCK, device=logits.device)
+    ranked = torch.where(
+        inside < logits.shape[-1], opened.clamp_min(torch.finfo(torch.float32).min), -torch.inf
+    )
+    places = largest(ranked.flatten(1), k)[1]
+    values = opened.flatten(1).gather(1, places)
     ids = candidates.gather(1, places // BLOCK) * BLOCK + places % BLOCK
     return Best(candidates, opened, values, places, ids)

@@ -1,0 +1,218 @@
+"""One model of a teacher: batches of rows in, logits of the wanted positions out.
+
+The fast way pads the rows of a batch on the right and projects only the wanted positions. It is
+right for most architectures. `TeacherModel.probe` finds out on a few real rows, and takes a slower
+way where the fast one gives other logits than the model's own forward on each row alone.
+
+Cost: one forward of the base model a batch; the vocabulary is projected in slices of positions,
+only where a position is wanted, so `[positions, vocabulary]` never exists whole. Without the direct
+projection the model's own forward makes the logits of all positions of a batch.
+Guarantee: ids outside the tokenizer's vocabulary (padded output layers) are cut off before any
+normaliser sees them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.rows import Row
+from kdcache.tasks import IGNORE
+from kdcache.teacher.load import input_device
+from kdcache.teacher.probe import TOLERANCES, distance, head_is_plain, probe_rows, with_other_end
+
+logger = logging.getLogger(__name__)
+
+_SLICE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+
+Batching = Literal["padded", "equal lengths", "one by one"]
+
+
+class TeacherModel:
+    """A loaded model and the way its logits are computed.
+
+    Attributes:
+        model: the Hugging Face model.
+        direct: whether logits are the output layer applied to the decoder's states.
+        batching: which rows share a batch: `padded` ones, those of `equal lengths`, or none.
+        clipped_mass: float32 scalar, probability outside the vocabulary so far, summed.
+    """
+
+    def __init__(
+        self, model: Any, name: str, *, causal: bool, vocab_size: int, dtype: str = "float32"
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: in evaluation mode.
+            name: for messages.
+            causal: whether it is a language model, and answers each labelled position of a row.
+            vocab_size: width of the logits to give: output columns beyond it are cut off.
+            dtype: that it computes in.
+        """
+        self.model, self.name, self.causal = model, name, causal
+        self.vocab_size = vocab_size
+        self.device = input_device(model)
+        self.direct = False
+        self.batching: Batching = "padded"
+        self.clipped_mass = torch.zeros((), device=self.device)
+        quantised = getattr(model.config, "quantization_config", None) is not None
+        self._tolerance = TOLERANCES["bfloat16" if quantised else dtype]
+        pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
+        self._pad_id = 0 if pad_id is None else int(pad_id)
+
+    def logits(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """Logits [n, vocab_size] of all positions of a batch, a slice at a time, row by row."""
+        if self.batching == "padded":
+            yield from self._slices(rows)
+        elif self.batching == "equal lengths":
+            for _, alike in groupby(rows, lambda row: len(row.input_ids)):
+                yield from self._slices(list(alike))
+        else:
+            for row in rows:
+                yield from self._slices([row])
+
+    def probe(self, rows: Sequence[Row]) -> None:
+        """Find the fastest way that gives what the model's own forward gives on a row alone.
+
+        Raises:
+            UsageError: there is none, or earlier logits of a language model depend on later tokens.
+        """
+        sample = probe_rows(rows, causal=self.causal)
+        try:
+            want = [self._own(row) for row in sample]
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, IndexError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"model {self.name} cannot read a row of the corpus: {reason}"
+            ) from error
+        moved = distance(want[:1], want[1:2])  # one row, asked twice
+        if moved > self._tolerance:
+            raise UsageError(
+                f"model {self.name} gives other logits for a row each time that it is run (they "
+                f"differ by {moved:.2g} of their spread): it is random at inference."
+            )
+        if self.causal:
+            self._check_causal(sample[0], want[0])
+        ways = [True, False] if self.causal and head_is_plain(self.model, sample[0]) else [False]
+        found: dict[tuple[str, bool], float] = {}
+        for self.batching in get_args(Batching):
+            for self.direct in ways:
+                found[self.batching, self.direct] = self._distance(sample, want)
+                if found[self.batching, self.direct] <= self._tolerance:
+                    self._report(found)
+                    return
+        raise AssertionError("rows one by one, by the model's own forward, are what is wanted")
+
+    def _report(self, found: dict[tuple[str, bool], float]) -> None:
+        if len(found) > 1:
+            reason = f"otherwise logits differ by {next(iter(found.values())):.2g} of their spread"
+            logger.warning(
+                "%s: batches are %s, with %s; %s",
+                self.name,
+                self.batching,
+                "direct projection" if self.direct else "the model's own forward",
+                reason,
+            )
+
+    def _distance(self, sample: Sequence[Row], want: Sequence[Tensor]) -> float:
+        """How far the logits of a batch, computed in the present way, are from those wanted."""
+        try:
+            got = torch.cat([piece.float().cpu() for piece in self.logits(sample)])
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:  # some take no batch of several rows
+            logger.debug("%s: %s", self.name, error)
+            return float("inf")
+        return distance(torch.split(got, [len(part) for part in want]), want)
+
+    def _check_causal(self, row: Row, want: Tensor) -> None:
+        """Other tokens at the end of a row must leave its earlier logits alone."""
+        changed = with_other_end(row)
+        early = int((row.labels[: len(row.labels) // 2] != IGNORE).sum())
+        moved = distance([self._own(changed)[:early]], [want[:early]])
+        if moved > self._tolerance:
+            raise UsageError(
+                f"model {self.name} is not a causal language model: its logits at a position "
+                f"depend on later tokens (changing those moves them by {moved:.2g} of their "
+                "spread), so its targets would have seen the answer. Masked language models "
+                "cannot be used; name a causal one."
+            )
+
+    def _own(self, row: Row) -> Tensor:
+        """Logits of a row's positions by the model's own forward on it alone, on the CPU."""
+        return torch.cat([piece.float().cpu() for piece in self._forward(self._batch([row]))])
+
+    def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Right-padded tensors on the device; `wanted` indexes the positions of the flat batch."""
+        width = max(len(row.input_ids) for row in rows)
+        # Decoders that classify look for the last id that is not padding.
+        input_ids = np.full((len(rows), width), self._pad_id, np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        type_ids = np.zeros((len(rows), width), np.int64)
+        wanted = np.zeros((len(rows), width), bool)
+        for i, row in enumerate(rows):
+            length = len(row.input_ids)
+            input_ids[i, :length] = row.input_ids
+            mask[i, :length] = 1
+            if self.causal:
+                wanted[i, :length] = row.labels != IGNORE
+            if row.type_ids is not None:
+                type_ids[i, :length] = row.type_ids
+        # Indexing by a mask would make the host wait for the device to count it.
+        batch = {"input_ids": input_ids, "wanted": np.flatnonzero(wanted)}
+        if not self.causal:
+            batch["attention_mask"] = mask
+        if rows[0].type_ids is not None:
+            batch["token_type_ids"] = type_ids
+        return {name: self.to_device(torch.from_numpy(a)) for name, a in batch.items()}
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy to where inputs go, without waiting for what the device has still to do."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _slices(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        batch = self._batch(rows)
+        if not self.direct:
+            yield from self._forward(batch)
+            return
+        wanted = batch.pop("wanted")
+        hidden = self.model.get_decoder()(**batch, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings()
+        # The layers of a model that is spread move what they are given to their own devices; the
+        # last one may live on another than the first.
+        hidden = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device))
+        step = max(1, _SLICE_BYTES[hidden.device.type] // (4 * head.weight.shape[0]))
+        for start in range(0, len(hidden), step):
+            yield self._cut(head(hidden[start : start + step]))
+
+    def _forward(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The model's own forward."""
+        wanted = batch.pop("wanted")
+        if not self.causal:
+            yield self.model(**batch).logits[:, : self.vocab_size]
+            return
+        # Rows are padded on the right, where causal attention never looks: no mask is needed, and
+        # without one the fastest attention kernels apply.
+        logits = self.model(**batch, use_cache=False).logits
+        yield self._cut(logits.flatten(0, 1).index_select(0, wanted.to(logits.device)))
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        if logits.shape[-1] <= self.vocab_size:
+            return logits
+        inside, outside = logits[:, : self.vocab_size], logits[:, self.vocab_size :]
+        total = torch.logsumexp(logits.float(), -1)
+        mass = (torch.logsumexp(outside.float(), -1) - total).exp().sum()
+        self.clipped_mass += mass.to(self.clipped_mass.device)
+        return inside

@@ -1,0 +1,141 @@
+"""What a probe of a model needs: rows to try, and whether logits agree.
+
+Cost of a probe: some ten forwards of at most 5 rows of 256 tokens.
+Guarantee: none for rows that behave unlike those that are tried. A fault that moves logits by less
+than the tolerance of their dtype is not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from kdcache.rows import Row
+from kdcache.tasks import IGNORE
+from kdcache.teacher.load import input_device
+
+TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+"""Share of the logits' spread that rounding may move them by: kernels for other shapes moved those
+of a 6-layer encoder by 0.008 in bfloat16, and layers add up."""
+
+_TOKENS = 256
+_POSITIONS = 16
+_LARGE = 40.0  # soft-capping leaves small logits almost alone
+
+
+def probe_rows(rows: Sequence[Row], *, causal: bool) -> list[Row]:
+    """A few short rows of different lengths: the longest, the shortest, one between, one twice.
+
+    Args:
+        rows: to choose from; longer ones are cut.
+        causal: whether labels belong to positions; some of these are kept.
+    """
+    order = sorted(rows, key=lambda row: -len(row.input_ids))
+    chosen = [_cut(order[i], _TOKENS) for i in {0, len(order) // 2, len(order) - 1}]
+    lengths = {len(row.input_ids) for row in chosen}
+    if len(lengths) == 1:
+        chosen.append(_cut(chosen[0], max(1, len(chosen[0].input_ids) // 2)))
+    chosen.sort(key=lambda row: -len(row.input_ids))
+    return [_sparse(row) if causal else row for row in (chosen[0], *chosen)]
+
+
+def _cut(row: Row, tokens: int) -> Row:
+    """A row without what lies before its last token, if it is longer than wanted."""
+    if len(row.input_ids) <= tokens:
+        return row
+
+    # Some classifiers look for the token that ends a text.
+    def cut(values: Any) -> Any:
+        return np.concatenate([values[: tokens - 1], values[-1:]])
+
+    types = None if row.type_ids is None else cut(row.type_ids)
+    labels = cut(row.labels) if len(row.labels) == len(row.input_ids) else row.labels
+    return replace(row, input_ids=cut(row.input_ids), labels=labels, type_ids=types)
+
+
+def _sparse(row: Row) -> Row:
+    """A language model's row that asks for at most `_POSITIONS` positions, spread over it."""
+    at = np.unique(np.linspace(0, len(row.input_ids) - 1, _POSITIONS).astype(int))
+    labels = np.full(len(row.input_ids), IGNORE, np.int32)
+    labels[at] = 0
+    return replace(row, labels=labels)
+
+
+def with_other_end(row: Row) -> Row:
+    """A row whose second half has other tokens, which are its own: any id might be special."""
+    ids = row.input_ids.copy()
+    half = len(ids) // 2
+    ids[half:] = row.input_ids[: len(ids) - half][::-1]
+    return replace(row, input_ids=ids)
+
+
+def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """How far logits are from those wanted, as a share of their spread.
+
+    Args:
+        got: logits [n, V] of each row.
+        want: the same of the model's own forward; where these are not finite nothing is compared.
+
+    Returns:
+        The largest root mean square over the vocabulary of a position's differences.
+    """
+    spread, worst = 1e-12, 0.0
+    for row in want:
+        usable = row[row.isfinite().all(-1)]
+        spread = max(spread, float((usable - usable.mean(-1, keepdim=True)).square().mean()))
+    for mine, own in zip(got, want, strict=True):
+        usable = own.isfinite().all(-1)
+        error = (mine - own)[usable].square().mean(-1)
+        if len(error):
+            worst = max(worst, float(error.nan_to_num(torch.inf).max()))
+    return math.sqrt(worst / spread)
+
+
+@torch.inference_mode()
+def head_is_plain(model: Any, row: Row) -> bool:
+    """Whether logits are the output layer applied to the decoder's last hidden state, and no more.
+
+    Soft-capping (Gemma 2) and logit scaling (Granite, Cohere) happen after the layer. They are
+    found by replacing the decoder's output with large random states inside the model's own forward,
+    rather than from a list of architectures.
+    """
+    decoder: Any = None
+    head: Any = None
+    with suppress(AttributeError, NotImplementedError):
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
+    width = getattr(head, "in_features", None)
+    if decoder is None or decoder is model or width is None:
+        return False
+    given: list[Tensor] = []
+
+    def enlarge(_module: Any, _inputs: Any, output: Any) -> Any:
+        states = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
+        if states is None or states.shape[-1] != width:
+            return output
+        noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+        size = head(noise).float().square().mean().sqrt().clamp_min(1e-3)
+        given.append(noise * (_LARGE / size).to(noise))
+        output["last_hidden_state"] = given[-1]
+        return output
+
+    hook = decoder.register_forward_hook(enlarge)
+    ids = torch.from_numpy(row.input_ids.astype(np.int64))[None].to(input_device(model))
+    try:
+        own = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    if len(given) != 1:
+        return False
+    plain = head(given[0])
+    if plain.shape != own.shape:
+        return False
+    plain, own = plain[0].float().cpu(), own[0].float().cpu()
+    return distance([own], [plain]) <= 0.1 * TOLERANCES["bfloat16"]

@@ -1,0 +1,300 @@
+"""Every architecture of the zoo gives the numbers of its own forward: as a teacher, as a student,
+in evaluation and in prediction.
+
+The reference is always the model itself on one row alone: no batch, no padding, no mask, plain
+autograd.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from zoo import BIDIRECTIONAL, CAUSAL, CLASSES, CLASSIFIERS, PAD, UNPADDED, Species, make
+
+import kdcache
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.evaluate import EvaluateOptions
+from kdcache.commands.predict import PredictOptions
+from kdcache.commands.train.options import TrainOptions
+from kdcache.errors import UsageError
+from kdcache.loss import distillation_loss
+from kdcache.rows import Row
+from kdcache.targets import DenseTargets
+from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION
+
+pytestmark = [
+    pytest.mark.end_to_end,
+    pytest.mark.filterwarnings("default"),  # architectures have warnings of their own
+]
+ALPHA, TEMPERATURE = 0.3, 2.0
+CLOSE = {"rtol": 0, "atol": 2e-4}
+
+
+@dataclass(frozen=True)
+class Den:
+    """What the animals of one task share.
+
+    Attributes:
+        task: the task.
+        tokenizer: of all.
+        corpus: a few texts of different lengths, with labels.
+        cache: of another teacher, to train and to evaluate on.
+        rows: its rows, with the logits of that teacher.
+    """
+
+    task: str
+    tokenizer: Any
+    corpus: Path
+    cache: kdcache.Cache
+    rows: list[tuple[Row, Tensor]]
+
+    @property
+    def causal(self) -> bool:
+        return self.task == CAUSAL_LM
+
+    def save(self, species: Species, folder: Path, **more: Any) -> Path:
+        names = dict(enumerate(CLASSES))
+        if not self.causal:
+            more |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+        return species.save(folder, self.auto, self.tokenizer, **more)
+
+    @property
+    def auto(self) -> Any:
+        return AutoModelForCausalLM if self.causal else AutoModelForSequenceClassification
+
+    def build(self, teacher: Path, out: Path, **more: Any) -> kdcache.Cache:
+        kdcache.build(_build_options(self.task, self.corpus, teacher, out, **more))
+        return kdcache.Cache.open(str(out))
+
+    def own(self, model: Any, row: Row, width: int) -> Tensor:
+        """Logits [n, width] of a row's positions by the model's own forward on it alone."""
+        (logits,) = model(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits
+        if not self.causal:
+            return logits[None]
+        return logits[torch.from_numpy(row.labels != IGNORE)][:, :width]
+
+
+def _build_options(task: str, corpus: Path, teacher: Path, out: Path, **more: Any) -> BuildOptions:
+    return BuildOptions(
+        teacher=(str(teacher),),
+        corpus=(str(corpus),),
+        out=str(out),
+        task=task,
+        **{"codec": "dense", "packing": "none", "max_length": 64, "workers": 0, **more},
+    )
+
+
+def rows_of(cache: kdcache.Cache, temperature: float = 1.0) -> Iterator[tuple[Row, Tensor]]:
+    """Rows of a dense cache with their logits."""
+    dataset = kdcache.TargetDataset([cache])
+    for data in (dataset[i] for i in range(len(dataset))):
+        yield data.row(0), data.targets.at(temperature).logits
+
+
+@pytest.fixture(scope="module", params=[CAUSAL_LM, SEQUENCE_CLASSIFICATION])
+def den(
+    request: pytest.FixtureRequest,
+    corpus_texts: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Den:
+    """One den for each task."""
+    return _den(request.param, corpus_texts, tmp_path_factory.mktemp("den"))
+
+
+@pytest.fixture(scope="module")
+def field(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
+    """The den of the language models."""
+    return _den(CAUSAL_LM, corpus_texts, tmp_path_factory.mktemp("den"))
+
+
+@pytest.fixture(scope="module")
+def classroom(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
+    """The den of the classifiers."""
+    return _den(SEQUENCE_CLASSIFICATION, corpus_texts, tmp_path_factory.mktemp("den"))
+
+
+def _den(task: str, texts: list[str], folder: Path) -> Den:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    special = ["<|end|>", "<pad>"]
+    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<pad>"
+    )
+    assert tokenizer.pad_token_id == PAD
+    corpus = folder / "texts.jsonl"
+    lines = [
+        {"text": text[:size], "label": i % 3}
+        for i, (text, size) in enumerate(zip(texts, (5, 90, 33, 14, 60, 8), strict=False))
+    ]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    empty: Any = None
+    den = Den(task, tokenizer, corpus, empty, [])
+    teacher = den.save(make("llama" if den.causal else "bert"), folder / "teacher", seed=5)
+    cache = den.build(teacher, folder / "cache", temperatures=(TEMPERATURE,))
+    return Den(task, tokenizer, corpus, cache, list(rows_of(cache, TEMPERATURE)))
+
+
+def check_teacher(den: Den, folder: Path, model: Any, out: Path) -> None:
+    """What is cached is what the model gives for each row alone."""
+    cache = den.build(folder, out)
+    with torch.inference_mode():
+        for row, cached in rows_of(cache):
+            want = den.own(model, row, cache.spec.vocab_size)
+            scale = max(1.0, float(want.abs().max()))
+            torch.testing.assert_close(cached / scale, want / scale, **CLOSE)
+
+
+def reference_loss(den: Den, model: Any) -> Any:
+    """The reference loss of the den's rows on the model's own logits, row by row."""
+    width = den.cache.spec.vocab_size
+    logits = torch.cat([den.own(model, row, width) for row, _ in den.rows])
+    labels = [torch.from_numpy(row.labels).long() for row, _ in den.rows]
+    labels = [x[x != IGNORE] if den.causal else x for x in labels]
+    targets = DenseTargets(torch.cat([targets for _, targets in den.rows]), TEMPERATURE)
+    return distillation_loss(logits, torch.cat(labels), targets, alpha=ALPHA)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in model.named_parameters()
+    }
+    model.zero_grad()
+    return {name: grad.clone() for name, grad in found.items()}
+
+
+def check_student(den: Den, model: Any) -> float:
+    """Loss and all gradients of a padded batch are those of the rows by themselves."""
+    dataset = kdcache.TargetDataset([den.cache])
+    collate = kdcache.Collator(pad_id=den.cache.spec.pad_id, temperature=TEMPERATURE)
+    student = kdcache.DistilledStudent(
+        model,
+        den.task,
+        alpha=ALPHA,
+        vocab_size=den.cache.spec.vocab_size,
+    ).eval()
+    got = student(**collate([dataset[i] for i in range(len(dataset))])).loss
+    got.backward()
+    mine = gradients(model)
+    want = reference_loss(den, model).total
+    want.backward()
+    own = gradients(model)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    largest = max(float(grad.abs().max()) for grad in own.values())
+    assert largest > 1e-3
+    off = {name: float((mine[name] - grad).abs().max()) / largest for name, grad in own.items()}
+    assert {name: error for name, error in off.items() if not error < 2e-4} == {}
+    return float(want.detach())
+
+
+def check_evaluation(den: Den, folder: Path, model: Any) -> None:
+    """Cross-entropy and KL are those of the model's own logits."""
+    result = kdcache.evaluate(
+        EvaluateOptions(student=(str(folder),), cache=den.cache.url, temperature=TEMPERATURE)
+    )
+    (scores,) = [one for one in result.models if one.role == "student"]
+    with torch.inference_mode():
+        want = reference_loss(den, model)
+    assert scores.cross_entropy == pytest.approx(float(want.hard), rel=1e-4, abs=1e-5)
+    assert scores.kl == pytest.approx(float(want.soft) / TEMPERATURE**2, rel=1e-4, abs=1e-5)
+
+
+def train(den: Den, student: Path, out: Path) -> Any:
+    """One step on all rows of the den."""
+    return kdcache.train(
+        TrainOptions(
+            cache=(den.cache.url,),
+            student=str(student),
+            out=str(out),
+            alpha=ALPHA,
+            temperature=TEMPERATURE,
+            batch_size=len(den.rows),
+            max_steps=1,
+            report_to="none",
+        )
+    )
+
+
+def check_prediction(den: Den, folder: Path, out: Path) -> None:
+    """Probabilities are those of the model's own logits."""
+    model = den.auto.from_pretrained(folder / "student").eval()
+    kdcache.predict(PredictOptions(student=str(folder), corpus=(str(den.corpus),), out=str(out)))
+    got = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(got) == len(den.rows)
+    for line, (row, _) in zip(got, den.rows, strict=True):
+        with torch.inference_mode():
+            want = den.own(model, row, 0)[0].softmax(-1)
+        mine = torch.tensor([line["probabilities"][name] for name in CLASSES])
+        torch.testing.assert_close(mine, want, **CLOSE)
+
+
+def load(den: Den, folder: Path) -> Any:
+    return den.auto.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("species", CAUSAL, ids=str)
+def test_a_language_model_gives_its_own_numbers(
+    species: Species, field: Den, tmp_path: Path
+) -> None:
+    folder = field.save(species, tmp_path / "model")
+    model = load(field, folder)
+    check_teacher(field, folder, model, tmp_path / "cache")
+    loss = check_student(field, model)
+    check_evaluation(field, folder, model)
+    result = train(field, folder, tmp_path / "run")
+    assert result.loss == pytest.approx(loss, rel=1e-3)
+    check_evaluation(field, tmp_path / "run", load(field, tmp_path / "run/student"))
+
+
+@pytest.mark.parametrize("species", CLASSIFIERS, ids=str)
+def test_a_classifier_gives_its_own_numbers(
+    species: Species, classroom: Den, tmp_path: Path
+) -> None:
+    folder = classroom.save(species, tmp_path / "model")
+    model = load(classroom, folder)
+    check_teacher(classroom, folder, model, tmp_path / "cache")
+    loss = check_student(classroom, model)
+    check_evaluation(classroom, folder, model)
+    result = train(classroom, folder, tmp_path / "run")
+    assert result.loss == pytest.approx(loss, rel=1e-3)
+    check_prediction(classroom, tmp_path / "run", tmp_path / "predictions.jsonl")
+
+
+@pytest.mark.parametrize("species", BIDIRECTIONAL, ids=str)
+def test_a_masked_language_model_is_refused(species: Species, field: Den, tmp_path: Path) -> None:
+    folder = field.save(species, tmp_path / "model")
+    with pytest.raises(UsageError, match="is not a causal language model") as error:
+        field.build(folder, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="is not a causal language model"):
+        train(field, folder, tmp_path / "run")
+    with pytest.raises(UsageError, match="is not a causal language model"):
+        check_evaluation(field, folder, None)
+
+
+@pytest.mark.parametrize("species", UNPADDED, ids=str)
+def test_a_classifier_that_padding_disturbs_gets_none(
+    species: Species, classroom: Den, tmp_path: Path
+) -> None:
+    folder = classroom.save(species, tmp_path / "model")
+    model = load(classroom, folder)
+    check_teacher(classroom, folder, model, tmp_path / "cache")
+    check_evaluation(classroom, folder, model)
+    with pytest.raises(UsageError, match="other logits where its batch is padded"):
+        train(classroom, folder, tmp_path / "run")
+
+
+def test_it_has_enough_of_each() -> None:
+    assert len({one.model_type for one in CAUSAL}) >= 100
+    assert len({one.model_type for one in CLASSIFIERS}) >= 80

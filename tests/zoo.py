@@ -1,0 +1,246 @@
+"""A zoo: the architectures of transformers, each made tiny from its configuration.
+
+`SIZES` are the sizes that most configurations share; a species names only what it needs besides.
+Weights are drawn wide, biases and norms are moved from 0 and 1, so that one that is left out moves
+the logits. Dropout is off, so that a training step can be computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY = 300
+PAD = 1
+CLASSES = ("bad", "neutral", "good")
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("embedding_size", "moe_intermediate_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_inner", "n_inner", "d_ff"), 64),
+    **dict.fromkeys(("hidden_dim", "decoder_ffn_dim", "encoder_ffn_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "num_experts_per_tok"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "rotary_dim"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.3),
+    "pad_token_id": PAD,
+    "vocab_size": VOCABULARY,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+@dataclass(frozen=True)
+class Species:
+    """One tiny model.
+
+    Attributes:
+        model_type: of transformers.
+        what: what sets it apart from others of its type.
+        changes: to its configuration, besides `SIZES`; None leaves a size at its default.
+    """
+
+    model_type: str
+    what: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.model_type, self.what.replace(" ", "-"))))
+
+    def config(self, **more: Any) -> Any:
+        """The configuration."""
+        kind = CONFIG_MAPPING[self.model_type]
+        default, given = kind(), {}
+        for name, value in SIZES.items():
+            try:
+                known = hasattr(default, name)
+            except AttributeError:  # it differs between layers
+                known = False
+            if known:
+                given[name] = value
+        given |= {
+            name: 0.0
+            for name, value in vars(default).items()
+            if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float)
+        }
+        given |= {**self.changes, **more}
+        return kind(**{name: value for name, value in given.items() if value is not None})
+
+    def save(self, folder: Path, auto: Any, tokenizer: Any, *, seed: int = 0, **more: Any) -> Path:
+        """Save random weights and the tokenizer.
+
+        Args:
+            folder: where.
+            auto: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
+            tokenizer: of `VOCABULARY` ids.
+            seed: of the weights.
+            more: changes to the configuration.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = auto.from_config(self.config(**more)).eval()
+            for weight in model.parameters():
+                if weight.ndim == 1:
+                    weight.data += 0.2 * torch.randn_like(weight)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+
+def make(model_type: str, what: str = "", **changes: Any) -> Species:
+    """A species."""
+    return Species(model_type, what, changes)
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_LATENT = {
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+}
+_GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_JAMBA = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
+_PROPHETNET = {
+    "num_hidden_layers": None,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4,
+}
+
+_SPECIAL = [
+    make("falcon", head_dim=None),
+    make("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=8),
+    make("jamba", **_JAMBA),
+    make("qwen3_next", **_LINEAR),
+    make("qwen3_5_text", **_LINEAR),
+    make("deepseek_v3", **_LATENT, **_GROUPS),
+]
+_DECODERS = _words(
+    """
+    arcee biogpt bloom ctrl diffllama doge exaone4 gemma gemma2 gemma3_text glm glm4 gpt2
+    gpt_bigcode gpt_neox gpt_oss gptj helium hunyuan_v1_dense hunyuan_v1_moe jetmoe llama minimax
+    ministral ministral3 mistral mixtral modernbert-decoder mpt nemotron olmo olmo2 olmo3
+    openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
+    stablelm starcoder2
+    """
+)
+_LANGUAGE_MODELS = _words(
+    """
+    afmoe apertus aria_text bart beam bigbird_pegasus bitnet blenderbot codegen cohere cohere2
+    cohere2_moe cwm ernie4_5 ernie4_5_moe exaone_moe falcon_h1 falcon_mamba flex_olmo flint
+    glm4_moe gpt_neox_japanese granite granite_swa granitemoe granitemoe_swa granitemoeshared
+    hrm_text hy_v3 hyperclovax inkling_text jais2 kolibri1 laguna lara_mini lfm2 llama4_text mamba
+    mbart mellum mimo_v2_flash minimax_m2 ministral moshi mvp nanochat olmoe pegasus plbart rwkv
+    solar_open trocr vaultgemma whisper xglm
+    """
+)
+_ENCODERS = _words(
+    """
+    albert bert big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie esm
+    eurobert flaubert gte ibert jina_embeddings_v3 layoutlm longformer megatron-bert modernbert
+    mpnet mra nomic_bert rembert roberta roberta-prelayernorm roformer squeezebert tapas ultrabert
+    xlm xlm-roberta xlm-roberta-xl
+    """
+)
+
+CAUSAL = [
+    *map(make, dict.fromkeys(_DECODERS + _LANGUAGE_MODELS)),
+    *_SPECIAL,
+    make("bamba", attn_layer_indices=[1], **_MAMBA),
+    make("granitemoehybrid", layer_types=["mamba", "attention"], **_MAMBA),
+    make("mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=16),
+    make("qwen3_5_moe_text", **_LINEAR),
+    make("olmo_hybrid", layer_types=["linear_attention", "full_attention"]),
+    make("deepseek_v2", **_LATENT, **_GROUPS),
+    make("glm4_moe_lite", **_LATENT),
+    make("minicpm3", **_LATENT),
+    make("youtu", **_LATENT),
+    make("lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1),
+    make("dots1", n_shared_experts=1, **_GROUPS),
+    make("zaya", num_experts_per_tok=1),
+    make("reformer", is_decoder=True, axial_pos_embds=False, attn_layers=["local", "local"]),
+    # Encoders whose configuration makes decoders of them.
+    *(make(n, "decoder", is_decoder=True) for n in ("bert", "electra", "roberta", "roformer")),
+    *(make(n, "decoder", is_decoder=True) for n in ("megatron-bert", "xlm-roberta-xl")),
+    # What an architecture may do besides.
+    make("bloom", "residual", apply_residual_connection_post_layernorm=True),
+    make("cohere", "scaled", logit_scale=0.25),
+    make("falcon", "alibi", head_dim=None, alibi=True),
+    make("falcon", "sequential", head_dim=None, parallel_attn=False, bias=True),
+    make("gemma2", "strong capping", final_logit_softcapping=2.0, attn_logit_softcapping=2.0),
+    make("gpt2", "scaled attention", scale_attn_by_inverse_layer_idx=True),
+    make("gpt_neox", "sequential", use_parallel_residual=False),
+    make("gptj", "untied", tie_word_embeddings=False),
+    make("granite", "scaled", logits_scaling=8.0, embedding_multiplier=12.0),
+    make("llama", "biases", attention_bias=True, mlp_bias=True),
+    make("llama", "padded", vocab_size=320),
+    make("llama", "tied", tie_word_embeddings=True),
+    make("mistral", "narrow window", sliding_window=3),
+    make("mpt", "no alibi", attn_config={"alibi": False}),
+    make("opt", "post norm", do_layer_norm_before=False),
+    make("opt", "projection", word_embed_proj_dim=16),
+    make("stablelm", "parallel", use_parallel_residual=True, use_qkv_bias=True),
+]
+
+CLASSIFIERS = [
+    *map(make, _ENCODERS + _DECODERS),
+    *_SPECIAL,
+    make("mobilebert", initializer_range=0.02),
+]
+
+UNPADDED = [make("convbert"), make("fnet"), make("nystromformer"), make("yoso")]
+"""Classifiers whose logits move with the padding of their batch."""
+
+BIDIRECTIONAL = [*map(make, ("bert", "bert-generation", "big_bird", "rembert", "roberta", "xlm"))]
+"""What `AutoModelForCausalLM` loads and is none."""
+
+ABSENT = {
+    "canine": "reads characters, with a tokenizer of its own",
+    "cpmant": "a language model that reads its prompt in both directions: refused like the masked",
+    "deepseek_v4 glm_moe_dsa hy_v4 longcat_flash minimax_m3_vl_text nemotron_h": "0.2 M to 12 M "
+    "weights for states and experts that no shared size reaches",
+    "axk1 axk2 bailing_hybrid deepseek_v32 dory kimi_linear lfm3 sarvam_mla xlstm zamba zamba2 "
+    "recurrent_gemma cohere_compass_text mistral4 dbrx": "the shared sizes do not fit together",
+    "blt dots3_note emu3 fuyu gemma3 gemma4 git got_ocr2 llama4 luke mllama modernvbert perceiver "
+    "phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp t5gemma t5gemma2 ultravbert": "parts besides "
+    "the text model, or tables, of hundreds of megabytes",
+    "gemma3n gemma3n_text gemma4_text layoutlmv2": "other libraries, or tables of 134 M weights",
+    "funnel layoutlmv3 lilt markuplm musicgen prophetnet roc_bert xlnet xmod": "inputs besides "
+    "ids, or sizes by other names",
+    "exaone gpt-sw3 internlm3 iquestcoder sarvam_moe": "another's architecture under its own name",
+}
+"""What is not here, and why."""
