@@ -187,6 +187,21 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(place))
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse to write into a folder that holds links: one made elsewhere may point anywhere.
+
+    Raises:
+        UsageError: names the first link. That the folder itself is one is the user's own choice.
+    """
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *names)):
+            if path.is_symlink():
+                raise UsageError(
+                    f"{path} is a link, and what is written there would end up elsewhere. Replace "
+                    "it by what it points to, or choose another --out."
+                )
+
+
 @contextlib.contextmanager
 def alone(folder: Path, work: str) -> Iterator[None]:
     """Make a folder if need be, and keep a second process out of it.
@@ -198,8 +213,10 @@ def alone(folder: Path, work: str) -> Iterator[None]:
         work: what it does there, for the message to the second one.
 
     Raises:
-        UsageError: another process is at work there, or the folder cannot be written to.
+        UsageError: another process is at work there, the folder cannot be written to, or it holds
+            links.
     """
+    refuse_links(folder)
     path = folder / LOCK_FILE
     with contextlib.ExitStack() as held:
         while True:

@@ -1,6 +1,18 @@
-"""Figures as people write them: sizes, durations, counts."""
+"""Figures as people write them: sizes, durations, counts; and texts that are safe to print."""
 
 from __future__ import annotations
+
+import re
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text that does nothing to a terminal: control characters are written as `\\u001b`.
+
+    Line ends and tabs stay. Names, texts and errors may come from anybody's data.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def duration(seconds: float) -> str:

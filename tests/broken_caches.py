@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner, Result
 
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
 from kdcache.cli.main import cli
 from kdcache.commands.verify import VerifyOptions, verify
 from kdcache.errors import CorruptCacheError
@@ -42,3 +47,20 @@ def golden_copy(folder: Path) -> Path:
     """A cache with every kind of file: documents, ranks, tokenizer and a shard."""
     shutil.copytree(GOLDEN / "sample-1-2", folder)
     return folder
+
+
+def forge(
+    cache: Cache, folder: Path, change: Callable[[ShardData], ShardData], **spec: Any
+) -> Cache:
+    """A cache of the same rows with other contents, every hash of which is right."""
+    beside = {n.split("/")[1]: cache.storage.read(n) for n in cache.files if n != "ranks.u32"}
+    ranks = cache.storage.read("ranks.u32") if "ranks.u32" in cache.files else b""
+    new = Cache.create_or_resume(
+        str(folder), dataclasses.replace(cache.spec, **spec), tokenizer_files=beside, ranks=ranks
+    )
+    entries = [
+        new.commit(e.span, change(cache.read(e.span)), clipped_mass=e.clipped_mass)
+        for e in cache.manifest.shards
+    ]
+    new.seal(new.prepare_manifest(entries))
+    return Cache.open(str(folder))

@@ -10,8 +10,21 @@ Guarantee: a sealed cache holds every span exactly once, with the counts and has
 
 from __future__ import annotations
 
-from kdcache.cache.cache import Cache
-from kdcache.cache.manifest import Manifest, ShardEntry
-from kdcache.cache.spec import CacheSpec
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.cache.cache import Cache
+    from kdcache.cache.manifest import Manifest, ShardEntry
+    from kdcache.cache.spec import CacheSpec
 
 __all__ = ["Cache", "CacheSpec", "Manifest", "ShardEntry"]
+
+_HOMES = {"Cache": "cache", "CacheSpec": "spec", "Manifest": "manifest", "ShardEntry": "manifest"}
+
+
+# Loaded when asked for: the sandbox imports this package and must start without torch.
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

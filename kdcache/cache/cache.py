@@ -142,7 +142,7 @@ class Cache:
         return cls(storage, spec, None, notes, files)
 
     def _read_manifest(self) -> Manifest:
-        manifest = Manifest.from_json(self.storage.read("manifest.json"))
+        manifest = Manifest.read(self.storage)
         said = (manifest.fingerprint, len(manifest.shards), manifest.files)
         if said != (self.spec.fingerprint, self.spec.spans, self.files):
             raise CorruptCacheError(
@@ -156,7 +156,7 @@ class Cache:
         """Whether all that a sealed cache of this spec lacks is `spec.json`."""
         if not storage.exists("manifest.json"):
             return False
-        manifest = Manifest.from_json(storage.read("manifest.json"))
+        manifest = Manifest.read(storage)
         return (manifest.fingerprint, manifest.files) == (spec.fingerprint, files)
 
     def _complete(self, beside: Mapping[str, bytes]) -> None:

@@ -58,7 +58,7 @@ def problems(cache: Cache) -> Iterator[Problem]:
             "so with what crashed builds have left.",
             stray=True,
         )
-    whole = True
+    broken = set()
     for name in cache.files:
         try:
             cache.read_beside(name)
@@ -66,22 +66,39 @@ def problems(cache: Cache) -> Iterator[Problem]:
                 _ = cache.rank_to_id
         except CorruptCacheError as error:
             yield Problem(name, str(error))
-            whole = whole and name != "ranks.u32"
+            broken.add(name)
+    ids = None
+    if not any(name.startswith("tokenizer/") for name in broken):
+        try:
+            ids = known_ids(cache)
+        except Exception as error:  # of whatever class reads these files
+            yield Problem("tokenizer", f"the tokenizer cannot be loaded ({error}).")
     with Trial() as trial:
         for entry in cache.manifest.shards:
             try:
-                check_shard(cache, entry, trial, values=whole)
+                check_shard(cache, entry, trial, ids, values="ranks.u32" not in broken)
             except KdcacheError as error:
                 yield Problem(f"shards/{entry.name}", _naming(entry, str(error)))
 
 
-def check_shard(cache: Cache, entry: ShardEntry, trial: Trial, *, values: bool = True) -> None:
+def known_ids(cache: Cache) -> int:
+    """How many ids the tokenizer of a cache has, or its language model can predict."""
+    tokenizer = cache.tokenizer()
+    largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+    predicted = cache.spec.vocab_size if cache.spec.task == CAUSAL_LM else 0
+    return max(largest + 1, len(tokenizer), predicted)
+
+
+def check_shard(
+    cache: Cache, entry: ShardEntry, trial: Trial, ids: int | None = None, *, values: bool = True
+) -> None:
     """Check the bytes of a shard, then whether it can be opened, then what it holds.
 
     Args:
         cache: of the shard.
         entry: what the manifest says of it.
         trial: the process that opens it first.
+        ids: number of the tokenizer's ids, from `known_ids`; None where that is not known.
         values: False leaves the values out, where what is needed to read them is broken.
 
     Raises:
@@ -97,13 +114,18 @@ def check_shard(cache: Cache, entry: ShardEntry, trial: Trial, *, values: bool =
         if values:
             ranks = cache.rank_to_id
             data = read_shard(path, cache.codec(), counts=entry.counts, ranks=ranks)
-            check_values(data, cache.spec)
+            check_values(data, cache.spec, ids)
 
 
-def check_values(data: ShardData, spec: CacheSpec) -> None:
-    """Whether a shard that could be read holds values that can be.
+def check_values(data: ShardData, spec: CacheSpec, ids: int | None = None) -> None:
+    """Check the values of a shard that could be read.
 
     Cost: the targets are decoded once at each declared temperature, some positions at a time.
+
+    Args:
+        data: the shard.
+        spec: of the cache.
+        ids: number of the tokenizer's ids, from `known_ids`; None where that is not known.
 
     Raises:
         CorruptCacheError: an id, a class, a weight or a count is impossible.
@@ -111,16 +133,17 @@ def check_values(data: ShardData, spec: CacheSpec) -> None:
     causal = spec.task == CAUSAL_LM
     if data.task != spec.task:
         raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
-    classes = spec.vocab_size if causal else spec.num_labels or 0
     labels = data.labels[data.labels != IGNORE]
-    # For a causal LM ids and labels may exceed the ids that a target names.
-    if labels.min(initial=0) < 0 or (not causal and labels.max(initial=0) >= classes):
-        raise CorruptCacheError(f"it has the label {labels.max()} of {classes} classes.")
-    if data.input_ids.min(initial=0) < 0:
-        raise CorruptCacheError("it has an id below 0.")
+    classes = ids if causal else spec.num_labels or 0
+    for name, column, number in (("input id", data.input_ids, ids), ("label", labels, classes)):
+        least, most = column.min(initial=0), column.max(initial=0)
+        if least < 0:
+            raise CorruptCacheError(f"it has the {name} {least}.")
+        if number is not None and most >= number:
+            raise CorruptCacheError(f"it has the {name} {most}, expected less than {number}.")
     counts = data.targets.codec.counts(data.targets.columns)
     if any(count.min(initial=0) < 0 for count in counts.values()):
-        raise CorruptCacheError("a position has fewer than no entries.")
+        raise CorruptCacheError("negative entry count.")
     _check_targets(data.targets, spec)
 
 

@@ -15,12 +15,13 @@ from kdcache.cache.hdf5 import DEFLATE_LIMIT
 from kdcache.cache.shard import ShardCounts
 from kdcache.cache.spec import FORMAT
 from kdcache.errors import CorruptCacheError
-from kdcache.storage import sha256_file
+from kdcache.storage import Storage, sha256_file
 
 SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.h5")
 BESIDE = re.compile(r"ranks\.u32|tokenizer/(?!\.)[^/\\\x00-\x1f]+")
 """Names of files that lie beside `spec.json`; no other can be named."""
 
+_LARGEST = 256 << 20  # bytes of a manifest: a million shards
 _SHA256 = re.compile("[0-9a-f]{64}")
 _COUNTS = ("rows", "tokens", "positions", "bytes", "skipped")
 _MOST = 1 << 31  # of anything in one shard, which is held in memory whole
@@ -147,6 +148,11 @@ class Manifest:
                 "shards": [vars(s) for s in self.shards],
             }
         )
+
+    @classmethod
+    def read(cls, storage: Storage) -> Manifest:
+        """The manifest of a sealed cache; raises as `from_json` and `Storage.read` do."""
+        return cls.from_json(storage.read("manifest.json", _LARGEST))
 
     @classmethod
     def from_json(cls, data: builtins.bytes) -> Manifest:

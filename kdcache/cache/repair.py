@@ -120,7 +120,7 @@ def _remove_documents(storage: Storage) -> Iterator[str]:
     broken = []
     parsers: dict[str, Callable[[], Any]] = {
         "spec.json": lambda: Cache.read_spec(storage),
-        "manifest.json": lambda: Manifest.from_json(storage.read("manifest.json")),
+        "manifest.json": lambda: Manifest.read(storage),
     }
     for name, parse in parsers.items():
         try:

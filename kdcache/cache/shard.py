@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,8 @@ _REQUIRED = {
     SEQUENCE_CLASSIFICATION: ("lengths", "input_ids", "labels", "text_bytes", "text"),
 }
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
+_MEMORY = 1 << 30  # that reading any shard may take
+_MEMORY_PER_BYTE = 64  # of the file, for those that need more; real ones take at most 27
 _U1, _U4, _I4, _IDS = ("|u1",), ("<u4",), ("<i4",), ("|u1", "<u2", "<u4")
 
 
@@ -201,6 +203,7 @@ def read_shard(
     """
     with open_file(path) as file:
         n, task = _check_head(path, file, codec, counts)
+        _check_memory(path, file, n)
         rows = columns_of(path, file, "rows", _REQUIRED[task], _OPTIONAL)
         lengths = _read(path, rows, "lengths", _U4, n.rows)
         offsets = _offsets(lengths.astype(np.int64))
@@ -265,6 +268,21 @@ def _check_head(
     return found_counts, task
 
 
+def _check_memory(path: Path, file: h5py.File, n: ShardCounts) -> None:
+    """Refuse a shard whose columns, once decoded, take memory out of proportion to its file.
+
+    Deflate packs a thousand zeros into a byte, and a reader widens each to several numbers.
+    """
+    decoded = sum(size for _, size in _columns(file, lambda item: int(item.nbytes)))
+    need = 64 * (n.tokens + n.positions) + 256 * n.rows + 16 * decoded
+    allowed = max(_MEMORY, _MEMORY_PER_BYTE * path.stat().st_size)
+    if need > allowed:
+        raise CorruptCacheError(
+            f"{path} needs up to {need} bytes of memory, a shard of its size may need {allowed}. "
+            "Do not use it."
+        )
+
+
 def read_counts(path: Path) -> tuple[ShardCounts, dict[str, Any]]:
     """Counts and span attributes of a shard file, without reading a column."""
     with open_file(path) as file:
@@ -276,15 +294,20 @@ def read_counts(path: Path) -> tuple[ShardCounts, dict[str, Any]]:
 
 def column_bytes(path: Path) -> dict[str, int]:
     """Stored (compressed) bytes of each dataset, by its name such as `targets/ids`."""
-    sizes: dict[str, int] = {}
+    with open_file(path) as file:
+        return dict(_columns(file, lambda item: int(item.id.get_storage_size())))
+
+
+def _columns(file: h5py.File, measure: Callable[[Any], int]) -> list[tuple[str, int]]:
+    """Name and measure of each dataset of an open file."""
+    found: list[tuple[str, int]] = []
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            sizes[name] = int(item.id.get_storage_size())
+        if isinstance(item, h5py.Dataset) and item.shape is not None:
+            found.append((name, measure(item)))
 
-    with open_file(path) as file:
-        file.visititems(visit)
-    return sizes
+    file.visititems(visit)
+    return found
 
 
 def shard_counts(path: Path, file: Any) -> ShardCounts:

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
+from kdcache.cli.tables import echo
 from kdcache.humanize import duration, size
 
 
@@ -39,9 +40,7 @@ def _build() -> click.Command:
         if as_json:
             print_json(result)
         elif not result.made:
-            click.echo(
-                f"{result.cache} is complete: {result.positions:,} positions. Nothing to do."
-            )
+            echo(f"{result.cache} is complete: {result.positions:,} positions. Nothing to do.")
         else:
             losses = ""
             if result.skipped:
@@ -53,7 +52,7 @@ def _build() -> click.Command:
                 losses += "that its tokenizer has not"
             if result.workers_lost:
                 losses += f"; {result.workers_lost} workers lost, {result.redone} attempts redone"
-            click.echo(
+            echo(
                 f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
                 f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows "
                 f"included) in {duration(result.seconds)}, "
@@ -76,7 +75,7 @@ def _plan() -> click.Command:
         "    --codec sample:20 --codec topk:32 --temperatures 1 --temperatures 1,2,4",
     )
     def command(options: PlanOptions, as_json: bool) -> None:
-        result = plan(options, report=lambda line: click.echo(line, err=True))
+        result = plan(options, report=lambda line: echo(line, err=True))
         if as_json:
             print_json(result)
         else:
@@ -105,10 +104,10 @@ def _train() -> click.Command:
             return
         measured = "  ".join(f"{name} {value:.4g}" for name, value in result.eval.items())
         if not result.made:
-            click.echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
+            echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
             return
         best = f" (best: step {result.best_step})" if result.best_step is not None else ""
-        click.echo(
+        echo(
             f"{result.student}: {result.steps} steps{best}, {result.rows:,} rows, loss "
             f"{result.loss:.4f} in {duration(result.seconds)}"
             + (f"; evaluation: {measured}" if measured else "")
@@ -165,9 +164,9 @@ def _finetune() -> click.Command:
         scores = "" if result.accuracy is None else f", accuracy {result.accuracy:.4f}"
         scores += "" if result.f1 is None else f", F1 {result.f1:.4f}"
         if not result.made:
-            click.echo(f"{result.out} is complete{scores}. Nothing to do.")
+            echo(f"{result.out} is complete{scores}. Nothing to do.")
             return
-        click.echo(
+        echo(
             f"{result.out}: {result.rows:,} rows, {result.trained:,} of {result.parameters:,} "
             f"parameters trained in {duration(result.seconds)}{scores}."
         )
@@ -208,7 +207,7 @@ def _predict() -> click.Command:
             if as_json:
                 print_json(result)
             else:
-                click.echo(
+                echo(
                     f"{result.out}: {result.records:,} records in {duration(result.seconds)}"
                     + (f", {result.skipped} skipped" if result.skipped else "")
                     + "."
@@ -249,18 +248,18 @@ def _verify() -> click.Command:
         if as_json:
             print_json(result)
         elif not result.problems:
-            click.echo(f"{result.cache}: {result.shards} shards, {result.rows:,} rows: all good.")
+            echo(f"{result.cache}: {result.shards} shards, {result.rows:,} rows: all good.")
         if not as_json and (check := result.recheck) is not None:
-            click.echo(
+            echo(
                 f"{check.rows} rows, {check.positions:,} positions run again: cached and live "
                 f"targets differ by {check.cached:.2g}, two live runs by {check.live:.2g}; "
                 f"rounding explains {check.allowed:.2g}."
             )
             if not check.same_teacher and not check.problems:
-                click.echo("Configuration or weights are not those of the build, to the byte.")
+                echo("Configuration or weights are not those of the build, to the byte.")
         if result.problems:
             for problem in result.problems:
-                click.echo(problem, err=True)
+                echo(problem, err=True)
             raise click.exceptions.Exit(1)
 
     return command
@@ -280,15 +279,15 @@ def _repair() -> click.Command:
             print_json(result)
             return
         for name in result.removed:
-            click.echo(f"{name}: broken, removed")
+            echo(f"{name}: broken, removed")
         for name in result.missing:
-            click.echo(f"{name}: missing")
+            echo(f"{name}: missing")
         if result.removed or result.missing:
-            click.echo("Run the same `kdcache build` command again: it makes only these anew.")
+            echo("Run the same `kdcache build` command again: it makes only these anew.")
         elif result.old_digest is None:
-            click.echo(f"{result.cache}: nothing is broken.")
+            echo(f"{result.cache}: nothing is broken.")
         if result.old_digest is not None:
-            click.echo(f"The digest was {result.old_digest} and is {result.digest} now.")
+            echo(f"The digest was {result.old_digest} and is {result.digest} now.")
 
     return command
 
@@ -306,12 +305,12 @@ def _gc() -> click.Command:
             print_json(result)
             return
         for leftover in result.removed:
-            click.echo(f"{leftover.name}: {size(leftover.bytes)}")
+            echo(f"{leftover.name}: {size(leftover.bytes)}")
         verb = "would be removed" if result.dry_run else "removed"
         young = f"; {result.young} younger than an hour stay" if result.young else ""
         count = len(result.removed)
         files = "1 file" if count == 1 else f"{count} files"
-        click.echo(f"{files} {verb}, {size(result.bytes)}{young}.")
+        echo(f"{files} {verb}, {size(result.bytes)}{young}.")
 
     return command
 
@@ -325,7 +324,7 @@ def _demo() -> click.Command:
         "kdcache demo --out demo",
     )
     def command(options: DemoOptions, as_json: bool) -> None:
-        result = demo(options, report=lambda line: click.echo(line, err=True))
+        result = demo(options, report=lambda line: echo(line, err=True))
         if as_json:
             print_json(result)
         else:

@@ -18,7 +18,7 @@ from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.workers import WorkerFigures
 from kdcache.commands.sweep.sweep import SweepProgress
 from kdcache.commands.train.result import TrainProgress
-from kdcache.humanize import duration
+from kdcache.humanize import duration, printable
 
 D = TypeVar("D", bound="_Display")
 
@@ -68,6 +68,7 @@ class _Display:
         """
         if self._quiet:
             return
+        facts, details = printable(facts), [printable(line) for line in details]
         if self._live is not None:
             self._bar.update(self._task, total=total, completed=done)
             lines = [Text(f"  {line}") for line in (facts, *details)]

@@ -21,6 +21,7 @@ import click
 
 from kdcache.errors import KdcacheError
 from kdcache.files import no_space
+from kdcache.humanize import printable
 from kdcache.storage import redact
 from kdcache.version import __version__
 
@@ -38,6 +39,11 @@ COMMANDS = {
     "gc": "Remove what crashed builds have left beside a cache.",
     "demo": "Run the main job end to end with what the package carries.",
 }
+
+
+def _safe(text: str) -> str:
+    """A text from anywhere, without secrets and control characters."""
+    return printable(redact(text))
 
 
 class _Commands(click.Group):
@@ -61,7 +67,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KdcacheError as error:
-            click.echo(f"Error: {redact(str(error))}", err=True)
+            click.echo(f"Error: {_safe(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             # The reader of our output went away (`| head`): nothing is wrong.
@@ -73,7 +79,7 @@ class _Commands(click.Group):
             if not (full or closed):
                 raise
             cure = "Free some space and run" if full else "Make it writable, or name another; run"
-            place = redact(str(error.filename or "the disk"))
+            place = _safe(str(error.filename or "the disk"))
             click.echo(f"Error: {place}: {error.strerror}. {cure} the same command.", err=True)
             ctx.exit(3 if full else 2)
 
@@ -84,7 +90,7 @@ class _Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             # Looked up each time: a live display stands in for it, and makes room for the line.
-            sys.stderr.write(redact(self.format(record)) + "\n")
+            sys.stderr.write(_safe(self.format(record)) + "\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
@@ -110,7 +116,7 @@ def _tell_fault(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """The traceback of an unexpected error, without secrets."""
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+    sys.stderr.write(_safe("".join(traceback.format_exception(kind, error, trace))))
 
 
 def main() -> None:

@@ -1,14 +1,21 @@
-"""Tables that look good on a terminal and stay whole lines of plain text in a file or a pipe."""
+"""Lines and tables on a terminal, in a file or in a pipe.
+
+Guarantee: control characters in what is printed (names, texts and errors may come from anybody's
+data) never reach the terminal. In a file or a pipe tables are whole lines of plain text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import click
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
+
+from kdcache.humanize import printable
 
 
 def print_table(
@@ -33,7 +40,8 @@ def print_table(
     """
     if title:
         print_line(console, title, style="bold")
-    lines = [tuple(row) for row in rows]
+    header = [printable(name) for name in header]
+    lines = [tuple(map(printable, row)) for row in rows]
     # Headings may fold between words; each column has a frame of three.
     words = [max(name.split() or [""], key=cell_len) for name in header]
     room = sum(3 + max(map(cell_len, cells)) for cells in zip(words, *lines, strict=True)) + 1
@@ -65,7 +73,12 @@ def _plain(lines: Sequence[Sequence[str]], left: int) -> Iterator[str]:
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
     """Print one line of text as it is: no markup, no colours guessed from its content."""
-    console.print(Text(text, style=style or ""), soft_wrap=True)
+    console.print(Text(printable(text), style=style or ""), soft_wrap=True)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line on standard output, or on standard error."""
+    click.echo(printable(text), err=err)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -25,6 +25,7 @@ from kdcache.commands.groups import InferenceOptions, RecordOptions, form_proble
 from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import UsageError
 from kdcache.files import full_disk, local_path, output_errors, whole_file
+from kdcache.humanize import printable
 from kdcache.options import option
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
@@ -97,7 +98,8 @@ class Prediction:
         """One line; a missing second text is left out."""
         values = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
         kept = {name: value for name, value in values.items() if value is not None}
-        return json.dumps({**kept, "probabilities": self.probabilities}, ensure_ascii=False)
+        text = json.dumps({**kept, "probabilities": self.probabilities}, ensure_ascii=False)
+        return printable(text)  # which is an escape of JSON too
 
 
 def predict(

@@ -9,6 +9,11 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from kdcache.errors import CorruptCacheError
+
+SMALL_FILE = 64 << 20
+"""Bytes that `Storage.read` takes into memory unless told otherwise."""
+
 _BLOCK = 1 << 20
 _HASHED_NAME = re.compile(r"-([0-9a-f]{16})\.\w+$")
 
@@ -42,8 +47,13 @@ class Storage(ABC):
         """Bytes of a file."""
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """The content of a small file; FileNotFoundError where there is none."""
+    def read(self, name: str, limit: int = SMALL_FILE) -> bytes:
+        """The content of a small file, which lies in the folder itself.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CorruptCacheError: it is larger than `limit`, a link, or no regular file.
+        """
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -94,6 +104,13 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Delete a file; no error where it is gone already."""
+
+
+def too_large(place: str, size: int, limit: int) -> CorruptCacheError:
+    """The error about a file that is larger than what reads it allows."""
+    return CorruptCacheError(
+        f"{place} has {size} bytes, at most {limit} are allowed. Restore it from a copy."
+    )
 
 
 def sha256_file(path: Path) -> str:

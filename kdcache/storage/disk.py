@@ -16,6 +16,7 @@ never removed).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -145,7 +146,7 @@ class DiskCache:
 
     def _make_room(self, file: BinaryIO, size: int) -> None:
         """Remove copies until a file fits within the bound, and give it its size."""
-        with open(self.folder / _LOCK, "ab") as lock:
+        with _open(self.folder / _LOCK, os.O_CREAT) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             copies = self._copies()
             taken = sum(held for *_, held in copies)
@@ -194,7 +195,7 @@ class DiskCache:
                     "Free some, lower KDCACHE_DISK_BYTES or name another disk with KDCACHE_DISK, "
                     "and run the same command again."
                 ) from error
-            if isinstance(error, PermissionError):
+            if isinstance(error, PermissionError) or error.errno == errno.ELOOP:
                 raise UsageError(
                     f"cannot write to {self.folder} ({error.strerror}). Name a folder for copies "
                     "of remote files with KDCACHE_DISK."
@@ -216,11 +217,11 @@ def _locked(
     Returns:
         None if it is missing, named otherwise by now, or locked by others and `lock` does not wait.
     """
-    flags = os.O_RDWR | (os.O_CREAT if create else 0)
+    flags = os.O_CREAT if create else 0
     while True:
         with contextlib.ExitStack() as opened:
             try:
-                file = opened.enter_context(os.fdopen(os.open(path, flags, 0o600), "r+b"))
+                file = opened.enter_context(_open(path, flags))
                 fcntl.flock(file, lock)
             except (FileNotFoundError, BlockingIOError):
                 return None
@@ -229,6 +230,11 @@ def _locked(
                 return file
         if not create:
             return None
+
+
+def _open(path: Path, flags: int) -> BinaryIO:
+    """A file of the folder, open for reading and writing; never what a link points to."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600), "r+b")
 
 
 def _is(file: BinaryIO, path: Path) -> bool:

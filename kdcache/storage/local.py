@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from kdcache.errors import UsageError
+from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.files import output_errors, sync_folder
-from kdcache.storage.base import Storage
+from kdcache.storage.base import SMALL_FILE, Storage, too_large
 
 _SCRATCH = "tmp"
 
@@ -57,9 +58,28 @@ class LocalStorage(Storage):
         """See `Storage.size`."""
         return (self.root / name).stat().st_size
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = SMALL_FILE) -> bytes:
         """See `Storage.read`."""
-        return (self.root / name).read_bytes()
+        path = self.root / name
+        self._refuse_links(path)
+        # A fifo would wait for a writer.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise CorruptCacheError(f"{path} is not a regular file. Restore it from a copy.")
+            if facts.st_size > limit:
+                raise too_large(str(path), facts.st_size, limit)
+            return file.read(facts.st_size)
+
+    def _refuse_links(self, path: Path) -> None:
+        """A cache is read and written inside its own folder, wherever that was copied from."""
+        while path != self.root:
+            if path.is_symlink():
+                raise CorruptCacheError(
+                    f"{path} is a link, and a cache is only read and written inside its own "
+                    "folder. Replace the link by what it points to (`cp -RL` copies so)."
+                )
+            path = path.parent
 
     def write(self, name: str, data: bytes) -> None:
         """See `Storage.write`."""
@@ -97,13 +117,26 @@ class LocalStorage(Storage):
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""
+        path = self.root / name
+        self._refuse_links(path.parent)
         with output_errors(self.url):
-            (self.root / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def append(self, name: str, text: str) -> None:
+        """Add to a file in one write, so that several processes may; makes it where there is none.
+
+        Raises:
+            OSError: it cannot be written, or is a link.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(self.root / name, flags, 0o666), "ab") as file:
+            file.write(text.encode())
 
     @contextlib.contextmanager
     def _written(self, data: bytes) -> Iterator[Path]:
         """A temporary file with the data, safe on the disk; removed at exit unless it was moved."""
         path = self.root / _SCRATCH / f"{uuid.uuid4().hex}.tmp"
+        self._refuse_links(path)
         with output_errors(self.url):
             try:
                 with _new_file(path) as file:
@@ -118,6 +151,7 @@ class LocalStorage(Storage):
 
     def _target(self, name: str) -> Path:
         target = self.root / name
+        self._refuse_links(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.storage.base import Storage, hash_in
+from kdcache.storage.base import SMALL_FILE, Storage, hash_in, too_large
 from kdcache.storage.disk import DiskCache
 from kdcache.storage.filesystem import FileSystem
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 16 << 20
-_SMALL = 32 << 20  # what a file that is read into memory may be expected to have
 _LISTING = 256 << 20  # a million names, a thousand a request
 _THREADS = 4
 _TRIES = 3
@@ -89,9 +88,12 @@ class RemoteStorage(Storage):
         """See `Storage.size`."""
         return int(self._store.ask("info", self._path(name))["size"])
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = SMALL_FILE) -> bytes:
         """See `Storage.read`."""
-        return bytes(self._store.ask("cat_file", self._path(name), volume=_SMALL))
+        size = self.size(name)
+        if size > limit:
+            raise too_large(f"{self._store.shown}/{name}", size, limit)
+        return bytes(self._store.ask("cat_file", self._path(name), volume=size))
 
     def write(self, name: str, data: bytes) -> None:
         """See `Storage.write`."""

@@ -297,7 +297,7 @@ class Sample(Codec):
             index: of the temperature.
         """
         flat, head = weights.reshape(-1), len(columns["head_ids"])
-        if len(self.temperatures) == 1:
+        if len(self.temperatures) == 1 and weights.shape[1] <= _SLICE:
             # Heads as well, for now: whole rows, `total` ones before zeros, are faster than places.
             rows = np.tri(weights.shape[1] + 1, weights.shape[1], -1, dtype=np.float32)
             rows.take(total, axis=0, out=weights, mode="clip")

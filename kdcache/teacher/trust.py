@@ -1,4 +1,4 @@
-"""What in a model's folder would run code, or read a pickle, once it is loaded.
+"""What in a model's folder would run code, or read pickled weights, once it is loaded.
 
 Refused before anything is loaded:
 

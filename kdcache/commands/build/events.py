@@ -43,7 +43,7 @@ class EventLog:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._path = storage.root / FILE if isinstance(storage, LocalStorage) else None
+        self._local = storage if isinstance(storage, LocalStorage) else None
         self._run = uuid.uuid4().hex[:8]
         self._begin = time.time()
         self._kept: list[str] = []
@@ -55,13 +55,11 @@ class EventLog:
         facts = {k: redact(v) if isinstance(v, str) else v for k, v in facts.items()}
         line = json.dumps({"time": round(time.time(), 3), "run": self._run, "event": event} | facts)
         with self._lock:
-            if self._path is None:
+            if self._local is None:
                 self._kept.append(line)
             elif not self._broken:
                 try:
-                    # One write of one line, so that two builds may append to the same file.
-                    with open(self._path, "a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                    self._local.append(FILE, line + "\n")
                 except OSError as error:
                     self._give_up(error)
 

@@ -45,7 +45,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
-from kdcache.files import local_path, write_json
+from kdcache.files import local_path, refuse_links, write_json
 from kdcache.humanize import duration, size
 from kdcache.options import Options, option
 from kdcache.plots import Curve, Level, plot_curves
@@ -170,6 +170,7 @@ class _Demo:
             return state
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UsageError(f"{self.out} is not empty and not a demo. Choose another --out.")
+        refuse_links(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.state = {"options": wanted, "seconds": {}, "teacher_seconds": 0.0}
         self._save()
