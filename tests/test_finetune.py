@@ -194,8 +194,8 @@ def test_wrong_input_is_told_and_nothing_is_written(
             finetune(options(**changes))
     assert not (tmp_path / "teacher").exists()
     with pytest.raises(UsageError) as error:
-        options(epochs=0, batch_size=0, head_width=0, corpus=(), bf16=True, fp16=True)
-    for word in ("--epochs", "--batch-size", "--head-width", "--corpus", "--bf16"):
+        options(epochs=0, batch_size=0, head_width=0, corpus=(), precision="fp8")
+    for word in ("--epochs", "--batch-size", "--head-width", "--corpus", "--precision"):
         assert word in str(error.value)
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "notes").write_text("")

@@ -320,7 +320,9 @@ def test_a_changed_grid_only_adds_runs(here: Path) -> None:
 
 
 def test_runs_of_one_process_may_differ_in_precision(here: Path) -> None:
-    result = sweep(local(write("g.yaml", {"bf16": [False, True, False]}, **{"max-steps": 2})))
+    result = sweep(
+        local(write("g.yaml", {"precision": ["float32", "bf16", "float32"]}, **{"max-steps": 2}))
+    )
     low, high = result.runs[1].figures, result.runs[0].figures
     assert low != high
     assert low == pytest.approx(high, abs=0.05)

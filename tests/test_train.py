@@ -146,15 +146,15 @@ def test_wrong_options_are_told_all_at_once() -> None:
             divergence="kl",  # type: ignore[arg-type]
             batch_size=0,
             patience=3,
-            bf16=True,
-            fp16=True,
+            precision="fp8",  # type: ignore[arg-type]
+            gpus_per_worker=0.5,
             epochs=0,
             learning_rate=-1,
             fsdp=True,
         )
     for word in (
         "--cache is missing", "alpha", "temperature", "divergence", "batch-size", "patience",
-        "bf16", "epochs", "learning-rate", "fsdp",
+        "precision", "gpus-per-worker is 0.5", "epochs", "learning-rate", "fsdp",
     ):  # fmt: skip
         assert word in str(error.value)
 
@@ -268,7 +268,7 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(
     for name, more in (
         ("plain", {}),
         ("again", {"gradient_checkpointing": True}),
-        ("low", {"bf16": True}),
+        ("low", {"precision": "bf16"}),
     ):
         train(options(out=str(tmp_path / name), **common, **more))
     plain = losses(tmp_path / "plain")
@@ -276,8 +276,8 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(
     low = losses(tmp_path / "low")
     assert low == pytest.approx(plain, abs=0.02)
     assert low != pytest.approx(plain, abs=1e-6)
-    with pytest.raises(UsageError, match="bf16: False -> True"):
-        train(options(out=str(tmp_path / "plain"), bf16=True, **common))
+    with pytest.raises(UsageError, match="precision: auto -> bf16"):
+        train(options(out=str(tmp_path / "plain"), precision="bf16", **common))
 
 
 @pytest.mark.gpu
@@ -285,15 +285,14 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(
 def test_float16_is_scaled(options: Make, folder: Path, tmp_path: Path) -> None:
     common = {"cache": str(folder / "causal"), "student": str(folder / "llama.json"), "epochs": 4}
     train(options(out=str(tmp_path / "plain"), **common))
-    train(options(out=str(tmp_path / "half"), fp16=True, **common))
+    train(options(out=str(tmp_path / "half"), precision="fp16", **common))
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "plain"), abs=0.05)
     assert list(Path(tmp_path, "half").glob("checkpoint-*/scaler.pt"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_float16_is_refused_without_a_gpu(options: Make) -> None:
     with pytest.raises(UsageError, match="fp16 needs a GPU"):
-        train(options(fp16=True))
+        train(options(precision="fp16"))
 
 
 def test_tensorboard_gets_the_curves(options: Make, folder: Path) -> None:
@@ -488,7 +487,7 @@ def test_a_classifier_is_saved_for_its_own_library(options: Make) -> None:
 def test_a_language_model_learns_and_is_saved(options: Make, folder: Path) -> None:
     chosen = options(
         cache=str(folder / "causal"), student=str(folder / "llama.json"), temperature=2, epochs=8,
-        eval_cache=str(folder / "causal"), bf16=False, alpha=0.2,
+        eval_cache=str(folder / "causal"), precision="float32", alpha=0.2,
     )  # fmt: skip
     result = train(chosen)
     lines = [x for x in metrics(chosen.out) if "eval_loss" in x]
@@ -726,7 +725,7 @@ def test_sharded_workers_in_bfloat16_go_on_to_the_bit(
 ) -> None:
     common = {
         "cache": str(folder / "causal"), "student": str(folder / "llama.json"), "batch_size": 11,
-        "eval_cache": str(folder / "causal"), "temperature": 2, "bf16": True,
+        "eval_cache": str(folder / "causal"), "temperature": 2, "precision": "bf16",
     }  # fmt: skip
     alone = options(out=str(tmp_path / "alone"), **common)
     train(alone)

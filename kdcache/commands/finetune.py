@@ -45,6 +45,7 @@ from kdcache.loss.metrics import accuracy, confusion_matrix, f1
 from kdcache.options import option
 from kdcache.rows import Row, make_encoder
 from kdcache.student.load import find_files
+from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import TeacherFiles, quiet_transformers
 from kdcache.teacher.headed import HeadedClassifier
@@ -106,7 +107,7 @@ class FinetuneOptions(RowOptions, LearningOptions):
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
-        return super().conflicts() + form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
+        return form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,7 @@ def _trainer(
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> Trainer:
     rate = options.learning_rate or (5e-5 if options.train_last is None else 1e-3)
+    computing = Computing.choose(options.precision)
     arguments = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=options.epochs,
@@ -385,17 +387,17 @@ def _trainer(
         load_best_model_at_end=bool(tests),
         metric_for_best_model="eval_accuracy" if tests else None,
         greater_is_better=True if tests else None,
-        bf16=options.bf16,
-        fp16=options.fp16,
         seed=options.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **computing.arguments(),
+        dataloader_pin_memory=computing.gpu,
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
         log_level="error",
         report_to="none",
     )
+    computing.begin()
+    use_one_gpu(arguments, "CUDA_VISIBLE_DEVICES chooses another one.")
     trainer = Trainer(
         model=model,
         args=arguments,

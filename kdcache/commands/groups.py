@@ -10,6 +10,7 @@ from typing import Literal
 from kdcache.corpus import MAX_RECORD_BYTES, Corpus, Documents, OnError
 from kdcache.options import Options, option
 from kdcache.rows import Form, Packing, RowSpec
+from kdcache.student.precision import Precision
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import Attention
 
@@ -208,8 +209,11 @@ class LearningOptions(Options):
         at_least=0,
     )
     lr_scheduler: Scheduler = option("linear", help="shape of the learning rate.")
-    bf16: bool = option(False, help="compute in bfloat16.")
-    fp16: bool = option(False, help="compute in float16 with a scaled loss.")
+    precision: Precision = option(
+        "auto",
+        help="of the computation; weights stay float32. `auto` is `bf16` on a GPU that has it, "
+        "otherwise `float32`; `fp16` scales the loss.",
+    )
     seed: int = option(0, help="of the order, of random weights and of dropout.", at_least=0)
     logging_steps: int = option(
         10, help="steps between reports of progress.", at_least=1, decides="nothing"
@@ -217,11 +221,6 @@ class LearningOptions(Options):
     trust_remote_code: bool = option(
         False, help="let code that ships with the model run.", decides="student"
     )
-
-    def conflicts(self) -> list[str]:
-        """See `Options.conflicts`."""
-        both = self.bf16 and self.fp16
-        return ["--bf16 and --fp16 exclude each other. Choose one."] if both else []
 
 
 def form_problems(record_form: Form, task: str | None) -> list[str]:

@@ -107,13 +107,9 @@ class DistillationTrainer(CheckpointingTrainer):
             for state in (PartialState(), accelerator.state):
                 state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-        policy = accelerator.state.fsdp_plugin.mixed_precision_policy
-        if isinstance(policy, MixedPrecisionPolicy):
-            # accelerate would round outputs to 16 bits, and our output is the loss; and gradients
-            # before they are summed over workers, which DDP does not.
-            accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
-                policy, output_dtype=None, reduce_dtype=torch.float32
-            )
+        plugin = accelerator.state.fsdp_plugin
+        if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+            plugin.mixed_precision_policy = keep_inputs_and_loss(plugin.mixed_precision_policy)
 
     # Data
 
@@ -333,6 +329,18 @@ class DistillationTrainer(CheckpointingTrainer):
         if not self.streams:
             return {}
         return {"cursor": self.train_dataset.state_dict(), "identity": self._identity()}
+
+
+def keep_inputs_and_loss(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """accelerate's policy without what it rounds to 16 bits beside weights and activations.
+
+    Those are inputs, among them counts and weights of targets (8,199 positions would become
+    8,192); outputs, and ours is the loss; and gradients before they are summed over workers, which
+    DDP does not round either.
+    """
+    return dataclasses.replace(
+        policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 class _StreamLoader:

@@ -14,12 +14,25 @@ import pytest
 import torch
 from conftest import make_tiny_lm
 from fake import fake_cuda
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import Trainer, TrainingArguments
 
 from kdcache.cache import Cache
+from kdcache.commands import finetune as finetune_module
 from kdcache.commands.build import worker
 from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.finetune import FinetuneOptions, finetune
+from kdcache.commands.sweep.sweep import on_gpus
+from kdcache.commands.train import on_ray
+from kdcache.commands.train import run as run_module
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.train import train
+from kdcache.errors import UsageError
 from kdcache.loss import fused
 from kdcache.rows import Row
+from kdcache.student.precision import Computing, use_one_gpu
+from kdcache.student.trainer import keep_inputs_and_loss
 from kdcache.targets import Codec
 from kdcache.targets.device import compiles, run
 from kdcache.teacher import Teacher, peak_share
@@ -187,3 +200,182 @@ def test_memory_is_measured_on_the_teachers_own_gpus() -> None:
     ):
         assert peak_share(lambda: None, [torch.device("cuda", 2)]) == 0.5
     assert set(asked) == {torch.device("cuda", 2)}
+
+
+class TestComputing:
+    """What a training process computes with, by what it was given and what it sees."""
+
+    @pytest.mark.parametrize(
+        ("precision", "gpus", "sees", "modern", "want"),
+        [
+            ("auto", None, False, False, Computing(False, "float32", False)),
+            ("auto", None, True, True, Computing(True, "bf16", True)),
+            ("auto", None, True, False, Computing(True, "float32", False)),
+            # Ray no longer hides GPUs from those that asked for none.
+            ("auto", 0, True, True, Computing(False, "float32", False)),
+            ("auto", 1, True, True, Computing(True, "bf16", True)),
+            ("float32", None, True, True, Computing(True, "float32", False)),
+            ("fp16", None, True, True, Computing(True, "fp16", True)),
+            ("bf16", 0, True, True, Computing(False, "bf16", False)),
+        ],
+    )
+    def test_it_follows_what_was_asked_for(
+        self, precision: Any, gpus: float | None, sees: bool, modern: bool, want: Computing
+    ) -> None:
+        with cards(sees, modern):
+            assert Computing.choose(precision, gpus) == want
+            arguments = want.arguments()
+            want.begin()
+            tf32 = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        assert tf32 == ("high" if want.tf32 else "highest")
+        assert arguments["use_cpu"] is not want.gpu
+        assert (arguments["bf16"], arguments["fp16"]) == (
+            want.precision == "bf16",
+            want.precision == "fp16",
+        )
+
+    @pytest.mark.parametrize(
+        ("precision", "gpus", "sees", "modern", "word"),
+        [
+            ("auto", 1, False, False, "PyTorch sees none here"),  # never a silent fall to the CPU
+            ("fp16", None, False, False, "fp16 needs a GPU"),
+            ("fp16", 0, True, True, "fp16 needs a GPU"),
+            ("bf16", None, True, False, "no bfloat16"),
+        ],
+    )
+    def test_what_is_lacking_is_refused(
+        self, precision: Any, gpus: float | None, sees: bool, modern: bool, word: str
+    ) -> None:
+        with cards(sees, modern), pytest.raises(UsageError, match=word):
+            Computing.choose(precision, gpus)
+
+    def test_a_process_that_sees_several_gpus_trains_on_one(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        arguments = mock.Mock(n_gpu=4, _n_gpu=4)
+        use_one_gpu(arguments, "--num-workers {gpus} trains on all of them.")
+        assert arguments._n_gpu == 1
+        (record,) = caplog.records
+        assert "sees 4 GPUs and trains on one. --num-workers 4" in record.getMessage()
+
+    @pytest.mark.parametrize("gpus", [0, 1])
+    def test_one_is_no_news(self, gpus: int, caplog: pytest.LogCaptureFixture) -> None:
+        arguments = mock.Mock(n_gpu=gpus, _n_gpu=gpus)
+        use_one_gpu(arguments)
+        assert arguments._n_gpu == gpus
+        assert not caplog.records
+
+    @pytest.mark.parametrize("command", [run_module, finetune_module])
+    def test_no_command_wraps_its_model_in_data_parallel(
+        self, command: Any, class_cache: str, student_classifier: Path, labelled_corpus: Path,
+        tmp_path: Path,
+    ) -> None:  # fmt: skip
+        class SeesTwo(TrainingArguments):  # type: ignore[misc]
+            def __post_init__(self) -> None:
+                super().__post_init__()
+                self._n_gpu = 2
+
+        made: list[Any] = []
+
+        def stop(trainer: Any, *_: Any, **__: Any) -> None:
+            made.append(trainer.args.n_gpu)
+            raise UsageError("stopped")
+
+        out = str(tmp_path / "out")
+        with (
+            mock.patch.object(command, "TrainingArguments", SeesTwo),
+            mock.patch.object(Trainer, "train", stop),
+            pytest.raises(UsageError, match="stopped"),
+        ):
+            if command is run_module:
+                train(TrainOptions(cache=(class_cache,), student="bilstm", out=out))
+            else:
+                corpus = (str(labelled_corpus),)
+                finetune(FinetuneOptions(model=str(student_classifier), corpus=corpus, out=out))
+        assert made == [1]
+
+
+def cards(sees: bool, modern: bool) -> Any:
+    """A machine with or without a GPU, with or without bfloat16."""
+    return mock.patch.multiple(
+        torch.cuda,
+        is_available=mock.Mock(return_value=sees),
+        is_bf16_supported=mock.Mock(return_value=modern),
+    )
+
+
+class TestWorkers:
+    def options(self, workers: int, gpus: float | None = None) -> TrainOptions:
+        return TrainOptions(
+            cache=("c",), student="s", out="o", num_workers=workers, gpus_per_worker=gpus
+        )
+
+    @pytest.mark.parametrize(
+        ("workers", "asked", "gpus", "cpus", "want"),
+        [
+            (2, None, 2, 16, (1, 8)),
+            (2, None, 8, 32, (1, 8)),
+            (2, None, 0, 4, (0, 2)),
+            (4, 0, 2, 16, (0, 4)),
+        ],
+    )
+    def test_each_gets_its_share(
+        self, workers: int, asked: float | None, gpus: float, cpus: float, want: Any
+    ) -> None:
+        assert on_ray.shares(self.options(workers, asked), gpus, cpus) == want
+
+    @pytest.mark.parametrize(
+        ("workers", "asked", "gpus", "word"),
+        [
+            (4, None, 2, "4 workers need 4 GPUs, the Ray cluster has 2"),  # not: on the CPU
+            (2, 1, 0, "2 workers need 2 GPUs"),
+            (8, 0, 0, "8 workers need 8 CPUs"),
+        ],
+    )
+    def test_too_few_are_told(
+        self, workers: int, asked: float | None, gpus: float, word: str
+    ) -> None:
+        with pytest.raises(UsageError, match=word):
+            on_ray.shares(self.options(workers, asked), gpus, 4)
+
+    @pytest.mark.parametrize(
+        ("given", "want"), [(None, None), (0.0, 0.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0)]
+    )
+    def test_a_run_of_a_sweep_uses_what_it_was_given(
+        self, given: float | None, want: float | None
+    ) -> None:
+        assert on_gpus(self.options(1), given).gpus_per_worker == want
+
+    def test_sharding_leaves_counts_and_weights_alone(self) -> None:
+        """FSDP with bfloat16 would round them on their way into the forward."""
+        seen: dict[str, torch.Tensor] = {}
+
+        class Model(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 4)
+
+            def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+                seen.update(inputs)
+                return self.layer(inputs["x"].to(self.layer.weight.dtype)).sum()
+
+        accelerate = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+        policy = keep_inputs_and_loss(accelerate)
+        assert policy.param_dtype == torch.bfloat16
+        assert (policy.reduce_dtype, policy.output_dtype) == (torch.float32, None)
+        inputs = {
+            "x": torch.randn(2, 4),
+            "count": torch.tensor(8199.19),
+            "target_weights": torch.full((2, 3), 0.333),
+        }
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            fully_shard(Model(), mesh=mesh, mp_policy=policy)(**inputs)
+        finally:
+            torch.distributed.destroy_process_group()
+        for name, value in inputs.items():
+            assert seen[name].dtype == value.dtype, name
+            assert torch.equal(seen[name], value), name

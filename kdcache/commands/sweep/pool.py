@@ -26,7 +26,13 @@ Outcome = tuple[int, Any]
 
 
 class Pool(Protocol):
-    """Applies a function to items."""
+    """Applies a function to items.
+
+    Attributes:
+        gpus: GPUs that an item is given; None for those that this process sees.
+    """
+
+    gpus: float | None
 
     def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
         """Number and result of each item, or the exception that it ended with, as they come.
@@ -43,6 +49,10 @@ class Pool(Protocol):
 
 class LocalPool:
     """This process, one item after the other: `--workers 0`."""
+
+    def __init__(self, gpus: float | None) -> None:
+        """Say what a run may use."""
+        self.gpus = gpus
 
     def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
         """See `Pool.map`."""
@@ -83,6 +93,7 @@ class RayPool:
         total = ray.cluster_resources()
         cores, cards = int(total.get("CPU", 1)), total.get("GPU", 0)
         gpus = (1.0 if cards else 0.0) if gpus is None else gpus
+        self.gpus: float | None = gpus
         # A cluster that grows on demand may have room later: a fixed number of workers waits.
         fixed = workers is None or cluster_address(address) is None
         if fixed and gpus > cards:

@@ -18,7 +18,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ class _Sweep:
                 self._write_manifest()
                 self._steps = {key: plan.steps for key, plan in self.plans.items()}
                 self._before, self._begun = self._step(), time.perf_counter()
-                items = [self.plans[key].options for key in missing]
+                items = [on_gpus(self.plans[key].options, pool.gpus) for key in missing]
                 for i, outcome in pool.map(_train_one, items, self._tell):
                     self._settle(missing[i], outcome)
                     self._tell()
@@ -268,10 +268,15 @@ class _Sweep:
 
 def _pool(options: SweepOptions, items: int) -> Pool:
     if options.workers == 0:
-        return LocalPool()
+        return LocalPool(options.gpus_per_run)
     return RayPool(
         workers=options.workers, gpus=options.gpus_per_run, address=options.address, items=items
     )
+
+
+def on_gpus(options: TrainOptions, gpus: float | None) -> TrainOptions:
+    """A run on what it was given: Ray leaves GPUs visible to tasks that asked for none."""
+    return options if gpus is None else replace(options, gpus_per_worker=float(gpus > 0))
 
 
 def _try_student(options: TrainOptions, _: Tick) -> None:

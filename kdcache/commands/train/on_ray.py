@@ -27,6 +27,7 @@ from kdcache.errors import KdcacheError, UsageError
 _RETRIES = 2
 _RAY, _WRONG = ".ray", "wrong.txt"
 _LOOK_EVERY = 0.5
+_MOST_CPUS = 8
 
 
 def train_on_ray(
@@ -50,21 +51,12 @@ def train_on_ray(
     owns = connect(options.address)
     try:
         have = ray.cluster_resources()
-        gpus = options.gpus_per_worker
-        if gpus is None:
-            gpus = 1.0 if have.get("GPU", 0) >= options.num_workers else 0.0
-        cpus = max(1, min(8, int(have.get("CPU", 1)) // options.num_workers))
-        for name, each in (("CPU", cpus), ("GPU", gpus)):
-            if each * options.num_workers > have.get(name, 0):
-                raise UsageError(
-                    f"{options.num_workers} workers need {each * options.num_workers:g} {name}s, "
-                    f"the Ray cluster has {have.get(name, 0):g}. Use fewer --num-workers."
-                )
+        gpus, cpus = shares(options, have.get("GPU", 0), have.get("CPU", 1))
         plan.out.mkdir(parents=True, exist_ok=True)
         trainer = TorchTrainer(
             _work,
             train_loop_config={
-                "options": {**options.to_dict(), "out": str(plan.out)},
+                "options": {**options.to_dict(), "out": str(plan.out), "gpus_per_worker": gpus},
                 "threads": cpus,
             },
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -100,6 +92,29 @@ def train_on_ray(
     if wrong:
         raise UsageError(wrong)
     return TrainResult(**json.loads((plan.out / RESULT_FILE).read_text())["result"])
+
+
+def shares(options: TrainOptions, gpus: float, cpus: float) -> tuple[float, int]:
+    """GPUs and CPUs of each worker on a cluster that has so many.
+
+    Raises:
+        UsageError: it has too few. A run that was slow without a word would cost more.
+    """
+    n = options.num_workers
+    asked = options.gpus_per_worker
+    each = float(gpus > 0) if asked is None else asked
+    if n * each > gpus:
+        raise UsageError(
+            f"{n} workers need {n * each:g} GPUs, the Ray cluster has {gpus:g}. Use fewer "
+            "--num-workers, or --gpus-per-worker 0 to train on CPUs."
+        )
+    threads = max(1, min(_MOST_CPUS, int(cpus) // n))
+    if n * threads > cpus:
+        raise UsageError(
+            f"{n} workers need {n * threads} CPUs, the Ray cluster has {cpus:g}. Use fewer "
+            "--num-workers."
+        )
+    return each, threads
 
 
 def _work(config: dict[str, Any]) -> None:

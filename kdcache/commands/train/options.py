@@ -232,7 +232,10 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         1, help="processes that train together, through Ray Train.", at_least=1, decides="nothing"
     )
     gpus_per_worker: float | None = option(
-        None, help="GPUs a worker. Default: one where there are any.", decides="nothing", at_least=0
+        None,
+        help="GPUs a worker, 0 or 1. Default: one where there are any.",
+        decides="nothing",
+        at_least=0,
     )
     address: str | None = option(
         None,
@@ -270,7 +273,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
-        wrong = super().conflicts()
+        wrong = list(super().conflicts())
         for name, low, high in (("alpha", 0.0, 1.0), ("temperature", 0.0, math.inf)):
             try:
                 schedule = Schedule.parse(getattr(self, name), f"--{name}")
@@ -290,6 +293,11 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         if self.eval_cache and self.save_steps is not None:
             wrong.append(
                 "with --eval-cache checkpoints are taken at evaluations: use --eval-steps."
+            )
+        if self.gpus_per_worker not in (None, 0, 1):
+            wrong.append(
+                f"--gpus-per-worker is {self.gpus_per_worker:g}, expected 0 or 1: a worker trains "
+                "on one GPU, and workers cannot share one."
             )
         if self.fsdp and self.num_workers == 1:
             wrong.append("--fsdp shards over workers: use it with --num-workers 2 or more.")

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdcache.cache import Cache
 from kdcache.commands.train.log import METRICS_FILE, wrong_trackers
 from kdcache.commands.train.options import TrainOptions
@@ -72,8 +70,6 @@ class Plan:
             problems.append(
                 "best is soft_loss, but alpha 1 trains and evaluates on hard labels alone."
             )
-        if options.fp16 and not torch.cuda.is_available():
-            problems.append("fp16 needs a GPU. Use bf16, or neither.")
         check_caches(caches, temperatures, problems, beside=eval_caches)
         return cls(options, caches, eval_caches)
 

@@ -54,6 +54,7 @@ from kdcache.student import (
 )
 from kdcache.student.checkpoints import read_state
 from kdcache.student.padding import check_rows
+from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
@@ -79,13 +80,15 @@ class Run:
         """Load the student and make its trainer, in this process (one of several, where
         torch.distributed is set up).
         """
+        computing = Computing.choose(plan.options.precision, plan.options.gpus_per_worker)
         student, tokenize = make_student(plan)
         with quiet_transformers():
-            stream = _stream(plan, tokenize)
+            stream = _stream(plan, tokenize, computing.gpu)
             caching = getattr(student.config, "use_cache", None)
-            trainer = _trainer(plan, student, stream, tokenize, on_progress)
+            trainer = _trainer(plan, computing, student, stream, tokenize, on_progress)
             if plan.options.batch_size > 1:
                 check_rows(plan.options.student, student, _trial_batch(plan, tokenize))
+        computing.begin()
         return cls(plan, trainer, student, stream, tokenize, plan.checkpoint(), caching)
 
     def train(self) -> TrainResult:
@@ -205,7 +208,7 @@ def _texts(caches: list[Cache]) -> Iterator[str]:
             yield from data.text_pairs or []
 
 
-def _stream(plan: Plan, tokenize: Any) -> TargetStream:
+def _stream(plan: Plan, tokenize: Any, gpu: bool) -> TargetStream:
     options, temperatures = plan.options, plan.options.temperatures
     steps = 1  # until the stream's length is known
     stream = TargetStream(
@@ -221,13 +224,13 @@ def _stream(plan: Plan, tokenize: Any) -> TargetStream:
         group=options.shuffle_shards,
         tokenize=tokenize,
         prefetch=options.prefetch,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=gpu,
     )
     steps = steps_of(options, stream)
     return stream
 
 
-def _eval_stream(plan: Plan, tokenize: Any) -> TargetStream:
+def _eval_stream(plan: Plan, tokenize: Any, gpu: bool) -> TargetStream:
     options = plan.options
     return TargetStream(
         plan.eval_caches,
@@ -237,7 +240,7 @@ def _eval_stream(plan: Plan, tokenize: Any) -> TargetStream:
         shuffle=False,
         tokenize=tokenize,
         prefetch=options.prefetch,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=gpu,
     )
 
 
@@ -246,6 +249,7 @@ def _eval_stream(plan: Plan, tokenize: Any) -> TargetStream:
 
 def _trainer(
     plan: Plan,
+    computing: Computing,
     student: DistilledStudent,
     stream: TargetStream,
     tokenize: Any,
@@ -285,11 +289,8 @@ def _trainer(
         load_best_model_at_end=evaluates,
         metric_for_best_model=f"eval_{options.best}" if evaluates else None,
         greater_is_better=options.best == "accuracy" if evaluates else None,
-        bf16=options.bf16,
-        fp16=options.fp16,
         seed=options.seed,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if options.num_workers > 1 and not torch.cuda.is_available() else None,
+        ddp_backend="gloo" if options.num_workers > 1 and not computing.gpu else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
@@ -297,14 +298,16 @@ def _trainer(
         log_level="error",
         log_level_replica="error",
         report_to=trackers or "none",
+        **computing.arguments(),
         **(_sharding(student.student) if options.fsdp else {}),
     )
+    use_one_gpu(arguments, "--num-workers {gpus} trains on all of them.")
     constant = options.alphas.constant
     return DistillationTrainer(
         model=student,
         args=arguments,
         train_dataset=stream,
-        eval_dataset=_eval_stream(plan, tokenize) if evaluates else None,
+        eval_dataset=_eval_stream(plan, tokenize, computing.gpu) if evaluates else None,
         callbacks=callbacks,
         alpha=(lambda _: options.alphas.start)
         if constant

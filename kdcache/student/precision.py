@@ -1,0 +1,91 @@
+"""Where a training process computes, and how precisely.
+
+A process uses one GPU: several go through several processes (`--num-workers`). Weights, optimizer
+and loss stay float32; bfloat16 and float16 are those of autocast.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from kdcache.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "bf16", "fp16", "float32"]
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What a training process computes with.
+
+    Attributes:
+        gpu: whether it has a GPU.
+        precision: "bf16", "fp16" or "float32".
+        tf32: whether float32 products may round their factors to TF32.
+    """
+
+    gpu: bool
+    precision: str
+    tf32: bool
+
+    @classmethod
+    def choose(cls, precision: Precision, gpus: float | None = None) -> Computing:
+        """What is asked for, on the devices that this process sees.
+
+        Args:
+            precision: "auto" is bfloat16 on a GPU that has it, else float32.
+            gpus: GPUs that this process was given; 0 keeps it off those that it sees all the same,
+                None takes one if there is one.
+
+        Raises:
+            UsageError: a GPU or a precision that this process lacks.
+        """
+        sees = torch.cuda.is_available()
+        if gpus and not sees:
+            raise UsageError(
+                f"{gpus:g} GPUs were asked for, but PyTorch sees none here (torch "
+                f"{torch.__version__}). Check the driver and the build of PyTorch, or use 0 to "
+                "train on the CPU."
+            )
+        gpu = sees and gpus != 0
+        modern = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "auto":
+            precision = "bf16" if modern else "float32"
+            return cls(gpu, precision, tf32=modern)
+        if precision == "fp16" and not gpu:
+            raise UsageError("fp16 needs a GPU. Use --precision auto, or bf16 on a CPU.")
+        if precision == "bf16" and gpu and not modern:
+            raise UsageError("this GPU has no bfloat16. Use --precision fp16 or float32.")
+        return cls(gpu, precision, tf32=modern and precision != "float32")
+
+    def arguments(self) -> dict[str, Any]:
+        """The same for Hugging Face's `TrainingArguments`."""
+        return {
+            "use_cpu": not self.gpu,
+            "bf16": self.precision == "bf16",
+            "fp16": self.precision == "fp16",
+        }
+
+    def begin(self) -> None:
+        """Let float32 products of this process use TF32 from now on, or no longer."""
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+
+
+def use_one_gpu(arguments: Any, advice: str = "") -> None:
+    """Keep a Trainer from wrapping its model in DataParallel where a process sees several GPUs.
+
+    Args:
+        arguments: `TrainingArguments`.
+        advice: how to use all of them; what to say, `{gpus}` is their number.
+    """
+    gpus = arguments.n_gpu
+    if gpus > 1:
+        logger.warning(
+            "this process sees %d GPUs and trains on one. %s", gpus, advice.format(gpus=gpus)
+        )
+        arguments._n_gpu = 1
