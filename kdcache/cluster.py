@@ -20,7 +20,7 @@ from kdcache.errors import UsageError
 
 
 def cluster_address(address: str | None) -> str | None:
-    """The cluster that is meant: the one named, else RAY_ADDRESS (`ray job submit` sets it), or
+    """The cluster to use: the one named, else RAY_ADDRESS (`ray job submit` sets it), or
     None for a Ray of this process."""
     address = address or os.environ.get("RAY_ADDRESS")
     return None if address == "local" else address

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class KdcacheError(Exception):
-    """Base of all errors with a message for the user: what is, what was expected, what to do."""
+    """Base of all errors for the user: what is wrong, what was expected, what to do."""
 
     exit_code = 1
 
@@ -25,6 +25,6 @@ class IncompleteError(KdcacheError):
 
 
 class CorruptCacheError(KdcacheError):
-    """Bytes of a cache are not what its manifest or its own checksums say."""
+    """Bytes of a cache differ from its manifest or its own checksums."""
 
     exit_code = 1

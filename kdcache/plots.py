@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Level:
-    """A dashed horizontal line: what the curves are compared with."""
+    """A dashed horizontal line to compare the curves with."""
 
     label: str
     value: float
@@ -260,7 +260,7 @@ def _new_figure(width: float, height: float, dpi: int) -> Any:
 
 
 def _style(axes: Any) -> None:
-    """A faint grid behind what is drawn, and no frame above and on the right."""
+    """A faint grid behind the data, and no frame above and on the right."""
     axes.grid(color=_FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -153,7 +153,7 @@ class Cache:
 
     @staticmethod
     def _lacks_spec(storage: Storage, spec: CacheSpec, files: Mapping[str, str]) -> bool:
-        """Whether all that a sealed cache of this spec lacks is `spec.json`."""
+        """Whether a sealed cache of this spec lacks nothing but `spec.json`."""
         if not storage.exists("manifest.json"):
             return False
         manifest = Manifest.read(storage)
@@ -176,7 +176,7 @@ class Cache:
     # Building
 
     def committed(self) -> dict[int, str]:
-        """Span -> shard file name of what is done, from the listing alone.
+        """Span -> shard file name of the committed spans, from the listing alone.
 
         Of a sealed cache, only what its manifest names counts.
         """
@@ -285,7 +285,7 @@ class Cache:
         return manifest
 
     def entry(self, span: int, name: str) -> ShardEntry:
-        """What a manifest says of a committed shard; its file is hashed and looked into.
+        """The manifest's entry of a committed shard; its file is hashed and opened.
 
         Raises:
             CorruptCacheError: its bytes are not what its name says, or of another build.
@@ -319,12 +319,12 @@ class Cache:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the manifest: names the exact bytes of the whole cache."""
+        """SHA-256 of the manifest: identifies the exact bytes of the whole cache."""
         return hashlib.sha256(self.manifest.to_json()).hexdigest()
 
     @property
     def url(self) -> str:
-        """Where the cache is, fit for printing."""
+        """The cache's address without secrets, for printing."""
         return redact(self.storage.url)
 
     def codec(self) -> Codec:

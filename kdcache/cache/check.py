@@ -32,7 +32,7 @@ _NOT_OURS = ("tmp", "events", "events.jsonl")  # scratch and logs, which nothing
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a cache.
+    """A problem of a cache.
 
     Attributes:
         file: its name in the cache.

@@ -29,7 +29,7 @@ def to_text(values: Mapping[str, Any]) -> bytes:
 
 
 def from_text(data: bytes, name: str) -> dict[str, Any]:
-    """The object of a text, without its sum.
+    """The object of a text, without its hash.
 
     Args:
         data: what a file holds.

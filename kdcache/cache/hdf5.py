@@ -62,7 +62,7 @@ def open_file(path: Path) -> Iterator[Any]:
 
 
 def attribute(path: Path, file: Any, name: str, kind: type[str] | type[int]) -> Any:
-    """A fact of an open file: a text, or a number that is not negative.
+    """An attribute of an open file: a text, or a number that is not negative.
 
     Raises:
         CorruptCacheError: there is none of that name and kind.
@@ -118,7 +118,7 @@ def columns_of(
 
 
 def column(path: Path, group: Any, name: str, kinds: Sequence[str] = NUMBERS) -> Any:
-    """A column of a group of `columns_of`: its dataset, which may be read.
+    """A column of a group of `columns_of`: its checked dataset.
 
     Args:
         path: of the file.
@@ -182,7 +182,7 @@ def values(path: Path, dataset: Any) -> np.ndarray:
 
 
 def read_all(path: Path) -> None:
-    """Read every column of a file, and keep nothing.
+    """Read every column of a file and discard it.
 
     Raises:
         CorruptCacheError: as `open_file`, `columns_of` and `column` do.

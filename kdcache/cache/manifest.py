@@ -74,7 +74,7 @@ class ShardEntry:
 
     @classmethod
     def from_dict(cls, values: Any, span: int) -> ShardEntry:
-        """Check what a manifest lists of a span.
+        """Check and build the entry of a span.
 
         Raises:
             ValueError: it cannot be.
@@ -100,7 +100,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sealed list of a cache's shards, in the order of their spans.
+    """The final list of a cache's shards, in the order of their spans.
 
     Attributes:
         fingerprint: of the spec.

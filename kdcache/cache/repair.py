@@ -34,7 +34,7 @@ _SCRATCH = re.compile(r"[0-9a-f]{32}\.tmp")
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What a repair has done.
+    """The result of a repair.
 
     Attributes:
         cache: where it is.
@@ -53,7 +53,7 @@ class RepairResult:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file, or the beginning of one, that no build will finish and no reader will look at."""
+    """A file, or the beginning of one, that no build will finish and no reader uses."""
 
     name: str
     bytes: int
@@ -61,7 +61,7 @@ class Leftover:
 
 @dataclass(frozen=True)
 class GcResult:
-    """What was left over.
+    """The result of `gc`: leftovers that were removed.
 
     Attributes:
         cache: where it is.
@@ -77,12 +77,12 @@ class GcResult:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all that is gone."""
+        """Bytes of all removed leftovers."""
         return sum(leftover.bytes for leftover in self.removed)
 
 
 def repair(url: str, *, reseal: bool = False) -> RepairResult:
-    """Remove what is broken in a cache, finished or not.
+    """Remove the damaged files of a cache, finished or not.
 
     Args:
         url: of the cache.
@@ -139,7 +139,7 @@ def _remove_documents(storage: Storage) -> Iterator[str]:
 
 
 def _broken(cache: Cache) -> Iterator[str]:
-    """Names of files that are not as they must be."""
+    """Names of damaged files."""
     if cache.sealed:
         yield from (problem.file for problem in problems(cache) if not problem.stray)
         return
@@ -174,7 +174,7 @@ def _reseal(cache: Cache) -> Cache:
 
 
 def gc(url: str, *, dry_run: bool = False) -> GcResult:
-    """Remove what crashed builds have left, and nothing that is part of the cache.
+    """Remove what crashed builds left, and nothing that is part of the cache.
 
     That is: temporary files and unfinished uploads that are older than an hour and, in a finished
     cache, second shards of a span.
@@ -231,7 +231,7 @@ def _scratch(storage: Storage) -> _Found:
 
 
 def _uploads(storage: Storage) -> _Found:
-    """Uploads of large objects that were begun and neither completed nor given up (S3)."""
+    """Uploads of large objects that were neither completed nor aborted (S3)."""
     if not storage.remote:
         return
     store = FileSystem(storage.url)

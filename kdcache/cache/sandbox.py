@@ -77,7 +77,7 @@ class Trial:
         return process
 
     def _end(self, process: subprocess.Popen[bytes]) -> str:
-        """End the process; what it had died of before."""
+        """End the subprocess; returns how it had died, if it had."""
         self._process = None
         code = process.poll()
         process.kill()
@@ -88,7 +88,7 @@ class Trial:
 
 
 def _answer(process: subprocess.Popen[bytes], patience: float) -> bytes:
-    """A line of the other process; nothing where it died, or has none in so many seconds."""
+    """A line of the subprocess; empty if it died, or wrote none in so many seconds."""
     assert process.stdout is not None, "it was started with a pipe"
     waiting = select.poll()
     waiting.register(process.stdout, select.POLLIN)

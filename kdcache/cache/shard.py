@@ -120,7 +120,7 @@ class ShardData:
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What a manifest promises of a shard; checked before memory is taken for its columns."""
+    """A shard's counts in the manifest; checked before memory is allocated for its columns."""
 
     rows: int
     tokens: int
@@ -248,7 +248,7 @@ def read_shard(
 def _check_head(
     path: Path, file: h5py.File, codec: Codec, counts: ShardCounts | None
 ) -> tuple[ShardCounts, str]:
-    """Compare the file's attributes with what was promised; its counts and its task."""
+    """Compare the file's attributes with the expected ones; returns its counts and its task."""
     if attribute(path, file, "format", str) != "kdcache-shard":
         raise CorruptCacheError(f"{path} is not a kdcache shard.")
     version = attribute(path, file, "version", int)
@@ -355,7 +355,7 @@ def _read_targets(path: Path, group: Any, codec: Codec, positions: int) -> dict[
 
 
 def _check_items(path: Path, data: ShardData) -> None:
-    """Compare the ragged columns with what the counts of the positions say."""
+    """Compare the ragged columns with the counts of the positions."""
     try:
         ends = {axis: int(offsets[-1]) for axis, offsets in data.item_offsets.items()}
     except IndexError as error:

@@ -63,7 +63,7 @@ class CacheSpec:
     ranks: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values; `ranks` is there only where there are any."""
+        """As JSON-able values; `ranks` only if there is a table."""
         values = dict(json.loads(json.dumps(dataclasses.asdict(self))))
         return {k: v for k, v in values.items() if k != "ranks" or v is not None}
 
@@ -122,7 +122,7 @@ class CacheSpec:
         return Codec.parse(self.codec, self.temperatures, self.vocab_size)
 
     def differences(self, other: CacheSpec) -> list[str]:
-        """One line a field in which `other` asks for something else: `name: this -> other`."""
+        """One line a field in which `other` differs: `name: this -> other`."""
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         keys = [*mine, *(k for k in theirs if k not in mine)]
         return [

@@ -57,7 +57,7 @@ class _Display:
     def show(
         self, done: int, total: int, facts: str, *, now: bool, details: Sequence[str] = ()
     ) -> None:
-        """Show a state; as a line only if the last one is some time ago, or `now`.
+        """Show a state; as a line only if the last one is some time ago, or with `now`.
 
         Args:
             done: units.
@@ -130,7 +130,7 @@ class SweepDisplay(_Display):
 
 
 def _facts(now: Progress) -> str:
-    """The figures of a build in a few words."""
+    """The figures of a build, briefly."""
     if not now.workers:
         return "waiting for workers"
     words = [f"{len(now.workers)} worker{'s' if len(now.workers) > 1 else ''}"]

@@ -26,7 +26,7 @@ def print_table(
     left: int = 1,
     title: str | None = None,
 ) -> None:
-    """Print a table, and cut nothing.
+    """Print a table without truncation.
 
     Where a terminal has no room for it, it comes as plain lines, which wrap. In a file or a pipe
     nothing is wrapped or coloured.

@@ -10,7 +10,7 @@ from kdcache.tasks import CAUSAL_LM
 
 
 def render_evaluation(result: EvaluateResult, console: Console) -> None:
-    """Print the models side by side."""
+    """Print a table of the models."""
     causal = result.task == CAUSAL_LM
     sampled = any(m.soft_cross_entropy is not None for m in result.models)
     at = f"T = {result.temperature:g}"

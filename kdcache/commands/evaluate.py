@@ -192,7 +192,7 @@ class _Evaluation:
             )
 
     def _check_tokenizers(self, saved: Sequence[SavedModel]) -> None:
-        """Ids mean the same to every model, or every model reads the texts itself."""
+        """Check that all models share ids, or that every model reads the texts itself."""
         if self.task == SEQUENCE_CLASSIFICATION:
             return
         ours = None

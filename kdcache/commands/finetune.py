@@ -112,7 +112,7 @@ class FinetuneOptions(RowOptions, LearningOptions):
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tuning came to.
+    """The result of a fine-tuning.
 
     Attributes:
         out: folder of the teacher.

@@ -168,7 +168,7 @@ class InspectResult:
 
 
 def inspect(options: InspectOptions) -> InspectResult:
-    """Look into a cache, finished or not.
+    """Describe a cache, finished or not.
 
     Raises:
         UsageError: no cache there, no such row, or a temperature that the cache does not declare.
@@ -214,7 +214,7 @@ def inspect(options: InspectOptions) -> InspectResult:
 
 
 def _committed(cache: Cache, trial: Trial) -> tuple[ShardEntry, ...]:
-    """Entries of the shards that an unfinished build has left."""
+    """Entries of the shards of an unfinished build."""
     entries = []
     for span, name in sorted(cache.committed().items()):
         trial.open(cache.storage.fetch(f"shards/{name}"))

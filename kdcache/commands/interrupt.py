@@ -17,7 +17,7 @@ _active: Interrupt | None = None
 
 
 class Interrupt:
-    """What Ctrl-C and SIGTERM do: at once outside of `patient`, within a grace period inside."""
+    """Handles Ctrl-C and SIGTERM: at once outside of `patient`, within a grace period inside."""
 
     def __init__(self) -> None:
         self.asked: float | None = None  # `time.monotonic()` of the first signal

@@ -80,7 +80,7 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says about a text.
+    """A classifier's prediction for a text.
 
     Attributes:
         text: unchanged from the input.
@@ -143,7 +143,7 @@ def predict(
 def predictions(
     model: LoadedModel, texts: list[tuple[str, str | None]], *, batch_tokens: int = 4096
 ) -> list[Prediction]:
-    """What a loaded classifier says about texts, or pairs of texts, in their order."""
+    """A loaded classifier's predictions for texts, or pairs of texts, in their order."""
     pairs = None if texts[0][1] is None else [pair or "" for _, pair in texts]
     rows = model.saved.encode([text for text, _ in texts], pairs)
     names = model.saved.label_names

@@ -34,7 +34,7 @@ class VerifyOptions(Options):
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         cache: where it is.

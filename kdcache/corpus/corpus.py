@@ -295,7 +295,7 @@ def _plan(file: InputFile, span_bytes: int, reading: Reading, whole: bool) -> _P
 def _limited(
     plans: Sequence[_Plan], span_bytes: int, limit: int, reading: Reading
 ) -> tuple[int, list[_Plan]]:
-    """How many records there are up to `limit`, and the plans of the files that hold these."""
+    """The number of records up to `limit`, and the plans of the files that hold them."""
     kept = []
     left = limit
     for plan in plans:

@@ -21,7 +21,7 @@ _SHOWN_NAMES = 12
 
 
 class RecordError(ValueError):
-    """One record can't be used, and why; it ends as a `UsageError` or a count (`ReadStats`)."""
+    """Why one record can't be used; becomes a `UsageError` or a count (`ReadStats`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,11 @@ class Record:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of all columns there are, including those that were not read."""
+        """Names of all columns, including those that were not read."""
         return self.source.columns or tuple(self.values)
 
     def missing(self, wanted: Sequence[str], option: str, named: Sequence[str] = ()) -> UsageError:
-        """The error for a column that is not there.
+        """The error for a missing column.
 
         Args:
             wanted: The column that was looked for, or several of which one was needed.
@@ -119,7 +119,7 @@ class Record:
 
 @dataclass
 class ReadStats:
-    """What became of the records: counts, and the first few reasons for leaving some out."""
+    """Counts of records, and the first few reasons for leaving some out."""
 
     records: int = 0
     skipped: int = 0

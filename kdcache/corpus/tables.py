@@ -69,7 +69,7 @@ class Parquet(_Table):
         self._take_schema(self._table.schema_arrow, columns)
 
     def size(self, limit: int) -> tuple[int, int]:
-        """See `Format.size`; the footer tells."""
+        """See `Format.size`; taken from the footer."""
         rows = self._table.metadata.num_rows
         return min(rows, limit), self._span.file.size * min(rows, limit) // max(rows, 1)
 
@@ -89,7 +89,7 @@ class Parquet(_Table):
             first = after
 
     def _group_rows(self, group: int, first: int, start: int, stop: int) -> Iterator[Raw]:
-        """Rows [start, stop) of the file that lie in one row group, whose first row is `first`."""
+        """Rows [start, stop) of the file that are in one row group, whose first row is `first`."""
         for batch in self._table.iter_batches(
             _BATCH_ROWS, row_groups=[group], columns=self._names, use_threads=False
         ):

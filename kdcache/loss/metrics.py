@@ -21,7 +21,7 @@ BINS = 15
 
 
 def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
-    """How often each class was taken for each other.
+    """Counts of predictions: rows are true classes, columns predicted ones.
 
     Args:
         labels: int [n], the true classes, 0 to classes - 1.
@@ -37,7 +37,7 @@ def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
 
 
 def accuracy(confusion: Array) -> float:
-    """Share of right predictions; NaN where there are none.
+    """Share of right predictions; NaN if there are none.
 
     Args:
         confusion: from `confusion_matrix`.
@@ -178,5 +178,5 @@ def ratio(part: float, whole: float) -> float:
 
 
 def known(value: float) -> float | None:
-    """The value, or None for NaN: what JSON can say."""
+    """The value, or None for NaN, as JSON needs it."""
     return None if math.isnan(value) else value

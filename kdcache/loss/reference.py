@@ -50,7 +50,7 @@ def check_names(divergence: str, tail: str) -> None:
 
 
 def check_loss(targets: Targets, *, divergence: str, tail: str) -> None:
-    """Refuse combinations of options that have no meaning.
+    """Refuse undefined combinations of options.
 
     Args:
         targets: the targets; those of no position will do.

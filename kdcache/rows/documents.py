@@ -200,7 +200,7 @@ class DocumentMaker:
         return Document(text, learnt, framed=False)
 
     def _spoken_until(self, text: str) -> int:
-        """Where the answer that `text` ends with is over."""
+        """Where the answer at the end of `text` ends."""
         # White space after the end token is the template's: it has no label.
         end = len(text.rstrip())
         tokens = self._tokenizer.all_special_tokens

@@ -143,7 +143,7 @@ class TextEncoder(Encoder):
         return record, document
 
     def _apart(self, ids: Ids, marks: Marks, whose: Sequence[tuple[Record, int]]) -> Iterator[Row]:
-        """Rows of documents that share none."""
+        """Rows of documents that do not share rows."""
         length = self.spec.max_length
         start = 0
         for record, size in whose:

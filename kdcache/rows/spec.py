@@ -110,7 +110,7 @@ class RowSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the encoder looks at; a table needs to be read in no others."""
+        """Columns that the encoder uses; a table is read only in these."""
         if self.task == SEQUENCE_CLASSIFICATION:
             wanted = (self.text_column, self.pair_column, self.label_column)
             return tuple(name for name in wanted if name is not None)

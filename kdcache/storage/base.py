@@ -89,7 +89,7 @@ class Storage(ABC):
         """
 
     def fetch(self, name: str) -> Path:
-        """As `hold`, without keeping it: a later download may push the copy out."""
+        """As `hold`, without keeping it: a later download may evict the copy."""
         with self.hold(name) as path:
             return path
 
@@ -103,7 +103,7 @@ class Storage(ABC):
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Delete a file; no error where it is gone already."""
+        """Delete a file; no error if it is gone already."""
 
 
 def too_large(place: str, size: int, limit: int) -> CorruptCacheError:

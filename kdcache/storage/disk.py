@@ -41,7 +41,7 @@ class DiskCache:
     """A bounded folder of copies, least recently used first out."""
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
-        """Name the folder; nothing is made yet.
+        """Name the folder; it is created on first use.
 
         Args:
             folder: of the copies and of nothing else.
@@ -85,7 +85,7 @@ class DiskCache:
             yield self.folder / key
 
     def bring(self, key: str, download: Download) -> None:
-        """Download a copy unless it is here or on its way; raises as `hold` does."""
+        """Download a copy unless it exists or is being downloaded; raises as `hold` does."""
         file = self._obtain(key, download, fresh=False, wait=False)
         if file is not None:
             file.close()
@@ -101,7 +101,7 @@ class DiskCache:
         return names
 
     def _obtain(self, key: str, download: Download, *, fresh: bool, wait: bool) -> BinaryIO | None:
-        """The copy, open and locked for reading; None if it is on its way and we do not wait."""
+        """The copy, open and locked for reading; None if it is being downloaded and not `wait`."""
         path, part = self.folder / key, self.folder / f"{key}{_PART}"
         with self._errors():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def _is(file: BinaryIO, path: Path) -> bool:
 
 
 def _discard(path: Path) -> bool:
-    """Remove a file unless somebody uses it; whether this did."""
+    """Remove a file unless it is in use; returns whether it did."""
     file = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if file is None:
         return False

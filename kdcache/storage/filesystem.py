@@ -83,7 +83,7 @@ class FileSystem:
     """An fsspec file system behind one URL."""
 
     def __init__(self, url: str) -> None:
-        """Find the file system; nothing is asked of it yet.
+        """Find the file system; sends no request yet.
 
         Raises:
             UsageError: no such protocol, its package is missing, or credentials in an address that
@@ -151,7 +151,7 @@ class FileSystem:
     def _ranges(
         self, paths: list[str], starts: list[int], stops: list[int], volume: int
     ) -> list[bytes | Exception]:
-        """The ranges, or what went wrong with them, many at a time."""
+        """The ranges, or their errors, many at a time."""
         in_turn = type(self.fs).cat_ranges is AbstractFileSystem.cat_ranges  # such as hf://
         if len(paths) == 1 or not in_turn:
             found: list[bytes | Exception] = self._call(
@@ -287,6 +287,6 @@ def _answer(error: Exception) -> tuple[str | None, int | None]:
 
 
 def _words(error: Exception) -> str:
-    """What an error says, fit for eyes, on one line."""
+    """An error's message without secrets, on one line."""
     text = " ".join(redact(str(error)).split()) or "no answer in time"
     return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"

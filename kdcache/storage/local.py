@@ -134,7 +134,7 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def _written(self, data: bytes) -> Iterator[Path]:
-        """A temporary file with the data, safe on the disk; removed at exit unless it was moved."""
+        """A temporary file with the data, flushed to the disk; removed at exit unless moved."""
         path = self.root / _SCRATCH / f"{uuid.uuid4().hex}.tmp"
         self._refuse_links(path)
         with output_errors(self.url):

@@ -38,7 +38,7 @@ class RemoteStorage(Storage):
     remote = True
 
     def __init__(self, url: str, disk: DiskCache | None = None) -> None:
-        """Find the store; nothing is asked of it yet.
+        """Find the store; sends no request yet.
 
         Args:
             url: fsspec URL of the prefix.
@@ -145,7 +145,7 @@ class RemoteStorage(Storage):
             self._store.ask("rm_file", self._path(name))
 
     def _key(self, name: str) -> str:
-        """What the copy of a file is called: its own name, after a hash of the whole address."""
+        """The name of a file's copy: its own name, after a hash of the whole address."""
         address = hashlib.sha256(f"{self.url}/{name}".encode()).hexdigest()
         return f"{address[:16]}-{name.rsplit('/', 1)[-1]}"
 
@@ -160,7 +160,7 @@ class RemoteStorage(Storage):
         return begin
 
     def _copy(self, name: str, size: int, file: BinaryIO) -> None:
-        """Write all bytes of a remote file, and see that they are what its name says."""
+        """Write all bytes of a remote file, and compare them with the hash in its name."""
         wanted = hash_in(name)
         for _ in range(_TRIES):
             digest = hashlib.sha256()
@@ -180,7 +180,7 @@ class RemoteStorage(Storage):
 
 
 class _Ahead:
-    """Downloads what is wanted next, in order, a few files at a time, in threads behind.
+    """Downloads the next files in order, a few at a time, in background threads.
 
     The threads live while there is something to do, and do not keep the process from ending: a
     download that is cut short leaves nothing to repair.

@@ -66,7 +66,7 @@ class Background(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread and forget what is ready."""
+        """End the thread and drop the items that are ready."""
         with self._change:
             self._closed = True
             self._ready.clear()

@@ -24,7 +24,7 @@ def check_caches(
     *,
     beside: Sequence[Cache] = (),
 ) -> None:
-    """Check that caches fit each other and declare the temperatures wanted.
+    """Check that caches fit each other and declare the requested temperatures.
 
     Args:
         caches: the caches to be mixed.

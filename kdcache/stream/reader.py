@@ -273,7 +273,7 @@ class TargetStream(IterableDataset[Batch]):
         return self._settled(Cursor(cursor.epoch, cursor.rows_seen + size, cursor.step + 1))
 
     def _settled(self, cursor: Cursor) -> Cursor:
-        """The cursor, or the next epoch's begin where no batch is left in this one."""
+        """The cursor, or the beginning of the next epoch if this one has no batch left."""
         left = self.rows - cursor.rows_seen
         if left <= 0 or (self.drop_last and left < self.batch_size):
             return Cursor(cursor.epoch + 1, 0, cursor.step)

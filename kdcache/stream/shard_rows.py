@@ -110,7 +110,7 @@ def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
 
 
 def types_of(data: ShardData) -> np.ndarray:
-    """uint8 [tokens]: sentence A or B, all A where the shard does not say."""
+    """uint8 [tokens]: sentence A or B, all A if the shard has no types."""
     if data.type_ids is None:
         return np.zeros(len(data.input_ids), np.uint8)
     return data.type_ids

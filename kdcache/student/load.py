@@ -147,7 +147,7 @@ def load_student(
 def student_tokenize(
     student: nn.Module, name: str, info: StudentInfo, *, trust_remote_code: bool = False
 ) -> Tokenize | None:
-    """How a classification student turns texts into tensors, or None where the cached ids serve.
+    """How a classification student turns texts into tensors, or None if it uses the cached ids.
 
     A bilstm with words brings its vocabulary, a module may bring a method `tokenize`, a Hugging
     Face folder its tokenizer (none is needed if it is the cache's).
@@ -208,7 +208,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _config_file(name: str) -> dict[str, Any] | None:
-    """The JSON of a config file, or of a folder's config.json; None where there is none."""
+    """The JSON of a config file, or of a folder's config.json; None if there is none."""
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if path.suffix != ".json" or not path.is_file():
         if name.endswith(".json"):

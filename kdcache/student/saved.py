@@ -89,7 +89,7 @@ class SavedModel:
 
     @cached_property
     def task(self) -> str | None:
-        """What the model was saved for, or None where its configuration does not say."""
+        """The task of the model, or None if its configuration does not say."""
         names = " ".join(self.raw_config.get("architectures") or ())
         if self.is_bilstm or "SequenceClassification" in names:
             return SEQUENCE_CLASSIFICATION
@@ -98,7 +98,7 @@ class SavedModel:
         return CAUSAL_LM if "CausalLM" in names or "LMHead" in names else None
 
     def check_task(self, task: str) -> None:
-        """Refuse a model that was saved for something else."""
+        """Refuse a model of another task."""
         if self.task not in (None, task):
             raise UsageError(
                 f"{self.role} {self.name} was saved for {self.task}, but {task} is asked for. "
@@ -145,7 +145,7 @@ class SavedModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's own tokenizer, or None where it reads another model's ids."""
+        """The model's own tokenizer, or None if it reads another model's ids."""
         if self.is_bilstm and (self.files.folder / "vocab.json").is_file():
             return _Words(Vocabulary.load(self.files.folder / "vocab.json"))
         if self.files.has_tokenizer:
@@ -160,7 +160,7 @@ class SavedModel:
 
     @property
     def reach(self) -> int | None:
-        """Tokens that the model can read, or None where nothing bounds them."""
+        """The most tokens that the model can read, or None if unbounded."""
         config = self.raw_config
         # Rotary positions continue beyond the trained ones; a table of positions ends.
         if any(name.startswith("rope_") for name in config):
@@ -256,7 +256,7 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that answers rows.
+    """A loaded model: rows in, logits out.
 
     Attributes:
         saved: its files.
@@ -330,7 +330,7 @@ class _Words:
 
 
 def word_reader() -> Any:
-    """A stand-in where an encoder wants a tokenizer and only texts and labels are of use."""
+    """A stand-in for a tokenizer, for encoders of which only texts and labels are used."""
     return _Words(Vocabulary(("<pad>", "<unk>", "<sep>")))
 
 

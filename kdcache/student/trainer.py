@@ -372,7 +372,7 @@ class _StreamLoader:
 
 
 class _CursorCallback(TrainerCallback):  # type: ignore[misc]
-    """Keeps the Trainer's idea of the epoch true."""
+    """Keeps the Trainer's epoch right."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer

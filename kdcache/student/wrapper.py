@@ -363,7 +363,7 @@ def _text_config(config: Any) -> Any:
 
 
 def _logits(output: Any) -> Tensor:
-    """Logits of whatever a student's forward returns."""
+    """The logits in the output of a student's forward."""
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

@@ -131,7 +131,7 @@ class Codec(ABC):
     def pack(
         self, encoded: Mapping[str, Array], id_to_rank: Array | None = None
     ) -> dict[str, Array]:
-        """Turn what `encode` gave (as numpy) into stored columns, on a CPU.
+        """Turn the result of `encode` (as numpy) into stored columns, on a CPU.
 
         Args:
             encoded: the tensors of `encode` as arrays; slices joined along the first axis are fine.
@@ -201,7 +201,7 @@ def canonical_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
 
 
 def check_vocabulary(vocab_size: int) -> None:
-    """Refuse a vocabulary nothing can be learned from, or one that ids cannot number."""
+    """Refuse a vocabulary that is too small to learn from, or too large for the ids."""
     if not 2 <= vocab_size <= MAX_VOCABULARY:
         raise UsageError(f"the vocabulary has {vocab_size} ids, expected 2 to {MAX_VOCABULARY}.")
 
@@ -214,7 +214,7 @@ def positive_int(text: str, usage: str) -> int:
 
 
 def check_logits(logits: Tensor, vocab_size: int) -> None:
-    """Fail early on a slice of the wrong width: a fault of the caller, not of the user."""
+    """Fail early on a slice of the wrong width: an error of the caller, not of the user."""
     if logits.ndim != 2 or logits.shape[1] != vocab_size or not logits.is_floating_point():
         raise ValueError(
             f"logits are {logits.dtype} {list(logits.shape)}, "
@@ -223,7 +223,7 @@ def check_logits(logits: Tensor, vocab_size: int) -> None:
 
 
 def refuse_bad_positions(finite: Array) -> None:
-    """Raise if a position's logits were NaN or infinite: such a position is never stored."""
+    """Raise if a position's logits are NaN or infinite: such a position is never stored."""
     if not finite.all():
         first = int(np.argmin(finite))
         raise KdcacheError(
@@ -234,7 +234,7 @@ def refuse_bad_positions(finite: Array) -> None:
 
 
 def ranks_pay(vocab_size: int) -> bool:
-    """Whether frequency ranks make ids smaller: those of one byte have nothing to gain."""
+    """Whether frequency ranks make ids smaller: those of one byte gain nothing."""
     return vocab_size > 2**8
 
 

@@ -25,7 +25,7 @@ Self = TypeVar("Self", bound="_Positions")
 
 
 class _Positions:
-    """What both kinds can do. Tensors have a row for each position."""
+    """The common part of both kinds. Tensors have a row for each position."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     temperature: float

@@ -71,7 +71,7 @@ class Dense(Codec):
         return float(np.dtype(self.dtype).itemsize * self.vocab_size)
 
     def check_temperature(self, temperature: float) -> None:
-        """Any positive temperature will do."""
+        """Any positive temperature is exact."""
         canonical_temperatures([temperature])
 
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class Dense(Codec):
     def pack(
         self, encoded: Mapping[str, Array], id_to_rank: Array | None = None
     ) -> dict[str, Array]:
-        """Check and hand on; classes keep their order, so ranks do not apply.
+        """Check and return; classes keep their order, so ranks do not apply.
 
         Raises:
             UsageError: a finite logit that float16 cannot hold.

@@ -54,7 +54,7 @@ class TeacherFiles:
 
     @classmethod
     def find(cls, name: str, *, trust_remote_code: bool = False) -> TeacherFiles:
-        """Locate a teacher's files; a hub id is downloaded unless it is cached already.
+        """Locate a teacher's files; a hub id is downloaded unless it is cached.
 
         Raises:
             UsageError: no such model, no safetensors weights, or code that is not trusted.

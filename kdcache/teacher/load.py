@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_models(options: TeacherOptions) -> list[Any]:
-    """Load each model on the one device, or spread over all where they do not fit it together."""
+    """Load each model on the one device, or spread over all if they do not fit it together."""
     files = [
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
         for name in options.names

@@ -55,7 +55,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
 
 
 def fits_one_gpu(weights: int, free: int) -> bool:
-    """Whether weights leave enough of a GPU's free bytes to work in."""
+    """Whether weights leave enough of a GPU's free bytes for the work."""
     return weights <= _WEIGHTS_SHARE * free
 
 
@@ -94,7 +94,7 @@ def find_batch_tokens(peak_share: Callable[[int], float | None], most: int, leas
 
 
 def gpus_of(models: Iterable[Any]) -> tuple[torch.device, ...]:
-    """The GPUs that models lie on, in order; other processes may work on the rest."""
+    """The GPUs that hold models, in order; other processes may use the others."""
     places = {str(tensor.device) for model in models for tensor in model.state_dict().values()}
     for model in models:
         places |= {str(place) for place in getattr(model, "hf_device_map", {}).values()}
@@ -103,7 +103,7 @@ def gpus_of(models: Iterable[Any]) -> tuple[torch.device, ...]:
 
 
 def peak_share(run: Callable[[], object], devices: Sequence[torch.device]) -> float | None:
-    """Run something on GPUs and see how much of their free memory it takes.
+    """Run a function on GPUs and measure its share of their free memory.
 
     Args:
         run: what is tried.

@@ -60,5 +60,5 @@ class TeacherOptions:
 
     @property
     def flash_possible(self) -> bool:
-        """Whether device and dtype are what FlashAttention is written for."""
+        """Whether FlashAttention supports device and dtype."""
         return self.device != "cpu" and self.dtype in ("bfloat16", "float16")

@@ -67,7 +67,7 @@ class Teacher:
 
     @property
     def gpus(self) -> tuple[torch.device, ...]:
-        """The GPUs that its models lie on."""
+        """The GPUs that hold its models."""
         return gpus_of(one.model for one in self.models)
 
     @torch.inference_mode()

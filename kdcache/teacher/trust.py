@@ -28,7 +28,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def check_folder(who: str, folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a folder without safetensors weights, or that would run code without leave.
+    """Refuse a folder without safetensors weights, or one that would run code without permission.
 
     Args:
         who: the model, for messages: "teacher NAME".
@@ -51,7 +51,7 @@ def check_folder(who: str, folder: Path, *, trust_remote_code: bool) -> None:
 
 
 def check_config(who: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """Refuse a configuration that would run code without leave.
+    """Refuse a configuration that would run code without permission.
 
     Args:
         who: the model, for messages.

@@ -79,7 +79,7 @@ class BuildResult:
 def build(
     options: BuildOptions, *, on_progress: Callable[[Progress], None] | None = None
 ) -> BuildResult:
-    """Make a cache, or finish one.
+    """Make a cache, or finish an interrupted one.
 
     Args:
         options: what to build.
@@ -149,7 +149,7 @@ def _build(
 
 
 def _missing(cache: Cache, driver: Driver) -> list[int]:
-    """Spans to make, by the listing.
+    """The missing spans, from the listing.
 
     A shard of a sealed cache that came out with other bytes than its manifest says is not in it,
     and a retry would not change that: the seal reports it.

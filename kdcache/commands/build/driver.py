@@ -49,7 +49,7 @@ GO_ON = "Run the same command to go on."
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a build stands.
+    """The progress of a build.
 
     Attributes:
         spans: spans of the cache.
@@ -77,12 +77,12 @@ class Progress:
 
     @property
     def positions_per_second(self) -> float:
-        """Of the workers that are there now, since each was ready."""
+        """Of the present workers, since each was ready."""
         return sum(worker.positions_per_second for worker in self.workers)
 
     @property
     def teacher_busy(self) -> float:
-        """Share of the time of the workers that are there now in which their teachers computed."""
+        """Share of the present workers' time in which their teachers computed."""
         ready = sum(worker.seconds for worker in self.workers)
         return sum(worker.teacher_seconds for worker in self.workers) / max(ready, 1e-9)
 
@@ -101,7 +101,7 @@ class Progress:
         return left * self.positions / self.made / rate
 
     def figures(self) -> dict[str, Any]:
-        """The same as values for a program, without the single workers."""
+        """The same as JSON-able values, without the single workers."""
         left = self.seconds_left
         return {
             "spans": self.spans,
@@ -203,7 +203,7 @@ class Driver:
         self._report_set_aside()
 
     def _work(self, crew: Crew, missing: Callable[[], Sequence[int]], interrupt: Interrupt) -> None:
-        """Hand out and settle until nothing is left, or until the grace after a signal is over.
+        """Hand out spans and process outcomes until none is left or the grace period is over.
 
         Raises:
             KeyboardInterrupt: it is over.
@@ -240,7 +240,7 @@ class Driver:
             self._in_flight += 1
 
     def _settle(self, outcome: Outcome) -> None:
-        """Book what was made; queue what should be tried again."""
+        """Record what was made; queue what should be retried."""
         self._in_flight -= 1
         if outcome.report is not None:
             self._book(outcome.report, outcome.worker)
@@ -300,7 +300,7 @@ class Driver:
         self.tell("span set aside", span=span, records=self._records(span), error=reason)
 
     def _look_again(self, missing: Sequence[int]) -> None:
-        """Queue what the listing lacks although it was committed."""
+        """Queue committed spans that are missing from the listing."""
         for span in missing:
             if span in self._set_aside:
                 continue

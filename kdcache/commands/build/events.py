@@ -25,7 +25,7 @@ FILE = "events.jsonl"
 
 
 class Tell(Protocol):
-    """What takes an event: its name and its facts."""
+    """A function that takes an event: its name and its facts."""
 
     def __call__(self, event: str, /, **facts: Any) -> None:
         """Record the event, with the current time."""
@@ -64,7 +64,7 @@ class EventLog:
                     self._give_up(error)
 
     def close(self) -> None:
-        """Write what is kept in memory."""
+        """Write the lines kept in memory."""
         if self._kept:
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._begin))
             try:

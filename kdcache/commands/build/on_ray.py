@@ -188,7 +188,7 @@ class RayCrew(Crew):
             self._when_answered(actor.handle.where.remote(), self._started, actor)
 
     def _when_answered(self, ref: Any, handler: Any, *facts: Any) -> None:
-        """Have `handler(*facts, future)` called by `wait` once the answer is there."""
+        """Have `wait` call `handler(*facts, future)` once the answer is there."""
         put = self._answers.put
         ref.future().add_done_callback(lambda future: put(partial(handler, *facts, future)))
 
@@ -241,7 +241,7 @@ class RayCrew(Crew):
         return None
 
     def _offer(self, actor: _Actor) -> None:
-        """Enter an actor among those with room, if it has some."""
+        """Queue an actor among those with room, if it has some."""
         if not actor.alone and len(actor.in_flight) < IN_FLIGHT:
             self._open[len(actor.in_flight)].append(actor)
 
@@ -288,7 +288,7 @@ class RayCrew(Crew):
     # Losing
 
     def _lose(self, actor: _Actor, error: BaseException) -> list[Outcome]:
-        """Give up a worker and all that it had with it, and start another."""
+        """Give up a worker and its spans, and start another."""
         assert actor.figures is not None, "only a worker that was ready can be lost"
         fault: Fault = "node" if self._node_gone(actor, error) else "worker"
         name, spans = actor.figures.name, list(actor.in_flight.values())
@@ -302,7 +302,7 @@ class RayCrew(Crew):
         return [Outcome(s, error=error, fault=fault, alone=actor.alone, worker=name) for s in spans]
 
     def _node_gone(self, actor: _Actor, error: BaseException) -> bool:
-        """Whether a worker went with its machine, which says nothing about its spans."""
+        """Whether a worker was lost with its machine; its spans are not at fault."""
         exceptions = self._ray.exceptions
         # A worker that died is reported by its node at once; silence is the node's own.
         if isinstance(error, (exceptions.ActorUnavailableError, exceptions.NodeDiedError)):
@@ -311,7 +311,7 @@ class RayCrew(Crew):
         return actor.node not in alive
 
     def _feel(self) -> list[Outcome]:
-        """Ask the workers when they last moved, and give up those that hang."""
+        """Read the workers' heartbeats, and give up those that hang."""
         self._felt = self._now
         outcomes = []
         for actor in [a for a in self._actors if a.figures]:
@@ -353,6 +353,6 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """First sentence of the last line of a message: there Ray says why."""
+    """First sentence of the last line of a message, where Ray gives the reason."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].split(". ")[0].strip()

@@ -12,7 +12,7 @@ from kdcache.tasks import CAUSAL_LM, Task
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions(Options):
-    """Who does the work of a build."""
+    """The workers of a build."""
 
     heading = "Workers"
 

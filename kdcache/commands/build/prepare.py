@@ -32,7 +32,7 @@ _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in mem
 
 @dataclass(frozen=True)
 class Prepared:
-    """What follows from the options of a build before any work is done.
+    """What a build derives from its options before any work.
 
     Attributes:
         spec: of the cache.
@@ -56,7 +56,7 @@ class Prepared:
 
 
 def prepare(options: BuildOptions) -> Prepared:
-    """Find teacher and corpus and settle everything that decides the bytes of a cache.
+    """Find teacher and corpus and derive everything that decides the bytes of a cache.
 
     Raises:
         UsageError: options or input that cannot be.
@@ -122,7 +122,7 @@ def prepare(options: BuildOptions) -> Prepared:
 
 
 def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
-    """The vocabulary size or number of classes of all teachers, which must be one ensemble."""
+    """The vocabulary size or number of classes of all teachers, which must agree."""
     first = teachers[0]
     for other in teachers[1:]:
         if tokenizer_sha256(other.tokenizer) != tokenizer_sha256(first.tokenizer):
@@ -153,7 +153,7 @@ def _teacher_options(options: BuildOptions, dtype: str, gpus: float) -> TeacherO
 
 
 def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
-    """A row may not be longer than the teacher's positions reach."""
+    """The row length: the option's, or the teacher's longest input if that is shorter."""
     config = teacher.config.get_text_config()
     reach = [options.max_length, getattr(config, "max_position_embeddings", None)]
     if options.task != CAUSAL_LM:

@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class SpanReport:
-    """What became of a span.
+    """The report of a committed span.
 
     Attributes:
         entry: its shard.
@@ -126,7 +126,7 @@ class SpanWorker:
         self.teacher.take_clipped_mass()
 
     def stop(self) -> None:
-        """Abandon what is in flight at the next batch."""
+        """Abandon the spans in flight at the next batch."""
         self._stop.set()
 
     def run(self, span: Span) -> SpanReport:
@@ -143,7 +143,7 @@ class SpanWorker:
             self._moved.pop(span.index, None)
 
     def still(self) -> float:
-        """Seconds for which nothing has moved in the slowest span; 0 while there is none.
+        """Seconds without progress in the slowest span; 0 while there is none.
 
         A span that waits for its turn with the teacher does not count; the one that has it does.
         """
@@ -203,7 +203,7 @@ class SpanWorker:
     def _ask(
         self, span: Span, rows: Sequence[Row], packer: _Packer
     ) -> tuple[list[futures.Future[_Packed]], list[np.ndarray]]:
-        """Put all rows of a span to the teacher; nothing here waits for the device.
+        """Run all rows of a span through the teacher; never synchronises with the device.
 
         Returns:
             Its targets, in the order of batches, and which position of the span, counted row by
@@ -291,7 +291,7 @@ class _Packed(NamedTuple):
 
 
 def packing_threads(device: str, cores: int) -> int:
-    """Threads that pack beside the teacher: a second one where a GPU leaves a core free."""
+    """Threads that pack in parallel to the teacher: two if a GPU leaves a core free."""
     return 2 if device == "cuda" and cores > 2 else 1
 
 

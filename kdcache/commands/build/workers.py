@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """A span that left a worker: with a report, or with the error that ended it.
+    """The outcome of a span on a worker: a report, or the error that ended it.
 
     Attributes:
         span: which one.
@@ -103,7 +103,7 @@ class Crew(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Abandon what is in flight and let the workers go."""
+        """Abandon the spans in flight and stop the workers."""
 
     @abstractmethod
     def workers(self) -> Sequence[WorkerFigures]:
@@ -111,7 +111,7 @@ class Crew(ABC):
 
 
 def arrived(source: queue.SimpleQueue[T], seconds: float) -> list[T]:
-    """Everything that is in a queue; waits for the first item, `seconds` at most."""
+    """All items of a queue; waits for the first one, `seconds` at most."""
     try:
         items = [source.get(timeout=seconds)]
     except queue.Empty:

@@ -151,7 +151,7 @@ class _Demo:
         self.state = self._open()
 
     def _open(self) -> dict[str, Any]:
-        """Begin a folder, or take up one that was made for the same options and corpus.
+        """Begin a folder, or resume one that was made for the same options and corpus.
 
         The corpus counts as well: it changes with the version of Python.
         """
@@ -184,7 +184,7 @@ class _Demo:
 
     @contextmanager
     def _step(self, name: str, *, done: bool) -> Iterator[None]:
-        """Time a step; one that is done already keeps the time it took."""
+        """Time a step; a finished one keeps its recorded time."""
         if done:
             self.reused.append(name)
             yield

@@ -39,7 +39,7 @@ _EVALUATIONS = 8
 
 @dataclass(frozen=True)
 class TeacherSizes:
-    """What the teacher is made of, and how long it learns.
+    """The sizes of the teacher, and the length of its training.
 
     Attributes:
         vocab_size: ids of the tokenizer.
@@ -186,7 +186,7 @@ def _train(
     sizes: TeacherSizes,
     report: Callable[[int, int, float], None],
 ) -> None:
-    """AdamW with a cosine schedule, on windows that begin elsewhere in every epoch.
+    """AdamW with a cosine schedule, on windows with another start in every epoch.
 
     The weights of the evaluation with the least held-out cross-entropy are kept: a teacher that
     has memorised its text has nothing to add to the hard labels.
@@ -231,7 +231,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """All documents as one line of ids, as `--packing concat` joins them."""
+    """All documents as one sequence of ids, as `--packing concat` joins them."""
     joined: list[int] = []
     for encoded in tokenizer(list(texts))["input_ids"]:
         joined += [*encoded, tokenizer.eos_token_id]

@@ -98,7 +98,7 @@ class FidelityMeter:
     """Adds up positions of one codec at one temperature."""
 
     def __init__(self, *, drawn: bool) -> None:
-        """Start at nothing; `drawn` says whether targets are an unbiased sample."""
+        """Start empty; `drawn` says whether targets are an unbiased sample."""
         self._drawn = drawn
         self._positions = 0
         self._temperature = math.nan
@@ -106,7 +106,7 @@ class FidelityMeter:
         self._mean: tuple[Tensor, Tensor] | None = None
 
     def add(self, full: FullGradient, targets: Targets) -> None:
-        """Add positions: what is stored of them, on the device of `full`."""
+        """Add positions: their stored targets, on the device of `full`."""
         if isinstance(targets, DenseTargets):
             held = (targets.logits / full.temperature).softmax(-1)
         else:

@@ -33,7 +33,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class _Trial:
-    """What one codec made of the sample so far."""
+    """One codec's encoding of the sample so far."""
 
     codec: Codec
     ranks: tuple[np.ndarray, np.ndarray] | None
@@ -147,7 +147,7 @@ class SamplePass:
         )
 
     def _try(self, batch: Sequence[int]) -> None:
-        """Run teacher and codecs over some rows, for nothing but their effects."""
+        """Run teacher and codecs over some rows and discard the results."""
         for logits in self.teacher.logits([self.sample.rows[i] for i in batch]):
             u = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
             for trial in self.trials:
@@ -170,7 +170,7 @@ class SamplePass:
         return torch.from_numpy(u).to(self.teacher.device)
 
     def _compare(self, logits: Tensor, made: Sequence[SoftTargets], chosen: np.ndarray) -> None:
-        """Hold what was stored of some positions of a slice against all of their logits."""
+        """Compare the stored targets of some positions of a slice with all of their logits."""
         here = logits[torch.from_numpy(chosen).to(logits.device)]
         taken = [part.take(chosen) for part in made]
         for t in sorted({t for trial in self.trials for t in trial.codec.temperatures}):
@@ -182,7 +182,7 @@ class SamplePass:
         self.compared += len(chosen)
 
     def cache(self, trial: _Trial, path: Path) -> PlannedCache:
-        """Write the sample with one codec and put its figures together."""
+        """Write the sample with one codec and collect its figures."""
         targets = SoftTargets.concat(trial.parts)
         trial.parts.clear()
         data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets)

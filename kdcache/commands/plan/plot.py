@@ -36,7 +36,7 @@ def plot_plan(path: str, caches: Sequence[PlannedCache], *, title: str, position
 
 
 def _clouds(caches: Sequence[PlannedCache], name: str) -> list[Cloud]:
-    """A figure of each cache against its bytes; what is biased is hollow."""
+    """A figure of each cache against its bytes; biased ones are hollow."""
     clouds: dict[tuple[str, bool], list[tuple[float, float, str]]] = {}
     for cache in caches:
         kind, _, argument = cache.codec.partition(":")

@@ -32,7 +32,7 @@ _READ = 4096  # records of all looks, more only where more rows are wanted
 
 @dataclass
 class CorpusSample:
-    """Some rows of a corpus, where they come from, and what that says about the whole.
+    """Some rows of a corpus, their origin, and the estimated size of the whole.
 
     Attributes:
         rows: the sample.

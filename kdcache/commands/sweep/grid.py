@@ -79,7 +79,7 @@ class GridRun:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep is to train.
+    """The runs of a sweep.
 
     Attributes:
         crossed: options with several values, in the order of the file.
@@ -93,7 +93,7 @@ class Grid:
 
     @classmethod
     def read(cls, path: str | Path) -> Grid:
-        """Read a grid and check every run as far as it goes without its student.
+        """Read a grid and check everything about each run except its student.
 
         Args:
             path: the YAML file.

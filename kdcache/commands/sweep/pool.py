@@ -44,7 +44,7 @@ class Pool(Protocol):
         """
 
     def stop(self) -> None:
-        """Abandon what is not done."""
+        """Abandon unfinished items."""
 
 
 class LocalPool:
@@ -142,7 +142,7 @@ class RayPool:
 
 
 def _call(folder: str, threads: int, function: Function, item: Any) -> Any:
-    """On a worker: as if it had been called where the sweep was."""
+    """Run on a worker, in the sweep's own working directory."""
     import torch
 
     if Path(folder).is_dir():  # relative paths, and the modules of a `module:function`

@@ -81,7 +81,7 @@ class SettingScore:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to.
+    """The result of a sweep.
 
     Attributes:
         out: folder of the sweep.
@@ -105,7 +105,7 @@ class SweepResult:
     def of(
         cls, out: Path, runs: Sequence[RunScore], *, made: int, combinations: int, evaluated: bool
     ) -> SweepResult:
-        """Put runs together and rank their settings; `runs` is not empty."""
+        """Group runs and rank their settings; `runs` is not empty."""
         groups: dict[tuple[str, ...], list[RunScore]] = {}
         for run in runs:
             groups.setdefault(tuple(run.setting.values()), []).append(run)
@@ -180,7 +180,7 @@ def _words(setting: dict[str, str]) -> str:
 
 
 def _kind(setting: dict[str, str]) -> str:
-    """What gives a setting its colour: the student, or else the first option that is crossed."""
+    """The option that colours a setting: the student, or else the first option of the grid."""
     if "student" in setting or not setting:
         return setting.get("student", "")
     name, value = next(iter(setting.items()))

@@ -73,7 +73,7 @@ class SweepOptions(Options):
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """Where a sweep stands.
+    """The progress of a sweep.
 
     Attributes:
         runs: runs of the grid.
@@ -126,7 +126,7 @@ def sweep(
 
 
 class _Sweep:
-    """A sweep at work: its runs, which of them are finished, which have failed."""
+    """A running sweep: its runs, finished and failed ones."""
 
     def __init__(
         self, options: SweepOptions, on_progress: Callable[[SweepProgress], None] | None
@@ -154,11 +154,11 @@ class _Sweep:
         self._before, self._begun = 0, 0.0
 
     def missing(self) -> list[str]:
-        """Keys of the runs that are still to do."""
+        """Keys of the missing runs."""
         return [key for key in self.runs if key not in self.finished]
 
     def train(self) -> None:
-        """Do what is missing."""
+        """Train the missing runs."""
         missing = self.missing()
         pool = _pool(self.options, len(missing))
         try:
@@ -239,7 +239,7 @@ class _Sweep:
         write_json(self.out / SWEEP_FILE, document)
 
     def result(self) -> SweepResult | None:
-        """The figures of the finished runs; None where there are none."""
+        """The figures of the finished runs; None if there are none."""
         scores = [
             _score(run, self.finished[key])
             for key, run in self.runs.items()

@@ -57,7 +57,7 @@ def cut_metrics(run: Path, last: int) -> None:
 
 
 def seconds_before(run: Path) -> float:
-    """Training time of the earlier sittings of a run, as far as they count."""
+    """Training time of the earlier, interrupted runs, as far as they count."""
     last = last_metrics(run)
     return float(last["seconds"]) if last else 0.0
 
@@ -72,7 +72,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start the clock where the last sitting stopped it."""
+        """Start the clock where the previous run of the command stopped it."""
         self._begun, self._before = time.perf_counter(), seconds_before(self._run)
 
     def on_log(
@@ -83,7 +83,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write what was logged."""
+        """Write one line."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         seconds = self._before + time.perf_counter() - self._begun

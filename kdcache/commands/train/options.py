@@ -63,7 +63,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class BiLstmOptions(Options):
-    """The built-in biLSTM, and students that read texts of their own."""
+    """The built-in biLSTM, and students that read texts themselves."""
 
     heading = "biLSTM"
 
@@ -315,7 +315,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
 
     @property
     def hard_only(self) -> bool:
-        """Whether the soft targets are not wanted at all."""
+        """Whether the soft targets have no weight at all."""
         return self.alphas == Schedule(1.0, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -333,7 +333,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         return values
 
     def decisive(self) -> dict[str, Any]:
-        """The options that a run may not change half-way; caches count by their digest instead."""
+        """The options that a resumed run may not change; caches count by their digest instead."""
         values = self.to_dict()
         values["alpha"], values["temperature"] = str(self.alphas), str(self.temperatures)
         return {

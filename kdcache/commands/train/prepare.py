@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share; its checkpoints add the caches it is trained on."""
+        """What a resumed run must share; its checkpoints add its training caches."""
         digests = [cache.digest for cache in self.eval_caches]
         return {**self.options.decisive(), "eval_caches": digests}
 
@@ -145,7 +145,7 @@ class Plan:
 
     @staticmethod
     def go_on(options: TrainOptions) -> str:
-        """How to go on with a run that was stopped, and from where."""
+        """How to resume a stopped run, and from where."""
         found = last_checkpoint(local_path(options.out))
         if options.resume not in ("auto", "never"):
             return f"The same command starts again at {options.resume}."
@@ -164,7 +164,7 @@ def steps_of(options: TrainOptions, stream: TargetStream) -> int:
 
 
 def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[float]) -> list[str]:
-    """Why the loss has no meaning for targets of this codec: a line each."""
+    """Why the loss is undefined for targets of this codec: a line each."""
     wrong = []
     none = SoftTargets.empty(codec).at(codec.temperatures[0])
     for temperature in temperatures:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         step: steps done.
@@ -26,7 +26,7 @@ class TrainProgress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         out: folder of the run.

@@ -65,7 +65,7 @@ _WORDS_LENGTH = 512
 
 @dataclass(frozen=True)
 class Run:
-    """A run made ready: everything that can be wrong with its student is known."""
+    """A prepared run, whose student has been checked."""
 
     plan: Plan
     trainer: DistillationTrainer

@@ -18,7 +18,7 @@ BLOCK = 128
 
 
 class Blocks(NamedTuple):
-    """What one pass over the logits leaves.
+    """The result of one pass over the logits.
 
     Attributes:
         top: float32 [n, b], largest logit of each block.
@@ -68,7 +68,7 @@ def _block_sums(blocks: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor
 
 
 def _power_sums(x: Tensor, temperatures: tuple[float, ...]) -> list[Tensor]:
-    """Sums of exp(x / T) over the last axis, for each T; x is spent.
+    """Sums of exp(x / T) over the last axis, for each T; overwrites x.
 
     The exponential is most of a CPU's work here: where all temperatures are one another's doubles,
     squaring the hottest one's serves the others.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_finite(values: Tensor) -> Tensor:
-    """Find the first position that is not usable, without waiting for the device.
+    """Find the first non-finite position, without synchronising with the host.
 
     Args:
         values: logits [n, ...], or the flags "finite" [n] that every codec's `encode` returns

@@ -108,7 +108,7 @@ def sample_entries(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
 
 
 def split(top: Tensor, outside: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """How many ids are kept for certain, and the size that is left to the others.
+    """The number of ids kept for certain, and the size of all others.
 
     Args:
         top: [n, K] the largest sizes, falling.
