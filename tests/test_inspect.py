@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from conftest import CLASSES
@@ -13,12 +16,48 @@ from textbook import class_logits, lm_logits, logprobs_of, plain
 from transformers import AutoTokenizer
 
 from kdcache.cache import Cache
+from kdcache.cache import cache as cache_module
 from kdcache.cli.view_inspect import render_inspection
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.inspect import InspectOptions, inspect
 from kdcache.errors import UsageError
+from kdcache.storage.disk import DiskCache
 from kdcache.tasks import IGNORE
+
+inspection = sys.modules[inspect.__module__]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_no_copy_is_evicted_while_it_is_read(
+    finished: bool,
+    lm_caches: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whenever a shard is about to be read, another process makes room for files of its own."""
+    monkeypatch.setenv("KDCACHE_DISK", str(tmp_path))
+    url = f"memory://{tmp_path.name}/cache"
+    fsspec.filesystem("memory").put(lm_caches["topk:8"], url, recursive=True)
+    if not finished:
+        fsspec.filesystem("memory").rm(f"{url}/manifest.json")
+    evictions: list[str] = []
+
+    def after_evicting(read: Any) -> Any:
+        def call(path: Path, *args: Any, **options: Any) -> Any:
+            evictions.append(path.name)
+            fresh = (19_999_999, lambda file: None)  # as large as the bound
+            DiskCache(tmp_path, 20_000_000).bring(f"{len(evictions)}", lambda: fresh)
+            return read(path, *args, **options)
+
+        return call
+
+    places = (inspection, "column_bytes"), (inspection, "read_shard"), (cache_module, "read_counts")
+    for module, name in places:
+        monkeypatch.setattr(module, name, after_evicting(getattr(module, name)))
+    assert inspect(InspectOptions(url, row=2)).row is not None
+    assert len(evictions) >= (2 if finished else 3)
+    fsspec.filesystem("memory").store.clear()
 
 
 @pytest.mark.parametrize("codec", ["dense", "topk:8", "sample:20"])

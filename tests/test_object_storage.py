@@ -29,8 +29,9 @@ from click.testing import CliRunner  # noqa: E402
 from faulty_s3 import CREDENTIALS, Fault, Proxy, S3Server, environment  # noqa: E402
 from make_caches import make_cache  # noqa: E402
 from test_storage import (  # noqa: E402, F401
+    held,
+    test_a_held_file_can_be_read,
     test_a_storage_starts_empty_and_lists_what_was_written,
-    test_fetch_gives_a_readable_path,
     test_reading_what_is_missing_raises,
     test_remove_is_silent_about_what_is_gone,
     test_write_replaces_and_create_never_does,
@@ -173,7 +174,7 @@ def test_a_damaged_object_is_never_shown_as_a_copy(proxy: Proxy, storage: Storag
         pass
     assert not list(Path(os.environ["KDCACHE_DISK"]).glob("*-*"))
     storage.write(name, data)
-    assert storage.fetch(name).read_bytes() == data
+    assert held(storage, name) == data
 
 
 def test_what_a_user_must_mend_is_said_at_once(
@@ -313,9 +314,9 @@ def test_a_reader_killed_while_downloading_is_in_nobodys_way(
     # What it left gives way to another file, and is no obstacle to the same one.
     monkeypatch.setenv("KDCACHE_DISK_BYTES", "10000")
     bounded = open_storage(url)
-    assert bounded.fetch(other).read_bytes() == more
+    assert held(bounded, other) == more
     assert not list(disk.glob("*.part"))
-    assert bounded.fetch(name).read_bytes() == data
+    assert held(bounded, name) == data
 
 
 def test_what_comes_next_is_fetched_ahead_within_half_of_the_bound(
@@ -332,9 +333,9 @@ def test_what_comes_next_is_fetched_ahead_within_half_of_the_bound(
     wait_for(lambda: len(list(disk.glob("*.h5"))) == 4)
     proxy.faults.append(Fault("error", "^GET /[^?]*/shards/", status=403, code="AccessDenied"))
     for name in names[:4]:  # they are here: nothing is asked for
-        assert storage.fetch(name).read_bytes() == files[name]
+        assert held(storage, name) == files[name]
     with pytest.raises(UsageError, match="access denied"):
-        storage.fetch(names[4])
+        held(storage, names[4])
     # A list that fails is given up; the next one is begun.
     storage.prefetch([(names[5], 5000)])
     wait_for(lambda: proxy.faults[0].hits == 2)
@@ -347,9 +348,9 @@ def test_a_file_without_a_hash_in_its_name_is_never_old(
     proxy: Proxy, storage: Storage, url: str
 ) -> None:
     storage.write("events.jsonl", b"old")
-    assert storage.fetch("events.jsonl").read_bytes() == b"old"
+    assert held(storage, "events.jsonl") == b"old"
     open_storage(url).write("events.jsonl", b"new")
-    assert storage.fetch("events.jsonl").read_bytes() == b"new"
+    assert held(storage, "events.jsonl") == b"new"
 
 
 # Caches

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 import torch
 from conftest import make_tiny_lm
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.cache import Cache
 from kdcache.commands.build import worker
@@ -34,6 +37,7 @@ from kdcache.teacher import (
     load,
     peak_share,
     teacher,
+    tokenizer_files,
 )
 from kdcache.teacher.memory import fits_one_gpu, gpus_of, room_for_weights, weight_bytes
 
@@ -408,3 +412,67 @@ class TestOnGpu:
         plain = logits_of(Teacher(dataclasses.replace(lm, device="cuda"), 300), rows)
         fast = Teacher(dataclasses.replace(lm, device="cuda", compile=True), 300)
         torch.testing.assert_close(logits_of(fast, rows), plain, rtol=1e-3, atol=1e-3)
+
+
+# The tokenizer's files
+
+
+def test_a_tokenizers_files_do_not_tell_how_it_was_loaded(
+    tiny_tokenizer: Path, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the digest of a cache, which two builds of one spec must share."""
+    plain = tokenizer_files(TeacherFiles.find(str(tiny_lm)).tokenizer)
+    assert json.loads(plain["tokenizer_config.json"])["eos_token"] == "<|end|>"
+    shutil.copytree(tiny_lm, tmp_path / "elsewhere" / "teacher")
+    copy = tmp_path / "elsewhere" / "teacher"
+    (tmp_path / "link").symlink_to(copy)
+    hub = tmp_path / "models--a--b" / "snapshots" / "0123"
+    hub.mkdir(parents=True)
+    for path in copy.iterdir():
+        (hub / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    names = (str(copy), f"{copy}/", "link", "elsewhere/teacher", "./elsewhere/../link", str(hub))
+    found = {}
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        for name in names:
+            for trust in (True, False):
+                files = TeacherFiles.find(name, trust_remote_code=trust)
+                found[offline, name, trust] = tokenizer_files(files.tokenizer)
+    called = TeacherFiles.find(str(copy)).tokenizer
+    called(["some words", "word"], padding=True, truncation=True, max_length=5)
+    found["called"] = tokenizer_files(called)
+    # A folder that was saved by somebody who loaded it in a way of their own.
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config |= {"local_files_only": True, "is_local": False, "_commit_hash": "ab", "cache_dir": "/x"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    found["saved"] = tokenizer_files(TeacherFiles.find(str(copy)).tokenizer)
+    assert [how for how, files in found.items() if files != plain] == []
+    for name, content in plain.items():
+        (tmp_path / name).write_bytes(content)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("some words").input_ids == called("some words").input_ids
+
+
+@pytest.mark.end_to_end
+def test_two_places_and_environments_build_the_same_cache(
+    tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    digests = []
+    for name, offline in (("one", "1"), ("two", "0")):
+        place = tmp_path / name
+        (place / "deeper").mkdir(parents=True)
+        (place / "t").symlink_to(tiny_lm)
+        shutil.copy2(text_corpus, place / "text.jsonl")
+        words = ["-m", "kdcache", "build", "--teacher", "../t", "--corpus", "../text.jsonl"]
+        words += ["--limit", "9", "--workers", "0", "--out", "cache"]
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=place / "deeper",
+            env=os.environ | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(place / "hf")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        digests.append(Cache.open(str(place / "deeper" / "cache")).digest)
+    assert digests[0] == digests[1]

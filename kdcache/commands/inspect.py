@@ -9,8 +9,9 @@ shard is hashed, then opened in a sandboxed subprocess (`kdcache.cache.sandbox`)
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,15 +218,18 @@ def _committed(cache: Cache, trial: Trial) -> tuple[ShardEntry, ...]:
     """Entries of the shards of an unfinished build."""
     entries = []
     for span, name in sorted(cache.committed().items()):
-        trial.open(cache.storage.fetch(f"shards/{name}"))
-        entries.append(cache.entry(span, name))
+        with cache.storage.hold(f"shards/{name}") as path:
+            trial.open(path)
+            entries.append(cache.entry(span, name))
     return tuple(entries)
 
 
-def _fetch(cache: Cache, entry: ShardEntry, trial: Trial) -> Path:
+@contextlib.contextmanager
+def _tried(cache: Cache, entry: ShardEntry, trial: Trial) -> Iterator[Path]:
+    """A shard that another process could open, held until it is read."""
     with cache.hold(entry) as path:
         trial.open(path)
-        return path
+        yield path
 
 
 def _columns(
@@ -236,8 +240,9 @@ def _columns(
     chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SAMPLED_SHARDS)).astype(int))
     sums: dict[str, int] = {}
     for i in chosen:
-        for name, stored in column_bytes(_fetch(cache, full[i], trial)).items():
-            sums[name] = sums.get(name, 0) + stored
+        with _tried(cache, full[i], trial) as path:
+            for name, stored in column_bytes(path).items():
+                sums[name] = sums.get(name, 0) + stored
     positions = sum(full[i].positions for i in chosen)
     ordered = sorted(sums.items(), key=lambda item: -item[1])
     return tuple(ColumnSize(name, stored / positions) for name, stored in ordered), len(chosen)
@@ -255,8 +260,8 @@ def _row(
     number = options.row
     assert number is not None
     entry, index = _find(shards, number, cache.sealed)
-    path = _fetch(cache, entry, trial)
-    data = read_shard(path, codec, counts=entry.counts, ranks=cache.rank_to_id)
+    with _tried(cache, entry, trial) as path:
+        data = read_shard(path, codec, counts=entry.counts, ranks=cache.rank_to_id)
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
     targets = data.targets.take(np.arange(first, last))
