@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import pytest
 
 from kdcache.corpus import Corpus
 from kdcache.corpus.listing import expand
-from kdcache.errors import UsageError
+from kdcache.errors import IncompleteError, UsageError
 
 
 def names(folder: Path, *patterns: str, split: str | None = None) -> list[str]:
@@ -286,6 +287,42 @@ def test_a_file_that_changes_is_refused_by_the_span_that_meets_it(
     change(path)
     with pytest.raises(UsageError, match=message):
         list(reading)
+
+
+def test_the_hub_is_not_asked_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        pytest.fail("a request was sent")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket, "create_connection", never)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    with pytest.raises(UsageError, match="hf://datasets/a/b: HF_HUB_OFFLINE is set"):
+        expand(["hf://datasets/a/b"])
+
+
+def test_without_a_network_the_answer_comes_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("kdcache.storage.filesystem.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("kdcache.storage.filesystem.time.sleep", lambda _: None)
+    monkeypatch.setattr("kdcache.storage.filesystem._ANSWERED", set())
+    error = ConnectionError("no route")
+    error.__cause__ = socket.gaierror(-2, "Name or service not known")
+    store = fsspec.filesystem("memory")
+    asked = itertools.count()
+
+    def info(self: object, path: str) -> None:
+        next(asked)
+        raise error
+
+    monkeypatch.setattr(type(store), "info", info)
+    with pytest.raises(IncompleteError, match="has given no good answer"):
+        expand(["memory://nowhere"])
+    assert next(asked) < 10
+    # A store that has answered before is waited for.
+    monkeypatch.setattr("kdcache.storage.filesystem._ANSWERED", {type(store)})
+    with pytest.raises(IncompleteError, match="has given no good answer"):
+        expand(["memory://nowhere"])
+    assert next(asked) > 100
 
 
 @pytest.fixture

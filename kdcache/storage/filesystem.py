@@ -17,6 +17,7 @@ import io
 import itertools
 import logging
 import random
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
+from huggingface_hub import constants
 
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.storage.urls import redact
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PATIENCE = 120.0  # seconds in which a request is begun again
+_UNRESOLVED = 5.0  # the same where the store's name is unknown and it has never answered
 _SILENCE = 60.0  # seconds that an answer may take, and a second for each of these bytes
 _SLOWEST = 1 << 18
 _LONGEST_PAUSE = 10.0
@@ -79,6 +82,9 @@ _PASSING = (
 _PASSING_STATUS = (408, 409, 416, 425, 429)
 
 
+_ANSWERED: set[type] = set()  # kinds of file systems that have answered this process
+
+
 class FileSystem:
     """An fsspec file system behind one URL."""
 
@@ -96,6 +102,11 @@ class FileSystem:
             raise UsageError(
                 f"{self.shown}: credentials do not belong into {protocol}:// addresses. "
                 f"{self._cure}"
+            )
+        if protocol == "hf" and constants.HF_HUB_OFFLINE:
+            raise UsageError(
+                f"{self.shown}: HF_HUB_OFFLINE is set, so the hub is not asked. Unset it, or name "
+                "a copy of the dataset on this machine."
             )
         try:
             # Listings are the state of a cache: none may come from memory.
@@ -174,11 +185,14 @@ class FileSystem:
         begin = time.monotonic()
         for attempt in itertools.count():
             try:
-                return request()
+                answer = request()
+                _ANSWERED.add(type(self.fs))
+                return answer
             except Exception as error:
                 self._judge(error)
                 waited = time.monotonic() - begin
-                if waited > _PATIENCE:
+                offline = type(self.fs) not in _ANSWERED and _unresolved(error)
+                if waited > (_UNRESOLVED if offline else _PATIENCE):
                     raise IncompleteError(
                         f"{self.shown} has given no good answer for {waited:.0f} s "
                         f"({_words(error)}). What is committed stays valid: check the network and "
@@ -275,6 +289,13 @@ def _whole(data: bytes | Exception, start: int, stop: int) -> bytes:
     if len(data) != stop - start:
         raise OSError(errno.EIO, f"{len(data)} bytes came where {stop - start} were asked for")
     return bytes(data)
+
+
+def _unresolved(error: BaseException | None) -> bool:
+    """Whether a name could not be resolved: a wrong address, or no network at all."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _answer(error: Exception) -> tuple[str | None, int | None]:

@@ -1,0 +1,88 @@
+"""Resume: whether the shards of an earlier run are of the corpus as it is now.
+
+A cache notes the version of every file (its time of change, or the store's word for its content)
+when it is begun. Where a file has another version now but the same size and ends, it was copied, or
+its middle was edited. A shard holds its rows, so the records of each of its spans are read and
+encoded again and compared with them; the teacher is not asked.
+
+Cost: nothing while no file has changed; else reading and tokenising what is committed of those that
+have.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdcache.cache import Cache
+from kdcache.cache.shard import read_shard
+from kdcache.corpus import Corpus, InputFile, Span
+from kdcache.errors import UsageError
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.storage import redact
+
+logger = logging.getLogger(__name__)
+
+
+def versions(files: Sequence[InputFile]) -> list[str]:
+    """What a new cache notes of the corpus."""
+    return [file.version for file in files]
+
+
+def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
+    """Compare the committed shards of files that were written to since the cache was begun.
+
+    Args:
+        cache: begun, not sealed.
+        corpus: what it is built from, as it is now.
+        rows: how its records become rows.
+
+    Raises:
+        UsageError: a shard has other rows than its span has now.
+    """
+    noted = cache.notes.get("versions")
+    if cache.sealed or not isinstance(noted, list) or len(noted) != len(corpus.files):
+        return
+    then = zip(corpus.files, noted, strict=True)
+    changed = {file.url for file, version in then if file.version != version}
+    made = cache.committed() if changed else {}
+    spans = [
+        span for span in map(corpus.spans.__getitem__, sorted(made)) if span.file.url in changed
+    ]
+    if spans:
+        logger.warning(
+            "%d files were written to since this build began: comparing %d shards with them",
+            len(changed),
+            len(spans),
+        )
+    tokenizer = cache.tokenizer() if spans else None
+    for span in spans:
+        records = Corpus.read(span, columns=rows.columns, on_error=rows.on_error)
+        try:
+            same = _same(
+                cache, span, made[span.index], list(make_encoder(rows, tokenizer).encode(records))
+            )
+        except UsageError:  # such records were never made into a shard
+            same = False
+        if not same:
+            raise UsageError(
+                f"{redact(span.file.url)}: the file was changed since this build began: shard "
+                f"{span.index} was made of other text. Restore the file and run the same command "
+                "again, or build the new corpus in another folder."
+            )
+
+
+def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
+    entry = cache.entry(span.index, name)
+    with cache.hold(entry) as path:
+        data = read_shard(path, cache.codec(), counts=entry.counts, ranks=None, with_targets=False)
+    return len(data) == len(rows) and all(
+        np.array_equal(mine, theirs)
+        for i, row in enumerate(rows)
+        for mine, theirs in (
+            (row.input_ids, data.row(i).input_ids),
+            (row.labels, data.row(i).labels),
+        )
+    )
