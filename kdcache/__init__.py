@@ -7,12 +7,16 @@ fields are the command's options:
 
     kdcache.build(kdcache.BuildOptions(teacher=("bert-sst2",), corpus=("train.tsv",), out="cache"))
 
-Heavy libraries are imported on first use.
+Heavy libraries are imported on first use. `import kdcache` registers kdcache's own models with
+transformers: `AutoModelForSequenceClassification.from_pretrained(RUN)` loads them.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from kdcache.version import __version__ as __version__
@@ -91,3 +95,34 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+_TABLE = "transformers.models.auto.configuration_auto"
+
+
+class _Registration(importlib.abc.MetaPathFinder):
+    """Registers `kdcache.models` right after transformers' table of configurations is loaded."""
+
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            load = loader.exec_module
+
+            def load_and_register(module: Any) -> None:
+                load(module)
+                importlib.import_module("kdcache.models")
+
+            loader.exec_module = load_and_register
+        return spec
+
+
+if _TABLE in sys.modules:
+    importlib.import_module("kdcache.models")
+else:
+    sys.meta_path.insert(0, _Registration())

@@ -169,6 +169,29 @@ def whole_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def filled_folder(path: Path, name: str, last: str) -> Iterator[Path]:
+    """A scratch folder to fill, whose files move up into `path` at the end.
+
+    They move one by one, so one of them is the last and says that all are there. The scratch folder
+    stays until then, also where this process is killed.
+
+    Args:
+        path: the folder to be filled.
+        name: of the scratch folder in it.
+        last: name of the file that moves last.
+    """
+    scratch = path / name
+    scratch.mkdir(parents=True, exist_ok=True)
+    yield scratch
+    sync_tree(scratch)
+    for part in sorted(scratch.iterdir(), key=lambda part: (part.name == last, part.name)):
+        shutil.rmtree(path / part.name, ignore_errors=True)  # a folder of an earlier attempt
+        part.replace(path / part.name)
+    sync_folder(path)
+    scratch.rmdir()
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)

@@ -239,21 +239,27 @@ def lm_caches(
 
 @pytest.fixture(scope="session")
 def word_student(class_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a biLSTM over words in `student/`."""
+    """A run's folder with a biLSTM over words."""
     import torch
 
     from kdcache.cache import Cache
-    from kdcache.student import BiLstmClassifier, BiLstmConfig, Vocabulary
+    from kdcache.student import BiLstmConfig, BiLstmForSequenceClassification, word_tokenizer
 
     data = Cache.open(class_cache).read(0)
     assert data.texts is not None
-    vocabulary = Vocabulary.build(data.texts)
+    words = word_tokenizer(data.texts)
     torch.manual_seed(3)
     config = BiLstmConfig(
-        len(vocabulary), 3, CLASSES, embedding_size=8, hidden_size=6, dense_size=5
+        vocab_size=len(words),
+        id2label=dict(enumerate(CLASSES)),
+        embedding_size=8,
+        hidden_size=6,
+        dense_size=5,
     )
     run = tmp_path_factory.mktemp("run")
-    BiLstmClassifier(config, vocabulary).save_pretrained(run / "student")
+    model = BiLstmForSequenceClassification(config)
+    model.tokenizer = words
+    model.save_pretrained(run)
     return run
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 from kdcache.errors import UsageError
 from kdcache.student import (
-    BiLstmClassifier,
     BiLstmConfig,
+    BiLstmForSequenceClassification,
     DistilledStudent,
     StudentInfo,
-    Vocabulary,
     load_student,
     read_embeddings,
     student_tokenize,
+    word_tokenizer,
 )
+from kdcache.student.words import unknown_share
 
 V = 40
 TEXTS = ["A fine film, isn't it?", "A dull film.", "Fine!"]
@@ -31,7 +34,7 @@ CLASSES = StudentInfo(
 def test_bilstm_is_the_documented_one() -> None:
     """Last states of both directions, unpadded: computed here one word after the other."""
     torch.manual_seed(0)
-    model = BiLstmClassifier(BiLstmConfig(vocab_size=9, num_labels=3)).eval()
+    model = BiLstmForSequenceClassification(BiLstmConfig(vocab_size=9, num_labels=3)).eval()
     sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert sizes["embedding.weight"] == (9, 300)
     assert sizes["lstm.weight_hh_l0_reverse"] == (1024, 256)
@@ -60,11 +63,36 @@ def test_bilstm_is_the_documented_one() -> None:
 
 
 def test_bilstm_max_pooling_ignores_padding() -> None:
-    model = BiLstmClassifier(
+    model = BiLstmForSequenceClassification(
         BiLstmConfig(vocab_size=9, num_labels=2, pooling="max", layers=2, dropout=0.5)
     ).eval()
     ids = torch.tensor([[3, 4, 5, 0, 0], [6, 7, 8, 3, 4]])
     torch.testing.assert_close(model(ids).logits[0], model(ids[:1, :3]).logits[0])
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_bilstm_starts_as_torch_makes_its_parts(freeze: bool) -> None:
+    """Layers in this order from the seed alone, then word vectors; nothing else is drawn."""
+    sizes = {"embedding_size": 6, "hidden_size": 4, "dense_size": 5, "layers": 2}
+    config = BiLstmConfig(vocab_size=9, num_labels=3, freeze_embeddings=freeze, **sizes)
+    torch.manual_seed(5)
+    model = BiLstmForSequenceClassification(config)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    parts = {
+        "embedding": torch.nn.Embedding(9, 6, padding_idx=0),
+        "lstm": torch.nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True),
+        "dense": torch.nn.Linear(8, 5),
+        "classes": torch.nn.Linear(5, 3),
+    }
+    torch.nn.init.normal_(parts["embedding"].weight, std=0.1)
+    want = {f"{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
+    want["embedding.weight"][0] = 0
+    assert {k: v.tolist() for k, v in model.state_dict().items()} == {
+        k: v.tolist() for k, v in want.items()
+    }
+    assert torch.equal(after, torch.rand(1))
+    assert model.embedding.weight.requires_grad is not freeze
 
 
 @pytest.mark.parametrize("source", ["words", "teacher"])
@@ -74,61 +102,113 @@ def test_bilstm_round_trip(tmp_path: Path, source: str) -> None:
         "hidden_size": 4,
         "dense_size": 5,
         "dropout": 0.1,
-        "tokenizer": source,
+        "freeze_embeddings": True,
     }
-    model: Any = load_student("bilstm", CLASSES, options=sizes)
-    assert (model.vocabulary is None) == (source == "teacher")
+    model: Any = load_student("bilstm", CLASSES, options={**sizes, "tokenizer": source})
+    assert (model.tokenizer is None) == (source == "teacher")
     DistilledStudent(model, CLASSES.task).save_pretrained(tmp_path / "run")
     again: Any = load_student(str(tmp_path / "run"), CLASSES)
-    assert again.config == model.config
-    assert again.vocabulary == model.vocabulary
+    assert {name: getattr(again.config, name) for name in sizes} == sizes
     assert again.config.id2label == {0: "bad", 1: "good"}
+    assert not again.embedding.weight.requires_grad
     ids = torch.tensor([[3, 4, 1]])
-    torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
+    for loaded in (again, AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")):
+        torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
     tokenize = student_tokenize(again, str(tmp_path / "run"), CLASSES)
     assert (tokenize is None) == (source == "teacher")
+    if tokenize is not None:
+        own = student_tokenize(model, "bilstm", CLASSES)
+        assert own is not None
+        assert tokenize(TEXTS, None)["input_ids"].tolist() == own(TEXTS, None)["input_ids"].tolist()
+    fresh: Any = load_student(str(tmp_path / "run" / "config.json"), CLASSES)
+    assert fresh.config.hidden_size == 4
     with pytest.raises(UsageError, match="2 classes, the cache has 3"):
         load_student(str(tmp_path / "run"), StudentInfo(CLASSES.task, V, 3))
     (tmp_path / "run" / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"model\.safetensors not found"):
+    with pytest.raises(UsageError, match=r"no weights: expected \*\.safetensors"):
         load_student(str(tmp_path / "run"), CLASSES)
 
 
-def test_vocabulary_is_a_function_of_the_texts_alone(tmp_path: Path) -> None:
-    words = Vocabulary.build(TEXTS, max_length=6)
-    assert words.words == (
-        "<pad>",
-        "<unk>",
-        "<sep>",
-        "a",
-        "film",
-        "fine",
-        "!",
-        ",",
-        ".",
-        "?",
-        "dull",
-        "isn't",
-        "it",
-    )
-    assert words == Vocabulary.build(reversed(TEXTS), max_length=6)
-    assert words.ids("Fine films") == [5, 1]
-    assert words.ids("a", "film") == [3, 2, 4]
-    assert words.ids("") == [1]
-    assert words.ids("a a a a a a a a") == [3] * 6
-    batch = words(["a film", "?"])
-    assert batch["input_ids"].tolist() == [[3, 4], [9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
-    words.save(tmp_path / "vocab.json")
-    assert Vocabulary.load(tmp_path / "vocab.json") == words
-    assert len(Vocabulary.build(TEXTS, min_count=2)) == 6
-    assert len(Vocabulary.build(TEXTS, max_size=4)) == 4
-    assert "A" in Vocabulary.build(TEXTS, lower=False).words
+@pytest.mark.parametrize("old", [{"pad_id": 0}, {"label_names": ["bad", "good"]}])
+def test_a_bilstm_of_an_earlier_version_is_refused_by_name(
+    old: dict[str, Any], tmp_path: Path
+) -> None:
+    load: Any = load_student("bilstm", CLASSES)
+    load.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **old}))
+    with pytest.raises(UsageError, match="earlier version of kdcache"):
+        load_student(str(tmp_path), CLASSES)
+
+
+@pytest.mark.parametrize("pooling", ["last", "max"])
+def test_a_text_without_words_is_padding_alone_and_in_a_batch(pooling: str) -> None:
+    model: Any = load_student("bilstm", CLASSES, options={"pooling": pooling})
+    tokenize = student_tokenize(model, "bilstm", CLASSES)
+    assert tokenize is not None
+    together = model.eval()(**tokenize(["a dull film", " "], None)).logits
+    alone = model(**tokenize(["", "\n"], None)).logits
+    torch.testing.assert_close(alone[0], together[1])
+    torch.testing.assert_close(alone[1], together[1])
+
+
+# --- words ---
+
+
+def words_of(tokenizer: Any) -> list[str]:
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
+def test_vocabulary_is_a_function_of_the_texts_alone() -> None:
+    words = word_tokenizer(TEXTS, max_length=6)
+    special = ["<pad>", "<unk>", "<sep>"]
+    assert words_of(words) == [
+        *special, "a", "film", "fine", "!", ",", ".", "?", "dull", "isn't", "it",
+    ]  # fmt: skip
+    assert words_of(words) == words_of(word_tokenizer(reversed(TEXTS)))
+    assert words("Fine films")["input_ids"] == [5, 1]
+    assert words("a", "film")["input_ids"] == [3, 2, 4]
+    assert words("")["input_ids"] == []
+    assert words("a a a a a a a a", truncation=True)["input_ids"] == [3] * 6
+    batch = words(["a film", "?"], padding=True)
+    assert batch["input_ids"] == [[3, 4], [9, 0]]
+    assert batch["attention_mask"] == [[1, 1], [1, 0]]
+    assert len(word_tokenizer(TEXTS, min_count=2)) == 6
+    assert len(word_tokenizer(TEXTS, max_words=4)) == 4
+    assert "A" in word_tokenizer(TEXTS, lower=False).get_vocab()
     with pytest.raises(UsageError, match="no word occurs 9 times"):
-        Vocabulary.build(TEXTS, min_count=9)
-    (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(UsageError, match="not a vocabulary"):
-        Vocabulary.load(tmp_path / "vocab.json")
+        word_tokenizer(TEXTS, min_count=9)
+
+
+def test_words_of_many_scripts() -> None:
+    """CJK characters stand alone, as in BERT; whatever is spelt like a special token is text."""
+    bert = BertTokenizer(vocab={"[UNK]": 0, "[PAD]": 1, "[SEP]": 2, "[CLS]": 3, "[MASK]": 4})
+    split = bert.backend_tokenizer
+    cases = {
+        "这家酒店非常好。房间很大": list("这家酒店非常好。房间很大"),
+        "iPhone手机64GB": ["iphone", "手", "机", "64gb"],
+        "東京タワー𠀀": ["東", "京", "タワー", "𠀀"],
+        "naïve\u3000café <pad>": ["naïve", "café", "<", "pad", ">"],
+        "हिन्दी don\u2019t": ["हिन्दी", "don\u2019t"],
+    }
+    for text, want in cases.items():
+        words = word_tokenizer([text])
+        assert set(words_of(words)[3:]) == set(want), text
+        assert [words.decode([i]) for i in words(text)["input_ids"]] == want
+        assert 0 not in words(text)["input_ids"]
+        cjk = {w for w in want if "\u4e00" <= w[0] <= "\u9fff" or w[0] > "\uffff"}
+        normal = split.normalizer.normalize_str(text)
+        assert cjk <= {w for w, _ in split.pre_tokenizer.pre_tokenize_str(normal)}
+
+
+def test_share_of_unknown_words() -> None:
+    words = word_tokenizer(TEXTS)
+    assert unknown_share(words, TEXTS) == 0
+    assert unknown_share(words, ["a film", "", "a zebra!"] * 1000) == pytest.approx(1 / 5)
+    assert unknown_share(words, []) == 0
+    words.unk_token = None
+    assert unknown_share(words, TEXTS) is None
 
 
 @pytest.mark.parametrize("form", ["glove", "word2vec", "gz"])
@@ -146,7 +226,7 @@ def test_embeddings(tmp_path: Path, form: str) -> None:
         "bilstm", CLASSES, embeddings=path, options={"freeze_embeddings": True}
     )
     assert model.config.embedding_size == 3
-    assert model.embedding.weight[model.vocabulary.ids("film")[0]].tolist() == [1, 2, 3]
+    assert model.embedding.weight[model.tokenizer("film")["input_ids"][0]].tolist() == [1, 2, 3]
     assert not model.embedding.weight.requires_grad
     assert model.embedding.weight[0].tolist() == [0, 0, 0]
 

@@ -223,13 +223,14 @@ def test_readme_classifier(run: Run, desk: Path) -> None:
     predictions = _predictions(desk / "predictions.jsonl")
     assert len(predictions) == 50
     assert {p["label"] for p in predictions} <= {"bad", "neutral", "good"}
+    assert "tensor" in run(sys.executable, "-c", _block("docs/guide.md", "load"))
 
 
 @pytest.mark.end_to_end
 def test_readme_language_model(run: Run, desk: Path) -> None:
     printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
     assert "all good" in printed
-    assert (desk / "runs" / "distilled" / "student" / "model.safetensors").is_file()
+    assert (desk / "runs" / "distilled" / "model.safetensors").is_file()
 
 
 @pytest.mark.end_to_end

@@ -24,7 +24,8 @@ from transformers import (
 from kdcache.commands.finetune import FinetuneOptions, finetune
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import UsageError
-from kdcache.teacher.headed import HEAD_FILE, HeadedClassifier, load_classifier
+from kdcache.teacher import TeacherFiles
+from kdcache.teacher.headed import HeadedForSequenceClassification
 
 Make = Callable[..., FinetuneOptions]
 
@@ -116,35 +117,40 @@ def test_a_head_of_its_own_width_reloads(
     options: Make, folder: Path, model: str, pooling: str
 ) -> None:
     result = finetune(options(model=str(folder / model), head_width=24))
-    loaded = load_classifier(result.out)
-    assert isinstance(loaded, HeadedClassifier)
-    assert (loaded.pooling, loaded.hidden.out_features) == (pooling, 24)
+    loaded = AutoModelForSequenceClassification.from_pretrained(result.out).eval()
+    assert isinstance(loaded, HeadedForSequenceClassification)
     assert loaded.config.id2label == {0: "bad", 1: "good"}
-    again = HeadedClassifier.from_pretrained(result.out, dtype=torch.float32).eval()
+    assert loaded.encoder.config._attn_implementation == "sdpa"
+    sizes = {k: tuple(v.shape) for k, v in loaded.state_dict().items() if k[:8] != "encoder."}
+    assert sizes == {
+        "hidden.weight": (24, 16), "hidden.bias": (24,),
+        "classes.weight": (2, 24), "classes.bias": (2,),
+    }  # fmt: skip
     batch = AutoTokenizer.from_pretrained(result.out)(
         ["w4 w9 w12", "w5 w20 w3"], return_tensors="pt"
     )
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    kind = BertModel if model == "bert" else DistilBertModel
+    encoder = kind(kind.config_class.from_pretrained(folder / model)).eval()
+    weights = load_file(Path(result.out, "model.safetensors"))
+    encoder.load_state_dict({k[8:]: v for k, v in weights.items() if k[:8] == "encoder."})
     with torch.no_grad():
-        states = again.encoder(**inputs)
+        states = encoder(**inputs)
         pooled = states.pooler_output if pooling == "pooler" else states.last_hidden_state[:, 0]
-        want = again.classes(torch.relu(again.hidden(pooled)))
-        torch.testing.assert_close(loaded.eval()(**inputs).logits, want)
-        loss = again(**inputs, labels=torch.tensor([0, 1])).loss
+        hidden = torch.relu(pooled @ weights["hidden.weight"].T + weights["hidden.bias"])
+        want = hidden @ weights["classes.weight"].T + weights["classes.bias"]
+        torch.testing.assert_close(loaded(**inputs).logits, want)
+        loss = loaded(**inputs, labels=torch.tensor([0, 1])).loss
         torch.testing.assert_close(
             loss, torch.nn.functional.cross_entropy(want, torch.tensor([0, 1]))
         )
 
-    weights = load_file(Path(result.out, HEAD_FILE))
-    assert {k: tuple(v.shape) for k, v in weights.items()} == {
-        "hidden.weight": (24, 16), "hidden.bias": (24,),
-        "classes.weight": (2, 24), "classes.bias": (2,),
-    }  # fmt: skip
-    save_file(
-        weights, Path(result.out, HEAD_FILE), metadata={"format": "kdcache-head", "version": "9"}
-    )
-    with pytest.raises(UsageError, match="version 9"):
-        load_classifier(result.out)
+    # Equal models have equal files: nothing in them says where the encoder came from.
+    assert str(folder) not in Path(result.out, "config.json").read_text()
+    # A folder of the earlier form is named as such.
+    save_file(weights, Path(result.out, "kdcache_head.safetensors"))
+    with pytest.raises(UsageError, match="earlier version of kdcache"):
+        TeacherFiles.find(result.out)
 
 
 @pytest.mark.parametrize("head_width", [None, 8])
@@ -153,11 +159,10 @@ def test_only_the_last_tensors_are_trained(
 ) -> None:
     result = finetune(options(train_last=4, head_width=head_width))
     before = BertModel.from_pretrained(folder / "bert").state_dict()
-    model = load_classifier(result.out)
-    encoder = model.encoder if head_width else model.bert
+    encoder = AutoModelForSequenceClassification.from_pretrained(result.out).base_model
     changed = [n for n, p in encoder.named_parameters() if not torch.equal(p, before[n])]
     assert changed == [n for n, _ in encoder.named_parameters()][-4:]
-    head = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in encoder.parameters())
+    head = result.parameters - sum(p.numel() for p in encoder.parameters())
     assert result.trained == head + sum(p.numel() for p in list(encoder.parameters())[-4:])
 
 

@@ -16,7 +16,17 @@ LAYERS = (
     *({"corpus", "loss"}, {"storage", "targets"}),
 )
 RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in layer}  # ground: 0
-GROUND = {"errors", "tasks", "options", "cluster", "files", "plots", "humanize", "version"}
+GROUND = {
+    "errors",
+    "models",
+    "tasks",
+    "options",
+    "cluster",
+    "files",
+    "plots",
+    "humanize",
+    "version",
+}
 ONLY = {  # a library, and where alone it may be imported
     "click": r"cli/.*",
     "rich": r"cli/.*",

@@ -415,7 +415,7 @@ def test_training_reads_through_the_disk_and_heals_a_damaged_copy(
         out = str(tmp_path / name)
         result = CliRunner().invoke(cli, ["train", "--cache", cache, "--out", out, *words])
         assert result.exit_code == 0, result.output
-    near, far = (tmp_path / n / "student" / "model.safetensors" for n in ("near", "far"))
+    near, far = (tmp_path / n / "model.safetensors" for n in ("near", "far"))
     assert near.read_bytes() == far.read_bytes()
 
     (copy, *_) = Path(os.environ["KDCACHE_DISK"]).glob("*.h5")

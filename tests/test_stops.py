@@ -65,7 +65,7 @@ def metrics(run: str | Path) -> list[dict[str, Any]]:
 
 def same(run: str | Path, other: str | Path) -> bool:
     """Whether two runs logged the same and ended with the same weights, to the bit."""
-    weights = [load_file(Path(r, "student", "model.safetensors")) for r in (run, other)]
+    weights = [load_file(Path(r, "model.safetensors")) for r in (run, other)]
     equal = all(weights[0][name].equal(weights[1][name]) for name in weights[1])
     return equal and metrics(run) == metrics(other)
 

@@ -247,9 +247,9 @@ def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
     assert (one.parameters, one.steps, one.best_step) == (
         alone.parameters, alone.steps, alone.best_step,
     )  # fmt: skip
-    assert Path(one.out, "student", "model.safetensors").is_file()
-    student = Path(alone.student, "model.safetensors").read_bytes()
-    assert Path(one.out, "student", "model.safetensors").read_bytes() == student
+    assert Path(one.out, "model.safetensors").is_file()
+    student = Path(alone.out, "model.safetensors").read_bytes()
+    assert Path(one.out, "model.safetensors").read_bytes() == student
 
     # Figures over seeds, best first.
     assert result.ranked_by == "accuracy"

@@ -37,7 +37,8 @@ from kdcache.commands.train.run import Run, make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
-from kdcache.student import BiLstmClassifier, DistilledStudent, StudentInfo, load_student
+from kdcache.student import DistilledStudent, HfTokenize, StudentInfo, load_student
+from kdcache.student.saved import SavedModel
 from kdcache.student.trainer import DistillationTrainer
 
 BERT = {
@@ -107,7 +108,7 @@ def losses(run: str | Path) -> list[float]:
 
 
 def weights(run: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(run, "student", "model.safetensors"))
+    return load_file(Path(run, "model.safetensors"))
 
 
 class StopError(Exception):
@@ -407,10 +408,63 @@ def test_a_finished_run_is_left_alone(options: Make) -> None:
     stamp = Path(first.out, "train.json").stat().st_mtime_ns
     again = train(options(logging_steps=3))
     assert not again.made
-    assert (again.loss, again.steps, again.student) == (first.loss, first.steps, first.student)
+    assert (again.loss, again.steps, again.out) == (first.loss, first.steps, first.out)
     assert Path(first.out, "train.json").stat().st_mtime_ns == stamp
     with pytest.raises(UsageError, match="epochs: 2 -> 3"):
         train(options(epochs=3))
+
+
+def test_a_run_killed_while_its_files_move_is_finished_by_the_same_command(
+    options: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move, out = Path.replace, Path(options().out)
+
+    def stop(path: Path, target: Path) -> Path:
+        if target == out / "model.safetensors":
+            raise StopError
+        return move(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stop)
+        with pytest.raises(StopError):
+            train(options())
+    assert (out / "config.json").is_file()
+    assert not (out / "train.json").exists()
+    again = train(options())
+    assert again.made
+    assert not (out / "student.tmp").exists()
+    whole = train(options(out=options().out + "-whole"))
+    assert weights(again.out).keys() == weights(whole.out).keys()
+    assert all(torch.equal(w, weights(whole.out)[k]) for k, w in weights(again.out).items())
+
+
+def test_a_run_of_an_earlier_version_is_refused_by_name(options: Make) -> None:
+    out = Path(train(options()).out)
+    (out / "student").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (out / name).replace(out / "student" / name)
+    with pytest.raises(UsageError, match="earlier version of kdcache"):
+        train(options())
+    with pytest.raises(UsageError, match=f"earlier version of kdcache.*{out}/student"):
+        SavedModel.find(str(out))
+    assert SavedModel.find(str(out / "student")).task == "sequence-classification"
+
+
+def test_a_run_reports_its_words(options: Make, folder: Path) -> None:
+    words = {"student": "bilstm", "epochs": 1, **SMALL}
+    result = train(options(**words, eval_cache=str(folder / "held"), max_words=40))
+    own = AutoTokenizer.from_pretrained(result.out)
+    assert result.vocabulary == len(own) == 40
+    for name, share in (("classes", result.unknown), ("held", result.eval_unknown)):
+        cache = Cache.open(str(folder / name))
+        texts = [text for span in range(cache.spec.spans) for text in cache.read(span).texts or []]
+        ids = [own(text)["input_ids"] for text in texts]
+        assert share == pytest.approx(sum(row.count(1) for row in ids) / sum(map(len, ids)))
+        assert 0 < share < 1
+    whole = train(options(**words, out=options().out + "-whole"))
+    assert (whole.unknown, whole.eval_unknown) == (0, None)
+    plain = train(options(out=options().out + "-plain", epochs=1))
+    assert (plain.vocabulary, plain.unknown, plain.eval_unknown) == (None, None, None)
 
 
 # Evaluation
@@ -436,10 +490,9 @@ def test_the_best_checkpoint_becomes_the_student(
     assert len(lines) == lines.index(best) + 3
 
     # The metrics are those of the saved student on the rows of the cache.
-    student = BiLstmClassifier.from_pretrained(result.student).eval()
-    (batch,) = TargetStream(
-        str(folder / "held"), batch_size=20, shuffle=False, tokenize=student.vocabulary
-    )
+    student = AutoModelForSequenceClassification.from_pretrained(result.out).eval()
+    tokenize = HfTokenize(AutoTokenizer.from_pretrained(result.out), 512)
+    (batch,) = TargetStream(str(folder / "held"), batch_size=20, shuffle=False, tokenize=tokenize)
     with torch.no_grad():
         logits = student(batch["input_ids"], batch["attention_mask"]).logits
     labelled = batch["labels"] != -100
@@ -475,9 +528,9 @@ def test_patience_survives_a_resume(options: Make, folder: Path, tmp_path: Path)
 
 def test_a_classifier_is_saved_for_its_own_library(options: Make) -> None:
     result = train(options())
-    model = AutoModelForSequenceClassification.from_pretrained(result.student)
+    model = AutoModelForSequenceClassification.from_pretrained(result.out)
     assert model.config.id2label == {0: "c0", 1: "c1", 2: "c2"}
-    assert AutoTokenizer.from_pretrained(result.student)("w3 w5")["input_ids"] == [3, 5]
+    assert AutoTokenizer.from_pretrained(result.out)("w3 w5")["input_ids"] == [3, 5]
     document = json.loads(Path(result.out, "train.json").read_text())
     assert document["options"]["batch_size"] == 8
     assert document["result"]["loss"] == result.loss
@@ -493,7 +546,7 @@ def test_a_language_model_learns_and_is_saved(options: Make, folder: Path) -> No
     lines = [x for x in metrics(chosen.out) if "eval_loss" in x]
     assert lines[-1]["eval_soft_loss"] < lines[0]["eval_soft_loss"]
     assert "accuracy" not in result.eval
-    model = AutoModelForCausalLM.from_pretrained(result.student)
+    model = AutoModelForCausalLM.from_pretrained(result.out)
     assert model.config.use_cache
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -515,7 +568,7 @@ def test_an_eval_cache_may_have_another_codec(
     ]
     assert losses[0] == losses[1]  # training goes on with its own codec
     student = DistilledStudent(
-        AutoModelForCausalLM.from_pretrained(result.student), CAUSAL,
+        AutoModelForCausalLM.from_pretrained(result.out), CAUSAL,
         vocab_size=held.spec.vocab_size,
     ).eval()  # fmt: skip
     total = count = 0.0
@@ -679,7 +732,7 @@ def test_two_workers_take_the_steps_of_one(
     for key, value in weights(both.out).items():
         torch.testing.assert_close(value, weights(alone.out)[key], atol=1e-4, rtol=1e-3)
     if name == "causal":
-        AutoModelForCausalLM.from_pretrained(Path(both.out, "student"))
+        AutoModelForCausalLM.from_pretrained(both.out)
     assert not train(both).made
 
 

@@ -24,6 +24,7 @@ from kdcache.commands.train.train import train
 from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.rows import RowSpec, make_encoder
+from kdcache.student.checkpoints import STATE_FILE
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
 
 PAYLOAD = "import pathlib\npathlib.Path({ran!r}).touch()\n"
@@ -202,6 +203,9 @@ def test_the_state_of_a_resumed_run_is_data(name: str, model: Path, tmp_path: Pa
     train(TrainOptions(out=str(tmp_path / "one"), **options))
     checkpoint = tmp_path / "one" / "checkpoint-1"
     (checkpoint / name).write_bytes(pickle.dumps(Touch(str(tmp_path / "ran"))))
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    state["files"][name] = (checkpoint / name).stat().st_size  # as its author could
+    (checkpoint / STATE_FILE).write_text(json.dumps(state))
     with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
         train(TrainOptions(out=str(tmp_path / "two"), resume=str(checkpoint), **options))
     assert not (tmp_path / "ran").exists()

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from kdcache.cache import Cache
-from kdcache.student import BiLstmClassifier
 from kdcache.tasks import IGNORE
 
 
@@ -64,10 +63,8 @@ def text_logits(folder: Path, texts: Iterable[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def word_logits(run: Path, texts: list[str]) -> torch.Tensor:
-    """Logits of the biLSTM in a run folder, one text at a time."""
-    model = BiLstmClassifier.from_pretrained(run / "student").eval()
-    assert model.vocabulary is not None
-    return torch.cat([model(**model.vocabulary([t])).logits for t in texts])
+    """Logits of the biLSTM in a run's folder, one text at a time."""
+    return text_logits(run, texts)
 
 
 @lru_cache

@@ -107,9 +107,17 @@ def _train() -> click.Command:
             echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
             return
         best = f" (best: step {result.best_step})" if result.best_step is not None else ""
+        words = ""
+        if result.vocabulary is not None:
+            words = (
+                f"; {result.vocabulary:,} words, {result.unknown or 0:.1%} of the texts' unknown"
+            )
+            if result.eval_unknown is not None:
+                words += f", {result.eval_unknown:.1%} in evaluation"
         echo(
-            f"{result.student}: {result.steps} steps{best}, {result.rows:,} rows, loss "
+            f"{result.out}: {result.steps} steps{best}, {result.rows:,} rows, loss "
             f"{result.loss:.4f} in {duration(result.seconds)}"
+            + words
             + (f"; evaluation: {measured}" if measured else "")
             + "."
         )

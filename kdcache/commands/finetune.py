@@ -42,13 +42,14 @@ from kdcache.commands.train.result import TrainProgress
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
+from kdcache.models import HeadedConfig
 from kdcache.options import option
 from kdcache.rows import Row, make_encoder
 from kdcache.student.load import find_files
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import TeacherFiles, quiet_transformers
-from kdcache.teacher.headed import HeadedClassifier
+from kdcache.teacher.headed import HeadedForSequenceClassification
 from kdcache.teacher.load import set_pad_id
 
 RESULT_FILE = "finetune.json"
@@ -340,15 +341,20 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
         ) from error
     if options.head_width is None:
         return model
-    return HeadedClassifier(model, options.head_width, options.head_dropout)
+    head = HeadedConfig(
+        encoder=config.to_dict(),
+        head_width=options.head_width,
+        head_dropout=options.head_dropout,
+        **classes,
+    )
+    return HeadedForSequenceClassification(head, model)
 
 
 def _freeze(model: Any, last: int | None) -> None:
     """Leave only the encoder's last tensors, and the head, to be trained."""
     if last is None:
         return
-    encoder = model.encoder if isinstance(model, HeadedClassifier) else model.base_model
-    tensors = list(encoder.parameters())
+    tensors = list(model.base_model.parameters())
     if last > len(tensors):
         raise UsageError(f"train_last is {last}, but the encoder has {len(tensors)} tensors.")
     for tensor in tensors[: len(tensors) - last]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from kdcache.student.bilstm import BiLstmClassifier, BiLstmConfig
+from kdcache.models import BiLstmConfig
+from kdcache.student.bilstm import BiLstmForSequenceClassification
 from kdcache.student.load import HfTokenize, StudentInfo, load_student, student_tokenize
-from kdcache.student.words import Vocabulary, read_embeddings
+from kdcache.student.words import read_embeddings, word_tokenizer
 from kdcache.student.wrapper import DistillationOutput, DistilledStudent
 
 __all__ = [
-    "BiLstmClassifier",
     "BiLstmConfig",
+    "BiLstmForSequenceClassification",
     "DistillationOutput",
     "DistilledStudent",
     "HfTokenize",
     "StudentInfo",
-    "Vocabulary",
     "load_student",
     "read_embeddings",
     "student_tokenize",
+    "word_tokenizer",
 ]

@@ -34,11 +34,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
 )
 
 from kdcache.errors import UsageError
-from kdcache.student.bilstm import MODEL_TYPE, BiLstmClassifier, BiLstmConfig
-from kdcache.student.words import Vocabulary, read_embeddings
+from kdcache.models import BILSTM, BiLstmConfig
+from kdcache.student.bilstm import BiLstmForSequenceClassification
+from kdcache.student.words import read_embeddings, word_tokenizer
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
@@ -120,18 +122,14 @@ def load_student(
     kind = None if raw is None else raw.get("model_type")
     if raw is not None:
         check_config(f"student {name}", raw, trust_remote_code=trust_remote_code)
-    builtin = name == "bilstm" or kind == MODEL_TYPE
-    if (options or embeddings) and not (builtin and not Path(name).is_dir()):
+    new_bilstm = name == "bilstm" or (kind == BILSTM and not Path(name).is_dir())
+    if (options or embeddings) and not new_bilstm:
         raise UsageError(
             f"sizes and embeddings are options of a new bilstm, not of student {name}."
         )
     with _seeded(info.seed):
-        if name == "bilstm":
-            student: nn.Module = _bilstm(options or {}, embeddings, info)
-        elif kind == MODEL_TYPE and Path(name).is_dir():
-            student = BiLstmClassifier.from_pretrained(name)
-        elif kind == MODEL_TYPE:
-            student = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)
+        if new_bilstm:
+            student: nn.Module = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)
         elif kind == FACTORY_TYPE:
             student = _saved_factory(Path(name), raw or {}, info)
         elif _FACTORY.fullmatch(name) and not Path(name).exists():
@@ -149,8 +147,8 @@ def student_tokenize(
 ) -> Tokenize | None:
     """How a classification student turns texts into tensors, or None if it uses the cached ids.
 
-    A bilstm with words brings its vocabulary, a module may bring a method `tokenize`, a Hugging
-    Face folder its tokenizer (none is needed if it is the cache's).
+    A module may bring a method `tokenize`, a new bilstm its words, a folder its tokenizer (none is
+    needed if it is the cache's).
 
     Args:
         student: what `load_student` returned for `name`.
@@ -160,13 +158,11 @@ def student_tokenize(
     """
     if info.task == CAUSAL_LM:
         return None
-    if isinstance(student, BiLstmClassifier):
-        return student.vocabulary
     own = getattr(student, "tokenize", None)
     if own is not None:
         return own  # type: ignore[no-any-return]
-    tokenizer = _tokenizer_of(name, trust_remote_code)
-    if tokenizer is None or info.tokenizer is None or _same_tokenizer(tokenizer, info.tokenizer):
+    tokenizer = getattr(student, "tokenizer", None) or _tokenizer_of(name, trust_remote_code)
+    if tokenizer is None or _same_tokenizer(tokenizer, info.tokenizer):
         return None
     return HfTokenize(tokenizer, info.max_length)
 
@@ -221,31 +217,37 @@ def _config_file(name: str) -> dict[str, Any] | None:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise UsageError(
             f'student {path} names no architecture: it needs a "model_type", such as "llama" or '
-            f'"{MODEL_TYPE}".'
+            f'"{BILSTM}".'
         )
     return raw
 
 
 def _bilstm(
     options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo
-) -> BiLstmClassifier:
+) -> BiLstmForSequenceClassification:
     if info.task != SEQUENCE_CLASSIFICATION:
         raise UsageError(
             f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
         )
-    sizes = {k: v for k, v in options.items() if k not in _WORD_OPTIONS and v is not None}
+    common = {*PreTrainedConfig().to_dict(), "num_labels"}  # in every config.json: not options
+    own = BiLstmConfig().to_dict().keys() - common
+    unknown = sorted(options.keys() - common - own - set(_WORD_OPTIONS))
+    if unknown:
+        known = ", ".join(sorted({*own, *_WORD_OPTIONS}))
+        raise UsageError(f"bilstm has no option {', '.join(unknown)}; it knows {known}.")
+    sizes = {k: v for k, v in options.items() if k in own and v is not None}
     source = options.get("tokenizer") or "words"
-    vocabulary = None
+    words = None
     if source == "words":
         if info.texts is None:
             raise UsageError(
                 "bilstm builds its vocabulary from texts, and there are none. Give tokenizer "
                 "teacher."
             )
-        vocabulary = Vocabulary.build(
+        words = word_tokenizer(
             info.texts,
             min_count=options.get("min_count") or 1,
-            max_size=options.get("max_words"),
+            max_words=options.get("max_words"),
             lower=options.get("lower") is not False,
             max_length=info.max_length,
         )
@@ -253,20 +255,23 @@ def _bilstm(
         raise UsageError(f"bilstm: tokenizer {source!r}; choose words or teacher.")
     vectors = None
     if embeddings is not None:
-        if vocabulary is None:
+        if words is None:
             raise UsageError(
                 "embeddings are for words; the teacher's tokens are not words. Drop tokenizer "
                 "teacher."
             )
-        vectors = read_embeddings(embeddings, vocabulary.words, sizes.get("embedding_size"))
+        ids = words.get_vocab()
+        vectors = read_embeddings(
+            embeddings, sorted(ids, key=ids.__getitem__), sizes.get("embedding_size")
+        )
         sizes["embedding_size"] = vectors[1].shape[1]
     sizes |= {
-        "vocab_size": info.vocab_size if vocabulary is None else len(vocabulary),
-        "num_labels": info.num_labels,
-        "label_names": info.label_names,
-        "pad_id": info.pad_id if vocabulary is None else 0,
+        **_labels(info),
+        "vocab_size": info.vocab_size if words is None else len(words),
+        "pad_token_id": info.pad_id if words is None else 0,
     }
-    student = BiLstmClassifier(BiLstmConfig.from_dict(sizes), vocabulary)
+    student = BiLstmForSequenceClassification(BiLstmConfig(**sizes))
+    student.tokenizer = words
     if vectors is not None:
         student.load_embeddings(*vectors)
     return student
@@ -358,6 +363,12 @@ def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles
     Raises:
         UsageError: as `TeacherFiles.find`, with that role.
     """
+    inner = Path(name) / "student"
+    if (inner / "config.json").is_file() and not (inner.parent / "config.json").is_file():
+        raise UsageError(
+            f"{role} {name} is a run of an earlier version of kdcache, which kept the model in a "
+            f"folder of its own. Name {inner}, or train again."
+        )
     try:
         return TeacherFiles.find(name, trust_remote_code=trust_remote_code)
     except UsageError as error:
@@ -407,10 +418,8 @@ def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> Non
                 f"student {name} has {labels} classes, the cache has {info.num_labels}."
             )
         embedded = _rows(student, "get_input_embeddings")
-        has_words = isinstance(student, BiLstmClassifier) and student.vocabulary is not None
         if (
             embedded is not None
-            and not has_words
             and student_tokenize(student, name, info, trust_remote_code=trust) is None
             and embedded < info.vocab_size
         ):
@@ -464,5 +473,7 @@ def _tokenizer_of(name: str, trust: bool) -> Any:
 
 
 def _same_tokenizer(a: Any, b: Any) -> bool:
+    if b is None:
+        return False
     sample = "The Quick-brown fox, isn't it? Naïve 123."
     return bool(a.get_vocab() == b.get_vocab() and a(sample)["input_ids"] == b(sample)["input_ids"])

@@ -1,7 +1,7 @@
 """A saved model of any kind, for evaluation and prediction: rows in, logits out.
 
-Hugging Face folders are run by `kdcache.teacher.Teacher`, which projects the vocabulary in slices
-and only at positions; other students (the biLSTM, those of a `module:function`) by their own
+Hugging Face folders, the biLSTM's among them, are run by `kdcache.teacher.Teacher`, which projects
+the vocabulary in slices and only at positions; students of a `module:function` by their own
 forward, whole.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,11 @@ from torch import Tensor, nn
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.student import (
-    BiLstmClassifier,
     DistilledStudent,
     StudentInfo,
-    Vocabulary,
     load_student,
+    word_tokenizer,
 )
-from kdcache.student.bilstm import MODEL_TYPE
 from kdcache.student.load import Tokenize, find_files
 from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
@@ -59,28 +56,18 @@ class SavedModel:
     def find(
         cls, name: str, *, role: str = "student", trust_remote_code: bool = False
     ) -> SavedModel:
-        """Locate a model: its folder, the folder of a run that has it in `student/`, or a hub id.
+        """Locate a model: its folder, which may be that of a run, or a hub id.
 
         Raises:
             UsageError: there is none, or it has no safetensors weights.
         """
-        folder = Path(name).expanduser()
-        inner = folder / "student"
-        if not (folder / "config.json").is_file() and (inner / "config.json").is_file():
-            folder = inner
-        where = str(folder) if folder.is_dir() else name
-        files = find_files(where, role, trust_remote_code=trust_remote_code)
+        files = find_files(name, role, trust_remote_code=trust_remote_code)
         return cls(name, files, role)
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """`config.json` as it is."""
         return read_json(f"{self.role} {self.name}", self.files.folder / "config.json")
-
-    @property
-    def is_bilstm(self) -> bool:
-        """Whether this is the built-in biLSTM."""
-        return bool(self.raw_config.get("model_type") == MODEL_TYPE)
 
     @property
     def is_factory(self) -> bool:
@@ -91,7 +78,7 @@ class SavedModel:
     def task(self) -> str | None:
         """The task of the model, or None if its configuration does not say."""
         names = " ".join(self.raw_config.get("architectures") or ())
-        if self.is_bilstm or "SequenceClassification" in names:
+        if "SequenceClassification" in names:
             return SEQUENCE_CLASSIFICATION
         if self.is_factory:
             return str(self.raw_config["info"]["task"])
@@ -104,7 +91,7 @@ class SavedModel:
                 f"{self.role} {self.name} was saved for {self.task}, but {task} is asked for. "
                 f"Name a model for {task}."
             )
-        if not self.is_bilstm and not self.is_factory:
+        if not self.is_factory:
             try:
                 self.files.check_task(task)
             except UsageError as error:
@@ -113,9 +100,6 @@ class SavedModel:
     @property
     def label_names(self) -> tuple[str, ...]:
         """The classes in the order of the logits."""
-        if self.is_bilstm:
-            names = self.raw_config.get("label_names") or range(self.raw_config["num_labels"])
-            return tuple(str(name) for name in names)
         if self.is_factory:
             info = self.raw_config["info"]
             return tuple(map(str, info["label_names"] or range(info["num_labels"])))
@@ -146,22 +130,19 @@ class SavedModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer, or None if it reads another model's ids."""
-        if self.is_bilstm and (self.files.folder / "vocab.json").is_file():
-            return _Words(Vocabulary.load(self.files.folder / "vocab.json"))
         if self.files.has_tokenizer:
             return self.files.tokenizer
         return None
 
     @cached_property
     def tokenizer_sha256(self) -> str | None:
-        """Identity of the tokenizer; a list of words has none that a cache could share."""
-        own = self.tokenizer
-        return None if own is None or isinstance(own, _Words) else tokenizer_sha256(own)
+        """Identity of the tokenizer."""
+        return None if self.tokenizer is None else tokenizer_sha256(self.tokenizer)
 
     @property
     def reach(self) -> int | None:
         """The most tokens that the model can read, or None if unbounded."""
-        config = self.raw_config
+        config = self.raw_config.get("encoder", self.raw_config)
         # Rotary positions continue beyond the trained ones; a table of positions ends.
         if any(name.startswith("rope_") for name in config):
             return None
@@ -182,24 +163,14 @@ class SavedModel:
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None = None
     ) -> list[Row]:
         """Rows of texts, without labels, by the model's own tokenizer; cut to what it can read."""
-        if self.tokenizer is None and self.is_factory:
-            # It tokenises by itself, if at all: the ids only give the length of a text.
-            second = [""] * len(texts) if pairs is None else pairs
-            return [
-                Row(
-                    input_ids=np.zeros(1 + len(text.split()) + len(pair.split()), np.int32),
-                    labels=np.array([IGNORE], np.int32),
-                    text=text,
-                    text_pair=None if pairs is None else pair,
-                )
-                for text, pair in zip(texts, second, strict=True)
-            ]
-        if self.tokenizer is None:
+        own = self.tokenizer
+        if own is None and self.is_factory:
+            own = word_reader()  # it tokenises by itself, if at all: only the lengths count
+        if own is None:
             raise UsageError(
                 f"{self.role} {self.name} has no tokenizer: it reads the teacher's ids. "
                 "Copy the teacher's tokenizer files into its folder."
             )
-        own = self.tokenizer
         bounds = [n for n in (max_length, self.reach, own.model_max_length) if n is not None]
         encoded = own(
             list(texts),
@@ -235,9 +206,6 @@ class SavedModel:
         """
         self.check_task(task)
         self.check_width(task, vocab_size)
-        if self.is_bilstm:
-            bilstm = BiLstmClassifier.from_pretrained(self.files.folder)
-            return LoadedModel(self, _own_forward(bilstm, task, bilstm.vocabulary, device))
         if self.is_factory:
             info = StudentInfo(**self.raw_config["info"])
             trust = self.files.trust_remote_code
@@ -304,34 +272,9 @@ class LoadedModel:
             yield piece if self.order is None else piece[:, list(self.order)]
 
 
-class _Words:
-    """A word vocabulary behind the calls of a Hugging Face tokenizer that encoders make."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self.model_max_length = vocabulary.max_length
-
-    def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        return int(pair)
-
-    def __call__(
-        self,
-        texts: Sequence[str],
-        pairs: Sequence[str] | None = None,
-        *,
-        max_length: int | None = None,
-        **_: Any,
-    ) -> dict[str, list[list[int]]]:
-        rows = [
-            self._vocabulary.ids(text, None if pairs is None else pairs[i])[:max_length]
-            for i, text in enumerate(texts)
-        ]
-        return {"input_ids": rows}
-
-
 def word_reader() -> Any:
     """A stand-in for a tokenizer, for encoders of which only texts and labels are used."""
-    return _Words(Vocabulary(("<pad>", "<unk>", "<sep>")))
+    return word_tokenizer(("a",))
 
 
 def _own_forward(

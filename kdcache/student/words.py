@@ -1,143 +1,105 @@
-"""A word-level vocabulary, and pretrained word vectors for it.
+"""A word-level tokenizer, and pretrained word vectors for its words.
 
-Tokens are runs of letters and digits (with inner apostrophes) and single other characters; white
-space separates and is dropped. The vocabulary is the words of the training texts by falling count,
-ties by the word itself, so it depends on the texts alone and not on their order.
+Tokens are runs of letters and digits (with inner apostrophes) and single other characters; CJK
+characters are tokens one by one, as in BERT; white space separates and is dropped. The vocabulary
+is the words of the training texts by falling count, ties by the word itself, so it depends on the
+texts alone and not on their order.
+
+The tokenizer is one of `tokenizers`: `AutoTokenizer.from_pretrained` reads it without kdcache.
+Cost: the texts are read once, and counted at some 10 MB/s.
 """
 
 from __future__ import annotations
 
 import gzip
-import json
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from kdcache.errors import UsageError
 
-PAD, UNKNOWN, SEPARATOR = "<pad>", "<unk>", "<sep>"
-_WORD = re.compile("\\w+(?:['\u2019]\\w+)*|[^\\w\\s]")
+PAD, UNKNOWN, SEPARATOR = SPECIAL = ("<pad>", "<unk>", "<sep>")
+_WORD = r"\w+(?:['\u2019]\w+)*|[^\w\s]"
+_BATCH = 1024
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Words and their ids (their index in `words`); id 0 pads, 1 is any unknown word, 2 separates a
-    pair of texts.
+def word_tokenizer(
+    texts: Iterable[str],
+    *,
+    min_count: int = 1,
+    max_words: int | None = None,
+    lower: bool = True,
+    max_length: int = 512,
+) -> Any:
+    """A tokenizer of the words of `texts`.
 
-    Attributes:
-        words: all words, the three special ones first.
-        lower: whether texts are lower-cased before they are looked up.
-        max_length: longest row in tokens; longer ones are cut at the end.
+    Args:
+        texts: training texts; read once.
+        min_count: rarer words become unknown.
+        max_words: keep at most so many words, the special ones included.
+        lower: fold case.
+        max_length: longest row in tokens; longer ones are cut.
+
+    Returns:
+        A `PreTrainedTokenizerFast`: id 0 pads, 1 is any unknown word, 2 separates a pair of texts.
+
+    Raises:
+        UsageError: no word is left.
     """
-
-    words: tuple[str, ...]
-    lower: bool = True
-    max_length: int = 512
-
-    def __post_init__(self) -> None:
-        if self.words[:3] != (PAD, UNKNOWN, SEPARATOR):
-            raise UsageError(
-                f"a vocabulary starts with {PAD}, {UNKNOWN}, {SEPARATOR}, not {self.words[:3]}."
-            )
-        if self.max_length < 1:
-            raise UsageError(f"max_length is {self.max_length}; a row needs at least one token.")
-        object.__setattr__(self, "_ids", {word: i for i, word in enumerate(self.words)})
-
-    @classmethod
-    def build(
-        cls,
-        texts: Iterable[str],
-        *,
-        min_count: int = 1,
-        max_size: int | None = None,
-        lower: bool = True,
-        max_length: int = 512,
-    ) -> Vocabulary:
-        """Collect the words of `texts`.
-
-        Args:
-            texts: training texts; read once.
-            min_count: rarer words become unknown.
-            max_size: keep at most so many words, the special ones included.
-            lower: fold case.
-            max_length: see the class.
-
-        Raises:
-            UsageError: no word is left.
-        """
-        counts: Counter[str] = Counter()
-        for text in texts:
-            counts.update(split_words(text, lower))
-        kept = sorted(
-            (w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w)
+    words = Tokenizer(WordLevel(unk_token=UNKNOWN))
+    words.normalizer = BertNormalizer(
+        clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=lower
+    )
+    words.pre_tokenizer = Split(Regex(_WORD), "removed", invert=True)
+    words.post_processor = TemplateProcessing(
+        single="$A", pair=f"$A {SEPARATOR} $B:0", special_tokens=[(SEPARATOR, 2)]
+    )
+    trainer = WordLevelTrainer(
+        vocab_size=2**31 if max_words is None else max(max_words, len(SPECIAL)),
+        min_frequency=min_count,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+    )
+    words.train_from_iterator(texts, trainer)
+    if words.get_vocab_size() == len(SPECIAL):
+        raise UsageError(
+            f"no word occurs {min_count} times or more in the training texts, so there is no "
+            "vocabulary. Lower min_count, or check that the cache holds the texts."
         )
-        if max_size is not None:
-            kept = kept[: max(max_size - 3, 0)]
-        if not kept:
-            raise UsageError(
-                f"no word occurs {min_count} times or more in the training texts, so there is no "
-                "vocabulary. Lower min_count, or check that the cache holds the texts."
-            )
-        return cls((PAD, UNKNOWN, SEPARATOR, *kept), lower=lower, max_length=max_length)
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def ids(self, text: str, pair: str | None = None) -> list[int]:
-        """Token ids of a text, or of two with a separator between: from 1 to `max_length`."""
-        table: dict[str, int] = self._ids  # type: ignore[attr-defined]
-        ids = [table.get(word, 1) for word in split_words(text, self.lower)]
-        if pair is not None:
-            ids += [2, *(table.get(word, 1) for word in split_words(pair, self.lower))]
-        return ids[: self.max_length] or [1]
-
-    def __call__(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Tokenise a batch.
-
-        Returns:
-            ``input_ids`` int64 [B, L], right-padded with 0, and ``attention_mask`` int64 [B, L].
-        """
-        rows = [self.ids(text, None if pairs is None else pairs[i]) for i, text in enumerate(texts)]
-        input_ids = torch.zeros((len(rows), max(map(len, rows), default=1)), dtype=torch.int64)
-        mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        return {"input_ids": input_ids, "attention_mask": mask}
-
-    def save(self, path: str | Path) -> None:
-        """Write `vocab.json`: readable, one object."""
-        value = {"lower": self.lower, "max_length": self.max_length, "words": self.words}
-        Path(path).write_text(
-            json.dumps(value, ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
-        )
-
-    @classmethod
-    def load(cls, path: str | Path) -> Vocabulary:
-        """Read what `save` wrote.
-
-        Raises:
-            UsageError: the file is not one.
-        """
-        try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(tuple(value["words"]), lower=value["lower"], max_length=value["max_length"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} is not a vocabulary of kdcache ({error}). Train the student again."
-            ) from error
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        sep_token=SEPARATOR,
+        padding_side="right",
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        split_special_tokens=True,  # a text that spells <pad> out means the characters
+    )
 
 
-def split_words(text: str, lower: bool = True) -> list[str]:
-    """Words and single punctuation marks of a text."""
-    return _WORD.findall(text.lower() if lower else text)
+def unknown_share(tokenizer: Any, texts: Iterable[str]) -> float | None:
+    """Share of a tokenizer's tokens of `texts` that are unknown; None where none can be."""
+    unknown, total = 0, 0
+    if tokenizer.unk_token_id is None:
+        return None
+    rest = iter(texts)
+    while batch := list(islice(rest, _BATCH)):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            unknown += ids.count(tokenizer.unk_token_id)
+            total += len(ids)
+    return unknown / max(total, 1)
 
 
 def read_embeddings(

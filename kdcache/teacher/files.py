@@ -26,7 +26,6 @@ from transformers import (
 from kdcache.errors import UsageError
 from kdcache.storage import sha256_file
 from kdcache.tasks import CAUSAL_LM
-from kdcache.teacher.headed import HEAD_FILE
 from kdcache.teacher.trust import check_folder
 
 TOKENIZER_FILES = (
@@ -121,11 +120,6 @@ class TeacherFiles:
         return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
     @property
-    def has_own_head(self) -> bool:
-        """Whether a head of ours (`kdcache.teacher.headed`) stands on an encoder."""
-        return (self.folder / HEAD_FILE).is_file()
-
-    @property
     def label_names(self) -> tuple[str, ...]:
         """Names of the classes in the order of the logits."""
         names = self.config.id2label
@@ -140,7 +134,7 @@ class TeacherFiles:
         config, causal = self.config, task == CAUSAL_LM
         known = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         own_code = self.trust_remote_code and getattr(config, "auto_map", None)
-        if type(config) not in known._model_mapping and not (own_code or self.has_own_head):
+        if type(config) not in known._model_mapping and not own_code:
             raise UsageError(
                 f"teacher {self.name} is of type {config.model_type}, for which transformers has "
                 f"no model for {task}. Name another teacher, or another --task."

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from kdcache.errors import UsageError
 from kdcache.targets.device import compiles
 from kdcache.teacher.files import TeacherFiles
-from kdcache.teacher.headed import HeadedClassifier
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.teacher.options import TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
@@ -71,8 +70,6 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
         "use_safetensors": True,
         "trust_remote_code": options.trust_remote_code,
     }
-    if not options.causal and files.has_own_head:
-        room = None  # a head of ours on an encoder: small enough for any GPU
     if room is not None:
         settings |= {"device_map": "auto", "max_memory": room}
     with quiet_transformers():
@@ -110,8 +107,6 @@ def _with_attention(files: TeacherFiles, options: TeacherOptions, settings: dict
 
 
 def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dict[str, Any]) -> Any:
-    if not options.causal and files.has_own_head:
-        return HeadedClassifier.from_pretrained(files.folder, **settings)
     kind = AutoModelForCausalLM if options.causal else AutoModelForSequenceClassification
     try:
         model, info = kind.from_pretrained(files.folder, output_loading_info=True, **settings)

@@ -41,6 +41,11 @@ def check_folder(who: str, folder: Path, *, trust_remote_code: bool) -> None:
     weights = [path.name for path in folder.glob("*.safetensors")]
     if (folder / _INDEX).is_file():
         weights += map(str, read_json(who, folder / _INDEX).get("weight_map", {}).values())
+    if "kdcache_head.safetensors" in weights:
+        raise UsageError(
+            f"{who} was fine-tuned by an earlier version of kdcache, whose head is not read. "
+            "Run `kdcache finetune` again."
+        )
     others = sorted(name for name in weights if not name.endswith(".safetensors"))
     if others or not weights:
         others += [path.name for path in folder.glob("*.bin")]

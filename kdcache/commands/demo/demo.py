@@ -333,7 +333,7 @@ class _Demo:
         with self._step("evaluation", done=False):
             result = evaluate(
                 EvaluateOptions(
-                    student=tuple(student.student for student in students),
+                    student=tuple(student.out for student in students),
                     cache=self._path("heldout-cache"),
                     teacher=self._path("teacher"),  # live: sparse targets do not give KL
                 )

@@ -24,8 +24,8 @@ from kdcache.targets import Codec, Dense, SoftTargets
 from kdcache.tasks import CAUSAL_LM
 
 RESULT_FILE = "train.json"
-STUDENT_FOLDER = "student"
-_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", STUDENT_FOLDER + "*", LOCK_FILE, ".*.tmp")
+SCRATCH = "student.tmp"
+_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", LOCK_FILE, ".*.tmp")
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,20 @@ class Plan:
         """
         path = self.out / RESULT_FILE
         if path.is_file():
+            if not (self.out / "config.json").is_file():
+                raise UsageError(
+                    f"{self.out} is a run of an earlier version of kdcache. Choose another --out."
+                )
             document = json.loads(path.read_text())
             check_identity(document, self.finished_identity, f"the finished run in {self.out}")
-            here = {"out": str(self.out), "student": str(self.out / STUDENT_FOLDER), "made": False}
-            return TrainResult(**{**document["result"], **here})
+            return TrainResult(**{**document["result"], "out": str(self.out), "made": False})
         if self.out.is_file():
             raise UsageError(f"{self.out} is a file. Choose another --out.")
         if self.out.is_dir():
             known = {p for pattern in _OURS for p in self.out.glob(pattern)}
-            if set(self.out.iterdir()) - known:
+            # A run that was killed while its model's files moved has some of them.
+            run = (self.out / SCRATCH).is_dir() or last_checkpoint(self.out) is not None
+            if set(self.out.iterdir()) - known and not run:
                 raise UsageError(
                     f"{self.out} is not empty and not a run of kdcache. Choose another --out."
                 )

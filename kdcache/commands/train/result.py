@@ -29,8 +29,7 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        out: folder of the run.
-        student: folder of the student.
+        out: folder of the run, and of the student.
         steps: steps of the whole run.
         epochs: passes over the caches.
         rows: rows trained on, over all epochs.
@@ -41,11 +40,14 @@ class TrainResult:
         best_step: step of the checkpoint that became the student, where there were evaluations.
         seconds: wall time of training, over all sittings.
         parameters: parameters of the student.
+        vocabulary: ids of the student's own tokenizer; None where it reads the cache's ids.
+        unknown: share of that tokenizer's tokens of the training texts that are unknown; None where
+            its vocabulary has no unknown.
+        eval_unknown: the same of the evaluation texts.
         made: False where the run was finished before and nothing was done.
     """
 
     out: str
-    student: str
     steps: int
     epochs: float
     rows: int
@@ -56,4 +58,7 @@ class TrainResult:
     best_step: int | None = None
     seconds: float = 0.0
     parameters: int = 0
+    vocabulary: int | None = None
+    unknown: float | None = None
+    eval_unknown: float | None = None
     made: bool = True

@@ -1,12 +1,13 @@
 """One training run: a student from sealed caches.
 
     caches -> all checks at once -> student -> stream -> DistillationTrainer -> best checkpoint ->
-    RUN/student
+    RUN
 
 A run's folder holds `checkpoint-N/` (weights, optimizer, random state, cursor), `metrics.jsonl` (a
-line a logged step or evaluation), `student/` (loadable by its own library) and, written last,
-`train.json` (options, digests of the caches, result). A folder with `train.json` is finished, and
-the same command on it does nothing; without it the same command continues from the last complete
+line a logged step or evaluation), the student's own files (`config.json`, `model.safetensors`, its
+tokenizer), so that its own library loads it from this folder, and, written last, `train.json`
+(options, digests of the caches, result). A folder with `train.json` is finished, and the same
+command on it does nothing; without it the same command continues from the last complete
 checkpoint.
 """
 
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    PreTrainedModel,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -38,14 +38,14 @@ from kdcache.commands.train.log import (
     cut_metrics,
     seconds_before,
 )
-from kdcache.commands.train.prepare import RESULT_FILE, STUDENT_FOLDER, Plan, steps_of
+from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, Plan, steps_of
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.errors import UsageError
-from kdcache.files import whole_folder, write_json
+from kdcache.files import filled_folder, write_json
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import (
-    BiLstmClassifier,
+    BiLstmForSequenceClassification,
     DistilledStudent,
     HfTokenize,
     StudentInfo,
@@ -56,6 +56,7 @@ from kdcache.student.checkpoints import read_state
 from kdcache.student.padding import check_rows
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer
+from kdcache.student.words import unknown_share
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
@@ -109,7 +110,6 @@ class Run:
         best = state.best_global_step if plan.eval_caches else None
         result = TrainResult(
             out=str(plan.out),
-            student=str(plan.out / STUDENT_FOLDER),
             steps=state.global_step,
             epochs=round(float(state.epoch or 0.0), 6),
             rows=_rows(self.stream),
@@ -120,10 +120,23 @@ class Run:
             best_step=best,
             seconds=seconds,
             parameters=sum(p.numel() for p in self.student.parameters()),
+            **_vocabulary(plan, self.tokenize),
         )
         with quiet_transformers():
             _save(plan, trainer, self.tokenize, result)
         return result
+
+
+def _vocabulary(plan: Plan, tokenize: Any) -> dict[str, Any]:
+    """Size of a student's own vocabulary, and what it does not know."""
+    if not isinstance(tokenize, HfTokenize):
+        return {}
+    own = tokenize.tokenizer
+    return {
+        "vocabulary": len(own),
+        "unknown": unknown_share(own, _texts(plan.caches)),
+        "eval_unknown": unknown_share(own, _texts(plan.eval_caches)) if plan.eval_caches else None,
+    }
 
 
 def _rows(stream: TargetStream) -> int:
@@ -171,7 +184,7 @@ def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
         tokenize = student_tokenize(
             inner, options.student, info, trust_remote_code=options.trust_remote_code
         )
-    if options.fsdp and not isinstance(inner, PreTrainedModel):
+    if options.fsdp and not getattr(inner, "_no_split_modules", None):
         raise UsageError(
             f"fsdp shards Hugging Face students layer by layer; {options.student} is none. "
             "Train it without --fsdp."
@@ -332,7 +345,7 @@ def _sharding(student: nn.Module) -> dict[str, Any]:
 
 
 def _learning_rate(name: str, student: DistilledStudent) -> float:
-    if isinstance(student.student, BiLstmClassifier):
+    if isinstance(student.student, BiLstmForSequenceClassification):
         return 1e-3
     # Random weights take larger steps than trained ones.
     return 5e-4 if name.endswith(".json") or (":" in name and not os.path.exists(name)) else 5e-5
@@ -366,16 +379,16 @@ def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: Train
         options["state_dict"] = {
             k.removeprefix("student."): v for k, v in weights.items() if k not in tied
         }
-    with whole_folder(plan.out / STUDENT_FOLDER) as folder:
+    with filled_folder(plan.out, SCRATCH, last=RESULT_FILE) as folder:
         student.save_pretrained(folder, **options)
         if tokenize is None:
             plan.caches[0].tokenizer().save_pretrained(str(folder))
         elif isinstance(tokenize, HfTokenize):
             tokenize.tokenizer.save_pretrained(str(folder))
-    document = {
-        "kdcache": __version__,
-        "options": plan.options.shown(),
-        "identity": plan.finished_identity,
-        "result": dataclasses.asdict(result),
-    }
-    write_json(plan.out / RESULT_FILE, document)
+        document = {
+            "kdcache": __version__,
+            "options": plan.options.shown(),
+            "identity": plan.finished_identity,
+            "result": dataclasses.asdict(result),
+        }
+        write_json(folder / RESULT_FILE, document)
