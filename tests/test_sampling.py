@@ -293,16 +293,22 @@ def test_sure_teacher_costs_one_entry() -> None:
     ("run", "draws"),
     [(reference_sample, 6), (reference_sample, 17), (blocked_sample, 1), (blocked_sample, 6)],
 )
-def test_mean_of_many_draws_is_the_distribution(run: object, draws: int) -> None:
+@pytest.mark.parametrize("means", [False, True])
+def test_mean_of_many_draws_is_the_distribution(run: object, draws: int, means: bool) -> None:
+    """Of one teacher, and of a mean of several, whose temperatures have logits of their own."""
+    if means and run is blocked_sample:
+        pytest.skip("a mean of teachers takes the direct way")
     assert callable(run)
     n, ts = 20_000, (1.0, 2.0)
     row = logits_like_a_teacher(1, 300, seed=3)
     row[:, :2] += torch.tensor([2.0, 1.0])
+    if means:
+        row = torch.stack([row, row + logits_like_a_teacher(1, 300, seed=4, scale=1.0)], 1)
     constants = rule(draws, ts)
     parts = []
     for a in range(0, n, 2000):
         u = torch.from_numpy(position_uniform(1, 2, np.arange(a, a + 2000), 0))
-        out = run(row.expand(2000, -1), u, constants)
+        out = run(row.expand(2000, *row.shape[1:]), u, constants)
         slot = torch.arange(out["ids"].shape[1])
         head = slot < out["heads"][:, None]
         tail = ~head & (slot < (out["heads"] + out["draws"])[:, None])
@@ -316,7 +322,16 @@ def test_mean_of_many_draws_is_the_distribution(run: object, draws: int) -> None
         parts.append(dense.scatter_add(1, out["ids"].long()[..., None].expand(-1, -1, 2), weights))
     drawn = torch.cat(parts)
     for i, t in enumerate(ts):
-        assert excess(drawn[..., i], torch.softmax(row[0].double() / t, -1)) < 4
+        own = row[0, i] if means else row[0]
+        assert excess(drawn[..., i], torch.softmax(own.double() / t, -1)) < 4
+
+
+def test_the_same_logits_at_each_temperature_are_those_of_one_teacher() -> None:
+    z, u = logits_like_a_teacher(3000, 300), uniforms(3000)
+    constants = rule(6, (1.0, 1.5, 2.0))
+    want = sample_entries(z, u, constants)
+    for name, value in sample_entries(z[:, None].expand(-1, 3, -1), u, constants).items():
+        assert torch.equal(value, want[name]), name
 
 
 def test_the_check_of_bias_can_fail() -> None:

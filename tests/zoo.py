@@ -161,7 +161,7 @@ _DECODERS = _words(
 _LANGUAGE_MODELS = _words(
     """
     afmoe apertus aria_text bart beam bigbird_pegasus bitnet blenderbot codegen cohere cohere2
-    cohere2_moe cwm ernie4_5 ernie4_5_moe exaone_moe falcon_h1 falcon_mamba flex_olmo flint
+    cohere2_moe cwm ernie4_5 ernie4_5_moe exaone_moe falcon_mamba flex_olmo flint
     glm4_moe gpt_neox_japanese granite granite_swa granitemoe granitemoe_swa granitemoeshared
     hrm_text hy_v3 hyperclovax inkling_text jais2 kolibri1 laguna lara_mini lfm2 llama4_text mamba
     mbart mellum mimo_v2_flash minimax_m2 ministral moshi mvp nanochat olmoe pegasus plbart rwkv
@@ -171,7 +171,7 @@ _LANGUAGE_MODELS = _words(
 _ENCODERS = _words(
     """
     albert bert big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie esm
-    eurobert flaubert gte ibert jina_embeddings_v3 layoutlm longformer megatron-bert modernbert
+    eurobert flaubert gte ibert jina_embeddings_v3 layoutlm megatron-bert modernbert
     mpnet mra nomic_bert rembert roberta roberta-prelayernorm roformer squeezebert tapas ultrabert
     xlm xlm-roberta xlm-roberta-xl
     """
@@ -181,6 +181,7 @@ CAUSAL = [
     *map(make, dict.fromkeys(_DECODERS + _LANGUAGE_MODELS)),
     *_SPECIAL,
     make("bamba", attn_layer_indices=[1], **_MAMBA),
+    make("falcon_h1", mamba_d_ssm=64, **_MAMBA),
     make("granitemoehybrid", layer_types=["mamba", "attention"], **_MAMBA),
     make("mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=16),
     make("qwen3_5_moe_text", **_LINEAR),
@@ -219,6 +220,7 @@ CAUSAL = [
 CLASSIFIERS = [
     *map(make, _ENCODERS + _DECODERS),
     *_SPECIAL,
+    make("longformer", attention_window=8),
     make("mobilebert", initializer_range=0.02),
 ]
 

@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdcache.errors import CorruptCacheError
-from kdcache.targets import Codec
+from kdcache.targets import Codec, Dense
 from kdcache.tasks import TASKS
 
 FORMAT = 1
@@ -119,7 +119,9 @@ class CacheSpec:
 
     def make_codec(self) -> Codec:
         """The codec that reads and writes this cache's targets."""
-        return Codec.parse(self.codec, self.temperatures, self.vocab_size)
+        codec = Codec.parse(self.codec, self.temperatures, self.vocab_size)
+        means = len(self.teachers) > 1 and self.ensemble == "mean-probs"
+        return replace(codec, declared_only=True) if means and isinstance(codec, Dense) else codec
 
     def differences(self, other: CacheSpec) -> list[str]:
         """One line a field in which `other` differs: `name: this -> other`."""

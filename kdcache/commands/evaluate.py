@@ -347,14 +347,19 @@ class _Evaluation:
             Its most probable id at each position, -1 where it is not known.
         """
         tally = self.teacher_tally
+        at_one = math.isclose(self.temperature, 1.0)
         if isinstance(targets, DenseTargets):
-            return self._add_student(tally, targets.logits, labels, None)
+            if cached is None or cached.codec.any_temperature or at_one:
+                return self._add_student(tally, targets.logits, labels, None)
+            # Of a mean of probabilities only the best is known at another temperature.
+            top = targets.logits.argmax(-1).cpu().numpy()
+            tally.add_predictions(labels, top, None)
+            return np.asarray(top)
         self.exact = self.exact and targets.exact
         best, slot = targets.weights.max(-1)
         top = targets.ids.gather(-1, slot[:, None])[:, 0].cpu().numpy()
         assert cached is not None, "sparse targets come from a cache"
         if targets.exact:
-            at_one = math.isclose(self.temperature, 1.0)
             tally.add_predictions(labels, top, best.cpu().numpy() if at_one else None)
             return np.asarray(top)
         codec = cached.codec
@@ -382,12 +387,19 @@ class _Evaluation:
             kl=None,
             soft_cross_entropy=None,
             agreement=None,
-            **self._label_scores(self.teacher_tally, dense=model is not None or self._dense),
+            **self._label_scores(self.teacher_tally, dense=model is not None or self._logits_known),
         )
 
     @property
     def _dense(self) -> bool:
         return self.cache is not None and self.cache.spec.codec.startswith("dense")
+
+    @property
+    def _logits_known(self) -> bool:
+        """Whether the cache tells the teacher's probabilities at T = 1."""
+        if self.cache is None or not self._dense:
+            return False
+        return self.cache.codec().any_temperature or math.isclose(self.temperature, 1.0)
 
     def _label_scores(self, tally: Tally, *, dense: bool = True) -> dict[str, Any]:
         """Figures against the hard labels; sparse targets lack the probability of some."""

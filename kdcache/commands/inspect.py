@@ -195,7 +195,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         task=spec.task,
         codec=spec.codec,
         temperatures=tuple(spec.temperatures),
-        any_temperature=spec.codec.startswith("dense"),
+        any_temperature=cache.codec().any_temperature,
         vocab_size=spec.vocab_size,
         spans=spec.spans,
         done=len(shards),
@@ -297,7 +297,7 @@ def _row(
 def default_temperature(cache: Cache) -> float:
     """The temperature to show by default: 1 if declared, else the first declared."""
     declared = tuple(cache.spec.temperatures)
-    plain = cache.spec.codec.startswith("dense") or any(math.isclose(t, 1.0) for t in declared)
+    plain = cache.codec().any_temperature or any(math.isclose(t, 1.0) for t in declared)
     return 1.0 if plain or not declared else declared[0]
 
 

@@ -122,6 +122,7 @@ def recheck(
         task=spec.task,
         weights=tuple(float(teacher["weight"]) for teacher in spec.teachers),
         ensemble=spec.ensemble,
+        temperatures=spec.temperatures,
         dtype=spec.dtype,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -179,7 +180,7 @@ def _choose(cache: Cache, sample: int, rng: np.random.Generator) -> _Sample:
 
 
 def _live(teacher: Teacher, chosen: _Sample, groups: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of the wanted positions, float32 [positions, V], row by row as they were chosen.
+    """Logits of the wanted positions, row by row as they were chosen.
 
     Args:
         teacher: who is asked.
@@ -213,7 +214,7 @@ def _compare(
     spec, codec, ranks = cache.spec, cache.codec(), cache.rank_to_id
     noise = torch.from_numpy(np.concatenate(chosen.noise))
     row_of = np.repeat(np.arange(len(chosen.rows)), [len(w) for w in chosen.wanted])
-    scale = float((alone - alone.mean(1, keepdim=True)).square().mean().sqrt())
+    scale = float((alone - alone.mean(-1, keepdim=True)).square().mean().sqrt())
 
     def stored(logits: Tensor) -> SoftTargets:
         encoded = {name: t.numpy() for name, t in codec.encode(logits, noise).items()}
@@ -225,7 +226,7 @@ def _compare(
         return np.bincount(row_of, each) / np.bincount(row_of)
 
     held, live = SoftTargets.concat(chosen.targets), stored(alone)
-    moved = (together - alone).square().mean(1, keepdim=True).sqrt()
+    moved = (together - alone).square().mean(-1, keepdim=True).sqrt()
     moved = moved.clamp_min(max(float(moved.square().mean().sqrt()), _ROUNDING[spec.dtype] * scale))
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     explained = [by_row(live, stored(together))]

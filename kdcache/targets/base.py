@@ -102,6 +102,16 @@ class Codec(ABC):
         """Rough size of a position on disk, for planning; real teachers need 50 % more or less."""
 
     @property
+    def any_temperature(self) -> bool:
+        """Whether targets are right at undeclared temperatures too."""
+        return False
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether a mean of several teachers' probabilities is kept at every declared T."""
+        return len(self.temperatures) == 1
+
+    @property
     def needs_noise(self) -> bool:
         """True if `encode` needs a uniform number for each position."""
         return False
@@ -118,7 +128,9 @@ class Codec(ABC):
 
         Args:
             logits: [n, V], any float dtype and device. Masked ids may hold -inf, except for
-                `dense`.
+                `dense`. Or [n, m, V], those of each declared temperature, divided by none: the mean
+                of several distributions has no single ones. Codecs without `keeps_means` take no
+                m above 1.
             u: float64 [n], uniform in [0, 1), from `position_uniform`; only codecs with
                 `needs_noise` use it.
 
@@ -213,13 +225,24 @@ def positive_int(text: str, usage: str) -> int:
     return int(text)
 
 
-def check_logits(logits: Tensor, vocab_size: int) -> None:
-    """Fail early on a slice of the wrong width: an error of the caller, not of the user."""
-    if logits.ndim != 2 or logits.shape[1] != vocab_size or not logits.is_floating_point():
+def check_logits(logits: Tensor, vocab_size: int, temperatures: int = 1) -> Tensor:
+    """Fail early on a slice of the wrong width: an error of the caller, not of the user.
+
+    Args:
+        logits: as `Codec.encode` takes them.
+        vocab_size: V.
+        temperatures: m.
+
+    Returns:
+        The logits, [n, V] where those of one temperature are given.
+    """
+    shape = tuple(logits.shape[1:])
+    if shape not in ((vocab_size,), (temperatures, vocab_size)) or not logits.is_floating_point():
         raise ValueError(
             f"logits are {logits.dtype} {list(logits.shape)}, "
             f"expected floats [positions, {vocab_size}]"
         )
+    return logits[:, 0] if shape[:-1] == (1,) else logits
 
 
 def refuse_bad_positions(finite: Array) -> None:

@@ -6,7 +6,7 @@ Costs V values a position: right for classifiers and small vocabularies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -36,6 +36,8 @@ class Dense(Codec):
         vocab_size: V, the number of classes or ids.
         temperatures: what the cache declares; any other works as well.
         dtype: stored type, "float32" or "float16" (relative error 2^-11).
+        declared_only: the logits are those of a mean of distributions at the one declared
+            temperature, and others are refused. Says how to read, not what is stored.
     """
 
     kind: ClassVar[str] = "dense"
@@ -44,6 +46,7 @@ class Dense(Codec):
     vocab_size: int
     temperatures: tuple[float, ...] = (1.0,)
     dtype: str = "float32"
+    declared_only: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         check_vocabulary(self.vocab_size)
@@ -61,6 +64,11 @@ class Dense(Codec):
         return "dense" if self.dtype == "float32" else f"dense:{self.dtype}"
 
     @property
+    def any_temperature(self) -> bool:
+        """Unless the logits are those of a mean."""
+        return not self.declared_only
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         """One: `logits` [positions, V]."""
         return (Column("logits", self.dtype, (self.vocab_size,)),)
@@ -71,12 +79,14 @@ class Dense(Codec):
         return float(np.dtype(self.dtype).itemsize * self.vocab_size)
 
     def check_temperature(self, temperature: float) -> None:
-        """Any positive temperature is exact."""
+        """Any positive temperature is exact, unless the logits are those of one."""
         canonical_temperatures([temperature])
+        if not self.any_temperature:
+            self._temperature_index(temperature)
 
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """Keep the logits; see `Codec.encode`. Minus infinity counts as unusable here."""
-        check_logits(logits, self.vocab_size)
+        logits = check_logits(logits, self.vocab_size)
         return {
             "logits": logits.to(getattr(torch, self.dtype)),
             # float16 cannot hold what bfloat16 and float32 can: its overflow shows after the cast.

@@ -97,6 +97,11 @@ class Sample(Codec):
         return f"sample:{self.draws}"
 
     @property
+    def keeps_means(self) -> bool:
+        """Always: entries have a weight for each temperature."""
+        return True
+
+    @property
     def needs_noise(self) -> bool:
         """Always."""
         return True
@@ -157,7 +162,7 @@ class Sample(Codec):
 
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """Choose ids and quantise their weights on the device; see `Codec.encode`."""
-        check_logits(logits, self.vocab_size)
+        logits = check_logits(logits, self.vocab_size, len(self.temperatures))
         if u is None or u.dtype != torch.float64 or u.shape != logits.shape[:1]:
             raise ValueError("sample needs u, float64 [positions], from position_uniform")
         # Of a model that is spread over devices the last one gives the logits.

@@ -90,7 +90,7 @@ class TopK(Codec):
 
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """The K largest logits, normalised, and the tail; see `Codec.encode`."""
-        check_logits(logits, self.vocab_size)
+        logits = check_logits(logits, self.vocab_size)
         return top_entries(logits, self.k, self.temperatures)
 
     def pack(

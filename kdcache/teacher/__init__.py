@@ -11,7 +11,7 @@ from kdcache.teacher.files import TeacherFiles, tokenizer_files, tokenizer_sha25
 from kdcache.teacher.memory import find_batch_tokens, peak_share
 from kdcache.teacher.options import Attention, TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
-from kdcache.teacher.teacher import Teacher, aligned
+from kdcache.teacher.teacher import Teacher, aligned, logits_at
 
 __all__ = [
     "Attention",
@@ -20,6 +20,7 @@ __all__ = [
     "TeacherOptions",
     "aligned",
     "find_batch_tokens",
+    "logits_at",
     "peak_share",
     "quiet_transformers",
     "tokenizer_files",

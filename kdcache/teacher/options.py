@@ -20,6 +20,7 @@ class TeacherOptions:
         task: `causal-lm` or `sequence-classification`.
         weights: weight of each teacher, summing to 1.
         ensemble: `mean-probs` (of the distributions) or `mean-logits`.
+        temperatures: at each of which the mean of several distributions is wanted.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `cpu`; `cuda` for one GPU, or more than it where the weights do not fit; `auto` to
             spread each model over all visible GPUs, and the host's memory where they are not
@@ -37,6 +38,7 @@ class TeacherOptions:
     task: str
     weights: tuple[float, ...] = (1.0,)
     ensemble: str = "mean-probs"
+    temperatures: tuple[float, ...] = (1.0,)
     dtype: str = "float32"
     device: str = "cpu"
     trust_remote_code: bool = False

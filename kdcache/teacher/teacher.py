@@ -79,7 +79,8 @@ class Teacher:
                 probe if there was none.
 
         Yields:
-            [n, vocab_size] slices on the teacher's device, together one row a position.
+            [n, vocab_size] slices on the teacher's device, together one row a position; of a mean
+            of probabilities [n, m, vocab_size], for each of the m declared temperatures.
         """
         if not self._probed:
             self.probe(rows)
@@ -94,9 +95,15 @@ class Teacher:
         slices = tuple(z.to(slices[0].device) for z in slices)
         if self.options.ensemble == "mean-logits":
             return torch.stack([w * z.float() for w, z in zip(weights, slices, strict=True)]).sum(0)
-        # Log of the mean probability serves as logits: their softmax at T = 1 is that mean.
-        logs = [z.float().log_softmax(-1) + np.log(w) for w, z in zip(weights, slices, strict=True)]
-        return torch.logsumexp(torch.stack(logs), 0)
+        # T times the log of the mean serves as logits: their softmax at T is that mean.
+        means = []
+        for t in self.options.temperatures:
+            logs = [
+                (z.float() / t).log_softmax(-1) + np.log(w)
+                for w, z in zip(weights, slices, strict=True)
+            ]
+            means.append(t * torch.logsumexp(torch.stack(logs), 0))
+        return torch.stack(means, 1)
 
     def take_clipped_mass(self) -> Tensor:
         """Probability the teacher gave to ids beyond the vocabulary since the last call, summed.
@@ -109,6 +116,22 @@ class Teacher:
             total += weight * one.clipped_mass.to(self.device)
             one.clipped_mass = torch.zeros_like(one.clipped_mass)
         return total
+
+
+def logits_at(logits: Tensor, made_for: Sequence[float], wanted: Sequence[float]) -> Tensor:
+    """The logits of some temperatures.
+
+    Args:
+        logits: as `Teacher.logits` yields them.
+        made_for: `TeacherOptions.temperatures`.
+        wanted: some of these.
+
+    Returns:
+        [n, len(wanted), V] of a mean of probabilities; [n, V] as they are of any other teacher.
+    """
+    if logits.ndim == 2:
+        return logits
+    return logits[:, [list(made_for).index(t) for t in wanted]]
 
 
 def aligned(streams: Sequence[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:

@@ -73,6 +73,7 @@ def prepare(options: BuildOptions) -> Prepared:
     codec = Codec.parse(
         options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
     )
+    check_ensemble(codec, options)
     rows = options.row_spec(
         options.task, teachers[0].label_names, max_length=_max_length(options, teachers[0])
     )
@@ -114,11 +115,26 @@ def prepare(options: BuildOptions) -> Prepared:
         corpus,
         rows,
         tokenizer,
-        teacher=_teacher_options(options, spec.dtype, gpus),
+        teacher=_teacher_options(options, spec, gpus),
         batch_tokens=options.batch_tokens or (65536 if gpus else 4096),
         gpus=gpus,
         ranks=ranks,
     )
+
+
+def check_ensemble(codec: Codec, options: BuildOptions) -> None:
+    """Refuse a codec that cannot keep what several teachers say at each declared temperature.
+
+    Raises:
+        UsageError: a mean of probabilities at several temperatures, and one set of logits.
+    """
+    if len(options.teacher) > 1 and options.ensemble == "mean-probs" and not codec.keeps_means:
+        names = ", ".join(f"{t:g}" for t in codec.temperatures)
+        raise UsageError(
+            f"codec {codec} keeps the mean of several teachers' probabilities at one temperature, "
+            f"not at {names}. Declare one with --temperatures, use --codec sample:N, or --ensemble "
+            "mean-logits."
+        )
 
 
 def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
@@ -138,13 +154,14 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
     return min(teacher.vocab_size(task) for teacher in teachers)
 
 
-def _teacher_options(options: BuildOptions, dtype: str, gpus: float) -> TeacherOptions:
+def _teacher_options(options: BuildOptions, spec: CacheSpec, gpus: float) -> TeacherOptions:
     return TeacherOptions(
         names=options.teacher,
         task=options.task,
         weights=options.weights,
         ensemble=options.ensemble,
-        dtype=dtype,
+        temperatures=spec.temperatures,
+        dtype=spec.dtype,
         device="cpu" if not gpus else "auto" if gpus > 1 else "cuda",
         trust_remote_code=options.trust_remote_code,
         attention=options.attention,

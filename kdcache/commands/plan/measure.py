@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from kdcache.rows import Row
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
-from kdcache.teacher import Teacher, find_batch_tokens, peak_share
+from kdcache.teacher import Teacher, find_batch_tokens, logits_at, peak_share
 
 _COMPARED = 2048  # positions, at most
 _COMPARED_AT_ONCE = 64
@@ -78,6 +78,7 @@ class SamplePass:
             to_id = read_ranks(prepared.ranks, prepared.spec.vocab_size)
             ranks = (to_id, ranks_of_ids(to_id))
         self.trials = [_Trial(c, ranks if c.uses_ranks else None) for c in codecs]
+        self.temperatures = tuple(sorted({t for codec in codecs for t in codec.temperatures}))
         # The order of the rows is the same for batches of any size.
         self.rows = [
             sample.rows[i] for batch in self._batches(prepared.batch_tokens) for i in batch
@@ -108,7 +109,8 @@ class SamplePass:
 
     def measure(self, report: Report) -> None:
         """Run the teacher over the sample and every codec over its logits."""
-        self.teacher = Teacher(self.prepared.teacher, self.prepared.spec.vocab_size)
+        options = replace(self.prepared.teacher, temperatures=self.temperatures)
+        self.teacher = Teacher(options, self.prepared.spec.vocab_size)
         self.teacher.probe(self.sample.rows)
         cut = self._batches(self._batch_tokens())
         # Kernels are chosen and compiled at their first call: not what a long build is made of.
@@ -123,7 +125,7 @@ class SamplePass:
             while (logits := self._next(slices)) is not None:
                 piece = u[place : place + len(logits)]
                 chosen = np.arange(-at % every, len(logits), every)
-                made = [trial.add(logits, piece) for trial in self.trials]
+                made = [trial.add(self._of(logits, trial), piece) for trial in self.trials]
                 for trial, part in zip(self.trials, made, strict=True):
                     trial.parts.append(part)
                 for start in range(0, len(chosen), _COMPARED_AT_ONCE):
@@ -132,6 +134,9 @@ class SamplePass:
                 at += len(logits)
             done += len(batch)
             report(f"teacher: {done} of {len(self.rows)} rows")
+
+    def _of(self, logits: Tensor, trial: _Trial) -> Tensor:
+        return logits_at(logits, self.temperatures, trial.codec.temperatures)
 
     def _batch_tokens(self) -> int:
         """What a build would find: the largest batch that fits a GPU."""
@@ -151,7 +156,7 @@ class SamplePass:
         for logits in self.teacher.logits([self.sample.rows[i] for i in batch]):
             u = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
             for trial in self.trials:
-                trial.add(logits, u, timed=False)
+                trial.add(self._of(logits, trial), u, timed=False)
         self.teacher.take_clipped_mass()
 
     def _next(self, slices: Iterator[Tensor]) -> Tensor | None:
@@ -173,9 +178,10 @@ class SamplePass:
         """Compare the stored targets of some positions of a slice with all of their logits."""
         here = logits[torch.from_numpy(chosen).to(logits.device)]
         taken = [part.take(chosen) for part in made]
-        for t in sorted({t for trial in self.trials for t in trial.codec.temperatures}):
-            # One student for all temperatures and codecs.
-            full = FullGradient(here, t, torch.Generator().manual_seed(self.compared))
+        for t in self.temperatures:
+            # One student for all codecs.
+            whole = logits_at(here, self.temperatures, (t,)).reshape(len(here), -1)
+            full = FullGradient(whole, t, torch.Generator().manual_seed(self.compared))
             for trial, targets in zip(self.trials, taken, strict=True):
                 if t in trial.meters:
                     trial.meters[t].add(full, targets.at(t).to(here.device))

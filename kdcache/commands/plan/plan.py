@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from kdcache.commands.build.prepare import prepare
+from kdcache.commands.build.prepare import check_ensemble, prepare
 from kdcache.commands.plan.measure import Report, SamplePass
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.result import PlanResult
 from kdcache.commands.plan.sample import sample_rows
+from kdcache.errors import UsageError
 from kdcache.storage import redact
 from kdcache.targets import Codec
 
@@ -70,7 +71,16 @@ def _grid(options: PlanOptions, vocab: int) -> list[Codec]:
         for temperatures in options.temperature_sets
         for text in options.codecs
     ]
-    return list(dict.fromkeys(codecs))
+    build_options = options.build_options()
+    fit = []
+    for codec in dict.fromkeys(codecs):
+        try:
+            check_ensemble(codec, build_options)
+            fit.append(codec)
+        except UsageError:
+            if options.codec is not None:
+                raise  # it was asked for
+    return fit
 
 
 def _device_name(device: torch.device) -> str:

@@ -20,7 +20,7 @@ from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.student.checkpoints import last_checkpoint, read_state, step_of
 from kdcache.student.trainer import check_identity
-from kdcache.targets import Codec, Dense, SoftTargets
+from kdcache.targets import Codec, SoftTargets
 from kdcache.tasks import CAUSAL_LM
 
 RESULT_FILE = "train.json"
@@ -57,7 +57,7 @@ class Plan:
         codec, temperatures = first.codec(), []
         if not options.hard_only:
             schedule = options.temperatures
-            if not schedule.constant and not isinstance(codec, Dense):
+            if not schedule.constant and not codec.any_temperature:
                 problems.append(
                     f"a schedule of temperatures ({schedule}) needs a dense cache, not {codec}."
                 )

@@ -28,14 +28,14 @@ def run_encoding(run: Encoding, tensors: tuple[Tensor, ...], *constants: Any) ->
 
     Args:
         run: treats each position by itself.
-        tensors: one row per position; the first are the logits [n, V].
+        tensors: one row per position; the first are the logits [n, V] or [n, m, V].
         constants: the same for all positions.
     """
     if tensors[0].is_cuda:
         return (_compiled(run) if compiles() else run)(*tensors, *constants)
     # As many positions at once as keep temporaries in the processor's caches.
-    n, vocabulary = tensors[0].shape
-    rows = max(1, min(_CPU_ROWS, _CPU_SLICE // vocabulary))
+    n, numbers = len(tensors[0]), tensors[0][0].numel() if len(tensors[0]) else 1
+    rows = max(1, min(_CPU_ROWS, _CPU_SLICE // numbers))
     if n <= rows:
         return run(*tensors, *constants)
     parts = [run(*(x[a : a + rows] for x in tensors), *constants) for a in range(0, n, rows)]

@@ -90,7 +90,8 @@ def sample_entries(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     """Sample and quantise by the rule; see the module's text.
 
     Args:
-        logits: [n, V], any float dtype. Ids that must never be met hold -inf.
+        logits: [n, V], any float dtype, or [n, m, V], those of each temperature. Ids that must
+            never be met hold -inf.
         u: float64 [n], uniform in [0, 1).
         rule: N, temperatures, M and R.
 
@@ -102,7 +103,7 @@ def sample_entries(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
         infinity.
     """
     # Opening up to 2 K blocks costs more than reading a small vocabulary outright.
-    blocked = logits.shape[-1] > 4 * rule.slots(logits.shape[-1]) * BLOCK
+    blocked = logits.ndim == 2 and logits.shape[-1] > 4 * rule.slots(logits.shape[-1]) * BLOCK
     run = blocked_sample if blocked else reference_sample
     return run_encoding(run, (logits, u), rule)
 
@@ -197,7 +198,11 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     temperatures, slots = rule.temperatures, rule.slots(z.shape[-1])
     peak = z.amax(-1, keepdim=True)
     x = z - peak
-    weights = [x.exp() if t == 1 else (x / t).exp_() for t in temperatures]
+    each = x.unbind(1) if x.ndim == 3 else (x,) * len(temperatures)
+    weights = [
+        part.exp() if t == 1 else (part / t).exp_()
+        for part, t in zip(each, temperatures, strict=True)
+    ]
     normalizer = torch.stack([w.sum(-1) for w in weights], -1)
     size = weights[0].div_(normalizer[:, :1])
     for i, w in enumerate(weights[1:], 1):
@@ -210,14 +215,21 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     # The line on which the draws fall: the tail's sizes end to end, the head taken out.
     line = size.scatter_(1, top_ids, torch.where(head[:, :-1], 0, top)).cumsum_(-1)
     top_ids = F.pad(top_ids, (0, 1))
-    p_top = torch.stack(probabilities(z.gather(1, top_ids), peak, normalizer, temperatures), -1)
+
+    def of(ids: Tensor) -> Tensor:
+        parts = [
+            (part.gather(1, ids) / t).exp() for part, t in zip(each, temperatures, strict=True)
+        ]
+        return torch.stack(parts, -1) / normalizer[:, None]
+
+    p_top = of(top_ids)
     units, draws = _round_head(p_top, head, left, u, rule)
     points = _points(u, heads, draws, slots, line[:, -1:])
     drawn = torch.searchsorted(line, points, right=True).clamp_max(z.shape[-1] - 1)
     ids = torch.where(head, top_ids, drawn)
-    p = torch.stack(probabilities(z.gather(1, ids), peak, normalizer, temperatures), -1)
-    shares = _round_shares(p, ids, u, rule.share_units)
-    return _entries(ids, head, units, shares, draws, all_finite(peak, normalizer), rule)
+    shares = _round_shares(of(ids), ids, u, rule.share_units)
+    finite = all_finite(peak.flatten(1), normalizer)
+    return _entries(ids, head, units, shares, draws, finite, rule)
 
 
 def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
