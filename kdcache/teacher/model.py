@@ -24,15 +24,34 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
+from kdcache.targets.device import outside_mass
 from kdcache.tasks import IGNORE
 from kdcache.teacher.load import input_device
 from kdcache.teacher.probe import TOLERANCES, distance, head_is_plain, probe_rows, with_other_end
 
 logger = logging.getLogger(__name__)
 
-_SLICE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+_SLICE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}
+_GPU_POSITIONS = 8192
 
 Batching = Literal["padded", "equal lengths", "one by one"]
+
+
+def slice_positions(device: str, columns: int, item_size: int) -> int:
+    """Positions that are projected at a time.
+
+    A CPU computes in float32 where it can; a slice stays near its caches. A GPU wants long slices,
+    in whole tiles of its products, of fewer elements than 32-bit indices reach.
+
+    Args:
+        device: kind of device.
+        columns: of the output layer.
+        item_size: bytes of a logit.
+    """
+    if device == "cpu":
+        return max(1, _SLICE_BYTES[device] // (4 * columns))
+    fits = min(_GPU_POSITIONS, _SLICE_BYTES[device] // (item_size * columns))
+    return fits // 256 * 256 or max(1, fits)
 
 
 class TeacherModel:
@@ -193,7 +212,7 @@ class TeacherModel:
         # The layers of a model that is spread move what they are given to their own devices; the
         # last one may live on another than the first.
         hidden = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device))
-        step = max(1, _SLICE_BYTES[hidden.device.type] // (4 * head.weight.shape[0]))
+        step = slice_positions(hidden.device.type, len(head.weight), hidden.element_size())
         for start in range(0, len(hidden), step):
             yield self._cut(head(hidden[start : start + step]))
 
@@ -211,8 +230,6 @@ class TeacherModel:
     def _cut(self, logits: Tensor) -> Tensor:
         if logits.shape[-1] <= self.vocab_size:
             return logits
-        inside, outside = logits[:, : self.vocab_size], logits[:, self.vocab_size :]
-        total = torch.logsumexp(logits.float(), -1)
-        mass = (torch.logsumexp(outside.float(), -1) - total).exp().sum()
+        mass = outside_mass(logits, self.vocab_size).sum()
         self.clipped_mass += mass.to(self.clipped_mass.device)
-        return inside
+        return logits[:, : self.vocab_size]

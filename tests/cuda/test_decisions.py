@@ -37,6 +37,7 @@ from kdcache.targets import Codec
 from kdcache.targets.device import compiles, run
 from kdcache.teacher import Teacher, peak_share
 from kdcache.teacher.memory import gpus_of
+from kdcache.teacher.model import slice_positions
 
 
 def test_the_suite_hides_gpus() -> None:
@@ -379,3 +380,23 @@ class TestWorkers:
         for name, value in inputs.items():
             assert seen[name].dtype == value.dtype, name
             assert torch.equal(seen[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("device", "columns", "item_size", "positions"),
+    [
+        ("cuda", 128_256, 2, 8192),
+        ("cuda", 32_000, 2, 8192),
+        ("cuda", 151_936, 2, 6912),
+        ("cuda", 262_144, 2, 4096),
+        ("cuda", 128_256, 4, 4096),
+        ("cuda", 5_000_000, 4, 107),
+        ("cpu", 128_256, 4, 130),
+        ("cpu", 128_256, 2, 130),
+    ],
+)
+def test_slices_of_logits(device: str, columns: int, item_size: int, positions: int) -> None:
+    found = slice_positions(device, columns, item_size)
+    assert found == positions
+    assert found * columns < 2**31
+    assert device == "cpu" or found % 256 == 0 or found < 256

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdcache.loss import fused
 from kdcache.targets import Codec
-from kdcache.targets.device import Rule, blocked_sample, run, topk
+from kdcache.targets.device import Rule, blocked_sample, outside, run, topk
 
 pytest.importorskip("triton", reason="Triton is missing: pip install 'kdcache[cuda-tests]'")
 
@@ -109,6 +109,24 @@ def test_the_best_entries_read_the_logits_once() -> None:
     assert len(code.launches) <= 6
     assert code.library_calls == ["torch.ops.aten.topk"] * 2
     one_pass(code, POSITIONS, IDS)
+
+
+def test_the_mass_outside_a_vocabulary_reads_the_logits_once() -> None:
+    with fake_cuda(symbolic=True):
+        logits = fake(POSITIONS, IDS + 64, dtype=torch.bfloat16)
+        code = written_for_h100(outside._outside_by_blocks, logits, IDS)
+    assert len(code.launches) <= 4
+    assert not code.library_calls
+    whole = code.argument(POSITIONS, IDS + 64)
+    assert len(code.passes(whole, POSITIONS * (IDS - 128))) == 1
+    assert code.largest_buffer < POSITIONS * IDS // 8
+
+
+def test_both_ways_to_the_mass_outside_agree() -> None:
+    logits = hard_logits(WORDS)[[0, 1, 4]]
+    want = torch.softmax(logits.double(), -1)[:, 700:].sum(-1)
+    for way in (outside._outside, outside._outside_by_blocks):
+        torch.testing.assert_close(way(logits, 700)["mass"].double(), want, rtol=1e-5, atol=1e-30)
 
 
 def one_pass(code: Code, n: int, vocabulary: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from kdcache.targets.device.blocks import BLOCK, Blocks, largest, open_blocks, read_blocks
 from kdcache.targets.device.finite import check_finite
+from kdcache.targets.device.outside import outside_mass
 from kdcache.targets.device.run import compiles
 from kdcache.targets.device.threshold import (
     Rule,
@@ -28,6 +29,7 @@ __all__ = [
     "compiles",
     "largest",
     "open_blocks",
+    "outside_mass",
     "read_blocks",
     "reference_sample",
     "sample_entries",
