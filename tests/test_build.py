@@ -368,7 +368,7 @@ class TestWrongInput:
         (bare / "model.safetensors").unlink()
         self.refuse(options, "no weights", teacher=(str(bare),))
         (bare / "pytorch_model.bin").write_bytes(b"pickle")
-        self.refuse(options, "pickled", teacher=(str(bare),))
+        self.refuse(options, "pytorch_model.bin is not loaded", teacher=(str(bare),))
 
     def test_no_such_teacher(self, options: BuildOptions) -> None:
         self.refuse(options, "neither a folder", teacher=("no/such-model",))
