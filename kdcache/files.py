@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, and folders in which one process works at a time.
 
-A file is written beside its place, flushed to the disk and renamed; a folder likewise. Where a
-folder must be filled in place (a checkpoint, by several processes), its *seal* says that it is
-whole: a JSON file with the name and size of every other file, written last and removed first.
+A file is written under a temporary name in the same folder, flushed to the disk and renamed; a
+folder likewise. A folder that must be filled in place (a checkpoint, by several processes) has a
+*seal* that marks it as whole: a JSON file with the name and size of every other file, written last
+and removed first.
 
 Guarantee: whatever is killed, a reader finds the old content, the new content or nothing, and a
-sealed folder that lacks a byte counts as none. A full disk is an `IncompleteError`. Cost: one
+sealed folder that lacks a byte does not count. A full disk is an `IncompleteError`. Cost: one
 fsync a file.
 """
 

@@ -1,11 +1,11 @@
-"""The configurations of kdcache's own models, in the tables of transformers.
+"""Registers the configurations of kdcache's own models with transformers.
 
     import kdcache
     model = AutoModelForSequenceClassification.from_pretrained(RUN)
 
 `kdcache/__init__.py` imports this module as soon as transformers' table of configurations is
-loaded, by whomever. A configuration brings its model along when it is made, so that
-`import kdcache` and `AutoConfig` stay light: nothing here needs torch.
+loaded. A configuration imports its model when it is made, so that `import kdcache` and `AutoConfig`
+stay fast: nothing here needs torch.
 """
 
 from __future__ import annotations

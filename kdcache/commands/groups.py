@@ -1,4 +1,4 @@
-"""Groups of options that several commands share, and what is made of them."""
+"""Groups of options that several commands share, and the objects they make."""
 
 from __future__ import annotations
 

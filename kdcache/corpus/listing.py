@@ -2,9 +2,9 @@
 
 Cost: one listing per pattern.
 
-Guarantee: every file is a regular one whose name can be written down. What can't be read as data (a
-pipe, a link to nowhere or in a circle, a folder that can't be listed) is refused by name, not
-passed by; the files of a kdcache cache in a folder are no input.
+Guarantee: every file is a regular one with a printable name. What can't be read as data (a pipe, a
+broken or circular link, a folder that can't be listed) is refused by name, not skipped; the files
+of a kdcache cache in a folder are not input.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Splits: which files of a dataset are its training, validation and test part, by their names.
 
-A folder as the Hugging Face hub lays it out (`data/train-00000-of-00002.parquet`, `test.jsonl`,
-`validation/0.json`) and a saved `DatasetDict` hold several splits, which nobody wants in one corpus
-by accident.
+A folder in the layout of the Hugging Face hub (`data/train-00000-of-00002.parquet`, `test.jsonl`,
+`validation/0.json`) and a saved `DatasetDict` hold several splits, which should not be mixed in one
+corpus by accident.
 
-A file's split is the folder of a saved `DatasetDict` it lies in, or the word for a split that is
-the name of one of its folders or the first or last word of its own name, numbers left out. Beside
+A file's split is its folder in a saved `DatasetDict`. Otherwise it is the word for a split that is
+the name of one of its folders, or the first or last word of its own name without numbers. Among
 such files, one named `NAME-00000-of-00001` is of split NAME.
 """
 

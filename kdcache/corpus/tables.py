@@ -1,4 +1,4 @@
-"""Tables: Parquet and Arrow, read in batches and only in the columns asked for.
+"""Tables: Parquet and Arrow, read in batches and only in the requested columns.
 
 Cost: memory of a batch of 1,024 rows as Python objects, and of what Arrow decodes at a time.
 """

@@ -1,6 +1,7 @@
 """Formats of text: JSON lines, TSV, CSV, and plain text by lines, paragraphs or files.
 
-Cost: memory of one record. What is longer than a record may be is read in small blocks and dropped.
+Cost: memory of one record. The part of a record beyond its limit is read in small blocks and
+dropped.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Checkpoints of the HF Trainer that are whole or not there.
+"""Checkpoints of the HF Trainer that are whole or do not count.
 
 A checkpoint's `kdcache_state.json` is its seal (`kdcache.files`): written when all its files are
-on the disk, removed before any of them. The Trainer itself overwrites, and deletes the oldest
-before the newest is complete; here the newest is sealed first.
+on the disk, removed before any of them. The Trainer itself overwrites files, and deletes the oldest
+checkpoint before the newest is complete; here the newest is sealed first.
 
-Guarantee: a run that was killed at any moment goes on from a checkpoint as it was saved.
+Guarantee: a run that was killed at any moment resumes from a checkpoint exactly as it was saved.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whether a student's logits for a row are its own: free of the padding of its batch, and of the
-tokens after a position.
+"""Checks that a student's logits for a row depend neither on the padding of its batch nor on later
+tokens.
 
 Some encoders mix padding into the rows (ConvBERT, FNet), and a masked language model reads the
-labels that it is to predict. Their loss would be another than that of the rows.
+labels that it is to predict. Their loss would not be that of the rows.
 
 Cost: five forwards of at most three rows of 256 tokens.
 """

@@ -1,6 +1,6 @@
-"""Where a training process computes, and how precisely.
+"""The device and the precision of a training process.
 
-A process uses one GPU: several go through several processes (`--num-workers`). Weights, optimizer
+A process uses one GPU; several GPUs need several processes (`--num-workers`). Weights, optimizer
 and loss stay float32; bfloat16 and float16 are those of autocast.
 """
 

@@ -1,10 +1,10 @@
 """Targets at one temperature as tensors: what a codec decodes, a batch carries and a loss reads.
 
-They know what a loss must not guess: the temperature that their numbers belong to, and whether
-sparse weights are probabilities (top-k) or an unbiased sample.
+They carry what a loss must not guess: the temperature of their numbers, and whether sparse weights
+are probabilities (top-k) or an unbiased sample.
 
-`to` and `pin_memory` are what accelerate, the HF Trainer and PyTorch's `DataLoader` look for.
-Targets are not a pytree node: FSDP would round their numbers to the 16 bits of its parameters.
+accelerate, the HF Trainer and PyTorch's `DataLoader` look for `to` and `pin_memory`. Targets are
+not a pytree node: FSDP would round their numbers to the 16 bits of its parameters.
 """
 
 from __future__ import annotations

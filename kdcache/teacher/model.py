@@ -1,14 +1,14 @@
-"""One model of a teacher: batches of rows in, logits of the wanted positions out.
+"""One model of a teacher: batches of rows in, logits of the requested positions out.
 
-The fast way pads the rows of a batch on the right and projects only the wanted positions. It is
-right for most architectures. `TeacherModel.probe` finds out on a few real rows, and takes a slower
-way where the fast one gives other logits than the model's own forward on each row alone.
+The fast way pads the rows of a batch on the right and projects only the requested positions. It is
+right for most architectures. `TeacherModel.probe` checks it on a few real rows, and chooses a
+slower way if the fast one gives other logits than the model's own forward on each row alone.
 
 Cost: one forward of the base model a batch; the vocabulary is projected in slices of positions,
-only where a position is wanted, so `[positions, vocabulary]` never exists whole. Without the direct
-projection the model's own forward makes the logits of all positions of a batch.
-Guarantee: ids outside the tokenizer's vocabulary (padded output layers) are cut off before any
-normaliser sees them.
+only where a position is requested, so `[positions, vocabulary]` never exists whole. Without the
+direct projection the model's own forward makes the logits of all positions of a batch.
+Guarantee: ids outside the tokenizer's vocabulary (padded output layers) are cut off before the
+softmax.
 """
 
 from __future__ import annotations

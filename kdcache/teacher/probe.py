@@ -1,8 +1,8 @@
-"""What a probe of a model needs: rows to try, and whether logits agree.
+"""The parts of a model's probe: rows to try, and the comparison of logits.
 
 Cost of a probe: some ten forwards of at most 5 rows of 256 tokens.
-Guarantee: none for rows that behave unlike those that are tried. A fault that moves logits by less
-than the tolerance of their dtype is not seen.
+Guarantee: none for rows that behave unlike those tried. A fault that moves logits by less than the
+tolerance of their dtype is not found.
 """
 
 from __future__ import annotations

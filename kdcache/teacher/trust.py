@@ -1,13 +1,13 @@
-"""What in a model's folder would run code, or read pickled weights, once it is loaded.
+"""Finds code and pickled weights in a model's folder before it is loaded.
 
-Refused before anything is loaded:
+Refused:
 
-* weights that are not safetensors, also where an index of safetensors names them;
+* weights that are not safetensors, also if an index of safetensors names them;
 * without `--trust-remote-code`: a Python function that makes the model (`kdcache-factory`), Python
-  files of the folder (`auto_map`) where transformers has no such architecture, and attention
-  kernels (`attn_implementation` with a `/`), which are compiled code from the hub.
+  files of the folder (`auto_map`) if transformers has no such architecture, and attention kernels
+  (`attn_implementation` with a `/`), which are compiled code from the hub.
 
-transformers itself refuses the rest of `auto_map` without that flag, runs chat templates in a
+transformers itself refuses any other `auto_map` without that flag, runs chat templates in a
 sandbox, and reads the state of a resumed run as tensors and numbers only (`weights_only`).
 Cost: two small files are read.
 """

@@ -1,12 +1,12 @@
-"""Resume: whether the shards of an earlier run are of the corpus as it is now.
+"""Resume: checks that the shards of an earlier run belong to the corpus as it is now.
 
-A cache notes the version of every file (its time of change, or the store's word for its content)
-when it is begun. Where a file has another version now but the same size and ends, it was copied, or
-its middle was edited. A shard holds its rows, so the records of each of its spans are read and
-encoded again and compared with them; the teacher is not asked.
+A cache records the version of every file (its time of change, or the store's ETag) when it is
+begun. If a file now has another version but the same size and ends, it was copied, or its middle
+was edited. A shard holds its rows, so the records of each of its spans are read and encoded again
+and compared with them; the teacher does not run.
 
-Cost: nothing while no file has changed; else reading and tokenising what is committed of those that
-have.
+Cost: none while no file has changed; otherwise reading and tokenising the committed spans of those
+that have.
 """
 
 from __future__ import annotations

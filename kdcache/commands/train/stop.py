@@ -1,4 +1,4 @@
-"""What ends a training before its last step: a signal, or patience that has run out."""
+"""Ends a training before its last step: after a signal, or when patience has run out."""
 
 from __future__ import annotations
 

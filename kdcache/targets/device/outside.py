@@ -1,4 +1,4 @@
-"""Probability on the columns of a padded output layer that are no ids.
+"""Probability on the columns of a padded output layer that are not ids.
 
 Cost: one read of the logits on CUDA, by the blocks that sampling uses; plain operations would move
 30 bytes a logit.
