@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES
+from make_caches import word_tokenizer
 from textbook import class_logits, logprobs_of, word_logits
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from kdcache.cache import Cache
 from kdcache.commands.predict import PredictOptions, predict
@@ -75,6 +76,27 @@ def test_lines_of_standard_input_each_get_an_answer(word_student: Path) -> None:
     got = [[record["probabilities"][name] for name in CLASSES] for record in found]
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert all(math.isclose(sum(p), 1, rel_tol=1e-6) for p in got)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_text_without_tokens_gets_its_line(kind: str, tmp_path: Path) -> None:
+    """Also where the tokenizer adds nothing to it."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, pad_token_id=0, num_labels=2,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    for name, content in word_tokenizer().items():
+        (tmp_path / name).write_bytes(content)
+    output = io.StringIO()
+    predict(PredictOptions(str(tmp_path), ("-",)), lines=["", "w3 w4", " "], output=output)
+    found = lines_of(output.getvalue())
+    assert [record["text"] for record in found] == ["", "w3 w4", " "]
+    assert found[0]["probabilities"] == pytest.approx(found[2]["probabilities"])
+    with torch.no_grad():
+        want = model(torch.tensor([[3, 4]])).logits.softmax(-1)[0]
+    assert list(found[1]["probabilities"].values()) == pytest.approx(want.tolist(), abs=1e-5)
 
 
 def test_prediction_streams(student_classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
@@ -330,6 +331,36 @@ def test_students_that_are_none(
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
     with pytest.raises(UsageError, match=r"student .* has no weights"):
+        load_student(str(tmp_path), LM)
+
+
+@pytest.mark.parametrize("lost", ["classifier.weight", "bert.encoder.layer.0.output.dense.bias"])
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])
+def test_lost_weights_are_not_made_up(tmp_path: Path, lost: str, architecture: str) -> None:
+    """A plain encoder gets a new head; whatever else is missing would be random in silence."""
+    config = transformers.BertConfig(
+        vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop(lost)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": [architecture]}))
+    if lost == "classifier.weight" and architecture == "BertModel":
+        load_student(str(tmp_path), CLASSES)
+        return
+    with pytest.raises(UsageError, match=f"no weights for {lost}"):
+        load_student(str(tmp_path), CLASSES)
+
+
+def test_a_language_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    causal_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"no weights for lm_head\.weight"):
         load_student(str(tmp_path), LM)
 
 

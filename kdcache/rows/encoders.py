@@ -293,7 +293,7 @@ class ClassificationEncoder(Encoder):
                 return_attention_mask=False,
                 verbose=False,
             )
-            # A fast tokenizer of Hugging Face reports it; a biLSTM's words and slow ones do not.
+            # A fast tokenizer reports it; slow ones do not.
             told = getattr(encoded, "encodings", None) or ()
             self.truncated += sum(bool(text.overflowing) for text in told)
             types = encoded.get("token_type_ids")

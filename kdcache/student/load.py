@@ -377,6 +377,7 @@ def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles
 
 def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool) -> nn.Module:
     folder = find_files(name, "student", trust_remote_code=trust).folder
+    trained = True
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         extra: dict[str, Any] = {}
@@ -395,13 +396,30 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
                 config.pad_token_id = info.pad_id
             for key, value in extra.items():
                 setattr(config, key, value)
-        student = _auto(info).from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=trust, use_safetensors=True
+        student, found = _auto(info).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"student {name} cannot be loaded as a {info.task} model ({_first_line(error)})."
         ) from error
+    # A plain encoder gets a new head, and a new pooler if it has none; nothing else may be random.
+    body = f"{student.base_model_prefix}."
+    lost = sorted(
+        key
+        for key in found["missing_keys"]
+        if trained or (key.startswith(body) and "pooler" not in key)
+    )
+    if lost:
+        raise UsageError(
+            f"student {name} has no weights for {', '.join(lost[:3])}, and a {info.task} model "
+            "needs them. Name another student, or its config.json for random weights."
+        )
     return student  # type: ignore[no-any-return]
 
 

@@ -181,11 +181,14 @@ class SavedModel:
             return_attention_mask=False,
         )
         types = encoded.get("token_type_ids")
+        # A text without tokens is one token to a model: that which begins a text, ends it or pads.
+        special = (own.bos_token_id, own.eos_token_id, own.pad_token_id, 0)
+        empty = next(token for token in special if token is not None)
         return [
             Row(
-                input_ids=np.asarray(ids, np.int32),
+                input_ids=np.asarray(ids or [empty], np.int32),
                 labels=np.array([IGNORE], np.int32),
-                type_ids=None if types is None else np.asarray(types[i], np.uint8),
+                type_ids=None if types is None else np.asarray(types[i] or [0], np.uint8),
                 text=texts[i],
                 text_pair=None if pairs is None else pairs[i],
             )
