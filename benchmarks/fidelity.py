@@ -315,7 +315,7 @@ def tables(options: argparse.Namespace) -> str:
 
     goals = [
         (
-            f"bytes a position at noise ≤ 50 random draws, T = 1 ({one.name})",
+            f"bytes per position at noise ≤ 50 random draws, T = 1 ({one.name})",
             "≤ 19",
             f"{one.size:.1f}",
             one.size <= 19,
@@ -327,7 +327,7 @@ def tables(options: argparse.Namespace) -> str:
             two.size <= 50,
         ),
         ("noise against random sampling at equal entries", "≤ 0.5x", f"{ratio:.2f}x", ratio <= 0.5),
-        ("bytes a position of `sample:10`", "≤ 12", f"{ten.size:.1f}", ten.size <= 12),
+        ("bytes per position of `sample:10`", "≤ 12", f"{ten.size:.1f}", ten.size <= 12),
         (
             f"bias, {options.draws:,} draws: largest of "
             f"{sum(len(v) for by_t in found.values() for v in by_t.values())} chi-squares",
@@ -372,7 +372,7 @@ def figures_table(lines: Sequence[Figures]) -> str:
         noise = [f"{f.noise[t]:.5f}" if t in f.noise else "" for t in (1.0, 2.0)]
         mass = [f"{100 * f.mass[t]:.1f} %" if t in f.mass else "" for t in (1.0, 2.0)]
         rows.append([f.name, f.declared, f"{f.entries:.1f}", f"{f.size:.1f}", *noise, *mass])
-    header = ["target", "T declared", "entries", "B a position", "noise, T = 1", "noise, T = 2"]
+    header = ["target", "T declared", "entries", "B per position", "noise, T = 1", "noise, T = 2"]
     return table([*header, "mass, T = 1", "mass, T = 2"], rows)
 
 

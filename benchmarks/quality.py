@@ -13,10 +13,11 @@ references (`references.py`) with as many entries a position as `sample:20` has.
 peers do at T = 2 with a top-k of T = 1: its probabilities to the power 1 / T, renormalised.
 
 Measured on held-out text: cross-entropy with the labels, KL from the teacher at T = 1 and at T = 2
-(nats a position), and the expected calibration error of the most probable id. Bytes a position are
-those of the targets of the first 32,768 positions in a real shard; random sampling takes 3 bytes an
-entry, and top-k what `topk` of as many entries takes. Finished runs are kept in the work folder, so
-an interrupted benchmark resumes. `quality_plot.py` draws KL against bytes from the kept table.
+(nats per position), and the expected calibration error of the most probable id. Bytes per position
+are those of the targets of the first 32,768 positions in a real shard; random sampling takes 3
+bytes an entry, and top-k what `topk` of as many entries takes. Finished runs are kept in the work
+folder, so an interrupted benchmark resumes. `quality_plot.py` draws KL against bytes from the
+kept table.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def entries(targets: SoftTargets) -> float:
 
 
 def stored_bytes(out: Path, codec: Codec) -> float:
-    """Bytes a position of the targets in a shard, ids as frequency ranks like in a build."""
+    """Bytes per position of the targets in a shard, ids as frequency ranks like in a build."""
     token_rows, logits = load(out, "student")
     some = token_rows[: SIZED // LENGTH].numpy().astype(np.int32)
     counts = np.bincount(some[:, 1:].ravel(), minlength=VOCABULARY)
@@ -207,7 +208,7 @@ def stored_bytes(out: Path, codec: Codec) -> float:
 
 
 def bytes_of(out: Path, method: Method, entries: float) -> float:
-    """Bytes a position of a method's targets."""
+    """Bytes per position of a method's targets."""
     if method.kind == "hard":
         return 0.0
     if method.kind == "random":
@@ -420,7 +421,8 @@ def report(
             "",
             table([*header, "KL, T = 1", "KL, T = 2", "calibration error"], rows),
             "",
-            "Mean ± standard deviation over seeds, nats a position. Learning rate of all students: "
+            "Mean ± standard deviation over seeds, nats per position. Learning rate of all "
+            "students: "
             f"{rate:g}, the best for hard labels of "
             + ", ".join(f"{r:g} ({ce:.3f})" for r, ce in tried.items())
             + ".",

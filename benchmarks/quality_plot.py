@@ -1,4 +1,4 @@
-"""Draws KL from the teacher against bytes a position, from the table that `quality.py` keeps.
+"""Draws KL from the teacher against bytes per position, from the table that `quality.py` keeps.
 
     python benchmarks/quality_plot.py
 
@@ -86,8 +86,8 @@ def draw(axes: Any, rows: dict[str, dict[str, str]], temperature: int, panel: Pa
     axes.grid(color="#d9d9d9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"trained at T = {temperature}", loc="left", fontsize=10, color=INK)
-    axes.set_xlabel("bytes a position, targets on disk", color=INK)
-    axes.set_ylabel(f"KL at T = {temperature}, nats a position", color=INK)
+    axes.set_xlabel("bytes per position, targets on disk", color=INK)
+    axes.set_ylabel(f"KL at T = {temperature}, nats per position", color=INK)
 
 
 def number(cell: str) -> float:

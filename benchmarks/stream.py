@@ -248,7 +248,7 @@ def speed(ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
                 "**positions a second of CPU time**": f"**{n / cpu / 1e6:.2f} M**",
                 "positions a second by the clock": f"{n / wall / 1e6:.2f} M",
                 "entries a position": f"{(weights > 0).sum() / len(weights):.1f}",
-                "stored bytes a position": f"{manifest.bytes / n:.1f}",
+                "stored bytes per position": f"{manifest.bytes / n:.1f}",
             }
         )
         print(header[-1], lines[-1], flush=True)

@@ -724,7 +724,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_a_build(
             path.mkdir()
 
     assert build(options, on_progress=block).made > 3
-    assert caplog.text.count("the events of this run are not kept") == 1
+    assert caplog.text.count("the events of this run are not recorded") == 1
 
 
 def test_a_terminal_shows_the_build_live_and_a_file_gets_lines(

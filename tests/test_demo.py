@@ -112,4 +112,4 @@ def test_small_demo_then_again(tmp_path: Path) -> None:
     for model in result.models:
         assert f"{model.cross_entropy:.3f}" in table
         assert f"{model.parameters:,}" in table
-    assert f"{result.bytes_per_position:.1f} bytes a position" in table
+    assert f"{result.bytes_per_position:.1f} bytes per position" in table

@@ -191,7 +191,7 @@ def test_ranks_beyond_the_vocabulary_are_found(golden: Path, worst: int) -> None
             v.update(fingerprint=spec.fingerprint),
         ),
     )
-    assert "ranks.u32 is no list of different ids below" in naming(golden)
+    assert "ranks.u32 is not a list of different ids below" in naming(golden)
 
 
 # Small files
@@ -280,7 +280,7 @@ def test_events_are_not_appended_through_a_link(
     log("begin")
     log.close()
     assert away.read_text() == "mine"
-    assert "events of this run are not kept" in caplog.text
+    assert "events of this run are not recorded" in caplog.text
 
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoint-3", "student/config.json"])

@@ -198,7 +198,7 @@ def test_a_coarser_dtype_than_the_specs_is_found(options: BuildOptions, tmp_path
         build(coarse)
         forged = forge(Cache.open(out), tmp_path / codec, lambda data: data, dtype="float32")
         (problem,) = recheck(forged, options.teacher).problems
-        assert "the cache is not what it says" in problem
+        assert "so the cache is wrong" in problem
 
 
 def test_targets_of_another_row_are_found(options: BuildOptions, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_what_is_broken_is_removed_and_the_same_build_makes_only_that_anew(
         "tokenizer/tokenizer.json: broken, removed",
         f"{shards[1]}: broken, removed",
         f"{shards[2]}: missing",
-        "Run the same `kdcache build` command again: it makes only these anew.",
+        "Run the same `kdcache build` command again: it makes only these.",
     ]
     assert not (folder / shards[1]).exists()
     assert build(options).made == 2
@@ -338,7 +338,7 @@ def test_nothing_is_left_to_repair_with(golden: Path) -> None:
     flip(golden / "spec.json", 99)
     flip(golden / "manifest.json", 99)
     before = files(golden)
-    with pytest.raises(CorruptCacheError, match="nothing else says what this cache is"):
+    with pytest.raises(CorruptCacheError, match="needed to know what this cache is"):
         repair(RepairOptions(str(golden)))
     assert files(golden) == before
     with pytest.raises(UsageError, match="not a kdcache cache"):
@@ -409,7 +409,7 @@ def test_gc_removes_what_is_left_and_nothing_else(tmp_path: Path) -> None:
     assert dry.stdout.splitlines() == [
         f"shards/{second.name}: 7 B",
         f"tmp/{old.name}: 5 B",
-        "2 files would be removed, 12 B; 1 younger than an hour stay.",
+        "2 files would be removed, 12 B; 1 younger than an hour were kept.",
     ]
     assert second.exists()
     assert old.exists()
@@ -437,7 +437,7 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
     for command in ("gc", "repair"):
         result = run(command, str(tmp_path / "trap"))
         assert result.exit_code == 2
-        assert "is a link to elsewhere" in result.stderr
+        assert "is a link" in result.stderr
     assert list(problems(victim)) == []
 
 

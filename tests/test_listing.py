@@ -315,12 +315,12 @@ def test_without_a_network_the_answer_comes_soon(monkeypatch: pytest.MonkeyPatch
         raise error
 
     monkeypatch.setattr(type(store), "info", info)
-    with pytest.raises(IncompleteError, match="has given no good answer"):
+    with pytest.raises(IncompleteError, match="has not answered successfully"):
         expand(["memory://nowhere"])
     assert next(asked) < 10
     # A store that has answered before is waited for.
     monkeypatch.setattr("kdcache.storage.filesystem._ANSWERED", {type(store)})
-    with pytest.raises(IncompleteError, match="has given no good answer"):
+    with pytest.raises(IncompleteError, match="has not answered successfully"):
         expand(["memory://nowhere"])
     assert next(asked) > 100
 

@@ -176,3 +176,21 @@ def test_cluster_pins_ray_to_a_version_we_allow(cluster: dict[str, Any]) -> None
         return tuple(map(int, text.split(".")))
 
     assert version(pinned.group(1)) >= version(lowest.group(1))
+
+
+def test_every_message_can_be_listed(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        '"""Not a message."""\n'
+        'raise E(f"{x} is wrong. "\n    "Correct it.")\nlog("one %s", "word")\n'
+    )
+    listed = subprocess.run(
+        [sys.executable, ROOT / "tools" / "messages.py", tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert listed.stdout.splitlines() == [
+        f"{source}:2: {{…}} is wrong. Correct it.",
+        f"{source}:4: one %s",
+    ]

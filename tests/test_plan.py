@@ -108,8 +108,8 @@ def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
         assert dense[t].angle < 0.1
         assert dense[t].norm_ratio == pytest.approx(1, abs=1e-3)
         assert topk[t].bias == topk[t].noise > 1e-6
-        assert topk[t].untold == pytest.approx(1 - topk[t].mass, abs=2e-3)
-        assert sample[t].bias == sample[t].untold == 0
+        assert topk[t].missed == pytest.approx(1 - topk[t].mass, abs=2e-3)
+        assert sample[t].bias == sample[t].missed == 0
         assert 0 < sample[t].noise < 1 / 6
         assert sample[t].norm_ratio > 1
     assert topk[2.0].mass < topk[1.0].mass
@@ -143,7 +143,7 @@ def test_gradients_by_hand() -> None:
     assert got.angle == pytest.approx(math.degrees(math.acos(float(cosine))), abs=0.05)
     assert got.norm_ratio == pytest.approx(float(want.norm() / full.gradient.norm()), rel=1e-3)
     assert got.bias == pytest.approx(float((p * ~top).square().sum() / 7), rel=0.02)
-    assert got.untold == pytest.approx(float((p * ~top).sum() / 7), rel=0.01)
+    assert got.missed == pytest.approx(float((p * ~top).sum() / 7), rel=0.01)
 
 
 def test_noise_averages_out_of_the_mean_gradient() -> None:
@@ -269,7 +269,7 @@ def test_the_command_prints_tables_json_and_a_plot(options: PlanOptions, tmp_pat
     call += ["--temperatures", "1", "--temperatures", "1,2", "--plot", str(picture)]
     done = CliRunner().invoke(cli, call)
     assert done.exit_code == 0, done.output
-    for expected in ("Cost", "Fidelity", "sample:6", "1,2", "64 workers", "break-even", "untold"):
+    for expected in ("Cost", "Fidelity", "sample:6", "1,2", "64 workers", "break-even", "missed"):
         assert expected in done.stdout
     assert "compress a little better" in " ".join(done.stdout.split())
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

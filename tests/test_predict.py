@@ -139,7 +139,7 @@ def test_wrong_prediction_input_leaves_nothing(
 ) -> None:
     with pytest.raises(UsageError, match="predict is for classifiers"):
         predict(PredictOptions(str(tiny_lm), ("-",)), lines=[])
-    with pytest.raises(UsageError, match="stands alone"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         PredictOptions("s", ("-", "file"))
     with pytest.raises(UsageError, match="--corpus is missing"):
         PredictOptions("s", ())

@@ -171,7 +171,7 @@ def test_values_are_told_apart_by_short_names(here: Path) -> None:
     [
         ("cache: [1", ["not valid YAML"]),
         ("just words", ["holds no options"]),
-        ("cache: causal\nstudent: tiny.json", ["nothing to cross"]),
+        ("cache: causal\nstudent: tiny.json", ["grid has no values"]),
         ("cache: causal\nstudent: tiny.json\ngrid: {alpha: 0.5}", ["alpha under grid is 0.5"]),
         ("grid: {seed: [0]}", ["cache is missing", "student is missing"]),
         (

@@ -262,9 +262,9 @@ CHANGES: dict[str, tuple[Callable[[Any, np.ndarray], None], str]] = {
     "external storage": (outside, "not stored in chunks"),
     "virtual": (virtual, "not stored in chunks"),
     "variable length": (varying, "has type object"),
-    "chunks that are not there": (unwritten, "not where they belong"),
-    "a chunk without filters": (unfiltered, "not where they belong"),
-    "a bomb": (bomb, "has not the size of one|not where they belong"),
+    "chunks that are not there": (unwritten, "are missing or misplaced"),
+    "a chunk without filters": (unfiltered, "are missing or misplaced"),
+    "a bomb": (bomb, "has the wrong size|are missing or misplaced"),
     "another type": (lambda f, x: column(f, x.astype("<f4")), "has type float32"),
     "big-endian": (lambda f, x: column(f, x.astype(">u4")), "has type >u4"),
     "compound": (
@@ -273,9 +273,15 @@ CHANGES: dict[str, tuple[Callable[[Any, np.ndarray], None], str]] = {
     ),
     "another filter": (lambda f, x: column(f, x, compression="lzf"), "not stored in chunks"),
     "no checksum": (lambda f, x: column(f, x, fletcher32=False), "not stored in chunks"),
-    "a scalar": (lambda f, x: f.create_dataset("rows/lengths", data=np.uint32(5)), "is no column"),
-    "nothing": (lambda f, x: f.create_dataset("rows/lengths", data=h5py.Empty("<u4")), "no column"),
-    "a group": (lambda f, x: f.create_group("rows/lengths"), "is no column"),
+    "a scalar": (
+        lambda f, x: f.create_dataset("rows/lengths", data=np.uint32(5)),
+        "is not a column",
+    ),
+    "nothing": (
+        lambda f, x: f.create_dataset("rows/lengths", data=h5py.Empty("<u4")),
+        "not a column",
+    ),
+    "a group": (lambda f, x: f.create_group("rows/lengths"), "is not a column"),
     "no column": (lambda f, x: None, "has the columns"),
     "a column too many": (
         lambda f, x: (column(f, x), column(f, x, "rows/more")),  # type: ignore[dict-item,return-value,func-returns-value]
@@ -285,7 +291,7 @@ CHANGES: dict[str, tuple[Callable[[Any, np.ndarray], None], str]] = {
         lambda f, x: column(f, x, chunks=(1000,), maxshape=(None,)),
         "in chunks of",
     ),
-    "rows without a token": (lambda f, x: column(f, zero_first(x)), "rows without a token"),
+    "rows without tokens": (lambda f, x: column(f, zero_first(x)), "rows without tokens"),
     "lengths that do not add up": (lambda f, x: column(f, x + 1), "add up"),
 }
 
@@ -418,7 +424,7 @@ def test_a_shard_that_kills_its_reader_is_that_shards_problem(
     cache = make_cache(tmp_path / "cache", [4, 4, 4, 4, 4])
     found = list(problems(cache))
     assert [p.file for p in found] == [f"shards/{e.name}" for e in cache.manifest.shards[1:4]]
-    for problem, how in zip(found, ("SIGSEGV", "no answer in", "more memory"), strict=True):
+    for problem, how in zip(found, ("SIGSEGV", "did not answer", "more memory"), strict=True):
         assert how in problem.text
         assert Path(problem.file).name in problem.text
     flip(Path(cache.url) / "shards" / cache.manifest.shards[1].name, 77)

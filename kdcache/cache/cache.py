@@ -168,8 +168,8 @@ class Cache:
                 data = beside.get(name, b"")
                 if hashlib.sha256(data).hexdigest() != sha256:
                     raise UsageError(
-                        f"{error} This build would write another one: it was begun with other "
-                        "versions of the libraries. Use those, or another --out."
+                        f"{error} This build would write a different one, since the cache was "
+                        f"begun with other versions of the libraries. Use those, or another --out."
                     ) from None
                 self.storage.write(name, data)
 
@@ -267,10 +267,10 @@ class Cache:
         said = self.manifest.shards[entry.span]
         if entry != said:
             raise KdcacheError(
-                f"shard {entry.span} was made anew as {entry.name}, but the manifest has "
-                f"{said.name}: another kind of machine, or other versions of the libraries, "
-                "compute other bits. Make it anew on a machine like the first, restore the file "
-                "from a copy, or accept the new one, and a new digest of the cache, with `kdcache "
+                f"shard {entry.span} was made again as {entry.name}, but the manifest has "
+                f"{said.name}: another kind of machine, or other versions of the libraries, round "
+                f"differently. Make it again on a machine like the first, restore the file from a "
+                f"copy, or accept the new shard, and a new digest of the cache, with `kdcache "
                 "repair --reseal`."
             )
 
@@ -295,7 +295,7 @@ class Cache:
             if not name.endswith(f"-{sha256[:16]}.h5"):
                 raise CorruptCacheError(
                     f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the "
-                    "same build again: only this shard is made anew."
+                    "same build again: only this shard is made again."
                 )
             counts, facts = read_counts(path)
         if (facts.get("fingerprint"), facts.get("index")) != (self.spec.fingerprint, span):

@@ -54,8 +54,8 @@ def problems(cache: Cache) -> Iterator[Problem]:
     for name in _strays(cache):
         yield Problem(
             name,
-            f"{name} is no part of this cache, and nothing reads it. Remove it; `kdcache gc` does "
-            "so with what crashed builds have left.",
+            f"{name} does not belong to this cache, and nothing reads it. Remove it; `kdcache gc` "
+            f"removes what crashed builds have left.",
             stray=True,
         )
     broken = set()
@@ -110,7 +110,7 @@ def check_shard(
         said = cache.spec.fingerprint, entry.span, entry.skipped, entry.clipped_mass
         names = "fingerprint", "index", "skipped", "clipped_mass"
         if tuple(facts.get(name) for name in names) != said:
-            raise CorruptCacheError(f"it is the shard of {facts}, and not of this cache.")
+            raise CorruptCacheError(f"it belongs to another cache ({facts}).")
         if values:
             ranks = cache.rank_to_id
             data = read_shard(path, cache.codec(), counts=entry.counts, ranks=ranks)
@@ -158,16 +158,16 @@ def _check_targets(targets: SoftTargets, spec: CacheSpec) -> None:
             try:
                 found = some.at(temperature)
             except IndexError as error:  # a rank that no id has
-                raise CorruptCacheError("an id is a rank that no id has.") from error
+                raise CorruptCacheError("a rank is outside the vocabulary.") from error
             if isinstance(found, DenseTargets):
                 if not found.logits.isfinite().all():
-                    raise CorruptCacheError("a logit is no number.")
+                    raise CorruptCacheError("a logit is NaN or infinite.")
                 break
             if found.ids.numel() and not 0 <= found.ids.min() <= found.ids.max() < spec.vocab_size:
                 raise CorruptCacheError(f"an id is outside the vocabulary of {spec.vocab_size}.")
             for numbers in (found.weights, found.rest):
                 if not (numbers.isfinite().all() and (numbers >= 0).all()):
-                    raise CorruptCacheError("a weight is no number, or below 0.")
+                    raise CorruptCacheError("a weight is negative, NaN or infinite.")
 
 
 def _strays(cache: Cache) -> Iterator[str]:

@@ -41,8 +41,8 @@ def from_text(data: bytes, name: str) -> dict[str, Any]:
     body = data[: len(data) - len(_seal(b""))]
     if body + _seal(body) != data:
         raise CorruptCacheError(
-            f"{name} is not as it was written: its last line is no sum of the others. Restore it "
-            "from a copy, or see what `kdcache repair` can do."
+            f"{name} has a wrong checksum: the file was changed or cut off. Restore it from a "
+            "copy, or try `kdcache repair`."
         )
     try:
         values = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse)
@@ -51,7 +51,7 @@ def from_text(data: bytes, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{name} cannot be read: {error}.") from error
     if not isinstance(values, dict):
-        raise CorruptCacheError(f"{name} cannot be read: it holds no object.")
+        raise CorruptCacheError(f"{name} cannot be read: it is not a JSON object.")
     del values["sha256"]
     return values
 
@@ -72,9 +72,9 @@ def _value(value: Any) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("a name is repeated")
     return values
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not allowed")

@@ -52,12 +52,12 @@ def open_file(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError as error:
         raise CorruptCacheError(
-            f"{path} is missing. Run the same build again to make it anew."
+            f"{path} is missing. Run the same build again to make it."
         ) from error
     except _ERRORS as error:
         raise CorruptCacheError(
             f"{path} cannot be read ({error}). Delete the file and run the same build again: "
-            "only this shard is made anew."
+            "only this shard is made again."
         ) from error
 
 
@@ -71,7 +71,7 @@ def attribute(path: Path, file: Any, name: str, kind: type[str] | type[int]) -> 
         raise CorruptCacheError(f"{path} has no attribute {name!r}: it is not a kdcache shard.")
     found = file.attrs.get_id(name)
     if found.shape != () or found.dtype.kind not in ("S" if kind is str else "iu"):
-        raise CorruptCacheError(f"{path}: its attribute {name!r} is no plain {kind.__name__}.")
+        raise CorruptCacheError(f"{path}: its attribute {name!r} is not a plain {kind.__name__}.")
     if found.get_storage_size() > _ATTRIBUTE_BYTES:
         raise CorruptCacheError(f"{path}: its attribute {name!r} is too long.")
     value = file.attrs[name]
@@ -108,7 +108,7 @@ def columns_of(
     _members(path, file)
     group = file[name]
     if not isinstance(group, h5py.Group):
-        raise CorruptCacheError(f"{path}: {name} is no group of columns.")
+        raise CorruptCacheError(f"{path}: {name} is not a group of columns.")
     found, wanted = _members(path, group), set(required)
     if wanted and not wanted <= found <= wanted | set(optional):
         raise CorruptCacheError(
@@ -134,7 +134,7 @@ def column(path: Path, group: Any, name: str, kinds: Sequence[str] = NUMBERS) ->
         raise CorruptCacheError(f"{path} has no column {name}.")
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or dataset.ndim not in (1, 2):
-        raise CorruptCacheError(f"{path}: {name} is no column.")
+        raise CorruptCacheError(f"{path}: {name} is not a column.")
     kind = dataset.dtype.str
     # The type in the file may have fewer bits, or others, than the one numpy would read it as.
     if kind not in kinds or not h5py.h5t.py_create(dataset.dtype).equal(dataset.id.get_type()):
@@ -169,7 +169,7 @@ def values(path: Path, dataset: Any) -> np.ndarray:
         except zlib.error as error:
             raise CorruptCacheError(f"{path}: {dataset.name} is damaged ({error}).") from None
         if len(shuffled) != count * found.itemsize or more or not stream.eof:
-            raise CorruptCacheError(f"{path}: a chunk of {dataset.name} has not the size of one.")
+            raise CorruptCacheError(f"{path}: a chunk of {dataset.name} has the wrong size.")
         # Shuffled are the lowest bytes of all values, then the next ones, and so on.
         planes = np.frombuffer(shuffled, np.uint8).reshape(found.itemsize, count)
         words = planes[-1].astype(f"<u{found.itemsize}")
@@ -205,7 +205,7 @@ def _members(path: Path, group: Any) -> set[str]:
             raise CorruptCacheError(f"{path}: {name!r} is a link, and links are not followed.")
     names = {name.decode() for name, _ in links}
     if len(names) != len(links):
-        raise CorruptCacheError(f"{path}: a name comes twice in {group.name}.")
+        raise CorruptCacheError(f"{path}: a name is repeated in {group.name}.")
     return names
 
 
@@ -220,7 +220,8 @@ def _check_chunks(path: Path, dataset: Any, name: str) -> None:
         or filters[0][2] != (dataset.dtype.itemsize,)
     ):
         raise CorruptCacheError(
-            f"{path}: column {name} is not stored in chunks behind shuffle, gzip and fletcher32."
+            f"{path}: column {name} is not stored in chunks with the filters shuffle, gzip and "
+            f"fletcher32."
         )
     rows, *width = dataset.shape
     step, *across = dataset.chunks
@@ -255,4 +256,4 @@ def _check_chunks(path: Path, dataset: Any, name: str) -> None:
             break
         seen[place] = True
     if not seen.all() or len(chunks) != expected:
-        raise CorruptCacheError(f"{path}: the chunks of column {name} are not where they belong.")
+        raise CorruptCacheError(f"{path}: the chunks of column {name} are missing or misplaced.")

@@ -25,7 +25,7 @@ _LARGEST = 256 << 20  # bytes of a manifest: a million shards
 _SHA256 = re.compile("[0-9a-f]{64}")
 _COUNTS = ("rows", "tokens", "positions", "bytes", "skipped")
 _MOST = 1 << 31  # of anything in one shard, which is held in memory whole
-_CURE = "Delete the file and run the same build again: only this shard is made anew."
+_CURE = "Delete the file and run the same build again: only this shard is made again."
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ShardEntry:
         shard = f"shard {self.span}: {self.name}"
         if path is None or not path.exists():
             raise CorruptCacheError(
-                f"{shard} is missing. Run the same build again: only this shard is made anew."
+                f"{shard} is missing. Run the same build again: only this shard is made again."
             )
         size = path.stat().st_size
         if size != self.bytes:
@@ -84,14 +84,14 @@ class ShardEntry:
         if found is None or not int(found.group(1)) == entry.span == span:
             raise ValueError(f"{entry.name!r} is not the shard of span {span}")
         if not (_SHA256.fullmatch(entry.sha256) and entry.sha256.startswith(found.group(2))):
-            raise ValueError(f"{entry.name} has not the sha256 of its name")
+            raise ValueError(f"{entry.name} does not match the sha256 in its name")
         for name in ("span", *_COUNTS):
             value = getattr(entry, name)
             if type(value) is not int or not (name == "bytes") <= value < _MOST:
-                raise ValueError(f"{entry.name} cannot have {value} {name}")
+                raise ValueError(f"{entry.name} has an invalid number of {name}: {value}")
         # So many numbers, compressed as far as can be.
         if max(entry.rows, entry.tokens, entry.positions) > DEFLATE_LIMIT * entry.bytes:
-            raise ValueError(f"{entry.name} has {entry.counts} in no more than {entry.bytes} bytes")
+            raise ValueError(f"{entry.name} claims {entry.counts} in {entry.bytes} bytes")
         mass = entry.clipped_mass
         if type(mass) not in (int, float) or not (math.isfinite(mass) and mass >= 0):
             raise ValueError(f"{entry.name} has a clipped mass of {mass}")
@@ -169,7 +169,7 @@ class Manifest:
             if values.keys() != {"format", "fingerprint", "files", "shards", *_COUNTS}:
                 raise ValueError(f"its fields are {', '.join(values)}")
             if not _SHA256.fullmatch(values["fingerprint"]):
-                raise ValueError("its fingerprint is none")
+                raise ValueError("its fingerprint is invalid")
             manifest = cls(
                 values["fingerprint"],
                 tuple(ShardEntry.from_dict(s, i) for i, s in enumerate(values["shards"])),
@@ -193,7 +193,7 @@ def check_files(files: Any) -> dict[str, str]:
         ValueError: a name that could leave the folder, or a hash that is none.
     """
     if not isinstance(files, dict):
-        raise ValueError("its files are no object")
+        raise ValueError("its files are not a JSON object")
     for name, sha256 in files.items():
         if not (BESIDE.fullmatch(name) and type(sha256) is str and _SHA256.fullmatch(sha256)):
             raise ValueError(f"{name!r} is not a file beside spec.json")

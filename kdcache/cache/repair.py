@@ -130,8 +130,9 @@ def _remove_documents(storage: Storage) -> Iterator[str]:
             broken.append(name)
     if not any(storage.exists(name) and name not in broken for name in parsers):
         raise CorruptCacheError(
-            f"{redact(storage.url)}: neither spec.json nor manifest.json can be read, and nothing "
-            "else says what this cache is. Restore one from a copy, or build with another --out."
+            f"{redact(storage.url)}: neither spec.json nor manifest.json can be read, and one of "
+            f"them is needed to know what this cache is. Restore one from a copy, or build with "
+            "another --out."
         )
     for name in broken:
         storage.remove(name)
@@ -258,7 +259,7 @@ def _open(url: str) -> Storage:
         for name in ("shards", "tmp", "tokenizer"):
             if (storage.root / name).is_symlink():
                 raise UsageError(
-                    f"{storage.root / name} is a link to elsewhere: files are removed only inside "
-                    "the cache. Put the folder itself in its place."
+                    f"{storage.root / name} is a link: files are removed only inside the cache's "
+                    f"own folder. Replace the link by the folder."
                 )
     return storage

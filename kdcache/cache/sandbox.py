@@ -60,8 +60,10 @@ class Trial:
         answer = _answer(process, patience)
         if not answer.endswith(b"\n"):
             died = self._end(process)
-            how = f"dies of {died}" if died else f"has no answer in {patience:.0f} s"
-            raise CorruptCacheError(f"{path} cannot be read: the process that tries {how}.")
+            how = f"ended with {died}" if died else f"did not answer within {patience:.0f} s"
+            raise CorruptCacheError(
+                f"{path} cannot be read: the sandboxed process that opened it {how}."
+            )
         found = json.loads(answer)
         if found is not None:
             raise CorruptCacheError(str(found))
@@ -73,7 +75,9 @@ class Trial:
         process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         self._process = process
         if not _answer(process, _PATIENCE):
-            raise RuntimeError(f"no process to try files in: {self._end(process) or 'no answer'}")
+            raise RuntimeError(
+                f"the sandboxed process did not start: {self._end(process) or 'no answer'}"
+            )
         return process
 
     def _end(self, process: subprocess.Popen[bytes]) -> str:
@@ -114,7 +118,7 @@ def serve() -> None:
         except CorruptCacheError as error:
             _tell(str(error))
         except MemoryError:
-            _tell("It takes more memory than a shard may.")
+            _tell("It needs more memory than a shard may use.")
         else:
             _tell(None)
 

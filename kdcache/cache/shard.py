@@ -210,7 +210,7 @@ def read_shard(
         if offsets[-1] != n.tokens:
             raise CorruptCacheError(f"{path}: row lengths add up to {offsets[-1]}, not {n.tokens}.")
         if task == CAUSAL_LM and not lengths.all():
-            raise CorruptCacheError(f"{path}: it has rows without a token.")
+            raise CorruptCacheError(f"{path}: it has rows without tokens.")
         input_ids = _read(path, rows, "input_ids", _IDS, n.tokens).astype(np.int32)
         if task == CAUSAL_LM:
             labels = _join_labels(
@@ -288,7 +288,7 @@ def read_counts(path: Path) -> tuple[ShardCounts, dict[str, Any]]:
     with open_file(path) as file:
         facts = json.loads(attribute(path, file, "span", str))
         if not isinstance(facts, dict):
-            raise CorruptCacheError(f"{path}: its attribute 'span' is no object.")
+            raise CorruptCacheError(f"{path}: its attribute 'span' is not a JSON object.")
         return shard_counts(path, file), facts
 
 
@@ -360,14 +360,14 @@ def _check_items(path: Path, data: ShardData) -> None:
         ends = {axis: int(offsets[-1]) for axis, offsets in data.item_offsets.items()}
     except IndexError as error:
         raise CorruptCacheError(
-            f"{path}: the counts of its targets do not fit the columns they count."
+            f"{path}: the counts of its targets do not match the columns that they count."
         ) from error
     for stored in data.targets.codec.columns:
         found = len(data.targets.columns[stored.name])
         if found != ends[stored.per]:
             raise CorruptCacheError(
-                f"{path}: column {stored.name} has {found} values, its counts make "
-                f"{ends[stored.per]}."
+                f"{path}: column {stored.name} has {found} values, expected {ends[stored.per]} by "
+                f"its counts."
             )
 
 

@@ -76,7 +76,7 @@ class CacheSpec:
             another format version.
         """
         if not isinstance(values, dict):
-            raise CorruptCacheError("spec.json cannot be read: its spec is no object.")
+            raise CorruptCacheError("spec.json cannot be read: its spec is not a JSON object.")
         if values.get("format") != FORMAT:
             raise CorruptCacheError(
                 f"the cache has format version {values.get('format')}; this kdcache reads {FORMAT}."
@@ -84,11 +84,11 @@ class CacheSpec:
         names = {f.name for f in dataclasses.fields(cls)} - {"ranks"} | values.keys() & {"ranks"}
         if names != set(values):
             odd = ", ".join(sorted(names ^ set(values)))
-            raise CorruptCacheError(f"spec.json lacks or does not know these fields: {odd}.")
+            raise CorruptCacheError(f"spec.json has missing or unknown fields: {odd}.")
         wrong = [name for name, kind in _KINDS.items() if not kind(values.get(name))]
         if wrong:
             odd = ", ".join(f"{name} is {_short(values.get(name))}" for name in wrong)
-            raise CorruptCacheError(f"spec.json says what cannot be: {odd}.")
+            raise CorruptCacheError(f"invalid values in spec.json: {odd}.")
         listed = ("teachers", "label_names", "corpus", "temperatures")
         fields: dict[str, Any] = dict(values)
         for name in listed:

@@ -32,7 +32,7 @@ def _build() -> click.Command:
         "    --corpus train.tsv --out cache",
         "kdcache build --teacher SmolLM2-135M --corpus 's3://bucket/text/*.parquet' \\",
         "    --codec sample:20 --temperatures 1,2 --address auto --out s3://bucket/cache",
-        "The same command again goes on where this one ended.",
+        "Run the same command again to continue where it stopped.",
     )
     def command(options: BuildOptions, as_json: bool) -> None:
         with BuildDisplay(quiet=as_json) as display:
@@ -48,13 +48,13 @@ def _build() -> click.Command:
             if result.truncated:
                 losses += f"; {result.truncated:,} documents cut at --max-length"
             if result.clipped_mass > 1e-3:
-                losses += f"; {result.clipped_mass:.1%} of the teacher's probability fell on ids "
-                losses += "that its tokenizer has not"
+                losses += f"; {result.clipped_mass:.1%} of the teacher's probability is on ids "
+                losses += "outside its tokenizer's vocabulary"
             if result.workers_lost:
-                losses += f"; {result.workers_lost} workers lost, {result.redone} attempts redone"
+                losses += f"; {result.workers_lost} workers lost, {result.redone} attempts repeated"
             echo(
                 f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
-                f"{size(result.bytes)} ({result.bytes_per_position:.1f} B a position, rows "
+                f"{size(result.bytes)} ({result.bytes_per_position:.1f} B per position, rows "
                 f"included) in {duration(result.seconds)}, "
                 f"teacher {duration(result.teacher_seconds)}; "
                 f"{result.made} of {result.spans} shards made now{losses}."
@@ -94,7 +94,7 @@ def _train() -> click.Command:
         "kdcache train --cache cache --student bilstm --temperature 2 --out run \\",
         "    --epochs 20 --eval-cache dev-cache --patience 3",
         "kdcache train --cache cache --student config.json --alpha 0.5 --out run",
-        "The same command again goes on from the last checkpoint.",
+        "Run the same command again to continue from the last checkpoint.",
     )
     def command(options: TrainOptions, as_json: bool) -> None:
         with TrainDisplay(quiet=as_json) as display:
@@ -134,7 +134,7 @@ def _sweep() -> click.Command:
         SweepOptions,
         "kdcache sweep grid.yaml --out sweeps/novels",
         "kdcache sweep grid.yaml --out sweeps/novels --workers 8 --gpus-per-run 0.5",
-        "The same command again goes on; a grid with more values only adds runs. A grid:",
+        "Run the same command again to continue; a grid with more values only adds runs. A grid:",
         "    cache: caches/novels",
         "    eval-cache: caches/held-out",
         "    grid:",
@@ -264,7 +264,10 @@ def _verify() -> click.Command:
                 f"rounding explains {check.allowed:.2g}."
             )
             if not check.same_teacher and not check.problems:
-                echo("Configuration or weights are not those of the build, to the byte.")
+                echo(
+                    "The teacher's configuration or weights are not identical to those of the "
+                    "build."
+                )
         if result.problems:
             for problem in result.problems:
                 echo(problem, err=True)
@@ -279,7 +282,7 @@ def _repair() -> click.Command:
     @options_command(
         RepairOptions,
         "kdcache repair cache",
-        "Then the same `kdcache build` command makes anew what was removed.",
+        "Then run the same `kdcache build` command to make what was removed.",
     )
     def command(options: RepairOptions, as_json: bool) -> None:
         result = repair(options)
@@ -291,7 +294,7 @@ def _repair() -> click.Command:
         for name in result.missing:
             echo(f"{name}: missing")
         if result.removed or result.missing:
-            echo("Run the same `kdcache build` command again: it makes only these anew.")
+            echo("Run the same `kdcache build` command again: it makes only these.")
         elif result.old_digest is None:
             echo(f"{result.cache}: nothing is broken.")
         if result.old_digest is not None:
@@ -315,7 +318,7 @@ def _gc() -> click.Command:
         for leftover in result.removed:
             echo(f"{leftover.name}: {size(leftover.bytes)}")
         verb = "would be removed" if result.dry_run else "removed"
-        young = f"; {result.young} younger than an hour stay" if result.young else ""
+        young = f"; {result.young} younger than an hour were kept" if result.young else ""
         count = len(result.removed)
         files = "1 file" if count == 1 else f"{count} files"
         echo(f"{files} {verb}, {size(result.bytes)}{young}.")

@@ -29,15 +29,15 @@ COMMANDS = {
     "plan": "Measure what a cache would cost and how good it would be, on a sample.",
     "build": "Run the teacher over a corpus once and cache its soft targets.",
     "train": "Train a student on the hard labels and soft targets of a cache.",
-    "sweep": "Train many students of the same caches and put them side by side.",
+    "sweep": "Train many students on the same caches and compare them.",
     "finetune": "Fine-tune a Hugging Face encoder as the teacher of a classifier.",
-    "evaluate": "Measure students beside their teacher.",
-    "predict": "Label texts with a classifier; JSON lines out.",
-    "inspect": "Show what is in a cache: spec, sizes, rows with the teacher's guesses.",
+    "evaluate": "Compare students with their teacher.",
+    "predict": "Label texts with a classifier and write JSON lines.",
+    "inspect": "Show what is in a cache: spec, sizes, rows with the teacher's predictions.",
     "verify": "Check every file of a cache, and its targets against the teacher if one is named.",
-    "repair": "Remove what is broken in a cache, so that the same build makes only that anew.",
-    "gc": "Remove what crashed builds have left beside a cache.",
-    "demo": "Run the main job end to end with what the package carries.",
+    "repair": "Remove damaged files from a cache, so that the same build makes only these again.",
+    "gc": "Remove what crashed builds have left in a cache's folder.",
+    "demo": "Run the whole workflow on text and models that need no download.",
 }
 
 
@@ -78,7 +78,7 @@ class _Commands(click.Group):
             full, closed = no_space(error), error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
             if not (full or closed):
                 raise
-            cure = "Free some space and run" if full else "Make it writable, or name another; run"
+            cure = "Free some space and run" if full else "Make it writable and run"
             place = _safe(str(error.filename or "the disk"))
             click.echo(f"Error: {place}: {error.strerror}. {cure} the same command.", err=True)
             ctx.exit(3 if full else 2)
@@ -98,7 +98,7 @@ class _Log(logging.Handler):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kdcache")
-@click.option("--verbose", is_flag=True, help="Show what the libraries below have to say.")
+@click.option("--verbose", is_flag=True, help="Show the log messages of the libraries used.")
 def cli(verbose: bool) -> None:
     """Pay for the teacher once, train many students from its cached soft targets.
 

@@ -83,12 +83,12 @@ def options_command(
                 is_eager=True,
                 expose_value=False,
                 callback=lambda ctx, _, path: _load(kind, ctx, path),
-                help="YAML file whose keys are option names; flags win.",
+                help="YAML file with option names as keys; flags take precedence.",
             )
         )
         params.append(
             click.Option(
-                ["--json", "as_json"], is_flag=True, help="Print the outcome as one JSON object."
+                ["--json", "as_json"], is_flag=True, help="Print the result as one JSON object."
             )
         )
         command = OptionsCommand(

@@ -10,7 +10,7 @@ from kdcache.commands.demo.result import DemoResult
 
 def render_demo(result: DemoResult, console: Console) -> None:
     """Print the comparison, and what the teacher cost."""
-    header = ("model", "parameters", "CE", "perplexity", "KL", "training", "teacher beside it")
+    header = ("model", "parameters", "CE", "perplexity", "KL", "training", "online teacher")
     lines = [
         (
             model.name,
@@ -23,13 +23,13 @@ def render_demo(result: DemoResult, console: Console) -> None:
         )
         for model in result.models
     ]
-    title = "On held-out documents: cross-entropy and KL to the teacher in nats a token"
+    title = "On held-out documents: cross-entropy and KL to the teacher in nats per token"
     print_table(console, header, lines, title=title)
     beside = sum(model.teacher_seconds or 0.0 for model in result.models)
     print_line(
         console,
-        f"The cache: {result.positions:,} positions, {result.bytes_per_position:.1f} bytes a "
-        f"position. Teacher: {result.teacher_seconds:.1f} s, paid once; running it beside the "
-        f"distilled students would have taken {beside:.1f} s.",
+        f"The cache: {result.positions:,} positions, {result.bytes_per_position:.1f} bytes per "
+        f"position. Teacher: {result.teacher_seconds:.1f} s, paid once; running it online with "
+        f"the distilled students would have taken {beside:.1f} s.",
     )
     print_line(console, f"Loss curves: {result.plot}")

@@ -19,7 +19,7 @@ def render_inspection(result: InspectResult, console: Console) -> None:
         ("task", result.task),
         ("teachers", ", ".join(result.teachers) or "-"),
         ("codec", f"{result.codec} over {result.vocab_size:,} {kind}"),
-        ("temperatures", temperatures + (" (any other too)" if result.any_temperature else "")),
+        ("temperatures", temperatures + (" (and any other)" if result.any_temperature else "")),
         ("state", state),
         ("shards", f"{result.done:,}"),
         ("rows", f"{result.rows:,}"),
@@ -28,7 +28,7 @@ def render_inspection(result: InspectResult, console: Console) -> None:
         ("skipped records", f"{result.skipped:,}"),
         ("clipped mass", percent(result.clipped_mass, 4) + " a position"),
         ("size", size(result.bytes)),
-        ("bytes a position", f"{number(result.bytes_per_position, 2)} of the whole files"),
+        ("bytes per position", f"{number(result.bytes_per_position, 2)} of the whole files"),
         ("", f"{number(result.target_bytes_per_position, 2)} of the soft targets alone"),
         ("fingerprint", result.fingerprint),
     ]
@@ -71,6 +71,6 @@ def _render_row(row: RowView, console: Console) -> None:
             lines.append((str(position.place), repr(position.token), label, guesses, rest))
         else:
             lines.append((label, guesses, rest))
-    header = ("place", "after", "next", "teacher's guesses", "rest")
+    header = ("place", "after", "next", "teacher's predictions", "rest")
     shown = header if causal else ("label", "teacher's probabilities", "rest")
     print_table(console, shown, lines, left=len(shown) - 1)

@@ -42,7 +42,7 @@ def _print_costs(result: PlanResult, console: Console) -> None:
         "codec",
         "T",
         "entries",
-        "B a position",
+        "B per position",
         "+ rows, B",
         "corpus",
         *workers,
@@ -65,7 +65,7 @@ def _print_costs(result: PlanResult, console: Console) -> None:
 
 
 def _print_fidelity(result: PlanResult, console: Console) -> None:
-    header = ["codec", "T", "at T", "noise", "bias", "untold", "mass", "angle", "norm"]
+    header = ["codec", "T", "at T", "noise", "bias", "missed", "mass", "angle", "norm"]
     header += ["mean angle", "mean norm"]
     rows = [
         (
@@ -74,7 +74,7 @@ def _print_fidelity(result: PlanResult, console: Console) -> None:
             f"{f.temperature:g}",
             _small(f.noise),
             _small(f.bias),
-            percent(f.untold, 1),
+            percent(f.missed, 1),
             percent(f.mass, 1),
             f"{f.angle:.1f}°",
             number(f.norm_ratio, 2),
@@ -90,18 +90,19 @@ def _print_fidelity(result: PlanResult, console: Console) -> None:
 
 def _notes(result: PlanResult) -> list[str]:
     notes = [
-        "break-even: students (passes over the corpus) from which on a cache takes less time than "
-        "the teacher online, where a student's step takes as long as the teacher's forward.",
-        "noise: E||target - p||²; bias: the part of it that averages never take away; untold: "
-        "probability that no student ever hears of; mass: probability on the stored ids. Noise "
-        "averages out over positions, what is untold does not.",
-        "angle, norm: gradient by a student's logits against the one from the full distribution; "
-        "mean: summed over positions. The student stands in: half of the teacher's logits, plus "
-        "noise.",
+        "break-even: number of students (passes over the corpus) from which a cache takes less "
+        "time than the teacher online, if a student's step takes as long as the teacher's forward.",
+        "noise: E||target - p||²; bias: the part that does not average out; missed: probability "
+        "outside the stored ids; mass: probability on them. Noise averages out over positions, "
+        "missed mass does not.",
+        "angle, norm: gradient by a student's logits, compared with that of the full "
+        "distribution; mean: summed over positions. The student is simulated: half of the "
+        "teacher's logits, plus noise.",
     ]
     if result.positions < _SMALL_SHARD:
         notes.append(
-            f"Bytes are those of one shard of {result.positions:,} positions; larger ones compress "
+            f"Bytes are measured on one shard of {result.positions:,} positions; larger ones "
+            "compress "
             "a little better."
         )
     if result.plot is not None:

@@ -45,15 +45,16 @@ def _mixed(result: SweepResult) -> bool:
 def _notes(result: SweepResult) -> Iterable[str]:
     if _mixed(result):
         yield (
-            "The soft loss compares at one temperature alone. The loss that was trained on, "
-            "weighted by a run's own alpha and T, is in the files."
+            "Soft losses can be compared only at the same temperature. The training loss, "
+            "weighted with each run's alpha and T, is in the files."
         )
     if not result.evaluated:
         yield "No eval-cache was given: figures are those of the last steps of training."
     if len(result.runs) < result.combinations:
         yield (
-            f"{result.combinations} combinations are {len(result.runs)} runs: the others differ in "
-            "nothing that a student depends on, as the temperature at alpha 1 or with mse."
+            f"{result.combinations} combinations make {len(result.runs)} runs: the others differ "
+            "only in options that do not affect the student, such as the temperature at alpha 1 or "
+            "with mse."
         )
     total = duration(sum(run.seconds for run in result.runs))
     yield (

@@ -1,4 +1,4 @@
-"""`kdcache evaluate`: the teacher beside its students, on the rows of a cache or of a corpus.
+"""`kdcache evaluate`: the online teachers students, on the rows of a cache or of a corpus.
 
 Every model runs over the same batches, a slice of positions at a time. The figures are sums
 (`kdcache.loss.metrics`), so memory is that of one batch whatever the size of the set.
@@ -51,7 +51,7 @@ class EvaluateOptions(RowOptions, InferenceOptions):
     """What `kdcache evaluate` takes: fields have the names of its options."""
 
     student: tuple[str, ...] = option(
-        help="folders (also of runs, which keep theirs in `student/`) or hub ids.",
+        help="folders of models or of runs (their model is in `student/`), or hub ids.",
         metavar="RUN_OR_DIR",
     )
     cache: str | None = option(
@@ -69,7 +69,7 @@ class EvaluateOptions(RowOptions, InferenceOptions):
         metavar="DIR_OR_HUB_ID",
     )
     task: Task | None = option(
-        None, help="what the models are asked for. Default: the cache's or the first student's."
+        None, help="the task of the models. Default: the cache's or the first student's."
     )
     _: KW_ONLY
     limit: int | None = option(
@@ -166,8 +166,8 @@ class _Evaluation:
         task = options.task or first.task
         if task is None:
             raise UsageError(
-                f"{first.role} {first.name} does not say what it was saved for. "
-                "Name it with --task."
+                f"{first.role} {first.name} does not say which task it was saved for. Name it "
+                "with --task."
             )
         self.task, self.label_names = task, None
         for model in saved:
@@ -417,24 +417,24 @@ class _Evaluation:
         tally = self.tallies[0]
         if not self.exact:
             yield (
-                "The cache holds samples of the teacher, which do not tell its entropy: soft "
-                "cross-entropy is KL plus that entropy, and its differences are differences in KL. "
-                "Name the --teacher for KL itself."
+                "The cache holds samples of the teacher, whose entropy is unknown: soft "
+                "cross-entropy is KL plus that entropy, so differences in it are differences in "
+                "KL. Use --teacher to measure KL itself."
             )
         elif soft and self.teacher is None and not self._dense:
             yield (
                 "The cache holds the teacher's top ids: KL compares these and the sum of all "
-                "others, and is at most the full KL. Name the --teacher for that."
+                "others, and is at most the full KL. Use --teacher to measure the full KL."
             )
         if soft and tally.known < tally.positions:
             yield (
-                f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where the "
-                "cached sample tells the teacher's most probable id."
+                f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
+                "the cached sample determines the teacher's most probable id."
             )
         if tally.labelled < tally.positions:
             yield (
                 f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
-                "hard label and count in the soft figures alone."
+                "hard label and count only in the soft figures."
             )
 
 

@@ -89,12 +89,12 @@ class FinetuneOptions(RowOptions, LearningOptions):
     )
     warmup: float = option(
         0.1,
-        help="steps of the learning rate's rise, or a share of the run if below 1.",
+        help="warm-up steps of the learning rate; below 1 a share of the run.",
         at_least=0,
     )
     train_last: int | None = option(
         None,
-        help="train only so many of the encoder's parameter tensors, the last ones, and the head.",
+        help="train only the head and this many of the encoder's last parameter tensors.",
         at_least=0,
     )
     head_width: int | None = option(
@@ -257,8 +257,8 @@ def _label_names(options: FinetuneOptions) -> tuple[str, ...]:
             found.add(text)
         if len(found) > _MOST_CLASSES:
             raise UsageError(
-                f"column {column} has more than {_MOST_CLASSES} different values: it is no label. "
-                "Name the right one with --label-column."
+                f"column {column} has more than {_MOST_CLASSES} different values: it is not a "
+                "label. Name the right one with --label-column."
             )
     names = tuple(sorted(found))
     if all(name.isascii() and name.isdigit() for name in found):

@@ -18,7 +18,7 @@ class GcOptions(Options):
     """What `kdcache gc` takes: fields have the names of its options."""
 
     cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
-    dry_run: bool = option(False, help="say what would be removed, and remove nothing.")
+    dry_run: bool = option(False, help="list what would be removed, and remove nothing.")
 
 
 def gc(options: GcOptions) -> GcResult:

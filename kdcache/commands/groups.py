@@ -36,7 +36,7 @@ class RecordOptions(Options):
         None, help="names of the columns of files without a header.", comma=True, metavar="NAME"
     )
     format: str = option(
-        "auto", help="format of all files, such as `jsonl`; `auto` goes by their names."
+        "auto", help="format of all files, such as `jsonl`; `auto` decides by their names."
     )
     documents: Documents = option(
         "file",
@@ -57,7 +57,7 @@ class RecordOptions(Options):
     record_form: Form = option(
         "auto",
         help="which columns make a record: the text, the messages of a chat, or a prompt with its "
-        "completion; `auto` goes by the columns that hold something. Classifiers read texts.",
+        "completion; `auto` decides by the columns that are not empty. Classifiers read texts.",
     )
     on_error: OnError = option("fail", help="what to do with records that cannot be read.")
     limit: int | None = option(
@@ -112,8 +112,9 @@ class RowOptions(RecordOptions):
     max_length: int = option(1024, help="tokens of the longest row.", metavar="TOKENS", at_least=2)
     packing: Packing | None = option(
         None,
-        help="`concat` joins documents into full rows, `none` makes one row of each and cuts it at "
-        "the longest, `split` goes on in further rows. Default: `concat` for a causal LM.",
+        help="`concat` joins documents into full rows, `none` makes one row of each and cuts it "
+        "at the longest, `split` continues in further rows. Default: `concat` for a causal "
+        "LM.",
     )
 
     def row_spec(
@@ -122,7 +123,7 @@ class RowOptions(RecordOptions):
         """What decides the rows.
 
         Args:
-            task: what the teacher is asked for.
+            task: the task: what the teacher predicts.
             label_names: classes of a classifier.
             max_length: tokens of the longest row, where a model reads less than the option says.
         """
@@ -205,7 +206,7 @@ class LearningOptions(Options):
     weight_decay: float = option(0.0, help="of AdamW.", at_least=0)
     warmup: float = option(
         0.0,
-        help="steps of the learning rate's rise, or a share of the run if below 1.",
+        help="warm-up steps of the learning rate; below 1 a share of the run.",
         at_least=0,
     )
     lr_scheduler: Scheduler = option("linear", help="shape of the learning rate.")
@@ -214,7 +215,7 @@ class LearningOptions(Options):
         help="of the computation; weights stay float32. `auto` is `bf16` on a GPU that has it, "
         "otherwise `float32`; `fp16` scales the loss.",
     )
-    seed: int = option(0, help="of the order, of random weights and of dropout.", at_least=0)
+    seed: int = option(0, help="seed of the order, of random weights and of dropout.", at_least=0)
     logging_steps: int = option(
         10, help="steps between reports of progress.", at_least=1, decides="nothing"
     )

@@ -1,4 +1,4 @@
-"""`kdcache inspect`: what a cache is, how large its parts are, the teacher's guesses for a row.
+"""`kdcache inspect`: what a cache is, how large its parts are, the teacher's predictions for a row.
 
 Cost: the two JSON files of a sealed cache and the headers of a few shards, from which bytes a
 column are scaled up; with a row, that row's shard. An unfinished cache has no manifest: each
@@ -45,7 +45,7 @@ class InspectOptions(Options):
         help="of the shown probabilities. Default: 1 where the cache declares it, else the first.",
         above=0,
     )
-    top: int = option(5, help="guesses to show at each position.", at_least=1)
+    top: int = option(5, help="predictions to show at each position.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class PositionView:
-    """The teacher's guesses at one position.
+    """The teacher's predictions at one position.
 
     Attributes:
         place: index of the token in its row (0 for classification).
@@ -80,7 +80,7 @@ class PositionView:
 
 @dataclass(frozen=True)
 class RowView:
-    """One row as text, with the teacher's guesses.
+    """One row as text, with the teacher's predictions.
 
     Attributes:
         row: its number in the cache.
@@ -105,7 +105,7 @@ class RowView:
 
 @dataclass(frozen=True)
 class ColumnSize:
-    """Stored bytes a position of one dataset of the shards, such as `targets/ids`."""
+    """Stored bytes per position of one dataset of the shards, such as `targets/ids`."""
 
     name: str
     bytes_per_position: float
@@ -136,7 +136,7 @@ class InspectResult:
         clipped_mass: mean probability a position that fell on ids outside the vocabulary.
         bytes_per_position: of the whole file; None if there is no position yet.
         target_bytes_per_position: of the soft targets alone.
-        columns: bytes a position of each dataset.
+        columns: bytes per position of each dataset.
         sampled_shards: how many shards the last two come from.
         spec: the whole spec.
         row: the requested row.
@@ -235,7 +235,7 @@ def _tried(cache: Cache, entry: ShardEntry, trial: Trial) -> Iterator[Path]:
 def _columns(
     cache: Cache, shards: Sequence[ShardEntry], trial: Trial
 ) -> tuple[tuple[ColumnSize, ...], int]:
-    """Bytes a position of each dataset, from a few shards spread over the cache."""
+    """Bytes per position of each dataset, from a few shards spread over the cache."""
     full = [s for s in shards if s.positions]
     chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SAMPLED_SHARDS)).astype(int))
     sums: dict[str, int] = {}
@@ -311,7 +311,7 @@ def _find(shards: Sequence[ShardEntry], row: int, sealed: bool) -> tuple[ShardEn
     total = sum(s.rows for s in shards)
     there = "the cache has" if sealed else "the unfinished cache has so far"
     which = f"{there} {total} rows, numbered from 0" if total else f"{there} no rows"
-    raise UsageError(f"--row is {row}, but {which}. Choose a row that is there.")
+    raise UsageError(f"--row is {row}, but {which}. Choose an existing row.")
 
 
 def _guesses(

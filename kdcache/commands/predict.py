@@ -40,7 +40,7 @@ class PredictOptions(RecordOptions, InferenceOptions):
     """What `kdcache predict` takes: fields have the names of its options."""
 
     student: str = option(
-        help="folder (also of a run, which keeps it in `student/`) or hub id of a classifier.",
+        help="folder or hub id of a classifier, or folder of a run (its model is in `student/`).",
         metavar="RUN_OR_DIR",
     )
     corpus: tuple[str, ...] = option(
@@ -55,9 +55,9 @@ class PredictOptions(RecordOptions, InferenceOptions):
         """See `Options.conflicts`."""
         problems = form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
         if "-" in self.corpus and len(self.corpus) > 1:
-            problems.append("--corpus - reads standard input and stands alone.")
+            problems.append("--corpus - reads standard input and cannot be combined with files.")
         if "-" in self.corpus and self.pair_column is not None:
-            problems.append("--corpus - reads one text a line and has no --pair-column.")
+            problems.append("--corpus - reads one text per line and has no --pair-column.")
         return problems
 
 

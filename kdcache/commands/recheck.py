@@ -274,9 +274,9 @@ def _problems(result: Recheck, chosen: _Sample, found: np.ndarray) -> list[str]:
     )
     if result.cached > result.allowed:
         whose = (
-            "It is the teacher of the build: the cache is not what it says"
+            "The teacher is the one of the build, so the cache is wrong"
             if result.same_teacher
-            else "It is not the teacher of the build, whose weights or configuration are others"
+            else "The teacher is not the one of the build: its weights or configuration differ"
         )
         return [f"the targets are not those of this teacher: {figures}. {whose}."]
     if result.worst > result.worst_allowed:

@@ -20,8 +20,8 @@ class RepairOptions(Options):
     cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
     reseal: bool = option(
         False,
-        help="accept shards that were made again with other bytes than in the manifest. The cache "
-        "gets another digest.",
+        help="accept shards that were made again with other bytes than in the manifest. This "
+        "changes the digest of the cache.",
     )
 
 

@@ -15,9 +15,9 @@ class ModelScores:
         parameters: numbers in its weights; None for cached targets.
         accuracy: share of hard labels that are the most probable id or class.
         f1: of class 1 with two classes, else macro (classification only).
-        cross_entropy: with the hard labels, nats a position, T = 1.
+        cross_entropy: with the hard labels, nats per position, T = 1.
         perplexity: its exponential (causal LM only).
-        kl: KL(teacher || student) at the result's temperature, nats a position.
+        kl: KL(teacher || student) at the result's temperature, nats per position.
         soft_cross_entropy: where KL is not known: that plus the teacher's entropy.
         agreement: share of positions whose most probable id is also the teacher's.
         calibration_error: expected calibration error of the most probable id, T = 1.

@@ -27,8 +27,8 @@ class VerifyOptions(Options):
         "rows (optional).",
         metavar="DIR_OR_HUB_ID",
     )
-    sample: int = option(32, help="number of these rows.", metavar="ROWS", at_least=1)
-    seed: int = option(0, help="of their choice.", at_least=0)
+    sample: int = option(32, help="number of rows to run again.", metavar="ROWS", at_least=1)
+    seed: int = option(0, help="seed that chooses these rows.", at_least=0)
     trust_remote_code: bool = option(False, help="let code that ships with a teacher run.")
 
 

@@ -142,8 +142,8 @@ class ReadStats:
         """
         if on_error == "fail":
             raise UsageError(
-                f"{file}: {location}: {problem}. Mend it, or leave such records out with "
-                f"--on-error skip (they are counted)."
+                f"{file}: {location}: {problem}. Correct it, or leave such records out with "
+                "--on-error skip (they are counted)."
             )
         self.skipped += count
         if count and len(self.reasons) < _KEPT_REASONS:

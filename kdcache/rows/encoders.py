@@ -152,7 +152,7 @@ class TextEncoder(Encoder):
                 self.truncated += 1
                 stop = start + length + 1
                 if not marks[start + 1 : stop].any():
-                    cause = f"its first {length} tokens (--max-length) hold nothing to learn"
+                    cause = f"its first {length} tokens (--max-length) contain no label"
                     self.stats.reject("skip", record.file, record.location, cause)
             yield from _cut(ids[start:stop], marks[start:stop], length)
             start += size
@@ -355,7 +355,8 @@ class ClassificationEncoder(Encoder):
             shown = ", ".join(each.format(i, name) for i, name in enumerate(names[:10]))
             known = shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         return UsageError(
-            f"{record.place}: label is {value!r}, which is none of the teacher's classes: {known}. "
+            f"{record.place}: label is {value!r}, which is not one of the teacher's classes: "
+            f"{known}. "
             f"Correct it; leave it empty (null in JSON) where a record has no label."
         )
 

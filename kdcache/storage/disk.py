@@ -154,8 +154,8 @@ class DiskCache:
             if size > bound:
                 raise UsageError(
                     f"a file of {size} bytes does not fit into {self.folder}, which may hold "
-                    f"{bound} bytes. Let KDCACHE_DISK_BYTES be several times as much, or name a "
-                    "larger disk with KDCACHE_DISK."
+                    f"{bound} bytes. Set KDCACHE_DISK_BYTES to several times as much, or name a "
+                    f"larger disk with KDCACHE_DISK."
                 )
             for _, path, held in sorted(copies):
                 if taken + size <= bound:
@@ -192,7 +192,8 @@ class DiskCache:
             if no_space(error):
                 raise IncompleteError(
                     f"no space left for {self.folder}, where files of object stores are kept. "
-                    "Free some, lower KDCACHE_DISK_BYTES or name another disk with KDCACHE_DISK, "
+                    "Free some space, lower KDCACHE_DISK_BYTES or name another disk with "
+                    "KDCACHE_DISK, "
                     "and run the same command again."
                 ) from error
             if isinstance(error, PermissionError) or error.errno == errno.ELOOP:

@@ -97,10 +97,10 @@ class FileSystem:
         """
         self.shown = redact(url)
         protocol = url.split("://")[0].split("::")[-1]
-        extra, self._cure = _STORES.get(protocol, (None, "Check its rights and credentials."))
+        extra, self._cure = _STORES.get(protocol, (None, "Check its permissions and credentials."))
         if extra and self.shown != url.split("?")[0]:
             raise UsageError(
-                f"{self.shown}: credentials do not belong into {protocol}:// addresses. "
+                f"{self.shown}: credentials are not allowed in {protocol}:// addresses. "
                 f"{self._cure}"
             )
         if protocol == "hf" and constants.HF_HUB_OFFLINE:
@@ -194,12 +194,12 @@ class FileSystem:
                 offline = type(self.fs) not in _ANSWERED and _unresolved(error)
                 if waited > (_UNRESOLVED if offline else _PATIENCE):
                     raise IncompleteError(
-                        f"{self.shown} has given no good answer for {waited:.0f} s "
+                        f"{self.shown} has not answered successfully for {waited:.0f} s "
                         f"({_words(error)}). What is committed stays valid: check the network and "
                         "the store's address, and run the same command again."
                     ) from error
                 pause = min(_LONGEST_PAUSE, 0.2 * 2**attempt) * random.uniform(0.5, 1.0)
-                logger.info("%s: %s; once more in %.1f s", self.shown, _words(error), pause)
+                logger.info("%s: %s; trying again in %.1f s", self.shown, _words(error), pause)
                 time.sleep(pause)
         raise AssertionError
 
@@ -287,7 +287,7 @@ def _whole(data: bytes | Exception, start: int, stop: int) -> bytes:
     if len(data) > stop - start and len(data) >= stop:  # all of it: a server without ranges
         data = data[start:stop]
     if len(data) != stop - start:
-        raise OSError(errno.EIO, f"{len(data)} bytes came where {stop - start} were asked for")
+        raise OSError(errno.EIO, f"received {len(data)} of {stop - start} bytes")
     return bytes(data)
 
 

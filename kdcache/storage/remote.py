@@ -104,7 +104,7 @@ class RemoteStorage(Storage):
             self._store.ask("pipe_file", self._path(name), data, volume=len(data), **options)
         except FileNotFoundError as error:
             raise UsageError(
-                f"cannot write to {self._store.shown}: there is no such place. Create it, or "
+                f"cannot write to {self._store.shown}: it does not exist. Create it, or "
                 "choose another --out."
             ) from error
 
@@ -172,10 +172,10 @@ class RemoteStorage(Storage):
             found = digest.hexdigest()[:16]
             if wanted in (None, found):
                 return
-            logger.warning("%s/%s came with sha256 %s…", self._store.shown, name, found)
+            logger.warning("%s/%s arrived with sha256 %s…", self._store.shown, name, found)
         raise CorruptCacheError(
             f"{self._store.shown}/{name}: its bytes have sha256 {found}…. Delete the file and run "
-            "the same build again: only this shard is made anew."
+            "the same build again: only this shard is made again."
         )
 
 
@@ -211,6 +211,6 @@ class _Ahead:
                 self._bring(name)
             except Exception as error:
                 # The reader of the file meets the error, and has it raised where it belongs.
-                logger.info("%s was not fetched ahead: %s", name, error)
+                logger.info("%s was not prefetched: %s", name, error)
                 with self._lock:
                     names.clear()  # and not a list that has come since

@@ -30,7 +30,8 @@ def read_ranks(table: bytes, vocab_size: int) -> Ids:
             if np.count_nonzero(left) == vocab_size - len(met):
                 return np.concatenate([met, np.flatnonzero(left)])
     raise CorruptCacheError(
-        f"ranks.u32 is no list of different ids below {vocab_size}. Restore the cache from a copy, "
+        f"ranks.u32 is not a list of different ids below {vocab_size}. Restore the cache from a "
+        f"copy, "
         "or build it again."
     )
 

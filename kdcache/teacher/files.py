@@ -145,8 +145,8 @@ class TeacherFiles:
         if problem == "multi_label_classification":
             raise UsageError(
                 f"teacher {self.name} gives several labels to a text (its problem_type is "
-                "multi_label_classification): its logits are no distribution over classes. Name "
-                "a classifier of one label a text."
+                "multi_label_classification): its logits are not a distribution over classes. "
+                "Name a classifier with one label per text."
             )
         if problem == "regression" or len(self.label_names) < 2:
             raise UsageError(

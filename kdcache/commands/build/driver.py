@@ -44,7 +44,7 @@ _NAMED = 20  # spans that were set aside, in the error's text; the events name t
 _EXPLAINED = 5  # skipped records shown as warnings; the events have some of every span
 _PROGRESS_EVERY = 0.2
 _EVENT_EVERY = 10.0
-GO_ON = "Run the same command to go on."
+GO_ON = "Run the same command to continue."
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class Driver:
         if len(self._failures) >= _FUSE and not self.made and not self._before:
             raise IncompleteError(
                 f"{len(self._failures)} spans failed and none succeeded; the last: {reason}. "
-                f"Mend the cause. {GO_ON}"
+                f"Correct the cause. {GO_ON}"
             ) from error
         if self._failures[span] < _TRIES:
             self._suspects.append(span)
@@ -312,7 +312,7 @@ class Driver:
             self.redone += 1
             self.positions -= entry.positions
             self.bytes -= entry.bytes
-            lost = f"{entry.name} was committed and is not in the listing"
+            lost = f"{entry.name} was committed but is not in the listing"
             logger.warning("span %d: %s; making it again", span, lost)
             self._fail(span, OSError(lost))
 
@@ -351,7 +351,7 @@ class Driver:
             for span, reason in sorted(self._set_aside.items())[:_NAMED]
         ]
         if len(self._set_aside) > _NAMED:
-            lines.append(f"  and {len(self._set_aside) - _NAMED} more, named in the events")
+            lines.append(f"  and {len(self._set_aside) - _NAMED} more, listed in the events")
         raise IncompleteError(
             f"{len(self._set_aside)} of {len(self.spans)} spans failed {_TRIES} times and were set "
             "aside; the others are committed:\n"

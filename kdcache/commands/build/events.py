@@ -76,4 +76,4 @@ class EventLog:
 
     def _give_up(self, error: Exception) -> None:
         self._broken = True
-        logger.warning("the events of this run are not kept: %s", error)
+        logger.warning("the events of this run are not recorded: %s", error)

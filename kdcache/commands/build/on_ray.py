@@ -161,7 +161,7 @@ class RayCrew(Crew):
             gpus = self._ray.cluster_resources().get("GPU", 0)
             raise UsageError(
                 f"the Ray cluster has {gpus:g} GPUs, a worker needs {self._gpus:g} on one node. "
-                "Use --gpus-per-worker 0, or say with --workers how many to wait for."
+                "Use --gpus-per-worker 0, or set --workers to the number to wait for."
             )
         count = self._workers or max(1, most)
         if fixed and count > most:
@@ -213,7 +213,7 @@ class RayCrew(Crew):
             raise IncompleteError(
                 f"{self._failed_starts} workers in a row died before they were ready; the last: "
                 f"{_reason(error)}. Is the teacher too large for their memory? Run the same "
-                "command to go on."
+                "command to continue."
             ) from error
         logger.warning("a worker did not start (%s); trying another", _reason(error))
         self._dismiss(actor)
@@ -316,7 +316,7 @@ class RayCrew(Crew):
         outcomes = []
         for actor in [a for a in self._actors if a.figures]:
             if actor.in_flight and self._now - actor.moved > self._hang:
-                error = TimeoutError(f"nothing moved in it for {self._now - actor.moved:.0f} s")
+                error = TimeoutError(f"it made no progress for {self._now - actor.moved:.0f} s")
                 outcomes.extend(self._lose(actor, error))
             elif not actor.asked:
                 actor.asked = True

@@ -18,14 +18,14 @@ class WorkerOptions(Options):
 
     workers: int | None = option(
         None,
-        help="number of Ray workers; `auto` for as many as there is room, 0 for this process "
-        "without Ray.",
+        help="number of Ray workers; `auto` for as many as fit, 0 for this process without Ray.",
         auto=True,
         at_least=0,
     )
     gpus_per_worker: float | None = option(
         None,
-        help="GPUs a worker. Default: one on a cluster; on this machine, one where there are any.",
+        help="GPUs per worker. Default: one on a cluster; on this machine, one where there are "
+        "any.",
         metavar="GPUS",
         at_least=0,
     )
@@ -36,8 +36,8 @@ class WorkerOptions(Options):
     )
     hang_seconds: float = option(
         600.0,
-        help="a Ray worker in which nothing moves for so long (no record read, no batch finished) "
-        "is replaced.",
+        help="replace a Ray worker that makes no progress (no record read, no batch finished) for "
+        "this long.",
         metavar="SECONDS",
         above=0,
     )
@@ -55,7 +55,7 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         help="files, folders, globs or fsspec URLs.", metavar="PATH_OR_URL_OR_GLOB"
     )
     out: str = option(help="folder or URL of the cache.", metavar="CACHE")
-    task: Task = option(CAUSAL_LM, help="what the teacher is asked for.")
+    task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")
     codec: str | None = option(
         None,
         help="`dense`, `dense:float16`, `topk:K` or `sample:N`. Default: `dense` for "

@@ -254,7 +254,7 @@ class SpanWorker:
         """Remember half the size of a batch that did not fit, for this span and later ones."""
         if len(batch) == 1:
             raise UsageError(
-                f"one row of {lengths[batch[0]]} tokens does not fit the device beside the "
+                f"one row of {lengths[batch[0]]} tokens does not fit the device together with the "
                 "teacher. Use a smaller --max-length, or more --gpus-per-worker."
             ) from error
         torch.cuda.empty_cache()

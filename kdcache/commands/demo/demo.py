@@ -90,7 +90,7 @@ class DemoOptions(Options):
     workers: int = option(2, help="Ray workers that run the teacher.", at_least=0)
     codec: str = option(
         "sample:20",
-        help="what is kept of each of the teacher's distributions.",
+        help="codec of the caches: what is stored of each distribution of the teacher.",
         metavar="dense|topk:K|sample:N",
     )
     alpha: float = option(
@@ -101,7 +101,7 @@ class DemoOptions(Options):
     documents: int | None = option(
         None, help="use only the first documents of the corpus. Default: all.", at_least=10
     )
-    seed: int = option(0, help="of weights, orders and samples.", at_least=0)
+    seed: int = option(0, help="seed of weights, orders and samples.", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,8 @@ class _Demo:
             4,
             f"{name} cache",
             f"{self.options.codec}, {result.positions:,} positions in {result.spans} "
-            f"shard{'s' if result.spans > 1 else ''}, {result.bytes_per_position:.1f} B a position",
+            f"shard{'s' if result.spans > 1 else ''}, {result.bytes_per_position:.1f} B per "
+            f"position",
         )
         return result
 
@@ -400,5 +401,5 @@ class _Demo:
             levels=[Level("teacher (Llama)", teacher)],
             title="Three students from one cache",
             x_label=f"step ({_BATCH_ROWS} rows of {_MAX_LENGTH} tokens each)",
-            y_label="held-out cross-entropy (nats a token)",
+            y_label="held-out cross-entropy (nats per token)",
         )

@@ -13,9 +13,9 @@ class StudentScores:
         name: what it was trained on, and its architecture.
         architecture: the model type of its config.
         parameters: numbers in its weights.
-        cross_entropy: held out, nats a position.
+        cross_entropy: held out, nats per position.
         perplexity: its exponential.
-        kl: KL(teacher || student) held out, nats a position, exact.
+        kl: KL(teacher || student) held out, nats per position, exact.
         steps: steps of its training; None for the teacher.
         train_seconds: wall time of its training.
         teacher_seconds: cost of running the teacher during its training, at the speed of the build.

@@ -7,7 +7,7 @@ nothing on the others):
 * bias: ||E t - p||^2, the part of it that averages never take away; all of it where nothing is
   drawn (top-k, dense), nothing where the draw is unbiased (samples);
 * mass: the teacher's probability on the ids that are named;
-* untold: the sum of |E t - p|, the probability about which a student learns nothing however long it
+* missed: the sum of |E t - p|, the probability about which a student learns nothing however long it
   is trained: what lies outside the ids of a top-k. A square hardly sees it, since a tail is made of
   many small probabilities; a student does.
 
@@ -49,7 +49,7 @@ class Fidelity:
         noise: E ||t - p||^2.
         bias: ||E t - p||^2.
         mass: the teacher's probability on the ids that a target names.
-        untold: the sum of |E t - p|.
+        missed: the sum of |E t - p|.
         angle: between the gradients by all logits of all positions, in degrees.
         norm_ratio: length of the targets' gradient by that of the full distribution.
         mean_angle: between the gradients summed over positions, in degrees.
@@ -60,7 +60,7 @@ class Fidelity:
     noise: float
     bias: float
     mass: float
-    untold: float
+    missed: float
     angle: float
     norm_ratio: float
     mean_angle: float
@@ -140,7 +140,7 @@ class FidelityMeter:
             noise=noise,
             bias=0.0 if self._drawn else noise,
             mass=mass / self._positions,
-            untold=0.0 if self._drawn else absolute / self._positions,
+            missed=0.0 if self._drawn else absolute / self._positions,
             angle=_degrees(dot, own, full),
             norm_ratio=_ratio(own, full),
             mean_angle=_degrees(

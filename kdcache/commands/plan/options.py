@@ -30,7 +30,7 @@ class PlanOptions(RowOptions, TeacherRunOptions):
     corpus: tuple[str, ...] = option(
         help="files, folders, globs or fsspec URLs.", metavar="PATH_OR_URL_OR_GLOB"
     )
-    task: Task = option(CAUSAL_LM, help="what the teacher is asked for.")
+    task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")
     codec: tuple[str, ...] | None = option(
         None,
         help="codecs to compare. Default: `sample:10`, `sample:20`, `sample:40`, `topk:16`, "

@@ -1,4 +1,4 @@
-"""The plot of `plan`: fidelity against bytes a position."""
+"""The plot of `plan`: fidelity against bytes per position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdcache.plots import Cloud, Panel, plot_clouds
 
 
 def plot_plan(path: str, caches: Sequence[PlannedCache], *, title: str, positions: int) -> None:
-    """Draw squared error, and the angle of the mean gradient, against bytes a position.
+    """Draw squared error, and the angle of the mean gradient, against bytes per position.
 
     Args:
         path: the PNG file.
@@ -32,7 +32,7 @@ def plot_plan(path: str, caches: Sequence[PlannedCache], *, title: str, position
             _clouds(caches, "mean_angle"),
         ),
     ]
-    plot_clouds(path, panels, title=title, x_label="bytes a position, targets on disk")
+    plot_clouds(path, panels, title=title, x_label="bytes per position, targets on disk")
 
 
 def _clouds(caches: Sequence[PlannedCache], name: str) -> list[Cloud]:

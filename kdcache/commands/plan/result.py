@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kdcache.commands.plan.fidelity import Fidelity
 
 WORKERS = (1, 8, 64)
-"""Numbers of workers for which the hours of a build are told."""
+"""Numbers of workers for which the hours of a build are estimated."""
 
 
 @dataclass(frozen=True)

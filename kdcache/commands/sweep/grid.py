@@ -150,7 +150,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], list[s
     wrong = []
     if not isinstance(grid, dict) or not grid:
         wrong.append(
-            "there is nothing to cross: expected `grid:` with lines like `alpha: [0.1, 0.5]` below "
+            "the grid has no values: expected `grid:` with lines like `alpha: [0.1, 0.5]` below "
             "it. For a single run use `kdcache train`."
         )
         grid = {}
@@ -164,9 +164,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], list[s
             shown = json.dumps(values, default=str)
             wrong.append(f"{key} under grid is {shown}, expected a list of values.")
         if name in fixed:
-            wrong.append(f"{key} is given twice, under grid and beside it. Drop one.")
+            wrong.append(f"{key} is given twice, under `grid` and outside of it. Remove one.")
     for name in _NOT_OURS.keys() & {*fixed, *crossed}:
-        wrong.append(f"{_option(name)} has no place in a grid: {_NOT_OURS[name]}.")
+        wrong.append(f"{_option(name)} cannot be used in a grid: {_NOT_OURS[name]}.")
         fixed.pop(name, None)
         crossed.pop(name, None)
     return fixed, crossed, wrong

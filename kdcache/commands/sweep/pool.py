@@ -100,7 +100,7 @@ class RayPool:
             self.stop()
             raise UsageError(
                 f"the Ray cluster has {cards:g} GPUs, a run needs {gpus:g}. Use --gpus-per-run 0, "
-                "or say with --workers how many to wait for."
+                "or set --workers to the number to wait for."
             )
         room = int(cards // gpus) if gpus else cores
         self._count = max(1, min(workers or room, items))

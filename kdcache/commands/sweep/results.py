@@ -122,7 +122,7 @@ class SweepResult:
         best = self.settings[:_MOST_DRAWN]
         shown = "" if len(best) == len(self.settings) else f"best {len(best)} settings: "
         better = "higher" if self.ranked_by == "accuracy" else "lower"
-        unit = "" if self.ranked_by == "accuracy" else ", nats a position"
+        unit = "" if self.ranked_by == "accuracy" else ", nats per position"
         seeds = "" if self.runs[0].seed is None else " (small: seeds, large: their mean)"
         by_name = {run.name: run for run in self.runs}
         plot_dots(

@@ -55,14 +55,14 @@ class SweepOptions(Options):
     out: str = option(help="folder of the sweep.", metavar="SWEEP")
     workers: int | None = option(
         None,
-        help="runs at once on Ray; `auto` as many as there is room for, 0 one by one in this "
-        "process.",
+        help="number of runs at once on Ray; `auto` for as many as fit, 0 for one after another "
+        "in this process.",
         auto=True,
         at_least=0,
     )
     gpus_per_run: float | None = option(
         None,
-        help="GPUs of a run, a share of one too. Default: one where there are any.",
+        help="GPUs per run, also a fraction of one. Default: one where there are any.",
         metavar="GPUS",
         at_least=0,
     )
@@ -116,7 +116,7 @@ def sweep(
                 job.train()
         except KeyboardInterrupt:
             done = f": {len(job.finished)} of {len(job.runs)} runs are finished" if job else ""
-            raise IncompleteError(f"interrupted{done}. To go on: {_command(options)}") from None
+            raise IncompleteError(f"interrupted{done}. To continue: {_command(options)}") from None
     result = job.result()
     if result is not None:
         result.write(job.out)

@@ -79,7 +79,8 @@ def train_on_ray(
                 trainer.fit()
         except TrainingFailedError as error:
             raise KdcacheError(
-                f"the workers failed: {error} The same command goes on from the last checkpoint."
+                f"the workers failed: {error} Run the same command to continue from the last "
+                "checkpoint."
             ) from error
         finally:
             follower.stop()

@@ -77,7 +77,7 @@ class BiLstmOptions(Options):
     )
     max_length: int | None = option(
         None,
-        help="most tokens of a row, if the student has words or its own tokenizer.",
+        help="maximum tokens of a row, if the student has words or its own tokenizer.",
         at_least=1,
         decides="student",
     )
@@ -100,12 +100,12 @@ class BiLstmOptions(Options):
     dense_size: int | None = option(None, help="width of the ReLU layer.", decides="student")
     dropout: float | None = option(None, help="dropout.", decides="student")
     pooling: Literal["last", "max"] | None = option(
-        None, help="what becomes of its states.", decides="student"
+        None, help="how its states are pooled into one.", decides="student"
     )
     min_count: int | None = option(
-        None, help="words rarer than this are unknown to the biLSTM.", decides="student"
+        None, help="words that occur less often are unknown to the biLSTM.", decides="student"
     )
-    max_words: int | None = option(None, help="size of its vocabulary, at most.", decides="student")
+    max_words: int | None = option(None, help="maximum size of its vocabulary.", decides="student")
 
     @property
     def bilstm(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         decides="student",
     )
     out: str = option(
-        help="folder of the run: checkpoints, logs, and at last the student.",
+        help="folder of the run: checkpoints, logs and the finished student.",
         metavar="RUN",
         decides="nothing",
     )
@@ -158,10 +158,10 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         1.0, help="temperature of the soft loss, or `start:end` (dense caches).", metavar="T[:U]"
     )
     divergence: Divergence = option(
-        "forward-kl", help="how far the student is from the soft targets."
+        "forward-kl", help="divergence of the student from the soft targets."
     )
     tail: Tail = option(
-        "bucket", help="for top-k caches: what stands for the ids that are not kept."
+        "bucket", help="for top-k caches: how the ids that are not stored are represented."
     )
     max_steps: int | None = option(
         None, help="steps of the run, instead of `epochs`.", at_least=1, decides="nothing"
@@ -192,7 +192,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         at_least=1,
         decides="nothing",
     )
-    best: Best = option("loss", help="what tells the best checkpoint.")
+    best: Best = option("loss", help="figure that selects the best checkpoint.")
     patience: int | None = option(
         None,
         help="stop after so many evaluations without a better one.",
@@ -216,14 +216,15 @@ class TrainOptions(LearningOptions, BiLstmOptions):
     )
     report_to: tuple[str, ...] = option(
         ("auto",),
-        help="HF trackers such as `tensorboard` or `wandb`; `auto` is tensorboard if installed.",
+        help="Hugging Face trackers such as `tensorboard` or `wandb`; `auto` is tensorboard if "
+        "installed.",
         decides="nothing",
     )
     resume: str = option(
         "auto",
         help=(
-            "`auto` goes on from the last checkpoint in `out`, `never` refuses one, or a "
-            "checkpoint's folder."
+            "`auto` continues from the last checkpoint in `out`, `never` refuses to; or the "
+            "folder of a checkpoint."
         ),
         metavar="auto|never|PATH",
         decides="nothing",

@@ -143,7 +143,7 @@ class Plan:
         found = last_checkpoint(self.out)
         if found is not None and resume == "never":
             raise UsageError(
-                f"{self.out} has checkpoints and --resume never forbids to go on. "
+                f"{self.out} has checkpoints, and --resume never does not continue from them. "
                 "Delete them or choose another --out."
             )
         return found
