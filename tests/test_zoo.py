@@ -228,7 +228,7 @@ def train(den: Den, student: Path, out: Path) -> Any:
 
 def check_prediction(den: Den, folder: Path, out: Path) -> None:
     """Probabilities are those of the model's own logits."""
-    model = den.auto.from_pretrained(folder / "student").eval()
+    model = den.auto.from_pretrained(folder).eval()
     kdcache.predict(PredictOptions(student=str(folder), corpus=(str(den.corpus),), out=str(out)))
     got = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(got) == len(den.rows)
@@ -254,7 +254,7 @@ def test_a_language_model_gives_its_own_numbers(
     check_evaluation(field, folder, model)
     result = train(field, folder, tmp_path / "run")
     assert result.loss == pytest.approx(loss, rel=1e-3)
-    check_evaluation(field, tmp_path / "run", load(field, tmp_path / "run/student"))
+    check_evaluation(field, tmp_path / "run", load(field, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("species", CLASSIFIERS, ids=str)
