@@ -110,13 +110,19 @@ def check_against_own_logits(
     return student
 
 
+def scale_of(student: DistilledStudent) -> float | None:
+    """What was measured: None where the loss takes the model's own logits."""
+    assert student._projection is not None
+    return student._projection.scale
+
+
 @pytest.mark.parametrize("codec", ["sample:3", "topk:3", "dense"])
 def test_a_plain_head_is_fused_and_equal(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = causal_model("llama")
     student = check_against_own_logits(model, codec)
-    assert student._head_scale == 1.0
-    # From now on the model's own forward, which makes whole logits, is not needed.
-    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("the model made its logits"))
+    assert scale_of(student) == 1.0
+    # From now on nothing needs whole logits.
+    monkeypatch.setattr(model.lm_head, "forward", lambda _: pytest.fail("the logits were made"))
     assert student(**causal_batch(codec)).loss.requires_grad
 
 
@@ -127,7 +133,7 @@ def test_other_plain_heads_with_and_without_bias(kind: str) -> None:
         if kind in ("gpt2", "opt")
         else {}
     )
-    assert check_against_own_logits(causal_model(kind, **sizes).eval())._head_scale == 1.0
+    assert scale_of(check_against_own_logits(causal_model(kind, **sizes).eval())) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -140,15 +146,15 @@ def test_other_plain_heads_with_and_without_bias(kind: str) -> None:
 def test_scaled_logits_are_fused_with_their_scale(
     kind: str, more: dict[str, Any], scale: float
 ) -> None:
-    assert check_against_own_logits(causal_model(kind, **more))._head_scale == scale
+    assert scale_of(check_against_own_logits(causal_model(kind, **more))) == scale
 
 
 def test_soft_capped_logits_use_the_models_own_forward() -> None:
     model = causal_model("gemma2", final_logit_softcapping=1.0, head_dim=8, query_pre_attn_scalar=8)
     student = check_against_own_logits(model)
-    assert student._head_scale != student._head_scale
+    assert scale_of(student) is None
     uncapped = DistilledStudent(model, "causal-lm", alpha=0.3)
-    uncapped._head_scale = 1.0
+    uncapped._project(causal_batch()).scale = 1.0
     with torch.no_grad():
         assert abs(uncapped(**causal_batch()).loss - student(**causal_batch()).loss) > 1e-2
 
@@ -162,7 +168,7 @@ def test_soft_capping_is_found_even_while_logits_are_small() -> None:
             p.mul_(1e-2)
     student = DistilledStudent(model, "causal-lm")
     assert student(**causal_batch()).loss.requires_grad
-    assert student._head_scale != student._head_scale
+    assert scale_of(student) is None
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,7 @@ def test_the_head_check_draws_no_random_numbers_and_restores_modes() -> None:
     model.transformer.h[0].eval()
     student = DistilledStudent(model, "causal-lm")
     state = torch.get_rng_state()
-    student._head()
+    student._project(causal_batch())
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not model.transformer.h[0].training

@@ -3,25 +3,22 @@
 The loss belongs inside `forward`: DDP and FSDP synchronise what happens there, gradient
 checkpointing and autocast apply to it, and any training loop can drive it.
 
-Causal language models run their decoder, pick the hidden states of the positions and pass them with
-the output projection to `fused_linear_distillation`: whole logits never exist. That is right only
-if the model's logits are its projection of these states and nothing else. The first forward pass
-checks this on the model's own forward: see `DistilledStudent`. All other models use their own
-logits and the reference loss.
+Causal language models run their own forward up to the output layer; the states of the labelled
+positions go with the layer's weight to `fused_linear_distillation`, so whole logits never exist.
+That is right only if the model's logits are the product of the two and nothing else, which the
+first forward pass measures (`kdcache.student.projection`). All other models are right as well, with
+their own logits and the reference loss.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -29,13 +26,13 @@ from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
 from kdcache.loss import (
-    LossParts,
     check_loss,
     check_names,
     distillation_loss,
     fused_linear_distillation,
     sliced_linear_distillation,
 )
+from kdcache.student.projection import Projection, call, logits_of, text_config
 from kdcache.targets import SparseTargets, Targets
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
 from kdcache.teacher.trust import FACTORY_TYPE
@@ -63,12 +60,9 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
 class DistilledStudent(nn.Module):
     """A student and its loss.
 
-    Heads of language models: at the first forward pass the decoder's output is replaced by large
-    random states, and the model's logits are compared with its projection of them. Equal: fused
-    loss. Equal up to a constant that the model's config names (Cohere, Granite, Falcon-H1): fused
-    loss on scaled states. Anything else (Gemma's soft-capping): the model's own logits. States are
-    large because soft-capping leaves small logits alone; the comparison costs one forward pass over
-    8 tokens, and uses no global random numbers.
+    A language model runs its own forward, and the loss is fused with its output layer where that
+    makes its logits: see `kdcache.student.projection`. Where it does not (Gemma's soft-capping, an
+    adapter on the layer, a compiled model), the loss takes the model's own logits.
 
     Under DDP, and under FSDP as long as the projection is whole in the root's forward (it belongs
     to the root unit, which is what wrapping by decoder layer does), the loss is fused. Where the
@@ -109,8 +103,7 @@ class DistilledStudent(nn.Module):
         self.divergence = divergence
         self.tail = tail
         self.vocab_size = vocab_size
-        self._head_scale: float | None = None  # None: not known yet; nan: not a plain head
-        self._body = 0  # which of `_bodies` the head's input comes from
+        self._projection: Projection | None = None
 
     @property
     def config(self) -> Any:
@@ -245,142 +238,56 @@ class DistilledStudent(nn.Module):
             "count": count,
         }
         logits = None
-        head = self._head() if places is not None and not return_logits else None
+        projection = self._project(inputs) if causal and not return_logits else None
+        layer = None if projection is None else projection.layer
         if places is None:
-            logits = _logits(self._call(self.student, inputs))
+            logits = logits_of(call(self.student, self._padded_its_way(inputs)))
             parts = distillation_loss(logits, flat, targets, **options)
-        elif head is None:
-            logits = _logits(self._call(self.student, inputs))
+        elif projection is None or layer is None:
+            logits = _last(logits_of(call(self.student, inputs)), labels)
             parts = distillation_loss(_pick(logits, places), flat[places], targets, **options)
         else:
-            hidden = _states(self._call(self._bodies()[self._body], inputs))
-            parts = self._fused(_pick(hidden, places), head, flat[places], targets, options)
+            states = _last(projection.states(layer, inputs), labels)
+            linear = (
+                fused_linear_distillation
+                if divergence == "forward-kl"
+                else sliced_linear_distillation
+            )
+            parts = linear(
+                _pick(states, places),
+                layer.weight,
+                projection.bias(layer),
+                flat[places],
+                targets,
+                **options,
+            )
         keep = logits if not causal or return_logits else None
         return DistillationOutput(parts.total, keep, parts.hard, parts.soft if soft else None)
 
-    def _fused(
-        self,
-        hidden: Tensor,
-        head: nn.Linear,
-        labels: Tensor,
-        targets: Targets,
-        options: Mapping[str, Any],
-    ) -> LossParts:
-        function = (
-            fused_linear_distillation
-            if options["divergence"] == "forward-kl"
-            else sliced_linear_distillation
-        )
-        if self._head_scale is not None and self._head_scale != 1:
-            hidden = hidden * self._head_scale
-        return function(hidden, head.weight, head.bias, labels, targets, **options)
+    def _padded_its_way(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Decoders that classify look for the last id that is not their own padding."""
+        pad_id = getattr(text_config(self.config), "pad_token_id", None)
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if pad_id is None or mask is None or ids is None:
+            return inputs
+        return {**inputs, "input_ids": torch.where(mask.bool(), ids, pad_id)}
 
-    def _call(self, module: Any, inputs: Mapping[str, Any]) -> Any:
-        """Run a module with the inputs that it names."""
-        names = inspect.signature(module.forward).parameters
-        given = {k: v for k, v in inputs.items() if k in names}
-        pad_id = getattr(_text_config(self.config), "pad_token_id", None)
-        mask, ids = inputs.get("attention_mask"), given.get("input_ids")
-        if self.task != CAUSAL_LM and pad_id is not None and mask is not None and ids is not None:
-            # Decoders that classify look for the last id that is not their own padding.
-            given["input_ids"] = torch.where(mask.bool(), ids, pad_id)
-        if self.task == CAUSAL_LM and "use_cache" in names:
-            given["use_cache"] = False
-        return module(**given)
-
-    def _head(self) -> nn.Linear | None:
-        """The output projection, if the logits are its product with the last hidden states."""
-        getter = getattr(self.student, "get_output_embeddings", None)
-        head = None if getter is None else getter()
-        bodies = self._bodies()
-        if type(head) is not nn.Linear or not bodies:
-            return None
-        whole = (head.out_features, head.in_features)
-        if tuple(head.weight.shape) != whole or hasattr(head.weight, "device_mesh"):
-            return None
-        if self._head_scale is None:
-            for self._body, body in enumerate(bodies):
-                self._head_scale = self._measure_head(body, head)
-                if not math.isnan(self._head_scale):
-                    break
-        return None if self._head_scale is None or math.isnan(self._head_scale) else head
-
-    def _bodies(self) -> list[nn.Module]:
-        """The modules whose output may be the head's input (OPT passes its own base model by)."""
-        getter = getattr(self.student, "get_decoder", lambda: None)
-        found = (getattr(self.student, "base_model", None), getter())
-        return [
-            m for m in dict.fromkeys(found) if isinstance(m, nn.Module) and m is not self.student
-        ]
-
-    @torch.no_grad()
-    def _measure_head(self, body: nn.Module, head: nn.Linear) -> float:
-        """The constant by which the model multiplies its projected last states; nan if none."""
-        weight = head.weight
-        states = torch.randn((1, 8, head.in_features), generator=torch.Generator().manual_seed(0))
-        states = states.to(weight)
-        size = F.linear(states, weight).float().square().mean().sqrt()
-        states = states * (40 / size.clamp_min(1e-3)).to(weight)
-
-        def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if isinstance(output, ModelOutput) and "last_hidden_state" in output:
-                output["last_hidden_state"] = states
-                return output
-            return (states, *output[1:]) if isinstance(output, tuple) else output
-
-        # Dropout would draw random numbers, and a resumed run would draw them once more.
-        modes = [(module, module.training) for module in self.student.modules()]
-        self.student.eval()
-        hook = body.register_forward_hook(replace)
-        try:
-            ids = torch.zeros((1, 8), dtype=torch.int64, device=weight.device)
-            own = _logits(
-                self._call(self.student, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-            )
-        finally:
-            hook.remove()
-            for module, mode in modes:
-                module.training = mode
-        own, plain = own.double(), head(states).double()
-        if own.shape != plain.shape:
-            return float("nan")
-        scale = float((own * plain).sum() / plain.square().sum())
-        if not (own - scale * plain).square().mean() <= (0.02 * scale) ** 2 * plain.square().mean():
-            return float("nan")
-        if abs(scale - 1) < 5e-3:
-            return 1.0
-        for name, value in vars(_text_config(self.config)).items():
-            if ("logit" in name or "lm_head" in name) and isinstance(value, (int, float)) and value:
-                for known in (float(value), 1 / value):
-                    if abs(scale - known) < 5e-3 * abs(known):
-                        return known
-        # A constant without a name may be a parameter that learns.
-        return float("nan")
+    def _project(self, inputs: Mapping[str, Any]) -> Projection:
+        """What the student's logits are made of, measured at its first batch."""
+        if self._projection is None or self._projection.student is not self.student:
+            self._projection = Projection(self.student, inputs)
+        return self._projection
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _logits(output: Any) -> Tensor:
-    """The logits in the output of a student's forward."""
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple):
-        found = output[0]
-    if not isinstance(found, Tensor):
+def _last(values: Tensor, labels: Tensor) -> Tensor:
+    """Values [B, L', ...] of the labels' tokens: prompt tuning puts L' - L tokens before them."""
+    extra = values.shape[1] - labels.shape[1]
+    if extra < 0:
         raise UsageError(
-            f"the student's forward returned {type(output).__name__} without logits; return a "
-            "tensor or an output with `logits`."
+            f"the student gives logits of {values.shape[1]} tokens a row, the labels are for "
+            f"{labels.shape[1]}. Its forward must return those of all tokens."
         )
-    return found
-
-
-def _states(output: Any) -> Tensor:
-    hidden = output["last_hidden_state"] if isinstance(output, Mapping) else output[0]
-    assert isinstance(hidden, Tensor)
-    return hidden
+    return values[:, extra:]
 
 
 def _pick(values: Tensor, places: Tensor) -> Tensor:

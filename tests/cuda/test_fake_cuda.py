@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kdcache.loss import fused, fused_linear_distillation
 from kdcache.rows import Row
 from kdcache.student import DistilledStudent
+from kdcache.student.projection import Projection
 from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.teacher import Teacher, TeacherOptions, teacher
 
@@ -204,10 +205,10 @@ def test_a_training_step_waits_once(rows: str, autocast: torch.dtype | None) -> 
     vocabulary, batch, length = 32_000, 4, 128
     weights = BFLOAT16 if autocast is None else FLOAT32
     tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=True)
-    with fake_cuda(), every_wait_is_seen(), tried_before:
+    measured_before = mock.patch.object(Projection, "_measure", return_value=1.0)
+    with fake_cuda(), every_wait_is_seen(), tried_before, measured_before:
         model = fake_llama(vocabulary + 64, weights).train()
         student = DistilledStudent(model, "causal-lm", vocab_size=vocabulary)
-        student._head_scale = 1.0  # measured at the first step
         inputs = fake_batch(batch, length, masked=rows != "no mask")
         with Waits() as waits, under(autocast):
             output = student(**inputs)

@@ -1,0 +1,226 @@
+"""The output layer of a language model, and the states that its own forward gives to it.
+
+The fused loss needs both, and logits that are the layer's product with the states and nothing
+else. So the student always runs its own forward, with whatever it does before its layers (prompt
+tuning, changed embeddings, adapters). Only the output layer answers otherwise meanwhile: it keeps
+its input and returns one column instead of the vocabulary.
+
+What the model does to the logits afterwards is measured once, at the first batch: the layer answers
+with random numbers from 0.01 to 500, large and small because soft-capping leaves small logits alone
+and a bias leaves large ones alone. The model must return just these numbers, or all of them times a
+constant that its config names (Cohere, Granite, Falcon-H1), and no parameter may have a part in
+what follows the layer: a bias that is zero today is learnt tomorrow.
+
+Cost: two forward passes over 8 tokens of the first batch; no global random numbers are drawn.
+Guarantee: where this says so, `layer(states) * scale` are the model's own logits. A model that it
+does not understand has no projection: its own logits are right.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import UsageError
+
+_TOKENS = 8
+_SIZES = (0.01, 1.0, 40.0, 500.0)
+
+
+class Projection:
+    """What the logits of a causal language model are made of.
+
+    Attributes:
+        scale: what the model multiplies its projected states by; None if they are not its logits.
+    """
+
+    def __init__(self, student: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Measure.
+
+        Args:
+            student: a causal language model of any kind.
+            inputs: a batch, of which some tokens are used.
+        """
+        self.student = student
+        self.scale: float | None = 1.0
+        layer = _output_layer(student)
+        self.scale = None if layer is None else self._measure(layer, _few(inputs))
+
+    @property
+    def layer(self) -> nn.Linear | None:
+        """The output layer, if it makes the logits and is whole on this device."""
+        return None if self.scale is None else _output_layer(self.student)
+
+    def states(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor:
+        """The states whose product with `layer` the logits are, [B, L', H], by its own forward."""
+        found: list[Tensor] = []
+
+        def keep(states: Tensor) -> Tensor:
+            found.append(states)
+            return states.new_zeros((*states.shape[:-1], 1))
+
+        with _answering(layer, keep):
+            call(self.student, inputs)
+        if len(found) != 1 or found[0].ndim != 3:
+            raise UsageError(
+                "the student used its output layer in another way than at its first batch: its "
+                "forward must be the same for all batches."
+            )
+        return self._scaled(found[0])
+
+    def bias(self, layer: nn.Linear) -> Tensor | None:
+        """The layer's bias on the scale of `states`."""
+        return None if layer.bias is None else self._scaled(layer.bias)
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        return values if self.scale is None or self.scale == 1 else values * self.scale
+
+    def _measure(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> float | None:
+        """The constant by which the model multiplies its projected states; None if it does else."""
+        answers: list[Tensor] = []
+
+        def answer(states: Tensor) -> Tensor:
+            # Whatever comes after the layer must leave no trace of a parameter.
+            torch.set_grad_enabled(True)
+            sizes = torch.tensor(_SIZES).repeat(states.shape[-2])[: states.shape[-2], None]
+            shape = (*states.shape[:-1], layer.out_features)
+            numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * sizes
+            answers.append(numbers.to(states.device))
+            return answers[-1]
+
+        with torch.inference_mode(False), _quiet(self.student):
+            inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            with torch.no_grad(), _answering(layer, answer):
+                own = logits_of(call(self.student, inputs))
+            if len(answers) != 1 or own.requires_grad or own.shape != answers[0].shape:
+                return None
+            try:
+                with torch.no_grad():
+                    self.states(layer, inputs)
+            except (RuntimeError, IndexError, ValueError, UsageError):
+                return None  # one column is not enough for what follows the layer
+        return self._named(own.double(), answers[0].double(), torch.finfo(own.dtype).eps)
+
+    def _named(self, own: Tensor, given: Tensor, eps: float) -> float | None:
+        """The constant between two tensors that is 1 or that the config names, if there is one."""
+        scale = float((own * given).sum() / given.square().sum())
+        wrong = (own - scale * given).norm(dim=-1)
+        if not (wrong <= 4 * max(eps, 1e-6) * abs(scale) * given.norm(dim=-1)).all():
+            return None
+        known = [1.0]
+        config = text_config(getattr(self.student, "config", None))
+        for name, value in getattr(config, "__dict__", {}).items():
+            if ("logit" in name or "lm_head" in name) and isinstance(value, (int, float)) and value:
+                known += [float(value), 1 / value]
+        nearest = min(known, key=lambda value: abs(scale - value))
+        return nearest if abs(scale - nearest) <= max(eps, 1e-5) * abs(nearest) else None
+
+
+def call(student: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run a student with those of the inputs that it takes, without a cache of keys and values."""
+    names = _accepted(student)
+    if names is None:
+        return student(**inputs)
+    given = {name: value for name, value in inputs.items() if name in names}
+    if "use_cache" in names:
+        given["use_cache"] = False
+    return student(**given)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a Hugging Face config that speaks of text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in the output of a student's forward.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if found is None and isinstance(output, tuple):
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise UsageError(
+            f"the student's forward returned {type(output).__name__} without logits; return a "
+            "tensor or an output with `logits`."
+        )
+    return found
+
+
+def _accepted(student: Any) -> set[str] | None:
+    """Names of the inputs that a forward takes; None if it takes any.
+
+    `**kwargs` are looked through: to the parent classes, and to the model inside of
+    `torch.compile` and PEFT. Those of transformers' own classes are no inputs.
+    """
+    names: set[str] = set()
+    owners = [student] if "forward" in vars(student) else []
+    owners += [c for c in type(student).__mro__ if "forward" in vars(c) and c is not nn.Module]
+    for owner in owners:
+        parameters = inspect.signature(owner.forward).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        ours = getattr(owner, "__module__", "").startswith("transformers.")
+        if ours or all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            return names
+    base = getattr(student, "get_base_model", None)
+    inner = getattr(student, "_orig_mod", None) if base is None else base()
+    further = None if inner is None or inner is student else _accepted(inner)
+    return None if further is None else names | further
+
+
+def _output_layer(student: Any) -> nn.Linear | None:
+    getter = getattr(student, "get_output_embeddings", None)
+    layer = None if getter is None else getter()
+    if type(layer) is not nn.Linear or hasattr(layer.weight, "device_mesh"):
+        return None
+    # Where weights are sharded, what is here may be a part or nothing.
+    if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
+        return None
+    return layer
+
+
+def _few(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first tokens of the first row."""
+    ids = next(v for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 1)
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:1] != ids.shape[:1]:
+            return value
+        return value[:1, :_TOKENS] if value.shape[:2] == ids.shape[:2] else value[:1]
+
+    return {name: cut(value) for name, value in inputs.items()}
+
+
+@contextmanager
+def _answering(layer: nn.Linear, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The layer answers like this meanwhile. Its hooks still run."""
+    own = vars(layer)
+    before = own.get("forward")
+    own["forward"] = answer
+    try:
+        yield
+    finally:
+        del own["forward"]
+        if before is not None:
+            own["forward"] = before
+
+
+@contextmanager
+def _quiet(student: nn.Module) -> Iterator[None]:
+    """No dropout: it would draw random numbers, and a resumed run would draw them once more."""
+    modes = [(module, module.training) for module in student.modules()]
+    student.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
