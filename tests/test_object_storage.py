@@ -651,7 +651,7 @@ def test_a_corpus_in_s3_makes_the_same_cache(
 
 RACE = """
 import json, os, sys
-from kdcache.cli import main
+from kdcache.cli.main import main
 # What a build imports, once for all of them; threads are begun only in the children.
 import kdcache.commands.build, kdcache.cli.commands, kdcache.cli.display
 import transformers.models.llama.modeling_llama

@@ -22,7 +22,7 @@ from kdcache.commands.build.local import LocalCrew
 from kdcache.commands.build.on_ray import RayCrew
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
-from kdcache.commands.build.resume import check_made, versions
+from kdcache.commands.build.resume import check_made
 from kdcache.commands.build.worker import Job
 from kdcache.commands.build.workers import Crew
 from kdcache.commands.interrupt import Interrupt, interruptible
@@ -109,11 +109,7 @@ def _build(
         plan.spec,
         tokenizer_files=tokenizer_files(plan.tokenizer),
         ranks=plan.ranks,
-        notes={
-            "teachers": [redact(name) for name in options.teacher],
-            "kdcache": __version__,
-            "versions": versions(plan.corpus.files),
-        },
+        notes={"teachers": [redact(name) for name in options.teacher], "kdcache": __version__},
     )
     check_made(cache, plan.corpus, plan.rows)
     log = EventLog(cache.storage)

@@ -1,9 +1,10 @@
 """Resume: checks that the shards of an earlier run belong to the corpus as it is now.
 
-A cache records the version of every file (its time of change, or the store's ETag) when it is
-begun. If a file now has another version but the same size and ends, it was copied, or its middle
-was edited. A shard holds its rows, so the records of each of its spans are read and encoded again
-and compared with them; the teacher does not run.
+The first run of a build records the version of every file (its time of change, or its ETag) in
+`events/corpus.json`, which is no part of the cache: the same corpus makes the same cache wherever
+it is. If a later run finds another version, but the same size and ends, the file was copied or its
+middle was edited. A shard holds its rows, so the records of each span are read and encoded again
+and compared with them, without the teacher.
 
 Cost: none while no file has changed; otherwise reading and tokenising the committed spans of those
 that have.
@@ -11,6 +12,7 @@ that have.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import read_shard
-from kdcache.corpus import Corpus, InputFile, Span
+from kdcache.corpus import Corpus, Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.storage import redact
@@ -26,9 +28,7 @@ from kdcache.storage import redact
 logger = logging.getLogger(__name__)
 
 
-def versions(files: Sequence[InputFile]) -> list[str]:
-    """What a new cache notes of the corpus."""
-    return [file.version for file in files]
+_FILE = "events/corpus.json"
 
 
 def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
@@ -42,9 +42,10 @@ def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
     Raises:
         UsageError: a shard has other rows than its span has now.
     """
-    noted = cache.notes.get("versions")
-    if cache.sealed or not isinstance(noted, list) or len(noted) != len(corpus.files):
+    now = json.dumps([file.version for file in corpus.files]).encode()
+    if cache.sealed or cache.storage.create(_FILE, now):
         return
+    noted = json.loads(cache.storage.read(_FILE))
     then = zip(corpus.files, noted, strict=True)
     changed = {file.url for file, version in then if file.version != version}
     made = cache.committed() if changed else {}
