@@ -17,7 +17,9 @@ Floor: the stages of a build by themselves, one after the other, on some rows of
 Where they share a core, no build can be faster than their sum; with cores to spare, all but the
 teacher and `encode` run beside the teacher.
 
-Sampler: `Codec.encode` on logits of one slice against what is commonly written instead.
+Sampler: `Codec.encode` on logits of one slice against what is commonly written instead, on a GPU by
+CUDA events around several calls. `--padding 128` gives either an output layer wider than the
+vocabulary, as Qwen's and Gemma's are: the build cuts it and counts its mass.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ from kdcache.corpus import Corpus, Span
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets
+from kdcache.targets.device import outside_mass
 from kdcache.targets.ranks import ranks_of_ids
 from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
@@ -65,6 +68,7 @@ SHAPES = {
     "8b": (4096, 32, 32, 8, 14336),
 }
 IDS = 128_256
+_CALLS = 5
 
 
 @dataclass
@@ -264,13 +268,14 @@ def _wait_for_device() -> None:
 # ------------------------------------------------------------------------- a teacher of any shape
 
 
-def random_teacher(shape: str, folder: Path) -> Path:
-    """A Llama of random weights and a tokenizer whose 128k words are `w0`, `w1`, ..."""
+def random_teacher(shape: str, folder: Path, padding: int) -> Path:
+    """A Llama of random weights and a tokenizer whose 128k words are `w0`, `w1`, ...; the output
+    layer has so many columns more."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     hidden, layers, heads, kv_heads, wide = SHAPES[shape]
     config = transformers.LlamaConfig(
-        vocab_size=IDS,
+        vocab_size=IDS + padding,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -308,12 +313,14 @@ def random_corpus(tokens: int, path: Path) -> Path:
 
 
 @torch.inference_mode()
-def sampler(vocab: int, positions: int, rounds: int) -> str:
+def sampler(vocab: int, positions: int, rounds: int, padding: int) -> str:
     """Microseconds a position of each codec and of what is written without them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
-    logits = 4 * torch.randn(positions, vocab, device=device, generator=generator).to(dtype)
+    whole = torch.randn(positions, vocab + padding, device=device, generator=generator)
+    whole = 4 * whole.to(dtype)
+    logits = whole[:, :vocab]
     u = torch.rand(positions, dtype=torch.float64, device=device, generator=generator)
     ways: dict[str, Callable[[], Any]] = {
         "read once (`amax`)": lambda: logits.amax(-1),
@@ -325,6 +332,22 @@ def sampler(vocab: int, positions: int, rounds: int) -> str:
     for text, temperatures in (("topk:16", (1.0,)), *CODECS):
         codec = Codec.parse(text, temperatures, vocab)
         ways[f"`{codec}`, T = {name(temperatures)}"] = partial(codec.encode, logits, u)
+    if padding:
+        ways[f"mass of {padding} columns beyond"] = partial(outside_mass, whole, vocab)
+    taken = by_events(ways, rounds) if device == "cuda" else in_turns(ways, rounds)
+    rows = [
+        [way, f"{1e6 * statistics.median(seconds) / positions:.2f}"]
+        for way, seconds in taken.items()
+    ]
+    return (
+        f"{positions:,} positions of {vocab:,} ids, {dtype}".replace("torch.", "")
+        + f"; {machine()}. Median of {rounds} rounds.\n\n"
+        + table(["encode", "µs a position"], rows)
+    )
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of single calls, all ways in each round."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for way in ways.values():
         way()
@@ -334,15 +357,31 @@ def sampler(vocab: int, positions: int, rounds: int) -> str:
             with clock.running():
                 encode()
             taken[way].append(clock.wall)
-    rows = [
-        [way, f"{1e6 * statistics.median(seconds) / positions:.2f}"]
-        for way, seconds in taken.items()
-    ]
-    return (
-        f"{positions:,} positions of {vocab:,} ids, {dtype}".replace("torch.", "")
-        + f"; {machine()}. Median of {rounds} rounds, in turns.\n\n"
-        + table(["encode", "µs a position"], rows)
-    )
+    return taken
+
+
+def by_events(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a call on a GPU, between two events around several.
+
+    Each way is compiled anew for its own shapes, as in a build: what another codec left in the
+    compiler's caches would make sizes dynamic.
+    """
+    taken: dict[str, list[float]] = {}
+    for way, encode in ways.items():
+        torch._dynamo.reset()
+        for _ in range(3):
+            encode()
+        taken[way] = []
+        for _ in range(rounds):
+            event: Any = torch.cuda.Event
+            begin, end = (event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(_CALLS):
+                encode()
+            end.record()
+            end.synchronize()
+            taken[way].append(begin.elapsed_time(end) / 1e3 / _CALLS)
+    return taken
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -407,6 +446,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8, help="spans between turns")
     parser.add_argument("--sampler", action="store_true", help="the sampler alone")
     parser.add_argument("--vocab", type=int, default=IDS, help="of the sampler")
+    parser.add_argument("--padding", type=int, default=0, help="columns beyond the vocabulary")
     parser.add_argument("--positions", type=int, default=4096, help="of the sampler")
     parser.add_argument("--rounds", type=int, default=11, help="of the sampler")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -414,7 +454,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.sampler:
-        text = sampler(options.vocab, options.positions, options.rounds)
+        text = sampler(options.vocab, options.positions, options.rounds, options.padding)
     else:
         text = builds(options)
     print(text)
@@ -428,9 +468,10 @@ def builds(options: argparse.Namespace) -> str:
         folder = Path(scratch)
         teacher, corpus, what = options.teacher, options.corpus, ""
         if options.shape:
-            teacher = str(random_teacher(options.shape, folder / "teacher"))
+            teacher = str(random_teacher(options.shape, folder / "teacher", options.padding))
             corpus = str(random_corpus(options.tokens, folder / "corpus.jsonl"))
             what = f"a {options.shape} Llama of random weights, {IDS:,} ids, random words"
+            what += f", {options.padding} more columns" if options.padding else ""
         else:
             what = f"{Path(teacher).name} on {Path(corpus).name}"
         model, found = None, []

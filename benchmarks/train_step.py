@@ -13,6 +13,9 @@ one that runs out of memory is a row of the table and not the end of the run:
 * kdcache: `DistilledStudent`, at the given temperature and at T = 1;
 * kdcache, hard labels alone.
 
+On a GPU `--weights float32` is what `kdcache train` does: float32 weights, products in bfloat16 by
+autocast. `--weights bfloat16` keeps the weights themselves in bfloat16. Both are measured at 300m.
+
 A step is forward, backward and a fused AdamW update. Time: the median of single steps after warm-up
 (CUDA events; on a CPU the ways take turns within one process, so that a busy machine slows all of
 them). Memory: the peak of a step, on CUDA of the allocator, on a CPU the resident set of a process
@@ -79,7 +82,9 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
         max_position_embeddings=options.length,
         tie_word_embeddings=True,
     )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, options.weights)
+    autocast = device.type == "cuda" and dtype == torch.float32
+    torch.set_float32_matmul_precision("high" if autocast else "highest")
     with device:
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.train()
@@ -114,7 +119,8 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
         return total
 
     def step() -> Tensor:
-        value = loss()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -166,6 +172,7 @@ def spawn(way: str, temperature: float, model: str, options: argparse.Namespace)
         "length",
         "entries",
         "device",
+        "weights",
         "steps",
         "warmup",
         "threads",
@@ -203,7 +210,9 @@ def table(model: str, options: argparse.Namespace) -> str:
         seconds = take_turns(plan, argparse.Namespace(**{**vars(options), "model": model}))
         results = [{**r, "seconds": s} for r, s in zip(results, seconds, strict=True)]
     base = results[0]
-    dtype = "bfloat16" if options.device == "cuda" else "float32"
+    dtype = f"{options.weights} weights"
+    if options.device == "cuda" and options.weights == "float32":
+        dtype += ", bfloat16 by autocast"
     lines = [
         f"### {model}, vocabulary {options.vocab:,}, {options.positions:,} positions, "
         f"{options.entries} entries, {dtype}",
@@ -267,6 +276,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], help="default: see above")
     parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -274,10 +284,14 @@ def main() -> None:
     if options.way:
         print(json.dumps(child(options)))
         return
-    models = [options.model] if options.model else ["300m", "1b"] if cuda else ["tiny"]
+    runs = [("300m", "float32"), ("300m", "bfloat16"), ("1b", "float32")]
+    if not cuda:
+        runs = [("tiny", "float32")]
+    if options.model or options.weights:
+        runs = [(options.model or runs[0][0], options.weights or "float32")]
     text = f"{machine()}\n"
     print(text)
-    for model in models:
+    for model, options.weights in runs:
         part = table(model, options)
         print(part + "\n", flush=True)
         text += f"\n{part}\n"
