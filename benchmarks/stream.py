@@ -42,7 +42,7 @@ from torch import Tensor
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
-from kdcache.stream import Pool, TargetStream
+from kdcache.stream import ShardRows, TargetStream
 from kdcache.targets import Codec, SoftTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
 
@@ -171,13 +171,13 @@ def stages(url: str, options: argparse.Namespace) -> dict[str, tuple[float, floa
         "the same, hashed, with counts and labels": best(
             lambda: run(cache.read, spans), options.rounds
         ),
-        **batches(Pool([cache.read(span) for span in spans]), temperature, options),
+        **batches(ShardRows([cache.read(span) for span in spans]), temperature, options),
         WHOLE: best(epoch, options.rounds),
     }
 
 
 def batches(
-    pool: Pool, temperature: float, options: argparse.Namespace
+    pool: ShardRows, temperature: float, options: argparse.Namespace
 ) -> dict[str, tuple[float, float]]:
     """The two main stages of making batches from rows in memory."""
     order = np.random.default_rng(0).permutation(len(pool))

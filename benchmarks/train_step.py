@@ -95,7 +95,7 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
     targets = SparseTargets(
         ids=torch.randint(0, options.vocab, (n, options.entries), device=device),
         weights=torch.full((n, options.entries), 1 / options.entries, device=device),
-        rest=torch.zeros(n, device=device),
+        tail=torch.zeros(n, device=device),
         exact=False,
         temperature=temperature,
     )

@@ -188,7 +188,7 @@ def test_sparse_targets_match_dense_ones(options: BuildOptions, codec: str, tmp_
         assert isinstance(dense, DenseTargets)
         assert isinstance(few, SparseTargets)
         p = (dense.logits / temperature).softmax(-1)
-        total = few.weights.sum(-1) + few.rest
+        total = few.weights.sum(-1) + few.tail
         if few.exact:
             kept = p.gather(1, few.ids)
             torch.testing.assert_close(few.weights, kept, rtol=5e-3, atol=1e-3)
@@ -248,7 +248,7 @@ def test_vocabularies_of_any_size(vocabulary: int, width: int, codec: str, tmp_p
         best = p.topk(min(4, vocabulary), -1).values
         torch.testing.assert_close(targets.weights, best, rtol=5e-3, atol=1e-3)
         torch.testing.assert_close(p.gather(1, targets.ids), best, rtol=5e-3, atol=1e-3)
-    total = targets.weights.sum(-1) + targets.rest
+    total = targets.weights.sum(-1) + targets.tail
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 

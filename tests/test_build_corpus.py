@@ -206,7 +206,9 @@ def test_labels_that_are_ignored(
         delimiter=";",
         max_length=64,
     )
-    with pytest.raises(UsageError, match="label is 'B0', which is none of the teacher's classes"):
+    with pytest.raises(
+        UsageError, match="label is 'B0', which is not one of the teacher's classes"
+    ):
         build(options)
     options = dataclasses.replace(options, label_column="none", out=str(tmp_path / "ignored"))
     assert build(options).rows == 9
@@ -227,4 +229,4 @@ def test_a_completion_that_is_cut_away_whole_is_counted(
     cut = packing == "none"
     assert result.skipped == result.truncated == int(cut)
     assert ("pairs.jsonl: byte" in caplog.text) == cut
-    assert ("its first 64 tokens (--max-length) hold nothing to learn" in caplog.text) == cut
+    assert ("its first 64 tokens (--max-length) contain no label" in caplog.text) == cut

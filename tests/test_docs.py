@@ -378,5 +378,5 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
                 expected = np.bincount(
                     ours.ids[i].numpy(), ours.weights[i].numpy(), minlength=cache.spec.vocab_size
                 )
-                assert rest == pytest.approx(float(ours.rest[i]), abs=1e-6)
+                assert rest == pytest.approx(float(ours.tail[i]), abs=1e-6)
             np.testing.assert_allclose(got, expected, atol=1e-6)

@@ -306,7 +306,7 @@ def test_a_driver_that_ends_leaves_nothing_behind(
     _, err = process.communicate(timeout=300)
     if signal.SIGKILL not in signals:
         assert process.returncode == 3, err
-        assert f"{committed} of 12 shards are committed. Run the same command to go on" in err
+        assert f"{committed} of 12 shards are committed. Run the same command to continue" in err
     until(lambda: gone(started))
     assert len(list(shards.glob("*"))) == committed
     assert not (Path(options.out) / "manifest.json").exists()

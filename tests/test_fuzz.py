@@ -2,7 +2,7 @@
 
 Processes of their own read them (`fuzz_reader.py`): an error of ours or the right values is all
 that may come of it, in bounded memory and time. Where HDF5 itself dies of a mutant or never ends,
-`Trial` must survive the same file.
+`Sandbox` must survive the same file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 from fuzz_reader import mutate
 
 from kdcache.cache import Cache
-from kdcache.cache.sandbox import Trial
+from kdcache.cache.sandbox import Sandbox
 from kdcache.errors import CorruptCacheError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -121,7 +121,7 @@ def test_mutants_are_refused_or_read_right(
         folder = folders[number % len(folders)]
         data = (folder / "original.h5").read_bytes()
         (folder / "fatal.h5").write_bytes(mutate(data, np.random.default_rng([7, number])))
-        with Trial() as trial:
+        with Sandbox() as sandbox:
             with pytest.raises(CorruptCacheError):
-                trial.open(folder / "fatal.h5")
-            trial.open(folder / "original.h5")  # and goes on
+                sandbox.open(folder / "fatal.h5")
+            sandbox.open(folder / "original.h5")  # and goes on

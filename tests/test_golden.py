@@ -72,7 +72,7 @@ def test_golden_targets_are_read(name: str) -> None:
                     want[i, token] = weight
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
             rest = torch.tensor([position["rest"] for position in wanted])
-            torch.testing.assert_close(found.rest, rest, rtol=0, atol=2e-6)
+            torch.testing.assert_close(found.tail, rest, rtol=0, atol=2e-6)
 
 
 def test_golden_temperatures_are_kept_to(name: str) -> None:

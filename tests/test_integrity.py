@@ -18,7 +18,7 @@ from conftest import make_tiny_lm
 from make_caches import CAUSAL, make_cache
 
 from kdcache.cache import Cache
-from kdcache.cache import repair as mending
+from kdcache.cache import repair as cache_repair
 from kdcache.cache.check import problems
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.shard import ShardData
@@ -398,7 +398,7 @@ def test_gc_removes_what_is_left_and_nothing_else(tmp_path: Path) -> None:
     old, young, foreign = (scratch / n for n in ("a" * 32 + ".tmp", "b" * 32 + ".tmp", "mine.txt"))
     for path in (old, young, foreign):
         path.write_bytes(b"12345")
-    long_ago = time.time() - 2 * mending.YOUNG
+    long_ago = time.time() - 2 * cache_repair.YOUNG
     os.utime(old, (long_ago, long_ago))
     os.utime(foreign, (long_ago, long_ago))
     second = folder / "shards" / "00001-0123456789abcdef.h5"
@@ -462,9 +462,9 @@ def test_unfinished_uploads_are_removed(tmp_path: Path, monkeypatch: pytest.Monk
             begun = store.call_s3("create_multipart_upload", Bucket="kdcache-gc", Key=key)
             where = {"Bucket": "kdcache-gc", "Key": key, "UploadId": begun["UploadId"]}
             store.call_s3("upload_part", **where, PartNumber=1, Body=b"x" * 1000)
-        monkeypatch.setattr(mending, "YOUNG", 1e12)
+        monkeypatch.setattr(cache_repair, "YOUNG", 1e12)
         assert gc(GcOptions(url)).young == 1
-        monkeypatch.setattr(mending, "YOUNG", 0.0)
+        monkeypatch.setattr(cache_repair, "YOUNG", 0.0)
         (leftover,) = gc(GcOptions(url)).removed
         assert (leftover.name, leftover.bytes) == ("shards/x.h5", 1000)
         assert gc(GcOptions(url)).removed == ()

@@ -57,7 +57,7 @@ def plain_position(
             teacher = [w / sum(teacher) for w in teacher]
         elif len(entries) < len(student):
             listed = {k for k, _ in entries}
-            teacher.append(target.rest[i].double())
+            teacher.append(target.tail[i].double())
             chosen.append(torch.stack([p for k, p in enumerate(student) if k not in listed]).sum())
         student = chosen
     if divergence == "forward-kl":
@@ -336,7 +336,7 @@ def test_entries_of_a_confident_student_are_not_rounded_away() -> None:
     empty = SparseTargets(
         ids=torch.zeros(1, 0, dtype=torch.int64),
         weights=torch.zeros(1, 0),
-        rest=torch.zeros(1),
+        tail=torch.zeros(1),
         exact=False,
         temperature=1.0,
     )
@@ -353,7 +353,7 @@ def test_tail_of_a_confident_student_is_not_lost_in_a_difference() -> None:
     targets = SparseTargets(
         ids=torch.tensor([[0]]),
         weights=torch.tensor([[0.75]]),
-        rest=torch.tensor([0.25]),
+        tail=torch.tensor([0.25]),
         exact=True,
         temperature=1.0,
     )
@@ -525,7 +525,7 @@ def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
     empty = SparseTargets(
         ids=torch.zeros(1024, 0, dtype=torch.int64),
         weights=torch.zeros(1024, 0),
-        rest=torch.zeros(1024),
+        tail=torch.zeros(1024),
         exact=False,
         temperature=1.0,
     )
@@ -560,7 +560,7 @@ def test_an_empty_batch_is_zero_and_connected(form: str) -> None:
     targets = SparseTargets(
         ids=torch.zeros(0, 2, dtype=torch.int64),
         weights=torch.zeros(0, 2),
-        rest=torch.zeros(0),
+        tail=torch.zeros(0),
         exact=True,
         temperature=2.0,
     )
@@ -626,7 +626,7 @@ def fused_arguments(case: dict[str, Any], z: Tensor) -> tuple[Any, ...]:
     ids = torch.cat([targets.ids, labels], 1)
     x = z.gather(1, ids)
     z.scatter_(1, ids, -torch.inf)
-    return (x, ids, targets.weights, targets.rest, each, each, *scalars)
+    return (x, ids, targets.weights, targets.tail, each, each, *scalars)
 
 
 ONE_ID = (torch.tensor([[0]]), torch.ones(1, 1), torch.zeros(1))

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kdcache.corpus import Corpus, Record, Source
+from kdcache.corpus import Corpus, FileColumns, Record
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.tasks import IGNORE
@@ -399,7 +399,9 @@ class TestClassification:
 
     @pytest.mark.parametrize("label", [0, "0", 0.0, 3])
     def test_beside_such_names_a_number_is_no_index(self, bert: Any, label: Any) -> None:
-        with pytest.raises(UsageError, match=r"label is .*none of the teacher's classes: 1, 2\."):
+        with pytest.raises(
+            UsageError, match=r"label is .*not one of the teacher's classes: 1, 2\."
+        ):
             classify(bert, [{"text": "a", "label": label}], label_names=("1", "2"))
 
     def test_a_label_column_that_was_named_must_be_there(self, bert: Any) -> None:
@@ -409,7 +411,9 @@ class TestClassification:
         assert row.labels.tolist() == [IGNORE]
 
     def test_a_headerless_table_proposes_columns(self, bert: Any) -> None:
-        record = Record({"good": "x", "1": "0"}, "a.tsv", "line 2", Source(("good", "1"), True))
+        record = Record(
+            {"good": "x", "1": "0"}, "a.tsv", "line 2", FileColumns(("good", "1"), True)
+        )
         encoder = make_encoder(RowSpec("sequence-classification"), bert)
         with pytest.raises(UsageError, match="--columns text,label"):
             list(encoder.encode([record]))

@@ -28,7 +28,7 @@ from kdcache.stream import (
     Batch,
     Collator,
     Cursor,
-    Pool,
+    ShardRows,
     TargetDataset,
     TargetStream,
     join,
@@ -299,7 +299,7 @@ def test_targets_stay_with_their_positions(causal: Cache, temperature: float) ->
             stored = data.targets.take(np.arange(*bounds)).at(temperature)
             here = slice(begin, begin + len(stored))
             begin = here.stop
-            for name in ("ids", "weights", "rest"):
+            for name in ("ids", "weights", "tail"):
                 value = getattr(stored, name)
                 mine = getattr(targets, name)[here]
                 if value.ndim == 2:
@@ -556,7 +556,7 @@ def test_a_pool_picks_from_several_shards(classes: Cache) -> None:
     parts = [classes.read(span) for span in range(4)]
     parts[1].type_ids = None  # as in a cache whose teacher knows no second sentence
     parts[2].text_pairs = [f"pair {i}" for i in range(len(parts[2]))]
-    pool = Pool(parts)
+    pool = ShardRows(parts)
     assert pool.first.tolist() == [0, 5, 8, 17, 18]
     picks = [(0, 4), (2, 3), (1, 0), (2, 3), (3, 0)]
     taken = pool.take(np.array([pool.first[part] + row for part, row in picks]))
@@ -571,8 +571,13 @@ def test_a_pool_picks_from_several_shards(classes: Cache) -> None:
         assert mine.text_pair == ("pair 3" if part == 2 else "")
         logits = parts[part].targets.columns["logits"][row]
         assert np.array_equal(taken.targets.columns["logits"][i], logits)
-    assert Pool(parts, soft=False).take(np.array([3, 1])).targets.columns["logits"].shape == (0, 3)
-    assert Pool(parts, soft=False).positions.sum() == sum((p.labels != -100).sum() for p in parts)
+    assert ShardRows(parts, soft=False).take(np.array([3, 1])).targets.columns["logits"].shape == (
+        0,
+        3,
+    )
+    assert ShardRows(parts, soft=False).positions.sum() == sum(
+        (p.labels != -100).sum() for p in parts
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=30))
@@ -626,7 +631,7 @@ def test_targets_decoded_in_slices_are_those_of_one_by_one(
 def test_take_and_join_are_inverse(causal: Cache) -> None:
     data = causal.read(0)
     rows = np.array([5, 1, 1, 7])
-    pool = Pool([data])
+    pool = ShardRows([data])
     taken = pool.take(rows)
     again = join([pool.take(rows[:1]), pool.take(rows[1:])])
     for i, row in enumerate(rows):

@@ -185,10 +185,10 @@ def test_topk_against_float64(temperature: float, vocabulary: int, with_ranks: b
     p = torch.softmax(z.double() / temperature, -1)
     want, ids = p.topk(8, -1)
     assert torch.equal(targets.ids, ids)
-    torch.testing.assert_close(targets.rest.double(), 1 - want.sum(-1), rtol=1e-5, atol=3e-7)
+    torch.testing.assert_close(targets.tail.double(), 1 - want.sum(-1), rtol=1e-5, atol=3e-7)
     # float16 log-probabilities: a relative error of 2^-11 of a number up to 16.
     torch.testing.assert_close(targets.weights.double(), want, rtol=0.01, atol=1e-7)
-    total = targets.weights.double().sum(-1) + targets.rest.double()
+    total = targets.weights.double().sum(-1) + targets.tail.double()
     torch.testing.assert_close(total, torch.ones(16, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
@@ -210,13 +210,13 @@ def test_topk_always_sums_to_one(
         targets = stored.at(t)
         assert isinstance(targets, SparseTargets)
         assert (targets.weights >= 0).all()
-        assert (targets.rest >= 0).all()
+        assert (targets.tail >= 0).all()
         if k >= vocabulary:
-            assert (targets.rest == 0).all()
-        total = targets.weights.double().sum(-1) + targets.rest.double()
+            assert (targets.tail == 0).all()
+        total = targets.weights.double().sum(-1) + targets.tail.double()
         assert torch.allclose(total, torch.ones(7, dtype=torch.float64), atol=1e-6)
         kept = torch.softmax(z.double() / t, -1).topk(min(k, vocabulary), -1).values.sum(-1)
-        assert torch.allclose(targets.rest.double(), 1 - kept, atol=2e-6)
+        assert torch.allclose(targets.tail.double(), 1 - kept, atol=2e-6)
         assert all(len(set(row)) == len(row) for row in targets.ids.tolist())
 
 
@@ -239,7 +239,7 @@ def test_sample_at_one_temperature_sums_to_one(
     targets = stored.at(temperature)
     assert isinstance(targets, SparseTargets)
     assert not targets.exact
-    assert (targets.rest == 0).all()
+    assert (targets.tail == 0).all()
     total = targets.weights.double().sum(-1)
     assert torch.allclose(total, torch.ones(9, dtype=torch.float64), atol=1e-6)
     assert int((targets.weights > 0).sum(-1).max()) <= draws + 1

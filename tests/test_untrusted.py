@@ -19,12 +19,11 @@ import pytest
 from broken_caches import files, flip, golden_copy, naming, run
 from make_caches import CAUSAL, make_cache
 
-from kdcache.cache import Cache
-from kdcache.cache import sandbox as trial
+from kdcache.cache import Cache, sandbox
 from kdcache.cache.check import problems
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.hdf5 import write_text
-from kdcache.cache.sandbox import Trial
+from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import read_shard
 from kdcache.errors import CorruptCacheError
 from kdcache.targets import Codec
@@ -402,8 +401,8 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     start = """
 import os, signal, sys, time
 sys.path[:] = sys.argv[1:]
-from kdcache.cache import sandbox as trial
-def read_all(path, honest=trial.read_all):
+from kdcache.cache import sandbox
+def read_all(path, honest=sandbox.read_all):
     if "00001" in path.name:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "00002" in path.name:
@@ -411,11 +410,11 @@ def read_all(path, honest=trial.read_all):
     if "00003" in path.name:
         bytearray(4 << 30)
     honest(path)
-trial.read_all = read_all
-trial.serve()
+sandbox.read_all = read_all
+sandbox.serve()
 """
-    monkeypatch.setattr(trial, "_START", start)
-    monkeypatch.setattr(trial, "_PATIENCE", 5.0)
+    monkeypatch.setattr(sandbox, "_START", start)
+    monkeypatch.setattr(sandbox, "_PATIENCE", 5.0)
 
 
 def test_a_shard_that_kills_its_reader_is_that_shards_problem(
@@ -459,5 +458,5 @@ def test_the_other_process_is_bounded_and_brings_no_strange_code(tmp_path: Path)
         "kdcache.py",
         "numpy.py",
     ]
-    with Trial() as one, pytest.raises(CorruptCacheError, match="signature"):
+    with Sandbox() as one, pytest.raises(CorruptCacheError, match="signature"):
         one.open(tmp_path / "cache" / "spec.json")

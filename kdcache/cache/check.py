@@ -19,7 +19,7 @@ import numpy as np
 
 from kdcache.cache.cache import Cache
 from kdcache.cache.manifest import ShardEntry
-from kdcache.cache.sandbox import Trial
+from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData, read_counts, read_shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
@@ -73,10 +73,10 @@ def problems(cache: Cache) -> Iterator[Problem]:
             ids = known_ids(cache)
         except Exception as error:  # of whatever class reads these files
             yield Problem("tokenizer", f"the tokenizer cannot be loaded ({error}).")
-    with Trial() as trial:
+    with Sandbox() as sandbox:
         for entry in cache.manifest.shards:
             try:
-                check_shard(cache, entry, trial, ids, values="ranks.u32" not in broken)
+                check_shard(cache, entry, sandbox, ids, values="ranks.u32" not in broken)
             except KdcacheError as error:
                 yield Problem(f"shards/{entry.name}", _naming(entry, str(error)))
 
@@ -90,14 +90,19 @@ def known_ids(cache: Cache) -> int:
 
 
 def check_shard(
-    cache: Cache, entry: ShardEntry, trial: Trial, ids: int | None = None, *, values: bool = True
+    cache: Cache,
+    entry: ShardEntry,
+    sandbox: Sandbox,
+    ids: int | None = None,
+    *,
+    values: bool = True,
 ) -> None:
     """Check the bytes of a shard, then whether it can be opened, then what it holds.
 
     Args:
         cache: of the shard.
         entry: what the manifest says of it.
-        trial: the process that opens it first.
+        sandbox: the process that opens it first.
         ids: number of the tokenizer's ids, from `known_ids`; None where that is not known.
         values: False leaves the values out, where what is needed to read them is broken.
 
@@ -105,7 +110,7 @@ def check_shard(
         CorruptCacheError: it is not the one of the manifest, or not what a shard must be.
     """
     with cache.hold(entry, fresh=True) as path:
-        trial.open(path)
+        sandbox.open(path)
         _, facts = read_counts(path)
         said = cache.spec.fingerprint, entry.span, entry.skipped, entry.clipped_mass
         names = "fingerprint", "index", "skipped", "clipped_mass"
@@ -165,7 +170,7 @@ def _check_targets(targets: SoftTargets, spec: CacheSpec) -> None:
                 break
             if found.ids.numel() and not 0 <= found.ids.min() <= found.ids.max() < spec.vocab_size:
                 raise CorruptCacheError(f"an id is outside the vocabulary of {spec.vocab_size}.")
-            for numbers in (found.weights, found.rest):
+            for numbers in (found.weights, found.tail):
                 if not (numbers.isfinite().all() and (numbers >= 0).all()):
                     raise CorruptCacheError("a weight is negative, NaN or infinite.")
 

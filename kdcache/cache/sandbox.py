@@ -4,9 +4,9 @@ HDF5 is a large C library: a malicious file may crash the process that opens it.
 cache from elsewhere came with it and prove nothing. So a subprocess opens and reads the whole of
 each shard before this process does.
 
-Cost: the subprocess starts in a third of a second and lives as long as its `Trial`; each file is
-decoded once more. Guarantee: `Trial.open` returns or raises, whatever the file does to its reader:
-the subprocess has bounded memory and a deadline.
+Cost: the subprocess starts in a third of a second and lives as long as its `Sandbox`; each file is
+decoded once more. Guarantee: `Sandbox.open` returns or raises, whatever the file does to its
+reader: the subprocess has bounded memory and a deadline.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _PATIENCE = 60.0  # seconds, and one more for each of these bytes
 _SLOWEST = 1 << 20
 
 
-class Trial:
+class Sandbox:
     """Opens files in a subprocess; use as a context manager, from one thread at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Trial:
+    def __enter__(self) -> Sandbox:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kdcache.cache import repair as mending
 from kdcache.cache.repair import GcResult
+from kdcache.cache.repair import gc as gc_cache
 from kdcache.options import Options, option
 
 if TYPE_CHECKING:
@@ -23,4 +23,4 @@ class GcOptions(Options):
 
 def gc(options: GcOptions) -> GcResult:
     """Remove what crashed builds have left; see `kdcache.cache.repair.gc`."""
-    return mending.gc(options.cache, dry_run=options.dry_run)
+    return gc_cache(options.cache, dry_run=options.dry_run)

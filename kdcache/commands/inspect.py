@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, ShardEntry
-from kdcache.cache.sandbox import Trial
+from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import column_bytes, read_shard
 from kdcache.errors import UsageError
 from kdcache.options import Options, option
@@ -178,10 +178,10 @@ def inspect(options: InspectOptions) -> InspectResult:
     if not open_storage(options.cache).exists("spec.json"):
         raise UsageError(f"{redact(options.cache)} is not a kdcache cache: it has no spec.json.")
     cache = Cache.resume(options.cache)
-    with Trial() as trial:
-        shards = cache.manifest.shards if cache.sealed else _committed(cache, trial)
-        row = None if options.row is None else _row(cache, shards, options, trial)
-        columns, sampled = _columns(cache, shards, trial)
+    with Sandbox() as sandbox:
+        shards = cache.manifest.shards if cache.sealed else _committed(cache, sandbox)
+        row = None if options.row is None else _row(cache, shards, options, sandbox)
+        columns, sampled = _columns(cache, shards, sandbox)
     spec = cache.spec
     positions = sum(s.positions for s in shards)
     total = sum(s.bytes for s in shards)
@@ -214,33 +214,33 @@ def inspect(options: InspectOptions) -> InspectResult:
     )
 
 
-def _committed(cache: Cache, trial: Trial) -> tuple[ShardEntry, ...]:
+def _committed(cache: Cache, sandbox: Sandbox) -> tuple[ShardEntry, ...]:
     """Entries of the shards of an unfinished build."""
     entries = []
     for span, name in sorted(cache.committed().items()):
         with cache.storage.hold(f"shards/{name}") as path:
-            trial.open(path)
+            sandbox.open(path)
             entries.append(cache.entry(span, name))
     return tuple(entries)
 
 
 @contextlib.contextmanager
-def _tried(cache: Cache, entry: ShardEntry, trial: Trial) -> Iterator[Path]:
+def _tried(cache: Cache, entry: ShardEntry, sandbox: Sandbox) -> Iterator[Path]:
     """A shard that another process could open, held until it is read."""
     with cache.hold(entry) as path:
-        trial.open(path)
+        sandbox.open(path)
         yield path
 
 
 def _columns(
-    cache: Cache, shards: Sequence[ShardEntry], trial: Trial
+    cache: Cache, shards: Sequence[ShardEntry], sandbox: Sandbox
 ) -> tuple[tuple[ColumnSize, ...], int]:
     """Bytes per position of each dataset, from a few shards spread over the cache."""
     full = [s for s in shards if s.positions]
     chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SAMPLED_SHARDS)).astype(int))
     sums: dict[str, int] = {}
     for i in chosen:
-        with _tried(cache, full[i], trial) as path:
+        with _tried(cache, full[i], sandbox) as path:
             for name, stored in column_bytes(path).items():
                 sums[name] = sums.get(name, 0) + stored
     positions = sum(full[i].positions for i in chosen)
@@ -252,7 +252,7 @@ def _columns(
 
 
 def _row(
-    cache: Cache, shards: Sequence[ShardEntry], options: InspectOptions, trial: Trial
+    cache: Cache, shards: Sequence[ShardEntry], options: InspectOptions, sandbox: Sandbox
 ) -> RowView:
     codec = cache.codec()
     temperature = options.temperature or default_temperature(cache)
@@ -260,7 +260,7 @@ def _row(
     number = options.row
     assert number is not None
     entry, index = _find(shards, number, cache.sealed)
-    with _tried(cache, entry, trial) as path:
+    with _tried(cache, entry, sandbox) as path:
         data = read_shard(path, codec, counts=entry.counts, ranks=cache.rank_to_id)
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
@@ -327,7 +327,7 @@ def _guesses(
             pairs.append(list(zip(chosen, values, strict=True)))
         return pairs, (1 - best.sum(-1)).clamp_min(0).tolist(), True
     rests = []
-    mass = targets.weights.double().sum(-1) + targets.rest.double()
+    mass = targets.weights.double().sum(-1) + targets.tail.double()
     columns = (targets.ids.numpy(), targets.weights.double().numpy(), mass.tolist())
     for ids_of, weights, total in zip(*columns, strict=True):
         # A sample may hold an id twice: its weights add up.

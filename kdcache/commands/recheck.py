@@ -263,7 +263,7 @@ def _differences(one: SoftTargets, other: SoftTargets, vocab_size: int, scale: f
         assert not isinstance(b, DenseTargets), "one codec makes one kind"
         apart = torch.zeros(len(one), vocab_size)
         apart.scatter_add_(1, a.ids, a.weights).scatter_add_(1, b.ids, -b.weights)
-        sums += (apart.abs().sum(1).double() + (a.rest - b.rest).abs()).numpy() / 2
+        sums += (apart.abs().sum(1).double() + (a.tail - b.tail).abs()).numpy() / 2
     return sums / len(temperatures)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kdcache.cache import repair as mending
 from kdcache.cache.repair import RepairResult
+from kdcache.cache.repair import repair as repair_cache
 from kdcache.options import Options, option
 
 if TYPE_CHECKING:
@@ -27,4 +27,4 @@ class RepairOptions(Options):
 
 def repair(options: RepairOptions) -> RepairResult:
     """Remove damaged files, so that the same build makes them again; see `kdcache.cache.repair`."""
-    return mending.repair(options.cache, reseal=options.reseal)
+    return repair_cache(options.cache, reseal=options.reseal)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from kdcache.corpus.corpus import Corpus
 from kdcache.corpus.files import InputFile
-from kdcache.corpus.records import LineAt, OnError, ReadStats, Record, RecordError, Source
+from kdcache.corpus.records import FileColumns, LineAt, OnError, ReadStats, Record, RecordError
 from kdcache.corpus.sample import Look, look_into, looks
 from kdcache.corpus.span import MAX_RECORD_BYTES, Documents, Reading, Span
 
@@ -29,6 +29,7 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "Corpus",
     "Documents",
+    "FileColumns",
     "InputFile",
     "LineAt",
     "Look",
@@ -37,7 +38,6 @@ __all__ = [
     "Reading",
     "Record",
     "RecordError",
-    "Source",
     "Span",
     "look_into",
     "looks",

@@ -38,7 +38,7 @@ _TYPICAL_RATIO = 3  # text to its gzip or zstd size, to guess parts without deco
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _FileCuts:
     """How one file is cut.
 
     `cuts` even stretches, of which the first `spans` are in the corpus (all, unless a limit ends it
@@ -62,7 +62,7 @@ class _Plan:
 class Spans(Sequence[Span]):
     """The spans of a corpus in order, made on demand: memory is O(files)."""
 
-    def __init__(self, plans: Sequence[_Plan], reading: Reading) -> None:
+    def __init__(self, plans: Sequence[_FileCuts], reading: Reading) -> None:
         self._plans = [plan for plan in plans if plan.spans]
         self._ends = list(accumulate(plan.spans for plan in self._plans))
         self._reading = reading
@@ -279,22 +279,22 @@ def _by_bytes(file: InputFile) -> bool:
     return file.kind in LINE_KINDS and not file.dealt
 
 
-def _plan(file: InputFile, span_bytes: int, reading: Reading, whole: bool) -> _Plan:
+def _plan(file: InputFile, span_bytes: int, reading: Reading, whole: bool) -> _FileCuts:
     if not file.size:
-        return _Plan(file, 1, 0)
+        return _FileCuts(file, 1, 0)
     if file.kind == "txt" and reading.documents == "file" and (whole or file.compression):
-        return _Plan(file, 1, 1)
+        return _FileCuts(file, 1, 1)
     if not file.dealt:
         cuts = math.ceil(file.size / span_bytes)
     else:
         size = file.size * (_TYPICAL_RATIO if file.compression else 1)
         cuts = min(math.ceil(size / span_bytes), MAX_PARTS)
-    return _Plan(file, cuts, cuts)
+    return _FileCuts(file, cuts, cuts)
 
 
 def _limited(
-    plans: Sequence[_Plan], span_bytes: int, limit: int, reading: Reading
-) -> tuple[int, list[_Plan]]:
+    plans: Sequence[_FileCuts], span_bytes: int, limit: int, reading: Reading
+) -> tuple[int, list[_FileCuts]]:
     """The number of records up to `limit`, and the plans of the files that hold them."""
     kept = []
     left = limit
@@ -308,10 +308,10 @@ def _limited(
     return limit - left, kept
 
 
-def _count(plan: _Plan, left: int, span_bytes: int, reading: Reading) -> tuple[int, _Plan]:
+def _count(plan: _FileCuts, left: int, span_bytes: int, reading: Reading) -> tuple[int, _FileCuts]:
     """Count a file's records up to `left`; the plan comes back cut if that many are there."""
     file = plan.file
-    with open_span(replace(_Plan(file, 1, 1).span(0, 0, reading), limit=left)) as reader:
+    with open_span(replace(_FileCuts(file, 1, 1).span(0, 0, reading), limit=left)) as reader:
         if isinstance(reader, TextFiles):  # one document, however many pieces it comes in
             return reader.size(left)[0], plan
         if _by_bytes(file):
@@ -324,7 +324,7 @@ def _count(plan: _Plan, left: int, span_bytes: int, reading: Reading) -> tuple[i
     return records, replace(plan, spans=parts, limit=left)
 
 
-def _count_lines(plan: _Plan, reader: Format, left: int) -> tuple[int, _Plan]:
+def _count_lines(plan: _FileCuts, reader: Format, left: int) -> tuple[int, _FileCuts]:
     seen = in_last = last = 0
     for location, _ in islice(reader.records(), left):
         assert isinstance(location, LineAt)

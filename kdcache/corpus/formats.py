@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdcache.corpus.records import Location, Record, RecordError, Source, shorten
+from kdcache.corpus.records import FileColumns, Location, Record, RecordError, shorten
 from kdcache.corpus.span import Span
 from kdcache.errors import UsageError
 
@@ -35,7 +35,7 @@ class Format(ABC):
         source: What the file says about its columns.
     """
 
-    source = Source()
+    source = FileColumns()
 
     def __init__(self, span: Span, columns: Sequence[str] | None = None) -> None:
         """Open the file.

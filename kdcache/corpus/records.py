@@ -45,7 +45,7 @@ Location = str | LineAt
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FileColumns:
     """What all records of one file share.
 
     Attributes:
@@ -58,7 +58,7 @@ class Source:
     header: bool = False
 
 
-_OWN_KEYS = Source()
+_OWN_KEYS = FileColumns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Record:
     values: dict[str, Any]
     file: str
     location: Location
-    source: Source = _OWN_KEYS
+    source: FileColumns = _OWN_KEYS
     opens: bool = True
     closes: bool = True
 

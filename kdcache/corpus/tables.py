@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from kdcache.corpus.files import is_remote, open_bytes
 from kdcache.corpus.formats import Format, Raw, not_utf8
-from kdcache.corpus.records import RecordError, Source
+from kdcache.corpus.records import FileColumns, RecordError
 
 _BATCH_ROWS = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -25,7 +25,7 @@ class _Table(Format):
     _names: Sequence[str]
 
     def _take_schema(self, schema: Any, columns: Sequence[str] | None) -> None:
-        self.source = Source(tuple(schema.names))
+        self.source = FileColumns(tuple(schema.names))
         self._names = [name for name in schema.names if columns is None or name in columns]
 
     def _payloads(self, batch: Any) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from kdcache.corpus.files import open_plain
 from kdcache.corpus.formats import DECOMPRESSION_ERRORS, Format, Raw, not_utf8
-from kdcache.corpus.records import LineAt, Location, Record, RecordError, Source, shorten
+from kdcache.corpus.records import FileColumns, LineAt, Location, Record, RecordError, shorten
 from kdcache.errors import UsageError
 
 _BOM = b"\xef\xbb\xbf"
@@ -86,7 +86,7 @@ class _Text(Format):
             elif (stripped := line.rstrip(b"\r\n")) and not stripped.isspace():
                 yield self._at(offset, number), stripped
 
-    def _named(self, fields: list[str]) -> Source:
+    def _named(self, fields: list[str]) -> FileColumns:
         """The columns that a first line names."""
         twice = sorted({name for name in fields if fields.count(name) > 1})
         if twice:
@@ -95,7 +95,7 @@ class _Text(Format):
                 f"{self._span.file.url}: the header names {shown} more than once. Rename one, or, "
                 f"if the first line is no header, name its {len(fields)} columns with --columns."
             )
-        return Source(tuple(fields), header=True)
+        return FileColumns(tuple(fields), header=True)
 
     def _fields(self, fields: list[str]) -> dict[str, Any]:
         source = self.source
@@ -160,7 +160,7 @@ class Tsv(_Text):
         given = self._span.reading.columns
         self._header = given is None
         if given is not None:
-            self.source = Source(given)
+            self.source = FileColumns(given)
             return
         line = self._stream.readline(self._most)
         try:
@@ -181,7 +181,7 @@ class TextLines(_Text):
 
     def _open(self, columns: Sequence[str] | None) -> None:
         super()._open(columns)
-        self.source = Source((self._span.reading.columns or ("text",))[:1])
+        self.source = FileColumns((self._span.reading.columns or ("text",))[:1])
 
     def _values(self, payload: bytes) -> dict[str, Any]:
         return {self.source.columns[0]: _decoded(payload)}
@@ -296,7 +296,7 @@ class Csv(_Text):
         self._reader = csv.reader(self._text, delimiter=self._span.reading.delimiter, strict=True)
         given = self._span.reading.columns
         if given is not None:
-            self.source = Source(given)
+            self.source = FileColumns(given)
             return
         try:
             fields = next(self._reader, [])

@@ -120,12 +120,12 @@ def fused_linear_distillation(
 
 def _prepare(targets: SparseTargets, tail: str, wide: torch.dtype) -> SparseTargets:
     """Weights as they enter the loss, and a `rest` that is 0 without a bucket."""
-    w, rest = targets.weights.to(wide), targets.rest.to(wide)
+    w, rest = targets.weights.to(wide), targets.tail.to(wide)
     if targets.exact and tail == "renormalize":
         w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
     if not targets.exact or tail == "renormalize":
         rest = torch.zeros_like(rest)
-    return replace(targets, weights=w, rest=rest)
+    return replace(targets, weights=w, tail=rest)
 
 
 class _Fused(torch.autograd.Function):
@@ -254,7 +254,7 @@ def _logits_to_gradient_(
             entries = torch.cat([targets.ids[part], label], 1)
             x = zs.gather(1, entries).to(each.dtype)
             zs.scatter_(1, entries, -torch.inf)
-            w, rest = targets.weights[part], targets.rest[part]
+            w, rest = targets.weights[part], targets.tail[part]
             tensors = (zs, x, entries, w, rest, valid_each[part], each[part])
             function = _sparse_pass
         losses, d_entries = (_compiled(function) if fast else function)(*tensors, *options)

@@ -239,7 +239,7 @@ def _divergence(z: Tensor, targets: Targets, divergence: str, tail: str) -> Tens
         nothing[:, :1],
     )
     # Probabilities were stored as float32: a tail below its resolution is unknown, not impossible.
-    rest = targets.rest.to(z)[:, None]
+    rest = targets.tail.to(z)[:, None]
     floor = 0.0 if divergence == "forward-kl" else torch.finfo(torch.float32).eps
     rest = torch.where(has_tail, rest.clamp_min(floor), 0)
     log_rest = torch.where(

@@ -31,14 +31,14 @@ class Document:
 
     Attributes:
         text: All of it.
-        learnt: Stretches [start, stop) of characters to predict; None is everything.
+        loss_ranges: Stretches [start, stop) of characters to predict; None is everything.
         framed: Whether the tokenizer's BOS and an EOS go around it (a chat template brings its
             own).
-        tokens: Ids and 0/1 marks of what is learnt, where a template has given them already.
+        tokens: Ids and loss mask (0/1), where a template has given them already.
     """
 
     text: str
-    learnt: Sequence[tuple[int, int]] | None = None
+    loss_ranges: Sequence[tuple[int, int]] | None = None
     framed: bool = True
     tokens: tuple[list[int], list[int]] | None = None
 
@@ -183,7 +183,7 @@ class DocumentMaker:
 
     def _compared(self, messages: list[dict[str, Any]]) -> Document:
         text = self._render(messages)
-        learnt = []
+        loss_ranges = []
         for i, message in enumerate(messages):
             if message["role"] != _ASSISTANT:
                 continue
@@ -196,8 +196,8 @@ class DocumentMaker:
                     f"differently when more follows, so what the assistant says can't be told. Use "
                     f"a template that marks it with {{% generation %}} and {{% endgeneration %}}."
                 )
-            learnt.append((len(before), self._spoken_until(after)))
-        return Document(text, learnt, framed=False)
+            loss_ranges.append((len(before), self._spoken_until(after)))
+        return Document(text, loss_ranges, framed=False)
 
     def _spoken_until(self, text: str) -> int:
         """Where the answer at the end of `text` ends."""

@@ -20,7 +20,7 @@ _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 22  # a batch of books must not be a batch of 256 books
 
 Ids = npt.NDArray[np.int32]
-Marks = npt.NDArray[np.bool_]
+Mask = npt.NDArray[np.bool_]
 Item = TypeVar("Item")
 
 
@@ -121,28 +121,31 @@ class TextEncoder(Encoder):
         length = self.spec.max_length
         packed = self.spec.packing == "concat"
         carried: Ids = np.empty(0, np.int32)
-        wanted: Marks = np.empty(0, np.bool_)
+        carried_mask: Mask = np.empty(0, np.bool_)
         for batch in self._batches(records, self._make, lambda item: len(item[1].text)):
-            ids, marks, whose = self._tokenise(batch)
+            ids, loss_mask, whose = self._tokenise(batch)
             if not packed:
-                yield from self._apart(ids, marks, whose)
+                yield from self._apart(ids, loss_mask, whose)
                 continue
-            carried, wanted = np.concatenate([carried, ids]), np.concatenate([wanted, marks])
+            carried = np.concatenate([carried, ids])
+            carried_mask = np.concatenate([carried_mask, loss_mask])
             # A full row needs one id more than its tokens: the last label.
             full = max(len(carried) - 1, 0) // length * length
-            yield from _cut(carried[: full + 1], wanted[: full + 1], length)
-            carried, wanted = carried[full:], wanted[full:]
-        yield from _cut(carried, wanted, length)
+            yield from _cut(carried[: full + 1], carried_mask[: full + 1], length)
+            carried, carried_mask = carried[full:], carried_mask[full:]
+        yield from _cut(carried, carried_mask, length)
 
     def _make(self, record: Record) -> tuple[Record, Document] | None:
         document = self._documents.make(record)
         if document.tokens is not None:
             return (record, document) if any(document.tokens[1]) else None
-        if not document.text or document.text.isspace() or document.learnt == []:
+        if not document.text or document.text.isspace() or document.loss_ranges == []:
             return None
         return record, document
 
-    def _apart(self, ids: Ids, marks: Marks, whose: Sequence[tuple[Record, int]]) -> Iterator[Row]:
+    def _apart(
+        self, ids: Ids, loss_mask: Mask, whose: Sequence[tuple[Record, int]]
+    ) -> Iterator[Row]:
         """Rows of documents that do not share rows."""
         length = self.spec.max_length
         start = 0
@@ -151,17 +154,17 @@ class TextEncoder(Encoder):
             if self.spec.packing == "none" and size > length + 1:
                 self.truncated += 1
                 stop = start + length + 1
-                if not marks[start + 1 : stop].any():
+                if not loss_mask[start + 1 : stop].any():
                     cause = f"its first {length} tokens (--max-length) contain no label"
                     self.stats.reject("skip", record.file, record.location, cause)
-            yield from _cut(ids[start:stop], marks[start:stop], length)
+            yield from _cut(ids[start:stop], loss_mask[start:stop], length)
             start += size
 
     def _tokenise(
         self, batch: Sequence[tuple[Record, Document]]
-    ) -> tuple[Ids, Marks, list[tuple[Record, int]]]:
+    ) -> tuple[Ids, Mask, list[tuple[Record, int]]]:
         """Ids of all documents end to end, which are to be learnt, and the documents' lengths."""
-        offsets = any(document.learnt is not None for _, document in batch)
+        offsets = any(document.loss_ranges is not None for _, document in batch)
         texts = [document.text for _, document in batch if document.tokens is None]
         encoded: Any = {"input_ids": []}
         if texts:
@@ -179,7 +182,7 @@ class TextEncoder(Encoder):
         spans = iter(encoded["offset_mapping"]) if offsets else iter(())
         pieces: list[list[int]] = []
         whose: list[tuple[Record, int]] = []
-        masked: list[tuple[int, Marks]] = []
+        masked: list[tuple[int, Mask]] = []
         total = 0
         for record, document in batch:
             body = next(bodies) if document.tokens is None else document.tokens[0]
@@ -196,10 +199,10 @@ class TextEncoder(Encoder):
             whose.append((record, len(prefix) + len(body) + len(end)))
             total += whose[-1][1]
         ids = np.fromiter(chain.from_iterable(pieces), np.int32, total)
-        marks = np.ones(total, np.bool_)
+        loss_mask = np.ones(total, np.bool_)
         for start, mark in masked:
-            marks[start : start + len(mark)] = mark
-        return ids, marks, whose
+            loss_mask[start : start + len(mark)] = mark
+        return ids, loss_mask, whose
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -229,27 +232,27 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _learnt(
     document: Document, places: Sequence[tuple[int, int]] | None, before: int, after: int
-) -> Marks | None:
+) -> Mask | None:
     """Which tokens of a document are to be learnt, the EOS after it included; None is all.
 
     A token across the border of a stretch belongs to it.
     """
     if document.tokens is not None:
         return np.asarray(document.tokens[1], np.bool_)
-    if document.learnt is None:
+    if document.loss_ranges is None:
         return None
     assert places is not None
     bounds = np.asarray(places, np.int64).reshape(-1, 2)
     body = np.zeros(len(bounds), np.bool_)
-    for start, stop in document.learnt:
+    for start, stop in document.loss_ranges:
         body |= (bounds[:, 1] > start) & (bounds[:, 0] < stop)
     ended = np.full(after, bool(body.any()))
     return np.concatenate([np.zeros(before, np.bool_), body, ended])
 
 
-def _cut(ids: Ids, wanted: Marks, length: int) -> Iterator[Row]:
+def _cut(ids: Ids, loss_mask: Mask, length: int) -> Iterator[Row]:
     """Rows of at most `length` tokens of one sequence, each up to its last label."""
-    labels = np.where(wanted[1:], ids[1:], np.int32(IGNORE))
+    labels = np.where(loss_mask[1:], ids[1:], np.int32(IGNORE))
     for start in range(0, len(labels), length):
         own = labels[start : start + length]
         if own[-1] == IGNORE:

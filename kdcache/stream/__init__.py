@@ -7,13 +7,13 @@ from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order
 from kdcache.stream.reader import TargetStream
-from kdcache.stream.shard_rows import Pool
+from kdcache.stream.shard_rows import ShardRows
 
 __all__ = [
     "Batch",
     "Collator",
     "Cursor",
-    "Pool",
+    "ShardRows",
     "TargetDataset",
     "TargetStream",
     "Tokenize",

@@ -13,7 +13,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
-from kdcache.stream.shard_rows import Pool
+from kdcache.stream.shard_rows import ShardRows
 
 
 class TargetDataset(Dataset[ShardData]):
@@ -39,7 +39,7 @@ class TargetDataset(Dataset[ShardData]):
         sizes = [self.caches[c].manifest.shards[i].rows for c, i in self._shards]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._keep = keep
-        self._recent: OrderedDict[int, Pool] = OrderedDict()
+        self._recent: OrderedDict[int, ShardRows] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -51,7 +51,7 @@ class TargetDataset(Dataset[ShardData]):
         pool = self._recent.pop(slot, None)
         if pool is None:
             cache, shard = self._shards[slot]
-            pool = Pool([self.caches[cache].read(shard)])
+            pool = ShardRows([self.caches[cache].read(shard)])
         self._recent[slot] = pool
         if len(self._recent) > self._keep:
             self._recent.popitem(last=False)

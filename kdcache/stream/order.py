@@ -100,7 +100,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Source:
+class EpochShard:
     """One shard of one cache as an epoch sees it: `rows` of its `stored` rows."""
 
     cache: int
@@ -117,7 +117,7 @@ class Source:
         return kept
 
 
-def sources(caches: Sequence[Cache], weights: Sequence[float]) -> list[Source]:
+def sources(caches: Sequence[Cache], weights: Sequence[float]) -> list[EpochShard]:
     """The shards an epoch uses, of all caches.
 
     Args:
@@ -129,13 +129,13 @@ def sources(caches: Sequence[Cache], weights: Sequence[float]) -> list[Source]:
         stored = [entry.rows for entry in cache.manifest.shards]
         whole = int(weight)
         for _ in range(whole):
-            found += [Source(index, i, n, n) for i, n in enumerate(stored)]
+            found += [EpochShard(index, i, n, n) for i, n in enumerate(stored)]
         # Rounded on the running total: however small the shards, the cache's share is exact to
         # one row.
         bounds = np.floor(np.cumsum([0, *stored]) * (weight - whole) + 0.5).astype(np.int64)
         part = np.diff(bounds)
         found += [
-            Source(index, i, n, int(k))
+            EpochShard(index, i, n, int(k))
             for i, (n, k) in enumerate(zip(stored, part, strict=True))
             if k
         ]

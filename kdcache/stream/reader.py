@@ -34,8 +34,8 @@ from kdcache.errors import UsageError
 from kdcache.stream.background import Background
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
-from kdcache.stream.order import Cursor, Source, order, slices, sources
-from kdcache.stream.shard_rows import Pool
+from kdcache.stream.order import Cursor, EpochShard, order, slices, sources
+from kdcache.stream.shard_rows import ShardRows
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3
@@ -45,7 +45,7 @@ _GROUP_SHARDS = 3
 class _Group:
     """Decoded shards of one group: `rows` of `pool` in the global order, all of one epoch."""
 
-    pool: Pool
+    pool: ShardRows
     rows: np.ndarray
     epoch: int
 
@@ -144,7 +144,7 @@ class TargetStream(IterableDataset[Batch]):
         return max(_GROUP_SHARDS, _GROUP_BYTES * len(stored) // sum(stored))
 
     @cached_property
-    def _sources(self) -> list[Source]:
+    def _sources(self) -> list[EpochShard]:
         return sources(self.caches, self.weights)
 
     @cached_property
@@ -227,7 +227,7 @@ class TargetStream(IterableDataset[Batch]):
         members, which = np.unique(pairs[:, 0], return_inverse=True)
         chosen = [self._sources[member] for member in members]
         shards, soft = self._shards(pairs), self.temperature is not None
-        pool = Pool([self.caches[c].read(s, targets=soft) for c, s in shards], soft=soft)
+        pool = ShardRows([self.caches[c].read(s, targets=soft) for c, s in shards], soft=soft)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
             if source.rows != source.stored:

@@ -17,7 +17,7 @@ from kdcache.targets import SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 
-class Pool:
+class ShardRows:
     """Rows of some shards, numbered one shard after another.
 
     Attributes:

@@ -102,7 +102,7 @@ class SparseTargets(_Positions):
     Attributes:
         ids: int64 [positions, K]; 0 in unused slots.
         weights: float32 [positions, K]; 0 in unused slots.
-        rest: float32 [positions], the teacher's mass outside `ids`: the tail of top-k, 0 for
+        tail: float32 [positions], the teacher's mass outside `ids`: the tail of top-k, 0 for
             samples (their weights stand for the whole distribution).
         exact: True where `weights` are the teacher's probabilities of distinct ids (top-k); False
             where they are an unbiased sample, right on average only.
@@ -111,7 +111,7 @@ class SparseTargets(_Positions):
 
     ids: Tensor
     weights: Tensor
-    rest: Tensor
+    tail: Tensor
     exact: bool
     temperature: float
 

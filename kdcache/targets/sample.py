@@ -253,7 +253,7 @@ class Sample(Codec):
         return SparseTargets(
             ids=torch.from_numpy(ids),
             weights=torch.from_numpy(weights),
-            rest=torch.zeros(positions),
+            tail=torch.zeros(positions),
             exact=False,
             temperature=temperature,
         )
@@ -308,9 +308,11 @@ class Sample(Codec):
             rows.take(total, axis=0, out=weights, mode="clip")
             weights *= size[:, None]
         else:
-            shares = np.concatenate([columns["near_shares"], columns["far_shares"]])
-            last = index == shares.shape[1]
-            share = _SHARE_UNITS - sum(shares.T) if last else shares[:, index]
+            share: Array | int = _SHARE_UNITS
+            if len(self.temperatures) > 1:
+                shares = np.concatenate([columns["near_shares"], columns["far_shares"]])
+                last = index == shares.shape[1]
+                share = _SHARE_UNITS - sum(shares.T) if last else shares[:, index]
             weights[...] = 0
             flat[place[head:]] = share / np.float32(_SHARE_UNITS)
             weights *= size[:, None]

@@ -131,7 +131,7 @@ class TopK(Codec):
         return SparseTargets(
             ids=torch.from_numpy(np.ascontiguousarray(ids, np.int64)),
             weights=share * (1 - rest[:, None]),
-            rest=rest,
+            tail=rest,
             exact=True,
             temperature=temperature,
         )

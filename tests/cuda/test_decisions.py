@@ -105,7 +105,7 @@ class TestCompileSwitch:
             targets = fused.SparseTargets(
                 ids=torch.zeros(n, 4, dtype=torch.int64, device="cuda"),
                 weights=torch.zeros(n, 4, device="cuda"),
-                rest=torch.zeros(n, device="cuda"),
+                tail=torch.zeros(n, device="cuda"),
                 exact=False,
                 temperature=1.0,
             )

@@ -159,7 +159,7 @@ def fake_targets(
     return SparseTargets(
         ids=torch.zeros(n, 16, dtype=torch.int64, device="cuda"),
         weights=torch.zeros(n, 16, device="cuda"),
-        rest=torch.zeros(n, device="cuda"),
+        tail=torch.zeros(n, device="cuda"),
         exact=kind == "topk",
         temperature=temperature,
     )

@@ -187,7 +187,7 @@ class TestGraphs:
                 targets = fused.SparseTargets(
                     ids=fake(n, entries, dtype=torch.int64),
                     weights=fake(n, entries),
-                    rest=fake(n),
+                    tail=fake(n),
                     exact=False,
                     temperature=1.0,
                 )

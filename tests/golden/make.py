@@ -133,7 +133,7 @@ def target_values(targets: SoftTargets, temperature: float) -> list[Any]:
     if isinstance(found, DenseTargets):
         return [[round(z, 6) for z in row] for row in found.logits.tolist()]
     values = []
-    for ids, weights, rest in zip(found.ids, found.weights, found.rest, strict=True):
+    for ids, weights, rest in zip(found.ids, found.weights, found.tail, strict=True):
         sums: dict[int, float] = {}
         for i, w in zip(ids.tolist(), weights.tolist(), strict=True):
             if w > 0:

@@ -22,7 +22,7 @@ _MOST_CPUS = 8
 
 Tick = Callable[[], None]
 Function = Callable[[Any, Tick], Any]
-Outcome = tuple[int, Any]
+RunOutcome = tuple[int, Any]
 
 
 class Pool(Protocol):
@@ -34,7 +34,7 @@ class Pool(Protocol):
 
     gpus: float | None
 
-    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
+    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[RunOutcome]:
         """Number and result of each item, or the exception that it ended with, as they come.
 
         Args:
@@ -54,7 +54,7 @@ class LocalPool:
         """Say what a run may use."""
         self.gpus = gpus
 
-    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
+    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[RunOutcome]:
         """See `Pool.map`."""
         for i, item in enumerate(items):
             try:
@@ -112,7 +112,7 @@ class RayPool:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
         )
 
-    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[Outcome]:
+    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[RunOutcome]:
         """See `Pool.map`."""
         waiting = deque(enumerate(items))
         while waiting or self._running:

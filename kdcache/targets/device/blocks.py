@@ -126,7 +126,7 @@ def largest(x: Tensor, k: int, *, ordered: bool = True) -> tuple[Tensor, Tensor]
     return values, found.gather(-1, order)
 
 
-class Best(NamedTuple):
+class Largest(NamedTuple):
     """The k largest logits of each position, and the blocks they were looked for in.
 
     Attributes:
@@ -144,7 +144,7 @@ class Best(NamedTuple):
     ids: Tensor
 
 
-def find_best(logits: Tensor, blocks: Blocks, k: int) -> Best:
+def find_largest(logits: Tensor, blocks: Blocks, k: int) -> Largest:
     """The k largest logits: they are inside the k blocks with the largest maxima.
 
     The k ids are different ones of the vocabulary, also where fewer than k logits are finite.
@@ -162,4 +162,4 @@ def find_best(logits: Tensor, blocks: Blocks, k: int) -> Best:
     places = largest(ranked.flatten(1), k)[1]
     values = opened.flatten(1).gather(1, places)
     ids = candidates.gather(1, places // BLOCK) * BLOCK + places % BLOCK
-    return Best(candidates, opened, values, places, ids)
+    return Largest(candidates, opened, values, places, ids)

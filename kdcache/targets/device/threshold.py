@@ -53,7 +53,7 @@ from torch import Tensor
 
 from kdcache.targets.device.blocks import (
     BLOCK,
-    find_best,
+    find_largest,
     largest,
     open_blocks,
     probabilities,
@@ -238,7 +238,7 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     blocks = read_blocks(logits, temperatures)
     peak, normalizer = blocks.peak, blocks.normalizer
 
-    candidates, opened, values, places, top_ids = find_best(logits, blocks, slots - 1)
+    candidates, opened, values, places, top_ids = find_largest(logits, blocks, slots - 1)
     p_top = torch.stack(probabilities(values, peak, normalizer, temperatures), -1)
     top = p_top.sum(-1)
     inner = _add(probabilities(opened, peak, normalizer, temperatures)).flatten(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdcache.targets.device.blocks import BLOCK, find_best, largest, probabilities, read_blocks
+from kdcache.targets.device.blocks import BLOCK, find_largest, largest, probabilities, read_blocks
 from kdcache.targets.device.finite import all_finite
 from kdcache.targets.device.run import run_encoding
 
@@ -36,7 +36,7 @@ def _top_plain(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[
 
 def _top_blocked(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
     blocks = read_blocks(logits, (1.0, *temperatures))
-    best = find_best(logits, blocks, k)
+    best = find_largest(logits, blocks, k)
     everything = k == logits.shape[-1]
     return _top_result(
         best.ids, best.values, blocks.peak, blocks.normalizer, temperatures, everything
