@@ -420,6 +420,9 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
             f"student {name} has no weights for {', '.join(lost[:3])}, and a {info.task} model "
             "needs them. Name another student, or its config.json for random weights."
         )
+    for weight in student.parameters():  # safetensors writes no stretches of larger tensors
+        if weight.untyped_storage().nbytes() > weight.nbytes:
+            weight.data = weight.data.clone()
     return student  # type: ignore[no-any-return]
 
 
