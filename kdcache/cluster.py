@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import UsageError
+from kdcache.errors import IncompleteError, UsageError
+
+_MAIN_PROCESSES = {"raylet", "gcs_server"}
 
 
 def cluster_address(address: str | None) -> str | None:
@@ -61,6 +63,34 @@ def connect(address: str | None) -> bool:
         if main:  # Ray's own handler ends the process on the spot
             signal.signal(signal.SIGTERM, handler)
     return True
+
+
+def check_own_ray() -> None:
+    """Look whether the Ray that `connect` started is still whole; for commands that wait for it.
+
+    Without its raylet it starts no worker and reports nothing.
+
+    Raises:
+        IncompleteError: one of its main processes has died.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    dead = {name for name, _ in node.dead_processes()} & _MAIN_PROCESSES if node else ()
+    if dead:
+        raise IncompleteError(
+            f"Ray on this machine has lost its {' and '.join(sorted(dead))}: killed, or out of "
+            "memory. Run the same command to continue."
+        )
+
+
+def at_home(folder: str) -> None:
+    """On a worker: work where the command was given, if that folder is here.
+
+    Relative paths, and the modules of a `module:function`, mean the same there.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
 
 
 @contextlib.contextmanager

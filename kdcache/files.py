@@ -265,7 +265,7 @@ def alone(folder: Path, work: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(folder) == [LOCK_FILE]:  # nothing was begun
+            if folder.is_dir() and os.listdir(folder) == [LOCK_FILE]:  # nothing was begun
                 shutil.rmtree(folder)
 
 

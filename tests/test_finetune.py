@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import resource
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +26,14 @@ from transformers import (
     DistilBertModel,
 )
 
-from kdcache.commands.finetune import FinetuneOptions, finetune
+from kdcache.commands.finetune import FinetuneOptions, FinetuneResult, finetune
 from kdcache.commands.train.result import TrainProgress
-from kdcache.errors import UsageError
+from kdcache.errors import IncompleteError, UsageError
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.headed import HeadedForSequenceClassification
 
 Make = Callable[..., FinetuneOptions]
+finetune_module = sys.modules[finetune.__module__]
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +212,112 @@ def test_wrong_input_is_told_and_nothing_is_written(
     (tmp_path / "teacher" / "notes").write_text("")
     with pytest.raises(UsageError, match="another --out"):
         finetune(options())
+
+
+# Stopped
+
+
+def saved(teacher: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(teacher, "model.safetensors"))
+
+
+def same(one: FinetuneResult, other: FinetuneResult) -> bool:
+    mine, theirs = saved(one.out), saved(other.out)
+    facts = [
+        dataclasses.replace(result, out="", seconds=0.0, loss=round(result.loss, 9))
+        for result in (one, other)
+    ]
+    return facts[0] == facts[1] and all(mine[k].equal(theirs[k]) for k in theirs)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    """Three epochs of fifteen steps that were left alone."""
+    return finetune(three_epochs(folder, tmp_path_factory.mktemp("whole")))
+
+
+def three_epochs(folder: Path, place: Path) -> FinetuneOptions:
+    return FinetuneOptions(
+        model=str(folder / "bert"), corpus=(str(folder / "train.jsonl"),),
+        eval_corpus=(str(folder / "test.jsonl"),), out=str(place / "teacher"), epochs=3,
+        batch_size=10, max_length=16, learning_rate=1e-2, logging_steps=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["raised", "swallowed"])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_one_continues_from_its_checkpoint(
+    folder: Path, tmp_path: Path, whole: FinetuneResult, sign: signal.Signals, lost: bool
+) -> None:
+    chosen = three_epochs(folder, tmp_path)
+
+    def strike(now: TrainProgress) -> None:
+        if now.step == 36:
+            try:
+                signal.raise_signal(sign)
+            except KeyboardInterrupt:
+                if not lost:
+                    raise
+
+    with pytest.raises(IncompleteError) as told:
+        finetune(chosen, on_progress=strike)
+    run = tmp_path / "teacher.tmp"
+    thirty = run / "checkpoint-30"
+    assert str(told.value) == f"interrupted. The same command continues from step 30 ({thirty})."
+    assert not (tmp_path / "teacher").exists()
+    with pytest.raises(UsageError, match=r"was made with other caches or options:\n  options: .*8"):
+        finetune(dataclasses.replace(chosen, batch_size=8))
+    seen: list[int] = []
+    result = finetune(chosen, on_progress=lambda now: seen.append(now.step))
+    assert min(seen) > 30
+    assert same(result, whole)
+    assert result.seconds > 0
+    assert not run.exists()
+    assert not finetune(chosen).made
+
+
+def test_one_that_is_stopped_at_the_end_or_the_beginning(
+    folder: Path, tmp_path: Path, whole: FinetuneResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = three_epochs(folder, tmp_path)
+    with pytest.raises(IncompleteError, match="no checkpoint yet: the same command starts over"):
+        finetune(chosen, on_progress=lambda _: signal.raise_signal(signal.SIGTERM))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kdcache.files.sync_tree", full)
+        with pytest.raises(IncompleteError, match="no space left on .*teacher.tmp. Free some. The"):
+            finetune(chosen)
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune_module, "write_json", full)
+        with pytest.raises(IncompleteError, match="continues from step 45"):
+            finetune(chosen)
+    assert same(finetune(chosen), whole)
+
+
+def test_files_may_not_grow(folder: Path, tmp_path: Path, whole: FinetuneResult) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(IncompleteError, match="no space left on"):
+            finetune(three_epochs(folder, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same(finetune(three_epochs(folder, tmp_path)), whole)
+
+
+def test_a_second_one_and_an_address_are_refused(folder: Path, tmp_path: Path) -> None:
+    chosen = dataclasses.replace(three_epochs(folder, tmp_path), epochs=0.1)
+    tried: list[int] = []
+
+    def second(now: TrainProgress) -> None:
+        tried.append(now.step)
+        with pytest.raises(UsageError, match="another fine-tuning is at work"):
+            finetune(chosen)
+
+    finetune(chosen, on_progress=second)
+    assert tried
+    with pytest.raises(UsageError, match="--out is s3://b/t, expected a folder"):
+        finetune(dataclasses.replace(chosen, out="s3://b/t"))

@@ -7,16 +7,18 @@ froze all but the last four of BERT and put a ReLU layer of 192 before the class
 head_width=192`).
 
 Cost: one pass over the records for the class names, then all rows are kept as token ids in memory.
-Guarantee: the folder appears whole; the same command on it again does nothing.
+Guarantee: the folder appears whole; the same command on it again does nothing. Until then
+`TEACHER.tmp` keeps a checkpoint of each epoch, from which the same command continues, to the bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -38,13 +39,23 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.commands.groups import LearningOptions, RowOptions, form_problems
+from kdcache.commands.interrupt import interruptible
 from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.train.stop import StopOnSignal
 from kdcache.corpus import Corpus, Record
-from kdcache.errors import UsageError
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.files import alone, full_disk, local_path, sync_folder, whole_folder, write_json
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
 from kdcache.models import HeadedConfig
 from kdcache.options import option
 from kdcache.rows import Row, make_encoder
+from kdcache.student.checkpoints import (
+    CheckpointingTrainer,
+    check_identity,
+    continues,
+    last_checkpoint,
+    read_state,
+)
 from kdcache.student.load import find_files
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
@@ -55,6 +66,7 @@ from kdcache.teacher.load import set_pad_id
 RESULT_FILE = "finetune.json"
 _SPAN_BYTES = 1 << 26
 _MOST_CLASSES = 10_000
+_MAY_CHANGE = ("out", "logging_steps")
 
 
 @dataclass(frozen=True)
@@ -155,11 +167,27 @@ def finetune(
 
     Raises:
         UsageError: options, corpus and model do not fit, or the folder holds something else.
+        IncompleteError: interrupted, or no space left; the same command continues.
     """
-    out = Path(options.out).expanduser().absolute()
-    finished = _finished(options, out)
-    if finished is not None:
-        return finished
+    out = local_path(options.out)
+    run = out.with_name(out.name + ".tmp")
+    with interruptible():
+        try:
+            finished = _finished(options, out)
+            if finished is not None:
+                return finished
+            with alone(run, "fine-tuning"), full_disk(run, lambda: continues(run)):
+                return _finished(options, out) or _finetune(options, out, run, on_progress)
+        except KeyboardInterrupt:
+            raise IncompleteError(f"interrupted. {continues(run)}") from None
+
+
+def _finetune(
+    options: FinetuneOptions,
+    out: Path,
+    run: Path,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> FinetuneResult:
     with quiet_transformers():
         set_seed(options.seed)
         files = find_files(options.model, "model", trust_remote_code=options.trust_remote_code)
@@ -169,36 +197,54 @@ def finetune(
         tests, _ = _rows(options, options.eval_corpus, names, tokenizer)
         model = _model(options, files, names)
         _freeze(model, options.train_last)
-        scratch = out.with_name(out.name + ".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        trainer = _trainer(options, model, tokenizer, rows, tests, scratch, on_progress)
-        begun = time.perf_counter()
-        outcome = trainer.train()
-        seconds = time.perf_counter() - begun
+        trainer = _trainer(options, model, tokenizer, rows, tests, run, on_progress)
+        trainer.identity = {
+            "options": {k: v for k, v in _plain(options).items() if k not in _MAY_CHANGE},
+            "rows": _digest(rows),
+            "tests": _digest(tests),
+        }
+        resume = last_checkpoint(run)
+        if resume is not None:
+            state = read_state(resume)
+            trainer.before = state["seconds"]
+            check_identity(state, trainer.identity, f"{resume} (delete {run} to start over)")
+        outcome = trainer.train(str(resume) if resume else None)
         scores = _best(trainer.state)
-        shutil.rmtree(scratch, ignore_errors=True)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(str(scratch))
-    weights = list(model.parameters())
-    result = FinetuneResult(
-        out=str(out),
-        label_names=names,
-        rows=len(rows),
-        unlabelled=unlabelled,
-        trained=sum(p.numel() for p in weights if p.requires_grad),
-        parameters=sum(p.numel() for p in weights),
-        steps=outcome.global_step,
-        loss=outcome.training_loss,
-        accuracy=scores.get("eval_accuracy"),
-        f1=scores.get("eval_f1"),
-        seconds=seconds,
-    )
-    document = {"options": _plain(options), "result": dataclasses.asdict(result)}
-    (scratch / RESULT_FILE).write_text(json.dumps(document, indent=1) + "\n")
+        weights = list(model.parameters())
+        result = FinetuneResult(
+            out=str(out),
+            label_names=names,
+            rows=len(rows),
+            unlabelled=unlabelled,
+            trained=sum(p.numel() for p in weights if p.requires_grad),
+            parameters=sum(p.numel() for p in weights),
+            steps=outcome.global_step,
+            loss=_mean_loss(trainer.state),
+            accuracy=scores.get("eval_accuracy"),
+            f1=scores.get("eval_f1"),
+            seconds=trainer.seconds,
+        )
+        with whole_folder(run / "teacher") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(str(folder))
+            document = {"options": _plain(options), "result": dataclasses.asdict(result)}
+            write_json(folder / RESULT_FILE, document)
     if out.is_dir():
         out.rmdir()  # known to be empty
-    scratch.replace(out)
+    (run / "teacher").replace(out)
+    sync_folder(out.parent)
+    shutil.rmtree(run)
     return result
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of what the model is trained on: ids and labels."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for values in (row.input_ids, row.labels, row.type_ids):
+            digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+            digest.update(b"|")
+    return digest.hexdigest()
 
 
 def _plain(options: FinetuneOptions) -> dict[str, Any]:
@@ -213,7 +259,7 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
         changed = [
             f"{name}: {then.get(name)} -> {value}"
             for name, value in now.items()
-            if then.get(name) != value and name not in ("out", "logging_steps")
+            if then.get(name) != value and name not in _MAY_CHANGE
         ]
         if changed:
             raise UsageError(
@@ -370,13 +416,13 @@ def _trainer(
     tokenizer: Any,
     rows: list[Row],
     tests: list[Row],
-    scratch: Path,
+    run: Path,
     on_progress: Callable[[TrainProgress], None] | None,
-) -> Trainer:
+) -> _Trainer:
     rate = options.learning_rate or (5e-5 if options.train_last is None else 1e-3)
     computing = Computing.choose(options.precision)
     arguments = TrainingArguments(
-        output_dir=str(scratch),
+        output_dir=str(run),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
@@ -387,9 +433,8 @@ def _trainer(
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="epoch" if tests else "no",
-        save_strategy="epoch" if tests else "no",
+        save_strategy="epoch",
         save_total_limit=2,
-        save_only_model=True,
         load_best_model_at_end=bool(tests),
         metric_for_best_model="eval_accuracy" if tests else None,
         greater_is_better=True if tests else None,
@@ -404,18 +449,37 @@ def _trainer(
     )
     computing.begin()
     use_one_gpu(arguments, "CUDA_VISIBLE_DEVICES chooses another one.")
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=tests or None,
-        data_collator=_Pad(getattr(model.config.get_text_config(), "pad_token_id", None) or 0),
+        data_collator=_Pad(tokenizer.pad_token_id or 0),
         compute_metrics=_scores,
-        callbacks=[_Progress(on_progress)],
+        callbacks=[StopOnSignal(), _Progress(on_progress)],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
+
+
+class _Trainer(CheckpointingTrainer):
+    """Checkpoints note what they were trained on, and for how long."""
+
+    identity: Mapping[str, Any]
+    before = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training, over all sittings."""
+        return self.before + time.perf_counter() - self._begun
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        return {"identity": dict(self.identity), "seconds": self.seconds}
 
 
 def _scores(outputs: Any) -> dict[str, float]:
@@ -431,9 +495,25 @@ def _best(state: TrainerState) -> dict[str, float]:
     return max(evaluations, key=lambda line: line["eval_accuracy"], default={})
 
 
+def _mean_loss(state: TrainerState) -> float:
+    """Mean over all steps, from the lines that were logged: each is a mean since the last."""
+    total, last = 0.0, 0
+    for line in state.log_history:
+        if "loss" in line:
+            total += line["loss"] * (line["step"] - last)
+            last = line["step"]
+    return total / max(1, last)
+
+
 class _Progress(TrainerCallback):  # type: ignore[misc]
     def __init__(self, on_progress: Callable[[TrainProgress], None] | None) -> None:
         self._on_progress, self._begun = on_progress, time.perf_counter()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log before each checkpoint, so that no line spans a resume."""
+        control.should_log = True
 
     def on_log(
         self,

@@ -88,11 +88,6 @@ class Storage(ABC):
             CorruptCacheError: the bytes of the store are not those of the name.
         """
 
-    def fetch(self, name: str) -> Path:
-        """As `hold`, without keeping it: a later download may evict the copy."""
-        with self.hold(name) as path:
-            return path
-
     @abstractmethod
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
         """Say which files are read next, in this order, with their sizes in bytes.

@@ -10,6 +10,7 @@ Guarantee: a run that was killed at any moment resumes from a checkpoint exactly
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,34 @@ def last_checkpoint(out: Path) -> Path | None:
             continue
         return folder
     return None
+
+
+def continues(out: Path) -> str:
+    """How the same command continues a run that was stopped, and from where."""
+    found = last_checkpoint(out)
+    if found is None:
+        return "There is no checkpoint yet: the same command starts over."
+    return f"The same command continues from step {step_of(found)} ({found})."
+
+
+def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:
+    """Refuse to resume with other caches or options than a checkpoint's.
+
+    Raises:
+        UsageError: names what differs, then and now.
+    """
+    then = state["identity"]
+    changed = [
+        f"{name}: {then.get(name)} -> {identity.get(name)}"
+        for name in sorted({*then, *identity})
+        if then.get(name) != identity.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{where} was made with other caches or options:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the same ones to go on, or another --out to begin anew."
+        )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -35,9 +35,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kdcache.errors import UsageError
 from kdcache.stream import Batch, TargetStream
-from kdcache.student.checkpoints import CheckpointingTrainer, last_checkpoint, read_state
+from kdcache.student.checkpoints import (
+    CheckpointingTrainer,
+    check_identity,
+    last_checkpoint,
+    read_state,
+)
 from kdcache.tasks import IGNORE
 
 WEIGHTS_FILE = "model.safetensors"
@@ -388,26 +392,6 @@ class _CursorCallback(TrainerCallback):  # type: ignore[misc]
         state.epoch = cursor.epoch + cursor.rows_seen / rows
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:
-    """Refuse to resume with other caches or options than a checkpoint's.
-
-    Raises:
-        UsageError: names what differs, then and now.
-    """
-    then = state["identity"]
-    changed = [
-        f"{name}: {then.get(name)} -> {identity.get(name)}"
-        for name in sorted({*then, *identity})
-        if then.get(name) != identity.get(name)
-    ]
-    if changed:
-        raise UsageError(
-            f"{where} was made with other caches or options:\n  "
-            + "\n  ".join(changed)
-            + "\nUse the same ones to go on, or another --out to begin anew."
-        )
 
 
 def _stack(hard: Tensor | None, soft: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from kdcache.cluster import cluster_address, connect
+from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
 from kdcache.commands.build.events import Tell, tell_nobody
 from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
 from kdcache.commands.build.workers import IN_FLIGHT, Crew, Fault, Outcome, WorkerFigures, arrived
@@ -35,7 +35,8 @@ class RayWorker(SpanWorker):
     """A worker in its own process: reports where it is and whether it makes progress, and keeps the
     figures that Ray's dashboard shows."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, folder: str) -> None:
+        at_home(folder)
         super().__init__(job)
         from ray.util.metrics import Counter
 
@@ -183,7 +184,7 @@ class RayCrew(Crew):
         for actor in waiting[: max(0, len(self._actors) - wanted)]:
             self._dismiss(actor)
         while len(self._actors) < wanted:
-            actor = _Actor(self._class.remote(self._job))
+            actor = _Actor(self._class.remote(self._job, os.getcwd()))
             self._actors[actor] = None
             self._when_answered(actor.handle.where.remote(), self._started, actor)
 
@@ -259,6 +260,8 @@ class RayCrew(Crew):
     def wait(self, seconds: float) -> list[Outcome]:
         """See `Crew.wait`."""
         answers = arrived(self._answers, seconds)
+        if self._owns:
+            check_own_ray()
         elapsed = time.monotonic() - self._ticked
         self._ticked += elapsed
         self._now += min(elapsed, seconds + 1.0)

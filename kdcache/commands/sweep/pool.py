@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdcache.cluster import cluster_address, connect
+from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
 from kdcache.commands.interrupt import check
 from kdcache.errors import KdcacheError, UsageError
 
@@ -123,6 +123,8 @@ class RayPool:
             done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1.0)
             tick()
             check()
+            if self._owns:
+                check_own_ray()
             for ref in done:
                 i = self._running.pop(ref)
                 try:
@@ -145,8 +147,7 @@ def _call(folder: str, threads: int, function: Function, item: Any) -> Any:
     """Run on a worker, in the sweep's own working directory."""
     import torch
 
-    if Path(folder).is_dir():  # relative paths, and the modules of a `module:function`
-        os.chdir(folder)
+    at_home(folder)
     torch.set_num_threads(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return function(item, lambda: None)

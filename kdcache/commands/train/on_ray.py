@@ -7,6 +7,7 @@ folder, which all workers must be able to read.
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import shutil
@@ -16,17 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdcache.cluster import connect
+from kdcache.cluster import at_home, check_own_ray, connect
 from kdcache.commands.train.log import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RESULT_FILE, Plan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
-from kdcache.errors import KdcacheError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.files import no_space, write_text
 
 _RETRIES = 2
 _RAY, _WRONG = ".ray", "wrong.txt"
 _LOOK_EVERY = 0.5
+_ABORT_SECONDS = 30.0
 _MOST_CPUS = 8
 
 
@@ -52,12 +55,21 @@ def train_on_ray(
     try:
         have = ray.cluster_resources()
         gpus, cpus = shares(options, have.get("GPU", 0), have.get("CPU", 1))
-        plan.out.mkdir(parents=True, exist_ok=True)
-        trainer = TorchTrainer(
+
+        class Trainer(TorchTrainer):  # type: ignore[misc]
+            """Leaves Ctrl-C to the command: Ray's handler waits, and ends with another code."""
+
+            controller: Any = None
+
+            def _register_sigint_handler(self, controller: Any) -> None:
+                self.controller = controller
+
+        trainer = Trainer(
             _work,
             train_loop_config={
                 "options": {**options.to_dict(), "out": str(plan.out), "gpus_per_worker": gpus},
                 "threads": cpus,
+                "folder": str(Path.cwd()),
             },
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(
@@ -71,13 +83,28 @@ def train_on_ray(
                 failure_config=FailureConfig(max_failures=_RETRIES),
             ),
         )
-        follower = _Follower(plan, on_progress)
+        shutil.rmtree(plan.out / _RAY, ignore_errors=True)  # of a run that was killed
+        follower = _Follower(plan, on_progress, watch=owns)
         try:
             with warnings.catch_warnings():
                 # Ray warns of what its own modules use.
                 warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
                 trainer.fit()
+        except KeyboardInterrupt:
+            if owns:
+                check_own_ray()
+            elif trainer.controller is not None:  # else they end with this Ray
+                ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
+            raise
+        except ray.exceptions.RayError:
+            if owns:
+                check_own_ray()
+            raise
         except TrainingFailedError as error:
+            if no_space(error):
+                raise IncompleteError(
+                    f"no space left on {plan.out}. Free some. {Plan.go_on(options)}"
+                ) from error
             raise KdcacheError(
                 f"the workers failed: {error} Run the same command to continue from the last "
                 "checkpoint."
@@ -122,6 +149,7 @@ def _work(config: dict[str, Any]) -> None:
     import torch
     from torch import distributed
 
+    at_home(config["folder"])
     torch.set_num_threads(config["threads"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     mine, ready = "", None
@@ -137,24 +165,33 @@ def _work(config: dict[str, Any]) -> None:
         ready.train()
     elif distributed.get_rank() == 0:
         # Not raised: Ray would try again, and the same mistake would be the outcome.
-        Path(config["options"]["out"], _RAY, _WRONG).write_text(wrong)
+        write_text(Path(config["options"]["out"], _RAY, _WRONG), wrong)
 
 
 class _Follower:
     """Reports what the first worker logs, from the file it writes."""
 
-    def __init__(self, plan: Plan, on_progress: Callable[[TrainProgress], None] | None) -> None:
+    def __init__(
+        self, plan: Plan, on_progress: Callable[[TrainProgress], None] | None, *, watch: bool
+    ) -> None:
         self._run, self._steps = plan.out, plan.steps
         self._on_progress = on_progress
         self._done = threading.Event()
         self._told = 0
         self._thread = threading.Thread(target=self._follow, name="kdcache-follow", daemon=True)
-        if on_progress is not None:
+        self._watch = watch
+        if watch or on_progress is not None:
             self._thread.start()
 
     def _follow(self) -> None:
         while not self._done.wait(_LOOK_EVERY):
             self._look()
+            if self._watch:
+                try:
+                    check_own_ray()
+                except IncompleteError:
+                    _thread.interrupt_main()  # it waits for workers that never answer
+                    break
         self._look()
 
     def _look(self) -> None:

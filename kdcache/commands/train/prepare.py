@@ -18,12 +18,12 @@ from kdcache.errors import UsageError
 from kdcache.files import LOCK_FILE, local_path
 from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
-from kdcache.student.checkpoints import last_checkpoint, read_state, step_of
-from kdcache.student.trainer import check_identity
+from kdcache.student.checkpoints import check_identity, continues, last_checkpoint, read_state
 from kdcache.targets import Codec, SoftTargets
 from kdcache.tasks import CAUSAL_LM
 
 RESULT_FILE = "train.json"
+_AUTO = "--resume auto"
 SCRATCH = "student.tmp"
 _OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", LOCK_FILE, ".*.tmp")
 
@@ -151,16 +151,14 @@ class Plan:
     @staticmethod
     def go_on(options: TrainOptions) -> str:
         """How to resume a stopped run, and from where."""
-        found = last_checkpoint(local_path(options.out))
+        out = local_path(options.out)
         if options.resume not in ("auto", "never"):
             return f"The same command starts again at {options.resume}."
-        if found is None:
-            return (
-                "There is no checkpoint yet: the same command starts over. --save-steps, or "
-                "--eval-steps with an --eval-cache, takes them more often."
-            )
-        command = "The same command" if options.resume == "auto" else "--resume auto"
-        return f"{command} continues from step {step_of(found)} ({found})."
+        if last_checkpoint(out) is None:
+            often = "--save-steps, or --eval-steps with an --eval-cache, takes them more often."
+            return f"{continues(out)} {often}"
+        text = continues(out)
+        return text if options.resume == "auto" else text.replace("The same command", _AUTO)
 
 
 def steps_of(options: TrainOptions, stream: TargetStream) -> int:

@@ -1,0 +1,182 @@
+"""Trainings on Ray workers: relative paths, interruptions, and a Ray that is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from make_caches import make_cache
+
+from kdcache.commands.sweep.sweep import SweepOptions, SweepProgress, sweep
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.train.train import train
+from kdcache.errors import IncompleteError
+from kdcache.student.checkpoints import last_checkpoint
+
+pytestmark = pytest.mark.end_to_end
+
+SMALL: dict[str, Any] = {
+    "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "batch_size": 8, "epochs": 2,
+}  # fmt: skip
+BERT = {
+    "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches `classes` and `held`, a student's config and word vectors."""
+    folder = tmp_path_factory.mktemp("desk")
+    make_cache(folder / "caches" / "classes", [20, 14, 11])
+    make_cache(folder / "caches" / "held", [20], first=500)
+    (folder / "bert.json").write_text(json.dumps(BERT))
+    (folder / "vectors.txt").write_text("".join(f"w{i} {i} 1 -1 0.5\n" for i in range(9, 60)))
+    return folder
+
+
+@pytest.mark.parametrize("student", ["bilstm", "bert.json"])
+def test_relative_paths_mean_the_same_on_workers(
+    ray: None, desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str
+) -> None:
+    """As the README writes them; a worker's own working directory is elsewhere."""
+    shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    common: dict[str, Any] = {
+        "cache": "caches/classes", "eval_cache": "caches/held", "student": student, **SMALL,
+    }  # fmt: skip
+    if student == "bilstm":
+        common |= {"embeddings": "vectors.txt", "embedding_size": 4, "hidden_size": 8, "dropout": 0}
+    alone = train(TrainOptions(out="runs/alone", **common))
+    both = train(TrainOptions(out="runs/both", num_workers=2, **common))
+    assert both.made
+    assert both.student == str(tmp_path / "runs" / "both" / "student")
+    assert both.loss == pytest.approx(alone.loss, abs=1e-3)
+    assert both.eval["loss"] == pytest.approx(alone.eval["loss"], abs=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(path.name for path in desk.iterdir()), "runs"]
+    )
+
+
+def test_an_interrupted_training_leaves_no_worker_and_goes_on(
+    ray: None, desk: Path, tmp_path: Path
+) -> None:
+    import ray as ray_module
+
+    options = TrainOptions(
+        cache=str(desk / "caches" / "classes"), out=str(tmp_path / "run"), student="bilstm",
+        num_workers=2, save_steps=2, **(SMALL | {"epochs": 500}),
+    )  # fmt: skip
+
+    def strike(now: TrainProgress) -> None:
+        if last_checkpoint(tmp_path / "run") and now.step < 2900:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(IncompleteError, match="interrupted. The same command continues from step"):
+        train(options, on_progress=strike)
+
+    @ray_module.remote(num_cpus=2)
+    def take_all() -> bool:
+        return True
+
+    assert ray_module.get(take_all.remote(), timeout=60), "the workers have gone"
+    seen: list[int] = []
+    short = TrainOptions(**(options.to_dict() | {"epochs": 0.1, "num_workers": 1}))
+    train(short, on_progress=lambda now: seen.append(now.step))
+    assert min(seen, default=2) >= 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sweep_notices_a_signal_that_a_library_swallowed(
+    ray: None, desk: Path, tmp_path: Path, workers: int
+) -> None:
+    grid = tmp_path / "grid.yaml"
+    fixed = {"cache": str(desk / "caches" / "classes"), "student": str(desk / "bert.json")}
+    fixed |= {name.replace("_", "-"): value for name, value in SMALL.items()}
+    grid.write_text(yaml.safe_dump({**fixed, "grid": {"seed": [0, 1, 2, 3]}}))
+    done: list[int] = []
+
+    def strike(now: SweepProgress) -> None:
+        done.append(now.done)
+        if now.done == 1:
+            with contextlib.suppress(KeyboardInterrupt):  # it cannot leave a library's callback
+                signal.raise_signal(signal.SIGINT)
+
+    options = SweepOptions(grid=str(grid), out=str(tmp_path / "sweep"), workers=workers)
+    with pytest.raises(IncompleteError, match="interrupted: [12] of 4 runs are finished"):
+        sweep(options, on_progress=strike)
+    assert max(done) <= 2
+    assert sweep(options).made >= 2
+
+
+LOSING = """
+import signal, sys, threading, time
+import psutil
+
+def strike():
+    '''Kill a process of this one's Ray as soon as a worker of it is there.'''
+    while True:
+        children = psutil.Process().children(recursive=True)
+        if any(sys.argv[2] in " ".join(child.cmdline()) for child in children):
+            break
+        time.sleep(0.1)
+    for child in children:
+        if sys.argv[1] in child.name():
+            child.send_signal(signal.SIGKILL)
+
+def run():
+    while True:
+        try:
+            return strike()
+        except psutil.Error:  # a child that ended meanwhile
+            pass
+
+threading.Thread(target=run, daemon=True).start()
+from kdcache.cli.main import cli
+cli(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "victim", "when"),
+    [
+        ("build", "raylet", "ray::RayWorker"),
+        ("build", "gcs_server", "ray::RayWorker"),
+    ],
+)
+def test_a_ray_of_its_own_that_dies_ends_the_command(
+    command: str, victim: str, when: str, desk: Path, tiny_lm: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": "some words " * 40}) + "\n" for _ in range(20_000))
+    )
+    student = ["--cache", str(desk / "caches" / "classes"), "--student", "bilstm"]
+    grid = {"cache": student[1], "student": "bilstm", "epochs": 2000, "grid": {"seed": [0, 1]}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    words = {
+        "build": ["--teacher", str(tiny_lm), "--corpus", str(tmp_path / "text.jsonl")],
+        "train": [*student, "--epochs", "2000", "--num-workers", "2"],
+        "sweep": [str(tmp_path / "grid.yaml")],
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-c", LOSING, victim, when, command, *words, "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"RAY_num_prestart_python_workers": "0"},
+    )
+    assert done.returncode == 3, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"Error: Ray on this machine has lost its {victim}"), done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
