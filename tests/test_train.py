@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from make_caches import CAUSAL, make_cache
@@ -30,6 +31,7 @@ from transformers.integrations import (
 )
 
 from kdcache.cache import Cache
+from kdcache.cli.main import cli
 from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.prepare import Plan
 from kdcache.commands.train.result import TrainProgress
@@ -461,6 +463,13 @@ def test_a_run_reports_its_words(options: Make, folder: Path) -> None:
         ids = [own(text)["input_ids"] for text in texts]
         assert share == pytest.approx(sum(row.count(1) for row in ids) / sum(map(len, ids)))
         assert 0 < share < 1
+    command = [
+        *("train", "--cache", str(folder / "classes"), "--eval-cache", str(folder / "held")),
+        *("--student", "bilstm", "--hidden-size", "8", "--max-words", "40", "--max-steps", "1"),
+        *("--report-to", "none", "--out", options().out + "-printed"),
+    ]
+    line = f"vocabulary of 40 (unknown: {result.unknown:.1%} of the words, "
+    assert line + f"{result.eval_unknown:.1%} in" in CliRunner().invoke(cli, command).output
     whole = train(options(**words, out=options().out + "-whole"))
     assert (whole.unknown, whole.eval_unknown) == (0, None)
     plain = train(options(out=options().out + "-plain", epochs=1))

@@ -109,11 +109,12 @@ def _train() -> click.Command:
         best = f" (best: step {result.best_step})" if result.best_step is not None else ""
         words = ""
         if result.vocabulary is not None:
-            words = (
-                f"; {result.vocabulary:,} words, {result.unknown or 0:.1%} of the texts' unknown"
-            )
+            words = f"; vocabulary of {result.vocabulary:,}"
+        if result.unknown is not None:
+            words += f" (unknown: {result.unknown:.1%} of the words"
             if result.eval_unknown is not None:
                 words += f", {result.eval_unknown:.1%} in evaluation"
+            words += ")"
         echo(
             f"{result.out}: {result.steps} steps{best}, {result.rows:,} rows, loss "
             f"{result.loss:.4f} in {duration(result.seconds)}"

@@ -380,7 +380,6 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
     trained = True
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        extra: dict[str, Any] = {}
         if info.task == SEQUENCE_CLASSIFICATION:
             trained = any(
                 "SequenceClassification" in a for a in getattr(config, "architectures", None) or ()
@@ -391,10 +390,9 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
                     f"{info.num_labels}. Give the encoder before its fine-tuning, or a student "
                     "fine-tuned on the same classes."
                 )
-            extra = _labels(info)
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = info.pad_id
-            for key, value in extra.items():
+            for key, value in _labels(info).items():
                 setattr(config, key, value)
         student, found = _auto(info).from_pretrained(
             folder,
