@@ -42,6 +42,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
+from kdcache.student.wrapper import DistilledStudent, host_places
 from kdcache.tasks import IGNORE
 
 WEIGHTS_FILE = "model.safetensors"
@@ -149,6 +150,10 @@ class DistillationTrainer(CheckpointingTrainer):
         return slices, slices[0]["count"] if slices else None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(self.model, DistilledStudent) and self.args.device.type == "cuda":
+            labels = inputs.get("labels")
+            places = None if labels is None else host_places(labels, self.model.task)
+            inputs = inputs if places is None else {**inputs, "places": places}
         return dict(send_to_device(inputs, self.args.device, non_blocking=True))
 
     # Training

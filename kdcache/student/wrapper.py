@@ -180,6 +180,7 @@ class DistilledStudent(nn.Module):
         count: float | Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool = False,
+        places: Tensor | None = None,
         **inputs: Any,
     ) -> DistillationOutput:
         """The loss of a batch.
@@ -193,6 +194,8 @@ class DistilledStudent(nn.Module):
             count: divisor of the loss. Default: P.
             num_items_in_batch: that of a whole step of several batches, which is stronger.
             return_logits: for language models: return all logits too, which takes their memory.
+            places: int64 [P], where `labels.reshape(-1)` has positions, from a caller who knows
+                (see `host_places`); finding them here makes the host wait for the device once.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
                 does not name are left out.
 
@@ -213,7 +216,8 @@ class DistilledStudent(nn.Module):
         flat = labels.reshape(-1)
         # Before the student's own work: reading the number of positions waits for the device, and
         # now it is idle.
-        places = positions(flat, self.task).nonzero().squeeze(-1) if causal else None
+        if causal and places is None:
+            places = positions(flat, self.task).nonzero().squeeze(-1)
         n = len(flat) if places is None else len(places)
         soft = targets is not None
         if targets is None:
@@ -288,6 +292,17 @@ def _last(values: Tensor, labels: Tensor) -> Tensor:
             f"{labels.shape[1]}. Its forward must return those of all tokens."
         )
     return values[:, extra:]
+
+
+def host_places(labels: Tensor, task: str) -> Tensor | None:
+    """Indices of the positions of a language model's labels that are still on the host, else None.
+
+    In pinned memory: they go to a GPU without a wait.
+    """
+    if task != CAUSAL_LM or labels.device.type != "cpu":
+        return None
+    found = positions(labels.reshape(-1), task).nonzero().squeeze(-1)
+    return found.pin_memory() if torch.cuda.is_available() else found
 
 
 def _pick(values: Tensor, places: Tensor) -> Tensor:

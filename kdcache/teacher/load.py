@@ -72,6 +72,8 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
     }
     if room is not None:
         settings |= {"device_map": "auto", "max_memory": room}
+    elif options.device == "cuda":
+        settings["device_map"] = {"": 0}  # from the files to the GPU, not through the host's memory
     with quiet_transformers():
         model = _with_attention(files, options, settings)
     if not options.causal:

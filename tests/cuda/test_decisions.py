@@ -35,7 +35,7 @@ from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import keep_inputs_and_loss
 from kdcache.targets import Codec
 from kdcache.targets.device import compiles, run
-from kdcache.teacher import Teacher, peak_share
+from kdcache.teacher import Teacher, TeacherOptions, load, peak_share
 from kdcache.teacher.memory import gpus_of
 from kdcache.teacher.model import slice_positions
 
@@ -400,3 +400,44 @@ def test_slices_of_logits(device: str, columns: int, item_size: int, positions: 
     assert found == positions
     assert found * columns < 2**31
     assert device == "cpu" or found % 256 == 0 or found < 256
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "placed"),
+    [("cuda", 1 << 40, {"": 0}), ("cuda", 1 << 10, "auto"), ("cpu", 0, None)],
+)
+def test_weights_go_straight_to_where_they_are_used(
+    tiny_lm: Path, device: str, free: int, placed: Any
+) -> None:
+    """Not through the host's memory, which a large teacher may not fit."""
+    options = TeacherOptions((str(tiny_lm),), "causal-lm", device=device)
+    model = mock.Mock(hf_device_map={})
+    with (
+        mock.patch.object(load, "_from_pretrained", return_value=model) as asked,
+        mock.patch.object(torch.cuda, "mem_get_info", return_value=(free, free)),
+        mock.patch("accelerate.utils.get_max_memory", return_value={0: free, "cpu": free}),
+    ):
+        load.load_models(options)
+    settings = asked.call_args.args[2]
+    assert settings.get("device_map") == placed
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_a_model_that_was_placed_is_the_same(
+    task: str, tiny_lm: Path, tiny_classifier: Path
+) -> None:
+    folder = tiny_lm if task == "causal-lm" else tiny_classifier
+    options = TeacherOptions((str(folder),), task)
+    (plain,) = load.load_models(options)
+    own = load._from_pretrained
+
+    def placed(files: Any, options: Any, settings: dict[str, Any]) -> Any:
+        return own(files, options, {**settings, "device_map": {"": "cpu"}})
+
+    with mock.patch.object(load, "_from_pretrained", placed):
+        (model,) = load.load_models(options)
+    assert load.input_device(model) == torch.device("cpu")
+    want = plain.state_dict()
+    found = model.state_dict()
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], value) for name, value in want.items())
