@@ -379,6 +379,63 @@ def test_an_unfinished_checkpoint_is_passed_over(options: Make, tmp_path: Path) 
     assert seen == list(range(4, 13))
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_window_of_logging_is_whole_after_a_resume(
+    options: Make, tmp_path: Path, accumulation: int
+) -> None:
+    common = {
+        "save_steps": 4, "logging_steps": 5, "epochs": 3, "alpha": "0.8:0.2",
+        "gradient_accumulation": accumulation,
+    }  # fmt: skip
+    whole = options(out=str(tmp_path / "whole"), **common)
+    train(whole)
+    halves = options(out=str(tmp_path / "halves"), **common)
+    for step in (5, 10):  # back to checkpoints at 4 and 8: four and three steps into a window
+        with pytest.raises(StopError):
+            train(halves, on_progress=stop_at(step))
+    train(halves)
+    assert [line["step"] for line in metrics(halves.out)] == [5, 10, 15, 18]
+    assert metrics(halves.out) == metrics(whole.out)
+
+
+def test_train_begins_at_the_first_row_however_far_the_stream_was_read(
+    folder: Path, tmp_path: Path
+) -> None:
+    info = StudentInfo("sequence-classification", 64, 3)
+    (tmp_path / "bert.json").write_text(json.dumps(BERT | {"hidden_dropout_prob": 0.0}))
+
+    def trainer(stream: TargetStream) -> DistillationTrainer:
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), num_train_epochs=2, use_cpu=True, disable_tqdm=True,
+            save_strategy="no", log_level="error", logging_steps=1, learning_rate=0.0,
+            report_to="none",
+        )  # fmt: skip
+        inner = load_student(str(tmp_path / "bert.json"), info)
+        return DistillationTrainer(
+            model=DistilledStudent(inner, info.task), args=arguments, train_dataset=stream
+        )
+
+    def losses_of(trained: DistillationTrainer) -> list[float]:
+        return [line["loss"] for line in trained.state.log_history if "loss" in line]
+
+    cache = str(folder / "classes")
+    fresh = trainer(TargetStream(cache, batch_size=8))
+    fresh.train()
+    want = losses_of(fresh)
+    assert len(want) == 12
+    read = TargetStream(cache, batch_size=8)
+    for _ in read:
+        break
+    looked = trainer(read)
+    looked.train()
+    assert losses_of(looked) == want
+    looked.train()  # learning rate 0: the same losses again
+    assert losses_of(looked)[-12:] == want
+    begun = TargetStream(cache, batch_size=8, cursor={"epoch": 0, "rows_seen": 16})
+    with pytest.raises(UsageError, match=r"begins at .*16.*, and train\(\) at its first row"):
+        trainer(begun).train()
+
+
 def test_a_changed_cache_or_option_is_refused(options: Make, folder: Path, tmp_path: Path) -> None:
     chosen = options(save_steps=3)
     with pytest.raises(StopError):

@@ -111,6 +111,7 @@ class TargetStream(IterableDataset[Batch]):
         self.shuffle, self.drop_last = shuffle, drop_last
         self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
         self.cursor = cursor if isinstance(cursor, Cursor) else Cursor.from_dict(cursor or _BEGIN)
+        self.start = self.cursor  # where it was set to begin, however far it has been read
         problems = []
         least = {
             "batch_size": 1,
@@ -167,7 +168,7 @@ class TargetStream(IterableDataset[Batch]):
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from a cursor: the next iteration begins there."""
-        self.cursor = Cursor.from_dict(state)
+        self.cursor = self.start = Cursor.from_dict(state)
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:

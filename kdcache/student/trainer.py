@@ -35,7 +35,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kdcache.stream import Batch, TargetStream
+from kdcache.errors import UsageError
+from kdcache.stream import Batch, Cursor, TargetStream
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
     check_identity,
@@ -85,6 +86,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self.identity = dict(identity or {})
         self._parts = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self._parts_steps = 0
+        self._window: dict[str, Any] = {}
         self._last: dict[str, float] = {}
         self._loader: _StreamLoader | None = None
 
@@ -163,13 +165,17 @@ class DistillationTrainer(CheckpointingTrainer):
     ) -> Any:
         """Train; with a stream, resuming begins at the cursor without reading what was seen.
 
+        Without a checkpoint training begins at the stream's first row, however far the stream has
+        been read, by a look at a batch or by an earlier `train()`.
+
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last one of the run.
             args: as for the HF Trainer.
             kwargs: as for the HF Trainer.
 
         Raises:
-            UsageError: the checkpoint is of other caches or another identity.
+            UsageError: the checkpoint is of other caches or another identity; or there is none, and
+                the stream was set to begin elsewhere.
         """
         if not self.streams:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -180,7 +186,15 @@ class DistillationTrainer(CheckpointingTrainer):
         if resume_from_checkpoint:
             state = read_state(Path(str(resume_from_checkpoint)))
             check_identity(state, self._identity(), str(resume_from_checkpoint))
-            self.train_dataset.load_state_dict(state["cursor"])
+            self.train_dataset.cursor = Cursor.from_dict(state["cursor"])
+            self._window = state.get("window", {})
+        else:
+            if self.train_dataset.start != Cursor():
+                raise UsageError(
+                    f"the stream begins at {self.train_dataset.start.to_dict()}, and train() at "
+                    "its first row. Make the stream without a cursor, or resume from a checkpoint."
+                )
+            self.train_dataset.cursor, self._window = Cursor(), {}
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
@@ -337,7 +351,33 @@ class DistillationTrainer(CheckpointingTrainer):
         """Cursor and identity of the run."""
         if not self.streams:
             return {}
-        return {"cursor": self.train_dataset.state_dict(), "identity": self._identity()}
+        facts = {"cursor": self.train_dataset.state_dict(), "identity": self._identity()}
+        return {**facts, "window": self._window}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.streams:
+            self._window = self._keep_window()
+        super()._save_checkpoint(model, trial)
+
+    # The window of the next logged loss: the steps since the last one, over all sittings
+
+    def _keep_window(self) -> dict[str, Any]:
+        reduce = self.accelerator.reduce
+        return {
+            "steps": self._parts_steps,
+            "loss": reduce(self._tr_loss.clone(), "mean").item(),
+            "parts": reduce(self._parts.clone(), "sum").tolist(),
+        }
+
+    def begin_window(self) -> None:
+        """Go on with the window that the checkpoint was taken in."""
+        self._parts.zero_()
+        self._parts_steps = self._window.get("steps", 0)
+        self._globalstep_last_logged -= self._parts_steps
+        if self._parts_steps:
+            self._tr_loss += self._window["loss"]  # every rank has the mean, whose mean it is
+            if self.is_world_process_zero():
+                self._parts += self._parts.new_tensor(self._window["parts"])
 
 
 def keep_inputs_and_loss(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
@@ -381,10 +421,16 @@ class _StreamLoader:
 
 
 class _CursorCallback(TrainerCallback):  # type: ignore[misc]
-    """Keeps the Trainer's epoch right."""
+    """Keeps the Trainer's epoch and its window of logging right."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._trainer.streams:
+            self._trainer.begin_window()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
