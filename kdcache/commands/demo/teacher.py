@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from kdcache.errors import UsageError
 from kdcache.files import whole_folder, write_text
@@ -191,43 +194,67 @@ def _train(
     The weights of the evaluation with the least held-out cross-entropy are kept: a teacher that
     has memorised its text has nothing to add to the hard labels.
     """
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
     length = sizes.max_length
     windows = max(1, (len(train_ids) - 1) // length - 1)
-    steps = max(1, math.ceil(windows * sizes.epochs / _BATCH_ROWS))
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.ndim < 2]},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    generator = torch.Generator().manual_seed(sizes.seed)
-    every = max(1, math.ceil(steps / _EVALUATIONS))
-    best, weights = math.inf, model.state_dict()
-    order = torch.empty(0, dtype=torch.int64)
-    for step in range(1, steps + 1):
-        if len(order) < _BATCH_ROWS:
-            shift = int(torch.randint(length, (1,), generator=generator))
-            rows = _windows(train_ids[shift:], length)
+    every = math.ceil(windows * sizes.epochs / _BATCH_ROWS / _EVALUATIONS)
+    steps = every * _EVALUATIONS
+
+    class Report(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            report(state.global_step, steps, more["metrics"]["eval_loss"])
+
+    with tempfile.TemporaryDirectory(prefix="kdcache-demo-") as scratch:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                scratch,
+                max_steps=steps,
+                per_device_train_batch_size=1,  # datasets give whole batches
+                per_device_eval_batch_size=1,
+                learning_rate=_PEAK_RATE,
+                weight_decay=_WEIGHT_DECAY,
+                adam_beta2=0.98,
+                lr_scheduler_type="cosine",
+                warmup_steps=math.ceil(_WARMUP * steps),
+                eval_strategy="steps",
+                eval_steps=every,
+                save_steps=every,
+                save_total_limit=1,
+                save_only_model=True,
+                load_best_model_at_end=True,
+                prediction_loss_only=True,
+                label_names=["labels"],
+                use_cpu=True,
+                seed=sizes.seed,
+                disable_tqdm=True,
+                report_to="none",
+            ),
+            train_dataset=_Shifted(train_ids, length, sizes.seed),
+            eval_dataset=[*map(_inputs, torch.split(_windows(held_out_ids, length), 32))],
+            data_collator=itemgetter(0),
+            compute_loss_func=_loss,
+            callbacks=[Report()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+class _Shifted(IterableDataset[Any]):
+    """Batches of windows without end: in random order, with another start in every epoch."""
+
+    def __init__(self, ids: Tensor, length: int, seed: int) -> None:
+        self._ids, self._length, self._seed = ids, length, seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            shift = int(torch.randint(self._length, (1,), generator=generator))
+            rows = _windows(self._ids[shift:], self._length)
             order = torch.randperm(len(rows), generator=generator)
-        batch, order = rows[order[:_BATCH_ROWS]], order[_BATCH_ROWS:]
-        _loss(model, batch).backward()  # type: ignore[no-untyped-call,unused-ignore]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % every == 0 or step == steps:
-            loss = _held_out_loss(model, _windows(held_out_ids, length))
-            report(step, steps, loss)
-            if loss < best:
-                best = loss
-                weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    model.load_state_dict(weights)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear up, a half cosine down."""
-    warm = (step + 1) / (_WARMUP * steps + 1)
-    return min(warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            whole = max(len(order) // _BATCH_ROWS, 1) * _BATCH_ROWS
+            yield from map(_inputs, torch.split(rows[order[:whole]], _BATCH_ROWS))
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -243,14 +270,9 @@ def _windows(ids: Tensor, length: int) -> Tensor:
     return ids.unfold(0, length + 1, length)
 
 
-def _loss(model: Any, windows: Tensor) -> Tensor:
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+def _inputs(windows: Tensor) -> dict[str, Any]:
+    return {"input_ids": windows[:, :-1], "labels": windows[:, 1:], "use_cache": False}
 
 
-@torch.no_grad()
-def _held_out_loss(model: Any, windows: Tensor) -> float:
-    model.eval()
-    parts = [float(_loss(model, rows)) * len(rows) for rows in torch.split(windows, 32)]
-    model.train()
-    return sum(parts) / max(1, len(windows))
+def _loss(outputs: Any, labels: Tensor, num_items_in_batch: object = None) -> Tensor:
+    return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
