@@ -6,7 +6,7 @@ r"""What targets cost a build beyond the forward of its teacher, and what the sa
     python benchmarks/build_speed.py --shape 1b --tokens 4000000       # random weights, 128k ids
     python benchmarks/build_speed.py --sampler
 
-Build: blocks of spans go through a crew of this process (`--workers 0`), as in `kdcache build`:
+Build: blocks of spans go through the worker of this process (`--workers 0`), as in `kdcache build`:
 read, tokenised, batched, computed, encoded, compressed and committed, two spans in flight. The bare
 forward of the same model, all logits of a batch at once and nothing done with them, goes over the
 same batches. Both take turns block by block, in changing order, so that other work on the machine
@@ -48,7 +48,7 @@ from results import keep, machine, table
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData, shard_bytes
-from kdcache.commands.build.local import LocalCrew
+from kdcache.commands.build.local import LocalWorkers
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
 from kdcache.commands.build.worker import Job, SpanWorker
@@ -97,7 +97,7 @@ class Sides:
         codec: its text.
         temperatures: declared.
         planning: seconds from options to an empty cache.
-        loading: seconds until a crew is ready.
+        loading: seconds until the worker is ready.
         positions: cached.
         build: in steady state.
         forward: over the same batches.
@@ -146,7 +146,7 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
     sides.planning = time.perf_counter() - begin
     begin = time.perf_counter()
     job = Job(options.out, prepared.rows, prepared.teacher, prepared.batch_tokens)
-    crew = LocalCrew(job)
+    workers = LocalWorkers(job)
     sides.loading = time.perf_counter() - begin
     model = model if model is not None else load(prepared)
     spans = list(prepared.corpus.spans)
@@ -155,9 +155,9 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
         cut = list(batches_of(prepared, part))
         if start == 0:  # kernels are chosen and compiled at their first call
             bare_forward(model, cut[:1])
-            run(crew, part[:1])
+            run(workers, part[:1])
         turns: list[Callable[[], None]] = [
-            partial(_timed_build, sides, crew, part),
+            partial(_timed_build, sides, workers, part),
             partial(_timed_forward, sides, model, cut),
         ]
         for turn in turns if start // block % 2 else reversed(turns):
@@ -168,8 +168,8 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
             f"{sides.wall_ratio:.3f}, CPU {sides.cpu_ratio:.3f}",
             flush=True,
         )
-    crew.stop()
-    del crew
+    workers.stop()
+    del workers
     sides.stages = stages(SpanWorker(job), spans[0])
     return sides
 
@@ -209,14 +209,14 @@ def stages(worker: SpanWorker, span: Span) -> dict[str, float]:
     return {name: t / (read if name == "tokenise" else done) for name, t in taken.items()}
 
 
-def run(crew: LocalCrew, spans: Sequence[Span]) -> float:
+def run(workers: LocalWorkers, spans: Sequence[Span]) -> float:
     """Make the spans, two in flight as the driver has them; seconds in the teacher."""
     waiting, seconds, in_flight = list(spans), 0.0, 0
     while waiting or in_flight:
-        while waiting and crew.room():
-            crew.give(waiting.pop(0))
+        while waiting and workers.has_room():
+            workers.submit(waiting.pop(0))
             in_flight += 1
-        for outcome in crew.wait(1.0):
+        for outcome in workers.collect(1.0):
             in_flight -= 1
             if outcome.report is None:
                 raise outcome.error or RuntimeError("a span was lost")
@@ -224,9 +224,9 @@ def run(crew: LocalCrew, spans: Sequence[Span]) -> float:
     return seconds
 
 
-def _timed_build(sides: Sides, crew: LocalCrew, spans: Sequence[Span]) -> None:
+def _timed_build(sides: Sides, workers: LocalWorkers, spans: Sequence[Span]) -> None:
     with sides.build.running():
-        sides.teacher += run(crew, spans)
+        sides.teacher += run(workers, spans)
 
 
 def _timed_forward(sides: Sides, model: Any, cut: Sequence[Sequence[Row]]) -> None:

@@ -7,7 +7,7 @@ Three parts, each in this process and without a teacher:
 - the manifest of a cache of that many shards: bytes, seconds to write and to open, memory;
 - the listing of that many names, on this machine's disk, and how many requests an object store
   needs for it;
-- the driver, real code (`Driver` and `RayCrew`) on a simulated Ray: workers that take a random time
+- the driver, real code (`Driver`, `RayWorkers`) on a simulated Ray: workers that take a random time
   for a span, die now and then and are replaced. The clock is simulated, but runs on by what the
   driver computes, so workers that wait for a slow driver show.
 
@@ -40,7 +40,7 @@ from kdcache.cache import Manifest
 from kdcache.cache.manifest import ShardEntry
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.events import EventLog
-from kdcache.commands.build.on_ray import RayCrew
+from kdcache.commands.build.on_ray import RayWorkers
 from kdcache.commands.build.worker import Job, SpanReport
 from kdcache.corpus import InputFile, Span
 from kdcache.rows import RowSpec
@@ -123,7 +123,7 @@ class Simulation:
             NodeDiedError=type("NodeDiedError", (Exception,), {}),
         )
 
-    # What RayCrew uses of ray
+    # What RayWorkers uses of ray
 
     def is_initialized(self) -> bool:
         """Yes: nobody needs to connect."""
@@ -188,7 +188,7 @@ class Actor:
         self._free: float | None = None
         self.where = SimpleNamespace(remote=self._where)
         self.run = SimpleNamespace(remote=self._run)
-        self.still = SimpleNamespace(
+        self.idle_seconds = SimpleNamespace(
             options=lambda **_: SimpleNamespace(remote=lambda: simulation.answer(0.001, 0.0))
         )
 
@@ -210,13 +210,13 @@ class Actor:
         return ray.answer(self._free - now, report)
 
 
-class SimulatedCrew(RayCrew):
-    """The real crew on the simulated Ray."""
+class SimulatedWorkers(RayWorkers):
+    """The real workers on the simulated Ray."""
 
-    def wait(self, seconds: float) -> list[Any]:
+    def collect(self, seconds: float) -> list[Any]:
         """Simulated instead of real time goes by."""
         self._ray.advance()
-        return super().wait(0.0)
+        return super().collect(0.0)
 
 
 def drive(count: int, workers: int, span_seconds: float) -> list[tuple[str, str]]:
@@ -242,7 +242,7 @@ def drive(count: int, workers: int, span_seconds: float) -> list[tuple[str, str]
             begin = time.process_time()
             driver.run(
                 lambda: [s for s in range(count) if s not in driver.made],
-                lambda: SimulatedCrew(job, workers=workers, gpus=0, address=None, tell=log),
+                lambda: SimulatedWorkers(job, workers=workers, gpus=0, address=None, tell=log),
             )
             cpu = time.process_time() - begin
             size = (Path(folder) / "events.jsonl").stat().st_size

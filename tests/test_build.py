@@ -39,7 +39,7 @@ from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import _span_bytes
 from kdcache.commands.build.worker import SpanReport
-from kdcache.commands.build.workers import Crew, Fault, Outcome, WorkerFigures
+from kdcache.commands.build.workers import Fault, Outcome, WorkerFigures, Workers
 from kdcache.commands.interrupt import interruptible
 from kdcache.corpus import InputFile, Span
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
@@ -505,7 +505,7 @@ def test_a_manifest_that_points_outside_is_refused(options: BuildOptions) -> Non
         Cache.open(options.out)
 
 
-class FailingCrew(Crew):
+class FailingWorkers(Workers):
     """Does spans at once, but fails those it was told to, and notes who ran beside whom."""
 
     def __init__(self, bad: dict[int, int], fault: Fault) -> None:
@@ -514,14 +514,14 @@ class FailingCrew(Crew):
         self.log: list[tuple[int, bool]] = []
         self.stopped = False
 
-    def room(self, *, alone: bool = False) -> bool:
+    def has_room(self, *, alone: bool = False) -> bool:
         return len(self.waiting) < (1 if alone else 2)
 
-    def give(self, span: Span, *, alone: bool = False) -> None:
+    def submit(self, span: Span, *, alone: bool = False) -> None:
         self.waiting.append((span, alone))
         self.log.append((span.index, alone))
 
-    def wait(self, seconds: float) -> list[Outcome]:
+    def collect(self, seconds: float) -> list[Outcome]:
         outcomes = []
         for span, alone in self.waiting:
             if self.bad.get(span.index, 0) > 0:
@@ -537,16 +537,16 @@ class FailingCrew(Crew):
     def stop(self) -> None:
         self.stopped = True
 
-    def workers(self) -> list[WorkerFigures]:
+    def figures(self) -> list[WorkerFigures]:
         return [WorkerFigures("w")]
 
 
-def drive(crew: FailingCrew, count: int = 6) -> tuple[Driver, list[Progress]]:
+def drive(workers: FailingWorkers, count: int = 6) -> tuple[Driver, list[Progress]]:
     """A driver whose listing shows what it made."""
     seen: list[Progress] = []
     spans: Sequence[Span] = [Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(count)]
     driver = Driver(spans, seen.append)
-    driver.run(lambda: [i for i in range(count) if i not in driver.made], lambda: crew)
+    driver.run(lambda: [i for i in range(count) if i not in driver.made], lambda: workers)
     return driver, seen
 
 
@@ -561,11 +561,11 @@ def drive(crew: FailingCrew, count: int = 6) -> tuple[Driver, list[Progress]]:
 def test_a_span_is_tried_again_in_the_way_that_its_failure_asks_for(
     fault: Fault, times: int, ways: list[bool]
 ) -> None:
-    crew = FailingCrew({2: times}, fault)
-    driver, seen = drive(crew)
+    workers = FailingWorkers({2: times}, fault)
+    driver, seen = drive(workers)
     assert sorted(driver.made) == list(range(6))
-    assert [alone for span, alone in crew.log if span == 2] == ways
-    assert crew.stopped
+    assert [alone for span, alone in workers.log if span == 2] == ways
+    assert workers.stopped
     assert driver.redone == times
     assert (seen[-1].done, seen[-1].failed) == (6, 0)
 
@@ -574,68 +574,68 @@ def test_a_span_is_tried_again_in_the_way_that_its_failure_asks_for(
 def test_a_span_that_always_fails_is_set_aside_and_the_rest_completes(
     fault: Fault, tries: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    crew = FailingCrew({1: 99, 4: 99}, fault)
+    workers = FailingWorkers({1: 99, 4: 99}, fault)
     with pytest.raises(
         IncompleteError,
         match=r"2 of 6 spans failed 3 times(.|\n)*span 1 \(f: the lines that start in bytes 0-1\)"
         r"(.|\n)*span 4",
     ):
-        drive(crew)
-    assert len([1 for span, _ in crew.log if span == 1]) == tries
-    assert len({span for span, _ in crew.log}) == 6
-    assert crew.stopped
+        drive(workers)
+    assert len([1 for span, _ in workers.log if span == 1]) == tries
+    assert len({span for span, _ in workers.log}) == 6
+    assert workers.stopped
     assert ("boom" in caplog.text) == (fault == "span")
 
 
 def test_a_build_in_which_everything_fails_ends_early() -> None:
-    crew = FailingCrew(dict.fromkeys(range(50), 99), "span")
+    workers = FailingWorkers(dict.fromkeys(range(50), 99), "span")
     with pytest.raises(IncompleteError, match="20 spans failed and none succeeded.*boom"):
-        drive(crew, count=50)
-    assert len(crew.log) < 25
+        drive(workers, count=50)
+    assert len(workers.log) < 25
     # One that succeeded shows that it is the spans.
-    crew = FailingCrew(dict.fromkeys(range(1, 50), 99), "span")
+    workers = FailingWorkers(dict.fromkeys(range(1, 50), 99), "span")
     with pytest.raises(IncompleteError, match="49 of 50 spans failed 3 times(.|\n)*and 29 more"):
-        drive(crew, count=50)
+        drive(workers, count=50)
 
 
 def test_a_shard_that_the_listing_lost_is_made_again() -> None:
-    crew = FailingCrew({}, "span")
+    workers = FailingWorkers({}, "span")
     driver = Driver([Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(4)])
     looks: list[list[int]] = [[0, 1, 2, 3], [2], []]
-    driver.run(lambda: looks.pop(0), lambda: crew)
-    assert [span for span, _ in crew.log] == [0, 1, 2, 3, 2]
+    driver.run(lambda: looks.pop(0), lambda: workers)
+    assert [span for span, _ in workers.log] == [0, 1, 2, 3, 2]
     assert (sorted(driver.made), driver.positions, driver.redone) == ([0, 1, 2, 3], 4, 1)
     always = [[0, 1], [1], [1], [1]]
     with pytest.raises(IncompleteError, match="span 1 .* not in the listing"):
         Driver([Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(2)]).run(
-            lambda: always.pop(0), lambda: FailingCrew({}, "span")
+            lambda: always.pop(0), lambda: FailingWorkers({}, "span")
         )
 
 
 def test_wrong_input_stops_everything_at_once() -> None:
-    class Refusing(FailingCrew):
-        def wait(self, seconds: float) -> list[Outcome]:
+    class Refusing(FailingWorkers):
+        def collect(self, seconds: float) -> list[Outcome]:
             return [Outcome(self.waiting[0][0], error=UsageError("bad line 7"))]
 
-    crew = Refusing({}, "span")
+    workers = Refusing({}, "span")
     with pytest.raises(UsageError, match="bad line 7"):
-        drive(crew)
-    assert crew.stopped
-    assert len(crew.log) == 2
+        drive(workers)
+    assert workers.stopped
+    assert len(workers.log) == 2
 
 
 def test_an_interrupt_says_how_to_go_on() -> None:
-    class Interrupted(FailingCrew):
-        def wait(self, seconds: float) -> list[Outcome]:
+    class Interrupted(FailingWorkers):
+        def collect(self, seconds: float) -> list[Outcome]:
             raise KeyboardInterrupt
 
-    crew = Interrupted({}, "span")
+    workers = Interrupted({}, "span")
     with pytest.raises(IncompleteError, match="0 of 6 shards are committed. Run the same command"):
-        drive(crew)
-    assert crew.stopped
+        drive(workers)
+    assert workers.stopped
 
 
-class SlowCrew(FailingCrew):
+class SlowWorkers(FailingWorkers):
     """Sends a signal to this process with its first spans and is done with them `late` waits
     after."""
 
@@ -643,34 +643,34 @@ class SlowCrew(FailingCrew):
         super().__init__({}, "span")
         self.late, self.signals = late, signals
 
-    def wait(self, seconds: float) -> list[Outcome]:
+    def collect(self, seconds: float) -> list[Outcome]:
         for _ in range(self.signals):
             os.kill(os.getpid(), signal.SIGTERM)
         self.signals = 0
         self.late -= 1
-        return [] if self.late >= 0 else super().wait(seconds)
+        return [] if self.late >= 0 else super().collect(seconds)
 
 
 @pytest.mark.parametrize(
-    ("crew", "grace", "made"),
+    ("workers", "grace", "made"),
     [
-        (SlowCrew(late=5), 1e9, 2),  # what is in flight is finished, nothing new begun
-        (SlowCrew(late=5), 0.0, 0),  # unless it takes longer than the grace period
-        (SlowCrew(late=5, signals=2), 1e9, 0),  # or the user insists
+        (SlowWorkers(late=5), 1e9, 2),  # what is in flight is finished, nothing new begun
+        (SlowWorkers(late=5), 0.0, 0),  # unless it takes longer than the grace period
+        (SlowWorkers(late=5, signals=2), 1e9, 0),  # or the user insists
     ],
 )
 def test_a_signal_lets_spans_in_flight_finish_for_a_while(
-    crew: SlowCrew, grace: float, made: int
+    workers: SlowWorkers, grace: float, made: int
 ) -> None:
     driver = Driver([Span(i, InputFile("f", 1, "jsonl"), 0, 1) for i in range(6)], grace=grace)
     with (
         interruptible() as interrupt,
         pytest.raises(IncompleteError, match=f"{made} of 6 shards are committed. Run the same"),
     ):
-        driver.run(lambda: range(6), lambda: crew, interrupt)
+        driver.run(lambda: range(6), lambda: workers, interrupt)
     assert len(driver.made) == made
-    assert len(crew.log) == 2
-    assert crew.stopped
+    assert len(workers.log) == 2
+    assert workers.stopped
 
 
 def test_events_tell_what_happened(options: BuildOptions) -> None:

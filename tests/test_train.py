@@ -33,7 +33,7 @@ from transformers.integrations import (
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
 from kdcache.commands.train.options import Schedule, TrainOptions
-from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.run import Run, make_student
 from kdcache.commands.train.train import train
@@ -179,8 +179,8 @@ def test_caches_are_checked_before_anything_is_written(options: Make, folder: Pa
 
 def test_shards_are_grouped_as_the_stream_groups_them(options: Make, folder: Path) -> None:
     usual = TargetStream(str(folder / "classes"), batch_size=8).group
-    assert Run.prepare(Plan.make(options())).stream.group == usual != 2
-    assert Run.prepare(Plan.make(options(shuffle_shards=2))).stream.group == 2
+    assert Run.prepare(RunPlan.make(options())).stream.group == usual != 2
+    assert Run.prepare(RunPlan.make(options(shuffle_shards=2))).stream.group == 2
 
 
 def test_another_folder_is_not_taken_over(options: Make, tmp_path: Path) -> None:
@@ -728,9 +728,9 @@ def test_a_plain_trainer_accumulates(kind: type, name: str, folder: Path, tmp_pa
 WORKER = """
 import json, sys
 from kdcache import TrainOptions
-from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.run import Run
-run = Run.prepare(Plan.make(TrainOptions(**json.loads(sys.argv[1]))))
+run = Run.prepare(RunPlan.make(TrainOptions(**json.loads(sys.argv[1]))))
 run.train()
 print(*{type(p).__name__ for p in run.trainer.model.parameters()})
 """
@@ -866,7 +866,7 @@ def test_sharded_workers_in_bfloat16_go_on_to_the_bit(
 
 def test_only_hugging_face_students_are_sharded(options: Make) -> None:
     with pytest.raises(UsageError, match="fsdp shards Hugging Face students"):
-        make_student(Plan.make(options(student="bilstm", num_workers=2, fsdp=True, **SMALL)))
+        make_student(RunPlan.make(options(student="bilstm", num_workers=2, fsdp=True, **SMALL)))
 
 
 @pytest.mark.end_to_end

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 from kdcache.cache import Cache, Manifest
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
-from kdcache.commands.build.events import EventLog, Tell
-from kdcache.commands.build.local import LocalCrew
-from kdcache.commands.build.on_ray import RayCrew
+from kdcache.commands.build.events import EventLog, EventSink
+from kdcache.commands.build.local import LocalWorkers
+from kdcache.commands.build.on_ray import RayWorkers
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
 from kdcache.commands.build.resume import check_made
 from kdcache.commands.build.worker import Job
-from kdcache.commands.build.workers import Crew
+from kdcache.commands.build.workers import Workers
 from kdcache.commands.interrupt import Interrupt, interruptible
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.storage import redact
@@ -119,7 +119,7 @@ def _build(
         try:
             driver.run(
                 functools.partial(_missing, cache, driver),
-                lambda: _hire(options, plan, cache, log),
+                lambda: _start_workers(options, plan, cache, log),
                 interrupt,
             )
             plan.corpus.check_unchanged()
@@ -170,7 +170,7 @@ def _seal(cache: Cache, driver: Driver) -> Manifest:
     return cache.seal(manifest)
 
 
-def _hire(options: BuildOptions, plan: Prepared, cache: Cache, tell: Tell) -> Crew:
+def _start_workers(options: BuildOptions, plan: Prepared, cache: Cache, tell: EventSink) -> Workers:
     job = Job(
         cache.storage.url,
         plan.rows,
@@ -179,8 +179,8 @@ def _hire(options: BuildOptions, plan: Prepared, cache: Cache, tell: Tell) -> Cr
         find_batch=options.batch_tokens is None,
     )
     if options.workers == 0:
-        return LocalCrew(job)
-    return RayCrew(
+        return LocalWorkers(job)
+    return RayWorkers(
         job,
         workers=options.workers,
         gpus=plan.gpus,

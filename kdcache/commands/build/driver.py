@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.cache import ShardEntry
-from kdcache.commands.build.events import Tell, tell_nobody
+from kdcache.commands.build.events import EventSink, ignore_events
 from kdcache.commands.build.worker import SpanReport, Stopped
-from kdcache.commands.build.workers import Crew, Outcome, WorkerFigures
+from kdcache.commands.build.workers import Outcome, WorkerFigures, Workers
 from kdcache.commands.interrupt import Interrupt
 from kdcache.corpus import Span
 from kdcache.errors import IncompleteError, KdcacheError
@@ -143,7 +143,7 @@ class Driver:
 
     spans: Sequence[Span]
     on_progress: Callable[[Progress], None] | None = None
-    tell: Tell = tell_nobody
+    tell: EventSink = ignore_events
     grace: float = 20.0
     made: dict[int, ShardEntry] = field(default_factory=dict)
     positions: int = 0
@@ -165,7 +165,7 @@ class Driver:
     def run(
         self,
         missing: Callable[[], Sequence[int]],
-        hire: Callable[[], Crew],
+        start: Callable[[], Workers],
         interrupt: Interrupt | None = None,
     ) -> None:
         """Make the missing spans with workers that are started now and stopped at the end.
@@ -173,7 +173,7 @@ class Driver:
         Args:
             missing: the spans without a shard, from the listing: asked at the start, and again when
                 all is done, because a file system may have lost one.
-            hire: makes the crew.
+            start: makes the workers.
             interrupt: the signals that may come; default none.
 
         Raises:
@@ -186,23 +186,25 @@ class Driver:
         self._before = len(self.spans) - len(self._fresh)
         if not self._fresh:
             return
-        crew: Crew | None = None
+        workers: Workers | None = None
         try:
-            crew = hire()
+            workers = start()
             with interrupt.patient():
-                self._work(crew, missing, interrupt)
+                self._work(workers, missing, interrupt)
         except KeyboardInterrupt:
             done = self._before + len(self.made)
             raise IncompleteError(
                 f"interrupted: {done} of {len(self.spans)} shards are committed. {GO_ON}"
             ) from None
         finally:
-            if crew is not None:
-                self.lost = crew.lost
-                crew.stop()
+            if workers is not None:
+                self.lost = workers.lost
+                workers.stop()
         self._report_set_aside()
 
-    def _work(self, crew: Crew, missing: Callable[[], Sequence[int]], interrupt: Interrupt) -> None:
+    def _work(
+        self, workers: Workers, missing: Callable[[], Sequence[int]], interrupt: Interrupt
+    ) -> None:
         """Hand out spans and process outcomes until none is left or the grace period is over.
 
         Raises:
@@ -211,7 +213,7 @@ class Driver:
         deadline: float | None = None
         while self._left():
             if interrupt.asked is None:
-                self._hand_out(crew)
+                self._hand_out(workers)
             elif deadline is None:
                 deadline = interrupt.asked + self.grace
                 logger.warning(
@@ -222,21 +224,21 @@ class Driver:
                 )
             if deadline and (not self._in_flight or time.monotonic() > deadline):
                 raise KeyboardInterrupt
-            for outcome in crew.wait(1.0):
+            for outcome in workers.collect(1.0):
                 self._settle(outcome)
             if not self._left():
                 self._look_again(missing())
-            self._show(crew)
+            self._show(workers)
 
     def _left(self) -> bool:
         return bool(self._fresh or self._suspects or self._in_flight)
 
-    def _hand_out(self, crew: Crew) -> None:
-        while self._fresh and crew.room():
-            crew.give(self.spans[self._fresh.popleft()])
+    def _hand_out(self, workers: Workers) -> None:
+        while self._fresh and workers.has_room():
+            workers.submit(self.spans[self._fresh.popleft()])
             self._in_flight += 1
-        while not self._fresh and self._suspects and crew.room(alone=True):
-            crew.give(self.spans[self._suspects.popleft()], alone=True)
+        while not self._fresh and self._suspects and workers.has_room(alone=True):
+            workers.submit(self.spans[self._suspects.popleft()], alone=True)
             self._in_flight += 1
 
     def _settle(self, outcome: Outcome) -> None:
@@ -316,7 +318,7 @@ class Driver:
             logger.warning("span %d: %s; making it again", span, lost)
             self._fail(span, OSError(lost))
 
-    def _show(self, crew: Crew) -> None:
+    def _show(self, workers: Workers) -> None:
         now = time.perf_counter()
         over = not self._left()
         if now - self._told < _PROGRESS_EVERY and not over:
@@ -327,8 +329,8 @@ class Driver:
             done=self._before + len(self.made),
             made=len(self.made),
             failed=len(self._set_aside),
-            workers=tuple(crew.workers()),
-            lost=crew.lost,
+            workers=tuple(workers.figures()),
+            lost=workers.lost,
             positions=self.positions,
             bytes=self.bytes,
             seconds=now - self._begin,

@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 FILE = "events.jsonl"
 
 
-class Tell(Protocol):
+class EventSink(Protocol):
     """A function that takes an event: its name and its facts."""
 
     def __call__(self, event: str, /, **facts: Any) -> None:
         """Record the event, with the current time."""
 
 
-def tell_nobody(event: str, /, **facts: Any) -> None:
+def ignore_events(event: str, /, **facts: Any) -> None:
     """Ignore events."""
 
 

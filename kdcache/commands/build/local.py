@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 
 from kdcache.commands.build.worker import Job, SpanWorker
-from kdcache.commands.build.workers import IN_FLIGHT, Crew, Outcome, WorkerFigures, arrived
+from kdcache.commands.build.workers import IN_FLIGHT, Outcome, WorkerFigures, Workers, arrived
 from kdcache.corpus import Span
 
 _LEAVE = 5.0  # seconds that threads are given to end
 
 
-class LocalCrew(Crew):
+class LocalWorkers(Workers):
     """One worker in this process: `--workers 0`."""
 
     def __init__(self, job: Job) -> None:
@@ -41,17 +41,17 @@ class LocalCrew(Crew):
             else:
                 self._done.put(Outcome(span, report, alone=alone, worker=self._figures.name))
 
-    def room(self, *, alone: bool = False) -> bool:
-        """See `Crew.room`."""
+    def has_room(self, *, alone: bool = False) -> bool:
+        """See `Workers.has_room`."""
         return self._in_flight < (1 if alone else IN_FLIGHT)
 
-    def give(self, span: Span, *, alone: bool = False) -> None:
-        """See `Crew.give`."""
+    def submit(self, span: Span, *, alone: bool = False) -> None:
+        """See `Workers.submit`."""
         self._in_flight += 1
         self._given.put((span, alone))
 
-    def wait(self, seconds: float) -> list[Outcome]:
-        """See `Crew.wait`."""
+    def collect(self, seconds: float) -> list[Outcome]:
+        """See `Workers.collect`."""
         outcomes = arrived(self._done, seconds)
         self._in_flight -= len(outcomes)
         for outcome in outcomes:
@@ -60,7 +60,7 @@ class LocalCrew(Crew):
         return outcomes
 
     def stop(self) -> None:
-        """See `Crew.stop`."""
+        """See `Workers.stop`."""
         self._worker.stop()
         for _ in self._threads:
             self._given.put(None)
@@ -68,6 +68,6 @@ class LocalCrew(Crew):
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def workers(self) -> Sequence[WorkerFigures]:
-        """See `Crew.workers`."""
+    def figures(self) -> Sequence[WorkerFigures]:
+        """See `Workers.figures`."""
         return [self._figures]

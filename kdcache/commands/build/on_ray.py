@@ -17,9 +17,16 @@ from functools import partial
 from typing import Any
 
 from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
-from kdcache.commands.build.events import Tell, tell_nobody
+from kdcache.commands.build.events import EventSink, ignore_events
 from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
-from kdcache.commands.build.workers import IN_FLIGHT, Crew, Fault, Outcome, WorkerFigures, arrived
+from kdcache.commands.build.workers import (
+    IN_FLIGHT,
+    Fault,
+    Outcome,
+    WorkerFigures,
+    Workers,
+    arrived,
+)
 from kdcache.corpus import Span
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 
@@ -27,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_CPUS = 8  # of one worker: reading and packing keep no more busy
 _START_TRIES = 3
-_HIRE_EVERY = 5.0
-_PULSES = 10  # in the time after which a worker counts as hung
+_START_EVERY = 5.0
+_HEARTBEATS = 10  # in the time after which a worker counts as hung
 
 
 class RayWorker(SpanWorker):
@@ -73,11 +80,11 @@ class _Actor:
     figures: WorkerFigures | None = None  # once it is ready
     in_flight: dict[int, Span] = field(default_factory=dict)
     alone: bool = False
-    moved: float = 0.0
+    last_progress: float = 0.0
     asked: bool = False
 
 
-class RayCrew(Crew):
+class RayWorkers(Workers):
     """One actor a worker on a Ray cluster. A worker that dies is replaced; its spans come back
     as outcomes with a fault.
 
@@ -94,7 +101,7 @@ class RayCrew(Crew):
         gpus: float,
         address: str | None,
         hang_seconds: float = 600.0,
-        tell: Tell = tell_nobody,
+        tell: EventSink = ignore_events,
     ) -> None:
         """Connect (or start a local Ray) and ask for workers.
 
@@ -123,7 +130,7 @@ class RayCrew(Crew):
         # A clock that stands still while this process does (Ctrl-Z, a closed laptop): meanwhile no
         # worker hangs.
         self._now, self._ticked = 0.0, time.monotonic()
-        self._hired = self._felt = 0.0
+        self._last_start = self._checked = 0.0
         self._failed_starts = 0
         try:
             fixed = workers is None or cluster_address(address) is None
@@ -135,7 +142,7 @@ class RayCrew(Crew):
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._cpus)}},
             )
             self._job = replace(job, threads=self._cpus)
-            self._hire()
+            self._start_missing()
         except BaseException:
             self.stop()
             raise
@@ -176,9 +183,9 @@ class RayCrew(Crew):
         """The number of workers there should be: as given, or as many as the nodes hold."""
         return self._workers or max(1, self._room(self._cpus))
 
-    def _hire(self) -> None:
+    def _start_missing(self) -> None:
         """Request the missing workers; withdraw requests for which there is no room any more."""
-        self._hired = self._now
+        self._last_start = self._now
         wanted = self._wanted()
         waiting = [actor for actor in self._actors if actor.figures is None]
         for actor in waiting[: max(0, len(self._actors) - wanted)]:
@@ -189,7 +196,7 @@ class RayCrew(Crew):
             self._when_answered(actor.handle.where.remote(), self._started, actor)
 
     def _when_answered(self, ref: Any, handler: Any, *facts: Any) -> None:
-        """Have `wait` call `handler(*facts, future)` once the answer is there."""
+        """Have `collect` call `handler(*facts, future)` once the answer is there."""
         put = self._answers.put
         ref.future().add_done_callback(lambda future: put(partial(handler, *facts, future)))
 
@@ -218,7 +225,7 @@ class RayCrew(Crew):
             ) from error
         logger.warning("a worker did not start (%s); trying another", _reason(error))
         self._dismiss(actor)
-        self._hire()
+        self._start_missing()
         return []
 
     def _dismiss(self, actor: _Actor) -> None:
@@ -227,8 +234,8 @@ class RayCrew(Crew):
 
     # Working
 
-    def room(self, *, alone: bool = False) -> bool:
-        """See `Crew.room`."""
+    def has_room(self, *, alone: bool = False) -> bool:
+        """See `Workers.has_room`."""
         return self._free(alone) is not None
 
     def _free(self, alone: bool) -> _Actor | None:
@@ -246,19 +253,19 @@ class RayCrew(Crew):
         if not actor.alone and len(actor.in_flight) < IN_FLIGHT:
             self._open[len(actor.in_flight)].append(actor)
 
-    def give(self, span: Span, *, alone: bool = False) -> None:
-        """See `Crew.give`."""
+    def submit(self, span: Span, *, alone: bool = False) -> None:
+        """See `Workers.submit`."""
         actor = self._free(alone)
-        assert actor is not None, "room() comes first"
+        assert actor is not None, "has_room() comes first"
         actor.alone = alone
         if not actor.in_flight:
-            actor.moved = self._now
+            actor.last_progress = self._now
         actor.in_flight[span.index] = span
         self._offer(actor)
         self._when_answered(actor.handle.run.remote(span), self._finished, actor, span)
 
-    def wait(self, seconds: float) -> list[Outcome]:
-        """See `Crew.wait`."""
+    def collect(self, seconds: float) -> list[Outcome]:
+        """See `Workers.collect`."""
         answers = arrived(self._answers, seconds)
         if self._owns:
             check_own_ray()
@@ -266,10 +273,10 @@ class RayCrew(Crew):
         self._ticked += elapsed
         self._now += min(elapsed, seconds + 1.0)
         outcomes = [outcome for answer in answers for outcome in answer()]
-        if self._now - self._felt >= self._hang / _PULSES:
-            outcomes.extend(self._feel())
-        if self._now - self._hired >= _HIRE_EVERY:
-            self._hire()
+        if self._now - self._checked >= self._hang / _HEARTBEATS:
+            outcomes.extend(self._check_heartbeats())
+        if self._now - self._last_start >= _START_EVERY:
+            self._start_missing()
         return outcomes
 
     def _finished(self, actor: _Actor, span: Span, answer: Any) -> list[Outcome]:
@@ -301,7 +308,7 @@ class RayCrew(Crew):
         self.lost += 1
         actor.in_flight.clear()
         self._dismiss(actor)
-        self._hire()
+        self._start_missing()
         return [Outcome(s, error=error, fault=fault, alone=actor.alone, worker=name) for s in spans]
 
     def _node_gone(self, actor: _Actor, error: BaseException) -> bool:
@@ -313,17 +320,19 @@ class RayCrew(Crew):
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         return actor.node not in alive
 
-    def _feel(self) -> list[Outcome]:
+    def _check_heartbeats(self) -> list[Outcome]:
         """Read the workers' heartbeats, and give up those that hang."""
-        self._felt = self._now
+        self._checked = self._now
         outcomes = []
         for actor in [a for a in self._actors if a.figures]:
-            if actor.in_flight and self._now - actor.moved > self._hang:
-                error = TimeoutError(f"it made no progress for {self._now - actor.moved:.0f} s")
+            if actor.in_flight and self._now - actor.last_progress > self._hang:
+                error = TimeoutError(
+                    f"it made no progress for {self._now - actor.last_progress:.0f} s"
+                )
                 outcomes.extend(self._lose(actor, error))
             elif not actor.asked:
                 actor.asked = True
-                pulse = actor.handle.still.options(concurrency_group="pulse").remote()
+                pulse = actor.handle.idle_seconds.options(concurrency_group="pulse").remote()
                 self._when_answered(pulse, self._felt_pulse, actor)
         return outcomes
 
@@ -334,20 +343,20 @@ class RayCrew(Crew):
         error = answer.exception()
         if error is not None:  # a worker without spans shows in no other way that it died
             return self._lose(actor, error)
-        actor.moved = max(actor.moved, self._now - answer.result())
+        actor.last_progress = max(actor.last_progress, self._now - answer.result())
         return []
 
     # The end
 
     def stop(self) -> None:
-        """See `Crew.stop`."""
+        """See `Workers.stop`."""
         for actor in self._actors:
             self._ray.kill(actor.handle)
         if self._owns:
             self._ray.shutdown()
 
-    def workers(self) -> Sequence[WorkerFigures]:
-        """See `Crew.workers`."""
+    def figures(self) -> Sequence[WorkerFigures]:
+        """See `Workers.figures`."""
         return [actor.figures for actor in self._actors if actor.figures is not None]
 
 

@@ -105,7 +105,7 @@ class SpanWorker:
             self._try_batch(self.batch_tokens)  # compiles before the first span
         self._turn = threading.Lock()
         self._stop = threading.Event()
-        self._moved: dict[int, float] = {}  # span -> when something of it was last done
+        self._last_progress: dict[int, float] = {}  # span -> when something of it was last done
 
     def _find_batch_tokens(self) -> int:
         found = find_batch_tokens(
@@ -140,21 +140,21 @@ class SpanWorker:
         try:
             return self._make(span)
         finally:
-            self._moved.pop(span.index, None)
+            self._last_progress.pop(span.index, None)
 
-    def still(self) -> float:
+    def idle_seconds(self) -> float:
         """Seconds without progress in the slowest span; 0 while there is none.
 
         A span that waits for its turn with the teacher does not count; the one that has it does.
         """
         now = time.monotonic()
-        return now - min(list(self._moved.values()), default=now)
+        return now - min(list(self._last_progress.values()), default=now)
 
     def _move(self, span: Span) -> None:
         """Records progress of a span; a stopped worker raises here."""
         if self._stop.is_set():
             raise Stopped
-        self._moved[span.index] = time.monotonic()
+        self._last_progress[span.index] = time.monotonic()
 
     def _make(self, span: Span) -> SpanReport:
         begin = time.perf_counter()
@@ -167,7 +167,7 @@ class SpanWorker:
         rows = list(encoder.encode(self._moving(span, records)))
         threads = packing_threads(self.teacher.device.type, self.job.threads or os.cpu_count() or 1)
         with _Packer(self.codec, span.index, self.cache.rank_to_id, threads) as packer:
-            del self._moved[span.index]
+            del self._last_progress[span.index]
             with self._turn:
                 self._move(span)
                 if rows and not self._probed:

@@ -80,7 +80,7 @@ class WorkerFigures:
         return self.teacher_seconds / max(self.seconds, 1e-9)
 
 
-class Crew(ABC):
+class Workers(ABC):
     """Workers that make shards.
 
     Attributes:
@@ -90,15 +90,15 @@ class Crew(ABC):
     lost = 0
 
     @abstractmethod
-    def room(self, *, alone: bool = False) -> bool:
+    def has_room(self, *, alone: bool = False) -> bool:
         """Whether a span can be given now; `alone` asks for a worker that has nothing else."""
 
     @abstractmethod
-    def give(self, span: Span, *, alone: bool = False) -> None:
+    def submit(self, span: Span, *, alone: bool = False) -> None:
         """Give a span to the least busy worker; with `alone` no other span runs in that worker."""
 
     @abstractmethod
-    def wait(self, seconds: float) -> list[Outcome]:
+    def collect(self, seconds: float) -> list[Outcome]:
         """Outcomes that arrived; waits for the first one, `seconds` at most."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Crew(ABC):
         """Abandon the spans in flight and stop the workers."""
 
     @abstractmethod
-    def workers(self) -> Sequence[WorkerFigures]:
+    def figures(self) -> Sequence[WorkerFigures]:
         """The workers that are ready now."""
 
 

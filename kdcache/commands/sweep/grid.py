@@ -31,7 +31,7 @@ import yaml
 
 from kdcache.cache import Cache
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.errors import UsageError
 from kdcache.options import parse_values
 from kdcache.storage import redact
@@ -68,9 +68,9 @@ class GridRun:
     name: str
     setting: dict[str, str]
     options: TrainOptions
-    plan: Plan
+    plan: RunPlan
 
-    def at(self, out: Path) -> Plan:
+    def at(self, out: Path) -> RunPlan:
         """The plan of this run in a folder."""
         return dataclasses.replace(
             self.plan, options=dataclasses.replace(self.options, out=str(out))
@@ -187,7 +187,7 @@ def _run(values: Mapping[str, Any], setting: Mapping[str, str], opened: Any) -> 
     if wrong:
         raise UsageError("\n".join(wrong))
     options, setting = _without_idle(options, setting)
-    plan = Plan.make(options, opened)
+    plan = RunPlan.make(options, opened)
     key = _key(plan)
     return GridRun(key, _name(setting, key), setting, options, plan)
 
@@ -205,7 +205,7 @@ def _without_idle(
     return dataclasses.replace(options, **idle), shown
 
 
-def _key(plan: Plan) -> str:
+def _key(plan: RunPlan) -> str:
     options = plan.options
     student = Path(options.student)
     facts = {

@@ -28,7 +28,7 @@ from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
 from kdcache.commands.sweep.results import SEED, RunScore, SweepResult
 from kdcache.commands.train.log import last_metrics
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.run import make_student
 from kdcache.commands.train.train import train_one
@@ -280,7 +280,7 @@ def on_gpus(options: TrainOptions, gpus: float | None) -> TrainOptions:
 
 
 def _try_student(options: TrainOptions, _: Tick) -> None:
-    make_student(Plan.make(options))
+    make_student(RunPlan.make(options))
 
 
 def _train_one(options: TrainOptions, tick: Tick) -> TrainResult:

@@ -20,7 +20,7 @@ from typing import Any
 from kdcache.cluster import at_home, check_own_ray, connect
 from kdcache.commands.train.log import read_metrics
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import RESULT_FILE, Plan
+from kdcache.commands.train.prepare import RESULT_FILE, RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
@@ -50,7 +50,7 @@ def train_on_ray(
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    plan = Plan.make(options)
+    plan = RunPlan.make(options)
     owns = connect(options.address)
     try:
         have = ray.cluster_resources()
@@ -103,7 +103,7 @@ def train_on_ray(
         except TrainingFailedError as error:
             if no_space(error):
                 raise IncompleteError(
-                    f"no space left on {plan.out}. Free some. {Plan.go_on(options)}"
+                    f"no space left on {plan.out}. Free some. {RunPlan.go_on(options)}"
                 ) from error
             raise KdcacheError(
                 f"the workers failed: {error} Run the same command to continue from the last "
@@ -154,7 +154,7 @@ def _work(config: dict[str, Any]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     mine, ready = "", None
     try:
-        ready = Run.prepare(Plan.make(TrainOptions(**config["options"])))
+        ready = Run.prepare(RunPlan.make(TrainOptions(**config["options"])))
     except KdcacheError as error:
         mine = str(error)
     # All stop together: a rank that continued alone would wait for the others for ever.
@@ -172,7 +172,7 @@ class _Follower:
     """Reports what the first worker logs, from the file it writes."""
 
     def __init__(
-        self, plan: Plan, on_progress: Callable[[TrainProgress], None] | None, *, watch: bool
+        self, plan: RunPlan, on_progress: Callable[[TrainProgress], None] | None, *, watch: bool
     ) -> None:
         self._run, self._steps = plan.out, plan.steps
         self._on_progress = on_progress

@@ -29,7 +29,7 @@ _OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", LOCK_FILE, ".*.tmp")
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """Options with their caches opened and checked."""
 
     options: TrainOptions
@@ -39,7 +39,7 @@ class Plan:
     @classmethod
     def make(
         cls, options: TrainOptions, opened: Callable[[Sequence[str]], list[Cache]] = open_caches
-    ) -> Plan:
+    ) -> RunPlan:
         """Open the caches and check all that needs no student.
 
         Args:

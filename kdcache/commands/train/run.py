@@ -38,7 +38,7 @@ from kdcache.commands.train.log import (
     cut_metrics,
     seconds_before,
 )
-from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, Plan, steps_of
+from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan, steps_of
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.errors import UsageError
@@ -68,7 +68,7 @@ _WORDS_LENGTH = 512
 class Run:
     """A prepared run, whose student has been checked."""
 
-    plan: Plan
+    plan: RunPlan
     trainer: DistillationTrainer
     student: DistilledStudent
     stream: TargetStream
@@ -77,7 +77,9 @@ class Run:
     caching: bool | None
 
     @classmethod
-    def prepare(cls, plan: Plan, on_progress: Callable[[TrainProgress], None] | None = None) -> Run:
+    def prepare(
+        cls, plan: RunPlan, on_progress: Callable[[TrainProgress], None] | None = None
+    ) -> Run:
         """Load the student and make its trainer, in this process (one of several, where
         torch.distributed is set up).
         """
@@ -127,7 +129,7 @@ class Run:
         return result
 
 
-def _vocabulary(plan: Plan, tokenize: Any) -> dict[str, Any]:
+def _vocabulary(plan: RunPlan, tokenize: Any) -> dict[str, Any]:
     """Size of a student's own vocabulary, and what it does not know."""
     if not isinstance(tokenize, HfTokenize):
         return {}
@@ -148,7 +150,7 @@ def _rows(stream: TargetStream) -> int:
 # Student and data
 
 
-def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
+def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
     """The student of a run with its loss, and how it turns texts into tensors (None: it takes the
     cached ids).
 
@@ -202,7 +204,7 @@ def make_student(plan: Plan) -> tuple[DistilledStudent, Any]:
     return student, tokenize
 
 
-def _trial_batch(plan: Plan, tokenize: Any) -> dict[str, torch.Tensor]:
+def _trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
     """Three of the first rows: the longest, the shortest, and one between."""
     dataset = TargetDataset(plan.caches[:1])
     rows = [dataset[i] for i in range(min(64, len(dataset)))]
@@ -221,7 +223,7 @@ def _texts(caches: list[Cache]) -> Iterator[str]:
             yield from data.text_pairs or []
 
 
-def _stream(plan: Plan, tokenize: Any, gpu: bool) -> TargetStream:
+def _stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
     options, temperatures = plan.options, plan.options.temperatures
     steps = 1  # until the stream's length is known
     stream = TargetStream(
@@ -243,7 +245,7 @@ def _stream(plan: Plan, tokenize: Any, gpu: bool) -> TargetStream:
     return stream
 
 
-def _eval_stream(plan: Plan, tokenize: Any, gpu: bool) -> TargetStream:
+def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
     options = plan.options
     return TargetStream(
         plan.eval_caches,
@@ -261,7 +263,7 @@ def _eval_stream(plan: Plan, tokenize: Any, gpu: bool) -> TargetStream:
 
 
 def _trainer(
-    plan: Plan,
+    plan: RunPlan,
     computing: Computing,
     student: DistilledStudent,
     stream: TargetStream,
@@ -365,7 +367,7 @@ def _evaluation(state: TrainerState, best: int | None) -> dict[str, float]:
     return {}
 
 
-def _save(plan: Plan, trainer: DistillationTrainer, tokenize: Any, result: TrainResult) -> None:
+def _save(plan: RunPlan, trainer: DistillationTrainer, tokenize: Any, result: TrainResult) -> None:
     """Write the student, then the result: a folder with `train.json` is complete."""
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import Plan
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
 from kdcache.errors import IncompleteError
@@ -32,18 +32,18 @@ def train(
         try:
             return train_one(options, on_progress)
         except KeyboardInterrupt:
-            raise IncompleteError(f"interrupted. {Plan.go_on(options)}") from None
+            raise IncompleteError(f"interrupted. {RunPlan.go_on(options)}") from None
 
 
 def train_one(
     options: TrainOptions, on_progress: Callable[[TrainProgress], None] | None = None
 ) -> TrainResult:
     """As `train`, for callers that handle signals themselves."""
-    plan = Plan.make(options)
+    plan = RunPlan.make(options)
     finished = plan.finished()
     if finished is not None:
         return finished
-    with alone(plan.out, "training"), full_disk(plan.out, lambda: Plan.go_on(options)):
+    with alone(plan.out, "training"), full_disk(plan.out, lambda: RunPlan.go_on(options)):
         finished = plan.finished()
         if finished is not None:  # by the process that was at work here
             return finished
