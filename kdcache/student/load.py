@@ -364,7 +364,8 @@ def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles
         UsageError: as `TeacherFiles.find`, with that role.
     """
     inner = Path(name) / "student"
-    if (inner / "config.json").is_file() and not (inner.parent / "config.json").is_file():
+    old = (inner / "config.json").is_file() and (inner.parent / "train.json").is_file()
+    if old and not (inner.parent / "config.json").is_file():
         raise UsageError(
             f"{role} {name} is a run of an earlier version of kdcache, which kept the model in a "
             f"folder of its own. Name {inner}, or train again."
