@@ -76,7 +76,9 @@ class Den:
 
     def own(self, model: Any, row: Row, width: int) -> Tensor:
         """Logits [n, width] of a row's positions by the model's own forward on it alone."""
-        (logits,) = model(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits
+        # RWKV can be differentiated only so.
+        options = {"use_cache": False} if self.causal else {}
+        (logits,) = model(input_ids=torch.from_numpy(row.input_ids).long()[None], **options).logits
         if not self.causal:
             return logits[None]
         return logits[torch.from_numpy(row.labels != IGNORE)][:, :width]
