@@ -251,7 +251,7 @@ def alone(folder: Path, work: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UsageError(
-                    f"another {work} is at work in {folder}. Wait for it, or choose another --out."
+                    f"another {work} is running in {folder}. Wait for it, or choose another --out."
                 ) from error
             except OSError as error:  # some network file systems have no locks
                 logger.warning(

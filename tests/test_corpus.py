@@ -391,8 +391,8 @@ def test_a_dataset_on_the_hub(tmp_path: Path) -> None:
     [
         ("nothing/*.jsonl", {}, "no file found"),
         ("nothing.jsonl", {}, "no file found"),
-        ("model.bin", {}, r"can't tell the format.*--format"),
-        ("x.parquet.gz", {}, "can't tell the format"),
+        ("model.bin", {}, r"the format cannot be told.*--format"),
+        ("x.parquet.gz", {}, "the format cannot be told"),
         ("empty.jsonl", {}, "the corpus is empty"),
         ("blank.txt", {"limit": 3}, "no records"),
         ("a.jsonl", {"format": "xml"}, "format is 'xml'; it must be one of auto, jsonl"),

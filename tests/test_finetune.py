@@ -314,7 +314,7 @@ def test_a_second_one_and_an_address_are_refused(folder: Path, tmp_path: Path) -
 
     def second(now: TrainProgress) -> None:
         tried.append(now.step)
-        with pytest.raises(UsageError, match="another fine-tuning is at work"):
+        with pytest.raises(UsageError, match="another fine-tuning is running"):
             finetune(chosen)
 
     finetune(chosen, on_progress=second)

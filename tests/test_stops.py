@@ -376,7 +376,7 @@ def test_a_second_training_on_one_folder_is_refused(options: Make) -> None:
 
     def second(now: TrainProgress) -> None:
         tried.append(now.step)
-        with pytest.raises(UsageError, match="another training is at work in .*run. Wait for it"):
+        with pytest.raises(UsageError, match="another training is running in .*run. Wait for it"):
             train(options())
 
     train(options(max_steps=2), on_progress=second)

@@ -340,7 +340,7 @@ def test_two_sweeps_do_not_share_a_folder(here: Path) -> None:
     (here / "out").mkdir()
     with (here / "out" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another sweep is at work"):
+        with pytest.raises(UsageError, match="another sweep is running"):
             sweep(local(grid))
     assert sweep(local(grid)).made == 1
 

@@ -87,7 +87,7 @@ class Cache:
             raise UsageError(
                 f"{redact(url)} was begun with other options:\n  "
                 + "\n  ".join(changed)
-                + "\nUse the same options to go on, or another --out."
+                + "\nUse the same options to continue, or another --out."
             )
         cache._complete(beside)
         return cache

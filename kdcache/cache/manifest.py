@@ -196,5 +196,5 @@ def check_files(files: Any) -> dict[str, str]:
         raise ValueError("its files are not a JSON object")
     for name, sha256 in files.items():
         if not (BESIDE.fullmatch(name) and type(sha256) is str and _SHA256.fullmatch(sha256)):
-            raise ValueError(f"{name!r} is not a file beside spec.json")
+            raise ValueError(f"{name!r} is not a name of a cache's small files")
     return files

@@ -19,7 +19,7 @@ def render_plan(result: PlanResult, console: Console) -> None:
     print_line(
         console,
         f"Sample: {result.rows:,} rows, {result.positions:,} positions. Teacher: {rate:,.0f} "
-        f"positions a second ({result.device}, {result.dtype}). Whole corpus: about "
+        f"positions per second ({result.device}, {result.dtype}). Whole corpus: about "
         f"{result.corpus_positions:,} positions.",
     )
     if result.clipped_mass:

@@ -97,7 +97,7 @@ class RowOptions(RecordOptions):
 
     label_column: str = option(
         "label",
-        help="column of the class; `none` for no hard labels, whatever the columns.",
+        help="column of the class; `none` reads no hard labels, even where the column exists.",
         metavar="NAME",
     )
     messages_column: str = option(
@@ -106,7 +106,7 @@ class RowOptions(RecordOptions):
         metavar="NAME",
     )
     prompt_column: str = option(
-        "prompt", help="column of the prompt, beside `completion_column`.", metavar="NAME"
+        "prompt", help="column of the prompt, used with `completion_column`.", metavar="NAME"
     )
     completion_column: str = option("completion", help="column of the completion.", metavar="NAME")
     max_length: int = option(1024, help="tokens of the longest row.", metavar="TOKENS", at_least=2)

@@ -170,7 +170,10 @@ def check_all_unchanged(files: Sequence[InputFile]) -> None:
 def refuse(url: str, error: OSError) -> NoReturn:
     """Raise for a file that can't be asked for or opened."""
     if isinstance(error, FileNotFoundError):
-        raise UsageError(f"{url}: the file is gone. Restore it, or plan the corpus anew.") from None
+        raise UsageError(
+            f"{url}: the file is gone. Restore it, or build the corpus as it is now "
+            "in another folder."
+        ) from None
     if isinstance(error, PermissionError):
         raise UsageError(f"{url}: may not be read. Check its permissions.") from None
     raise error

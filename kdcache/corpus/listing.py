@@ -81,7 +81,8 @@ def expand(
             kind = kind_of(redact(url), forced)  # a signed address ends in its signature
             if kind is None:
                 raise UsageError(
-                    f"{url}: can't tell the format by the name. Expected {', '.join(KINDS)} (line "
+                    f"{url}: the format cannot be told from the name. Expected {', '.join(KINDS)} "
+                    "(line "
                     f"formats also as .gz or .zst); or name it: --format {'|'.join(FORMATS[1:])}."
                 )
             files.setdefault(url, InputFile(url, size, *kind, version))
@@ -244,7 +245,7 @@ def _remote(pattern: str, forced: str, split: str | None) -> tuple[Found, bool]:
             saved += [base + home for home in homes]
     unsized = next((name for name, info in infos.items() if info.get("size") is None), None)
     if unsized is not None:
-        raise UsageError(f"{unsized}: its server doesn't tell its size. Copy the file first.")
+        raise UsageError(f"{unsized}: the server does not report its size. Copy the file first.")
     found = {name: remote_version(info) for name, info in infos.items()}
     if list(found) == [path]:
         # A chain of file systems (simplecache::...) has no other name than the one it came by.

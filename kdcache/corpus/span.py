@@ -48,8 +48,8 @@ class Reading:
             )
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n' or not self.delimiter.isascii():
             raise UsageError(
-                f"--delimiter is {self.delimiter!r}; expected one ASCII character that is no quote "
-                f"and no line break, such as ';'."
+                f"--delimiter is {self.delimiter!r}; expected one ASCII character other than a "
+                "quote or a line break, such as ';'."
             )
         if self.max_record_bytes < 1:
             raise UsageError(f"--max-record-bytes is {self.max_record_bytes}; expected 1 or more.")

@@ -93,7 +93,7 @@ class _Text(Format):
             shown = ", ".join(repr(shorten(name)) for name in twice)
             raise UsageError(
                 f"{self._span.file.url}: the header names {shown} more than once. Rename one, or, "
-                f"if the first line is no header, name its {len(fields)} columns with --columns."
+                f"if the first line is not a header, name its {len(fields)} columns with --columns."
             )
         return FileColumns(tuple(fields), header=True)
 

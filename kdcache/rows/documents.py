@@ -123,7 +123,7 @@ class DocumentMaker:
     def _need_offsets(self, what: str) -> None:
         if not getattr(self._tokenizer, "is_fast", False):
             raise UsageError(
-                f"{what} need a tokenizer that tells each token's characters; "
+                f"{what} need a tokenizer that returns the characters of each token; "
                 f"{type(self._tokenizer).__name__} can't. Use one with a tokenizer.json."
             )
 
@@ -193,8 +193,9 @@ class DocumentMaker:
             if not (after.startswith(before) and text.startswith(after)):
                 raise UsageError(
                     f"the tokenizer's chat template renders message {i + 1} of a conversation "
-                    f"differently when more follows, so what the assistant says can't be told. Use "
-                    f"a template that marks it with {{% generation %}} and {{% endgeneration %}}."
+                    f"differently when more follows, so the assistant's part cannot be located. "
+                    f"Use a template that marks it with {{% generation %}} and "
+                    f"{{% endgeneration %}}."
                 )
             loss_ranges.append((len(before), self._spoken_until(after)))
         return Document(text, loss_ranges, framed=False)

@@ -34,7 +34,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(
             f"{checkpoint} {error}: it is not a whole checkpoint of kdcache. Name another one, or "
-            "begin anew with another --out."
+            "start over with another --out."
         ) from error
 
 
@@ -73,7 +73,7 @@ def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where:
         raise UsageError(
             f"{where} was made with other caches or options:\n  "
             + "\n  ".join(changed)
-            + "\nUse the same ones to go on, or another --out to begin anew."
+            + "\nUse the same ones to continue, or another --out to start over."
         )
 
 
@@ -98,8 +98,8 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not Path(checkpoint, "scheduler.pt").is_file():
             raise UsageError(
-                f"{checkpoint} was saved without the optimizer: training cannot go on from it. "
-                "Name another one, or begin anew."
+                f"{checkpoint} was saved without the optimizer: training cannot continue from it. "
+                "Name another one, or start over."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -165,7 +165,7 @@ class _Demo:
             if changed:
                 raise UsageError(
                     f"{self.out} holds a demo with other options ({', '.join(changed)}). "
-                    "Use the same ones to go on, or another --out."
+                    "Use the same ones to continue, or another --out."
                 )
             return state
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):

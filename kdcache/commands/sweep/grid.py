@@ -40,7 +40,7 @@ from kdcache.stream import open_caches
 _GRID = "grid"
 _NOT_OURS = {
     "out": "each run has a folder of its own below the --out of the sweep",
-    "resume": "runs go on from their last checkpoints by themselves",
+    "resume": "runs continue from their last checkpoints by themselves",
     "num_workers": "each run is one process, and several run at once",
     "fsdp": "each run is one process",
     "gpus_per_worker": "the sweep has --gpus-per-run",

@@ -195,7 +195,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
     best: Best = option("loss", help="figure that selects the best checkpoint.")
     patience: int | None = option(
         None,
-        help="stop after so many evaluations without a better one.",
+        help="stop after this many evaluations without an improvement.",
         at_least=1,
         decides="nothing",
     )
@@ -234,7 +234,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
     )
     gpus_per_worker: float | None = option(
         None,
-        help="GPUs a worker, 0 or 1. Default: one where there are any.",
+        help="GPUs per worker, 0 or 1. Default: one where there are any.",
         decides="nothing",
         at_least=0,
     )
