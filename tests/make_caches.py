@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def make_cache(
     first: int = 0,
     tokenizer: str = "t",
     pad_id: int = 0,
+    labelled: bool = True,
 ) -> Cache:
     """A sealed cache with one shard for each number of rows; rows are numbered from `first` on."""
     width = vocab if task == CAUSAL else classes
@@ -101,6 +103,8 @@ def make_cache(
     number, entries = first, []
     for span, count in enumerate(shard_rows):
         rows = make_rows(task, range(number, number + count), vocab, classes)
+        if not labelled:
+            rows = [dataclasses.replace(row, labels=np.full_like(row.labels, -100)) for row in rows]
         entries.append(cache.commit(span, make_shard(task, rows, spec.make_codec(), width)))
         number += count
     cache.seal(cache.prepare_manifest(entries))

@@ -234,15 +234,72 @@ def test_hard_labels_alone_train_as_hf_does(options: Make, folder: Path, tmp_pat
         torch.testing.assert_close(mine, model.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
-def test_the_two_losses_add_up_under_schedules(options: Make) -> None:
+def test_the_two_losses_add_up_under_schedules(options: Make, folder: Path) -> None:
     chosen = options(alpha="0.9:0.1", temperature="1:3", epochs=1)
     train(chosen)
     lines = metrics(chosen.out)
     assert [round(x["alpha"], 3) for x in lines] == [0.9, 0.74, 0.58, 0.42, 0.26, 0.1]
     assert [round(x["temperature"], 3) for x in lines] == [1, 1.4, 1.8, 2.2, 2.6, 3]
-    for x in lines:
-        both = x["alpha"] * x["hard_loss"] + (1 - x["alpha"]) * x["soft_loss"]
+    # The loss divides both parts by all rows; as a figure, the hard one is of the labelled rows.
+    stream = TargetStream(str(folder / "classes"), batch_size=8)
+    shares = [float((batch["labels"] != -100).double().mean()) for batch in stream]
+    assert min(shares) < 1
+    for x, share in zip(lines, shares, strict=True):
+        both = x["alpha"] * x["hard_loss"] * share + (1 - x["alpha"]) * x["soft_loss"]
         assert x["loss"] == pytest.approx(both, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_hard_loss_is_the_mean_over_the_labelled_rows(
+    options: Make, folder: Path, accumulation: int
+) -> None:
+    chosen = options(
+        student="bilstm", learning_rate=1e-30, epochs=1, logging_steps=100, dropout=0.0,
+        gradient_accumulation=accumulation, batch_size=9, eval_cache=str(folder / "classes"),
+        **SMALL,
+    )  # fmt: skip
+    train(chosen)
+    logged, evaluated = metrics(chosen.out)
+    # The student never changes, and every batch of 9 of the 45 rows is whole.
+    stream = TargetStream(str(folder / "classes"), batch_size=9)
+    unlabelled = {int((batch["labels"] == -100).sum()) for batch in stream}
+    assert len(unlabelled) > 1
+    assert logged["hard_loss"] == pytest.approx(evaluated["eval_hard_loss"], rel=1e-5)
+    assert logged["soft_loss"] == pytest.approx(evaluated["eval_soft_loss"], rel=1e-5)
+
+
+def test_without_labels_there_is_no_hard_loss(options: Make, tmp_path: Path) -> None:
+    make_cache(tmp_path / "bare", [9], labelled=False)
+    bare = str(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"alpha 1 trains on hard labels alone.*--label-column"):
+        train(options(cache=bare, alpha=1))
+    with pytest.raises(UsageError, match=r"evaluation caches have no hard labels"):
+        train(options(eval_cache=bare, best="accuracy"))
+    with pytest.raises(UsageError, match=r"evaluation caches have no hard labels"):
+        train(options(eval_cache=bare, alpha=1))
+    assert not Path(options().out).exists()
+    result = train(options(cache=bare, eval_cache=bare))
+    assert result.hard_loss is None
+    lines = metrics(result.out)
+    assert not any("hard_loss" in line or "eval_hard_loss" in line for line in lines)
+    assert result.soft_loss is not None
+    assert lines[0]["loss"] == pytest.approx(0.5 * lines[0]["soft_loss"])
+
+
+def test_a_samples_soft_part_is_called_a_cross_entropy(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    make_cache(tmp_path / "sampled", [14, 10], task=CAUSAL, codec="sample:4")
+    result = train(
+        options(
+            cache=str(tmp_path / "sampled"), student=str(folder / "llama.json"), epochs=1,
+            eval_cache=str(tmp_path / "sampled"), best="soft_loss",
+        )
+    )  # fmt: skip
+    assert result.soft_loss is None
+    assert result.soft_cross_entropy == metrics(result.out)[-2]["soft_cross_entropy"]
+    assert result.eval["soft_cross_entropy"] == metrics(result.out)[-1]["eval_soft_cross_entropy"]
+    assert not any("soft_loss" in name for line in metrics(result.out) for name in line)
 
 
 @pytest.mark.parametrize("accumulation", [2, 5])

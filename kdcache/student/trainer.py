@@ -44,6 +44,7 @@ from kdcache.student.checkpoints import (
     read_state,
 )
 from kdcache.student.wrapper import DistilledStudent, host_places
+from kdcache.targets import Targets
 from kdcache.tasks import IGNORE
 
 WEIGHTS_FILE = "model.safetensors"
@@ -84,9 +85,11 @@ class DistillationTrainer(CheckpointingTrainer):
             self.model_accepts_loss_kwargs = True
         self.alpha = alpha
         self.identity = dict(identity or {})
-        self._parts = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        # Sums over steps: hard and soft loss, what they are divided by, labels among that.
+        self._parts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._parts_steps = 0
         self._window: dict[str, Any] = {}
+        self._soft_name = ""
         self._last: dict[str, float] = {}
         self._loader: _StreamLoader | None = None
 
@@ -216,20 +219,28 @@ class DistillationTrainer(CheckpointingTrainer):
             self._last["alpha"] = inputs["alpha"]
         if "targets" in inputs:
             self._last["temperature"] = inputs["targets"].temperature
+            self._soft_name = soft_name(inputs["targets"])
         outputs = model(**inputs)
         if model.training:
-            self._parts += _stack(outputs.hard_loss, outputs.soft_loss)
+            self._parts[:2] += _stack(outputs.hard_loss, outputs.soft_loss)
+            self._parts[2:] += _counts(inputs)
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer; a line of the training loss also has its two parts, alpha and T."""
+        """As the Trainer; a line of the training loss also has its two parts, alpha and T.
+
+        `hard_loss` is the mean over labelled rows, and missing where there are none. The soft part,
+        a mean over all positions with its T^2, is `soft_loss`; or `soft_cross_entropy` for sampled
+        targets: the divergence plus the teacher's entropy, which a sample does not know.
+        """
         if self.streams and "loss" in logs and self._parts_steps:
-            parts = self.accelerator.reduce(self._parts.clone(), "sum") / self._parts_steps
-            hard, soft = parts.tolist()
-            logs["hard_loss"] = hard
+            parts = self.accelerator.reduce(self._parts.clone(), "sum")
+            hard, soft, counted, labelled = parts.tolist()
+            if labelled:  # else there is no such mean
+                logs["hard_loss"] = hard / self._parts_steps * (counted / labelled)
             if "temperature" in self._last:
-                logs["soft_loss"] = soft
+                logs[self._soft_name] = soft / self._parts_steps
             logs.update(self._last)
             self._parts.zero_()
             self._parts_steps = 0
@@ -268,7 +279,7 @@ class DistillationTrainer(CheckpointingTrainer):
         model.eval()
         names = ("hard", "soft", "positions", "labelled", "correct")
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.args.device)
-        soft_known = classes = False
+        soft_known, classes = "", False
         for batch in stream:
             count = float(batch["count"])
             inputs = self._prepare_inputs(batch)
@@ -281,7 +292,7 @@ class DistillationTrainer(CheckpointingTrainer):
             labels = inputs["labels"]
             labelled = labels != IGNORE
             classes = labels.ndim == 1
-            soft_known = outputs.soft_loss is not None
+            soft_known = soft_name(inputs["targets"]) if "targets" in inputs else ""
             correct = torch.zeros((), device=labels.device)
             if classes:
                 correct = ((outputs.logits.argmax(-1) == labels) & labelled).sum()
@@ -301,7 +312,7 @@ class DistillationTrainer(CheckpointingTrainer):
             if classes:
                 found["accuracy"] = right / labelled_rows
         if soft_known:
-            found["soft_loss"] = soft / positions
+            found[soft_known] = soft / positions
         return found
 
     def _final_alpha(self) -> float | Tensor:
@@ -443,6 +454,22 @@ class _CursorCallback(TrainerCallback):  # type: ignore[misc]
         state.epoch = cursor.epoch + cursor.rows_seen / rows
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+
+def soft_name(targets: Targets) -> str:
+    """What the soft part of a loss on these targets is called in logs."""
+    return "soft_loss" if targets.exact else "soft_cross_entropy"
+
+
+def _counts(inputs: Mapping[str, Any]) -> Tensor:
+    """Positions that a slice's losses are divided by, and labels among them: float64 [2]."""
+    labels = inputs["labels"]
+    labelled = (labels != IGNORE).sum()
+    rows = labels.ndim == 1 and "targets" in inputs  # all of them have a soft target
+    counted = torch.full_like(labelled, labels.numel()) if rows else labelled
+    # A rank without rows only keeps the others company.
+    alive: Tensor = inputs["count"].isfinite()
+    return torch.stack([counted, labelled]).double() * alive
 
 
 def _stack(hard: Tensor | None, soft: Tensor | None) -> Tensor:

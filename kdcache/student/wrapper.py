@@ -46,9 +46,10 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
         loss: scalar to differentiate.
         logits: [B, classes] for classification; [B, L, V] for language models if requested with
             them, else None.
-        hard_loss: cross-entropy with the labels, not weighted by alpha; detached.
-        soft_loss: T^2 times the divergence, not weighted; detached; None where the batch has no
-            targets.
+        hard_loss: cross-entropy with the labels, summed and divided by the loss's count; not
+            weighted by alpha; detached.
+        soft_loss: T^2 times the divergence (for sampled targets: times the cross-entropy with the
+            teacher), likewise; None if the batch has no targets.
     """
 
     loss: Tensor | None = None

@@ -25,6 +25,7 @@ _NAMES = {
     "accuracy": "accuracy",
     "hard_loss": "cross-entropy",
     "soft_loss": "soft loss",
+    "soft_cross_entropy": "soft cross-entropy",
     "loss": "loss",
 }
 _MOST_DRAWN = 40
@@ -39,8 +40,9 @@ class RunScore:
         out: its folder.
         setting: value of each crossed option but the seed; `-` where it has no part.
         seed: its seed, where seeds are crossed.
-        figures: `accuracy`, `hard_loss`, `soft_loss` and `loss`, as far as they are known: of the
-            best checkpoint on the evaluation caches; without such, the last logged of training.
+        figures: `accuracy`, `hard_loss`, `soft_loss` or `soft_cross_entropy`, and `loss`, as far as
+            they are known: of the best checkpoint on the evaluation caches; without such, the last
+            logged of training.
         parameters: of the student.
         steps: of the run.
         best_step: of the checkpoint that became the student, where there were evaluations.

@@ -29,7 +29,7 @@ from kdcache.commands.sweep.results import SEED, RunScore, SweepResult
 from kdcache.commands.train.log import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainResult
+from kdcache.commands.train.result import LOSS_PARTS, TrainResult
 from kdcache.commands.train.run import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
@@ -302,7 +302,7 @@ def _read_manifest(out: Path) -> dict[str, Any]:
 
 
 def _score(run: GridRun, result: TrainResult) -> RunScore:
-    trained = {"loss": result.loss, "hard_loss": result.hard_loss, "soft_loss": result.soft_loss}
+    trained = {name: getattr(result, name) for name in ("loss", *LOSS_PARTS)}
     figures = result.eval or {name: value for name, value in trained.items() if value is not None}
     return RunScore(
         name=Path(result.out).name,

@@ -20,7 +20,7 @@ from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.student.checkpoints import check_identity, continues, last_checkpoint, read_state
 from kdcache.targets import Codec, SoftTargets
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import CAUSAL_LM, IGNORE
 
 RESULT_FILE = "train.json"
 _AUTO = "--resume auto"
@@ -70,6 +70,7 @@ class RunPlan:
             problems.append(
                 "best is soft_loss, but alpha 1 trains and evaluates on hard labels alone."
             )
+        problems += _missing_labels(options, caches, eval_caches)
         check_caches(caches, temperatures, problems, beside=eval_caches)
         return cls(options, caches, eval_caches)
 
@@ -164,6 +165,33 @@ class RunPlan:
 def steps_of(options: TrainOptions, stream: TargetStream) -> int:
     """Steps of a run on a stream."""
     return options.max_steps or max(1, math.ceil(options.epochs * stream.steps))
+
+
+def _missing_labels(
+    options: TrainOptions, caches: Sequence[Cache], eval_caches: Sequence[Cache]
+) -> list[str]:
+    """What is asked of hard labels that the caches do not have: a line each."""
+    wrong = []
+    if options.hard_only and not _labelled(caches):
+        wrong.append(
+            "alpha 1 trains on hard labels alone, but the caches have none. Use a smaller --alpha, "
+            "or build again with the column of the labels (--label-column)."
+        )
+    of_labels = options.hard_only or options.best in ("hard_loss", "accuracy")
+    if eval_caches and of_labels and not _labelled(eval_caches):
+        wrong.append(
+            "the evaluation caches have no hard labels to choose the best checkpoint by. Use "
+            "--best soft_loss with an --alpha below 1, or other caches."
+        )
+    return wrong
+
+
+def _labelled(caches: Sequence[Cache]) -> bool:
+    """Whether any row has a hard label; the rows of a language model have by their nature."""
+    if any(cache.spec.task == CAUSAL_LM for cache in caches):
+        return True
+    shards = ((cache, shard) for cache in caches for shard in range(cache.spec.spans))
+    return any((c.read(shard, targets=False).labels != IGNORE).any() for c, shard in shards)
 
 
 def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[float]) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LOSS_PARTS = ("hard_loss", "soft_loss", "soft_cross_entropy")
+
 
 @dataclass(frozen=True)
 class TrainProgress:
@@ -34,8 +36,11 @@ class TrainResult:
         epochs: passes over the caches.
         rows: rows trained on, over all epochs.
         loss: last logged training loss, alpha and T as they were then.
-        hard_loss: its cross-entropy with hard labels, a position.
-        soft_loss: its T^2 KL with the teacher, a position; None on hard labels alone.
+        hard_loss: its cross-entropy with the hard labels, a labelled position; None without labels.
+        soft_loss: its T^2 times the divergence from the teacher, a position; None on hard labels
+            alone and on sampled targets.
+        soft_cross_entropy: on sampled targets: its T^2 times the cross-entropy with the teacher,
+            which is KL plus the teacher's entropy.
         eval: metrics of the student on the evaluation caches.
         best_step: step of the checkpoint that became the student, where there were evaluations.
         seconds: wall time of training, over all sittings.
@@ -52,8 +57,9 @@ class TrainResult:
     epochs: float
     rows: int
     loss: float
-    hard_loss: float
+    hard_loss: float | None = None
     soft_loss: float | None = None
+    soft_cross_entropy: float | None = None
     eval: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     seconds: float = 0.0

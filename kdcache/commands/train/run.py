@@ -39,7 +39,7 @@ from kdcache.commands.train.log import (
     seconds_before,
 )
 from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan, steps_of
-from kdcache.commands.train.result import TrainProgress, TrainResult
+from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
 from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.errors import UsageError
 from kdcache.files import filled_folder, write_json
@@ -55,8 +55,9 @@ from kdcache.student import (
 from kdcache.student.checkpoints import read_state
 from kdcache.student.padding import check_rows
 from kdcache.student.precision import Computing, use_one_gpu
-from kdcache.student.trainer import DistillationTrainer
+from kdcache.student.trainer import DistillationTrainer, soft_name
 from kdcache.student.words import unknown_share
+from kdcache.targets import SoftTargets
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
@@ -116,8 +117,7 @@ class Run:
             epochs=round(float(state.epoch or 0.0), 6),
             rows=_rows(self.stream),
             loss=logs[-1]["loss"],
-            hard_loss=logs[-1]["hard_loss"],
-            soft_loss=logs[-1].get("soft_loss"),
+            **{name: logs[-1].get(name) for name in LOSS_PARTS},
             eval=_evaluation(state, best),
             best_step=best,
             seconds=seconds,
@@ -302,7 +302,7 @@ def _trainer(
         save_steps=every,
         save_total_limit=options.keep_checkpoints,
         load_best_model_at_end=evaluates,
-        metric_for_best_model=f"eval_{options.best}" if evaluates else None,
+        metric_for_best_model=f"eval_{_best_metric(plan)}" if evaluates else None,
         greater_is_better=options.best == "accuracy" if evaluates else None,
         seed=options.seed,
         ddp_backend="gloo" if options.num_workers > 1 and not computing.gpu else None,
@@ -344,6 +344,13 @@ def _sharding(student: nn.Module) -> dict[str, Any]:
             "transformer_layer_cls_to_wrap": sorted(layers),
         },
     }
+
+
+def _best_metric(plan: RunPlan) -> str:
+    """The name of the soft loss depends on the targets."""
+    codec = plan.eval_caches[0].codec()
+    soft = soft_name(SoftTargets.empty(codec).at(codec.temperatures[0]))
+    return soft if plan.options.best == "soft_loss" else plan.options.best
 
 
 def _learning_rate(name: str, student: DistilledStudent) -> float:
