@@ -177,6 +177,17 @@ def test_a_damaged_object_is_never_shown_as_a_copy(proxy: Proxy, storage: Storag
     assert held(storage, name) == data
 
 
+def test_a_head_that_is_refused_for_a_moment_is_asked_again(proxy: Proxy, storage: Storage) -> None:
+    storage.write("spec.json", b"{}")
+    for answers in ([], [Fault("error", "^GET /[^?]*spec", status=503, code="SlowDown", times=1)]):
+        proxy.faults[:] = [Fault("error", "^HEAD", status=400, times=2), *answers]
+        assert storage.exists("spec.json")
+        assert storage.size("spec.json") == 2
+        assert proxy.faults[0].hits == 2
+    proxy.faults[:] = [Fault("error", "^HEAD", status=400, times=1)]
+    assert not storage.exists("nothing.json")
+
+
 def test_what_a_user_must_mend_is_said_at_once(
     proxy: Proxy, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +204,22 @@ def test_what_a_user_must_mend_is_said_at_once(
     proxy.faults[:] = [Fault("error", "^PUT", status=400, code="ExpiredToken")]
     with pytest.raises(IncompleteError, match="expired.*Renew them"):
         storage.write("spec.json", b"{}")
+    # The answer to a HEAD has no body: only its status tells.
+    name, _ = shard(0)
+    requests: tuple[Callable[[], Any], ...] = (
+        lambda: storage.exists("spec.json"),
+        lambda: storage.size("spec.json"),
+        lambda: storage.read("spec.json"),
+        lambda: storage.create("spec.json", b"{}"),
+        lambda: storage.names("shards"),
+        lambda: storage.entries(),
+        lambda: storage.remove("spec.json"),
+        lambda: held(storage, name),
+    )
+    proxy.faults[:] = [Fault("error", status=400, code="ExpiredToken")]
+    for request in requests:
+        with pytest.raises(IncompleteError, match="the credentials have expired .*Renew them"):
+            request()
     for name in CREDENTIALS:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

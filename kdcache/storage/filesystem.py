@@ -12,6 +12,7 @@ cure.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import itertools
@@ -132,7 +133,17 @@ class FileSystem:
             UsageError: no credentials, no permission, no bucket, or a request that is refused.
             IncompleteError: no answer for too long, or credentials that have expired.
         """
-        return self._patiently(lambda: self._call(verb, *args, volume=volume, **options))
+
+        def request() -> Any:
+            try:
+                return self._call(verb, *args, volume=volume, **options)
+            except Exception as error:
+                if verb == "info" and _wordless(error):
+                    with contextlib.suppress(FileNotFoundError):  # no file: a folder, perhaps
+                        self._call("cat_file", args[0], volume=1, start=0, end=1)
+                raise
+
+        return self._patiently(request)
 
     def read(self, path: str, start: int, stop: int) -> bytes:
         """The bytes [start, stop) of a file, all of them; raises as `ask` does."""
@@ -207,7 +218,7 @@ class FileSystem:
         """Raise errors that a retry cannot cure."""
         code, status = _answer(error)
         kind = type(error).__name__
-        if code in _PASSING or status in _PASSING_STATUS:
+        if code in _PASSING or status in _PASSING_STATUS or _wordless(error):
             return
         if code == "NoSuchBucket":
             raise UsageError(
@@ -305,6 +316,13 @@ def _answer(error: Exception) -> tuple[str | None, int | None]:
         return None, getattr(error, "status", None)  # of an error of aiohttp
     code = response.get("Error", {}).get("Code")
     return code, response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+def _wordless(error: Exception) -> bool:
+    """Whether S3 refused a HEAD, whose answer has no body that would say why: an expired token and
+    a passing trouble look the same. The answer to a GET tells."""
+    code, status = _answer(error)
+    return status == 400 and (code is None or code.isdecimal())
 
 
 def _words(error: Exception) -> str:
