@@ -760,3 +760,55 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
         assert len(batch) == 1 or len(batch) * longest <= 100
     assert list(batches([], 100)) == []
     assert list(batches([500, 3], 100)) == [[0], [1]]
+
+
+# A build that committed nothing
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UsageError("no room"), SystemExit(9)])
+def test_a_build_that_committed_nothing_does_not_block_its_folder(
+    small_build: BuildOptions, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """However it ended; a kill leaves the same files, and the kernel drops its lock."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    wrong = dataclasses.replace(small_build, max_length=16, limit=30)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[build.__module__], "_hire", fail)
+        with pytest.raises((UsageError, IncompleteError, SystemExit)):
+            build(wrong)
+    assert Path(small_build.out, "spec.json").is_file()
+    right = dataclasses.replace(small_build, codec="topk:4", limit=20)
+    assert build(right).made
+    cache = Cache.open(right.out)
+    assert cache.spec.codec == "topk:4"
+    assert not list(problems(cache))
+
+
+def test_a_folder_in_use_is_not_taken_over(
+    small_build: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from a build that is at work and has committed nothing yet, nor with shards in it."""
+    first = dataclasses.replace(small_build, limit=20)
+    other = dataclasses.replace(first, codec="topk:4")
+    tried: list[str] = []
+
+    def second(*_: object) -> None:
+        with pytest.raises(UsageError, match="was begun with other options") as told:
+            build(other)
+        tried.append(str(told.value))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[build.__module__], "_hire", second)
+        with pytest.raises(IncompleteError, match="interrupted"):
+            build(first)
+    assert "if no build is running on it, delete its spec.json" in tried[0]
+    assert build(first).made
+    Path(first.out, "manifest.json").unlink()
+    with pytest.raises(UsageError, match="was begun with other options") as told:
+        build(other)
+    assert "delete" not in str(told.value)
+    assert build(first).made == 0

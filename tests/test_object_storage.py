@@ -508,6 +508,7 @@ def test_of_many_different_builds_that_start_at_once_one_begins_the_cache(
     place: str, tmp_path: Path
 ) -> None:
     builds = [spec_and_files(tmp_path, number) for number in (0, 1, 2)] * 2
+    working: list[Cache] = []
 
     def begin(
         number: int, url: str, gate: threading.Barrier, begun: list[int], refused: list[str]
@@ -515,7 +516,7 @@ def test_of_many_different_builds_that_start_at_once_one_begins_the_cache(
         spec, files = builds[number]
         gate.wait(DEADLINE)
         try:
-            Cache.create_or_resume(url, spec, tokenizer_files=files)
+            working.append(Cache.create_or_resume(url, spec, tokenizer_files=files))
             begun.append(number % 3)
         except UsageError as error:
             refused.append(str(error))
@@ -524,6 +525,7 @@ def test_of_many_different_builds_that_start_at_once_one_begins_the_cache(
         url = f"{place}-{turn}"
         gate = threading.Barrier(len(builds))
         begun: list[int] = []
+        working.clear()
         refused: list[str] = []
         threads = [
             threading.Thread(target=begin, args=(number, url, gate, begun, refused))

@@ -23,11 +23,13 @@ from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
 from kdcache.cache.shard import ShardData, read_counts, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
-from kdcache.storage import Storage, open_storage, redact, sha256_file
+from kdcache.storage import Share, Storage, open_storage, redact, sha256_file
 from kdcache.targets import Codec
 from kdcache.targets.ranks import read_ranks
 
 _LEFTOVERS = {"tmp", "tokenizer", "ranks.u32"}  # of a start that crashed
+_OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it
+_UNUSED = "Nothing is committed there: if no build is running on it, delete its spec.json first."
 _READERS = 16  # shards of earlier runs that a seal reads at once
 
 
@@ -40,6 +42,7 @@ class Cache:
     manifest_or_none: Manifest | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    at_work: Share | None = field(default=None, repr=False, compare=False)  # a lock, while open
 
     @classmethod
     def create_or_resume(
@@ -55,7 +58,8 @@ class Cache:
 
         The creator of `spec.json` has begun the cache: it names the hashes of all its other files,
         and no build writes anything that it does not name. So of two builds that start at once one
-        is refused, or both work on the same cache.
+        is refused, or both work on the same cache. A cache in which nothing is committed and no
+        build is at work (a lock on `spec.json`, on local file systems) may begin with another spec.
 
         Args:
             url: folder or fsspec URL.
@@ -71,26 +75,44 @@ class Cache:
         beside = {f"tokenizer/{name}": data for name, data in tokenizer_files.items()}
         if ranks:
             beside["ranks.u32"] = ranks
-        if not storage.exists("spec.json"):
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}
+        document = {"spec": spec.to_dict(), "notes": dict(notes or {}), "files": files}
+        if storage.exists("spec.json"):
+            at_work = storage.share("spec.json")
+        else:
             entries = set(storage.entries())
-            files = {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}
             strange = "spec.json" not in entries and entries - _LEFTOVERS
             if strange and not cls._lacks_spec(storage, spec, files):
                 raise UsageError(
                     f"{redact(url)} is not empty and not a kdcache cache. Choose another --out."
                 )
-            document = {"spec": spec.to_dict(), "notes": dict(notes or {}), "files": files}
-            storage.create("spec.json", to_text(document))
+            at_work = storage.create_shared("spec.json", to_text(document))
         cache = cls._read(storage)
+        unused = bool(cache.spec.differences(spec)) and not cache.sealed and not cache.committed()
+        if unused:
+            if at_work is not None:
+                at_work.close()
+            if storage.replace_unshared("spec.json", to_text(document)):
+                for name in (*cache.files.keys() - files.keys(), _OF_THE_CORPUS):
+                    storage.remove(name)
+            at_work = storage.share("spec.json")
+            cache = cls._read(storage)
         changed = cache.spec.differences(spec)
         if changed:
             raise UsageError(
                 f"{redact(url)} was begun with other options:\n  "
                 + "\n  ".join(changed)
                 + "\nUse the same options to continue, or another --out."
+                + (" " + _UNUSED if unused else "")
             )
+        cache.at_work = at_work
         cache._complete(beside)
         return cache
+
+    def release(self) -> None:
+        """Say that this build is no longer at work: see `create_or_resume`."""
+        if self.at_work is not None:
+            self.at_work.close()
 
     @classmethod
     def open(cls, url: str) -> Cache:

@@ -7,11 +7,11 @@ folder is therefore the only state: what is listed is committed.
 
 from __future__ import annotations
 
-from kdcache.storage.base import Storage, sha256_file
+from kdcache.storage.base import Share, Storage, sha256_file
 from kdcache.storage.local import LocalStorage
 from kdcache.storage.urls import redact
 
-__all__ = ["LocalStorage", "Storage", "open_storage", "redact", "sha256_file"]
+__all__ = ["LocalStorage", "Share", "Storage", "open_storage", "redact", "sha256_file"]
 
 
 def open_storage(url: str) -> Storage:

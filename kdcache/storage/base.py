@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,6 +17,21 @@ SMALL_FILE = 64 << 20
 
 _BLOCK = 1 << 20
 _HASHED_NAME = re.compile(r"-([0-9a-f]{16})\.\w+$")
+
+
+class Share:
+    """A lock on a file, by its open handle, until it is closed, forgotten, or the process ends."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle: int | None = handle
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    __del__ = close
 
 
 class Storage(ABC):
@@ -87,6 +103,20 @@ class Storage(ABC):
             FileNotFoundError: there is none (a local path is given without a look).
             CorruptCacheError: the bytes of the store are not those of the name.
         """
+
+    def share(self, name: str) -> Share | None:
+        """A lock that keeps others from `replace_unshared`, until it is closed or this
+        process ends; None where there are no such locks."""
+        return None
+
+    def create_shared(self, name: str, data: bytes) -> Share | None:
+        """`create`, then `share`, with no moment between in which another could replace it."""
+        self.create(name, data)
+        return self.share(name)
+
+    def replace_unshared(self, name: str, data: bytes) -> bool:
+        """Replace a file that no process shares; False if one does, or if it can't be known."""
+        return False
 
     @abstractmethod
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:

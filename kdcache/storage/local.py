@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import uuid
@@ -17,7 +18,7 @@ from typing import BinaryIO
 
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.files import output_errors, sync_folder
-from kdcache.storage.base import SMALL_FILE, Storage, too_large
+from kdcache.storage.base import SMALL_FILE, Share, Storage, too_large
 
 _SCRATCH = "tmp"
 
@@ -91,26 +92,67 @@ class LocalStorage(Storage):
     def create(self, name: str, data: bytes) -> bool:
         """See `Storage.create`."""
         with self._written(data) as path:
-            target = self._target(name)
-            try:
-                os.link(path, target)  # unlike a rename, a link never replaces what is there
-            except FileExistsError:
+            return self._publish(path, name)
+
+    def create_shared(self, name: str, data: bytes) -> Share | None:
+        """See `Storage.create_shared`."""
+        with self._written(data) as path:
+            lock = self.share(str(path.relative_to(self.root)))
+            if self._publish(path, name):
+                return lock
+            if lock is not None:
+                lock.close()
+        return self.share(name)
+
+    def _publish(self, path: Path, name: str) -> bool:
+        """Give a file that is on the disk its name, unless that is taken; whether it was free."""
+        target = self._target(name)
+        try:
+            os.link(path, target)  # unlike a rename, a link never replaces what is there
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # Some network and FUSE file systems have no hard links; a look and a rename is the best
+            # that remains there, and the spec is compared after writing anyway.
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            if target.exists():
                 return False
-            except OSError as error:
-                # Some network and FUSE file systems have no hard links; a look and a rename is the
-                # best that remains there, and the spec is compared after writing anyway.
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-                    raise
-                if target.exists():
-                    return False
-                path.rename(target)
-            sync_folder(target.parent)
-            return True
+            path.rename(target)
+        sync_folder(target.parent)
+        return True
 
     @contextlib.contextmanager
     def hold(self, name: str, *, fresh: bool = False) -> Iterator[Path]:
         """See `Storage.hold`."""
         yield self.root / name
+
+    def share(self, name: str) -> Share | None:
+        """See `Storage.share`."""
+        try:
+            handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        lock = Share(handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except OSError:  # some network file systems have no locks
+            return None
+        return lock
+
+    def replace_unshared(self, name: str, data: bytes) -> bool:
+        """See `Storage.replace_unshared`."""
+        path = self.root / name
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(open(path, "r+b"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except OSError:  # shared, or no locks, or not writable
+                return False
+            if same:
+                self.write(name, data)
+            return same
 
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
         """See `Storage.prefetch`."""

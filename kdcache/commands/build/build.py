@@ -111,6 +111,20 @@ def _build(
         ranks=plan.ranks,
         notes={"teachers": [redact(name) for name in options.teacher], "kdcache": __version__},
     )
+    try:
+        return _make(options, plan, cache, begin, on_progress, interrupt)
+    finally:
+        cache.release()
+
+
+def _make(
+    options: BuildOptions,
+    plan: Prepared,
+    cache: Cache,
+    begin: float,
+    on_progress: Callable[[Progress], None] | None,
+    interrupt: Interrupt,
+) -> BuildResult:
     check_made(cache, plan.corpus, plan.rows)
     log = EventLog(cache.storage)
     driver = Driver(plan.corpus.spans, on_progress, log)
