@@ -14,7 +14,8 @@ with small row groups, suits a very large corpus better.
 Guarantee: a span is a pure function of the files' names and sizes and the options, so every worker
 reads the same records from the same span; over all spans each record comes exactly once. A span may
 be empty (no line starts in it). Records that can't be read raise `UsageError` or are skipped and
-counted.
+counted. A span whose file was written to since it was listed raises `UsageError` (one request for
+each span read). No more than one record, of `--max-record-bytes`, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 from kdcache.corpus.corpus import Corpus
 from kdcache.corpus.files import InputFile
 from kdcache.corpus.records import FileColumns, LineAt, OnError, ReadStats, Record, RecordError
-from kdcache.corpus.sample import Look, look_into, looks
+from kdcache.corpus.sample import SpanSample, sample_records, sample_spans
 from kdcache.corpus.span import MAX_RECORD_BYTES, Documents, Reading, Span
 
 __all__ = [
@@ -32,13 +33,13 @@ __all__ = [
     "FileColumns",
     "InputFile",
     "LineAt",
-    "Look",
     "OnError",
     "ReadStats",
     "Reading",
     "Record",
     "RecordError",
     "Span",
-    "look_into",
-    "looks",
+    "SpanSample",
+    "sample_records",
+    "sample_spans",
 ]

@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any, overload
 
-from kdcache.corpus import files as input_files
-from kdcache.corpus.files import LINE_KINDS, InputFile, check_all_unchanged, check_unchanged
+from kdcache.corpus.files import (
+    LINE_KINDS,
+    InputFile,
+    check_all_unchanged,
+    check_unchanged,
+    names,
+    tags,
+)
 from kdcache.corpus.formats import Format
 from kdcache.corpus.listing import expand
 from kdcache.corpus.records import LineAt, Location, OnError, ReadStats, Record, RecordError
@@ -144,15 +150,15 @@ class Corpus:
             raise UsageError(
                 f"--limit is {limit}; it must be 1 or more (leave it out to read all)."
             )
-        named = None if columns is None else tuple(name.strip() for name in columns)
-        reading = Reading(named, documents, delimiter, max_record_bytes)
+        given = None if columns is None else tuple(name.strip() for name in columns)
+        reading = Reading(given, documents, delimiter, max_record_bytes)
         files = expand(patterns, format, split)
         if not any(file.size for file in files):
             raise UsageError(
                 f"--corpus {' '.join(patterns)}: the corpus is empty ({len(files)} files of 0 "
                 f"bytes). Name files with records in them."
             )
-        if named and not any(file.kind in ("csv", "tsv", "txt") for file in files):
+        if given and not any(file.kind in ("csv", "tsv", "txt") for file in files):
             raise UsageError(
                 f"--columns names the columns of headerless CSV and TSV; {files[0].url} is "
                 f"{files[0].kind} and has its own. Leave --columns out."
@@ -173,7 +179,7 @@ class Corpus:
             "span_bytes": span_bytes,
             "limit": limit,
             "format": format,
-            "columns": None if named is None else list(named),
+            "columns": None if given is None else list(given),
         }
         # What a corpus does not have, or what is as it always was, is not part of its identity.
         if any(file.kind == "txt" for file in files):
@@ -205,10 +211,10 @@ class Corpus:
             (such as `jsonl.gz`) and `tag` (SHA-256 of the first and last 64 KiB, 32 hex
             digits).
         """
-        names = input_files.names(self.files)
+        named = zip(names(self.files), self.files, tags(self.files), strict=True)
         return [
             {"name": name, "size": file.size, "kind": file.full_kind, "tag": tag}
-            for name, file, tag in zip(names, self.files, input_files.tags(self.files), strict=True)
+            for name, file, tag in named
         ]
 
     @staticmethod

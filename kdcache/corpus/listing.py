@@ -66,10 +66,10 @@ def expand(
     if not patterns:
         raise UsageError("no corpus was given. Name files, folders or globs with --corpus.")
     files: dict[str, InputFile] = {}
-    told = split in (None, ALL)
+    named = split in (None, ALL)
     for pattern in patterns:
-        found, tells = (_remote if is_remote(pattern) else _local)(pattern, forced, split)
-        told |= tells
+        found, has_splits = (_remote if is_remote(pattern) else _local)(pattern, forced, split)
+        named |= has_splits
         if not found:
             # The hub does not distinguish private from missing.
             cure = " A private or gated dataset needs HF_TOKEN." if "hf://" in pattern else ""
@@ -86,7 +86,7 @@ def expand(
                     f"formats also as .gz or .zst); or name it: --format {'|'.join(FORMATS[1:])}."
                 )
             files.setdefault(url, InputFile(url, size, *kind, version))
-    if not told:
+    if not named:
         raise UsageError(
             f"--split is {split!r}, but no file of the corpus says by its name or folder which "
             "split it belongs to. Leave --split out."
@@ -251,5 +251,5 @@ def _remote(pattern: str, forced: str, split: str | None) -> tuple[Found, bool]:
         # A chain of file systems (simplecache::...) has no other name than the one it came by.
         url = pattern if "::" in pattern else store.fs.unstrip_protocol(path)
         return {url: found[path]}, False
-    chosen, tells = _chosen(pattern, found, _static(path) if globbing else path, saved, split)
-    return {store.fs.unstrip_protocol(name): value for name, value in chosen.items()}, tells
+    chosen, has_splits = _chosen(pattern, found, _static(path) if globbing else path, saved, split)
+    return {store.fs.unstrip_protocol(name): value for name, value in chosen.items()}, has_splits

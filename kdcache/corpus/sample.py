@@ -23,7 +23,7 @@ from kdcache.corpus.span import Span
 
 
 @dataclass(frozen=True)
-class Look:
+class SpanSample:
     """Some records of one span of a corpus.
 
     Attributes:
@@ -37,7 +37,7 @@ class Look:
     stride: int
 
 
-def looks(corpus: Corpus, most: int) -> list[Span]:
+def sample_spans(corpus: Corpus, most: int) -> list[Span]:
     """Evenly spaced spans to sample, `most` at most, in corpus order."""
     chosen: dict[tuple[str, int], Span] = {}
     count = min(most, len(corpus.spans))
@@ -49,7 +49,7 @@ def looks(corpus: Corpus, most: int) -> list[Span]:
     return list(chosen.values())
 
 
-def look_into(
+def sample_records(
     span: Span,
     *,
     columns: Sequence[str] | None,
@@ -57,11 +57,11 @@ def look_into(
     read: int,
     records: int,
     characters: int = 0,
-) -> Look:
+) -> SpanSample:
     """Take evenly spaced records from the first `read` of a span.
 
     Args:
-        span: one of `looks`.
+        span: one of `sample_spans`.
         columns: see `Corpus.read`.
         on_error: see `Corpus.read`.
         read: records that are read at most.
@@ -72,7 +72,7 @@ def look_into(
         UsageError: a record cannot be read.
     """
     found = Corpus.read(span, columns=columns, on_error=on_error)
-    return Look(span, *_evenly(islice(found, read), records, characters))
+    return SpanSample(span, *_evenly(islice(found, read), records, characters))
 
 
 def _evenly(found: Iterable[Record], records: int, characters: int) -> tuple[list[Record], int]:

@@ -42,7 +42,7 @@ def choose(
         saved: Folders of saved `DatasetDict`s, relative; each folder in one is a split.
 
     Returns:
-        Their names in order; None if `split` names one and no file tells its split.
+        Their names in order; None if `split` names one and no file is named after any.
 
     Raises:
         UsageError: Several splits and none was chosen, or there is none of that name.

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdcache.corpus import Corpus, look_into, looks
+from kdcache.corpus import Corpus, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
 from kdcache.rows import RowSpec, make_encoder
 
-_LOOKS = 16
-_READ = 4096  # records of all looks
-_RECORDS = 320  # of all looks; up to twice as many are counted
+_SPANS = 16
+_READ = 4096  # records of all spans
+_RECORDS = 320  # of all spans; up to twice as many are counted
 _CHARACTERS = 1 << 10  # of each of them: many beginnings are more representative than one book
 
 
@@ -37,16 +37,16 @@ def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: in
         The ids that were met, the most frequent first, as little-endian uint32; empty if none was.
     """
     counts = np.zeros(vocab_size, np.int64)
-    places = looks(corpus, _LOOKS)
+    places = sample_spans(corpus, _SPANS)
     for span in places:
-        look = look_into(
+        part = sample_records(
             span,
             columns=rows.columns,
             on_error=rows.on_error,
             read=_READ // len(places),
             records=-(-_RECORDS // len(places)),
         )
-        records = shortened(look.records, _CHARACTERS)
+        records = shortened(part.records, _CHARACTERS)
         for row in make_encoder(rows, tokenizer).encode(records):
             labels = row.labels[row.places(rows.task)]
             labels = labels[labels < vocab_size]

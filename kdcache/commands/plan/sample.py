@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.corpus import Corpus, LineAt, Look, Record, look_into, looks
+from kdcache.corpus import Corpus, LineAt, Record, SpanSample, sample_records, sample_spans
 from kdcache.corpus.corpus import open_span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 
 _CHARACTERS_A_TOKEN = 6  # more than most scripts have, so that a full row comes out
 _ALL = 1 << 62
-_READ = 4096  # records of all looks, more only where more rows are wanted
+_READ = 4096  # records of all spans, more only where more rows are wanted
 
 
 @dataclass
@@ -64,11 +64,11 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
         UsageError: no row could be made, or a record cannot be read.
     """
     sample = CorpusSample()
-    places = looks(corpus, rows)
+    places = sample_spans(corpus, rows)
     for done, span in enumerate(places):
         # Samples that are short of rows leave theirs to the following ones.
         wanted = -(-(rows - len(sample.rows)) // (len(places) - done))
-        look = look_into(
+        part = sample_records(
             span,
             columns=spec.columns,
             on_error=spec.on_error,
@@ -76,10 +76,10 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
             records=wanted,
             characters=wanted * spec.max_length * _CHARACTERS_A_TOKEN,
         )
-        found = list(make_encoder(spec, tokenizer).encode(look.records))
+        found = list(make_encoder(spec, tokenizer).encode(part.records))
         sample.positions += sum(len(row.places(spec.task)) for row in found)
-        sample.records += len(look.records)
-        sample.stored += _stored(look)
+        sample.records += len(part.records)
+        sample.stored += _stored(part)
         chosen = np.linspace(0, len(found), min(wanted, len(found)), endpoint=False).astype(int)
         sample.rows += [found[i] for i in chosen]
         sample.places += [(span.index, int(i)) for i in chosen]
@@ -101,9 +101,9 @@ def _corpus_positions(corpus: Corpus, sample: CorpusSample) -> int:
     return max(round(estimate), sample.positions)
 
 
-def _stored(look: Look) -> float:
+def _stored(part: SpanSample) -> float:
     """Bytes that these records take in their file; guessed where it is compressed."""
-    span, records = look.span, look.records
+    span, records = part.span, part.records
     if not records:
         return 0.0
     if span.file.kind in ("parquet", "arrow"):
@@ -112,7 +112,7 @@ def _stored(look: Look) -> float:
         return span.file.size * len(records) / max(total, 1)
     first, last = records[0].location, records[-1].location
     if isinstance(first, LineAt) and isinstance(last, LineAt) and len(records) > 1:
-        read = (len(records) - 1) * look.stride
+        read = (len(records) - 1) * part.stride
         return (last.offset - first.offset) / read * len(records)
     plain = "".join(_line(span.file.kind, record) for record in records).encode()
     return len(zlib.compress(plain)) if span.file.compression else len(plain)
