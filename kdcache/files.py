@@ -291,7 +291,7 @@ def read_seal(folder: Path, name: str) -> dict[str, Any]:
     """
     try:
         document = json.loads((folder / name).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"has no {name}") from None
     if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
         raise ValueError(f"has a {name} without a list of files")
