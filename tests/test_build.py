@@ -709,7 +709,8 @@ def test_events_of_an_object_store_are_written_at_the_end_of_a_run(options: Buil
 
     options = dataclasses.replace(options, out="memory://events-test/cache", limit=20)
     build(options)
-    (name,) = fsspec.filesystem("memory").ls("/events-test/cache/events", detail=False)
+    names = fsspec.filesystem("memory").ls("/events-test/cache/events", detail=False)
+    (name,) = [name for name in names if name.endswith(".jsonl")]
     lines = [json.loads(x) for x in fsspec.filesystem("memory").cat(name).splitlines()]
     assert (lines[0]["event"], lines[-1]["event"]) == ("start", "sealed")
 
