@@ -4,6 +4,7 @@ spans.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -671,6 +672,24 @@ def test_a_signal_lets_spans_in_flight_finish_for_a_while(
     assert len(driver.made) == made
     assert len(workers.log) == 2
     assert workers.stopped
+
+
+def test_a_signal_that_a_library_swallowed_while_planning_is_not_lost(
+    small_build: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[build.__module__]
+
+    def prepare(options: BuildOptions) -> object:
+        with contextlib.suppress(KeyboardInterrupt):  # it cannot leave a library's callback
+            signal.raise_signal(signal.SIGTERM)
+        return planned(options)
+
+    planned = module.prepare
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "prepare", prepare)
+        with pytest.raises(IncompleteError, match="interrupted: 0 of 1 shards are committed"):
+            build(small_build)
+    assert build(small_build).made == 1
 
 
 def test_events_tell_what_happened(options: BuildOptions) -> None:

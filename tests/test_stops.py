@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from make_caches import make_cache
 from safetensors.torch import load_file
 
+from kdcache.cli.main import cli
 from kdcache.commands.train import run as run_module
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
@@ -400,4 +402,25 @@ def test_a_run_is_not_written_to_an_address(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"--out is {url}, expected a folder"):
         train(options(out=url))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--cache", "classes", "--student", "bilstm"],
+        ["sweep", "grid.yaml"],
+        ["finetune", "--model", "m", "--corpus", "c.tsv"],
+        ["predict", "--student", "s", "--corpus", "c.tsv"],
+        ["demo"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_no_command_makes_a_folder_of_an_address(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, [*words, "--out", "s3://bucket/out"])
+    assert result.exit_code == 2, result.output
+    assert "--out is s3://bucket/out, expected a folder or file on this machine" in result.output
     assert not list(tmp_path.iterdir())

@@ -153,6 +153,8 @@ cli(sys.argv[3:])
     [
         ("build", "raylet", "ray::RayWorker"),
         ("build", "gcs_server", "ray::RayWorker"),
+        ("train", "raylet", "ray::TrainController"),
+        ("sweep", "raylet", "ray::_call"),
     ],
 )
 def test_a_ray_of_its_own_that_dies_ends_the_command(

@@ -116,6 +116,8 @@ def predict(
         UsageError: the model is not a classifier or cannot read texts, or the input is unreadable.
     """
     begin = time.perf_counter()
+    if options.out is not None:
+        local_path(options.out)
     saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)
     if saved.task == CAUSAL_LM:
         raise UsageError(

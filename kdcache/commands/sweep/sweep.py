@@ -132,8 +132,8 @@ class _Sweep:
         self, options: SweepOptions, on_progress: Callable[[SweepProgress], None] | None
     ) -> None:
         self.options, self.on_progress = options, on_progress
-        self.grid = Grid.read(options.grid)
         self.out = local_path(options.out)
+        self.grid = Grid.read(options.grid)
         self.runs = {run.key: run for run in self.grid.runs}
         self.known = _read_manifest(self.out)
         self.names = {
