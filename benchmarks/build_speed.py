@@ -55,9 +55,8 @@ from kdcache.commands.build.worker import Job, SpanWorker
 from kdcache.corpus import Corpus, Span
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
-from kdcache.targets import Codec, SoftTargets
+from kdcache.targets import Codec, SoftTargets, TargetWriter
 from kdcache.targets.device import outside_mass
-from kdcache.targets.ranks import ranks_of_ids
 from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
 
@@ -178,8 +177,7 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
 def stages(worker: SpanWorker, span: Span) -> dict[str, float]:
     """Seconds a position of each stage by itself: wall time on a GPU, else CPU time."""
     clocks: dict[str, Clock] = defaultdict(Clock)
-    codec, ranks = worker.codec, worker.cache.rank_to_id
-    id_to_rank = None if ranks is None else ranks_of_ids(ranks)
+    writer = TargetWriter(worker.codec, worker.cache.rank_to_id)
     with clocks["tokenise"].running():
         rows = list(make_encoder(worker.job.rows, worker.tokenizer).encode(Corpus.read(span)))
     share = [row for row in rows if (row.labels != IGNORE).any()]
@@ -196,10 +194,10 @@ def stages(worker: SpanWorker, span: Span) -> dict[str, float]:
                 break
             u = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
             with clocks["encode"].running():
-                encoded = codec.encode(logits, u)
-            arrays = {name: value.cpu().numpy() for name, value in encoded.items()}
+                encoded = writer.codec.encode(logits, u)
+            host = {name: value.cpu() for name, value in encoded.items()}
             with clocks["pack"].running():
-                parts.append(SoftTargets(codec, codec.pack(arrays, id_to_rank), ranks))
+                parts.append(writer.pack(host))
             done += len(logits)
     with clocks["compress"].running():
         data = ShardData.from_rows("causal-lm", used, SoftTargets.concat(parts))

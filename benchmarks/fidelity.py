@@ -42,8 +42,8 @@ from kdcache.commands.build.prepare import prepare
 from kdcache.corpus import Corpus
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
-from kdcache.targets import Codec, SoftTargets, SparseTargets, TopK, position_uniform
-from kdcache.targets.ranks import ranks_of_ids, read_ranks
+from kdcache.targets import Codec, SoftTargets, SparseTargets, TargetWriter, TopK, position_uniform
+from kdcache.targets.ranks import read_ranks
 from kdcache.teacher import Teacher
 
 ROW = 256
@@ -160,13 +160,11 @@ def draws_for(positions: Positions, entries: float) -> int:
 
 def store(positions: Positions, codec: Codec, seed: int = 0) -> SoftTargets:
     """Targets as a build stores them."""
-    to_rank = ranks_of_ids(positions.rank_to_id)
+    writer = TargetWriter(codec, positions.rank_to_id)
     u = torch.from_numpy(position_uniform(seed, 0, np.arange(len(positions)), 0))
     parts = []
     for start, logits in positions.slices():
-        raw = codec.encode(logits, u[start : start + len(logits)])
-        packed = codec.pack({k: v.numpy() for k, v in raw.items()}, to_rank)
-        parts.append(SoftTargets(codec, packed, positions.rank_to_id))
+        parts.append(writer.write(logits, u[start : start + len(logits)]))
     return SoftTargets.concat(parts)
 
 
@@ -246,7 +244,7 @@ def bias(
 
     The ids beyond the 400 most probable ones make one outcome: each of them is met too rarely.
     """
-    to_rank = ranks_of_ids(positions.rank_to_id)
+    writer = TargetWriter(codec, positions.rank_to_id)
     found: dict[float, list[float]] = {t: [] for t in codec.temperatures}
     for place in chosen:
         logits = positions.logits[place].float()
@@ -255,9 +253,7 @@ def bias(
         parts: dict[float, list[Tensor]] = {t: [] for t in codec.temperatures}
         for start in range(0, draws, 500):
             u = torch.from_numpy(position_uniform(1, place, 0, np.arange(start, start + 500)))
-            raw = codec.encode(logits.expand(500, -1), u)
-            packed = codec.pack({k: v.numpy() for k, v in raw.items()}, to_rank)
-            targets = SoftTargets(codec, packed, positions.rank_to_id)
+            targets = writer.write(logits.expand(500, -1), u)
             for t in codec.temperatures:
                 sparse = targets.at(t)
                 assert isinstance(sparse, SparseTargets)

@@ -52,8 +52,14 @@ from kdcache.corpus import Corpus
 from kdcache.loss import distillation_loss
 from kdcache.loss.metrics import Calibration
 from kdcache.rows import Row
-from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets, position_uniform
-from kdcache.targets.ranks import ranks_of_ids
+from kdcache.targets import (
+    Codec,
+    DenseTargets,
+    SoftTargets,
+    SparseTargets,
+    TargetWriter,
+    position_uniform,
+)
 
 Targets = DenseTargets | SparseTargets
 At = Callable[[np.ndarray], Targets]
@@ -177,12 +183,10 @@ def stored(
 ) -> SoftTargets:
     """All positions through a codec, as a build stores them."""
     u = torch.from_numpy(position_uniform(seed, 0, np.arange(len(logits)), 0))
-    to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
-    parts = []
+    writer, parts = TargetWriter(codec, rank_to_id), []
     for start in range(0, len(logits), 1024):
-        raw = codec.encode(logits[start : start + 1024].float(), u[start : start + 1024])
-        packed = codec.pack({k: v.numpy() for k, v in raw.items()}, to_rank)
-        parts.append(SoftTargets(codec, packed, rank_to_id))
+        here = slice(start, start + 1024)
+        parts.append(writer.write(logits[here].float(), u[here]))
     return SoftTargets.concat(parts)
 
 

@@ -43,8 +43,8 @@ from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
 from kdcache.stream import ShardRows, TargetStream
-from kdcache.targets import Codec, SoftTargets, position_uniform
-from kdcache.targets.ranks import ranks_of_ids, read_ranks
+from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
+from kdcache.targets.ranks import read_ranks
 
 CODECS = (("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)), ("topk:64", (1.0,)))
 ROW = 1024
@@ -76,14 +76,12 @@ def rank_table(options: argparse.Namespace) -> bytes:
 
 def make_targets(codec: Codec, ranks: np.ndarray, options: argparse.Namespace) -> SoftTargets:
     """Each position's target, `--draws` times with other noise."""
-    inverse, parts = ranks_of_ids(ranks), []
+    writer, parts = TargetWriter(codec, ranks), []
     for part, logits in enumerate(teacher(options)):
         for draw in range(options.draws):
             places = np.arange(len(logits)) + part * SLICE
             u = torch.from_numpy(position_uniform(0, draw, places, 0))
-            encoded = codec.encode(logits, u)
-            packed = codec.pack({k: v.numpy() for k, v in encoded.items()}, inverse)
-            parts.append(SoftTargets(codec, packed, ranks))
+            parts.append(writer.write(logits, u))
     return SoftTargets.concat(parts)
 
 

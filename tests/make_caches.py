@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
-from kdcache.targets import Codec, SoftTargets, position_uniform
+from kdcache.targets import Codec, TargetWriter, position_uniform
 from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
 
@@ -61,8 +61,7 @@ def make_shard(
     logits = teacher_logits(rows, task, width)
     n = len(logits)
     u = torch.from_numpy(position_uniform(seed, 0, np.arange(n), np.zeros(n, np.int64)))
-    packed = codec.pack({k: v.numpy() for k, v in codec.encode(logits, u).items()})
-    return ShardData.from_rows(task, rows, SoftTargets(codec, packed, None))
+    return ShardData.from_rows(task, rows, TargetWriter(codec).write(logits, u))
 
 
 def make_cache(

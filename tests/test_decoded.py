@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from kdcache.errors import UsageError
-from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets, Targets
+from kdcache.targets import Codec, DenseTargets, SparseTargets, Targets, TargetWriter
 
 
 def decoded() -> list[Targets]:
@@ -23,8 +23,7 @@ def decoded() -> list[Targets]:
     found = []
     for text in ("dense", "topk:4", "sample:6"):
         codec = Codec.parse(text, (1.0, 2.0), 40)
-        packed = codec.pack({k: v.numpy() for k, v in codec.encode(logits, u).items()})
-        found.append(SoftTargets(codec, packed).at(2.0))
+        found.append(TargetWriter(codec).write(logits, u).at(2.0))
     return found
 
 

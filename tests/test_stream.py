@@ -39,14 +39,13 @@ from kdcache.stream.background import Background
 from kdcache.targets import (
     Codec,
     DenseTargets,
-    SoftTargets,
     SparseTargets,
     Targets,
+    TargetWriter,
     position_uniform,
     sample,
 )
 from kdcache.targets.base import owners, ragged_items, running_sum
-from kdcache.targets.ranks import ranks_of_ids
 
 SIZES = [5, 0, 3, 9, 1, 7, 4]
 
@@ -611,9 +610,8 @@ def test_targets_decoded_in_slices_are_those_of_one_by_one(
     logits[7] = -50.0  # nothing but a head
     logits[7, 3] = 50.0
     u = torch.from_numpy(position_uniform(0, 0, np.arange(23), 0))
-    encoded = {k: v.numpy() for k, v in codec.encode(logits, u).items()}
     table = np.random.default_rng(0).permutation(700)
-    soft = SoftTargets(codec, codec.pack(encoded, ranks_of_ids(table)), table)
+    soft = TargetWriter(codec, table).write(logits, u)
     monkeypatch.setattr(sample, "_SLICE", 5)
     for temperature in temperatures:
         whole = soft.at(temperature)

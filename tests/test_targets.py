@@ -21,6 +21,7 @@ from kdcache.targets import (
     Sample,
     SoftTargets,
     SparseTargets,
+    TargetWriter,
     TopK,
     position_uniform,
 )
@@ -43,9 +44,7 @@ def make(
     codec: Codec, logits: Tensor, u: Tensor | None = None, ids: np.ndarray | None = None
 ) -> SoftTargets:
     """Encode and pack; `ids` is the id of each rank."""
-    encoded = codec.encode(logits, uniforms(len(logits)) if u is None else u)
-    arrays = {name: tensor.numpy() for name, tensor in encoded.items()}
-    return SoftTargets(codec, codec.pack(arrays, None if ids is None else np.argsort(ids)), ids)
+    return TargetWriter(codec, ids).write(logits, uniforms(len(logits)) if u is None else u)
 
 
 def as_dense(targets: DenseTargets | SparseTargets, vocabulary: int) -> Tensor:

@@ -31,8 +31,7 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import batches
 from kdcache.student.saved import pick_device
-from kdcache.targets import DenseTargets, SoftTargets, position_uniform
-from kdcache.targets.ranks import ranks_of_ids
+from kdcache.targets import DenseTargets, SoftTargets, TargetWriter, position_uniform
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
 
@@ -211,15 +210,13 @@ def _compare(
     together: Tensor,
     rng: np.random.Generator,
 ) -> Recheck:
-    spec, codec, ranks = cache.spec, cache.codec(), cache.rank_to_id
+    spec, writer = cache.spec, TargetWriter(cache.codec(), cache.rank_to_id)
     noise = torch.from_numpy(np.concatenate(chosen.noise))
     row_of = np.repeat(np.arange(len(chosen.rows)), [len(w) for w in chosen.wanted])
     scale = float((alone - alone.mean(-1, keepdim=True)).square().mean().sqrt())
 
     def stored(logits: Tensor) -> SoftTargets:
-        encoded = {name: t.numpy() for name, t in codec.encode(logits, noise).items()}
-        packed = codec.pack(encoded, None if ranks is None else ranks_of_ids(ranks))
-        return SoftTargets(codec, packed, ranks)
+        return writer.write(logits, noise)
 
     def by_row(one: SoftTargets, other: SoftTargets) -> np.ndarray:
         each = _differences(one, other, spec.vocab_size, scale)

@@ -23,7 +23,7 @@ from kdcache.targets.dense import Dense
 from kdcache.targets.device import check_finite
 from kdcache.targets.noise import position_uniform
 from kdcache.targets.sample import Sample
-from kdcache.targets.soft import SoftTargets
+from kdcache.targets.soft import SoftTargets, TargetWriter
 from kdcache.targets.topk import TopK
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Sample",
     "SoftTargets",
     "SparseTargets",
+    "TargetWriter",
     "Targets",
     "TopK",
     "check_finite",

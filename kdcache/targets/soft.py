@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from kdcache.targets.base import Array, Codec, ragged_items, running_sum
 from kdcache.targets.decoded import Targets
+from kdcache.targets.ranks import ranks_of_ids
 
 
 @dataclass
@@ -112,3 +114,28 @@ class SoftTargets:
 def _same(one: Array | None, other: Array | None) -> bool:
     """Whether two rank tables are one; those of a cache are the same object."""
     return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
+class TargetWriter:
+    """Logits to stored targets of one codec, ids as frequency ranks where there is a table."""
+
+    def __init__(self, codec: Codec, rank_to_id: Array | None = None) -> None:
+        """Invert the table once.
+
+        Args:
+            codec: what to store.
+            rank_to_id: [V] id of each rank, or None to store ids as they are.
+        """
+        self.codec, self.rank_to_id = codec, rank_to_id
+        self._id_to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
+
+    def write(self, logits: Tensor, u: Tensor | None = None) -> SoftTargets:
+        """Encode, wait for the device, and pack; see `Codec.encode`."""
+        encoded = self.codec.encode(logits, u)
+        return self.pack({name: tensor.cpu() for name, tensor in encoded.items()})
+
+    def pack(self, encoded: Mapping[str, Tensor]) -> SoftTargets:
+        """What `Codec.encode` gave, on the CPU, as stored targets."""
+        arrays = {name: tensor.numpy() for name, tensor in encoded.items()}
+        packed = self.codec.pack(arrays, self._id_to_rank)
+        return SoftTargets(self.codec, packed, self.rank_to_id)

@@ -32,8 +32,7 @@ from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
-from kdcache.targets import Codec, SoftTargets, position_uniform
-from kdcache.targets.ranks import ranks_of_ids
+from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
 from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
 
 logger = logging.getLogger(__name__)
@@ -304,9 +303,7 @@ class _Packer:
     def __init__(
         self, codec: Codec, span: int, rank_to_id: np.ndarray | None, threads: int = 1
     ) -> None:
-        self._codec, self._span = codec, span
-        self._rank_to_id = rank_to_id
-        self._id_to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
+        self._writer, self._span = TargetWriter(codec, rank_to_id), span
         self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="kdcache-pack")
         self._room = threading.BoundedSemaphore(_UNPACKED)
 
@@ -341,16 +338,14 @@ class _Packer:
         try:
             for event in copied:
                 event.synchronize()
-            arrays = {name: tensor.numpy() for name, tensor in host.items()}
-            if not arrays["finite"].all():
-                bad = start + int(np.argmin(arrays["finite"]))
+            if not host["finite"].all():
+                bad = start + int(host["finite"].int().argmin())
                 raise UsageError(
                     f"the teacher gives NaN or infinite logits for span {self._span}, row "
                     f"{place.rows[bad]}, position {place.within[bad]}: nothing of this span is "
                     "cached. Try --dtype float32, or check the model."
                 )
-            clipped = np.float32(arrays.pop("clipped"))
-            packed = self._codec.pack(arrays, self._id_to_rank)
-            return _Packed(SoftTargets(self._codec, packed, self._rank_to_id), clipped)
+            clipped = np.float32(host.pop("clipped"))
+            return _Packed(self._writer.pack(host), clipped)
         finally:
             self._room.release()

@@ -20,8 +20,8 @@ from kdcache.commands.plan.sample import CorpusSample
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import batches
-from kdcache.targets import Codec, SoftTargets, position_uniform
-from kdcache.targets.ranks import ranks_of_ids, read_ranks
+from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
+from kdcache.targets.ranks import read_ranks
 from kdcache.teacher import Teacher, find_batch_tokens, logits_at, peak_share
 
 _COMPARED = 2048  # positions, at most
@@ -35,12 +35,12 @@ Report = Callable[[str], None]
 class _Trial:
     """One codec's encoding of the sample so far."""
 
-    codec: Codec
-    ranks: tuple[np.ndarray, np.ndarray] | None
+    writer: TargetWriter
     parts: list[SoftTargets] = field(default_factory=list)
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.codec = self.writer.codec
         drawn = self.codec.needs_noise
         self.meters = {t: FidelityMeter(drawn=drawn) for t in self.codec.temperatures}
 
@@ -49,15 +49,14 @@ class _Trial:
         encoded = self.codec.encode(logits, u)
         if timed:
             self.seconds += _now(logits.device) - begin
-        arrays = {name: tensor.cpu().numpy() for name, tensor in encoded.items()}
-        bad = int((~arrays["finite"]).sum())
+        host = {name: tensor.cpu() for name, tensor in encoded.items()}
+        bad = int((~host["finite"]).sum())
         if bad:
             raise UsageError(
                 f"the teacher gives NaN or infinite logits at {bad} of {len(logits)} positions: "
                 "nothing to plan with. Try --dtype float32, or check the model."
             )
-        to_id, to_rank = self.ranks or (None, None)
-        return SoftTargets(self.codec, self.codec.pack(arrays, to_rank), to_id)
+        return self.writer.pack(host)
 
 
 class SamplePass:
@@ -73,11 +72,11 @@ class SamplePass:
     ) -> None:
         self.prepared, self.sample = prepared, sample
         self._find_batch = find_batch
-        ranks = None
-        if prepared.ranks:
-            to_id = read_ranks(prepared.ranks, prepared.spec.vocab_size)
-            ranks = (to_id, ranks_of_ids(to_id))
-        self.trials = [_Trial(c, ranks if c.uses_ranks else None) for c in codecs]
+        table, size = prepared.ranks, prepared.spec.vocab_size
+        ranks = read_ranks(table, size) if table else None
+        self.trials = [
+            _Trial(TargetWriter(codec, ranks if codec.uses_ranks else None)) for codec in codecs
+        ]
         self.temperatures = tuple(sorted({t for codec in codecs for t in codec.temperatures}))
         # The order of the rows is the same for batches of any size.
         self.rows = [
