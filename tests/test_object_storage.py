@@ -39,6 +39,7 @@ from test_storage import (  # noqa: E402, F401
 
 from kdcache.cache import Cache, CacheSpec  # noqa: E402
 from kdcache.cli.main import cli  # noqa: E402
+from kdcache.corpus import Corpus  # noqa: E402
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError  # noqa: E402
 from kdcache.storage import Storage, filesystem, open_storage  # noqa: E402
 from kdcache.stream import TargetStream  # noqa: E402
@@ -676,6 +677,22 @@ def test_a_corpus_in_s3_makes_the_same_cache(
         cli, ["plan", "--teacher", str(stories260k), "--corpus", url, "--json", *one]
     )
     assert planned.exit_code == 0, planned.output
+
+
+def test_a_corpus_in_s3_that_changes_is_refused(proxy: Proxy, url: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"line {i}"}) + "\n" for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    upload(tmp_path, url)
+    for pattern in (url, f"{url}/*.jsonl", f"{url}/a.jsonl"):
+        corpus = Corpus.open([pattern], span_bytes=1000)
+        corpus.check_unchanged()
+        assert all(list(Corpus.read(span)) for span in corpus.spans)
+    (tmp_path / "a.jsonl").write_text("".join(lines).replace("line 99", "lime 99"))
+    upload(tmp_path, url)
+    with pytest.raises(UsageError, match=r"a\.jsonl: the file was changed after it was planned"):
+        list(Corpus.read(corpus.spans[0]))
+    with pytest.raises(UsageError, match=r"a\.jsonl: the file was changed after it was planned"):
+        corpus.check_unchanged()
 
 
 RACE = """
