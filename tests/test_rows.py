@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from kdcache.corpus import Corpus, FileColumns, Record
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.rows.batches import pad_rows, padded
 from kdcache.tasks import IGNORE
 
 PATIENT = settings(
@@ -505,3 +506,29 @@ def test_the_tokenizers_are_what_their_script_makes(tmp_path: Path) -> None:
         assert kept.get_vocab() == made.get_vocab()
         text = "Once upon a time, a FILM \N{SNOWMAN}"
         assert kept(text, text)["input_ids"] == made(text, text)["input_ids"]
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.integers(0, 9),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_rows_are_padded_on_the_right(lengths: list[int], pad_id: int, typed: list[bool]) -> None:
+    rows = [
+        Row(
+            np.arange(1, n + 1, dtype=np.int32) + 10 * i,
+            np.array([0], np.int32),
+            np.ones(n, np.uint8) if typed[i] else None,
+        )
+        for i, n in enumerate(lengths)
+    ]
+    batch = pad_rows(rows, pad_id)
+    assert ("token_type_ids" in batch) == typed[0]
+    for i, row in enumerate(rows):
+        n, rest = lengths[i], max(lengths) - lengths[i]
+        assert batch["input_ids"][i].tolist() == [*row.input_ids, *[pad_id] * rest]
+        assert batch["attention_mask"][i].tolist() == [1] * n + [0] * rest
+        if typed[0]:
+            assert batch["token_type_ids"][i].tolist() == [int(typed[i])] * n + [0] * rest
+    assert {array.dtype for array in batch.values()} == {np.dtype(np.int64)}
+    assert padded(np.zeros(0), np.zeros(2, np.int64), 7).shape == (2, 0)

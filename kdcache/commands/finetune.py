@@ -49,6 +49,7 @@ from kdcache.loss.metrics import accuracy, confusion_matrix, f1
 from kdcache.models import HeadedConfig
 from kdcache.options import option
 from kdcache.rows import Row, make_encoder
+from kdcache.rows.batches import pad_rows
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
     check_identity,
@@ -341,17 +342,7 @@ class _Pad:
     pad_id: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        width = max(len(row.input_ids) for row in rows)
-        ids = np.full((len(rows), width), self.pad_id, np.int64)
-        mask, types = np.zeros_like(ids), np.zeros_like(ids)
-        for i, row in enumerate(rows):
-            length = len(row.input_ids)
-            ids[i, :length], mask[i, :length] = row.input_ids, 1
-            if row.type_ids is not None:
-                types[i, :length] = row.type_ids
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if rows[0].type_ids is not None:
-            batch["token_type_ids"] = types
+        batch = pad_rows(rows, self.pad_id)
         batch["labels"] = np.array([int(row.labels[0]) for row in rows], np.int64)
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 

@@ -1,8 +1,15 @@
-"""Rows grouped by length for a model."""
+"""Rows grouped by length and padded for a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.rows.spec import Row
+
+Ids = npt.NDArray[np.int64]
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -22,3 +29,30 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def padded(values: npt.NDArray[np.generic], lengths: npt.NDArray[np.integer], fill: int) -> Ids:
+    """Rows that lie one after another, filled up on the right: int64 [rows, longest].
+
+    Args:
+        values: of all rows, joined.
+        lengths: of each row.
+        fill: what stands behind shorter rows.
+    """
+    real = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    out = np.full(real.shape, fill, np.int64)
+    out[real] = values
+    return out
+
+
+def pad_rows(rows: Sequence[Row], pad_id: int) -> dict[str, Ids]:
+    """`input_ids`, `attention_mask` and, if the first row has them, `token_type_ids`."""
+    lengths = np.array([len(row.input_ids) for row in rows])
+    columns = {
+        "input_ids": padded(np.concatenate([row.input_ids for row in rows]), lengths, pad_id),
+        "attention_mask": padded(np.ones(lengths.sum(), np.int64), lengths, 0),
+    }
+    if rows[0].type_ids is not None:
+        types = [np.zeros(len(r.input_ids)) if r.type_ids is None else r.type_ids for r in rows]
+        columns["token_type_ids"] = padded(np.concatenate(types), lengths, 0)
+    return columns

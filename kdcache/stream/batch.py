@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
+from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of, types_of
 from kdcache.targets import SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE
@@ -74,9 +75,11 @@ def collate(
         batch's positions in row-major order. `count` is the number of positions the loss is a mean
         of (without targets: of hard labels); infinity gives the batch the weight zero.
     """
-    rows, lengths = len(data), np.diff(data.offsets)
-    width = int(lengths.max()) if rows else 0
-    real = np.arange(width) < lengths[:, None]
+    lengths = np.diff(data.offsets)
+
+    def pad(values: np.ndarray, fill: int) -> Tensor:
+        return torch.from_numpy(padded(values, lengths, fill))
+
     causal = data.task == CAUSAL_LM
     if tokenize is not None:
         if data.texts is None:
@@ -88,24 +91,16 @@ def collate(
         }
     else:
         batch = {
-            "input_ids": _padded(data.input_ids, real, pad_id),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+            "input_ids": pad(data.input_ids, pad_id),
+            "attention_mask": pad(np.ones(len(data.input_ids), np.int64), 0),
         }
         if data.type_ids is not None:
-            batch["token_type_ids"] = _padded(data.type_ids, real, 0)
+            batch["token_type_ids"] = pad(data.type_ids, 0)
     labels = data.labels
-    batch["labels"] = (
-        _padded(labels, real, IGNORE) if causal else torch.from_numpy(labels.astype(np.int64))
-    )
+    batch["labels"] = pad(labels, IGNORE) if causal else torch.from_numpy(labels.astype(np.int64))
     if temperature is not None:
         batch["targets"] = data.targets.at(temperature)
     if count is None:
         count = int(positions_of(data, soft=temperature is not None).sum())
     batch["count"] = torch.tensor(count, dtype=torch.float32)
     return batch
-
-
-def _padded(values: np.ndarray, real: np.ndarray, fill: int) -> Tensor:
-    out = np.full(real.shape, fill, dtype=np.int64)
-    out[real] = values
-    return torch.from_numpy(out)

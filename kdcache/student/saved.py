@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
+from kdcache.rows.batches import pad_rows, padded
 from kdcache.student import (
     DistilledStudent,
     StudentInfo,
@@ -293,21 +294,12 @@ def _own_forward(
 
     @torch.inference_mode()
     def run(rows: Sequence[Row]) -> Iterator[Tensor]:
-        width = max(len(row.input_ids) for row in rows)
-        input_ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        types, mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        labels = torch.full((len(rows), width) if causal else (len(rows),), IGNORE)
-        for i, row in enumerate(rows):
-            length = len(row.input_ids)
-            input_ids[i, :length] = torch.from_numpy(row.input_ids)
-            mask[i, :length] = 1
-            if row.type_ids is not None:
-                types[i, :length] = torch.from_numpy(row.type_ids)
-            if causal:
-                labels[i, :length] = torch.from_numpy(row.labels)
-        inputs = {"input_ids": input_ids, "attention_mask": mask}
-        if rows[0].type_ids is not None:
-            inputs["token_type_ids"] = types
+        inputs = {name: torch.from_numpy(ids) for name, ids in pad_rows(rows, 0).items()}
+        labels = torch.full((len(rows),), IGNORE)
+        if causal:
+            lengths = np.array([len(row.labels) for row in rows])
+            every = np.concatenate([row.labels for row in rows])
+            labels = torch.from_numpy(padded(every, lengths, IGNORE))
         if tokenize is not None and rows[0].text is not None:
             pairs = None if rows[0].text_pair is None else [row.text_pair or "" for row in rows]
             inputs = dict(tokenize([row.text or "" for row in rows], pairs))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
+from kdcache.rows.batches import pad_rows, padded
 from kdcache.targets.device import outside_mass
 from kdcache.tasks import IGNORE
 from kdcache.teacher.load import input_device
@@ -172,27 +173,15 @@ class TeacherModel:
         return torch.cat([piece.float().cpu() for piece in self._forward(self._batch([row]))])
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Right-padded tensors on the device; `wanted` indexes the positions of the flat batch."""
-        width = max(len(row.input_ids) for row in rows)
+        """Right-padded tensors on the device; `wanted` are flat positions of a language model."""
         # Decoders that classify look for the last id that is not padding.
-        input_ids = np.full((len(rows), width), self._pad_id, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        type_ids = np.zeros((len(rows), width), np.int64)
-        wanted = np.zeros((len(rows), width), bool)
-        for i, row in enumerate(rows):
-            length = len(row.input_ids)
-            input_ids[i, :length] = row.input_ids
-            mask[i, :length] = 1
-            if self.causal:
-                wanted[i, :length] = row.labels != IGNORE
-            if row.type_ids is not None:
-                type_ids[i, :length] = row.type_ids
-        # Indexing by a mask would make the host wait for the device to count it.
-        batch = {"input_ids": input_ids, "wanted": np.flatnonzero(wanted)}
-        if not self.causal:
-            batch["attention_mask"] = mask
-        if rows[0].type_ids is not None:
-            batch["token_type_ids"] = type_ids
+        batch = pad_rows(rows, self._pad_id)
+        if self.causal:
+            lengths = np.array([len(row.labels) for row in rows])
+            wanted = padded(np.concatenate([row.labels for row in rows]), lengths, IGNORE)
+            # Indexing by a mask would make the host wait for the device to count it.
+            batch["wanted"] = np.flatnonzero(wanted != IGNORE)
+            del batch["attention_mask"]
         return {name: self.to_device(torch.from_numpy(a)) for name, a in batch.items()}
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -218,10 +207,10 @@ class TeacherModel:
 
     def _forward(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
         """The model's own forward."""
-        wanted = batch.pop("wanted")
         if not self.causal:
             yield self.model(**batch).logits[:, : self.vocab_size]
             return
+        wanted = batch.pop("wanted")
         # Rows are padded on the right, where causal attention never looks: no mask is needed, and
         # without one the fastest attention kernels apply.
         logits = self.model(**batch, use_cache=False).logits
