@@ -97,12 +97,13 @@ class LocalStorage(Storage):
     def create_shared(self, name: str, data: bytes) -> Share | None:
         """See `Storage.create_shared`."""
         with self._written(data) as path:
-            lock = self.share(str(path.relative_to(self.root)))
-            if self._publish(path, name):
-                return lock
-            if lock is not None:
-                lock.close()
-        return self.share(name)
+            first = self.share(str(path.relative_to(self.root)))
+            self._publish(path, name)
+            # Opened by its name: a handle from `tmp/` would keep that folder on the disk.
+            lock = self.share(name)
+            if first is not None:
+                first.close()
+            return lock
 
     def _publish(self, path: Path, name: str) -> bool:
         """Give a file that is on the disk its name, unless that is taken; whether it was free."""
