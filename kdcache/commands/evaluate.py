@@ -51,7 +51,7 @@ class EvaluateOptions(RowOptions, InferenceOptions):
     """What `kdcache evaluate` takes: fields have the names of its options."""
 
     student: tuple[str, ...] = option(
-        help="folders of models or of runs (their model is in `student/`), or hub ids.",
+        help="folders of models or of runs, or hub ids.",
         metavar="RUN_OR_DIR",
     )
     cache: str | None = option(

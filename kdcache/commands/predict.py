@@ -40,7 +40,7 @@ class PredictOptions(RecordOptions, InferenceOptions):
     """What `kdcache predict` takes: fields have the names of its options."""
 
     student: str = option(
-        help="folder or hub id of a classifier, or folder of a run (its model is in `student/`).",
+        help="folder of a run or of a classifier, or hub id.",
         metavar="RUN_OR_DIR",
     )
     corpus: tuple[str, ...] = option(

@@ -71,7 +71,7 @@ def check_loss(targets: Targets, *, divergence: str, tail: str) -> None:
             )
         if targets.temperature != 1:
             raise UsageError(
-                "divergence mse compares raw logits and knows no temperature, but "
+                "divergence mse compares raw logits and has no temperature, but "
                 f"{targets.temperature:g} was given. Train with --temperature 1."
             )
     if dense or divergence == "forward-kl":

@@ -135,8 +135,8 @@ class TargetStream(IterableDataset[Batch]):
         check_caches(self.caches, () if tried is None else (tried,), problems)
         if self.rows == 0 or len(self) == 0:
             raise UsageError(
-                f"{self.rows} rows an epoch are less than one batch of {batch_size}. Use a larger "
-                "cache, a smaller batch size, or keep the last batch."
+                f"an epoch has {self.rows} rows, fewer than one batch of {batch_size}. Use a "
+                "larger cache, a smaller batch size, or keep the last batch."
             )
         self.group = self._usual_group() if group is None else group
 

@@ -73,8 +73,8 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
     own = [row[:n] if causal else row[None] for row, n in zip(padded, lengths, strict=True)]
     _refuse_beyond(
         distance(own, [row if causal else row[None] for row in alone]),
-        f"student {name} gives a row other logits where its batch is padded: its loss would not "
-        "be that of its rows. Use --batch-size 1, or a student that masks padding.",
+        f"student {name} gives other logits where its batch is padded, so its loss would be wrong. "
+        "Use --batch-size 1, or a student that masks padding.",
     )
 
 

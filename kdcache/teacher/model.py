@@ -118,8 +118,8 @@ class TeacherModel:
         moved = distance(want[:1], want[1:2])  # one row, asked twice
         if moved > self._tolerance:
             raise UsageError(
-                f"model {self.name} gives other logits for a row each time that it is run (they "
-                f"differ by {moved:.2g} of their spread): it is random at inference."
+                f"model {self.name} is random at inference: run twice on the same row, its logits "
+                f"differ by {moved:.2g} of their spread. Name another model."
             )
         if self.causal:
             self._check_causal(sample[0], want[0])
