@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from kdcache.commands.demo.demo import DemoOptions, demo
     from kdcache.commands.demo.result import DemoResult
     from kdcache.commands.evaluate import EvaluateOptions, evaluate
-    from kdcache.commands.finetune import FinetuneOptions, FinetuneResult, finetune
+    from kdcache.commands.finetune.finetune import FinetuneResult, finetune
+    from kdcache.commands.finetune.options import FinetuneOptions
     from kdcache.commands.gc import GcOptions, gc
     from kdcache.commands.inspect import InspectOptions, InspectResult, inspect
     from kdcache.commands.plan.options import PlanOptions
@@ -60,7 +61,7 @@ _HOMES = {
     "kdcache.commands.demo.demo": ("DemoOptions", "demo"),
     "kdcache.commands.demo.result": ("DemoResult",),
     "kdcache.commands.evaluate": ("EvaluateOptions", "evaluate"),
-    "kdcache.commands.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
+    "kdcache.commands.finetune.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
     "kdcache.commands.gc": ("GcOptions", "gc"),
     "kdcache.commands.inspect": ("InspectOptions", "InspectResult", "inspect"),
     "kdcache.commands.plan.options": ("PlanOptions",),

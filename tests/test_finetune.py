@@ -26,7 +26,8 @@ from transformers import (
     DistilBertModel,
 )
 
-from kdcache.commands.finetune import FinetuneOptions, FinetuneResult, finetune
+from kdcache.commands.finetune.finetune import FinetuneResult, finetune
+from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.teacher import TeacherFiles

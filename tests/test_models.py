@@ -11,7 +11,8 @@ from make_caches import CAUSAL, make_cache
 from transformers import BertConfig, BertModel
 
 from kdcache.cache import Cache
-from kdcache.commands.finetune import FinetuneOptions, finetune
+from kdcache.commands.finetune.finetune import finetune
+from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.teacher import tokenizer_files

@@ -17,7 +17,8 @@ from make_caches import make_cache, word_tokenizer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from kdcache.commands.evaluate import EvaluateOptions, evaluate
-from kdcache.commands.finetune import FinetuneOptions, finetune
+from kdcache.commands.finetune.finetune import finetune
+from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.predict import PredictOptions, predict
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train

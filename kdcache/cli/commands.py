@@ -156,7 +156,8 @@ def _sweep() -> click.Command:
 
 def _finetune() -> click.Command:
     from kdcache.cli.display import TrainDisplay
-    from kdcache.commands.finetune import FinetuneOptions, finetune
+    from kdcache.commands.finetune.finetune import finetune
+    from kdcache.commands.finetune.options import FinetuneOptions
 
     @options_command(
         FinetuneOptions,

@@ -22,7 +22,8 @@ from kdcache.cache import Cache
 from kdcache.commands import finetune as finetune_module
 from kdcache.commands.build import worker
 from kdcache.commands.build.build import BuildOptions, build
-from kdcache.commands.finetune import FinetuneOptions, finetune
+from kdcache.commands.finetune.finetune import finetune
+from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.sweep.sweep import on_gpus
 from kdcache.commands.train import on_ray
 from kdcache.commands.train import run as run_module

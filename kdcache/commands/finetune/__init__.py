@@ -1,0 +1,1 @@
+"""`kdcache finetune`: an encoder becomes the teacher of a classifier."""

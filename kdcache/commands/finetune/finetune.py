@@ -1,0 +1,266 @@
+"""`kdcache finetune`: fine-tunes a Hugging Face encoder as the teacher of a classifier.
+
+    records -> class names -> token rows -> HF Trainer -> best epoch -> folder for `build`
+
+All of the encoder is trained, or only its last parameter tensors and the new head (Tang et al. 2019
+froze all but the last four of BERT and put a ReLU layer of 192 before the classes: `train_last=4,
+head_width=192`).
+
+Cost: one pass over the records for the class names, then all rows are kept as token ids in memory.
+Guarantee: the folder appears whole; the same command on it again does nothing. Until then
+`TEACHER.tmp` keeps a checkpoint of each epoch, from which the same command continues, to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
+
+from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.finetune.rows import label_names_of, labelled_rows
+from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_loss
+from kdcache.commands.interrupt import interruptible
+from kdcache.commands.train.result import TrainProgress
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.files import alone, full_disk, local_path, sync_folder, whole_folder, write_json
+from kdcache.models import HeadedConfig
+from kdcache.rows import Row
+from kdcache.student.checkpoints import (
+    check_identity,
+    continues,
+    last_checkpoint,
+    read_state,
+)
+from kdcache.student.load import find_files
+from kdcache.teacher import TeacherFiles, quiet_transformers
+from kdcache.teacher.headed import HeadedForSequenceClassification
+from kdcache.teacher.load import set_pad_id
+
+RESULT_FILE = "finetune.json"
+_MAY_CHANGE = ("out", "logging_steps")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """The result of a fine-tuning.
+
+    Attributes:
+        out: folder of the teacher.
+        label_names: its classes, in the order of the logits.
+        rows: labelled rows trained on.
+        unlabelled: rows left out because they had no label.
+        trained: parameters that were trained.
+        parameters: parameters in all.
+        steps: steps of the run.
+        loss: mean training loss.
+        accuracy: on the evaluation corpus, 0 to 1; None without one.
+        f1: on the evaluation corpus: of class 1 where there are two, else the mean over classes.
+        seconds: wall time of training.
+        made: False where the folder was finished before and nothing was done.
+    """
+
+    out: str
+    label_names: tuple[str, ...]
+    rows: int
+    unlabelled: int
+    trained: int
+    parameters: int
+    steps: int
+    loss: float
+    accuracy: float | None = None
+    f1: float | None = None
+    seconds: float = 0.0
+    made: bool = True
+
+
+def finetune(
+    options: FinetuneOptions, *, on_progress: Callable[[TrainProgress], None] | None = None
+) -> FinetuneResult:
+    """Fine-tune an encoder on labelled texts.
+
+    Args:
+        options: see `FinetuneOptions`.
+        on_progress: called every `logging_steps` steps and after each evaluation.
+
+    Raises:
+        UsageError: options, corpus and model do not fit, or the folder holds something else.
+        IncompleteError: interrupted, or no space left; the same command continues.
+    """
+    out = local_path(options.out)
+    run = out.with_name(out.name + ".tmp")
+    with interruptible():
+        try:
+            finished = _finished(options, out)
+            if finished is not None:
+                return finished
+            with alone(run, "fine-tuning"), full_disk(run, lambda: continues(run)):
+                return _finished(options, out) or _finetune(options, out, run, on_progress)
+        except KeyboardInterrupt:
+            raise IncompleteError(f"interrupted. {continues(run)}") from None
+
+
+def _finetune(
+    options: FinetuneOptions,
+    out: Path,
+    run: Path,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> FinetuneResult:
+    with quiet_transformers():
+        set_seed(options.seed)
+        files = find_files(options.model, "model", trust_remote_code=options.trust_remote_code)
+        tokenizer = files.tokenizer
+        names = options.label_names or label_names_of(options)
+        rows, unlabelled = labelled_rows(options, options.corpus, names, tokenizer)
+        tests, _ = labelled_rows(options, options.eval_corpus, names, tokenizer)
+        model = _model(options, files, names)
+        _freeze(model, options.train_last)
+        trainer = make_trainer(options, model, tokenizer, rows, tests, run, on_progress)
+        trainer.identity = {
+            "options": {k: v for k, v in _plain(options).items() if k not in _MAY_CHANGE},
+            "rows": _digest(rows),
+            "tests": _digest(tests),
+        }
+        resume = last_checkpoint(run)
+        if resume is not None:
+            state = read_state(resume)
+            trainer.before = state["seconds"]
+            check_identity(state, trainer.identity, f"{resume} (delete {run} to start over)")
+        outcome = trainer.train(str(resume) if resume else None)
+        scores = best_scores(trainer.state)
+        weights = list(model.parameters())
+        result = FinetuneResult(
+            out=str(out),
+            label_names=names,
+            rows=len(rows),
+            unlabelled=unlabelled,
+            trained=sum(p.numel() for p in weights if p.requires_grad),
+            parameters=sum(p.numel() for p in weights),
+            steps=outcome.global_step,
+            loss=mean_loss(trainer.state),
+            accuracy=scores.get("eval_accuracy"),
+            f1=scores.get("eval_f1"),
+            seconds=trainer.seconds,
+        )
+        with whole_folder(run / "teacher") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(str(folder))
+            document = {"options": _plain(options), "result": dataclasses.asdict(result)}
+            write_json(folder / RESULT_FILE, document)
+    if out.is_dir():
+        out.rmdir()  # known to be empty
+    (run / "teacher").replace(out)
+    sync_folder(out.parent)
+    shutil.rmtree(run)
+    return result
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of what the model is trained on: ids and labels."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for values in (row.input_ids, row.labels, row.type_ids):
+            digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+            digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _plain(options: FinetuneOptions) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(dataclasses.asdict(options))))
+
+
+def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
+    path = out / RESULT_FILE
+    if path.is_file():
+        document = json.loads(path.read_text())
+        now, then = _plain(options), document["options"]
+        changed = [
+            f"{name}: {then.get(name)} -> {value}"
+            for name, value in now.items()
+            if then.get(name) != value and name not in _MAY_CHANGE
+        ]
+        if changed:
+            raise UsageError(
+                f"{out} was made with other options:\n  "
+                + "\n  ".join(changed)
+                + "\nUse the same options, or another --out."
+            )
+        result = {**document["result"], "out": str(out), "made": False}
+        result["label_names"] = tuple(result["label_names"])
+        return FinetuneResult(**result)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} exists and was not made by kdcache finetune. Choose another --out."
+        )
+    return None
+
+
+# Data
+
+
+# Model
+
+
+def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]) -> Any:
+    trust = options.trust_remote_code
+    classes = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+    }
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
+        set_pad_id(config, files)
+        kind = AutoModelForSequenceClassification if options.head_width is None else AutoModel
+        model = kind.from_pretrained(
+            files.folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust,
+            # A head of other classes is replaced by a new one.
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model {options.model} cannot be loaded as an encoder (safetensors weights "
+            f"only): {first}"
+        ) from error
+    if options.head_width is None:
+        return model
+    head = HeadedConfig(
+        encoder=config.to_dict(),
+        head_width=options.head_width,
+        head_dropout=options.head_dropout,
+        **classes,
+    )
+    return HeadedForSequenceClassification(head, model)
+
+
+def _freeze(model: Any, last: int | None) -> None:
+    """Leave only the encoder's last tensors, and the head, to be trained."""
+    if last is None:
+        return
+    tensors = list(model.base_model.parameters())
+    if last > len(tensors):
+        raise UsageError(f"train_last is {last}, but the encoder has {len(tensors)} tensors.")
+    for tensor in tensors[: len(tensors) - last]:
+        tensor.requires_grad_(False)
+
+
+# Training

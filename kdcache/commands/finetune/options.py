@@ -1,0 +1,63 @@
+"""The options of `finetune`."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from kdcache.commands.groups import LearningOptions, RowOptions, form_problems
+from kdcache.options import option
+from kdcache.tasks import SEQUENCE_CLASSIFICATION
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(RowOptions, LearningOptions):
+    """What a fine-tuning takes: fields have the names of the command's options."""
+
+    model: str = option(help="folder or hub id of the encoder.", metavar="DIR_OR_HUB_ID")
+    corpus: tuple[str, ...] = option(
+        help="files, folders, globs or URLs with texts and labels.", metavar="PATH_OR_URL_OR_GLOB"
+    )
+    out: str = option(help="folder of the teacher.", metavar="TEACHER")
+    eval_corpus: tuple[str, ...] = option(
+        (),
+        help="files to evaluate on after each epoch; the best epoch becomes the teacher.",
+        metavar="PATH_OR_URL_OR_GLOB",
+    )
+    _: KW_ONLY
+    label_column: str = option(
+        "label", help="column of the class, as a number or a name.", metavar="NAME"
+    )
+    label_names: tuple[str, ...] | None = option(
+        None,
+        help="the classes in order. Default: as found in the corpus, numbers in their order, names "
+        "in alphabetical order.",
+        metavar="NAME",
+        comma=True,
+    )
+    max_length: int = option(128, help="tokens of a row.", metavar="TOKENS", at_least=2)
+    epochs: float = option(3.0, help="passes over the corpus.", above=0)
+    learning_rate: float | None = option(
+        None, help="peak. Default: 5e-5, or 1e-3 where only a part is trained.", above=0
+    )
+    warmup: float = option(
+        0.1,
+        help="warm-up steps of the learning rate; below 1 a share of the run.",
+        at_least=0,
+    )
+    train_last: int | None = option(
+        None,
+        help="train only the head and this many of the encoder's last parameter tensors.",
+        at_least=0,
+    )
+    head_width: int | None = option(
+        None,
+        help="units of a ReLU layer before the classes. Default: the architecture's own head.",
+        at_least=1,
+    )
+    head_dropout: float = option(
+        0.1, help="dropout before the layers of that head.", at_least=0, below=1
+    )
+
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        return form_problems(self.record_form, SEQUENCE_CLASSIFICATION)

@@ -1,0 +1,88 @@
+"""The labelled rows of a fine-tuning, the classes that they name, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.corpus import Corpus, Record
+from kdcache.errors import UsageError
+from kdcache.rows import Row, make_encoder
+from kdcache.rows.batches import pad_rows
+from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
+
+_SPAN_BYTES = 1 << 26
+_MOST_CLASSES = 10_000
+
+
+def _records(
+    options: FinetuneOptions, patterns: Sequence[str], columns: Sequence[str] | None = None
+) -> Iterator[Record]:
+    reading = options if patterns is options.corpus else replace(options, limit=None)
+    for span in reading.open_corpus(patterns, span_bytes=_SPAN_BYTES).spans:
+        yield from Corpus.read(span, columns=columns, on_error=options.on_error)
+
+
+def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
+    """The classes that the corpus names: numbers count up to the largest, names are sorted."""
+    column = options.label_column
+    found: set[str] = set()
+    for record in _records(options, options.corpus, [column]):
+        if column not in record.values:
+            raise record.missing([column], "--label-column")
+        value = record.values[column]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        text = "" if value is None or value != value else str(value).strip()
+        if text and text != str(IGNORE):
+            found.add(text)
+        if len(found) > _MOST_CLASSES:
+            raise UsageError(
+                f"column {column} has more than {_MOST_CLASSES} different values: it is not a "
+                "label. Name the right one with --label-column."
+            )
+    names = tuple(sorted(found))
+    if all(name.isascii() and name.isdigit() for name in found):
+        names = tuple(map(str, range(max(map(int, found), default=-1) + 1)))
+    if len(names) > _MOST_CLASSES or len(names) < 2:
+        raise UsageError(
+            f"column {column} of the corpus names {len(names)} classes, expected 2 to "
+            f"{_MOST_CLASSES}. Name the right one with --label-column, or give --label-names."
+        )
+    return names
+
+
+def labelled_rows(
+    options: FinetuneOptions, patterns: Sequence[str], names: tuple[str, ...], tokenizer: Any
+) -> tuple[list[Row], int]:
+    """Labelled rows, and how many had no label."""
+    if not patterns:
+        return [], 0
+    spec = options.row_spec(SEQUENCE_CLASSIFICATION, names)
+    rows = list(make_encoder(spec, tokenizer).encode(_records(options, patterns)))
+    labelled = [row for row in rows if row.labels[0] != IGNORE]
+    if not labelled:
+        raise UsageError(
+            f"no row of {' '.join(patterns)} has a label in column {options.label_column}. "
+            "Name the right one with --label-column."
+        )
+    return labelled, len(rows) - len(labelled)
+
+
+@dataclass(frozen=True)
+class PadRows:
+    """Rows to a batch, padded on the right."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The rows as padded tensors, with `labels`, int64 [rows]."""
+        batch = pad_rows(rows, self.pad_id)
+        batch["labels"] = np.array([int(row.labels[0]) for row in rows], np.int64)
+        return {name: torch.from_numpy(value) for name, value in batch.items()}

@@ -1,0 +1,164 @@
+"""The loop of a fine-tuning: the Trainer of transformers, with whole checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.finetune.rows import PadRows
+from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.train.stop import StopOnSignal
+from kdcache.loss.metrics import accuracy, confusion_matrix, f1
+from kdcache.rows import Row
+from kdcache.student.checkpoints import (
+    CheckpointingTrainer,
+)
+from kdcache.student.precision import Computing, use_one_gpu
+
+
+def make_trainer(
+    options: FinetuneOptions,
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    tests: list[Row],
+    run: Path,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> FinetuneTrainer:
+    """The trainer of a fine-tuning.
+
+    Args:
+        options: what was asked for.
+        model: to be trained.
+        tokenizer: its tokenizer, for the padding id.
+        rows: labelled rows to train on.
+        tests: labelled rows to evaluate on after each epoch, or none.
+        run: folder of the checkpoints.
+        on_progress: called at every logged step.
+    """
+    rate = options.learning_rate or (5e-5 if options.train_last is None else 1e-3)
+    computing = Computing.choose(options.precision)
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        learning_rate=rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,
+        lr_scheduler_type=options.lr_scheduler,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch" if tests else "no",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=bool(tests),
+        metric_for_best_model="eval_accuracy" if tests else None,
+        greater_is_better=True if tests else None,
+        seed=options.seed,
+        **computing.arguments(),
+        dataloader_pin_memory=computing.gpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        log_level="error",
+        report_to="none",
+    )
+    computing.begin()
+    use_one_gpu(arguments, "CUDA_VISIBLE_DEVICES chooses another one.")
+    trainer = FinetuneTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=tests or None,
+        data_collator=PadRows(tokenizer.pad_token_id or 0),
+        compute_metrics=_scores,
+        callbacks=[StopOnSignal(), ReportProgress(on_progress)],
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
+class FinetuneTrainer(CheckpointingTrainer):
+    """Checkpoints note what they were trained on, and for how long."""
+
+    identity: Mapping[str, Any]
+    before = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training, over all sittings."""
+        return self.before + time.perf_counter() - self._begun
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """See `CheckpointingTrainer.checkpoint_facts`."""
+        return {"identity": dict(self.identity), "seconds": self.seconds}
+
+
+def _scores(outputs: Any) -> dict[str, float]:
+    logits = (
+        outputs.predictions[0] if isinstance(outputs.predictions, tuple) else outputs.predictions
+    )
+    table = confusion_matrix(outputs.label_ids, logits.argmax(-1), logits.shape[-1])
+    return {"accuracy": accuracy(table), "f1": f1(table)}
+
+
+def best_scores(state: TrainerState) -> dict[str, float]:
+    """Figures of the evaluation with the highest accuracy; empty without any."""
+    evaluations = [line for line in state.log_history if "eval_accuracy" in line]
+    return max(evaluations, key=lambda line: line["eval_accuracy"], default={})
+
+
+def mean_loss(state: TrainerState) -> float:
+    """Mean over all steps, from the lines that were logged: each is a mean since the last."""
+    total, last = 0.0, 0
+    for line in state.log_history:
+        if "loss" in line:
+            total += line["loss"] * (line["step"] - last)
+            last = line["step"]
+    return total / max(1, last)
+
+
+class ReportProgress(TrainerCallback):  # type: ignore[misc]
+    """Tells where the training stands at every logged step."""
+
+    def __init__(self, on_progress: Callable[[TrainProgress], None] | None) -> None:
+        self._on_progress, self._begun = on_progress, time.perf_counter()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log before each checkpoint, so that no line spans a resume."""
+        control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Report to the caller."""
+        if self._on_progress is not None and logs and "train_runtime" not in logs:
+            seconds = time.perf_counter() - self._begun
+            epoch = float(state.epoch or 0.0)
+            self._on_progress(
+                TrainProgress(state.global_step, state.max_steps, epoch, seconds, dict(logs))
+            )
