@@ -796,7 +796,7 @@ def test_a_build_that_committed_nothing_does_not_block_its_folder(
 
     wrong = dataclasses.replace(small_build, max_length=16, limit=30)
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules[build.__module__], "_hire", fail)
+        patched.setattr(sys.modules[build.__module__], "_start_workers", fail)
         with pytest.raises((UsageError, IncompleteError, SystemExit)):
             build(wrong)
     assert Path(small_build.out, "spec.json").is_file()
@@ -822,7 +822,7 @@ def test_a_folder_in_use_is_not_taken_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules[build.__module__], "_hire", second)
+        patched.setattr(sys.modules[build.__module__], "_start_workers", second)
         with pytest.raises(IncompleteError, match="interrupted"):
             build(first)
     assert "if no build is running on it, delete its spec.json" in tried[0]
