@@ -14,6 +14,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def train_on_ray(
             if owns:
                 check_own_ray()
             elif trainer.controller is not None:  # else they end with this Ray
-                ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
+                # The controller ends the workers, then itself: an answer is not what comes.
+                with suppress(ray.exceptions.ActorDiedError):
+                    ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
             raise
         except ray.exceptions.RayError:
             if owns:
