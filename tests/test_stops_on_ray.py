@@ -155,7 +155,6 @@ cli(sys.argv[3:])
     ("command", "victim", "when"),
     [
         ("build", "raylet", "ray::RayWorker"),
-        ("train", "raylet", "ray::TrainController"),
         ("sweep", "raylet", "ray::_call"),
     ],
 )
@@ -171,7 +170,6 @@ def test_a_ray_of_its_own_that_dies_ends_the_command(
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     words = {
         "build": ["--teacher", str(tiny_lm), "--corpus", str(tmp_path / "text.jsonl")],
-        "train": [*student, "--epochs", "2000", "--num-workers", "2"],
         "sweep": [str(tmp_path / "grid.yaml")],
     }[command]
     done = subprocess.run(
