@@ -19,9 +19,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Trainer, TrainingArguments
 
 from kdcache.cache import Cache
-from kdcache.commands import finetune as finetune_module
 from kdcache.commands.build import worker
 from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.finetune import trainer as finetune_module
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.sweep.sweep import on_gpus
