@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.student import DistilledStudent
-from kdcache.student.projection import call, logits_of
+from kdcache.teacher.projection import call, logits_of
 
 
 class Around(nn.Module):

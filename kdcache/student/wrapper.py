@@ -6,7 +6,7 @@ checkpointing and autocast apply to it, and any training loop can drive it.
 Causal language models run their own forward up to the output layer; the states of the labelled
 positions go with the layer's weight to `fused_linear_distillation`, so whole logits never exist.
 That is right only if the model's logits are the product of the two and nothing else, which the
-first forward pass measures (`kdcache.student.projection`). All other models are right as well, with
+first forward pass measures (`kdcache.teacher.projection`). All other models are right as well, with
 their own logits and the reference loss.
 """
 
@@ -32,9 +32,9 @@ from kdcache.loss import (
     fused_linear_distillation,
     sliced_linear_distillation,
 )
-from kdcache.student.projection import Projection, call, logits_of, text_config
 from kdcache.targets import SparseTargets, Targets
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
+from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.trust import FACTORY_TYPE
 
 
@@ -62,7 +62,7 @@ class DistilledStudent(nn.Module):
     """A student and its loss.
 
     A language model runs its own forward, and the loss is fused with its output layer where that
-    makes its logits: see `kdcache.student.projection`. Where it does not (Gemma's soft-capping, an
+    makes its logits: see `kdcache.teacher.projection`. Where it does not (Gemma's soft-capping, an
     adapter on the layer, a compiled model), the loss takes the model's own logits.
 
     Under DDP, and under FSDP as long as the projection is whole in the root's forward (it belongs

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kdcache.loss import fused, fused_linear_distillation
 from kdcache.rows import Row
 from kdcache.student import DistilledStudent
-from kdcache.student.projection import Projection
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_places
 from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.teacher import Teacher, TeacherOptions, teacher
+from kdcache.teacher.projection import Projection
 
 CODECS = ("dense", "dense:float16", "topk:64", "sample:20")
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
