@@ -22,6 +22,7 @@ from kdcache.targets.decoded import DenseTargets, SparseTargets, Targets
 from kdcache.targets.dense import Dense
 from kdcache.targets.device import check_finite
 from kdcache.targets.noise import position_uniform
+from kdcache.targets.output_layer import OutputLayer
 from kdcache.targets.sample import Sample
 from kdcache.targets.soft import SoftTargets, TargetWriter
 from kdcache.targets.topk import TopK
@@ -31,6 +32,7 @@ __all__ = [
     "Column",
     "Dense",
     "DenseTargets",
+    "OutputLayer",
     "Sample",
     "SoftTargets",
     "SparseTargets",

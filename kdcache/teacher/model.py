@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,9 +26,11 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
+from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.tasks import IGNORE
 from kdcache.teacher.load import input_device
+from kdcache.teacher.output_layer import find_layer, prove_layer
 from kdcache.teacher.probe import TOLERANCES, distance, head_is_plain, probe_rows, with_other_end
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,18 @@ def slice_positions(device: str, columns: int, item_size: int) -> int:
     return fits // 256 * 256 or max(1, fits)
 
 
+class Slice(NamedTuple):
+    """Some positions of a batch.
+
+    Attributes:
+        logits: [n, V]; of a mean of probabilities [n, m, V], for each of m temperatures.
+        states: [n, D] that the output layer made them of; None where they were not asked for.
+    """
+
+    logits: Tensor
+    states: Tensor | None = None
+
+
 class TeacherModel:
     """A loaded model and the way its logits are computed.
 
@@ -63,10 +78,18 @@ class TeacherModel:
         direct: whether logits are the output layer applied to the decoder's states.
         batching: which rows share a batch: `padded` ones, those of `equal lengths`, or none.
         clipped_mass: float32 scalar, probability outside the vocabulary so far, summed.
+        layer: what makes its logits of its states, once it is probed; None unless asked for.
     """
 
     def __init__(
-        self, model: Any, name: str, *, causal: bool, vocab_size: int, dtype: str = "float32"
+        self,
+        model: Any,
+        name: str,
+        *,
+        causal: bool,
+        vocab_size: int,
+        dtype: str = "float32",
+        states: bool = False,
     ) -> None:
         """Wrap a model.
 
@@ -76,11 +99,14 @@ class TeacherModel:
             causal: whether it is a language model, and answers each labelled position of a row.
             vocab_size: width of the logits to give: output columns beyond it are cut off.
             dtype: that it computes in.
+            states: whether slices carry the output layer's input too.
         """
         self.model, self.name, self.causal = model, name, causal
         self.vocab_size = vocab_size
         self.device = input_device(model)
         self.direct = False
+        self.states = states
+        self.layer: OutputLayer | None = None
         self.batching: Batching = "padded"
         self.clipped_mass = torch.zeros((), device=self.device)
         quantised = getattr(model.config, "quantization_config", None) is not None
@@ -88,8 +114,8 @@ class TeacherModel:
         pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
         self._pad_id = 0 if pad_id is None else int(pad_id)
 
-    def logits(self, rows: Sequence[Row]) -> Iterator[Tensor]:
-        """Logits [n, vocab_size] of all positions of a batch, a slice at a time, row by row."""
+    def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
+        """All positions of a batch, a slice at a time, row by row."""
         if self.batching == "padded":
             yield from self._slices(rows)
         elif self.batching == "equal lengths":
@@ -130,8 +156,15 @@ class TeacherModel:
                 found[self.batching, self.direct] = self._distance(sample, want)
                 if found[self.batching, self.direct] <= self._tolerance:
                     self._report(found)
+                    if self.states:
+                        self._find_layer(sample)
                     return
         raise AssertionError("rows one by one, by the model's own forward, are what is wanted")
+
+    def _find_layer(self, sample: Sequence[Row]) -> None:
+        """Find the output layer, and prove it on the logits of real rows."""
+        self.layer = find_layer(self.model, self.name, sample[0], self.vocab_size)
+        prove_layer(self.layer, self.name, self.slices(sample), self._tolerance)
 
     def _report(self, found: dict[tuple[str, bool], float]) -> None:
         if len(found) > 1:
@@ -147,7 +180,7 @@ class TeacherModel:
     def _distance(self, sample: Sequence[Row], want: Sequence[Tensor]) -> float:
         """How far the logits of a batch, computed in the present way, are from those wanted."""
         try:
-            got = torch.cat([piece.float().cpu() for piece in self.logits(sample)])
+            got = torch.cat([piece.logits.float().cpu() for piece in self.slices(sample)])
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError) as error:  # some take no batch of several rows
@@ -170,7 +203,8 @@ class TeacherModel:
 
     def _own(self, row: Row) -> Tensor:
         """Logits of a row's positions by the model's own forward on it alone, on the CPU."""
-        return torch.cat([piece.float().cpu() for piece in self._forward(self._batch([row]))])
+        pieces = self._forward(self._batch([row]))
+        return torch.cat([piece.logits.float().cpu() for piece in pieces])
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Right-padded tensors on the device; `wanted` are flat positions of a language model."""
@@ -190,7 +224,7 @@ class TeacherModel:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def _slices(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+    def _slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
         batch = self._batch(rows)
         if not self.direct:
             yield from self._forward(batch)
@@ -203,18 +237,38 @@ class TeacherModel:
         hidden = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device))
         step = slice_positions(hidden.device.type, len(head.weight), hidden.element_size())
         for start in range(0, len(hidden), step):
-            yield self._cut(head(hidden[start : start + step]))
+            states = hidden[start : start + step]
+            yield Slice(self._cut(head(states)), states if self.states else None)
 
-    def _forward(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    def _forward(self, batch: dict[str, Tensor]) -> Iterator[Slice]:
         """The model's own forward."""
         if not self.causal:
-            yield self.model(**batch).logits[:, : self.vocab_size]
+            yield Slice(self.model(**batch).logits[:, : self.vocab_size])
             return
         wanted = batch.pop("wanted")
         # Rows are padded on the right, where causal attention never looks: no mask is needed, and
         # without one the fastest attention kernels apply.
-        logits = self.model(**batch, use_cache=False).logits
-        yield self._cut(logits.flatten(0, 1).index_select(0, wanted.to(logits.device)))
+        with self._seen_states() as seen:
+            logits = self.model(**batch, use_cache=False).logits
+
+        def picked(values: Tensor) -> Tensor:
+            return values.flatten(0, 1).index_select(0, wanted.to(values.device))
+
+        yield Slice(self._cut(picked(logits)), picked(seen[0]) if seen else None)
+
+    @contextmanager
+    def _seen_states(self) -> Iterator[list[Tensor]]:
+        """What the output layer reads meanwhile, once it is known; nothing unless asked for."""
+        seen: list[Tensor] = []
+        if self.layer is None:
+            yield seen
+            return
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     def _cut(self, logits: Tensor) -> Tensor:
         if logits.shape[-1] <= self.vocab_size:

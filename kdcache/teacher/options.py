@@ -29,9 +29,12 @@ class TeacherOptions:
         attention: kernel of the attention; `auto` is FlashAttention 2 where it is installed and
             works, and else what transformers chooses.
         compile: run the models through `torch.compile`.
+        states: whether slices carry the output layer's input beside the logits (one language
+            model only).
 
     Raises:
-        UsageError: an attention that the device or the dtype rules out.
+        UsageError: an attention that the device or the dtype rules out, or states that there are
+            none of.
     """
 
     names: tuple[str, ...]
@@ -44,8 +47,14 @@ class TeacherOptions:
     trust_remote_code: bool = False
     attention: Attention = "auto"
     compile: bool = False
+    states: bool = False
 
     def __post_init__(self) -> None:
+        if self.states and (len(self.names) > 1 or not self.causal):
+            raise UsageError(
+                "--codec hidden keeps the states of one causal language model. For several "
+                "teachers use --codec sample:N, for a classifier --codec dense."
+            )
         if self.attention not in get_args(Attention):
             expected = ", ".join(get_args(Attention))
             raise UsageError(f"--attention is {self.attention!r}, expected one of {expected}.")

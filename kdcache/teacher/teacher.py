@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kdcache.rows import Row
+from kdcache.targets import OutputLayer
 from kdcache.teacher.load import compile_layers, load_models
 from kdcache.teacher.memory import gpus_of
-from kdcache.teacher.model import TeacherModel
+from kdcache.teacher.model import Slice, TeacherModel
 from kdcache.teacher.options import TeacherOptions
 
 
@@ -39,7 +40,12 @@ class Teacher:
         self.vocab_size = vocab_size
         self.models = [
             TeacherModel(
-                model, name, causal=options.causal, vocab_size=vocab_size, dtype=options.dtype
+                model,
+                name,
+                causal=options.causal,
+                vocab_size=vocab_size,
+                dtype=options.dtype,
+                states=options.states,
             )
             for model, name in zip(load_models(options), options.names, strict=True)
         ]
@@ -71,24 +77,33 @@ class Teacher:
         return gpus_of(one.model for one in self.models)
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[Row]) -> Iterator[Tensor]:
-        """Logits of all positions of one batch of rows, in row-major order.
+    def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
+        """All positions of one batch of rows, in row-major order.
 
         Args:
             rows: the batch; rows of similar length waste the least. The first batch serves as the
                 probe if there was none.
 
         Yields:
-            [n, vocab_size] slices on the teacher's device, together one row a position; of a mean
-            of probabilities [n, m, vocab_size], for each of the m declared temperatures.
+            Slices on the teacher's device, together one row a position.
         """
         if not self._probed:
             self.probe(rows)
         if len(self.models) == 1:
-            yield from self.models[0].logits(rows)
+            yield from self.models[0].slices(rows)
             return
-        for slices in aligned([one.logits(rows) for one in self.models]):
-            yield self._mean(slices)
+        answers = [(piece.logits for piece in one.slices(rows)) for one in self.models]
+        for pieces in aligned(answers):
+            yield Slice(self._mean(pieces))
+
+    def logits(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """The logits of `slices`."""
+        return (piece.logits for piece in self.slices(rows))
+
+    @property
+    def layer(self) -> OutputLayer | None:
+        """The output layer of the one model, once it is probed and where states are asked for."""
+        return self.models[0].layer
 
     def _mean(self, slices: tuple[Tensor, ...]) -> Tensor:
         weights = self.options.weights
