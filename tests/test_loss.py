@@ -264,6 +264,7 @@ def test_high_temperature_keeps_the_gradients_scale() -> None:
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     bias=st.booleans(),
+    cap=st.sampled_from([None, 0.5, 3.0, 30.0]),
     alpha=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
@@ -278,6 +279,7 @@ def test_fused_equals_the_reference_on_the_same_numbers(
     kind: str,
     dtype: torch.dtype,
     bias: bool,
+    cap: float | None,
     alpha: float,
     seed: int,
 ) -> None:
@@ -296,8 +298,10 @@ def test_fused_equals_the_reference_on_the_same_numbers(
     inputs = [x for x in (hidden, weight, b) if x is not None]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     z = exact[0] @ exact[1].T + (exact[2] if bias else 0)
+    z = z if cap is None else cap * torch.tanh(z / cap)
     want = distillation_loss(z, labels, targets, **options)
-    got = fused_linear_distillation(hidden, weight, b, labels, targets, rows=rows, **options)
+    options |= {"cap": cap, "rows": rows}
+    got = fused_linear_distillation(hidden, weight, b, labels, targets, **options)
     # The compute dtype rounds the logits (relative 2^-8 for bfloat16, of numbers up to about 10)
     # and the gradients.
     loose = {torch.float32: 2e-5, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
@@ -310,6 +314,26 @@ def test_fused_equals_the_reference_on_the_same_numbers(
         torch.testing.assert_close(
             g.double(), w, rtol=loose, atol=loose * max(w.abs().max().item(), 0.1)
         )
+
+
+@pytest.mark.parametrize("cap", [0.5, 4.0])
+@pytest.mark.parametrize("t", [1.0, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["sliced", "fused"])
+def test_a_soft_cap_against_the_definition(form: str, kind: str, t: float, cap: float) -> None:
+    torch.manual_seed(14)
+    case = make_case(kind, t)
+    inputs = [case["hidden"], case["weight"], case["bias"]]
+    options: dict[str, Any] = case["options"]
+    x = inputs[0] @ inputs[1].T + inputs[2]
+    z = cap * (1 - 2 / ((2 * x / cap).exp() + 1))
+    plain = {k: v for k, v in options.items() if k != "tail"}
+    want = plain_loss(
+        z, case["labels"], case["targets"], t=t, kind=kind, divergence="forward-kl", **plain
+    )
+    function = fused_linear_distillation if form == "fused" else sliced_linear_distillation
+    got = function(*inputs, case["labels"], case["targets"], cap=cap, rows=3, **options)
+    compare(got, want, inputs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -119,6 +119,25 @@ def edited(edit: Callable[[Any, Tensor], Tensor]) -> Callable[[], Any]:
     return lambda: EditsLogits(llama().config, edit)
 
 
+class After(Around):
+    """Something is done to the logits that a model gives."""
+
+    def __init__(self, model: Any, edit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model)
+        self.edit = edit
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        output["logits"] = self.edit(output["logits"])
+        return output
+
+
+def named(model: Any, edit: Callable[[Tensor], Tensor], **constants: float) -> Any:
+    for name, value in constants.items():
+        setattr(model.config, f"logit_{name}", value)
+    return After(model, edit)
+
+
 def low_rank(*places: str) -> Any:
     model = llama()
     for place in places:
@@ -144,6 +163,12 @@ FUSED: dict[str, Callable[[], Any]] = {
     "nothing after": edited(lambda _, z: z.float()),
     "tied": lambda: llama(tie_word_embeddings=True),
     "scaled, with a bias": lambda: biased(0.125),
+    "soft cap with a name": lambda: named(
+        llama(), lambda z: 30 * torch.tanh(z / 30), soft_cap=30.0
+    ),
+    "scale, then soft cap": lambda: named(
+        biased(0.125), lambda z: 5 * torch.tanh(z / 5), soft_cap=5.0
+    ),
 }
 OWN_LOGITS: dict[str, Callable[[], Any]] = {
     "low rank output": lambda: low_rank("lm_head"),
@@ -153,6 +178,12 @@ OWN_LOGITS: dict[str, Callable[[], Any]] = {
     "scale without a name": edited(lambda _, z: z * 1.01),
     "soft cap": edited(lambda _, z: 30 * torch.tanh(z / 30)),
     "soft cap far away": edited(lambda _, z: 1000 * torch.tanh(z / 1000)),
+    "soft cap of another name": lambda: named(
+        llama(), lambda z: 30 * torch.tanh(z / 30), soft_cap=31.0
+    ),
+    "soft cap, then scale": lambda: named(
+        llama(), lambda z: 2 * torch.tanh(z), soft_cap=1.0, scale=2.0
+    ),
     "clamp": edited(lambda _, z: z.clamp(-100, 100)),
     "normalised": edited(lambda _, z: z.log_softmax(-1)),
     "another width": edited(lambda _, z: torch.cat([z, torch.zeros_like(z[..., :1])], -1)),

@@ -149,26 +149,34 @@ def test_scaled_logits_are_fused_with_their_scale(
     assert scale_of(check_against_own_logits(causal_model(kind, **more))) == scale
 
 
-def test_soft_capped_logits_use_the_models_own_forward() -> None:
-    model = causal_model("gemma2", final_logit_softcapping=1.0, head_dim=8, query_pre_attn_scalar=8)
-    student = check_against_own_logits(model)
-    assert scale_of(student) is None
-    uncapped = DistilledStudent(model, "causal-lm", alpha=0.3)
-    uncapped._project(causal_batch()).scale = 1.0
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
+
+
+@pytest.mark.parametrize("cap", [0.25, 1.0])
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+def test_soft_capped_logits_are_fused_with_their_cap(cap: float, divergence: str) -> None:
+    model = causal_model("gemma2", final_logit_softcapping=cap, **GEMMA)
+    student = check_against_own_logits(model, "topk:3", divergence=divergence)
+    projection = student._projection
+    assert projection is not None
+    assert (projection.scale, projection.cap) == (1.0, cap)
+    projection.cap = None
     with torch.no_grad():
-        assert abs(uncapped(**causal_batch()).loss - student(**causal_batch()).loss) > 1e-2
+        uncapped = student(**causal_batch("topk:3")).loss
+        projection.cap = cap
+        assert abs(uncapped - student(**causal_batch("topk:3")).loss) > 1e-3
 
 
-def test_soft_capping_is_found_even_while_logits_are_small() -> None:
-    model = causal_model(
-        "gemma2", final_logit_softcapping=30.0, head_dim=8, query_pre_attn_scalar=8
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_is_found_even_while_logits_are_small(dtype: torch.dtype) -> None:
+    model = causal_model("gemma2", final_logit_softcapping=30.0, **GEMMA).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1e-2)
     student = DistilledStudent(model, "causal-lm")
     assert student(**causal_batch()).loss.requires_grad
-    assert scale_of(student) is None
+    assert student._projection is not None
+    assert (student._projection.scale, student._projection.cap) == (1.0, 30.0)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 Works in slices of positions: project, turn the slice of logits into its own gradient in place,
 multiply that gradient with the weight and with the hidden states, continue. Guarantee: loss and
 gradients of `kdcache.loss.distillation_loss` on ``hidden @ weight.T + bias``, up to the rounding of
-the compute dtype.
+the compute dtype. A model that caps its logits (Gemma 2: ``cap * tanh(x / cap)``) has them capped
+in their slice, and the gradient multiplied by the cap's slope.
 
 Cost: the three matrix products that plain cross-entropy needs too, and per slice one read of the
 logits for the maximum, one for the sums and one read and write for the gradient (compiled into one
 kernel on CUDA, in cache-sized blocks on a CPU). Memory: one slice of logits and one float32 matrix
-of the weight's shape.
+of the weight's shape. A cap costs two more passes and one more slice.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.device import compiles
 from kdcache.tasks import IGNORE
 
-Pass = Callable[..., tuple[Tensor, Tensor]]
+Pass = Callable[..., Any]
 
 
 class _Options(NamedTuple):
@@ -56,6 +57,7 @@ def fused_linear_distillation(
     vocab_size: int | None = None,
     count: float | Tensor | None = None,
     position_weights: Tensor | None = None,
+    cap: float | None = None,
     rows: int | None = None,
 ) -> LossParts:
     """`distillation_loss` of ``hidden @ weight.T + bias`` without ever holding these logits.
@@ -79,6 +81,7 @@ def fused_linear_distillation(
         vocab_size: V <= V'.
         count: divisor of the sums.
         position_weights: [n] weight of each position.
+        cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
         rows: positions in a slice. Default: about 2^29 logits on a GPU, 2^24 on a CPU.
 
     Returns:
@@ -114,7 +117,7 @@ def fused_linear_distillation(
     )
     divisor = scalar_count(each, count, position_weights)
     grad = torch.is_grad_enabled()
-    arguments = (each, divisor, options, width, dtype, rows, grad)
+    arguments = (each, divisor, options, width, dtype, cap, rows, grad)
     return LossParts(*_eagerly(hidden, weight, bias, labels, targets, *arguments))
 
 
@@ -144,6 +147,7 @@ class _Fused(torch.autograd.Function):
         options: _Options,
         width: int,
         dtype: torch.dtype,
+        cap: float | None,
         rows: int | None,
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +177,8 @@ class _Fused(torch.autograd.Function):
                     torch.mm(h[part], w.T, out=z)
                 else:
                     torch.addmm(b, h[part], w.T, out=z)
-                sums += _logits_to_gradient_(z, labels[part], targets[part], each[part], options)
+                given = labels[part], targets[part], each[part]
+                sums += _logits_to_gradient_(z, *given, options, cap)
                 if d_hidden is not None:
                     torch.mm(z, w, out=d_hidden[part])
                 if d_weight is not None:
@@ -198,7 +203,7 @@ class _Fused(torch.autograd.Function):
             None if d is None else (d.to(scale.dtype) * scale).to(dtype)
             for d, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
-        return (*gradients, *[None] * 9)
+        return (*gradients, *[None] * 10)
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,9 +228,18 @@ def _rows(n: int, width: int, device: torch.device, rows: int | None) -> int:
 
 
 def _logits_to_gradient_(
-    z: Tensor, labels: Tensor, targets: Targets, each: Tensor, options: _Options
+    z: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    each: Tensor,
+    options: _Options,
+    cap: float | None = None,
 ) -> Tensor:
-    """Replace logits [n, V] by the gradient of the summed loss; returns [2]: hard and soft sums."""
+    """Replace what the layer gives, [n, V], by the gradient of the summed loss with respect to it.
+
+    Returns:
+        [2] hard and soft sums.
+    """
     valid = labels != IGNORE
     ids = labels.long().masked_fill(~valid, 0)[:, None]
     valid_each = valid * each
@@ -238,6 +252,7 @@ def _logits_to_gradient_(
     for start in range(0, len(z), block):
         part = slice(start, start + block)
         zs, label = z[part], ids[part]
+        slope = None if cap is None else (_compiled(_cap_) if fast else _cap_)(zs, cap)
         if isinstance(targets, DenseTargets):
             entries = label
             x = zs.gather(1, entries).to(each.dtype)
@@ -261,8 +276,17 @@ def _logits_to_gradient_(
         # Written, not added: these values were made in float32 (softmax minus target cancels), and
         # equal ids carry equal values, so the result does not depend on the order of the writes.
         zs.scatter_(1, entries, d_entries.to(zs.dtype))
+        if slope is not None:
+            zs.mul_(slope)
         sums += losses
     return sums
+
+
+def _cap_(z: Tensor, cap: float) -> Tensor:
+    """Replace x by ``cap * tanh(x / cap)``; returns the slope at x, in the dtype of x."""
+    share = (z.to(torch.promote_types(z.dtype, torch.float32)) / cap).tanh()
+    z.copy_(share * cap)
+    return (1 - share.square()).to(z.dtype)
 
 
 def _sparse_pass(
@@ -395,15 +419,15 @@ def _compiled(function: Pass) -> Pass:
     """`function` under torch.compile."""
     fast = torch.compile(function)
 
-    def call(z: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def call(z: Tensor, *rest: Any) -> Any:
         # The vocabulary stays a constant of the kernel; the numbers of positions and entries change
         # with every batch.
-        for tensor in (z, x, *rest):
+        for tensor in (z, *rest):
             if isinstance(tensor, Tensor) and tensor.ndim:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 if tensor.ndim == 2 and tensor.shape[1] != z.shape[1]:
                     torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        return fast(z, x, *rest)
+        return fast(z, *rest)
 
     return call
 

@@ -160,6 +160,7 @@ def sliced_linear_distillation(
     vocab_size: int | None = None,
     count: float | Tensor | None = None,
     position_weights: Tensor | None = None,
+    cap: float | None = None,
     rows: int = 1024,
 ) -> LossParts:
     """`distillation_loss` of ``hidden @ weight.T + bias``, slice by slice, for any divergence.
@@ -179,6 +180,7 @@ def sliced_linear_distillation(
         vocab_size: V <= V'.
         count: divisor of the sums.
         position_weights: [n] weight of each position.
+        cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
         rows: positions in a slice.
 
     Returns:
@@ -194,7 +196,7 @@ def sliced_linear_distillation(
     def part(start: int, h: Tensor, w: Tensor, b: Tensor | None) -> LossParts:
         piece = slice(start, start + rows)
         return distillation_loss(
-            F.linear(h, w, b),
+            soft_capped(F.linear(h, w, b), cap),
             labels[piece],
             targets[piece],
             alpha=alpha,
@@ -211,6 +213,11 @@ def sliced_linear_distillation(
         for a in range(0, max(len(hidden), 1), rows)
     ]
     return LossParts(*(torch.stack(parts).sum(0) for parts in zip(*slices, strict=True)))
+
+
+def soft_capped(x: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(x / cap)``: x near 0, never beyond the cap (Gemma 2); x itself without a cap."""
+    return x if cap is None else cap * (x / cap).tanh()
 
 
 def _divergence(z: Tensor, targets: Targets, divergence: str, tail: str) -> Tensor:

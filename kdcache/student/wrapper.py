@@ -5,9 +5,9 @@ checkpointing and autocast apply to it, and any training loop can drive it.
 
 Causal language models run their own forward up to the output layer; the states of the labelled
 positions go with the layer's weight to `fused_linear_distillation`, so whole logits never exist.
-That is right only if the model's logits are the product of the two and nothing else, which the
-first forward pass measures (`kdcache.teacher.projection`). All other models are right as well, with
-their own logits and the reference loss.
+That is right only if the model's logits are the product of the two, perhaps scaled and capped, and
+nothing else, which the first forward pass measures (`kdcache.teacher.projection`). All other models
+are right as well, with their own logits and the reference loss.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DistilledStudent(nn.Module):
     """A student and its loss.
 
     A language model runs its own forward, and the loss is fused with its output layer where that
-    makes its logits: see `kdcache.teacher.projection`. Where it does not (Gemma's soft-capping, an
+    makes its logits, soft-capped or not: see `kdcache.teacher.projection`. Where it does not (an
     adapter on the layer, a compiled model), the loss takes the model's own logits.
 
     Under DDP, and under FSDP as long as the projection is whole in the root's forward (it belongs
@@ -264,6 +264,7 @@ class DistilledStudent(nn.Module):
                 projection.bias(layer),
                 flat[places],
                 targets,
+                cap=projection.cap,
                 **options,
             )
         keep = logits if not causal or return_logits else None

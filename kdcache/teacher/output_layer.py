@@ -55,7 +55,7 @@ def find_layer(model: Any, name: str, row: Row, vocab_size: int) -> OutputLayer:
     with _present(linear):
         weight, bias = (_kept(values, vocab_size) for values in (linear.weight, linear.bias))
     assert weight is not None, "a linear layer has a weight"
-    return OutputLayer(weight, bias, projection.scale, getattr(projection, "cap", None))
+    return OutputLayer(weight, bias, projection.scale, projection.cap)
 
 
 def prove_layer(

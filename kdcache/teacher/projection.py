@@ -8,17 +8,19 @@ its input and returns one column instead of the vocabulary.
 What the model does to the logits afterwards is measured once, at the first batch: the layer answers
 with random numbers from 0.01 to 500, large and small because soft-capping leaves small logits alone
 and a bias leaves large ones alone. The model must return just these numbers, or all of them times a
-constant that its config names (Cohere, Granite, Falcon-H1), and no parameter may have a part in
-what follows the layer: a bias that is zero today is learnt tomorrow.
+constant that its config names (Cohere, Granite, Falcon-H1), or these capped by a constant that its
+config names (Gemma 2), and no parameter may have a part in what follows the layer: a bias that is
+zero today is learnt tomorrow.
 
 Cost: two forward passes over 8 tokens of the first batch; no global random numbers are drawn.
-Guarantee: where this says so, `layer(states) * scale` are the model's own logits. A model that it
-does not understand has no projection: its own logits are right.
+Guarantee: where this says so, `layer(states) * scale`, capped, are the model's own logits. A model
+that it does not understand has no projection: its own logits are right.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
+from kdcache.loss.reference import soft_capped
 
 _TOKENS = 8
 _SIZES = (0.01, 1.0, 40.0, 500.0)
@@ -37,6 +40,7 @@ class Projection:
 
     Attributes:
         scale: what the model multiplies its projected states by; None if they are not its logits.
+        cap: the logits are then ``cap * tanh(x / cap)`` of these numbers x; None: x itself.
     """
 
     def __init__(self, student: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -48,8 +52,10 @@ class Projection:
         """
         self.student = student
         self.scale: float | None = 1.0
+        self.cap: float | None = None
         layer = _output_layer(student)
-        self.scale = None if layer is None else self._measure(layer, _few(inputs))
+        found = None if layer is None else self._measure(layer, _few(inputs))
+        self.scale, self.cap = found or (None, None)
 
     @property
     def layer(self) -> nn.Linear | None:
@@ -80,8 +86,10 @@ class Projection:
     def _scaled(self, values: Tensor) -> Tensor:
         return values if self.scale is None or self.scale == 1 else values * self.scale
 
-    def _measure(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> float | None:
-        """The constant by which the model multiplies its projected states; None if it does else."""
+    def _measure(
+        self, layer: nn.Linear, inputs: Mapping[str, Any]
+    ) -> tuple[float, float | None] | None:
+        """What the model does to its projected states: scale and cap; None if it does else."""
         answers: list[Tensor] = []
 
         def answer(states: Tensor) -> Tensor:
@@ -106,19 +114,25 @@ class Projection:
                 return None  # one column is not enough for what follows the layer
         return self._named(own.double(), answers[0].double(), torch.finfo(own.dtype).eps)
 
-    def _named(self, own: Tensor, given: Tensor, eps: float) -> float | None:
-        """The constant between two tensors that is 1 or that the config names, if there is one."""
-        scale = float((own * given).sum() / given.square().sum())
-        wrong = (own - scale * given).norm(dim=-1)
-        if not (wrong <= 4 * max(eps, 1e-6) * abs(scale) * given.norm(dim=-1)).all():
-            return None
-        known = [1.0]
+    def _named(self, own: Tensor, given: Tensor, eps: float) -> tuple[float, float | None] | None:
+        """Scale and cap between two tensors, 1 and none or what the config names, if there are."""
         config = text_config(getattr(self.student, "config", None))
-        for name, value in getattr(config, "__dict__", {}).items():
-            if ("logit" in name or "lm_head" in name) and isinstance(value, (int, float)) and value:
-                known += [float(value), 1 / value]
-        nearest = min(known, key=lambda value: abs(scale - value))
-        return nearest if abs(scale - nearest) <= max(eps, 1e-5) * abs(nearest) else None
+        named = {
+            name: float(value)
+            for name, value in getattr(config, "__dict__", {}).items()
+            if ("logit" in name or "lm_head" in name) and isinstance(value, (int, float)) and value
+        }
+        scales = [1.0, *(scale for value in named.values() for scale in (value, 1 / value))]
+        caps = [None, *(value for name, value in named.items() if "cap" in name and value > 0)]
+        for cap, scale in itertools.product(caps, scales):
+            want = soft_capped(scale * given, cap)
+            size = want.norm(dim=-1)
+            # Each row says it by itself: large numbers show the cap, small ones the scale.
+            wrong = ((own * want).sum(-1) / size.square() - 1).abs()
+            apart = (own - want).norm(dim=-1)
+            if (wrong <= max(eps, 1e-5)).all() and (apart <= 4 * max(eps, 1e-6) * size).all():
+                return scale, cap
+        return None
 
 
 def call(student: nn.Module, inputs: Mapping[str, Any]) -> Any:

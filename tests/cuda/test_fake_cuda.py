@@ -124,13 +124,14 @@ TYPES = [
 
 @pytest.mark.parametrize(("states", "weights", "autocast"), TYPES)
 @pytest.mark.parametrize("kind", ["sample", "topk", "dense"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (2.0, 30.0)])
 def test_the_fused_loss_keeps_devices_and_dtypes(
     states: torch.dtype,
     weights: torch.dtype,
     autocast: torch.dtype | None,
     kind: str,
     temperature: float,
+    cap: float | None,
 ) -> None:
     n, width, vocabulary = 700, 32, 12_800
     with fake_cuda(), mock.patch.object(fused, "_mixed_addmm", return_value=False):
@@ -140,7 +141,7 @@ def test_the_fused_loss_keeps_devices_and_dtypes(
         labels = torch.zeros(n, dtype=torch.int64, device="cuda")
         with Waits() as waits, under(autocast):
             parts, gradients = forward_and_backward(
-                hidden, weight, bias, labels, fake_targets(kind, n, vocabulary, temperature)
+                hidden, weight, bias, labels, fake_targets(kind, n, vocabulary, temperature), cap
             )
     assert [(p.dtype, p.device.type, p.ndim) for p in parts] == 3 * [(FLOAT32, "cuda", 0)]
     assert [(g.dtype, g.shape, str(g.device)) for g in gradients] == [
@@ -173,6 +174,7 @@ def forward_and_backward(
     bias: Tensor,
     labels: Tensor,
     targets: SparseTargets | DenseTargets,
+    cap: float | None,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Loss and gradients; the backward pass is called by hand, for the autograd engine starts a
     thread on the device."""
@@ -194,7 +196,7 @@ def forward_and_backward(
     with mock.patch.object(fused, "_eagerly", apply):
         parts = fused_linear_distillation(
             hidden, weight, bias, labels, targets, alpha=0.5,
-            vocab_size=weight.shape[0] - 64, rows=256,
+            vocab_size=weight.shape[0] - 64, cap=cap, rows=256,
         )  # fmt: skip
     backward = fused._Fused.backward.__wrapped__  # type: ignore[attr-defined]
     gradients = backward(kept["context"], torch.ones((), device="cuda"))
@@ -209,7 +211,7 @@ def test_a_training_step_waits_for_transformers_alone(
     vocabulary, batch, length = 32_000, 4, 128
     weights = BFLOAT16 if autocast is None else FLOAT32
     tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=True)
-    measured_before = mock.patch.object(Projection, "_measure", return_value=1.0)
+    measured_before = mock.patch.object(Projection, "_measure", return_value=(1.0, None))
     with fake_cuda(), every_wait_is_seen(), tried_before, measured_before:
         model = fake_llama(vocabulary + 64, weights).train()
         student = DistilledStudent(model, "causal-lm", vocab_size=vocabulary)
@@ -227,7 +229,7 @@ def test_a_training_step_waits_for_transformers_alone(
 def test_a_loop_of_ones_own_waits_once_more() -> None:
     vocabulary = 32_000
     tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=True)
-    measured_before = mock.patch.object(Projection, "_measure", return_value=1.0)
+    measured_before = mock.patch.object(Projection, "_measure", return_value=(1.0, None))
     with fake_cuda(), every_wait_is_seen(), tried_before, measured_before:
         student = DistilledStudent(fake_llama(vocabulary, BFLOAT16), "causal-lm")
         inputs = fake_batch(2, 64, masked=False)

@@ -94,6 +94,12 @@ def dense_code(unit: bool, n: int, vocabulary: int) -> Code:
         )
 
 
+@functools.cache
+def cap_code(n: int, vocabulary: int) -> Code:
+    with fake_cuda(symbolic=True), torch.no_grad():
+        return written_for_h100(fused._cap_, fake(n, vocabulary, dtype=torch.bfloat16), 30.0)
+
+
 @pytest.mark.parametrize(("name", "most"), [("t1", 22), ("t12", 27), ("t15", 27)])
 @pytest.mark.parametrize(("vocabulary", "cut"), [(IDS, False), (151_665, True)])
 def test_a_sample_reads_the_logits_once(name: str, most: int, vocabulary: int, cut: bool) -> None:
@@ -143,6 +149,12 @@ def test_the_loss_reads_its_logits_three_times_at_most(unit: bool) -> None:
     # Maximum and sums may share a pass; the last one writes the gradient in place.
     assert 2 <= len(code.passes(code.argument(POSITIONS, IDS), POSITIONS * IDS)) <= 3
     assert code.largest_buffer < POSITIONS * IDS // 8
+
+
+def test_a_soft_cap_takes_one_pass() -> None:
+    code = cap_code(POSITIONS, IDS)
+    assert len(code.launches) == 1
+    assert not code.library_calls
 
 
 class TestGraphs:
@@ -201,7 +213,9 @@ class TestGraphs:
         assert 1 <= len(made) <= 3
 
 
-@pytest.mark.parametrize("what", ["sample t1", "sample t12", "topk", "loss", "loss t2", "dense"])
+@pytest.mark.parametrize(
+    "what", ["sample t1", "sample t12", "topk", "loss", "loss t2", "dense", "cap"]
+)
 def test_every_kernel_compiles_for_sm_90(what: str) -> None:
     written = {
         "sample t1": lambda: sample_code((1.0,), POSITIONS, IDS, False),
@@ -210,6 +224,7 @@ def test_every_kernel_compiles_for_sm_90(what: str) -> None:
         "loss": lambda: loss_code(True, POSITIONS, IDS),
         "loss t2": lambda: loss_code(False, POSITIONS, IDS),
         "dense": lambda: dense_code(False, POSITIONS, IDS),
+        "cap": lambda: cap_code(POSITIONS, IDS),
     }
     code = written[what]()
     made = compiled_for_sm90(code)
@@ -255,6 +270,12 @@ def loss_arguments(unit: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def capped_logits() -> Tensor:
+    torch.manual_seed(3)
+    sizes = torch.tensor([0.01, 1, 30, 100, 1000])[:, None]
+    return (sizes * torch.randn(LOSS_ROWS, LOSS_IDS)).to(torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the interpreter makes of each module, in one process: it starts slowly."""
@@ -268,6 +289,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for unit in (True, False):
         code, named = loss_code(unit, LOSS_ROWS, LOSS_IDS), loss_arguments(unit)
         jobs[f"loss {unit}"] = code.text, [named[name] for name in code.inputs]
+    jobs["cap"] = cap_code(LOSS_ROWS, LOSS_IDS).text, [capped_logits()]
     folder = tmp_path_factory.mktemp("interpreter")
     torch.save(list(jobs.values()), folder / "jobs.pt")
     script = Path(__file__).with_name("interpreter.py")
@@ -320,3 +342,13 @@ def test_the_losses_code_computes_what_eager_computes(executed: dict[str, Any], 
     (gradient,) = (x for x in after if x.shape == (LOSS_ROWS, LOSS_IDS))
     # Equal, or neighbours in bfloat16.
     torch.testing.assert_close(gradient.float(), named["z"].float(), rtol=2**-7, atol=1e-30)
+
+
+def test_the_caps_code_computes_what_eager_computes(executed: dict[str, Any]) -> None:
+    _, (slope,), (capped,) = executed["cap"]
+    want = capped_logits()
+    want_slope = fused._cap_(want, 30.0)
+    torch.testing.assert_close(capped.float(), want.float(), rtol=2**-7, atol=1e-30)
+    torch.testing.assert_close(
+        slope.view_as(want).float(), want_slope.float(), rtol=2**-7, atol=1e-6
+    )
