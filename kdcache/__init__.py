@@ -26,25 +26,33 @@ if TYPE_CHECKING:
     from kdcache.cache.repair import GcResult, RepairResult
     from kdcache.commands.build.build import BuildResult, build
     from kdcache.commands.build.options import BuildOptions
-    from kdcache.commands.demo.demo import DemoOptions, demo
+    from kdcache.commands.demo.demo import demo
+    from kdcache.commands.demo.options import DemoOptions
     from kdcache.commands.demo.result import DemoResult
-    from kdcache.commands.evaluate import EvaluateOptions, evaluate
+    from kdcache.commands.evaluate.evaluate import evaluate
+    from kdcache.commands.evaluate.options import EvaluateOptions
+    from kdcache.commands.evaluate.scores import EvaluateResult
     from kdcache.commands.finetune.finetune import FinetuneResult, finetune
     from kdcache.commands.finetune.options import FinetuneOptions
-    from kdcache.commands.gc import GcOptions, gc
-    from kdcache.commands.inspect import InspectOptions, InspectResult, inspect
+    from kdcache.commands.gc.gc import gc
+    from kdcache.commands.gc.options import GcOptions
+    from kdcache.commands.inspect.inspect import InspectResult, inspect
+    from kdcache.commands.inspect.options import InspectOptions
     from kdcache.commands.plan.options import PlanOptions
     from kdcache.commands.plan.plan import plan
     from kdcache.commands.plan.result import PlanResult
-    from kdcache.commands.predict import PredictOptions, PredictResult, predict
-    from kdcache.commands.repair import RepairOptions, repair
-    from kdcache.commands.scores import EvaluateResult
+    from kdcache.commands.predict.options import PredictOptions
+    from kdcache.commands.predict.predict import PredictResult, predict
+    from kdcache.commands.repair.options import RepairOptions
+    from kdcache.commands.repair.repair import repair
+    from kdcache.commands.sweep.options import SweepOptions
     from kdcache.commands.sweep.results import SweepResult
-    from kdcache.commands.sweep.sweep import SweepOptions, sweep
+    from kdcache.commands.sweep.sweep import sweep
     from kdcache.commands.train.options import TrainOptions
     from kdcache.commands.train.result import TrainResult
     from kdcache.commands.train.train import train
-    from kdcache.commands.verify import VerifyOptions, VerifyResult, verify
+    from kdcache.commands.verify.options import VerifyOptions
+    from kdcache.commands.verify.verify import VerifyResult, verify
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation
     from kdcache.stream import Collator, TargetDataset, TargetStream
@@ -58,24 +66,32 @@ _HOMES = {
     "kdcache.cache.repair": ("GcResult", "RepairResult"),
     "kdcache.commands.build.build": ("BuildResult", "build"),
     "kdcache.commands.build.options": ("BuildOptions",),
-    "kdcache.commands.demo.demo": ("DemoOptions", "demo"),
+    "kdcache.commands.demo.demo": ("demo",),
+    "kdcache.commands.demo.options": ("DemoOptions",),
     "kdcache.commands.demo.result": ("DemoResult",),
-    "kdcache.commands.evaluate": ("EvaluateOptions", "evaluate"),
+    "kdcache.commands.evaluate.evaluate": ("evaluate",),
+    "kdcache.commands.evaluate.options": ("EvaluateOptions",),
     "kdcache.commands.finetune.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
-    "kdcache.commands.gc": ("GcOptions", "gc"),
-    "kdcache.commands.inspect": ("InspectOptions", "InspectResult", "inspect"),
+    "kdcache.commands.gc.gc": ("gc",),
+    "kdcache.commands.gc.options": ("GcOptions",),
+    "kdcache.commands.inspect.inspect": ("InspectResult", "inspect"),
+    "kdcache.commands.inspect.options": ("InspectOptions",),
     "kdcache.commands.plan.options": ("PlanOptions",),
     "kdcache.commands.plan.plan": ("plan",),
     "kdcache.commands.plan.result": ("PlanResult",),
-    "kdcache.commands.predict": ("PredictOptions", "PredictResult", "predict"),
-    "kdcache.commands.repair": ("RepairOptions", "repair"),
-    "kdcache.commands.scores": ("EvaluateResult",),
+    "kdcache.commands.predict.predict": ("PredictResult", "predict"),
+    "kdcache.commands.predict.options": ("PredictOptions",),
+    "kdcache.commands.repair.repair": ("repair",),
+    "kdcache.commands.repair.options": ("RepairOptions",),
+    "kdcache.commands.evaluate.scores": ("EvaluateResult",),
     "kdcache.commands.sweep.results": ("SweepResult",),
-    "kdcache.commands.sweep.sweep": ("SweepOptions", "sweep"),
+    "kdcache.commands.sweep.sweep": ("sweep",),
+    "kdcache.commands.sweep.options": ("SweepOptions",),
     "kdcache.commands.train.options": ("TrainOptions",),
     "kdcache.commands.train.result": ("TrainResult",),
     "kdcache.commands.train.train": ("train",),
-    "kdcache.commands.verify": ("VerifyOptions", "VerifyResult", "verify"),
+    "kdcache.commands.verify.verify": ("VerifyResult", "verify"),
+    "kdcache.commands.verify.options": ("VerifyOptions",),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
     "kdcache.stream": ("Collator", "TargetDataset", "TargetStream"),

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.cli.main import cli
-from kdcache.commands.verify import VerifyOptions, verify
+from kdcache.commands.verify.options import VerifyOptions
+from kdcache.commands.verify.verify import verify
 from kdcache.errors import CorruptCacheError
 
 GOLDEN = Path(__file__).parent / "golden"

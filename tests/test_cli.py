@@ -28,14 +28,27 @@ def words(tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path) -> list[
     ]  # fmt: skip
 
 
-def test_help_lists_every_command_and_loads_none_of_them() -> None:
-    code = (
-        "import sys; from click.testing import CliRunner; from kdcache.cli.main import cli; "
-        "out = CliRunner().invoke(cli, ['--help']).output; print(out); "
-        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
+LIBRARIES = ("accelerate", "fsspec", "h5py", "matplotlib", "numpy", "pyarrow", "ray", "tokenizers")
+LIBRARIES += ("torch", "transformers")
+
+
+def test_help_lists_every_command_and_no_help_or_wrong_option_loads_a_library() -> None:
+    code = f"""if True:
+        import sys
+        from click.testing import CliRunner
+        from kdcache.cli.main import COMMANDS, cli
+        def ask(*words):
+            result = CliRunner().invoke(cli, words)
+            print(result.output)
+            return result.exit_code, [name for name in {LIBRARIES!r} if name in sys.modules]
+        assert ask("--help") == (0, [])
+        for name in COMMANDS:
+            assert ask(name, "--help") == (0, []), name
+            assert ask(name, "--no-such-option") == (2, []), name
+            assert ask(name, "--temperature", "hot") == (2, []), name
+    """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0
+    assert result.returncode == 0, result.stderr
     assert all(f"  {name} " in result.stdout for name in COMMANDS)
 
 

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from kdcache.cli.view_demo import render_demo
-from kdcache.commands.demo.demo import DemoOptions, demo
+from kdcache.commands.demo.demo import demo
+from kdcache.commands.demo.options import DemoOptions
 from kdcache.commands.demo.teacher import documents
 from kdcache.errors import UsageError
 from kdcache.plots import Curve, Level, plot_curves

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from kdcache.cache import Cache
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.evaluate import EvaluateOptions, evaluate
+from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.recheck import recheck
+from kdcache.commands.verify.recheck import recheck
 from kdcache.errors import UsageError
 from kdcache.stream import TargetDataset
 from kdcache.stream.checks import check_caches

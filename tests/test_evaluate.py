@@ -30,8 +30,9 @@ from transformers import AutoModelForSequenceClassification
 
 from kdcache.cache import Cache
 from kdcache.cli.view_evaluate import render_evaluation
-from kdcache.commands.evaluate import EvaluateOptions, evaluate
-from kdcache.commands.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.student import DistilledStudent, StudentInfo, load_student
 from kdcache.tasks import IGNORE

@@ -24,9 +24,11 @@ from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.gc import GcOptions, gc
-from kdcache.commands.recheck import Recheck, recheck
-from kdcache.commands.repair import RepairOptions, repair
+from kdcache.commands.gc.gc import gc
+from kdcache.commands.gc.options import GcOptions
+from kdcache.commands.repair.options import RepairOptions
+from kdcache.commands.repair.repair import repair
+from kdcache.commands.verify.recheck import Recheck, recheck
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.stream import TargetStream
 from kdcache.targets import SoftTargets

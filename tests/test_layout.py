@@ -17,6 +17,7 @@ LAYERS = (
 )
 RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in layer}  # ground: 0
 GROUND = {
+    "choices",
     "errors",
     "models",
     "tasks",
@@ -35,7 +36,11 @@ ONLY = {  # a library, and where alone it may be imported
     "fsspec": r"storage/filesystem",
 }
 EXCEPTIONS: dict[str, set[str]] = {}
-PURE = {"kdcache.errors", "kdcache.tasks"}  # what targets and loss may import, beside these
+PURE = {
+    "kdcache.choices",
+    "kdcache.errors",
+    "kdcache.tasks",
+}  # what targets and loss may import, beside these
 LIGHT = {"numpy", "torch", *sys.stdlib_module_names}
 ONCE = (  # one definition of each
     r"^IGNORE\b.*=",

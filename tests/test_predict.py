@@ -19,7 +19,8 @@ from textbook import class_logits, logprobs_of, word_logits
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from kdcache.cache import Cache
-from kdcache.commands.predict import PredictOptions, predict
+from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.predict.predict import predict
 from kdcache.errors import UsageError
 
 
@@ -36,7 +37,7 @@ def test_predictions_come_in_order_whatever_the_batches(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(sys.modules["kdcache.commands.predict"], "_WINDOW", window)
+    monkeypatch.setattr(sys.modules["kdcache.commands.predict.predict"], "_WINDOW", window)
     out = tmp_path / "new" / "out.jsonl"
     result = predict(
         PredictOptions(
@@ -101,7 +102,7 @@ def test_a_text_without_tokens_gets_its_line(kind: str, tmp_path: Path) -> None:
 
 def test_prediction_streams(student_classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than one window is read ahead of what is written."""
-    monkeypatch.setattr(sys.modules["kdcache.commands.predict"], "_WINDOW", 10)
+    monkeypatch.setattr(sys.modules["kdcache.commands.predict.predict"], "_WINDOW", 10)
     output = io.StringIO()
     ahead = []
 

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from make_caches import make_cache
 
-from kdcache.commands.sweep.sweep import SweepOptions, SweepProgress, sweep
+from kdcache.commands.sweep.options import SweepOptions
+from kdcache.commands.sweep.sweep import SweepProgress, sweep
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train

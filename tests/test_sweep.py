@@ -29,8 +29,9 @@ from rich.console import Console
 from kdcache.cli.main import cli
 from kdcache.cli.view_sweep import render_sweep
 from kdcache.commands.sweep.grid import Grid
+from kdcache.commands.sweep.options import SweepOptions
 from kdcache.commands.sweep.pool import RayPool
-from kdcache.commands.sweep.sweep import SweepOptions, SweepProgress, sweep
+from kdcache.commands.sweep.sweep import SweepProgress, sweep
 from kdcache.commands.train.log import last_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train

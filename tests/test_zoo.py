@@ -21,8 +21,8 @@ from zoo import BIDIRECTIONAL, CAUSAL, CLASSES, CLASSIFIERS, PAD, UNPADDED, Spec
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.evaluate import EvaluateOptions
-from kdcache.commands.predict import PredictOptions
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss

@@ -1,6 +1,7 @@
 """The commands: options in, one function of the package called, its outcome printed. No logic.
 
-Each is created on first use, so that one command does not import what another needs.
+A command imports its options when it is created, and what does its work when it runs: a help or a
+wrong option needs no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ def load(name: str) -> click.Command:
 
 
 def _build() -> click.Command:
-    from kdcache.cli.display import BuildDisplay
-    from kdcache.commands.build.build import build
     from kdcache.commands.build.options import BuildOptions
 
     @options_command(
@@ -35,6 +34,9 @@ def _build() -> click.Command:
         "Run the same command again to continue where it stopped.",
     )
     def command(options: BuildOptions, as_json: bool) -> None:
+        from kdcache.cli.display import BuildDisplay
+        from kdcache.commands.build.build import build
+
         with BuildDisplay(quiet=as_json) as display:
             result = build(options, on_progress=display)
         if as_json:
@@ -64,9 +66,7 @@ def _build() -> click.Command:
 
 
 def _plan() -> click.Command:
-    from kdcache.cli.view_plan import render_plan
     from kdcache.commands.plan.options import PlanOptions
-    from kdcache.commands.plan.plan import plan
 
     @options_command(
         PlanOptions,
@@ -75,6 +75,9 @@ def _plan() -> click.Command:
         "    --codec sample:20 --codec topk:32 --temperatures 1 --temperatures 1,2,4",
     )
     def command(options: PlanOptions, as_json: bool) -> None:
+        from kdcache.cli.view_plan import render_plan
+        from kdcache.commands.plan.plan import plan
+
         result = plan(options, report=lambda line: echo(line, err=True))
         if as_json:
             print_json(result)
@@ -85,9 +88,7 @@ def _plan() -> click.Command:
 
 
 def _train() -> click.Command:
-    from kdcache.cli.display import TrainDisplay
     from kdcache.commands.train.options import TrainOptions
-    from kdcache.commands.train.train import train
 
     @options_command(
         TrainOptions,
@@ -97,6 +98,9 @@ def _train() -> click.Command:
         "Run the same command again to continue from the last checkpoint.",
     )
     def command(options: TrainOptions, as_json: bool) -> None:
+        from kdcache.cli.display import TrainDisplay
+        from kdcache.commands.train.train import train
+
         with TrainDisplay(quiet=as_json) as display:
             result = train(options, on_progress=display)
         if as_json:
@@ -127,9 +131,7 @@ def _train() -> click.Command:
 
 
 def _sweep() -> click.Command:
-    from kdcache.cli.display import SweepDisplay
-    from kdcache.cli.view_sweep import render_sweep
-    from kdcache.commands.sweep.sweep import SweepOptions, sweep
+    from kdcache.commands.sweep.options import SweepOptions
 
     @options_command(
         SweepOptions,
@@ -144,6 +146,10 @@ def _sweep() -> click.Command:
         "      seed: [0, 1, 2]",
     )
     def command(options: SweepOptions, as_json: bool) -> None:
+        from kdcache.cli.display import SweepDisplay
+        from kdcache.cli.view_sweep import render_sweep
+        from kdcache.commands.sweep.sweep import sweep
+
         with SweepDisplay(quiet=as_json) as display:
             result = sweep(options, on_progress=display)
         if as_json:
@@ -155,8 +161,6 @@ def _sweep() -> click.Command:
 
 
 def _finetune() -> click.Command:
-    from kdcache.cli.display import TrainDisplay
-    from kdcache.commands.finetune.finetune import finetune
     from kdcache.commands.finetune.options import FinetuneOptions
 
     @options_command(
@@ -166,6 +170,9 @@ def _finetune() -> click.Command:
         "    --train-last 4 --head-width 192",
     )
     def command(options: FinetuneOptions, as_json: bool) -> None:
+        from kdcache.cli.display import TrainDisplay
+        from kdcache.commands.finetune.finetune import finetune
+
         with TrainDisplay(quiet=as_json) as display:
             result = finetune(options, on_progress=display)
         if as_json:
@@ -185,8 +192,7 @@ def _finetune() -> click.Command:
 
 
 def _evaluate() -> click.Command:
-    from kdcache.cli.view_evaluate import render_evaluation
-    from kdcache.commands.evaluate import EvaluateOptions, evaluate
+    from kdcache.commands.evaluate.options import EvaluateOptions
 
     @options_command(
         EvaluateOptions,
@@ -194,6 +200,9 @@ def _evaluate() -> click.Command:
         "kdcache evaluate --student run-a --student run-b --corpus test.tsv --teacher bert-sst2",
     )
     def command(options: EvaluateOptions, as_json: bool) -> None:
+        from kdcache.cli.view_evaluate import render_evaluation
+        from kdcache.commands.evaluate.evaluate import evaluate
+
         result = evaluate(options)
         if as_json:
             print_json(result)
@@ -204,7 +213,7 @@ def _evaluate() -> click.Command:
 
 
 def _predict() -> click.Command:
-    from kdcache.commands.predict import PredictOptions, predict
+    from kdcache.commands.predict.options import PredictOptions
 
     @options_command(
         PredictOptions,
@@ -212,6 +221,8 @@ def _predict() -> click.Command:
         "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
     )
     def command(options: PredictOptions, as_json: bool) -> None:
+        from kdcache.commands.predict.predict import predict
+
         result = predict(options)
         if options.out is not None:
             if as_json:
@@ -227,8 +238,7 @@ def _predict() -> click.Command:
 
 
 def _inspect() -> click.Command:
-    from kdcache.cli.view_inspect import render_inspection
-    from kdcache.commands.inspect import InspectOptions, inspect
+    from kdcache.commands.inspect.options import InspectOptions
 
     @options_command(
         InspectOptions,
@@ -236,6 +246,9 @@ def _inspect() -> click.Command:
         "kdcache inspect cache --row 17 --temperature 2",
     )
     def command(options: InspectOptions, as_json: bool) -> None:
+        from kdcache.cli.view_inspect import render_inspection
+        from kdcache.commands.inspect.inspect import inspect
+
         result = inspect(options)
         if as_json:
             print_json(result)
@@ -246,7 +259,7 @@ def _inspect() -> click.Command:
 
 
 def _verify() -> click.Command:
-    from kdcache.commands.verify import VerifyOptions, verify
+    from kdcache.commands.verify.options import VerifyOptions
 
     @options_command(
         VerifyOptions,
@@ -254,6 +267,8 @@ def _verify() -> click.Command:
         "kdcache verify cache --teacher SmolLM2-135M --sample 64",
     )
     def command(options: VerifyOptions, as_json: bool) -> None:
+        from kdcache.commands.verify.verify import verify
+
         result = verify(options)
         if as_json:
             print_json(result)
@@ -279,7 +294,7 @@ def _verify() -> click.Command:
 
 
 def _repair() -> click.Command:
-    from kdcache.commands.repair import RepairOptions, repair
+    from kdcache.commands.repair.options import RepairOptions
 
     @options_command(
         RepairOptions,
@@ -287,6 +302,8 @@ def _repair() -> click.Command:
         "Then run the same `kdcache build` command to make what was removed.",
     )
     def command(options: RepairOptions, as_json: bool) -> None:
+        from kdcache.commands.repair.repair import repair
+
         result = repair(options)
         if as_json:
             print_json(result)
@@ -306,13 +323,15 @@ def _repair() -> click.Command:
 
 
 def _gc() -> click.Command:
-    from kdcache.commands.gc import GcOptions, gc
+    from kdcache.commands.gc.options import GcOptions
 
     @options_command(
         GcOptions,
         "kdcache gc cache --dry-run",
     )
     def command(options: GcOptions, as_json: bool) -> None:
+        from kdcache.commands.gc.gc import gc
+
         result = gc(options)
         if as_json:
             print_json(result)
@@ -329,14 +348,16 @@ def _gc() -> click.Command:
 
 
 def _demo() -> click.Command:
-    from kdcache.cli.view_demo import render_demo
-    from kdcache.commands.demo.demo import DemoOptions, demo
+    from kdcache.commands.demo.options import DemoOptions
 
     @options_command(
         DemoOptions,
         "kdcache demo --out demo",
     )
     def command(options: DemoOptions, as_json: bool) -> None:
+        from kdcache.cli.view_demo import render_demo
+        from kdcache.commands.demo.demo import demo
+
         result = demo(options, report=lambda line: echo(line, err=True))
         if as_json:
             print_json(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.commands.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
 from kdcache.tasks import CAUSAL_LM
 
 

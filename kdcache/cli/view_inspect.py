@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.commands.inspect import InspectResult, RowView
+from kdcache.commands.inspect.inspect import InspectResult, RowView
 from kdcache.humanize import size
 from kdcache.tasks import CAUSAL_LM
 

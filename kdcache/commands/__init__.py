@@ -1,4 +1,5 @@
-"""The commands: `kdcache NAME` is the function NAME of the module or folder NAME.
+"""The commands: `kdcache NAME` is the function NAME of `NAME/NAME.py`.
 
-Each takes an options value and returns a JSON-able result, which the command line prints.
+Each takes an options value, whose class is in `NAME/options.py`, and returns a JSON-able result,
+which the command line prints.
 """

@@ -5,21 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from kdcache.corpus import MAX_RECORD_BYTES, Corpus, Documents, OnError
+from kdcache.choices import (
+    MAX_RECORD_BYTES,
+    Attention,
+    Device,
+    Documents,
+    Dtype,
+    Ensemble,
+    Form,
+    OnError,
+    Packing,
+    Precision,
+    Scheduler,
+)
 from kdcache.options import Options, option
-from kdcache.rows import Form, Packing, RowSpec
-from kdcache.student.precision import Precision
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
-from kdcache.teacher import Attention
+
+if TYPE_CHECKING:
+    from kdcache.corpus import Corpus
+    from kdcache.rows import RowSpec
 
 logger = logging.getLogger(__name__)
-
-Ensemble = Literal["mean-probs", "mean-logits"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Device = Literal["auto", "cpu", "cuda"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,8 @@ class RecordOptions(Options):
         divide: bool = False,
     ) -> Corpus:
         """Find the files of `patterns` and plan their spans; see `Corpus.open`."""
+        from kdcache.corpus import Corpus
+
         corpus = Corpus.open(
             patterns,
             span_bytes=span_bytes,
@@ -127,6 +137,8 @@ class RowOptions(RecordOptions):
             label_names: classes of a classifier.
             max_length: tokens of the longest row, where a model reads less than the option says.
         """
+        from kdcache.rows import RowSpec
+
         causal = task == CAUSAL_LM
         return RowSpec(
             task=task,  # type: ignore[arg-type]  # RowSpec checks it

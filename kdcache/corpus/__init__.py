@@ -22,18 +22,15 @@ from __future__ import annotations
 
 from kdcache.corpus.corpus import Corpus
 from kdcache.corpus.files import InputFile
-from kdcache.corpus.records import FileColumns, LineAt, OnError, ReadStats, Record, RecordError
+from kdcache.corpus.records import FileColumns, LineAt, ReadStats, Record, RecordError
 from kdcache.corpus.sample import SpanSample, sample_records, sample_spans
-from kdcache.corpus.span import MAX_RECORD_BYTES, Documents, Reading, Span
+from kdcache.corpus.span import Reading, Span
 
 __all__ = [
-    "MAX_RECORD_BYTES",
     "Corpus",
-    "Documents",
     "FileColumns",
     "InputFile",
     "LineAt",
-    "OnError",
     "ReadStats",
     "Reading",
     "Record",

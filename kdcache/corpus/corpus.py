@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any, overload
 
+from kdcache.choices import MAX_RECORD_BYTES, Documents, OnError
 from kdcache.corpus.files import (
     LINE_KINDS,
     InputFile,
@@ -22,8 +23,8 @@ from kdcache.corpus.files import (
 )
 from kdcache.corpus.formats import Format
 from kdcache.corpus.listing import expand
-from kdcache.corpus.records import LineAt, Location, OnError, ReadStats, Record, RecordError
-from kdcache.corpus.span import MAX_RECORD_BYTES, Documents, Reading, Span
+from kdcache.corpus.records import LineAt, Location, ReadStats, Record, RecordError
+from kdcache.corpus.span import Reading, Span
 from kdcache.corpus.tables import Arrow, Parquet
 from kdcache.corpus.text import Csv, JsonLines, TextFiles, TextLines, TextParagraphs, Tsv
 from kdcache.errors import UsageError

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from kdcache.choices import OnError
 from kdcache.corpus.files import open_bytes
 from kdcache.errors import UsageError
-
-OnError = Literal["fail", "skip"]
 
 _BLOCK = 1 << 20
 _KEPT_REASONS = 5

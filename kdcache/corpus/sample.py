@@ -17,8 +17,9 @@ from itertools import islice
 
 import numpy as np
 
+from kdcache.choices import OnError
 from kdcache.corpus.corpus import Corpus
-from kdcache.corpus.records import OnError, Record
+from kdcache.corpus.records import Record
 from kdcache.corpus.span import Span
 
 

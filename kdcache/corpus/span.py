@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from kdcache.choices import MAX_RECORD_BYTES, Documents
 from kdcache.corpus.files import LINE_KINDS, InputFile
 from kdcache.errors import UsageError
 from kdcache.storage import redact
-
-Documents = Literal["file", "paragraph", "line"]
-
-MAX_RECORD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,7 @@ from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.reference import (
     DIVERGENCES,
     TAILS,
-    Divergence,
     LossParts,
-    Tail,
     check_loss,
     check_names,
     distillation_loss,
@@ -37,9 +35,7 @@ from kdcache.loss.reference import (
 __all__ = [
     "DIVERGENCES",
     "TAILS",
-    "Divergence",
     "LossParts",
-    "Tail",
     "check_loss",
     "check_names",
     "distillation_loss",

@@ -6,22 +6,20 @@ Cost: several [positions, vocabulary] float32 copies. For large vocabularies see
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kdcache.choices import Divergence, Tail
 from kdcache.errors import UsageError
 from kdcache.targets import DenseTargets, Targets
 from kdcache.tasks import IGNORE
 
-DIVERGENCES = ("forward-kl", "reverse-kl", "jsd", "mse")
-TAILS = ("bucket", "renormalize")
-
-Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse"]
-Tail = Literal["bucket", "renormalize"]
+DIVERGENCES: tuple[str, ...] = get_args(Divergence)
+TAILS: tuple[str, ...] = get_args(Tail)
 
 
 class LossParts(NamedTuple):

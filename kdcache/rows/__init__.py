@@ -16,13 +16,11 @@ each document. A row ends at its last label, so no trailing token without a labe
 from __future__ import annotations
 
 from kdcache.rows.encoders import ClassificationEncoder, Encoder, TextEncoder, make_encoder
-from kdcache.rows.spec import Form, Packing, Row, RowSpec
+from kdcache.rows.spec import Row, RowSpec
 
 __all__ = [
     "ClassificationEncoder",
     "Encoder",
-    "Form",
-    "Packing",
     "Row",
     "RowSpec",
     "TextEncoder",

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.corpus import OnError
+from kdcache.choices import Form, OnError, Packing
 from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
-Packing = Literal["concat", "none", "split"]
-Form = Literal["auto", "text", "messages", "prompt"]
 DEFAULT_LABEL_COLUMN = "label"
 
 

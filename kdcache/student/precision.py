@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from kdcache.choices import Precision
 from kdcache.errors import UsageError
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["auto", "bf16", "fp16", "float32"]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from kdcache.teacher.files import TeacherFiles, tokenizer_files, tokenizer_sha256
 from kdcache.teacher.memory import find_batch_tokens, peak_share
 from kdcache.teacher.model import Slice
-from kdcache.teacher.options import Attention, TeacherOptions
+from kdcache.teacher.options import TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
 from kdcache.teacher.teacher import Teacher, aligned, logits_at
 
 __all__ = [
-    "Attention",
     "Slice",
     "Teacher",
     "TeacherFiles",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from kdcache.choices import Attention
 from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM
-
-Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 
 
 @dataclass(frozen=True)

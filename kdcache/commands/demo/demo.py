@@ -29,6 +29,7 @@ import torch
 
 from kdcache.commands.build.build import BuildResult, build
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.demo.options import DemoOptions
 from kdcache.commands.demo.result import DemoResult, StudentScores
 from kdcache.commands.demo.teacher import (
     TeacherSizes,
@@ -38,8 +39,9 @@ from kdcache.commands.demo.teacher import (
     read_jsonl,
     write_jsonl,
 )
-from kdcache.commands.evaluate import EvaluateOptions, evaluate
-from kdcache.commands.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
 from kdcache.commands.train.log import METRICS_FILE
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
@@ -47,7 +49,6 @@ from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.files import local_path, refuse_links, write_json
 from kdcache.humanize import duration, size
-from kdcache.options import Options, option
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
 
@@ -80,28 +81,6 @@ _GPT_NEOX = {
     "max_position_embeddings": _MAX_LENGTH,
     "tie_word_embeddings": True,
 }
-
-
-@dataclass(frozen=True)
-class DemoOptions(Options):
-    """What `kdcache demo` takes: fields have the names of its options."""
-
-    out: str = option(help="folder of everything the demo makes.", metavar="DIR")
-    workers: int = option(2, help="Ray workers that run the teacher.", at_least=0)
-    codec: str = option(
-        "sample:20",
-        help="codec of the caches: what is stored of each distribution of the teacher.",
-        metavar="dense|topk:K|sample:N",
-    )
-    alpha: float = option(
-        0.1, help="weight of the hard loss of the distilled students.", at_least=0, below=1
-    )
-    teacher_epochs: float = option(6.0, help="passes of the teacher over the corpus.", above=0)
-    student_epochs: float = option(3.0, help="passes of each student.", above=0)
-    documents: int | None = option(
-        None, help="use only the first documents of the corpus. Default: all.", at_least=10
-    )
-    seed: int = option(0, help="seed of weights, orders and samples.", at_least=0)
 
 
 @dataclass(frozen=True)

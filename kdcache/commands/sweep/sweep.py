@@ -24,6 +24,7 @@ from typing import Any
 
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
+from kdcache.commands.sweep.options import SweepOptions
 from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
 from kdcache.commands.sweep.results import SEED, RunScore, SweepResult
 from kdcache.commands.train.log import last_metrics
@@ -34,41 +35,13 @@ from kdcache.commands.train.run import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.files import LOCK_FILE, alone, local_path, write_json
-from kdcache.options import Options, option, options_of
+from kdcache.options import options_of
 from kdcache.version import __version__
 
 logger = logging.getLogger(__name__)
 
 SWEEP_FILE = "sweep.json"
 _RUNS = "runs"
-
-
-@dataclass(frozen=True)
-class SweepOptions(Options):
-    """What a sweep takes."""
-
-    grid: str = option(
-        help="YAML file: options of `kdcache train`, and under `grid` those with several values.",
-        metavar="GRID.yaml",
-        positional=True,
-    )
-    out: str = option(help="folder of the sweep.", metavar="SWEEP")
-    workers: int | None = option(
-        None,
-        help="number of runs at once on Ray; `auto` for as many as fit, 0 for one after another "
-        "in this process.",
-        auto=True,
-        at_least=0,
-    )
-    gpus_per_run: float | None = option(
-        None,
-        help="GPUs per run, also a fraction of one. Default: one where there are any.",
-        metavar="GPUS",
-        at_least=0,
-    )
-    address: str | None = option(
-        None, help="Ray address. Default: a Ray of this process.", metavar="RAY_ADDRESS"
-    )
 
 
 @dataclass(frozen=True)

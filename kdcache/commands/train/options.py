@@ -7,9 +7,9 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
+from kdcache.choices import Divergence, Tail
 from kdcache.commands.groups import LearningOptions
 from kdcache.errors import UsageError
-from kdcache.loss import Divergence, Tail
 from kdcache.options import Options, option, options_of
 from kdcache.storage import redact
 

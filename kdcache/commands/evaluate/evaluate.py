@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -27,69 +27,22 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.groups import InferenceOptions, RowOptions, form_problems
-from kdcache.commands.inspect import default_temperature
-from kdcache.commands.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.commands.inspect.inspect import default_temperature
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.loss.metrics import BINS, Tally, f1, known, ratio
-from kdcache.options import option
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, Targets
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, positions
 from kdcache.teacher import aligned
 
 _WINDOW = 1024  # rows of a corpus that are sorted by length at a time
 _SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order
-
-
-@dataclass(frozen=True)
-class EvaluateOptions(RowOptions, InferenceOptions):
-    """What `kdcache evaluate` takes: fields have the names of its options."""
-
-    student: tuple[str, ...] = option(
-        help="folders of models or of runs, or hub ids.",
-        metavar="RUN_OR_DIR",
-    )
-    cache: str | None = option(
-        None, help="a sealed cache whose rows and targets are used (optional).", metavar="CACHE"
-    )
-    corpus: tuple[str, ...] = option(
-        (),
-        help="files, folders, globs or URLs whose rows are used if there is no cache.",
-        metavar="PATH_OR_URL_OR_GLOB",
-    )
-    teacher: str | None = option(
-        None,
-        help="folder or hub id of a teacher that runs live; with a cache it replaces the cached "
-        "targets.",
-        metavar="DIR_OR_HUB_ID",
-    )
-    task: Task | None = option(
-        None, help="the task of the models. Default: the cache's or the first student's."
-    )
-    _: KW_ONLY
-    limit: int | None = option(
-        None,
-        help="use only the first records of a corpus, or the first rows of a cache.",
-        metavar="ROWS",
-        at_least=1,
-    )
-    temperature: float | None = option(
-        None,
-        help="of KL. Default: 1 where the cache declares it, else the first declared.",
-        above=0,
-    )
-
-    def conflicts(self) -> list[str]:
-        """See `Options.conflicts`."""
-        problems = form_problems(self.record_form, self.task)
-        if bool(self.cache) == bool(self.corpus):
-            problems.append("name either --cache or --corpus: what to evaluate on.")
-        return problems
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:

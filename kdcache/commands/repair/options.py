@@ -1,16 +1,10 @@
-"""`kdcache repair`: removes the damaged files of a cache; the same build makes only those again."""
+"""The options of `repair`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from kdcache.cache.repair import RepairResult
-from kdcache.cache.repair import repair as repair_cache
 from kdcache.options import Options, option
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -23,8 +17,3 @@ class RepairOptions(Options):
         help="accept shards that were made again with other bytes than in the manifest. This "
         "changes the digest of the cache.",
     )
-
-
-def repair(options: RepairOptions) -> RepairResult:
-    """Remove damaged files, so that the same build makes them again; see `kdcache.cache.repair`."""
-    return repair_cache(options.cache, reseal=options.reseal)

@@ -22,30 +22,14 @@ import torch
 from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import column_bytes, read_shard
+from kdcache.commands.inspect.options import InspectOptions
 from kdcache.errors import UsageError
-from kdcache.options import Options, option
 from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _SAMPLED_SHARDS = 8
-
-
-@dataclass(frozen=True)
-class InspectOptions(Options):
-    """What `kdcache inspect` takes."""
-
-    cache: str = option(help="folder or URL, finished or not.", metavar="CACHE", positional=True)
-    row: int | None = option(
-        None, help="number of a row to show, counted from 0 over all shards (optional).", at_least=0
-    )
-    temperature: float | None = option(
-        None,
-        help="of the shown probabilities. Default: 1 where the cache declares it, else the first.",
-        above=0,
-    )
-    top: int = option(5, help="predictions to show at each position.", at_least=1)
 
 
 @dataclass(frozen=True)

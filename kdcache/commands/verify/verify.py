@@ -1,6 +1,6 @@
 """`kdcache verify`: checks every file of a cache, and its targets against a teacher.
 
-The work is in `kdcache.cache.check` and, for a teacher, `kdcache.commands.recheck`.
+The work is in `kdcache.cache.check` and, for a teacher, `kdcache.commands.verify.recheck`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,10 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
-from kdcache.options import Options, option
+from kdcache.commands.verify.options import VerifyOptions
 
 if TYPE_CHECKING:
-    from kdcache.commands.recheck import Recheck
-
-
-@dataclass(frozen=True)
-class VerifyOptions(Options):
-    """What `kdcache verify` takes: fields have the names of its options."""
-
-    cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
-    teacher: tuple[str, ...] = option(
-        (),
-        help="folder or hub id of each teacher, in the order of the build, to run again on a few "
-        "rows (optional).",
-        metavar="DIR_OR_HUB_ID",
-    )
-    sample: int = option(32, help="number of rows to run again.", metavar="ROWS", at_least=1)
-    seed: int = option(0, help="seed that chooses these rows.", at_least=0)
-    trust_remote_code: bool = option(False, help="let code that ships with a teacher run.")
+    from kdcache.commands.verify.recheck import Recheck
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,7 @@ def verify(options: VerifyOptions) -> VerifyResult:
     found = [problem.text for problem in problems(cache)]
     recheck = None
     if options.teacher and not found:
-        from kdcache.commands.recheck import recheck as compare
+        from kdcache.commands.verify.recheck import recheck as compare
 
         recheck = compare(
             cache,

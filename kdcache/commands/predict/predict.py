@@ -21,44 +21,17 @@ from typing import TextIO
 
 import torch
 
-from kdcache.commands.groups import InferenceOptions, RecordOptions, form_problems
+from kdcache.commands.predict.options import PredictOptions
 from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import UsageError
 from kdcache.files import full_disk, local_path, output_errors, whole_file
 from kdcache.humanize import printable
-from kdcache.options import option
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
 _WINDOW = 1024
 _SPAN_BYTES = 1 << 60  # a file is one span: spans of compressed files would mix its order
-
-
-@dataclass(frozen=True)
-class PredictOptions(RecordOptions, InferenceOptions):
-    """What `kdcache predict` takes: fields have the names of its options."""
-
-    student: str = option(
-        help="folder of a run or of a classifier, or hub id.",
-        metavar="RUN_OR_DIR",
-    )
-    corpus: tuple[str, ...] = option(
-        help="files, folders, globs or URLs; `-` alone reads plain lines from standard input.",
-        metavar="PATH_OR_URL_OR_GLOB|-",
-    )
-    out: str | None = option(
-        None, help="file for the JSON lines. Default: standard output.", metavar="FILE"
-    )
-
-    def conflicts(self) -> list[str]:
-        """See `Options.conflicts`."""
-        problems = form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
-        if "-" in self.corpus and len(self.corpus) > 1:
-            problems.append("--corpus - reads standard input and cannot be combined with files.")
-        if "-" in self.corpus and self.pair_column is not None:
-            problems.append("--corpus - reads one text per line and has no --pair-column.")
-        return problems
 
 
 @dataclass(frozen=True)

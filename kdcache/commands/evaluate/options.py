@@ -1,0 +1,55 @@
+"""The options of `evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from kdcache.commands.groups import InferenceOptions, RowOptions, form_problems
+from kdcache.options import option
+from kdcache.tasks import Task
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(RowOptions, InferenceOptions):
+    """What `kdcache evaluate` takes: fields have the names of its options."""
+
+    student: tuple[str, ...] = option(
+        help="folders of models or of runs, or hub ids.",
+        metavar="RUN_OR_DIR",
+    )
+    cache: str | None = option(
+        None, help="a sealed cache whose rows and targets are used (optional).", metavar="CACHE"
+    )
+    corpus: tuple[str, ...] = option(
+        (),
+        help="files, folders, globs or URLs whose rows are used if there is no cache.",
+        metavar="PATH_OR_URL_OR_GLOB",
+    )
+    teacher: str | None = option(
+        None,
+        help="folder or hub id of a teacher that runs live; with a cache it replaces the cached "
+        "targets.",
+        metavar="DIR_OR_HUB_ID",
+    )
+    task: Task | None = option(
+        None, help="the task of the models. Default: the cache's or the first student's."
+    )
+    _: KW_ONLY
+    limit: int | None = option(
+        None,
+        help="use only the first records of a corpus, or the first rows of a cache.",
+        metavar="ROWS",
+        at_least=1,
+    )
+    temperature: float | None = option(
+        None,
+        help="of KL. Default: 1 where the cache declares it, else the first declared.",
+        above=0,
+    )
+
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        problems = form_problems(self.record_form, self.task)
+        if bool(self.cache) == bool(self.corpus):
+            problems.append("name either --cache or --corpus: what to evaluate on.")
+        return problems

@@ -1,0 +1,35 @@
+"""The options of `predict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdcache.commands.groups import InferenceOptions, RecordOptions, form_problems
+from kdcache.options import option
+from kdcache.tasks import SEQUENCE_CLASSIFICATION
+
+
+@dataclass(frozen=True)
+class PredictOptions(RecordOptions, InferenceOptions):
+    """What `kdcache predict` takes: fields have the names of its options."""
+
+    student: str = option(
+        help="folder of a run or of a classifier, or hub id.",
+        metavar="RUN_OR_DIR",
+    )
+    corpus: tuple[str, ...] = option(
+        help="files, folders, globs or URLs; `-` alone reads plain lines from standard input.",
+        metavar="PATH_OR_URL_OR_GLOB|-",
+    )
+    out: str | None = option(
+        None, help="file for the JSON lines. Default: standard output.", metavar="FILE"
+    )
+
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        problems = form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
+        if "-" in self.corpus and len(self.corpus) > 1:
+            problems.append("--corpus - reads standard input and cannot be combined with files.")
+        if "-" in self.corpus and self.pair_column is not None:
+            problems.append("--corpus - reads one text per line and has no --pair-column.")
+        return problems
