@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 from kdcache.files import whole_file
 
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito 2008
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKER_POINTS = 6
+_RINGS = 12
+_AROUND = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+"""Sides of a point on which its name is tried: right (or left), up (or down)."""
 _INK, _FAINT = "#222222", "#d9d9d9"
 
 
@@ -72,7 +79,7 @@ def plot_curves(
         axes.plot(
             curve.steps,
             curve.values,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=_colour(i),
             marker=_MARKERS[i % len(_MARKERS)],
             markersize=5,
             linewidth=2,
@@ -127,13 +134,7 @@ class Panel:
     clouds: Sequence[Cloud]
 
 
-def plot_clouds(
-    path: str | Path,
-    panels: Sequence[Panel],
-    *,
-    title: str,
-    x_label: str,
-) -> None:
+def plot_clouds(path: str | Path, panels: Sequence[Panel], *, title: str, x_label: str) -> None:
     """Draw points with their names into a PNG, panels side by side, all axes logarithmic.
 
     Args:
@@ -142,34 +143,30 @@ def plot_clouds(
         title: above the plot.
         x_label: name and unit of the x axis.
     """
+    _save(draw_clouds(panels, title=title, x_label=x_label), path)
+
+
+def draw_clouds(panels: Sequence[Panel], *, title: str, x_label: str) -> Any:
+    """The figure of `plot_clouds`: no name covers another, or a point."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = _new_figure(6.5 * len(panels), 5.5, dpi=160)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for k, cloud in enumerate(panel.clouds):
-            points = sorted(p for p in cloud.points if p[0] > 0 and p[1] > 0)
+            points = _shown(cloud)
             axes.plot(
                 [x for x, _, _ in points],
                 [y for _, y, _ in points],
-                color=_COLOURS[k % len(_COLOURS)],
-                marker=_MARKERS[k % len(_MARKERS)],
-                markersize=6,
+                color=_colour(k),
+                # Another pairing in each round, so that 36 clouds differ.
+                marker=_MARKERS[(k + k // len(_COLOURS)) % len(_MARKERS)],
+                markersize=_MARKER_POINTS,
                 markerfacecolor="white" if cloud.hollow else None,
                 linestyle="--" if cloud.hollow else "-",
                 linewidth=1.2,
                 label=cloud.label,
             )
-            for x, y, name in points:
-                # Clouds may share points: every other one has its names below.
-                axes.annotate(
-                    name,
-                    (x, y),
-                    (4, -11 if k % 2 else 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=_INK,
-                )
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
@@ -181,11 +178,60 @@ def plot_clouds(
         axes.set_title(panel.title, loc="left", color=_INK, fontsize=10)
         _style(axes)
         axes.margins(x=0.1, y=0.1)
-    axes = figure.axes[0]
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
-    _save(figure, path)
+    figure.canvas.draw()  # the layout: from here on a point's pixels are known
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        _name_points(axes, panel.clouds)
+    return figure
+
+
+def _shown(cloud: Cloud) -> list[tuple[float, float, str]]:
+    return sorted(p for p in cloud.points if p[0] > 0 and p[1] > 0)
+
+
+def _name_points(axes: Any, clouds: Sequence[Cloud]) -> None:
+    """Write the names beside their points, in their colours, each at the nearest free place.
+
+    Places are tried on growing rings around the point; from the second ring on, a thin line leads
+    to the name. What is taken: all markers, the names so far, and all outside of the axes.
+    """
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    axes.autoscale(False)  # names and lines must not move what is drawn
+    renderer, pixels = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
+    named = [(p, _colour(k)) for k, cloud in enumerate(clouds) for p in _shown(cloud)]
+    centres = axes.transData.transform([(x, y) for (x, y, _), _ in named])
+    half = _MARKER_POINTS * pixels / 2
+    taken = [Bbox.from_extents(*(centre - half), *(centre + half)) for centre in centres]
+    for ((x, y, name), colour), centre in zip(named, centres, strict=True):
+        label = axes.annotate(
+            name, (x, y), (0, 0), textcoords="offset points", ha="center", va="center",
+            fontsize=8, color=colour, path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+        label.set_in_layout(False)
+        own = label.get_window_extent(renderer).padded(pixels)
+        for ring, (right, up) in product(range(1, _RINGS + 1), _AROUND):
+            gap = ring * (half + pixels)
+            dx, dy = right * (gap + own.width / 2), up * (gap + own.height / 2)
+            box = own.translated(dx, dy)
+            inside = all(axes.bbox.contains(*corner) for corner in (box.min, box.max))
+            if inside and not box.count_overlaps(taken):
+                break
+        else:
+            label.remove()  # the tables have it; one name over another shows neither
+            continue
+        label.set_position((dx / pixels, dy / pixels))
+        taken.append(box)
+        if ring > 1:
+            end = axes.transData.inverted().transform(centre + gap * np.array([right, up]))
+            axes.plot([x, end[0]], [y, end[1]], color=colour, linewidth=0.5, zorder=1)
+
+
+def _colour(k: int) -> str:
+    return _COLOURS[k % len(_COLOURS)]
 
 
 @dataclass(frozen=True)
@@ -224,7 +270,7 @@ def plot_dots(path: str | Path, rows: Sequence[DotRow], *, title: str, x_label: 
     named, told = set(), []
     for place, row in enumerate(rows):
         k = groups.index(row.group)
-        colour, mean = _COLOURS[k % len(_COLOURS)], fmean(row.values)
+        colour, mean = _colour(k), fmean(row.values)
         label = None if row.group in named else row.group
         named.add(row.group)
         if len(row.values) > 1:

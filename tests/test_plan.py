@@ -23,6 +23,7 @@ from kdcache.cli.main import cli
 from kdcache.cli.view_plan import render_plan
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.plan.advice import advice
 from kdcache.commands.plan.fidelity import Fidelity, FidelityMeter, FullGradient
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
@@ -269,6 +270,7 @@ def test_the_command_prints_tables_json_and_a_plot(options: PlanOptions, tmp_pat
     call += ["--temperatures", "1", "--temperatures", "1,2", "--plot", str(picture)]
     done = CliRunner().invoke(cli, call)
     assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("At T = 1 take sample:6 (")
     for expected in ("Cost", "Fidelity", "sample:6", "1,2", "64 workers", "break-even", "missed"):
         assert expected in done.stdout
     assert "compress a little better" in " ".join(done.stdout.split())
@@ -278,6 +280,34 @@ def test_the_command_prints_tables_json_and_a_plot(options: PlanOptions, tmp_pat
     assert len(values["caches"]) == 4
     assert set(values["caches"][0]["hours"]) == {"1", "8", "64"}
     assert values["plot"] == str(picture)
+
+
+def test_the_advice_is_the_cheapest_codec_that_is_good_enough(options: PlanOptions) -> None:
+    a_cache = plan(dataclasses.replace(options, codec=("dense",), temperatures=("1",))).caches[0]
+
+    def cache(codec: str, size: float, t: float = 1.0, **figures: float) -> PlannedCache:
+        one = dataclasses.replace(a_cache.fidelity[0], **{"norm_ratio": 1, "missed": 0, **figures})
+        return dataclasses.replace(
+            a_cache, codec=codec, bytes_per_position=size, temperatures=(t,), fidelity=(one,)
+        )
+
+    grid = [
+        cache("sample:40", 30, norm_ratio=1.01),
+        cache("sample:20", 18.26, norm_ratio=1.04),
+        cache("sample:10", 11, norm_ratio=1.2),
+        cache("topk:16", 40, missed=0.2),
+        cache("topk:64", 139, missed=0.05),
+        cache("dense", 4000),
+        cache("dense:float16", 2000),
+        cache("sample:5", 1, t=2.0),
+    ]
+    want = (
+        "At T = 1 take sample:20 (18.3 B per position) to train students; topk:64 (139.0 B per "
+        "position) for reverse KL, Jensen-Shannon and evaluation; dense:float16 (2,000.0 B per "
+        "position) for any temperature and divergence."
+    )
+    assert advice(grid) == advice(grid[::-1][1:]) == want
+    assert "take sample:10" in advice(grid[2:])  # none is good enough: the least noisy
 
 
 def test_a_cache_that_never_pays_is_said_to(options: PlanOptions) -> None:

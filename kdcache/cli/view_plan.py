@@ -14,7 +14,8 @@ _SMALL_SHARD = 100_000
 
 
 def render_plan(result: PlanResult, console: Console) -> None:
-    """Print what each codec costs, then how good its targets are."""
+    """Print which codec to take, what each costs, then how good its targets are."""
+    print_line(console, result.advice)
     rate = 1 / result.teacher_seconds if result.teacher_seconds else 0.0
     print_line(
         console,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kdcache.commands.build.prepare import check_ensemble, prepare
+from kdcache.commands.plan.advice import advice
 from kdcache.commands.plan.measure import Report, SamplePass
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.result import PlanResult
@@ -60,6 +61,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
         dtype=prepared.spec.dtype,
         teacher_seconds=run.seconds / run.positions,
         clipped_mass=float(run.teacher.take_clipped_mass()) / run.positions,
+        advice=advice(caches),
         caches=caches,
         plot=options.plot,
     )

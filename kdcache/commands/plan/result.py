@@ -58,6 +58,7 @@ class PlanResult:
         dtype: what it computed in.
         teacher_seconds: of its forward, a position.
         clipped_mass: mean probability that it gives to ids outside the vocabulary.
+        advice: which codec to take for which purpose, in one sentence.
         caches: the grid.
         plot: where the plot is, or None.
     """
@@ -73,6 +74,7 @@ class PlanResult:
     dtype: str
     teacher_seconds: float
     clipped_mass: float
+    advice: str
     caches: tuple[PlannedCache, ...]
     plot: str | None
 
