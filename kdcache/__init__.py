@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kdcache.commands.demo.demo import demo
     from kdcache.commands.demo.options import DemoOptions
     from kdcache.commands.demo.result import DemoResult
+    from kdcache.commands.env.env import EnvResult, env
+    from kdcache.commands.env.options import EnvOptions
     from kdcache.commands.evaluate.evaluate import evaluate
     from kdcache.commands.evaluate.options import EvaluateOptions
     from kdcache.commands.evaluate.scores import EvaluateResult
@@ -69,6 +71,8 @@ _HOMES = {
     "kdcache.commands.demo.demo": ("demo",),
     "kdcache.commands.demo.options": ("DemoOptions",),
     "kdcache.commands.demo.result": ("DemoResult",),
+    "kdcache.commands.env.env": ("EnvResult", "env"),
+    "kdcache.commands.env.options": ("EnvOptions",),
     "kdcache.commands.evaluate.evaluate": ("evaluate",),
     "kdcache.commands.evaluate.options": ("EvaluateOptions",),
     "kdcache.commands.finetune.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),

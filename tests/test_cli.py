@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import h5py
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from kdcache.cli.commands import load
@@ -185,3 +190,61 @@ def test_training_mistakes_are_told_at_once(
         assert result.exit_code == 2, (change, result.output)
         assert message in result.stderr
         assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("word", "hint"), [("biuld", "Did you mean build?"), ("x", "There are: ")])
+def test_a_mistyped_command_is_answered_with_the_nearest(word: str, hint: str) -> None:
+    result = run(word, "--out", "x")
+    assert result.exit_code == 2
+    assert f"there is no command {word}. {hint}" in result.stderr
+
+
+def test_underscores_are_hyphens_and_the_environment_gives_options(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words[words.index("--max-length")] = "--max_length"
+    at = words.index("--limit")
+    monkeypatch.setenv("KDCACHE_BUILD_LIMIT", "12")
+    monkeypatch.setenv("KDCACHE_BUILD_TEMPERATURES", "1,2")
+    result = run(*words[:at], *words[at + 2 :], "--temperatures", "3", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rows"] == 12
+    spec = json.loads((Path(words[-1]) / "spec.json").read_text())["spec"]
+    assert spec["temperatures"] == [3.0], "a flag takes precedence"
+    monkeypatch.setenv("KDCACHE_BUILD_LIMIT", "few")
+    assert "--limit is 'few'" in run("build").stderr
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    logger = logging.getLogger()
+    level = logger.level
+    yield logger
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_quiet_leaves_the_result_and_verbose_adds_messages(
+    words: list[str], place: str, root: logging.Logger
+) -> None:
+    plain = run(*words)
+    assert "build: " in plain.stderr
+    assert f"Next: kdcache train --cache {words[-1]} --student bilstm --out RUN" in plain.stderr
+    words[-1] += "-quiet"
+    quiet = run("-q", *words) if place == "before" else run(*words, "-q")
+    assert quiet.stderr == ""
+    assert "shards made now" in quiet.stdout
+    words[-1] += "-verbose"
+    run("-v", *words) if place == "before" else run(*words, "-v")
+    assert root.level == logging.INFO
+
+
+def test_env_says_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCACHE_DISK", "s3://key:secret@host/disk")
+    result = run("env")
+    assert result.exit_code == 0
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", result.stdout, re.M)
+    assert re.search(r"^KDCACHE_DISK +s3://host/disk$", result.stdout, re.M)
+    report = json.loads(run("env", "--json").stdout)
+    assert report["packages"]["h5py"] == h5py.__version__
+    assert report["cores"] >= 1

@@ -19,6 +19,7 @@ RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in 
 GROUND = {
     "choices",
     "errors",
+    "extras",
     "models",
     "tasks",
     "options",

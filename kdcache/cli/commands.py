@@ -12,14 +12,22 @@ import click
 from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
-from kdcache.cli.tables import echo
+from kdcache.cli.tables import echo, echo_next, print_table
+from kdcache.cli.volume import is_quiet
 from kdcache.humanize import duration, size
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
 
 def load(name: str) -> click.Command:
     """The command of that name."""
     maker: Callable[[], click.Command] = globals()[f"_{name}"]
     return maker()
+
+
+def _report(line: str) -> None:
+    """What a command says on its way."""
+    if not is_quiet():
+        echo(line, err=True)
 
 
 def _build() -> click.Command:
@@ -41,7 +49,8 @@ def _build() -> click.Command:
             result = build(options, on_progress=display)
         if as_json:
             print_json(result)
-        elif not result.made:
+            return
+        if not result.made:
             echo(f"{result.cache} is complete: {result.positions:,} positions. Nothing to do.")
         else:
             losses = ""
@@ -61,6 +70,8 @@ def _build() -> click.Command:
                 f"teacher {duration(result.teacher_seconds)}; "
                 f"{result.made} of {result.spans} shards made now{losses}."
             )
+        student = "CONFIG_OR_MODEL" if options.task == CAUSAL_LM else "bilstm"
+        echo_next("kdcache", "train", "--cache", options.out, "--student", student, "--out", "RUN")
 
     return command
 
@@ -78,7 +89,7 @@ def _plan() -> click.Command:
         from kdcache.cli.view_plan import render_plan
         from kdcache.commands.plan.plan import plan
 
-        result = plan(options, report=lambda line: echo(line, err=True))
+        result = plan(options, report=_report)
         if as_json:
             print_json(result)
         else:
@@ -126,6 +137,8 @@ def _train() -> click.Command:
             + (f"; evaluation: {measured}" if measured else "")
             + "."
         )
+        test = (options.eval_cache or ("TEST_CACHE",))[0]
+        echo_next("kdcache", "evaluate", "--student", options.out, "--cache", test)
 
     return command
 
@@ -187,6 +200,8 @@ def _finetune() -> click.Command:
             f"{result.out}: {result.rows:,} rows, {result.trained:,} of {result.parameters:,} "
             f"parameters trained in {duration(result.seconds)}{scores}."
         )
+        words = ("--task", SEQUENCE_CLASSIFICATION, "--corpus", "CORPUS", "--out", "CACHE")
+        echo_next("kdcache", "build", "--teacher", options.out, *words)
 
     return command
 
@@ -347,6 +362,27 @@ def _gc() -> click.Command:
     return command
 
 
+def _env() -> click.Command:
+    from kdcache.commands.env.options import EnvOptions
+
+    @options_command(EnvOptions, "kdcache env --json")
+    def command(options: EnvOptions, as_json: bool) -> None:
+        from kdcache.commands.env.env import env
+
+        result = env(options)
+        if as_json:
+            print_json(result)
+            return
+        facts = {"kdcache": result.kdcache, "Python": result.python, "system": result.system}
+        memory = "" if result.memory_bytes is None else f", {size(result.memory_bytes)}"
+        facts["machine"] = f"{result.cores} cores{memory}"
+        facts["GPUs"] = "; ".join(result.gpus)
+        facts |= {name: version or "not installed" for name, version in result.packages.items()}
+        print_table(Console(), ("", ""), list({**facts, **result.settings}.items()), left=2)
+
+    return command
+
+
 def _demo() -> click.Command:
     from kdcache.commands.demo.options import DemoOptions
 
@@ -358,7 +394,7 @@ def _demo() -> click.Command:
         from kdcache.cli.view_demo import render_demo
         from kdcache.commands.demo.demo import demo
 
-        result = demo(options, report=lambda line: echo(line, err=True))
+        result = demo(options, report=_report)
         if as_json:
             print_json(result)
         else:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from kdcache.cli.volume import is_quiet
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.workers import WorkerFigures
 from kdcache.commands.sweep.sweep import SweepProgress
@@ -33,7 +34,7 @@ class _Display:
     unit: str
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+        self._quiet = quiet or is_quiet()
         self._live: Live | None = None
         self._last = 0.0
 

@@ -8,17 +8,18 @@ available at once.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
 import sys
 import traceback
-import warnings
 from types import TracebackType
 from typing import Any
 
 import click
 
+from kdcache.cli.volume import Volume, set_volume, volume_options
 from kdcache.errors import KdcacheError
 from kdcache.files import no_space
 from kdcache.humanize import printable
@@ -38,6 +39,7 @@ COMMANDS = {
     "repair": "Remove damaged files from a cache, so that the same build makes only these again.",
     "gc": "Remove what crashed builds have left in a cache's folder.",
     "demo": "Run the whole workflow on text and models that need no download.",
+    "env": "Describe this machine and what is installed, for a bug report.",
 }
 
 
@@ -58,6 +60,16 @@ class _Commands(click.Group):
         command = commands.load(name)
         command.name, command.help = name, COMMANDS[name]
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+            hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"there is no command {_safe(name)}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -96,20 +108,30 @@ class _Log(logging.Handler):
             self.handleError(record)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _hyphens(word: str) -> str:
+    """`--max_steps` is `--max-steps`."""
+    return word.replace("_", "-")
+
+
+@click.group(
+    cls=_Commands,
+    params=volume_options(),
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": _hyphens,
+        "auto_envvar_prefix": "KDCACHE",
+    },
+    epilog="Every option can come from the environment too: KDCACHE_BUILD_OUT is --out of build.",
+)
 @click.version_option(__version__, prog_name="kdcache")
-@click.option("--verbose", is_flag=True, help="Show the log messages of the libraries used.")
-def cli(verbose: bool) -> None:
+def cli() -> None:
     """Pay for the teacher once, train many students from its cached soft targets.
 
     Start with `kdcache demo`, or with `kdcache build` on a teacher and a corpus of yours.
     """
-    level = logging.INFO if verbose else logging.WARNING
-    form = "%(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=level, format=form, handlers=[_Log()])
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[_Log()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not verbose:
-        warnings.filterwarnings("ignore", module=r"(torch|transformers|ray|accelerate)\b")
+    set_volume(Volume.NORMAL)
 
 
 def _tell_fault(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from kdcache.cli.volume import volume_options
 from kdcache.options import Option, options_of, parse_values
 
 Kind = TypeVar("Kind")
@@ -91,6 +92,7 @@ def options_command(
                 ["--json", "as_json"], is_flag=True, help="Print the result as one JSON object."
             )
         )
+        params += volume_options()
         command = OptionsCommand(
             params=params,
             name=None,

@@ -6,6 +6,7 @@ data) never reach the terminal. In a file or a pipe tables are whole lines of pl
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 import click
@@ -15,6 +16,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from kdcache.cli.volume import is_quiet
 from kdcache.humanize import printable
 
 
@@ -79,6 +81,12 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 def echo(text: str, *, err: bool = False) -> None:
     """Print a line on standard output, or on standard error."""
     click.echo(printable(text), err=err)
+
+
+def echo_next(*words: str) -> None:
+    """Say on standard error what to type next; words in capitals are for the user to fill in."""
+    if not is_quiet():
+        echo(f"Next: {shlex.join(words)}", err=True)
 
 
 def number(value: float | None, digits: int = 4) -> str:

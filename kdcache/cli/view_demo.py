@@ -32,4 +32,5 @@ def render_demo(result: DemoResult, console: Console) -> None:
         f"position. Teacher: {result.teacher_seconds:.1f} s, paid once; running it online with "
         f"the distilled students would have taken {beside:.1f} s.",
     )
-    print_line(console, f"Loss curves: {result.plot}")
+    if result.plot is not None:
+        print_line(console, f"Loss curves: {result.plot}")

@@ -47,6 +47,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
+from kdcache.extras import installed
 from kdcache.files import local_path, refuse_links, write_json
 from kdcache.humanize import duration, size
 from kdcache.plots import Curve, Level, plot_curves
@@ -330,11 +331,15 @@ class _Demo:
             architecture = plan.config["model_type"]
             models.append(self._scores(plan.name, architecture, found, run, run.seconds, beside))
         plot = self.out / "losses.png"
-        self._plot(plot, models[0].cross_entropy)
-        self._tell(6, "evaluation", f"{result.positions:,} held-out positions, plot in {plot}")
+        drawn = f"plot in {plot}"
+        if installed("matplotlib"):
+            self._plot(plot, models[0].cross_entropy)
+        else:
+            drawn = "no plot without matplotlib (pip install 'kdcache[plot]')"
+        self._tell(6, "evaluation", f"{result.positions:,} held-out positions, {drawn}")
         return DemoResult(
             out=str(self.out),
-            plot=str(plot),
+            plot=str(plot) if plot.exists() else None,
             models=tuple(models),
             positions=cache.positions,
             bytes_per_position=cache.bytes_per_position,

@@ -38,7 +38,7 @@ class DemoResult:
 
     Attributes:
         out: its folder.
-        plot: the PNG of the held-out losses.
+        plot: the PNG of the held-out losses; None without matplotlib.
         models: the teacher, then the students.
         positions: positions in the training cache.
         bytes_per_position: of its shards, rows included.
@@ -48,7 +48,7 @@ class DemoResult:
     """
 
     out: str
-    plot: str
+    plot: str | None
     models: tuple[StudentScores, ...]
     positions: int
     bytes_per_position: float

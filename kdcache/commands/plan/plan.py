@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.result import PlanResult
 from kdcache.commands.plan.sample import sample_rows
 from kdcache.errors import UsageError
+from kdcache.extras import needs
 from kdcache.storage import redact
 from kdcache.targets import Codec
 
@@ -29,6 +31,9 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
         UsageError: wrong options or input, or a sample that does not fit the memory.
     """
     report = report or (lambda line: None)
+    if options.plot is not None:
+        with needs("plot", "--plot"):
+            import_module("matplotlib")
     prepared = prepare(options.build_options())
     vocab = prepared.spec.vocab_size
     codecs = _grid(options, vocab)

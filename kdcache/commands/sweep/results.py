@@ -12,13 +12,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdcache.extras import installed
 from kdcache.files import write_json, write_text
 from kdcache.plots import DotRow, plot_dots
+
+logger = logging.getLogger(__name__)
 
 SEED = "seed"
 _NAMES = {
@@ -118,9 +122,12 @@ class SweepResult:
         return cls(str(out), made, combinations, evaluated, rank, tuple(settings), tuple(runs))
 
     def write(self, folder: Path) -> None:
-        """Write `results.json`, `results.csv` (a line a run) and `results.png`."""
+        """Write `results.json`, `results.csv` (a line a run) and, if it can, `results.png`."""
         write_json(folder / "results.json", dataclasses.asdict(self))
         write_text(folder / "results.csv", self._csv())
+        if not installed("matplotlib"):
+            logger.warning("no results.png: it needs matplotlib (pip install 'kdcache[plot]')")
+            return
         best = self.settings[:_MOST_DRAWN]
         shown = "" if len(best) == len(self.settings) else f"best {len(best)} settings: "
         better = "higher" if self.ranked_by == "accuracy" else "lower"

@@ -25,6 +25,7 @@ from kdcache.commands.train.prepare import RESULT_FILE, RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.extras import needs
 from kdcache.files import no_space, write_text
 
 _RETRIES = 2
@@ -48,8 +49,10 @@ def train_on_ray(
         KdcacheError: the workers failed for good.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+
+    with needs("cluster", "--num-workers"):
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchConfig, TorchTrainer
 
     plan = RunPlan.make(options)
     owns = connect(options.address)
