@@ -2,6 +2,7 @@
 
     python benchmarks/stream.py [--markdown]                      # logits made up, 128,256 ids
     python benchmarks/stream.py --logits smollm2_logits.npy       # a teacher's, [positions, V]
+    python benchmarks/stream.py --ranks [--markdown]              # 4 alone: ranks of a cluster
 
 The logits of some thousand positions are encoded with the real codecs, again and again with new
 noise, and shards are filled with the outcome in random order: rows of 1,024 positions, frequency
@@ -16,6 +17,9 @@ links; the system's page cache holds them all, so disks are not measured.
 2. The first batch of a cache of 1,000 shards, from its URL on, in a new process.
 3. Peak resident memory of a new process that reads some hundred batches of caches of different
    size, less what its imports took. Needs Linux.
+4. Ranks of trainings with many workers, each in a new process of its own: what a rank reads, its
+   first batch, its memory, and its CPU time a position, beside one worker that reads everything.
+   A rank works alone here: the sum of the counts, 8 bytes a step over the network, is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -42,7 +47,7 @@ from torch import Tensor
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
-from kdcache.stream import ShardRows, TargetStream
+from kdcache.stream import ShardRows, TargetStream, order
 from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
 from kdcache.targets.ranks import read_ranks
 
@@ -200,8 +205,8 @@ def run(work: Callable[[Any], object], items: Iterable[Any]) -> None:
 def watch(url: str, options: argparse.Namespace) -> dict[str, float]:
     """What `watched` finds, in a process of its own."""
     command = [sys.executable, __file__, "--watch", url]
-    for name in ("batch", "batches", "threads"):
-        command += [f"--{name}", str(getattr(options, name))]
+    for name in ("batch", "batches", "threads", "world", "rank-shards"):
+        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -288,6 +293,94 @@ def scale(ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
     return table(header, lines)
 
 
+def ranked(options: argparse.Namespace) -> dict[str, float]:
+    """What one rank costs, in this process: the bytes of an epoch, and some of its batches."""
+    before = peak_memory()
+    wall, cpu = time.perf_counter(), time.process_time()
+    world = options.world
+    stream = TargetStream(
+        options.watch,
+        batch_size=options.batch * world,
+        rank=world // 2,
+        world_size=world,
+        sum_over=int,
+    )
+    begun = time.process_time()
+    batches = iter(stream)
+    kept = [next(batches)["labels"].numel()]
+    found = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    # A share that is not too long, whole; of a longer one whole groups, after the first.
+    each = stream.caches[0].manifest.shards[0].rows // options.batch
+    if stream.rows > options.rank_shards * each * options.batch * world:
+        groups = -(-options.rank_shards // stream.group)
+        for _ in range(stream.group * each):
+            next(batches)
+        begun, kept = time.process_time(), []
+        taken: Iterable[Any] = itertools.islice(batches, groups * stream.group * each)
+    else:
+        taken = batches
+    kept += [batch["labels"].numel() for batch in taken]
+    found["position"] = (time.process_time() - begun) / sum(kept)
+    batches.close()  # type: ignore[attr-defined]
+    found |= {"before": before, "peak": peak_memory()}
+    walks = [
+        part
+        for epoch in range(4)
+        for part in order(
+            0,
+            epoch,
+            [entry.rows for entry in stream.caches[0].manifest.shards],
+            stream.group,
+            streams=world,
+            stream=world // 2,
+        )
+    ]
+    entries = stream.caches[0].manifest.shards
+    touched = [entries[shard].bytes for part in walks for shard in np.unique(part[:, 0])]
+    return found | {"bytes": sum(touched) / 4}
+
+
+def ranks(table_of_ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
+    """One rank of many, by the number of ranks and the size of the cache."""
+    codec = Codec.parse("sample:20", (1.0,), options.vocab)
+    targets = make_targets(codec, read_ranks(table_of_ranks, options.vocab), options)
+    shards = [make_shard(targets, options.rank_shard, seed) for seed in range(DISTINCT)]
+    lines = []
+    for spans in (1000, 100_000):
+        url = make_cache(scratch / f"ranks-{spans}", codec, shards, table_of_ranks, spans)
+        size, alone = Cache.open(url).manifest.bytes, 0.0
+        for world in (1, 64, 1024):
+            options.world = world
+            found = watch(url, options)
+            alone = alone or found["position"]
+            lines.append(
+                [
+                    f"{spans:,}",
+                    f"{world:,}",
+                    f"{found['bytes'] / 2**20:,.1f}",
+                    f"{found['bytes'] / (size / world):.3f}",
+                    f"{found['seconds']:.2f}",
+                    f"{found['cpu']:.2f}",
+                    f"{found['peak'] - found['before']:,.0f}",
+                    f"{world / found['position'] / 1e6:,.1f} M",
+                    f"{alone / found['position']:.2f}",
+                ]
+            )
+            print(lines[-1], flush=True)
+    header = [
+        "shards",
+        "ranks",
+        "MiB a rank and epoch",
+        "of its share",
+        "first batch, s",
+        "CPU s for it",
+        "memory above imports, MiB",
+        "positions a second of CPU time, all ranks",
+        "of linear",
+    ]
+    return table(header, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -303,23 +396,29 @@ def main() -> None:
     add("--threads", type=int, default=1)
     add("--scratch", help="folder for the caches; default: the system's")
     add("--markdown", action="store_true", help="keep the outcome in RESULTS.md")
+    add("--ranks", action="store_true", help="only 4, kept in a section of its own")
+    add("--rank-shard", type=int, default=1 << 17, help="positions of a shard where ranks read")
+    add("--rank-shards", type=int, default=60, help="shards a rank reads at most while timed")
     add("--watch", help=argparse.SUPPRESS)
+    add("--world", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.watch is not None:
-        print(json.dumps(watched(options)))
+        print(json.dumps(ranked(options) if options.world else watched(options)))
         return
     if options.logits:
         options.vocab = np.load(options.logits, mmap_mode="r").shape[1]
-    ranks = rank_table(options)
+    made_by = (ranks,) if options.ranks else (speed, scale)
+    usual = rank_table(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        tables = [make(ranks, Path(scratch), options) for make in (speed, scale)]
+        tables = [make(usual, Path(scratch), options) for make in made_by]
     source = "logits of a teacher" if options.logits else "made-up logits"
     load = f"load average {os.getloadavg()[0]:.0f}"
     text = "\n\n".join([f"{source}, {options.vocab:,} ids; {machine()}; {load}.", *tables])
     print(text)
     if options.markdown:
-        keep("stream", f"`python benchmarks/stream.py`: {text}")
+        section, command = ("stream-ranks", " --ranks") if options.ranks else ("stream", "")
+        keep(section, f"`python benchmarks/stream.py{command}`: {text}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_relative_paths_mean_the_same_on_workers(
     }  # fmt: skip
     if student == "bilstm":
         common |= {"embeddings": "vectors.txt", "embedding_size": 4, "hidden_size": 8, "dropout": 0}
-    alone = train(TrainOptions(out="runs/alone", **common))
+    alone = train(TrainOptions(out="runs/alone", streams=2, **common))
     both = train(TrainOptions(out="runs/both", num_workers=2, **common))
     assert both.made
     assert both.out == str(tmp_path / "runs" / "both")

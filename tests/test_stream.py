@@ -34,6 +34,7 @@ from kdcache.stream import (
     join,
     order,
     reader,
+    share,
 )
 from kdcache.stream.background import Background
 from kdcache.targets import (
@@ -114,6 +115,83 @@ def test_order_is_fixed_for_ever() -> None:
 ORDER_7_1 = [[2, 0], [1, 0], [1, 1], [2, 1], [0, 2], [0, 0], [0, 1]]
 
 
+def taken_in_turn(
+    seed: int, epoch: int, sizes: list[int], group: int, streams: int
+) -> list[tuple[int, int]]:
+    """The global order as its definition reads, on whole lists."""
+
+    def permuted(items: list[Any], use: int, index: int, stream: int) -> list[Any]:
+        words = np.random.Philox(key=[seed, epoch], counter=[0, stream, index, use])
+        return [items[i] for i in np.argsort(words.random_raw(len(items)), kind="stable")]
+
+    shards = permuted(list(range(len(sizes))), 0, 0, 0)
+    line = [(place, row) for place, shard in enumerate(shards) for row in range(sizes[shard])]
+    walks = []
+    for stream in range(streams):
+        length = len(range(stream, len(line), streams))
+        stretch, line = line[:length], line[length:]
+        line += [(-1, -1)] * length  # what is cut off does not change the lengths of the others
+        # The first stretch begins with the first shard, others with that of their first row.
+        begin = stretch[0][0] if stream and stretch else 0
+        parts: dict[int, list[tuple[int, int]]] = {}
+        for place, row in stretch:
+            parts.setdefault((place - begin) // group, []).append((shards[place], row))
+        walks.append(flat(permuted(part, 1, index, stream) for index, part in parts.items()))
+    turns = [[walk[turn] for walk in walks if turn < len(walk)] for turn in range(len(line))]
+    return flat(turns)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 12), max_size=9),
+    group=st.integers(1, 5),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 5),
+    streams=st.integers(1, 12),
+    start=st.integers(0, 60),
+)
+def test_streams_take_turns(
+    sizes: list[int], group: int, seed: int, epoch: int, streams: int, start: int
+) -> None:
+    def walk(stream: int, start: int) -> list[tuple[int, int]]:
+        cut = {"streams": streams, "stream": stream, "start": start}
+        return [tuple(p) for part in order(seed, epoch, sizes, group, **cut) for p in part]
+
+    walks = [walk(stream, 0) for stream in range(streams)]
+    turns = [[walk[turn] for walk in walks if turn < len(walk)] for turn in range(sum(sizes))]
+    assert flat(turns) == taken_in_turn(seed, epoch, sizes, group, streams)
+    assert [walk(stream, start) for stream in range(streams)] == [walk[start:] for walk in walks]
+    assert sorted(flat(turns)) == [(s, r) for s, n in enumerate(sizes) for r in range(n)]
+
+
+@given(
+    first=st.integers(0, 10**12),
+    rows=st.integers(0, 200),
+    streams=st.integers(1, 40),
+    world=st.integers(1, 40),
+    slices=st.integers(1, 4),
+)
+def test_ranks_share_a_batch_equally_and_read_few_streams(
+    first: int, rows: int, streams: int, world: int, slices: int
+) -> None:
+    shares = [
+        share(first, rows, streams=streams, rank=rank, world_size=world, slices=slices)
+        for rank in range(world)
+    ]
+    sizes = [np.diff(mine.bounds) for mine in shares]
+    assert np.ptp(sizes) <= 1
+    slots: list[int] = []
+    for mine in shares:
+        read = [
+            row * streams + stream for stream, low, high in mine.reads for row in range(low, high)
+        ]
+        slots += read[mine.bounds[0] : mine.bounds[-1]]
+        if streams > 1:
+            assert (mine.bounds[0], mine.bounds[-1]) == (0, len(read))
+            assert len(mine.reads) <= -(-streams // world) + (streams % world > 0) * 2
+    assert sorted(slots) == list(range(first, first + rows))
+
+
 def test_order_shuffles_within_groups_and_changes_with_seed_and_epoch() -> None:
     sizes = [20] * 6
     parts = list(order(1, 0, sizes, 2))
@@ -144,6 +222,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
     batch_size=st.integers(1, 30),
     worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     accumulations=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    streams=st.integers(1, 6) | st.sampled_from([12, 60]),
     group=st.none() | st.integers(1, 8),
     weights=st.tuples(*[st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0])] * 2),
     drop_last=st.booleans(),
@@ -154,17 +233,18 @@ def test_any_workers_share_the_batches_of_one_and_go_on_where_others_stopped(
     batch_size: int,
     worlds: tuple[int, int],
     accumulations: tuple[int, int],
+    streams: int,
     group: int | None,
     weights: tuple[float, float],
     drop_last: bool,
     stop: int,
 ) -> None:
     common: dict[str, Any] = {"batch_size": batch_size, "seed": 5, "group": group}
-    common["weights"] = weights
+    common |= {"weights": weights, "streams": streams, "sum_over": int}
     rows = TargetStream(pair, **common).rows
     drop_last = drop_last and batch_size <= rows
 
-    def streams(phase: int, cursor: Cursor | None = None) -> list[TargetStream]:
+    def ranks_of(phase: int, cursor: Cursor | None = None) -> list[TargetStream]:
         world, pieces = worlds[phase], accumulations[phase]
         return [
             TargetStream(
@@ -179,16 +259,23 @@ def test_any_workers_share_the_batches_of_one_and_go_on_where_others_stopped(
             for rank in range(world)
         ]
 
-    def steps(ranks: list[TargetStream], epochs: int) -> Iterator[list[int]]:
-        """Rows of each global batch, in order; all ranks keep step."""
+    def steps(ranks: list[TargetStream], epochs: int) -> Iterator[list[list[int]]]:
+        """Rows of each global batch, in slices; all ranks keep step."""
         batches = [rank.batches(epochs) for rank in ranks]
         pieces = ranks[0].accumulation
         try:
             for first in batches[0]:
                 step = [first, *(next(b) for b in batches[1:])]
                 step += [next(b) for _ in range(pieces - 1) for b in batches]
-                found = flat(numbers(piece) for piece in step)
-                assert {float(p["count"]) for p in step if numbers(p)} == {float(len(found))}
+                found = [numbers(piece) for piece in step]
+                sizes = [len(part) for part in found]
+                assert max(sizes) - min(sizes) <= 1
+                # A number is not summed here, so a rank's slices have what is read by that rank.
+                world = len(ranks)
+                for rank in range(world):
+                    counts = [p["count"] for p in step[rank::world] if numbers(p)]
+                    read = sum(sizes if streams == 1 else sizes[rank::world])
+                    assert counts == [read] * len(counts)
                 yield found
             assert [next(b, None) for b in batches] == [None] * len(batches)
         finally:
@@ -197,7 +284,7 @@ def test_any_workers_share_the_batches_of_one_and_go_on_where_others_stopped(
 
     alone = TargetStream(pair, drop_last=drop_last, **common)
     whole = [numbers(b) for b in alone.batches(2)]
-    before = streams(0)
+    before = ranks_of(0)
     stop = min(stop, len(whole) - 1)
     seen = []
     for step in steps(before, 2):
@@ -206,8 +293,10 @@ def test_any_workers_share_the_batches_of_one_and_go_on_where_others_stopped(
             break
     cursors = {rank.cursor for rank in before}
     assert len(cursors) == 1
-    seen += steps(streams(1, cursors.pop()), 2)
-    assert seen == whole
+    seen += steps(ranks_of(1, cursors.pop()), 2)
+    assert [sorted(flat(step)) for step in seen] == [sorted(batch) for batch in whole]
+    if streams == 1 and accumulations == (1, 1):  # one after the other, as before there were more
+        assert [flat(step) for step in seen] == whole
 
     if drop_last:
         return
@@ -226,9 +315,9 @@ def test_a_cursor_stops_between_the_slices_of_a_step(classes: Cache) -> None:
     stream = TargetStream(classes, batch_size=10, accumulation=2)
     batches = stream.batches(1)
     next(batches)
-    assert stream.state_dict() == {"epoch": 0, "rows_seen": 0, "step": 0}
+    assert stream.state_dict() == {"epoch": 0, "rows_seen": 0, "step": 0, "streams": 1}
     next(batches)
-    assert stream.state_dict() == {"epoch": 0, "rows_seen": 10, "step": 1}
+    assert stream.state_dict() == {"epoch": 0, "rows_seen": 10, "step": 1, "streams": 1}
     batches.close()  # type: ignore[attr-defined]
     other = TargetStream(classes, batch_size=3)
     other.load_state_dict(stream.state_dict())
@@ -243,7 +332,7 @@ def test_iterating_twice_gives_two_epochs(classes: Cache) -> None:
     second = flat(numbers(b) for b in stream)
     assert sorted(first) == sorted(second) == list(range(29))
     assert first != second
-    assert stream.state_dict() == {"epoch": 2, "rows_seen": 0, "step": 8}
+    assert stream.state_dict() == {"epoch": 2, "rows_seen": 0, "step": 8, "streams": 1}
 
 
 def test_drop_last_leaves_only_whole_batches(classes: Cache) -> None:
@@ -407,7 +496,9 @@ def test_a_group_holds_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert TargetStream(cache, batch_size=4).group == 10
     monkeypatch.setattr(reader, "_GROUP_BYTES", 1)
     assert TargetStream(cache, batch_size=4).group == 3
-    assert TargetStream(cache, batch_size=4, group=2).group == 2
+    assert TargetStream(cache, batch_size=4, group=2, world_size=2).group == 2
+    assert TargetStream(cache, batch_size=4, streams=2).group == 2  # four shards in every batch
+    assert TargetStream(cache, batch_size=4, world_size=8).group == 1
     with pytest.raises(UsageError, match="group is 0"):
         TargetStream(cache, batch_size=4, group=0)
 
@@ -488,6 +579,69 @@ def test_memory_is_bounded_however_many_shards(
     stream = TargetStream(cache, batch_size=4, group=1, prefetch=2)
     assert sum(len(numbers(b)) for b in stream) == 144
     assert most <= 3
+
+
+@pytest.mark.parametrize("streams", [1, 4, 8])
+def test_a_rank_reads_its_share_and_holds_its_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int
+) -> None:
+    shards, world = 30, 4
+    cache = make_cache(tmp_path / "a", [6] * shards)
+    reads: list[int] = []
+    alive: set[int] = set()
+    most = 0
+    read = Cache.read
+
+    def counting(self: Cache, span: int, *, targets: bool = True) -> ShardData:
+        nonlocal most
+        data = read(self, span, targets=targets)
+        reads.append(span)
+        alive.add(span)
+        weakref.finalize(data.input_ids, alive.discard, span)
+        most = max(most, len(alive))
+        return data
+
+    monkeypatch.setattr(Cache, "read", counting)
+    split: list[int] = []
+    for rank in range(world):
+        reads.clear()
+        most = 0
+        stream = TargetStream(
+            cache, batch_size=8, group=1, prefetch=1, streams=streams, sum_over=int,
+            rank=rank, world_size=world,
+        )  # fmt: skip
+        assert sum(len(numbers(b)) for b in stream) == 6 * shards // world
+        if streams == 1:
+            assert len(reads) == shards
+            continue
+        # Its share, and at each end of each of its stretches a shard that is another's too.
+        own = streams // world
+        assert len(reads) == len(set(reads)) <= shards / world + 2 * own
+        assert most <= 2 * own + 1
+        split += reads
+    if streams > 1:
+        assert set(split) == set(range(shards))
+        assert len(split) <= shards + streams - 1
+
+
+def test_a_state_keeps_its_streams_on_any_number_of_workers(classes: Cache) -> None:
+    four = TargetStream(classes, batch_size=8, world_size=4, sum_over=int)
+    next(batches := four.batches(1))
+    batches.close()  # type: ignore[attr-defined]
+    state = four.state_dict()
+    assert state == {"epoch": 0, "rows_seen": 8, "step": 1, "streams": 4}
+    rest = flat(numbers(b) for b in TargetStream(classes, batch_size=8, cursor=state))
+    alone = TargetStream(classes, batch_size=8, streams=4)
+    assert rest == flat([numbers(b) for b in alone][1:])
+    with pytest.raises(UsageError, match="the state is of 4 streams.*made with 2"):
+        TargetStream(classes, batch_size=8, streams=2, cursor=state)
+    with pytest.raises(UsageError, match="streams is 0"):
+        TargetStream(classes, batch_size=8, streams=0)
+
+
+def test_several_workers_need_a_sum_for_their_count(classes: Cache) -> None:
+    with pytest.raises(UsageError, match=r"each of 2 workers reads its share.*not set up"):
+        next(iter(TargetStream(classes, batch_size=8, world_size=2)))
 
 
 def test_shards_are_announced_before_they_are_read(

@@ -847,7 +847,7 @@ def test_two_workers_take_the_steps_of_one(
         "cache": str(folder / name), "student": str(path), "batch_size": 11, "epochs": 2,
         "eval_cache": str(folder / name), "temperature": 2, "gradient_accumulation": 2,
     }  # fmt: skip
-    alone = options(out=str(tmp_path / "alone"), **common)
+    alone = options(out=str(tmp_path / "alone"), streams=2, **common)
     train(alone)
     both = options(out=str(tmp_path / "both"), num_workers=2, **common, **more)
     kinds = on_two_workers(both)
@@ -870,7 +870,8 @@ def test_another_number_of_workers_goes_on(
         "cache": str(folder / "causal"), "student": str(folder / "llama.json"), "batch_size": 7,
         "epochs": 3, "save_steps": 3, "keep_checkpoints": 9, "alpha": "0.8:0.2",
     }  # fmt: skip
-    alone = options(out=str(tmp_path / "alone"), **common)
+    # The run keeps the streams that its first workers gave it.
+    alone = options(out=str(tmp_path / "alone"), streams=first, **common)
     train(alone)
     runs = {n: options(out=str(tmp_path / "run"), num_workers=n, **common) for n in (1, 2)}
 
@@ -895,6 +896,9 @@ def test_another_number_of_workers_goes_on(
     same_metrics(found, metrics(alone.out), 1e-3, 2e-5)
     for key, value in weights(runs[first].out).items():
         torch.testing.assert_close(value, weights(alone.out)[key], atol=1e-4, rtol=1e-3)
+    assert not any(train(run).made for run in runs.values())
+    with pytest.raises(UsageError, match=f"streams: {first} -> 3"):
+        train(options(out=runs[first].out, streams=3, **common))
 
 
 @pytest.mark.end_to_end
@@ -905,7 +909,7 @@ def test_sharded_workers_in_bfloat16_go_on_to_the_bit(
         "cache": str(folder / "causal"), "student": str(folder / "llama.json"), "batch_size": 11,
         "eval_cache": str(folder / "causal"), "temperature": 2, "precision": "bf16",
     }  # fmt: skip
-    alone = options(out=str(tmp_path / "alone"), **common)
+    alone = options(out=str(tmp_path / "alone"), streams=2, **common)
     train(alone)
     both = options(out=str(tmp_path / "both"), num_workers=2, fsdp=True, **common)
     on_two_workers(both)
@@ -930,7 +934,7 @@ def test_only_hugging_face_students_are_sharded(options: Make) -> None:
 
 @pytest.mark.end_to_end
 def test_ray_train_runs_two_workers(options: Make, folder: Path, tmp_path: Path) -> None:
-    alone = options(out=str(tmp_path / "alone"), student="bilstm", **SMALL)
+    alone = options(out=str(tmp_path / "alone"), student="bilstm", streams=2, **SMALL)
     train(alone)
     both = options(out=str(tmp_path / "both"), student="bilstm", num_workers=2, **SMALL)
     seen: list[int] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.dataset import Collator, TargetDataset
-from kdcache.stream.order import Cursor, order
+from kdcache.stream.order import Cursor, order, share
+from kdcache.stream.ranks import SumOverRanks
 from kdcache.stream.reader import TargetStream
 from kdcache.stream.shard_rows import ShardRows
 
@@ -14,6 +15,7 @@ __all__ = [
     "Collator",
     "Cursor",
     "ShardRows",
+    "SumOverRanks",
     "TargetDataset",
     "TargetStream",
     "Tokenize",
@@ -22,4 +24,5 @@ __all__ = [
     "join",
     "open_caches",
     "order",
+    "share",
 ]

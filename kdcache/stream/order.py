@@ -1,11 +1,19 @@
-"""The order of training as a pure function: which row comes when, and the cursor of a run.
+"""The order of training as a pure function: which row comes when, and who reads it.
 
-Cost: one sort of 64-bit words a group and epoch; memory for one group's row numbers.
+The shards are permuted by (seed, epoch) and their rows laid end to end; that line is cut into as
+many stretches of equal length (give or take a row) as the run has *streams*. A stream walks its
+stretch a group of shards at a time, and the rows of a group are permuted. The global order takes a
+row of each stream in turn: its row `t` is the next one of stream `t mod streams`. So it depends on
+seed, epoch and streams, and not on the number of workers. `share` says which of those rows a worker
+reads: with as many workers as streams, those of one stream.
+
+Cost: one sort of 64-bit words a group, stream and epoch; memory for one group's row numbers.
 Guarantee: a permutation of all rows, the same on every machine, numpy version and world size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +21,7 @@ import numpy as np
 
 from kdcache.cache import Cache
 
-_SHARDS, _ROWS, _KEEP = 0, 1, 2  # one stream of random numbers for each use
+_SHARDS, _ROWS, _KEEP = 0, 1, 2  # random numbers of their own for each use
 
 
 def order(
@@ -24,43 +32,108 @@ def order(
     *,
     start: int = 0,
     shuffle: bool = True,
+    streams: int = 1,
+    stream: int = 0,
 ) -> Iterator[np.ndarray]:
-    """The global order of one epoch, a group of shards at a time.
+    """The order of one stream in one epoch, a group of shards at a time.
 
     A pure function of its arguments: it reads raw words of Philox, whose stream numpy keeps stable,
-    at a counter of their own for each (seed, epoch, group), and no global state.
+    at a counter of their own for each (seed, epoch, stream, group), and no global state.
 
     Args:
         seed: of the run, 0 or more.
         epoch: counted from 0.
         shard_rows: rows of each shard.
         group: shards whose rows are shuffled together.
-        start: rows to leave out at the beginning.
+        start: rows of the stream to leave out at the beginning.
         shuffle: False gives the stored order.
+        streams: stretches into which the epoch is cut.
+        stream: which of them, from 0.
 
     Yields:
         int64 [n, 2], (shard, row): the next n rows of the order, one array a group.
     """
     count = len(shard_rows)
-    shards = _permutation(seed, epoch, _SHARDS, 0, count) if shuffle else np.arange(count)
-    done = 0
-    for index, first in enumerate(range(0, count, group)):
-        members = shards[first : first + group]
-        sizes = np.array([shard_rows[s] for s in members], dtype=np.int64)
-        total = int(sizes.sum())
-        if total and done + total > start:
-            rows = np.stack(
-                [np.repeat(members, sizes), ranges(np.zeros_like(sizes), sizes)], axis=1
-            )
-            if shuffle:
-                rows = rows[_permutation(seed, epoch, _ROWS, index, total)]
+    shards = _permutation(seed, epoch, _SHARDS, 0, 0, count) if shuffle else np.arange(count)
+    laid = np.asarray(shard_rows, np.int64)[shards]
+    ends = np.cumsum(laid)
+    total = int(ends[-1]) if count else 0
+    low, high = _stretch(total, streams, stream), _stretch(total, streams, stream + 1)
+    if start >= high - low:
+        return
+    # The first stretch begins with the first shard, even where that has no rows.
+    first = int(np.searchsorted(ends, low, "right")) if low else 0
+    last = int(np.searchsorted(ends, high, "left")) + 1
+    begun = max(0, int(np.searchsorted(ends, low + start, "right")) - first) // group
+    for index, at in enumerate(range(first + begun * group, last, group), begun):
+        here = slice(at, min(at + group, last))
+        begins = ends[here] - laid[here]
+        lows = np.clip(low - begins, 0, laid[here])
+        counts = np.clip(high - begins, 0, laid[here]) - lows
+        rows = np.stack([np.repeat(shards[here], counts), ranges(lows, counts)], axis=1)
+        if shuffle:
+            rows = rows[_permutation(seed, epoch, _ROWS, index, stream, len(rows))]
+        done = max(0, int(begins[0]) - low)
+        if done + len(rows) > start:
             yield rows[max(0, start - done) :]
-        done += total
 
 
-def _permutation(seed: int, epoch: int, use: int, index: int, length: int) -> np.ndarray:
-    words = np.random.Philox(key=[seed, epoch], counter=[0, 0, index, use]).random_raw(length)
-    return np.argsort(words, kind="stable")
+def _stretch(rows: int, streams: int, stream: int) -> int:
+    """Where a stream begins: as long as the rows that fall to it in turn."""
+    return stream * (rows // streams) + min(stream, rows % streams)
+
+
+def _permutation(
+    seed: int, epoch: int, use: int, index: int, stream: int, length: int
+) -> np.ndarray:
+    philox = np.random.Philox(key=[seed, epoch], counter=[0, stream, index, use])
+    return np.argsort(philox.random_raw(length), kind="stable")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a global batch that one worker reads.
+
+    Attributes:
+        reads: (stream, first, end): rows of each stream, counted from that stream's beginning.
+        bounds: int64 [slices + 1], where the worker's slices begin and end in those rows, laid end
+            to end. With a single stream, all rows of the batch are read and the bounds pick some.
+    """
+
+    reads: list[tuple[int, int, int]]
+    bounds: np.ndarray
+
+
+def share(first: int, rows: int, *, streams: int, rank: int, world_size: int, slices: int) -> Share:
+    """Which of the rows `first` to `first + rows` of an epoch's order a worker takes.
+
+    Workers and streams form as many classes as the greatest common divisor of their numbers. A
+    class's workers cut its rows, stream after stream, into equal parts: each has whole streams if
+    the workers divide the streams, and a stream is one class's if the streams divide the workers.
+
+    Args:
+        first: rows of the epoch before this batch.
+        rows: of the batch.
+        streams: of the run.
+        rank: this worker.
+        world_size: number of workers.
+        slices: pieces into which each worker cuts its rows.
+    """
+    classes = math.gcd(streams, world_size)
+    mine = np.arange(rank % classes, streams, classes)
+    lows = -((mine - first) // streams)  # rounded up
+    counts = -((mine - first - rows) // streams) - lows
+    ends = np.cumsum(counts)
+    begin = rank // classes * slices
+    pieces = world_size // classes * slices
+    bounds = cut(int(ends[-1]), pieces)[begin : begin + slices + 1]
+    if streams > 1:
+        before = ends - counts
+        picked = np.clip(bounds[0] - before, 0, counts), np.clip(bounds[-1] - before, 0, counts)
+        lows, counts = lows + picked[0], picked[1] - picked[0]
+        bounds = bounds - bounds[0]
+    reads = zip(mine.tolist(), lows.tolist(), (lows + counts).tolist(), strict=True)
+    return Share([read for read in reads if read[1] < read[2]], bounds)
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -70,7 +143,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return shift.astype(np.int64) + np.arange(total, dtype=np.int64)
 
 
-def slices(rows: int, pieces: int) -> np.ndarray:
+def cut(rows: int, pieces: int) -> np.ndarray:
     """int64 [pieces + 1]: bounds that cut `rows` into pieces whose sizes differ by one at most."""
     return np.arange(pieces + 1, dtype=np.int64) * rows // pieces
 
@@ -112,7 +185,7 @@ class EpochShard:
         """Stored row of each row of the epoch: epochs take turns, so all are used equally often."""
         if self.rows == self.stored:
             return rows
-        fixed = _permutation(seed, self.cache, _KEEP, self.shard, self.stored)
+        fixed = _permutation(seed, self.cache, _KEEP, self.shard, 0, self.stored)
         kept: np.ndarray = fixed[(epoch * self.rows + rows) % self.stored]
         return kept
 

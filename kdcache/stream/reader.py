@@ -1,31 +1,35 @@
 """Streaming a cache into training: a global order that is a pure function, batches, and a cursor.
 
-Order: the shards of all caches are permuted by (seed, epoch) and dealt into groups; the rows of a
-group are permuted together. A global batch is the next `batch_size` rows of that order; the last
-one of an epoch may be shorter, and none spans two epochs. Each batch is cut into `world_size *
-accumulation` slices of equal size (give or take a row); rank `r` gets the slices `r, r +
-world_size, ...`. So every number of workers and every accumulation sees the same global batches,
-and a position in the order (`Cursor`) is all that resuming needs. A slice that would be empty
-holds one row whose weight is zero (`count` = infinity): every rank takes the same number of steps,
+Order: see `kdcache.stream.order`. A global batch is the next `batch_size` rows of it; the last one
+of an epoch may be shorter, and none spans two epochs. Its workers divide the rows into equal parts
+(give or take a row), and each of them its part into `accumulation` slices. The global batches
+depend on the number of streams, which a run keeps, and on nothing else; so a position in the order
+(`Cursor`) is all that resuming needs, on any number of workers. A slice that would be empty holds
+one row whose weight is zero (`count` = infinity): every rank takes the same number of steps,
 nothing is dropped and nothing counts twice.
 
 Cost: one thread reads groups, a second cuts, decodes and collates batches, both ahead of the
 training step and mostly without Python's global lock: half a microsecond of CPU time a position at
-`sample:20` (`benchmarks/stream.py`). Each rank reads the whole cache once an epoch, the price of
-equal global batches, but decodes only its own slices. Memory holds the group being cut, the next
-one, and `prefetch` batches, however large the cache.
+`sample:20` (`benchmarks/stream.py`). With as many streams as workers, or a multiple, a rank reads
+its own streams: 1/world_size of the cache, and the shards at the ends of its stretches, which
+another rank reads too. With one stream each rank reads the whole cache. Memory holds, for each
+stream that a rank reads, the group being cut and the next one, and `prefetch` batches, however
+large the cache.
 Guarantee: every row exactly once an epoch (weights aside), whatever the world size, accumulation,
-group size and restart point.
+streams, group size and restart point.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.cache import Cache
@@ -34,7 +38,8 @@ from kdcache.errors import UsageError
 from kdcache.stream.background import Background
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
-from kdcache.stream.order import Cursor, EpochShard, order, slices, sources
+from kdcache.stream.order import Cursor, EpochShard, Share, order, share, sources
+from kdcache.stream.ranks import SumOverRanks
 from kdcache.stream.shard_rows import ShardRows
 
 _GROUP_BYTES = 1 << 25
@@ -43,11 +48,74 @@ _GROUP_SHARDS = 3
 
 @dataclass
 class _Group:
-    """Decoded shards of one group: `rows` of `pool` in the global order, all of one epoch."""
+    """Decoded shards of one group of a stream.
 
-    pool: ShardRows
+    Attributes:
+        stream: whose.
+        first: row of the stream that the first of `rows` is.
+        rows: rows of `pool` in the stream's order, all of one epoch.
+        pool: the shards.
+    """
+
+    stream: int
+    first: int
     rows: np.ndarray
-    epoch: int
+    pool: ShardRows
+
+    @property
+    def end(self) -> int:
+        """Row of the stream after the last."""
+        return self.first + len(self.rows)
+
+
+@dataclass
+class _Made:
+    """A batch of a slice, and what the thread that takes it does with it.
+
+    Attributes:
+        batch: without the count of all workers, where that has to be summed.
+        positions: what this worker adds to the count; None where the batch has its count.
+        empty: whether its one row has the weight zero.
+        first: whether it is the first slice of its step.
+        after: the cursor after it; None unless it is the last slice of its step.
+    """
+
+    batch: Batch
+    positions: int | None
+    empty: bool
+    first: bool
+    after: Cursor | None
+
+
+@dataclass
+class _Walk:
+    """How far the groups of a stream have been planned."""
+
+    groups: Iterator[np.ndarray]
+    end: int
+
+
+@dataclass
+class _Parts:
+    """Rows of one step as they are read: the slices of this worker, and the positions of all."""
+
+    bounds: np.ndarray
+    slices: list[list[ShardData]] = field(init=False)
+    done: int = 0
+    positions: int = 0
+
+    def __post_init__(self) -> None:
+        self.slices = [[] for _ in self.bounds[1:]]
+
+    def add(self, pool: ShardRows, rows: np.ndarray) -> None:
+        """Take in the next rows, and pick those that are in a slice."""
+        self.positions += int(pool.positions[rows].sum())
+        bounds = np.maximum(self.bounds - self.done, 0)
+        for i, part in enumerate(self.slices):
+            mine = rows[bounds[i] : bounds[i + 1]]
+            if len(mine):
+                part.append(pool.take(mine))
+        self.done += len(rows)
 
 
 class TargetStream(IterableDataset[Batch]):
@@ -68,6 +136,8 @@ class TargetStream(IterableDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
+        streams: int | None = None,
+        sum_over: Callable[[int], Tensor | int] | None = None,
         weights: Sequence[float] | None = None,
         group: int | None = None,
         shuffle: bool = True,
@@ -88,11 +158,16 @@ class TargetStream(IterableDataset[Batch]):
             rank: this worker.
             world_size: number of workers.
             accumulation: slices into which each rank cuts its part of a global batch.
+            streams: stretches of the cache that are read side by side: the global batches depend
+                on them, and a rank reads its own. Default: those of the cursor, or one a worker.
+            sum_over: adds up a number over all ranks: called for each step by the thread that takes
+                the batches, where there are several ranks and several streams. Default:
+                `SumOverRanks()`, by torch.distributed.
             weights: how often an epoch uses each cache's rows: 2 repeats them, 0.5 takes another
                 half each epoch. Default: 1 for all.
             group: shards whose rows are shuffled together; decides the memory taken and how soon
                 the first batch comes. Default: as many as make 32 MiB of stored bytes, but 3 at
-                least.
+                least; divided by the number of streams.
             shuffle: False keeps the stored order (evaluation).
             drop_last: leave a shorter last batch of an epoch out.
             cursor: where to begin.
@@ -110,7 +185,9 @@ class TargetStream(IterableDataset[Batch]):
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.caches)
         self.shuffle, self.drop_last = shuffle, drop_last
         self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
-        self.cursor = cursor if isinstance(cursor, Cursor) else Cursor.from_dict(cursor or _BEGIN)
+        self._streams, self._group = streams, group
+        self._sum_over = sum_over
+        self.cursor = cursor if isinstance(cursor, Cursor) else Cursor()
         self.start = self.cursor  # where it was set to begin, however far it has been read
         problems = []
         least = {
@@ -123,8 +200,9 @@ class TargetStream(IterableDataset[Batch]):
         for name, low in least.items():
             if getattr(self, name) < low:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least {low}.")
-        if group is not None and group < 1:
-            problems.append(f"group is {group}, expected at least 1.")
+        for name, given in (("group", group), ("streams", streams)):
+            if given is not None and given < 1:
+                problems.append(f"{name} is {given}, expected at least 1.")
         if not 0 <= rank < max(1, world_size):
             problems.append(f"rank {rank} is not one of {world_size} ranks.")
         if len(self.weights) != len(self.caches):
@@ -138,9 +216,22 @@ class TargetStream(IterableDataset[Batch]):
                 f"an epoch has {self.rows} rows, fewer than one batch of {batch_size}. Use a "
                 "larger cache, a smaller batch size, or keep the last batch."
             )
-        self.group = self._usual_group() if group is None else group
+        if cursor is not None and not isinstance(cursor, Cursor):
+            self.load_state_dict(cursor)
 
+    @property
+    def streams(self) -> int:
+        """Stretches of the cache that are read side by side."""
+        return self._streams or self.world_size
+
+    @property
+    def group(self) -> int:
+        """Shards of a stream whose rows are shuffled together."""
+        return self._group or -(-self._usual_group // self.streams)
+
+    @cached_property
     def _usual_group(self) -> int:
+        """Of all streams together."""
         stored = [self.caches[s.cache].manifest.shards[s.shard].bytes for s in self._sources]
         return max(_GROUP_SHARDS, _GROUP_BYTES * len(stored) // sum(stored))
 
@@ -163,11 +254,22 @@ class TargetStream(IterableDataset[Batch]):
         return self.steps * self.accumulation
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor after the last global batch that was handed out whole."""
-        return self.cursor.to_dict()
+        """The cursor after the last global batch that was handed out whole, and the streams."""
+        return {**self.cursor.to_dict(), "streams": self.streams}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from a cursor: the next iteration begins there."""
+        """Continue from a cursor: the next iteration begins there, with the streams it counts.
+
+        Raises:
+            UsageError: it counts rows of other streams than this stream was made with.
+        """
+        streams = state.get("streams", self._streams)
+        if self._streams not in (None, streams):
+            raise UsageError(
+                f"the state is of {streams} streams, and this stream was made with "
+                f"{self._streams}: their order differs. Leave `streams` out to continue."
+            )
+        self._streams = streams
         self.cursor = self.start = Cursor.from_dict(state)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -180,40 +282,100 @@ class TargetStream(IterableDataset[Batch]):
 
     def batches(self, epochs: int) -> Iterator[Batch]:
         """Batches from the cursor on until `epochs` epochs are done, read ahead across epochs."""
+        sum_over = self._sum_over or SumOverRanks()
+        if self._summed and isinstance(sum_over, SumOverRanks):
+            sum_over.check(self.world_size)
         begin = self._settled(self.cursor)
-        groups = Background(self._groups(begin, epochs), 1, "kdcache-decode")
-        ready = Background(self._collated(groups, begin), self.prefetch, "kdcache-collate")
+        # A stream's next group is read while its present one is cut.
+        groups = Background(self._groups(begin, epochs), self._read_at_once, "kdcache-decode")
+        ready = Background(self._collated(groups, begin, epochs), self.prefetch, "kdcache-collate")
+        count: Tensor | None = None
         try:
-            for batch, after in ready:
-                if after is not None:
-                    self.cursor = after
-                yield batch
+            for made in ready:
+                if made.positions is not None:
+                    if made.first:
+                        total = torch.as_tensor(sum_over(made.positions))
+                        count = total.clamp_min(1).float()
+                    made.batch["count"] = torch.tensor(math.inf) if made.empty else count
+                if made.after is not None:
+                    self.cursor = made.after
+                yield made.batch
         finally:
             # The reader first: the thread that collates may be waiting for it.
             groups.close()
             ready.close()
 
+    @property
+    def _summed(self) -> bool:
+        """Whether a rank does not read all rows of a batch, and cannot count their positions."""
+        return self.streams > 1 and self.world_size > 1
+
+    @property
+    def _read_at_once(self) -> int:
+        """Streams of a rank."""
+        return -(-self.streams // self.world_size)
+
+    def _steps(self, cursor: Cursor, epochs: int) -> Iterator[tuple[Cursor, int, Share]]:
+        """Of each global batch: the cursor before it, its rows, and which this rank reads."""
+        while cursor.epoch < epochs:
+            size = min(self.batch_size, self.rows - cursor.rows_seen)
+            mine = share(
+                cursor.rows_seen,
+                size,
+                streams=self.streams,
+                rank=self.rank,
+                world_size=self.world_size,
+                slices=self.accumulation,
+            )
+            yield cursor, size, mine
+            cursor = self._after(cursor, size)
+
     def _groups(self, cursor: Cursor, epochs: int) -> Iterator[_Group]:
+        coming: deque[tuple[int, int, np.ndarray, int]] = deque()
         plan = self._plan(cursor, epochs)
-        now = next(plan, None)
-        while now is not None:
-            later = next(plan, None)
+        while True:
+            while len(coming) <= self._read_at_once and (planned := next(plan, None)) is not None:
+                coming.append(planned)
+            if not coming:
+                return
             # Shards in an object store are fetched while those before them are read.
-            shards = [s for pairs, _ in (now, later or now) for s in self._shards(pairs)]
+            shards = [s for *_, pairs, _ in coming for s in self._shards(pairs)]
             for index, cache in enumerate(self.caches):
                 cache.prefetch(dict.fromkeys(s for c, s in shards if c == index))
-            yield self._decode(*now)
-            now = later
+            stream, first, pairs, epoch = coming.popleft()
+            yield _Group(stream, first, *self._decode(pairs, epoch))
 
-    def _plan(self, cursor: Cursor, epochs: int) -> Iterator[tuple[np.ndarray, int]]:
-        """The order of each group, (source, row), and its epoch."""
+    def _plan(self, cursor: Cursor, epochs: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
+        """The groups this rank reads, in the order in which its batches need them.
+
+        Yields:
+            The stream, the row of it that comes first, (source, row) of each row, and the epoch.
+        """
         sizes = [source.rows for source in self._sources]
-        for epoch in range(cursor.epoch, epochs):
-            start = cursor.rows_seen if epoch == cursor.epoch else 0
-            for pairs in order(
-                self.seed, epoch, sizes, self.group, start=start, shuffle=self.shuffle
-            ):
-                yield pairs, epoch
+        walks: dict[int, _Walk] = {}
+        epoch = cursor.epoch
+        for now, _, mine in self._steps(cursor, epochs):
+            if now.epoch != epoch:
+                epoch, walks = now.epoch, {}
+            for stream, low, high in mine.reads:
+                if stream not in walks:
+                    groups = order(
+                        self.seed,
+                        epoch,
+                        sizes,
+                        self.group,
+                        start=low,
+                        shuffle=self.shuffle,
+                        streams=self.streams,
+                        stream=stream,
+                    )
+                    walks[stream] = _Walk(groups, low)
+                walk = walks[stream]
+                while walk.end < high:
+                    pairs, first = next(walk.groups), walk.end
+                    walk.end += len(pairs)
+                    if walk.end > low:  # else another rank's
+                        yield stream, first, pairs, epoch
 
     def _shards(self, pairs: np.ndarray) -> dict[tuple[int, int], int]:
         """Cache and shard of what a group needs, in the order it is read, and its place there.
@@ -224,7 +386,8 @@ class TargetStream(IterableDataset[Batch]):
         shards = dict.fromkeys((source.cache, source.shard) for source in chosen)
         return {shard: place for place, shard in enumerate(shards)}
 
-    def _decode(self, pairs: np.ndarray, epoch: int) -> _Group:
+    def _decode(self, pairs: np.ndarray, epoch: int) -> tuple[np.ndarray, ShardRows]:
+        """Rows of an epoch, (source, row), as rows of a pool of their shards."""
         members, which = np.unique(pairs[:, 0], return_inverse=True)
         chosen = [self._sources[member] for member in members]
         shards, soft = self._shards(pairs), self.temperature is not None
@@ -235,40 +398,60 @@ class TargetStream(IterableDataset[Batch]):
                 here = which == index
                 rows[here] = source.keep(self.seed, epoch, rows[here])
         rows += pool.first[[shards[c.cache, c.shard] for c in chosen]][which]
-        return _Group(pool, rows, epoch)
+        return rows, pool
 
-    def _collated(
-        self, groups: Iterator[_Group], cursor: Cursor
-    ) -> Iterator[tuple[Batch, Cursor | None]]:
-        pieces = self.world_size * self.accumulation
-        parts: list[list[ShardData]] = [[] for _ in range(self.accumulation)]
-        positions, filled = 0, 0
-        for group in groups:
-            done = 0
-            # With drop_last the cursor is in the next epoch while rows of this one are left.
-            while done < len(group.rows) and cursor.epoch == group.epoch:
-                size = min(self.batch_size, self.rows - cursor.rows_seen)
-                now = group.rows[done : done + size - filled]
-                positions += int(group.pool.positions[now].sum())
-                bounds = slices(size, pieces)
-                for i, part in enumerate(parts):
-                    k = i * self.world_size + self.rank
-                    mine = now[max(0, bounds[k] - filled) : max(0, bounds[k + 1] - filled)]
-                    if len(mine):
-                        part.append(group.pool.take(mine))
-                done += len(now)
-                filled += len(now)
-                if filled < size:
-                    break
-                after = self._after(cursor, size)
-                for i, part in enumerate(parts):
-                    # A rank without a row still takes part in the step, with weight zero.
-                    count = max(positions, 1) if part else math.inf
-                    data = join(part) if part else group.pool.take(now[-1:])
-                    batch = self._collate(data, cursor.step, count)
-                    yield batch, after if i == len(parts) - 1 else None
-                cursor, parts, positions, filled = after, [[] for _ in parts], 0, 0
-            del group  # its memory goes before the next one is waited for
+    def _collated(self, groups: Iterator[_Group], cursor: Cursor, epochs: int) -> Iterator[_Made]:
+        held: dict[int, _Group] = {}
+        spare: ShardData | None = None
+        epoch = cursor.epoch
+        for now, size, mine in self._steps(cursor, epochs):
+            if now.epoch != epoch:
+                epoch, held = now.epoch, {}
+            parts = _Parts(mine.bounds)
+            for read in mine.reads:
+                self._take(parts, read, held, groups)
+            slices, count = parts.slices, max(parts.positions, 1)
+            if spare is None and not all(slices):
+                spare = self._spare(held, epoch)
+            for i, part in enumerate(slices):
+                # A rank without a row still takes part in the step, with weight zero.
+                data = join(part) if part else spare
+                assert data is not None
+                batch = self._collate(data, now.step, count if part else math.inf)
+                after = self._after(now, size) if i == len(slices) - 1 else None
+                summed = parts.positions if self._summed else None
+                yield _Made(batch, summed, not part, i == 0, after)
+            del parts, slices, part, data, batch  # their memory goes before more is waited for
+
+    @staticmethod
+    def _take(
+        parts: _Parts,
+        read: tuple[int, int, int],
+        held: dict[int, _Group],
+        groups: Iterator[_Group],
+    ) -> None:
+        """Rows of one stream, which other groups may follow; a group goes when it is used up."""
+        stream, low, high = read
+        while low < high:
+            if stream not in held or held[stream].end <= low:
+                held.pop(stream, None)
+                held[stream] = next(groups)
+                assert held[stream].stream == stream, "groups come in the order of their need"
+            group = held[stream]
+            rows = group.rows[low - group.first : high - group.first]
+            parts.add(group.pool, rows)
+            low += len(rows)
+            if group.end == low:
+                del held[stream]
+            del group
+
+    def _spare(self, held: Mapping[int, _Group], epoch: int) -> ShardData:
+        """Any row, for slices without one."""
+        for group in held.values():
+            return group.pool.take(group.rows[:1])
+        source = next(i for i, source in enumerate(self._sources) if source.rows)
+        rows, pool = self._decode(np.array([[source, 0]]), epoch)
+        return pool.take(rows)
 
     def _after(self, cursor: Cursor, size: int) -> Cursor:
         return self._settled(Cursor(cursor.epoch, cursor.rows_seen + size, cursor.step + 1))
@@ -290,6 +473,3 @@ class TargetStream(IterableDataset[Batch]):
             tokenize=self.tokenize,
         )
         return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
-
-
-_BEGIN = Cursor().to_dict()

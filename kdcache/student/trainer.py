@@ -188,8 +188,8 @@ class DistillationTrainer(CheckpointingTrainer):
             resume_from_checkpoint = str(found) if found else None
         if resume_from_checkpoint:
             state = read_state(Path(str(resume_from_checkpoint)))
+            self.train_dataset.load_state_dict(state["cursor"])
             check_identity(state, self._identity(), str(resume_from_checkpoint))
-            self.train_dataset.cursor = Cursor.from_dict(state["cursor"])
             self._window = state.get("window", {})
         else:
             if self.train_dataset.start != Cursor():
@@ -273,7 +273,7 @@ class DistillationTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:
-        self._place(stream, 1).load_state_dict({"epoch": 0, "rows_seen": 0})
+        self._place(stream, 1).load_state_dict(Cursor().to_dict())
         model = self.model
         was_training = model.training
         model.eval()
@@ -354,7 +354,7 @@ class DistillationTrainer(CheckpointingTrainer):
     def _identity(self) -> dict[str, Any]:
         stream = self.train_dataset
         caches = [cache.digest for cache in stream.caches]
-        order = {"batch_size": stream.batch_size, "seed": stream.seed, "group": stream.group}
+        order = {n: getattr(stream, n) for n in ("batch_size", "seed", "streams", "group")}
         facts = {**order, "weights": list(stream.weights), **self.identity, "caches": caches}
         return dict(json.loads(json.dumps(facts)))
 

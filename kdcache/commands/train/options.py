@@ -255,11 +255,20 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         help="recompute activations in the backward pass: less memory, more time.",
         decides="nothing",
     )
+    streams: int | None = option(
+        None,
+        help=(
+            "stretches of the caches that are read side by side, each by its own worker where "
+            "there are as many. The order depends on them, so a run keeps them on any number of "
+            "workers. Default: the run's first number of workers."
+        ),
+        at_least=1,
+    )
     shuffle_shards: int | None = option(
         None,
         help=(
-            "shards whose rows are shuffled together. Default: as many as make 32 MiB of stored "
-            "bytes, but 3 at least."
+            "shards of a stream whose rows are shuffled together. Default: as many as make 32 MiB "
+            "of stored bytes, but 3 at least; divided by the number of streams."
         ),
         at_least=1,
     )

@@ -94,7 +94,19 @@ class RunPlan:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share; its checkpoints add its training caches."""
         digests = [cache.digest for cache in self.eval_caches]
-        return {**self.options.decisive(), "eval_caches": digests}
+        return {**self.options.decisive(), "streams": self.streams, "eval_caches": digests}
+
+    @property
+    def streams(self) -> int:
+        """Streams of the run: as asked for, or those it began with."""
+        if self.options.streams is not None:
+            return self.options.streams
+        begun: dict[str, Any] = {}
+        if (path := self.out / RESULT_FILE).is_file():
+            begun = json.loads(path.read_text()).get("identity", {})
+        elif (checkpoint := self.checkpoint()) is not None:
+            begun = read_state(checkpoint)["identity"]
+        return int(begun.get("streams", self.options.num_workers))
 
     @property
     def finished_identity(self) -> dict[str, Any]:

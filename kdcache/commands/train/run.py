@@ -236,6 +236,7 @@ def _stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         if temperatures.constant
         else lambda step: temperatures.at(step, steps),
         weights=options.cache_weight or None,
+        streams=plan.streams,
         group=options.shuffle_shards,
         tokenize=tokenize,
         prefetch=options.prefetch,
@@ -251,6 +252,7 @@ def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         plan.eval_caches,
         batch_size=options.eval_batch_size or options.batch_size,
         temperature=None if options.hard_only else options.temperatures.end,
+        streams=plan.streams,
         group=1,
         shuffle=False,
         tokenize=tokenize,

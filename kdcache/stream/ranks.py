@@ -1,0 +1,60 @@
+"""A sum over the workers of a training, for the count that a step's loss is divided by.
+
+A worker that reads only its share of a global batch cannot count the positions of all of it. One
+number is summed a step, beside the gradients: 8 bytes, in the thread that takes the batches.
+Guarantee: whole numbers are added, so every worker gets the same count, whatever their number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from kdcache.errors import UsageError
+
+
+class SumOverRanks:
+    """Adds up a whole number over the processes of a torch.distributed group.
+
+    With a backend for GPUs alone (nccl) the sum stays on the GPU, and the host does not wait.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        """Name the group.
+
+        Args:
+            group: of the workers that take different rows, such as `mesh["dp"].get_group()` where
+                workers of a tensor-parallel group take the same. Default: all processes.
+        """
+        self._group = group
+
+    def check(self, world_size: int) -> None:
+        """Refuse a group of another size than the number of workers.
+
+        Raises:
+            UsageError: it is, or torch.distributed is not set up.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise UsageError(
+                f"each of {world_size} workers reads its share of a batch, whose positions are "
+                "summed by torch.distributed, which is not set up here. Call "
+                "torch.distributed.init_process_group first, give the stream a sum_over of your "
+                "own, or use streams=1, with which every worker reads the whole cache."
+            )
+        size = distributed.get_world_size(self._group)
+        if size != world_size:
+            raise UsageError(
+                f"the stream has world_size={world_size}, but its counts would be summed over "
+                f"{size} processes. Use sum_over=SumOverRanks(group) with the group of the "
+                "workers that take different rows."
+            )
+
+    def __call__(self, number: int) -> Tensor:
+        """The sum, int64 []; every worker of the group must call at the same step."""
+        backends = distributed.get_backend_config(self._group)
+        device = "cpu" if "cpu:" in backends else torch.accelerator.current_accelerator()
+        total = torch.tensor(number, dtype=torch.int64, device=device)
+        distributed.all_reduce(total, group=self._group)
+        return total
