@@ -24,7 +24,7 @@ from kdcache.cli.view_plan import render_plan
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.plan.advice import advice
-from kdcache.commands.plan.fidelity import Fidelity, FidelityMeter, FullGradient
+from kdcache.commands.plan.fidelity import NEAR, Fidelity, FidelityMeter, FullGradient
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.plan.result import PlannedCache, PlanResult, break_even
@@ -113,6 +113,8 @@ def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
         assert sample[t].bias == sample[t].missed == 0
         assert 0 < sample[t].noise < 1 / 6
         assert sample[t].norm_ratio > 1
+        assert sample[t].near_angle > sample[t].angle  # the same noise in less gradient
+        assert dense[t].near_angle < 0.5
     assert topk[2.0].mass < topk[1.0].mass
 
 
@@ -137,11 +139,16 @@ def test_gradients_by_hand() -> None:
     rest = (p * ~top).sum(-1, keepdim=True) / (q * ~top).sum(-1, keepdim=True)
     want = 2 * torch.where(top, q - p, q * (1 - rest))
     meter = FidelityMeter(drawn=False)
-    meter.add(full, targets)
+    near = FullGradient(logits, 2.0, torch.Generator().manual_seed(1), NEAR)
+    meter.add(full, near, targets)
     got = meter.result()
     torch.testing.assert_close(full.towards(targets), want, rtol=1e-3, atol=1e-4)
     cosine = torch.nn.functional.cosine_similarity(want.flatten(), full.gradient.flatten(), 0)
     assert got.angle == pytest.approx(math.degrees(math.acos(float(cosine))), abs=0.05)
+    cosine = torch.nn.functional.cosine_similarity(
+        near.towards(targets).flatten(), near.gradient.flatten(), 0
+    )
+    assert got.near_angle == pytest.approx(math.degrees(math.acos(float(cosine))), abs=0.05)
     assert got.norm_ratio == pytest.approx(float(want.norm() / full.gradient.norm()), rel=1e-3)
     assert got.bias == pytest.approx(float((p * ~top).square().sum() / 7), rel=0.02)
     assert got.missed == pytest.approx(float((p * ~top).sum() / 7), rel=0.01)
@@ -161,7 +168,7 @@ def _sampled(codec: Codec, logits: torch.Tensor, n: int) -> Fidelity:
     packed = codec.pack({k: v.numpy() for k, v in codec.encode(same, u).items()})
     full = FullGradient(same, 1.0, torch.Generator().manual_seed(0))
     meter = FidelityMeter(drawn=True)
-    meter.add(full, codec.at(packed, 1.0))
+    meter.add(full, full, codec.at(packed, 1.0))
     return meter.result()
 
 

@@ -16,12 +16,14 @@ itself, `distillation_loss` with alpha = 0 and top-k's tail in a bucket, and com
 from the full distribution, position by position (`angle`, `norm_ratio`) and summed over all
 positions (`mean_angle`: the gradient of an output bias; noise averages out in it and bias stays).
 
-The student is a stand-in: half of the teacher's own logits plus Gaussian noise of deviation 1, the
-same for every codec. That is flatter than the teacher and wrong about every id, as a small student
-is: KL(teacher || student) is about 2 nats for SmolLM2-135M, 0.8 at T = 2. A student further away
-has a larger gradient, of which the targets' noise is a smaller part.
+The student is a stand-in, the same for every codec: half of the teacher's own logits plus Gaussian
+noise of deviation 1. That is flatter than the teacher and wrong about every id, as a small student
+is: KL(teacher || student) is about 2 nats for SmolLM2-135M, 0.8 at T = 2. A second one is near the
+teacher, as one is after pruning or quantisation: all of its logits plus noise of deviation 1/4,
+which is a KL of about 0.03. The nearer a student, the smaller is its gradient, and the larger the
+part of the targets' noise in it (`near_angle`).
 
-Cost: about ten passes over [positions, vocabulary] for each codec and temperature.
+Cost: about 15 passes over [positions, vocabulary] for each codec and temperature.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from kdcache.loss import distillation_loss
 from kdcache.targets import DenseTargets, Targets
 from kdcache.tasks import IGNORE
 
-STUDENT_SHARE, STUDENT_DEVIATION = 0.5, 1.0
+FAR, NEAR = (0.5, 1.0), (1.0, 0.25)
 """What a student has of the teacher's logits, and the deviation of the noise in its own."""
 
 
@@ -54,6 +56,7 @@ class Fidelity:
         norm_ratio: length of the targets' gradient by that of the full distribution.
         mean_angle: between the gradients summed over positions, in degrees.
         mean_norm_ratio: lengths of these.
+        near_angle: as `angle`, for a student near the teacher.
     """
 
     temperature: float
@@ -65,23 +68,32 @@ class Fidelity:
     norm_ratio: float
     mean_angle: float
     mean_norm_ratio: float
+    near_angle: float
 
 
 class FullGradient:
     """The teacher's distribution and the student's gradient towards it, for some positions."""
 
-    def __init__(self, logits: Tensor, temperature: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        temperature: float,
+        generator: torch.Generator,
+        student: tuple[float, float] = FAR,
+    ) -> None:
         """Make the stand-in student.
 
         Args:
             logits: the teacher's, [n, V].
             temperature: T.
             generator: of the CPU, where the student's noise comes from.
+            student: FAR or NEAR.
         """
         self.logits = logits.float().clone()
         self.temperature = temperature
         noise = torch.randn(logits.shape, generator=generator).to(logits.device)
-        self.student = STUDENT_SHARE * self.logits + STUDENT_DEVIATION * noise
+        share, deviation = student
+        self.student = share * self.logits + deviation * noise
         self.p = (self.logits / temperature).softmax(-1)
         self.gradient = self.towards(DenseTargets(self.logits, temperature))
 
@@ -102,16 +114,16 @@ class FidelityMeter:
         self._drawn = drawn
         self._positions = 0
         self._temperature = math.nan
-        self._sums = torch.zeros(6, dtype=torch.float64)
+        self._sums = torch.zeros(9, dtype=torch.float64)
         self._mean: tuple[Tensor, Tensor] | None = None
 
-    def add(self, full: FullGradient, targets: Targets) -> None:
-        """Add positions: their stored targets, on the device of `full`."""
+    def add(self, full: FullGradient, near: FullGradient, targets: Targets) -> None:
+        """Add positions: the stored targets, on the device of the two students' gradients."""
         if isinstance(targets, DenseTargets):
             held = (targets.logits / full.temperature).softmax(-1)
         else:
             held = torch.zeros_like(full.p).scatter_add_(1, targets.ids, targets.weights)
-        gradient = full.towards(targets)
+        gradient, nearer = full.towards(targets), near.towards(targets)
         sums = torch.stack(
             [
                 (held - full.p).square().sum(),
@@ -120,6 +132,9 @@ class FidelityMeter:
                 (gradient * full.gradient).sum(),
                 gradient.square().sum(),
                 full.gradient.square().sum(),
+                (nearer * near.gradient).sum(),
+                nearer.square().sum(),
+                near.gradient.square().sum(),
             ]
         )
         self._sums += sums.double().cpu()
@@ -132,7 +147,7 @@ class FidelityMeter:
     def result(self) -> Fidelity:
         """The figures over all positions added."""
         assert self._mean is not None, "positions were added"
-        squared, mass, absolute, dot, own, full = self._sums.tolist()
+        squared, mass, absolute, dot, own, full, *near = self._sums.tolist()
         mine, want = self._mean
         noise = squared / self._positions
         return Fidelity(
@@ -147,6 +162,7 @@ class FidelityMeter:
                 float(mine @ want), float(mine.square().sum()), float(want.square().sum())
             ),
             mean_norm_ratio=_ratio(float(mine.square().sum()), float(want.square().sum())),
+            near_angle=_degrees(*near),
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
 from kdcache.commands.build.prepare import Prepared
-from kdcache.commands.plan.fidelity import FidelityMeter, FullGradient
+from kdcache.commands.plan.fidelity import FAR, NEAR, FidelityMeter, FullGradient
 from kdcache.commands.plan.result import WORKERS, PlannedCache, break_even
 from kdcache.commands.plan.sample import CorpusSample
 from kdcache.errors import UsageError
@@ -178,12 +178,15 @@ class SamplePass:
         here = logits[torch.from_numpy(chosen).to(logits.device)]
         taken = [part.take(chosen) for part in made]
         for t in self.temperatures:
-            # One student for all codecs.
+            # The same two students for all codecs.
             whole = logits_at(here, self.temperatures, (t,)).reshape(len(here), -1)
-            full = FullGradient(whole, t, torch.Generator().manual_seed(self.compared))
+            full, near = (
+                FullGradient(whole, t, torch.Generator().manual_seed(self.compared), student)
+                for student in (FAR, NEAR)
+            )
             for trial, targets in zip(self.trials, taken, strict=True):
                 if t in trial.meters:
-                    trial.meters[t].add(full, targets.at(t).to(here.device))
+                    trial.meters[t].add(full, near, targets.at(t).to(here.device))
         self.compared += len(chosen)
 
     def cache(self, trial: _Trial, path: Path) -> PlannedCache:
