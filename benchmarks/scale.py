@@ -139,7 +139,7 @@ class Simulation:
 
     def options(self, **_: Any) -> Any:
         """What makes an actor."""
-        return SimpleNamespace(remote=lambda _job: Actor(self))
+        return SimpleNamespace(remote=lambda *_: Actor(self))
 
     def kill(self, actor: Any) -> None:
         """Note that an actor is dead."""

@@ -12,11 +12,14 @@ import os
 import secrets
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kdcache.errors import IncompleteError, UsageError
+
+logger = logging.getLogger(__name__)
 
 _MAIN_PROCESSES = {"raylet", "gcs_server"}
 
@@ -82,6 +85,24 @@ def check_own_ray() -> None:
             f"Ray on this machine has lost its {' and '.join(sorted(dead))}: killed, or out of "
             "memory. Run the same command to continue."
         )
+
+
+def launching() -> str:
+    """What an autoscaler of the joined cluster has ordered or could not get, in a few words."""
+    import ray
+
+    try:
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        words = [f"{one.count} of {one.ray_node_type_name}" for one in status.pending_launches]
+        words += [f"{one.ray_node_type_name} installing" for one in status.pending_nodes]
+        failed = Counter(one.ray_node_type_name for one in status.failed_launches)
+        words += [f"{n} launches of {kind} failed" for kind, n in failed.items()]
+    except Exception as error:  # not a public interface: without it a line is shorter
+        logger.debug("the autoscaler's state is unknown: %s", error)
+        return ""
+    return ", ".join(words) or "none"
 
 
 def at_home(folder: str) -> None:

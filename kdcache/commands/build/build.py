@@ -199,6 +199,9 @@ def _start_workers(options: BuildOptions, plan: Prepared, cache: Cache, tell: Ev
         workers=options.workers,
         gpus=plan.gpus,
         address=options.address,
+        cpus=options.cpus_per_worker,
+        max_workers=options.max_workers,
         hang_seconds=options.hang_seconds,
+        wait_minutes=options.wait_minutes,
         tell=tell,
     )

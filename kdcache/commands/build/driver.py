@@ -240,6 +240,7 @@ class Driver:
         while not self._fresh and self._suspects and workers.has_room(alone=True):
             workers.submit(self.spans[self._suspects.popleft()], alone=True)
             self._in_flight += 1
+        workers.backlog = len(self._fresh) + len(self._suspects)
 
     def _settle(self, outcome: Outcome) -> None:
         """Record what was made; queue what should be retried."""

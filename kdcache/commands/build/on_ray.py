@@ -1,5 +1,10 @@
 """Workers as actors on a Ray cluster, which come and go with its nodes.
 
+A worker that is requested and has no room waits as a pending actor, which an autoscaler takes as
+demand for a node. `auto` begins with as many workers as the nodes hold, one at least. While all of
+them are busy and spans are left it requests more: as many as there are, so their number doubles
+each time that nodes have come. Once no span is left, pending requests are withdrawn.
+
 Cost: every answer of an actor arrives in one queue, from Ray's own thread, so an answer costs the
 driver the same among ten workers and among thousands.
 """
@@ -16,8 +21,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
+from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, launching
 from kdcache.commands.build.events import EventSink, ignore_events
+from kdcache.commands.build.room import Need, describe, share_of_cpus
 from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
 from kdcache.commands.build.workers import (
     IN_FLIGHT,
@@ -32,9 +38,9 @@ from kdcache.errors import IncompleteError, KdcacheError, UsageError
 
 logger = logging.getLogger(__name__)
 
-_MOST_CPUS = 8  # of one worker: reading and packing keep no more busy
 _START_TRIES = 3
 _START_EVERY = 5.0
+_WAITING_EVERY = 30.0  # seconds between two lines about what the build waits for
 _HEARTBEATS = 10  # in the time after which a worker counts as hung
 
 
@@ -42,9 +48,13 @@ class RayWorker(SpanWorker):
     """A worker in its own process: reports where it is and whether it makes progress, and keeps the
     figures that Ray's dashboard shows."""
 
-    def __init__(self, job: Job, folder: str) -> None:
+    def __init__(self, job: Job, folder: str, need: Need) -> None:
         at_home(folder)
-        super().__init__(job)
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+        super().__init__(replace(job, threads=need.threads(node["Resources"])))
         from ray.util.metrics import Counter
 
         self._positions = Counter("kdcache_positions", description="Positions cached.")
@@ -100,22 +110,29 @@ class RayWorkers(Workers):
         workers: int | None,
         gpus: float,
         address: str | None,
+        cpus: int | None = None,
+        max_workers: int | None = None,
         hang_seconds: float = 600.0,
+        wait_minutes: float | None = None,
         tell: EventSink = ignore_events,
     ) -> None:
         """Connect (or start a local Ray) and ask for workers.
 
         Args:
             job: what the workers do.
-            workers: how many; None for as many as the cluster has room for, now and later.
+            workers: how many; None for as many as the cluster has room for, now and later, and
+                as an autoscaler adds.
             gpus: GPUs a worker.
             address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
                 otherwise.
+            cpus: CPUs a worker; None for its share of the node that it gets.
+            max_workers: how many there may be where `workers` is None.
             hang_seconds: a worker without progress for so long is replaced.
+            wait_minutes: without any worker for so long, give up; None waits for ever.
             tell: takes the events.
 
         Raises:
-            UsageError: the cluster is unreachable or too small for a worker.
+            UsageError: the cluster is unreachable, or this machine too small for the workers.
         """
         self._owns = connect(address)
         import ray
@@ -125,23 +142,24 @@ class RayWorkers(Workers):
         # Actors by spans in flight, for those with room; entries may be out of date.
         self._open: list[deque[_Actor]] = [deque() for _ in range(IN_FLIGHT)]
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._workers, self._gpus = workers, gpus
-        self._hang, self._tell = hang_seconds, tell
+        self._workers, self._most = workers, max_workers
+        self._grows = cluster_address(address) is not None
+        self._hang, self._patience, self._tell = hang_seconds, wait_minutes, tell
         # A clock that stands still while this process does (Ctrl-Z, a closed laptop): meanwhile no
         # worker hangs.
         self._now, self._ticked = 0.0, time.monotonic()
-        self._last_start = self._checked = 0.0
+        self._last_start = self._checked = self._alone_since = self._waited = 0.0
         self._failed_starts = 0
         try:
-            fixed = workers is None or cluster_address(address) is None
-            self._cpus = self._share_of_cpus(fixed)
+            self._need = share_of_cpus(gpus, workers, self._nodes())
+            if cpus is not None:
+                self._need = Need(gpus, cpus, workers, exact=True)
+            if not self._grows:
+                self._refuse_too_many()
             self._class = ray.remote(concurrency_groups={"pulse": 1})(RayWorker).options(
-                num_cpus=self._cpus,
-                num_gpus=gpus,
-                max_concurrency=IN_FLIGHT,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._cpus)}},
+                num_cpus=self._need.cpus, num_gpus=gpus, max_concurrency=IN_FLIGHT
             )
-            self._job = replace(job, threads=self._cpus)
+            self._job = job
             self._start_missing()
         except BaseException:
             self.stop()
@@ -149,51 +167,83 @@ class RayWorkers(Workers):
 
     # Hiring
 
-    def _room(self, cpus: int) -> int:
-        """How many workers of so many CPUs the nodes of this moment hold, used or not."""
-        room = 0
-        for node in self._ray.nodes():
-            if node["Alive"]:
-                has = node["Resources"]
-                workers = int(has.get("CPU", 0)) // cpus
-                if self._gpus:
-                    workers = min(workers, int(has.get("GPU", 0) // self._gpus))
-                room += workers
-        return room
+    def _nodes(self) -> list[dict[str, float]]:
+        """Resources of each node of this moment, used or not."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
-    def _share_of_cpus(self, fixed: bool) -> int:
-        """CPUs a worker: as many as leave room for all. A cluster that grows on demand (not
-        `fixed`) may have room later: a fixed number of workers waits."""
-        most = self._room(1)
-        if fixed and self._gpus and not most:
-            gpus = self._ray.cluster_resources().get("GPU", 0)
+    def _room(self) -> int:
+        """How many workers the nodes of this moment hold."""
+        return sum(map(self._need.fit, self._nodes()))
+
+    def _refuse_too_many(self) -> None:
+        room = self._room()
+        if not room:
             raise UsageError(
-                f"the Ray cluster has {gpus:g} GPUs, a worker needs {self._gpus:g} on one node. "
-                "Use --gpus-per-worker 0, or set --workers to the number to wait for."
+                f"a worker needs {self._need}; {describe(self._nodes())}. Use "
+                "--gpus-per-worker 0, or fewer --cpus-per-worker."
             )
-        count = self._workers or max(1, most)
-        if fixed and count > most:
+        if (self._workers or 1) > room:
             raise UsageError(
-                f"the Ray cluster has room for {most} workers, not for {count}. "
-                f"Use --workers {most}."
+                f"the Ray of this machine has room for {room} workers, not for {self._workers}. "
+                f"Use --workers {room}."
             )
-        return next((cpus for cpus in range(_MOST_CPUS, 1, -1) if self._room(cpus) >= count), 1)
 
     def _wanted(self) -> int:
-        """The number of workers there should be: as given, or as many as the nodes hold."""
-        return self._workers or max(1, self._room(self._cpus))
+        """The number of workers there should be."""
+        if self._workers is not None:
+            return self._workers
+        room, ready = max(1, self._room()), len(self.figures())
+        if not self._grows:
+            wanted = room
+        elif not self.backlog:
+            wanted = max(1, ready)
+        else:
+            busy = self._free(alone=False) is None
+            more = min(max(1, ready), -(-self.backlog // IN_FLIGHT)) if busy else 0
+            # A request that stands is not withdrawn: its node may be on its way.
+            wanted = max(room, ready + more, len(self._actors))
+        return min(wanted, self._most or wanted)
 
     def _start_missing(self) -> None:
-        """Request the missing workers; withdraw requests for which there is no room any more."""
+        """Request the missing workers; withdraw requests, the latest first, that are too many."""
         self._last_start = self._now
         wanted = self._wanted()
         waiting = [actor for actor in self._actors if actor.figures is None]
-        for actor in waiting[: max(0, len(self._actors) - wanted)]:
+        for actor in waiting[::-1][: max(0, len(self._actors) - wanted)]:
             self._dismiss(actor)
         while len(self._actors) < wanted:
-            actor = _Actor(self._class.remote(self._job, os.getcwd()))
+            actor = _Actor(self._class.remote(self._job, os.getcwd(), self._need))
             self._actors[actor] = None
             self._when_answered(actor.handle.where.remote(), self._started, actor)
+
+    def _wait_for_workers(self) -> None:
+        """While no worker is ready: say what for every 30 s, and give up in the end.
+
+        Raises:
+            IncompleteError: there was none for too long.
+        """
+        if self.figures():
+            self._alone_since = self._waited = self._now
+            return
+        seconds = self._now - self._alone_since
+        over = self._patience is not None and seconds >= 60 * self._patience
+        if not over and self._now - self._waited < _WAITING_EVERY:
+            return
+        self._waited = self._now
+        state = (
+            f"{len(self._actors)} requested, none ready. A worker needs {self._need}; "
+            f"{describe(self._nodes(), self._ray.available_resources())}"
+        )
+        if self._grows and (pending := launching()):
+            state += f"; pending nodes: {pending}"
+        self._tell("waiting for workers", seconds=round(seconds), state=state)
+        if over:
+            raise IncompleteError(
+                f"no worker was ready for {seconds / 60:g} minutes (--wait-minutes): {state}. "
+                "Start nodes, or change --gpus-per-worker and --cpus-per-worker. "
+                "Run the same command to continue."
+            )
+        logger.warning("waiting for workers: %s (%.0f s)", state, seconds)
 
     def _when_answered(self, ref: Any, handler: Any, *facts: Any) -> None:
         """Have `collect` call `handler(*facts, future)` once the answer is there."""
@@ -277,6 +327,7 @@ class RayWorkers(Workers):
             outcomes.extend(self._check_heartbeats())
         if self._now - self._last_start >= _START_EVERY:
             self._start_missing()
+        self._wait_for_workers()
         return outcomes
 
     def _finished(self, actor: _Actor, span: Span, answer: Any) -> list[Outcome]:

@@ -18,9 +18,13 @@ class WorkerOptions(Options):
 
     workers: int | None = option(
         None,
-        help="number of Ray workers; `auto` for as many as fit, 0 for this process without Ray.",
+        help="number of Ray workers; `auto` for as many as fit, and on a cluster for more while "
+        "all are busy; 0 for this process without Ray.",
         auto=True,
         at_least=0,
+    )
+    max_workers: int | None = option(
+        None, help="most workers of `--workers auto`. Default: no bound.", at_least=1
     )
     gpus_per_worker: float | None = option(
         None,
@@ -28,6 +32,12 @@ class WorkerOptions(Options):
         "any.",
         metavar="GPUS",
         at_least=0,
+    )
+    cpus_per_worker: int | None = option(
+        None,
+        help="CPUs per Ray worker. Default: its share of the node that it gets, 8 at most.",
+        metavar="CPUS",
+        at_least=1,
     )
     address: str | None = option(
         None,
@@ -39,6 +49,13 @@ class WorkerOptions(Options):
         help="replace a Ray worker that makes no progress (no record read, no batch finished) for "
         "this long.",
         metavar="SECONDS",
+        above=0,
+    )
+    wait_minutes: float | None = option(
+        None,
+        help="give up when no Ray worker has been ready for this long. Default: wait for nodes as "
+        "long as it takes.",
+        metavar="MINUTES",
         above=0,
     )
 
@@ -83,6 +100,8 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
             given = len(self.teacher_weight)
             problems.append(f"{given} --teacher-weight for {len(self.teacher)} --teacher.")
+        if self.max_workers is not None and self.workers is not None:
+            problems.append("--max-workers is for --workers auto; here --workers is a number.")
         if not self.temperatures:
             problems.append("--temperatures is empty, expected positive numbers.")
         return problems

@@ -85,9 +85,11 @@ class Workers(ABC):
 
     Attributes:
         lost: workers that died, hung or went with their node so far.
+        backlog: spans that are left and that no worker has, as the driver says.
     """
 
     lost = 0
+    backlog = 1
 
     @abstractmethod
     def has_room(self, *, alone: bool = False) -> bool:
