@@ -2,9 +2,10 @@
 
     python benchmarks/scale.py [--spans 100000] [--workers 1000] [--markdown]
 
-Three parts, each in this process and without a teacher:
+Four parts, each in this process and without a teacher:
 
 - the manifest of a cache of that many shards: bytes, seconds to write and to open, memory;
+- the seal of a cache whose shards earlier runs have made, from their receipts;
 - the listing of that many names, on this machine's disk, and how many requests an object store
   needs for it;
 - the driver, real code (`Driver`, `RayWorkers`) on a simulated Ray: workers that take a random time
@@ -36,8 +37,8 @@ from typing import Any
 
 from results import keep, table
 
-from kdcache.cache import Manifest
-from kdcache.cache.manifest import ShardEntry
+from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry
+from kdcache.cache.receipts import Receipts, remove_receipts
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.events import EventLog
 from kdcache.commands.build.on_ray import RayWorkers
@@ -99,6 +100,35 @@ def listing(count: int) -> list[tuple[str, str]]:
     return [
         ("one listing, local disk, in the kernel's cache", f"{seconds:.2f} s"),
         (f"one listing, object store, {LISTED_AT_ONCE} names a request", f"{calls} requests"),
+    ]
+
+
+def seal(count: int) -> list[tuple[str, str]]:
+    """Seal a cache whose shards earlier runs have made; the files are as long as real ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        storage = LocalStorage(folder)
+        spec = CacheSpec(
+            task="causal-lm", teachers=({"sha256": "0", "weight": 1.0},), ensemble="mean-probs",
+            dtype="float32", tokenizer="t", vocab_size=8, pad_id=0, eos_id=None, label_names=None,
+            corpus=(), rows={}, reading={}, spans=count, codec="dense", temperatures=(1.0,), seed=0,
+        )  # fmt: skip
+        cache = Cache(storage, spec)
+        for name in ("shards", "events"):
+            (Path(folder) / name).mkdir()
+        receipts = Receipts(storage)
+        for span in range(count):
+            with open(Path(folder) / "shards" / entry(span).name, "wb") as file:
+                file.truncate(entry(span).bytes)  # holes
+            receipts.add(entry(span))
+        begin, cpu = time.perf_counter(), time.process_time()
+        made = cache.prepare_manifest()
+        cache.seal(made)
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        read = sum(path.stat().st_size for path in (Path(folder) / "events").iterdir())
+        remove_receipts(storage)
+    return [
+        ("seal after a resume: time", f"{seconds:.1f} s (CPU {cpu:.1f} s)"),
+        ("seal after a resume: bytes read", f"{read / 1e6:.0f} MB, {read / made.bytes:.4%}"),
     ]
 
 
@@ -299,7 +329,10 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     options = parser.parse_args()
     parts = [
-        (f"{options.spans:,} shards", manifest(options.spans) + listing(options.spans)),
+        (
+            f"{options.spans:,} shards",
+            manifest(options.spans) + listing(options.spans) + seal(options.spans),
+        ),
         *(
             (
                 f"{options.workers:,} workers, {seconds:g} s a span",

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
+from kdcache.cache.receipts import matching, read_receipts
 from kdcache.cache.shard import ShardData, read_counts, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
@@ -250,7 +251,8 @@ class Cache:
         """The manifest of all spans, once every one is committed; nothing is written.
 
         Args:
-            entries: what this process committed; shards of earlier runs are hashed and looked into.
+            entries: what this process committed. Of shards of earlier runs the receipts are
+                taken; those without one are read and hashed.
 
         Raises:
             IncompleteError: spans are missing.
@@ -270,7 +272,11 @@ class Cache:
             )
         if self.manifest_or_none is not None:
             return self.manifest
-        known |= self._look_into({s: n for s, n in committed.items() if n not in known})
+        left = {s: n for s, n in committed.items() if n not in known}
+        if left:
+            sizes = self.storage.sizes("shards")
+            known |= matching(read_receipts(self.storage), left.values(), sizes)
+            known |= self._look_into({s: n for s, n in left.items() if n not in known})
         shards = tuple(known[committed[span]] for span in range(self.spec.spans))
         return Manifest(self.spec.fingerprint, shards, self.files)
 

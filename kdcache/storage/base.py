@@ -47,6 +47,10 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """As `names`, with the bytes of each."""
+
+    @abstractmethod
     def entries(self) -> list[str]:
         """Names of the files and folders at the top, sorted."""
 

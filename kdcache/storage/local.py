@@ -44,6 +44,14 @@ class LocalStorage(Storage):
         except FileNotFoundError:
             return []
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """See `Storage.sizes`."""
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return {e.name: e.stat().st_size for e in entries if e.is_file()}
+        except FileNotFoundError:
+            return {}
+
     def entries(self) -> list[str]:
         """See `Storage.entries`."""
         try:

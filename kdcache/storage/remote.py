@@ -58,24 +58,28 @@ class RemoteStorage(Storage):
     def _path(self, name: str) -> str:
         return f"{self._store.path}/{name}" if name else self._store.path
 
-    def _list(self, folder: str) -> list[tuple[str, str]]:
-        """Last part of the name, and type, of a folder's contents."""
+    def _list(self, folder: str) -> list[tuple[str, str, int]]:
+        """Last part of the name, type and bytes of a folder's contents."""
         path = self._path(folder)
         try:
             listed = self._store.ask("ls", path, detail=True, volume=_LISTING)
         except FileNotFoundError:
             return []
-        named = ((entry["name"].rstrip("/"), entry["type"]) for entry in listed)
+        named = ((e["name"].rstrip("/"), e["type"], e.get("size") or 0) for e in listed)
         # Some tools mark a folder with an empty object of the folder's name.
-        return sorted((name.rsplit("/", 1)[-1], kind) for name, kind in named if name != path)
+        return sorted((name.rsplit("/", 1)[-1], *what) for name, *what in named if name != path)
 
     def names(self, folder: str = "") -> list[str]:
         """See `Storage.names`."""
-        return [name for name, kind in self._list(folder) if kind == "file"]
+        return list(self.sizes(folder))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """See `Storage.sizes`."""
+        return {name: int(size) for name, kind, size in self._list(folder) if kind == "file"}
 
     def entries(self) -> list[str]:
         """See `Storage.entries`."""
-        return [name for name, _ in self._list("")]
+        return [name for name, *_ in self._list("")]
 
     def exists(self, name: str) -> bool:
         """See `Storage.exists`."""

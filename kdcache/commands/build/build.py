@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kdcache.cache import Cache, Manifest
+from kdcache.cache.receipts import Receipts, remove_receipts
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
 from kdcache.commands.build.events import EventLog, EventSink
 from kdcache.commands.build.local import LocalWorkers
@@ -127,10 +128,13 @@ def _make(
 ) -> BuildResult:
     check_made(cache, plan.corpus, plan.rows)
     log = EventLog(cache.storage)
+    receipts = Receipts(cache.storage)
     driver = Driver(plan.corpus.spans, on_progress, log)
     if not cache.sealed or cache.missing():
         log("start", fingerprint=cache.spec.fingerprint, spans=cache.spec.spans)
         try:
+            if not cache.sealed:
+                driver.keep = receipts.add
             driver.run(
                 functools.partial(_missing, cache, driver),
                 lambda: _start_workers(options, plan, cache, log),
@@ -145,6 +149,7 @@ def _make(
         else:
             log("sealed", made=len(driver.made), lost=driver.lost, rows=cache.manifest.rows)
         finally:
+            receipts.close()
             log.close()
     manifest = cache.manifest
     return BuildResult(
@@ -181,7 +186,9 @@ def _seal(cache: Cache, driver: Driver) -> Manifest:
             f"the corpus has no usable row ({manifest.skipped} records skipped): nothing to cache. "
             "Look at its text column, or name another --corpus."
         )
-    return cache.seal(manifest)
+    manifest = cache.seal(manifest)
+    remove_receipts(cache.storage)
+    return manifest
 
 
 def _start_workers(options: BuildOptions, plan: Prepared, cache: Cache, tell: EventSink) -> Workers:

@@ -130,6 +130,7 @@ class Driver:
         spans: all spans of the cache.
         on_progress: called after changes, a few times a second at most, and at the end.
         tell: takes the events.
+        keep: takes the entry of each shard that is committed.
         grace: seconds that spans in flight are given to finish once a signal came. Below the 30
             seconds that clouds and schedulers give a process between SIGTERM and SIGKILL.
         made: entry of each shard this run committed, by span.
@@ -144,6 +145,7 @@ class Driver:
     spans: Sequence[Span]
     on_progress: Callable[[Progress], None] | None = None
     tell: EventSink = ignore_events
+    keep: Callable[[ShardEntry], None] = lambda entry: None
     grace: float = 20.0
     made: dict[int, ShardEntry] = field(default_factory=dict)
     positions: int = 0
@@ -265,6 +267,7 @@ class Driver:
     def _book(self, report: SpanReport, worker: str) -> None:
         entry = report.entry
         self.made[entry.span] = entry
+        self.keep(entry)
         self.positions += entry.positions
         self.bytes += entry.bytes
         self.teacher_seconds += report.teacher_seconds

@@ -222,7 +222,7 @@ class RayWorkers(Workers):
         Raises:
             IncompleteError: there was none for too long.
         """
-        if self.figures():
+        if any(actor.figures for actor in self._actors):
             self._alone_since = self._waited = self._now
             return
         seconds = self._now - self._alone_since
