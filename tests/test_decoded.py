@@ -21,7 +21,7 @@ def decoded() -> list[Targets]:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     u = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     found = []
-    for text in ("dense", "topk:4", "sample:6"):
+    for text in ("dense", "topk:4", "sample:6", "anchored:6"):
         codec = Codec.parse(text, (1.0, 2.0), 40)
         found.append(TargetWriter(codec).write(logits, u).at(2.0))
     return found
@@ -37,7 +37,7 @@ def same_targets(one: Targets, other: Targets) -> bool:
     return alike and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("targets", decoded(), ids=["dense", "topk", "sample"])
+@pytest.mark.parametrize("targets", decoded(), ids=["dense", "topk", "sample", "anchored"])
 def test_loaders_and_trainers_move_and_pin_targets(
     targets: Targets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +54,7 @@ def test_loaders_and_trainers_move_and_pin_targets(
     assert same_targets(loaded["targets"], targets)
 
 
-@pytest.mark.parametrize("targets", decoded(), ids=["dense", "topk", "sample"])
+@pytest.mark.parametrize("targets", decoded(), ids=["dense", "topk", "sample", "anchored"])
 def test_targets_are_cut_and_joined(targets: Targets) -> None:
     parts = [targets[:1], targets[1:1], targets[1:]]
     assert [len(part) for part in parts] == [1, 0, 2]

@@ -25,7 +25,7 @@ import yaml
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
-from kdcache.targets import DenseTargets
+from kdcache.targets import AnchoredTargets, DenseTargets
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -322,6 +322,8 @@ def plain_reader() -> dict[str, Any]:
         ("sample:6", (1.0, 2.0, 4.0)),
         # More units than a byte holds, and ids beyond 255 among the sampled ones.
         ("sample:100", (1.0, 2.0)),
+        ("anchored:6", (1.0,)),
+        ("anchored:6", (1.0, 2.0)),
     ],
 )
 def test_format_of_a_language_model(
@@ -370,7 +372,7 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
         ours = data.targets.at(temperature)
         theirs = list(reader["targets"](out, name, temperature))
         assert len(theirs) == len(ours) == cache.manifest.positions
-        for i, (ids, weights, rest) in enumerate(theirs):
+        for i, (ids, weights, rest, inverse) in enumerate(theirs):
             got = np.bincount(ids.astype(int), weights, minlength=cache.spec.vocab_size)
             if isinstance(ours, DenseTargets):
                 expected = reader["softmax"](ours.logits[i].double().numpy() / temperature)
@@ -379,4 +381,9 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
                     ours.ids[i].numpy(), ours.weights[i].numpy(), minlength=cache.spec.vocab_size
                 )
                 assert rest == pytest.approx(float(ours.tail[i]), abs=1e-6)
+            assert (inverse is not None) == isinstance(ours, AnchoredTargets)
+            if isinstance(ours, AnchoredTargets):
+                assert len(ids[inverse == 0]) == ours.heads[i]
+                np.testing.assert_allclose(inverse, ours.inverse[i, : len(ids)], rtol=1e-6)
+                np.testing.assert_array_equal(ids, ours.ids[i, : len(ids)])
             np.testing.assert_allclose(got, expected, atol=1e-6)

@@ -18,7 +18,7 @@ import torch
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.errors import UsageError
-from kdcache.targets import DenseTargets
+from kdcache.targets import AnchoredTargets, DenseTargets
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((GOLDEN / "expected.json").read_text())
@@ -73,6 +73,13 @@ def test_golden_targets_are_read(name: str) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
             rest = torch.tensor([position["rest"] for position in wanted])
             torch.testing.assert_close(found.tail, rest, rtol=0, atol=2e-6)
+            if isinstance(found, AnchoredTargets):
+                for i, position in enumerate(wanted):
+                    assert sorted(found.ids[i, : found.heads[i]].tolist()) == position["heads"]
+                    drawn = found.inverse[i].nonzero()[:, 0]
+                    pairs = torch.stack([found.ids[i, drawn], found.inverse[i, drawn]], 1)
+                    want_pairs = np.array(position["inverse"]).reshape(-1, 2)
+                    np.testing.assert_allclose(sorted(pairs.tolist()), want_pairs, rtol=1e-6)
 
 
 def test_golden_temperatures_are_kept_to(name: str) -> None:

@@ -194,7 +194,7 @@ def test_the_right_teacher_passes_and_another_fails(
 
 
 def test_a_coarser_dtype_than_the_specs_is_found(options: BuildOptions, tmp_path: Path) -> None:
-    for codec in ("dense", "topk:8", "sample:8"):
+    for codec in ("dense", "topk:8", "sample:8", "anchored:8"):
         out = str(tmp_path / f"coarse-{codec}")
         coarse = dataclasses.replace(options, codec=codec, dtype="bfloat16", limit=40, out=out)
         build(coarse)
@@ -204,7 +204,7 @@ def test_a_coarser_dtype_than_the_specs_is_found(options: BuildOptions, tmp_path
 
 
 def test_targets_of_another_row_are_found(options: BuildOptions, tmp_path: Path) -> None:
-    for codec in ("dense", "topk:8", "sample:8"):
+    for codec in ("dense", "topk:8", "sample:8", "anchored:8"):
         out = str(tmp_path / f"right-{codec}")
         build(dataclasses.replace(options, codec=codec, limit=40, out=out))
         cache = Cache.open(out)

@@ -21,7 +21,7 @@ from kdcache.corpus import Corpus
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.rows import RowSpec
 from kdcache.stream import TargetStream
-from kdcache.targets import Codec, SoftTargets, SparseTargets, position_uniform
+from kdcache.targets import AnchoredTargets, Codec, SoftTargets, SparseTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
 
 
@@ -110,7 +110,7 @@ def test_caches_of_different_ranks_are_mixed(
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("text", ["sample:5", "sample:40", "topk:7"])
+@pytest.mark.parametrize("text", ["sample:5", "sample:40", "anchored:5", "topk:7"])
 @pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0, 4.0)])
 def test_renumbered_columns_are_those_of_a_pack_without_ranks(
     text: str, temperatures: tuple[float, ...]
@@ -122,12 +122,20 @@ def test_renumbered_columns_are_those_of_a_pack_without_ranks(
     plain = ranked.plain()
     assert plain.rank_to_id is None
     want = codec.pack(raw)
+    sums: list[Tensor] = []
     for column in codec.columns:
         assert plain.columns[column.name].dtype == column.dtype
         np.testing.assert_array_equal(plain.columns[column.name].shape, want[column.name].shape)
     for t in temperatures:
         # Two entries of one id are added in either order.
         torch.testing.assert_close(dense(plain, t), dense(ranked, t), rtol=1e-12, atol=1e-12)
+        if codec.kind == "anchored":
+            for one in (plain, ranked):
+                found = one.at(t)
+                assert isinstance(found, AnchoredTargets)
+                sums.append(torch.zeros(40, 700).scatter_add_(1, found.ids, found.inverse))
+    for got in sums[1:]:
+        torch.testing.assert_close(got, sums[0])
     joined = SoftTargets.concat([ranked, SoftTargets(codec, want)])
     assert torch.allclose(dense(joined, 1.0), dense(ranked, 1.0).repeat(2, 1), atol=1e-12)
 

@@ -55,7 +55,9 @@ def equal(a: ShardData, b: ShardData) -> bool:
     )
 
 
-CODECS = [Codec.parse(text, (1.0, 2.0), 40) for text in ("dense", "topk:5", "sample:6")]
+CODECS = [
+    Codec.parse(text, (1.0, 2.0), 40) for text in ("dense", "topk:5", "sample:6", "anchored:6")
+]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)

@@ -15,6 +15,7 @@ from unbiased import excess
 
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.targets import (
+    Anchored,
     Codec,
     Dense,
     DenseTargets,
@@ -27,7 +28,16 @@ from kdcache.targets import (
 )
 
 TEMPERATURES = st.sets(st.sampled_from([0.5, 1.0, 1.5, 2.0, 4.0]), min_size=1, max_size=3)
-CODECS = ["dense", "dense:float16", "topk:1", "topk:7", "topk:5000", "sample:1", "sample:9"]
+CODECS = [
+    "dense",
+    "dense:float16",
+    "topk:1",
+    "topk:7",
+    "topk:5000",
+    "sample:1",
+    "sample:9",
+    "anchored:9",
+]
 
 
 def make_logits(n: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -72,6 +82,7 @@ def assert_same_columns(a: SoftTargets, b: SoftTargets) -> None:
         ("topk:64", "topk:64", TopK),
         ("topk:9999", "topk:300", TopK),
         ("sample:20", "sample:20", Sample),
+        ("anchored:20", "anchored:20", Anchored),
     ],
 )
 def test_text_round_trip(text: str, canonical: str, kind: type[Codec]) -> None:
@@ -81,7 +92,7 @@ def test_text_round_trip(text: str, canonical: str, kind: type[Codec]) -> None:
     assert codec.temperatures == (1.0, 2.0)
     assert Codec.parse(str(codec), codec.temperatures, 300) == codec
     assert codec.bytes_per_position > 0
-    assert codec.needs_noise == (kind is Sample)
+    assert codec.needs_noise == issubclass(kind, Sample)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +349,7 @@ def test_take_and_concat_keep_the_targets(text: str) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    text=st.sampled_from(["topk:6", "sample:6", "sample:40"]),
+    text=st.sampled_from(["topk:6", "sample:6", "sample:40", "anchored:6"]),
     vocabulary=st.sampled_from([2, 255, 256, 257, 700, 66_000]),
     temperatures=TEMPERATURES,
     seed=st.integers(0, 9),

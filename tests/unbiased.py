@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 
-def excess(weights: Tensor, p: Tensor) -> float:
+def excess(weights: Tensor, p: Tensor, met: Tensor | None = None) -> float:
     """How many standard errors the chi-square over ids lies above its mean if `weights` [n, V] is
     unbiased.
 
     Ids of one position are drawn at fixed distances, so they are correlated: the spread of the
     chi-square comes from their correlation matrix. Ids that never vary must be right to rounding.
+    `met` bool [n, V] says where chance met an id, if weights are not 0 elsewhere.
     """
     mean, deviation = weights.mean(0), weights.std(0)
     # An id met a handful of times has no usable estimate of its variance: those are pooled.
-    rare = (weights != 0).sum(0) < 100
+    rare = (weights != 0 if met is None else met).sum(0) < 100
     pooled = torch.cat([weights[:, ~rare], weights[:, rare].sum(-1, keepdim=True)], 1)
     want = torch.cat([p[~rare], p[rare].sum()[None]])
     mean, deviation = pooled.mean(0), pooled.std(0)

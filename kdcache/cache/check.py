@@ -23,7 +23,7 @@ from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData, read_counts, read_shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
-from kdcache.targets import DenseTargets, SoftTargets
+from kdcache.targets import AnchoredTargets, DenseTargets, SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _VALUES = 1 << 24  # decoded at a time
@@ -170,7 +170,8 @@ def _check_targets(targets: SoftTargets, spec: CacheSpec) -> None:
                 break
             if found.ids.numel() and not 0 <= found.ids.min() <= found.ids.max() < spec.vocab_size:
                 raise CorruptCacheError(f"an id is outside the vocabulary of {spec.vocab_size}.")
-            for numbers in (found.weights, found.tail):
+            inverse = (found.inverse,) if isinstance(found, AnchoredTargets) else ()
+            for numbers in (found.weights, found.tail, *inverse):
                 if not (numbers.isfinite().all() and (numbers >= 0).all()):
                     raise CorruptCacheError("a weight is negative, NaN or infinite.")
 

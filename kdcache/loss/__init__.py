@@ -21,6 +21,7 @@ function                       divergences          logits in memory  matrix pro
 
 from __future__ import annotations
 
+from kdcache.loss.anchor import Anchor
 from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.reference import (
     DIVERGENCES,
@@ -35,6 +36,7 @@ from kdcache.loss.reference import (
 __all__ = [
     "DIVERGENCES",
     "TAILS",
+    "Anchor",
     "LossParts",
     "check_loss",
     "check_names",

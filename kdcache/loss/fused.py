@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
+from kdcache.loss.anchor import FIGURES, Anchor, control_of_entries
 from kdcache.loss.reference import LossParts, check_loss, scalar_count, student_width
-from kdcache.targets import DenseTargets, SparseTargets, Targets
+from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets
 from kdcache.targets.device import compiles
 from kdcache.tasks import IGNORE
 
@@ -57,6 +58,7 @@ def fused_linear_distillation(
     vocab_size: int | None = None,
     count: float | Tensor | None = None,
     position_weights: Tensor | None = None,
+    anchor: Anchor | None = None,
     cap: float | None = None,
     rows: int | None = None,
 ) -> LossParts:
@@ -73,7 +75,7 @@ def fused_linear_distillation(
         weight: [V', H] output projection.
         bias: [V'] or None.
         labels: see `distillation_loss`; so are `targets`, `alpha`, `tail`, `vocab_size`,
-            `count`.
+            `count`, `anchor`.
         targets: n positions, at the temperature T of the soft part.
         alpha: weight of the hard loss.
         divergence: must be "forward-kl".
@@ -81,6 +83,7 @@ def fused_linear_distillation(
         vocab_size: V <= V'.
         count: divisor of the sums.
         position_weights: [n] weight of each position.
+        anchor: theta of anchored targets.
         cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
         rows: positions in a slice. Default: about 2^29 logits on a GPU, 2^24 on a CPU.
 
@@ -117,8 +120,13 @@ def fused_linear_distillation(
     )
     divisor = scalar_count(each, count, position_weights)
     grad = torch.is_grad_enabled()
-    arguments = (each, divisor, options, width, dtype, cap, rows, grad)
-    return LossParts(*_eagerly(hidden, weight, bias, labels, targets, *arguments))
+    anchored = anchor is not None and isinstance(targets, AnchoredTargets) and grad
+    theta = scalar(anchor.theta) if anchor is not None and anchored else None
+    arguments = (each, divisor, options, width, dtype, theta, cap, rows, grad)
+    *parts, figures = _eagerly(hidden, weight, bias, labels, targets, *arguments)
+    if anchor is not None and anchored:
+        anchor.add(figures, divisor)
+    return LossParts(*parts)
 
 
 def _prepare(targets: SparseTargets, tail: str, wide: torch.dtype) -> SparseTargets:
@@ -147,10 +155,11 @@ class _Fused(torch.autograd.Function):
         options: _Options,
         width: int,
         dtype: torch.dtype,
+        theta: Tensor | None,
         cap: float | None,
         rows: int | None,
         grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         want_hidden, want_weight, want_bias = (grad and want for want in ctx.needs_input_grad[:3])
         n, size = hidden.shape
         h, w = hidden.to(dtype), weight.detach()[:width].to(dtype)
@@ -166,7 +175,7 @@ class _Fused(torch.autograd.Function):
             padded((len(weight), size), dtype=wide, device=weight.device) if want_weight else None
         )
         d_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if want_bias else None
-        sums = torch.zeros(2, dtype=wide, device=hidden.device)
+        sums = torch.zeros(_sums(theta), dtype=wide, device=hidden.device)
         step = _rows(n, width, hidden.device, rows)
         buffer = torch.empty((min(step, n), width), dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -178,7 +187,7 @@ class _Fused(torch.autograd.Function):
                 else:
                     torch.addmm(b, h[part], w.T, out=z)
                 given = labels[part], targets[part], each[part]
-                sums += _logits_to_gradient_(z, *given, options, cap)
+                sums += _logits_to_gradient_(z, *given, options, cap, theta)
                 if d_hidden is not None:
                     torch.mm(z, w, out=d_hidden[part])
                 if d_weight is not None:
@@ -187,10 +196,11 @@ class _Fused(torch.autograd.Function):
                     d_bias[:width] += z.sum(0, dtype=wide)
         ctx.save_for_backward(d_hidden, d_weight, d_bias, divisor)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
-        hard, soft = sums / divisor
+        hard, soft = sums[:2] / divisor
         total = options.alpha * hard + (1 - options.alpha) * soft
-        ctx.mark_non_differentiable(hard, soft)
-        return total, hard, soft
+        figures = sums[2:]
+        ctx.mark_non_differentiable(hard, soft, figures)
+        return total, hard, soft, figures
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -203,17 +213,22 @@ class _Fused(torch.autograd.Function):
             None if d is None else (d.to(scale.dtype) * scale).to(dtype)
             for d, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
-        return (*gradients, *[None] * 10)
+        return (*gradients, *[None] * 11)
 
 
-def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _apply(*arguments: Any) -> tuple[Tensor, ...]:
     apply: Any = _Fused.apply
-    return cast("tuple[Tensor, Tensor, Tensor]", apply(*arguments))
+    return cast("tuple[Tensor, ...]", apply(*arguments))
 
 
 # A student under torch.compile must not trace the slices: they bring their own compiled pass.
 _disable: Any = torch.compiler.disable
 _eagerly: Any = _disable(_apply)
+
+
+def _sums(theta: Tensor | None) -> int:
+    """Sums of a slice: hard and soft loss, and with theta an anchor's figures."""
+    return 2 if theta is None else 2 + FIGURES
 
 
 def _rows(n: int, width: int, device: torch.device, rows: int | None) -> int:
@@ -234,11 +249,12 @@ def _logits_to_gradient_(
     each: Tensor,
     options: _Options,
     cap: float | None = None,
+    theta: Tensor | None = None,
 ) -> Tensor:
     """Replace what the layer gives, [n, V], by the gradient of the summed loss with respect to it.
 
     Returns:
-        [2] hard and soft sums.
+        [2] hard and soft sums; with theta, of anchored targets, [5]: and an anchor's figures.
     """
     valid = labels != IGNORE
     ids = labels.long().masked_fill(~valid, 0)[:, None]
@@ -247,7 +263,7 @@ def _logits_to_gradient_(
     # Eager passes are cheap on a CPU only while a block stays in its cache. On a GPU a block must
     # outlast the launches of its operations. A compiled pass takes the whole slice.
     block = len(z) if fast else max((2**26 if z.is_cuda else 2**20) // z.shape[1], 1)
-    sums = torch.zeros(2, dtype=each.dtype, device=z.device)
+    sums = torch.zeros(_sums(theta), dtype=each.dtype, device=z.device)
     tensors: tuple[Tensor, ...]
     for start in range(0, len(z), block):
         part = slice(start, start + block)
@@ -272,6 +288,10 @@ def _logits_to_gradient_(
             w, rest = targets.weights[part], targets.tail[part]
             tensors = (zs, x, entries, w, rest, valid_each[part], each[part])
             function = _sparse_pass
+            if theta is not None:
+                assert isinstance(targets, AnchoredTargets), "theta is of anchored targets"
+                tensors += (targets.inverse[part].to(each.dtype), targets.heads[part], theta)
+                function = _anchored_pass
         losses, d_entries = (_compiled(function) if fast else function)(*tensors, *options)
         # Written, not added: these values were made in float32 (softmax minus target cancels), and
         # equal ids carry equal values, so the result does not depend on the order of the writes.
@@ -301,6 +321,7 @@ def _sparse_pass(
     inverse_t: Tensor,
     unit: bool,
     exact: bool,
+    anchored: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One slice against sparse targets: z becomes the gradient outside the entries.
 
@@ -321,9 +342,11 @@ def _sparse_pass(
         inverse_t: 1 / T.
         unit: T = 1.
         exact: add the teacher's negative entropy: KL instead of cross-entropy.
+        anchored: [n, E - 1] inverse inclusion probabilities, [n] entries of the head, and theta.
 
     Returns:
-        [2] summed hard and soft loss, and [n, E] gradient of the entries.
+        [2] summed hard and soft loss (anchored [5]: with an anchor's figures), and [n, E] gradient
+        of the entries.
     """
     w = F.pad(w, (0, 1))
     rest, valid, each = rest[:, None], valid[:, None], each[:, None]
@@ -365,19 +388,45 @@ def _sparse_pass(
         soft = soft + torch.xlogy(w, w).sum(-1, keepdim=True) + torch.xlogy(rest, rest)
     soft = each * soft / inverse_t**2
 
+    q, others_q = (y - lse_t).exp(), (others_t - lse_t).exp()
+    sums = torch.stack([hard.sum(), soft.sum()])
+    mass_outside, added = mass, torch.zeros_like(own)
+    if anchored is not None:
+        outside, added, figures = control_of_entries(q, others_q, own, w, same, first, *anchored)
+        mass_outside = mass - outside
+        sums = torch.cat([sums, (figures * each.square()).sum(0)])
     c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
     a_hard = c_hard * (top - lse).exp()
     # exp(top_t - tail) <= 1 where others exist; where none do, z is -inf throughout and the factor
     # must only be finite.
-    a_soft = c_soft * (mass * (top_t - lse_t).exp() - rest * (top_t - tail).clamp_max(0).exp())
-    z.copy_(e.mul_(a_hard + a_soft) if unit else e.mul_(a_hard).addcmul_(e_soft, a_soft))
-    d_soft = (
-        mass * (y - lse_t).exp()
-        - own
-        - torch.where(listed, 0, rest * (y - tail).clamp_max(0).exp())
+    a_soft = c_soft * (
+        mass_outside * (top_t - lse_t).exp() - rest * (top_t - tail).clamp_max(0).exp()
     )
+    z.copy_(e.mul_(a_hard + a_soft) if unit else e.mul_(a_hard).addcmul_(e_soft, a_soft))
+    d_soft = mass * q - own - torch.where(listed, 0, rest * (y - tail).clamp_max(0).exp()) - added
     d_entries = c_hard * ((x - lse).exp() - is_label.to(x.dtype)) + c_soft * d_soft
-    return torch.stack([hard.sum(), soft.sum()]), d_entries
+    return sums, d_entries
+
+
+def _anchored_pass(
+    z: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    w: Tensor,
+    rest: Tensor,
+    valid: Tensor,
+    each: Tensor,
+    inverse: Tensor,
+    heads: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    inverse_t: Tensor,
+    unit: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_sparse_pass` of anchored targets."""
+    options = alpha, inverse_t, unit, exact
+    return _sparse_pass(z, x, ids, w, rest, valid, each, *options, (inverse, heads, theta))
 
 
 def _dense_pass(

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.choices import Divergence, Tail
 from kdcache.errors import UsageError
-from kdcache.targets import DenseTargets, Targets
+from kdcache.loss.anchor import Anchor, control
+from kdcache.targets import AnchoredTargets, DenseTargets, Targets
 from kdcache.tasks import IGNORE
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
@@ -98,6 +99,7 @@ def distillation_loss(
     vocab_size: int | None = None,
     count: float | Tensor | None = None,
     position_weights: Tensor | None = None,
+    anchor: Anchor | None = None,
 ) -> LossParts:
     """The readable reference: hard and soft loss from the student's logits.
 
@@ -109,6 +111,8 @@ def distillation_loss(
     * sampled: cross-entropy form, ``sum_i w_i (logsumexp(z / T) - z_i / T)``. It is unbiased for
       the cross-entropy with the teacher, so its gradient is unbiased for KL's; it exceeds KL by the
       teacher's entropy.
+    * anchored, with an anchor: the same value, and a gradient with the control variate of
+      `kdcache.loss.anchor`, whose mean is the same too.
     * "mse" (Tang et al. 2019, equation 4): squared error of the logits, mean over classes, no T^2.
 
     Args:
@@ -125,6 +129,7 @@ def distillation_loss(
         count: divisor of the sums, for normalising over several batches or ranks. Default: n, or
             the sum of `position_weights`.
         position_weights: [n] weight of each position. Default: 1.
+        anchor: theta of anchored targets, which also counts this step. Default: theta = 0.
 
     Returns:
         LossParts, connected to `logits`; zeros for n = 0.
@@ -142,6 +147,14 @@ def distillation_loss(
         soft = (z - _dense(targets).logits.to(z)).square().mean(-1)
     else:
         soft = temperature**2 * _divergence(z / temperature, targets, divergence, tail)
+    if anchor is not None and isinstance(targets, AnchoredTargets) and torch.is_grad_enabled():
+        log_q = F.log_softmax(z / temperature, -1)
+        added, figures = control(log_q, targets, anchor.theta.to(z.device))
+        pull = -(added * log_q).sum(-1)
+        soft = soft + temperature**2 * (pull - pull.detach())
+        if position_weights is not None:
+            figures = figures * position_weights.to(figures).square()[:, None]
+        anchor.add(figures, scalar_count(hard, count, position_weights))
     return _parts(hard, soft, alpha, count, position_weights)
 
 
@@ -164,7 +177,7 @@ def sliced_linear_distillation(
     """`distillation_loss` of ``hidden @ weight.T + bias``, slice by slice, for any divergence.
 
     Each slice's logits are made again in the backward pass (one more matrix product than the fused
-    form), so the logits of all positions never exist together.
+    form), so the logits of all positions never exist together. Anchored targets count as samples.
 
     Args:
         hidden: [n, H] last hidden states of the positions.

@@ -12,6 +12,7 @@ are right as well, with their own logits and the reference loss.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
 from kdcache.loss import (
+    Anchor,
     check_loss,
     check_names,
     distillation_loss,
@@ -77,9 +79,11 @@ class DistilledStudent(nn.Module):
             refused.
         tail: for top-k targets, "bucket" or "renormalize".
         vocab_size: ids of the cache's vocabulary; later columns of the student are padding.
+        anchor: theta of anchored targets, 0 to 1; None estimates it from past steps. The loop must
+            call `student.anchor.update()` once a step, as `DistillationTrainer` does.
 
     Raises:
-        UsageError: an unknown task, divergence or tail, or alpha is not from 0 to 1.
+        UsageError: an unknown task, divergence or tail, or alpha or theta is not from 0 to 1.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class DistilledStudent(nn.Module):
         divergence: str = "forward-kl",
         tail: str = "bucket",
         vocab_size: int | None = None,
+        anchor: float | None = None,
     ) -> None:
         super().__init__()
         if task not in TASKS:
@@ -98,6 +103,7 @@ class DistilledStudent(nn.Module):
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha:g}; the weight of the hard loss is from 0 to 1.")
         check_names(divergence, tail)
+        self.anchor = Anchor(anchor)
         self.student = student
         self.task = task
         self.alpha: float | Tensor = alpha
@@ -242,22 +248,22 @@ class DistilledStudent(nn.Module):
             "vocab_size": self.vocab_size if causal else None,
             "count": count,
         }
+        anchor = self.anchor if self.training else None
         logits = None
         projection = self._project(inputs) if causal and not return_logits else None
         layer = None if projection is None else projection.layer
         if places is None:
             logits = logits_of(call(self.student, self._padded_its_way(inputs)))
-            parts = distillation_loss(logits, flat, targets, **options)
+            parts = distillation_loss(logits, flat, targets, anchor=anchor, **options)
         elif projection is None or layer is None:
             logits = _last(logits_of(call(self.student, inputs)), labels)
-            parts = distillation_loss(_pick(logits, places), flat[places], targets, **options)
+            own = _pick(logits, places), flat[places]
+            parts = distillation_loss(*own, targets, anchor=anchor, **options)
         else:
             states = _last(projection.states(layer, inputs), labels)
-            linear = (
-                fused_linear_distillation
-                if divergence == "forward-kl"
-                else sliced_linear_distillation
-            )
+            linear: Any = sliced_linear_distillation
+            if divergence == "forward-kl":
+                linear = functools.partial(fused_linear_distillation, anchor=anchor)
             parts = linear(
                 _pick(states, places),
                 layer.weight,

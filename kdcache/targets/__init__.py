@@ -1,6 +1,6 @@
 """Soft targets: the teacher's distribution at each position, for a file and for a student's loss.
 
-A `Codec` turns logits into stored columns and columns into targets at a temperature. Three kinds:
+A `Codec` turns logits into stored columns and columns into targets at a temperature. The kinds:
 
 ============  ==========================================  ====================================
 codec         at each declared temperature                good for
@@ -10,6 +10,8 @@ codec         at each declared temperature                good for
 ``sample:N``  unbiased sparse weights                     language models
 ============  ==========================================  ====================================
 
+`anchored:N` is `sample:N` with what lets a student that is near its teacher take the noise off.
+
 The work is split by where it runs: `Codec.encode` on the teacher's device (fixed shapes, no
 synchronisation with the host), `Codec.pack` on a CPU thread (ragged, quantised), `Codec.at` in the
 student's data loader.
@@ -18,16 +20,18 @@ student's data loader.
 from __future__ import annotations
 
 from kdcache.targets.base import Codec, Column
-from kdcache.targets.decoded import DenseTargets, SparseTargets, Targets
+from kdcache.targets.decoded import AnchoredTargets, DenseTargets, SparseTargets, Targets
 from kdcache.targets.dense import Dense
 from kdcache.targets.device import check_finite
 from kdcache.targets.noise import position_uniform
 from kdcache.targets.output_layer import OutputLayer
-from kdcache.targets.sample import Sample
+from kdcache.targets.sample import Anchored, Sample
 from kdcache.targets.soft import SoftTargets, TargetWriter
 from kdcache.targets.topk import TopK
 
 __all__ = [
+    "Anchored",
+    "AnchoredTargets",
     "Codec",
     "Column",
     "Dense",

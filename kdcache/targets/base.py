@@ -68,7 +68,7 @@ class Codec(ABC):
         """Build a codec from its text.
 
         Args:
-            text: "dense", "dense:float16", "topk:K" or "sample:N".
+            text: "dense", "dense:float16", "topk:K", "sample:N" or "anchored:N".
             temperatures: the declared temperatures; order and repetition do not matter.
             vocab_size: width V of the teacher's distribution, without padding.
 

@@ -116,4 +116,20 @@ class SparseTargets(_Positions):
     temperature: float
 
 
+@dataclass(frozen=True, eq=False)
+class AnchoredTargets(SparseTargets):
+    """A sample whose noise a student can take off with its own distribution; see
+    `kdcache.loss.anchor`.
+
+    Attributes:
+        inverse: float32 [positions, K], inverse inclusion probability of the ids that were drawn,
+            right on average; 0 in slots of the head and in unused ones.
+        heads: int64 [positions], how many slots, the first ones, are ids that were kept for
+            certain. Their weights may be 0.
+    """
+
+    inverse: Tensor
+    heads: Tensor
+
+
 Targets: TypeAlias = DenseTargets | SparseTargets

@@ -7,7 +7,9 @@ temperatures stores
 * `head_count`, and per head id its rank and its mass at each temperature in units of 1/M;
 * `near_count`: how many tail ids have a rank below 256;
 * per tail id its rank and, for m > 1, its shares at the first m - 1 temperatures in units of 1/R
-  (at all of them the shares sum to R).
+  (at all of them the shares sum to R);
+* for `Anchored`, per tail id the inverse of its inclusion probability, and also the head ids whose
+  mass rounded to 0: a student must know of each id whether chance had a part in it.
 
 Nothing else is needed. The tail's units follow from the head's (M minus their sum, at each T; in
 all U), hence the number of tail ids n = ceil(U N / M) and the size U / (M n) that each stands for;
@@ -49,11 +51,19 @@ from kdcache.targets.base import (
     running_sum,
     sum_up_,
 )
-from kdcache.targets.decoded import SparseTargets
+from kdcache.targets.decoded import AnchoredTargets, SparseTargets
 from kdcache.targets.device import Rule, sample_entries
 
 _SHARE_UNITS = 7
 """R: rounding shares to 1/7 adds 2 % to the noise and takes 5 % of the bytes off, against 1/15."""
+
+_BASE = 8 ** (1 / 4)
+"""B: rounding inverse inclusion probabilities to its powers leaves 4.5 % of a sample's noise to a
+student that is its teacher, in 0.55 bytes an entry; powers of 2 would leave 8 % in 0.51, powers of
+the root of 2 2 % in 0.61."""
+
+_INVERSES = np.where(np.arange(256) < 35, _BASE ** (np.arange(256.0) - 2), np.inf)
+"""The inverse of each code; the last is that of 2^24."""
 
 _NEAR = 256
 """Ranks below this are stored as bytes."""
@@ -77,6 +87,7 @@ class Sample(Codec):
 
     kind: ClassVar[str] = "sample"
     usage: ClassVar[str] = "sample:N"
+    anchored: ClassVar[bool] = False
 
     vocab_size: int
     temperatures: tuple[float, ...] = (1.0,)
@@ -94,7 +105,7 @@ class Sample(Codec):
         return cls(vocab_size, temperatures, positive_int(argument, cls.usage))
 
     def __str__(self) -> str:
-        return f"sample:{self.draws}"
+        return f"{self.kind}:{self.draws}"
 
     @property
     def keeps_means(self) -> bool:
@@ -110,7 +121,8 @@ class Sample(Codec):
     def rule(self) -> Rule:
         """The constants of the sample: M follows from N, its rounding adds 2 % to the noise."""
         m = len(self.temperatures)
-        return Rule(self.draws, self.temperatures, max(2, m) * self.draws, _SHARE_UNITS)
+        base = _BASE if self.anchored else 0.0
+        return Rule(self.draws, self.temperatures, max(2, m) * self.draws, _SHARE_UNITS, base)
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -126,12 +138,18 @@ class Sample(Codec):
             Column("near_ids", "uint8", per="near"),
             Column("far_ids", ids, per="far"),
         )
-        if m > 1:
-            columns += (
-                Column("near_shares", "uint8", (m - 1,), "near"),
-                Column("far_shares", "uint8", (m - 1,), "far"),
-            )
-        return columns
+        return columns + tuple(
+            Column(f"{axis}_{name}", "uint8", shape, axis)
+            for name, shape in self._beside.items()
+            for axis in ("near", "far")
+        )
+
+    @property
+    def _beside(self) -> dict[str, tuple[int, ...]]:
+        """What is stored of a tail id beside its rank: name and shape."""
+        m = len(self.temperatures)
+        shapes: dict[str, tuple[int, ...]] = {"shares": (m - 1,)} if m > 1 else {}
+        return {**shapes, "inverse": ()} if self.anchored else shapes
 
     def counts(self, columns: Mapping[str, Array]) -> dict[str, Array]:
         """Items of each position in the ragged columns, int32, by axis; see `Codec.counts`."""
@@ -164,7 +182,7 @@ class Sample(Codec):
         """Choose ids and quantise their weights on the device; see `Codec.encode`."""
         logits = check_logits(logits, self.vocab_size, len(self.temperatures))
         if u is None or u.dtype != torch.float64 or u.shape != logits.shape[:1]:
-            raise ValueError("sample needs u, float64 [positions], from position_uniform")
+            raise ValueError(f"{self.kind} needs u, float64 [positions], from position_uniform")
         # Of a model that is spread over devices the last one gives the logits.
         return sample_entries(logits, u.to(logits.device), self.rule)
 
@@ -178,21 +196,25 @@ class Sample(Codec):
         slot = np.arange(ids.shape[1])
         heads = encoded["heads"][:, None]
         # A head id whose mass rounded to no unit would be stored to weigh zero.
-        head = (slot < heads) & values.any(-1)
+        head = (slot < heads) & (self.anchored | values.any(-1))
         tail = (slot >= heads) & (slot < heads + encoded["draws"][:, None])
 
         entries = values.reshape(-1, values.shape[-1])
+        beside = {"shares": entries[:, :-1]}
+        if self.anchored:
+            beside["inverse"] = encoded["inverse"].reshape(-1)
         columns: dict[str, Array] = {}
         head_ids, order, columns["head_count"] = _sorted_deltas(ids, head)
         columns["head_ids"], columns["head_units"] = head_ids, entries[order]
-        near_ids, order, columns["near_count"] = _sorted_deltas(ids, tail & (ids < _NEAR))
-        columns["near_ids"], columns["near_shares"] = near_ids, entries[order, :-1]
-        far_ids, order, _ = _sorted_deltas(ids - _NEAR, tail & (ids >= _NEAR))
-        columns["far_ids"], columns["far_shares"] = far_ids, entries[order, :-1]
+        for axis, chosen, base in (("near", ids < _NEAR, 0), ("far", ids >= _NEAR, _NEAR)):
+            columns[f"{axis}_ids"], order, count = _sorted_deltas(ids - base, tail & chosen)
+            columns[f"{axis}_count"] = count
+            for name, whole in beside.items():
+                columns[f"{axis}_{name}"] = whole[order]
         return {c.name: columns[c.name].astype(c.dtype) for c in self.columns}
 
     def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
-        """See `Codec.renumber`: an id moves between near and far, and takes its shares along."""
+        """See `Codec.renumber`: an id moves between near and far with all that is beside it."""
         counts = self.counts(columns)
         owner = {axis: owners(n) for axis, n in counts.items()}
         ids = {axis: _undo_deltas(columns[f"{axis}_ids"], _first(n)) for axis, n in counts.items()}
@@ -212,9 +234,8 @@ class Sample(Codec):
             renamed[f"{axis}_ids"] = _deltas(tail[chosen] - base, count)
             if axis == "near":
                 renamed["near_count"] = count
-            if len(self.temperatures) > 1:
-                shares = np.concatenate([columns["near_shares"], columns["far_shares"]])
-                renamed[f"{axis}_shares"] = shares[order][chosen]
+            for name in self._beside:
+                renamed[f"{axis}_{name}"] = _tail(columns, name)[order][chosen]
         return {c.name: renamed[c.name].astype(c.dtype) for c in self.columns}
 
     def at(
@@ -240,6 +261,7 @@ class Sample(Codec):
             ends[axis, 1:] = running_sum(count)
         ids = np.zeros((positions, width), np.int64)
         weights = np.empty((positions, width), np.float32)
+        inverse = np.zeros((positions if self.anchored else 0, width), np.float32)
         ragged = [column for column in self.columns if column.per != "position"]
         for first in range(0, positions, _SLICE):
             part = slice(first, min(first + _SLICE, positions))
@@ -250,13 +272,20 @@ class Sample(Codec):
                 found = rank_to_id[found].astype(np.int64)
             ids[part].reshape(-1)[place] = found
             self._weigh(weights[part], mine, place, size[part], total[part], index)
-        return SparseTargets(
+            if self.anchored:
+                drawn = place[len(mine["head_ids"]) :]
+                inverse[part].reshape(-1)[drawn] = _INVERSES[_tail(mine, "inverse")]
+        sample = SparseTargets(
             ids=torch.from_numpy(ids),
             weights=torch.from_numpy(weights),
             tail=torch.zeros(positions),
             exact=False,
             temperature=temperature,
         )
+        if not self.anchored:
+            return sample
+        heads = torch.from_numpy(counts[0].astype(np.int64))
+        return AnchoredTargets(**vars(sample), inverse=torch.from_numpy(inverse), heads=heads)
 
     def _entries(
         self, columns: Mapping[str, Array], counts: Array, width: int
@@ -310,13 +339,35 @@ class Sample(Codec):
         else:
             share: Array | int = _SHARE_UNITS
             if len(self.temperatures) > 1:
-                shares = np.concatenate([columns["near_shares"], columns["far_shares"]])
+                shares = _tail(columns, "shares")
                 last = index == shares.shape[1]
                 share = _SHARE_UNITS - sum(shares.T) if last else shares[:, index]
             weights[...] = 0
             flat[place[head:]] = share / np.float32(_SHARE_UNITS)
             weights *= size[:, None]
         flat[place[:head]] = columns["head_units"][:, index] / np.float32(self.rule.units)
+
+
+@dataclass(frozen=True)
+class Anchored(Sample):
+    """The entries of `Sample`, and what lets a student's own distribution take their noise off.
+
+    See `kdcache.loss.anchor` for what is done with it.
+    """
+
+    kind: ClassVar[str] = "anchored"
+    usage: ClassVar[str] = "anchored:N"
+    anchored: ClassVar[bool] = True
+
+    @property
+    def bytes_per_position(self) -> float:
+        """From SmolLM2: the inverse of an inclusion probability takes about half a byte."""
+        return super().bytes_per_position + 0.25 * self.draws * len(self.temperatures)
+
+
+def _tail(columns: Mapping[str, Array], name: str) -> Array:
+    """What all tail ids have of that name, near ones first."""
+    return np.concatenate([columns[f"near_{name}"], columns[f"far_{name}"]])
 
 
 def _unsigned(largest: int) -> str:

@@ -22,7 +22,7 @@ from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.teacher import Teacher, TeacherOptions, teacher
 from kdcache.teacher.projection import Projection
 
-CODECS = ("dense", "dense:float16", "topk:64", "sample:20")
+CODECS = ("dense", "dense:float16", "topk:64", "sample:20", "anchored:20")
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
 

@@ -1,12 +1,12 @@
 """How the golden caches were made: by the code of version 0.1.0, format version 1.
 
-    python tests/golden/make.py FOLDER
+    python tests/golden/make.py FOLDER [NAME ...]
 
 They are the promise that later versions read what earlier ones wrote, so they are never made again:
-a later format adds folders of its own beside them. Five caches of ten rows in one shard; the rows
-and logits below are no one's teacher's. `expected.json` holds what the caches must give, taken from
-the rows themselves and, for the targets, from what the codecs read right after they had written:
-`test_targets.py` is what says that these are right.
+a later format or codec adds folders of its own beside them (`anchored-1-2` came so). Caches
+of ten rows in one shard; the rows and logits below are no one's teacher's. `expected.json` holds
+what the caches must give, taken from the rows themselves and, for the targets, from what the codecs
+read right after they had written: `test_targets.py` is what says that these are right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
-from kdcache.targets import DenseTargets, SoftTargets, position_uniform
+from kdcache.targets import AnchoredTargets, DenseTargets, SoftTargets, position_uniform
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
 from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
@@ -40,6 +40,7 @@ CACHES = {
     "topk-1-2": ("causal-lm", "topk:4", (1.0, 2.0)),
     "sample-1": ("causal-lm", "sample:5", (1.0,)),
     "sample-1-2": ("causal-lm", "sample:5", (1.0, 2.0)),
+    "anchored-1-2": ("causal-lm", "anchored:5", (1.0, 2.0)),
 }
 SHARDS = (10,)
 
@@ -140,6 +141,12 @@ def target_values(targets: SoftTargets, temperature: float) -> list[Any]:
                 sums[i] = sums.get(i, 0.0) + w
         entries = [[i, round(w, 6)] for i, w in sorted(sums.items())]
         values.append({"entries": entries, "rest": round(float(rest), 6)})
+    if isinstance(found, AnchoredTargets):
+        for value, ids, inverse, heads in zip(
+            values, found.ids, found.inverse, found.heads, strict=True
+        ):
+            drawn = [[int(ids[i]), round(float(inverse[i]), 6)] for i in inverse.nonzero()[:, 0]]
+            value |= {"heads": sorted(ids[: int(heads)].tolist()), "inverse": sorted(drawn)}
     return values
 
 
@@ -153,8 +160,8 @@ def tokenizer() -> dict[str, bytes]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    expected = {name: make(folder / name, *facts) for name, facts in CACHES.items()}
+    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CACHES)
+    expected = {name: make(folder / name, *CACHES[name]) for name in names}
     (folder / "expected.json").write_text(json.dumps(expected, ensure_ascii=False) + "\n")
 
 

@@ -34,6 +34,13 @@ twice (it then takes two entries). With M >= |T| N, U / M < S + |T| / M costs at
 |T| N + 1 entries at most. The tail's shares p_i(T) / s_i become multiples of 1/R by the same
 rounding. u, v and the rounding of shares use separate bits of one 53-bit number.
 
+*Inverse inclusion probabilities* (for anchored samples). Given v, id i is met pi_i = n s_i / S
+times on average, so 1 / pi_i = S / (n s_i) is what an entry must weigh to count a function of the
+head and the student for each tail id once, on average. It is rounded to a neighbouring power of B,
+up or down at random, so that the mean over the rounding is 1 / pi_i itself. That takes a hash of
+the position's number and the id, which no other decision uses. float32 cannot place draws on ids
+that are met less than once in 2^24: there the inverse ends.
+
 Cost: the logits are read once (per-block maximum and masses, blocks of 128 ids); then only the
 blocks that can hold a head id or that a draw fell on are opened, 2 |T| N at most.
 `reference_sample` does the same with a cumulative sum over the whole vocabulary; it is also the
@@ -45,6 +52,7 @@ Shapes: n positions, V ids, b blocks of B ids, K slots, m temperatures.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,6 +73,9 @@ from kdcache.targets.device.run import run_encoding
 _SLACK = 1e-5
 """Relative rounding error allowed in float32 sums of sizes: S / tau = 20.0000002 is 20 draws."""
 
+LARGEST_INVERSE = 2.0**24
+"""Inverse inclusion probabilities end here; the smallest is above 1/2."""
+
 
 class Rule(NamedTuple):
     """The constants of a sample.
@@ -74,12 +85,14 @@ class Rule(NamedTuple):
         temperatures: the declared ones.
         units: M, a head mass is a multiple of 1/M.
         share_units: R, a tail share is a multiple of 1/R.
+        base: B, inverse inclusion probabilities are powers of B; 0: none are kept.
     """
 
     draws: int
     temperatures: tuple[float, ...]
     units: int
     share_units: int
+    base: float = 0.0
 
     def slots(self, vocabulary: int) -> int:
         """Most entries a position can have."""
@@ -98,8 +111,9 @@ def sample_entries(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     Returns:
         "ids" int32 [n, K], K = `rule.slots(V)`: first `heads` ids kept for certain, then `draws`
         sampled ones in vocabulary order. "values" uint8 (int32 where M or R needs it) [n, K, m]:
-        head slots hold units of 1/M at each T, tail slots shares in 1/R. "heads", "draws" int32
-        [n]. "finite" bool [n]: False where a logit is NaN or plus infinity, or all are minus
+        head slots hold units of 1/M at each T, tail slots shares in 1/R. With B, "inverse" uint8
+        [n, K]: tail slots hold 2 + log_B of the inverse inclusion probability. "heads", "draws"
+        int32 [n]. "finite" bool [n]: False where a logit is NaN or plus infinity, or all are minus
         infinity.
     """
     # Opening up to 2 K blocks costs more than reading a small vocabulary outright.
@@ -172,24 +186,49 @@ def _round_shares(p: Tensor, ids: Tensor, u: Tensor, units: int) -> Tensor:
     return F.pad(edges, (0, 1), value=units) - F.pad(edges, (1, 0))
 
 
+def _round_inverse(expected: Tensor, ids: Tensor, u: Tensor, base: float) -> Tensor:
+    """Code of 1 / pi for entries that are met `expected` [n, K] times on average, uint8."""
+    octaves = math.log2(base)
+    inverse = (1 / expected.clamp_min(1 / LARGEST_INVERSE)).clamp_min(base**-2)
+    power = (inverse.log2() / octaves).floor()
+    low, high = (power * octaves).exp2(), ((power + 1) * octaves).exp2()
+    up = _hashed(u, ids) * (high - low) < inverse - low
+    return (power + 2 + up).clamp_min(0).to(torch.uint8)
+
+
+def _hashed(u: Tensor, ids: Tensor) -> Tensor:
+    """A number in [0, 1) for each id [n, K] of a position: all bits of u [n], mixed anew."""
+    state = (u * 2.0**53).long()[:, None] ^ (ids.long() * 0x1E3779B97F4A7C15)
+    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        state = (state ^ (state >> 31)) * factor
+    return ((state >> 40) & 0xFFFFFF).float() / 2.0**24
+
+
 def _entries(
     ids: Tensor,
+    p: Tensor,
     head: Tensor,
     units: Tensor,
-    shares: Tensor,
+    left: Tensor,
     draws: Tensor,
+    u: Tensor,
     finite: Tensor,
     rule: Rule,
 ) -> dict[str, Tensor]:
+    """The result of `sample_entries`; p [n, K, m] are the probabilities of ids [n, K]."""
     small = max(rule.units, rule.share_units) < 256
-    values = torch.where(head[..., None], units, shares)
-    return {
+    values = torch.where(head[..., None], units, _round_shares(p, ids, u, rule.share_units))
+    found = {
         "ids": ids.int(),
         "values": values.to(torch.uint8 if small else torch.int32),
         "heads": head.sum(1).int(),
         "draws": draws.int(),
         "finite": finite,
     }
+    if rule.base:
+        expected = p.sum(-1) * draws[:, None] / left.clamp_min(1e-38)[:, None]
+        found["inverse"] = _round_inverse(expected, ids, u, rule.base)
+    return found
 
 
 def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
@@ -227,9 +266,8 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     points = _points(u, heads, draws, slots, line[:, -1:])
     drawn = torch.searchsorted(line, points, right=True).clamp_max(z.shape[-1] - 1)
     ids = torch.where(head, top_ids, drawn)
-    shares = _round_shares(of(ids), ids, u, rule.share_units)
     finite = all_finite(peak.flatten(1), normalizer)
-    return _entries(ids, head, units, shares, draws, finite, rule)
+    return _entries(ids, of(ids), head, units, left, draws, u, finite, rule)
 
 
 def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
@@ -274,8 +312,8 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     ids = torch.where(head, F.pad(top_ids, (0, 1)), drawn)
     z = logits.gather(1, ids).float()
     p = torch.stack(probabilities(z, peak, normalizer, temperatures), -1)
-    shares = _round_shares(p, ids, u, rule.share_units)
-    return _entries(ids, head, units, shares, draws, all_finite(peak, normalizer), rule)
+    finite = all_finite(peak, normalizer)
+    return _entries(ids, p, head, units, left, draws, u, finite, rule)
 
 
 def _add(parts: list[Tensor]) -> Tensor:

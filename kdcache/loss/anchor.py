@@ -1,0 +1,199 @@
+"""Anchored samples: noise that vanishes as the student nears its teacher.
+
+A stored sample estimates the teacher's probability p_i by a weight w_i where id i was met, else by
+0, and its noise never ends, however good the student. But the student's own q is known in full at
+every step. Let r_i be 1 / pi_i where id i was drawn, else 0: the inverse of its probability of
+being drawn, 1 on average. Then for any c that does not look at the draw
+
+    t_i = w_i + c_i (1 - r_i)
+
+has the mean of w_i: c is a control variate (Saerndal, Swensson and Wretman 1992, chapter 6, call it
+a difference estimator). Its noise is sum_i (p_i - c_i)^2 (1 - pi_i) / pi_i, where a sample's has
+c = 0. What is certain of a position is its head, and so the mass m_p of its tail. With m_q the
+student's mass on the tail and o their overlap, sum_head min(p, q) + min(m_p, m_q),
+
+    c_i = theta o^2 (m_p / m_q) q_i    in the tail, 0 in the head,
+
+is the student's tail on the teacher's scale, trusted as far as the head shows that the two agree.
+theta = B / C minimises the noise, where B = sum w c (r - 1) and C = sum c^2 r (r - 1) over what was
+drawn, c being that of theta = 1. It comes from the sums of past steps, which the present draw has
+no part in, so every target stays unbiased. theta = 0 is the sample as it is.
+
+A student that is sure of ids which are hardly ever drawn would be missed by B and C. Its share of c
+is known, D = o^2 m_p, and what was drawn of it, sum c r, falls short of D. Where the shortfall over
+all past positions exceeds three of its standard deviations, its square, the least noise that it can
+stand for, joins C: the ids concerned were met less than once.
+
+The loss's value stays that of the sample; only its gradient, (q - t) by the logits, has the
+variate, and t is a constant in it. The mass that c (1 - r) adds to t by chance is taken off again
+in proportion to the student's tail, so that t sums to what w sums to.
+
+Cost: some operations on the entries; none on the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.targets import AnchoredTargets
+
+FIGURES = 3
+"""Figures that theta is estimated from: B, C, and what the draws fell short of."""
+
+_KEPT = 0.99
+"""Share of the sums that a step leaves: they are about those of the last hundred steps."""
+
+_DEVIATIONS = 3.0
+"""A shortfall below so many standard deviations is taken for chance."""
+
+
+class Anchor:
+    """theta, fixed or estimated, and the sums of the step that is being made.
+
+    Attributes:
+        theta: float64 scalar, 0 to 1, on the device of the targets once there were any.
+    """
+
+    def __init__(self, theta: float | None = None) -> None:
+        """Begin.
+
+        Args:
+            theta: a fixed value, 0 to 1; None estimates it from past steps, beginning at 0.
+
+        Raises:
+            UsageError: theta is not from 0 to 1.
+        """
+        if theta is not None and not 0 <= theta <= 1:
+            raise UsageError(f"anchor is {theta:g}; the scale of the control variate is 0 to 1.")
+        self.estimated = theta is None
+        self.theta = torch.full((), theta or 0.0, dtype=torch.float64)
+        self._past = torch.zeros(FIGURES, dtype=torch.float64)
+        self._step = torch.zeros(FIGURES, dtype=torch.float64)
+
+    def add(self, figures: Tensor, count: Tensor) -> None:
+        """Count some positions of the present step.
+
+        Args:
+            figures: [n, 3], or their sum [3].
+            count: what the loss of these positions is divided by; infinity counts nothing.
+        """
+        total = figures.reshape(-1, FIGURES).sum(0, dtype=torch.float64)
+        total = torch.where(count.isfinite(), total, 0)
+        if self._step.device != total.device:
+            for name in ("theta", "_past", "_step"):
+                setattr(self, name, getattr(self, name).to(total.device))
+        self._step += total
+
+    def update(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """End the step: theta becomes that of all steps so far. Nothing waits for the device.
+
+        Args:
+            reduce: adds a tensor up over all workers.
+        """
+        if not self.estimated:
+            return
+        step = self._step if reduce is None else reduce(self._step)
+        # A step that overflowed is skipped by whoever scales gradients, and here.
+        step = torch.where(step.isfinite().all(), step, 0)
+        self._past = _KEPT * self._past + step
+        self._step = torch.zeros_like(self._step)
+        gain, cost, short = self._past
+        unmet = (short - _DEVIATIONS * cost.clamp_min(0).sqrt()).clamp_min(0)
+        theta = gain / (cost + unmet.square()).clamp_min(torch.finfo(torch.float64).tiny)
+        self.theta = theta.clamp(0, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` continues from, between two steps; JSON keeps it exactly."""
+        return {"theta": self.theta.item(), "past": self._past.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; a fixed theta stays."""
+        if self.estimated:
+            self.theta = self.theta.new_tensor(state["theta"])
+            self._past = self._past.new_tensor(state["past"])
+            self._step = torch.zeros_like(self._past)
+
+
+def control(log_q: Tensor, targets: AnchoredTargets, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """What the control variate adds to the weights of a sample: the readable form.
+
+    Args:
+        log_q: [n, V] the student's log-probabilities at the targets' temperature.
+        targets: n positions.
+        theta: scalar.
+
+    Returns:
+        [n, V], to be added to the weights; and of each position [n, 3] what theta is estimated
+        from.
+    """
+    q = log_q.detach().exp()
+    w, r = targets.weights.to(q), targets.inverse.to(q)
+    in_head = torch.arange(w.shape[1], device=w.device) < targets.heads[:, None]
+    dense = torch.zeros_like(q)
+    head = dense.scatter_add(1, targets.ids, in_head.to(q)) > 0
+    p_head = dense.scatter_add(1, targets.ids, w * in_head)
+    m_p = (1 - p_head.sum(-1, keepdim=True)).clamp_min(0)
+    q_tail = q.masked_fill(head, 0)
+    m_q = q_tail.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+    o = (torch.minimum(p_head, q) * head).sum(-1, keepdim=True) + torch.minimum(m_p, m_q)
+    c = o.square() * m_p * (q_tail / m_q)
+    met = c.gather(1, targets.ids)
+    total = (met * r).sum(-1, keepdim=True)
+    added = total * (q_tail / m_q) - c * dense.scatter_add(1, targets.ids, r)
+    gain, cost = w * met * (r - 1) * (r > 0), met.square() * r * (r - 1)
+    short = o.square() * m_p - total
+    figures = torch.cat([*(x.sum(-1, keepdim=True) for x in (gain, cost)), short], -1)
+    return theta.to(q) * added, figures
+
+
+def control_of_entries(
+    q: Tensor,
+    outside: Tensor,
+    own: Tensor,
+    w: Tensor,
+    same: Tensor,
+    first: Tensor,
+    inverse: Tensor,
+    heads: Tensor,
+    theta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`control` of the fused loss, which knows the entries and one sum over all other ids.
+
+    Args:
+        q: [n, E] the student's probabilities of the entries; the last one is the label's.
+        outside: [n, 1] its probability of all other ids.
+        own: [n, E] weight of each entry's id, and w [n, E] of the entry.
+        w: see `own`.
+        same: bool [n, E, E], which entries are of one id.
+        first: bool [n, E], which are the first of their id.
+        inverse: [n, E - 1], see `AnchoredTargets`.
+        heads: [n], see there.
+        theta: scalar.
+
+    Returns:
+        [n, 1] what is added to the weight of each id outside the entries, as a multiple of its q;
+        [n, E] what is added to the entries' ids; and [n, 3] the figures.
+    """
+    r = F.pad(inverse, (0, 1))
+    in_head = torch.arange(q.shape[1], device=q.device) < heads[:, None]
+    kept = (same & in_head[:, None, :]).any(-1)
+
+    def total(chosen: Tensor, values: Tensor) -> Tensor:
+        return torch.where(chosen & first, values, 0).sum(-1, keepdim=True)
+
+    m_p = (1 - total(kept, own)).clamp_min(0)
+    m_q = (outside + total(~kept, q)).clamp_min(torch.finfo(q.dtype).tiny)
+    trusted = (total(kept, torch.minimum(own, q)) + torch.minimum(m_p, m_q)).square() * m_p
+    share = torch.where(kept, 0, q / m_q)
+    c = trusted * share
+    met = (c * r).sum(-1, keepdim=True)
+    added = met * share - c * (same * r[:, None, :]).sum(-1)
+    gain, cost = w * c * (r - 1) * (r > 0), c.square() * r * (r - 1)
+    figures = torch.cat([*(x.sum(-1, keepdim=True) for x in (gain, cost)), trusted - met], -1)
+    return theta * met / m_q, theta * added, figures

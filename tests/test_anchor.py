@@ -1,0 +1,288 @@
+"""Anchored samples: the entries of samples, gradients that stay unbiased, and less noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from unbiased import excess
+
+from kdcache.errors import UsageError
+from kdcache.loss import (
+    Anchor,
+    distillation_loss,
+    fused_linear_distillation,
+    sliced_linear_distillation,
+)
+from kdcache.targets import (
+    Anchored,
+    AnchoredTargets,
+    DenseTargets,
+    Sample,
+    SoftTargets,
+    SparseTargets,
+    TargetWriter,
+    position_uniform,
+)
+from kdcache.targets.device import blocked_sample, reference_sample
+
+NO_LABEL = -100
+
+
+def drawn(codec: Sample, logits: Tensor, ranks: np.ndarray | None = None) -> SoftTargets:
+    u = torch.from_numpy(position_uniform(7, 0, np.arange(len(logits)), 0))
+    return TargetWriter(codec, ranks).write(logits, u)
+
+
+def teacher(n: int, vocabulary: int, seed: int = 0, scale: float = 2.0) -> Tensor:
+    z = scale * torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(seed))
+    z[:, 3] += 3
+    z[::4, 5] += 9
+    return z
+
+
+def gradient(z: Tensor, targets: Any, anchor: Anchor | None) -> Tensor:
+    """Of the summed soft loss by the student's logits [n, V], without the factor T."""
+    z = z.clone().requires_grad_()
+    labels = torch.full((len(z),), NO_LABEL)
+    loss = distillation_loss(z, labels, targets, alpha=0.0, count=1, anchor=anchor)
+    (found,) = torch.autograd.grad(loss.total, z)
+    return found / targets.temperature
+
+
+# ------------------------------------------------------------------------------------- as a sample
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (0.7, 1.0, 4.0)])
+@pytest.mark.parametrize("vocabulary", [40, 700, 70_000])
+def test_entries_are_those_of_a_sample(vocabulary: int, temperatures: tuple[float, ...]) -> None:
+    z, ranks = teacher(40, vocabulary), np.random.default_rng(0).permutation(vocabulary)
+    anchored = drawn(Anchored(vocabulary, temperatures, 6), z, ranks)
+    sample = drawn(Sample(vocabulary, temperatures, 6), z, ranks)
+    for t in temperatures:
+        got, want = anchored.at(t), sample.at(t)
+        assert isinstance(got, AnchoredTargets)
+        assert isinstance(want, SparseTargets)
+        assert entries(got) == entries(want)
+        slots = torch.arange(got.ids.shape[1])
+        counts = anchored.codec.counts(anchored.columns)
+        used = torch.from_numpy(counts["head"] + counts["near"] + counts["far"])[:, None]
+        assert torch.equal(got.heads, torch.from_numpy(counts["head"]).long())
+        tail = (slots >= got.heads[:, None]) & (slots < used)
+        assert torch.equal(got.inverse > 0, tail)
+        assert (got.inverse[tail] >= 0.5).all()
+    if len(temperatures) == 1:
+        for name, column in sample.columns.items():
+            np.testing.assert_array_equal(anchored.columns[name], column)
+
+
+def entries(targets: SparseTargets) -> list[list[tuple[int, float]]]:
+    rows = zip(targets.ids.tolist(), targets.weights.tolist(), strict=True)
+    return [[pair for pair in zip(ids, w, strict=True) if pair[1]] for ids, w in rows]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("form", ["reference", "sliced", "fused"])
+@pytest.mark.parametrize("theta", [None, 0.0])
+def test_at_theta_0_it_is_a_sample_to_the_bit(
+    form: str, temperature: float, theta: float | None
+) -> None:
+    z, temperatures = teacher(60, 300), (1.0, 2.0)
+    torch.manual_seed(0)
+    states, weight = torch.randn(60, 16), torch.randn(310, 16)
+    labels = torch.randint(0, 300, (60,))
+    labels[::7] = NO_LABEL
+    results = []
+    for codec in (Sample(300, temperatures, 8), Anchored(300, temperatures, 8)):
+        h, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
+        options: dict[str, Any] = {"alpha": 0.2, "vocab_size": 300}
+        if form != "sliced":
+            options["anchor"] = Anchor(theta)
+        targets = drawn(codec, z).at(temperature)
+        if form == "reference":
+            loss = distillation_loss(h @ w.T, labels, targets, **options)
+        else:
+            linear = fused_linear_distillation if form == "fused" else sliced_linear_distillation
+            loss = linear(h, w, None, labels, targets, rows=25, **options)
+        results.append([loss.total, loss.soft, *torch.autograd.grad(loss.total, (h, w))])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+# ---------------------------------------------------------------------------------------- unbiased
+
+
+def students(z: Tensor) -> dict[str, Tensor]:
+    """Logits of a student near the teacher's z, of one far from it, and of one that contradicts."""
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+    return {"near": z + 0.3 * noise, "far": 0.5 * z + 1.5 * noise, "contrary": -0.3 * z}
+
+
+def target(z: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    """The target that a student with logits z [V] is pulled to at theta = 1, and which ids the
+    sample alone would give weight."""
+    q = (z.double() / targets.temperature).softmax(-1)
+    t = q - gradient(z.double().expand(len(targets), -1), targets, Anchor(1.0))
+    return t, torch.zeros_like(t).scatter_add_(1, targets.ids, targets.weights.double()) > 0
+
+
+@pytest.mark.parametrize(
+    ("draws", "temperatures"), [(10, (1.0,)), (6, (1.0, 2.0)), (5, (0.7, 1.0, 4.0))]
+)
+def test_mean_of_many_gradients_is_the_full_one(
+    draws: int, temperatures: tuple[float, ...]
+) -> None:
+    n, vocabulary = 20_000, 60
+    row = teacher(1, vocabulary, seed=5, scale=1.2)
+    ranks = np.random.default_rng(1).permutation(vocabulary)
+    stored = drawn(Anchored(vocabulary, temperatures, draws), row.expand(n, -1), ranks)
+    for t in temperatures:
+        p = (row[0].double() / t).softmax(-1)
+        for name, z in students(row[0]).items():
+            found, met = target(z, stored.at(t))
+            assert excess(found, p, met) < 4, (t, name)
+
+
+def test_ids_of_the_head_that_weigh_nothing_are_known() -> None:
+    """Given to the student's distribution, they would bias the target where they are left out."""
+    n, draws = 20_000, 5
+    p = torch.tensor([0.55, 0.0925, 0.0925, 0.07] + [0.195 / 12] * 12).double()
+    z = torch.stack([p.log(), 2 * p.log()]).float()  # the same distribution at both temperatures
+    codec = Anchored(len(p), (1.0, 2.0), draws)
+    stored = drawn(codec, z.expand(n, -1, -1))
+    silent = (stored.columns["head_units"] == 0).all(-1)
+    assert 200 < silent.sum() < n
+    targets = stored.at(1.0)
+    assert isinstance(targets, AnchoredTargets)
+    student = torch.tensor([0.3, 0.2, 0.2] + [0.3 / 13] * 13).log()
+    assert excess(target(student, targets)[0], p) < 4
+    # The check can fail: without those ids it does.
+    kept = torch.arange(targets.ids.shape[1]) < targets.heads[:, None]
+    ids = torch.where(kept & (targets.weights == 0), targets.ids[:, :1], targets.ids)
+    assert excess(target(student, dataclasses.replace(targets, ids=ids))[0], p) > 4
+
+
+@pytest.mark.parametrize(("draws", "temperatures"), [(9, (1.0,)), (4, (1.0, 3.0))])
+@pytest.mark.parametrize("run", [reference_sample, blocked_sample])
+def test_inverses_count_each_id_once_whatever_the_heads_units(
+    run: Any, draws: int, temperatures: tuple[float, ...]
+) -> None:
+    n, vocabulary = 20_000, 150
+    row = teacher(1, vocabulary, seed=2, scale=1.2)
+    row[:, 5] -= 5
+    codec = Anchored(vocabulary, temperatures, draws)
+    u = torch.from_numpy(position_uniform(3, 1, 0, np.arange(n)))
+    parts = [run(row.expand(len(some), -1), some, codec.rule) for some in u.split(2000)]
+    encoded = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+    targets = SoftTargets(codec, codec.pack(encoded)).at(1.0)
+    assert isinstance(targets, AnchoredTargets)
+    met = torch.zeros(n, vocabulary).double()
+    met.scatter_add_(1, targets.ids, targets.inverse.double())
+    kept = torch.arange(targets.ids.shape[1]) < targets.heads[:, None]
+    head = torch.where(kept, targets.weights, 0).sum(-1)
+    assert len(head.unique()) > 1
+    # Where rounding gave the head everything, nothing is drawn, and the tail has no c either.
+    for mass in head.unique()[head.unique() < 1 - 1e-6]:
+        group = head == mass
+        tail = torch.ones(vocabulary, dtype=torch.bool)
+        tail[targets.ids[group][kept[group]].unique()] = False
+        assert excess(met[group][:, tail], torch.ones(int(tail.sum())).double()) < 4
+
+
+# ------------------------------------------------------------------------------------------- fused
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    v=st.integers(2, 40),
+    draws=st.integers(1, 12),
+    padding=st.integers(0, 5),
+    rows=st.integers(1, 10),
+    temperatures=st.sampled_from([(1.0,), (1.5,), (1.0, 3.0)]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    cap=st.sampled_from([None, 3.0]),
+    weighted=st.booleans(),
+    alpha=st.floats(0, 1),
+    theta=st.floats(0, 1),
+    sharp=st.sampled_from([0.3, 1.0, 6.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_fused_equals_the_reference(
+    n: int,
+    v: int,
+    draws: int,
+    padding: int,
+    rows: int,
+    temperatures: tuple[float, ...],
+    dtype: torch.dtype,
+    cap: float | None,
+    weighted: bool,
+    alpha: float,
+    theta: float,
+    sharp: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    targets = drawn(Anchored(v, temperatures, draws), sharp * torch.randn(n, v)).at(
+        temperatures[-1]
+    )
+    inputs = [torch.randn(n, 4).to(dtype), sharp * torch.randn(v + padding, 4)]
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    labels = torch.randint(-1, v, (n,))
+    labels[labels < 0] = NO_LABEL
+    weights = torch.rand(n) + 0.5 if weighted else None
+    options: dict[str, Any] = {
+        "alpha": alpha, "vocab_size": v, "count": 3.0, "position_weights": weights,
+    }  # fmt: skip
+    anchors = Anchor(theta), Anchor(theta)
+    z = exact[0] @ exact[1].T
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    want = distillation_loss(z, labels, targets, anchor=anchors[0], **options)
+    got = fused_linear_distillation(
+        inputs[0],
+        inputs[1],
+        None,
+        labels,
+        targets,
+        rows=rows,
+        cap=cap,
+        anchor=anchors[1],
+        **options,
+    )
+    loose = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 0.2}[dtype]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=loose, atol=loose)
+    want_gradients = torch.autograd.grad(want.total, exact)
+    for g, w in zip(torch.autograd.grad(got.total, inputs), want_gradients, strict=True):
+        # One entry of a rare id outweighs all others of the batch.
+        largest = max(w.abs().max().item(), 0.1)
+        torch.testing.assert_close(g.double(), w, rtol=loose, atol=loose * largest)
+    if dtype != torch.bfloat16:
+        torch.testing.assert_close(anchors[1]._step, anchors[0]._step, rtol=50 * loose, atol=1e-3)
+
+
+def test_nothing_is_counted_where_nothing_is_learnt() -> None:
+    targets = drawn(Anchored(50, (1.0,), 5), teacher(4, 50)).at(1.0)
+    labels, z = torch.full((4,), NO_LABEL), torch.randn(4, 50, requires_grad=True)
+    anchor = Anchor()
+    with torch.no_grad():
+        distillation_loss(z, labels, targets, alpha=0.0, anchor=anchor)
+    distillation_loss(z, labels, targets, alpha=0.0, anchor=anchor, count=float("inf"))
+    distillation_loss(z, labels, DenseTargets(torch.zeros(4, 50), 1.0), alpha=0.0, anchor=anchor)
+    assert not anchor._step.any()
+    distillation_loss(z, labels, targets, alpha=0.0, anchor=anchor)
+    assert anchor._step.all()
+
+
+@pytest.mark.parametrize("theta", [-0.1, 1.1, float("nan")])
+def test_a_senseless_theta_is_refused(theta: float) -> None:
+    with pytest.raises(UsageError, match="0 to 1"):
+        Anchor(theta)
