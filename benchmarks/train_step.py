@@ -99,6 +99,7 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
         exact=False,
         temperature=temperature,
     )
+    places = torch.arange(n, device=device)  # as `kdcache train` gives them: no wait for the device
     wrapper = DistilledStudent(model, "causal-lm", vocab_size=options.vocab)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -114,7 +115,7 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
             both: Tensor = 0.5 * hard + 0.5 * temperature**2 * soft
             return both
         soft_targets = None if way == OURS_HARD else targets
-        total: Tensor | None = wrapper(labels, soft_targets, input_ids=inputs).loss
+        total: Tensor | None = wrapper(labels, soft_targets, places=places, input_ids=inputs).loss
         assert total is not None
         return total
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -35,6 +36,7 @@ from kdcache.teacher import (
     TeacherOptions,
     find_batch_tokens,
     load,
+    model,
     peak_share,
     teacher,
     tokenizer_files,
@@ -239,6 +241,26 @@ class TestWeights:
         assert torch.equal(logits_of(offloaded, rows), logits_of(plain, rows))
         assert offloaded.models[0].direct
 
+        # A batch of many slices loads the layer once.
+        loads: list[str] = []
+        own = accelerate.hooks.set_module_tensor_to_device
+
+        def load_tensor(module: torch.nn.Module, name: str, device: object, **more: object) -> None:
+            if module is spread.lm_head and device != "meta":
+                loads.append(name)
+            own(module, name, device, **more)
+
+        monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", load_tensor)
+        monkeypatch.setattr(model, "slice_positions", lambda *_: 5)
+        slices = list(offloaded.logits(rows))
+        assert len(slices) == 9
+        assert loads == ["weight"]
+        assert spread.lm_head.weight.is_meta
+        want = logits_of(plain, rows)
+        torch.testing.assert_close(torch.cat(slices), want, rtol=1e-4, atol=1e-4)
+        spread(torch.zeros(1, 3).long())  # afterwards it is loaded at each call again
+        assert loads == ["weight"] * 2
+
     def test_where_inputs_go_to_a_model_that_is_spread(self) -> None:
         places = {"embed": "cpu", "layers.0": 1, "layers.1": 0, "head": "cpu"}
         model = mock.Mock(hf_device_map=places)
@@ -401,7 +423,7 @@ class TestOnGpu:
             mock.patch.object(load, "room_for_weights", return_value=room),
         ):
             spread = Teacher(dataclasses.replace(lm, device="cuda"), 290)
-        assert "cpu" in map(str, spread._models[0].hf_device_map.values())
+        assert "cpu" in map(str, spread.models[0].model.hf_device_map.values())
         rows = lm_rows(30, 12)
         want = logits_of(Teacher(lm, 290), rows)
         torch.testing.assert_close(logits_of(spread, rows), want, rtol=1e-3, atol=1e-3)

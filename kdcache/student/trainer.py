@@ -43,6 +43,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
+from kdcache.student.padding import without_mask
 from kdcache.student.wrapper import DistilledStudent, host_places
 from kdcache.targets import Targets
 from kdcache.tasks import IGNORE
@@ -155,8 +156,9 @@ class DistillationTrainer(CheckpointingTrainer):
         return slices, slices[0]["count"] if slices else None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(self.model, DistilledStudent) and self.args.device.type == "cuda":
-            labels = inputs.get("labels")
+        if isinstance(self.model, DistilledStudent):
+            inputs = without_mask(self.model, inputs)
+            labels = inputs.get("labels") if self.args.device.type == "cuda" else None
             places = None if labels is None else host_places(labels, self.model.task)
             inputs = inputs if places is None else {**inputs, "places": places}
         return dict(send_to_device(inputs, self.args.device, non_blocking=True))

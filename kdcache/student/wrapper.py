@@ -71,6 +71,10 @@ class DistilledStudent(nn.Module):
     to the root unit, which is what wrapping by decoder layer does), the loss is fused. Where the
     projection is sharded by itself, the model's own forward makes the logits.
 
+    Attributes:
+        needs_mask: whether a language model's logits of right-padded rows depend on the attention
+            mask; True until `kdcache.student.padding.check_rows` has tried it without.
+
     Args:
         student: what `load_student` returns.
         task: CAUSAL_LM or "sequence-classification".
@@ -110,6 +114,7 @@ class DistilledStudent(nn.Module):
         self.divergence = divergence
         self.tail = tail
         self.vocab_size = vocab_size
+        self.needs_mask = True
         self._projection: Projection | None = None
 
     @property

@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,25 @@ def input_device(model: Any) -> torch.device:
     gpus = [place for place in places if place not in ("cpu", "disk")]
     first = gpus[0] if gpus else "cpu"
     return torch.device("cuda", int(first)) if first.isdecimal() else torch.device(first)
+
+
+@contextmanager
+def kept_loaded(layer: Any) -> Iterator[None]:
+    """Load a layer that accelerate keeps in the host's memory once, not at each of its calls.
+
+    An output layer is called for each slice of positions: 128k ids of 4,096 numbers are 1 GB.
+    """
+    from accelerate.utils import align_module_device, has_offloaded_params
+
+    if not has_offloaded_params(layer):
+        yield
+        return
+    with align_module_device(layer):
+        layer._hf_hook.offload = False  # what remains of it moves inputs and outputs
+        try:
+            yield
+        finally:
+            layer._hf_hook.offload = True
 
 
 def compile_layers(model: Any) -> None:

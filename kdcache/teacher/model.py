@@ -29,7 +29,7 @@ from kdcache.rows.batches import pad_rows, padded
 from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.tasks import IGNORE
-from kdcache.teacher.load import input_device
+from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
 from kdcache.teacher.probe import TOLERANCES, distance, head_is_plain, probe_rows, with_other_end
 
@@ -236,9 +236,10 @@ class TeacherModel:
         # last one may live on another than the first.
         hidden = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device))
         step = slice_positions(hidden.device.type, len(head.weight), hidden.element_size())
-        for start in range(0, len(hidden), step):
-            states = hidden[start : start + step]
-            yield Slice(self._cut(head(states)), states if self.states else None)
+        with kept_loaded(head):
+            for start in range(0, len(hidden), step):
+                states = hidden[start : start + step]
+                yield Slice(self._cut(head(states)), states if self.states else None)
 
     def _forward(self, batch: dict[str, Tensor]) -> Iterator[Slice]:
         """The model's own forward."""

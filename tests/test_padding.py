@@ -1,0 +1,120 @@
+"""Students that read padding or later tokens are refused; the others train without a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from test_projection import Around, PromptTuned, llama
+from test_student import causal_batch, causal_model
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.student import DistilledStudent
+from kdcache.student.padding import check_rows, without_mask
+from kdcache.student.trainer import DistillationTrainer
+
+
+class LengthScaled(Around):
+    """Its logits depend on the length of a row, which only the mask knows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        mask = kwargs.get("attention_mask", torch.ones_like(kwargs["input_ids"]))
+        output["logits"] = output["logits"] * mask.sum(-1)[:, None, None]
+        return output
+
+
+class ReadsPadding(Around):
+    """Its logits depend on how far the rows of a batch are padded."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        output["logits"] = output["logits"] * kwargs["input_ids"].shape[1]
+        return output
+
+
+def rows(lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 40, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "labels": ids * mask - 100 * (1 - mask),
+    }
+
+
+STUDENTS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "llama": (llama, False),
+    "its position from the mask": (
+        lambda: causal_model(
+            "opt", ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=512
+        ),
+        False,
+    ),
+    "a bias made of the mask": (lambda: causal_model("bloom", n_head=2), False),
+    "a recurrence": (lambda: causal_model("mamba", state_size=4), False),
+    "the length of the row": (lambda: LengthScaled(llama()), True),
+    "fails without one": (lambda: PromptTuned(llama()), True),
+}
+
+
+@pytest.mark.parametrize("lengths", [(12, 7, 3), (12, 12, 12), (300, 290, 280)])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_mask_is_needed_where_logits_depend_on_it(name: str, lengths: tuple[int, ...]) -> None:
+    make, needed = STUDENTS[name]
+    model = make()
+    student = DistilledStudent(model, "causal-lm").train()
+    check_rows("it", student, rows(lengths))
+    assert student.needs_mask == needed
+    assert model.training
+
+
+def test_one_row_shows_nothing() -> None:
+    student = DistilledStudent(llama(), "causal-lm")
+    check_rows("it", student, rows((12,)))
+    assert student.needs_mask
+
+
+@pytest.mark.parametrize("lengths", [(12, 7, 3), (12, 12, 12), (300, 290, 280)])
+def test_a_language_model_that_padding_disturbs_is_refused(lengths: tuple[int, ...]) -> None:
+    student = DistilledStudent(ReadsPadding(llama()), "causal-lm")
+    with pytest.raises(UsageError, match="other logits where its batch is padded"):
+        check_rows("it", student, rows(lengths))
+
+
+def test_loss_and_gradients_are_the_same_without_a_mask() -> None:
+    model = llama()
+    batch = causal_batch()
+    found = []
+    for needed in (True, False):
+        student = DistilledStudent(model, "causal-lm", alpha=0.3)
+        student.needs_mask = needed
+        given = without_mask(student, batch)
+        assert ("attention_mask" in given) == needed
+        loss = student(**given).loss
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_the_trainer_leaves_out_a_mask_of_right_padded_rows_alone() -> None:
+    student = DistilledStudent(llama(), "causal-lm")
+    trainer = mock.Mock(model=student)
+    trainer.args.device = torch.device("cpu")
+    right = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+    def masked(mask: Tensor) -> bool:
+        batch = {"input_ids": mask, "attention_mask": mask}
+        return "attention_mask" in DistillationTrainer._prepare_inputs(trainer, batch)
+
+    assert masked(right)
+    student.needs_mask = False
+    assert not masked(right)
+    assert not masked(torch.ones(2, 3).long())
+    assert masked(right.flip(1))
+    assert masked(torch.tensor([[1, 0, 1]]))
+    assert masked(right[:, None])
