@@ -70,6 +70,11 @@ def _build() -> click.Command:
                 f"teacher {duration(result.teacher_seconds)}; "
                 f"{result.made} of {result.spans} shards made now{losses}."
             )
+            if result.missing:
+                echo(
+                    f"This part is made. {result.missing} shards of other parts are missing; the "
+                    "part that ends last seals the cache."
+                )
         student = "CONFIG_OR_MODEL" if options.task == CAUSAL_LM else "bilstm"
         echo_next("kdcache", "train", "--cache", options.out, "--student", student, "--out", "RUN")
 

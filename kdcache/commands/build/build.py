@@ -56,6 +56,8 @@ class BuildResult:
         clipped_mass: mean probability of the teacher, a position, on ids outside the vocabulary.
         seconds: wall time of this run.
         teacher_seconds: of it in the teacher, summed over workers.
+        missing: shards that other parts have yet to make; rows, positions, bytes and the like are
+            then those of this run. 0 once the cache is finished.
     """
 
     cache: str
@@ -71,6 +73,7 @@ class BuildResult:
     clipped_mass: float
     seconds: float
     teacher_seconds: float
+    missing: int = 0
 
     @property
     def bytes_per_position(self) -> float:
@@ -129,7 +132,8 @@ def _make(
     check_made(cache, plan.corpus, plan.rows)
     log = EventLog(cache.storage)
     receipts = Receipts(cache.storage)
-    driver = Driver(plan.corpus.spans, on_progress, log)
+    driver = Driver(plan.corpus.spans, on_progress, log, share=options.share)
+    missing: list[int] = []
     if not cache.sealed or cache.missing():
         log("start", fingerprint=cache.spec.fingerprint, spans=cache.spec.spans)
         try:
@@ -141,31 +145,38 @@ def _make(
                 interrupt,
             )
             plan.corpus.check_unchanged()
-            _seal(cache, driver)
+            missing = _missing(cache, driver) if options.part else []
+            if not missing:
+                _seal(cache, driver)
         except BaseException as error:
             reason = redact(str(error)) or type(error).__name__
             log("stop", made=len(driver.made), lost=driver.lost, reason=reason)
             raise
         else:
-            log("sealed", made=len(driver.made), lost=driver.lost, rows=cache.manifest.rows)
+            if missing:
+                log("part made", made=len(driver.made), lost=driver.lost, missing=len(missing))
+            else:
+                log("sealed", made=len(driver.made), lost=driver.lost, rows=cache.manifest.rows)
         finally:
             receipts.close()
             log.close()
-    manifest = cache.manifest
+    shards = tuple(driver.made.values()) if missing else cache.manifest.shards
+    positions = sum(s.positions for s in shards)
     return BuildResult(
         cache=redact(options.out),
         spans=cache.spec.spans,
         made=len(driver.made),
         redone=driver.redone,
         workers_lost=driver.lost,
-        rows=manifest.rows,
-        positions=manifest.positions,
-        bytes=manifest.bytes,
-        skipped=manifest.skipped,
+        rows=sum(s.rows for s in shards),
+        positions=positions,
+        bytes=sum(s.bytes for s in shards),
+        skipped=sum(s.skipped for s in shards),
         truncated=driver.truncated,
-        clipped_mass=sum(s.clipped_mass for s in manifest.shards) / manifest.positions,
+        clipped_mass=sum(s.clipped_mass for s in shards) / max(1, positions),
         seconds=time.perf_counter() - begin,
         teacher_seconds=driver.teacher_seconds,
+        missing=len(missing),
     )
 
 

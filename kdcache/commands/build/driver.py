@@ -52,7 +52,7 @@ class Progress:
     """The progress of a build.
 
     Attributes:
-        spans: spans of the cache.
+        spans: spans of the cache, or of this run's share of it.
         done: spans with a committed shard, those of earlier runs included.
         made: those of them that this run committed.
         failed: spans set aside after three tries.
@@ -128,6 +128,7 @@ class Driver:
 
     Attributes:
         spans: all spans of the cache.
+        share: numbers of those that this run makes. Default: all.
         on_progress: called after changes, a few times a second at most, and at the end.
         tell: takes the events.
         keep: takes the entry of each shard that is committed.
@@ -146,6 +147,7 @@ class Driver:
     on_progress: Callable[[Progress], None] | None = None
     tell: EventSink = ignore_events
     keep: Callable[[ShardEntry], None] = lambda entry: None
+    share: range = range(1 << 62)
     grace: float = 20.0
     made: dict[int, ShardEntry] = field(default_factory=dict)
     positions: int = 0
@@ -184,8 +186,8 @@ class Driver:
         """
         interrupt = interrupt or Interrupt()
         self._begin = self._event_told = time.perf_counter()
-        self._fresh.extend(missing())
-        self._before = len(self.spans) - len(self._fresh)
+        self._fresh.extend(span for span in missing() if span in self.share)
+        self._before = self._total - len(self._fresh)
         if not self._fresh:
             return
         workers: Workers | None = None
@@ -196,7 +198,7 @@ class Driver:
         except KeyboardInterrupt:
             done = self._before + len(self.made)
             raise IncompleteError(
-                f"interrupted: {done} of {len(self.spans)} shards are committed. {GO_ON}"
+                f"interrupted: {done} of {self._total} shards are committed. {GO_ON}"
             ) from None
         finally:
             if workers is not None:
@@ -231,6 +233,11 @@ class Driver:
             if not self._left():
                 self._look_again(missing())
             self._show(workers)
+
+    @property
+    def _total(self) -> int:
+        """Spans of this run's share, made or not."""
+        return len(range(len(self.spans))[self.share.start :: self.share.step])
 
     def _left(self) -> bool:
         return bool(self._fresh or self._suspects or self._in_flight)
@@ -308,7 +315,7 @@ class Driver:
     def _look_again(self, missing: Sequence[int]) -> None:
         """Queue committed spans that are missing from the listing."""
         for span in missing:
-            if span in self._set_aside:
+            if span in self._set_aside or span not in self.share:
                 continue
             entry = self.made.pop(span, None)
             if entry is None:  # it was there when this run began
@@ -329,7 +336,7 @@ class Driver:
             return
         self._told = now
         progress = Progress(
-            spans=len(self.spans),
+            spans=self._total,
             done=self._before + len(self.made),
             made=len(self.made),
             failed=len(self._set_aside),
@@ -359,7 +366,7 @@ class Driver:
         if len(self._set_aside) > _NAMED:
             lines.append(f"  and {len(self._set_aside) - _NAMED} more, listed in the events")
         raise IncompleteError(
-            f"{len(self._set_aside)} of {len(self.spans)} spans failed {_TRIES} times and were set "
+            f"{len(self._set_aside)} of {self._total} spans failed {_TRIES} times and were set "
             "aside; the others are committed:\n"
             + "\n".join(lines)
             + "\nRun the same command to try them again."

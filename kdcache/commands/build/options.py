@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,12 @@ class WorkerOptions(Options):
     )
     max_workers: int | None = option(
         None, help="most workers of `--workers auto`. Default: no bound.", at_least=1
+    )
+    part: str | None = option(
+        None,
+        help="make only this share of the shards, such as `3/16`: for an array of jobs without a "
+        "common Ray. The part that ends last seals the cache.",
+        metavar="I/N",
     )
     gpus_per_worker: float | None = option(
         None,
@@ -102,12 +109,27 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
             problems.append(f"{given} --teacher-weight for {len(self.teacher)} --teacher.")
         if self.max_workers is not None and self.workers is not None:
             problems.append("--max-workers is for --workers auto; here --workers is a number.")
+        if self.part is not None and not _is_part(self.part):
+            problems.append(
+                f"--part is {self.part!r}, expected I/N with I from 1 to N, as in 3/16."
+            )
         if not self.temperatures:
             problems.append("--temperatures is empty, expected positive numbers.")
         return problems
+
+    @property
+    def share(self) -> range:
+        """Numbers of the spans that this run makes, were the corpus endless: every Nth."""
+        part, parts = map(int, (self.part or "1/1").split("/"))
+        return range(part - 1, 1 << 62, parts)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Weight of each teacher, summing to 1."""
         given = self.teacher_weight or (1.0,) * len(self.teacher)
         return tuple(w / sum(given) for w in given)
+
+
+def _is_part(text: str) -> bool:
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    return found is not None and 1 <= int(found[1]) <= int(found[2])
