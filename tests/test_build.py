@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from kdcache.cli.display import BuildDisplay
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.build.prepare import _span_bytes
+from kdcache.commands.build.prepare import _span_bytes, prepare
 from kdcache.commands.build.worker import SpanReport
 from kdcache.commands.build.workers import Fault, Outcome, WorkerFigures, Workers
 from kdcache.commands.interrupt import interruptible
@@ -47,6 +48,7 @@ from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE
+from kdcache.teacher import TeacherFiles
 
 
 @pytest.fixture
@@ -283,11 +285,42 @@ def test_spans_are_many_enough_to_share_and_few_enough_to_list(
 ) -> None:
     options = dataclasses.replace(options, shard_tokens=None)
     for codec in ("sample:20", "topk:64"):
-        size = _span_bytes(options, Codec.parse(codec, (1.0,), 50_000), total)
+        size = _span_bytes(options, Codec.parse(codec, (1.0,), 50_000), 0.0, total)
         decoded = size / 4 * Codec.parse(codec, (1.0,), 50_000).bytes_per_position
         assert decoded <= 1 << 28, "a reader holds a shard in memory"
         assert total / size <= 100_000 or decoded > 0.9 * (1 << 28)
         assert size <= max(1 << 22, total / 100_000)
+
+
+@pytest.mark.parametrize("total", [1 << 20, 1 << 30, 1 << 36, 1 << 40])
+def test_spans_of_a_slow_teacher_are_smaller(options: BuildOptions, total: int) -> None:
+    options = dataclasses.replace(options, shard_tokens=None)
+    codec = Codec.parse("sample:20", (1.0,), 50_000)
+    usual, before = _span_bytes(options, codec, 0.0, total), 1 << 62
+    for seconds in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0):
+        size = _span_bytes(options, codec, seconds, total)
+        # Two minutes of the teacher, unless that made too small or too many of them.
+        assert size / 4 * seconds <= 121 or size in (1 << 16, total // 400_000, usual)
+        assert total / size <= 400_010 or size == usual
+        assert size <= min(usual, before)
+        before = size
+    assert before < usual or usual == 1 << 16
+
+
+def test_spans_follow_from_the_weights_of_the_teacher(
+    options: BuildOptions, tmp_path: Path
+) -> None:
+    """And only from them, so that every run of a build has the same ones."""
+    options = dataclasses.replace(options, shard_tokens=None)
+    line = json.dumps({"text": "some words " * 200})
+    (tmp_path / "big.jsonl").write_text(f"{line}\n" * 15_000)
+    options = dataclasses.replace(options, corpus=(str(tmp_path / "big.jsonl"),), codec="dense")
+    light = prepare(options)
+    with mock.patch.object(TeacherFiles, "weight_bytes", 10**10):
+        heavy = prepare(options)
+        again = prepare(dataclasses.replace(options, batch_tokens=64, workers=None))
+        half = prepare(dataclasses.replace(options, dtype="bfloat16"))
+    assert light.spec.spans == half.spec.spans < heavy.spec.spans == again.spec.spans
 
 
 def test_an_ensemble_is_the_mean_of_its_teachers(

@@ -99,6 +99,11 @@ class TeacherFiles:
             )
         return digest.hexdigest()
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
     @cached_property
     def config(self) -> Any:
         """The model's configuration."""

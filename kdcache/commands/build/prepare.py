@@ -27,6 +27,11 @@ from kdcache.teacher import (
 )
 
 _TEXT_BYTES_A_TOKEN = 4
+_SPAN_SECONDS = 120.0  # of the teacher: two spans are what a preemption costs
+# Bytes of weights a second, times tokens, that a teacher gets through: a modest GPU in 16 bits; in
+# 32 bits something between a GPU and a CPU.
+_SPEED = {"float32": 1e12}
+_SPEED_16 = 1e14
 _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
 
 
@@ -77,16 +82,18 @@ def prepare(options: BuildOptions) -> Prepared:
     rows = options.row_spec(
         options.task, teachers[0].label_names, max_length=_max_length(options, teachers[0])
     )
+    gpus = _gpus(options)
+    dtype = _dtype(options.dtype, gpus)
+    seconds = sum(teacher.weight_bytes for teacher in teachers) / _SPEED.get(dtype, _SPEED_16)
     corpus = options.open_corpus(
         options.corpus,
-        span_bytes=functools.partial(_span_bytes, options, codec),
+        span_bytes=functools.partial(_span_bytes, options, codec, seconds),
         # Where each document is a row of its own, what does not fit is cut off anyway.
         divide=causal and rows.packing != "none",
     )
     ranks = b""
     if causal and codec.uses_ranks:
         ranks = count_ranks(corpus, rows, tokenizer, vocab_size)
-    gpus = _gpus(options)
     pad_id = tokenizer.pad_token_id
     spec = CacheSpec(
         task=options.task,
@@ -95,7 +102,7 @@ def prepare(options: BuildOptions) -> Prepared:
             for t, w in zip(teachers, options.weights, strict=True)
         ),
         ensemble=options.ensemble,
-        dtype=_dtype(options.dtype, gpus),
+        dtype=dtype,
         tokenizer=tokenizer_sha256(tokenizer),
         vocab_size=vocab_size,
         pad_id=pad_id if pad_id is not None else (tokenizer.eos_token_id or 0),
@@ -180,15 +187,25 @@ def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
     return min(int(length) for length in reach if length)
 
 
-def _span_bytes(options: BuildOptions, codec: Codec, total: int) -> int:
-    """Bytes of corpus a span: small enough to hold in memory and to share out, few in all."""
+def _span_bytes(options: BuildOptions, codec: Codec, seconds: float, total: int) -> int:
+    """Bytes of corpus a span: small enough to hold in memory and to share out, few in all.
+
+    Args:
+        options: of the build.
+        codec: of its targets.
+        seconds: that the teacher needs for a token, roughly: no more than the spec decides it, so
+            that every run of a build has the same spans.
+        total: bytes of the corpus.
+    """
     if options.shard_tokens is not None:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN
     per_position = codec.bytes_per_position if options.task == CAUSAL_LM else 1.0
     most = int(_SHARD_BYTES / max(1.0, per_position)) * _TEXT_BYTES_A_TOKEN
-    # 64 spans or more, of 4 MiB at most, unless that made more than 100,000 of them.
+    # 64 spans or more, of 4 MiB at most, unless that made more than 100,000 of them; with a slow
+    # teacher of two minutes at most, unless that made more than 400,000.
     share = max(min(1 << 22, max(1 << 16, total // 64)), total // 100_000)
-    return max(1 << 12, min(share, most))
+    slow = max(1 << 16, int(_SPAN_SECONDS / max(seconds, 1e-12)) * _TEXT_BYTES_A_TOKEN)
+    return max(1 << 12, min(share, max(slow, total // 400_000), most))
 
 
 def _gpus(options: BuildOptions) -> float:
