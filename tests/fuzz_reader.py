@@ -78,7 +78,13 @@ class Shards:
     def read(self, data: bytes) -> str:
         self.path.write_bytes(data)
         read_counts(self.path)
-        shard = read_shard(self.path, self.spec.make_codec(), counts=self.counts, ranks=self.ranks)
+        shard = read_shard(
+            self.path,
+            self.spec.make_codec(),
+            counts=self.counts,
+            ranks=self.ranks,
+            label_logprob=self.spec.label_logprob,
+        )
         check_values(shard, self.spec)
         return summary(shard)
 

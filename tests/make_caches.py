@@ -55,13 +55,28 @@ def teacher_logits(rows: Sequence[Row], task: str, width: int) -> torch.Tensor:
 
 
 def make_shard(
-    task: str, rows: Sequence[Row], codec: Codec, width: int, seed: int = 0
+    task: str,
+    rows: Sequence[Row],
+    codec: Codec,
+    width: int,
+    seed: int = 0,
+    *,
+    label_logprob: bool = False,
 ) -> ShardData:
-    """Rows with targets from `teacher_logits`."""
+    """Rows with targets from `teacher_logits`; codes of `label_logprob` by number and place."""
     logits = teacher_logits(rows, task, width)
     n = len(logits)
     u = torch.from_numpy(position_uniform(seed, 0, np.arange(n), np.zeros(n, np.int64)))
-    return ShardData.from_rows(task, rows, TargetWriter(codec).write(logits, u))
+    codes = [
+        ((int(row.input_ids[0]) * 64 + int(row.input_ids[1])) * 31 + row.places(task)) % 400
+        for row in rows
+    ]
+    return ShardData.from_rows(
+        task,
+        rows,
+        TargetWriter(codec).write(logits, u),
+        np.concatenate(codes).astype(np.uint16) if label_logprob else None,
+    )
 
 
 def make_cache(
@@ -77,6 +92,7 @@ def make_cache(
     tokenizer: str = "t",
     pad_id: int = 0,
     labelled: bool = True,
+    label_logprob: bool = False,
 ) -> Cache:
     """A sealed cache with one shard for each number of rows; rows are numbered from `first` on."""
     width = vocab if task == CAUSAL else classes
@@ -97,6 +113,7 @@ def make_cache(
         codec=codec,
         temperatures=temperatures,
         seed=0,
+        label_logprob=label_logprob,
     )
     cache = Cache.create_or_resume(str(folder), spec, tokenizer_files=word_tokenizer(vocab))
     number, entries = first, []
@@ -104,7 +121,8 @@ def make_cache(
         rows = make_rows(task, range(number, number + count), vocab, classes)
         if not labelled:
             rows = [dataclasses.replace(row, labels=np.full_like(row.labels, -100)) for row in rows]
-        entries.append(cache.commit(span, make_shard(task, rows, spec.make_codec(), width)))
+        shard = make_shard(task, rows, spec.make_codec(), width, label_logprob=label_logprob)
+        entries.append(cache.commit(span, shard))
         number += count
     cache.seal(cache.prepare_manifest(entries))
     return Cache.open(str(folder))

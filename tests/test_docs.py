@@ -26,6 +26,7 @@ import yaml
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
 from kdcache.targets import AnchoredTargets, DenseTargets
+from kdcache.targets.label_logprob import decode_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -368,6 +369,10 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     for i, (ids, labels) in enumerate(rows):
         np.testing.assert_array_equal(ids, data.row(i).input_ids)
         np.testing.assert_array_equal(labels, data.row(i).labels)
+    if data.label_logprob is not None:
+        ours, theirs = decode_logprobs(data.label_logprob), reader["label_logprobs"](out, name)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-7)
+    assert (data.label_logprob is not None) == (cache.spec.task == "causal-lm")
     for temperature in cache.spec.temperatures:
         ours = data.targets.at(temperature)
         theirs = list(reader["targets"](out, name, temperature))

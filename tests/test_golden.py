@@ -17,8 +17,10 @@ import torch
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
+from kdcache.cache.manifest import label_sums
 from kdcache.errors import UsageError
 from kdcache.targets import AnchoredTargets, DenseTargets
+from kdcache.targets.label_logprob import decode_logprobs
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((GOLDEN / "expected.json").read_text())
@@ -80,6 +82,21 @@ def test_golden_targets_are_read(name: str) -> None:
                     pairs = torch.stack([found.ids[i, drawn], found.inverse[i, drawn]], 1)
                     want_pairs = np.array(position["inverse"]).reshape(-1, 2)
                     np.testing.assert_allclose(sorted(pairs.tolist()), want_pairs, rtol=1e-6)
+
+
+def test_golden_logprobs_of_labels_are_read(name: str) -> None:
+    cache = Cache.open(str(GOLDEN / name))
+    for span, shard in enumerate(EXPECTED[name]["shards"]):
+        codes = cache.read(span).label_logprob
+        if "label_logprob" not in shard:  # older than they are
+            assert codes is None
+            continue
+        want = [-(c**2) / 8192 if c < 65535 else -np.inf for c in shard["label_logprob"]]
+        assert codes is not None
+        np.testing.assert_allclose(decode_logprobs(codes), want, rtol=1e-6)
+        finite = np.isfinite(want)
+        nats = -np.array(want)[finite].sum()
+        assert label_sums(cache.manifest.shards) == (nats, finite.sum(), 1)
 
 
 def test_golden_temperatures_are_kept_to(name: str) -> None:

@@ -9,7 +9,7 @@ import concurrent.futures as futures
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,19 +19,49 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdcache.cache.hashed_json import from_text, to_text
-from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
+from kdcache.cache.manifest import (
+    SHARD_NAME,
+    SPAN_FACTS,
+    Manifest,
+    ShardEntry,
+    check_files,
+    label_sums,
+)
 from kdcache.cache.receipts import matching, read_receipts
 from kdcache.cache.shard import ShardData, read_counts, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.storage import Share, Storage, open_storage, redact, sha256_file
 from kdcache.targets import Codec
+from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.targets.ranks import read_ranks
 
 _LEFTOVERS = {"tmp", "tokenizer", "ranks.u32"}  # of a start that crashed
 _OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it
 _UNUSED = "Nothing is committed there: if no build is running on it, delete its spec.json first."
 _READERS = 16  # shards of earlier runs that a seal reads at once
+
+
+def teacher_cross_entropy(caches: Sequence[Cache], weights: Sequence[float] = ()) -> float | None:
+    """The teacher's cross-entropy with the hard labels of sealed caches at T = 1, in nats.
+
+    A mean over the labels that the teacher can predict. Cost: none, the manifests hold it.
+
+    Args:
+        caches: sealed.
+        weights: how often the rows of each count; none for once.
+
+    Returns:
+        None where a cache does not keep it, or there is no such label.
+    """
+    nats = counted = 0.0
+    for cache, weight in zip(caches, weights or [1.0] * len(caches), strict=True):
+        sums = label_sums(cache.manifest.shards)
+        if sums is None:
+            return None
+        nats += weight * sums[0]
+        counted += weight * sums[1]
+    return nats / counted if counted else None
 
 
 @dataclass
@@ -167,7 +197,10 @@ class Cache:
     def _read_manifest(self) -> Manifest:
         manifest = Manifest.read(self.storage)
         said = (manifest.fingerprint, len(manifest.shards), manifest.files)
-        if said != (self.spec.fingerprint, self.spec.spans, self.files):
+        kept = {shard.label_nats is not None for shard in manifest.shards}
+        if said != (self.spec.fingerprint, self.spec.spans, self.files) or kept - {
+            self.spec.label_logprob
+        }:
             raise CorruptCacheError(
                 f"{self.url}: manifest.json does not belong to spec.json. "
                 "Restore both from one build."
@@ -234,18 +267,17 @@ class Cache:
         Raises:
             IncompleteError: no space left.
         """
-        attributes = {
-            "fingerprint": self.spec.fingerprint,
-            "index": span,
-            "skipped": skipped,
-            "clipped_mass": clipped_mass,
-        }
+        facts: dict[str, Any] = {"skipped": skipped, "clipped_mass": clipped_mass}
+        if data.label_logprob is not None:
+            nats, impossible = sum_logprobs(data.label_logprob)
+            facts |= {"label_nats": nats, "impossible_labels": impossible}
+        attributes = {"fingerprint": self.spec.fingerprint, "index": span, **facts}
         content = shard_bytes(data, attributes=attributes)
         sha256 = hashlib.sha256(content).hexdigest()
         name = f"{span:05d}-{sha256[:16]}.h5"
         self.storage.write(f"shards/{name}", content)
         counts = (len(data), len(data.input_ids), len(data.targets))
-        return ShardEntry(span, name, *counts, len(content), sha256, skipped, clipped_mass)
+        return ShardEntry(span, name, *counts, len(content), sha256, **facts)
 
     def prepare_manifest(self, entries: Iterable[ShardEntry] = ()) -> Manifest:
         """The manifest of all spans, once every one is committed; nothing is written.
@@ -334,7 +366,7 @@ class Cache:
                 f"{name} belongs to another build. Delete it and run the build again."
             )
         values = {"span": span, "name": name, **vars(counts), "bytes": size, "sha256": sha256}
-        values |= {key: facts.get(key) for key in ("skipped", "clipped_mass")}
+        values |= {key: facts.get(key) for key in SPAN_FACTS}
         try:
             return ShardEntry.from_dict(values, span)
         except ValueError as error:
@@ -385,7 +417,12 @@ class Cache:
         with self.hold(entry, fresh=fresh) as path:
             ranks = self.rank_to_id if targets else None
             return read_shard(
-                path, self.codec(), counts=entry.counts, ranks=ranks, with_targets=targets
+                path,
+                self.codec(),
+                counts=entry.counts,
+                ranks=ranks,
+                label_logprob=self.spec.label_logprob,
+                with_targets=targets,
             )
 
     @contextlib.contextmanager

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcache.cache.cache import Cache
-from kdcache.cache.manifest import ShardEntry
+from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData, read_counts, read_shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.targets import AnchoredTargets, DenseTargets, SoftTargets
+from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _VALUES = 1 << 24  # decoded at a time
@@ -112,14 +113,25 @@ def check_shard(
     with cache.hold(entry, fresh=True) as path:
         sandbox.open(path)
         _, facts = read_counts(path)
-        said = cache.spec.fingerprint, entry.span, entry.skipped, entry.clipped_mass
-        names = "fingerprint", "index", "skipped", "clipped_mass"
-        if tuple(facts.get(name) for name in names) != said:
+        said = {name: value for name in SPAN_FACTS if (value := getattr(entry, name)) is not None}
+        if facts != {"fingerprint": cache.spec.fingerprint, "index": entry.span, **said}:
             raise CorruptCacheError(f"it belongs to another cache ({facts}).")
         if values:
             ranks = cache.rank_to_id
-            data = read_shard(path, cache.codec(), counts=entry.counts, ranks=ranks)
+            data = read_shard(
+                path,
+                cache.codec(),
+                counts=entry.counts,
+                ranks=ranks,
+                label_logprob=cache.spec.label_logprob,
+            )
             check_values(data, cache.spec, ids)
+            codes = data.label_logprob
+            sums = (None, None) if codes is None else sum_logprobs(codes)
+            if sums != (entry.label_nats, entry.impossible_labels):
+                raise CorruptCacheError(
+                    f"its labels' log-probabilities add up to {sums}, the manifest says otherwise."
+                )
 
 
 def check_values(data: ShardData, spec: CacheSpec, ids: int | None = None) -> None:

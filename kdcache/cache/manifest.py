@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from kdcache.storage import Storage, sha256_file
 SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.h5")
 BESIDE = re.compile(r"ranks\.u32|tokenizer/(?!\.)[^/\\\x00-\x1f]+")
 """Names of files that lie beside `spec.json`; no other can be named."""
+
+SPAN_FACTS = ("skipped", "clipped_mass", "label_nats", "impossible_labels")
+"""What an entry and the shard's `span` attribute both say."""
 
 _LARGEST = 256 << 20  # bytes of a manifest: a million shards
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -41,6 +44,8 @@ class ShardEntry:
     sha256: str
     skipped: int = 0
     clipped_mass: float = 0.0
+    label_nats: float | None = None
+    impossible_labels: int | None = None
 
     @property
     def counts(self) -> ShardCounts:
@@ -95,6 +100,12 @@ class ShardEntry:
         mass = entry.clipped_mass
         if type(mass) not in (int, float) or not (math.isfinite(mass) and mass >= 0):
             raise ValueError(f"{entry.name} has a clipped mass of {mass}")
+        nats, impossible = entry.label_nats, entry.impossible_labels
+        if nats is not None or impossible is not None:
+            if type(nats) is not float or not (math.isfinite(nats) and nats >= 0):
+                raise ValueError(f"{entry.name} has labels of {nats} nats")
+            if type(impossible) is not int or not 0 <= impossible <= entry.positions:
+                raise ValueError(f"{entry.name} has {impossible} impossible labels")
         return entry
 
 
@@ -145,7 +156,9 @@ class Manifest:
                 "fingerprint": self.fingerprint,
                 **{name: getattr(self, name) for name in _COUNTS},
                 "files": dict(sorted(self.files.items())),
-                "shards": [vars(s) for s in self.shards],
+                "shards": [
+                    {k: v for k, v in vars(s).items() if v is not None} for s in self.shards
+                ],
             }
         )
 
@@ -184,6 +197,23 @@ class Manifest:
                     f"{values[name]}."
                 )
         return manifest
+
+
+def label_sums(shards: Iterable[ShardEntry]) -> tuple[float, int, int] | None:
+    """What the teacher thought of the labels of some shards.
+
+    Returns:
+        Minus the sum of its log-probabilities of those that it can predict, in nats, their number,
+        and the number of the others; None where a shard keeps none.
+    """
+    nats, predicted, impossible = 0.0, 0, 0
+    for shard in shards:
+        if shard.label_nats is None or shard.impossible_labels is None:
+            return None
+        nats += shard.label_nats
+        impossible += shard.impossible_labels
+        predicted += shard.positions - shard.impossible_labels
+    return nats, predicted, impossible
 
 
 def check_files(files: Any) -> dict[str, str]:

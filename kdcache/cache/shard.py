@@ -36,9 +36,11 @@ _REQUIRED = {
     SEQUENCE_CLASSIFICATION: ("lengths", "input_ids", "labels", "text_bytes", "text"),
 }
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
+_LABEL_LOGPROB = ("label_logprob",)
 _MEMORY = 1 << 30  # that reading any shard may take
 _MEMORY_PER_BYTE = 64  # of the file, for those that need more; real ones take at most 27
-_U1, _U4, _I4, _IDS = ("|u1",), ("<u4",), ("<i4",), ("|u1", "<u2", "<u4")
+_U1, _U2, _U4, _I4 = ("|u1",), ("<u2",), ("<u4",), ("<i4",)
+_IDS = (*_U1, *_U2, *_U4)
 
 
 @dataclass
@@ -55,6 +57,8 @@ class ShardData:
         type_ids: uint8 [tokens] (BERT's sentence A/B), or None.
         texts: the text of each row (classification only), or None.
         text_pairs: the second text of each row, or None.
+        label_logprob: uint16 [positions], codes of the teacher's log-probability of each label (see
+            `kdcache.targets.label_logprob`), or None where the cache keeps none.
     """
 
     task: str
@@ -65,10 +69,17 @@ class ShardData:
     type_ids: np.ndarray | None = None
     texts: list[str] | None = None
     text_pairs: list[str] | None = None
+    label_logprob: np.ndarray | None = None
 
     @classmethod
-    def from_rows(cls, task: str, rows: Sequence[Row], targets: SoftTargets) -> ShardData:
-        """Gather rows, whose positions `targets` holds in the same order, into columns."""
+    def from_rows(
+        cls,
+        task: str,
+        rows: Sequence[Row],
+        targets: SoftTargets,
+        label_logprob: np.ndarray | None = None,
+    ) -> ShardData:
+        """Gather rows into columns; `targets` and `label_logprob` have their positions in order."""
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
         data = cls(
             task=task,
@@ -76,6 +87,7 @@ class ShardData:
             input_ids=_concatenate([row.input_ids for row in rows], np.int32),
             labels=_concatenate([row.labels for row in rows], np.int32),
             targets=targets,
+            label_logprob=label_logprob,
         )
         typed = [row.type_ids for row in rows if row.type_ids is not None]
         if typed:
@@ -86,6 +98,7 @@ class ShardData:
             if any(row.text_pair is not None for row in rows):
                 data.text_pairs = [row.text_pair or "" for row in rows]
         assert len(targets) == data.position_offsets[-1], "one soft target a position"
+        assert label_logprob is None or len(label_logprob) == len(targets), "one a position"
         return data
 
     def __len__(self) -> int:
@@ -167,6 +180,8 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
             has_label, next_ids = _split_labels(data)
             _write(rows, "has_label", has_label)
             _write(rows, "next_ids", next_ids)
+            if data.label_logprob is not None:
+                _write(rows, "label_logprob", data.label_logprob)
         else:
             _write(rows, "labels", data.labels.astype(np.int32))
         for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
@@ -187,6 +202,7 @@ def read_shard(
     *,
     counts: ShardCounts | None = None,
     ranks: np.ndarray | None = None,
+    label_logprob: bool = False,
     with_targets: bool = True,
 ) -> ShardData:
     """Read one shard whole.
@@ -196,6 +212,7 @@ def read_shard(
         codec: the cache's codec; the file must have been written with it.
         counts: what the manifest says; compared before any column is read.
         ranks: the cache's table from frequency rank to id, where it has one.
+        label_logprob: whether the cache keeps the log-probability of each label.
         with_targets: False reads no column of the targets and leaves them empty.
 
     Raises:
@@ -204,7 +221,8 @@ def read_shard(
     with open_file(path) as file:
         n, task = _check_head(path, file, codec, counts)
         _check_memory(path, file, n)
-        rows = columns_of(path, file, "rows", _REQUIRED[task], _OPTIONAL)
+        required = _REQUIRED[task] + _LABEL_LOGPROB * label_logprob
+        rows = columns_of(path, file, "rows", required, _OPTIONAL)
         lengths = _read(path, rows, "lengths", _U4, n.rows)
         offsets = _offsets(lengths.astype(np.int64))
         if offsets[-1] != n.tokens:
@@ -221,6 +239,9 @@ def read_shard(
             )
         else:
             labels = _read(path, rows, "labels", _I4, n.rows)
+        logprobs = None
+        if label_logprob:
+            logprobs = _read(path, rows, "label_logprob", _U2, n.positions)
         targets = SoftTargets.empty(codec)
         if with_targets:
             group = columns_of(path, file, "targets", [c.name for c in codec.columns])
@@ -235,6 +256,7 @@ def read_shard(
             type_ids=_read(path, rows, "type_ids", _U1, n.tokens) if "type_ids" in rows else None,
             texts=_read_texts(path, rows, "text", n.rows),
             text_pairs=_read_texts(path, rows, "text_pair", n.rows),
+            label_logprob=logprobs,
         )
     if data.position_offsets[-1] != n.positions:
         raise CorruptCacheError(

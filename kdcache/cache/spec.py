@@ -41,6 +41,7 @@ class CacheSpec:
         format: version of the cache format.
         ranks: SHA-256 of `ranks.u32`, by which ids are stored as frequency ranks; None where they
             are stored as they are.
+        label_logprob: whether shards keep the teacher's log-probability of each label.
     """
 
     task: str
@@ -61,11 +62,12 @@ class CacheSpec:
     seed: int
     format: int = FORMAT
     ranks: str | None = None
+    label_logprob: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values; `ranks` only if there is a table."""
+        """As JSON-able values; fields that not every cache has only where they say something."""
         values = dict(json.loads(json.dumps(dataclasses.asdict(self))))
-        return {k: v for k, v in values.items() if k != "ranks" or v is not None}
+        return {k: v for k, v in values.items() if k not in _OPTIONAL or v}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CacheSpec:
@@ -81,7 +83,7 @@ class CacheSpec:
             raise CorruptCacheError(
                 f"the cache has format version {values.get('format')}; this kdcache reads {FORMAT}."
             )
-        names = {f.name for f in dataclasses.fields(cls)} - {"ranks"} | values.keys() & {"ranks"}
+        names = {f.name for f in dataclasses.fields(cls)} - _OPTIONAL | values.keys() & _OPTIONAL
         if names != set(values):
             odd = ", ".join(sorted(names ^ set(values)))
             raise CorruptCacheError(f"spec.json has missing or unknown fields: {odd}.")
@@ -134,6 +136,9 @@ class CacheSpec:
         ]
 
 
+_OPTIONAL = {"ranks", "label_logprob"}
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -178,6 +183,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "temperatures": _list(_number),
     "seed": lambda value: type(value) is int and abs(value) < 1 << 63,
     "ranks": _none_or(_text),
+    "label_logprob": lambda value: value is None or value is True,
 }
 
 

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
-from kdcache.cli.tables import echo, echo_next, print_table
+from kdcache.cli.tables import echo, echo_next, number, print_table
 from kdcache.cli.volume import is_quiet
 from kdcache.humanize import duration, size
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
@@ -116,6 +116,7 @@ def _train() -> click.Command:
     def command(options: TrainOptions, as_json: bool) -> None:
         from kdcache.cli.display import TrainDisplay
         from kdcache.commands.train.train import train
+        from kdcache.loss.metrics import perplexity
 
         with TrainDisplay(quiet=as_json) as display:
             result = train(options, on_progress=display)
@@ -126,6 +127,9 @@ def _train() -> click.Command:
         if not result.made:
             echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
             return
+        nats = result.eval_teacher_cross_entropy if result.eval else result.teacher_cross_entropy
+        shown = number(perplexity(nats), 2)
+        teacher = "" if nats is None else f"; teacher's cross-entropy {nats:.4f} ({shown})"
         best = f" (best: step {result.best_step})" if result.best_step is not None else ""
         words = ""
         if result.vocabulary is not None:
@@ -140,6 +144,7 @@ def _train() -> click.Command:
             f"{result.loss:.4f} in {duration(result.seconds)}"
             + words
             + (f"; evaluation: {measured}" if measured else "")
+            + teacher
             + "."
         )
         test = (options.eval_cache or ("TEST_CACHE",))[0]

@@ -27,6 +27,7 @@ def render_inspection(result: InspectResult, console: Console) -> None:
         ("positions", f"{result.positions:,}"),
         ("skipped records", f"{result.skipped:,}"),
         ("clipped mass", percent(result.clipped_mass, 4) + " a position"),
+        *_labels(result),
         ("size", size(result.bytes)),
         ("bytes per position", f"{number(result.bytes_per_position, 2)} of the whole files"),
         ("", f"{number(result.target_bytes_per_position, 2)} of the soft targets alone"),
@@ -49,6 +50,19 @@ def render_inspection(result: InspectResult, console: Console) -> None:
         _render_row(result.row, console)
 
 
+def _labels(result: InspectResult) -> list[tuple[str, str]]:
+    """What the teacher thought of the data, where the cache keeps it."""
+    if result.teacher_cross_entropy is None:
+        return []
+    nats = number(result.teacher_cross_entropy)
+    perplexity = number(result.teacher_perplexity, 2)
+    lines = [("teacher's cross-entropy", f"{nats} nats a position (perplexity {perplexity})")]
+    if result.impossible_labels:
+        left_out = f"{result.impossible_labels:,}, which are left out of it"
+        lines.append(("labels of no probability", left_out))
+    return lines
+
+
 def _render_row(row: RowView, console: Console) -> None:
     about = "" if row.exact else ", unbiased sample"
     print_line(
@@ -68,9 +82,11 @@ def _render_row(row: RowView, console: Console) -> None:
         label = "-" if position.label_text is None else quote(position.label_text)
         rest = f"{position.rest:.3f}"
         if causal:
-            lines.append((str(position.place), repr(position.token), label, guesses, rest))
+            logprob = number(position.label_logprob, 2)
+            place = str(position.place)
+            lines.append((place, repr(position.token), label, logprob, guesses, rest))
         else:
             lines.append((label, guesses, rest))
-    header = ("place", "after", "next", "teacher's predictions", "rest")
+    header = ("place", "after", "next", "logprob", "teacher's predictions", "rest")
     shown = header if causal else ("label", "teacher's probabilities", "rest")
     print_table(console, shown, lines, left=len(shown) - 1)

@@ -177,6 +177,11 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
+def perplexity(nats: float | None) -> float | None:
+    """The exponential of a cross-entropy; None where there is none, or it is beyond a float."""
+    return math.exp(nats) if nats is not None and nats < 700 else None
+
+
 def known(value: float) -> float | None:
     """The value, or None for NaN, as JSON needs it."""
     return None if math.isnan(value) else value

@@ -18,6 +18,7 @@ from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of, types_of
 from kdcache.targets import SoftTargets
+from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 Batch: TypeAlias = dict[str, Any]
@@ -32,6 +33,7 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         return parts[0]
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
     typed = any(part.type_ids is not None for part in parts)
+    kept = [part.label_logprob for part in parts if part.label_logprob is not None]
     return ShardData(
         task=parts[0].task,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -41,6 +43,7 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         type_ids=np.concatenate([types_of(p) for p in parts]) if typed else None,
         texts=_join_texts([p.texts for p in parts], [len(p) for p in parts]),
         text_pairs=_join_texts([p.text_pairs for p in parts], [len(p) for p in parts]),
+        label_logprob=np.concatenate(kept) if len(kept) == len(parts) else None,
     )
 
 
@@ -72,7 +75,9 @@ def collate(
         `input_ids`, `attention_mask` int64 [B, L]; `token_type_ids` int64 [B, L] where there are
         any; `labels` int64 [B, L] (aligned with the logits: already shifted) or [B]; `count`
         float32 []; and with a temperature `targets`, `DenseTargets` or `SparseTargets` of the
-        batch's positions in row-major order. `count` is the number of positions the loss is a mean
+        batch's positions in row-major order. Where the cache keeps it, `label_logprob` float32
+        [positions], the teacher's log-probability of each label at T = 1 (minus infinity for a
+        label that it cannot predict). `count` is the number of positions the loss is a mean
         of (without targets: of hard labels); infinity gives the batch the weight zero.
     """
     lengths = np.diff(data.offsets)
@@ -100,6 +105,8 @@ def collate(
     batch["labels"] = pad(labels, IGNORE) if causal else torch.from_numpy(labels.astype(np.int64))
     if temperature is not None:
         batch["targets"] = data.targets.at(temperature)
+    if data.label_logprob is not None:
+        batch["label_logprob"] = torch.from_numpy(decode_logprobs(data.label_logprob))
     if count is None:
         count = int(positions_of(data, soft=temperature is not None).sum())
     batch["count"] = torch.tensor(count, dtype=torch.float32)

@@ -39,6 +39,7 @@ class TargetDataset(Dataset[ShardData]):
         sizes = [self.caches[c].manifest.shards[i].rows for c, i in self._shards]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._keep = keep
+        self.label_logprob = all(cache.spec.label_logprob for cache in self.caches)
         self._recent: OrderedDict[int, ShardRows] = OrderedDict()
 
     def __len__(self) -> int:
@@ -51,7 +52,7 @@ class TargetDataset(Dataset[ShardData]):
         pool = self._recent.pop(slot, None)
         if pool is None:
             cache, shard = self._shards[slot]
-            pool = ShardRows([self.caches[cache].read(shard)])
+            pool = ShardRows([self.caches[cache].read(shard)], labels=self.label_logprob)
         self._recent[slot] = pool
         if len(self._recent) > self._keep:
             self._recent.popitem(last=False)

@@ -216,6 +216,7 @@ class TargetStream(IterableDataset[Batch]):
                 f"an epoch has {self.rows} rows, fewer than one batch of {batch_size}. Use a "
                 "larger cache, a smaller batch size, or keep the last batch."
             )
+        self.label_logprob = all(cache.spec.label_logprob for cache in self.caches)
         if cursor is not None and not isinstance(cursor, Cursor):
             self.load_state_dict(cursor)
 
@@ -391,7 +392,8 @@ class TargetStream(IterableDataset[Batch]):
         members, which = np.unique(pairs[:, 0], return_inverse=True)
         chosen = [self._sources[member] for member in members]
         shards, soft = self._shards(pairs), self.temperature is not None
-        pool = ShardRows([self.caches[c].read(s, targets=soft) for c, s in shards], soft=soft)
+        parts = [self.caches[c].read(s, targets=soft) for c, s in shards]
+        pool = ShardRows(parts, soft=soft, labels=self.label_logprob)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
             if source.rows != source.stored:

@@ -25,12 +25,15 @@ class ShardRows:
         positions: int64 [rows], what the loss of each row is a sum over; see `positions_of`.
     """
 
-    def __init__(self, parts: Sequence[ShardData], *, soft: bool = True) -> None:
+    def __init__(
+        self, parts: Sequence[ShardData], *, soft: bool = True, labels: bool = True
+    ) -> None:
         """Number the rows; no column is copied.
 
         Args:
             parts: shards of one task and codec.
             soft: False leaves the soft targets out of every pick.
+            labels: False leaves `label_logprob` out of every pick.
         """
         if soft:
             alike = SoftTargets.alike([part.targets for part in parts])
@@ -38,13 +41,13 @@ class ShardRows:
                 part if targets is part.targets else replace(part, targets=targets)
                 for part, targets in zip(parts, alike, strict=True)
             ]
-        self._parts, self._soft = parts, soft
+        self._parts, self._soft, self._labels = parts, soft, labels
         self.first = np.cumsum([0, *(len(part) for part in parts)])
         self.positions = np.concatenate([positions_of(part, soft=soft) for part in parts])
         self._owner = np.repeat(np.arange(len(parts)), np.diff(self.first))
         offsets = [
             {"token": part.offsets, "row": np.arange(len(part) + 1)}
-            | (part.item_offsets if soft else {})
+            | (part.item_offsets if soft else {"position": part.position_offsets})
             for part in parts
         ]
         self._begin = {a: np.concatenate([o[a][:-1] for o in offsets]) for a in offsets[0]}
@@ -83,6 +86,8 @@ class ShardRows:
                 )
             targets.rank_to_id = parts[0].targets.rank_to_id
         typed = any(part.type_ids is not None for part in parts)
+        kept = [part.label_logprob for part in parts if part.label_logprob is not None]
+        keeps = self._labels and len(kept) == len(parts)
         lengths = self._end["token"][rows] - self._begin["token"][rows]
         return ShardData(
             task=parts[0].task,
@@ -95,6 +100,7 @@ class ShardRows:
             type_ids=pick([types_of(part) for part in parts], "token") if typed else None,
             texts=pick_texts([part.texts for part in parts]),
             text_pairs=pick_texts([part.text_pairs for part in parts]),
+            label_logprob=pick(kept, "position") if keeps else None,
         )
 
 

@@ -193,6 +193,7 @@ class DistilledStudent(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool = False,
         places: Tensor | None = None,
+        label_logprob: Tensor | None = None,
         **inputs: Any,
     ) -> DistillationOutput:
         """The loss of a batch.
@@ -208,6 +209,7 @@ class DistilledStudent(nn.Module):
             return_logits: for language models: return all logits too, which takes their memory.
             places: int64 [P], where `labels.reshape(-1)` has positions, from a caller who knows
                 (see `host_places`); finding them here makes the host wait for the device once.
+            label_logprob: what a batch holds of the teacher; the loss does not need it.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
                 does not name are left out.
 

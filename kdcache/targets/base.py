@@ -136,7 +136,8 @@ class Codec(ABC):
 
         Returns:
             Padded tensors for `pack`. "finite" is bool [n]: False where the logits of a position
-            are unusable.
+            are unusable. A codec that has read all logits at T = 1 may add "peak" and "normalizer"
+            for `kdcache.targets.device.label_logprobs`.
         """
 
     @abstractmethod

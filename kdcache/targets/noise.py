@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 
 def position_uniform(
-    seed: int, span: int, row: npt.ArrayLike, position: npt.ArrayLike
+    seed: int, span: int, row: npt.ArrayLike, position: npt.ArrayLike, *, of_label: bool = False
 ) -> npt.NDArray[np.float64]:
     """Uniform numbers that belong to positions, not to the order in which they are computed.
 
@@ -25,6 +25,8 @@ def position_uniform(
         span: index of the span.
         row: integers, the rows' indices in the span; broadcasts with `position`.
         position: integers, the token indices in their rows.
+        of_label: another number of each position: not the codec's, but the one that rounds the
+            log-probability of its label.
 
     Returns:
         float64 in [0, 1) with 53 random bits, of the broadcast shape.
@@ -33,6 +35,8 @@ def position_uniform(
         state = np.zeros((), np.uint64)
         for word in (_words(seed), _words(span), _words(row), _words(position)):
             state = _mix(state ^ word)
+        if of_label:
+            state = _mix(state ^ _words(1))
     return np.asarray((state >> np.uint64(11)) * 2.0**-53)
 
 

@@ -34,7 +34,7 @@ from kdcache.loss import fused
 from kdcache.rows import Row
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import keep_inputs_and_loss
-from kdcache.targets import Codec
+from kdcache.targets import Codec, TargetWriter
 from kdcache.targets.device import compiles, run
 from kdcache.teacher import Teacher, TeacherOptions, load, peak_share
 from kdcache.teacher.memory import gpus_of
@@ -132,7 +132,7 @@ class TestPacking:
             mock.patch.object(torch.cuda, "Event", return_value=event) as made,
             mock.patch.object(torch.cuda, "current_stream", streams.__getitem__),
             mock.patch.object(worker._Packer, "_pack", lambda *arguments: arguments),
-            worker._Packer(codec, 0, None) as packer,
+            worker._Packer(TargetWriter(codec), 0, 0) as packer,
         ):
             encoded = codec.encode(torch.zeros(3, 500, device="cuda:1"))
             clipped = torch.zeros((), device="cuda:1")

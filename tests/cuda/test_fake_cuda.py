@@ -19,6 +19,7 @@ from kdcache.student import DistilledStudent
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_places
 from kdcache.targets import Codec, DenseTargets, SparseTargets
+from kdcache.targets.device import label_logprobs
 from kdcache.teacher import Teacher, TeacherOptions, teacher
 from kdcache.teacher.projection import Projection
 
@@ -81,12 +82,15 @@ def logits_and_noise(vocabulary: int, device: str, dtype: torch.dtype) -> tuple[
 
 
 @pytest.mark.parametrize("padding", [0, 64])
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0,)])
 @pytest.mark.parametrize("codec", ["topk:16", "sample:20"])
-def test_a_batch_of_a_build_never_waits(codec: str, padding: int) -> None:
+def test_a_batch_of_a_build_never_waits(
+    codec: str, temperatures: tuple[float, ...], padding: int
+) -> None:
     vocabulary = 32_000
     options = TeacherOptions(("llama",), "causal-lm", device="cuda", dtype="bfloat16")
     rows = [Row(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in (300, 256, 17)]
-    chosen = Codec.parse(codec, (1.0, 2.0), vocabulary)
+    chosen = Codec.parse(codec, temperatures, vocabulary)
     with fake_cuda(), every_wait_is_seen():
         model = fake_llama(vocabulary + padding, BFLOAT16).eval().requires_grad_(False)
         with mock.patch.object(teacher, "load_models", return_value=[model]):
@@ -97,7 +101,9 @@ def test_a_batch_of_a_build_never_waits(codec: str, padding: int) -> None:
         with Waits() as waits:
             for logits in one.logits(rows):
                 encoded = chosen.encode(logits, fake_noise(len(logits)))
-                assert encoded["finite"].device.type == "cuda"
+                logprobs = label_logprobs(logits, fake_noise(len(logits)).long(), encoded)
+                assert encoded["finite"].device.type == logprobs.device.type == "cuda"
+                assert logprobs.dtype == FLOAT32
                 positions += len(logits)
             one.take_clipped_mass()
         assert positions == sum(len(row.input_ids) for row in rows)

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from kdcache.loss import fused
 from kdcache.targets import Codec
-from kdcache.targets.device import Rule, blocked_sample, outside, run, topk
+from kdcache.targets.device import (
+    Rule,
+    blocked_sample,
+    label,
+    label_logprobs,
+    outside,
+    run,
+    topk,
+)
 
 pytest.importorskip("triton", reason="Triton is missing: pip install 'kdcache[cuda-tests]'")
 
@@ -128,6 +136,20 @@ def test_the_mass_outside_a_vocabulary_reads_the_logits_once() -> None:
     assert code.largest_buffer < POSITIONS * IDS // 8
 
 
+def test_the_labels_logprobs_take_one_kernel_or_one_pass() -> None:
+    with fake_cuda(symbolic=True):
+        logits = fake(POSITIONS, IDS, dtype=torch.bfloat16)
+        labels, sums = fake(POSITIONS, dtype=torch.int64), fake(POSITIONS)
+        after_the_codec = written_for_h100(label._logprobs, logits, labels, sums, sums)
+        alone = written_for_h100(label._sums_by_blocks, logits)
+    assert len(after_the_codec.launches) == 1
+    assert not after_the_codec.passes(after_the_codec.argument(POSITIONS, IDS), POSITIONS + 1)
+    assert len(alone.launches) <= 4
+    for code in (after_the_codec, alone):
+        assert not code.library_calls
+    one_pass(alone, POSITIONS, IDS)
+
+
 def test_both_ways_to_the_mass_outside_agree() -> None:
     logits = hard_logits(WORDS)[[0, 1, 4]]
     want = torch.softmax(logits.double(), -1)[:, 700:].sum(-1)
@@ -188,8 +210,9 @@ class TestGraphs:
             for n in (2048, 653, 2048, 411, 2048, 7, 1, 2, 2048):
                 with torch.inference_mode():  # as the teacher's own
                     logits = fake(n, IDS, dtype=torch.bfloat16)
-                chosen.encode(logits, fake(n, dtype=torch.float64))
-        assert 1 <= len(made) <= 3
+                encoded = chosen.encode(logits, fake(n, dtype=torch.float64))
+                label_logprobs(logits, fake(n, dtype=torch.int64), encoded)
+        assert 2 <= len(made) <= 6, "three of the codec, three of the labels"
 
     def test_three_in_a_training_at_most(self, made: list[int]) -> None:
         options = fused._Options(torch.ones(()), torch.ones(()), True, False)

@@ -1,10 +1,11 @@
 """How the golden caches were made: by the code of version 0.1.0, format version 1.
 
-    python tests/golden/make.py FOLDER [NAME ...]
+    python tests/golden/make.py FOLDER
 
 They are the promise that later versions read what earlier ones wrote, so they are never made again:
-a later format or codec adds folders of its own beside them (`anchored-1-2` came so). Caches
-of ten rows in one shard; the rows and logits below are no one's teacher's. `expected.json` holds
+what comes later adds folders of its own beside them, and only those that are missing are made.
+Caches of ten rows in one shard; the rows and logits below are no one's teacher's. Those in `KEEP`
+have the log-probabilities of the labels, which the others are older than. `expected.json` holds
 what the caches must give, taken from the rows themselves and, for the targets, from what the codecs
 read right after they had written: `test_targets.py` is what says that these are right.
 """
@@ -28,6 +29,8 @@ from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
 from kdcache.targets import AnchoredTargets, DenseTargets, SoftTargets, position_uniform
+from kdcache.targets.device import label_logprobs
+from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
 from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files
@@ -41,7 +44,9 @@ CACHES = {
     "sample-1": ("causal-lm", "sample:5", (1.0,)),
     "sample-1-2": ("causal-lm", "sample:5", (1.0, 2.0)),
     "anchored-1-2": ("causal-lm", "anchored:5", (1.0, 2.0)),
+    "label-logprob": ("causal-lm", "sample:5", (1.0, 2.0)),
 }
+KEEP = {"label-logprob"}
 SHARDS = (10,)
 
 
@@ -92,6 +97,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         temperatures=temperatures,
         seed=0,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+        label_logprob=folder.name in KEEP,
     )
     cache = Cache.create_or_resume(
         str(folder), spec, tokenizer_files=tokenizer(), ranks=ranks, notes={"kdcache": "0.1.0"}
@@ -107,7 +113,15 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         raw = {k: v.numpy() for k, v in made.encode(logits, u).items()}
         packed = made.pack(raw, None if to_id is None else ranks_of_ids(to_id))
         targets = SoftTargets(made, packed, to_id)
-        entries.append(cache.commit(span, ShardData.from_rows(task, rows, targets)))
+        codes, kept = None, {}
+        if spec.label_logprob:
+            labels = np.concatenate([row.labels[row.labels != IGNORE] for row in rows])
+            logprobs = label_logprobs(logits, torch.from_numpy(labels).long()).numpy()
+            logprobs[3] = -np.inf  # a label that the teacher's output layer lacks
+            noise = position_uniform(0, span, np.arange(n), 0, of_label=True)
+            codes = encode_logprobs(logprobs, noise)
+            kept = {"label_logprob": codes.tolist()}
+        entries.append(cache.commit(span, ShardData.from_rows(task, rows, targets, codes)))
         expected.append(
             {
                 "rows": [
@@ -122,6 +136,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
                 ],
                 "positions": positions,
                 "targets": {f"{t:g}": target_values(targets, t) for t in temperatures},
+                **kept,
             }
         )
     cache.seal(cache.prepare_manifest(entries))
@@ -160,9 +175,12 @@ def tokenizer() -> dict[str, bytes]:
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CACHES)
-    expected = {name: make(folder / name, *CACHES[name]) for name in names}
-    (folder / "expected.json").write_text(json.dumps(expected, ensure_ascii=False) + "\n")
+    folder = Path(sys.argv[1])
+    file = folder / "expected.json"
+    expected = json.loads(file.read_text()) if file.exists() else {}
+    missing = {name: facts for name, facts in CACHES.items() if name not in expected}
+    expected |= {name: make(folder / name, *facts) for name, facts in missing.items()}
+    file.write_text(json.dumps(expected, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

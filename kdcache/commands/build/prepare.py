@@ -116,6 +116,7 @@ def prepare(options: BuildOptions) -> Prepared:
         temperatures=codec.temperatures,
         seed=options.seed,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+        label_logprob=causal,
     )
     return Prepared(
         spec,
@@ -167,7 +168,8 @@ def _teacher_options(options: BuildOptions, spec: CacheSpec, gpus: float) -> Tea
         task=options.task,
         weights=options.weights,
         ensemble=options.ensemble,
-        temperatures=spec.temperatures,
+        # A mean of distributions is made at each: the labels' log-probabilities are at T = 1.
+        temperatures=tuple(sorted({*spec.temperatures, *([1.0] if spec.label_logprob else [])})),
         dtype=spec.dtype,
         device="cpu" if not gpus else "auto" if gpus > 1 else "cuda",
         trust_remote_code=options.trust_remote_code,

@@ -78,7 +78,13 @@ def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
 def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
     entry = cache.entry(span.index, name)
     with cache.hold(entry) as path:
-        data = read_shard(path, cache.codec(), counts=entry.counts, ranks=None, with_targets=False)
+        data = read_shard(
+            path,
+            cache.codec(),
+            counts=entry.counts,
+            label_logprob=cache.spec.label_logprob,
+            with_targets=False,
+        )
     return len(data) == len(rows) and all(
         np.array_equal(mine, theirs)
         for i, row in enumerate(rows)

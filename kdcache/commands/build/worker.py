@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.shard import ShardData
@@ -33,7 +34,9 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
-from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
+from kdcache.targets.device import label_logprobs
+from kdcache.targets.label_logprob import Codes, encode_logprobs
+from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +124,28 @@ class SpanWorker:
         ids = np.arange(length, dtype=np.int32) % self.cache.spec.vocab_size
         row = Row(ids, ids if self.job.teacher.causal else ids[:1])
         for logits in self.teacher.logits([row] * max(1, tokens // length)):
-            self.codec.encode(logits, torch.zeros(len(logits), dtype=torch.float64))
+            zeros = torch.zeros(len(logits), dtype=torch.float64)
+            self._encode(logits, zeros, zeros.long())
         self.teacher.take_clipped_mass()
+
+    def _encode(self, logits: Tensor, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What is kept of some positions, on their device.
+
+        Args:
+            logits: as the teacher yields them.
+            u: float64 [n], the codec's noise.
+            labels: int64 [n], hard labels.
+
+        Returns:
+            What the codec gives, and "label_logprob" float32 [n] if the cache keeps that.
+        """
+        made_for = self.job.teacher.temperatures
+        encoded = self.codec.encode(logits_at(logits, made_for, self.codec.temperatures), u)
+        if self.cache.spec.label_logprob:
+            at_one = logits_at(logits, made_for, (1.0,))
+            read_before = encoded if logits.ndim == 2 else None
+            encoded["label_logprob"] = label_logprobs(at_one, labels, read_before)
+        return encoded
 
     def stop(self) -> None:
         """Abandon the spans in flight at the next batch."""
@@ -165,7 +188,8 @@ class SpanWorker:
         )
         rows = list(encoder.encode(self._moving(span, records)))
         threads = packing_threads(self.teacher.device.type, self.job.threads or os.cpu_count() or 1)
-        with _Packer(self.codec, span.index, self.cache.rank_to_id, threads) as packer:
+        writer = TargetWriter(self.codec, self.cache.rank_to_id)
+        with _Packer(writer, self.cache.spec.seed, span.index, threads) as packer:
             del self._last_progress[span.index]
             with self._turn:
                 self._move(span)
@@ -178,9 +202,14 @@ class SpanWorker:
             # The next span has its turn while the last slices of this one are copied and packed.
             self._move(span)
             packed = [part.result() for part in packing]
-            targets = _in_row_order(self.codec, [part.targets for part in packed], places)
+            targets, logprobs = _in_row_order(self.codec, packed, places)
         self._move(span)
-        data = ShardData.from_rows(self.job.teacher.task, rows, targets)
+        data = ShardData.from_rows(
+            self.job.teacher.task,
+            rows,
+            targets,
+            label_logprob=logprobs if self.cache.spec.label_logprob else None,
+        )
         left_out = stats.skipped + encoder.skipped + encoder.empty
         clipped = np.float32(0)
         for part in packed:
@@ -217,7 +246,7 @@ class SpanWorker:
         while waiting:
             self._move(span)
             batch = waiting.popleft()
-            place = _Places(batch, wanted)
+            place = _Places(batch, wanted, rows)
             try:
                 parts = self._run(span.index, [rows[i] for i in batch], place, packer)
             except torch.OutOfMemoryError as error:
@@ -235,13 +264,15 @@ class SpanWorker:
         self, span: int, rows: Sequence[Row], place: _Places, packer: _Packer
     ) -> list[futures.Future[_Packed]]:
         """One batch through teacher and codec."""
-        noise = position_uniform(self.cache.spec.seed, span, place.rows, place.within)
-        uniform = self.teacher.to_device(torch.from_numpy(noise))
+        uniform, labels = (
+            self.teacher.to_device(torch.from_numpy(numbers))
+            for numbers in (place.noise(self.cache.spec.seed, span), place.labels)
+        )
         parts = []
         done = 0
         for logits in self.teacher.logits(rows):
             piece = slice(done, done + len(logits))
-            encoded = self.codec.encode(logits, uniform[piece])
+            encoded = self._encode(logits, uniform[piece], labels[piece])
             parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
             done = piece.stop
         assert done == len(place.rows), "the teacher answers every position"
@@ -262,30 +293,43 @@ class SpanWorker:
 
 
 def _in_row_order(
-    codec: Codec, targets: Sequence[SoftTargets], places: Sequence[np.ndarray]
-) -> SoftTargets:
-    """Targets of a span in row-major order, from those of its batches."""
-    if not targets:
-        return SoftTargets.empty(codec)
+    codec: Codec, packed: Sequence[_Packed], places: Sequence[np.ndarray]
+) -> tuple[SoftTargets, Codes | None]:
+    """Targets and log-probabilities of a span in row-major order, from those of its batches."""
+    if not packed:
+        return SoftTargets.empty(codec), np.zeros(0, np.uint16)
     order = np.concatenate(places)
     inverse = np.empty(len(order), np.int64)
     inverse[order] = np.arange(len(order))
-    return SoftTargets.concat(targets).take(inverse)
+    targets = SoftTargets.concat([part.targets for part in packed]).take(inverse)
+    codes = [part.label_logprob for part in packed if part.label_logprob is not None]
+    return targets, np.concatenate(codes)[inverse] if codes else None
 
 
 class _Places:
-    """The row of the span, and the token of the row, of each position of a batch."""
+    """The positions of a batch: the row of the span, the token of the row, and the hard label."""
 
-    def __init__(self, batch: Sequence[int], wanted: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self, batch: Sequence[int], wanted: Sequence[np.ndarray], rows: Sequence[Row]
+    ) -> None:
         counts = [len(wanted[i]) for i in batch]
         self.rows = np.repeat(np.asarray(batch, np.int64), counts)
         self.within = np.concatenate([wanted[i] for i in batch])
+        self.labels = np.concatenate([rows[i].labels[wanted[i]] for i in batch]).astype(np.int64)
+
+    def noise(
+        self, seed: int, span: int, piece: slice = slice(None), *, of_label: bool = False
+    ) -> np.ndarray:
+        """See `position_uniform`."""
+        rows, within = self.rows[piece], self.within[piece]
+        return position_uniform(seed, span, rows, within, of_label=of_label)
 
 
 class _Packed(NamedTuple):
-    """Targets of a slice of positions, and the mass that its teacher gave to unknown ids."""
+    """What is stored of a slice of positions, and the mass that its teacher gave to unknown ids."""
 
     targets: SoftTargets
+    label_logprob: Codes | None
     clipped: np.float32
 
 
@@ -300,10 +344,8 @@ class _Packer:
     Copies to the host are queued behind the kernels that make them; only the threads wait for them.
     """
 
-    def __init__(
-        self, codec: Codec, span: int, rank_to_id: np.ndarray | None, threads: int = 1
-    ) -> None:
-        self._writer, self._span = TargetWriter(codec, rank_to_id), span
+    def __init__(self, writer: TargetWriter, seed: int, span: int, threads: int = 1) -> None:
+        self._writer, self._seed, self._span = writer, seed, span
         self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="kdcache-pack")
         self._room = threading.BoundedSemaphore(_UNPACKED)
 
@@ -314,7 +356,7 @@ class _Packer:
         self._pool.shutdown(cancel_futures=True)
 
     def put(
-        self, encoded: dict[str, torch.Tensor], clipped: torch.Tensor, place: _Places, start: int
+        self, encoded: dict[str, Tensor], clipped: Tensor, place: _Places, start: int
     ) -> futures.Future[_Packed]:
         encoded = {**encoded, "clipped": clipped}
         host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in encoded.items()}
@@ -330,7 +372,7 @@ class _Packer:
 
     def _pack(
         self,
-        host: dict[str, torch.Tensor],
+        host: dict[str, Tensor],
         copied: list[torch.cuda.Event],
         place: _Places,
         start: int,
@@ -346,6 +388,11 @@ class _Packer:
                     "cached. Try --dtype float32, or check the model."
                 )
             clipped = np.float32(host.pop("clipped"))
-            return _Packed(self._writer.pack(host), clipped)
+            codes = None
+            if (logprobs := host.pop("label_logprob", None)) is not None:
+                piece = slice(start, start + len(logprobs))
+                u = place.noise(self._seed, self._span, piece, of_label=True)
+                codes = encode_logprobs(logprobs.numpy(), u)
+            return _Packed(self._writer.pack(host), codes, clipped)
         finally:
             self._room.release()

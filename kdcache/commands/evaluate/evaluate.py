@@ -7,10 +7,12 @@ Cost: one forward of each student over all rows, and of the teacher only if it i
 answers in a cache are read.
 Guarantee: cross-entropy and KL are the loss's own (`kdcache.loss`). KL is exact for a live teacher
 and for `dense` caches, and that of the coarsened distribution (one bucket for the tail) for `topk`.
-A `sample` cache does not determine the teacher's entropy: at one temperature a tail id's own
-probability is not kept, at several only its rounded share. So the soft cross-entropy, which exceeds
-KL by that entropy, is reported instead: it is unbiased, and its differences between students are
-differences in KL.
+The teacher's own cross-entropy with the labels is exact for a live teacher and for `dense` caches;
+of others it is what the cache keeps of each label, rounded without bias
+(`kdcache.targets.label_logprob`). A `sample` cache does not determine the teacher's entropy: at one
+temperature a tail id's own probability is not kept, at several only its rounded share. So the soft
+cross-entropy, which exceeds KL by that entropy, is reported instead: it is unbiased, and its
+differences between students are differences in KL.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from kdcache.commands.inspect.inspect import default_temperature
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
-from kdcache.loss.metrics import BINS, Tally, f1, known, ratio
+from kdcache.loss.metrics import BINS, Tally, f1, known, perplexity, ratio
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, Targets
+from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, positions
 from kdcache.teacher import aligned
 
@@ -58,10 +61,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
 @dataclass
 class _Batch:
-    """Rows, and the soft targets of their positions if they are cached."""
+    """Rows, and what is cached of their positions: soft targets, codes of `label_logprob`."""
 
     rows: list[Row]
-    targets: SoftTargets | None
+    targets: SoftTargets | None = None
+    label_logprob: np.ndarray | None = None
 
 
 class _Evaluation:
@@ -95,6 +99,8 @@ class _Evaluation:
         self.tallies = [Tally(classes) for _ in self.students]
         self.rows = 0
         self.exact = True
+        # What a language model's cache keeps of its labels.
+        self.label_nats, self.predicted, self.impossible = 0.0, 0, 0
 
     def _set_cache(self, cache: Cache, saved: Sequence[SavedModel]) -> None:
         spec = cache.spec
@@ -172,11 +178,13 @@ class _Evaluation:
         windows = self._corpus_rows() if self.cache is None else self._cached_rows(self.cache)
         for rows, data in windows:
             for chosen in batches([len(row.input_ids) for row in rows], budget):
-                targets = None
+                batch = _Batch([rows[i] for i in chosen])
                 if data is not None:
-                    places = [_places(data, i) for i in chosen]
-                    targets = data.targets.take(np.concatenate(places))
-                yield _Batch([rows[i] for i in chosen], targets)
+                    places = np.concatenate([_places(data, i) for i in chosen])
+                    batch.targets = data.targets.take(places)
+                    if data.label_logprob is not None:
+                        batch.label_logprob = data.label_logprob[places]
+                yield batch
 
     def _cached_rows(self, cache: Cache) -> Iterator[tuple[list[Row], ShardData | None]]:
         left = self.options.limit or cache.manifest.rows
@@ -241,6 +249,11 @@ class _Evaluation:
         )
         models = [*([self.teacher] if self.teacher else []), *self.students]
         streams = [m.logits(batch.rows, self.tokenizer_sha256, self.max_length) for m in models]
+        if batch.label_logprob is not None:
+            nats, impossible = sum_logprobs(batch.label_logprob)
+            self.label_nats += nats
+            self.impossible += impossible
+            self.predicted += len(batch.label_logprob) - impossible
         done = 0
         for pieces in aligned(streams):
             part = slice(done, done + len(pieces[0]))
@@ -328,11 +341,16 @@ class _Evaluation:
             kl=soft if self.exact else None,
             soft_cross_entropy=None if self.exact else soft,
             agreement=known(ratio(tally.agreed, tally.known)),
-            **self._label_scores(tally),
+            **self._label_scores(tally, known(ratio(tally.hard, tally.labelled))),
         )
 
     def _teacher_scores(self) -> ModelScores:
-        model = self.teacher
+        model, tally = self.teacher, self.teacher_tally
+        hard = None
+        if model is not None or self._logits_known:
+            hard = known(ratio(tally.hard, tally.labelled))
+        elif self.predicted:  # sparse targets lack the probability of some labels
+            hard = self.label_nats / self.predicted
         return ModelScores(
             name="teacher (cached)" if model is None else model.saved.name,
             role="teacher",
@@ -340,7 +358,7 @@ class _Evaluation:
             kl=None,
             soft_cross_entropy=None,
             agreement=None,
-            **self._label_scores(self.teacher_tally, dense=model is not None or self._logits_known),
+            **self._label_scores(tally, hard),
         )
 
     @property
@@ -354,15 +372,14 @@ class _Evaluation:
             return False
         return self.cache.codec().any_temperature or math.isclose(self.temperature, 1.0)
 
-    def _label_scores(self, tally: Tally, *, dense: bool = True) -> dict[str, Any]:
-        """Figures against the hard labels; sparse targets lack the probability of some."""
-        hard = known(ratio(tally.hard, tally.labelled)) if dense else None
+    def _label_scores(self, tally: Tally, hard: float | None) -> dict[str, Any]:
+        """Figures against the hard labels, with whose cross-entropy `hard`."""
         causal = self.task == CAUSAL_LM
         return {
             "accuracy": known(ratio(tally.correct, tally.labelled)),
             "f1": None if causal else known(f1(tally.confusion)),
             "cross_entropy": hard,
-            "perplexity": math.exp(hard) if causal and hard is not None and hard < 700 else None,
+            "perplexity": perplexity(hard) if causal else None,
             "calibration_error": known(tally.calibration.error),
         }
 
@@ -383,6 +400,11 @@ class _Evaluation:
             yield (
                 f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
                 "the cached sample determines the teacher's most probable id."
+            )
+        if self.impossible and not self._logits_known:
+            yield (
+                f"The teacher gives {self.impossible:,} labels no probability: its cross-entropy "
+                "leaves them out."
             )
         if tally.labelled < tally.positions:
             yield (

@@ -20,13 +20,16 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, ShardEntry
+from kdcache.cache.manifest import label_sums
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import column_bytes, read_shard
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.errors import UsageError
+from kdcache.loss.metrics import perplexity
 from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets
+from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _SAMPLED_SHARDS = 8
@@ -50,6 +53,8 @@ class PositionView:
         token: the last token that the teacher had read (causal LM), else None.
         label: id of the hard label (optional).
         label_text: the token or the class of that id.
+        label_logprob: the teacher's log-probability of the label at T = 1, where the cache keeps
+            it; None also for a label that the teacher gives no probability.
         guesses: the most probable ids, falling.
         rest: the mass of all ids that are not shown.
     """
@@ -58,6 +63,7 @@ class PositionView:
     token: str | None
     label: int | None
     label_text: str | None
+    label_logprob: float | None
     guesses: tuple[Guess, ...]
     rest: float
 
@@ -118,6 +124,10 @@ class InspectResult:
         skipped: records left out.
         bytes: bytes of the shard files.
         clipped_mass: mean probability a position that fell on ids outside the vocabulary.
+        teacher_cross_entropy: of the teacher with the hard labels at T = 1, in nats a position,
+            over the labels that it can predict; None where the cache does not keep it.
+        teacher_perplexity: its exponential.
+        impossible_labels: labels that the teacher gives no probability, left out of both.
         bytes_per_position: of the whole file; None if there is no position yet.
         target_bytes_per_position: of the soft targets alone.
         columns: bytes per position of each dataset.
@@ -144,6 +154,9 @@ class InspectResult:
     skipped: int
     bytes: int
     clipped_mass: float | None
+    teacher_cross_entropy: float | None
+    teacher_perplexity: float | None
+    impossible_labels: int | None
     bytes_per_position: float | None
     target_bytes_per_position: float | None
     columns: tuple[ColumnSize, ...]
@@ -170,6 +183,8 @@ def inspect(options: InspectOptions) -> InspectResult:
     positions = sum(s.positions for s in shards)
     total = sum(s.bytes for s in shards)
     targets = [c.bytes_per_position for c in columns if c.name.startswith("targets/")]
+    sums = label_sums(shards) if spec.label_logprob else None
+    nats = sums[0] / sums[1] if sums and sums[1] else None
     return InspectResult(
         cache=cache.url,
         finished=cache.sealed,
@@ -189,6 +204,9 @@ def inspect(options: InspectOptions) -> InspectResult:
         skipped=sum(s.skipped for s in shards),
         bytes=total,
         clipped_mass=sum(s.clipped_mass for s in shards) / positions if positions else None,
+        teacher_cross_entropy=nats,
+        teacher_perplexity=perplexity(nats),
+        impossible_labels=sums[2] if sums else None,
         bytes_per_position=total / positions if positions else None,
         target_bytes_per_position=sum(targets) if targets else None,
         columns=columns,
@@ -245,7 +263,13 @@ def _row(
     assert number is not None
     entry, index = _find(shards, number, cache.sealed)
     with _tried(cache, entry, sandbox) as path:
-        data = read_shard(path, codec, counts=entry.counts, ranks=cache.rank_to_id)
+        data = read_shard(
+            path,
+            codec,
+            counts=entry.counts,
+            ranks=cache.rank_to_id,
+            label_logprob=cache.spec.label_logprob,
+        )
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
     targets = data.targets.take(np.arange(first, last))
@@ -253,8 +277,13 @@ def _row(
     tokenizer = cache.tokenizer() if causal else None
     name = _token_text(tokenizer) if causal else _class_name(cache.spec.label_names)
     guesses, rests, exact = _guesses(targets, temperature, options.top)
+    logprobs = np.full(last - first, np.nan)
+    if data.label_logprob is not None:
+        logprobs = decode_logprobs(data.label_logprob[first:last])
     positions = []
-    for place, found, rest in zip(row.places(cache.spec.task), guesses, rests, strict=True):
+    for place, found, rest, logprob in zip(
+        row.places(cache.spec.task), guesses, rests, logprobs.tolist(), strict=True
+    ):
         label = int(row.labels[place])
         positions.append(
             PositionView(
@@ -262,6 +291,7 @@ def _row(
                 token=name(int(row.input_ids[place])) if causal else None,
                 label=None if label == IGNORE else label,
                 label_text=None if label == IGNORE else name(label),
+                label_logprob=logprob if math.isfinite(logprob) else None,
                 guesses=tuple(Guess(i, name(i), p) for i, p in found),
                 rest=rest,
             )

@@ -21,6 +21,8 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
+from kdcache.targets.device import label_logprobs
+from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.ranks import read_ranks
 from kdcache.teacher import Teacher, find_batch_tokens, logits_at, peak_share
 
@@ -78,6 +80,9 @@ class SamplePass:
             _Trial(TargetWriter(codec, ranks if codec.uses_ranks else None)) for codec in codecs
         ]
         self.temperatures = tuple(sorted({t for codec in codecs for t in codec.temperatures}))
+        self.labels = prepared.spec.label_logprob  # these are at T = 1
+        self.made_for = tuple(sorted({*self.temperatures, *([1.0] if self.labels else [])}))
+        self.codes: list[np.ndarray] = []
         # The order of the rows is the same for batches of any size.
         self.rows = [
             sample.rows[i] for batch in self._batches(prepared.batch_tokens) for i in batch
@@ -108,7 +113,7 @@ class SamplePass:
 
     def measure(self, report: Report) -> None:
         """Run the teacher over the sample and every codec over its logits."""
-        options = replace(self.prepared.teacher, temperatures=self.temperatures)
+        options = replace(self.prepared.teacher, temperatures=self.made_for)
         self.teacher = Teacher(options, self.prepared.spec.vocab_size)
         self.teacher.probe(self.sample.rows)
         cut = self._batches(self._batch_tokens())
@@ -119,11 +124,19 @@ class SamplePass:
         for batch in cut:
             rows = [self.sample.rows[i] for i in batch]
             u = self._noise(batch)
+            if self.labels:
+                labels = np.concatenate([row.labels[self._places(row)] for row in rows])
+                rounding = self._noise(batch, of_label=True).cpu().numpy()
             place = 0
             slices = self.teacher.logits(rows)
             while (logits := self._next(slices)) is not None:
                 piece = u[place : place + len(logits)]
                 chosen = np.arange(-at % every, len(logits), every)
+                if self.labels:
+                    some = torch.from_numpy(labels[place : place + len(logits)].astype(np.int64))
+                    found = label_logprobs(logits_at(logits, self.made_for, (1.0,)), some)
+                    noise = rounding[place : place + len(logits)]
+                    self.codes.append(encode_logprobs(found.cpu().numpy(), noise))
                 made = [trial.add(self._of(logits, trial), piece) for trial in self.trials]
                 for trial, part in zip(self.trials, made, strict=True):
                     trial.parts.append(part)
@@ -135,7 +148,7 @@ class SamplePass:
             report(f"teacher: {done} of {len(self.rows)} rows")
 
     def _of(self, logits: Tensor, trial: _Trial) -> Tensor:
-        return logits_at(logits, self.temperatures, trial.codec.temperatures)
+        return logits_at(logits, self.made_for, trial.codec.temperatures)
 
     def _batch_tokens(self) -> int:
         """What a build would find: the largest batch that fits a GPU."""
@@ -164,12 +177,10 @@ class SamplePass:
         self.seconds += _now(self.teacher.device) - begin
         return logits
 
-    def _noise(self, batch: Sequence[int]) -> Tensor:
-        """The numbers of a build with seed 0."""
-        parts = [
-            position_uniform(0, *self.sample.places[i], self._places(self.sample.rows[i]))
-            for i in batch
-        ]
+    def _noise(self, batch: Sequence[int], *, of_label: bool = False) -> Tensor:
+        """The numbers of a build with seed 0; see `position_uniform`."""
+        rows = [(*self.sample.places[i], self._places(self.sample.rows[i])) for i in batch]
+        parts = [position_uniform(0, *row, of_label=of_label) for row in rows]
         u = np.concatenate(parts)
         return torch.from_numpy(u).to(self.teacher.device)
 
@@ -179,7 +190,7 @@ class SamplePass:
         taken = [part.take(chosen) for part in made]
         for t in self.temperatures:
             # The same two students for all codecs.
-            whole = logits_at(here, self.temperatures, (t,)).reshape(len(here), -1)
+            whole = logits_at(here, self.made_for, (t,)).reshape(len(here), -1)
             full, near = (
                 FullGradient(whole, t, torch.Generator().manual_seed(self.compared), student)
                 for student in (FAR, NEAR)
@@ -193,15 +204,16 @@ class SamplePass:
         """Write the sample with one codec and collect its figures."""
         targets = SoftTargets.concat(trial.parts)
         trial.parts.clear()
-        data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets)
+        codes = np.concatenate(self.codes) if self.labels else None
+        data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets, codes)
         write_shard(path, data, attributes={})
         sizes = column_bytes(path)
         of_rows = sum(n for name, n in sizes.items() if name.startswith("rows/")) / self.positions
         of_targets = sum(sizes.values()) / self.positions - of_rows
         begin = time.perf_counter()
-        read_shard(path, trial.codec, ranks=targets.rank_to_id).targets.at(
-            trial.codec.temperatures[0]
-        )
+        read_shard(
+            path, trial.codec, ranks=targets.rank_to_id, label_logprob=self.labels
+        ).targets.at(trial.codec.temperatures[0])
         read = (time.perf_counter() - begin) / self.positions
         teacher = self.seconds / self.positions
         encode = trial.seconds / self.positions

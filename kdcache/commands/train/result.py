@@ -49,6 +49,9 @@ class TrainResult:
         unknown: share of that tokenizer's tokens of the training texts that are unknown; None where
             its vocabulary has no unknown.
         eval_unknown: the same of the evaluation texts.
+        teacher_cross_entropy: the teacher's, with the hard labels of the training caches at T = 1,
+            as `hard_loss` is the student's; None where they do not keep it (`label_logprob`).
+        eval_teacher_cross_entropy: the same of the evaluation caches.
         made: False where the run was finished before and nothing was done.
     """
 
@@ -67,4 +70,6 @@ class TrainResult:
     vocabulary: int | None = None
     unknown: float | None = None
     eval_unknown: float | None = None
+    teacher_cross_entropy: float | None = None
+    eval_teacher_cross_entropy: float | None = None
     made: bool = True

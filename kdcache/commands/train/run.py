@@ -31,6 +31,7 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available
 
 from kdcache.cache import Cache
+from kdcache.cache.cache import teacher_cross_entropy
 from kdcache.commands.train.log import (
     MetricsCallback,
     OwnWandb,
@@ -122,6 +123,8 @@ class Run:
             best_step=best,
             seconds=seconds,
             parameters=sum(p.numel() for p in self.student.parameters()),
+            teacher_cross_entropy=teacher_cross_entropy(plan.caches, plan.options.cache_weight),
+            eval_teacher_cross_entropy=teacher_cross_entropy(plan.eval_caches),
             **_vocabulary(plan, self.tokenize),
         )
         with quiet_transformers():
@@ -212,7 +215,7 @@ def _trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
     chosen = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
     pad_id = plan.caches[0].spec.pad_id
     batch = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize)(chosen)
-    return {name: value for name, value in batch.items() if name != "count"}
+    return {k: value for k, value in batch.items() if k not in ("count", "label_logprob")}
 
 
 def _texts(caches: list[Cache]) -> Iterator[str]:

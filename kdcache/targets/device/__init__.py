@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from kdcache.targets.device.blocks import BLOCK, Blocks, largest, open_blocks, read_blocks
 from kdcache.targets.device.finite import check_finite
+from kdcache.targets.device.label import label_logprobs
 from kdcache.targets.device.outside import outside_mass
 from kdcache.targets.device.run import compiles
 from kdcache.targets.device.threshold import (
@@ -27,6 +28,7 @@ __all__ = [
     "blocked_sample",
     "check_finite",
     "compiles",
+    "label_logprobs",
     "largest",
     "open_blocks",
     "outside_mass",

@@ -56,7 +56,7 @@ def read_blocks(logits: Tensor, temperatures: tuple[float, ...]) -> Blocks:
 def _whole_blocks(logits: Tensor) -> Tensor:
     """View [n, V // B, B] of the logits, without the last, shorter block."""
     whole = logits.shape[-1] // BLOCK
-    return logits[:, : whole * BLOCK].view(-1, whole, BLOCK)
+    return logits[:, : whole * BLOCK].view(len(logits), whole, BLOCK)
 
 
 def _block_sums(blocks: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:

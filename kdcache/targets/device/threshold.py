@@ -114,7 +114,8 @@ def sample_entries(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
         head slots hold units of 1/M at each T, tail slots shares in 1/R. With B, "inverse" uint8
         [n, K]: tail slots hold 2 + log_B of the inverse inclusion probability. "heads", "draws"
         int32 [n]. "finite" bool [n]: False where a logit is NaN or plus infinity, or all are minus
-        infinity.
+        infinity. Of logits [n, V] with T = 1 among the temperatures also "peak" and "normalizer",
+        float32 [n], see `label_logprobs`.
     """
     # Opening up to 2 K blocks costs more than reading a small vocabulary outright.
     blocked = logits.ndim == 2 and logits.shape[-1] > 4 * rule.slots(logits.shape[-1]) * BLOCK
@@ -267,7 +268,8 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     drawn = torch.searchsorted(line, points, right=True).clamp_max(z.shape[-1] - 1)
     ids = torch.where(head, top_ids, drawn)
     finite = all_finite(peak.flatten(1), normalizer)
-    return _entries(ids, of(ids), head, units, left, draws, u, finite, rule)
+    entries = _entries(ids, of(ids), head, units, left, draws, u, finite, rule)
+    return entries if z.ndim == 3 else entries | _at_one(peak, normalizer, temperatures)
 
 
 def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
@@ -313,7 +315,15 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     z = logits.gather(1, ids).float()
     p = torch.stack(probabilities(z, peak, normalizer, temperatures), -1)
     finite = all_finite(peak, normalizer)
-    return _entries(ids, p, head, units, left, draws, u, finite, rule)
+    entries = _entries(ids, p, head, units, left, draws, u, finite, rule)
+    return entries | _at_one(peak, normalizer, temperatures)
+
+
+def _at_one(peak: Tensor, normalizer: Tensor, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
+    """What a label's log-probability needs of the pass over all logits."""
+    if 1.0 not in temperatures:
+        return {}
+    return {"peak": peak[:, 0], "normalizer": normalizer[:, temperatures.index(1.0)]}
 
 
 def _add(parts: list[Tensor]) -> Tensor:

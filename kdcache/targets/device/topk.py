@@ -20,7 +20,8 @@ def top_entries(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict
 
     Returns:
         "ids" int32 [n, K] and "logprobs" float32 [n, K] (T = 1), largest first;
-        "tail" float32 [n, m]; "finite" bool [n].
+        "tail" float32 [n, m]; "finite" bool [n]; "peak" and "normalizer" float32 [n], see
+        `label_logprobs`.
     """
     run = _top_blocked if logits.shape[-1] > 4 * k * BLOCK else _top_plain
     return run_encoding(run, (logits,), k, temperatures)
@@ -59,4 +60,6 @@ def _top_result(
         "logprobs": values - peak - normalizer[:, :1].log(),
         "tail": torch.zeros_like(tail) if everything else tail.clamp_min(0),
         "finite": all_finite(peak, normalizer),
+        "peak": peak[:, 0],
+        "normalizer": normalizer[:, 0],
     }

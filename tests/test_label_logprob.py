@@ -1,0 +1,395 @@
+"""The teacher's log-probability of each label: rounding, builds, what is read and what is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from broken_caches import forge, naming, run
+from conftest import make_tiny_lm
+from hypothesis import given
+from hypothesis import strategies as st
+from make_caches import CAUSAL, make_cache
+from test_untrusted import resealed
+from textbook import lm_logits, logprobs_of
+from transformers import AutoModelForCausalLM
+
+from kdcache.cache import Cache
+from kdcache.cache.cache import teacher_cross_entropy
+from kdcache.cache.check import problems
+from kdcache.cache.shard import ShardData, column_bytes
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.inspect.inspect import inspect
+from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.train import train
+from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.stream import Collator, TargetDataset, TargetStream
+from kdcache.targets import Codec
+from kdcache.targets.device import label, label_logprobs
+from kdcache.targets.label_logprob import (
+    IMPOSSIBLE,
+    decode_logprobs,
+    encode_logprobs,
+    sum_logprobs,
+)
+from kdcache.tasks import IGNORE
+
+
+def bound(logprobs: np.ndarray) -> np.ndarray:
+    """How far a stored value may be off: the step between its neighbours, and float32."""
+    return np.sqrt(-np.minimum(logprobs, 0)) / 45 + 1 / 8192 + 1e-5
+
+
+# Rounding
+
+
+@given(x=st.floats(0, 500_000), seed=st.integers(0, 1000))
+def test_the_mean_over_the_noise_is_the_value(x: float, seed: int) -> None:
+    u = (np.arange(4096) + np.random.default_rng(seed).random()) / 4096
+    codes = encode_logprobs(np.full(4096, -x), u)
+    values = -(codes.astype(float) ** 2) / 8192
+    step = math.sqrt(x) / 45.2 + 1 / 8192
+    assert abs(values + x).max() <= step * (1 + 1e-9)
+    assert len(np.unique(codes)) <= 2
+    # Evenly spaced noise: the mean is right up to one of 4,096 points.
+    assert abs(values.mean() + x) <= step / 4096 * 1.01 + 1e-9 * x
+    assert values.std() <= step / 2
+
+
+def test_what_has_no_probability_is_infinite() -> None:
+    codes = encode_logprobs([-np.inf, -600_000.0, 1e-7, -0.0], np.zeros(4))
+    assert codes.tolist() == [IMPOSSIBLE, IMPOSSIBLE, 0, 0]
+    assert decode_logprobs(codes).tolist() == [-math.inf, -math.inf, 0, 0]
+    assert sum_logprobs(codes) == (0.0, 2)
+    many = np.arange(IMPOSSIBLE, dtype=np.uint16)
+    assert sum_logprobs(many) == (sum(c * c for c in range(IMPOSSIBLE)) / 8192, 0)
+
+
+# On the device
+
+
+@pytest.mark.parametrize(
+    ("codec", "temperatures"),
+    [("sample:3", (1.0, 2.0)), ("sample:3", (2.0,)), ("topk:4", (2.0,)), ("dense", (1.0,))],
+)
+@pytest.mark.parametrize("vocabulary", [40, 6000])
+def test_it_is_the_log_softmax_whatever_the_codec_has_read(
+    codec: str, temperatures: tuple[float, ...], vocabulary: int
+) -> None:
+    torch.manual_seed(1)
+    n = 9
+    logits = 5 * torch.randn(n, vocabulary)
+    labels = torch.randint(0, vocabulary, (n,))
+    labels[0] = logits[0].argmax()
+    labels[2], labels[3] = vocabulary, vocabulary + 7  # the tokenizer's, but not the teacher's
+    if codec != "dense":
+        logits[1, labels[1]] = -math.inf  # a masked id
+    want = logits.double().log_softmax(-1).gather(1, labels.clamp(0, vocabulary - 1)[:, None])[:, 0]
+    want[2:4] = -math.inf
+    encoded = Codec.parse(codec, temperatures, vocabulary).encode(
+        logits, torch.rand(n, dtype=torch.float64)
+    )
+    found = label_logprobs(logits, labels, encoded)
+    fresh = label_logprobs(logits[:, None], labels)
+    blocks = label._sums_by_blocks(logits)  # as on CUDA
+    other = label._logprobs(logits, labels, blocks["peak"], blocks["normalizer"])["logprobs"]
+    masked = torch.isinf(want)
+    for got in (found, fresh, other):
+        assert got.dtype == torch.float32
+        assert torch.equal(torch.isinf(got), masked)
+        torch.testing.assert_close(got[~masked].double(), want[~masked], rtol=2e-6, atol=2e-6)
+    assert not {"peak", "normalizer"} & encoded.keys()
+
+
+# Builds
+
+
+def kept(cache: Cache) -> np.ndarray:
+    """Log-probabilities of all positions of a cache."""
+    parts = [cache.read(span).label_logprob for span in range(cache.spec.spans)]
+    return decode_logprobs(np.concatenate([part for part in parts if part is not None]))
+
+
+@pytest.mark.parametrize("codec", ["dense", "topk:8", "sample:20"])
+def test_every_cache_of_a_language_model_keeps_it(
+    codec: str, lm_caches: dict[str, str], tiny_lm: Path
+) -> None:
+    cache = Cache.open(lm_caches[codec])
+    logits, labels = lm_logits(tiny_lm, lm_caches[codec])
+    want = logprobs_of(logits)[np.arange(len(labels)), labels]
+    got = kept(cache)
+    error = got - want
+    assert (abs(error) <= bound(want)).all()
+    # 4 standard errors, of which each is half a step at most.
+    assert abs(error.sum()) <= 4 * math.sqrt((bound(want) ** 2).sum()) / 2
+    assert teacher_cross_entropy([cache]) == pytest.approx(-got.astype(float).mean(), abs=1e-6)
+    other = Cache.open(lm_caches["dense" if codec != "dense" else "topk:8"])
+    assert (kept(other) == got).mean() > 0.999, "the noise is the position's, not the codec's"
+
+
+def test_a_classifiers_cache_keeps_none(class_cache: str) -> None:
+    cache = Cache.open(class_cache)
+    assert not cache.spec.label_logprob
+    assert cache.read(0).label_logprob is None
+    assert cache.manifest.shards[0].label_nats is None
+    assert inspect(InspectOptions(class_cache)).teacher_cross_entropy is None
+
+
+def test_it_does_not_depend_on_the_batches(small_build: BuildOptions, tmp_path: Path) -> None:
+    alone = dataclasses.replace(small_build, out=str(tmp_path / "alone"), batch_tokens=1)
+    for options in (small_build, alone):
+        build(dataclasses.replace(options, limit=12, max_length=48))
+    one, two = (kept(Cache.open(options.out)) for options in (small_build, alone))
+    assert len(one) > 300
+    assert (one == two).mean() > 0.99  # rounding in the model may move a few
+
+
+def test_ids_beyond_the_vocabulary_take_nothing_from_it(
+    small_build: BuildOptions, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    wide = make_tiny_lm(tiny_tokenizer, tmp_path / "wide", vocab_size=384)
+    options = dataclasses.replace(small_build, teacher=(str(wide),), limit=12, max_length=48)
+    assert build(options).clipped_mass > 0.01
+    logits, labels = lm_logits(wide, options.out)
+    want = logprobs_of(logits)[np.arange(len(labels)), labels]
+    assert (abs(kept(Cache.open(options.out)) - want) <= bound(want)).all()
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "codec", "temperatures"),
+    [
+        ("mean-probs", "sample:5", (1.0, 2.0)),
+        ("mean-probs", "sample:5", (2.0,)),
+        ("mean-probs", "dense", (2.0,)),
+        ("mean-logits", "topk:5", (2.0,)),
+    ],
+)
+def test_of_an_ensemble_it_is_the_means(
+    ensemble: Any,
+    codec: str,
+    temperatures: tuple[float, ...],
+    small_build: BuildOptions,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    other = make_tiny_lm(tiny_tokenizer, tmp_path / "second", seed=5)
+    options = dataclasses.replace(
+        small_build,
+        teacher=(*small_build.teacher, str(other)),
+        teacher_weight=(3.0, 1.0),
+        ensemble=ensemble,
+        codec=codec,
+        temperatures=temperatures,
+        limit=6,
+        max_length=48,
+    )
+    build(options)
+    models = [AutoModelForCausalLM.from_pretrained(name).eval() for name in options.teacher]
+    dataset = TargetDataset(options.out)
+    for data in (dataset[i] for i in range(len(dataset))):
+        row = data.row(0)
+        ids = torch.from_numpy(row.input_ids).long()[None]
+        places = row.labels != IGNORE
+        with torch.inference_mode():
+            logits = [one(input_ids=ids).logits[0, places].double() for one in models]
+        if ensemble == "mean-probs":
+            mean = (0.75 * logits[0].softmax(-1) + 0.25 * logits[1].softmax(-1)).log()
+        else:
+            mean = (0.75 * logits[0] + 0.25 * logits[1]).log_softmax(-1)
+        want = mean[np.arange(places.sum()), row.labels[places]].numpy()
+        assert data.label_logprob is not None
+        assert (abs(decode_logprobs(data.label_logprob) - want) <= bound(want)).all()
+
+
+def test_it_takes_little_more_than_a_byte(stories260k: Path, novels: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "cache")
+    build(
+        BuildOptions(
+            (str(stories260k),), (str(novels),), out, codec="sample:1", max_length=256, limit=12,
+            workers=0,
+        )
+    )  # fmt: skip
+    cache = Cache.open(out)
+    assert cache.manifest.positions > 20_000
+    sizes = [
+        column_bytes(Path(out, "shards", shard.name))["rows/label_logprob"]
+        for shard in cache.manifest.shards
+    ]
+    assert sum(sizes) / cache.manifest.positions < 1.2
+
+
+# Reading
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_batches_hand_it_out_in_the_order_of_their_positions(tmp_path: Path, soft: bool) -> None:
+    caches = [
+        make_cache(tmp_path / name, [7, 5], task=CAUSAL, first=first, label_logprob=True)
+        for name, first in (("a", 0), ("b", 40))
+    ]
+    temperature = 1.0 if soft else None
+    stream = TargetStream(caches, batch_size=5, temperature=temperature, seed=3)
+    dataset = TargetDataset(caches)
+    loose = [Collator(0, temperature)([dataset[i]]) for i in range(len(dataset))]
+    seen = 0
+    for batch in (*stream, *loose):
+        labels = batch["labels"]
+        # `make_caches`: a function of the row's number and the place in the row.
+        want = torch.tensor(
+            [
+                -((((int(ids[0]) * 64 + int(ids[1])) * 31 + place) % 400) ** 2) / 8192
+                for ids, row in zip(batch["input_ids"], labels, strict=True)
+                for place in (row != IGNORE).nonzero().flatten().tolist()
+            ]
+        )
+        torch.testing.assert_close(batch["label_logprob"], want)
+        seen += len(want)
+    assert seen == 2 * sum(cache.manifest.positions for cache in caches)
+
+
+def test_beside_caches_without_it_no_batch_has_it(tmp_path: Path) -> None:
+    caches = [
+        make_cache(tmp_path / "with", [4, 4], task=CAUSAL, label_logprob=True),
+        make_cache(tmp_path / "without", [4, 4], task=CAUSAL, first=40),
+    ]
+    dataset = TargetDataset(caches)
+    for batch in (
+        *TargetStream(caches, batch_size=3, group=1),
+        *(Collator(0)([dataset[i]]) for i in range(len(dataset))),
+    ):
+        assert "label_logprob" not in batch
+    assert teacher_cross_entropy(caches) is None
+    found = teacher_cross_entropy([caches[0], caches[0]], (1.0, 0.5))
+    assert found == pytest.approx(teacher_cross_entropy(caches[:1]))
+
+
+# Commands
+
+
+def test_inspect_shows_it_beside_each_token(lm_caches: dict[str, str], tiny_lm: Path) -> None:
+    folder = lm_caches["sample:20"]
+    logits, labels = lm_logits(tiny_lm, folder)
+    want = logprobs_of(logits)[np.arange(len(labels)), labels]
+    result = inspect(InspectOptions(folder, row=0))
+    assert result.row is not None
+    got = np.array([position.label_logprob for position in result.row.positions])
+    assert (abs(got - want[: len(got)]) <= bound(want[: len(got)])).all()
+    assert result.teacher_cross_entropy == pytest.approx(-want.mean(), abs=2e-3)
+    assert result.teacher_perplexity == pytest.approx(math.exp(-want.mean()), rel=2e-3)
+    assert result.impossible_labels == 0
+    shown = run("inspect", folder, "--row", "0").output
+    assert f"{result.teacher_cross_entropy:.4f} nats a position (perplexity " in shown
+    lines = shown[shown.index("logprob  teacher's predictions") :].splitlines()[1:]
+    assert len(lines) == len(got)
+    assert all(f"  {logprob:.2f}  " in line for logprob, line in zip(got, lines, strict=True))
+
+
+@pytest.mark.parametrize("codec", ["topk:8", "sample:20"])
+@pytest.mark.parametrize("limit", [None, 7])
+def test_evaluate_reports_the_teachers_cross_entropy_without_it(
+    codec: str, limit: int | None, lm_caches: dict[str, str], tiny_lm: Path
+) -> None:
+    options = EvaluateOptions((str(tiny_lm),), cache=lm_caches[codec], limit=limit)
+    teacher, same = evaluate(options).models
+    assert teacher.cross_entropy == pytest.approx(same.cross_entropy, abs=5e-3)
+    assert teacher.perplexity == pytest.approx(same.perplexity, rel=5e-3)
+
+
+@pytest.mark.end_to_end
+def test_train_reports_the_teachers_cross_entropy(
+    lm_caches: dict[str, str], tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+    (tmp_path / "student.json").write_text(json.dumps(config))
+    common: dict[str, Any] = {"student": str(tmp_path / "student.json"), "max_steps": 2}
+    options = TrainOptions(
+        (lm_caches["sample:20"],), out=str(tmp_path / "run"), eval_cache=(lm_caches["topk:8"],),
+        **common,
+    )  # fmt: skip
+    result = train(options)
+    want = [teacher_cross_entropy([Cache.open(lm_caches[c])]) for c in ("sample:20", "topk:8")]
+    assert [result.teacher_cross_entropy, result.eval_teacher_cross_entropy] == want
+    again = train(options)
+    assert not again.made
+    assert again.teacher_cross_entropy == want[0]
+
+
+# Caches that lie
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return make_cache(tmp_path / "cache", [6, 3], task=CAUSAL, label_logprob=True)
+
+
+def without(data: ShardData) -> ShardData:
+    return dataclasses.replace(data, label_logprob=None)
+
+
+def test_the_column_is_there_exactly_if_the_spec_says_so(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CorruptCacheError, match="does not belong to spec"):
+        forge(cache, tmp_path / "none", without)
+    plain = forge(cache, tmp_path / "plain", without, label_logprob=False)
+    assert list(problems(plain)) == []
+    with pytest.raises(CorruptCacheError, match="does not belong to spec"):
+        forge(plain, tmp_path / "more", lambda _: cache.read(0), spans=1)
+
+
+def test_a_build_of_an_earlier_version_is_not_continued(
+    small_build: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dataclasses.replace(small_build, limit=8)
+    build(options)
+    cache = Cache.open(options.out)
+    old = forge(cache, Path(options.out + "-old"), without, label_logprob=False)
+    with pytest.raises(UsageError, match="label_logprob: null -> true"):
+        build(dataclasses.replace(options, out=old.url))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("label_nats", 1.0, "add up to"),
+        ("impossible_labels", 1, "another cache"),
+        ("label_nats", -1.0, "labels of -1.0 nats"),
+        ("label_nats", "x", "labels of x nats"),
+        ("impossible_labels", 10**6, "1000000 impossible labels"),
+        ("impossible_labels", None, "None impossible labels"),
+    ],
+)
+def test_sums_that_are_not_the_columns_are_found(
+    name: str, value: Any, words: str, cache: Cache
+) -> None:
+    folder = Path(cache.url)
+    resealed(folder / "manifest.json", lambda v: v["shards"][0].update({name: value}))
+    assert words.replace("add up to", "another cache") in naming(folder)
+
+
+def test_codes_that_are_not_the_manifests_sum_are_found(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A shard whose attributes agree with the manifest, and whose column does not.
+    monkeypatch.setattr("kdcache.cache.cache.sum_logprobs", lambda codes: (7.0, 0))
+    lying = forge(cache, tmp_path / "lying", lambda data: data)
+    assert [p.file for p in problems(lying)] == [f"shards/{s.name}" for s in lying.manifest.shards]
+
+
+def test_a_column_of_another_length_is_refused(cache: Cache, tmp_path: Path) -> None:
+    def shorter(data: ShardData) -> ShardData:
+        assert data.label_logprob is not None
+        return dataclasses.replace(data, label_logprob=data.label_logprob[1:])
+
+    found = forge(cache, tmp_path / "shorter", shorter)
+    with pytest.raises(CorruptCacheError, match="label_logprob has shape"):
+        found.read(0)
