@@ -32,7 +32,7 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from kdcache.teacher.model import TeacherModel
-from kdcache.teacher.probe import distance, head_is_plain, probe_rows
+from kdcache.teacher.probe import distance, head_of, probe_rows
 
 Change = Callable[[dict[str, Any], Tensor], Tensor]
 
@@ -90,6 +90,36 @@ def test_the_fastest_right_way_is_taken(
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("names", "change", "constants"),
+    [
+        ({"logit_scale": 0.5}, lambda z: z * 0.5, (0.5, None)),
+        ({"logits_scaling": 8.0}, lambda z: z / 8, (0.125, None)),
+        ({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+         lambda z: 30 * torch.tanh(z / 30), (1.0, 30.0)),
+        ({"logit_scale": 0.5, "final_logit_softcapping": 3.0},
+         lambda z: 3 * torch.tanh(z / 6), (0.5, 3.0)),
+        ({"logit_scale": 1.005}, lambda z: z * 1.005, (1.005, None)),
+    ],
+)  # fmt: skip
+@torch.inference_mode()
+def test_what_the_config_names_is_done_to_slices(
+    changed: Callable[[Change], TeacherModel], monkeypatch: pytest.MonkeyPatch,
+    names: dict[str, float], change: Callable[[Tensor], Tensor], constants: Any,
+) -> None:  # fmt: skip
+    one, some = changed(lambda _inputs, z: change(z)), rows(40, 31, 31, 7)
+    for name, value in names.items():
+        setattr(one.model.config, name, value)
+    one.probe(some)
+    assert (one.direct, one.batching) == (True, "padded")
+    assert (one.scale, one.cap) == constants
+    monkeypatch.setattr("kdcache.teacher.model.slice_positions", lambda *_: 10)
+    pieces = [piece.logits for piece in one.slices(some)]
+    assert len(pieces) == 11
+    want = [one.model(input_ids=torch.from_numpy(r.input_ids)[None].long()).logits[0] for r in some]
+    torch.testing.assert_close(torch.cat(pieces), torch.cat(want), rtol=1e-4, atol=1e-4)
+
+
 @torch.inference_mode()
 def test_what_no_way_cures_is_refused(changed: Callable[[Change], TeacherModel]) -> None:
     def later(inputs: dict[str, Any], z: Tensor) -> Tensor:
@@ -104,9 +134,9 @@ def test_what_no_way_cures_is_refused(changed: Callable[[Change], TeacherModel])
 @torch.inference_mode()
 def test_a_decoder_that_only_the_own_forward_can_call_is_left_alone(tiny_lm: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
-    assert head_is_plain(model, rows(8)[0])
+    assert head_of(model, rows(8)[0]) == (1.0, None)
     model.get_decoder = lambda: model.lm_head
-    assert not head_is_plain(model, rows(8)[0])
+    assert head_of(model, rows(8)[0]) is None
 
 
 def test_broken_logits_are_left_to_the_codec(changed: Callable[[Change], TeacherModel]) -> None:

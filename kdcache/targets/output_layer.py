@@ -93,12 +93,13 @@ class OutputLayer:
         dtype = torch.promote_types(states.dtype, torch.float32)
         weight, bias = self.on(states.device, dtype)
         projected = torch.nn.functional.linear(states.to(dtype), weight, bias)
-        return self.finished_(projected)
+        return finish_(projected, self.scale, self.cap)
 
-    def finished_(self, projected: Tensor) -> Tensor:
-        """Scale and cap projected states [n, V] in place; returns them."""
-        if self.scale != 1:
-            projected.mul_(self.scale)
-        if self.cap is not None:
-            projected.div_(self.cap).tanh_().mul_(self.cap)
-        return projected
+
+def finish_(projected: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Scale and cap projected states [n, V] in place; returns them."""
+    if scale != 1:
+        projected.mul_(scale)
+    if cap is not None:
+        projected.div_(cap).tanh_().mul_(cap)
+    return projected

@@ -28,10 +28,11 @@ from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
 from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
+from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
 from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
-from kdcache.teacher.probe import TOLERANCES, distance, head_is_plain, probe_rows, with_other_end
+from kdcache.teacher.probe import TOLERANCES, distance, head_of, probe_rows, with_other_end
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class TeacherModel:
 
     Attributes:
         model: the Hugging Face model.
-        direct: whether logits are the output layer applied to the decoder's states.
+        direct: whether logits are the output layer applied to the decoder's states, times
+            `scale` and soft-capped at `cap` if there is one.
         batching: which rows share a batch: `padded` ones, those of `equal lengths`, or none.
         clipped_mass: float32 scalar, probability outside the vocabulary so far, summed.
         layer: what makes its logits of its states, once it is probed; None unless asked for.
@@ -105,6 +107,8 @@ class TeacherModel:
         self.vocab_size = vocab_size
         self.device = input_device(model)
         self.direct = False
+        self.scale: float = 1.0
+        self.cap: float | None = None
         self.states = states
         self.layer: OutputLayer | None = None
         self.batching: Batching = "padded"
@@ -149,7 +153,9 @@ class TeacherModel:
             )
         if self.causal:
             self._check_causal(sample[0], want[0])
-        ways = [True, False] if self.causal and head_is_plain(self.model, sample[0]) else [False]
+        constants = head_of(self.model, sample[0]) if self.causal else None
+        self.scale, self.cap = constants or (1.0, None)
+        ways = [False] if constants is None else [True, False]
         found: dict[tuple[str, bool], float] = {}
         for self.batching in get_args(Batching):
             for self.direct in ways:
@@ -239,7 +245,8 @@ class TeacherModel:
         with kept_loaded(head):
             for start in range(0, len(hidden), step):
                 states = hidden[start : start + step]
-                yield Slice(self._cut(head(states)), states if self.states else None)
+                logits = self._cut(finish_(head(states), self.scale, self.cap))
+                yield Slice(logits, states if self.states else None)
 
     def _forward(self, batch: dict[str, Tensor]) -> Iterator[Slice]:
         """The model's own forward."""

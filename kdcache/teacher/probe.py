@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from kdcache.rows import Row
+from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
 from kdcache.teacher.load import input_device
+from kdcache.teacher.projection import named_constants
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 """Share of the logits' spread that rounding may move them by: kernels for other shapes moved those
@@ -100,12 +102,15 @@ def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def head_is_plain(model: Any, row: Row) -> bool:
-    """Whether logits are the output layer applied to the decoder's last hidden state, and no more.
+def head_of(model: Any, row: Row) -> tuple[float, float | None] | None:
+    """Whether logits are the output layer applied to the decoder's last hidden state, and no more
+    than scaled (Granite, Cohere) and soft-capped (Gemma 2) by constants that the config names.
 
-    Soft-capping (Gemma 2) and logit scaling (Granite, Cohere) happen after the layer. They are
-    found by replacing the decoder's output with large random states inside the model's own forward,
+    Found by replacing the decoder's output with large random states inside the model's own forward,
     rather than from a list of architectures.
+
+    Returns:
+        Scale and cap, 1 and None of a plain layer; None where logits are made in another way.
     """
     decoder: Any = None
     head: Any = None
@@ -113,7 +118,7 @@ def head_is_plain(model: Any, row: Row) -> bool:
         decoder, head = model.get_decoder(), model.get_output_embeddings()
     width = getattr(head, "in_features", None)
     if decoder is None or decoder is model or width is None:
-        return False
+        return None
     given: list[Tensor] = []
 
     def enlarge(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -133,9 +138,14 @@ def head_is_plain(model: Any, row: Row) -> bool:
     finally:
         hook.remove()
     if len(given) != 1:
-        return False
+        return None
     plain = head(given[0])
     if plain.shape != own.shape:
-        return False
+        return None
     plain, own = plain[0].float().cpu(), own[0].float().cpu()
-    return distance([own], [plain]) <= 0.1 * TOLERANCES["bfloat16"]
+
+    def moved(constants: tuple[float, float | None]) -> float:
+        return distance([own], [finish_(plain.clone(), *constants)])
+
+    best = min(named_constants(model.config), key=moved)
+    return best if moved(best) <= 0.1 * TOLERANCES["bfloat16"] else None

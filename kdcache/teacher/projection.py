@@ -116,15 +116,7 @@ class Projection:
 
     def _named(self, own: Tensor, given: Tensor, eps: float) -> tuple[float, float | None] | None:
         """Scale and cap between two tensors, 1 and none or what the config names, if there are."""
-        config = text_config(getattr(self.student, "config", None))
-        named = {
-            name: float(value)
-            for name, value in getattr(config, "__dict__", {}).items()
-            if ("logit" in name or "lm_head" in name) and isinstance(value, (int, float)) and value
-        }
-        scales = [1.0, *(scale for value in named.values() for scale in (value, 1 / value))]
-        caps = [None, *(value for name, value in named.items() if "cap" in name and value > 0)]
-        for cap, scale in itertools.product(caps, scales):
+        for scale, cap in named_constants(getattr(self.student, "config", None)):
             want = soft_capped(scale * given, cap)
             size = want.norm(dim=-1)
             # Each row says it by itself: large numbers show the cap, small ones the scale.
@@ -133,6 +125,19 @@ class Projection:
             if (wrong <= max(eps, 1e-5)).all() and (apart <= 4 * max(eps, 1e-6) * size).all():
                 return scale, cap
         return None
+
+
+def named_constants(config: Any) -> Iterator[tuple[float, float | None]]:
+    """Scales and caps that a config names, 1 and none first: what logits may be made with."""
+    named = {
+        name: float(value)
+        for name, value in getattr(text_config(config), "__dict__", {}).items()
+        if ("logit" in name or "lm_head" in name) and isinstance(value, (int, float)) and value
+    }
+    scales = [1.0, *(scale for value in named.values() for scale in (value, 1 / value))]
+    caps = [None, *(value for name, value in named.items() if "cap" in name and value > 0)]
+    for cap, scale in itertools.product(caps, scales):
+        yield scale, cap
 
 
 def call(student: nn.Module, inputs: Mapping[str, Any]) -> Any:
