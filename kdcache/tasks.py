@@ -6,6 +6,7 @@ where a soft target is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar, get_args
 
 Task = Literal["causal-lm", "sequence-classification"]
@@ -34,3 +35,11 @@ def positions(labels: Labels, task: str) -> Labels:
     labelled: Any = labels != IGNORE
     every: Labels = labelled if task == CAUSAL_LM else labelled | True
     return every
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """The task of a Hugging Face model by its `config.json`, or None if that does not say."""
+    names = " ".join(config.get("architectures") or ())
+    if "SequenceClassification" in names:
+        return SEQUENCE_CLASSIFICATION
+    return CAUSAL_LM if "CausalLM" in names or "LMHead" in names else None

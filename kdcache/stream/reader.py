@@ -122,8 +122,9 @@ class TargetStream(IterableDataset[Batch]):
     """Batches of one rank, read ahead of the training step.
 
     Iterating gives the rest of the current epoch and leaves the cursor at the next one, so
-    `for epoch in range(3): for batch in stream: ...` trains three epochs. Works as it is, or in
-    `DataLoader(stream, batch_size=None)` (with no worker processes: it has its own threads).
+    `for epoch in range(3): for batch in stream: ...` trains three epochs. It is a loader itself,
+    with the protocol of torchdata's `StatefulDataLoader`: `state_dict` after a step is where to go
+    on. A `DataLoader` around it, without worker processes, adds nothing and keeps no state.
     """
 
     def __init__(
@@ -277,7 +278,7 @@ class TargetStream(IterableDataset[Batch]):
         if get_worker_info() is not None:
             raise UsageError(
                 "a TargetStream reads in threads of its own: worker processes would repeat it. "
-                "Use DataLoader(stream, batch_size=None, num_workers=0)."
+                "Iterate the stream itself, without a DataLoader."
             )
         return self.batches(self.cursor.epoch + 1)
 

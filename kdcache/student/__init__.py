@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kdcache.models import BiLstmConfig
 from kdcache.student.bilstm import BiLstmForSequenceClassification
-from kdcache.student.load import HfTokenize, StudentInfo, load_student, student_tokenize
+from kdcache.student.info import StudentInfo
+from kdcache.student.load import HfTokenize, load_student, student_tokenize
 from kdcache.student.words import read_embeddings, word_tokenizer
 from kdcache.student.wrapper import DistillationOutput, DistilledStudent
 

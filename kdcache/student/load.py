@@ -20,7 +20,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,8 +40,9 @@ from transformers import (
 from kdcache.errors import UsageError
 from kdcache.models import BILSTM, BiLstmConfig
 from kdcache.student.bilstm import BiLstmForSequenceClassification
+from kdcache.student.info import StudentInfo
 from kdcache.student.words import read_embeddings, word_tokenizer
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
@@ -54,46 +55,9 @@ _WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
 Tokenize = Callable[[Sequence[str], Sequence[str] | None], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class StudentInfo:
-    """What a student must know about its cache.
-
-    Attributes:
-        task: CAUSAL_LM or "sequence-classification".
-        vocab_size: ids of the cache's tokenizer.
-        num_labels: classes, for classification.
-        label_names: their names, in order.
-        pad_id: id of padding in the cache's batches.
-        bos_id: begin-of-sequence id of the cache's tokenizer.
-        eos_id: end-of-sequence id.
-        max_length: longest row, in tokens.
-        texts: training texts for a word vocabulary; read once.
-        tokenizer: the cache's tokenizer, to compare with a student's own.
-        seed: of random weights.
-    """
-
-    task: str
-    vocab_size: int
-    num_labels: int | None = None
-    label_names: tuple[str, ...] | None = None
-    pad_id: int = 0
-    bos_id: int | None = None
-    eos_id: int | None = None
-    max_length: int = 512
-    texts: Iterable[str] | None = None
-    tokenizer: Any = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise UsageError(f"task {self.task!r} is unknown; it is {' or '.join(TASKS)}.")
-        if self.task == SEQUENCE_CLASSIFICATION and not self.num_labels:
-            raise UsageError("a classification student needs the number of classes (num_labels).")
-
-
 def load_student(
     name: str,
-    info: StudentInfo,
+    info: StudentInfo | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     embeddings: str | Path | None = None,
@@ -104,7 +68,7 @@ def load_student(
 
     Args:
         name: see the module.
-        info: the cache's side.
+        info: the cache's side. A student that was trained, such as a run's folder, needs none.
         options: only for bilstm: fields of `BiLstmConfig`, and `tokenizer` ("words" or "teacher"),
             `min_count`, `max_words`, `lower` of its vocabulary.
         embeddings: only for bilstm with words: GloVe or word2vec text file, .gz too.
@@ -113,12 +77,15 @@ def load_student(
         trust_remote_code: run code that a folder or hub repository brings or names.
 
     Returns:
-        The student, in training mode.
+        The student, in training mode; loaded without `info`, in evaluation mode.
 
     Raises:
         UsageError: no such student, or one that does not fit the cache.
     """
     raw = _config_file(name)
+    trained = info is None
+    if info is None:
+        info = StudentInfo.saved(name, raw or {})
     kind = None if raw is None else raw.get("model_type")
     if raw is not None:
         check_config(f"student {name}", raw, trust_remote_code=trust_remote_code)
@@ -139,7 +106,7 @@ def load_student(
         else:
             student = _from_weights(name, info, dtype, trust_remote_code)
     _check(student, name, info, trust_remote_code)
-    return student.train()
+    return student.train(not trained)
 
 
 def student_tokenize(

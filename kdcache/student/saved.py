@@ -27,7 +27,7 @@ from kdcache.student import (
     word_tokenizer,
 )
 from kdcache.student.load import Tokenize, find_files
-from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions
+from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions, task_of
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
 from kdcache.teacher.trust import FACTORY_TYPE, read_json
 
@@ -78,12 +78,7 @@ class SavedModel:
     @cached_property
     def task(self) -> str | None:
         """The task of the model, or None if its configuration does not say."""
-        names = " ".join(self.raw_config.get("architectures") or ())
-        if "SequenceClassification" in names:
-            return SEQUENCE_CLASSIFICATION
-        if self.is_factory:
-            return str(self.raw_config["info"]["task"])
-        return CAUSAL_LM if "CausalLM" in names or "LMHead" in names else None
+        return str(self.raw_config["info"]["task"]) if self.is_factory else task_of(self.raw_config)
 
     def check_task(self, task: str) -> None:
         """Refuse a model of another task."""

@@ -7,6 +7,7 @@ subclass
 * divides each loss by the number of positions of the whole global batch, which the stream knows, so
   that several workers or accumulated slices give the gradient of the one big batch;
 * sets alpha and T of each step, and logs the hard and the soft loss separately;
+* records what is distilled, and how, in the configuration that trackers keep of a run;
 * keeps the cursor and the identity of the caches in every checkpoint, and continues from there
   exactly;
 * evaluates on a stream: cross-entropy, soft loss, accuracy.
@@ -44,6 +45,7 @@ from kdcache.student.checkpoints import (
     read_state,
 )
 from kdcache.student.padding import without_mask
+from kdcache.student.record import recorded
 from kdcache.student.wrapper import DistilledStudent, host_places
 from kdcache.targets import Targets
 from kdcache.tasks import IGNORE
@@ -200,11 +202,20 @@ class DistillationTrainer(CheckpointingTrainer):
                     "its first row. Make the stream without a cursor, or resume from a checkpoint."
                 )
             self.train_dataset.cursor, self._window = Cursor(), {}
+        # Every tracker records the arguments as this gives them.
+        arguments = self.args.to_dict()
+        self.args.to_dict = lambda: {**arguments, **self.run_facts()}
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
+            del self.args.to_dict
             if self._loader is not None:
                 self._loader.close()
+
+    def run_facts(self) -> dict[str, Any]:
+        """What trackers record of the distillation, by name."""
+        stream = self._place(self.train_dataset, self.args.gradient_accumulation_steps)
+        return recorded(stream, self.model, self.alpha, self.total_steps(stream))
 
     def compute_loss(
         self,

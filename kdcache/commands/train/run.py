@@ -32,6 +32,7 @@ from transformers.integrations import is_tensorboard_available
 
 from kdcache.cache import Cache
 from kdcache.cache.cache import teacher_cross_entropy
+from kdcache.commands.train.card import CARD_FILE, model_card
 from kdcache.commands.train.log import (
     MetricsCallback,
     OwnWandb,
@@ -43,7 +44,7 @@ from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan, steps_
 from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
 from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.errors import UsageError
-from kdcache.files import filled_folder, write_json
+from kdcache.files import filled_folder, write_json, write_text
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import (
     BiLstmForSequenceClassification,
@@ -405,4 +406,6 @@ def _save(plan: RunPlan, trainer: DistillationTrainer, tokenize: Any, result: Tr
             "identity": plan.finished_identity,
             "result": dataclasses.asdict(result),
         }
+        card = model_card(plan, result, getattr(student.config, "model_type", None))
+        write_text(folder / CARD_FILE, card)
         write_json(folder / RESULT_FILE, document)

@@ -1,0 +1,93 @@
+"""The model card of a run: `README.md` beside the student, as model hubs show it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from kdcache.commands.train.prepare import RunPlan
+from kdcache.commands.train.result import TrainResult
+from kdcache.storage import redact
+from kdcache.tasks import CAUSAL_LM
+from kdcache.version import __version__
+
+CARD_FILE = "README.md"
+_PIPELINES = {CAUSAL_LM: "text-generation"}
+
+
+def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> str:
+    """What was distilled from what, how well, and how to load it.
+
+    Args:
+        plan: of the run.
+        result: of the run.
+        model_type: of the student as transformers knows it; None for a `module:function`.
+    """
+    options, spec = plan.options, plan.caches[0].spec
+    name = plan.out.name
+    causal = spec.task == CAUSAL_LM
+    header = {
+        "library_name": "transformers" if model_type else "kdcache",
+        "pipeline_tag": _PIPELINES.get(spec.task, "text-classification"),
+        "tags": ["knowledge-distillation", "kdcache"],
+    }
+    teachers = dict.fromkeys(str(t) for c in plan.caches for t in c.notes.get("teachers", ()))
+    loss = (
+        "hard labels alone"
+        if options.hard_only
+        else f"alpha {options.alphas} on the hard labels, the rest {options.divergence} at "
+        f"T = {options.temperatures}"
+    )
+    facts = [
+        ("task", spec.task),
+        ("teacher", ", ".join(teachers) or "unknown"),
+        ("student began as", redact(options.student)),
+        ("parameters", f"{result.parameters:,}"),
+        ("loss", loss),
+        ("training", f"{result.steps:,} steps of {options.batch_size} rows, {result.rows:,} rows"),
+        ("seed", str(options.seed)),
+        ("kdcache", __version__),
+    ]
+    caches = [
+        (redact(url), cache.spec.codec, f"{cache.manifest.rows:,}", f"`{cache.digest}`", corpus)
+        for url, cache in zip(options.cache, plan.caches, strict=True)
+        for corpus in (", ".join(str(f["name"]) for f in cache.spec.corpus[:3]),)
+    ]
+    measured: dict[str, Any] = {"training loss": result.loss}
+    measured |= {f"evaluation: {key}": value for key, value in result.eval.items()}
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    # Its own models are registered with transformers by the import.
+    first = "import kdcache\n" if not model_type or model_type.startswith("kdcache-") else ""
+    call = "kdcache.load_student"
+    if model_type:
+        first += f"from transformers import {auto}\n"
+        call = f"{auto}.from_pretrained"
+    trust = "" if model_type else ", trust_remote_code=True"  # the code that made it
+    load = f"{first}\nmodel = {call}({json.dumps(name)}{trust})"
+    return (
+        "\n\n".join(
+            [
+                f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+                f"# {name}",
+                "A student that was trained on the cached answers of its teacher with kdcache.",
+                _table(("", ""), facts),
+                "## Data",
+                _table(("cache", "codec", "rows", "SHA-256 of its manifest", "corpus"), caches),
+                "## Figures",
+                _table(("figure", "value"), [(k, f"{v:.4f}") for k, v in measured.items()]),
+                "## Use",
+                f"```python\n{load}\n```",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A markdown table; what would end a cell is escaped."""
+    lines = [header, ("---",) * len(header), *rows]
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -1,0 +1,71 @@
+"""What a student must know about the cache it learns from, or learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import UsageError
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, task_of
+from kdcache.teacher.trust import FACTORY_TYPE
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """What a student must know about its cache.
+
+    Attributes:
+        task: CAUSAL_LM or "sequence-classification".
+        vocab_size: ids of the cache's tokenizer.
+        num_labels: classes, for classification.
+        label_names: their names, in order.
+        pad_id: id of padding in the cache's batches.
+        bos_id: begin-of-sequence id of the cache's tokenizer.
+        eos_id: end-of-sequence id.
+        max_length: longest row, in tokens.
+        texts: training texts for a word vocabulary; read once.
+        tokenizer: the cache's tokenizer, to compare with a student's own.
+        seed: of random weights.
+    """
+
+    task: str
+    vocab_size: int
+    num_labels: int | None = None
+    label_names: tuple[str, ...] | None = None
+    pad_id: int = 0
+    bos_id: int | None = None
+    eos_id: int | None = None
+    max_length: int = 512
+    texts: Iterable[str] | None = None
+    tokenizer: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise UsageError(f"task {self.task!r} is unknown; it is {' or '.join(TASKS)}.")
+        if self.task == SEQUENCE_CLASSIFICATION and not self.num_labels:
+            raise UsageError("a classification student needs the number of classes (num_labels).")
+
+    @classmethod
+    def saved(cls, name: str, config: Mapping[str, Any]) -> StudentInfo:
+        """The same from the `config.json` of a student that was trained.
+
+        Raises:
+            UsageError: it is not the folder of one.
+        """
+        if config.get("model_type") == FACTORY_TYPE:
+            return cls(**config["info"])
+        task = task_of(config)
+        if task is None or not Path(name).is_dir():
+            raise UsageError(
+                f"{name} is not the folder of a trained student: its config.json names no causal "
+                "language model or sequence classifier. Name the --out of a kdcache train."
+            )
+        if task == CAUSAL_LM:
+            text = config.get("text_config", config)
+            return cls(task, int(text["vocab_size"]), pad_id=text.get("pad_token_id") or 0)
+        names = {int(i): str(label) for i, label in config.get("id2label", {}).items()}
+        labels = tuple(names[i] for i in sorted(names)) or ("LABEL_0", "LABEL_1")
+        return cls(task, 0, len(labels), labels, config.get("pad_token_id") or 0)

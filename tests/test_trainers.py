@@ -1,0 +1,150 @@
+"""The scripts of docs/trainers.md: each takes the same steps, alone, resumed, and on workers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "trainers.md"
+# Processes that begin as copies of one, so that PyTorch is imported once.
+FORK = """
+import os, sys
+import torch, transformers
+from torch import distributed
+import kdcache.student.trainer, kdcache.stream
+code, world, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[2:]
+children = []
+for rank in range(world):
+    child = os.fork()
+    if child == 0:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        exec(code, {})
+        sys.stdout.flush()
+        os._exit(0)
+    children.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+Losses = dict[int, float]
+Script = Callable[..., Losses]
+
+
+def block(name: str) -> str:
+    (text,) = re.findall(
+        rf"<!-- run: {name} -->\n```python\n(.*?)^```", PAGE.read_text(), re.S | re.M
+    )
+    return str(text)
+
+
+def losses(printed: str) -> Losses:
+    """Loss of each step."""
+    return {int(n): float(x) for n, x in re.findall(r"^step (\d+): ([\d.]+)$", printed, re.M)}
+
+
+@pytest.fixture(scope="module")
+def desk(
+    tiny_lm: Path, lm_caches: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with what the scripts name, tiny."""
+    desk = tmp_path_factory.mktemp("trainers")
+    shutil.copytree(tiny_lm, desk / "HuggingFaceTB" / "SmolLM2-135M")
+    shutil.copytree(lm_caches["topk:8"], desk / "caches" / "lm")
+    return desk
+
+
+@pytest.fixture
+def script(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Script:
+    """Run a script of the page in this process; returns the losses it printed."""
+    monkeypatch.chdir(desk)
+    shutil.rmtree(desk / "runs", ignore_errors=True)
+
+    def run(name: str, *arguments: str) -> Losses:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        capsys.readouterr()
+        exec(block(name), {"__name__": "__main__"})
+        return losses(capsys.readouterr().out)
+
+    return run
+
+
+def on_workers(desk: Path, name: str, world: int, *arguments: str) -> Losses:
+    """Run a script as torchrun would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, block(name), str(world), *arguments],
+        cwd=desk,
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(done.stdout)
+
+
+@pytest.mark.end_to_end
+def test_a_loop_goes_on_where_it_stopped(script: Script) -> None:
+    begun = script("plain-loop", "4")
+    resumed = script("plain-loop", "11")
+    Path("runs/plain-loop.pt").unlink()
+    whole = script("plain-loop", "11")
+    assert list(whole) == list(range(1, 12))
+    assert begun | resumed == whole
+
+
+@pytest.mark.end_to_end
+def test_workers_take_the_steps_of_one_also_in_tensor_parallel_groups(
+    script: Script, desk: Path
+) -> None:
+    both = on_workers(desk, "plain-loop", 2, "3")
+    groups = on_workers(desk, "tensor-parallel", 4)
+    assert list(groups) == list(both) == [1, 2, 3]
+    assert groups == pytest.approx(both, abs=2e-4)
+    state = torch.load("runs/plain-loop.pt", weights_only=True)
+    assert state["stream"]["streams"] == 2
+    rest = script("plain-loop", "5")  # alone, with the streams of two
+    Path("runs/plain-loop.pt").unlink()
+    whole = on_workers(desk, "plain-loop", 2, "5")
+    assert both | rest == pytest.approx(whole, abs=2e-4)
+
+
+@pytest.mark.end_to_end
+def test_accelerate_goes_on_where_it_stopped(script: Script) -> None:
+    begun = script("accelerate", "4")
+    resumed = script("accelerate", "11", "resume")
+    whole = script("accelerate", "11")
+    assert list(whole) == list(range(1, 12))
+    assert begun | resumed == whole
+    assert whole == pytest.approx(script("plain-loop", "11"), abs=2e-4)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_goes_on_where_it_stopped(script: Script) -> None:
+    whole = script("lightning", "11")
+    assert list(whole) == list(range(1, 12))
+    resumed = script("lightning", "11", "runs/lightning/step=6.ckpt")
+    assert resumed == {step: loss for step, loss in whole.items() if step > 6}
+    assert whole == pytest.approx(script("plain-loop", "11"), abs=2e-4)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.filterwarnings("ignore")  # Ray warns of what its own modules use
+def test_ray_train_takes_the_steps_of_a_loop(ray: None, script: Script, desk: Path) -> None:
+    (last,) = script("ray-train").items()
+    assert last == (3, pytest.approx(on_workers(desk, "plain-loop", 2, "3")[3], abs=2e-4))
