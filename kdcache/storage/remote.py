@@ -15,9 +15,10 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.storage.base import SMALL_FILE, Storage, hash_in, too_large
@@ -30,6 +31,33 @@ _BLOCK = 16 << 20
 _LISTING = 256 << 20  # a million names, a thousand a request
 _THREADS = 4
 _TRIES = 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a store says of a file.
+
+    Attributes:
+        size: bytes.
+        checksum: of its content, with the kind of it; empty where the store has none.
+        changed: when it was written; empty where the store does not say.
+    """
+
+    size: int
+    checksum: str
+    changed: str
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Facts:
+        """From an entry of a listing."""
+        lfs = entry.get("lfs") or {}
+        kinds = {"sha256": lfs.get("sha256"), "md5": entry.get("md5Hash")}
+        kinds |= {"crc32c": entry.get("crc32c"), "etag": entry.get("ETag") or entry.get("etag")}
+        known = ((kind, str(value).strip('"')) for kind, value in kinds.items() if value)
+        checksum = next((f"{kind}:{value}" for kind, value in known), "")
+        times = (entry.get(key) for key in ("LastModified", "updated", "mtime", "created"))
+        changed = next((str(time) for time in times if time), "")
+        return cls(int(entry.get("size") or 0), checksum, changed)
 
 
 class RemoteStorage(Storage):
@@ -58,16 +86,17 @@ class RemoteStorage(Storage):
     def _path(self, name: str) -> str:
         return f"{self._store.path}/{name}" if name else self._store.path
 
-    def _list(self, folder: str) -> list[tuple[str, str, int]]:
-        """Last part of the name, type and bytes of a folder's contents."""
+    def _list(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
+        """Last part of the name, and what the store says, of a folder's contents."""
         path = self._path(folder)
         try:
             listed = self._store.ask("ls", path, detail=True, volume=_LISTING)
         except FileNotFoundError:
             return []
-        named = ((e["name"].rstrip("/"), e["type"], e.get("size") or 0) for e in listed)
+        named = ((entry["name"].rstrip("/"), entry) for entry in listed)
         # Some tools mark a folder with an empty object of the folder's name.
-        return sorted((name.rsplit("/", 1)[-1], *what) for name, *what in named if name != path)
+        found = ((name.rsplit("/", 1)[-1], entry) for name, entry in named if name != path)
+        return sorted(found, key=lambda one: one[0])
 
     def names(self, folder: str = "") -> list[str]:
         """See `Storage.names`."""
@@ -75,11 +104,15 @@ class RemoteStorage(Storage):
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """See `Storage.sizes`."""
-        return {name: int(size) for name, kind, size in self._list(folder) if kind == "file"}
+        return {name: one.size for name, one in self.facts(folder).items()}
+
+    def facts(self, folder: str = "") -> dict[str, Facts]:
+        """As `names`, with what the store says of each file."""
+        return {name: Facts.of(e) for name, e in self._list(folder) if e["type"] == "file"}
 
     def entries(self) -> list[str]:
         """See `Storage.entries`."""
-        return [name for name, *_ in self._list("")]
+        return [name for name, _ in self._list("")]
 
     def exists(self, name: str) -> bool:
         """See `Storage.exists`."""
@@ -132,10 +165,10 @@ class RemoteStorage(Storage):
         return True
 
     @contextlib.contextmanager
-    def hold(self, name: str, *, fresh: bool = False) -> Iterator[Path]:
-        """See `Storage.hold`."""
-        fresh = fresh or hash_in(name) is None
-        with self.disk.hold(self._key(name), self._download(name), fresh=fresh) as path:
+    def hold(self, name: str, *, fresh: bool = False, version: str = "") -> Iterator[Path]:
+        """See `Storage.hold`; a `version` stands for the content, as a hash in the name does."""
+        fresh = fresh or not (version or hash_in(name))
+        with self.disk.hold(self._key(name, version), self._download(name), fresh=fresh) as path:
             yield path
 
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
@@ -148,9 +181,9 @@ class RemoteStorage(Storage):
         with contextlib.suppress(FileNotFoundError):
             self._store.ask("rm_file", self._path(name))
 
-    def _key(self, name: str) -> str:
+    def _key(self, name: str, version: str = "") -> str:
         """The name of a file's copy: its own name, after a hash of the whole address."""
-        address = hashlib.sha256(f"{self.url}/{name}".encode()).hexdigest()
+        address = hashlib.sha256(f"{self.url}/{name}{version}".encode()).hexdigest()
         return f"{address[:16]}-{name.rsplit('/', 1)[-1]}"
 
     def _bring(self, name: str) -> None:

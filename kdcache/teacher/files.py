@@ -1,16 +1,20 @@
 """A teacher's files: its identity by content, its tokenizer, its vocabulary or classes.
 
-Cost: the identity reads every weight file once, at about 1 GB/s; the rest reads small files.
+Cost: the identity reads every weight file once, at about 1 GB/s, unless a store or the hub lists
+checksums; the rest reads small files.
 Guarantee: no weights are loaded, and pickled ones are refused.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
+import logging
 import re
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +28,13 @@ from transformers import (
 )
 
 from kdcache.errors import UsageError
-from kdcache.storage import sha256_file
+from kdcache.storage import redact, sha256_file
+from kdcache.storage.remote import Facts
 from kdcache.tasks import CAUSAL_LM
+from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
 from kdcache.teacher.trust import check_folder
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,25 +57,41 @@ class TeacherFiles:
     """One teacher's files on disk.
 
     Attributes:
-        name: folder or hub id, as the user gave it.
+        name: folder, URL or hub id, as the user gave it.
         folder: local folder with `config.json`, `*.safetensors` and the tokenizer.
         trust_remote_code: whether code that ships with the model may run.
+        listed: name, size and checksum of each weight file, where a store or the hub listed them.
+        remote: the files at a URL, which it keeps on this machine.
     """
 
     name: str
     folder: Path
     trust_remote_code: bool = False
+    listed: Mapping[str, Facts] | None = field(default=None, repr=False)
+    remote: RemoteModel | None = field(default=None, repr=False)
 
     @classmethod
-    def find(cls, name: str, *, trust_remote_code: bool = False) -> TeacherFiles:
-        """Locate a teacher's files; a hub id is downloaded unless it is cached.
+    def find(
+        cls, name: str, *, trust_remote_code: bool = False, weights: bool = True
+    ) -> TeacherFiles:
+        """Locate a teacher's files; those at a URL or on the hub are fetched unless this machine
+        has them.
+
+        Args:
+            name: folder, URL or hub id.
+            trust_remote_code: whether code that ships with the model may run.
+            weights: whether the weights will be read; without them their identity is still known.
 
         Raises:
             UsageError: no such model, no safetensors weights, or code that is not trusted.
         """
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            folder = _download(name)
+        folder, remote = Path(name).expanduser(), None
+        listed: Mapping[str, Facts] | None = None
+        if is_url(name):
+            remote = RemoteModel(name, weights=weights)
+            folder, listed, name = remote.folder, remote.weights, redact(name)
+        elif not folder.is_dir():
+            folder, listed = _download(name, weights=weights)
         if (folder / "adapter_config.json").is_file():
             base = json.loads((folder / "adapter_config.json").read_bytes())
             raise UsageError(
@@ -78,8 +102,10 @@ class TeacherFiles:
             raise UsageError(
                 f"teacher {name} has no config.json: it is not a Hugging Face model folder."
             )
-        check_folder(f"teacher {name}", folder, trust_remote_code=trust_remote_code)
-        return cls(name, folder, trust_remote_code)
+        check_folder(
+            f"teacher {name}", folder, trust_remote_code=trust_remote_code, elsewhere=listed or ()
+        )
+        return cls(name, folder, trust_remote_code, listed, remote)
 
     @cached_property
     def sha256(self) -> str:
@@ -90,19 +116,43 @@ class TeacherFiles:
         for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
             config.pop(key, None)
         digest.update(json.dumps(config, sort_keys=True).encode())
-        for path in sorted(self.folder.glob("*.safetensors")):
-            digest.update(path.name.encode())
-            # The hub's cache names a blob by its SHA-256: no need to read 100 GB for it.
-            target = path.resolve().name
-            digest.update(
-                (target if re.fullmatch("[0-9a-f]{64}", target) else sha256_file(path)).encode()
-            )
+        for name in self._weights():
+            digest.update(name.encode())
+            digest.update((self._checksum(name) or sha256_file(self.folder / name)).encode())
         return digest.hexdigest()
+
+    def _weights(self) -> list[str]:
+        """Names of the weight files, here or listed."""
+        return sorted({path.name for path in self.folder.glob(WEIGHTS)} | set(self.listed or ()))
+
+    def _checksum(self, name: str) -> str | None:
+        """A weight file's SHA-256, or size and checksum, where it is known without reading it."""
+        facts = (self.listed or {}).get(name)
+        if facts is not None and facts.checksum:
+            kind, _, checksum = facts.checksum.partition(":")
+            return checksum if kind == "sha256" else f"{facts.size} {facts.checksum}"
+        # The hub's cache names a blob by its SHA-256: no need to read 100 GB for it.
+        target = (self.folder / name).resolve().name
+        return target if re.fullmatch("[0-9a-f]{64}", target) else None
+
+    def check_same(self, sha256: str) -> None:
+        """Refuse another model than a build began with, where that is known without reading it.
+
+        Raises:
+            UsageError: it has another identity.
+        """
+        if all(map(self._checksum, self._weights())) and self.sha256 != sha256:
+            raise UsageError(
+                f"teacher {self.name} was changed since this build began. Restore it and run the "
+                "same command again, or build another cache."
+            )
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight files."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        if self.listed:
+            return sum(facts.size for facts in self.listed.values())
+        return sum(path.stat().st_size for path in self.folder.glob(WEIGHTS))
 
     @cached_property
     def config(self) -> Any:
@@ -168,7 +218,8 @@ class TeacherFiles:
         return min(int(known), width)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, *, weights: bool) -> tuple[Path, Mapping[str, Facts] | None]:
+    """The hub's files of a model; without its weights also what the hub lists of them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -176,14 +227,35 @@ def _download(name: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        listed = None if weights else _listed_by_hub(name)
+        patterns = [pattern for pattern in PATTERNS if not (listed and pattern == WEIGHTS)]
+        return Path(snapshot_download(name, allow_patterns=patterns)), listed
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise UsageError(
             f"teacher {name} is neither a folder here nor a model that the hub gives "
             f"({type(error).__name__}). Check the path or the id."
         ) from error
+
+
+def _listed_by_hub(name: str) -> Mapping[str, Facts] | None:
+    """Size and SHA-256 of each weight file of a model; None where the hub does not tell them."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        files = HfApi().model_info(name, files_metadata=True).siblings or []
+    except Exception as error:  # of several libraries; without a network a copy here serves, too
+        logger.info("the hub does not list %s: %s", name, error)
+        return None
+    listed = {}
+    for one in files:
+        if fnmatch.fnmatch(one.rfilename, WEIGHTS) and "/" not in one.rfilename:
+            if one.lfs is None:
+                return None
+            listed[one.rfilename] = Facts(int(one.size or 0), f"sha256:{one.lfs.sha256}", "")
+    return listed or None
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

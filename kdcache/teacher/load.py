@@ -35,6 +35,8 @@ def load_models(options: TeacherOptions) -> list[Any]:
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
         for name in options.names
     ]
+    for one, sha256 in zip(files, options.identities, strict=False):
+        one.check_same(sha256)
     spread = options.device == "auto"
     if options.device == "cuda":
         needed = sum(weight_bytes(one.folder, options.dtype) for one in files)

@@ -15,7 +15,7 @@ class TeacherOptions:
     """How a worker loads its teachers.
 
     Attributes:
-        names: folder or hub id of each teacher.
+        names: folder, URL or hub id of each teacher.
         task: `causal-lm` or `sequence-classification`.
         weights: weight of each teacher, summing to 1.
         ensemble: `mean-probs` (of the distributions) or `mean-logits`.
@@ -28,6 +28,7 @@ class TeacherOptions:
         attention: kernel of the attention; `auto` is FlashAttention 2 where it is installed and
             works, and else what transformers chooses.
         compile: run the models through `torch.compile`.
+        identities: SHA-256 of each teacher as the build began with it; empty for any.
         states: whether slices carry the output layer's input beside the logits (one language
             model only).
 
@@ -46,6 +47,7 @@ class TeacherOptions:
     trust_remote_code: bool = False
     attention: Attention = "auto"
     compile: bool = False
+    identities: tuple[str, ...] = ()
     states: bool = False
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ Cost: two small files are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,21 @@ FACTORY_TYPE = "kdcache-factory"
 _INDEX = "model.safetensors.index.json"
 
 
-def check_folder(who: str, folder: Path, *, trust_remote_code: bool) -> None:
+def check_folder(
+    who: str, folder: Path, *, trust_remote_code: bool, elsewhere: Iterable[str] = ()
+) -> None:
     """Refuse a folder without safetensors weights, or one that would run code without permission.
 
     Args:
         who: the model, for messages: "teacher NAME".
         folder: with `config.json` and the weights.
         trust_remote_code: whether code that ships with the model may run.
+        elsewhere: names of weight files that have not been fetched.
 
     Raises:
         UsageError: names the file and the reason.
     """
-    weights = [path.name for path in folder.glob("*.safetensors")]
+    weights = [*elsewhere, *(path.name for path in folder.glob("*.safetensors"))]
     if (folder / _INDEX).is_file():
         weights += map(str, read_json(who, folder / _INDEX).get("weight_map", {}).values())
     if "kdcache_head.safetensors" in weights:

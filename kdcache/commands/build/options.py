@@ -72,7 +72,7 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
     """What `kdcache build` takes: fields have the names of its options."""
 
     teacher: tuple[str, ...] = option(
-        help="folder or hub id of each teacher; several make an ensemble.",
+        help="folder, URL or hub id of each teacher; several make an ensemble.",
         metavar="DIR_OR_HUB_ID",
     )
     corpus: tuple[str, ...] = option(

@@ -68,7 +68,7 @@ def prepare(options: BuildOptions) -> Prepared:
     """
     causal = options.task == CAUSAL_LM
     teachers = [
-        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code, weights=False)
         for name in options.teacher
     ]
     for teacher in teachers:
@@ -175,6 +175,7 @@ def _teacher_options(options: BuildOptions, spec: CacheSpec, gpus: float) -> Tea
         trust_remote_code=options.trust_remote_code,
         attention=options.attention,
         compile=options.compile,
+        identities=tuple(str(teacher["sha256"]) for teacher in spec.teachers),
     )
 
 

@@ -24,7 +24,7 @@ class PlanOptions(RowOptions, TeacherRunOptions):
     """What `kdcache plan` takes: fields have the names of its options."""
 
     teacher: tuple[str, ...] = option(
-        help="folder or hub id of each teacher; several make an ensemble.",
+        help="folder, URL or hub id of each teacher; several make an ensemble.",
         metavar="DIR_OR_HUB_ID",
     )
     corpus: tuple[str, ...] = option(

@@ -14,8 +14,8 @@ class VerifyOptions(Options):
     cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
     teacher: tuple[str, ...] = option(
         (),
-        help="folder or hub id of each teacher, in the order of the build, to run again on a few "
-        "rows (optional).",
+        help="folder, URL or hub id of each teacher, in the order of the build, to run again on a "
+        "few rows (optional).",
         metavar="DIR_OR_HUB_ID",
     )
     sample: int = option(32, help="number of rows to run again.", metavar="ROWS", at_least=1)
