@@ -98,10 +98,10 @@ def test_hours_and_break_even_follow_from_the_seconds(options: PlanOptions) -> N
 
 
 def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
-    caches = by_name(plan(options))
-    dense, topk, sample = (
-        {f.temperature: f for f in caches[(codec, (1.0, 2.0))].fidelity}
-        for codec in ("dense", "topk:8", "sample:6")
+    codecs = ("dense", "topk:8", "sample:6", "anchored:6")
+    caches = by_name(plan(dataclasses.replace(options, codec=codecs)))
+    dense, topk, sample, anchored = (
+        {f.temperature: f for f in caches[(codec, (1.0, 2.0))].fidelity} for codec in codecs
     )
     for t in (1.0, 2.0):
         assert dense[t].noise < 1e-12
@@ -115,6 +115,11 @@ def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
         assert sample[t].norm_ratio > 1
         assert sample[t].near_angle > sample[t].angle  # the same noise in less gradient
         assert dense[t].near_angle < 0.5
+        assert sample[t].near_noise == pytest.approx(sample[t].noise)
+        assert anchored[t].near_noise < 0.5 * sample[t].near_noise
+        assert anchored[t].near_angle < sample[t].near_angle
+        assert anchored[t].noise < 1.02 * sample[t].noise  # a far student loses nothing
+        assert anchored[t].mass == pytest.approx(sample[t].mass)
     assert topk[2.0].mass < topk[1.0].mass
 
 
@@ -309,9 +314,9 @@ def test_the_advice_is_the_cheapest_codec_that_is_good_enough(options: PlanOptio
         cache("sample:5", 1, t=2.0),
     ]
     want = (
-        "At T = 1 take sample:20 (18.3 B per position) to train students; topk:64 (139.0 B per "
-        "position) for reverse KL, Jensen-Shannon and evaluation; dense:float16 (2,000.0 B per "
-        "position) for any temperature and divergence."
+        "At T = 1 take sample:20 (18.3 B per position) to train students that stay far from the "
+        "teacher; topk:64 (139.0 B per position) for reverse KL, Jensen-Shannon and evaluation; "
+        "dense:float16 (2,000.0 B per position) for any temperature and divergence."
     )
     assert advice(grid) == advice(grid[::-1][1:]) == want
     assert "take sample:10" in advice(grid[2:])  # none is good enough: the least noisy

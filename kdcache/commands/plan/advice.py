@@ -18,7 +18,9 @@ from kdcache.commands.plan.result import PlannedCache
 
 _LONGER, _MISSED = 1.05, 0.01
 _PURPOSES = {
-    "sample": "to train students",
+    "anchored": "to train students: its noise vanishes as they near the teacher",
+    "sample": "to train students that stay far from the teacher",
+    "hidden": "for any temperature and divergence",
     "topk": "for reverse KL, Jensen-Shannon and evaluation",
     "dense": "for any temperature and divergence",
 }
@@ -50,5 +52,5 @@ def _rank(cache: PlannedCache) -> tuple[float, float]:
     """How far from good enough, then bytes: the smallest is the one to take."""
     longer = max(f.norm_ratio for f in cache.fidelity) - _LONGER
     missed = max(f.missed for f in cache.fidelity) - _MISSED
-    lacks = {"sample": longer, "topk": missed}.get(_kind(cache), 0.0)
+    lacks = {"anchored": longer, "sample": longer, "topk": missed}.get(_kind(cache), 0.0)
     return (max(lacks, 0.0), cache.bytes_per_position)

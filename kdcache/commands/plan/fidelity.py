@@ -3,7 +3,8 @@
 For one position with probabilities p at T, and t what the cache holds (weights on a few ids,
 nothing on the others):
 
-* noise: E ||t - p||^2, the squared error of a target;
+* noise: E ||t - p||^2, the squared error of a target, which for anchored targets depends on the
+  student (`near_noise`: of a student near the teacher);
 * bias: ||E t - p||^2, the part of it that averages never take away; all of it where nothing is
   drawn (top-k, dense), nothing where the draw is unbiased (samples);
 * mass: the teacher's probability on the ids that are named;
@@ -34,8 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcache.loss import distillation_loss
-from kdcache.targets import DenseTargets, Targets
+from kdcache.loss import Anchor, distillation_loss
+from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets
 from kdcache.tasks import IGNORE
 
 FAR, NEAR = (0.5, 1.0), (1.0, 0.25)
@@ -56,7 +57,8 @@ class Fidelity:
         norm_ratio: length of the targets' gradient by that of the full distribution.
         mean_angle: between the gradients summed over positions, in degrees.
         mean_norm_ratio: lengths of these.
-        near_angle: as `angle`, for a student near the teacher.
+        near_noise: as `noise`, for a student near the teacher.
+        near_angle: as `angle`, for that student.
     """
 
     temperature: float
@@ -68,6 +70,7 @@ class Fidelity:
     norm_ratio: float
     mean_angle: float
     mean_norm_ratio: float
+    near_noise: float
     near_angle: float
 
 
@@ -97,13 +100,21 @@ class FullGradient:
         self.p = (self.logits / temperature).softmax(-1)
         self.gradient = self.towards(DenseTargets(self.logits, temperature))
 
-    def towards(self, targets: Targets) -> Tensor:
+    def towards(self, targets: Targets, anchor: Anchor | None = None) -> Tensor:
         """Gradient of the summed soft loss by the student's logits, [n, V]."""
         z = self.student.clone().requires_grad_()
         labels = torch.full((len(z),), IGNORE, device=z.device)
-        loss = distillation_loss(z, labels, targets, alpha=0.0, count=1)
+        loss = distillation_loss(z, labels, targets, alpha=0.0, count=1, anchor=anchor)
         (gradient,) = torch.autograd.grad(loss.total, z)
         return gradient
+
+    def error(self, targets: Targets, gradient: Tensor) -> Tensor:
+        """t - p of each id, [n, V], where `gradient` is the one towards the targets."""
+        if isinstance(targets, DenseTargets):
+            return (targets.logits / self.temperature).softmax(-1) - self.p
+        if isinstance(targets, AnchoredTargets):  # t is in the gradient alone: T (q - t)
+            return (self.gradient - gradient) / self.temperature
+        return torch.zeros_like(self.p).scatter_add_(1, targets.ids, targets.weights) - self.p
 
 
 class FidelityMeter:
@@ -114,24 +125,29 @@ class FidelityMeter:
         self._drawn = drawn
         self._positions = 0
         self._temperature = math.nan
-        self._sums = torch.zeros(9, dtype=torch.float64)
+        self._sums = torch.zeros(10, dtype=torch.float64)
+        self._anchors = Anchor(), Anchor()  # theta of each student comes from earlier positions
         self._mean: tuple[Tensor, Tensor] | None = None
 
     def add(self, full: FullGradient, near: FullGradient, targets: Targets) -> None:
         """Add positions: the stored targets, on the device of the two students' gradients."""
-        if isinstance(targets, DenseTargets):
-            held = (targets.logits / full.temperature).softmax(-1)
-        else:
-            held = torch.zeros_like(full.p).scatter_add_(1, targets.ids, targets.weights)
-        gradient, nearer = full.towards(targets), near.towards(targets)
+        gradient, nearer = (
+            student.towards(targets, anchor)
+            for student, anchor in zip((full, near), self._anchors, strict=True)
+        )
+        for anchor in self._anchors:
+            anchor.update()
+        error, near_error = full.error(targets, gradient), near.error(targets, nearer)
+        named = full.p if isinstance(targets, DenseTargets) else _named(full.p, targets)
         sums = torch.stack(
             [
-                (held - full.p).square().sum(),
-                full.p[held > 0].sum(),
-                (held - full.p).abs().sum(),
+                error.square().sum(),
+                named.sum(),
+                error.abs().sum(),
                 (gradient * full.gradient).sum(),
                 gradient.square().sum(),
                 full.gradient.square().sum(),
+                near_error.square().sum(),
                 (nearer * near.gradient).sum(),
                 nearer.square().sum(),
                 near.gradient.square().sum(),
@@ -147,7 +163,7 @@ class FidelityMeter:
     def result(self) -> Fidelity:
         """The figures over all positions added."""
         assert self._mean is not None, "positions were added"
-        squared, mass, absolute, dot, own, full, *near = self._sums.tolist()
+        squared, mass, absolute, dot, own, full, near_squared, *near = self._sums.tolist()
         mine, want = self._mean
         noise = squared / self._positions
         return Fidelity(
@@ -162,8 +178,15 @@ class FidelityMeter:
                 float(mine @ want), float(mine.square().sum()), float(want.square().sum())
             ),
             mean_norm_ratio=_ratio(float(mine.square().sum()), float(want.square().sum())),
+            near_noise=near_squared / self._positions,
             near_angle=_degrees(*near),
         )
+
+
+def _named(p: Tensor, targets: SparseTargets) -> Tensor:
+    """The teacher's probabilities where a target names an id, 0 elsewhere."""
+    weights = torch.zeros_like(p).scatter_add_(1, targets.ids, targets.weights)
+    return torch.where(weights > 0, p, 0)
 
 
 def _degrees(dot: float, one: float, other: float) -> float:

@@ -14,7 +14,7 @@ from kdcache.options import option
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task
 
 _CODECS = {
-    CAUSAL_LM: ("sample:10", "sample:20", "sample:40", "topk:16", "topk:64"),
+    CAUSAL_LM: ("anchored:10", "anchored:20", "sample:10", "sample:20", "sample:40", "topk:64"),
     SEQUENCE_CLASSIFICATION: ("dense", "dense:float16"),
 }
 
@@ -33,9 +33,9 @@ class PlanOptions(RowOptions, TeacherRunOptions):
     task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")
     codec: tuple[str, ...] | None = option(
         None,
-        help="codecs to compare. Default: `sample:10`, `sample:20`, `sample:40`, `topk:16`, "
-        "`topk:64` for a causal LM, `dense` and `dense:float16` for classification.",
-        metavar="dense|topk:K|sample:N",
+        help="codecs to compare. Default: `anchored:10`, `anchored:20`, `sample:10`, `sample:20`, "
+        "`sample:40`, `topk:64` for a causal LM, `dense` and `dense:float16` for classification.",
+        metavar="dense|topk:K|sample:N|anchored:N",
     )
     temperatures: tuple[str, ...] | None = option(
         None,

@@ -18,13 +18,14 @@ def plot_plan(path: str, caches: Sequence[PlannedCache], *, title: str, position
         positions: that were compared.
     """
     # Side by side, drawn targets look worse than they are: only a bias is left after many steps.
-    both = len({cache.codec.partition(":")[0] for cache in caches} & {"sample", "topk"}) == 2
+    kinds = {cache.codec.partition(":")[0] for cache in caches}
+    both = "topk" in kinds and kinds & {"sample", "anchored"} != set()
     panels = [
         Panel(
-            "One target"
-            + both * ": the error of samples averages out in training, that of top-k stays",
+            "One target, student near its teacher"
+            + both * ": errors of samples average out, those of top-k stay",
             "squared error, E||t - p||²",
-            _clouds(caches, "noise"),
+            _clouds(caches, "near_noise"),
         ),
         Panel(
             f"All {positions:,} together" + both * ": more positions take samples down, top-k not",
