@@ -68,11 +68,13 @@ SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Caches `classes` (45 rows), `held` (20 rows), `causal` (24 rows); configs of two students."""
+    """Caches `classes` (45 rows), `held` (20 rows), `causal` and `anchored` (24 rows); configs of
+    two students."""
     folder = tmp_path_factory.mktemp("train")
     make_cache(folder / "classes", [20, 14, 11])
     make_cache(folder / "held", [20], first=500)
     make_cache(folder / "causal", [14, 10], task=CAUSAL, codec="topk:6")
+    make_cache(folder / "anchored", [14, 10], task=CAUSAL, codec="anchored:4")
     (folder / "bert.json").write_text(json.dumps(BERT))
     (folder / "llama.json").write_text(json.dumps(LLAMA))
     return folder
@@ -424,6 +426,61 @@ def test_a_stopped_run_goes_on_to_the_bit(options: Make, folder: Path, tmp_path:
     assert (result.steps, result.rows, result.epochs) == (18, 135, 3.0)
     mine, theirs = weights(halves.out), weights(whole.out)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_theta_goes_on_to_the_bit(
+    options: Make, folder: Path, tmp_path: Path, accumulation: int
+) -> None:
+    common = {
+        "cache": str(folder / "anchored"), "student": str(folder / "llama.json"), "alpha": 0.1,
+        "save_steps": 2, "epochs": 3, "temperature": 2, "gradient_accumulation": accumulation,
+    }  # fmt: skip
+    whole, halves = (options(out=str(tmp_path / name), **common) for name in ("whole", "halves"))
+    train(whole)
+    with pytest.raises(StopError):
+        train(halves, on_progress=stop_at(5))
+    train(halves)
+    assert metrics(halves.out) == metrics(whole.out)
+    mine, theirs = weights(halves.out), weights(whole.out)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    thetas = [line["anchor"] for line in metrics(whole.out)]
+    assert len(set(thetas[1:])) > 5
+    if accumulation == 2:  # another way of cutting a step changes rounding alone
+        one = options(out=str(tmp_path / "one"), **common | {"gradient_accumulation": 1})
+        train(one)
+        same_metrics(metrics(one.out), metrics(whole.out), 1e-3, 2e-5)
+
+
+def test_an_anchor_may_be_fixed_or_off(options: Make, folder: Path, tmp_path: Path) -> None:
+    make_cache(tmp_path / "sampled", [14, 10], task=CAUSAL, codec="sample:4")
+    common = {"student": str(folder / "llama.json"), "alpha": 0.1, "epochs": 1, "temperature": 2}
+    anchored = {"cache": str(folder / "anchored"), **common}
+    runs = {
+        name: options(out=str(tmp_path / name), **more)
+        for name, more in {
+            "sample": {"cache": str(tmp_path / "sampled"), **common},
+            "off": {"anchor": "off", **anchored},
+            "half": {"anchor": 0.5, **anchored},
+            "auto": anchored,
+        }.items()
+    }
+    for run in runs.values():
+        train(run)
+    assert metrics(runs["off"].out) == metrics(runs["sample"].out)
+    assert {line["anchor"] for line in metrics(runs["half"].out)} == {0.5}
+    # The first step's loss is the sample's; its gradient is where theta comes in.
+    first = {name: metrics(run.out)[0] for name, run in runs.items()}
+    assert first["half"]["loss"] == first["auto"]["loss"] == first["sample"]["loss"]
+    assert first["half"]["grad_norm"] != first["sample"]["grad_norm"]
+    assert first["auto"]["grad_norm"] == first["sample"]["grad_norm"]
+    with pytest.raises(UsageError, match=r"anchor: 0\.5 -> auto"):
+        train(options(out=runs["half"].out, **anchored))
+    with pytest.raises(UsageError, match="--anchor is 1, but the cache is sample:4"):
+        train(options(anchor=1, **{"cache": str(tmp_path / "sampled"), **common}))
+    for wrong in ("on", -0.1, "nan", 2):
+        with pytest.raises(UsageError, match="expected auto, off, or 0 to 1"):
+            options(anchor=wrong, **anchored)
 
 
 def test_an_unfinished_checkpoint_is_passed_over(options: Make, tmp_path: Path) -> None:
@@ -832,13 +889,17 @@ def same_metrics(
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("classes", {}), ("causal", {}), ("causal", {"fsdp": True, "gradient_checkpointing": True})],
-    ids=["classes", "causal", "causal-fsdp"],
+    [
+        ("classes", {}),
+        ("causal", {}),
+        ("anchored", {"fsdp": True, "gradient_checkpointing": True}),
+    ],
+    ids=["classes", "causal", "anchored-fsdp"],
 )
 def test_two_workers_take_the_steps_of_one(
     options: Make, folder: Path, tmp_path: Path, name: str, more: dict[str, Any]
 ) -> None:
-    student = {"classes": "bert.json", "causal": "llama.json"}[name]
+    student = "bert.json" if name == "classes" else "llama.json"
     path = tmp_path / student
     path.write_text(
         json.dumps(json.loads((folder / student).read_text()) | {"hidden_dropout_prob": 0.0})
@@ -856,8 +917,10 @@ def test_two_workers_take_the_steps_of_one(
     assert weights(both.out).keys() == weights(alone.out).keys()
     for key, value in weights(both.out).items():
         torch.testing.assert_close(value, weights(alone.out)[key], atol=1e-4, rtol=1e-3)
-    if name == "causal":
+    if name != "classes":
         AutoModelForCausalLM.from_pretrained(both.out)
+    if name == "anchored":
+        assert any(0 < line.get("anchor", 0) < 1 for line in metrics(both.out))
     assert not train(both).made
 
 
@@ -867,7 +930,7 @@ def test_another_number_of_workers_goes_on(
     options: Make, folder: Path, tmp_path: Path, first: int
 ) -> None:
     common = {
-        "cache": str(folder / "causal"), "student": str(folder / "llama.json"), "batch_size": 7,
+        "cache": str(folder / "anchored"), "student": str(folder / "llama.json"), "batch_size": 7,
         "epochs": 3, "save_steps": 3, "keep_checkpoints": 9, "alpha": "0.8:0.2",
     }  # fmt: skip
     # The run keeps the streams that its first workers gave it.

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.targets import AnchoredTargets
+from kdcache.targets import AnchoredTargets, Targets
 
 FIGURES = 3
 """Figures that theta is estimated from: B, C, and what the draws fell short of."""
@@ -58,6 +58,8 @@ class Anchor:
 
     Attributes:
         theta: float64 scalar, 0 to 1, on the device of the targets once there were any.
+        off: whether theta is 0 for good: anchored targets are samples.
+        met: whether targets were anchored.
     """
 
     def __init__(self, theta: float | None = None) -> None:
@@ -71,7 +73,7 @@ class Anchor:
         """
         if theta is not None and not 0 <= theta <= 1:
             raise UsageError(f"anchor is {theta:g}; the scale of the control variate is 0 to 1.")
-        self.estimated = theta is None
+        self.estimated, self.off, self.met = theta is None, theta == 0, False
         self.theta = torch.full((), theta or 0.0, dtype=torch.float64)
         self._past = torch.zeros(FIGURES, dtype=torch.float64)
         self._step = torch.zeros(FIGURES, dtype=torch.float64)
@@ -89,6 +91,7 @@ class Anchor:
             for name in ("theta", "_past", "_step"):
                 setattr(self, name, getattr(self, name).to(total.device))
         self._step += total
+        self.met = True
 
     def update(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """End the step: theta becomes that of all steps so far. Nothing waits for the device.
@@ -96,7 +99,7 @@ class Anchor:
         Args:
             reduce: adds a tensor up over all workers.
         """
-        if not self.estimated:
+        if not (self.estimated and self.met):
             return
         step = self._step if reduce is None else reduce(self._step)
         # A step that overflowed is skipped by whoever scales gradients, and here.
@@ -118,6 +121,13 @@ class Anchor:
             self.theta = self.theta.new_tensor(state["theta"])
             self._past = self._past.new_tensor(state["past"])
             self._step = torch.zeros_like(self._past)
+
+
+def applied(anchor: Anchor | None, targets: Targets) -> Anchor | None:
+    """The anchor, where it changes a gradient that is being computed."""
+    if anchor is None or anchor.off or not isinstance(targets, AnchoredTargets):
+        return None
+    return anchor if torch.is_grad_enabled() else None
 
 
 def control(log_q: Tensor, targets: AnchoredTargets, theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.loss.anchor import FIGURES, Anchor, control_of_entries
+from kdcache.loss.anchor import FIGURES, Anchor, applied, control_of_entries
 from kdcache.loss.reference import LossParts, check_loss, scalar_count, student_width
 from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets
 from kdcache.targets.device import compiles
@@ -120,11 +120,11 @@ def fused_linear_distillation(
     )
     divisor = scalar_count(each, count, position_weights)
     grad = torch.is_grad_enabled()
-    anchored = anchor is not None and isinstance(targets, AnchoredTargets) and grad
-    theta = scalar(anchor.theta) if anchor is not None and anchored else None
+    anchor = applied(anchor, targets)
+    theta = None if anchor is None else scalar(anchor.theta)
     arguments = (each, divisor, options, width, dtype, theta, cap, rows, grad)
     *parts, figures = _eagerly(hidden, weight, bias, labels, targets, *arguments)
-    if anchor is not None and anchored:
+    if anchor is not None:
         anchor.add(figures, divisor)
     return LossParts(*parts)
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.choices import Divergence, Tail
 from kdcache.errors import UsageError
-from kdcache.loss.anchor import Anchor, control
+from kdcache.loss.anchor import Anchor, applied, control
 from kdcache.targets import AnchoredTargets, DenseTargets, Targets
 from kdcache.tasks import IGNORE
 
@@ -147,7 +147,8 @@ def distillation_loss(
         soft = (z - _dense(targets).logits.to(z)).square().mean(-1)
     else:
         soft = temperature**2 * _divergence(z / temperature, targets, divergence, tail)
-    if anchor is not None and isinstance(targets, AnchoredTargets) and torch.is_grad_enabled():
+    anchor = applied(anchor, targets)
+    if anchor is not None and isinstance(targets, AnchoredTargets):
         log_q = F.log_softmax(z / temperature, -1)
         added, figures = control(log_q, targets, anchor.theta.to(z.device))
         pull = -(added * log_q).sum(-1)

@@ -8,6 +8,7 @@ subclass
   that several workers or accumulated slices give the gradient of the one big batch;
 * sets alpha and T of each step, and logs the hard and the soft loss separately;
 * records what is distilled, and how, in the configuration that trackers keep of a run;
+* ends the step of an anchor, whose theta comes from the sums over all workers and slices;
 * keeps the cursor and the identity of the caches in every checkpoint, and continues from there
   exactly;
 * evaluates on a stream: cross-entropy, soft loss, accuracy.
@@ -37,6 +38,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError
+from kdcache.loss import Anchor
 from kdcache.stream import Batch, Cursor, TargetStream
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
@@ -195,7 +197,9 @@ class DistillationTrainer(CheckpointingTrainer):
             self.train_dataset.load_state_dict(state["cursor"])
             check_identity(state, self._identity(), str(resume_from_checkpoint))
             self._window = state.get("window", {})
+            anchor = state.get("anchor")
         else:
+            anchor = Anchor().state_dict()
             if self.train_dataset.start != Cursor():
                 raise UsageError(
                     f"the stream begins at {self.train_dataset.start.to_dict()}, and train() at "
@@ -205,6 +209,8 @@ class DistillationTrainer(CheckpointingTrainer):
         # Every tracker records the arguments as this gives them.
         arguments = self.args.to_dict()
         self.args.to_dict = lambda: {**arguments, **self.run_facts()}
+        if isinstance(self.model, DistilledStudent) and anchor is not None:
+            self.model.anchor.load_state_dict(anchor)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
@@ -241,7 +247,7 @@ class DistillationTrainer(CheckpointingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer; a line of the training loss also has its two parts, alpha and T.
+        """As the Trainer; a line of the training loss also has its two parts, alpha, T and theta.
 
         `hard_loss` is the mean over labelled rows, and missing where there are none. The soft part,
         a mean over all positions with its T^2, is `soft_loss`; or `soft_cross_entropy` for sampled
@@ -255,6 +261,8 @@ class DistillationTrainer(CheckpointingTrainer):
             if "temperature" in self._last:
                 logs[self._soft_name] = soft / self._parts_steps
             logs.update(self._last)
+            if self._anchored:
+                logs["anchor"] = float(self.model.anchor.theta)
             self._parts.zero_()
             self._parts_steps = 0
         super().log(logs, *args, **kwargs)
@@ -376,12 +384,25 @@ class DistillationTrainer(CheckpointingTrainer):
         if not self.streams:
             return {}
         facts = {"cursor": self.train_dataset.state_dict(), "identity": self._identity()}
-        return {**facts, "window": self._window}
+        theta = {"anchor": self.model.anchor.state_dict()} if self._anchored else {}
+        return {**facts, **theta, "window": self._window}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.streams:
             self._window = self._keep_window()
         super()._save_checkpoint(model, trial)
+
+    # The scale of anchored targets
+
+    @property
+    def _anchored(self) -> bool:
+        """Whether targets have been anchored."""
+        return isinstance(self.model, DistilledStudent) and self.model.anchor.met
+
+    def end_anchors_step(self) -> None:
+        """theta of the next step, the same on every rank."""
+        if self._anchored:
+            self.model.anchor.update(lambda sums: self.accelerator.reduce(sums, "sum"))
 
     # The window of the next logged loss: the steps since the last one, over all sittings
 
@@ -460,6 +481,7 @@ class _CursorCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         trainer = self._trainer
+        trainer.end_anchors_step()
         if not trainer.streams:
             return
         trainer._parts_steps += 1

@@ -163,6 +163,12 @@ class TrainOptions(LearningOptions, BiLstmOptions):
     tail: Tail = option(
         "bucket", help="for top-k caches: how the ids that are not stored are represented."
     )
+    anchor: float | str = option(
+        "auto",
+        help="for anchored caches: how far a student's own distribution takes the noise off, 0 to "
+        "1. `auto` estimates it from past steps; `off` trains on plain samples.",
+        metavar="auto|off|THETA",
+    )
     max_steps: int | None = option(
         None, help="steps of the run, instead of `epochs`.", at_least=1, decides="nothing"
     )
@@ -296,6 +302,10 @@ class TrainOptions(LearningOptions, BiLstmOptions):
                     span = "0 to 1" if name == "alpha" else "more than 0"
                     wrong.append(f"--{name} is {schedule}, expected {span}.")
                     break
+        try:
+            _ = self.theta
+        except UsageError as error:
+            wrong.append(str(error))
         if self.cache_weight and len(self.cache_weight) != len(self.cache):
             wrong.append(f"{len(self.cache_weight)} cache weights for {len(self.cache)} caches.")
         if not self.eval_cache and (self.patience is not None or self.eval_steps is not None):
@@ -324,6 +334,20 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         return Schedule.parse(self.temperature, "--temperature")
 
     @property
+    def theta(self) -> float | None:
+        """The scale of an anchor; None to estimate it."""
+        given = str(self.anchor).lower()
+        if given in ("auto", "off", "false"):  # YAML reads `off` so
+            return None if given == "auto" else 0.0
+        try:
+            theta = float(given)
+        except ValueError:
+            theta = math.nan
+        if not 0 <= theta <= 1:
+            raise UsageError(f"--anchor is {self.anchor}, expected auto, off, or 0 to 1.")
+        return theta
+
+    @property
     def hard_only(self) -> bool:
         """Whether the soft targets have no weight at all."""
         return self.alphas == Schedule(1.0, 1.0)
@@ -346,6 +370,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         """The options that a resumed run may not change; caches count by their digest instead."""
         values = self.to_dict()
         values["alpha"], values["temperature"] = str(self.alphas), str(self.temperatures)
+        values["anchor"] = "auto" if self.theta is None else self.theta
         return {
             one.name: values[one.name]
             for one in options_of(type(self))

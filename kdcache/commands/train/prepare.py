@@ -64,6 +64,11 @@ class RunPlan:
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
             for cache in (first, *eval_caches):  # equal problems are reported once
                 problems += _wrong_loss(options, cache.codec(), temperatures)
+        if options.theta is not None and not first.spec.codec.startswith("anchored:"):
+            problems.append(
+                f"--anchor is {options.anchor}, but the cache is {first.spec.codec}. Leave it out, "
+                "or build the cache with --codec anchored:N."
+            )
         if options.best == "accuracy" and first.spec.task == CAUSAL_LM:
             problems.append("best is accuracy, which is for classifiers. Use loss.")
         if options.best == "soft_loss" and options.hard_only:

@@ -202,6 +202,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         divergence="forward-kl" if options.hard_only else options.divergence,
         tail=options.tail,
         vocab_size=spec.vocab_size,
+        anchor=options.theta,
     )
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
