@@ -51,7 +51,8 @@ from kdcache.cache.shard import ShardData, shard_bytes
 from kdcache.commands.build.local import LocalWorkers
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
-from kdcache.commands.build.worker import Job, SpanWorker
+from kdcache.commands.build.teacher_source import TeacherSource, TeacherSourceOptions
+from kdcache.commands.build.worker import Job
 from kdcache.corpus import Corpus, Span
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
@@ -144,7 +145,8 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
     )
     sides.planning = time.perf_counter() - begin
     begin = time.perf_counter()
-    job = Job(options.out, prepared.rows, prepared.teacher, prepared.batch_tokens)
+    source = TeacherSourceOptions(prepared.rows, prepared.teacher, prepared.batch_tokens)
+    job = Job(options.out, source)
     workers = LocalWorkers(job)
     sides.loading = time.perf_counter() - begin
     model = model if model is not None else load(prepared)
@@ -169,24 +171,24 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
         )
     workers.stop()
     del workers
-    sides.stages = stages(SpanWorker(job), spans[0])
+    sides.stages = stages(source.open(Cache.resume(options.out)), spans[0])
     return sides
 
 
 @torch.inference_mode()
-def stages(worker: SpanWorker, span: Span) -> dict[str, float]:
+def stages(source: TeacherSource, span: Span) -> dict[str, float]:
     """Seconds a position of each stage by itself: wall time on a GPU, else CPU time."""
     clocks: dict[str, Clock] = defaultdict(Clock)
-    writer = TargetWriter(worker.codec, worker.cache.rank_to_id)
+    writer = TargetWriter(source.codec)
     with clocks["tokenise"].running():
-        rows = list(make_encoder(worker.job.rows, worker.tokenizer).encode(Corpus.read(span)))
+        rows = list(make_encoder(source.options.rows, source.tokenizer).encode(Corpus.read(span)))
     share = [row for row in rows if (row.labels != IGNORE).any()]
     read = sum(int((row.labels != IGNORE).sum()) for row in rows)
-    cut = list(batches([len(row.input_ids) for row in share], worker.batch_tokens))[:2]
+    cut = list(batches([len(row.input_ids) for row in share], source.batch_tokens))[:2]
     used = [share[i] for batch in cut for i in batch]
     parts, done = [], 0
     for batch in cut:
-        logits_of = worker.teacher.logits([share[i] for i in batch])
+        logits_of = source.teacher.logits([share[i] for i in batch])
         while True:
             with clocks["teacher"].running():
                 logits = next(logits_of, None)

@@ -42,6 +42,7 @@ from kdcache.cache.receipts import Receipts, remove_receipts
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.events import EventLog
 from kdcache.commands.build.on_ray import RayWorkers
+from kdcache.commands.build.teacher_source import TeacherSourceOptions
 from kdcache.commands.build.worker import Job, SpanReport
 from kdcache.corpus import InputFile, Span
 from kdcache.rows import RowSpec
@@ -268,7 +269,10 @@ def drive(count: int, workers: int, span_seconds: float) -> list[tuple[str, str]
                 shown[1] += time.process_time() - begin
 
             driver = Driver(spans, show, log)
-            job = Job("", RowSpec("causal-lm"), TeacherOptions((), "causal-lm"), 0)
+            source = TeacherSourceOptions(
+                RowSpec("causal-lm"), TeacherOptions((), "causal-lm"), batch_tokens=0
+            )
+            job = Job("", source)
             begin = time.process_time()
             driver.run(
                 lambda: [s for s in range(count) if s not in driver.made],

@@ -24,7 +24,8 @@ from kdcache.version import __version__ as __version__
 if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.cache.repair import GcResult, RepairResult
-    from kdcache.commands.build.build import BuildResult, build
+    from kdcache.commands.build.build import build
+    from kdcache.commands.build.make import BuildResult
     from kdcache.commands.build.options import BuildOptions
     from kdcache.commands.demo.demo import demo
     from kdcache.commands.demo.options import DemoOptions
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from kdcache.commands.train.options import TrainOptions
     from kdcache.commands.train.result import TrainResult
     from kdcache.commands.train.train import train
+    from kdcache.commands.transcode.options import TranscodeOptions
+    from kdcache.commands.transcode.transcode import transcode
     from kdcache.commands.verify.options import VerifyOptions
     from kdcache.commands.verify.verify import VerifyResult, verify
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
@@ -66,7 +69,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "kdcache.cache": ("Cache",),
     "kdcache.cache.repair": ("GcResult", "RepairResult"),
-    "kdcache.commands.build.build": ("BuildResult", "build"),
+    "kdcache.commands.build.build": ("build",),
+    "kdcache.commands.build.make": ("BuildResult",),
     "kdcache.commands.build.options": ("BuildOptions",),
     "kdcache.commands.demo.demo": ("demo",),
     "kdcache.commands.demo.options": ("DemoOptions",),
@@ -94,6 +98,8 @@ _HOMES = {
     "kdcache.commands.train.options": ("TrainOptions",),
     "kdcache.commands.train.result": ("TrainResult",),
     "kdcache.commands.train.train": ("train",),
+    "kdcache.commands.transcode.options": ("TranscodeOptions",),
+    "kdcache.commands.transcode.transcode": ("transcode",),
     "kdcache.commands.verify.verify": ("VerifyResult", "verify"),
     "kdcache.commands.verify.options": ("VerifyOptions",),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),

@@ -36,6 +36,7 @@ from kdcache.cache.check import problems
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.manifest import ShardEntry
 from kdcache.cli.display import BuildDisplay
+from kdcache.commands.build import make
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.options import BuildOptions
@@ -829,7 +830,7 @@ def test_a_build_that_committed_nothing_does_not_block_its_folder(
 
     wrong = dataclasses.replace(small_build, max_length=16, limit=30)
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules[build.__module__], "_start_workers", fail)
+        patched.setattr(make, "start_workers", fail)
         with pytest.raises((UsageError, IncompleteError, SystemExit)):
             build(wrong)
     assert Path(small_build.out, "spec.json").is_file()
@@ -855,7 +856,7 @@ def test_a_folder_in_use_is_not_taken_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules[build.__module__], "_start_workers", second)
+        patched.setattr(make, "start_workers", second)
         with pytest.raises(IncompleteError, match="interrupted"):
             build(first)
     assert "if no build is running on it, delete its spec.json" in tried[0]

@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.cache import Cache
-from kdcache.commands.build import worker
+from kdcache.commands.build import teacher_source
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.packer import Packer
+from kdcache.commands.build.source import Move
+from kdcache.commands.build.teacher_source import TaughtRows, TeacherSource
 from kdcache.commands.build.worker import SpanWorker
-from kdcache.corpus import Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import DenseTargets
@@ -160,7 +162,7 @@ class TestCompile:
         build(options)
         shape: list[int] = []
         monkeypatch.setattr(teacher, "compile_layers", lambda _model: None)
-        monkeypatch.setattr(SpanWorker, "_try_batch", lambda _worker, tokens: shape.append(tokens))
+        monkeypatch.setattr(TeacherSource, "_try_batch", lambda _, tokens: shape.append(tokens))
         (Path(options.out) / "manifest.json").unlink()
         min(Path(options.out, "shards").iterdir()).unlink()
         assert build(dataclasses.replace(options, compile=True, batch_tokens=256)).made == 1
@@ -324,12 +326,12 @@ class TestBatchSize:
                 super().__init__(*args)  # type: ignore[arg-type]
                 self.device = mock.Mock(type="cuda")
 
-        def look(_worker: SpanWorker) -> int:
+        def look(_: TeacherSource) -> int:
             found.append(1)
             raise UsageError("looked")
 
-        monkeypatch.setattr(worker, "Teacher", OnGpu)
-        monkeypatch.setattr(SpanWorker, "_find_batch_tokens", look)
+        monkeypatch.setattr(teacher_source, "Teacher", OnGpu)
+        monkeypatch.setattr(TeacherSource, "_find_batch_tokens", look)
         monkeypatch.setattr(SpanWorker, "run", lambda *_: (_ for _ in ()).throw(UsageError("ran")))
         with pytest.raises(UsageError, match="ran" if given else "looked"):
             build(dataclasses.replace(options, batch_tokens=given))
@@ -370,20 +372,20 @@ def test_the_teacher_goes_on_while_a_span_is_packed(
     # The first span's packing waits until the second one is with the teacher: they must overlap.
     second = threading.Event()
     spans: set[int] = set()
-    ask, pack = SpanWorker._ask, worker._Packer._pack
+    answer, pack = TeacherSource.answer, Packer._pack
 
-    def note(self: SpanWorker, span: Span, *rest: object) -> object:
-        spans.add(span.index)
+    def note(self: TeacherSource, rows: TaughtRows, packer: Packer, move: Move) -> object:
+        spans.add(packer.span)
         if len(spans) == 2:
             second.set()
-        return ask(self, span, *rest)  # type: ignore[arg-type]
+        return answer(self, rows, packer, move)
 
     def wait(self: object, *rest: object) -> object:
         assert second.wait(60), "the second span never had its turn"
         return pack(self, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(SpanWorker, "_ask", note)
-    monkeypatch.setattr(worker._Packer, "_pack", wait)
+    monkeypatch.setattr(TeacherSource, "answer", note)
+    monkeypatch.setattr(Packer, "_pack", wait)
     assert build(dataclasses.replace(options, shard_tokens=600)).spans > 1
 
 
@@ -403,9 +405,9 @@ class TestOnGpu:
 
     def test_a_batch_size_is_found_and_used(self, options: BuildOptions) -> None:
         sizes: list[int] = []
-        own = SpanWorker._find_batch_tokens
+        own = TeacherSource._find_batch_tokens
         with mock.patch.object(
-            SpanWorker, "_find_batch_tokens", lambda w: sizes.append(own(w)) or sizes[-1]
+            TeacherSource, "_find_batch_tokens", lambda w: sizes.append(own(w)) or sizes[-1]
         ):
             result = build(dataclasses.replace(options, codec="sample:8"))
         assert result.positions > 0

@@ -42,6 +42,7 @@ class CacheSpec:
         ranks: SHA-256 of `ranks.u32`, by which ids are stored as frequency ranks; None where they
             are stored as they are.
         label_logprob: whether shards keep the teacher's log-probability of each label.
+        source: `codec` and `digest` of the cache whose targets were encoded anew; None of a build.
     """
 
     task: str
@@ -63,6 +64,7 @@ class CacheSpec:
     format: int = FORMAT
     ranks: str | None = None
     label_logprob: bool = False
+    source: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; fields that not every cache has only where they say something."""
@@ -136,7 +138,7 @@ class CacheSpec:
         ]
 
 
-_OPTIONAL = {"ranks", "label_logprob"}
+_OPTIONAL = {"ranks", "label_logprob", "source"}
 
 
 def _text(value: Any) -> bool:
@@ -184,6 +186,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "seed": lambda value: type(value) is int and abs(value) < 1 << 63,
     "ranks": _none_or(_text),
     "label_logprob": lambda value: value is None or value is True,
+    "source": _none_or(_object(codec=_text, digest=_text)),
 }
 
 

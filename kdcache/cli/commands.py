@@ -7,6 +7,7 @@ wrong option needs no torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -16,6 +17,9 @@ from kdcache.cli.tables import echo, echo_next, number, print_table
 from kdcache.cli.volume import is_quiet
 from kdcache.humanize import duration, size
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+
+if TYPE_CHECKING:
+    from kdcache.commands.build.make import BuildResult
 
 
 def load(name: str) -> click.Command:
@@ -28,6 +32,35 @@ def _report(line: str) -> None:
     """What a command says on its way."""
     if not is_quiet():
         echo(line, err=True)
+
+
+def _report_made(result: BuildResult, worker: str = "teacher") -> None:
+    """What a build, or a transcoding, has done."""
+    if not result.made:
+        echo(f"{result.cache} is complete: {result.positions:,} positions. Nothing to do.")
+    else:
+        losses = ""
+        if result.skipped:
+            losses += f"; {result.skipped:,} records left out (empty or broken)"
+        if result.truncated:
+            losses += f"; {result.truncated:,} documents cut at --max-length"
+        if result.clipped_mass > 1e-3:
+            losses += f"; {result.clipped_mass:.1%} of the teacher's probability is on ids "
+            losses += "outside its tokenizer's vocabulary"
+        if result.workers_lost:
+            losses += f"; {result.workers_lost} workers lost, {result.redone} attempts repeated"
+        echo(
+            f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
+            f"{size(result.bytes)} ({result.bytes_per_position:.1f} B per position, rows "
+            f"included) in {duration(result.seconds)}, "
+            f"{worker} {duration(result.teacher_seconds)}; "
+            f"{result.made} of {result.spans} shards made now{losses}."
+        )
+        if result.missing:
+            echo(
+                f"This part is made. {result.missing} shards of other parts are missing; the "
+                "part that ends last seals the cache."
+            )
 
 
 def _build() -> click.Command:
@@ -50,33 +83,33 @@ def _build() -> click.Command:
         if as_json:
             print_json(result)
             return
-        if not result.made:
-            echo(f"{result.cache} is complete: {result.positions:,} positions. Nothing to do.")
-        else:
-            losses = ""
-            if result.skipped:
-                losses += f"; {result.skipped:,} records left out (empty or broken)"
-            if result.truncated:
-                losses += f"; {result.truncated:,} documents cut at --max-length"
-            if result.clipped_mass > 1e-3:
-                losses += f"; {result.clipped_mass:.1%} of the teacher's probability is on ids "
-                losses += "outside its tokenizer's vocabulary"
-            if result.workers_lost:
-                losses += f"; {result.workers_lost} workers lost, {result.redone} attempts repeated"
-            echo(
-                f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
-                f"{size(result.bytes)} ({result.bytes_per_position:.1f} B per position, rows "
-                f"included) in {duration(result.seconds)}, "
-                f"teacher {duration(result.teacher_seconds)}; "
-                f"{result.made} of {result.spans} shards made now{losses}."
-            )
-            if result.missing:
-                echo(
-                    f"This part is made. {result.missing} shards of other parts are missing; the "
-                    "part that ends last seals the cache."
-                )
+        _report_made(result)
         student = "CONFIG_OR_MODEL" if options.task == CAUSAL_LM else "bilstm"
         echo_next("kdcache", "train", "--cache", options.out, "--student", student, "--out", "RUN")
+
+    return command
+
+
+def _transcode() -> click.Command:
+    from kdcache.commands.transcode.options import TranscodeOptions
+
+    @options_command(
+        TranscodeOptions,
+        "kdcache transcode caches/dense --codec sample:20 --temperatures 1,2 --out caches/sample",
+        "kdcache transcode caches/topk64 --codec topk:16 --out caches/topk16 --workers 0",
+        "Run the same command again to continue where it stopped.",
+    )
+    def command(options: TranscodeOptions, as_json: bool) -> None:
+        from kdcache.cli.display import TranscodeDisplay
+        from kdcache.commands.transcode.transcode import transcode
+
+        with TranscodeDisplay(quiet=as_json) as display:
+            result = transcode(options, on_progress=display)
+        if as_json:
+            print_json(result)
+            return
+        _report_made(result, "codec")
+        echo_next("kdcache", "inspect", options.out, "--row", "0")
 
     return command
 

@@ -84,15 +84,22 @@ class BuildDisplay(_Display):
     """Shows the progress of a build."""
 
     name, unit = "build", "spans"
+    busy = "teacher"
 
     def __call__(self, state: Progress) -> None:
         """Show a new state."""
         over = state.done + state.failed >= state.spans
         shown = sorted(state.workers, key=lambda worker: worker.name)[:_WORKERS_SHOWN]
-        details = [_worker(worker) for worker in shown]
+        details = [_worker(worker, self.busy) for worker in shown]
         if len(state.workers) > len(shown):
             details.append(f"and {len(state.workers) - len(shown)} more")
-        self.show(state.done, state.spans, _facts(state), now=over, details=details)
+        self.show(state.done, state.spans, _facts(state, self.busy), now=over, details=details)
+
+
+class TranscodeDisplay(BuildDisplay):
+    """Shows the progress of a transcoding."""
+
+    name, busy = "transcode", "codec"
 
 
 class TrainDisplay(_Display):
@@ -130,13 +137,13 @@ class SweepDisplay(_Display):
         self._settled = settled
 
 
-def _facts(now: Progress) -> str:
+def _facts(now: Progress, busy: str) -> str:
     """The figures of a build, briefly."""
     if not now.workers:
         return "waiting for workers"
     words = [f"{len(now.workers)} worker{'s' if len(now.workers) > 1 else ''}"]
     words.append(f"{now.positions_per_second:,.0f} positions/s")
-    words.append(f"teacher busy {now.teacher_busy:.0%}")
+    words.append(f"{busy} busy {now.teacher_busy:.0%}")
     if now.positions:
         words.append(f"{now.bytes_per_position:.1f} B/position")
     left = now.spans - now.done - now.failed
@@ -150,9 +157,9 @@ def _facts(now: Progress) -> str:
     return "  ".join(words)
 
 
-def _worker(figures: WorkerFigures) -> str:
+def _worker(figures: WorkerFigures, busy: str) -> str:
     """The figures of one worker."""
     return (
         f"{figures.name}  {figures.spans} spans  "
-        f"{figures.positions_per_second:,.0f} positions/s  teacher busy {figures.teacher_busy:.0%}"
+        f"{figures.positions_per_second:,.0f} positions/s  {busy} busy {figures.teacher_busy:.0%}"
     )

@@ -18,6 +18,7 @@ def render_inspection(result: InspectResult, console: Console) -> None:
     facts = [
         ("task", result.task),
         ("teachers", ", ".join(result.teachers) or "-"),
+        *_source(result),
         ("codec", f"{result.codec} over {result.vocab_size:,} {kind}"),
         ("temperatures", temperatures + (" (and any other)" if result.any_temperature else "")),
         ("state", state),
@@ -48,6 +49,12 @@ def render_inspection(result: InspectResult, console: Console) -> None:
     if result.row is not None:
         print_line(console, "")
         _render_row(result.row, console)
+
+
+def _source(result: InspectResult) -> list[tuple[str, str]]:
+    """The cache whose targets were encoded anew."""
+    source = result.spec.get("source")
+    return [("transcoded from", f"{source['codec']} ({source['digest']})")] if source else []
 
 
 def _labels(result: InspectResult) -> list[tuple[str, str]]:

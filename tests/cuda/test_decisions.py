@@ -19,8 +19,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Trainer, TrainingArguments
 
 from kdcache.cache import Cache
-from kdcache.commands.build import worker
-from kdcache.commands.build.build import BuildOptions, build
+from kdcache.commands.build import packer
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.finetune import trainer as finetune_module
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
@@ -131,12 +132,12 @@ class TestPacking:
             fake_cuda(2),
             mock.patch.object(torch.cuda, "Event", return_value=event) as made,
             mock.patch.object(torch.cuda, "current_stream", streams.__getitem__),
-            mock.patch.object(worker._Packer, "_pack", lambda *arguments: arguments),
-            worker._Packer(TargetWriter(codec), 0, 0) as packer,
+            mock.patch.object(packer.Packer, "_pack", lambda *arguments: arguments),
+            packer.Packer(TargetWriter(codec), 0, 0) as packing,
         ):
             encoded = codec.encode(torch.zeros(3, 500, device="cuda:1"))
             clipped = torch.zeros((), device="cuda:1")
-            _, host, copied, *_ = packer.put(encoded, clipped, mock.Mock(), 0).result()
+            _, host, copied, *_ = packing.put(encoded, clipped, mock.Mock(), 0).result()
         assert {tensor.device.type for tensor in host.values()} == {"cpu"}
         made.assert_called_once_with(blocking=True)  # else the thread would burn a core
         event.record.assert_called_once_with(streams[torch.device("cuda", 1)])
@@ -148,7 +149,7 @@ class TestPacking:
     def test_a_second_thread_packs_where_a_core_is_free(
         self, device: str, cores: int, threads: int
     ) -> None:
-        assert worker.packing_threads(device, cores) == threads
+        assert packer.packing_threads(device, cores) == threads
 
     def test_a_batch_that_is_asked_again_counts_its_clipped_mass_once(
         self, small_build: BuildOptions, tiny_tokenizer: Path, tmp_path: Path,

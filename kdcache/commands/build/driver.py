@@ -29,10 +29,10 @@ from typing import Any
 
 from kdcache.cache import ShardEntry
 from kdcache.commands.build.events import EventSink, ignore_events
+from kdcache.commands.build.source import Work
 from kdcache.commands.build.worker import SpanReport, Stopped
 from kdcache.commands.build.workers import Outcome, WorkerFigures, Workers
 from kdcache.commands.interrupt import Interrupt
-from kdcache.corpus import Span
 from kdcache.errors import IncompleteError, KdcacheError
 from kdcache.storage import redact
 
@@ -143,7 +143,7 @@ class Driver:
         lost: workers that died, hung or went with their node.
     """
 
-    spans: Sequence[Span]
+    spans: Sequence[Work]
     on_progress: Callable[[Progress], None] | None = None
     tell: EventSink = ignore_events
     keep: Callable[[ShardEntry], None] = lambda entry: None

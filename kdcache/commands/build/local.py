@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Sequence
 
+from kdcache.commands.build.source import Work
 from kdcache.commands.build.worker import Job, SpanWorker
 from kdcache.commands.build.workers import IN_FLIGHT, Outcome, WorkerFigures, Workers, arrived
-from kdcache.corpus import Span
 
 _LEAVE = 5.0  # seconds that threads are given to end
 
@@ -20,7 +20,7 @@ class LocalWorkers(Workers):
     def __init__(self, job: Job) -> None:
         self._worker = SpanWorker(job)
         self._figures = WorkerFigures("this process")
-        self._given: queue.SimpleQueue[tuple[Span, bool] | None] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[tuple[Work, bool] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._in_flight = 0
         # Daemons: one that hangs (a dead network drive) must not keep the process from ending.
@@ -45,7 +45,7 @@ class LocalWorkers(Workers):
         """See `Workers.has_room`."""
         return self._in_flight < (1 if alone else IN_FLIGHT)
 
-    def submit(self, span: Span, *, alone: bool = False) -> None:
+    def submit(self, span: Work, *, alone: bool = False) -> None:
         """See `Workers.submit`."""
         self._in_flight += 1
         self._given.put((span, alone))

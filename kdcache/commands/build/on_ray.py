@@ -24,6 +24,7 @@ from typing import Any
 from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, launching
 from kdcache.commands.build.events import EventSink, ignore_events
 from kdcache.commands.build.room import Need, describe, share_of_cpus
+from kdcache.commands.build.source import Work
 from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
 from kdcache.commands.build.workers import (
     IN_FLIGHT,
@@ -33,7 +34,6 @@ from kdcache.commands.build.workers import (
     Workers,
     arrived,
 )
-from kdcache.corpus import Span
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ class RayWorker(SpanWorker):
         import ray
 
         node = ray.get_runtime_context().get_node_id()
-        return f"{ray.util.get_node_ip_address()}:{os.getpid()}", node, self.batch_tokens
+        return f"{ray.util.get_node_ip_address()}:{os.getpid()}", node, self.source.batch_tokens
 
-    def run(self, span: Span) -> SpanReport:
+    def run(self, span: Work) -> SpanReport:
         """See `SpanWorker.run`."""
         report = super().run(span)
         for counter, value in (
@@ -88,7 +88,7 @@ class _Actor:
     handle: Any
     node: str = ""
     figures: WorkerFigures | None = None  # once it is ready
-    in_flight: dict[int, Span] = field(default_factory=dict)
+    in_flight: dict[int, Work] = field(default_factory=dict)
     alone: bool = False
     last_progress: float = 0.0
     asked: bool = False
@@ -303,7 +303,7 @@ class RayWorkers(Workers):
         if not actor.alone and len(actor.in_flight) < IN_FLIGHT:
             self._open[len(actor.in_flight)].append(actor)
 
-    def submit(self, span: Span, *, alone: bool = False) -> None:
+    def submit(self, span: Work, *, alone: bool = False) -> None:
         """See `Workers.submit`."""
         actor = self._free(alone)
         assert actor is not None, "has_room() comes first"
@@ -330,7 +330,7 @@ class RayWorkers(Workers):
         self._wait_for_workers()
         return outcomes
 
-    def _finished(self, actor: _Actor, span: Span, answer: Any) -> list[Outcome]:
+    def _finished(self, actor: _Actor, span: Work, answer: Any) -> list[Outcome]:
         if span.index not in actor.in_flight:
             return []  # the worker was given up before
         error, alone = answer.exception(), actor.alone

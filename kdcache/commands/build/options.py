@@ -66,6 +66,23 @@ class WorkerOptions(Options):
         above=0,
     )
 
+    def conflicts(self) -> Sequence[str]:
+        """See `Options.conflicts`."""
+        problems = []
+        if self.max_workers is not None and self.workers is not None:
+            problems.append("--max-workers is for --workers auto; here --workers is a number.")
+        if self.part is not None and not _is_part(self.part):
+            problems.append(
+                f"--part is {self.part!r}, expected I/N with I from 1 to N, as in 3/16."
+            )
+        return problems
+
+    @property
+    def share(self) -> range:
+        """Numbers of the spans that this run makes, were the corpus endless: every Nth."""
+        part, parts = map(int, (self.part or "1/1").split("/"))
+        return range(part - 1, 1 << 62, parts)
+
 
 @dataclass(frozen=True)
 class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
@@ -103,25 +120,13 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
 
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""
-        problems = form_problems(self.record_form, self.task)
+        problems = [*form_problems(self.record_form, self.task), *WorkerOptions.conflicts(self)]
         if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
             given = len(self.teacher_weight)
             problems.append(f"{given} --teacher-weight for {len(self.teacher)} --teacher.")
-        if self.max_workers is not None and self.workers is not None:
-            problems.append("--max-workers is for --workers auto; here --workers is a number.")
-        if self.part is not None and not _is_part(self.part):
-            problems.append(
-                f"--part is {self.part!r}, expected I/N with I from 1 to N, as in 3/16."
-            )
         if not self.temperatures:
             problems.append("--temperatures is empty, expected positive numbers.")
         return problems
-
-    @property
-    def share(self) -> range:
-        """Numbers of the spans that this run makes, were the corpus endless: every Nth."""
-        part, parts = map(int, (self.part or "1/1").split("/"))
-        return range(part - 1, 1 << 62, parts)
 
     @property
     def weights(self) -> tuple[float, ...]:

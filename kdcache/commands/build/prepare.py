@@ -13,7 +13,7 @@ import torch
 
 from kdcache.cache import CacheSpec
 from kdcache.cluster import cluster_address
-from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.build.ranks import count_ranks
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
@@ -82,7 +82,7 @@ def prepare(options: BuildOptions) -> Prepared:
     rows = options.row_spec(
         options.task, teachers[0].label_names, max_length=_max_length(options, teachers[0])
     )
-    gpus = _gpus(options)
+    gpus = gpus_of(options)
     dtype = _dtype(options.dtype, gpus)
     seconds = sum(teacher.weight_bytes for teacher in teachers) / _SPEED.get(dtype, _SPEED_16)
     corpus = options.open_corpus(
@@ -211,7 +211,8 @@ def _span_bytes(options: BuildOptions, codec: Codec, seconds: float, total: int)
     return max(1 << 12, min(share, max(slow, total // 400_000), most))
 
 
-def _gpus(options: BuildOptions) -> float:
+def gpus_of(options: WorkerOptions) -> float:
+    """GPUs of a worker, by the options and by what there is."""
     if options.workers == 0:
         asked = 1.0 if options.gpus_per_worker is None else options.gpus_per_worker
         return asked * torch.cuda.is_available()

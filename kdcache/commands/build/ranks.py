@@ -51,5 +51,10 @@ def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: in
             labels = row.labels[row.places(rows.task)]
             labels = labels[labels < vocab_size]
             counts += np.bincount(labels, minlength=vocab_size)
+    return ranks_by_count(counts)
+
+
+def ranks_by_count(counts: np.ndarray) -> bytes:
+    """The table of ids that were counted [V], the most frequent first."""
     order = np.argsort(-counts, kind="stable")
     return order[: np.count_nonzero(counts)].astype("<u4").tobytes()

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from kdcache.commands.build.source import Work
 from kdcache.commands.build.worker import SpanReport
-from kdcache.corpus import Span
 
 IN_FLIGHT = 2  # spans of a worker: one is read or written while the other is in the teacher
 
@@ -32,7 +32,7 @@ class Outcome:
         worker: name of the worker.
     """
 
-    span: Span
+    span: Work
     report: SpanReport | None = None
     error: BaseException | None = None
     fault: Fault = "span"
@@ -96,7 +96,7 @@ class Workers(ABC):
         """Whether a span can be given now; `alone` asks for a worker that has nothing else."""
 
     @abstractmethod
-    def submit(self, span: Span, *, alone: bool = False) -> None:
+    def submit(self, span: Work, *, alone: bool = False) -> None:
         """Give a span to the least busy worker; with `alone` no other span runs in that worker."""
 
     @abstractmethod

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from kdcache.commands.build.build import BuildResult, build
+from kdcache.commands.build.build import build
+from kdcache.commands.build.make import BuildResult
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.demo.options import DemoOptions
 from kdcache.commands.demo.result import DemoResult, StudentScores

@@ -1,0 +1,252 @@
+"""A plan becomes a sealed cache: shared by `build` and `transcode`.
+
+    CacheSpec -> create or resume
+    missing spans -> workers: read, answer, pack, commit
+    all spans committed -> seal
+
+Guarantee: the same plan always resumes, and a finished cache is never changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kdcache.cache import Cache, CacheSpec, Manifest
+from kdcache.cache.receipts import Receipts, remove_receipts
+from kdcache.commands.build.driver import GO_ON, Driver, Progress
+from kdcache.commands.build.events import EventLog, EventSink
+from kdcache.commands.build.local import LocalWorkers
+from kdcache.commands.build.on_ray import RayWorkers
+from kdcache.commands.build.options import WorkerOptions
+from kdcache.commands.build.source import SourceOptions, Work
+from kdcache.commands.build.worker import Job
+from kdcache.commands.build.workers import Workers
+from kdcache.commands.interrupt import Interrupt, interruptible
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.storage import redact
+from kdcache.version import __version__
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """All that decides a cache, and how its workers come by it.
+
+    Attributes:
+        spec: of the cache.
+        tokenizer_files: name and content of each.
+        ranks: rank table; empty for none.
+        notes: facts that do not decide the bytes.
+        spans: the units of work, one a shard.
+        source: where the workers find rows and targets.
+        gpus: GPUs a worker.
+        check_made: refuses shards of earlier runs that the source would make differently now.
+        check_end: refuses a source that changed meanwhile.
+    """
+
+    spec: CacheSpec
+    tokenizer_files: Mapping[str, bytes]
+    ranks: bytes
+    notes: Mapping[str, object]
+    spans: Sequence[Work]
+    source: SourceOptions
+    gpus: float
+    check_made: Callable[[Cache], None] = lambda _: None
+    check_end: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """The outcome of a build.
+
+    Attributes:
+        cache: where the cache is.
+        spans: its shards.
+        made: how many of them this run made.
+        redone: attempts at them that did not end in a shard and were made again.
+        workers_lost: workers that died, hung or went with their node.
+        rows: rows in the whole cache.
+        positions: positions in the whole cache.
+        bytes: bytes of all shards.
+        skipped: records in the whole cache's corpus that were left out: empty, or broken with
+            `on_error="skip"`.
+        truncated: documents that were cut at `max_length`, in the shards that this run made.
+        clipped_mass: mean probability of the teacher, a position, on ids outside the vocabulary.
+        seconds: wall time of this run.
+        teacher_seconds: of it in the teacher, summed over workers.
+        missing: shards that other parts have yet to make; rows, positions, bytes and the like are
+            then those of this run. 0 once the cache is finished.
+    """
+
+    cache: str
+    spans: int
+    made: int
+    redone: int
+    workers_lost: int
+    rows: int
+    positions: int
+    bytes: int
+    skipped: int
+    truncated: int
+    clipped_mass: float
+    seconds: float
+    teacher_seconds: float
+    missing: int = 0
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Shard bytes, rows included, a position."""
+        return self.bytes / max(1, self.positions)
+
+
+def make_cache(
+    plan: Callable[[], CachePlan],
+    out: str,
+    options: WorkerOptions,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> BuildResult:
+    """Make a cache, or finish an interrupted one.
+
+    Args:
+        plan: makes the plan.
+        out: folder or URL of the cache.
+        options: of the workers.
+        on_progress: called in this thread, a few times a second at most.
+
+    Raises:
+        UsageError: wrong options or input; nothing was written that a later run would trust.
+        IncompleteError: interrupted, no space left, or spans set aside; the same command resumes.
+    """
+    with interruptible() as interrupt:
+        try:
+            return _begin(plan, out, options, on_progress, interrupt)
+        except KeyboardInterrupt:  # while planning or sealing; the driver has more to say
+            raise IncompleteError(f"interrupted. {GO_ON}") from None
+
+
+def _begin(
+    make_plan: Callable[[], CachePlan],
+    out: str,
+    options: WorkerOptions,
+    on_progress: Callable[[Progress], None] | None,
+    interrupt: Interrupt,
+) -> BuildResult:
+    begin = time.perf_counter()
+    plan = make_plan()
+    cache = Cache.create_or_resume(
+        out,
+        plan.spec,
+        tokenizer_files=plan.tokenizer_files,
+        ranks=plan.ranks,
+        notes={**plan.notes, "kdcache": __version__},
+    )
+    try:
+        driver, missing = _make(plan, options, cache, on_progress, interrupt)
+    finally:
+        cache.release()
+    shards = tuple(driver.made.values()) if missing else cache.manifest.shards
+    positions = sum(s.positions for s in shards)
+    return BuildResult(
+        cache=redact(out),
+        spans=cache.spec.spans,
+        made=len(driver.made),
+        redone=driver.redone,
+        workers_lost=driver.lost,
+        rows=sum(s.rows for s in shards),
+        positions=positions,
+        bytes=sum(s.bytes for s in shards),
+        skipped=sum(s.skipped for s in shards),
+        truncated=driver.truncated,
+        clipped_mass=sum(s.clipped_mass for s in shards) / max(1, positions),
+        seconds=time.perf_counter() - begin,
+        teacher_seconds=driver.teacher_seconds,
+        missing=len(missing),
+    )
+
+
+def _make(
+    plan: CachePlan,
+    options: WorkerOptions,
+    cache: Cache,
+    on_progress: Callable[[Progress], None] | None,
+    interrupt: Interrupt,
+) -> tuple[Driver, list[int]]:
+    """Make what is missing; returns the spans that are left to other parts."""
+    plan.check_made(cache)
+    log = EventLog(cache.storage)
+    receipts = Receipts(cache.storage)
+    driver = Driver(plan.spans, on_progress, log, share=options.share)
+    missing: list[int] = []
+    if cache.sealed and not cache.missing():
+        return driver, missing
+    log("start", fingerprint=cache.spec.fingerprint, spans=cache.spec.spans)
+    try:
+        if not cache.sealed:
+            driver.keep = receipts.add
+        driver.run(
+            functools.partial(_missing, cache, driver),
+            lambda: start_workers(options, plan, cache, log),
+            interrupt,
+        )
+        plan.check_end()
+        receipts.close()  # before a seal removes them
+        missing = _missing(cache, driver) if options.part else []
+        if not missing:
+            _seal(cache, driver)
+    except BaseException as error:
+        reason = redact(str(error)) or type(error).__name__
+        log("stop", made=len(driver.made), lost=driver.lost, reason=reason)
+        raise
+    else:
+        if missing:
+            log("part made", made=len(driver.made), lost=driver.lost, missing=len(missing))
+        else:
+            log("sealed", made=len(driver.made), lost=driver.lost, rows=cache.manifest.rows)
+    finally:
+        receipts.close()
+        log.close()
+    return driver, missing
+
+
+def _missing(cache: Cache, driver: Driver) -> list[int]:
+    """The missing spans, from the listing.
+
+    A shard of a sealed cache that came out with other bytes than its manifest says is not in it,
+    and a retry would not change that: the seal reports it.
+    """
+    made = driver.made if cache.sealed else {}
+    return [span for span in cache.missing() if span not in made]
+
+
+def _seal(cache: Cache, driver: Driver) -> Manifest:
+    manifest = cache.prepare_manifest(driver.made.values())
+    if not manifest.rows:
+        raise UsageError(
+            f"the corpus has no usable row ({manifest.skipped} records skipped): nothing to cache. "
+            "Look at its text column, or name another --corpus."
+        )
+    manifest = cache.seal(manifest)
+    remove_receipts(cache.storage)
+    return manifest
+
+
+def start_workers(
+    options: WorkerOptions, plan: CachePlan, cache: Cache, tell: EventSink
+) -> Workers:
+    """The workers that the options ask for."""
+    job = Job(cache.storage.url, plan.source)
+    if options.workers == 0:
+        return LocalWorkers(job)
+    return RayWorkers(
+        job,
+        workers=options.workers,
+        gpus=plan.gpus,
+        address=options.address,
+        cpus=options.cpus_per_worker,
+        max_workers=options.max_workers,
+        hang_seconds=options.hang_seconds,
+        wait_minutes=options.wait_minutes,
+        tell=tell,
+    )

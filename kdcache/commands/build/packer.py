@@ -1,0 +1,158 @@
+"""Encoded slices of positions become stored columns on threads, beside the device's work.
+
+Copies to the host are queued behind the kernels that make them; only the threads wait for them.
+
+Cost: memory of the slices on their way, eight at most. Guarantee: rounding noise is keyed by (seed,
+span, row, position), whatever slices the positions came in.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.rows import Row
+from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
+from kdcache.targets.label_logprob import Codes, encode_logprobs
+
+_UNPACKED = 8  # encoded slices on their way, at most
+
+
+@dataclass(frozen=True)
+class Places:
+    """Some positions of a span.
+
+    Attributes:
+        rows: int64 [n], the row of the span that each is in.
+        within: int64 [n], the token of the row.
+        labels: int64 [n], its hard label.
+    """
+
+    rows: np.ndarray
+    within: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, batch: Sequence[int], wanted: Sequence[np.ndarray], rows: Sequence[Row]) -> Places:
+        """All positions of some rows.
+
+        Args:
+            batch: numbers of these rows.
+            wanted: the tokens that are positions, of every row of the span.
+            rows: every row of the span.
+        """
+        return cls(
+            np.repeat(np.asarray(batch, np.int64), [len(wanted[i]) for i in batch]),
+            np.concatenate([wanted[i] for i in batch]),
+            np.concatenate([rows[i].labels[wanted[i]] for i in batch]).astype(np.int64),
+        )
+
+    def noise(
+        self, seed: int, span: int, piece: slice = slice(None), *, of_label: bool = False
+    ) -> np.ndarray:
+        """See `position_uniform`."""
+        rows, within = self.rows[piece], self.within[piece]
+        return position_uniform(seed, span, rows, within, of_label=of_label)
+
+
+class Packed(NamedTuple):
+    """What is stored of a slice of positions, and the mass that its teacher gave to unknown ids."""
+
+    targets: SoftTargets
+    label_logprob: Codes | None
+    clipped: np.float32
+
+
+def packing_threads(device: str, cores: int) -> int:
+    """Threads that pack in parallel to the teacher: two if a GPU leaves a core free."""
+    return 2 if device == "cuda" and cores > 2 else 1
+
+
+class Packer:
+    """Packs the encoded slices of one span while the device computes the next ones."""
+
+    def __init__(self, writer: TargetWriter, seed: int, span: int, threads: int = 1) -> None:
+        self.seed, self.span = seed, span
+        self._writer = writer
+        self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="kdcache-pack")
+        self._room = threading.BoundedSemaphore(_UNPACKED)
+
+    def __enter__(self) -> Packer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def put(
+        self, encoded: dict[str, Tensor], clipped: Tensor, place: Places, start: int
+    ) -> futures.Future[Packed]:
+        """Have a slice packed.
+
+        Args:
+            encoded: what the codec gave of it, and "label_logprob" float32 [n] where that is kept.
+            clipped: scalar, probability of the slice outside the vocabulary, summed.
+            place: positions, among which the slice is.
+            start: its first one.
+        """
+        encoded = {**encoded, "clipped": clipped}
+        host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in encoded.items()}
+        # Of a teacher that is spread over GPUs the last one encodes: each copy waits in the stream
+        # of its own device.
+        copied = []
+        for device in {tensor.device for tensor in encoded.values() if tensor.is_cuda}:
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            copied.append(event)
+        self._room.acquire()
+        return self._pool.submit(self._pack, host, copied, place, start)
+
+    def _pack(
+        self, host: dict[str, Tensor], copied: list[torch.cuda.Event], place: Places, start: int
+    ) -> Packed:
+        try:
+            for event in copied:
+                event.synchronize()
+            if not host["finite"].all():
+                bad = start + int(host["finite"].int().argmin())
+                raise UsageError(
+                    f"the teacher gives NaN or infinite logits for span {self.span}, row "
+                    f"{place.rows[bad]}, position {place.within[bad]}: nothing of this span is "
+                    "cached. Try --dtype float32, or check the model."
+                )
+            clipped = np.float32(host.pop("clipped"))
+            codes = None
+            if (logprobs := host.pop("label_logprob", None)) is not None:
+                piece = slice(start, start + len(logprobs))
+                u = place.noise(self.seed, self.span, piece, of_label=True)
+                codes = encode_logprobs(logprobs.numpy(), u)
+            return Packed(self._writer.pack(host), codes, clipped)
+        finally:
+            self._room.release()
+
+
+def in_row_order(
+    codec: Codec, packed: Sequence[Packed], places: Sequence[np.ndarray]
+) -> tuple[SoftTargets, Codes | None]:
+    """Targets and log-probabilities of a span in row-major order, from those of its batches.
+
+    Args:
+        codec: of the targets.
+        packed: all slices.
+        places: which position of the span, counted row by row, each position of them is.
+    """
+    if not packed:
+        return SoftTargets.empty(codec), np.zeros(0, np.uint16)
+    order = np.concatenate(places)
+    inverse = np.empty(len(order), np.int64)
+    inverse[order] = np.arange(len(order))
+    targets = SoftTargets.concat([part.targets for part in packed]).take(inverse)
+    codes = [part.label_logprob for part in packed if part.label_logprob is not None]
+    return targets, np.concatenate(codes)[inverse] if codes else None

@@ -1,0 +1,197 @@
+"""The source of a build: a corpus, and the teacher that answers its rows.
+
+Cost: the teacher in memory, and one slice of its logits.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
+from kdcache.commands.build.packer import Packed, Packer, Places
+from kdcache.commands.build.source import Answers, Move, Source, SpanRows
+from kdcache.corpus import Corpus, ReadStats, Record, Span
+from kdcache.errors import UsageError
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.rows.batches import batches
+from kdcache.targets.device import label_logprobs
+from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherSourceOptions:
+    """A corpus and its teacher.
+
+    Attributes:
+        rows: how records become rows.
+        teacher: which models to load, and how.
+        batch_tokens: padded tokens of a batch, at most (one row may be longer).
+        find_batch: whether such a batch is tried first, and halved until it fits the GPU.
+    """
+
+    rows: RowSpec
+    teacher: TeacherOptions
+    batch_tokens: int
+    find_batch: bool = False
+
+    def open(self, cache: Cache) -> TeacherSource:
+        """Load the teacher."""
+        return TeacherSource(self, cache)
+
+
+@dataclass
+class TaughtRows(SpanRows):
+    """The rows of a span, for a teacher."""
+
+    rows: Sequence[Row] = ()
+
+
+class TeacherSource(Source[Span, TaughtRows]):
+    """A loaded teacher that answers the rows of a corpus."""
+
+    def __init__(self, options: TeacherSourceOptions, cache: Cache) -> None:
+        self.options, self.spec = options, cache.spec
+        self.codec = cache.codec()
+        self.tokenizer = cache.tokenizer()
+        self.teacher = Teacher(options.teacher, self.spec.vocab_size)
+        self.device = self.teacher.device.type
+        self._probed = False  # on rows of the corpus
+        self.batch_tokens = options.batch_tokens
+        if options.find_batch and self.device == "cuda":
+            self.batch_tokens = self._find_batch_tokens()
+        elif options.teacher.compile:
+            self._try_batch(self.batch_tokens)  # compiles before the first span
+
+    def _find_batch_tokens(self) -> int:
+        found = find_batch_tokens(
+            lambda tokens: peak_share(lambda: self._try_batch(tokens), self.teacher.gpus),
+            self.options.batch_tokens,
+            self.options.rows.max_length,
+        )
+        logger.info("batches have %d tokens", found)
+        return found
+
+    def _try_batch(self, tokens: int) -> None:
+        """Run teacher and codec over a batch of the longest rows."""
+        length = self.options.rows.max_length
+        ids = np.arange(length, dtype=np.int32) % self.spec.vocab_size
+        row = Row(ids, ids if self.options.teacher.causal else ids[:1])
+        for logits in self.teacher.logits([row] * max(1, tokens // length)):
+            zeros = torch.zeros(len(logits), dtype=torch.float64)
+            self._encode(logits, zeros, zeros.long())
+        self.teacher.take_clipped_mass()
+
+    def read(self, work: Span, move: Move) -> TaughtRows:
+        """See `Source.read`."""
+        how = self.options.rows
+        stats = ReadStats()
+        encoder = make_encoder(how, self.tokenizer)
+        records = Corpus.read(work, columns=how.columns, on_error=how.on_error, stats=stats)
+        rows = list(encoder.encode(_moving(records, move)))
+        return TaughtRows(
+            partial(ShardData.from_rows, self.options.teacher.task, rows),
+            skipped=stats.skipped + encoder.skipped + encoder.empty,
+            truncated=encoder.truncated,
+            reasons=(*stats.reasons, *encoder.stats.reasons),
+            rows=rows,
+        )
+
+    def answer(self, rows: TaughtRows, packer: Packer, move: Move) -> Answers:
+        """See `Source.answer`."""
+        if rows.rows and not self._probed:
+            self.teacher.probe(rows.rows)
+            self._probed = True
+        return self._ask(rows.rows, packer, move)
+
+    def _ask(self, rows: Sequence[Row], packer: Packer, move: Move) -> Answers:
+        """Run all rows of a span through the teacher."""
+        wanted = [row.places(self.options.teacher.task) for row in rows]
+        offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
+        packed: list[futures.Future[Packed]] = []
+        places: list[np.ndarray] = []
+        lengths = [len(row.input_ids) for row in rows]
+        waiting = deque(batches(lengths, self.batch_tokens))
+        while waiting:
+            move()
+            batch = waiting.popleft()
+            place = Places.of(batch, wanted, rows)
+            try:
+                parts = self._run([rows[i] for i in batch], place, packer)
+            except torch.OutOfMemoryError as error:
+                self.teacher.take_clipped_mass()  # all of this batch is asked again
+                self._shrink(batch, lengths, error)
+                left = [i for rows_of in (batch, *waiting) for i in rows_of]
+                cut = batches([lengths[i] for i in left], self.batch_tokens)
+                waiting = deque([left[i] for i in smaller] for smaller in cut)
+                continue
+            packed.extend(parts)
+            places.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
+        return packed, places
+
+    def _run(
+        self, rows: Sequence[Row], place: Places, packer: Packer
+    ) -> list[futures.Future[Packed]]:
+        """One batch through teacher and codec."""
+        uniform, labels = (
+            self.teacher.to_device(torch.from_numpy(numbers))
+            for numbers in (place.noise(packer.seed, packer.span), place.labels)
+        )
+        parts = []
+        done = 0
+        for logits in self.teacher.logits(rows):
+            piece = slice(done, done + len(logits))
+            encoded = self._encode(logits, uniform[piece], labels[piece])
+            parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
+            done = piece.stop
+        assert done == len(place.rows), "the teacher answers every position"
+        return parts
+
+    def _encode(self, logits: Tensor, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What is kept of some positions, on their device.
+
+        Args:
+            logits: as the teacher yields them.
+            u: float64 [n], the codec's noise.
+            labels: int64 [n], hard labels.
+
+        Returns:
+            What the codec gives, and "label_logprob" float32 [n] if the cache keeps that.
+        """
+        made_for = self.options.teacher.temperatures
+        encoded = self.codec.encode(logits_at(logits, made_for, self.codec.temperatures), u)
+        if self.spec.label_logprob:
+            at_one = logits_at(logits, made_for, (1.0,))
+            read_before = encoded if logits.ndim == 2 else None
+            encoded["label_logprob"] = label_logprobs(at_one, labels, read_before)
+        return encoded
+
+    def _shrink(
+        self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError
+    ) -> None:
+        """Remember half the size of a batch that did not fit, for this span and later ones."""
+        if len(batch) == 1:
+            raise UsageError(
+                f"one row of {lengths[batch[0]]} tokens does not fit the device together with the "
+                "teacher. Use a smaller --max-length, or more --gpus-per-worker."
+            ) from error
+        torch.cuda.empty_cache()
+        self.batch_tokens = min(self.batch_tokens, len(batch) * lengths[batch[0]]) // 2
+        logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
+
+
+def _moving(records: Iterator[Record], move: Move) -> Iterator[Record]:
+    for record in records:
+        move()
+        yield record

@@ -1,0 +1,178 @@
+"""The source of a transcoding: the shards of another cache.
+
+Rows and the log-probabilities of labels are copied. Logits that determine the new targets are read
+a slice of positions at a time, in the order of the rows; top-k targets are narrowed as they are.
+
+Cost: memory of one decoded shard of the source for each span in flight, and one slice of logits.
+Guarantee: noise is keyed by position, so a sample is the one that a build with the source's logits
+would have drawn.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
+from kdcache.commands.build.packer import Packed, Packer, Places
+from kdcache.commands.build.source import Answers, Move, Source, SpanRows
+from kdcache.errors import UsageError
+from kdcache.targets import Codec, Dense, DenseTargets, SoftTargets, TopK
+from kdcache.targets.label_logprob import Codes
+from kdcache.tasks import positions
+from kdcache.teacher.model import slice_positions
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """A unit of work: a shard of the source, which becomes that of the same span.
+
+    Attributes:
+        index: the span.
+        records: where its rows are, for a person.
+    """
+
+    index: int
+    records: str
+
+
+@dataclass(frozen=True)
+class CacheSourceOptions:
+    """A sealed cache to read from.
+
+    Attributes:
+        url: its address.
+        digest: its digest, so that it is the same one for every worker.
+        device: "cpu" or "cuda", where new targets are computed.
+    """
+
+    url: str
+    digest: str
+    device: str
+
+    def open(self, cache: Cache) -> CacheSource:
+        """Open it for the codec of a new cache."""
+        source = Cache.open(self.url)
+        if source.digest != self.digest:
+            raise UsageError(f"{source.url} is another cache than it was. Run the command again.")
+        return CacheSource(source, cache.codec(), self.device)
+
+
+@dataclass
+class StoredRows(SpanRows):
+    """A shard of the source, as far as it is needed."""
+
+    data: ShardData | None = None
+
+
+class CacheSource(Source[SourceShard, StoredRows]):
+    """A sealed cache whose targets are encoded anew."""
+
+    def __init__(self, source: Cache, codec: Codec, device: str) -> None:
+        self.source, self.codec, self.device = source, codec, device
+        width = source.spec.vocab_size
+        self.batch_tokens = slice_positions(device, width, 4)
+        self._from = source.codec()
+
+    def read(self, work: SourceShard, move: Move) -> StoredRows:
+        """See `Source.read`."""
+        entry = self.source.manifest.shards[work.index]
+        data = self.source.read(work.index)
+        return StoredRows(
+            partial(_with_targets, data),
+            skipped=entry.skipped,
+            clipped_mass=entry.clipped_mass,
+            data=data,
+        )
+
+    @torch.inference_mode()
+    def answer(self, rows: StoredRows, packer: Packer, move: Move) -> Answers:
+        """See `Source.answer`."""
+        assert rows.data is not None, "it was read"
+        targets, place = rows.data.targets, places_of(rows.data)
+        total = len(targets)
+        order = [np.arange(total)]
+        if isinstance(self._from, TopK):
+            assert isinstance(self.codec, TopK), "checked when it was planned"
+            done: futures.Future[Packed] = futures.Future()
+            done.set_result(Packed(narrowed(targets, self.codec), None, np.float32(0)))
+            return [done], order
+        uniform = self._send(torch.from_numpy(place.noise(packer.seed, packer.span)))
+        none = torch.zeros((), device=self.device)
+        parts = []
+        for start in range(0, total, self.batch_tokens):
+            move()
+            piece = slice(start, min(start + self.batch_tokens, total))
+            some = targets.take(np.arange(piece.start, piece.stop))
+            logits = self._logits(some)
+            parts.append(packer.put(self.codec.encode(logits, uniform[piece]), none, place, start))
+        return parts, order if parts else []
+
+    def _logits(self, targets: SoftTargets) -> Tensor:
+        """Logits [n, V] of some positions of the source, float32, on the device."""
+        found = targets.at(targets.codec.temperatures[0])
+        assert isinstance(found, DenseTargets), "checked when it was planned"
+        return self._send(found.logits)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """Copy to the device, without waiting for what it has still to do."""
+        if self.device == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _with_targets(data: ShardData, targets: SoftTargets, _: Codes | None) -> ShardData:
+    return dataclasses.replace(data, targets=targets)
+
+
+def places_of(data: ShardData) -> Places:
+    """Row, token and label of each position of a shard, in row-major order."""
+    rows = np.repeat(np.arange(len(data)), np.diff(data.position_offsets))
+    flat = np.flatnonzero(positions(data.labels, data.task)) if len(data) else rows
+    within = flat - data.offsets[rows] if len(data.labels) == len(data.input_ids) else 0 * rows
+    return Places(rows, within, np.zeros(0, np.int64))
+
+
+def narrowed(targets: SoftTargets, codec: TopK) -> SoftTargets:
+    """Top-k targets with fewer ids, at some of the temperatures.
+
+    The ids that are left out go into the tail, with what they weigh at each temperature; the others
+    keep their weights.
+    """
+    columns = {name: targets.columns[name][:, : codec.k] for name in ("ids", "logprob_steps")}
+    tails = []
+    for temperature in codec.temperatures:
+        found = targets.at(temperature)
+        assert not isinstance(found, DenseTargets), "top-k targets are sparse"
+        tails.append(found.tail + found.weights[:, codec.k :].sum(-1))
+    columns["tail"] = torch.stack(tails, -1).clamp_max(1).numpy()
+    columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    return SoftTargets(codec, columns, targets.rank_to_id)
+
+
+def check_source(source: Codec, codec: Codec) -> None:
+    """Refuse targets that do not determine the new ones.
+
+    Raises:
+        UsageError: says why, and what would do.
+    """
+    if isinstance(source, TopK):
+        if not isinstance(codec, TopK) or codec.k > source.k:
+            raise UsageError(
+                f"{source} targets lack what {codec} needs: from them, only topk of {source.k} ids "
+                "or fewer can be made. Transcode a dense cache, or build with the teacher."
+            )
+    elif not isinstance(source, Dense):
+        raise UsageError(
+            f"{source} targets are draws from the teacher's distributions, from which those cannot "
+            "be found again. Transcode a dense cache, or build with the teacher."
+        )
+    for temperature in codec.temperatures:
+        source.check_temperature(temperature)
