@@ -55,6 +55,7 @@ class SumOverRanks:
         """The sum, int64 []; every worker of the group must call at the same step."""
         backends = distributed.get_backend_config(self._group)
         device = "cpu" if "cpu:" in backends else torch.accelerator.current_accelerator()
-        total = torch.tensor(number, dtype=torch.int64, device=device)
+        # Filled there: a copy from the host would make it wait for what the device has to do.
+        total = torch.full((), number, dtype=torch.int64, device=device)
         distributed.all_reduce(total, group=self._group)
         return total

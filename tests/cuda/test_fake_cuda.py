@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcache.loss import fused, fused_linear_distillation
 from kdcache.rows import Row
+from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_places
@@ -260,6 +261,21 @@ def test_the_trainer_finds_positions_on_the_host() -> None:
         assert (None if found is None else found.tolist()) == sent
     with fake_cuda():
         assert host_places(torch.zeros(2, 3, device="cuda").long(), "causal-lm") is None
+
+
+def test_the_count_of_all_workers_is_summed_without_a_wait() -> None:
+    distributed = mock.Mock()
+    distributed.get_backend_config.return_value = "cuda:nccl"
+    with (
+        fake_cuda(),
+        mock.patch("kdcache.stream.ranks.distributed", distributed),
+        mock.patch("torch.accelerator.current_accelerator", return_value=torch.device("cuda")),
+        Waits() as waits,
+    ):
+        total = SumOverRanks()(8199)
+    assert (total.dtype, total.device.type) == (torch.int64, "cuda")
+    assert not waits.found
+    distributed.all_reduce.assert_called_once_with(total, group=None)
 
 
 def fake_batch(batch: int, length: int, *, masked: bool) -> dict[str, Any]:
