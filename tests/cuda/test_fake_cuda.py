@@ -13,13 +13,13 @@ from fake import Waits, every_wait_is_seen, fake_cuda, on_fake_cuda
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdcache.loss import fused, fused_linear_distillation
+from kdcache.loss import Anchor, fused, fused_linear_distillation
 from kdcache.rows import Row
 from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_places
-from kdcache.targets import Codec, DenseTargets, SparseTargets
+from kdcache.targets import AnchoredTargets, Codec, DenseTargets, SparseTargets
 from kdcache.targets.device import label_logprobs
 from kdcache.teacher import Teacher, TeacherOptions, teacher
 from kdcache.teacher.projection import Projection
@@ -130,7 +130,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize(("states", "weights", "autocast"), TYPES)
-@pytest.mark.parametrize("kind", ["sample", "topk", "dense"])
+@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense"])
 @pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (2.0, 30.0)])
 def test_the_fused_loss_keeps_devices_and_dtypes(
     states: torch.dtype,
@@ -166,13 +166,17 @@ def fake_targets(
 ) -> SparseTargets | DenseTargets:
     if kind == "dense":
         return DenseTargets(torch.zeros(n, vocabulary, device="cuda"), temperature)
-    return SparseTargets(
-        ids=torch.zeros(n, 16, dtype=torch.int64, device="cuda"),
-        weights=torch.zeros(n, 16, device="cuda"),
-        tail=torch.zeros(n, device="cuda"),
-        exact=kind == "topk",
-        temperature=temperature,
-    )
+    columns: dict[str, Any] = {
+        "ids": torch.zeros(n, 16, dtype=torch.int64, device="cuda"),
+        "weights": torch.zeros(n, 16, device="cuda"),
+        "tail": torch.zeros(n, device="cuda"),
+        "exact": kind == "topk",
+        "temperature": temperature,
+    }
+    if kind != "anchored":
+        return SparseTargets(**columns)
+    heads = torch.zeros(n, dtype=torch.int64, device="cuda")
+    return AnchoredTargets(**columns, inverse=torch.zeros(n, 16, device="cuda"), heads=heads)
 
 
 def forward_and_backward(
@@ -200,11 +204,18 @@ def forward_and_backward(
         with torch.no_grad():
             return tuple(fused._Fused.forward(kept["context"], *arguments))
 
+    anchor = Anchor()
+    # As after the first step, which moves these numbers to the device.
+    for name in ("theta", "_past", "_step"):
+        moved = torch.zeros_like(getattr(anchor, name), device="cuda")
+        setattr(anchor, name, moved)
     with mock.patch.object(fused, "_eagerly", apply):
         parts = fused_linear_distillation(
             hidden, weight, bias, labels, targets, alpha=0.5,
-            vocab_size=weight.shape[0] - 64, cap=cap, rows=256,
+            vocab_size=weight.shape[0] - 64, cap=cap, rows=256, anchor=anchor,
         )  # fmt: skip
+    anchor.update()
+    assert anchor.theta.device.type == "cuda"
     backward = fused._Fused.backward.__wrapped__  # type: ignore[attr-defined]
     gradients = backward(kept["context"], torch.ones((), device="cuda"))
     return tuple(parts), [g for g in gradients if g is not None]
