@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import subprocess
@@ -205,7 +204,7 @@ def run(work: Callable[[Any], object], items: Iterable[Any]) -> None:
 def watch(url: str, options: argparse.Namespace) -> dict[str, float]:
     """What `watched` finds, in a process of its own."""
     command = [sys.executable, __file__, "--watch", url]
-    for name in ("batch", "batches", "threads", "world", "rank-shards"):
+    for name in ("batch", "batches", "rounds", "threads", "world", "rank-shards"):
         command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -294,50 +293,41 @@ def scale(ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
 
 
 def ranked(options: argparse.Namespace) -> dict[str, float]:
-    """What one rank costs, in this process: the bytes of an epoch, and some of its batches."""
+    """What one rank costs, in this process: its first batch, and some batches after the first."""
     before = peak_memory()
     wall, cpu = time.perf_counter(), time.process_time()
     world = options.world
     stream = TargetStream(
         options.watch,
         batch_size=options.batch * world,
-        rank=world // 2,
+        rank=world * 3 // 7,
         world_size=world,
         sum_over=int,
     )
-    begun = time.process_time()
-    batches = iter(stream)
-    kept = [next(batches)["labels"].numel()]
+    batches = stream.batches(1 << 20)
+    next(batches)
     found = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    # A share that is not too long, whole; of a longer one whole groups, after the first.
-    each = stream.caches[0].manifest.shards[0].rows // options.batch
-    if stream.rows > options.rank_shards * each * options.batch * world:
-        groups = -(-options.rank_shards // stream.group)
-        for _ in range(stream.group * each):
-            next(batches)
-        begun, kept = time.process_time(), []
-        taken: Iterable[Any] = itertools.islice(batches, groups * stream.group * each)
-    else:
-        taken = batches
-    kept += [batch["labels"].numel() for batch in taken]
-    found["position"] = (time.process_time() - begun) / sum(kept)
+    # Whole groups, and whole epochs where they are short, after the first of them.
+    entries = stream.caches[0].manifest.shards
+    each = entries[0].rows // options.batch
+    unit = min(stream.group * each, stream.steps)
+    for _ in range(unit):
+        next(batches)
+    costs = []
+    for _ in range(options.rounds):
+        cpu, positions = time.process_time(), 0
+        for _ in range(-(-options.rank_shards * each // unit) * unit):
+            positions += int(next(batches)["labels"].numel())
+        costs.append((time.process_time() - cpu) / positions)
+    found["position"] = min(costs)
     batches.close()  # type: ignore[attr-defined]
     found |= {"before": before, "peak": peak_memory()}
-    walks = [
-        part
-        for epoch in range(4)
-        for part in order(
-            0,
-            epoch,
-            [entry.rows for entry in stream.caches[0].manifest.shards],
-            stream.group,
-            streams=world,
-            stream=world // 2,
-        )
-    ]
-    entries = stream.caches[0].manifest.shards
-    touched = [entries[shard].bytes for part in walks for shard in np.unique(part[:, 0])]
-    return found | {"bytes": sum(touched) / 4}
+    rows, touched = [entry.rows for entry in entries], 0
+    some = range(0, world, world // 16 + 1)
+    for stretch in some:
+        for part in order(0, 0, rows, stream.group, streams=world, stream=stretch):
+            touched += sum(entries[shard].bytes for shard in np.unique(part[:, 0]))
+    return found | {"bytes": touched / len(some)}
 
 
 def ranks(table_of_ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
@@ -398,7 +388,7 @@ def main() -> None:
     add("--markdown", action="store_true", help="keep the outcome in RESULTS.md")
     add("--ranks", action="store_true", help="only 4, kept in a section of its own")
     add("--rank-shard", type=int, default=1 << 17, help="positions of a shard where ranks read")
-    add("--rank-shards", type=int, default=60, help="shards a rank reads at most while timed")
+    add("--rank-shards", type=int, default=15, help="shards a rank reads in a round")
     add("--watch", help=argparse.SUPPRESS)
     add("--world", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import contextlib
+import functools
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from kdcache.cache.shard import ShardData, read_counts, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.storage import Share, Storage, open_storage, redact, sha256_file
+from kdcache.storage.verified import verified_here
 from kdcache.targets import Codec
 from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.targets.ranks import read_ranks
@@ -414,7 +416,7 @@ class Cache:
             return self._read_shard(entry, targets, fresh=True)
 
     def _read_shard(self, entry: ShardEntry, targets: bool, *, fresh: bool = False) -> ShardData:
-        with self.hold(entry, fresh=fresh) as path:
+        with self.hold(entry, fresh=fresh, noted=not fresh) as path:
             ranks = self.rank_to_id if targets else None
             return read_shard(
                 path,
@@ -426,12 +428,15 @@ class Cache:
             )
 
     @contextlib.contextmanager
-    def hold(self, entry: ShardEntry, *, fresh: bool = False) -> Iterator[Path]:
+    def hold(
+        self, entry: ShardEntry, *, fresh: bool = False, noted: bool = False
+    ) -> Iterator[Path]:
         """A shard's file on this machine, whose bytes are those of the manifest.
 
         Args:
             entry: which one.
             fresh: leave a copy of a remote file that is on this machine aside.
+            noted: do not hash a file again that a process of this machine has hashed.
 
         Raises:
             CorruptCacheError: the file is missing, or its size or hash is another.
@@ -440,7 +445,12 @@ class Cache:
         with contextlib.ExitStack() as held:
             with contextlib.suppress(FileNotFoundError):
                 path = held.enter_context(self.storage.hold(f"shards/{entry.name}", fresh=fresh))
-            entry.check(path)
+            notes = verified_here() if noted else None
+            if notes is None or path is None:
+                entry.check(path)
+            else:
+                check = functools.partial(entry.check, path)
+                notes.once(path, entry.sha256, check, ours=self.storage.remote)
             assert path is not None, "it was found"
             yield path
 

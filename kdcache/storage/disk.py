@@ -32,6 +32,8 @@ from kdcache.files import no_space
 _MOST = 32 << 30
 _PART = ".part"
 _LOCK = ".lock"
+# The clock of file systems, where there is such a one.
+_CLOCK = getattr(time, "CLOCK_REALTIME_COARSE", time.CLOCK_REALTIME)
 
 # Size of a file, and what writes it whole or raises.
 Download = Callable[[], tuple[int, Callable[[BinaryIO], None]]]
@@ -108,7 +110,9 @@ class DiskCache:
             while True:
                 found = None if fresh else _locked(path, fcntl.LOCK_SH)
                 if found is not None:
-                    os.utime(path)
+                    # The time of the last change stays: it is what the content is known by.
+                    changed = os.fstat(found.fileno()).st_mtime_ns
+                    os.utime(path, ns=(time.clock_gettime_ns(_CLOCK), changed))
                     return found
                 ours = _locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB, create=True)
                 if ours is None:
@@ -180,7 +184,11 @@ class DiskCache:
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     stat = entry.stat()
                     if entry.name != _LOCK and entry.is_file():
-                        used = 0 if entry.name.endswith(_PART) else stat.st_mtime_ns
+                        used = (
+                            0
+                            if entry.name.endswith(_PART)
+                            else max(stat.st_atime_ns, stat.st_mtime_ns)
+                        )
                         copies.append((used, Path(entry.path), stat.st_size))
         return copies
 
