@@ -76,13 +76,13 @@ def patch_teacher(strike: Callable[[str], None]) -> None:
     the import of torch.
     """
     teacher = sys.modules["kdcache.teacher"].Teacher
-    original = teacher.logits
+    original = teacher.slices
     if getattr(original, "patched", False):
         return
 
-    def logits(self: Any, rows: Any) -> Any:
+    def slices(self: Any, rows: Any) -> Any:
         strike("forward")
         return original(self, rows)
 
-    logits.patched = True  # type: ignore[attr-defined]
-    teacher.logits = logits
+    slices.patched = True  # type: ignore[attr-defined]
+    teacher.slices = slices

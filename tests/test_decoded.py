@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from kdcache.errors import UsageError
-from kdcache.targets import Codec, DenseTargets, SparseTargets, Targets, TargetWriter
+from kdcache.targets import (
+    Codec,
+    DenseTargets,
+    HiddenTargets,
+    OutputLayer,
+    SparseTargets,
+    Targets,
+    TargetWriter,
+)
 
 
 def decoded() -> list[Targets]:
@@ -24,7 +32,11 @@ def decoded() -> list[Targets]:
     for text in ("dense", "topk:4", "sample:6", "anchored:6"):
         codec = Codec.parse(text, (1.0, 2.0), 40)
         found.append(TargetWriter(codec).write(logits, u).at(2.0))
-    return found
+    layer = OutputLayer(torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    return [*found, HiddenTargets(logits[:, :6], layer, 2.0)]
+
+
+KINDS = ["dense", "topk", "sample", "anchored", "hidden"]
 
 
 def tensors(targets: Targets) -> dict[str, Tensor]:
@@ -37,7 +49,7 @@ def same_targets(one: Targets, other: Targets) -> bool:
     return alike and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("targets", decoded(), ids=["dense", "topk", "sample", "anchored"])
+@pytest.mark.parametrize("targets", decoded(), ids=KINDS)
 def test_loaders_and_trainers_move_and_pin_targets(
     targets: Targets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +66,7 @@ def test_loaders_and_trainers_move_and_pin_targets(
     assert same_targets(loaded["targets"], targets)
 
 
-@pytest.mark.parametrize("targets", decoded(), ids=["dense", "topk", "sample", "anchored"])
+@pytest.mark.parametrize("targets", decoded(), ids=KINDS)
 def test_targets_are_cut_and_joined(targets: Targets) -> None:
     parts = [targets[:1], targets[1:1], targets[1:]]
     assert [len(part) for part in parts] == [1, 0, 2]
@@ -74,7 +86,7 @@ def test_targets_are_cut_and_joined(targets: Targets) -> None:
 
 
 def test_only_alike_targets_are_joined() -> None:
-    dense, exact, sample = decoded()
+    dense, exact, sample, *_ = decoded()
     for one, other in (
         (dense, exact),
         (exact, sample),

@@ -25,7 +25,7 @@ import yaml
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
-from kdcache.targets import AnchoredTargets, DenseTargets
+from kdcache.targets import AnchoredTargets, DenseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,6 +317,9 @@ def plain_reader() -> dict[str, Any]:
     [
         ("dense", (1.0,)),
         ("dense:float16", (1.0,)),
+        ("hidden:float16", (1.0,)),
+        ("hidden:bfloat16", (1.0, 3.0)),
+        ("hidden:int8", (1.0, 2.0)),
         ("topk:8", (1.0, 2.0)),
         ("sample:6", (1.0,)),
         ("sample:6", (1.0, 2.0)),
@@ -374,7 +377,7 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
         np.testing.assert_allclose(theirs, ours, rtol=1e-7)
     assert (data.label_logprob is not None) == (cache.spec.task == "causal-lm")
     for temperature in cache.spec.temperatures:
-        ours = data.targets.at(temperature)
+        ours = with_logits(data.targets.at(temperature))
         theirs = list(reader["targets"](out, name, temperature))
         assert len(theirs) == len(ours) == cache.manifest.positions
         for i, (ids, weights, rest, inverse) in enumerate(theirs):

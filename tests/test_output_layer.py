@@ -21,9 +21,10 @@ from kdcache.teacher.model import TeacherModel
 from kdcache.teacher.output_layer import prove_layer
 
 SPECIES = {str(one): one for one in CAUSAL}
-KEPT = {  # plain, scaled, with a bias, wider than its vocabulary, by the model's own forward
+KEPT = {  # plain, wider than its vocabulary, biased, scaled, own forward, soft-capped
     **{"llama": (1.0, None), "llama-padded": (1.0, None), "phi": (1.0, None)},
     **{"cohere-scaled": (0.25, None), "granite-scaled": (0.125, None)},
+    **{"gemma2": (1.0, 30.0), "gemma2-strong-capping": (1.0, 2.0)},
     **{"bert-decoder": (1.0, None), "opt-projection": (1.0, None)},
 }
 
@@ -112,8 +113,8 @@ def test_precision_of_a_layer_follows_its_states() -> None:
         ({"scale": 0.0}, "scale"),
         ({"cap": -1.0}, "cap"),
         ({"mean": torch.zeros(2)}, "only one"),
-        ({"mean": torch.zeros(2), "deviation": torch.zeros(2)}, "deviation"),
-        ({"mean": torch.zeros(3), "deviation": torch.ones(2)}, "mean"),
+        ({"mean": torch.zeros(2), "unit": torch.zeros(2)}, "unit"),
+        ({"mean": torch.zeros(3), "unit": torch.ones(2)}, "mean"),
     ],
 )
 def test_layers_that_cannot_be(parts: dict[str, Any], problem: str) -> None:

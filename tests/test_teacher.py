@@ -304,13 +304,13 @@ class TestBatchSize:
         self, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shapes: list[tuple[int, int]] = []
-        own = Teacher.logits
+        own = Teacher.slices
 
-        def logits(self: Teacher, rows: list[Row]) -> object:
+        def slices(self: Teacher, rows: list[Row]) -> object:
             shapes.append((len(rows), len(rows[0].input_ids)))
             return own(self, rows)
 
-        monkeypatch.setattr(Teacher, "logits", logits)
+        monkeypatch.setattr(Teacher, "slices", slices)
         monkeypatch.setattr(teacher, "compile_layers", lambda _model: None)
         build(dataclasses.replace(options, compile=True, batch_tokens=300))
         assert shapes[0] == (4, 64)
@@ -341,17 +341,17 @@ class TestBatchSize:
         self, options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         build(options)
-        own, limit = Teacher.logits, 200
+        own, limit = Teacher.slices, 200
         refused = []
 
-        def logits(self: Teacher, rows: list[Row]) -> object:
+        def slices(self: Teacher, rows: list[Row]) -> object:
             tokens = len(rows) * max(len(row.input_ids) for row in rows)
             if tokens > limit:
                 refused.append(tokens)
                 raise torch.OutOfMemoryError("no")
             return own(self, rows)
 
-        monkeypatch.setattr(Teacher, "logits", logits)
+        monkeypatch.setattr(Teacher, "slices", slices)
         other = dataclasses.replace(options, out=str(tmp_path / "other"), batch_tokens=1000)
         build(other)
         assert refused == [960, 448], "what fits is remembered, for the rest of the span too"

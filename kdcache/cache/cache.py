@@ -9,6 +9,7 @@ import concurrent.futures as futures
 import contextlib
 import functools
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdcache.cache.hashed_json import from_text, to_text
+from kdcache.cache.layer_file import layer_name, open_layer, read_layer
 from kdcache.cache.manifest import (
     SHARD_NAME,
     SPAN_FACTS,
@@ -34,11 +36,11 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.storage import Share, Storage, open_storage, redact, sha256_file
 from kdcache.storage.verified import verified_here
-from kdcache.targets import Codec
+from kdcache.targets import Codec, Hidden, OutputLayer
 from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.targets.ranks import read_ranks
 
-_LEFTOVERS = {"tmp", "tokenizer", "ranks.u32"}  # of a start that crashed
+_LEFTOVER = re.compile(r"tmp|tokenizer|ranks\.u32|output_layer-.*")  # of a start that crashed
 _OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it
 _UNUSED = "Nothing is committed there: if no build is running on it, delete its spec.json first."
 _READERS = 16  # shards of earlier runs that a seal reads at once
@@ -85,6 +87,7 @@ class Cache:
         *,
         tokenizer_files: Mapping[str, bytes],
         ranks: bytes = b"",
+        output_layer: bytes = b"",
         notes: Mapping[str, Any] | None = None,
     ) -> Cache:
         """Start a cache, or resume one of the same spec.
@@ -99,6 +102,8 @@ class Cache:
             spec: what the cache should hold.
             tokenizer_files: name and content of each tokenizer file, kept in the cache.
             ranks: the rank table whose hash the spec has, if it has one.
+            output_layer: the file whose hash the spec has, if it has one; also empty to resume a
+                cache that has it.
             notes: facts that do not decide the bytes (names, versions), kept with the spec.
 
         Raises:
@@ -108,13 +113,16 @@ class Cache:
         beside = {f"tokenizer/{name}": data for name, data in tokenizer_files.items()}
         if ranks:
             beside["ranks.u32"] = ranks
+        if output_layer:
+            beside[layer_name(output_layer)] = output_layer
         files = {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}
         document = {"spec": spec.to_dict(), "notes": dict(notes or {}), "files": files}
         if storage.exists("spec.json"):
             at_work = storage.share("spec.json")
         else:
             entries = set(storage.entries())
-            strange = "spec.json" not in entries and entries - _LEFTOVERS
+            others = {name for name in entries if not _LEFTOVER.fullmatch(name)}
+            strange = "spec.json" not in entries and others
             if strange and not cls._lacks_spec(storage, spec, files):
                 raise UsageError(
                     f"{redact(url)} is not empty and not a kdcache cache. Choose another --out."
@@ -221,7 +229,7 @@ class Cache:
         """Write the spec's other files that are missing or differ from its hashes."""
         for name, sha256 in self.files.items():
             try:
-                self.read_beside(name)
+                self.check_beside(name)
             except CorruptCacheError as error:
                 data = beside.get(name, b"")
                 if hashlib.sha256(data).hexdigest() != sha256:
@@ -393,8 +401,33 @@ class Cache:
         return redact(self.storage.url)
 
     def codec(self) -> Codec:
-        """The codec that reads this cache's targets."""
-        return self.spec.make_codec()
+        """The codec that reads this cache's targets.
+
+        Raises:
+            CorruptCacheError: targets are hidden states, and the output layer is not theirs.
+        """
+        codec = self.spec.make_codec()
+        if not isinstance(codec, Hidden):
+            return codec
+        try:
+            return codec.with_layer(self.output_layer)
+        except ValueError as error:
+            raise CorruptCacheError(f"{self.url}: the output layer: {error}.") from error
+
+    @property
+    def output_layer(self) -> OutputLayer:
+        """The teacher's output layer, of a cache whose targets are hidden states.
+
+        Raises:
+            CorruptCacheError: its file is missing, or not the one of the spec.
+        """
+        return open_layer(*self._layer_file())
+
+    def _layer_file(self) -> tuple[str, str, str]:
+        sha256 = self.spec.output_layer
+        if sha256 is None:
+            raise CorruptCacheError(f"{self.url}: spec.json names no output layer.")
+        return self.storage.url, f"output_layer-{sha256[:16]}.safetensors", sha256
 
     def read(self, span: int, *, targets: bool = True) -> ShardData:
         """One shard in memory.
@@ -491,6 +524,17 @@ class Cache:
                 f"{self.url}/{name}: sha256 is {found[:16]}…, the spec says {said[:16]}…. {cure}"
             )
         return data
+
+    def check_beside(self, name: str) -> None:
+        """Compare a file with its hash in `spec.json`.
+
+        Raises:
+            CorruptCacheError: it is missing, or another one.
+        """
+        if name.startswith("output_layer-"):
+            read_layer(*self._layer_file())
+        else:
+            self.read_beside(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the files kept in the cache."""

@@ -18,7 +18,9 @@ from kdcache.errors import CorruptCacheError
 from kdcache.storage import Storage, sha256_file
 
 SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.h5")
-BESIDE = re.compile(r"ranks\.u32|tokenizer/(?!\.)[^/\\\x00-\x1f]+")
+BESIDE = re.compile(
+    r"ranks\.u32|output_layer-[0-9a-f]{16}\.safetensors|tokenizer/(?!\.)[^/\\\x00-\x1f]+"
+)
 """Names of files that lie beside `spec.json`; no other can be named."""
 
 SPAN_FACTS = ("skipped", "clipped_mass", "label_nats", "impossible_labels")

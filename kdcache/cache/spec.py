@@ -43,6 +43,8 @@ class CacheSpec:
             are stored as they are.
         label_logprob: whether shards keep the teacher's log-probability of each label.
         source: `codec` and `digest` of the cache whose targets were encoded anew; None of a build.
+        output_layer: SHA-256 of the file of the teacher's output layer, where targets are hidden
+            states; else None.
     """
 
     task: str
@@ -65,6 +67,7 @@ class CacheSpec:
     ranks: str | None = None
     label_logprob: bool = False
     source: Mapping[str, Any] | None = None
+    output_layer: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; fields that not every cache has only where they say something."""
@@ -138,7 +141,7 @@ class CacheSpec:
         ]
 
 
-_OPTIONAL = {"ranks", "label_logprob", "source"}
+_OPTIONAL = {"ranks", "label_logprob", "source", "output_layer"}
 
 
 def _text(value: Any) -> bool:
@@ -187,6 +190,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "ranks": _none_or(_text),
     "label_logprob": lambda value: value is None or value is True,
     "source": _none_or(_object(codec=_text, digest=_text)),
+    "output_layer": _none_or(_text),
 }
 
 

@@ -9,7 +9,8 @@ in their slice, and the gradient multiplied by the cap's slope.
 Cost: the three matrix products that plain cross-entropy needs too, and per slice one read of the
 logits for the maximum, one for the sums and one read and write for the gradient (compiled into one
 kernel on CUDA, in cache-sized blocks on a CPU). Memory: one slice of logits and one float32 matrix
-of the weight's shape. A cap costs two more passes and one more slice.
+of the weight's shape. A cap costs two more passes and one more slice; targets that are hidden
+states cost one more product, with the teacher's output layer, and one more slice.
 """
 
 from __future__ import annotations
@@ -26,8 +27,15 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import FIGURES, Anchor, applied, control_of_entries
 from kdcache.loss.reference import LossParts, check_loss, scalar_count, student_width
-from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets
+from kdcache.targets import (
+    AnchoredTargets,
+    DenseTargets,
+    HiddenTargets,
+    SparseTargets,
+    Targets,
+)
 from kdcache.targets.device import compiles
+from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
 
 Pass = Callable[..., Any]
@@ -178,6 +186,7 @@ class _Fused(torch.autograd.Function):
         sums = torch.zeros(_sums(theta), dtype=wide, device=hidden.device)
         step = _rows(n, width, hidden.device, rows)
         buffer = torch.empty((min(step, n), width), dtype=dtype, device=hidden.device)
+        rebuilt = _Rebuilt(buffer, wide) if isinstance(targets, HiddenTargets) else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, n, step):
                 part = slice(start, min(start + step, n))
@@ -186,7 +195,11 @@ class _Fused(torch.autograd.Function):
                     torch.mm(h[part], w.T, out=z)
                 else:
                     torch.addmm(b, h[part], w.T, out=z)
-                given = labels[part], targets[part], each[part]
+                some = targets[part]
+                if isinstance(some, HiddenTargets):
+                    assert rebuilt is not None, "all slices are of one kind"
+                    some = rebuilt(some)
+                given = labels[part], some, each[part]
                 sums += _logits_to_gradient_(z, *given, options, cap, theta)
                 if d_hidden is not None:
                     torch.mm(z, w, out=d_hidden[part])
@@ -214,6 +227,41 @@ class _Fused(torch.autograd.Function):
             for d, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
         return (*gradients, *[None] * 11)
+
+
+class _Rebuilt:
+    """Makes the teacher's logits of a slice of hidden states, in a buffer of its own.
+
+    In float32 on a CPU and where a card adds low-precision products up in it: rounding the logits
+    themselves to 16 bits would move them by more than storing the states has. Elsewhere in the
+    compute dtype.
+    """
+
+    def __init__(self, like: Tensor, wide: torch.dtype) -> None:
+        """Allocate.
+
+        Args:
+            like: the student's buffer.
+            wide: dtype of the losses.
+        """
+        gpu = like.is_cuda
+        self._dtype = like.dtype if gpu else wide
+        self._mixed = self._dtype != wide and _mixed_addmm(like.device, like.dtype)
+        self._buffer = torch.empty_like(like, dtype=wide if self._mixed else self._dtype)
+
+    def __call__(self, targets: HiddenTargets) -> DenseTargets:
+        states, layer = targets.states.to(self._dtype), targets.layer
+        weight, bias = layer.on(states.device, self._dtype)
+        out = self._buffer[: len(states)]
+        if self._mixed:
+            mm: Any = torch.mm
+            mm(states, weight.T, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(states, weight.T, out=out)
+        return DenseTargets(
+            finish_(out if bias is None else out.add_(bias), layer.scale, layer.cap),
+            targets.temperature,
+        )
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
@@ -245,7 +293,7 @@ def _rows(n: int, width: int, device: torch.device, rows: int | None) -> int:
 def _logits_to_gradient_(
     z: Tensor,
     labels: Tensor,
-    targets: Targets,
+    targets: DenseTargets | SparseTargets,
     each: Tensor,
     options: _Options,
     cap: float | None = None,

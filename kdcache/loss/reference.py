@@ -16,7 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from kdcache.choices import Divergence, Tail
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import Anchor, applied, control
-from kdcache.targets import AnchoredTargets, DenseTargets, Targets
+from kdcache.targets import (
+    AnchoredTargets,
+    DenseTargets,
+    HiddenTargets,
+    SparseTargets,
+    Targets,
+)
 from kdcache.tasks import IGNORE
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
@@ -60,13 +66,14 @@ def check_loss(targets: Targets, *, divergence: str, tail: str) -> None:
         UsageError: unknown name, "mse" without dense targets or with T != 1, "reverse-kl" or "jsd"
             with sampled targets or with a renormalised top-k.
     """
-    dense = isinstance(targets, DenseTargets)
+    dense = isinstance(targets, (DenseTargets, HiddenTargets))
     check_names(divergence, tail)
     if divergence == "mse":
         if not dense:
             raise UsageError(
                 "divergence mse compares all logits, but this cache holds sparse targets. "
-                "Build it with --codec dense, or train with --divergence forward-kl."
+                "Build it with --codec dense or hidden:float16, or train with --divergence "
+                "forward-kl."
             )
         if targets.temperature != 1:
             raise UsageError(
@@ -141,6 +148,8 @@ def distillation_loss(
     temperature = targets.temperature
     z = logits[:, : student_width(logits.shape[-1], targets, vocab_size)]
     z = z if z.dtype == torch.float64 else z.float()
+    if isinstance(targets, HiddenTargets):
+        targets = targets.dense(z.dtype)
     valid = labels != IGNORE
     hard = F.cross_entropy(z, labels.long().masked_fill(~valid, 0), reduction="none") * valid
     if divergence == "mse":
@@ -232,7 +241,9 @@ def soft_capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * (x / cap).tanh()
 
 
-def _divergence(z: Tensor, targets: Targets, divergence: str, tail: str) -> Tensor:
+def _divergence(
+    z: Tensor, targets: DenseTargets | SparseTargets, divergence: str, tail: str
+) -> Tensor:
     """Divergence of each position; z [n, V] is already divided by T."""
     student = F.log_softmax(z, -1)
     if isinstance(targets, DenseTargets):
@@ -316,6 +327,8 @@ def student_width(columns: int, targets: Targets, vocab_size: int | None) -> int
     width = vocab_size or columns
     if isinstance(targets, DenseTargets):
         width = targets.logits.shape[-1]
+    if isinstance(targets, HiddenTargets):
+        width = targets.layer.vocab_size
     if width > columns:
         raise UsageError(
             f"the student has {columns} outputs, the targets are over {width}. "

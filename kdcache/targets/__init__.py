@@ -2,13 +2,14 @@
 
 A `Codec` turns logits into stored columns and columns into targets at a temperature. The kinds:
 
-============  ==========================================  ====================================
-codec         at each declared temperature                good for
-============  ==========================================  ====================================
-``dense``     every logit (any temperature)               classifiers, small vocabularies
-``topk:K``    K probabilities and the mass of the tail    inspection, reverse divergences
-``sample:N``  unbiased sparse weights                     language models
-============  ==========================================  ====================================
+===============  ==========================================  ===================================
+codec            at each declared temperature                good for
+===============  ==========================================  ===================================
+``dense``        every logit (any temperature)               classifiers, small vocabularies
+``hidden:TYPE``  every logit, rebuilt (any temperature)      any loss on a language model
+``topk:K``       K probabilities and the mass of the tail    inspection, reverse divergences
+``sample:N``     unbiased sparse weights                     language models
+===============  ==========================================  ===================================
 
 `anchored:N` is `sample:N` with what lets a student that is near its teacher take the noise off.
 
@@ -20,9 +21,17 @@ student's data loader.
 from __future__ import annotations
 
 from kdcache.targets.base import Codec, Column
-from kdcache.targets.decoded import AnchoredTargets, DenseTargets, SparseTargets, Targets
+from kdcache.targets.decoded import (
+    AnchoredTargets,
+    DenseTargets,
+    HiddenTargets,
+    SparseTargets,
+    Targets,
+    with_logits,
+)
 from kdcache.targets.dense import Dense
 from kdcache.targets.device import check_finite
+from kdcache.targets.hidden import Hidden
 from kdcache.targets.noise import position_uniform
 from kdcache.targets.output_layer import OutputLayer
 from kdcache.targets.sample import Anchored, Sample
@@ -36,6 +45,8 @@ __all__ = [
     "Column",
     "Dense",
     "DenseTargets",
+    "Hidden",
+    "HiddenTargets",
     "OutputLayer",
     "Sample",
     "SoftTargets",
@@ -45,4 +56,5 @@ __all__ = [
     "TopK",
     "check_finite",
     "position_uniform",
+    "with_logits",
 ]

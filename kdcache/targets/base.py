@@ -68,7 +68,7 @@ class Codec(ABC):
         """Build a codec from its text.
 
         Args:
-            text: "dense", "dense:float16", "topk:K", "sample:N" or "anchored:N".
+            text: "dense", "dense:float16", "hidden:int8", "topk:K", "sample:N" or "anchored:N".
             temperatures: the declared temperatures; order and repetition do not matter.
             vocab_size: width V of the teacher's distribution, without padding.
 
@@ -110,6 +110,16 @@ class Codec(ABC):
     def keeps_means(self) -> bool:
         """Whether a mean of several teachers' probabilities is kept at every declared T."""
         return len(self.temperatures) == 1
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether targets give every logit of a position, stored or rebuilt."""
+        return False
+
+    @property
+    def reads_states(self) -> bool:
+        """True if `encode` takes the output layer's input instead of logits."""
+        return False
 
     @property
     def needs_noise(self) -> bool:

@@ -20,12 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
+from kdcache.targets.output_layer import OutputLayer
 
 Self = TypeVar("Self", bound="_Positions")
 
+_OF_ALL = ("exact", "layer")  # attributes that are no position's own
+
 
 class _Positions:
-    """The common part of both kinds. Tensors have a row for each position."""
+    """The common part of all kinds. Tensors have a row for each position."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     temperature: float
@@ -58,7 +61,8 @@ class _Positions:
             ValueError: no part, or parts of different kinds or temperatures.
         """
         tensors = [part._tensors() for part in parts]
-        if len({(type(p), p.temperature, getattr(p, "exact", None)) for p in parts}) != 1:
+        kinds = {(type(p), p.temperature, *(getattr(p, n, None) for n in _OF_ALL)) for p in parts}
+        if len(kinds) != 1:
             raise ValueError("targets to be joined must be of one kind and temperature")
         joined = {name: _cat([part[name] for part in tensors]) for name in tensors[0]}
         return dataclasses.replace(parts[0], **joined)
@@ -93,6 +97,27 @@ class DenseTargets(_Positions):
     temperature: float
 
     exact: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenTargets(_Positions):
+    """What the logits of each position are made of.
+
+    Attributes:
+        states: [positions, D] of any float dtype: the output layer's input.
+        layer: the teacher's output layer, the same object for all positions of a run.
+        temperature: T at which a loss compares the logits.
+    """
+
+    states: Tensor
+    layer: OutputLayer
+    temperature: float
+
+    exact: ClassVar[bool] = True
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> DenseTargets:
+        """The logits, rebuilt at this precision: V numbers a position, so of a few at a time."""
+        return DenseTargets(self.layer.logits(self.states.to(dtype)), self.temperature)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,4 +157,9 @@ class AnchoredTargets(SparseTargets):
     heads: Tensor
 
 
-Targets: TypeAlias = DenseTargets | SparseTargets
+Targets: TypeAlias = DenseTargets | HiddenTargets | SparseTargets
+
+
+def with_logits(targets: Targets) -> DenseTargets | SparseTargets:
+    """Hidden states as logits; other targets as they are."""
+    return targets.dense() if isinstance(targets, HiddenTargets) else targets

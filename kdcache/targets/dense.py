@@ -69,6 +69,11 @@ class Dense(Codec):
         return not self.declared_only
 
     @property
+    def keeps_logits(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         """One: `logits` [positions, V]."""
         return (Column("logits", self.dtype, (self.vocab_size,)),)

@@ -26,7 +26,7 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
-from kdcache.targets import OutputLayer
+from kdcache.targets import Codec, OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
@@ -69,6 +69,13 @@ class Slice(NamedTuple):
 
     logits: Tensor
     states: Tensor | None = None
+
+    def read_by(self, codec: Codec) -> Tensor:
+        """What a codec encodes: the states or the logits."""
+        if not codec.reads_states:
+            return self.logits
+        assert self.states is not None, "states are asked for where the codec reads them"
+        return self.states
 
 
 class TeacherModel:

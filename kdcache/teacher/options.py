@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -51,11 +52,8 @@ class TeacherOptions:
     states: bool = False
 
     def __post_init__(self) -> None:
-        if self.states and (len(self.names) > 1 or not self.causal):
-            raise UsageError(
-                "--codec hidden keeps the states of one causal language model. For several "
-                "teachers use --codec sample:N, for a classifier --codec dense."
-            )
+        if self.states:
+            check_states(self.names, self.task)
         if self.attention not in get_args(Attention):
             expected = ", ".join(get_args(Attention))
             raise UsageError(f"--attention is {self.attention!r}, expected one of {expected}.")
@@ -74,3 +72,16 @@ class TeacherOptions:
     def flash_possible(self) -> bool:
         """Whether FlashAttention supports device and dtype."""
         return self.device != "cpu" and self.dtype in ("bfloat16", "float16")
+
+
+def check_states(names: Sequence[str], task: str) -> None:
+    """Refuse hidden states of anything but one language model.
+
+    Raises:
+        UsageError: several teachers, or a classifier.
+    """
+    if len(names) > 1 or task != CAUSAL_LM:
+        raise UsageError(
+            "--codec hidden keeps the states of one causal language model. For several teachers "
+            "use --codec sample:N, for a classifier --codec dense."
+        )

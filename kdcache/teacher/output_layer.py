@@ -13,7 +13,6 @@ dtype.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import OutputLayer
-from kdcache.teacher.load import input_device
+from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.probe import distance
 from kdcache.teacher.projection import Projection
 
@@ -52,7 +51,7 @@ def find_layer(model: Any, name: str, row: Row, vocab_size: int) -> OutputLayer:
             f"soft-cap that its configuration names, so they cannot be made of its hidden states. "
             f"{_INSTEAD}"
         )
-    with _present(linear):
+    with kept_loaded(linear):
         weight, bias = (_kept(values, vocab_size) for values in (linear.weight, linear.bias))
     assert weight is not None, "a linear layer has a weight"
     return OutputLayer(weight, bias, projection.scale, projection.cap)
@@ -82,15 +81,6 @@ def prove_layer(
                 f"model {name}: its output layer applied to its hidden states gives other logits "
                 f"than the model (they differ by {moved:.2g} of their spread). {_INSTEAD}"
             )
-
-
-def _present(linear: torch.nn.Linear) -> Any:
-    """Weights that accelerate keeps elsewhere between calls are there meanwhile."""
-    if not linear.weight.is_meta:
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(linear, "cpu")
 
 
 def _kept(values: Tensor | None, vocab_size: int) -> Tensor | None:

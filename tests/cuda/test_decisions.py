@@ -37,7 +37,7 @@ from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import keep_inputs_and_loss
 from kdcache.targets import Codec, TargetWriter
 from kdcache.targets.device import compiles, run
-from kdcache.teacher import Teacher, TeacherOptions, load, peak_share
+from kdcache.teacher import Slice, Teacher, TeacherOptions, load, peak_share
 from kdcache.teacher.memory import gpus_of
 from kdcache.teacher.model import slice_positions
 
@@ -158,15 +158,15 @@ class TestPacking:
         lm = make_tiny_lm(tiny_tokenizer, tmp_path / "padded", vocab_size=384)
         options = dataclasses.replace(small_build, teacher=(str(lm),), batch_tokens=400)
         build(options)
-        own, failed = Teacher.logits, []
+        own, failed = Teacher.slices, []
 
-        def logits(self: Teacher, rows: list[Row]) -> Iterator[torch.Tensor]:
+        def slices(self: Teacher, rows: list[Row]) -> Iterator[Slice]:
             yield from own(self, rows)
             if not failed:
                 failed.append(len(rows))
                 raise torch.OutOfMemoryError("after the mass was counted")
 
-        monkeypatch.setattr(Teacher, "logits", logits)
+        monkeypatch.setattr(Teacher, "slices", slices)
         again = dataclasses.replace(options, out=str(tmp_path / "again"))
         build(again)
         assert failed

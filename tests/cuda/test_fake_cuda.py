@@ -19,7 +19,16 @@ from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_places
-from kdcache.targets import AnchoredTargets, Codec, DenseTargets, SparseTargets
+from kdcache.targets import (
+    AnchoredTargets,
+    Codec,
+    DenseTargets,
+    Hidden,
+    HiddenTargets,
+    OutputLayer,
+    SparseTargets,
+    Targets,
+)
 from kdcache.targets.device import label_logprobs
 from kdcache.teacher import Teacher, TeacherOptions, teacher
 from kdcache.teacher.projection import Projection
@@ -82,17 +91,43 @@ def logits_and_noise(vocabulary: int, device: str, dtype: torch.dtype) -> tuple[
     return whole[:, :vocabulary], torch.zeros(5, dtype=torch.float64, device=first)
 
 
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "int8"])
+def test_states_are_encoded_where_they_are(stored: str) -> None:
+    vocabulary, width = 500, 96
+    layer = OutputLayer(
+        torch.zeros(vocabulary, width), mean=torch.zeros(width), unit=torch.ones(width)
+    )
+    chosen = Hidden(vocabulary, (1.0,), stored, layer)
+    types = {k: v.dtype for k, v in chosen.encode(torch.zeros(5, width)).items()}
+    with fake_cuda(2):
+        for dtype, device in ((BFLOAT16, "cuda:0"), (FLOAT16, "cuda:1"), (FLOAT32, "cuda:1")):
+            states = torch.zeros(5, width, dtype=dtype, device=device)
+            channels = torch.zeros(width, device=device), torch.zeros(width, device=device)
+            copied_before = mock.patch.object(OutputLayer, "channels", return_value=channels)
+            with copied_before, Waits() as waits:
+                encoded = chosen.encode(states)
+            assert {str(v.device) for v in encoded.values()} == {device}
+            assert {k: v.dtype for k, v in encoded.items()} == types
+            assert not waits.found
+
+
 @pytest.mark.parametrize("padding", [0, 64])
 @pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0,)])
-@pytest.mark.parametrize("codec", ["topk:16", "sample:20"])
+@pytest.mark.parametrize("codec", ["topk:16", "sample:20", "hidden:float16", "hidden:int8"])
 def test_a_batch_of_a_build_never_waits(
     codec: str, temperatures: tuple[float, ...], padding: int
 ) -> None:
     vocabulary = 32_000
-    options = TeacherOptions(("llama",), "causal-lm", device="cuda", dtype="bfloat16")
+    hidden = codec.startswith("hidden")
+    options = TeacherOptions(
+        ("llama",), "causal-lm", device="cuda", dtype="bfloat16", states=hidden
+    )
     rows = [Row(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in (300, 256, 17)]
     chosen = Codec.parse(codec, temperatures, vocabulary)
-    with fake_cuda(), every_wait_is_seen():
+    if isinstance(chosen, Hidden):
+        layer = OutputLayer(torch.zeros(vocabulary, 64), mean=torch.zeros(64), unit=torch.ones(64))
+        chosen = chosen.with_layer(layer)
+    with fake_cuda(), every_wait_is_seen(), channels_on_the_device(64):
         model = fake_llama(vocabulary + padding, BFLOAT16).eval().requires_grad_(False)
         with mock.patch.object(teacher, "load_models", return_value=[model]):
             one = Teacher(options, vocabulary)
@@ -100,12 +135,13 @@ def test_a_batch_of_a_build_never_waits(
         one._probed = one.models[0].direct = True
         positions = 0
         with Waits() as waits:
-            for logits in one.logits(rows):
-                encoded = chosen.encode(logits, fake_noise(len(logits)))
-                logprobs = label_logprobs(logits, fake_noise(len(logits)).long(), encoded)
+            for piece in one.slices(rows):
+                noise = fake_noise(len(piece.logits))
+                encoded = chosen.encode(piece.read_by(chosen), noise)
+                logprobs = label_logprobs(piece.logits, noise.long(), encoded)
                 assert encoded["finite"].device.type == logprobs.device.type == "cuda"
                 assert logprobs.dtype == FLOAT32
-                positions += len(logits)
+                positions += len(piece.logits)
             one.take_clipped_mass()
         assert positions == sum(len(row.input_ids) for row in rows)
     ours = [where for _, where in waits.found if not where.startswith("transformers/")]
@@ -114,6 +150,12 @@ def test_a_batch_of_a_build_never_waits(
     assert [where for _, where in waits.found] == [
         "transformers/masking_utils.py:find_packed_sequence_indices"
     ]
+
+
+def channels_on_the_device(width: int) -> contextlib.AbstractContextManager[object]:
+    """Means and units are copied once, before the batches that are looked at."""
+    channels = torch.zeros(width, device="cuda"), torch.zeros(width, device="cuda")
+    return mock.patch.object(OutputLayer, "channels", return_value=channels)
 
 
 def fake_noise(n: int) -> Tensor:
@@ -130,7 +172,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize(("states", "weights", "autocast"), TYPES)
-@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense"])
+@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense", "hidden"])
 @pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (2.0, 30.0)])
 def test_the_fused_loss_keeps_devices_and_dtypes(
     states: torch.dtype,
@@ -161,9 +203,11 @@ def under(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object
     return torch.autocast("cuda", dtype) if dtype is not None else contextlib.nullcontext()
 
 
-def fake_targets(
-    kind: str, n: int, vocabulary: int, temperature: float
-) -> SparseTargets | DenseTargets:
+def fake_targets(kind: str, n: int, vocabulary: int, temperature: float) -> Targets:
+    if kind == "hidden":
+        weight = torch.zeros(vocabulary, 48, dtype=BFLOAT16, device="cuda")
+        layer = OutputLayer(weight, torch.zeros(vocabulary, device="cuda"), scale=0.5, cap=30.0)
+        return HiddenTargets(torch.zeros(n, 48, device="cuda"), layer, temperature)
     if kind == "dense":
         return DenseTargets(torch.zeros(n, vocabulary, device="cuda"), temperature)
     columns: dict[str, Any] = {
@@ -184,7 +228,7 @@ def forward_and_backward(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
-    targets: SparseTargets | DenseTargets,
+    targets: Targets,
     cap: float | None,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Loss and gradients; the backward pass is called by hand, for the autograd engine starts a

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 from kdcache.commands.build.driver import Progress
+from kdcache.commands.build.layer import with_layer
 from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
@@ -35,7 +36,7 @@ def build(
 
 
 def _plan(options: BuildOptions) -> CachePlan:
-    prepared = prepare(options)
+    prepared = with_layer(options, prepare(options))
     return CachePlan(
         prepared.spec,
         tokenizer_files(prepared.tokenizer),
@@ -51,4 +52,5 @@ def _plan(options: BuildOptions) -> CachePlan:
         prepared.gpus,
         check_made=lambda cache: check_made(cache, prepared.corpus, prepared.rows),
         check_end=prepared.corpus.check_unchanged,
+        output_layer=prepared.output_layer,
     )

@@ -44,6 +44,7 @@ class CachePlan:
         gpus: GPUs a worker.
         check_made: refuses shards of earlier runs that the source would make differently now.
         check_end: refuses a source that changed meanwhile.
+        output_layer: file of the teacher's output layer; empty for none, or where it is there.
     """
 
     spec: CacheSpec
@@ -55,6 +56,7 @@ class CachePlan:
     gpus: float
     check_made: Callable[[Cache], None] = lambda _: None
     check_end: Callable[[], None] = lambda: None
+    output_layer: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def _begin(
         plan.spec,
         tokenizer_files=plan.tokenizer_files,
         ranks=plan.ranks,
+        output_layer=plan.output_layer,
         notes={**plan.notes, "kdcache": __version__},
     )
     try:

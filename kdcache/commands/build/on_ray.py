@@ -411,6 +411,33 @@ class RayWorkers(Workers):
         return [actor.figures for actor in self._actors if actor.figures is not None]
 
 
+def run_once(function: Any, *arguments: Any, gpus: float, address: str | None) -> Any:
+    """Run a function on a node of a cluster that has room for a worker; returns its result.
+
+    Raises:
+        UsageError: the cluster is unreachable, or the function raised it.
+    """
+    owns = connect(address)
+    import ray
+
+    try:
+        task = ray.remote(num_cpus=1, num_gpus=gpus)(_call_at_home)
+        answer = task.remote(os.getcwd(), function, arguments)
+        while not ray.wait([answer], timeout=1.0)[0]:
+            pass  # a signal is handled here
+        return ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        raise _cause(error) from error
+    finally:
+        if owns:
+            ray.shutdown()
+
+
+def _call_at_home(folder: str, function: Any, arguments: Any) -> Any:
+    at_home(folder)
+    return function(*arguments)
+
+
 def _cause(error: BaseException) -> BaseException:
     return getattr(error, "cause", None) or error
 

@@ -99,13 +99,14 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
     task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")
     codec: str | None = option(
         None,
-        help="`dense`, `dense:float16`, `topk:K` or `sample:N`. Default: `dense` for "
+        help="`dense`, `dense:float16`, `hidden:float16`, `hidden:bfloat16`, `hidden:int8`, "
+        "`topk:K` or `sample:N`. Default: `dense` for "
         "classification and `sample:20` for a causal LM.",
-        metavar="dense|topk:K|sample:N",
+        metavar="dense|hidden:TYPE|topk:K|sample:N",
     )
     temperatures: tuple[float, ...] = option(
         (1.0,),
-        help="the temperatures a student may train at (`dense` allows any).",
+        help="the temperatures a student may train at (`dense` and `hidden` allow any).",
         metavar="T",
         comma=True,
         above=0,

@@ -20,11 +20,8 @@ from kdcache.errors import UsageError
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec
 from kdcache.tasks import CAUSAL_LM
-from kdcache.teacher import (
-    TeacherFiles,
-    TeacherOptions,
-    tokenizer_sha256,
-)
+from kdcache.teacher import TeacherFiles, TeacherOptions, tokenizer_sha256
+from kdcache.teacher.options import check_states
 
 _TEXT_BYTES_A_TOKEN = 4
 _SPAN_SECONDS = 120.0  # of the teacher: two spans are what a preemption costs
@@ -48,6 +45,7 @@ class Prepared:
         batch_tokens: padded tokens of a teacher batch, at most.
         gpus: GPUs a worker.
         ranks: rank table of the cache; empty for none.
+        output_layer: file of the teacher's output layer; empty for none.
     """
 
     spec: CacheSpec
@@ -58,6 +56,7 @@ class Prepared:
     batch_tokens: int
     gpus: float
     ranks: bytes
+    output_layer: bytes = b""
 
 
 def prepare(options: BuildOptions) -> Prepared:
@@ -131,11 +130,14 @@ def prepare(options: BuildOptions) -> Prepared:
 
 
 def check_ensemble(codec: Codec, options: BuildOptions) -> None:
-    """Refuse a codec that cannot keep what several teachers say at each declared temperature.
+    """Refuse a codec that cannot keep what these teachers say at each declared temperature.
 
     Raises:
-        UsageError: a mean of probabilities at several temperatures, and one set of logits.
+        UsageError: a mean of probabilities at several temperatures, and one set of logits; or
+            hidden states of several teachers, or of a classifier.
     """
+    if codec.reads_states:
+        check_states(options.teacher, options.task)
     if len(options.teacher) > 1 and options.ensemble == "mean-probs" and not codec.keeps_means:
         names = ", ".join(f"{t:g}" for t in codec.temperatures)
         raise UsageError(
@@ -176,6 +178,7 @@ def _teacher_options(options: BuildOptions, spec: CacheSpec, gpus: float) -> Tea
         attention=options.attention,
         compile=options.compile,
         identities=tuple(str(teacher["sha256"]) for teacher in spec.teachers),
+        states=spec.make_codec().reads_states,
     )
 
 

@@ -12,11 +12,13 @@ is correct; a good one makes the cache small.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from kdcache.corpus import Corpus, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
-from kdcache.rows import RowSpec, make_encoder
+from kdcache.rows import Row, RowSpec, make_encoder
 
 _SPANS = 16
 _READ = 4096  # records of all spans
@@ -37,6 +39,15 @@ def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: in
         The ids that were met, the most frequent first, as little-endian uint32; empty if none was.
     """
     counts = np.zeros(vocab_size, np.int64)
+    for row in sampled_rows(corpus, rows, tokenizer):
+        labels = row.labels[row.places(rows.task)]
+        labels = labels[labels < vocab_size]
+        counts += np.bincount(labels, minlength=vocab_size)
+    return ranks_by_count(counts)
+
+
+def sampled_rows(corpus: Corpus, rows: RowSpec, tokenizer: object) -> Iterator[Row]:
+    """Rows of the beginnings of a few hundred records, spread over the corpus."""
     places = sample_spans(corpus, _SPANS)
     for span in places:
         part = sample_records(
@@ -47,11 +58,7 @@ def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: in
             records=-(-_RECORDS // len(places)),
         )
         records = shortened(part.records, _CHARACTERS)
-        for row in make_encoder(rows, tokenizer).encode(records):
-            labels = row.labels[row.places(rows.task)]
-            labels = labels[labels < vocab_size]
-            counts += np.bincount(labels, minlength=vocab_size)
-    return ranks_by_count(counts)
+        yield from make_encoder(rows, tokenizer).encode(records)
 
 
 def ranks_by_count(counts: np.ndarray) -> bytes:

@@ -24,8 +24,9 @@ from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
+from kdcache.targets import Hidden
 from kdcache.targets.device import label_logprobs
-from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
+from kdcache.teacher import Slice, Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,9 @@ class TeacherSource(Source[Span, TaughtRows]):
         length = self.options.rows.max_length
         ids = np.arange(length, dtype=np.int32) % self.spec.vocab_size
         row = Row(ids, ids if self.options.teacher.causal else ids[:1])
-        for logits in self.teacher.logits([row] * max(1, tokens // length)):
-            zeros = torch.zeros(len(logits), dtype=torch.float64)
-            self._encode(logits, zeros, zeros.long())
+        for piece in self.teacher.slices([row] * max(1, tokens // length)):
+            zeros = torch.zeros(len(piece.logits), dtype=torch.float64)
+            self._encode(piece, zeros, zeros.long())
         self.teacher.take_clipped_mass()
 
     def read(self, work: Span, move: Move) -> TaughtRows:
@@ -111,9 +112,20 @@ class TeacherSource(Source[Span, TaughtRows]):
     def answer(self, rows: TaughtRows, packer: Packer, move: Move) -> Answers:
         """See `Source.answer`."""
         if rows.rows and not self._probed:
-            self.teacher.probe(rows.rows)
-            self._probed = True
+            self._probe(rows.rows)
         return self._ask(rows.rows, packer, move)
+
+    def _probe(self, rows: Sequence[Row]) -> None:
+        """Probe the teacher, and compare its output layer with the one that the cache keeps."""
+        self.teacher.probe(rows)
+        if isinstance(self.codec, Hidden):
+            mine, kept = self.teacher.layer, self.codec.layer
+            if mine is None or kept is None or not mine.same(kept):
+                raise UsageError(
+                    "the output layer that this cache keeps is not this teacher's. Build with "
+                    "another --out."
+                )
+        self._probed = True
 
     def _ask(self, rows: Sequence[Row], packer: Packer, move: Move) -> Answers:
         """Run all rows of a span through the teacher."""
@@ -150,19 +162,19 @@ class TeacherSource(Source[Span, TaughtRows]):
         )
         parts = []
         done = 0
-        for logits in self.teacher.logits(rows):
-            piece = slice(done, done + len(logits))
-            encoded = self._encode(logits, uniform[piece], labels[piece])
+        for piece in self.teacher.slices(rows):
+            end = done + len(piece.logits)
+            encoded = self._encode(piece, uniform[done:end], labels[done:end])
             parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
-            done = piece.stop
+            done = end
         assert done == len(place.rows), "the teacher answers every position"
         return parts
 
-    def _encode(self, logits: Tensor, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _encode(self, piece: Slice, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What is kept of some positions, on their device.
 
         Args:
-            logits: as the teacher yields them.
+            piece: as the teacher yields it.
             u: float64 [n], the codec's noise.
             labels: int64 [n], hard labels.
 
@@ -170,11 +182,15 @@ class TeacherSource(Source[Span, TaughtRows]):
             What the codec gives, and "label_logprob" float32 [n] if the cache keeps that.
         """
         made_for = self.options.teacher.temperatures
-        encoded = self.codec.encode(logits_at(logits, made_for, self.codec.temperatures), u)
+        values = logits_at(piece.read_by(self.codec), made_for, self.codec.temperatures)
+        encoded = self.codec.encode(values, u)
         if self.spec.label_logprob:
-            at_one = logits_at(logits, made_for, (1.0,))
-            read_before = encoded if logits.ndim == 2 else None
-            encoded["label_logprob"] = label_logprobs(at_one, labels, read_before)
+            at_one = logits_at(piece.logits, made_for, (1.0,))
+            read_before = encoded if piece.logits.ndim == 2 else None
+            logprobs = label_logprobs(at_one, labels, read_before)
+            encoded["label_logprob"] = logprobs
+            if self.codec.reads_states:  # which may be finite where the logits are not
+                encoded["finite"] = encoded["finite"] & ~logprobs.isnan()
         return encoded
 
     def _shrink(

@@ -39,7 +39,7 @@ from kdcache.loss.metrics import BINS, Tally, f1, known, perplexity, ratio
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
-from kdcache.targets import DenseTargets, Sample, SoftTargets, Targets
+from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, positions
 from kdcache.teacher import aligned
@@ -258,7 +258,7 @@ class _Evaluation:
         for pieces in aligned(streams):
             part = slice(done, done + len(pieces[0]))
             done = part.stop
-            targets: Targets | None = None
+            targets: DenseTargets | SparseTargets | None = None
             top = None
             logits: Sequence[Tensor] = pieces
             if self.teacher is not None:
@@ -266,7 +266,7 @@ class _Evaluation:
                 top = self._add_teacher(targets, labels[part], None)
             elif batch.targets is not None:
                 cached = batch.targets.take(np.arange(part.start, part.stop))
-                targets = cached.at(self.temperature).to(self.device)
+                targets = with_logits(cached.at(self.temperature).to(self.device))
                 top = self._add_teacher(targets, labels[part], cached)
             for tally, z in zip(self.tallies, logits, strict=True):
                 predictions = self._add_student(tally, z, labels[part], targets)
@@ -279,7 +279,7 @@ class _Evaluation:
         tally: Tally,
         logits: Tensor,
         labels: np.ndarray,
-        targets: Targets | None,
+        targets: DenseTargets | SparseTargets | None,
     ) -> np.ndarray:
         # Double precision costs nothing for classes, and all of the memory for a large vocabulary.
         z = logits.double() if logits.shape[-1] <= 4096 else logits.float()
@@ -303,7 +303,7 @@ class _Evaluation:
 
     def _add_teacher(
         self,
-        targets: Targets,
+        targets: DenseTargets | SparseTargets,
         labels: np.ndarray,
         cached: SoftTargets | None,
     ) -> np.ndarray:
@@ -363,7 +363,7 @@ class _Evaluation:
 
     @property
     def _dense(self) -> bool:
-        return self.cache is not None and self.cache.spec.codec.startswith("dense")
+        return self.cache is not None and self.cache.codec().keeps_logits
 
     @property
     def _logits_known(self) -> bool:

@@ -28,7 +28,7 @@ from kdcache.errors import UsageError
 from kdcache.loss.metrics import perplexity
 from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
-from kdcache.targets import DenseTargets, SoftTargets
+from kdcache.targets import DenseTargets, SoftTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
@@ -332,7 +332,7 @@ def _guesses(
     soft: SoftTargets, temperature: float, top: int
 ) -> tuple[list[list[tuple[int, float]]], list[float], bool]:
     """At each position the best (id, probability) pairs and the rest of the mass; whether exact."""
-    targets = soft.at(temperature)
+    targets = with_logits(soft.at(temperature))
     pairs: list[list[tuple[int, float]]] = []
     if isinstance(targets, DenseTargets):
         p = torch.softmax(targets.logits.double() / temperature, -1)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from kdcache.loss import Anchor, distillation_loss
-from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets
+from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets, with_logits
 from kdcache.tasks import IGNORE
 
 FAR, NEAR = (0.5, 1.0), (1.0, 0.25)
@@ -108,7 +108,7 @@ class FullGradient:
         (gradient,) = torch.autograd.grad(loss.total, z)
         return gradient
 
-    def error(self, targets: Targets, gradient: Tensor) -> Tensor:
+    def error(self, targets: DenseTargets | SparseTargets, gradient: Tensor) -> Tensor:
         """t - p of each id, [n, V], where `gradient` is the one towards the targets."""
         if isinstance(targets, DenseTargets):
             return (targets.logits / self.temperature).softmax(-1) - self.p
@@ -131,6 +131,7 @@ class FidelityMeter:
 
     def add(self, full: FullGradient, near: FullGradient, targets: Targets) -> None:
         """Add positions: the stored targets, on the device of the two students' gradients."""
+        targets = with_logits(targets)
         gradient, nearer = (
             student.towards(targets, anchor)
             for student, anchor in zip((full, near), self._anchors, strict=True)

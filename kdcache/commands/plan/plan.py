@@ -79,6 +79,11 @@ def _grid(options: PlanOptions, vocab: int) -> list[Codec]:
         for text in options.codecs
     ]
     build_options = options.build_options()
+    if any(codec.reads_states for codec in codecs):
+        raise UsageError(
+            "plan does not measure hidden states. They take D numbers a position, D being the "
+            "width of the teacher's last layer: 2, 2 and 1.03 bytes each before compression."
+        )
     fit = []
     for codec in dict.fromkeys(codecs):
         try:

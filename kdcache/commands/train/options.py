@@ -155,7 +155,9 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         metavar="A[:B]",
     )
     temperature: float | str = option(
-        1.0, help="temperature of the soft loss, or `start:end` (dense caches).", metavar="T[:U]"
+        1.0,
+        help="temperature of the soft loss, or `start:end` (`dense` and `hidden` caches).",
+        metavar="T[:U]",
     )
     divergence: Divergence = option(
         "forward-kl", help="divergence of the student from the soft targets."

@@ -24,7 +24,7 @@ from kdcache.cache.shard import ShardData
 from kdcache.commands.build.packer import Packed, Packer, Places
 from kdcache.commands.build.source import Answers, Move, Source, SpanRows
 from kdcache.errors import UsageError
-from kdcache.targets import Codec, Dense, DenseTargets, SoftTargets, TopK
+from kdcache.targets import Codec, DenseTargets, HiddenTargets, SoftTargets, SparseTargets, TopK
 from kdcache.targets.label_logprob import Codes
 from kdcache.tasks import positions
 from kdcache.teacher.model import slice_positions
@@ -118,6 +118,8 @@ class CacheSource(Source[SourceShard, StoredRows]):
     def _logits(self, targets: SoftTargets) -> Tensor:
         """Logits [n, V] of some positions of the source, float32, on the device."""
         found = targets.at(targets.codec.temperatures[0])
+        if isinstance(found, HiddenTargets):
+            return found.layer.logits(self._send(found.states))
         assert isinstance(found, DenseTargets), "checked when it was planned"
         return self._send(found.logits)
 
@@ -150,7 +152,7 @@ def narrowed(targets: SoftTargets, codec: TopK) -> SoftTargets:
     tails = []
     for temperature in codec.temperatures:
         found = targets.at(temperature)
-        assert not isinstance(found, DenseTargets), "top-k targets are sparse"
+        assert isinstance(found, SparseTargets), "top-k targets are sparse"
         tails.append(found.tail + found.weights[:, codec.k :].sum(-1))
     columns["tail"] = torch.stack(tails, -1).clamp_max(1).numpy()
     columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
@@ -169,10 +171,15 @@ def check_source(source: Codec, codec: Codec) -> None:
                 f"{source} targets lack what {codec} needs: from them, only topk of {source.k} ids "
                 "or fewer can be made. Transcode a dense cache, or build with the teacher."
             )
-    elif not isinstance(source, Dense):
+    elif codec.reads_states:
+        raise UsageError(
+            f"{codec} keeps the teacher's hidden states, which no cache's logits determine. Build "
+            "it with the teacher."
+        )
+    elif not source.keeps_logits:
         raise UsageError(
             f"{source} targets are draws from the teacher's distributions, from which those cannot "
-            "be found again. Transcode a dense cache, or build with the teacher."
+            "be found again. Transcode a dense or hidden cache, or build with the teacher."
         )
     for temperature in codec.temperatures:
         source.check_temperature(temperature)

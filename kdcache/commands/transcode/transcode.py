@@ -68,6 +68,7 @@ def _plan(options: TranscodeOptions) -> CachePlan:
             temperatures=codec.temperatures,
             seed=options.seed,
             ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+            output_layer=None,
             source={"codec": spec.codec, "digest": digest},
         ),
         _tokenizer_files(source),

@@ -31,7 +31,15 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import batches
 from kdcache.student.saved import pick_device
-from kdcache.targets import DenseTargets, SoftTargets, TargetWriter, position_uniform
+from kdcache.targets import (
+    Codec,
+    DenseTargets,
+    HiddenTargets,
+    SoftTargets,
+    SparseTargets,
+    TargetWriter,
+    position_uniform,
+)
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
 
@@ -125,14 +133,23 @@ def recheck(
         dtype=spec.dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        states=cache.codec().reads_states,
     )
     teacher = Teacher(options, spec.vocab_size)
     teacher.probe(chosen.rows)
     lengths = [len(row.input_ids) for row in chosen.rows]
     budget = max(_BATCH_TOKENS[device], 2 * max(lengths))
-    alone = _live(teacher, chosen, [[i] for i in range(len(lengths))])
-    together = _live(teacher, chosen, list(batches(lengths, budget)))
-    return _compare(cache, chosen, files, alone, together, rng)
+    codec = cache.codec()
+    alone = _live(teacher, codec, chosen, [[i] for i in range(len(lengths))])
+    together = _live(teacher, codec, chosen, list(batches(lengths, budget)))
+    result = _compare(cache, chosen, files, alone, together, rng)
+    if teacher.layer is not None and not teacher.layer.same(cache.output_layer):
+        problem = (
+            "the output layer of the cache is not this teacher's, so the logits that are rebuilt "
+            "with it are wrong. Build the cache again."
+        )
+        return replace(result, problems=(problem, *result.problems))
+    return result
 
 
 def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
@@ -178,11 +195,14 @@ def _choose(cache: Cache, sample: int, rng: np.random.Generator) -> _Sample:
     return chosen
 
 
-def _live(teacher: Teacher, chosen: _Sample, groups: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of the wanted positions, row by row as they were chosen.
+def _live(
+    teacher: Teacher, codec: Codec, chosen: _Sample, groups: Sequence[Sequence[int]]
+) -> Tensor:
+    """What the codec reads of the wanted positions, row by row as they were chosen.
 
     Args:
         teacher: who is asked.
+        codec: of the cache.
         chosen: the rows.
         groups: numbers of the rows that make a batch.
     """
@@ -193,10 +213,11 @@ def _live(teacher: Teacher, chosen: _Sample, groups: Sequence[Sequence[int]]) ->
         starts = np.cumsum(counts) - counts
         wanted = np.concatenate([chosen.wanted[i] + s for i, s in zip(group, starts, strict=True)])
         done, parts = 0, []
-        for logits in teacher.logits(rows):
-            here = wanted[(wanted >= done) & (wanted < done + len(logits))] - done
-            parts.append(logits[torch.from_numpy(here).to(logits.device)].float().cpu())
-            done += len(logits)
+        for piece in teacher.slices(rows):
+            values = piece.read_by(codec)
+            here = wanted[(wanted >= done) & (wanted < done + len(values))] - done
+            parts.append(values[torch.from_numpy(here).to(values.device)].float().cpu())
+            done += len(values)
         sizes = [len(chosen.wanted[i]) for i in group]
         found.update(zip(group, torch.split(torch.cat(parts), sizes), strict=True))
     return torch.cat([found[i] for i in range(len(chosen.rows))])
@@ -257,7 +278,11 @@ def _differences(one: SoftTargets, other: SoftTargets, vocab_size: int, scale: f
         if isinstance(a, DenseTargets):
             assert isinstance(b, DenseTargets), "one codec makes one kind"
             return np.asarray((a.logits - b.logits).double().square().mean(1).sqrt() / scale)
-        assert not isinstance(b, DenseTargets), "one codec makes one kind"
+        if isinstance(a, HiddenTargets):
+            assert isinstance(b, HiddenTargets), "one codec makes one kind"
+            moved = a.states.double() - b.states.double()
+            return np.asarray(moved.square().mean(1).sqrt() / scale)
+        assert isinstance(b, SparseTargets), "one codec makes one kind"
         apart = torch.zeros(len(one), vocab_size)
         apart.scatter_add_(1, a.ids, a.weights).scatter_add_(1, b.ids, -b.weights)
         sums += (apart.abs().sum(1).double() + (a.tail - b.tail).abs()).numpy() / 2

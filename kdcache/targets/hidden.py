@@ -1,0 +1,216 @@
+"""Hidden states of a position: what the teacher's output layer made its logits of.
+
+The cache keeps the output layer once (`kdcache.targets.output_layer`), and a student's loss makes
+the teacher's logits again, a slice of positions at a time. So targets are right at any temperature
+and for every divergence, at D numbers a position instead of V.
+
+    float16   2 D bytes; KL(teacher || rebuilt) about 1e-7 on small models
+    bfloat16  2 D bytes, for states beyond float16's 65,504
+    int8      1.03 D bytes; KL 1e-4 to 3e-4
+
+`int8` takes each channel's mean off and counts in the channel's unit, both from a sample of the
+corpus, measured once a cache and kept with the layer: channels of language models differ by factors
+of tens, and one scale for all would leave the small ones nothing. What remains is rounded, in
+blocks of about 32 channels, in steps of 1/127 of the block's largest number: an outlier costs its
+own block. A step is stored as a power of 2 to the 1/16.
+
+Cost: one read of the states. Guarantee: a number that its type cannot hold is refused, not clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.targets.base import (
+    Array,
+    Codec,
+    Column,
+    canonical_temperatures,
+    check_vocabulary,
+    refuse_bad_positions,
+)
+from kdcache.targets.decoded import HiddenTargets
+from kdcache.targets.output_layer import OutputLayer
+
+_COLUMNS = {"float16": "float16", "bfloat16": "uint16", "int8": "uint8"}
+_BLOCK = 32  # channels that share a step: 1 byte for 32
+_STEPS = (2.0 ** (np.arange(256) / 16 - 14)).astype(np.float32)
+_LEVELS = 127
+_ZERO = 128  # stored for 0
+_WIDTH = 2048  # of a layer that is not known yet, for planning
+
+
+@dataclass(frozen=True)
+class Hidden(Codec):
+    """Stores the output layer's input.
+
+    Attributes:
+        vocab_size: V.
+        temperatures: what the cache declares; any other works as well.
+        dtype: stored type, "float16", "bfloat16" or "int8".
+        layer: the teacher's output layer; None until a cache or a teacher gives it.
+    """
+
+    kind: ClassVar[str] = "hidden"
+    usage: ClassVar[str] = "hidden:float16|bfloat16|int8"
+
+    vocab_size: int
+    temperatures: tuple[float, ...] = (1.0,)
+    dtype: str = "float16"
+    layer: OutputLayer | None = None
+
+    def __post_init__(self) -> None:
+        check_vocabulary(self.vocab_size)
+        object.__setattr__(self, "temperatures", canonical_temperatures(self.temperatures))
+        if self.dtype not in _COLUMNS:
+            raise UsageError(f"codec is 'hidden:{self.dtype}', expected {self.usage}.")
+
+    @classmethod
+    def _from_argument(
+        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
+    ) -> Hidden:
+        return cls(vocab_size, temperatures, argument)
+
+    def __str__(self) -> str:
+        return f"hidden:{self.dtype}"
+
+    def with_layer(self, layer: OutputLayer) -> Hidden:
+        """The same codec for the states that a layer reads.
+
+        Raises:
+            ValueError: it is of another vocabulary, or lacks what `int8` needs.
+        """
+        if layer.vocab_size != self.vocab_size:
+            raise ValueError(f"it has {layer.vocab_size} ids, expected {self.vocab_size}")
+        if self.needs_channels and layer.mean is None:
+            raise ValueError(f"it has no mean and unit of its channels, which {self} needs")
+        return replace(self, layer=layer)
+
+    @property
+    def needs_channels(self) -> bool:
+        """Whether the layer must come with its channels' means and units."""
+        return self.dtype == "int8"
+
+    @property
+    def any_temperature(self) -> bool:
+        """Always: the logits themselves are rebuilt."""
+        return True
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Always: they are rebuilt."""
+        return True
+
+    @property
+    def reads_states(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """`states` [positions, D] (bit patterns of bfloat16; int8 levels, 128 for 0), and for
+        int8 the `steps` of its blocks [positions, max(1, D // 32)]."""
+        states = Column("states", _COLUMNS[self.dtype], (self._known.width,))
+        steps = Column("steps", "uint8", (_blocks(self._known.width)[0],))
+        return (states, steps) if self.dtype == "int8" else (states,)
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Uncompressed: the low bits of states are noise that no filter shrinks much."""
+        width = _WIDTH if self.layer is None else self.layer.width
+        return float(width + _blocks(width)[0] if self.dtype == "int8" else 2 * width)
+
+    @property
+    def _known(self) -> OutputLayer:
+        assert self.layer is not None, "a cache's codec comes with its output layer"
+        return self.layer
+
+    def check_temperature(self, temperature: float) -> None:
+        """Any positive temperature is exact."""
+        canonical_temperatures([temperature])
+
+    def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
+        """Round the states; see `Codec.encode`.
+
+        Args:
+            logits: the states instead, [n, D] of any float dtype.
+            u: not used.
+        """
+        states, layer = logits, self._known
+        if states.shape[1:] != (layer.width,) or not states.is_floating_point():
+            raise ValueError(
+                f"states are {states.dtype} {list(states.shape)}, expected floats "
+                f"[positions, {layer.width}]"
+            )
+        finite = states.isfinite().all(-1)
+        if self.dtype != "int8":
+            # A type that cannot hold a number makes it infinite, which `pack` refuses.
+            rounded = states.to(getattr(torch, self.dtype))
+            fits = rounded.isfinite().all(-1)
+            bits = rounded.view(torch.int16) if self.dtype == "bfloat16" else rounded
+            return {"states": bits, "fits": fits, "finite": finite}
+        mean, unit = layer.channels(states.device)
+        blocks, length = _blocks(layer.width)
+        z = F.pad((states.float() - mean) / unit, (0, blocks * length - layer.width))
+        z = z.view(-1, blocks, length)
+        least = z.abs().amax(-1) / _LEVELS
+        steps = (16 * (least.clamp_min(float(_STEPS[0])).log2() + 14)).ceil()
+        fits = (steps < len(_STEPS)).all(-1)
+        steps = steps.nan_to_num(0).clamp(0, len(_STEPS) - 1)
+        levels = (z / (steps / 16 - 14).exp2()[..., None]).round().clamp(-_LEVELS, _LEVELS) + _ZERO
+        levels = torch.where((fits & finite)[:, None, None], levels, _ZERO).flatten(1)
+        stored = levels[:, : layer.width].to(torch.uint8)
+        return {"states": stored, "steps": steps.to(torch.uint8), "fits": fits, "finite": finite}
+
+    def pack(
+        self, encoded: Mapping[str, Array], id_to_rank: Array | None = None
+    ) -> dict[str, Array]:
+        """Check and return; there are no ids.
+
+        Raises:
+            UsageError: a finite state that the type cannot hold.
+            KdcacheError: a position with NaN or infinite states.
+        """
+        refuse_bad_positions(encoded["finite"])
+        if not encoded["fits"].all():
+            raise UsageError(
+                f"a hidden state is larger than {self} can hold. Use --codec hidden:bfloat16."
+            )
+        return {
+            column.name: np.ascontiguousarray(encoded[column.name]).view(column.dtype)
+            for column in self.columns
+        }
+
+    def at(
+        self,
+        columns: Mapping[str, Array],
+        temperature: float,
+        rank_to_id: Array | None = None,
+    ) -> HiddenTargets:
+        """The states as they are stored, or float32 for int8; the loss rebuilds the logits."""
+        self.check_temperature(temperature)
+        stored = columns["states"]
+        if self.dtype == "int8":
+            mean, unit = self._known.channels(torch.device("cpu"))
+            steps = torch.from_numpy(_STEPS[columns["steps"]])
+            each = steps.repeat_interleave(_blocks(len(mean))[1], 1)[:, : len(mean)]
+            states = (torch.from_numpy(stored).float() - _ZERO) * each * unit + mean
+        elif self.dtype == "bfloat16":
+            states = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+        else:
+            states = torch.from_numpy(stored)
+        return HiddenTargets(states, self._known, temperature)
+
+
+def _blocks(width: int) -> tuple[int, int]:
+    """Number of blocks that share a scale, and their channels; the last one may have fewer."""
+    blocks = max(1, width // _BLOCK)
+    return blocks, -(-width // blocks)
