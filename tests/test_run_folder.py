@@ -25,6 +25,7 @@ import kdcache
 from kdcache.cache import Cache
 from kdcache.commands.train.card import CARD_FILE
 from kdcache.errors import UsageError
+from kdcache.student.record import recorded
 
 BERT = {
     "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -146,3 +147,14 @@ def test_trackers_record_the_caches_and_the_loss(folder: Path, tmp_path: Path) -
     }  # fmt: skip
     assert tracker.config["max_steps"] == 3
     assert "kdcache_codec" not in trainer.args.to_dict()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "estimated"), (0.5, 0.5)])
+def test_trackers_record_theta_of_anchored_caches(
+    tmp_path: Path, given: float | None, kept: str | float
+) -> None:
+    cache = make_cache(tmp_path / "cache", [4], task=CAUSAL, codec="anchored:8")
+    student = kdcache.DistilledStudent(nn.Linear(1, 1), CAUSAL, anchor=given)
+    stream = kdcache.TargetStream(cache, batch_size=2)
+    facts = recorded(stream, student, None, 2)
+    assert (facts["kdcache_anchor"], facts["kdcache_alpha"]) == (kept, 0.5)

@@ -34,6 +34,9 @@ def recorded(
         "divergence": getattr(model, "divergence", None),
         "tail": getattr(model, "tail", None),
     }
+    anchor = getattr(model, "anchor", None)
+    if spec.codec.startswith("anchored") and anchor is not None:
+        facts["anchor"] = "estimated" if anchor.estimated else float(anchor.theta)
     facts |= {name: getattr(stream, name) for name in ("batch_size", "seed", "streams", "group")}
     return {f"kdcache_{name}": value for name, value in facts.items()}
 
