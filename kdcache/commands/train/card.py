@@ -65,7 +65,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     if model_type:
         first += f"from transformers import {auto}\n"
         call = f"{auto}.from_pretrained"
-    trust = "" if model_type else ", trust_remote_code=True"  # the code that made it
+    trust = "" if model_type else f", trust_remote_code={True}"  # the code that made it
     load = f"{first}\nmodel = {call}({json.dumps(name)}{trust})"
     return (
         "\n\n".join(
