@@ -98,9 +98,9 @@ def test_hours_and_break_even_follow_from_the_seconds(options: PlanOptions) -> N
 
 
 def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
-    codecs = ("dense", "topk:8", "sample:6", "anchored:6")
+    codecs = ("dense", "topk:8", "sample:6", "anchored:6", "hidden:float16", "hidden:int8")
     caches = by_name(plan(dataclasses.replace(options, codec=codecs)))
-    dense, topk, sample, anchored = (
+    dense, topk, sample, anchored, half, byte = (
         {f.temperature: f for f in caches[(codec, (1.0, 2.0))].fidelity} for codec in codecs
     )
     for t in (1.0, 2.0):
@@ -108,6 +108,10 @@ def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
         assert dense[t].mass == pytest.approx(1)
         assert dense[t].angle < 0.1
         assert dense[t].norm_ratio == pytest.approx(1, abs=1e-3)
+        assert half[t].noise < 1e-8
+        assert half[t].noise < byte[t].noise < 1e-4
+        assert byte[t].mass == pytest.approx(1)
+        assert half[t].near_angle < byte[t].near_angle < 20
         assert topk[t].bias == topk[t].noise > 1e-6
         assert topk[t].missed == pytest.approx(1 - topk[t].mass, abs=2e-3)
         assert sample[t].bias == sample[t].missed == 0

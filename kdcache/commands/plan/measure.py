@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
+from kdcache.commands.build.layer import measured
 from kdcache.commands.build.prepare import Prepared
 from kdcache.commands.plan.fidelity import FAR, NEAR, FidelityMeter, FullGradient
 from kdcache.commands.plan.result import WORKERS, PlannedCache, break_even
@@ -20,11 +21,11 @@ from kdcache.commands.plan.sample import CorpusSample
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import batches
-from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
+from kdcache.targets import Codec, Hidden, SoftTargets, TargetWriter, position_uniform
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.ranks import read_ranks
-from kdcache.teacher import Teacher, find_batch_tokens, logits_at, peak_share
+from kdcache.teacher import Slice, Teacher, find_batch_tokens, logits_at, peak_share
 
 _COMPARED = 2048  # positions, at most
 _COMPARED_AT_ONCE = 64
@@ -42,20 +43,20 @@ class _Trial:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.codec = self.writer.codec
+        self.codec: Codec = self.writer.codec
         drawn = self.codec.needs_noise
         self.meters = {t: FidelityMeter(drawn=drawn) for t in self.codec.temperatures}
 
-    def add(self, logits: Tensor, u: Tensor, *, timed: bool = True) -> SoftTargets:
-        begin = _now(logits.device)
-        encoded = self.codec.encode(logits, u)
+    def add(self, values: Tensor, u: Tensor, *, timed: bool = True) -> SoftTargets:
+        begin = _now(values.device)
+        encoded = self.codec.encode(values, u)
         if timed:
-            self.seconds += _now(logits.device) - begin
+            self.seconds += _now(values.device) - begin
         host = {name: tensor.cpu() for name, tensor in encoded.items()}
         bad = int((~host["finite"]).sum())
         if bad:
             raise UsageError(
-                f"the teacher gives NaN or infinite logits at {bad} of {len(logits)} positions: "
+                f"the teacher gives NaN or infinite logits at {bad} of {len(values)} positions: "
                 "nothing to plan with. Try --dtype float32, or check the model."
             )
         return self.writer.pack(host)
@@ -97,7 +98,7 @@ class SamplePass:
     def _places(self, row: Row) -> np.ndarray:
         return row.places(self.prepared.spec.task)
 
-    def check_memory(self) -> None:
+    def _check_memory(self) -> None:
         """Refuse a sample whose dense targets would fill the memory."""
         for trial in self.trials:
             size = self.positions * sum(
@@ -113,9 +114,12 @@ class SamplePass:
 
     def measure(self, report: Report) -> None:
         """Run the teacher over the sample and every codec over its logits."""
-        options = replace(self.prepared.teacher, temperatures=self.made_for)
+        states = any(trial.codec.reads_states for trial in self.trials)
+        options = replace(self.prepared.teacher, temperatures=self.made_for, states=states)
         self.teacher = Teacher(options, self.prepared.spec.vocab_size)
         self.teacher.probe(self.sample.rows)
+        self._give_layer()
+        self._check_memory()
         cut = self._batches(self._batch_tokens())
         # Kernels are chosen and compiled at their first call: not what a long build is made of.
         self._try(cut[0] if self.prepared.teacher.compile else cut[-1][-1:])
@@ -128,16 +132,17 @@ class SamplePass:
                 labels = np.concatenate([row.labels[self._places(row)] for row in rows])
                 rounding = self._noise(batch, of_label=True).cpu().numpy()
             place = 0
-            slices = self.teacher.logits(rows)
-            while (logits := self._next(slices)) is not None:
+            slices = self.teacher.slices(rows)
+            while (found := self._next(slices)) is not None:
+                logits = found.logits
                 piece = u[place : place + len(logits)]
                 chosen = np.arange(-at % every, len(logits), every)
                 if self.labels:
                     some = torch.from_numpy(labels[place : place + len(logits)].astype(np.int64))
-                    found = label_logprobs(logits_at(logits, self.made_for, (1.0,)), some)
+                    logprobs = label_logprobs(logits_at(logits, self.made_for, (1.0,)), some)
                     noise = rounding[place : place + len(logits)]
-                    self.codes.append(encode_logprobs(found.cpu().numpy(), noise))
-                made = [trial.add(self._of(logits, trial), piece) for trial in self.trials]
+                    self.codes.append(encode_logprobs(logprobs.cpu().numpy(), noise))
+                made = [trial.add(self._of(found, trial), piece) for trial in self.trials]
                 for trial, part in zip(self.trials, made, strict=True):
                     trial.parts.append(part)
                 for start in range(0, len(chosen), _COMPARED_AT_ONCE):
@@ -147,8 +152,22 @@ class SamplePass:
             done += len(batch)
             report(f"teacher: {done} of {len(self.rows)} rows")
 
-    def _of(self, logits: Tensor, trial: _Trial) -> Tensor:
-        return logits_at(logits, self.made_for, trial.codec.temperatures)
+    def _of(self, piece: Slice, trial: _Trial) -> Tensor:
+        values = piece.read_by(trial.codec)
+        return logits_at(values, self.made_for, trial.codec.temperatures)
+
+    def _give_layer(self) -> None:
+        """Give codecs of hidden states the teacher's output layer, as a build does."""
+        layer = self.teacher.layer
+        if layer is None:
+            return
+        for trial in self.trials:
+            if isinstance(trial.codec, Hidden):
+                if trial.codec.needs_channels and layer.mean is None:
+                    most = self.prepared.batch_tokens
+                    layer = measured(self.teacher, layer, self.sample.rows, most)
+                trial.codec = trial.codec.with_layer(layer)
+                trial.writer = TargetWriter(trial.codec)
 
     def _batch_tokens(self) -> int:
         """What a build would find: the largest batch that fits a GPU."""
@@ -165,17 +184,17 @@ class SamplePass:
 
     def _try(self, batch: Sequence[int]) -> None:
         """Run teacher and codecs over some rows and discard the results."""
-        for logits in self.teacher.logits([self.sample.rows[i] for i in batch]):
-            u = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+        for piece in self.teacher.slices([self.sample.rows[i] for i in batch]):
+            u = torch.zeros(len(piece.logits), dtype=torch.float64, device=piece.logits.device)
             for trial in self.trials:
-                trial.add(self._of(logits, trial), u, timed=False)
+                trial.add(self._of(piece, trial), u, timed=False)
         self.teacher.take_clipped_mass()
 
-    def _next(self, slices: Iterator[Tensor]) -> Tensor | None:
+    def _next(self, slices: Iterator[Slice]) -> Slice | None:
         begin = _now(self.teacher.device)
-        logits = next(slices, None)
+        found = next(slices, None)
         self.seconds += _now(self.teacher.device) - begin
-        return logits
+        return found
 
     def _noise(self, batch: Sequence[int], *, of_label: bool = False) -> Tensor:
         """The numbers of a build with seed 0; see `position_uniform`."""

@@ -35,7 +35,7 @@ class PlanOptions(RowOptions, TeacherRunOptions):
         None,
         help="codecs to compare. Default: `anchored:10`, `anchored:20`, `sample:10`, `sample:20`, "
         "`sample:40`, `topk:64` for a causal LM, `dense` and `dense:float16` for classification.",
-        metavar="dense|topk:K|sample:N|anchored:N",
+        metavar="dense|topk:K|sample:N|anchored:N|hidden:DTYPE",
     )
     temperatures: tuple[str, ...] | None = option(
         None,

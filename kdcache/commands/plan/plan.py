@@ -40,7 +40,6 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
     sample = sample_rows(prepared.corpus, prepared.rows, prepared.tokenizer, options.rows)
     report(f"{len(sample.rows)} rows of {sample.records} records; loading the teacher")
     run = SamplePass(prepared, codecs, sample, find_batch=options.batch_tokens is None)
-    run.check_memory()
     run.measure(report)
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
         caches = tuple(run.cache(trial, Path(folder) / "shard.h5") for trial in run.trials)
@@ -79,11 +78,6 @@ def _grid(options: PlanOptions, vocab: int) -> list[Codec]:
         for text in options.codecs
     ]
     build_options = options.build_options()
-    if any(codec.reads_states for codec in codecs):
-        raise UsageError(
-            "plan does not measure hidden states. They take D numbers a position, D being the "
-            "width of the teacher's last layer: 2, 2 and 1.03 bytes each before compression."
-        )
     fit = []
     for codec in dict.fromkeys(codecs):
         try:
