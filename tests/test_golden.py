@@ -19,7 +19,7 @@ from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import label_sums
 from kdcache.errors import UsageError
-from kdcache.targets import AnchoredTargets, DenseTargets
+from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
 from kdcache.targets.label_logprob import decode_logprobs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,6 +66,14 @@ def test_golden_targets_are_read(name: str) -> None:
             if isinstance(found, DenseTargets):
                 torch.testing.assert_close(found.logits, torch.tensor(wanted), rtol=0, atol=1e-6)
                 continue
+            if isinstance(found, HiddenTargets):
+                torch.testing.assert_close(found.states, torch.tensor(wanted), rtol=0, atol=2e-6)
+                layer = found.layer
+                assert (layer.scale, layer.cap) == (0.5, 20.0)
+                x = (found.states @ layer.weight.T + layer.bias) / 2
+                want = 20 * torch.tanh(x / 20)
+                torch.testing.assert_close(found.dense().logits, want, rtol=1e-5, atol=1e-5)
+                continue
             vocabulary = cache.spec.vocab_size
             got = torch.zeros(len(found), vocabulary).scatter_add_(1, found.ids, found.weights)
             want = torch.zeros_like(got)
@@ -101,7 +109,7 @@ def test_golden_logprobs_of_labels_are_read(name: str) -> None:
 
 def test_golden_temperatures_are_kept_to(name: str) -> None:
     targets = Cache.open(str(GOLDEN / name)).read(0).targets
-    if name == "dense":
+    if name in ("dense", "hidden-int8"):
         assert len(targets.at(3.0)) == len(targets)
         return
     with pytest.raises(UsageError, match="not declared"):

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
+from kdcache.cache.layer_file import read_layer
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
+from kdcache.commands.transcode.options import TranscodeOptions
+from kdcache.commands.transcode.transcode import transcode
 from kdcache.commands.verify.recheck import recheck
 from kdcache.errors import CorruptCacheError, KdcacheError, UsageError
 from kdcache.loss import (
@@ -29,6 +32,7 @@ from kdcache.loss import (
     fused_linear_distillation,
     sliced_linear_distillation,
 )
+from kdcache.stream import TargetStream
 from kdcache.targets import (
     Codec,
     DenseTargets,
@@ -36,6 +40,7 @@ from kdcache.targets import (
     HiddenTargets,
     OutputLayer,
     SoftTargets,
+    SparseTargets,
     TargetWriter,
 )
 
@@ -420,6 +425,47 @@ def test_evaluation_and_recheck_by_states(
     assert "the targets are not those of this teacher" in second
 
 
+@pytest.mark.end_to_end
+def test_a_transcoded_sample_is_the_teachers_own(
+    caches: dict[str, Cache], tiny_lm: Path, corpus: Path, tmp_path: Path
+) -> None:
+    url = caches["hidden:float16"].storage.url
+    built = build(options(tiny_lm, corpus, tmp_path / "built", "sample:5", temperatures=(2.0,)))
+    transcode(
+        TranscodeOptions(
+            cache=url, codec="sample:5", out=str(tmp_path / "made"), temperatures=(2.0,), workers=0
+        )
+    )
+    mine, own = (Cache.open(str(tmp_path / name)) for name in ("made", "built"))
+    alike = 0
+    for span in range(own.spec.spans):
+        a, b = (SparseTargets.concat([c.read(span).targets.at(2.0)]) for c in (mine, own))
+        dense = [torch.zeros(len(x), 300).scatter_add_(1, x.ids, x.weights) for x in (a, b)]
+        alike += int((dense[0] == dense[1]).all(-1).sum())
+    assert alike >= 0.99 * built.positions  # of a random teacher, whose logits are far apart
+    for codec in ("hidden:int8", "hidden:float16"):
+        with pytest.raises(UsageError, match="no cache's logits determine"):
+            transcode(TranscodeOptions(cache=url, codec=codec, out=str(tmp_path / "no"), workers=0))
+
+
+def test_caches_of_one_layer_are_mixed_and_no_others(
+    caches: dict[str, Cache], tiny_lm: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "other.txt"
+    corpus.write_text("\n".join(f"Another text of number {i}." for i in range(60)))
+    for dtype in ("float16", "int8"):
+        out = tmp_path / dtype
+        build(options(tiny_lm, corpus, out, f"hidden:{dtype}", shard_tokens=10_000))
+        both = [caches[f"hidden:{dtype}"].storage.url, str(out)]
+        if dtype == "int8":  # the channels were measured on another corpus
+            with pytest.raises(UsageError, match="output_layer of .* mixed only where these agree"):
+                TargetStream(both, batch_size=4)
+            continue
+        stream = TargetStream(both, batch_size=4, group=50, temperature=0.5)
+        layers = {id(batch["targets"].layer) for batch in stream}
+        assert len(layers) == 1
+
+
 def test_ensembles_and_classifiers_are_refused(
     tiny_lm: Path, tiny_classifier: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -459,7 +505,6 @@ def test_layers_of_hostile_caches(
     """With the right hash everywhere: only what is in the file is wrong."""
     from dataclasses import replace
 
-    from kdcache.cache.layer_file import read_layer
     from kdcache.storage import sha256_file
 
     cache = caches["hidden:int8"]
@@ -495,4 +540,4 @@ def test_a_layer_that_is_not_the_specs_is_found(caches: dict[str, Cache], tmp_pa
         assert path.name in found.text
         assert found.file == path.name
         with pytest.raises(CorruptCacheError, match=path.name):
-            cache.read(0)
+            read_layer(str(folder), path.name, str(cache.spec.output_layer))

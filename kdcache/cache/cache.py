@@ -414,7 +414,7 @@ class Cache:
         except ValueError as error:
             raise CorruptCacheError(f"{self.url}: the output layer: {error}.") from error
 
-    @property
+    @cached_property
     def output_layer(self) -> OutputLayer:
         """The teacher's output layer, of a cache whose targets are hidden states.
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -39,10 +42,23 @@ def layer_name(data: bytes) -> str:
     return f"output_layer-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
 
 
-@functools.lru_cache(maxsize=4)
+_known: WeakValueDictionary[str, OutputLayer] = WeakValueDictionary()
+_recent: deque[OutputLayer] = deque(maxlen=2)
+"""Kept alive: batches of a loader's worker processes may be the only ones that hold a layer."""
+_lock = threading.Lock()
+
+
 def open_layer(url: str, name: str, sha256: str) -> OutputLayer:
-    """The output layer of a cache, as `read_layer` gives it; the same object in a whole process."""
-    return read_layer(url, name, sha256)
+    """The output layer of a cache, as `read_layer` gives it; the same object in a whole process.
+
+    Also for several caches of one teacher, whose targets can be joined only so.
+    """
+    with _lock:
+        layer = _known.get(sha256)
+        if layer is None:
+            layer = _known[sha256] = read_layer(url, name, sha256)
+            _recent.append(layer)
+        return layer
 
 
 def read_layer(url: str, name: str, sha256: str) -> OutputLayer:

@@ -39,7 +39,7 @@ def check_caches(
     found, temperatures = list(problems), list(temperatures)
     for together, cache in [(group, cache) for group in (caches, beside) for cache in group]:
         found += _differences(cache, caches[0], ("task", "vocab_size", "label_names", "tokenizer"))
-        found += _differences(cache, together[0], ("codec", "temperatures"))
+        found += _differences(cache, together[0], ("codec", "temperatures", "output_layer"))
         for temperature in temperatures:
             try:
                 cache.codec().check_temperature(temperature)

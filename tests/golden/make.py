@@ -26,9 +26,17 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.layer_file import layer_bytes
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
-from kdcache.targets import AnchoredTargets, DenseTargets, SoftTargets, position_uniform
+from kdcache.targets import (
+    AnchoredTargets,
+    DenseTargets,
+    HiddenTargets,
+    OutputLayer,
+    SoftTargets,
+    position_uniform,
+)
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
@@ -43,10 +51,12 @@ CACHES = {
     "topk-1-2": ("causal-lm", "topk:4", (1.0, 2.0)),
     "sample-1": ("causal-lm", "sample:5", (1.0,)),
     "sample-1-2": ("causal-lm", "sample:5", (1.0, 2.0)),
+    "hidden-int8": ("causal-lm", "hidden:int8", (1.0, 2.0)),
     "anchored-1-2": ("causal-lm", "anchored:5", (1.0, 2.0)),
     "label-logprob": ("causal-lm", "sample:5", (1.0, 2.0)),
 }
 KEEP = {"label-logprob"}
+WIDTH = 40
 SHARDS = (10,)
 
 
@@ -79,6 +89,9 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         counts = np.bincount(ids, minlength=width)
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         ranks = order.astype("<u4").tobytes()
+    layer = b""
+    if codec.startswith("hidden"):
+        ranks, layer = b"", layer_bytes(layer_of(np.random.default_rng(8)))
     spec = CacheSpec(
         task=task,
         teachers=({"sha256": "0" * 64, "weight": 1.0},),
@@ -98,10 +111,12 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         seed=0,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
         label_logprob=folder.name in KEEP,
+        output_layer=hashlib.sha256(layer).hexdigest() if layer else None,
     )
     cache = Cache.create_or_resume(
-        str(folder), spec, tokenizer_files=tokenizer(), ranks=ranks, notes={"kdcache": "0.1.0"}
-    )
+        str(folder), spec, tokenizer_files=tokenizer(), ranks=ranks, output_layer=layer,
+        notes={"kdcache": "0.1.0"},
+    )  # fmt: skip
     to_id = read_ranks(ranks, width) if ranks else None
     entries, expected = [], []
     for span, rows in enumerate(shards):
@@ -109,8 +124,9 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         n = sum(positions)
         logits = torch.from_numpy(3 * rng.standard_normal((n, width))).float()
         u = torch.from_numpy(position_uniform(0, span, np.arange(n), 0))
-        made = spec.make_codec()
-        raw = {k: v.numpy() for k, v in made.encode(logits, u).items()}
+        made = cache.codec()
+        values = logits[:, :WIDTH] if made.reads_states else logits
+        raw = {k: v.numpy() for k, v in made.encode(values, u).items()}
         packed = made.pack(raw, None if to_id is None else ranks_of_ids(to_id))
         targets = SoftTargets(made, packed, to_id)
         codes, kept = None, {}
@@ -143,11 +159,21 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
     return {"digest": cache.digest, "fingerprint": spec.fingerprint, "shards": expected}
 
 
+def layer_of(rng: np.random.Generator) -> OutputLayer:
+    """An output layer with all that one may have."""
+    weight, bias = rng.standard_normal((VOCABULARY, WIDTH)), rng.standard_normal(VOCABULARY)
+    tensors = (torch.from_numpy(values).float() for values in (weight, bias))
+    layer = OutputLayer(*tensors, scale=0.5, cap=20.0)
+    return layer.with_channels(torch.zeros(WIDTH), torch.linspace(1, 6, WIDTH))
+
+
 def target_values(targets: SoftTargets, temperature: float) -> list[Any]:
-    """Of each position: logits, or id and weight pairs in the order of ids and what is left."""
+    """Of each position: logits or states, or id and weight pairs by id and what is left."""
     found = targets.at(temperature)
     if isinstance(found, DenseTargets):
         return [[round(z, 6) for z in row] for row in found.logits.tolist()]
+    if isinstance(found, HiddenTargets):
+        return [[round(h, 6) for h in row] for row in found.states.tolist()]
     values = []
     for ids, weights, rest in zip(found.ids, found.weights, found.tail, strict=True):
         sums: dict[int, float] = {}
