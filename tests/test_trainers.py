@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "trainers.md"
 # Processes that begin as copies of one, so that PyTorch is imported once.
@@ -68,6 +69,10 @@ def script(
 ) -> Script:
     """Run a script of the page in this process; returns the losses it printed."""
     monkeypatch.chdir(desk)
+    # What earlier trainings of this process have left.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
     shutil.rmtree(desk / "runs", ignore_errors=True)
 
     def run(name: str, *arguments: str) -> Losses:
