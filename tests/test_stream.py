@@ -695,6 +695,25 @@ def test_a_stream_in_a_loader_and_not_in_worker_processes(classes: Cache) -> Non
     assert sum(len(numbers(b)) for b in DataLoader(stream, batch_size=None)) == 29
 
 
+@pytest.mark.filterwarnings("ignore")  # torchdata's own
+def test_a_stateful_loader_goes_on_where_it_stopped(classes: Cache) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is optional")
+
+    def loader() -> Any:
+        stream = TargetStream(classes, batch_size=4, accumulation=2)
+        return torchdata.StatefulDataLoader(stream, batch_size=None)
+
+    whole = [numbers(batch) for batch in loader()]
+    begun = loader()
+    batches = iter(begun)
+    seen = [numbers(next(batches)) for _ in range(4)]
+    state = begun.state_dict()
+    del batches
+    rest = loader()
+    rest.load_state_dict(state)
+    assert seen + [numbers(batch) for batch in rest] == whole
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_for_a_gpu_are_page_locked(causal: Cache) -> None:
