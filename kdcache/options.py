@@ -25,7 +25,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from kdcache.errors import UsageError
 
@@ -224,7 +224,10 @@ class Options:
 
 def options_of(kind: type[Any]) -> tuple[Option, ...]:
     """The options of a dataclass: its own first, then those of each group, as declared."""
-    hints = get_type_hints(kind)
+    # Not `typing.get_type_hints`, which on Python 3.10 refuses a class with `_: KW_ONLY`.
+    hints: dict[str, Any] = {}
+    for owner in reversed(kind.__mro__):
+        hints |= inspect.get_annotations(owner, eval_str=True)
     groups = [c for c in kind.__mro__[1:] if issubclass(c, Options)]
     classes = [kind]
     for heading in dict.fromkeys(group.heading for group in groups):

@@ -129,7 +129,7 @@ def test_every_option_of_a_command_is_a_field_and_every_field_an_option(name: st
     fields = {field.name for field in dataclasses.fields(kind)}
     assert {option.name for option in options_of(kind)} == fields
     params = {param.name for param in load(name).params}
-    assert params - {"config", "as_json"} == fields
+    assert params - {"config", "as_json", "quiet", "verbose"} == fields
 
 
 @pytest.mark.parametrize("name", ["build", "plan", "evaluate", "finetune", "predict"])
