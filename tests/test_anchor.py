@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,134 @@ def test_inverses_count_each_id_once_whatever_the_heads_units(
         tail = torch.ones(vocabulary, dtype=torch.bool)
         tail[targets.ids[group][kept[group]].unique()] = False
         assert excess(met[group][:, tail], torch.ones(int(tail.sum())).double()) < 4
+
+
+# ------------------------------------------------------------------------------------------- noise
+
+
+def draw(logits: Tensor, seed: int, codec: Anchored) -> AnchoredTargets:
+    u = torch.from_numpy(position_uniform(seed, 0, np.arange(len(logits)), 0))
+    targets = TargetWriter(codec).write(logits, u).at(1.0)
+    assert isinstance(targets, AnchoredTargets)
+    return targets
+
+
+def noise(teacher: Tensor, student: Tensor, codec: Anchored, theta: float, draws: int) -> Tensor:
+    """E |gradient - full gradient|^2 of each position, over many draws."""
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    z, again = student.double().repeat(draws, 1), teacher.repeat(draws, 1)
+    g = gradient(z, draw(again, 3, codec), Anchor(theta)).view(draws, *p.shape)
+    return (g - (q - p)).square().sum(-1).mean(0)
+
+
+@pytest.mark.parametrize("closeness", [0.1, 0.5, 1.0])
+def test_noise_is_that_of_the_formula(closeness: float) -> None:
+    """Where nothing is certain, so that head and tail are known exactly: c = theta q."""
+    codec, vocabulary, theta = Anchored(60, (1.0,), 4), 60, 0.8
+    z = 0.6 * torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(1))
+    p = z.double().softmax(-1)
+    assert (p < 1 / codec.draws).all()
+    student = z + closeness * torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    c = theta * student.double().softmax(-1)
+    pi = codec.draws * p
+    inverse = 1 / pi
+    low = codec.rule.base ** (inverse.log() / np.log(codec.rule.base)).floor()
+    rounding = pi * c.square() * (inverse - low) * (codec.rule.base * low - inverse)
+    want = ((p - c).square() * (1 - pi) / pi + rounding).sum(-1)
+    got = noise(z, student, codec, theta, 4000)
+    # That c's sum is kept right moves noise among ids, and takes a little of it off.
+    assert (got < 1.05 * want).all()
+    assert (got > 0.75 * want).all()
+    if closeness == 0.1:
+        assert (got < 0.15 * noise(z, student, codec, 0.0, 500)).all()
+
+
+def test_noise_is_never_more_than_a_samples() -> None:
+    """theta from past steps, of a student near its teacher, farther away, and contrary to it."""
+    codec, vocabulary = Anchored(100, (1.0,), 8), 100
+    z = 1.5 * torch.randn(200, vocabulary, generator=torch.Generator().manual_seed(4))
+    shaken = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+    tried = {
+        "the teacher itself": z,
+        "near": z + 0.3 * shaken,
+        "farther": z + 1.0 * shaken,
+        "far": 0.5 * z + 2.0 * shaken,
+        "untrained": 0.01 * shaken,
+        "contrary": -z,
+        "sure of what the teacher excludes": z.sort(-1, descending=True).values.flip(-1),
+    }
+    ratios, thetas = {}, {}
+    for name, student in tried.items():
+        anchor = Anchor()
+        for step in range(30):
+            gradient(student, draw(z, 100 + step, codec), anchor)
+            anchor.update()
+        thetas[name] = float(anchor.theta)
+        found = [noise(z[:25], student[:25], codec, t, 300).mean() for t in (thetas[name], 0.0)]
+        ratios[name] = float(found[0] / found[1])
+    assert max(ratios.values()) < 1.02, (ratios, thetas)
+    assert ratios["the teacher itself"] < 0.15
+    assert ratios["near"] < 0.25
+    assert ratios["near"] < ratios["farther"] < 0.95
+    assert thetas["contrary"] < 0.01 < thetas["farther"] < thetas["near"] <= 1
+
+
+def test_theta_never_looks_at_its_own_step() -> None:
+    z = teacher(30, 80)
+    codec, anchor = Anchored(80, (1.0,), 6), Anchor()
+    assert float(anchor.theta) == 0
+    gradient(z, draw(z, 0, codec), anchor)
+    assert float(anchor.theta) == 0
+    anchor.update()
+    after = float(anchor.theta)
+    assert after > 0
+    gradient(z, draw(z, 1, codec), anchor)
+    assert float(anchor.theta) == after
+
+
+def test_theta_is_the_same_however_a_step_is_cut() -> None:
+    z = teacher(48, 80)
+    targets = draw(z, 0, Anchored(80, (1.0,), 6))
+    student = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    anchors = Anchor(), Anchor(), Anchor()
+    for _ in range(3):
+        gradient(student, targets, anchors[0])
+        anchors[0].update()
+        for part in torch.arange(48).split(11):  # accumulated slices
+            gradient(student[part], targets[part], anchors[1])
+        anchors[1].update()
+        ranks = []  # workers, whose sums are added up
+        for part in torch.arange(48).split(20):
+            one = Anchor()
+            gradient(student[part], targets[part], one)
+            ranks.append(one._step)
+        anchors[2].met = True
+        anchors[2].update(lambda _, ranks=ranks: torch.stack(ranks).sum(0))
+    for one in anchors[1:]:
+        torch.testing.assert_close(one.theta, anchors[0].theta, rtol=1e-12, atol=0)
+
+
+def test_a_state_continues_exactly_and_an_overflow_is_forgotten() -> None:
+    z, codec = teacher(30, 80), Anchored(80, (1.0,), 6)
+    student = z + 1
+    whole, first = Anchor(), Anchor()
+    for step in range(6):
+        if step == 3:
+            stored = json.dumps(first.state_dict())
+            first = Anchor()
+            first.load_state_dict(json.loads(stored))
+        for anchor in (whole, first):
+            gradient(student, draw(z, step, codec), anchor)
+            anchor.update()
+        assert torch.equal(whole.theta, first.theta)
+    before = whole.state_dict()
+    whole.add(torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor(1.0))
+    whole.update()
+    assert 0 <= float(whole.theta) <= 1
+    assert whole.state_dict()["past"] == pytest.approx([0.99 * x for x in before["past"]])
+    fixed = Anchor(0.3)
+    fixed.load_state_dict(before)
+    assert float(fixed.theta) == pytest.approx(0.3)
 
 
 # ------------------------------------------------------------------------------------------- fused

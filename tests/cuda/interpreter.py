@@ -55,7 +55,7 @@ def _elementwise(function: Any) -> Any:
 _MATH = {
     "exp": np.exp, "log": np.log, "trunc": np.trunc, "floor": np.floor, "ceil": np.ceil,
     "abs": np.abs, "fabs": np.abs, "exp2": np.exp2, "sqrt": np.sqrt, "pow": np.power,
-    "log1p": np.log1p, "tanh": np.tanh, "rsqrt": lambda x: 1 / np.sqrt(x),
+    "log1p": np.log1p, "log2": np.log2, "tanh": np.tanh, "rsqrt": lambda x: 1 / np.sqrt(x),
 }  # fmt: skip
 _REDUCTIONS = {"maximum": np.maximum, "minimum": np.minimum, "any_combine": np.logical_or}
 
