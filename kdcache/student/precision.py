@@ -6,11 +6,13 @@ and loss stay float32; bfloat16 and float16 are those of autocast.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kdcache.choices import Precision
 from kdcache.errors import UsageError
@@ -88,3 +90,15 @@ def use_one_gpu(arguments: Any, advice: str = "") -> None:
             "this process sees %d GPUs and trains on one. %s", gpus, advice.format(gpus=gpus)
         )
         arguments._n_gpu = 1
+
+
+def keep_inputs_and_loss(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """accelerate's policy without what it rounds to 16 bits beside weights and activations.
+
+    Those are inputs, among them counts and weights of targets (8,199 positions would become
+    8,192); outputs, and ours is the loss; and gradients before they are summed over workers, which
+    DDP does not round either.
+    """
+    return dataclasses.replace(
+        policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )

@@ -19,7 +19,6 @@ to the bit.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -47,6 +46,7 @@ from kdcache.student.checkpoints import (
     read_state,
 )
 from kdcache.student.padding import without_mask
+from kdcache.student.precision import keep_inputs_and_loss
 from kdcache.student.record import recorded
 from kdcache.student.wrapper import DistilledStudent, host_places
 from kdcache.targets import Targets
@@ -392,8 +392,6 @@ class DistillationTrainer(CheckpointingTrainer):
             self._window = self._keep_window()
         super()._save_checkpoint(model, trial)
 
-    # The scale of anchored targets
-
     @property
     def _anchored(self) -> bool:
         """Whether targets have been anchored."""
@@ -423,18 +421,6 @@ class DistillationTrainer(CheckpointingTrainer):
             self._tr_loss += self._window["loss"]  # every rank has the mean, whose mean it is
             if self.is_world_process_zero():
                 self._parts += self._parts.new_tensor(self._window["parts"])
-
-
-def keep_inputs_and_loss(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
-    """accelerate's policy without what it rounds to 16 bits beside weights and activations.
-
-    Those are inputs, among them counts and weights of targets (8,199 positions would become
-    8,192); outputs, and ours is the loss; and gradients before they are summed over workers, which
-    DDP does not round either.
-    """
-    return dataclasses.replace(
-        policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
 
 
 class _StreamLoader:

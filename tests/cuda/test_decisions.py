@@ -33,8 +33,7 @@ from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.loss import fused
 from kdcache.rows import Row
-from kdcache.student.precision import Computing, use_one_gpu
-from kdcache.student.trainer import keep_inputs_and_loss
+from kdcache.student.precision import Computing, keep_inputs_and_loss, use_one_gpu
 from kdcache.targets import Codec, TargetWriter
 from kdcache.targets.device import compiles, run
 from kdcache.teacher import Slice, Teacher, TeacherOptions, load, peak_share

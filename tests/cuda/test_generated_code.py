@@ -19,7 +19,7 @@ from fake import fake_cuda
 from torch import Tensor
 
 from kdcache.loss import fused
-from kdcache.targets import Codec
+from kdcache.targets import Anchored, Codec
 from kdcache.targets.device import (
     Rule,
     blocked_sample,
@@ -39,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 POSITIONS, IDS = 2048, 128_256
 ENTRIES = 17
 SAMPLE = {"t1": (1.0,), "t12": (1.0, 2.0), "t15": (1.0, 1.5)}
+BASE = Anchored(IDS).rule.base
 
 
 def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,11 +52,13 @@ def padded(n: int, vocabulary: int) -> Tensor:
 
 
 @functools.cache
-def sample_code(temperatures: tuple[float, ...], n: int, vocabulary: int, cut: bool) -> Code:
+def sample_code(
+    temperatures: tuple[float, ...], n: int, vocabulary: int, cut: bool, base: float = 0.0
+) -> Code:
     with fake_cuda(symbolic=True):
         logits = padded(n, vocabulary) if cut else fake(n, vocabulary, dtype=torch.bfloat16)
         u = fake(n, dtype=torch.float64)
-        return written_for_h100(blocked_sample, logits, u, Rule(20, temperatures, 40, 7))
+        return written_for_h100(blocked_sample, logits, u, Rule(20, temperatures, 40, 7, base))
 
 
 @functools.cache
@@ -198,6 +201,12 @@ def test_the_loss_reads_its_logits_three_times_at_most(
     assert code.largest_buffer < POSITIONS * IDS // 8
 
 
+def test_an_anchored_sample_reads_the_logits_once() -> None:
+    code, plain = (sample_code((1.0,), POSITIONS, IDS, False, base) for base in (BASE, 0.0))
+    assert len(code.launches) <= len(plain.launches) + 2
+    one_pass(code, POSITIONS, IDS)
+
+
 def test_a_soft_cap_takes_one_pass() -> None:
     code = cap_code(POSITIONS, IDS)
     assert len(code.launches) == 1
@@ -239,24 +248,29 @@ class TestGraphs:
                 label_logprobs(logits, fake(n, dtype=torch.int64), encoded)
         assert 2 <= len(made) <= 6, "three of the codec, three of the labels"
 
-    def test_three_in_a_training_at_most(self, made: list[int]) -> None:
+    @pytest.mark.parametrize("anchored", [False, True])
+    def test_three_in_a_training_at_most(self, made: list[int], anchored: bool) -> None:
         options = fused._Options(torch.ones(()), torch.ones(()), True, False)
         with fake_cuda(symbolic=True), torch.no_grad():
             options = options._replace(alpha=fake(), inverse_t=fake())
             for n, entries in ((4096, 16), (4096, 15), (100, 12), (4096, 17), (1, 16), (7, 3)):
-                targets = fused.SparseTargets(
+                targets: Any = fused.SparseTargets(
                     ids=fake(n, entries, dtype=torch.int64),
                     weights=fake(n, entries),
                     tail=fake(n),
                     exact=False,
                     temperature=1.0,
                 )
+                if anchored:
+                    more = {"inverse": fake(n, entries), "heads": fake(n, dtype=torch.int64)}
+                    targets = fused.AnchoredTargets(**vars(targets), **more)
                 fused._logits_to_gradient_(
                     fake(n, 32_000, dtype=torch.bfloat16),
                     fake(n, dtype=torch.int64),
                     targets,
                     fake(n),
                     options,
+                    theta=fake() if anchored else None,
                 )
         assert 1 <= len(made) <= 3
 
@@ -319,6 +333,17 @@ def loss_arguments(unit: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def anchored_arguments() -> dict[str, Any]:
+    """The same, with a head, and tail ids that were drawn."""
+    named = loss_arguments(False)
+    n, heads = LOSS_ROWS, torch.tensor([2, 1, 0, 4, ENTRIES - 1])
+    tail = torch.arange(ENTRIES - 1) >= heads[:, None]
+    named["w"] = named["w"] / named["w"].sum(-1, keepdim=True)
+    inverse = torch.where(tail & (named["w"] > 0), 1 + 30 * torch.rand(n, ENTRIES - 1), 0)
+    options = {name: named.pop(name) for name in ("alpha", "inverse_t")}
+    return named | {"inverse": inverse, "heads": heads, "theta": torch.tensor(0.7)} | options
+
+
 def capped_logits() -> Tensor:
     torch.manual_seed(3)
     sizes = torch.tensor([0.01, 1, 30, 100, 1000])[:, None]
@@ -331,13 +356,15 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     jobs: dict[str, tuple[str, list[Any]]] = {}
     noise = torch.rand(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for name, temperatures in SAMPLE.items():
-        code = sample_code(temperatures, ROWS, WORDS, True)
+        code = sample_code(temperatures, ROWS, WORDS, True, BASE)
         jobs[name] = code.text, [hard_logits(WORDS), noise]
     whole = hard_logits(MANY_WORDS).contiguous()
     jobs["topk"] = topk_code(ROWS, MANY_WORDS).text, [whole]
     for unit in (True, False):
         code, named = loss_code(unit, LOSS_ROWS, LOSS_IDS), loss_arguments(unit)
         jobs[f"loss {unit}"] = code.text, [named[name] for name in code.inputs]
+    code, named = anchored_code(False, LOSS_ROWS, LOSS_IDS), anchored_arguments()
+    jobs["anchored"] = code.text, [named[name] for name in code.inputs]
     jobs["cap"] = cap_code(LOSS_ROWS, LOSS_IDS).text, [capped_logits()]
     folder = tmp_path_factory.mktemp("interpreter")
     torch.save(list(jobs.values()), folder / "jobs.pt")
@@ -350,7 +377,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", list(SAMPLE))
 def test_the_samples_code_draws_what_eager_draws(executed: dict[str, Any], name: str) -> None:
     (logits, u), found, _ = executed[name]
-    want = blocked_sample(logits, u, Rule(20, SAMPLE[name], 40, 7))
+    want = blocked_sample(logits, u, Rule(20, SAMPLE[name], 40, 7, BASE))
     got = {key: value.view(want[key].shape) for key, value in zip(want, found, strict=True)}
     assert want["finite"].tolist() == [True, True, False, False, True, True]
     for key in ("heads", "draws", "finite"):
@@ -359,6 +386,7 @@ def test_the_samples_code_draws_what_eager_draws(executed: dict[str, Any], name:
     for row in want["finite"].nonzero().flatten():
         heads, used = int(want["heads"][row]), int(want["heads"][row] + want["draws"][row])
         one, other = ((x["ids"][row, :used].long(), x["values"][row, :used]) for x in (got, want))
+        assert torch.equal(got["inverse"][row, heads:used], want["inverse"][row, heads:used])
         # Equal logits of the head may change places; what each place weighs may not.
         assert torch.equal(logits[row, one[0][:heads]], logits[row, other[0][:heads]])
         assert torch.equal(one[0][heads:], other[0][heads:])
@@ -390,6 +418,16 @@ def test_the_losses_code_computes_what_eager_computes(executed: dict[str, Any], 
     torch.testing.assert_close(entries.view_as(want_entries), want_entries, rtol=1e-5, atol=1e-6)
     (gradient,) = (x for x in after if x.shape == (LOSS_ROWS, LOSS_IDS))
     # Equal, or neighbours in bfloat16.
+    torch.testing.assert_close(gradient.float(), named["z"].float(), rtol=2**-7, atol=1e-30)
+
+
+def test_the_anchored_losses_code_computes_what_eager_computes(executed: dict[str, Any]) -> None:
+    _, (losses, entries), after = executed["anchored"]
+    named = anchored_arguments()
+    want_losses, want_entries = fused._anchored_pass(*named.values(), False, False)
+    torch.testing.assert_close(losses.view(5), want_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entries.view_as(want_entries), want_entries, rtol=1e-5, atol=1e-6)
+    (gradient,) = (x for x in after if x.shape == (LOSS_ROWS, LOSS_IDS))
     torch.testing.assert_close(gradient.float(), named["z"].float(), rtol=2**-7, atol=1e-30)
 
 

@@ -100,9 +100,9 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
     codec: str | None = option(
         None,
         help="`dense`, `dense:float16`, `hidden:float16`, `hidden:bfloat16`, `hidden:int8`, "
-        "`topk:K` or `sample:N`. Default: `dense` for "
+        "`topk:K`, `sample:N` or `anchored:N`. Default: `dense` for "
         "classification and `sample:20` for a causal LM.",
-        metavar="dense|hidden:TYPE|topk:K|sample:N",
+        metavar="dense|hidden:TYPE|topk:K|sample:N|anchored:N",
     )
     temperatures: tuple[float, ...] = option(
         (1.0,),
@@ -117,7 +117,7 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         metavar="TOKENS",
         at_least=1,
     )
-    seed: int = option(0, help="seed of the `sample` codec.")
+    seed: int = option(0, help="seed of the noise of `sample` and `anchored`.")
 
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""

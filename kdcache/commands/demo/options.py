@@ -16,7 +16,7 @@ class DemoOptions(Options):
     codec: str = option(
         "sample:20",
         help="codec of the caches: what is stored of each distribution of the teacher.",
-        metavar="dense|topk:K|sample:N",
+        metavar="dense|topk:K|sample:N|anchored:N",
     )
     alpha: float = option(
         0.1, help="weight of the hard loss of the distilled students.", at_least=0, below=1
