@@ -9,15 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 from make_caches import make_cache
 
+from kdcache.commands.interrupt import interruptible
 from kdcache.commands.sweep.options import SweepOptions
 from kdcache.commands.sweep.sweep import SweepProgress, sweep
+from kdcache.commands.train import on_ray
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
@@ -184,3 +189,49 @@ def test_a_ray_of_its_own_that_dies_ends_the_command(
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"Error: Ray on this machine has lost its {victim}"), done.stderr[-3000:]
     assert "Traceback" not in done.stderr
+
+
+STUCK = """
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from kdcache.commands.train import on_ray
+from kdcache.errors import IncompleteError
+
+def lost():
+    raise IncompleteError("Ray on this machine has lost its raylet")
+
+on_ray.check_own_ray = lost
+on_ray._WAKE_EVERY, on_ray._END_SECONDS = 0.2, 2.0
+on_ray._Follower(SimpleNamespace(out=Path(), steps=1), None, watch=True)
+while True:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_a_training_that_no_signal_ends_is_ended_after_its_ray_is_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert done.stderr == "Error: Ray on this machine has lost its raylet\n"
+
+
+@pytest.mark.timeout(60)
+def test_a_training_that_waits_for_a_lock_is_woken_when_its_ray_is_lost(tmp_path: Path) -> None:
+    """Only a real signal does that."""
+    plan: Any = SimpleNamespace(out=tmp_path, steps=1)
+    lock = threading.Lock()
+    lock.acquire()
+    error = IncompleteError("Ray on this machine has lost its raylet")
+    with mock.patch.object(on_ray, "check_own_ray", side_effect=error), interruptible():
+        follower = on_ray._Follower(plan, None, watch=True)
+        with pytest.raises(KeyboardInterrupt):
+            lock.acquire()
+        follower.stop()
+    follower.ended()
+    assert follower._last_resort is not None
+    assert follower._last_resort.finished.is_set()

@@ -7,10 +7,11 @@ folder, which all workers must be able to read.
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 import shutil
+import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,8 @@ _RETRIES = 2
 _RAY, _WRONG = ".ray", "wrong.txt"
 _LOOK_EVERY = 0.5
 _ABORT_SECONDS = 30.0
+_WAKE_EVERY = 10.0
+_END_SECONDS = 60.0  # that a command may take to end once its own Ray is lost
 _MOST_CPUS = 8
 
 
@@ -54,7 +57,7 @@ def train_on_ray(
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
-    plan = RunPlan.make(options)
+    plan, follower = RunPlan.make(options), None
     owns = connect(options.address)
     try:
         have = ray.cluster_resources()
@@ -123,6 +126,8 @@ def train_on_ray(
     finally:
         if owns:
             ray.shutdown()
+        if follower is not None:
+            follower.ended()
     if wrong:
         raise UsageError(wrong)
     return TrainResult(**json.loads((plan.out / RESULT_FILE).read_text())["result"])
@@ -186,6 +191,7 @@ class _Follower:
         self._told = 0
         self._thread = threading.Thread(target=self._follow, name="kdcache-follow", daemon=True)
         self._watch = watch
+        self._last_resort: threading.Timer | None = None
         if watch or on_progress is not None:
             self._thread.start()
 
@@ -195,10 +201,26 @@ class _Follower:
             if self._watch:
                 try:
                     check_own_ray()
-                except IncompleteError:
-                    _thread.interrupt_main()  # it waits for workers that never answer
+                except IncompleteError as error:
+                    self._wake(error)
                     break
         self._look()
+
+    def _wake(self, error: IncompleteError) -> None:
+        """Interrupt the main thread, which waits for workers that never answer.
+
+        By a real signal: `_thread.interrupt_main` does not wake a thread that waits for a lock. A
+        library may swallow the first one, so it is repeated. Where nothing helps the process ends.
+        """
+        self._last_resort = threading.Timer(_END_SECONDS, _end, [error])
+        self._last_resort.daemon = True
+        self._last_resort.start()
+        main = threading.main_thread().ident
+        assert main is not None, "it has started"
+        while True:
+            signal.pthread_kill(main, signal.SIGINT)
+            if self._done.wait(_WAKE_EVERY):
+                return
 
     def _look(self) -> None:
         if self._on_progress is None:
@@ -215,3 +237,15 @@ class _Follower:
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    def ended(self) -> None:
+        """Say that the command ends by itself: after a lost Ray it would be ended otherwise."""
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+
+
+def _end(error: IncompleteError) -> None:
+    """End this process, whose main thread is stuck in a Ray that is gone."""
+    sys.stderr.write(f"Error: {error}\n")
+    sys.stderr.flush()
+    os._exit(error.exit_code)
