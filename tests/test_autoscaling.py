@@ -7,10 +7,8 @@ wait has a deadline.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +43,14 @@ options = prepare._teacher_options
 prepare._teacher_options = lambda *all: dataclasses.replace(options(*all), device="cpu")
 on_ray._WAITING_EVERY = 1.0
 cli(sys.argv[1:])
+"""
+
+
+# Has the kernel end a command when the tests are killed; its Ray ends with it.
+WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -93,11 +99,6 @@ def until(
         time.sleep(0.1)
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this process when the tests are killed; its Ray ends with it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 @pytest.fixture
 def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
     port, agent = free_ports(2)
@@ -141,11 +142,12 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     call = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=0", "--num-gpus=0"]
     call += [f"--autoscaling-config={tmp_path}/cluster.json", f"--temp-dir={short}"]
     call += ["--include-dashboard=false", f"--dashboard-agent-listen-port={agent}"]
+    call += ["--object-store-memory=100000000"]
     log = tmp_path / "ray.log"
     with log.open("wb") as out:
         head = subprocess.Popen(
-            [*map(str, call), "--object-store-memory=100000000"],
-            env=nodes, stdout=out, stderr=out, start_new_session=True, preexec_fn=end_with_parent,
+            [sys.executable, "-c", WITH_PARENT, *map(str, call)],
+            env=nodes, stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
     fake = FakeCluster(f"{ip}:{port}", user, mark, head)
     try:
