@@ -137,12 +137,12 @@ def strike():
     '''Kill a process of this one's Ray as soon as a worker of it is there.'''
     while True:
         children = psutil.Process().children(recursive=True)
-        if any(sys.argv[2] in " ".join(child.cmdline()) for child in children):
+        # A child that has only just been forked has this process's own words in its command line.
+        if any(" ".join(child.cmdline()).startswith(sys.argv[2]) for child in children):
             break
         time.sleep(0.1)
-    for child in children:
-        if sys.argv[1] in child.name():
-            child.send_signal(signal.SIGKILL)
+    (victim,) = [child for child in children if sys.argv[1] in child.name()]
+    victim.send_signal(signal.SIGKILL)
 
 def run():
     while True:
@@ -161,6 +161,7 @@ cli(sys.argv[3:])
     ("command", "victim", "when"),
     [
         ("build", "raylet", "ray::RayWorker"),
+        ("train", "raylet", "ray::TrainController"),
         ("sweep", "raylet", "ray::_call"),
     ],
 )
@@ -176,6 +177,7 @@ def test_a_ray_of_its_own_that_dies_ends_the_command(
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     words = {
         "build": ["--teacher", str(tiny_lm), "--corpus", str(tmp_path / "text.jsonl")],
+        "train": [*student, "--epochs", "2000", "--num-workers", "2"],
         "sweep": [str(tmp_path / "grid.yaml")],
     }[command]
     done = subprocess.run(
