@@ -180,6 +180,28 @@ def test_a_mean_of_teachers_stays_at_its_temperature(
     assert torch.equal(*(spread(d.targets.at(2.0), 300) for d in (one, two)))
 
 
+def test_from_hidden_states_rounding_moves_few_entries(
+    stories260k: Path, corpus_texts: list[str], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_text("".join(json.dumps({"text": t}) + "\n" for t in corpus_texts[:200]))
+    names = (str(stories260k),), (str(corpus),)
+    common: Any = {"max_length": 128, "workers": 0}
+    build(BuildOptions(*names, str(tmp_path / "hidden"), codec="hidden:float16", **common))
+    build(BuildOptions(*names, str(tmp_path / "direct"), codec="sample:10", **common))
+    transcode(options(str(tmp_path / "hidden"), "sample:10", tmp_path / "new"))
+    new, want = (Cache.open(str(tmp_path / name)) for name in ("new", "direct"))
+    assert new.spec.output_layer is None
+    assert [p.text for p in problems(new)] == []
+    one, two = new.read(0), want.read(0)
+    same_rows(one, two)
+    a, b = (spread(d.targets.at(1.0), new.spec.vocab_size) for d in (one, two))
+    # Measured on novels: 97.9 % of positions, 99.7 % of entries, 0.002 of the mass.
+    assert (a == b).all(-1).double().mean() > 0.96
+    assert ((a > 0) != (b > 0)).sum() < 0.02 * (b > 0).sum()
+    assert (a - b).abs().sum(-1).mean() / 2 < 0.004
+
+
 # What is refused
 
 
@@ -278,10 +300,11 @@ def kept(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_interruption_and_a_lost_shard_are_made_good(
-    dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = options(dense, "sample:6", tmp_path / "plain")
     transcode(plain)
+    assert not caplog.messages, "its receipts have a folder"
     stopped = dataclasses.replace(plain, out=str(tmp_path / "stopped"))
     read, done = Cache.read, []
 

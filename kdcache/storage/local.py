@@ -178,9 +178,13 @@ class LocalStorage(Storage):
 
         Raises:
             OSError: it cannot be written, or is a link.
+            CorruptCacheError: its folder is a link.
         """
+        path = self.root / name
+        self._refuse_links(path.parent)
+        path.parent.mkdir(exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        with os.fdopen(os.open(self.root / name, flags, 0o666), "ab") as file:
+        with os.fdopen(os.open(path, flags, 0o666), "ab") as file:
             file.write(text.encode())
 
     @contextlib.contextmanager

@@ -18,8 +18,8 @@ class TranscodeOptions(WorkerOptions):
         positional=True,
     )
     codec: str = option(
-        help="of the new cache. From `dense` any that `build` takes; from `topk:K` only one of "
-        "fewer ids.",
+        help="of the new cache. From `dense` and `hidden` any that `build` takes but `hidden`; "
+        "from `topk:K` only one of fewer ids.",
         metavar="CODEC",
     )
     out: str = option(help="folder or URL of the new cache.", metavar="CACHE")
