@@ -15,6 +15,7 @@ from kdcache.commands.build import on_ray
 from kdcache.commands.build.on_ray import RayWorkers
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.room import Need, describe, share_of_cpus
+from kdcache.commands.build.teacher_source import TeacherSourceOptions
 from kdcache.commands.build.worker import Job
 from kdcache.corpus import InputFile, Span
 from kdcache.errors import IncompleteError, UsageError
@@ -130,7 +131,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-JOB = Job("", RowSpec("causal-lm"), TeacherOptions((), "causal-lm"), 0)
+JOB = Job("", TeacherSourceOptions(RowSpec("causal-lm"), TeacherOptions((), "causal-lm"), 0))
 SPAN = Span(0, InputFile("/corpus/a.jsonl", 1 << 30, "jsonl"), 0, 1)
 
 
