@@ -216,17 +216,18 @@ def gradients(function: Any, inputs: dict[str, Any], **more: Any) -> list[Tensor
     return [*parts, *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("parts", [{}, {"bias": True, "scale": 0.25, "cap": 5.0}])
 def test_loss_and_gradients_are_those_of_the_rebuilt_logits(
-    kind: str, parts: dict[str, Any]
+    kind: str, parts: dict[str, Any], temperature: float
 ) -> None:
     """float64 throughout, against `dense` targets of the same logits, on whole logits."""
     states = states_of(21)
     if parts:
         parts = {**parts, "bias": torch.randn(V, generator=torch.Generator().manual_seed(3))}
     layer = layer_of(states, **parts)
-    temperature = 1.0 if kind == "mse" else 2.0
+    temperature = 1.0 if kind == "mse" else temperature
     hidden = HiddenTargets(states.double(), layer, temperature)
     product = states.double() @ layer.weight.double().T
     if parts:

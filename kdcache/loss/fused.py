@@ -229,6 +229,10 @@ class _Fused(torch.autograd.Function):
         return (*gradients, *[None] * 11)
 
 
+class _Scratch(DenseTargets):
+    """Logits that nobody needs afterwards: they may be overwritten."""
+
+
 class _Rebuilt:
     """Makes the teacher's logits of a slice of hidden states, in a buffer of its own.
 
@@ -249,7 +253,7 @@ class _Rebuilt:
         self._mixed = self._dtype != wide and _mixed_addmm(like.device, like.dtype)
         self._buffer = torch.empty_like(like, dtype=wide if self._mixed else self._dtype)
 
-    def __call__(self, targets: HiddenTargets) -> DenseTargets:
+    def __call__(self, targets: HiddenTargets) -> _Scratch:
         states, layer = targets.states.to(self._dtype), targets.layer
         weight, bias = layer.on(states.device, self._dtype)
         out = self._buffer[: len(states)]
@@ -258,7 +262,7 @@ class _Rebuilt:
             mm(states, weight.T, out_dtype=out.dtype, out=out)
         else:
             torch.mm(states, weight.T, out=out)
-        return DenseTargets(
+        return _Scratch(
             finish_(out if bias is None else out.add_(bias), layer.scale, layer.cap),
             targets.temperature,
         )
@@ -328,7 +332,8 @@ def _logits_to_gradient_(
                 valid_each[part],
                 each[part],
             )
-            function: Pass = _dense_pass
+            scratch = isinstance(targets, _Scratch) and not fast
+            function: Pass = _scratch_pass if scratch else _dense_pass
         else:
             entries = torch.cat([targets.ids[part], label], 1)
             x = zs.gather(1, entries).to(each.dtype)
@@ -508,6 +513,51 @@ def _dense_pass(
     d_soft = c_soft * (p_t - q)
     d_label = c_hard * (p.gather(1, label) - 1) + d_soft.gather(1, label)
     z.copy_(c_hard * p + d_soft)
+    return torch.stack([hard.sum(), soft.sum()]), d_label
+
+
+def _scratch_pass(
+    z: Tensor,
+    x: Tensor,
+    teacher: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    each: Tensor,
+    alpha: Tensor,
+    inverse_t: Tensor,
+    unit: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_dense_pass` in place, of finite teacher logits that may be overwritten: half its time on a
+    CPU, where each new [n, V] tensor leaves the cache.
+    """
+    assert exact, "dense targets are exact"
+    valid, each = valid[:, None], each[:, None]
+    top = z.amax(-1, keepdim=True).to(x.dtype)
+    y = z.to(x.dtype).sub_(top)  # z itself where no wider dtype is needed
+    t = teacher.sub_(teacher.amax(-1, keepdim=True))
+    y_t = y
+    if not unit:
+        t.mul_(inverse_t)
+        y_t = y * inverse_t
+    q = t.exp()
+    mass = q.sum(-1, keepdim=True)
+    q.div_(mass)
+    gap = t.sub_(y_t)
+    p_t = y_t.exp_()
+    total_t = p_t.sum(-1, keepdim=True)
+    kl = gap.mul_(q).sum(-1, keepdim=True) - mass.log() + total_t.log()
+    p = p_t if unit else y.exp_()
+    total = total_t if unit else p.sum(-1, keepdim=True)
+    hard, soft = valid * (total.log() + top - x), each * kl / inverse_t**2
+    c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
+    d_label = c_hard * (p.gather(1, label) / total - 1)
+    d_label += c_soft * (p_t.gather(1, label) / total_t - q.gather(1, label))
+    if unit:
+        p.mul_((c_hard + c_soft) / total)
+    else:
+        p.mul_(c_hard / total).addcmul_(p_t, c_soft / total_t)
+    z.copy_(p.addcmul_(q, -c_soft))
     return torch.stack([hard.sum(), soft.sum()]), d_label
 
 
