@@ -3,15 +3,17 @@
 PYTHON ?= python3
 TORCH ?= torch>=2.6
 VENV ?= .venv
+VLLM_VENV ?= .vllm
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test test-gpu test-fast lint format clean
+.PHONY: help install demo test test-gpu test-vllm vllm-venv test-fast lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
 	@echo "make test       all tests that need no GPU, with or without one"
 	@echo "make test-gpu   those that need one"
+	@echo "make test-vllm  those of --engine vllm, with its CPU build in $(VLLM_VENV) (4 GB)"
 	@echo "make test-fast  unit tests only, under a minute"
 	@echo "make lint       ruff and strict types"
 	@echo "make format     let ruff rewrite the code"
@@ -36,6 +38,13 @@ test: install
 
 test-gpu: install
 	KDCACHE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+vllm-venv:
+	bash tools/vllm_venv.sh $(VLLM_VENV) $(PYTHON)
+
+# vLLM's own warnings are not ours to correct.
+test-vllm: vllm-venv
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/vllm $(PYTEST_ARGS)
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not end_to_end and not gpu" $(PYTEST_ARGS)

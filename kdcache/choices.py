@@ -17,6 +17,7 @@ MAX_RECORD_BYTES: Final = 64 << 20
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Engine = Literal["transformers", "vllm"]
 Ensemble = Literal["mean-probs", "mean-logits"]
 
 Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse"]

@@ -24,7 +24,7 @@ from kdcache.stream import TargetDataset
 from kdcache.stream.checks import check_caches
 from kdcache.targets import DenseTargets
 from kdcache.tasks import IGNORE
-from kdcache.teacher import model
+from kdcache.teacher import slices
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_mean_of_teachers_is_exact_at_each_declared_temperature(
     temperatures: tuple[float, ...],
     tolerance: float,
 ) -> None:
-    monkeypatch.setitem(model._SLICE_BYTES, "cpu", 4 * 300 * 7)
+    monkeypatch.setitem(slices._SLICE_BYTES, "cpu", 4 * 300 * 7)
     both = ensemble(options, tiny_tokenizer, tmp_path, codec=codec, temperatures=temperatures)
     build(both)
     dataset = TargetDataset(both.out)

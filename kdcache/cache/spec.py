@@ -23,7 +23,8 @@ class CacheSpec:
 
     Attributes:
         task: `causal-lm` or `sequence-classification`.
-        teachers: one entry a teacher: `sha256` of its configuration and weights, and its `weight`.
+        teachers: one entry a teacher: `sha256` of its configuration and weights, its `weight`, and
+            `engine` if that is not transformers: `name`, `version`, `quantization` and `args`.
         ensemble: how several teachers become one: `mean-probs` or `mean-logits`.
         dtype: the teacher's compute dtype.
         tokenizer: SHA-256 of the tokenizer's files.
@@ -123,6 +124,12 @@ class CacheSpec:
     def num_labels(self) -> int | None:
         """Number of classes, or None for a causal LM."""
         return None if self.label_names is None else len(self.label_names)
+
+    @property
+    def engine(self) -> Mapping[str, Any] | None:
+        """What ran the one teacher, if not transformers: its name, version and settings."""
+        found = self.teachers[0].get("engine") if self.teachers else None
+        return found if isinstance(found, Mapping) else None
 
     def make_codec(self) -> Codec:
         """The codec that reads and writes this cache's targets."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.choices import (
     MAX_RECORD_BYTES,
@@ -13,6 +14,7 @@ from kdcache.choices import (
     Device,
     Documents,
     Dtype,
+    Engine,
     Ensemble,
     Form,
     OnError,
@@ -156,8 +158,86 @@ class RowOptions(RecordOptions):
         )
 
 
+_OURS = {  # arguments of an engine that kdcache decides, and the option for them, if there is one
+    **dict.fromkeys(("model", "runner", "convert", "pooler_config", "enable_prefix_caching"), ""),
+    **{
+        "tensor_parallel_size": "--tensor-parallel",
+        "pipeline_parallel_size": "--pipeline-parallel",
+    },
+    **{"quantization": "--quantization", "dtype": "--dtype", "max_model_len": "--max-length"},
+    **{"trust_remote_code": "--trust-remote-code"},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
-class TeacherRunOptions(Options):
+class EngineRunOptions(Options):
+    """What runs the teacher."""
+
+    heading = "Engine"
+
+    engine: Engine | None = option(
+        None,
+        help="what runs the teacher: `transformers`, or `vllm` for one causal LM of any size. "
+        "Default: `transformers`; of `verify`, the one of the build.",
+    )
+    tensor_parallel: int = option(
+        1, help="GPUs that share each layer (vLLM).", metavar="GPUS", at_least=1
+    )
+    pipeline_parallel: int = option(
+        1, help="groups of GPUs that share the layers (vLLM).", metavar="GROUPS", at_least=1
+    )
+    quantization: str | None = option(
+        None,
+        help="of the weights, as vLLM names it, such as `fp8`. Default: the checkpoint's own.",
+        metavar="NAME",
+    )
+    engine_arg: tuple[str, ...] = option(
+        (),
+        help="a further argument of the engine, such as `gpu_memory_utilization=0.7` (vLLM).",
+        metavar="KEY=VALUE",
+    )
+
+    def engine_conflicts(self, default: Engine = "transformers") -> list[str]:
+        """What is wrong with the engine's options, where `default` runs without `engine`."""
+        given = [
+            flag
+            for flag, value in (
+                ("--tensor-parallel", self.tensor_parallel > 1),
+                ("--pipeline-parallel", self.pipeline_parallel > 1),
+                ("--quantization", self.quantization is not None),
+                ("--engine-arg", bool(self.engine_arg)),
+            )
+            if value
+        ]
+        problems = []
+        if given and (self.engine or default) != "vllm":
+            problems.append(
+                f"--engine vllm alone takes {', '.join(given)}. Add it, or leave these."
+            )
+        for arg in self.engine_arg:
+            name, equals, _ = arg.partition("=")
+            if not (name and equals):
+                problems.append(f"--engine-arg is {arg!r}, expected KEY=VALUE.")
+            elif (ours := _OURS.get(name.replace("-", "_"))) is not None:
+                instead = f" Use {ours}." if ours else ""
+                problems.append(f"--engine-arg {name} is what kdcache decides.{instead}")
+        return problems
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """The further arguments: numbers, true, false, null and JSON as such, others as text."""
+        found: dict[str, Any] = {}
+        for arg in self.engine_arg:
+            name, _, value = arg.partition("=")
+            try:
+                found[name.replace("-", "_")] = json.loads(value)
+            except ValueError:
+                found[name.replace("-", "_")] = value
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRunOptions(EngineRunOptions):
     """How the teacher runs."""
 
     heading = "Teacher"

@@ -7,19 +7,23 @@ classes); the driver of a build needs no more. `Teacher` holds the models of one
 
 from __future__ import annotations
 
+from kdcache.teacher.engine import TeacherDied, engine_version
 from kdcache.teacher.files import TeacherFiles, tokenizer_files, tokenizer_sha256
 from kdcache.teacher.memory import find_batch_tokens, peak_share
-from kdcache.teacher.model import Slice
-from kdcache.teacher.options import TeacherOptions
+from kdcache.teacher.options import EngineOptions, TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
+from kdcache.teacher.slices import Slice
 from kdcache.teacher.teacher import Teacher, aligned, logits_at
 
 __all__ = [
+    "EngineOptions",
     "Slice",
     "Teacher",
+    "TeacherDied",
     "TeacherFiles",
     "TeacherOptions",
     "aligned",
+    "engine_version",
     "find_batch_tokens",
     "logits_at",
     "peak_share",

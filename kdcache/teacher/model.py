@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,56 +26,25 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
-from kdcache.targets import Codec, OutputLayer
+from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
 from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
-from kdcache.teacher.probe import TOLERANCES, distance, head_of, probe_rows, with_other_end
+from kdcache.teacher.probe import (
+    TOLERANCES,
+    check_causal,
+    check_steady,
+    distance,
+    head_of,
+    probe_rows,
+)
+from kdcache.teacher.slices import Slice, slice_positions
 
 logger = logging.getLogger(__name__)
 
-_SLICE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}
-_GPU_POSITIONS = 8192
-
 Batching = Literal["padded", "equal lengths", "one by one"]
-
-
-def slice_positions(device: str, columns: int, item_size: int) -> int:
-    """Positions that are projected at a time.
-
-    A CPU computes in float32 where it can; a slice stays near its caches. A GPU wants long slices,
-    in whole tiles of its products, of fewer elements than 32-bit indices reach.
-
-    Args:
-        device: kind of device.
-        columns: of the output layer.
-        item_size: bytes of a logit.
-    """
-    if device == "cpu":
-        return max(1, _SLICE_BYTES[device] // (4 * columns))
-    fits = min(_GPU_POSITIONS, _SLICE_BYTES[device] // (item_size * columns))
-    return fits // 256 * 256 or max(1, fits)
-
-
-class Slice(NamedTuple):
-    """Some positions of a batch.
-
-    Attributes:
-        logits: [n, V]; of a mean of probabilities [n, m, V], for each of m temperatures.
-        states: [n, D] that the output layer made them of; None where they were not asked for.
-    """
-
-    logits: Tensor
-    states: Tensor | None = None
-
-    def read_by(self, codec: Codec) -> Tensor:
-        """What a codec encodes: the states or the logits."""
-        if not codec.reads_states:
-            return self.logits
-        assert self.states is not None, "states are asked for where the codec reads them"
-        return self.states
 
 
 class TeacherModel:
@@ -152,14 +121,9 @@ class TeacherModel:
             raise UsageError(
                 f"model {self.name} cannot read a row of the corpus: {reason}"
             ) from error
-        moved = distance(want[:1], want[1:2])  # one row, asked twice
-        if moved > self._tolerance:
-            raise UsageError(
-                f"model {self.name} is random at inference: run twice on the same row, its logits "
-                f"differ by {moved:.2g} of their spread. Name another model."
-            )
+        check_steady(self.name, want, self._tolerance)
         if self.causal:
-            self._check_causal(sample[0], want[0])
+            check_causal(self.name, self._own, sample[0], want[0], self._tolerance)
         constants = head_of(self.model, sample[0]) if self.causal else None
         self.scale, self.cap = constants or (1.0, None)
         ways = [False] if constants is None else [True, False]
@@ -200,19 +164,6 @@ class TeacherModel:
             logger.debug("%s: %s", self.name, error)
             return float("inf")
         return distance(torch.split(got, [len(part) for part in want]), want)
-
-    def _check_causal(self, row: Row, want: Tensor) -> None:
-        """Other tokens at the end of a row must leave its earlier logits alone."""
-        changed = with_other_end(row)
-        early = int((row.labels[: len(row.labels) // 2] != IGNORE).sum())
-        moved = distance([self._own(changed)[:early]], [want[:early]])
-        if moved > self._tolerance:
-            raise UsageError(
-                f"model {self.name} is not a causal language model: its logits at a position "
-                f"depend on later tokens (changing those moves them by {moved:.2g} of their "
-                "spread), so its targets would have seen the answer. Masked language models "
-                "cannot be used; name a causal one."
-            )
 
     def _own(self, row: Row) -> Tensor:
         """Logits of a row's positions by the model's own forward on it alone, on the CPU."""

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from kdcache.choices import Attention
 from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How vLLM runs a teacher.
+
+    Attributes:
+        max_length: tokens of the longest row.
+        version: that must be installed; None for any.
+        tensor_parallel: processes that share each layer.
+        pipeline_parallel: groups of them that share the layers.
+        quantization: of the weights, as vLLM names it; None for what the checkpoint says.
+        args: further arguments of the engine.
+    """
+
+    max_length: int
+    version: str | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    quantization: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that it needs, where it runs on GPUs."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,7 @@ class TeacherOptions:
         identities: SHA-256 of each teacher as the build began with it; empty for any.
         states: whether slices carry the output layer's input beside the logits (one language
             model only).
+        engine: how vLLM runs the one language model; None for transformers.
 
     Raises:
         UsageError: an attention that the device or the dtype rules out, or states that there are
@@ -50,6 +77,7 @@ class TeacherOptions:
     compile: bool = False
     identities: tuple[str, ...] = ()
     states: bool = False
+    engine: EngineOptions | None = None
 
     def __post_init__(self) -> None:
         if self.states:

@@ -8,7 +8,7 @@ tolerance of their dtype is not found.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
@@ -99,6 +100,40 @@ def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
         if len(error):
             worst = max(worst, float(error.nan_to_num(torch.inf).max()))
     return math.sqrt(worst / spread)
+
+
+def check_steady(name: str, want: Sequence[Tensor], tolerance: float) -> None:
+    """Refuse a model whose logits of the first row differ from those of the second, the same row.
+
+    Raises:
+        UsageError: it draws random numbers.
+    """
+    moved = distance(want[:1], want[1:2])
+    if moved > tolerance:
+        raise UsageError(
+            f"model {name} is random at inference: run twice on the same row, its logits differ "
+            f"by {moved:.2g} of their spread. Name another model."
+        )
+
+
+def check_causal(
+    name: str, own: Callable[[Row], Tensor], row: Row, want: Tensor, tolerance: float
+) -> None:
+    """Other tokens at the end of a row must leave its earlier logits alone.
+
+    Raises:
+        UsageError: they do not.
+    """
+    changed = with_other_end(row)
+    early = int((row.labels[: len(row.labels) // 2] != IGNORE).sum())
+    moved = distance([own(changed)[:early]], [want[:early]])
+    if moved > tolerance:
+        raise UsageError(
+            f"model {name} is not a causal language model: its logits at a position depend on "
+            f"later tokens (changing those moves them by {moved:.2g} of their spread), so its "
+            "targets would have seen the answer. Masked language models cannot be used; name a "
+            "causal one."
+        )
 
 
 @torch.inference_mode()

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kdcache.rows import Row
 from kdcache.targets import OutputLayer
+from kdcache.teacher.engine.model import EngineModel
 from kdcache.teacher.load import compile_layers, load_models
 from kdcache.teacher.memory import gpus_of
-from kdcache.teacher.model import Slice, TeacherModel
+from kdcache.teacher.model import TeacherModel
 from kdcache.teacher.options import TeacherOptions
+from kdcache.teacher.slices import Slice
 
 
 class Teacher:
@@ -38,20 +40,8 @@ class Teacher:
         """
         self.options = options
         self.vocab_size = vocab_size
-        self.models = [
-            TeacherModel(
-                model,
-                name,
-                causal=options.causal,
-                vocab_size=vocab_size,
-                dtype=options.dtype,
-                states=options.states,
-            )
-            for model, name in zip(load_models(options), options.names, strict=True)
-        ]
-        if options.compile:
-            for one in self.models:
-                compile_layers(one.model)
+        self.models = list(_load(options, vocab_size))
+        self._engine = next((one for one in self.models if isinstance(one, EngineModel)), None)
         self.device = self.models[0].device
         self.to_device = self.models[0].to_device
         self._probed = False
@@ -74,7 +64,32 @@ class Teacher:
     @property
     def gpus(self) -> tuple[torch.device, ...]:
         """The GPUs that hold its models."""
-        return gpus_of(one.model for one in self.models)
+        return gpus_of(one.model for one in self.models if isinstance(one, TeacherModel))
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether one thread at a time may run it. An engine is given the rows of all."""
+        return self._engine is None
+
+    def expect(self, rows: Sequence[Row]) -> None:
+        """Rows whose slices are asked for soon: an engine begins with them."""
+        if self._engine is not None:
+            self._engine.expect(rows)
+
+    def wait(self, rows: Sequence[Row]) -> None:
+        """Wait for what an engine makes of rows; their slices are then there at once."""
+        if self._engine is not None:
+            self._engine.wait(rows)
+
+    def forget(self, rows: Sequence[Row]) -> None:
+        """Give up expected rows, if any of them are left."""
+        if self._engine is not None:
+            self._engine.forget(rows)
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        if self._engine is not None:
+            self._engine.close()
 
     @torch.inference_mode()
     def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
@@ -131,6 +146,23 @@ class Teacher:
             total += weight * one.clipped_mass.to(self.device)
             one.clipped_mass = torch.zeros_like(one.clipped_mass)
         return total
+
+
+def _load(options: TeacherOptions, vocab_size: int) -> Iterator[TeacherModel | EngineModel]:
+    if options.engine is not None:
+        yield EngineModel(options, vocab_size)
+        return
+    for model, name in zip(load_models(options), options.names, strict=True):
+        if options.compile:
+            compile_layers(model)
+        yield TeacherModel(
+            model,
+            name,
+            causal=options.causal,
+            vocab_size=vocab_size,
+            dtype=options.dtype,
+            states=options.states,
+        )
 
 
 def logits_at(logits: Tensor, made_for: Sequence[float], wanted: Sequence[float]) -> Tensor:

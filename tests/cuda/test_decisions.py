@@ -38,7 +38,7 @@ from kdcache.targets import Codec, TargetWriter
 from kdcache.targets.device import compiles, run
 from kdcache.teacher import Slice, Teacher, TeacherOptions, load, peak_share
 from kdcache.teacher.memory import gpus_of
-from kdcache.teacher.model import slice_positions
+from kdcache.teacher.slices import slice_positions
 
 
 def test_the_suite_hides_gpus() -> None:

@@ -47,7 +47,7 @@ def _plan(options: BuildOptions) -> CachePlan:
             prepared.rows,
             prepared.teacher,
             prepared.batch_tokens,
-            find_batch=options.batch_tokens is None,
+            find_batch=prepared.find_batch,
         ),
         prepared.gpus,
         check_made=lambda cache: check_made(cache, prepared.corpus, prepared.rows),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -72,11 +73,11 @@ def make_layer(
         rows: by which to measure the channels; none to leave that out.
         batch_tokens: padded tokens of a batch, at most.
     """
-    one = Teacher(teacher, vocab_size)
     ids = np.arange(16, dtype=np.int32) % vocab_size
-    one.probe(rows or [Row(ids, ids)])
-    assert one.layer is not None, "states are asked for"
-    return layer_bytes(measured(one, one.layer, rows, batch_tokens) if rows else one.layer)
+    with closing(Teacher(teacher, vocab_size)) as one:
+        one.probe(rows or [Row(ids, ids)])
+        assert one.layer is not None, "states are asked for"
+        return layer_bytes(measured(one, one.layer, rows, batch_tokens) if rows else one.layer)
 
 
 def measured(

@@ -67,6 +67,7 @@ class LocalWorkers(Workers):
         deadline = time.monotonic() + _LEAVE
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._worker.close()
 
     def figures(self) -> Sequence[WorkerFigures]:
         """See `Workers.figures`."""

@@ -35,6 +35,7 @@ from kdcache.commands.build.workers import (
     arrived,
 )
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.teacher import TeacherDied
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ class RayWorkers(Workers):
             self._tell("worker ready", worker=name, node=actor.node, batch_tokens=batch_tokens)
             return []
         cause = _cause(error)
-        if isinstance(cause, KdcacheError):
+        if isinstance(cause, KdcacheError) and not isinstance(cause, TeacherDied):
             raise cause
         self._failed_starts += 1
         if self._failed_starts >= _START_TRIES * len(self._actors):
@@ -338,6 +339,8 @@ class RayWorkers(Workers):
         name = actor.figures.name
         if error is not None and not isinstance(error, self._ray.exceptions.RayTaskError):
             return self._lose(actor, error)
+        if isinstance(error, Exception) and isinstance(_cause(error), TeacherDied):
+            return self._lose(actor, RuntimeError(str(_cause(error))))  # no reason to stop
         del actor.in_flight[span.index]
         actor.alone = False
         self._offer(actor)

@@ -125,6 +125,19 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
             given = len(self.teacher_weight)
             problems.append(f"{given} --teacher-weight for {len(self.teacher)} --teacher.")
+        problems += self.engine_conflicts()
+        if self.engine == "vllm":
+            wrong = {
+                "several --teacher": len(self.teacher) > 1,
+                f"--task {self.task}": self.task != CAUSAL_LM,
+                "--compile": self.compile,
+                f"--attention {self.attention}": self.attention != "auto",
+            }
+            problems += [
+                f"--engine vllm runs one causal language model its own way: not with {name}."
+                for name, given in wrong.items()
+                if given
+            ]
         if not self.temperatures:
             problems.append("--temperatures is empty, expected positive numbers.")
         return problems

@@ -15,12 +15,19 @@ from kdcache.cache import CacheSpec
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.build.ranks import count_ranks
+from kdcache.commands.groups import EngineRunOptions
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec
 from kdcache.tasks import CAUSAL_LM
-from kdcache.teacher import TeacherFiles, TeacherOptions, tokenizer_sha256
+from kdcache.teacher import (
+    EngineOptions,
+    TeacherFiles,
+    TeacherOptions,
+    engine_version,
+    tokenizer_sha256,
+)
 from kdcache.teacher.options import check_states
 
 _TEXT_BYTES_A_TOKEN = 4
@@ -29,7 +36,14 @@ _SPAN_SECONDS = 120.0  # of the teacher: two spans are what a preemption costs
 # 32 bits something between a GPU and a CPU.
 _SPEED = {"float32": 1e12}
 _SPEED_16 = 1e14
+_BATCH_TOKENS = {"cpu": 4096, "gpu": 65536, "engine": 8192}
 _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
+
+# Arguments of an engine that decide its speed and memory; of the numbers at most their rounding.
+_NO_MATTER = {
+    "block_size", "distributed_executor_backend", "enforce_eager", "gpu_memory_utilization",
+    "kv_cache_memory_bytes", "load_format", "max_num_batched_tokens", "max_num_seqs",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Prepared:
         tokenizer: the teacher's.
         teacher: how a worker loads the teacher.
         batch_tokens: padded tokens of a teacher batch, at most.
+        find_batch: whether such a batch is tried first, and halved until it fits the GPU.
         gpus: GPUs a worker.
         ranks: rank table of the cache; empty for none.
         output_layer: file of the teacher's output layer; empty for none.
@@ -54,6 +69,7 @@ class Prepared:
     tokenizer: Any
     teacher: TeacherOptions
     batch_tokens: int
+    find_batch: bool
     gpus: float
     ranks: bytes
     output_layer: bytes = b""
@@ -66,6 +82,7 @@ def prepare(options: BuildOptions) -> Prepared:
         UsageError: options or input that cannot be.
     """
     causal = options.task == CAUSAL_LM
+    version = engine_version() if options.engine == "vllm" else None
     teachers = [
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code, weights=False)
         for name in options.teacher
@@ -81,7 +98,7 @@ def prepare(options: BuildOptions) -> Prepared:
     rows = options.row_spec(
         options.task, teachers[0].label_names, max_length=_max_length(options, teachers[0])
     )
-    gpus = gpus_of(options)
+    gpus = _gpus(options)
     dtype = _dtype(options.dtype, gpus)
     seconds = sum(teacher.weight_bytes for teacher in teachers) / _SPEED.get(dtype, _SPEED_16)
     corpus = options.open_corpus(
@@ -97,7 +114,7 @@ def prepare(options: BuildOptions) -> Prepared:
     spec = CacheSpec(
         task=options.task,
         teachers=tuple(
-            {"sha256": t.sha256, "weight": w}
+            {"sha256": t.sha256, "weight": w, **_engine_facts(options, version)}
             for t, w in zip(teachers, options.weights, strict=True)
         ),
         ensemble=options.ensemble,
@@ -122,8 +139,10 @@ def prepare(options: BuildOptions) -> Prepared:
         corpus,
         rows,
         tokenizer,
-        teacher=_teacher_options(options, spec, gpus),
-        batch_tokens=options.batch_tokens or (65536 if gpus else 4096),
+        teacher=_teacher_options(options, spec, gpus, version),
+        batch_tokens=options.batch_tokens
+        or _BATCH_TOKENS["engine" if version else "gpu" if gpus else "cpu"],
+        find_batch=options.batch_tokens is None and version is None,
         gpus=gpus,
         ranks=ranks,
     )
@@ -164,7 +183,32 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
     return min(teacher.vocab_size(task) for teacher in teachers)
 
 
-def _teacher_options(options: BuildOptions, spec: CacheSpec, gpus: float) -> TeacherOptions:
+def _engine_facts(options: BuildOptions, version: str | None) -> dict[str, Any]:
+    """What the spec says of an engine: all that decides more of a number than its rounding."""
+    if version is None:
+        return {}
+    args = {name: value for name, value in options.engine_args.items() if name not in _NO_MATTER}
+    facts = {"name": "vllm", "version": version, "quantization": options.quantization, "args": args}
+    return {"engine": facts}
+
+
+def engine_options(
+    options: EngineRunOptions, max_length: int, version: str | None = None
+) -> EngineOptions:
+    """How vLLM runs a teacher, from a command's options; with a `version` only that one."""
+    return EngineOptions(
+        max_length=max_length,
+        version=version,
+        tensor_parallel=options.tensor_parallel,
+        pipeline_parallel=options.pipeline_parallel,
+        quantization=options.quantization,
+        args=options.engine_args,
+    )
+
+
+def _teacher_options(
+    options: BuildOptions, spec: CacheSpec, gpus: float, version: str | None
+) -> TeacherOptions:
     return TeacherOptions(
         names=options.teacher,
         task=options.task,
@@ -179,6 +223,7 @@ def _teacher_options(options: BuildOptions, spec: CacheSpec, gpus: float) -> Tea
         compile=options.compile,
         identities=tuple(str(teacher["sha256"]) for teacher in spec.teachers),
         states=spec.make_codec().reads_states,
+        engine=engine_options(options, spec.max_length, version) if version else None,
     )
 
 
@@ -212,6 +257,20 @@ def _span_bytes(options: BuildOptions, codec: Codec, seconds: float, total: int)
     share = max(min(1 << 22, max(1 << 16, total // 64)), total // 100_000)
     slow = max(1 << 16, int(_SPAN_SECONDS / max(seconds, 1e-12)) * _TEXT_BYTES_A_TOKEN)
     return max(1 << 12, min(share, max(slow, total // 400_000), most))
+
+
+def _gpus(options: BuildOptions) -> float:
+    """GPUs of a worker; an engine's follow from its processes."""
+    gpus = gpus_of(options)
+    if not gpus or options.engine != "vllm":
+        return gpus
+    needed = options.tensor_parallel * options.pipeline_parallel
+    if options.gpus_per_worker not in (None, needed):
+        raise UsageError(
+            f"--gpus-per-worker is {options.gpus_per_worker:g}, the engine needs {needed} GPUs "
+            "(--tensor-parallel times --pipeline-parallel). Leave it out."
+        )
+    return float(needed)
 
 
 def gpus_of(options: WorkerOptions) -> float:

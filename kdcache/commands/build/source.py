@@ -71,10 +71,12 @@ class Source(ABC, Generic[WorkT, RowsT]):
     Attributes:
         device: kind of device that answers.
         batch_tokens: size of a batch, for the events.
+        takes_turns: whether it answers one span at a time.
     """
 
     device: str = "cpu"
     batch_tokens: int = 0
+    takes_turns: bool = True
 
     @abstractmethod
     def read(self, work: WorkT, move: Move) -> RowsT:
@@ -87,6 +89,9 @@ class Source(ABC, Generic[WorkT, RowsT]):
     @abstractmethod
     def answer(self, rows: RowsT, packer: Packer, move: Move) -> Answers:
         """Have the positions of rows encoded, and packed; never synchronises with the device."""
+
+    def close(self) -> None:
+        """End what runs beside this process."""
 
 
 class SourceOptions(Protocol):

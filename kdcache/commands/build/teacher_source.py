@@ -1,12 +1,17 @@
 """The source of a build: a corpus, and the teacher that answers its rows.
 
-Cost: the teacher in memory, and one slice of its logits.
+A teacher in an engine is given the rows of both spans of a worker, some batches ahead, so it always
+has rows to compute; a lock admits one span to the output layer and the codec, a batch at a time.
+
+Cost: the teacher in memory, and one slice of its logits; of an engine, the states of six batches.
 """
 
 from __future__ import annotations
 
 import concurrent.futures as futures
+import itertools
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +34,8 @@ from kdcache.targets.device import label_logprobs
 from kdcache.teacher import Slice, Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
 
 logger = logging.getLogger(__name__)
+
+_AHEAD = 2  # batches of a span that an engine is given beside the one that is awaited
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class TeacherSource(Source[Span, TaughtRows]):
         self.tokenizer = cache.tokenizer()
         self.teacher = Teacher(options.teacher, self.spec.vocab_size)
         self.device = self.teacher.device.type
+        self.takes_turns = self.teacher.takes_turns
+        self._turn = threading.Lock()
         self._probed = False  # on rows of the corpus
         self.batch_tokens = options.batch_tokens
         if options.find_batch and self.device == "cuda":
@@ -111,9 +120,17 @@ class TeacherSource(Source[Span, TaughtRows]):
 
     def answer(self, rows: TaughtRows, packer: Packer, move: Move) -> Answers:
         """See `Source.answer`."""
-        if rows.rows and not self._probed:
-            self._probe(rows.rows)
-        return self._ask(rows.rows, packer, move)
+        with self._turn:
+            if rows.rows and not self._probed:
+                self._probe(rows.rows)
+        try:
+            return self._ask(rows.rows, packer, move)
+        finally:
+            self.teacher.forget(rows.rows)
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self.teacher.close()
 
     def _probe(self, rows: Sequence[Row]) -> None:
         """Probe the teacher, and compare its output layer with the one that the cache keeps."""
@@ -137,7 +154,10 @@ class TeacherSource(Source[Span, TaughtRows]):
         waiting = deque(batches(lengths, self.batch_tokens))
         while waiting:
             move()
+            for ahead in itertools.islice(waiting, 1 + _AHEAD):
+                self.teacher.expect([rows[i] for i in ahead])
             batch = waiting.popleft()
+            self.teacher.wait([rows[i] for i in batch])
             place = Places.of(batch, wanted, rows)
             try:
                 parts = self._run([rows[i] for i in batch], place, packer)
@@ -162,11 +182,12 @@ class TeacherSource(Source[Span, TaughtRows]):
         )
         parts = []
         done = 0
-        for piece in self.teacher.slices(rows):
-            end = done + len(piece.logits)
-            encoded = self._encode(piece, uniform[done:end], labels[done:end])
-            parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
-            done = end
+        with self._turn:
+            for piece in self.teacher.slices(rows):
+                end = done + len(piece.logits)
+                encoded = self._encode(piece, uniform[done:end], labels[done:end])
+                parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
+                done = end
         assert done == len(place.rows), "the teacher answers every position"
         return parts
 

@@ -4,7 +4,7 @@ Where rows and targets come from is the `Source`'s: a corpus and its teacher, or
 spans are in flight in a worker and a lock admits one to the answering, so that one span is read,
 packed or compressed while the other computes: a pipeline without queues. On a GPU the lock is
 released once everything is launched, so that the device goes from one span to the next without a
-pause.
+pause. A source that takes no turns (a teacher in an engine) answers both spans at once.
 
 Cost: memory of two spans' rows and encoded targets, plus what the source holds.
 Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,11 +81,16 @@ class SpanWorker:
         self.source = job.source.open(self.cache)
         self._turn = threading.Lock()
         self._stop = threading.Event()
+        self._counted, self._counting = 0.0, threading.Lock()
         self._last_progress: dict[int, float] = {}  # span -> when something of it was last done
 
     def stop(self) -> None:
         """Abandon the spans in flight at the next batch."""
         self._stop.set()
+
+    def close(self) -> None:
+        """End what the source runs beside this process."""
+        self.source.close()
 
     def run(self, span: Work) -> SpanReport:
         """Make one span's shard and commit it.
@@ -107,6 +113,13 @@ class SpanWorker:
         now = time.monotonic()
         return now - min(list(self._last_progress.values()), default=now)
 
+    def _count(self, start: float) -> float:
+        """Seconds of answering since `start` that no other span has counted."""
+        with self._counting:
+            now = time.perf_counter()
+            start, self._counted = max(start, self._counted), now
+        return now - start
+
     def _move(self, span: int) -> None:
         """Records progress of a span; a stopped worker raises here."""
         if self._stop.is_set():
@@ -121,11 +134,11 @@ class SpanWorker:
         threads = packing_threads(self.source.device, self.job.threads or os.cpu_count() or 1)
         with Packer(self.writer, self.cache.spec.seed, span.index, threads) as packer:
             del self._last_progress[span.index]
-            with self._turn:
+            with self._turn if self.source.takes_turns else nullcontext():
                 move()
                 start = time.perf_counter()
                 packing, places = self.source.answer(rows, packer, move)
-                teacher_seconds = time.perf_counter() - start
+                teacher_seconds = self._count(start)
             # The next span has its turn while the last slices of this one are copied and packed.
             move()
             packed = [part.result() for part in packing]

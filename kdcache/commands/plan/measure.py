@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -117,6 +118,10 @@ class SamplePass:
         states = any(trial.codec.reads_states for trial in self.trials)
         options = replace(self.prepared.teacher, temperatures=self.made_for, states=states)
         self.teacher = Teacher(options, self.prepared.spec.vocab_size)
+        with closing(self.teacher):
+            self._measure(report)
+
+    def _measure(self, report: Report) -> None:
         self.teacher.probe(self.sample.rows)
         self._give_layer()
         self._check_memory()

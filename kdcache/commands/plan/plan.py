@@ -39,7 +39,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
     codecs = _grid(options, vocab)
     sample = sample_rows(prepared.corpus, prepared.rows, prepared.tokenizer, options.rows)
     report(f"{len(sample.rows)} rows of {sample.records} records; loading the teacher")
-    run = SamplePass(prepared, codecs, sample, find_batch=options.batch_tokens is None)
+    run = SamplePass(prepared, codecs, sample, find_batch=prepared.find_batch)
     run.measure(report)
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
         caches = tuple(run.cache(trial, Path(folder) / "shard.h5") for trial in run.trials)

@@ -27,7 +27,7 @@ from kdcache.errors import UsageError
 from kdcache.targets import Codec, DenseTargets, HiddenTargets, SoftTargets, SparseTargets, TopK
 from kdcache.targets.label_logprob import Codes
 from kdcache.tasks import positions
-from kdcache.teacher.model import slice_positions
+from kdcache.teacher.slices import slice_positions
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ than that of rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -41,7 +42,7 @@ from kdcache.targets import (
     position_uniform,
 )
 from kdcache.tasks import CAUSAL_LM
-from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
+from kdcache.teacher import EngineOptions, Teacher, TeacherFiles, TeacherOptions
 
 _LOGITS = 1 << 25  # numbers, of all positions that are compared
 _TRIALS = 4
@@ -104,6 +105,7 @@ def recheck(
     *,
     sample: int = 32,
     seed: int = 0,
+    engine: EngineOptions | None = None,
     trust_remote_code: bool = False,
 ) -> Recheck:
     """Run the teachers of a cache again on some of its rows.
@@ -113,6 +115,7 @@ def recheck(
         teachers: folder or hub id of each, in the order of the build.
         sample: number of rows.
         seed: of their choice, and of the choice of positions.
+        engine: how vLLM runs the one teacher; None for transformers.
         trust_remote_code: let code that ships with a teacher run.
 
     Raises:
@@ -134,14 +137,15 @@ def recheck(
         device=device,
         trust_remote_code=trust_remote_code,
         states=cache.codec().reads_states,
+        engine=engine,
     )
-    teacher = Teacher(options, spec.vocab_size)
-    teacher.probe(chosen.rows)
-    lengths = [len(row.input_ids) for row in chosen.rows]
-    budget = max(_BATCH_TOKENS[device], 2 * max(lengths))
-    codec = cache.codec()
-    alone = _live(teacher, codec, chosen, [[i] for i in range(len(lengths))])
-    together = _live(teacher, codec, chosen, list(batches(lengths, budget)))
+    with closing(Teacher(options, spec.vocab_size)) as teacher:
+        teacher.probe(chosen.rows)
+        lengths = [len(row.input_ids) for row in chosen.rows]
+        budget = max(_BATCH_TOKENS[device], 2 * max(lengths))
+        codec = cache.codec()
+        alone = _live(teacher, codec, chosen, [[i] for i in range(len(lengths))])
+        together = _live(teacher, codec, chosen, list(batches(lengths, budget)))
     result = _compare(cache, chosen, files, alone, together, rng)
     if teacher.layer is not None and not teacher.layer.same(cache.output_layer):
         problem = (

@@ -5,6 +5,7 @@ The work is in `kdcache.cache.check` and, for a teacher, `kdcache.commands.verif
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from kdcache.commands.verify.options import VerifyOptions
 
 if TYPE_CHECKING:
     from kdcache.commands.verify.recheck import Recheck
+    from kdcache.teacher import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,26 @@ def verify(options: VerifyOptions) -> VerifyResult:
             options.teacher,
             sample=options.sample,
             seed=options.seed,
+            engine=_engine(options, cache),
             trust_remote_code=options.trust_remote_code,
         )
         found += recheck.problems
     manifest = cache.manifest
     return VerifyResult(
         cache.url, cache.digest, len(manifest.shards), manifest.rows, tuple(found), recheck
+    )
+
+
+def _engine(options: VerifyOptions, cache: Cache) -> EngineOptions | None:
+    """The engine that was asked for, else the one of the build with its arguments."""
+    from kdcache.commands.build.prepare import engine_options
+
+    built = cache.spec.engine or {}
+    if options.engine == "transformers" or not (options.engine or built):
+        return None
+    asked = engine_options(options, cache.spec.max_length)
+    return dataclasses.replace(
+        asked,
+        quantization=asked.quantization or built.get("quantization"),
+        args={**built.get("args", {}), **asked.args},
     )

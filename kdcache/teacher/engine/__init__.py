@@ -1,0 +1,8 @@
+"""A teacher in vLLM: its processes, and the output layer that it leaves to kdcache."""
+
+from __future__ import annotations
+
+from kdcache.teacher.engine.installed import engine_version
+from kdcache.teacher.engine.process import TeacherDied
+
+__all__ = ["TeacherDied", "engine_version"]

@@ -1,0 +1,194 @@
+"""vLLM in processes of its own: rows of ids in, last hidden states out.
+
+The public pooling API gives the state after the final norm for every token of a prompt, which is
+what the output layer reads. Requests are answered in the order in which the engine finishes them;
+it computes as many rows at a time as fit its batch (continuous batching), so it is kept busy by
+asking for more rows than it has begun.
+
+Cost: start-up takes as long as vLLM takes; a state travels between processes as float32.
+Guarantee: each answer has one state for each id that was asked, or it is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kdcache.errors import IncompleteError, UsageError
+from kdcache.teacher.engine.guard import Guard
+from kdcache.teacher.engine.installed import engine_version
+from kdcache.teacher.options import EngineOptions
+
+logger = logging.getLogger(__name__)
+
+_ENVIRONMENT = {  # unless the user's own says otherwise
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers of a machine would share its cores
+}
+_MEMORY = {"gpu": 0.8, "cpu": 0.4}
+"""Share of a GPU, or of the host, for the engine: output layer, logits and codec need the rest."""
+
+
+class TeacherDied(IncompleteError):  # noqa: N818 - what happened, as `Stopped` is
+    """The engine's processes ended; another worker may do better."""
+
+
+class Engine:
+    """A started vLLM."""
+
+    def __init__(
+        self,
+        folder: Path,
+        options: EngineOptions,
+        *,
+        dtype: str,
+        gpu: bool,
+        trust_remote_code: bool,
+    ) -> None:
+        """Start it and wait until it is ready.
+
+        Args:
+            folder: the model's.
+            options: how it runs.
+            dtype: that it computes in.
+            gpu: whether on GPUs: all that it needs are visible.
+            trust_remote_code: whether code that ships with the model may run.
+
+        Raises:
+            UsageError: it is not installed, is another version than the build's, or refuses the
+                model or an argument.
+            TeacherDied: it did not start.
+        """
+        version = engine_version()
+        if options.version not in (None, version):
+            raise UsageError(
+                f"this worker has vLLM {version}, the build was planned with {options.version}. "
+                "Install the same version everywhere."
+            )
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._numbers = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        self._guard = Guard()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="kdcache-engine", daemon=True
+        )
+        self._thread.start()
+        self._llm: Any = None
+        try:
+            self._llm, self._params = self._run(
+                _start(folder, options, dtype, gpu, trust_remote_code)
+            ).result()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            self.close()
+            reason = " ".join(str(error).split())
+            raise UsageError(f"vLLM {version} refuses {folder.name}: {reason}") from error
+        except RuntimeError as error:
+            self.close()
+            raise TeacherDied(
+                f"vLLM {version} did not start for {folder.name}: {error} Its messages above say "
+                "why; VLLM_LOGGING_LEVEL=INFO shows more of them."
+            ) from error
+        self._guard.started()
+        atexit.register(self.close)
+
+    def _run(self, coroutine: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def ask(self, ids: Sequence[int]) -> Future[Tensor]:
+        """Have a row computed.
+
+        Args:
+            ids: its tokens.
+
+        Returns:
+            Its states, float [tokens, D] on the CPU, later; `TeacherDied` if the engine ends.
+        """
+        return self._run(self._answer(list(ids)))
+
+    async def _answer(self, ids: list[int]) -> Tensor:
+        dead = import_module("vllm.v1.engine.exceptions").EngineDeadError
+        prompt = {"type": "token", "prompt_token_ids": ids}
+        try:
+            answers = self._llm.encode(prompt, self._params, str(next(self._numbers)))
+            *_, answer = [found async for found in answers]
+        except dead as error:
+            raise TeacherDied(
+                "the teacher's engine ended; its messages above say why. Run the same command to "
+                "continue."
+            ) from error
+        states: Tensor = answer.outputs.data
+        if list(answer.prompt_token_ids) != ids or len(states) != len(ids) or states.ndim != 2:
+            raise AssertionError(
+                f"vLLM answered a row of {len(ids)} ids with states {list(states.shape)} of "
+                f"{len(answer.prompt_token_ids)} ids"
+            )
+        return states
+
+    def close(self) -> None:
+        """End its processes."""
+        atexit.unregister(self.close)
+        if self._loop.is_closed():
+            return
+        logging.getLogger("vllm").setLevel(logging.CRITICAL)  # it is killed: no need to tell
+        self._guard.close()
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None  # it would shut down once more when the interpreter ends
+        self._run(_cancel_others()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _cancel_others() -> None:
+    """End what still waits for an answer."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+async def _start(
+    folder: Path, options: EngineOptions, dtype: str, gpu: bool, trust_remote_code: bool
+) -> Any:
+    """The engine and the parameters of its requests."""
+    vllm = import_module("vllm")
+    settings: dict[str, Any] = {"disable_log_stats": True, "skip_tokenizer_init": True}
+    if options.gpus > 1:
+        settings["distributed_executor_backend"] = "mp"  # inside one Ray worker
+    settings["gpu_memory_utilization"] = _MEMORY["gpu" if gpu else "cpu"]
+    if not gpu:
+        settings["enforce_eager"] = True  # else it looks for a C++ compiler
+    settings |= options.args
+    settings |= {
+        "model": str(folder),
+        "runner": "pooling",
+        "convert": "embed",
+        "pooler_config": import_module("vllm.config").PoolerConfig(
+            task="token_embed", use_activation=False
+        ),
+        "dtype": dtype,
+        "max_model_len": options.max_length,
+        # A row whose beginning is cached would come back without it.
+        "enable_prefix_caching": False,
+        "tensor_parallel_size": options.tensor_parallel,
+        "pipeline_parallel_size": options.pipeline_parallel,
+        "quantization": options.quantization,
+        "trust_remote_code": trust_remote_code,
+    }
+    llm = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**settings))
+    return llm, vllm.PoolingParams(task="token_embed", use_activation=False)

