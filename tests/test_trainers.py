@@ -121,10 +121,9 @@ def test_workers_take_the_steps_of_one_also_in_tensor_parallel_groups(
     assert groups == pytest.approx(both, abs=2e-4)
     state = torch.load("runs/plain-loop.pt", weights_only=True)
     assert state["stream"]["streams"] == 2
-    rest = script("plain-loop", "5")  # alone, with the streams of two
-    Path("runs/plain-loop.pt").unlink()
-    whole = on_workers(desk, "plain-loop", 2, "5")
-    assert both | rest == pytest.approx(whole, abs=2e-4)
+    assert list(script("plain-loop", "5")) == [4, 5]  # alone, with the streams of two
+    state = torch.load("runs/plain-loop.pt", weights_only=True)
+    assert state["stream"] == {"epoch": 0, "rows_seen": 40, "step": 5, "streams": 2}
 
 
 @pytest.mark.end_to_end
