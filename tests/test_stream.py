@@ -201,6 +201,12 @@ def test_order_shuffles_within_groups_and_changes_with_seed_and_epoch() -> None:
     assert len(texts) == 4
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_order_leaves_out_groups_of_empty_shards(shuffle: bool) -> None:
+    parts = list(order(1, 0, [4, 0, 6, 0, 0, 3], 1, shuffle=shuffle))
+    assert sorted(map(len, parts)) == [3, 4, 6]
+
+
 # Batches
 
 

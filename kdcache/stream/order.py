@@ -74,7 +74,7 @@ def order(
         if shuffle:
             rows = rows[_permutation(seed, epoch, _ROWS, index, stream, len(rows))]
         done = max(0, int(begins[0]) - low)
-        if done + len(rows) > start:
+        if len(rows) and done + len(rows) > start:  # shards may be empty
             yield rows[max(0, start - done) :]
 
 
