@@ -22,7 +22,8 @@ no part in, so every target stays unbiased. theta = 0 is the sample as it is.
 A student that is sure of ids which are hardly ever drawn would be missed by B and C. Its share of c
 is known, D = o^2 m_p, and what was drawn of it, sum c r, falls short of D. Where the shortfall over
 all past positions exceeds three of its standard deviations, its square, the least noise that it can
-stand for, joins C: the ids concerned were met less than once.
+stand for, joins C: the ids concerned were met less than once. And a small theta, which gains
+little, is taken smaller still.
 
 The loss's value stays that of the sample; only its gradient, (q - t) by the logits, has the
 variate, and t is a constant in it. The mass that c (1 - r) adds to t by chance is taken off again
@@ -48,6 +49,10 @@ FIGURES = 3
 
 _KEPT = 0.99
 """Share of the sums that a step leaves: they are about those of the last hundred steps."""
+
+_DOUBT = 0.1
+"""Where theta^2 is as small as this, half of theta is taken. A small one gains little, and may come
+from sums that lack the ids which are hardly ever drawn."""
 
 _DEVIATIONS = 3.0
 """A shortfall below so many standard deviations is taken for chance."""
@@ -109,7 +114,8 @@ class Anchor:
         gain, cost, short = self._past
         unmet = (short - _DEVIATIONS * cost.clamp_min(0).sqrt()).clamp_min(0)
         theta = gain / (cost + unmet.square()).clamp_min(torch.finfo(torch.float64).tiny)
-        self.theta = theta.clamp(0, 1)
+        theta = theta.clamp(0, 1)
+        self.theta = theta * theta.square() / (theta.square() + _DOUBT)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` continues from, between two steps; JSON keeps it exactly."""
