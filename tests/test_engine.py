@@ -1,5 +1,5 @@
 """A teacher in an engine, with a stand-in for vLLM at its public API: what it is given, what is
-made of its answers, and which it is not believed. `tests/vllm` has the real one.
+made of its answers, and which it is not believed. `tests/real_vllm` has the real one.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ while said is None:
         engine |= set(parent.children(recursive=True)) - before
     except psutil.Error:
         pass
-print(flush=True)
+if said:
+    print(flush=True)
 while said:
     said = os.read(0, 1)
 for process in engine:
