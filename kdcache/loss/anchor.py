@@ -51,8 +51,8 @@ _KEPT = 0.99
 """Share of the sums that a step leaves: they are about those of the last hundred steps."""
 
 _DOUBT = 0.1
-"""Where theta^2 is as small as this, half of theta is taken. A small one gains little, and may come
-from sums that lack the ids which are hardly ever drawn."""
+"""Where theta^2 is as small as this, about half of theta is taken; of 1, all. A small one gains
+little, and may come from sums that lack the ids which are hardly ever drawn."""
 
 _DEVIATIONS = 3.0
 """A shortfall below so many standard deviations is taken for chance."""
@@ -115,7 +115,8 @@ class Anchor:
         unmet = (short - _DEVIATIONS * cost.clamp_min(0).sqrt()).clamp_min(0)
         theta = gain / (cost + unmet.square()).clamp_min(torch.finfo(torch.float64).tiny)
         theta = theta.clamp(0, 1)
-        self.theta = theta * theta.square() / (theta.square() + _DOUBT)
+        trusted = (1 + _DOUBT) * theta.square() / (theta.square() + _DOUBT)
+        self.theta = (theta * trusted).clamp(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` continues from, between two steps; JSON keeps it exactly."""
