@@ -12,6 +12,7 @@ from conftest import make_tiny_lm
 from transformers import AutoModelForCausalLM
 
 from kdcache.cache import Cache
+from kdcache.cache.cache import teacher_cross_entropy
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
@@ -135,4 +136,7 @@ def test_plan_recheck_and_evaluation_take_the_mean_of_their_temperature(
     assert result.temperature == 2.0
     (teacher,) = [one for one in result.models if one.role == "teacher"]
     assert teacher.accuracy is not None
-    assert teacher.cross_entropy is None, "at T = 1 it is not known"
+    # At T = 1, which the logits do not tell: kept beside them.
+    kept = teacher_cross_entropy([Cache.open(hot.out)])
+    assert kept is not None
+    assert teacher.cross_entropy == pytest.approx(kept)
