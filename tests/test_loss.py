@@ -17,9 +17,9 @@ from kdcache.errors import UsageError
 from kdcache.loss import (
     distillation_loss,
     fused_linear_distillation,
+    passes,
     sliced_linear_distillation,
 )
-from kdcache.loss import fused as fused_module
 from kdcache.targets import DenseTargets, SparseTargets, Targets
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -622,13 +622,13 @@ def test_compiled_pass_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> 
         return torch._dynamo.optimize("eager")(function)
 
     monkeypatch.setattr(torch, "compile", compiler)
-    fused_module._compiled.cache_clear()
+    passes.compiled.cache_clear()
     try:
         for kind in ("dense", "bucket"):
             case = make_case(kind, 2.0)
             zs, results = [], []
-            passes = fused_module._dense_pass if kind == "dense" else fused_module._sparse_pass
-            for function in (passes, fused_module._compiled(passes)):
+            eager = passes.dense_pass if kind == "dense" else passes.sparse_pass
+            for function in (eager, passes.compiled(eager)):
                 z = (case["hidden"] @ case["weight"][:12].T).detach()
                 arguments = fused_arguments(case, z)
                 results.append(function(z, *arguments))
@@ -636,7 +636,7 @@ def test_compiled_pass_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> 
             torch.testing.assert_close(results[0], results[1])
             torch.testing.assert_close(zs[0], zs[1])
     finally:
-        fused_module._compiled.cache_clear()
+        passes.compiled.cache_clear()
     assert len(seen) == 2
 
 

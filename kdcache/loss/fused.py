@@ -16,16 +16,23 @@ states cost one more product, with the teacher's output layer, and one more slic
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.loss.anchor import FIGURES, Anchor, applied, control_of_entries
+from kdcache.loss.anchor import FIGURES, Anchor, applied
+from kdcache.loss.passes import (
+    Pass,
+    anchored_pass,
+    cap_,
+    compiled,
+    dense_pass,
+    scratch_pass,
+    sparse_pass,
+)
 from kdcache.loss.reference import LossParts, check_loss, scalar_count, student_width
 from kdcache.targets import (
     AnchoredTargets,
@@ -37,8 +44,6 @@ from kdcache.targets import (
 from kdcache.targets.device import compiles
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
-
-Pass = Callable[..., Any]
 
 
 class _Options(NamedTuple):
@@ -320,7 +325,7 @@ def _logits_to_gradient_(
     for start in range(0, len(z), block):
         part = slice(start, start + block)
         zs, label = z[part], ids[part]
-        slope = None if cap is None else (_compiled(_cap_) if fast else _cap_)(zs, cap)
+        slope = None if cap is None else (compiled(cap_) if fast else cap_)(zs, cap)
         if isinstance(targets, DenseTargets):
             entries = label
             x = zs.gather(1, entries).to(each.dtype)
@@ -333,19 +338,19 @@ def _logits_to_gradient_(
                 each[part],
             )
             scratch = isinstance(targets, _Scratch) and not fast
-            function: Pass = _scratch_pass if scratch else _dense_pass
+            function: Pass = scratch_pass if scratch else dense_pass
         else:
             entries = torch.cat([targets.ids[part], label], 1)
             x = zs.gather(1, entries).to(each.dtype)
             zs.scatter_(1, entries, -torch.inf)
             w, rest = targets.weights[part], targets.tail[part]
             tensors = (zs, x, entries, w, rest, valid_each[part], each[part])
-            function = _sparse_pass
+            function = sparse_pass
             if theta is not None:
                 assert isinstance(targets, AnchoredTargets), "theta is of anchored targets"
                 tensors += (targets.inverse[part].to(each.dtype), targets.heads[part], theta)
-                function = _anchored_pass
-        losses, d_entries = (_compiled(function) if fast else function)(*tensors, *options)
+                function = anchored_pass
+        losses, d_entries = (compiled(function) if fast else function)(*tensors, *options)
         # Written, not added: these values were made in float32 (softmax minus target cancels), and
         # equal ids carry equal values, so the result does not depend on the order of the writes.
         zs.scatter_(1, entries, d_entries.to(zs.dtype))
@@ -353,230 +358,6 @@ def _logits_to_gradient_(
             zs.mul_(slope)
         sums += losses
     return sums
-
-
-def _cap_(z: Tensor, cap: float) -> Tensor:
-    """Replace x by ``cap * tanh(x / cap)``; returns the slope at x, in the dtype of x."""
-    share = (z.to(torch.promote_types(z.dtype, torch.float32)) / cap).tanh()
-    z.copy_(share * cap)
-    return (1 - share.square()).to(z.dtype)
-
-
-def _sparse_pass(
-    z: Tensor,
-    x: Tensor,
-    ids: Tensor,
-    w: Tensor,
-    rest: Tensor,
-    valid: Tensor,
-    each: Tensor,
-    alpha: Tensor,
-    inverse_t: Tensor,
-    unit: bool,
-    exact: bool,
-    anchored: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One slice against sparse targets: z becomes the gradient outside the entries.
-
-    The entries (the target's ids and, last, the label) were cut out of z, so that the mass outside
-    them is a separate sum and not one minus something, which float32 could not resolve for a
-    confident student.
-
-    Args:
-        z: [n, V] logits with -inf at the entries; overwritten.
-        x: [n, E] logits of the entries.
-        ids: [n, E] ids of the entries; repetitions (a label among the targets, padding slots) are
-            counted once.
-        w: [n, E - 1] weights of the targets.
-        rest: [n] teacher's mass of the tail bucket, 0 where there is none.
-        valid: [n] weight of the position where it has a label, else 0.
-        each: [n] weight of the position.
-        alpha: scalar; as are 1 / T, and two static flags (see `_Options`).
-        inverse_t: 1 / T.
-        unit: T = 1.
-        exact: add the teacher's negative entropy: KL instead of cross-entropy.
-        anchored: [n, E - 1] inverse inclusion probabilities, [n] entries of the head, and theta.
-
-    Returns:
-        [2] summed hard and soft loss (anchored [5]: with an anchor's figures), and [n, E] gradient
-        of the entries.
-    """
-    w = F.pad(w, (0, 1))
-    rest, valid, each = rest[:, None], valid[:, None], each[:, None]
-    place = torch.arange(ids.shape[1], device=ids.device)
-    same = ids[:, :, None] == ids[:, None, :]
-    first = ~(same & (place[:, None] > place)).any(-1)
-    own = (same * w[:, None, :]).sum(-1)
-    listed = own > 0
-    is_label = same[:, :, -1]
-
-    # In place throughout: on a CPU a pass over the logits costs more than its arithmetic; compiled,
-    # it makes no difference. `e` is z itself where no wider dtype is needed.
-    top = z.amax(-1, keepdim=True).to(x.dtype)
-    top = torch.where(top > -torch.inf, top, 0)
-    e = z.to(x.dtype).sub_(top)
-    e_soft = e if unit else e.mul(inverse_t).exp_()
-    e.exp_()
-    others = e.sum(-1, keepdim=True).log() + top
-    lse = torch.cat([others, torch.where(first, x, -torch.inf)], -1).logsumexp(-1, keepdim=True)
-    if unit:
-        y, top_t, others_t, lse_t = x, top, others, lse
-    else:
-        y, top_t = x * inverse_t, top * inverse_t
-        others_t = e_soft.sum(-1, keepdim=True).log() + top_t
-        lse_t = torch.cat([others_t, torch.where(first, y, -torch.inf)], -1).logsumexp(
-            -1, keepdim=True
-        )
-    tail = torch.cat([others_t, torch.where(first & ~listed, y, -torch.inf)], -1).logsumexp(
-        -1, keepdim=True
-    )
-    has_tail = tail > -torch.inf
-    tail = torch.where(has_tail, tail, 0)
-    rest = torch.where(has_tail, rest, 0)
-    mass = w.sum(-1, keepdim=True) + rest
-
-    hard = valid * (lse - x[:, -1:])
-    soft = mass * lse_t - (w * y).sum(-1, keepdim=True) - rest * tail
-    if exact:
-        soft = soft + torch.xlogy(w, w).sum(-1, keepdim=True) + torch.xlogy(rest, rest)
-    soft = each * soft / inverse_t**2
-
-    q, others_q = (y - lse_t).exp(), (others_t - lse_t).exp()
-    sums = torch.stack([hard.sum(), soft.sum()])
-    mass_outside, added = mass, torch.zeros_like(own)
-    if anchored is not None:
-        outside, added, figures = control_of_entries(q, others_q, own, w, same, first, *anchored)
-        mass_outside = mass - outside
-        sums = torch.cat([sums, (figures * each.square()).sum(0)])
-    c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
-    a_hard = c_hard * (top - lse).exp()
-    # exp(top_t - tail) <= 1 where others exist; where none do, z is -inf throughout and the factor
-    # must only be finite.
-    a_soft = c_soft * (
-        mass_outside * (top_t - lse_t).exp() - rest * (top_t - tail).clamp_max(0).exp()
-    )
-    z.copy_(e.mul_(a_hard + a_soft) if unit else e.mul_(a_hard).addcmul_(e_soft, a_soft))
-    d_soft = mass * q - own - torch.where(listed, 0, rest * (y - tail).clamp_max(0).exp()) - added
-    d_entries = c_hard * ((x - lse).exp() - is_label.to(x.dtype)) + c_soft * d_soft
-    return sums, d_entries
-
-
-def _anchored_pass(
-    z: Tensor,
-    x: Tensor,
-    ids: Tensor,
-    w: Tensor,
-    rest: Tensor,
-    valid: Tensor,
-    each: Tensor,
-    inverse: Tensor,
-    heads: Tensor,
-    theta: Tensor,
-    alpha: Tensor,
-    inverse_t: Tensor,
-    unit: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
-    """`_sparse_pass` of anchored targets."""
-    options = alpha, inverse_t, unit, exact
-    return _sparse_pass(z, x, ids, w, rest, valid, each, *options, (inverse, heads, theta))
-
-
-def _dense_pass(
-    z: Tensor,
-    x: Tensor,
-    teacher: Tensor,
-    label: Tensor,
-    valid: Tensor,
-    each: Tensor,
-    alpha: Tensor,
-    inverse_t: Tensor,
-    unit: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
-    """One slice against full teacher logits [n, V]: as `_sparse_pass`, with one entry, the label.
-
-    z keeps the label's logit: only its gradient is made apart, in float32.
-    """
-    assert exact, "dense targets are exact"
-    valid, each = valid[:, None], each[:, None]
-    logits = z.to(x.dtype)
-    student = torch.log_softmax(logits, -1)
-    student_t = student if unit else torch.log_softmax(logits * inverse_t, -1)
-    target = torch.log_softmax(teacher * inverse_t, -1)
-    q, p = target.exp(), student.exp()
-    p_t = p if unit else student_t.exp()
-    # A teacher's logit of -inf (a masked id) is an outcome without mass.
-    kl = torch.where(q > 0, q * (target - student_t), 0).sum(-1, keepdim=True)
-    hard, soft = -valid * student.gather(1, label), each * kl / inverse_t**2
-    c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
-    d_soft = c_soft * (p_t - q)
-    d_label = c_hard * (p.gather(1, label) - 1) + d_soft.gather(1, label)
-    z.copy_(c_hard * p + d_soft)
-    return torch.stack([hard.sum(), soft.sum()]), d_label
-
-
-def _scratch_pass(
-    z: Tensor,
-    x: Tensor,
-    teacher: Tensor,
-    label: Tensor,
-    valid: Tensor,
-    each: Tensor,
-    alpha: Tensor,
-    inverse_t: Tensor,
-    unit: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
-    """`_dense_pass` in place, of finite teacher logits that may be overwritten: half its time on a
-    CPU, where each new [n, V] tensor leaves the cache.
-    """
-    assert exact, "dense targets are exact"
-    valid, each = valid[:, None], each[:, None]
-    top = z.amax(-1, keepdim=True).to(x.dtype)
-    y = z.to(x.dtype).sub_(top)  # z itself where no wider dtype is needed
-    t = teacher.sub_(teacher.amax(-1, keepdim=True))
-    y_t = y
-    if not unit:
-        t.mul_(inverse_t)
-        y_t = y * inverse_t
-    q = t.exp()
-    mass = q.sum(-1, keepdim=True)
-    q.div_(mass)
-    gap = t.sub_(y_t)
-    p_t = y_t.exp_()
-    total_t = p_t.sum(-1, keepdim=True)
-    kl = gap.mul_(q).sum(-1, keepdim=True) - mass.log() + total_t.log()
-    p = p_t if unit else y.exp_()
-    total = total_t if unit else p.sum(-1, keepdim=True)
-    hard, soft = valid * (total.log() + top - x), each * kl / inverse_t**2
-    c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
-    d_label = c_hard * (p.gather(1, label) / total - 1)
-    d_label += c_soft * (p_t.gather(1, label) / total_t - q.gather(1, label))
-    if unit:
-        p.mul_((c_hard + c_soft) / total)
-    else:
-        p.mul_(c_hard / total).addcmul_(p_t, c_soft / total_t)
-    z.copy_(p.addcmul_(q, -c_soft))
-    return torch.stack([hard.sum(), soft.sum()]), d_label
-
-
-@functools.cache
-def _compiled(function: Pass) -> Pass:
-    """`function` under torch.compile."""
-    fast = torch.compile(function)
-
-    def call(z: Tensor, *rest: Any) -> Any:
-        # The vocabulary stays a constant of the kernel; the numbers of positions and entries change
-        # with every batch.
-        for tensor in (z, *rest):
-            if isinstance(tensor, Tensor) and tensor.ndim:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                if tensor.ndim == 2 and tensor.shape[1] != z.shape[1]:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        return fast(z, *rest)
-
-    return call
 
 
 @functools.cache

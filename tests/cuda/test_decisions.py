@@ -100,8 +100,8 @@ class TestCompileSwitch:
             return torch.zeros(2, device="cuda"), torch.zeros_like(x)
 
         monkeypatch.setattr(fused, "compiles", lambda: works)
-        monkeypatch.setattr(fused, "_sparse_pass", note)
-        monkeypatch.setattr(fused, "_compiled", lambda function: function if works else None)
+        monkeypatch.setattr(fused, "sparse_pass", note)
+        monkeypatch.setattr(fused, "compiled", lambda function: function if works else None)
         with fake_cuda():
             targets = fused.SparseTargets(
                 ids=torch.zeros(n, 4, dtype=torch.int64, device="cuda"),

@@ -18,7 +18,7 @@ import torch
 from fake import fake_cuda
 from torch import Tensor
 
-from kdcache.loss import fused
+from kdcache.loss import fused, passes
 from kdcache.targets import Anchored, Codec
 from kdcache.targets.device import (
     Rule,
@@ -72,7 +72,7 @@ def topk_code(n: int, vocabulary: int) -> Code:
 def loss_code(unit: bool, n: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> Code:
     with fake_cuda(symbolic=True), torch.no_grad():
         return written_for_h100(
-            fused._sparse_pass,
+            passes.sparse_pass,
             fake(n, vocabulary, dtype=dtype),
             fake(n, ENTRIES),
             fake(n, ENTRIES, dtype=torch.int64),
@@ -91,7 +91,7 @@ def loss_code(unit: bool, n: int, vocabulary: int, dtype: torch.dtype = torch.bf
 def dense_code(unit: bool, n: int, vocabulary: int) -> Code:
     with fake_cuda(symbolic=True), torch.no_grad():
         return written_for_h100(
-            fused._dense_pass,
+            passes.dense_pass,
             fake(n, vocabulary, dtype=torch.bfloat16),
             fake(n, 1),
             fake(n, vocabulary),
@@ -109,7 +109,7 @@ def dense_code(unit: bool, n: int, vocabulary: int) -> Code:
 def anchored_code(unit: bool, n: int, vocabulary: int) -> Code:
     with fake_cuda(symbolic=True), torch.no_grad():
         return written_for_h100(
-            fused._anchored_pass,
+            passes.anchored_pass,
             fake(n, vocabulary, dtype=torch.bfloat16),
             fake(n, ENTRIES),
             fake(n, ENTRIES, dtype=torch.int64),
@@ -130,7 +130,7 @@ def anchored_code(unit: bool, n: int, vocabulary: int) -> Code:
 @functools.cache
 def cap_code(n: int, vocabulary: int) -> Code:
     with fake_cuda(symbolic=True), torch.no_grad():
-        return written_for_h100(fused._cap_, fake(n, vocabulary, dtype=torch.bfloat16), 30.0)
+        return written_for_h100(passes.cap_, fake(n, vocabulary, dtype=torch.bfloat16), 30.0)
 
 
 @pytest.mark.parametrize(("name", "most"), [("t1", 22), ("t12", 27), ("t15", 27)])
@@ -229,11 +229,11 @@ class TestGraphs:
         monkeypatch.setattr(torch, "compile", compiled)
         monkeypatch.setattr(run, "compiles", lambda: True)
         monkeypatch.setattr(fused, "compiles", lambda: True)
-        for cached in (run._compiled, fused._compiled):
+        for cached in (run._compiled, passes.compiled):
             cached.cache_clear()
         torch._dynamo.reset()
         yield made
-        for cached in (run._compiled, fused._compiled):
+        for cached in (run._compiled, passes.compiled):
             cached.cache_clear()
         torch._dynamo.reset()
 
@@ -413,7 +413,7 @@ def test_the_best_entries_code_finds_what_eager_finds(executed: dict[str, Any]) 
 def test_the_losses_code_computes_what_eager_computes(executed: dict[str, Any], unit: bool) -> None:
     _, (losses, entries), after = executed[f"loss {unit}"]
     named = loss_arguments(unit)
-    want_losses, want_entries = fused._sparse_pass(*named.values(), unit, False)
+    want_losses, want_entries = passes.sparse_pass(*named.values(), unit, False)
     torch.testing.assert_close(losses.view(2), want_losses, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entries.view_as(want_entries), want_entries, rtol=1e-5, atol=1e-6)
     (gradient,) = (x for x in after if x.shape == (LOSS_ROWS, LOSS_IDS))
@@ -424,7 +424,7 @@ def test_the_losses_code_computes_what_eager_computes(executed: dict[str, Any], 
 def test_the_anchored_losses_code_computes_what_eager_computes(executed: dict[str, Any]) -> None:
     _, (losses, entries), after = executed["anchored"]
     named = anchored_arguments()
-    want_losses, want_entries = fused._anchored_pass(*named.values(), False, False)
+    want_losses, want_entries = passes.anchored_pass(*named.values(), False, False)
     torch.testing.assert_close(losses.view(5), want_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entries.view_as(want_entries), want_entries, rtol=1e-5, atol=1e-6)
     (gradient,) = (x for x in after if x.shape == (LOSS_ROWS, LOSS_IDS))
@@ -434,7 +434,7 @@ def test_the_anchored_losses_code_computes_what_eager_computes(executed: dict[st
 def test_the_caps_code_computes_what_eager_computes(executed: dict[str, Any]) -> None:
     _, (slope,), (capped,) = executed["cap"]
     want = capped_logits()
-    want_slope = fused._cap_(want, 30.0)
+    want_slope = passes.cap_(want, 30.0)
     torch.testing.assert_close(capped.float(), want.float(), rtol=2**-7, atol=1e-30)
     torch.testing.assert_close(
         slope.view_as(want).float(), want_slope.float(), rtol=2**-7, atol=1e-6
