@@ -37,7 +37,7 @@ from typing import Any
 
 from results import keep, table
 
-from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry
+from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry, sealing
 from kdcache.cache.receipts import Receipts, remove_receipts
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.events import EventLog
@@ -122,8 +122,8 @@ def seal(count: int) -> list[tuple[str, str]]:
                 file.truncate(entry(span).bytes)  # holes
             receipts.add(entry(span))
         begin, cpu = time.perf_counter(), time.process_time()
-        made = cache.prepare_manifest()
-        cache.seal(made)
+        made = sealing.prepare_manifest(cache)
+        sealing.seal(cache, made)
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         read = sum(path.stat().st_size for path in (Path(folder) / "events").iterdir())
         remove_receipts(storage)

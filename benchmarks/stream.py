@@ -44,6 +44,7 @@ from results import keep, machine, table
 from torch import Tensor
 
 from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
 from kdcache.stream import ShardRows, TargetStream, order
@@ -131,7 +132,7 @@ def make_cache(
         name = f"{span:05d}-{entry.sha256[:16]}.h5"
         os.link(folder / "shards" / entry.name, folder / "shards" / name)
         entries.append(dataclasses.replace(entry, span=span, name=name))
-    cache.seal(cache.prepare_manifest(entries))
+    seal(cache, prepare_manifest(cache, entries))
     return str(folder)
 
 

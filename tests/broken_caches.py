@@ -11,6 +11,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from kdcache.cache import Cache
+from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.cli.main import cli
 from kdcache.commands.verify.options import VerifyOptions
@@ -63,5 +64,5 @@ def forge(
         new.commit(e.span, change(cache.read(e.span)), clipped_mass=e.clipped_mass)
         for e in cache.manifest.shards
     ]
-    new.seal(new.prepare_manifest(entries))
+    seal(new, prepare_manifest(new, entries))
     return Cache.open(str(folder))

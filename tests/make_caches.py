@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
 from kdcache.targets import Codec, TargetWriter, position_uniform
@@ -124,7 +125,7 @@ def make_cache(
         shard = make_shard(task, rows, spec.make_codec(), width, label_logprob=label_logprob)
         entries.append(cache.commit(span, shard))
         number += count
-    cache.seal(cache.prepare_manifest(entries))
+    seal(cache, prepare_manifest(cache, entries))
     return Cache.open(str(folder))
 
 

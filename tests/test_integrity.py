@@ -21,6 +21,7 @@ from kdcache.cache import Cache
 from kdcache.cache import repair as cache_repair
 from kdcache.cache.check import problems
 from kdcache.cache.hashed_json import from_text, to_text
+from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
@@ -364,7 +365,7 @@ def test_a_digest_changes_only_if_asked(tmp_path: Path) -> None:
     entry = again.commit(1, data)
     assert again.missing() == [1]
     with pytest.raises(KdcacheError, match="another kind of machine"):
-        again.prepare_manifest([entry])
+        prepare_manifest(again, [entry])
     assert Cache.open(cache.url).digest == cache.digest
     result = repair(RepairOptions(cache.url))
     assert (result.removed, result.digest) == ((), cache.digest)
@@ -384,7 +385,7 @@ def test_a_shard_made_anew_with_the_same_bytes_leaves_the_manifest_alone(tmp_pat
     cache.storage.remove(f"shards/{cache.manifest.shards[0].name}")
     again = Cache.open(cache.url)
     entry = again.commit(0, data)
-    assert again.seal(again.prepare_manifest([entry])) == cache.manifest
+    assert seal(again, prepare_manifest(again, [entry])) == cache.manifest
     assert files(tmp_path / "a") == before
 
 

@@ -38,6 +38,7 @@ from test_storage import (  # noqa: E402, F401
 )
 
 from kdcache.cache import Cache, CacheSpec  # noqa: E402
+from kdcache.cache.sealing import prepare_manifest, seal  # noqa: E402
 from kdcache.cli.main import cli  # noqa: E402
 from kdcache.corpus import Corpus  # noqa: E402
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError  # noqa: E402
@@ -580,12 +581,12 @@ def test_the_first_seal_stands(place: str, tmp_path: Path) -> None:
     entries = [build.commit(0, data, clipped_mass=i) for i, build in enumerate((one, two))]
     entries.sort(key=lambda entry: entry.name)
     open_storage(place).remove(f"shards/{entries[0].name}")
-    first = one.seal(one.prepare_manifest())
+    first = seal(one, prepare_manifest(one))
     assert first.shards[0].name == entries[1].name
     mine = two.commit(0, data, clipped_mass=entries[0].clipped_mass)
-    assert two.prepare_manifest() == first  # the other build has sealed meanwhile
-    assert two.prepare_manifest([mine]).shards[0].name == entries[0].name
-    assert two.seal(two.prepare_manifest([mine])) == first
+    assert prepare_manifest(two) == first  # the other build has sealed meanwhile
+    assert prepare_manifest(two, [mine]).shards[0].name == entries[0].name
+    assert seal(two, prepare_manifest(two, [mine])) == first
     assert Cache.open(place).manifest == first
 
 

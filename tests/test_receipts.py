@@ -13,8 +13,9 @@ import pytest
 from broken_caches import files, flip
 from make_caches import CLASSES, make_cache
 
-from kdcache.cache import Cache, ShardEntry
+from kdcache.cache import Cache, ShardEntry, sealing
 from kdcache.cache.receipts import Receipts, read_receipts, remove_receipts
+from kdcache.cache.sealing import prepare_manifest
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
@@ -35,8 +36,8 @@ def unsealed(folder: Path) -> Cache:
 
 def read_by_the_seal(cache: Cache, wanted: bytes) -> list[int]:
     """Spans whose shards are read to make the manifest, which must come out as before."""
-    with mock.patch.object(Cache, "entry", autospec=True, side_effect=Cache.entry) as read:
-        assert cache.prepare_manifest().to_json() == wanted
+    with mock.patch.object(sealing, "shard_entry", side_effect=sealing.shard_entry) as read:
+        assert prepare_manifest(cache).to_json() == wanted
     return [call.args[1] for call in read.call_args_list]
 
 
@@ -95,7 +96,7 @@ def test_a_shard_that_was_cut_off_is_found_at_the_seal(tmp_path: Path) -> None:
     victim = min((tmp_path / "shards").iterdir())
     cut(victim)
     with pytest.raises(CorruptCacheError, match=f"{victim.name}: its bytes have sha256"):
-        cache.prepare_manifest()
+        prepare_manifest(cache)
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
@@ -148,10 +149,12 @@ def test_a_seal_of_twenty_thousand_shards_reads_a_thousandth(tmp_path: Path) -> 
     with (
         mock.patch.object(cache.storage, "names", side_effect=listed),
         mock.patch.object(cache.storage, "sizes", return_value={e.name: e.bytes for e in entries}),
-        mock.patch.object(Cache, "entry", side_effect=lambda span, name: entries[span]) as read,
+        mock.patch.object(
+            sealing, "shard_entry", side_effect=lambda _, span, __: entries[span]
+        ) as read,
     ):
-        assert cache.prepare_manifest().shards == tuple(entries)
-    assert [call.args[0] for call in read.call_args_list] == [spans - i for i in (3, 2, 1)]
+        assert prepare_manifest(cache).shards == tuple(entries)
+    assert [call.args[1] for call in read.call_args_list] == [spans - i for i in (3, 2, 1)]
     size = receipt_file(tmp_path).stat().st_size
     assert size + lost * entries[0].bytes <= 0.001 * sum(entry.bytes for entry in entries)
 
@@ -168,7 +171,7 @@ def test_a_build_that_is_resumed_reads_no_shard_of_its_first_run(
 
     with pytest.raises(IncompleteError):
         build(options, on_progress=stop)
-    with mock.patch.object(Cache, "entry", side_effect=AssertionError("a shard was read")):
+    with mock.patch.object(sealing, "shard_entry", side_effect=AssertionError("a shard was read")):
         again = build(options)
     assert 0 < again.made < again.spans
     quiet = dataclasses.replace(options, out=str(tmp_path / "quiet"))

@@ -5,7 +5,6 @@ Cost: opening reads two JSON files and no shard.
 
 from __future__ import annotations
 
-import concurrent.futures as futures
 import contextlib
 import functools
 import hashlib
@@ -24,17 +23,15 @@ from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.layer_file import layer_name, open_layer, read_layer
 from kdcache.cache.manifest import (
     SHARD_NAME,
-    SPAN_FACTS,
     Manifest,
     ShardEntry,
     check_files,
     label_sums,
 )
-from kdcache.cache.receipts import matching, read_receipts
-from kdcache.cache.shard import ShardData, read_counts, read_shard, shard_bytes
+from kdcache.cache.shard import ShardData, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
-from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
-from kdcache.storage import Share, Storage, open_storage, redact, sha256_file
+from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.storage import Share, Storage, open_storage, redact
 from kdcache.storage.verified import verified_here
 from kdcache.targets import Codec, Hidden, OutputLayer
 from kdcache.targets.label_logprob import sum_logprobs
@@ -185,7 +182,7 @@ class Cache:
     def _read(cls, storage: Storage) -> Cache:
         cache = cls.read_spec(storage)
         if storage.exists("manifest.json"):
-            cache.manifest_or_none = cache._read_manifest()
+            cache.manifest_or_none = cache.read_manifest()
         return cache
 
     @classmethod
@@ -204,7 +201,12 @@ class Cache:
             raise CorruptCacheError(f"{name} cannot be read: {error!r}.") from error
         return cls(storage, spec, None, notes, files)
 
-    def _read_manifest(self) -> Manifest:
+    def read_manifest(self) -> Manifest:
+        """The manifest as it is in the storage now.
+
+        Raises:
+            CorruptCacheError: it is not of this cache's spec.
+        """
         manifest = Manifest.read(self.storage)
         said = (manifest.fingerprint, len(manifest.shards), manifest.files)
         kept = {shard.label_nats is not None for shard in manifest.shards}
@@ -288,99 +290,6 @@ class Cache:
         self.storage.write(f"shards/{name}", content)
         counts = (len(data), len(data.input_ids), len(data.targets))
         return ShardEntry(span, name, *counts, len(content), sha256, **facts)
-
-    def prepare_manifest(self, entries: Iterable[ShardEntry] = ()) -> Manifest:
-        """The manifest of all spans, once every one is committed; nothing is written.
-
-        Args:
-            entries: what this process committed. Of shards of earlier runs the receipts are
-                taken; those without one are read and hashed.
-
-        Raises:
-            IncompleteError: spans are missing.
-            CorruptCacheError: a shard's bytes are not what its name says.
-            KdcacheError: the cache was sealed before, with other bytes than those of `entries`.
-        """
-        known = {entry.name: entry for entry in entries}
-        if self.manifest_or_none is not None:
-            for entry in known.values():
-                self._refuse_change(entry)
-        committed = self.committed()
-        missing = [span for span in range(self.spec.spans) if span not in committed]
-        if missing:
-            raise IncompleteError(
-                f"{len(missing)} of {self.spec.spans} spans have no shard yet (first: "
-                f"{missing[0]}). Run the same command again to make them."
-            )
-        if self.manifest_or_none is not None:
-            return self.manifest
-        left = {s: n for s, n in committed.items() if n not in known}
-        if left:
-            sizes = self.storage.sizes("shards")
-            known |= matching(read_receipts(self.storage), left.values(), sizes)
-            left = {s: n for s, n in left.items() if n not in known}
-            if left and self.storage.exists("manifest.json"):  # whose seal removed the receipts
-                return self._read_manifest()
-            known |= self._look_into(left)
-        shards = tuple(known[committed[span]] for span in range(self.spec.spans))
-        return Manifest(self.spec.fingerprint, shards, self.files)
-
-    def _look_into(self, names: Mapping[int, str]) -> dict[str, ShardEntry]:
-        """Manifest entries of shards (name by span) that this process has not written, by name.
-
-        Each is read whole. A store is mostly waited for, so several are read at once.
-        """
-        pool = futures.ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-seal")
-        try:
-            return {entry.name: entry for entry in pool.map(self.entry, names, names.values())}
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _refuse_change(self, entry: ShardEntry) -> None:
-        said = self.manifest.shards[entry.span]
-        if entry != said:
-            raise KdcacheError(
-                f"shard {entry.span} was made again as {entry.name}, but the manifest has "
-                f"{said.name}: another kind of machine, or other versions of the libraries, round "
-                f"differently. Make it again on a machine like the first, restore the file from a "
-                f"copy, or accept the new shard, and a new digest of the cache, with `kdcache "
-                "repair --reseal`."
-            )
-
-    def seal(self, manifest: Manifest) -> Manifest:
-        """Write the manifest: from now on the cache can be read, and is never changed.
-
-        Where another build has sealed the cache meanwhile, its manifest stands and is returned.
-        """
-        if not self.storage.create("manifest.json", manifest.to_json()):
-            manifest = self._read_manifest()
-        self.manifest_or_none = manifest
-        return manifest
-
-    def entry(self, span: int, name: str) -> ShardEntry:
-        """The manifest's entry of a committed shard; its file is hashed and opened.
-
-        Raises:
-            CorruptCacheError: its bytes are not what its name says, or of another build.
-        """
-        with self.storage.hold(f"shards/{name}") as path:
-            sha256, size = sha256_file(path), path.stat().st_size
-            if not name.endswith(f"-{sha256[:16]}.h5"):
-                raise CorruptCacheError(
-                    f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the "
-                    "same build again: only this shard is made again."
-                )
-            counts, facts = read_counts(path)
-        if (facts.get("fingerprint"), facts.get("index")) != (self.spec.fingerprint, span):
-            raise CorruptCacheError(
-                f"{name} belongs to another build. Delete it and run the build again."
-            )
-        values = {"span": span, "name": name, **vars(counts), "bytes": size, "sha256": sha256}
-        values |= {key: facts.get(key) for key in SPAN_FACTS}
-        try:
-            return ShardEntry.from_dict(values, span)
-        except ValueError as error:
-            raise CorruptCacheError(f"{name} cannot be listed: {error}.") from error
 
     # Reading
 

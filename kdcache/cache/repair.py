@@ -22,6 +22,7 @@ from typing import Any
 from kdcache.cache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import SHARD_NAME, Manifest
+from kdcache.cache.sealing import shard_entry
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.storage import LocalStorage, Storage, open_storage, redact
 from kdcache.storage.filesystem import FileSystem
@@ -146,7 +147,7 @@ def _broken(cache: Cache) -> Iterator[str]:
         return
     for span, name in cache.committed().items():
         try:
-            cache.entry(span, name)
+            shard_entry(cache, span, name)
         except CorruptCacheError:
             yield f"shards/{name}"
 
@@ -165,7 +166,7 @@ def _reseal(cache: Cache) -> Cache:
             "the same build again to make them, then reseal."
         )
     entries = tuple(
-        said if said.span in here else cache.entry(said.span, listed[said.span])
+        said if said.span in here else shard_entry(cache, said.span, listed[said.span])
         for said in cache.manifest.shards
     )
     if entries != cache.manifest.shards:

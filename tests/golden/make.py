@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.layer_file import layer_bytes
+from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
 from kdcache.targets import (
@@ -155,7 +156,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
                 **kept,
             }
         )
-    cache.seal(cache.prepare_manifest(entries))
+    seal(cache, prepare_manifest(cache, entries))
     return {"digest": cache.digest, "fingerprint": spec.fingerprint, "shards": expected}
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.cache.receipts import Receipts, remove_receipts
+from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
 from kdcache.commands.build.events import EventLog, EventSink
 from kdcache.commands.build.local import LocalWorkers
@@ -224,13 +225,13 @@ def _missing(cache: Cache, driver: Driver) -> list[int]:
 
 
 def _seal(cache: Cache, driver: Driver) -> Manifest:
-    manifest = cache.prepare_manifest(driver.made.values())
+    manifest = prepare_manifest(cache, driver.made.values())
     if not manifest.rows:
         raise UsageError(
             f"the corpus has no usable row ({manifest.skipped} records skipped): nothing to cache. "
             "Look at its text column, or name another --corpus."
         )
-    manifest = cache.seal(manifest)
+    manifest = seal(cache, manifest)
     remove_receipts(cache.storage)
     return manifest
 

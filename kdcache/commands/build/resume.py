@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdcache.cache import Cache
+from kdcache.cache import Cache, sealing
 from kdcache.cache.shard import read_shard
 from kdcache.corpus import Corpus, Span
 from kdcache.errors import UsageError
@@ -76,7 +76,7 @@ def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
 
 
 def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
-    entry = cache.entry(span.index, name)
+    entry = sealing.shard_entry(cache, span.index, name)
     with cache.hold(entry) as path:
         data = read_shard(
             path,

@@ -22,6 +22,7 @@ import torch
 from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.manifest import label_sums
 from kdcache.cache.sandbox import Sandbox
+from kdcache.cache.sealing import shard_entry
 from kdcache.cache.shard import column_bytes, read_shard
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.errors import UsageError
@@ -222,7 +223,7 @@ def _committed(cache: Cache, sandbox: Sandbox) -> tuple[ShardEntry, ...]:
     for span, name in sorted(cache.committed().items()):
         with cache.storage.hold(f"shards/{name}") as path:
             sandbox.open(path)
-            entries.append(cache.entry(span, name))
+            entries.append(shard_entry(cache, span, name))
     return tuple(entries)
 
 
