@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Final, Literal
 
 Documents = Literal["file", "paragraph", "line"]
-Form = Literal["auto", "text", "messages", "prompt"]
+Form = Literal["auto", "text", "messages", "prompt", "ids"]
+Labels = Literal["token", "next", "none"]
 OnError = Literal["fail", "skip"]
-Packing = Literal["concat", "none", "split"]
+Packing = Literal["concat", "none", "split", "whole"]
 MAX_RECORD_BYTES: Final = 64 << 20
 
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]

@@ -530,3 +530,64 @@ def test_novels_come_whole(novels: Path) -> None:
     corpus = Corpus.open([str(novels)], span_bytes=4 << 20)
     assert len(corpus.spans) > 1
     assert sorted(texts_of(corpus)) == sorted(expected)
+
+
+class TestColumns:
+    """`--filter` and renamed columns, in files that have types and in those that have text."""
+
+    def files(self, folder: Path) -> list[Path]:
+        rows = [
+            {"text": f"t{i}", "lang": ["en", "de", None][i % 3], "n": i % 4, "ok": i % 2 == 0}
+            for i in range(24)
+        ]
+        (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pq.write_table(pa.Table.from_pylist(rows), folder / "b.parquet", row_group_size=5)
+        lines = ["text\tlang\tn\tok", *("\t".join(map(_plain, row.values())) for row in rows)]
+        (folder / "c.tsv").write_text("\n".join(lines))
+        return [folder / name for name in ("a.jsonl", "b.parquet", "c.tsv")]
+
+    @pytest.mark.parametrize(
+        ("filters", "expected"),
+        [
+            (["lang=en"], [i for i in range(24) if i % 3 == 0]),
+            (["lang=en", "lang=de"], [i for i in range(24) if i % 3 < 2]),
+            (["lang="], [i for i in range(24) if i % 3 == 2]),
+            (["n=2", "lang=de"], [i for i in range(24) if i % 4 == 2 and i % 3 == 1]),
+            (["ok=true"], list(range(0, 24, 2))),
+            (["ok=1"], []),
+            (["n=two"], []),
+        ],
+    )
+    def test_a_filter_keeps_the_same_records_of_every_format(
+        self, tmp_path: Path, filters: list[str], expected: list[int]
+    ) -> None:
+        for path in self.files(tmp_path):
+            corpus = Corpus.open([str(path)], span_bytes=100, filters=filters)
+            assert corpus.settings["filters"] == filters
+            assert texts_of(corpus, columns=["text"]) == [f"t{i}" for i in expected]
+
+    def test_renamed_columns_have_their_new_names_everywhere(self, tmp_path: Path) -> None:
+        for path in self.files(tmp_path):
+            corpus = Corpus.open(
+                [str(path)], span_bytes=100, columns=["text=lang", "n=text"], filters=["n=t4"]
+            )
+            (record,) = read_all(corpus, columns=["text", "n"])
+            assert (record.values["text"], record.values["n"]) == ("de", "t4")
+
+    def test_wrong_words_are_refused(self, tmp_path: Path) -> None:
+        path = str(self.files(tmp_path)[1])
+        for options, message in (
+            ({"filters": ["lang"]}, "--filter is 'lang', expected COLUMN=VALUE"),
+            ({"columns": ["text=a", "b"]}, "names alone .* or renamed ones alone"),
+            ({"columns": ["text=a", "text=b"]}, "expected different names"),
+            ({"columns": ["text=a", "b=a"]}, "expected different names"),
+            ({"columns": ["text="]}, "expected different names"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                Corpus.open([path], span_bytes=100, **options)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"row 1 has no column 'x'.*with --filter"):
+            read_all(Corpus.open([path], span_bytes=100, filters=["x=1"]), columns=["text"])
+
+
+def _plain(value: object) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -17,6 +17,7 @@ from kdcache.choices import (
     Engine,
     Ensemble,
     Form,
+    Labels,
     OnError,
     Packing,
     Precision,
@@ -43,7 +44,17 @@ class RecordOptions(Options):
         None, help="column of a second text (optional).", metavar="NAME"
     )
     columns: tuple[str, ...] | None = option(
-        None, help="names of the columns of files without a header.", comma=True, metavar="NAME"
+        None,
+        help="names of the columns of files without a header; or new names for columns of any "
+        "file, such as `text=body`.",
+        comma=True,
+        metavar="NAME",
+    )
+    filter: tuple[str, ...] = option(
+        (),
+        help="keep only records whose column has this value; repeat it for other values of the "
+        "column, or for other columns, which must hold too.",
+        metavar="COLUMN=VALUE",
     )
     format: str = option(
         "auto", help="format of all files, such as `jsonl`; `auto` decides by their names."
@@ -66,12 +77,16 @@ class RecordOptions(Options):
     )
     record_form: Form = option(
         "auto",
-        help="which columns make a record: the text, the messages of a chat, or a prompt with its "
-        "completion; `auto` decides by the columns that are not empty. Classifiers read texts.",
+        help="which columns make a record: the text, the messages of a chat, a prompt with its "
+        "completion, or ids (`input_ids`); `auto` decides among the first three by the columns "
+        "that are not empty. Classifiers read texts.",
     )
     on_error: OnError = option("fail", help="what to do with records that cannot be read.")
     limit: int | None = option(
-        None, help="use only the first records of the corpus.", metavar="RECORDS", at_least=1
+        None,
+        help="use only the first records of the corpus, counted before `filter`.",
+        metavar="RECORDS",
+        at_least=1,
     )
 
     def open_corpus(
@@ -94,6 +109,7 @@ class RecordOptions(Options):
             delimiter=self.delimiter,
             max_record_bytes=self.max_record_bytes,
             split=self.split,
+            filters=self.filter,
             divide=divide,
         )
         if corpus.documents is not None:
@@ -125,9 +141,53 @@ class RowOptions(RecordOptions):
     packing: Packing | None = option(
         None,
         help="`concat` joins documents into full rows, `none` makes one row of each and cuts it "
-        "at the longest, `split` continues in further rows. Default: `concat` for a causal "
-        "LM.",
+        "at the longest, `split` continues in further rows, `whole` refuses what does not fit one. "
+        "Default: `concat` for a causal LM, `whole` for its records of ids.",
     )
+    labels: Labels | None = option(
+        None,
+        help="records of ids: what `labels` and `loss_mask` stand beside: the `token` that they "
+        "are about (transformers), or the one before it, whose `next` it is (Megatron); `none` "
+        "reads neither. Needed where a file has one.",
+    )
+    tokenizer: str | None = option(
+        None,
+        help="records of ids: the tokenizer that made them, which must be the teacher's.",
+        metavar="DIR_OR_HUB_ID",
+    )
+
+    def ids_problems(self) -> list[str]:
+        """What is wrong with the options for records of ids."""
+        if self.record_form != "ids":
+            given = {"--labels": self.labels, "--tokenizer": self.tokenizer}
+            return [
+                f"{flag} is for records of ids. Add --record-form ids, or leave it out."
+                for flag, value in given.items()
+                if value is not None
+            ]
+        problems = []
+        if self.tokenizer is None:
+            problems.append(
+                "--tokenizer is missing: ids mean nothing without the tokenizer that made them. "
+                "Name it, to be compared with the teacher's."
+            )
+        if self.labels == "next" and self.packing == "concat":
+            problems.append(
+                "--labels next belongs to rows that end in a label of their own, which --packing "
+                "concat would join. Use whole, none or split."
+            )
+        return problems
+
+    def check_tokenizer(self, teacher: Any) -> None:
+        """Refuse ids of another tokenizer than the teacher's.
+
+        Raises:
+            UsageError: the named one cannot be loaded, or differs.
+        """
+        from kdcache.rows.ids import check_tokenizer
+
+        if self.record_form == "ids":
+            check_tokenizer(self.tokenizer or "", teacher)
 
     def row_spec(
         self, task: str, label_names: tuple[str, ...] | None, *, max_length: int | None = None
@@ -142,6 +202,7 @@ class RowOptions(RecordOptions):
         from kdcache.rows import RowSpec
 
         causal = task == CAUSAL_LM
+        default = "none" if not causal else "whole" if self.record_form == "ids" else "concat"
         return RowSpec(
             task=task,  # type: ignore[arg-type]  # RowSpec checks it
             text_column=self.text_column,
@@ -149,12 +210,13 @@ class RowOptions(RecordOptions):
             label_column=self.label_column,
             label_names=None if causal else label_names,
             max_length=max_length or self.max_length,
-            packing=self.packing or ("concat" if causal else "none"),
+            packing=self.packing or default,  # type: ignore[arg-type]
             messages_column=self.messages_column,
             prompt_column=self.prompt_column,
             completion_column=self.completion_column,
             record_form=self.record_form,
             on_error=self.on_error,
+            labels=self.labels,
         )
 
 

@@ -21,7 +21,9 @@ from kdcache.corpus.files import (
     names,
     tags,
 )
+from kdcache.corpus.filter import parse_filters, passes
 from kdcache.corpus.formats import Format
+from kdcache.corpus.indexed import IndexedIds
 from kdcache.corpus.listing import expand
 from kdcache.corpus.records import LineAt, Location, ReadStats, Record, RecordError
 from kdcache.corpus.span import Reading, Span
@@ -35,6 +37,7 @@ _FORMATS: dict[str, type[Format]] = {
     "tsv": Tsv,
     "parquet": Parquet,
     "arrow": Arrow,
+    "bin": IndexedIds,
     "txt file": TextFiles,
     "txt paragraph": TextParagraphs,
     "txt line": TextLines,
@@ -120,6 +123,7 @@ class Corpus:
         delimiter: str = ",",
         max_record_bytes: int = MAX_RECORD_BYTES,
         split: str | None = None,
+        filters: Sequence[str] = (),
         divide: bool = False,
     ) -> Corpus:
         """Find the files and plan their spans.
@@ -129,15 +133,18 @@ class Corpus:
                 that several name counts once.
             span_bytes: Bytes of input that a span aims at (compressed files: of their text,
                 guessed), or a function that says them by the bytes of all files.
-            limit: Only the first so many records. Planning then reads the corpus up to there.
+            limit: Only the first so many records, before any filter. Planning then reads the
+                corpus up to there.
             format: `auto` goes by the extension; else the kind of all files (`jsonl`, `txt`,
                 `csv`, `tsv`, `parquet`, `arrow`).
             columns: Names of the columns of CSV and TSV files *without* a header line; for `.txt`
-                one name instead of `text`.
+                one name instead of `text`. Or pairs `name=theirs`: columns of any files renamed.
             documents: What a record of a `.txt` file is: `file`, `paragraph` or `line`.
             delimiter: What separates the fields of CSV.
             max_record_bytes: Longest record; longer ones can't be read.
             split: Which split of folders and globs that hold several; `all` for every file.
+            filters: Conditions `column=value`, of renamed columns by their new names; records for
+                which they do not hold are left out.
             divide: Let text files that are longer than a span come in pieces, each a record that
                 says whether a document begins or ends in it.
 
@@ -152,17 +159,27 @@ class Corpus:
                 f"--limit is {limit}; it must be 1 or more (leave it out to read all)."
             )
         given = None if columns is None else tuple(name.strip() for name in columns)
-        reading = Reading(given, documents, delimiter, max_record_bytes)
+        renames = tuple(_pair(name) for name in given or () if "=" in name)
+        if renames and len(renames) < len(given or ()):
+            raise UsageError(
+                f"--columns is {','.join(given or ())!r}; expected names alone (of files without a "
+                "header) or renamed ones alone, such as text=body,label=class."
+            )
+        named = None if renames else given
+        reading = Reading(
+            named, documents, delimiter, max_record_bytes, renames, parse_filters(filters)
+        )
         files = expand(patterns, format, split)
         if not any(file.size for file in files):
             raise UsageError(
                 f"--corpus {' '.join(patterns)}: the corpus is empty ({len(files)} files of 0 "
                 f"bytes). Name files with records in them."
             )
-        if given and not any(file.kind in ("csv", "tsv", "txt") for file in files):
+        if named and not any(file.kind in ("csv", "tsv", "txt") for file in files):
             raise UsageError(
                 f"--columns names the columns of headerless CSV and TSV; {files[0].url} is "
-                f"{files[0].kind} and has its own. Leave --columns out."
+                f"{files[0].kind} and has its own. Rename one with --columns NAME=THEIRS, or leave "
+                "--columns out."
             )
         if callable(span_bytes):
             span_bytes = span_bytes(sum(file.size for file in files))
@@ -187,6 +204,8 @@ class Corpus:
             settings["documents"] = documents
         if delimiter != "," and any(file.kind == "csv" for file in files):
             settings["delimiter"] = delimiter
+        if filters:
+            settings["filters"] = list(filters)
         if max_record_bytes != MAX_RECORD_BYTES:
             settings["max_record_bytes"] = max_record_bytes
         return cls([plan.file for plan in plans], Spans(plans, reading), settings)
@@ -212,7 +231,8 @@ class Corpus:
             (such as `jsonl.gz`) and `tag` (SHA-256 of the first and last 64 KiB, 32 hex
             digits).
         """
-        named = zip(names(self.files), self.files, tags(self.files), strict=True)
+        files = [one for file in self.files for one in (*file.beside, file)]
+        named = zip(names(files), files, tags(files), strict=True)
         return [
             {"name": name, "size": file.size, "kind": file.full_kind, "tag": tag}
             for name, file, tag in named
@@ -255,14 +275,19 @@ def _read(
     span: Span, columns: Sequence[str] | None, on_error: OnError, stats: ReadStats
 ) -> Iterator[Record]:
     file = span.file
+    renames, filters = dict(span.reading.renames), span.reading.filters
+    if columns is not None:
+        columns = [renames.get(name, name) for name in (*columns, *(name for name, _ in filters))]
     location: Location = "start"
     with open_span(span, columns) as reader:
         try:
             for location, payload in reader.records():
                 try:
-                    record = reader.record(location, payload)
+                    record = reader.record(location, payload).renamed(renames)
                 except RecordError as problem:
                     stats.reject(on_error, file.url, location, problem)
+                    continue
+                if filters and not passes(record, filters):
                     continue
                 stats.records += 1
                 yield record
@@ -280,6 +305,11 @@ def open_span(span: Span, columns: Sequence[str] | None = None) -> Format:
     """Open a span's file for reading: see `Format`."""
     kind = span.file.kind
     return _FORMATS[f"txt {span.reading.documents}" if kind == "txt" else kind](span, columns)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, theirs = text.partition("=")
+    return name.strip(), theirs.strip()
 
 
 def _by_bytes(file: InputFile) -> bool:

@@ -36,6 +36,7 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".idx": "bin",  # an index: the ids are in the .bin beside it
 }
 LINE_KINDS = frozenset({"jsonl", "txt", "tsv", "csv"})
 FORMATS = ("auto", "jsonl", "txt", "csv", "tsv", "parquet", "arrow")
@@ -61,6 +62,7 @@ class InputFile:
         compression: `""`, `"gz"` or `"zst"`.
         version: What changes when the file is written: the time of its last change, or the store's
             word for its content; `""` where it is not known.
+        beside: Files that it cannot be read without: the index of a `.bin`.
     """
 
     url: str
@@ -68,6 +70,12 @@ class InputFile:
     kind: str
     compression: str = ""
     version: str = ""
+    beside: tuple[InputFile, ...] = ()
+
+    @property
+    def versions(self) -> str:
+        """The versions of it and of what is beside it."""
+        return " ".join(file.version for file in (self, *self.beside))
 
     @property
     def dealt(self) -> bool:
@@ -135,18 +143,24 @@ def remote_version(info: Mapping[str, Any]) -> tuple[int, str]:
     return int(info["size"]), str(word.timestamp() if isinstance(word, datetime) else word)
 
 
+def version_of(url: str) -> tuple[int, str]:
+    """Size and version of a file; `FileNotFoundError` where a store has none."""
+    if is_remote(url):
+        store = FileSystem(url)
+        return remote_version(store.ask("info", store.path))
+    return local_version(url)
+
+
 def check_unchanged(file: InputFile) -> None:
     """Compare a file with what it was when it was planned.
 
     Raises:
         UsageError: It has another size, was written since, or is gone.
     """
+    for other in file.beside:
+        check_unchanged(other)
     try:
-        if is_remote(file.url):
-            store = FileSystem(file.url)
-            found = remote_version(store.ask("info", store.path))
-        else:
-            found = local_version(file.url)
+        found = version_of(file.url)
     except FileNotFoundError as error:
         refuse(file.url, error)
     if file.version and found not in ((file.size, file.version), (file.size, "")):

@@ -25,6 +25,7 @@ from kdcache.corpus.files import (
     local_version,
     refuse,
     remote_version,
+    version_of,
 )
 from kdcache.corpus.splits import ALL, DICTIONARY, choose
 from kdcache.errors import UsageError
@@ -68,6 +69,7 @@ def expand(
     files: dict[str, InputFile] = {}
     named = split in (None, ALL)
     for pattern in patterns:
+        pattern = _index_named(pattern)
         found, has_splits = (_remote if is_remote(pattern) else _local)(pattern, forced, split)
         named |= has_splits
         if not found:
@@ -85,13 +87,38 @@ def expand(
                     "(line "
                     f"formats also as .gz or .zst); or name it: --format {'|'.join(FORMATS[1:])}."
                 )
-            files.setdefault(url, InputFile(url, size, *kind, version))
+            file = InputFile(url, size, *kind, version)
+            file = _indexed(file) if kind[0] == "bin" else file
+            files.setdefault(file.url, file)
     if not named:
         raise UsageError(
             f"--split is {split!r}, but no file of the corpus says by its name or folder which "
             "split it belongs to. Leave --split out."
         )
     return list(files.values())
+
+
+def _index_named(pattern: str) -> str:
+    """The index where a pattern names the ids beside it, or both without their extension."""
+    index = f"{pattern.removesuffix('.bin')}.idx"
+    if pattern.endswith(".bin") or not os.path.lexists(pattern):
+        return index if os.path.isfile(index) else pattern
+    return pattern
+
+
+def _indexed(index: InputFile) -> InputFile:
+    """The `.bin` of an `.idx`."""
+    url = re.sub("[.]idx$", ".bin", index.url)
+    try:
+        if not is_remote(url) and not os.path.lexists(url):
+            raise FileNotFoundError
+        size, version = version_of(url)
+    except FileNotFoundError:
+        raise UsageError(
+            f"{redact(index.url)}: the ids of this index are not beside it: "
+            f"{os.path.basename(redact(url))} is missing. Fetch both."
+        ) from None
+    return InputFile(url, size, "bin", version=version, beside=(index,))
 
 
 def _is_data(name: str, forced: str) -> bool:

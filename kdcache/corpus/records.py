@@ -6,8 +6,8 @@ only when a message needs it, by a pass over the file up to there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdcache.choices import OnError
@@ -89,6 +89,20 @@ class Record:
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, including those that were not read."""
         return self.source.columns or tuple(self.values)
+
+    def renamed(self, names: Mapping[str, str]) -> Record:
+        """The record with some columns under other names.
+
+        Args:
+            names: The names in its file, by the new ones. A column that has a new name already
+                gives way.
+        """
+        if not names:
+            return self
+        old = set(names.values())
+        values = {k: v for k, v in self.values.items() if k not in old and k not in names}
+        values |= {new: self.values[name] for new, name in names.items() if name in self.values}
+        return replace(self, values=values)
 
     def missing(self, wanted: Sequence[str], option: str, named: Sequence[str] = ()) -> UsageError:
         """The error for a missing column.

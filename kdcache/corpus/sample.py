@@ -22,6 +22,8 @@ from kdcache.corpus.corpus import Corpus
 from kdcache.corpus.records import Record
 from kdcache.corpus.span import Span
 
+_CHARACTERS_AN_ID = 4
+
 
 @dataclass(frozen=True)
 class SpanSample:
@@ -92,14 +94,24 @@ def _evenly(found: Iterable[Record], records: int, characters: int) -> tuple[lis
 
 def length(record: Record) -> int:
     """Characters of a record's values."""
-    return sum(len(v if isinstance(v, str) else repr(v)) for v in record.values.values())
+    return sum(map(_length, record.values.values()))
+
+
+def _length(value: object) -> int:
+    if isinstance(value, np.ndarray):  # of ids: about as many characters as their text
+        return _CHARACTERS_AN_ID * len(value)
+    return len(value if isinstance(value, str) else repr(value))
 
 
 def shortened(records: Iterable[Record], characters: int) -> Iterator[Record]:
-    """The records with no text longer than so many characters."""
+    """The records with no text, and no array of ids, longer than so many characters."""
     for record in records:
         values = {
-            name: value[:characters] if isinstance(value, str) else value
+            name: value[:characters]
+            if isinstance(value, str)
+            else value[: characters // _CHARACTERS_AN_ID]
+            if isinstance(value, np.ndarray)
+            else value
             for name, value in record.values.items()
         }
         yield replace(record, values=values)

@@ -17,6 +17,8 @@ class Reading:
 
     Attributes:
         columns: Names of a headerless table's columns; None means that the first line names them.
+        renames: Pairs of the name that a column gets and the one that it has in the files.
+        filters: Columns, and the texts that each may hold: other records are left out.
         documents: What one record of a `.txt` file is: all of it, a paragraph (up to a blank
             line), or a line.
         delimiter: What separates the fields of a CSV file.
@@ -31,12 +33,20 @@ class Reading:
     documents: Documents = "file"
     delimiter: str = ","
     max_record_bytes: int = MAX_RECORD_BYTES
+    renames: tuple[tuple[str, str], ...] = ()
+    filters: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         names = self.columns
         if names is not None and (not names or not all(names) or len(set(names)) < len(names)):
             raise UsageError(
                 f"--columns is {','.join(names)!r}; expected different names, such as text,label."
+            )
+        sides = [[pair[i] for pair in self.renames] for i in (0, 1)]
+        if any(not all(side) or len(set(side)) < len(side) for side in sides):
+            shown = ",".join("=".join(pair) for pair in self.renames)
+            raise UsageError(
+                f"--columns is {shown!r}; expected different names, such as text=body,label=class."
             )
         if self.documents not in get_args(Documents):
             raise UsageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,7 +40,7 @@ class _Table(Format):
             rows = batch.slice(first, _BATCH_ROWS)
             try:
                 if rows.nbytes <= self._most:
-                    yield from rows.to_pylist()
+                    yield from _values(rows)
                     continue
             except UnicodeDecodeError:
                 pass
@@ -47,14 +48,44 @@ class _Table(Format):
 
     def _one(self, row: Any) -> Any:
         try:
-            values = row.to_pylist()[0]
+            values = _values(row)[0]
         except UnicodeDecodeError as error:
             return RecordError(not_utf8(error))
         return values if _bytes(values) <= self._most else self._too_long()
 
 
+def _values(rows: Any) -> list[dict[str, Any]]:
+    """Rows as dictionaries; lists of numbers stay arrays."""
+    numbers = [i for i, kind in enumerate(rows.schema.types) if _numeric_list(kind)]
+    if not numbers:
+        return list(rows.to_pylist())
+    names = rows.schema.names
+    others = rows.select([name for i, name in enumerate(names) if i not in numbers])
+    found = others.to_pylist() if others.num_columns else [{} for _ in range(rows.num_rows)]
+    for i in numbers:
+        for values, cell in zip(found, _cells(rows.column(i)), strict=True):
+            values[names[i]] = cell
+    return found
+
+
+def _numeric_list(kind: Any) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(is_list and pa.types.is_integer(kind.value_type))
+
+
+def _cells(column: Any) -> Iterator[Any]:
+    if column.values.null_count:
+        yield from column.to_pylist()
+        return
+    values, ends = column.values.to_numpy(), column.offsets.to_numpy()
+    for i, there in enumerate(column.is_valid().to_pylist()):
+        yield values[ends[i] : ends[i + 1]] if there else None
+
+
 def _bytes(value: Any) -> int:
-    """Bytes of all text in a value."""
+    """Bytes of all text and arrays in a value."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
     if isinstance(value, dict | list):
         return sum(map(_bytes, value.values() if isinstance(value, dict) else value))
     return len(value.encode()) if isinstance(value, str) else 0

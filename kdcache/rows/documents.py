@@ -117,6 +117,11 @@ class DocumentMaker:
             )
         if filled or there:
             return (filled or there)[0]
+        if "input_ids" in record.columns:
+            raise UsageError(
+                f"{record.place} has a column 'input_ids' and none of text. If its ids are to be "
+                "the rows, add --record-form ids."
+            )
         alternatives = [spec.text_column, spec.messages_column, "+".join(columns["prompt"])]
         raise record.missing(alternatives, "--text-column", [spec.text_column])
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kdcache.corpus import ReadStats, Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.rows.documents import Document, DocumentMaker, checked_text
+from kdcache.rows.ids import SequenceMaker
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, Row, RowSpec
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
@@ -22,6 +23,8 @@ _BATCH_CHARACTERS = 1 << 22  # a batch of books must not be a batch of 256 books
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Item = TypeVar("Item")
+# Ids end to end, which of them are learnt, and each sequence's record and length.
+Sequences = tuple[Ids, Mask, list[tuple[Record, int]]]
 
 
 class Encoder(ABC):
@@ -104,26 +107,21 @@ def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
     Raises:
         UsageError: The tokenizer can't serve the spec.
     """
-    kind = TextEncoder if spec.task == CAUSAL_LM else ClassificationEncoder
-    return kind(spec, tokenizer)
+    if spec.task != CAUSAL_LM:
+        return ClassificationEncoder(spec, tokenizer)
+    return (IdsEncoder if spec.record_form == "ids" else TextEncoder)(spec, tokenizer)
 
 
-class TextEncoder(Encoder):
-    """Causal LM: documents, conversations, and prompts with completions."""
+class SequenceEncoder(Encoder):
+    """Causal LM: sequences of ids, packed into rows."""
 
-    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
-        super().__init__(spec, tokenizer)
-        self._documents = DocumentMaker(spec, tokenizer)
-        self._prefix, self._end = _frame(tokenizer)
-
-    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
-        """See `Encoder.encode`."""
+    def _rows(self, sequences: Iterable[Sequences]) -> Iterator[Row]:
+        """Rows of batches of sequences, in order."""
         length = self.spec.max_length
         packed = self.spec.packing == "concat"
         carried: Ids = np.empty(0, np.int32)
         carried_mask: Mask = np.empty(0, np.bool_)
-        for batch in self._batches(records, self._make, lambda item: len(item[1].text)):
-            ids, loss_mask, whose = self._tokenise(batch)
+        for ids, loss_mask, whose in sequences:
             if not packed:
                 yield from self._apart(ids, loss_mask, whose)
                 continue
@@ -135,14 +133,6 @@ class TextEncoder(Encoder):
             carried, carried_mask = carried[full:], carried_mask[full:]
         yield from _cut(carried, carried_mask, length)
 
-    def _make(self, record: Record) -> tuple[Record, Document] | None:
-        document = self._documents.make(record)
-        if document.tokens is not None:
-            return (record, document) if any(document.tokens[1]) else None
-        if not document.text or document.text.isspace() or document.loss_ranges == []:
-            return None
-        return record, document
-
     def _apart(
         self, ids: Ids, loss_mask: Mask, whose: Sequence[tuple[Record, int]]
     ) -> Iterator[Row]:
@@ -151,6 +141,9 @@ class TextEncoder(Encoder):
         start = 0
         for record, size in whose:
             stop = start + size
+            if self.spec.packing == "whole" and not self._fits(record, loss_mask[start:stop]):
+                start = stop
+                continue
             if self.spec.packing == "none" and size > length + 1:
                 self.truncated += 1
                 stop = start + length + 1
@@ -160,9 +153,63 @@ class TextEncoder(Encoder):
             yield from _cut(ids[start:stop], loss_mask[start:stop], length)
             start += size
 
-    def _tokenise(
-        self, batch: Sequence[tuple[Record, Document]]
-    ) -> tuple[Ids, Mask, list[tuple[Record, int]]]:
+    def _fits(self, record: Record, loss_mask: Mask) -> bool:
+        """Whether a sequence is one row up to its last label; if it is not, that is said."""
+        size = int(np.flatnonzero(loss_mask)[-1]) + 1 if loss_mask.any() else 0
+        length = self.spec.max_length
+        if size > length + 1:
+            cause = (
+                f"{size:,} tokens do not fit one row, --max-length is {length:,} (--packing none "
+                "cuts it, split continues it in further rows)"
+            )
+            self.stats.reject(self.spec.on_error, record.file, record.location, cause)
+        return size <= length + 1
+
+
+class IdsEncoder(SequenceEncoder):
+    """Causal LM: sequences that are ids already."""
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        self._sequences = SequenceMaker(spec, tokenizer)
+
+    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+        """See `Encoder.encode`."""
+        batches = self._batches(records, self._make, lambda item: len(item[1]))
+        yield from self._rows(map(self._joined, batches))
+
+    def _make(self, record: Record) -> tuple[Record, Ids, Mask] | None:
+        found = self._sequences.make(record)
+        return None if found is None else (record, found[0].astype(np.int32), found[1])
+
+    def _joined(self, batch: Sequence[tuple[Record, Ids, Mask]]) -> Sequences:
+        records, ids, masks = zip(*batch, strict=True)
+        whose = list(zip(records, map(len, ids), strict=True))
+        return np.concatenate(ids), np.concatenate(masks), whose
+
+
+class TextEncoder(SequenceEncoder):
+    """Causal LM: documents, conversations, and prompts with completions."""
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        self._documents = DocumentMaker(spec, tokenizer)
+        self._prefix, self._end = _frame(tokenizer)
+
+    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+        """See `Encoder.encode`."""
+        batches = self._batches(records, self._make, lambda item: len(item[1].text))
+        yield from self._rows(map(self._tokenise, batches))
+
+    def _make(self, record: Record) -> tuple[Record, Document] | None:
+        document = self._documents.make(record)
+        if document.tokens is not None:
+            return (record, document) if any(document.tokens[1]) else None
+        if not document.text or document.text.isspace() or document.loss_ranges == []:
+            return None
+        return record, document
+
+    def _tokenise(self, batch: Sequence[tuple[Record, Document]]) -> Sequences:
         """Ids of all documents end to end, which are to be learnt, and the documents' lengths."""
         offsets = any(document.loss_ranges is not None for _, document in batch)
         texts = [document.text for _, document in batch if document.tokens is None]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.choices import Form, OnError, Packing
+from kdcache.choices import Form, Labels, OnError, Packing
 from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
+ID_COLUMNS = ("input_ids", "labels", "loss_mask", "attention_mask")
+_LATER = ("labels",)  # fields that are in an identity only where they were given
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +56,8 @@ class RowSpec:
             number.
         max_length: Most tokens of a row.
         packing: Causal LM: `concat` joins documents into full rows; `none` makes one row of a
-            document and truncates it; `split` continues it in further rows.
+            document and truncates it; `split` continues it in further rows; `whole` makes one row
+            and refuses a document that does not fit.
         messages_column: Causal LM: column with a conversation, a list of `{"role", "content"}`.
         prompt_column: Causal LM: column with the part that is only read.
         completion_column: Causal LM: column with the part that has labels.
@@ -61,6 +65,9 @@ class RowSpec:
             something, and refuses a record where more than one form does.
         on_error: What a record that can't be encoded does: `fail`, or be `skip`-ped and
             counted.
+        labels: Records of ids: what `labels` and `loss_mask` stand beside: the `token` that they
+            are about, or the one before it (`next`); `none` reads neither. None refuses records
+            that have them.
 
     Raises:
         UsageError: Options that can't be; all of them in one message.
@@ -78,6 +85,7 @@ class RowSpec:
     completion_column: str = "completion"
     record_form: Form = "auto"
     on_error: OnError = "fail"
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         if self.label_column == "none":
@@ -89,6 +97,7 @@ class RowSpec:
                 ("packing", self.packing, get_args(Packing)),
                 ("record_form", self.record_form, get_args(Form)),
                 ("on_error", self.on_error, get_args(OnError)),
+                ("labels", self.labels, (None, *get_args(Labels))),
             )
             if value not in choices
         ]
@@ -96,6 +105,10 @@ class RowSpec:
             wrong.append(f"max_length is {self.max_length}, expected 2 or more tokens")
         if self.task == CAUSAL_LM and self.pair_column is not None:
             wrong.append("pair_column is for sequence-classification, leave it out for causal-lm")
+        if self.labels is not None and self.record_form != "ids":
+            wrong.append("labels is for records of ids, leave it out for texts")
+        if self.labels == "next" and self.packing == "concat":
+            wrong.append("labels of the next id end a row, which packing concat would go on with")
         names = self.label_names
         if names is not None and (not names or len(set(names)) < len(names)):
             wrong.append(f"label_names is {names}, expected different names, at least one")
@@ -117,4 +130,11 @@ class RowSpec:
             "messages": (self.messages_column,),
             "prompt": (self.prompt_column, self.completion_column),
         }
+        if self.record_form == "ids":
+            return ID_COLUMNS
         return forms.get(self.record_form) or sum(forms.values(), ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values, for an identity: fields of later versions only where they count."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in _LATER or v is not None}

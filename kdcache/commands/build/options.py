@@ -125,7 +125,7 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
             given = len(self.teacher_weight)
             problems.append(f"{given} --teacher-weight for {len(self.teacher)} --teacher.")
-        problems += self.engine_conflicts()
+        problems += [*self.ids_problems(), *self.engine_conflicts()]
         if self.engine == "vllm":
             wrong = {
                 "several --teacher": len(self.teacher) > 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -91,6 +90,7 @@ def prepare(options: BuildOptions) -> Prepared:
         teacher.check_task(options.task)
     vocab_size = _agree(teachers, options.task)
     tokenizer = teachers[0].tokenizer
+    options.check_tokenizer(tokenizer)
     codec = Codec.parse(
         options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
     )
@@ -105,7 +105,7 @@ def prepare(options: BuildOptions) -> Prepared:
         options.corpus,
         span_bytes=functools.partial(_span_bytes, options, codec, seconds),
         # Where each document is a row of its own, what does not fit is cut off anyway.
-        divide=causal and rows.packing != "none",
+        divide=causal and rows.packing in ("concat", "split"),
     )
     ranks = b""
     if causal and codec.uses_ranks:
@@ -125,7 +125,7 @@ def prepare(options: BuildOptions) -> Prepared:
         eos_id=tokenizer.eos_token_id,
         label_names=rows.label_names,
         corpus=tuple(corpus.identity()),
-        rows=dataclasses.asdict(rows),
+        rows=rows.to_dict(),
         reading=corpus.settings,
         spans=len(corpus.spans),
         codec=str(codec),

@@ -42,12 +42,12 @@ def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
     Raises:
         UsageError: a shard has other rows than its span has now.
     """
-    now = json.dumps([file.version for file in corpus.files]).encode()
+    now = json.dumps([file.versions for file in corpus.files]).encode()
     if cache.sealed or cache.storage.create(_FILE, now):
         return
     noted = json.loads(cache.storage.read(_FILE))
     then = zip(corpus.files, noted, strict=True)
-    changed = {file.url for file, version in then if file.version != version}
+    changed = {file.url for file, version in then if file.versions != version}
     made = cache.committed() if changed else {}
     spans = [
         span for span in map(corpus.spans.__getitem__, sorted(made)) if span.file.url in changed

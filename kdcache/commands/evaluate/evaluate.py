@@ -201,6 +201,7 @@ class _Evaluation:
     def _corpus_rows(self) -> Iterator[tuple[list[Row], ShardData | None]]:
         options = self.options
         spec = options.row_spec(self.task, self.label_names, max_length=self.max_length)
+        options.check_tokenizer(self.encoder_tokenizer)
         corpus = options.open_corpus(options.corpus, span_bytes=_SPAN_BYTES)
         encoder = make_encoder(spec, self.encoder_tokenizer)
         for span in corpus.spans:

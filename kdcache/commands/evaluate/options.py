@@ -49,7 +49,7 @@ class EvaluateOptions(RowOptions, InferenceOptions):
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
-        problems = form_problems(self.record_form, self.task)
+        problems = form_problems(self.record_form, self.task) + self.ids_problems()
         if bool(self.cache) == bool(self.corpus):
             problems.append("name either --cache or --corpus: what to evaluate on.")
         return problems

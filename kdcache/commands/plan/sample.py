@@ -106,7 +106,7 @@ def _stored(part: SpanSample) -> float:
     span, records = part.span, part.records
     if not records:
         return 0.0
-    if span.file.kind in ("parquet", "arrow"):
+    if span.file.kind in ("parquet", "arrow", "bin"):
         with open_span(span) as reader:
             total = reader.size(_ALL)[0]
         return span.file.size * len(records) / max(total, 1)

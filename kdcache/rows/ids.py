@@ -1,0 +1,198 @@
+"""Sequences that are ids already: a record's columns become ids and a loss mask.
+
+`input_ids` alone has every next id as its label. `labels` and `loss_mask` say which ids are learnt;
+what they stand beside is never guessed (`RowSpec.labels`): the id itself, as in transformers, or
+the one that follows, as in Megatron. `attention_mask` cuts padding off. A label is the next id or
+none, since a teacher's distribution is over what follows the ids that it has read.
+
+Cost: a few numpy passes over the ids; those of tables come as arrays, without Python objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer
+
+from kdcache.corpus import Record, RecordError
+from kdcache.errors import UsageError
+from kdcache.rows.spec import ID_COLUMNS, RowSpec
+from kdcache.tasks import IGNORE
+
+_REFUSED = ("position_ids", "segment_ids")
+
+Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+class SequenceMaker:
+    """Makes sequences of records by a `RowSpec`; one per encoder."""
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        self._labels = spec.labels
+        # Where rows are apart, nothing comes before a first id, so it is never learnt.
+        self._first = 0 if spec.packing == "concat" else 1
+        self._known = max(tokenizer.get_vocab().values()) + 1
+
+    def make(self, record: Record) -> tuple[Numbers, Mask] | None:
+        """The ids of a record, and which of them are learnt; None where there are none.
+
+        Labels of the next id may name one more than the row has: it is joined to the ids.
+
+        Raises:
+            RecordError: The values can't be used.
+            UsageError: The columns can't serve, or nothing says what the labels stand beside.
+        """
+        values = record.values
+        if ID_COLUMNS[0] not in values:
+            raise record.missing(ID_COLUMNS[:1], "--columns input_ids=NAME")
+        for name in _REFUSED:
+            if name in record.columns:
+                raise UsageError(
+                    f"{record.place} has a column {name!r}: rows of several documents that do not "
+                    "see each other cannot be built from ids. Leave the column out to let them."
+                )
+        ids = _numbers(values[ID_COLUMNS[0]], ID_COLUMNS[0])
+        given = {name: values[name] for name in ID_COLUMNS[1:] if values.get(name) is not None}
+        columns = {name: _numbers(value, name) for name, value in given.items()}
+        for name, column in columns.items():
+            if len(column) != len(ids):
+                raise RecordError(f"{name} has {len(column)} numbers for {len(ids)} input_ids")
+        real = _real(columns.pop("attention_mask", None))
+        ids = ids[real]
+        self._check_range(ids, ID_COLUMNS[0])
+        found = self._learnt(record, ids, {name: values[real] for name, values in columns.items()})
+        return found if found[1][self._first :].any() else None
+
+    def _learnt(
+        self, record: Record, ids: Numbers, columns: dict[str, Numbers]
+    ) -> tuple[Numbers, Mask]:
+        """Ids, and which of them are learnt, by labels and loss mask."""
+        if columns and self._labels is None:
+            name = next(iter(columns))
+            raise UsageError(
+                f"{record.place} has a column {name!r}, which may stand beside the id that it is "
+                "about (--labels token, as in transformers) or one before it (--labels next, as in "
+                "Megatron). Say which; --labels none learns every id."
+            )
+        if not columns or self._labels == "none":
+            return ids, np.ones(len(ids), np.bool_)
+        mask = np.ones(len(ids), np.bool_)
+        if "loss_mask" in columns:
+            mask = _flags(columns["loss_mask"], "loss_mask")
+        labels = columns.get("labels")
+        if labels is not None:
+            mask = mask & (labels != IGNORE)
+            self._check_range(labels[mask], "labels")
+            self._check_labels(record, ids, labels, mask)
+        if self._labels == "token":
+            return ids, mask
+        if labels is not None and len(ids) and mask[-1]:
+            ids = np.append(ids, labels[-1])
+        return ids, np.concatenate([[False], mask])[: len(ids)]
+
+    def _check_range(self, ids: Numbers, column: str) -> None:
+        wrong = np.flatnonzero((ids < 0) | (ids >= self._known))
+        if len(wrong):
+            raise RecordError(
+                f"{column} holds {ids[wrong[0]]}, which is not an id of the tokenizer (0 to "
+                f"{self._known - 1})"
+            )
+
+    def _check_labels(self, record: Record, ids: Numbers, labels: Numbers, mask: Mask) -> None:
+        """Refuse labels that are not the ids that follow."""
+        same, following = _differing(ids, labels, mask), _differing(ids[1:], labels[:-1], mask[:-1])
+        wrong, other = (same, following) if self._labels == "token" else (following, same)
+        if wrong is None:
+            return
+        if other is None:
+            instead = "next" if self._labels == "token" else "token"
+            raise UsageError(
+                f"{record.place}: the labels do not agree with --labels {self._labels}, but with "
+                f"--labels {instead}. Correct the option."
+            )
+        raise RecordError(
+            f"labels[{wrong}] is {labels[wrong]}, which is not the id that follows there: a "
+            "teacher's target is of what follows the ids that it has read"
+        )
+
+
+def _differing(ids: Numbers, labels: Numbers, mask: Mask) -> int | None:
+    """The first place where a label that counts is not the id."""
+    wrong = np.flatnonzero((ids != labels) & mask)
+    return int(wrong[0]) if len(wrong) else None
+
+
+def _numbers(value: Any, column: str) -> Numbers:
+    """Whole numbers of a column of a record; a missing one is empty."""
+    if value is None:
+        return np.zeros(0, np.int64)
+    if not isinstance(value, (list, np.ndarray)):
+        kind = type(value).__name__
+        raise RecordError(f"{column} holds a {kind} where a list of whole numbers was expected")
+    try:
+        array = np.asarray(value) if len(value) else np.zeros(0, np.int64)
+    except ValueError:  # lists of different lengths
+        array = np.zeros(0, object)
+    if array.ndim != 1 or array.dtype.kind not in "iub" or array.dtype == np.uint64:
+        raise RecordError(f"{column} holds something else than whole numbers in its list")
+    return array.astype(np.int64)
+
+
+def _flags(values: Numbers, column: str) -> Mask:
+    if len(values) and not set(np.unique(values)) <= {0, 1}:
+        raise RecordError(f"{column} holds other numbers than 0 and 1")
+    return values.astype(np.bool_)
+
+
+def _real(attention: Numbers | None) -> slice:
+    """Where a row's own ids are, its padding on either side left out."""
+    if attention is None:
+        return slice(None)
+    places = np.flatnonzero(_flags(attention, "attention_mask"))
+    if not len(places):
+        return slice(0, 0)
+    own = slice(int(places[0]), int(places[-1]) + 1)
+    if own.stop - own.start != len(places):
+        raise RecordError("attention_mask hides ids in the middle of a row")
+    return own
+
+
+def check_tokenizer(name: str, teacher: Any) -> None:
+    """Refuse ids of another tokenizer than the teacher's.
+
+    Args:
+        name: Folder or hub id of the tokenizer that made the ids.
+        teacher: The teacher's.
+
+    Raises:
+        UsageError: It can't be loaded, has another size, other special ids, or other tokens for its
+            ids.
+    """
+    try:
+        named = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--tokenizer {name} is neither a folder with a tokenizer nor one that the hub gives "
+            f"({type(error).__name__}). Check the path or the id."
+        ) from error
+    mine, theirs = named.get_vocab(), teacher.get_vocab()
+    if len(mine) != len(theirs):
+        what = f"has {len(mine):,} ids, the teacher's {len(theirs):,}"
+    elif odd := [
+        f"{key} {getattr(named, key)} for {getattr(teacher, key)}"
+        for key in ("bos_token_id", "eos_token_id", "unk_token_id")
+        if getattr(named, key) != getattr(teacher, key)
+    ]:
+        what = f"has other special ids than the teacher's: {', '.join(odd)}"
+    elif mine != theirs:
+        token, number = next(item for item in mine.items() if theirs.get(item[0]) != item[1])
+        what = f"gives {token!r} the id {number}, the teacher's {theirs.get(token)}"
+    else:
+        return
+    raise UsageError(
+        f"--tokenizer {name} {what}: ids of one mean nothing to the other. Tokenise the corpus "
+        "with the teacher's, or name the teacher whose ids these are."
+    )
