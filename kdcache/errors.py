@@ -7,9 +7,14 @@ from __future__ import annotations
 
 
 class KdcacheError(Exception):
-    """Base of all errors for the user: what is wrong, what was expected, what to do."""
+    """Base of all errors for the user: what is wrong, what was expected, what to do.
+
+    Attributes:
+        reported: another process of the same work prints it.
+    """
 
     exit_code = 1
+    reported = False
 
 
 class UsageError(KdcacheError):

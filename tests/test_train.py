@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
 from transformers import (
@@ -839,43 +836,13 @@ def test_a_plain_trainer_accumulates(kind: type, name: str, folder: Path, tmp_pa
 # Workers
 
 
-WORKER = """
-import json, sys
-import torch
-from kdcache import TrainOptions
-from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.run import Run
-run = Run.prepare(RunPlan.make(TrainOptions(**json.loads(sys.argv[1]))))
-run.train()
-print(*{type(p).__name__ for p in run.trainer.model.parameters()})
-torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them
-"""
-
-
 def on_two_workers(options: TrainOptions) -> set[str]:
-    """Train in two processes, as Ray Train would set them up; the kinds of parameters they had."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        where = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
-        }  # fmt: skip
-        environment = os.environ | {k: str(v) for k, v in where.items()}
-        command = [sys.executable, "-c", WORKER, json.dumps(options.to_dict())]
-        processes.append(
-            subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    kinds: set[str] = set()
-    for process in processes:
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        kinds |= {*printed.split()}
-    return kinds
+    """Train in two processes, as torchrun starts them; the kinds of parameters they had."""
+    ends = launch(options, 2)
+    for end in ends:
+        assert end.error is None, end.error
+        assert end.exitcode == 0
+    return {*ends[0].kinds, *ends[1].kinds}
 
 
 def same_metrics(

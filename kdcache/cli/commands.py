@@ -151,8 +151,11 @@ def _train() -> click.Command:
         from kdcache.commands.train.train import train
         from kdcache.loss.metrics import perplexity
 
-        with TrainDisplay(quiet=as_json) as display:
+        silent = options.place is not None and options.place.rank > 0  # the first one reports
+        with TrainDisplay(quiet=as_json or silent) as display:
             result = train(options, on_progress=display)
+        if silent:
+            return
         if as_json:
             print_json(result)
             return

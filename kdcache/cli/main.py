@@ -80,7 +80,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KdcacheError as error:
-            click.echo(f"Error: {_safe(str(error))}", err=True)
+            if not error.reported:
+                click.echo(f"Error: {_safe(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             # The reader of our output went away (`| head`): nothing is wrong.

@@ -24,7 +24,7 @@ from kdcache.commands.train.log import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RESULT_FILE, RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
-from kdcache.commands.train.run import Run
+from kdcache.commands.train.together import SharedError, train_in_group
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.extras import needs
 from kdcache.files import no_space, write_text
@@ -163,20 +163,13 @@ def _work(config: dict[str, Any]) -> None:
     at_home(config["folder"])
     torch.set_num_threads(config["threads"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    mine, ready = "", None
+    options = TrainOptions(**config["options"])
     try:
-        ready = Run.prepare(RunPlan.make(TrainOptions(**config["options"])))
-    except KdcacheError as error:
-        mine = str(error)
-    # All stop together: a rank that continued alone would wait for the others for ever.
-    everyones = [""] * distributed.get_world_size()
-    distributed.all_gather_object(everyones, mine)
-    wrong = next(filter(None, everyones), "")
-    if ready is not None and not wrong:
-        ready.train()
-    elif distributed.get_rank() == 0:
-        # Not raised: Ray would try again, and the same mistake would be the outcome.
-        write_text(Path(config["options"]["out"], _RAY, _WRONG), wrong)
+        train_in_group(options, locked=True)
+    except SharedError as shared:
+        if distributed.get_rank() == 0:
+            # Not raised: Ray would try again, and the same mistake would be the outcome.
+            write_text(Path(options.out, _RAY, _WRONG), str(shared))
 
 
 class _Follower:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from kdcache.choices import Divergence, Tail
 from kdcache.commands.groups import LearningOptions
+from kdcache.commands.train.place import Place
 from kdcache.errors import UsageError
 from kdcache.options import Options, option, options_of
 from kdcache.storage import redact
@@ -238,7 +239,10 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         decides="nothing",
     )
     num_workers: int = option(
-        1, help="processes that train together, through Ray Train.", at_least=1, decides="nothing"
+        1,
+        help="processes that train together, through Ray Train. torchrun and srun need none of it.",
+        at_least=1,
+        decides="nothing",
     )
     gpus_per_worker: float | None = option(
         None,
@@ -321,9 +325,18 @@ class TrainOptions(LearningOptions, BiLstmOptions):
                 f"--gpus-per-worker is {self.gpus_per_worker:g}, expected 0 or 1: a worker trains "
                 "on one GPU, and workers cannot share one."
             )
-        if self.fsdp and self.num_workers == 1:
-            wrong.append("--fsdp shards over workers: use it with --num-workers 2 or more.")
+        if self.fsdp and self.num_workers == 1 and self.place is None:
+            wrong.append(
+                "--fsdp shards over workers: use it with --num-workers 2 or more, or torchrun."
+            )
         return wrong
+
+    @property
+    def place(self) -> Place | None:
+        """The place of this process among those of a launcher; None where it trains by itself, or
+        asks Ray for workers.
+        """
+        return Place.find() if self.num_workers == 1 and self.address is None else None
 
     @property
     def alphas(self) -> Schedule:

@@ -1,4 +1,4 @@
-"""`kdcache train`: trains a student in this process or on Ray workers."""
+"""`kdcache train`: trains a student in this process, as one of a launcher's, or on Ray workers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.place import Place
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
-from kdcache.errors import IncompleteError
+from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import alone, full_disk
 
 
@@ -28,8 +29,18 @@ def train(
         IncompleteError: a cache's build has not finished, or the run was interrupted or filled the
             disk; the same command goes on.
     """
+    started = Place.find()
+    if started is not None and started.launcher == "torchrun" and options.place is None:
+        raise UsageError(
+            f"torchrun has started {started.world_size} processes for this training. Leave out "
+            "--num-workers and --address, which are for workers of Ray."
+        )
     with interruptible():
         try:
+            if options.place is not None:
+                from kdcache.commands.train.together import train_launched
+
+                return train_launched(options, options.place, on_progress)
             return train_one(options, on_progress)
         except KeyboardInterrupt:
             raise IncompleteError(f"interrupted. {RunPlan.go_on(options)}") from None
