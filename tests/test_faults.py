@@ -24,6 +24,7 @@ import psutil
 import pytest
 from broken_caches import files, flip, run
 from fault_points import MOMENTS
+from make_caches import CAUSAL, make_cache
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
@@ -32,6 +33,8 @@ from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.repair.options import RepairOptions
 from kdcache.commands.repair.repair import repair
+from kdcache.commands.transcode.options import TranscodeOptions
+from kdcache.commands.transcode.transcode import transcode
 from kdcache.errors import IncompleteError, UsageError
 
 pytestmark = pytest.mark.end_to_end
@@ -154,6 +157,29 @@ def test_workers_killed_at_every_moment_and_a_span_that_kills_each(
     # Another number of workers goes on where two of them ended.
     assert build(dataclasses.replace(options, workers=0)).made == 1
     assert same_as_undisturbed(options)
+
+
+def test_workers_that_are_killed_in_a_transcoding(
+    cluster: Any, faults: Path, tmp_path: Path
+) -> None:
+    source = make_cache(tmp_path / "source", [5, 4, 6, 3, 5, 4], task=CAUSAL)
+    quiet = TranscodeOptions(source.url, "sample:4", str(tmp_path / "quiet"), workers=0)
+    transcode(quiet)
+    for moment in ("write", "renamed"):
+        (faults / moment).write_text("kill")
+    out = str(tmp_path / "new")
+    disturbed = dataclasses.replace(
+        quiet, out=out, workers=2, gpus_per_worker=0, address=cluster.address
+    )
+    assert transcode(disturbed).made == source.spec.spans
+    assert not [m for m in MOMENTS if (faults / m).exists()], "both moments came"
+    assert '"event": "worker lost"' in Path(out, "events.jsonl").read_text()
+    found, wanted = (
+        {name: data for name, data in files(Path(url)).items() if not name.startswith("tmp/")}
+        for url in (out, quiet.out)
+    )
+    assert found == wanted
+    assert not list(problems(Cache.open(out)))
 
 
 def test_a_worker_that_hangs_is_replaced(cluster: Any, faults: Path, options: BuildOptions) -> None:

@@ -6,6 +6,9 @@ import dataclasses
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +294,64 @@ def test_killed_at_every_change_of_its_folder_it_goes_on(tmp_path: Path) -> None
     for moment in [*moments[:3], *moments[3:-3:4], *moments[-3:]]:
         transcode(dataclasses.replace(whole, out=str(moment)))
         assert kept(moment) == want, moment
+
+
+KILLING = """
+import os, signal, sys
+from pathlib import Path
+from kdcache.commands.transcode.options import TranscodeOptions
+from kdcache.commands.transcode.transcode import transcode
+
+cache, out = sys.argv[1:]
+changes = ("open", "os.mkdir", "os.remove", "os.rename", "os.link")
+written = os.O_WRONLY | os.O_RDWR
+calm = 0
+
+def attempt(calm):
+    def count(event, facts):
+        nonlocal calm
+        if event in changes and any(str(fact).startswith(out) for fact in facts[:2]):
+            if event != "open" or isinstance(facts[2], int) and facts[2] & written:
+                calm -= 1
+                if calm < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    options = TranscodeOptions(cache, "sample:4", out, temperatures=(1.0, 2.0), workers=0)
+    transcode(options)
+
+while True:  # no thread has been started yet: a fork is a process like any other
+    child = os.fork()
+    if not child:
+        attempt(calm)
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    shards = Path(out, "shards")
+    print(ended, *sorted(os.listdir(shards) if shards.exists() else ()), flush=True)
+    if ended != -signal.SIGKILL:
+        break
+    calm += 4
+"""
+
+
+@pytest.mark.end_to_end
+def test_processes_that_are_killed_one_after_the_other_end_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    """Each goes on where the one before was killed, and gets some changes of the folder further."""
+    source = make_cache(tmp_path / "source", [5, 4, 6, 3], task=CAUSAL, label_logprob=True)
+    transcode(options(source.url, "sample:4", tmp_path / "whole", 1.0, 2.0))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLING, source.url, str(tmp_path / "new")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    *killed, last = (line.split() for line in done.stdout.splitlines())
+    assert last[0] == "0", done.stderr
+    assert len(killed) >= 4
+    assert {ended for ended, *_ in killed} == {str(-signal.SIGKILL)}
+    shards = [set(names) for _, *names in (*killed, last)]
+    assert all(before <= after for before, after in itertools.pairwise(shards)), "none is lost"
+    assert {0, source.spec.spans} < {len(names) for names in shards[:-1]}, "killed in all parts"
+    assert kept(tmp_path / "new") == kept(tmp_path / "whole")
 
 
 def kept(folder: Path) -> dict[str, bytes]:
