@@ -35,8 +35,9 @@ CONFIGS = sorted(ROOT.glob("examples/config/*.yaml"))
 FENCE = re.compile(
     r"(?:<!-- run: (?P<run>[\w-]+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S
 )
-# Options that other programs in our documents have.
+# Options of other programs in our documents, and other programs.
 FOREIGN = {"--head", "--dashboard-host", "--generate"}
+OTHERS = ("pip ", "pipx ", "uv ", "ray ", "pytest ", "torchrun ", "srun ", "sbatch ", "hf ")
 
 
 def _blocks(path: Path) -> Iterator[tuple[str | None, str, str]]:
@@ -84,7 +85,7 @@ def test_commands_and_options_exist(path: Path) -> None:
     every = set().union(*known.values()) | FOREIGN
     spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text)) if path.suffix == ".md" else []
     for span in spans:
-        if not span.startswith(("pip ", "ray ", "pytest ")):
+        if not span.startswith(OTHERS):
             named = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
             assert [o for o in named if o not in every] == [], span
 
