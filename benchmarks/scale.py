@@ -39,6 +39,7 @@ from results import keep, table
 
 from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry, sealing
 from kdcache.cache.receipts import Receipts, remove_receipts
+from kdcache.commands.build.activity import Pulse
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.events import EventLog
 from kdcache.commands.build.on_ray import RayWorkers
@@ -219,8 +220,8 @@ class Actor:
         self._free: float | None = None
         self.where = SimpleNamespace(remote=self._where)
         self.run = SimpleNamespace(remote=self._run)
-        self.idle_seconds = SimpleNamespace(
-            options=lambda **_: SimpleNamespace(remote=lambda: simulation.answer(0.001, 0.0))
+        self.pulse = SimpleNamespace(
+            options=lambda **_: SimpleNamespace(remote=lambda: simulation.answer(0.001, Pulse()))
         )
 
     def _where(self) -> Any:

@@ -801,7 +801,7 @@ def test_a_terminal_shows_the_build_live_and_a_file_gets_lines(
         assert re.search(
             r"1 worker  [\d,]+ positions/s  teacher busy \d+%  [\d.]+ B/position", text
         )
-        assert ("\x1b[" in text and "this process" in text) == stream.isatty()
+        assert ("\x1b[" in text and "━" in text) == stream.isatty()
 
 
 def test_batches_hold_every_row_once_within_the_budget() -> None:

@@ -102,7 +102,7 @@ class FakeRay:
         actor = SimpleNamespace(
             where=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: answers[0])),
             run=SimpleNamespace(remote=lambda _span: never),
-            idle_seconds=SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: never)),
+            pulse=SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: never)),
         )
         self.pending.append((actor, answers[0]))
         return actor

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.cache import Cache
 from kdcache.commands.build import teacher_source
+from kdcache.commands.build.activity import Steps
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.packer import Packer
-from kdcache.commands.build.source import Move
 from kdcache.commands.build.teacher_source import TaughtRows, TeacherSource
 from kdcache.commands.build.worker import SpanWorker
 from kdcache.errors import UsageError
@@ -374,11 +374,11 @@ def test_the_teacher_goes_on_while_a_span_is_packed(
     spans: set[int] = set()
     answer, pack = TeacherSource.answer, Packer._pack
 
-    def note(self: TeacherSource, rows: TaughtRows, packer: Packer, move: Move) -> object:
+    def note(self: TeacherSource, rows: TaughtRows, packer: Packer, steps: Steps) -> object:
         spans.add(packer.span)
         if len(spans) == 2:
             second.set()
-        return answer(self, rows, packer, move)
+        return answer(self, rows, packer, steps)
 
     def wait(self: object, *rest: object) -> object:
         assert second.wait(60), "the second span never had its turn"

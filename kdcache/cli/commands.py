@@ -76,10 +76,11 @@ def _build() -> click.Command:
     )
     def command(options: BuildOptions, as_json: bool) -> None:
         from kdcache.cli.display import BuildDisplay
-        from kdcache.commands.build.build import build
 
         with BuildDisplay(quiet=as_json) as display:
-            result = build(options, on_progress=display)
+            from kdcache.commands.build.build import build
+
+            result = build(options, on_progress=display, report=display.report)
         if as_json:
             print_json(result)
             return
@@ -101,10 +102,11 @@ def _transcode() -> click.Command:
     )
     def command(options: TranscodeOptions, as_json: bool) -> None:
         from kdcache.cli.display import TranscodeDisplay
-        from kdcache.commands.transcode.transcode import transcode
 
         with TranscodeDisplay(quiet=as_json) as display:
-            result = transcode(options, on_progress=display)
+            from kdcache.commands.transcode.transcode import transcode
+
+            result = transcode(options, on_progress=display, report=display.report)
         if as_json:
             print_json(result)
             return
@@ -148,12 +150,13 @@ def _train() -> click.Command:
     )
     def command(options: TrainOptions, as_json: bool) -> None:
         from kdcache.cli.display import TrainDisplay
-        from kdcache.commands.train.train import train
-        from kdcache.loss.metrics import perplexity
 
         silent = options.place is not None and options.place.rank > 0  # the first one reports
         with TrainDisplay(quiet=as_json or silent) as display:
-            result = train(options, on_progress=display)
+            from kdcache.commands.train.train import train
+            from kdcache.loss.metrics import perplexity
+
+            result = train(options, on_progress=display, report=display.report)
         if silent:
             return
         if as_json:
@@ -207,9 +210,10 @@ def _sweep() -> click.Command:
     def command(options: SweepOptions, as_json: bool) -> None:
         from kdcache.cli.display import SweepDisplay
         from kdcache.cli.view_sweep import render_sweep
-        from kdcache.commands.sweep.sweep import sweep
 
         with SweepDisplay(quiet=as_json) as display:
+            from kdcache.commands.sweep.sweep import sweep
+
             result = sweep(options, on_progress=display)
         if as_json:
             print_json(result)
@@ -230,10 +234,11 @@ def _finetune() -> click.Command:
     )
     def command(options: FinetuneOptions, as_json: bool) -> None:
         from kdcache.cli.display import TrainDisplay
-        from kdcache.commands.finetune.finetune import finetune
 
         with TrainDisplay(quiet=as_json) as display:
-            result = finetune(options, on_progress=display)
+            from kdcache.commands.finetune.finetune import finetune
+
+            result = finetune(options, on_progress=display, report=display.report)
         if as_json:
             print_json(result)
             return

@@ -6,20 +6,23 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
 from kdcache.cli.volume import is_quiet
-from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.workers import WorkerFigures
-from kdcache.commands.sweep.sweep import SweepProgress
-from kdcache.commands.train.result import TrainProgress
-from kdcache.humanize import duration, printable
+from kdcache.humanize import duration, printable, size
+
+if TYPE_CHECKING:  # a display is there before what it shows is loaded
+    from kdcache.commands.build.activity import SpanFigures
+    from kdcache.commands.build.driver import Progress
+    from kdcache.commands.build.workers import WorkerFigures
+    from kdcache.commands.sweep.sweep import SweepProgress
+    from kdcache.commands.train.result import TrainProgress
 
 D = TypeVar("D", bound="_Display")
 
@@ -40,10 +43,12 @@ class _Display:
 
     def __enter__(self: D) -> D:
         if not self._quiet and sys.stderr.isatty():
-            self._bar = Bar(TextColumn(f"[bold]{self.name}[/]"), BarColumn(), MofNCompleteColumn())
+            name = TextColumn(f"[bold]{self.name}[/]")
+            self._bar = Bar(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._task = self._bar.add_task(self.name, total=None)
-            self._live = Live(Text("starting"), console=Console(stderr=True))
+            self._live = Live(self._bar, console=Console(stderr=True))
             self._live.start()
+        self.report("loading libraries")
         return self
 
     def __exit__(
@@ -55,29 +60,40 @@ class _Display:
         if self._live is not None:
             self._live.stop()
 
+    def report(self, line: str) -> None:
+        """Show what is done now, in words; from where it resumes stays to be read."""
+        if self._live is not None:
+            self._live.update(Group(self._bar, _line(line)))
+            if line.startswith("resuming"):
+                self._live.console.print(Text(printable(line)), soft_wrap=True)
+        elif not self._quiet:
+            print(f"{self.name}: {printable(line)}", file=sys.stderr)  # noqa: T201
+
     def show(
-        self, done: int, total: int, facts: str, *, now: bool, details: Sequence[str] = ()
+        self, done: int, total: int, facts: Sequence[str], *, now: bool, details: Sequence[str] = ()
     ) -> None:
         """Show a state; as a line only if the last one is some time ago, or with `now`.
 
         Args:
             done: units.
             total: units.
-            facts: everything else in a few words.
+            facts: everything else in a few words: a line of a terminal each.
             now: show it in any case.
             details: lines that only a terminal has room for.
         """
         if self._quiet:
             return
-        facts, details = printable(facts), [printable(line) for line in details]
         if self._live is not None:
             self._bar.update(self._task, total=total, completed=done)
-            lines = [Text(f"  {line}") for line in (facts, *details)]
-            self._live.update(Group(self._bar, *lines))
+            self._live.update(Group(self._bar, *map(_line, filter(None, (*facts, *details)))))
         elif now or time.monotonic() - self._last >= _LINE_EVERY:
             self._last = time.monotonic()
-            line = f"{self.name}: {done}/{total} {self.unit}  {facts}"
-            print(line, file=sys.stderr)  # noqa: T201
+            line = "  ".join([f"{self.name}: {done}/{total} {self.unit}", *filter(None, facts)])
+            print(printable(line), file=sys.stderr)  # noqa: T201
+
+
+def _line(text: str) -> Text:
+    return Text(f"  {printable(text)}", no_wrap=True, overflow="ellipsis")
 
 
 class BuildDisplay(_Display):
@@ -90,7 +106,7 @@ class BuildDisplay(_Display):
         """Show a new state."""
         over = state.done + state.failed >= state.spans
         shown = sorted(state.workers, key=lambda worker: worker.name)[:_WORKERS_SHOWN]
-        details = [_worker(worker, self.busy) for worker in shown]
+        details = [_worker(worker, self.busy) for worker in shown if len(shown) > 1]
         if len(state.workers) > len(shown):
             details.append(f"and {len(state.workers) - len(shown)} more")
         self.show(state.done, state.spans, _facts(state, self.busy), now=over, details=details)
@@ -114,8 +130,8 @@ class TrainDisplay(_Display):
         self._losses = "  ".join(f"{k} {v:.4f}" for k, v in figures.items()) or self._losses
         left = (state.steps - state.step) * state.seconds / max(1, state.step)
         evaluated = any(name.startswith("eval") for name in state.logs)
-        facts = f"{self._losses}  {duration(left)} left"
-        self.show(state.step, state.steps, facts, now=evaluated)
+        times = f"{duration(state.seconds)} so far, {duration(left)} left"
+        self.show(state.step, state.steps, (self._losses, times), now=evaluated)
 
 
 class SweepDisplay(_Display):
@@ -133,33 +149,51 @@ class SweepDisplay(_Display):
             left = (state.steps - state.step) * state.seconds / (state.step - state.before)
             words.append(f"{duration(left)} left")
         settled = state.done + state.failed
-        self.show(state.step, state.steps, "  ".join(words), now=settled > self._settled)
+        self.show(state.step, state.steps, ["  ".join(words)], now=settled > self._settled)
         self._settled = settled
 
 
-def _facts(now: Progress, busy: str) -> str:
-    """The figures of a build, briefly."""
-    if not now.workers:
-        return "waiting for workers"
+def _facts(now: Progress, busy: str) -> tuple[str, ...]:
+    """The figures of a build, briefly: what is done, what is being done, and the time."""
     words = [f"{len(now.workers)} worker{'s' if len(now.workers) > 1 else ''}"]
-    words.append(f"{now.positions_per_second:,.0f} positions/s")
-    words.append(f"{busy} busy {now.teacher_busy:.0%}")
+    if not now.workers:
+        words = ["waiting for workers"]
+    words += _rates(now.positions_per_second, now.teacher_busy, busy)
     if now.positions:
         words.append(f"{now.bytes_per_position:.1f} B/position")
-    left = now.spans - now.done - now.failed
-    if left:
-        end = f", {duration(now.seconds_left)}" if now.seconds_left else ""
-        words.append(f"{left:,} span{'s' if left > 1 else ''} left{end}")
+    if now.stored:
+        words.append(size(now.stored))
     if now.failed:
         words.append(f"{now.failed} failed")
     if now.lost:
         words.append(f"{now.lost} worker{'s' if now.lost > 1 else ''} lost")
+    alone = now.workers[0].in_flight if len(now.workers) == 1 else ()
+    times = f"{duration(now.seconds)} so far"
+    if now.seconds_left:
+        times += f", {duration(now.seconds_left)} left"
+    return "  ".join(words), _at_work(alone), times
+
+
+def _rates(positions: float, teacher: float, busy: str) -> list[str]:
+    """Rates, as soon as there are some."""
+    words = [f"{positions:,.0f} positions/s"] if positions else []
+    return [*words, f"{busy} busy {teacher:.0%}"] if teacher else words
+
+
+def _at_work(spans: Sequence[SpanFigures]) -> str:
+    """What is done of the spans that a worker has."""
+    words = []
+    for span in sorted(spans, key=lambda figures: figures.span):
+        done = f"{span.records:,} records read"
+        if span.batches_done == span.batches > 0:
+            done = "writing"
+        elif span.batches:
+            done = f"batch {span.batches_done + 1:,}/{span.batches:,}"
+        words.append(f"span {span.span}: {done}")
     return "  ".join(words)
 
 
 def _worker(figures: WorkerFigures, busy: str) -> str:
     """The figures of one worker."""
-    return (
-        f"{figures.name}  {figures.spans} spans  "
-        f"{figures.positions_per_second:,.0f} positions/s  {busy} busy {figures.teacher_busy:.0%}"
-    )
+    rates = _rates(figures.positions_per_second, figures.teacher_busy, busy)
+    return "  ".join([figures.name, f"{figures.spans} spans", *rates, _at_work(figures.in_flight)])

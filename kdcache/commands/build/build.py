@@ -20,19 +20,23 @@ from kdcache.teacher import tokenizer_files
 
 
 def build(
-    options: BuildOptions, *, on_progress: Callable[[Progress], None] | None = None
+    options: BuildOptions,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> BuildResult:
     """Make a cache, or finish an interrupted one.
 
     Args:
         options: what to build.
         on_progress: called in this thread, a few times a second at most.
+        report: takes a line about what is done before the first progress.
 
     Raises:
         UsageError: wrong options or input; nothing was written that a later run would trust.
         IncompleteError: interrupted, no space left, or spans set aside; the same command resumes.
     """
-    return make_cache(functools.partial(_plan, options), options.out, options, on_progress)
+    return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
 
 
 def _plan(options: BuildOptions) -> CachePlan:

@@ -60,7 +60,8 @@ class Progress:
         lost: workers that died, hung or went with their node.
         positions: positions cached by this run.
         bytes: bytes of shards written by this run.
-        seconds: since the workers were requested.
+        stored: bytes of all shards, those of earlier runs included.
+        seconds: since the command began to work: planning and the workers' start are part of it.
         teacher_seconds: spent in the teacher, summed over workers.
     """
 
@@ -72,6 +73,7 @@ class Progress:
     lost: int
     positions: int
     bytes: int
+    stored: int
     seconds: float
     teacher_seconds: float
 
@@ -84,7 +86,8 @@ class Progress:
     def teacher_busy(self) -> float:
         """Share of the present workers' time in which their teachers computed."""
         ready = sum(worker.seconds for worker in self.workers)
-        return sum(worker.teacher_seconds for worker in self.workers) / max(ready, 1e-9)
+        busy = sum(worker.teacher_busy * worker.seconds for worker in self.workers)
+        return busy / max(ready, 1e-9)
 
     @property
     def bytes_per_position(self) -> float:
@@ -93,12 +96,18 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last span, at the present rate; None before anything is known."""
+        """Until the last span, at the present rate; None before a batch is answered.
+
+        What is answered of spans in flight counts.
+        """
+        in_flight = [span for worker in self.workers for span in worker.in_flight]
+        answered = sum(span.share for span in in_flight)
         rate = self.positions_per_second
-        if not rate or not self.made:
+        if not rate or not self.made + answered:
             return None
-        left = self.spans - self.done - self.failed
-        return left * self.positions / self.made / rate
+        left = max(0.0, self.spans - self.done - self.failed - answered)
+        positions = self.positions + sum(span.positions for span in in_flight)
+        return left * positions / (self.made + answered) / rate
 
     def figures(self) -> dict[str, Any]:
         """The same as JSON-able values, without the single workers."""
@@ -113,6 +122,7 @@ class Progress:
             "lost": self.lost,
             "positions": self.positions,
             "bytes": self.bytes,
+            "stored": self.stored,
             "seconds": round(self.seconds, 3),
             "teacher_seconds": round(self.teacher_seconds, 3),
             "positions_per_second": round(self.positions_per_second, 1),
@@ -134,6 +144,8 @@ class Driver:
         keep: takes the entry of each shard that is committed.
         grace: seconds that spans in flight are given to finish once a signal came. Below the 30
             seconds that clouds and schedulers give a process between SIGTERM and SIGKILL.
+        stored: bytes of shards that earlier runs committed.
+        begin: `time.perf_counter()` when the command began to work.
         made: entry of each shard this run committed, by span.
         positions: in them.
         bytes: of them.
@@ -149,6 +161,8 @@ class Driver:
     keep: Callable[[ShardEntry], None] = lambda entry: None
     share: range = range(1 << 62)
     grace: float = 20.0
+    stored: int = 0
+    begin: float = field(default_factory=time.perf_counter)
     made: dict[int, ShardEntry] = field(default_factory=dict)
     positions: int = 0
     bytes: int = 0
@@ -185,7 +199,7 @@ class Driver:
             IncompleteError: interrupted, no space left, or spans set aside.
         """
         interrupt = interrupt or Interrupt()
-        self._begin = self._event_told = time.perf_counter()
+        self._event_told = time.perf_counter()
         self._fresh.extend(span for span in missing() if span in self.share)
         self._before = self._total - len(self._fresh)
         if not self._fresh:
@@ -344,7 +358,8 @@ class Driver:
             lost=workers.lost,
             positions=self.positions,
             bytes=self.bytes,
-            seconds=now - self._begin,
+            stored=self.stored + self.bytes,
+            seconds=now - self.begin,
             teacher_seconds=self.teacher_seconds,
         )
         if now - self._event_told >= _EVENT_EVERY or over:

@@ -71,4 +71,5 @@ class LocalWorkers(Workers):
 
     def figures(self) -> Sequence[WorkerFigures]:
         """See `Workers.figures`."""
+        self._figures.in_flight = self._worker.pulse().spans
         return [self._figures]

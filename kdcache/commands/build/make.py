@@ -27,6 +27,7 @@ from kdcache.commands.build.worker import Job
 from kdcache.commands.build.workers import Workers
 from kdcache.commands.interrupt import Interrupt, interruptible
 from kdcache.errors import IncompleteError, UsageError
+from kdcache.humanize import size
 from kdcache.storage import redact
 from kdcache.version import __version__
 
@@ -46,6 +47,7 @@ class CachePlan:
         check_made: refuses shards of earlier runs that the source would make differently now.
         check_end: refuses a source that changed meanwhile.
         output_layer: file of the teacher's output layer; empty for none, or where it is there.
+        opening: what a worker does before its first span, for people.
     """
 
     spec: CacheSpec
@@ -58,6 +60,7 @@ class CachePlan:
     check_made: Callable[[Cache], None] = lambda _: None
     check_end: Callable[[], None] = lambda: None
     output_layer: bytes = b""
+    opening: str = "loading the teacher"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def make_cache(
     out: str,
     options: WorkerOptions,
     on_progress: Callable[[Progress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> BuildResult:
     """Make a cache, or finish an interrupted one.
 
@@ -117,6 +121,7 @@ def make_cache(
         out: folder or URL of the cache.
         options: of the workers.
         on_progress: called in this thread, a few times a second at most.
+        report: takes a line about what is done before the first progress.
 
     Raises:
         UsageError: wrong options or input; nothing was written that a later run would trust.
@@ -124,7 +129,7 @@ def make_cache(
     """
     with interruptible() as interrupt:
         try:
-            return _begin(plan, out, options, on_progress, interrupt)
+            return _begin(plan, out, options, on_progress, report, interrupt)
         except KeyboardInterrupt:  # while planning or sealing; the driver has more to say
             raise IncompleteError(f"interrupted. {GO_ON}") from None
 
@@ -134,9 +139,11 @@ def _begin(
     out: str,
     options: WorkerOptions,
     on_progress: Callable[[Progress], None] | None,
+    report: Callable[[str], None],
     interrupt: Interrupt,
 ) -> BuildResult:
     begin = time.perf_counter()
+    report("reading what the options name")
     plan = make_plan()
     cache = Cache.create_or_resume(
         out,
@@ -147,7 +154,8 @@ def _begin(
         notes={**plan.notes, "kdcache": __version__},
     )
     try:
-        driver, missing = _make(plan, options, cache, on_progress, interrupt)
+        driver = Driver(plan.spans, on_progress, share=options.share, begin=begin)
+        missing = _make(plan, options, cache, driver, report, interrupt)
     finally:
         cache.release()
     shards = tuple(driver.made.values()) if missing else cache.manifest.shards
@@ -174,24 +182,31 @@ def _make(
     plan: CachePlan,
     options: WorkerOptions,
     cache: Cache,
-    on_progress: Callable[[Progress], None] | None,
+    driver: Driver,
+    report: Callable[[str], None],
     interrupt: Interrupt,
-) -> tuple[Driver, list[int]]:
+) -> list[int]:
     """Make what is missing; returns the spans that are left to other parts."""
     plan.check_made(cache)
     log = EventLog(cache.storage)
     receipts = Receipts(cache.storage)
-    driver = Driver(plan.spans, on_progress, log, share=options.share)
+    driver.tell = log
     missing: list[int] = []
     if cache.sealed and not cache.missing():
-        return driver, missing
+        return missing
+    committed = cache.committed()
+    if committed:
+        sizes = cache.storage.sizes("shards")
+        driver.stored = sum(sizes.get(name, 0) for name in committed.values())
+        count = f"{len(committed):,} of {cache.spec.spans:,} shards"
+        report(f"resuming {redact(cache.url)}: {count} are there, {size(driver.stored)}")
     log("start", fingerprint=cache.spec.fingerprint, spans=cache.spec.spans)
     try:
         if not cache.sealed:
             driver.keep = receipts.add
         driver.run(
             functools.partial(_missing, cache, driver),
-            lambda: start_workers(options, plan, cache, log),
+            lambda: start_workers(options, plan, cache, log, report),
             interrupt,
         )
         plan.check_end()
@@ -211,7 +226,7 @@ def _make(
     finally:
         receipts.close()
         log.close()
-    return driver, missing
+    return missing
 
 
 def _missing(cache: Cache, driver: Driver) -> list[int]:
@@ -237,12 +252,18 @@ def _seal(cache: Cache, driver: Driver) -> Manifest:
 
 
 def start_workers(
-    options: WorkerOptions, plan: CachePlan, cache: Cache, tell: EventSink
+    options: WorkerOptions,
+    plan: CachePlan,
+    cache: Cache,
+    tell: EventSink,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Workers:
     """The workers that the options ask for."""
     job = Job(cache.storage.url, plan.source)
     if options.workers == 0:
+        report(plan.opening)
         return LocalWorkers(job)
+    report(f"starting workers on Ray, then {plan.opening}")
     return RayWorkers(
         job,
         workers=options.workers,

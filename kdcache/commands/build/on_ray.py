@@ -42,7 +42,9 @@ logger = logging.getLogger(__name__)
 _START_TRIES = 3
 _START_EVERY = 5.0
 _WAITING_EVERY = 30.0  # seconds between two lines about what the build waits for
-_HEARTBEATS = 10  # in the time after which a worker counts as hung
+_HEARTBEATS = 10  # at least, in the time after which a worker counts as hung
+_BEAT_EVERY = 2.0  # seconds between heartbeats of a worker, or more
+_BEATS = 100  # heartbeats of all workers a second, at most
 
 
 class RayWorker(SpanWorker):
@@ -324,7 +326,7 @@ class RayWorkers(Workers):
         self._ticked += elapsed
         self._now += min(elapsed, seconds + 1.0)
         outcomes = [outcome for answer in answers for outcome in answer()]
-        if self._now - self._checked >= self._hang / _HEARTBEATS:
+        if self._now - self._checked >= self._beat:
             outcomes.extend(self._check_heartbeats())
         if self._now - self._last_start >= _START_EVERY:
             self._start_missing()
@@ -374,6 +376,11 @@ class RayWorkers(Workers):
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         return actor.node not in alive
 
+    @property
+    def _beat(self) -> float:
+        """Seconds between two heartbeats of a worker."""
+        return min(self._hang / _HEARTBEATS, max(_BEAT_EVERY, len(self._actors) / _BEATS))
+
     def _check_heartbeats(self) -> list[Outcome]:
         """Read the workers' heartbeats, and give up those that hang."""
         self._checked = self._now
@@ -386,7 +393,7 @@ class RayWorkers(Workers):
                 outcomes.extend(self._lose(actor, error))
             elif not actor.asked:
                 actor.asked = True
-                pulse = actor.handle.idle_seconds.options(concurrency_group="pulse").remote()
+                pulse = actor.handle.pulse.options(concurrency_group="pulse").remote()
                 self._when_answered(pulse, self._felt_pulse, actor)
         return outcomes
 
@@ -397,7 +404,10 @@ class RayWorkers(Workers):
         error = answer.exception()
         if error is not None:  # a worker without spans shows in no other way that it died
             return self._lose(actor, error)
-        actor.last_progress = max(actor.last_progress, self._now - answer.result())
+        pulse = answer.result()
+        actor.last_progress = max(actor.last_progress, self._now - pulse.idle)
+        if actor.figures is not None:
+            actor.figures.in_flight = tuple(s for s in pulse.spans if s.span in actor.in_flight)
         return []
 
     # The end

@@ -17,12 +17,10 @@ import numpy as np
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.commands.build.activity import Steps
 from kdcache.commands.build.packer import Packed, Packer
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import Codes
-
-Move: TypeAlias = Callable[[], None]
-"""Call it after each step of a span: it records progress, and raises in a stopped worker."""
 
 
 class Work(Protocol):
@@ -79,16 +77,23 @@ class Source(ABC, Generic[WorkT, RowsT]):
     takes_turns: bool = True
 
     @abstractmethod
-    def read(self, work: WorkT, move: Move) -> RowsT:
+    def read(self, work: WorkT, steps: Steps) -> RowsT:
         """The rows of a span.
+
+        Args:
+            work: the span.
+            steps: counts what is read, and raises in a stopped worker.
 
         Raises:
             UsageError: its input is unusable.
         """
 
     @abstractmethod
-    def answer(self, rows: RowsT, packer: Packer, move: Move) -> Answers:
-        """Have the positions of rows encoded, and packed; never synchronises with the device."""
+    def answer(self, rows: RowsT, packer: Packer, steps: Steps) -> Answers:
+        """Have the positions of rows encoded, and packed; never synchronises with the device.
+
+        `steps` counts the batches.
+        """
 
     def close(self) -> None:
         """End what runs beside this process."""

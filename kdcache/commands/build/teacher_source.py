@@ -23,8 +23,9 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.commands.build.activity import Steps
 from kdcache.commands.build.packer import Packed, Packer, Places
-from kdcache.commands.build.source import Answers, Move, Source, SpanRows
+from kdcache.commands.build.source import Answers, Source, SpanRows
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
@@ -103,13 +104,13 @@ class TeacherSource(Source[Span, TaughtRows]):
             self._encode(piece, zeros, zeros.long())
         self.teacher.take_clipped_mass()
 
-    def read(self, work: Span, move: Move) -> TaughtRows:
+    def read(self, work: Span, steps: Steps) -> TaughtRows:
         """See `Source.read`."""
         how = self.options.rows
         stats = ReadStats()
         encoder = make_encoder(how, self.tokenizer)
         records = Corpus.read(work, columns=how.columns, on_error=how.on_error, stats=stats)
-        rows = list(encoder.encode(_moving(records, move)))
+        rows = list(encoder.encode(_counted(records, steps)))
         return TaughtRows(
             partial(ShardData.from_rows, self.options.teacher.task, rows),
             skipped=stats.skipped + encoder.skipped + encoder.empty,
@@ -118,13 +119,13 @@ class TeacherSource(Source[Span, TaughtRows]):
             rows=rows,
         )
 
-    def answer(self, rows: TaughtRows, packer: Packer, move: Move) -> Answers:
+    def answer(self, rows: TaughtRows, packer: Packer, steps: Steps) -> Answers:
         """See `Source.answer`."""
         with self._turn:
             if rows.rows and not self._probed:
                 self._probe(rows.rows)
         try:
-            return self._ask(rows.rows, packer, move)
+            return self._ask(rows.rows, packer, steps)
         finally:
             self.teacher.forget(rows.rows)
 
@@ -144,7 +145,7 @@ class TeacherSource(Source[Span, TaughtRows]):
                 )
         self._probed = True
 
-    def _ask(self, rows: Sequence[Row], packer: Packer, move: Move) -> Answers:
+    def _ask(self, rows: Sequence[Row], packer: Packer, steps: Steps) -> Answers:
         """Run all rows of a span through the teacher."""
         wanted = [row.places(self.options.teacher.task) for row in rows]
         offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
@@ -153,7 +154,7 @@ class TeacherSource(Source[Span, TaughtRows]):
         lengths = [len(row.input_ids) for row in rows]
         waiting = deque(batches(lengths, self.batch_tokens))
         while waiting:
-            move()
+            steps.begin(len(waiting))
             for ahead in itertools.islice(waiting, 1 + _AHEAD):
                 self.teacher.expect([rows[i] for i in ahead])
             batch = waiting.popleft()
@@ -168,6 +169,7 @@ class TeacherSource(Source[Span, TaughtRows]):
                 cut = batches([lengths[i] for i in left], self.batch_tokens)
                 waiting = deque([left[i] for i in smaller] for smaller in cut)
                 continue
+            steps.batch(len(place.rows))
             packed.extend(parts)
             places.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
         return packed, places
@@ -228,7 +230,7 @@ class TeacherSource(Source[Span, TaughtRows]):
         logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
 
 
-def _moving(records: Iterator[Record], move: Move) -> Iterator[Record]:
+def _counted(records: Iterator[Record], steps: Steps) -> Iterator[Record]:
     for record in records:
-        move()
+        steps.record()
         yield record

@@ -18,12 +18,12 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
 from kdcache.cache import Cache, ShardEntry
+from kdcache.commands.build.activity import Pulse, Steps
 from kdcache.commands.build.packer import Packer, in_row_order, packing_threads
 from kdcache.commands.build.source import SourceOptions, Work
 from kdcache.targets import TargetWriter
@@ -82,7 +82,7 @@ class SpanWorker:
         self._turn = threading.Lock()
         self._stop = threading.Event()
         self._counted, self._counting = 0.0, threading.Lock()
-        self._last_progress: dict[int, float] = {}  # span -> when something of it was last done
+        self._steps: dict[int, Steps] = {}  # of the spans in flight
 
     def stop(self) -> None:
         """Abandon the spans in flight at the next batch."""
@@ -100,18 +100,29 @@ class SpanWorker:
             IncompleteError: no space left.
             Stopped: `stop` was called.
         """
+        steps = self._steps[span.index] = Steps(span.index, self._check)
         try:
-            return self._make(span)
+            return self._make(span, steps)
         finally:
-            self._last_progress.pop(span.index, None)
+            self._steps.pop(span.index, None)
 
-    def idle_seconds(self) -> float:
-        """Seconds without progress in the slowest span; 0 while there is none.
+    def pulse(self) -> Pulse:
+        """What is done of the spans in flight."""
+        now, seconds, counted = time.monotonic(), time.perf_counter(), self._counted
+        spans = sorted(self._steps.values(), key=lambda steps: steps.answering or seconds)
+        figures = []
+        for steps in spans:
+            begin = max(counted, steps.answering or seconds)
+            figures.append(steps.figures(max(0.0, seconds - begin)))
+            if steps.answering is not None:  # what another one spends meanwhile is the same time
+                counted = seconds
+        last = [steps.last for steps in spans if steps.last is not None]
+        return Pulse(max(0.0, now - min(last, default=now)), tuple(figures))
 
-        A span that waits for its turn with the teacher does not count; the one that has it does.
-        """
-        now = time.monotonic()
-        return now - min(list(self._last_progress.values()), default=now)
+    def _check(self) -> None:
+        """Raises in a stopped worker."""
+        if self._stop.is_set():
+            raise Stopped
 
     def _count(self, start: float) -> float:
         """Seconds of answering since `start` that no other span has counted."""
@@ -120,30 +131,24 @@ class SpanWorker:
             start, self._counted = max(start, self._counted), now
         return now - start
 
-    def _move(self, span: int) -> None:
-        """Records progress of a span; a stopped worker raises here."""
-        if self._stop.is_set():
-            raise Stopped
-        self._last_progress[span] = time.monotonic()
-
-    def _make(self, span: Work) -> SpanReport:
+    def _make(self, span: Work, steps: Steps) -> SpanReport:
         begin = time.perf_counter()
-        move = partial(self._move, span.index)
-        move()
-        rows = self.source.read(span, move)
+        steps()
+        rows = self.source.read(span, steps)
         threads = packing_threads(self.source.device, self.job.threads or os.cpu_count() or 1)
         with Packer(self.writer, self.cache.spec.seed, span.index, threads) as packer:
-            del self._last_progress[span.index]
+            steps.last = None
             with self._turn if self.source.takes_turns else nullcontext():
-                move()
-                start = time.perf_counter()
-                packing, places = self.source.answer(rows, packer, move)
-                teacher_seconds = self._count(start)
+                steps()
+                steps.answering = start = time.perf_counter()
+                packing, places = self.source.answer(rows, packer, steps)
+                steps.teacher_seconds = self._count(start)
+                steps.answering = None
             # The next span has its turn while the last slices of this one are copied and packed.
-            move()
+            steps()
             packed = [part.result() for part in packing]
             targets, logprobs = in_row_order(self.writer.codec, packed, places)
-        move()
+        steps()
         data = rows.shard(targets, logprobs if self.cache.spec.label_logprob else None)
         clipped = np.float32(0)
         for part in packed:
@@ -155,4 +160,4 @@ class SpanWorker:
             clipped_mass=float(clipped) if rows.clipped_mass is None else rows.clipped_mass,
         )
         seconds = time.perf_counter() - begin
-        return SpanReport(entry, seconds, teacher_seconds, rows.truncated, rows.reasons)
+        return SpanReport(entry, seconds, steps.teacher_seconds, rows.truncated, rows.reasons)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from kdcache.commands.build.activity import SpanFigures
 from kdcache.commands.build.source import Work
 from kdcache.commands.build.worker import SpanReport
 
@@ -50,6 +51,7 @@ class WorkerFigures:
         spans: that it committed.
         positions: in them.
         teacher_seconds: in its teacher, for them.
+        in_flight: the spans that it has.
     """
 
     name: str
@@ -57,9 +59,11 @@ class WorkerFigures:
     spans: int = 0
     positions: int = 0
     teacher_seconds: float = 0.0
+    in_flight: tuple[SpanFigures, ...] = ()
 
     def book(self, report: SpanReport) -> None:
         """Add one span."""
+        self.in_flight = tuple(s for s in self.in_flight if s.span != report.entry.span)
         self.spans += 1
         self.positions += report.entry.positions
         self.teacher_seconds += report.teacher_seconds
@@ -71,13 +75,15 @@ class WorkerFigures:
 
     @property
     def positions_per_second(self) -> float:
-        """Since it was ready."""
-        return self.positions / max(self.seconds, 1e-9)
+        """Since it was ready, with those of spans in flight that are answered."""
+        now = self.positions + sum(span.positions for span in self.in_flight)
+        return now / max(self.seconds, 1e-9)
 
     @property
     def teacher_busy(self) -> float:
         """Share of its time in which its teacher computed."""
-        return self.teacher_seconds / max(self.seconds, 1e-9)
+        now = self.teacher_seconds + sum(span.teacher_seconds for span in self.in_flight)
+        return min(1.0, now / max(self.seconds, 1e-9))
 
 
 class Workers(ABC):

@@ -89,13 +89,17 @@ class FinetuneResult:
 
 
 def finetune(
-    options: FinetuneOptions, *, on_progress: Callable[[TrainProgress], None] | None = None
+    options: FinetuneOptions,
+    *,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tune an encoder on labelled texts.
 
     Args:
         options: see `FinetuneOptions`.
         on_progress: called every `logging_steps` steps and after each evaluation.
+        report: takes a line about what is done before and between them.
 
     Raises:
         UsageError: options, corpus and model do not fit, or the folder holds something else.
@@ -109,7 +113,7 @@ def finetune(
             if finished is not None:
                 return finished
             with alone(run, "fine-tuning"), full_disk(run, lambda: continues(run)):
-                return _finished(options, out) or _finetune(options, out, run, on_progress)
+                return _finished(options, out) or _finetune(options, out, run, on_progress, report)
         except KeyboardInterrupt:
             raise IncompleteError(f"interrupted. {continues(run)}") from None
 
@@ -119,17 +123,20 @@ def _finetune(
     out: Path,
     run: Path,
     on_progress: Callable[[TrainProgress], None] | None,
+    report: Callable[[str], None],
 ) -> FinetuneResult:
     with quiet_transformers():
+        report("reading the corpus")
         set_seed(options.seed)
         files = find_files(options.model, "model", trust_remote_code=options.trust_remote_code)
         tokenizer = files.tokenizer
         names = options.label_names or label_names_of(options)
         rows, unlabelled = labelled_rows(options, options.corpus, names, tokenizer)
         tests, _ = labelled_rows(options, options.eval_corpus, names, tokenizer)
+        report("loading the model")
         model = _model(options, files, names)
         _freeze(model, options.train_last)
-        trainer = make_trainer(options, model, tokenizer, rows, tests, run, on_progress)
+        trainer = make_trainer(options, model, tokenizer, rows, tests, run, on_progress, report)
         trainer.identity = {
             "options": {k: v for k, v in _plain(options).items() if k not in _MAY_CHANGE},
             "rows": _digest(rows),
@@ -140,6 +147,7 @@ def _finetune(
             state = read_state(resume)
             trainer.before = state["seconds"]
             check_identity(state, trainer.identity, f"{resume} (delete {run} to start over)")
+            report(f"resuming from {resume}")
         outcome = trainer.train(str(resume) if resume else None)
         scores = best_scores(trainer.state)
         weights = list(model.parameters())

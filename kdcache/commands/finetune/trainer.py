@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import PadRows
+from kdcache.commands.train.log import SlowSteps
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.stop import StopOnSignal
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
@@ -35,6 +36,7 @@ def make_trainer(
     tests: list[Row],
     run: Path,
     on_progress: Callable[[TrainProgress], None] | None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> FinetuneTrainer:
     """The trainer of a fine-tuning.
 
@@ -46,6 +48,7 @@ def make_trainer(
         tests: labelled rows to evaluate on after each epoch, or none.
         run: folder of the checkpoints.
         on_progress: called at every logged step.
+        report: takes lines about slow steps.
     """
     rate = options.learning_rate or (5e-5 if options.train_last is None else 1e-3)
     computing = Computing.choose(options.precision)
@@ -84,7 +87,7 @@ def make_trainer(
         eval_dataset=tests or None,
         data_collator=PadRows(tokenizer.pad_token_id or 0),
         compute_metrics=_scores,
-        callbacks=[StopOnSignal(), ReportProgress(on_progress)],
+        callbacks=[StopOnSignal(), ReportProgress(on_progress), SlowSteps(report)],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)

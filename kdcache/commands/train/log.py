@@ -21,8 +21,10 @@ from transformers.integrations import (
 
 from kdcache.commands.train.result import TrainProgress
 from kdcache.files import write_text
+from kdcache.humanize import duration
 
 METRICS_FILE = "metrics.jsonl"
+_QUIET_SECONDS = 10.0
 _TAIL = 2**16  # bytes that hold at least one whole line
 
 
@@ -95,6 +97,42 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
                 state.global_step, state.max_steps, float(state.epoch or 0.0), seconds, dict(logs)
             )
             self._on_progress(progress)
+
+
+class SlowSteps(TrainerCallback):  # type: ignore[misc]
+    """Reports the steps themselves where nothing was logged for a while."""
+
+    def __init__(self, report: Callable[[str], None], every: float = _QUIET_SECONDS) -> None:
+        """Report at the first step, and then after `every` seconds without a log."""
+        self._report, self._every = report, every
+        self._told = self._begun = time.perf_counter()
+        self._first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Say how many steps there are."""
+        self._told = self._begun = time.perf_counter()
+        self._first = state.global_step
+        self._report(f"{state.max_steps - self._first:,} steps to do")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Report a step, with what one takes."""
+        now = time.perf_counter()
+        if now - self._told >= self._every:
+            self._told = now
+            seconds = (now - self._begun) / max(1, state.global_step - self._first)
+            done = f"step {state.global_step:,} of {state.max_steps:,}"
+            left = duration(seconds * (state.max_steps - state.global_step))
+            self._report(f"{done}, {duration(seconds)} a step, {left} left")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A line was shown."""
+        self._told = time.perf_counter()
 
 
 def wrong_trackers(names: Sequence[str]) -> list[str]:

@@ -148,6 +148,13 @@ class RunPlan:
                 )
         return None
 
+    def announce(self, report: Callable[[str], None]) -> None:
+        """Report the checkpoint that the run continues from, if there is one."""
+        resume = self.checkpoint()
+        if resume is not None:
+            step = read_state(resume)["cursor"]["step"]
+            report(f"resuming from {resume}: step {step:,} of {self.steps:,}")
+
     def checkpoint(self) -> Path | None:
         """Where to resume.
 

@@ -37,6 +37,7 @@ from kdcache.commands.train.log import (
     MetricsCallback,
     OwnWandb,
     PlainTensorBoard,
+    SlowSteps,
     cut_metrics,
     seconds_before,
 )
@@ -81,17 +82,20 @@ class Run:
 
     @classmethod
     def prepare(
-        cls, plan: RunPlan, on_progress: Callable[[TrainProgress], None] | None = None
+        cls,
+        plan: RunPlan,
+        on_progress: Callable[[TrainProgress], None] | None = None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> Run:
         """Load the student and make its trainer, in this process (one of several, where
-        torch.distributed is set up).
+        torch.distributed is set up). For the callbacks see `train`.
         """
         computing = Computing.choose(plan.options.precision, plan.options.gpus_per_worker)
         student, tokenize = make_student(plan)
         with quiet_transformers():
             stream = _stream(plan, tokenize, computing.gpu)
             caching = getattr(student.config, "use_cache", None)
-            trainer = _trainer(plan, computing, student, stream, tokenize, on_progress)
+            trainer = _trainer(plan, computing, student, stream, tokenize, on_progress, report)
             if plan.options.batch_size > 1:
                 check_rows(plan.options.student, student, _trial_batch(plan, tokenize))
         computing.begin()
@@ -276,12 +280,17 @@ def _trainer(
     stream: TargetStream,
     tokenize: Any,
     on_progress: Callable[[TrainProgress], None] | None,
+    report: Callable[[str], None],
 ) -> DistillationTrainer:
     options = plan.options
     steps = steps_of(options, stream)
     evaluates = bool(plan.eval_caches)
     every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
-    callbacks: list[TrainerCallback] = [StopOnSignal(), MetricsCallback(plan.out, on_progress)]
+    callbacks: list[TrainerCallback] = [
+        StopOnSignal(),
+        MetricsCallback(plan.out, on_progress),
+        SlowSteps(report),
+    ]
     asked = {*options.report_to}
     trackers = sorted(asked - {"auto", "none", "tensorboard", "wandb"})
     if asked & {"auto", "tensorboard"} and is_tensorboard_available():

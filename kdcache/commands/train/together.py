@@ -55,6 +55,7 @@ class SharedError(Exception):
 def train_in_group(
     options: TrainOptions,
     on_progress: Callable[[TrainProgress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
     *,
     locked: bool = False,
 ) -> TrainResult:
@@ -63,6 +64,7 @@ def train_in_group(
     Args:
         options: the same in all of them; `num_workers` is their number.
         on_progress: called in the first one.
+        report: as of `train`.
         locked: the run's folder is locked by whoever started the processes.
 
     Raises:
@@ -83,7 +85,8 @@ def train_in_group(
             return finished
         held.enter_context(full_disk(plan.out, lambda: RunPlan.go_on(options)))
         with _shared() as share:
-            run = Run.prepare(plan, on_progress)
+            plan.announce(report)
+            run = Run.prepare(plan, on_progress, report)
         share({})
         assert run is not None, "its error was shared"
         return run.train()
@@ -142,6 +145,7 @@ def train_launched(
     options: TrainOptions,
     place: Place,
     on_progress: Callable[[TrainProgress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Train as one of the processes that torchrun or srun started.
 
@@ -149,6 +153,7 @@ def train_launched(
         options: without `num_workers` and `address`, which the launcher decides.
         place: of this process among them.
         on_progress: called in the first one.
+        report: as of `train`.
 
     Raises:
         UsageError, IncompleteError: as `train`; also where the processes do not find each other, or
@@ -157,7 +162,7 @@ def train_launched(
     options = dataclasses.replace(options, num_workers=place.world_size)
     try:
         with _joined(options, place):
-            return train_in_group(options, on_progress)
+            return train_in_group(options, on_progress, report)
     except SharedError as shared:
         shared.error.reported = place.rank != 0
         raise shared.error from None

@@ -15,13 +15,17 @@ from kdcache.files import alone, full_disk
 
 
 def train(
-    options: TrainOptions, *, on_progress: Callable[[TrainProgress], None] | None = None
+    options: TrainOptions,
+    *,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Train a student, or resume it, or report that it is finished.
 
     Args:
         options: see `TrainOptions`.
         on_progress: called for every line of `metrics.jsonl`.
+        report: takes a line about what is done before and between them.
 
     Raises:
         UsageError: options, caches and student do not fit, or the folder holds another run or has
@@ -40,16 +44,19 @@ def train(
             if options.place is not None:
                 from kdcache.commands.train.together import train_launched
 
-                return train_launched(options, options.place, on_progress)
-            return train_one(options, on_progress)
+                return train_launched(options, options.place, on_progress, report)
+            return train_one(options, on_progress, report)
         except KeyboardInterrupt:
             raise IncompleteError(f"interrupted. {RunPlan.go_on(options)}") from None
 
 
 def train_one(
-    options: TrainOptions, on_progress: Callable[[TrainProgress], None] | None = None
+    options: TrainOptions,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """As `train`, for callers that handle signals themselves."""
+    report("opening the caches")
     plan = RunPlan.make(options)
     finished = plan.finished()
     if finished is not None:
@@ -58,9 +65,11 @@ def train_one(
         finished = plan.finished()
         if finished is not None:  # by the process that was at work here
             return finished
-        plan.checkpoint()  # its errors are reported before workers start
+        plan.announce(report)  # errors of its checkpoint are reported before workers start
         if options.num_workers > 1:
             from kdcache.commands.train.on_ray import train_on_ray
 
+            report(f"starting {options.num_workers} workers on Ray")
             return train_on_ray(options, on_progress)
-        return Run.prepare(plan, on_progress).train()
+        report("loading the student")
+        return Run.prepare(plan, on_progress, report).train()

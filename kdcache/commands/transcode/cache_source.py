@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.commands.build.activity import Steps
 from kdcache.commands.build.packer import Packed, Packer, Places
-from kdcache.commands.build.source import Answers, Move, Source, SpanRows
+from kdcache.commands.build.source import Answers, Source, SpanRows
 from kdcache.errors import UsageError
 from kdcache.targets import Codec, DenseTargets, HiddenTargets, SoftTargets, SparseTargets, TopK
 from kdcache.targets.label_logprob import Codes
@@ -81,7 +82,7 @@ class CacheSource(Source[SourceShard, StoredRows]):
         self.batch_tokens = slice_positions(device, width, 4)
         self._from = source.codec()
 
-    def read(self, work: SourceShard, move: Move) -> StoredRows:
+    def read(self, work: SourceShard, steps: Steps) -> StoredRows:
         """See `Source.read`."""
         entry = self.source.manifest.shards[work.index]
         data = self.source.read(work.index)
@@ -93,7 +94,7 @@ class CacheSource(Source[SourceShard, StoredRows]):
         )
 
     @torch.inference_mode()
-    def answer(self, rows: StoredRows, packer: Packer, move: Move) -> Answers:
+    def answer(self, rows: StoredRows, packer: Packer, steps: Steps) -> Answers:
         """See `Source.answer`."""
         assert rows.data is not None, "it was read"
         targets, place = rows.data.targets, places_of(rows.data)
@@ -107,12 +108,15 @@ class CacheSource(Source[SourceShard, StoredRows]):
         uniform = self._send(torch.from_numpy(place.noise(packer.seed, packer.span)))
         none = torch.zeros((), device=self.device)
         parts = []
-        for start in range(0, total, self.batch_tokens):
-            move()
+        starts = range(0, total, self.batch_tokens)
+        steps.begin(len(starts))
+        for start in starts:
+            steps()
             piece = slice(start, min(start + self.batch_tokens, total))
             some = targets.take(np.arange(piece.start, piece.stop))
             logits = self._logits(some)
             parts.append(packer.put(self.codec.encode(logits, uniform[piece]), none, place, start))
+            steps.batch(piece.stop - start)
         return parts, order if parts else []
 
     def _logits(self, targets: SoftTargets) -> Tensor:

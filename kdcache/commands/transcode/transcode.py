@@ -34,13 +34,17 @@ _COUNTED = 16  # shards whose labels are counted for frequency ranks
 
 
 def transcode(
-    options: TranscodeOptions, *, on_progress: Callable[[Progress], None] | None = None
+    options: TranscodeOptions,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> BuildResult:
     """Make a cache from another, or finish an interrupted one.
 
     Args:
         options: what to make.
         on_progress: called in this thread, a few times a second at most.
+        report: takes a line about what is done before the first progress.
 
     Raises:
         UsageError: wrong options, or a source whose targets do not determine the new ones.
@@ -48,7 +52,7 @@ def transcode(
             or the source is not finished.
         CorruptCacheError: the source is damaged.
     """
-    return make_cache(functools.partial(_plan, options), options.out, options, on_progress)
+    return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
 
 
 def _plan(options: TranscodeOptions) -> CachePlan:
@@ -80,6 +84,7 @@ def _plan(options: TranscodeOptions) -> CachePlan:
         ],
         CacheSourceOptions(source.storage.url, digest, "cuda" if gpus else "cpu"),
         gpus,
+        opening="opening the source",
     )
 
 
