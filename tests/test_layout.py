@@ -20,6 +20,7 @@ GROUND = {
     "choices",
     "errors",
     "extras",
+    "lora",
     "models",
     "tasks",
     "options",
@@ -35,6 +36,7 @@ ONLY = {  # a library, and where alone it may be imported
     "h5py": r"cache/(shard|hdf5)",
     "ray": r"cluster|commands/.*/on_ray|commands/sweep/pool",
     "fsspec": r"storage/filesystem",
+    "peft": r"(student|teacher)/adapter",
 }
 EXCEPTIONS: dict[str, set[str]] = {}
 PURE = {

@@ -216,14 +216,6 @@ def test_encoder_decoders(tiny_tokenizer: Path, small_build: BuildOptions, tmp_p
     )
 
 
-def test_adapters(tiny_lm: Path, small_build: BuildOptions, tmp_path: Path) -> None:
-    import shutil
-
-    folder = shutil.copytree(tiny_lm, tmp_path / "adapter")
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "their/base"}')
-    refused(folder, CAUSAL_LM, small_build, "^teacher .*is an adapter of their/base, not a model")
-
-
 def test_a_library_of_quantisation_that_is_missing(
     tiny_lm: Path, small_build: BuildOptions, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -109,7 +110,8 @@ def losses(run: str | Path) -> list[float]:
 
 
 def weights(run: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(run, "model.safetensors"))
+    (path,) = Path(run).glob("*model.safetensors")
+    return load_file(path)
 
 
 class StopError(Exception):
@@ -858,10 +860,10 @@ def same_metrics(
     ("name", "more"),
     [
         ("classes", {}),
-        ("causal", {}),
+        ("causal", {"lora": "r=2", "gradient_checkpointing": True}),
         ("anchored", {"fsdp": True, "gradient_checkpointing": True}),
     ],
-    ids=["classes", "causal", "anchored-fsdp"],
+    ids=["classes", "causal-lora", "anchored-fsdp"],
 )
 def test_two_workers_take_the_steps_of_one(
     options: Make, folder: Path, tmp_path: Path, name: str, more: dict[str, Any]
@@ -871,13 +873,19 @@ def test_two_workers_take_the_steps_of_one(
     path.write_text(
         json.dumps(json.loads((folder / student).read_text()) | {"hidden_dropout_prob": 0.0})
     )
+    lora = {name: more[name] for name in ("lora",) if name in more}
+    if lora:
+        pytest.importorskip("peft", reason="peft is optional")
+        config = AutoConfig.for_model(**LLAMA, vocab_size=64, pad_token_id=0)
+        path = tmp_path / "base"
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
     common = {
         "cache": str(folder / name), "student": str(path), "batch_size": 11, "epochs": 2,
-        "eval_cache": str(folder / name), "temperature": 2, "gradient_accumulation": 2,
+        "eval_cache": str(folder / name), "temperature": 2, "gradient_accumulation": 2, **lora,
     }  # fmt: skip
     alone = options(out=str(tmp_path / "alone"), streams=2, **common)
     train(alone)
-    both = options(out=str(tmp_path / "both"), num_workers=2, **common, **more)
+    both = options(out=str(tmp_path / "both"), num_workers=2, **common | more)
     kinds = on_two_workers(both)
     assert kinds == ({"DTensor"} if "fsdp" in more else {"Parameter"})
     same_metrics(metrics(both.out), metrics(alone.out), 1e-3, 2e-5)

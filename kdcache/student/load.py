@@ -4,7 +4,8 @@
 name                 student
 ===================  ===========================================================================
 folder or hub id     a Hugging Face model with its weights; a plain encoder gets a new
-                     classifier head; also what `save_pretrained` of any student here wrote
+                     classifier head; also what `save_pretrained` of any student here wrote;
+                     an adapter is merged into its base
 ``CONFIG.json``      a Hugging Face (or bilstm) architecture, randomly initialised
 ``bilstm``           the built-in classifier, with words or the teacher's tokens
 ``module:function``  the result of ``function(info)``: a `torch.nn.Module` whose forward
@@ -38,12 +39,15 @@ from transformers import (
 )
 
 from kdcache.errors import UsageError
+from kdcache.lora import Lora
 from kdcache.models import BILSTM, BiLstmConfig
+from kdcache.student.adapter import refuse_second, with_lora
 from kdcache.student.bilstm import BiLstmForSequenceClassification
 from kdcache.student.info import StudentInfo
 from kdcache.student.words import read_embeddings, word_tokenizer
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
-from kdcache.teacher import TeacherFiles
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, task_of
+from kdcache.teacher import TeacherFiles, quiet_transformers
+from kdcache.teacher.adapter import ADAPTER_CONFIG
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -61,6 +65,7 @@ def load_student(
     *,
     options: Mapping[str, Any] | None = None,
     embeddings: str | Path | None = None,
+    lora: Lora | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -72,6 +77,7 @@ def load_student(
         options: only for bilstm: fields of `BiLstmConfig`, and `tokenizer` ("words" or "teacher"),
             `min_count`, `max_words`, `lower` of its vocabulary.
         embeddings: only for bilstm with words: GloVe or word2vec text file, .gz too.
+        lora: give a Hugging Face student this adapter, and train that alone.
         dtype: of the weights of Hugging Face students (training in float16 weights does not
             converge).
         trust_remote_code: run code that a folder or hub repository brings or names.
@@ -85,11 +91,20 @@ def load_student(
     raw = _config_file(name)
     trained = info is None
     if info is None:
-        info = StudentInfo.saved(name, raw or {})
+        if raw is None and (Path(name) / ADAPTER_CONFIG).is_file():
+            files = find_files(name, "student", trust_remote_code=trust_remote_code)
+            info = StudentInfo.saved(name, files.raw_config)
+        else:
+            info = StudentInfo.saved(name, raw or {})
     kind = None if raw is None else raw.get("model_type")
     if raw is not None:
         check_config(f"student {name}", raw, trust_remote_code=trust_remote_code)
     new_bilstm = name == "bilstm" or (kind == BILSTM and not Path(name).is_dir())
+    if lora is not None and (kind in (BILSTM, FACTORY_TYPE) or not is_model(name)):
+        raise UsageError(
+            f"--lora adapts Hugging Face models with their weights, and student {name} is none. "
+            "Name a folder or a hub id, or train without --lora."
+        )
     if (options or embeddings) and not new_bilstm:
         raise UsageError(
             f"sizes and embeddings are options of a new bilstm, not of student {name}."
@@ -99,12 +114,12 @@ def load_student(
             student: nn.Module = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)
         elif kind == FACTORY_TYPE:
             student = _saved_factory(Path(name), raw or {}, info)
-        elif _FACTORY.fullmatch(name) and not Path(name).exists():
+        elif _is_factory(name):
             student = _from_factory(name, info)
         elif raw is not None and Path(name).is_file():
             student = _from_config(name, raw, info, dtype, trust_remote_code)
         else:
-            student = _from_weights(name, info, dtype, trust_remote_code)
+            student = _from_weights(name, info, dtype, trust_remote_code, lora)
     _check(student, name, info, trust_remote_code)
     return student.train(not trained)
 
@@ -163,6 +178,15 @@ class HfTokenize:
         return dict(out)
 
 
+def is_model(name: str) -> bool:
+    """Whether a student's name is that of a folder or a hub id, which has weights."""
+    return not (name == "bilstm" or Path(name).is_file() or _is_factory(name))
+
+
+def _is_factory(name: str) -> bool:
+    return _FACTORY.fullmatch(name) is not None and not Path(name).exists()
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
@@ -173,6 +197,8 @@ def _seeded(seed: int) -> Iterator[None]:
 def _config_file(name: str) -> dict[str, Any] | None:
     """The JSON of a config file, or of a folder's config.json; None if there is none."""
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        return None
     if path.suffix != ".json" or not path.is_file():
         if name.endswith(".json"):
             raise UsageError(f"student {name}: no such file.")
@@ -343,15 +369,17 @@ def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles
         raise UsageError(str(error).replace("teacher", role, 1)) from error
 
 
-def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool) -> nn.Module:
-    folder = find_files(name, "student", trust_remote_code=trust).folder
+def _from_weights(
+    name: str, info: StudentInfo, dtype: torch.dtype, trust: bool, lora: Lora | None
+) -> nn.Module:
+    files = find_files(name, "student", trust_remote_code=trust)
+    if lora is not None:
+        refuse_second(name, files)
     trained = True
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        config = files.config
         if info.task == SEQUENCE_CLASSIFICATION:
-            trained = any(
-                "SequenceClassification" in a for a in getattr(config, "architectures", None) or ()
-            )
+            trained = task_of(files.raw_config) == SEQUENCE_CLASSIFICATION
             if trained and config.num_labels != info.num_labels:
                 raise UsageError(
                     f"student {name} has {config.num_labels} classes, the cache has "
@@ -362,23 +390,25 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
                 config.pad_token_id = info.pad_id
             for key, value in _labels(info).items():
                 setattr(config, key, value)
-        student, found = _auto(info).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with quiet_transformers():  # what is missing is judged below
+            student, found = _auto(info).from_pretrained(
+                files.whole,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"student {name} cannot be loaded as a {info.task} model ({_first_line(error)})."
         ) from error
     # A plain encoder gets a new head, and a new pooler if it has none; nothing else may be random.
     body = f"{student.base_model_prefix}."
+    brought = {} if files.adapter is None else files.adapter.shapes()
     lost = sorted(
         key
-        for key in found["missing_keys"]
+        for key in set(found["missing_keys"]) - brought.keys()
         if trained or (key.startswith(body) and "pooler" not in key)
     )
     if lost:
@@ -389,6 +419,10 @@ def _from_weights(name: str, info: StudentInfo, dtype: torch.dtype, trust: bool)
     for weight in student.parameters():  # safetensors writes no stretches of larger tensors
         if weight.untyped_storage().nbytes() > weight.nbytes:
             weight.data = weight.data.clone()
+    if lora is not None:
+        return with_lora(student, lora, name, files, info, new=found["missing_keys"])
+    if files.adapter is not None:
+        student = files.merged(student).requires_grad_(True)
     return student  # type: ignore[no-any-return]
 
 

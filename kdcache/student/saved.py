@@ -7,6 +7,7 @@ forward, whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,7 +30,7 @@ from kdcache.student import (
 from kdcache.student.load import Tokenize, find_files
 from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions, task_of
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
-from kdcache.teacher.trust import FACTORY_TYPE, read_json
+from kdcache.teacher.trust import FACTORY_TYPE
 
 
 def pick_device(name: str) -> str:
@@ -65,10 +66,10 @@ class SavedModel:
         files = find_files(name, role, trust_remote_code=trust_remote_code)
         return cls(name, files, role)
 
-    @cached_property
+    @property
     def raw_config(self) -> dict[str, Any]:
         """`config.json` as it is."""
-        return read_json(f"{self.role} {self.name}", self.files.folder / "config.json")
+        return self.files.raw_config
 
     @property
     def is_factory(self) -> bool:
@@ -148,12 +149,14 @@ class SavedModel:
     @cached_property
     def parameters(self) -> int:
         """Numbers in the saved weights; tied weights are saved once."""
-        count = 0
-        for path in self.files.folder.glob("*.safetensors"):
+        shapes: dict[str, list[int]] = {}
+        for path in self.files.whole.glob("*.safetensors"):
             with safe_open(path, framework="numpy") as file:
                 for key in file.keys():  # noqa: SIM118 - not a mapping
-                    count += int(np.prod(file.get_slice(key).get_shape(), dtype=np.int64))
-        return count
+                    shapes[key] = file.get_slice(key).get_shape()
+        if self.files.adapter is not None:
+            shapes |= self.files.adapter.shapes()
+        return sum(math.prod(shape) for shape in shapes.values())
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None = None

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from kdcache.errors import UsageError
 from kdcache.loss import Anchor
 from kdcache.stream import Batch, Cursor, TargetStream
+from kdcache.student.adapter import is_adapted, trained_weights
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
     check_identity,
@@ -342,14 +342,18 @@ class DistillationTrainer(CheckpointingTrainer):
         # At the end of its schedule, so that evaluations of one run compare.
         return self.alpha(self.total_steps(self.train_dataset) - 1)
 
-    # Checkpoints: safetensors of the whole wrapper, tied weights stored once
+    # Checkpoints: safetensors of the whole wrapper, tied weights stored once; with an adapter only
+    # of what is trained
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if state_dict is None:
+        if self._adapted:
+            own = {n: p.detach().contiguous() for n, p in trained_weights(self.model).items()}
+            safetensors.torch.save_file(own, str(folder / WEIGHTS_FILE))
+        elif state_dict is None:
             safetensors.torch.save_model(self.model, str(folder / WEIGHTS_FILE))
         else:  # gathered from shards: whole tensors on the CPU
             whole = {k: v.detach().clone().contiguous() for k, v in state_dict.items()}
@@ -362,15 +366,30 @@ class DistillationTrainer(CheckpointingTrainer):
         if self.is_fsdp_enabled or not path.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        safetensors.torch.load_model(model or self.model, str(path))
+        self._load_weights(path)
+
+    def _load_weights(self, path: Path) -> None:
+        if not self._adapted:
+            safetensors.torch.load_model(self.model, str(path))
+            return
+        found = safetensors.torch.load_file(path)
+        lost = trained_weights(self.model).keys() - found.keys()
+        try:
+            unknown = self.model.load_state_dict(found, strict=False).unexpected_keys
+        except RuntimeError as error:  # other shapes
+            raise UsageError(f"{path} is of another student: {error}") from error
+        if lost or unknown:
+            raise UsageError(f"{path} is of another student: {min([*lost, *unknown])}.")
+
+    @property
+    def _adapted(self) -> bool:
+        return isinstance(self.model, DistilledStudent) and is_adapted(self.model.student)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
             super()._load_best_model()
             return
-        safetensors.torch.load_model(
-            self.model, os.path.join(self.state.best_model_checkpoint, WEIGHTS_FILE)
-        )
+        self._load_weights(Path(self.state.best_model_checkpoint, WEIGHTS_FILE))
 
     def _identity(self) -> dict[str, Any]:
         stream = self.train_dataset

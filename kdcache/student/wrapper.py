@@ -36,6 +36,7 @@ from kdcache.loss import (
 )
 from kdcache.targets import SparseTargets, Targets
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
+from kdcache.teacher.adapter import ADAPTER_FACTS
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.trust import FACTORY_TYPE
 
@@ -171,11 +172,16 @@ class DistilledStudent(nn.Module):
             save_directory: folder; made if need be.
             options: for a student's own `save_pretrained`, such as `state_dict` under FSDP.
         """
+        folder = Path(save_directory)
         save = getattr(self.student, "save_pretrained", None)
         if save is not None:
+            adapter = getattr(self.student, "kdcache_adapter", None)
+            if adapter is not None:  # PEFT would ask the hub whether embeddings are the base's
+                options["save_embedding_layers"] = False
             save(save_directory, **options)
+            if adapter is not None:
+                (folder / ADAPTER_FACTS).write_text(json.dumps(adapter, indent=2) + "\n")
             return
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         made_by = getattr(self.student, "kdcache_factory", {})
         (folder / "config.json").write_text(

@@ -14,7 +14,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from transformers import (
 from kdcache.errors import UsageError
 from kdcache.storage import redact, sha256_file
 from kdcache.storage.remote import Facts
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
 from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
-from kdcache.teacher.trust import check_folder
+from kdcache.teacher.trust import check_folder, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ _OF_LOADING = {
     "name_or_path", "proxies", "revision", "subfolder", "token", "trust_remote_code",
     "use_auth_token", "use_fast", "user_agent",
 }  # fmt: skip
+_OF_FILES = (
+    *("_name_or_path", "transformers_version", "torch_dtype", "dtype"),
+    *("base_model_name_or_path", "revision", "peft_version"),
+)
 _OF_CALLS = {"padding", "truncation"}  # settings of the last call, in tokenizer.json
 
 
@@ -58,10 +63,13 @@ class TeacherFiles:
 
     Attributes:
         name: folder, URL or hub id, as the user gave it.
-        folder: local folder with `config.json`, `*.safetensors` and the tokenizer.
+        folder: local folder with `config.json`, `*.safetensors` and the tokenizer; or that of an
+            adapter, which has its own files.
         trust_remote_code: whether code that ships with the model may run.
         listed: name, size and checksum of each weight file, where a store or the hub listed them.
         remote: the files at a URL, which it keeps on this machine.
+        adapter: of an adapter, its own files.
+        base: of an adapter, the files of the model that it changes.
     """
 
     name: str
@@ -69,6 +77,8 @@ class TeacherFiles:
     trust_remote_code: bool = False
     listed: Mapping[str, Facts] | None = field(default=None, repr=False)
     remote: RemoteModel | None = field(default=None, repr=False)
+    adapter: AdapterFolder | None = field(default=None, repr=False)
+    base: TeacherFiles | None = field(default=None, repr=False)
 
     @classmethod
     def find(
@@ -85,35 +95,46 @@ class TeacherFiles:
         Raises:
             UsageError: no such model, no safetensors weights, or code that is not trusted.
         """
-        folder, remote = Path(name).expanduser(), None
-        listed: Mapping[str, Facts] | None = None
-        if is_url(name):
-            remote = RemoteModel(name, weights=weights)
-            folder, listed, name = remote.folder, remote.weights, redact(name)
-        elif not folder.is_dir():
-            folder, listed = _download(name, weights=weights)
-        if (folder / "adapter_config.json").is_file():
-            base = json.loads((folder / "adapter_config.json").read_bytes())
+        found = _locate(name, weights=weights)
+        if not (found.folder / ADAPTER_CONFIG).is_file():
+            found.check(trust_remote_code)
+            return replace(found, trust_remote_code=trust_remote_code)
+        if found.listed:  # those of an adapter are small, and tell its classes
+            found = _locate(name, weights=True)
+        adapter = AdapterFolder(f"teacher {found.name}", found.folder)
+        base = _base(adapter, trust_remote_code=trust_remote_code, weights=weights)
+        return replace(found, trust_remote_code=trust_remote_code, adapter=adapter, base=base)
+
+    def check(self, trust_remote_code: bool) -> None:
+        """Refuse a folder that is not a whole model, or brings code that is not trusted."""
+        if not (self.folder / "config.json").is_file():
             raise UsageError(
-                f"teacher {name} is an adapter of {base.get('base_model_name_or_path')}, not a "
-                "model. Merge it first: PEFT's merge_and_unload(), then save_pretrained()."
-            )
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"teacher {name} has no config.json: it is not a Hugging Face model folder."
+                f"teacher {self.name} has no config.json: it is not a Hugging Face model folder."
             )
         check_folder(
-            f"teacher {name}", folder, trust_remote_code=trust_remote_code, elsewhere=listed or ()
+            f"teacher {self.name}",
+            self.folder,
+            trust_remote_code=trust_remote_code,
+            elsewhere=self.listed or (),
         )
-        return cls(name, folder, trust_remote_code, listed, remote)
 
     @cached_property
     def sha256(self) -> str:
-        """Identity: SHA-256 over the configuration and every weight file. About 1 GB/s."""
+        """Identity: SHA-256 over the configuration and every weight file, of an adapter over those
+        of its base as well. About 1 GB/s.
+
+        Raises:
+            UsageError: the base of an adapter was changed.
+        """
         digest = hashlib.sha256()
-        config = json.loads((self.folder / "config.json").read_bytes())
+        if self.adapter is not None and self.base is not None:
+            self.adapter.check_base(self.base.sha256)
+            digest.update(self.base.sha256.encode())
+            config = {**self.adapter.config, **self.adapter.changes()}
+        else:
+            config = json.loads((self.folder / "config.json").read_bytes())
         # What says nothing about the function computed must not make two equal teachers differ.
-        for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        for key in _OF_FILES:
             config.pop(key, None)
         digest.update(json.dumps(config, sort_keys=True).encode())
         for name in self._weights():
@@ -141,27 +162,77 @@ class TeacherFiles:
         Raises:
             UsageError: it has another identity.
         """
-        if all(map(self._checksum, self._weights())) and self.sha256 != sha256:
+        if self._known and (self.base is None or self.base._known) and self.sha256 != sha256:
             raise UsageError(
                 f"teacher {self.name} was changed since this build began. Restore it and run the "
                 "same command again, or build another cache."
             )
 
     @property
+    def _known(self) -> bool:
+        """Whether the checksums of all weights are known without reading them."""
+        return all(map(self._checksum, self._weights()))
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weight files."""
+        base = 0 if self.base is None else self.base.weight_bytes
         if self.listed:
-            return sum(facts.size for facts in self.listed.values())
-        return sum(path.stat().st_size for path in self.folder.glob(WEIGHTS))
+            return base + sum(facts.size for facts in self.listed.values())
+        return base + sum(path.stat().st_size for path in self.folder.glob(WEIGHTS))
+
+    @property
+    def whole(self) -> Path:
+        """The folder of a whole model: its own, or that of an adapter's base."""
+        return self.folder if self.base is None else self.base.folder
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """`config.json` as it is, with what an adapter changes in that of its base."""
+        raw = read_json(f"teacher {self.name}", self.whole / "config.json")
+        if self.adapter is None:
+            return raw
+        if self.adapter.task == SEQUENCE_CLASSIFICATION:
+            raw["architectures"] = ["AdaptedForSequenceClassification"]
+        return {**raw, **json.loads(json.dumps(self.adapter.changes()))}
 
     @cached_property
     def config(self) -> Any:
         """The model's configuration."""
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        changes = {} if self.adapter is None else self.adapter.changes()
+        return AutoConfig.from_pretrained(
+            self.whole, trust_remote_code=self.trust_remote_code, **changes
+        )
+
+    def check_whole(self, what: str) -> None:
+        """Refuse an adapter.
+
+        Args:
+            what: what needs a whole model: "--engine vllm".
+        """
+        if self.adapter is not None:
+            raise UsageError(
+                f"teacher {self.name} is an adapter of {self.adapter.base}, and {what} needs a "
+                "whole model. Merge it first: PEFT's merge_and_unload(), then save_pretrained()."
+            )
+
+    def merged(self, model: Any) -> Any:
+        """A model that was loaded from `whole`, with the adapter in it if there is one.
+
+        Raises:
+            UsageError: the adapter does not fit, or its base was changed.
+        """
+        if self.adapter is None or self.base is None:
+            return model
+        if "base_sha256" in self.adapter.facts:
+            self.adapter.check_base(self.base.sha256)
+        return self.adapter.merge(model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
+        """The model's tokenizer; an adapter's own, or that of its base."""
+        if self.base is not None and not self._own_tokenizer:
+            return self.base.tokenizer
         try:
             return AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
@@ -171,7 +242,11 @@ class TeacherFiles:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the folder has files of a tokenizer."""
+        """Whether the folder, or that of an adapter's base, has files of a tokenizer."""
+        return self._own_tokenizer or (self.base is not None and self.base.has_tokenizer)
+
+    @property
+    def _own_tokenizer(self) -> bool:
         return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
     @property
@@ -218,7 +293,41 @@ class TeacherFiles:
         return min(int(known), width)
 
 
-def _download(name: str, *, weights: bool) -> tuple[Path, Mapping[str, Facts] | None]:
+def _base(adapter: AdapterFolder, *, trust_remote_code: bool, weights: bool) -> TeacherFiles:
+    """The model that an adapter changes.
+
+    Raises:
+        UsageError: it is not where the adapter says, or is an adapter itself.
+    """
+    try:
+        base = _locate(adapter.base, weights=weights, revision=adapter.config.get("revision"))
+        if (base.folder / ADAPTER_CONFIG).is_file():
+            raise UsageError("it is an adapter, too, and must be merged first.")
+        base.check(trust_remote_code)
+    except UsageError as error:
+        reason = str(error).removeprefix("teacher ")
+        raise UsageError(
+            f"{adapter.who} is an adapter, and its base {adapter.base} cannot be used: {reason} "
+            f"(Its {ADAPTER_CONFIG} names the base.)"
+        ) from error
+    return replace(base, trust_remote_code=trust_remote_code)
+
+
+def _locate(name: str, *, weights: bool, revision: str | None = None) -> TeacherFiles:
+    """The folder of a model, fetched if it is elsewhere; nothing in it has been checked."""
+    folder = Path(name).expanduser()
+    if is_url(name):
+        remote = RemoteModel(name, weights=weights)
+        return TeacherFiles(redact(name), remote.folder, listed=remote.weights, remote=remote)
+    if folder.is_dir():
+        return TeacherFiles(name, folder)
+    folder, listed = _download(name, weights=weights, revision=revision)
+    return TeacherFiles(name, folder, listed=listed)
+
+
+def _download(
+    name: str, *, weights: bool, revision: str | None
+) -> tuple[Path, Mapping[str, Facts] | None]:
     """The hub's files of a model; without its weights also what the hub lists of them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -228,9 +337,10 @@ def _download(name: str, *, weights: bool) -> tuple[Path, Mapping[str, Facts] | 
     )
 
     try:
-        listed = None if weights else _listed_by_hub(name)
+        listed = None if weights else _listed_by_hub(name, revision)
         patterns = [pattern for pattern in PATTERNS if not (listed and pattern == WEIGHTS)]
-        return Path(snapshot_download(name, allow_patterns=patterns)), listed
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        return Path(folder), listed
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise UsageError(
             f"teacher {name} is neither a folder here nor a model that the hub gives "
@@ -238,14 +348,14 @@ def _download(name: str, *, weights: bool) -> tuple[Path, Mapping[str, Facts] | 
         ) from error
 
 
-def _listed_by_hub(name: str) -> Mapping[str, Facts] | None:
+def _listed_by_hub(name: str, revision: str | None) -> Mapping[str, Facts] | None:
     """Size and SHA-256 of each weight file of a model; None where the hub does not tell them."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        files = HfApi().model_info(name, files_metadata=True).siblings or []
+        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
     except Exception as error:  # of several libraries; without a network a copy here serves, too
         logger.info("the hub does not list %s: %s", name, error)
         return None

@@ -39,7 +39,7 @@ def load_models(options: TeacherOptions) -> list[Any]:
         one.check_same(sha256)
     spread = options.device == "auto"
     if options.device == "cuda":
-        needed = sum(weight_bytes(one.folder, options.dtype) for one in files)
+        needed = sum(weight_bytes(one.whole, options.dtype) for one in files)
         free = torch.cuda.mem_get_info()[0]
         spread = not fits_one_gpu(needed, free)
         if spread:
@@ -114,7 +114,9 @@ def _with_attention(files: TeacherFiles, options: TeacherOptions, settings: dict
 def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dict[str, Any]) -> Any:
     kind = AutoModelForCausalLM if options.causal else AutoModelForSequenceClassification
     try:
-        model, info = kind.from_pretrained(files.folder, output_loading_info=True, **settings)
+        if files.adapter is not None:  # which may have other classes than its base
+            settings = {**settings, "config": files.config}
+        model, info = kind.from_pretrained(files.whole, output_loading_info=True, **settings)
     except ImportError as error:
         if "attn_implementation" in settings:
             raise  # tried with another one, or refused with the option's name
@@ -122,14 +124,16 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
         raise UsageError(
             f"teacher {files.name} needs a library that is missing: {reason}"
         ) from error
-    if info["missing_keys"]:
+    brought = {} if files.adapter is None else files.adapter.shapes()
+    lost = sorted(set(info["missing_keys"]) - brought.keys())
+    if lost:
         # Transformers would fill them at random: a teacher that knows nothing.
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        missing = ", ".join(lost[:3])
         raise UsageError(
             f"teacher {files.name} has no weights for {missing}: it was not trained for "
             f"{options.task}. Fine-tune it first (`kdcache finetune`), or name another."
         )
-    return model
+    return files.merged(model)
 
 
 def set_pad_id(config: Any, files: TeacherFiles) -> None:

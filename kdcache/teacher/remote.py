@@ -55,7 +55,7 @@ class RemoteModel:
         assert isinstance(storage, RemoteStorage), "a URL is remote"
         listed = storage.facts()
         files = {n: f for n, f in listed.items() if any(fnmatch.fnmatch(n, p) for p in PATTERNS)}
-        if "config.json" not in files:
+        if "config.json" not in files and "adapter_config.json" not in files:
             raise UsageError(
                 f"teacher {redact(url)} has no config.json: it is not a Hugging Face model folder. "
                 "Name the folder that directly holds the model's files."

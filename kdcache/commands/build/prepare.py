@@ -88,6 +88,8 @@ def prepare(options: BuildOptions) -> Prepared:
     ]
     for teacher in teachers:
         teacher.check_task(options.task)
+        if options.engine == "vllm":
+            teacher.check_whole("--engine vllm")
     vocab_size = _agree(teachers, options.task)
     tokenizer = teachers[0].tokenizer
     options.check_tokenizer(tokenizer)

@@ -129,6 +129,7 @@ def _finetune(
         report("reading the corpus")
         set_seed(options.seed)
         files = find_files(options.model, "model", trust_remote_code=options.trust_remote_code)
+        files.check_whole("fine-tuning")
         tokenizer = files.tokenizer
         names = options.label_names or label_names_of(options)
         rows, unlabelled = labelled_rows(options, options.corpus, names, tokenizer)

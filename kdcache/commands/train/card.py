@@ -30,11 +30,14 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     name = plan.out.name
     causal = spec.task == CAUSAL_LM
     header = {
-        "library_name": "transformers" if model_type else "kdcache",
+        "library_name": "peft" if options.lora else "transformers" if model_type else "kdcache",
         "pipeline_tag": _PIPELINES.get(spec.task, "text-classification"),
         "tags": ["knowledge-distillation", "kdcache"],
     }
     teachers = dict.fromkeys(str(t) for c in plan.caches for t in c.notes.get("teachers", ()))
+    trained = f"{result.parameters:,}"
+    if options.lora:
+        trained += f", of which {result.trained or 0:,} are trained"
     loss = (
         "hard labels alone"
         if options.hard_only
@@ -45,7 +48,8 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         ("task", spec.task),
         ("teacher", ", ".join(teachers) or "unknown"),
         ("student began as", redact(options.student)),
-        ("parameters", f"{result.parameters:,}"),
+        *([("adapter", f"LoRA, {options.adapter}")] if options.lora else []),
+        ("parameters", trained),
         ("loss", loss),
         ("training", f"{result.steps:,} steps of {options.batch_size} rows, {result.rows:,} rows"),
         ("seed", str(options.seed)),
@@ -62,7 +66,9 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     # Its own models are registered with transformers by the import.
     first = "import kdcache\n" if not model_type or model_type.startswith("kdcache-") else ""
     call = "kdcache.load_student"
-    if model_type:
+    if options.lora:
+        first = "import kdcache\n"  # merges it into its base, with a classifier's own classes
+    elif model_type:
         first += f"from transformers import {auto}\n"
         call = f"{auto}.from_pretrained"
     trust = "" if model_type else f", trust_remote_code={True}"  # the code that made it

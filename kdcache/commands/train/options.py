@@ -11,6 +11,7 @@ from kdcache.choices import Divergence, Tail
 from kdcache.commands.groups import LearningOptions
 from kdcache.commands.train.place import Place
 from kdcache.errors import UsageError
+from kdcache.lora import Lora
 from kdcache.options import Options, option, options_of
 from kdcache.storage import redact
 
@@ -146,6 +147,16 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         help="folder of the run: checkpoints, logs and the finished student.",
         metavar="RUN",
         decides="nothing",
+    )
+    lora: str | None = option(
+        None,
+        help=(
+            "train only a low-rank adapter of a Hugging Face student (extra `lora`), such as "
+            "`r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj`. Default: alpha twice r, no "
+            "dropout, targets all-linear."
+        ),
+        metavar="r=R[,alpha=A][,targets=NAMES]",
+        decides="student",
     )
     cache_weight: tuple[float, ...] = option(
         (), help="how often an epoch uses the rows of each cache; default 1 each."
@@ -289,7 +300,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
     learning_rate: float | None = option(
         None,
         help="peak of the learning rate. Default: 1e-3 for the biLSTM, 5e-4 for random weights, "
-        "else 5e-5.",
+        "2e-4 for an adapter, else 5e-5.",
         above=0,
     )
 
@@ -312,6 +323,15 @@ class TrainOptions(LearningOptions, BiLstmOptions):
             _ = self.theta
         except UsageError as error:
             wrong.append(str(error))
+        try:
+            _ = self.adapter
+        except UsageError as error:
+            wrong.append(str(error))
+        if self.lora is not None and self.fsdp:
+            wrong.append(
+                "--fsdp shards all of a student's weights: with --lora train without it, the "
+                "optimizer is small."
+            )
         if self.cache_weight and len(self.cache_weight) != len(self.cache):
             wrong.append(f"{len(self.cache_weight)} cache weights for {len(self.cache)} caches.")
         if not self.eval_cache and (self.patience is not None or self.eval_steps is not None):
@@ -363,6 +383,11 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         return theta
 
     @property
+    def adapter(self) -> Lora | None:
+        """The adapter that is trained; None trains all weights."""
+        return None if self.lora is None else Lora.parse(self.lora)
+
+    @property
     def hard_only(self) -> bool:
         """Whether the soft targets have no weight at all."""
         return self.alphas == Schedule(1.0, 1.0)
@@ -385,6 +410,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         """The options that a resumed run may not change; caches count by their digest instead."""
         values = self.to_dict()
         values["alpha"], values["temperature"] = str(self.alphas), str(self.temperatures)
+        values["lora"] = None if self.adapter is None else str(self.adapter)
         values["anchor"] = "auto" if self.theta is None else self.theta
         return {
             one.name: values[one.name]

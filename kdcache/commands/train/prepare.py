@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,8 +20,10 @@ from kdcache.files import LOCK_FILE, local_path
 from kdcache.loss import check_loss
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.student.checkpoints import check_identity, continues, last_checkpoint, read_state
+from kdcache.student.load import find_files, is_model
 from kdcache.targets import Codec, SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.teacher.adapter import ADAPTER_CONFIG
 
 RESULT_FILE = "train.json"
 _AUTO = "--resume auto"
@@ -99,7 +102,17 @@ class RunPlan:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share; its checkpoints add its training caches."""
         digests = [cache.digest for cache in self.eval_caches]
-        return {**self.options.decisive(), "streams": self.streams, "eval_caches": digests}
+        facts = {**self.options.decisive(), "streams": self.streams, "eval_caches": digests}
+        return facts if self.base_sha256 is None else {**facts, "base_sha256": self.base_sha256}
+
+    @functools.cached_property
+    def base_sha256(self) -> str | None:
+        """Identity of the weights that an adapter is trained on: checkpoints do not hold them."""
+        options = self.options
+        if options.lora is None or not is_model(options.student):
+            return None
+        trust = options.trust_remote_code
+        return find_files(options.student, "student", trust_remote_code=trust).sha256
 
     @property
     def streams(self) -> int:
@@ -129,7 +142,7 @@ class RunPlan:
         """
         path = self.out / RESULT_FILE
         if path.is_file():
-            if not (self.out / "config.json").is_file():
+            if not any((self.out / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
                 raise UsageError(
                     f"{self.out} is a run of an earlier version of kdcache. Choose another --out."
                 )

@@ -45,6 +45,7 @@ class TrainResult:
         best_step: step of the checkpoint that became the student, where there were evaluations.
         seconds: wall time of training, over all sittings.
         parameters: parameters of the student.
+        trained: how many of them training changes; None in runs of earlier versions.
         vocabulary: ids of the student's own tokenizer; None where it reads the cache's ids.
         unknown: share of that tokenizer's tokens of the training texts that are unknown; None where
             its vocabulary has no unknown.
@@ -67,6 +68,7 @@ class TrainResult:
     best_step: int | None = None
     seconds: float = 0.0
     parameters: int = 0
+    trained: int | None = None
     vocabulary: int | None = None
     unknown: float | None = None
     eval_unknown: float | None = None

@@ -5,7 +5,8 @@
 
 A run's folder holds `checkpoint-N/` (weights, optimizer, random state, cursor), `metrics.jsonl` (a
 line a logged step or evaluation), the student's own files (`config.json`, `model.safetensors`, its
-tokenizer), so that its own library loads it from this folder, and, written last, `train.json`
+tokenizer; of an adapter `adapter_config.json` and `adapter_model.safetensors`), so that its own
+library loads it from this folder, and, written last, `train.json`
 (options, digests of the caches, result). A folder with `train.json` is finished, and the same
 command on it does nothing; without it the same command continues from the last complete
 checkpoint.
@@ -55,6 +56,7 @@ from kdcache.student import (
     load_student,
     student_tokenize,
 )
+from kdcache.student.adapter import is_adapted
 from kdcache.student.checkpoints import read_state
 from kdcache.student.padding import check_rows
 from kdcache.student.precision import Computing, use_one_gpu
@@ -128,6 +130,7 @@ class Run:
             best_step=best,
             seconds=seconds,
             parameters=sum(p.numel() for p in self.student.parameters()),
+            trained=sum(p.numel() for p in self.student.parameters() if p.requires_grad),
             teacher_cross_entropy=teacher_cross_entropy(plan.caches, plan.options.cache_weight),
             eval_teacher_cross_entropy=teacher_cross_entropy(plan.eval_caches),
             **_vocabulary(plan, self.tokenize),
@@ -189,6 +192,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
             info,
             options=options.bilstm,
             embeddings=options.embeddings,
+            lora=options.adapter,
             trust_remote_code=options.trust_remote_code,
         )
         tokenize = student_tokenize(
@@ -372,6 +376,8 @@ def _best_metric(plan: RunPlan) -> str:
 def _learning_rate(name: str, student: DistilledStudent) -> float:
     if isinstance(student.student, BiLstmForSequenceClassification):
         return 1e-3
+    if is_adapted(student.student):
+        return 2e-4
     # Random weights take larger steps than trained ones.
     return 5e-4 if name.endswith(".json") or (":" in name and not os.path.exists(name)) else 5e-5
 

@@ -52,6 +52,7 @@ class EngineModel:
         assert options.engine is not None, "an engine was asked for"
         (name,) = options.names
         files = TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+        files.check_whole("--engine vllm")
         for sha256 in options.identities:
             files.check_same(sha256)
         self.name = files.name

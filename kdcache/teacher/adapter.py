@@ -1,0 +1,193 @@
+"""Adapters as PEFT saves them: small weights beside the name of the model that they change.
+
+An adapter's folder holds `adapter_config.json`, which names the base, `adapter_model.safetensors`,
+and where kdcache made it `kdcache_adapter.json`: the SHA-256 of the base as it was, and a
+classifier's classes. To answer, the adapter is merged into its base, which gives a plain model of
+the base's class: `W + (alpha / r) B A` for a LoRA.
+
+Guarantee: pickled adapters, bases that were changed since, and adapters whose weights do not all
+find their place are refused. No global random numbers are drawn.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from kdcache.errors import UsageError
+from kdcache.extras import needs
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.teacher.trust import read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FACTS = "kdcache_adapter.json"
+_PREFIX = "base_model.model."
+_TASKS = {"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": SEQUENCE_CLASSIFICATION}
+_HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
+
+
+class AdapterFolder:
+    """The files of an adapter, without its base.
+
+    Attributes:
+        who: the model, for messages: "teacher NAME".
+        folder: where they are.
+        config: its `adapter_config.json`.
+        facts: its `kdcache_adapter.json`; empty where another program made it.
+    """
+
+    def __init__(self, who: str, folder: Path) -> None:
+        """Read the small files.
+
+        Args:
+            who: the model, for messages.
+            folder: with `adapter_config.json`.
+
+        Raises:
+            UsageError: it has no safetensors weights, names no base, or would import a module.
+        """
+        self.who, self.folder = who, folder
+        self.config = read_json(who, folder / ADAPTER_CONFIG)
+        facts = folder / ADAPTER_FACTS
+        self.facts = read_json(who, facts) if facts.is_file() else {}
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            others = sorted(path.name for path in folder.glob("*.bin"))
+            pickled = f" ({others[0]} is not loaded: convert it)" if others else ""
+            raise UsageError(
+                f"{who} is an adapter without weights: expected {ADAPTER_WEIGHTS} in it{pickled}."
+            )
+        try:
+            with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
+                self._all_shapes = {
+                    name: file.get_slice(name).get_shape()
+                    for name in file.keys()  # noqa: SIM118 - not a mapping
+                }
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{who}: {ADAPTER_WEIGHTS} cannot be read ({error}).") from error
+        if not isinstance(self.config.get("base_model_name_or_path"), str):
+            raise UsageError(
+                f"{who} is an adapter that names no base: write it into {ADAPTER_CONFIG} as "
+                "base_model_name_or_path."
+            )
+        if self.config.get("megatron_config"):  # which would import a module by its name
+            raise UsageError(f"{who} is an adapter for Megatron; merge it there first.")
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the model that it changes."""
+        return str(self.config["base_model_name_or_path"])
+
+    @property
+    def task(self) -> str | None:
+        """The task that it was trained for, or None if it does not say."""
+        return _TASKS.get(str(self.config.get("task_type")))
+
+    def changes(self) -> dict[str, Any]:
+        """Fields of the base's configuration that are others with the adapter."""
+        if self.task != SEQUENCE_CLASSIFICATION:
+            return {}
+        found: dict[str, Any] = {}
+        names = self.facts.get("label_names")
+        if names is None and (rows := self._head_rows()) is not None:
+            names = [f"LABEL_{i}" for i in range(rows)]
+        if names is not None:
+            names = [str(name) for name in names]
+            found["id2label"] = dict(enumerate(names))
+            found["label2id"] = {name: i for i, name in enumerate(names)}
+        if self.facts.get("pad_id") is not None:
+            found["pad_token_id"] = int(self.facts["pad_id"])
+        return found
+
+    def _head_rows(self) -> int | None:
+        """Classes of a head that the adapter brings."""
+        for name, shape in self.shapes().items():
+            if _HEAD.fullmatch(name):
+                return shape[0]
+        return None
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the tensors that replace or complete the base's own, by their names in it."""
+        return {
+            name.removeprefix(_PREFIX): shape
+            for name, shape in self._all_shapes.items()
+            if "lora_" not in name
+        }
+
+    def check_base(self, sha256: str) -> None:
+        """Refuse another base than the adapter was trained on, where that is known.
+
+        Raises:
+            UsageError: it was changed.
+        """
+        if self.facts.get("base_sha256", sha256) != sha256:
+            raise UsageError(
+                f"{self.who} was trained on other weights than {self.base} has now. Put the "
+                "original model back, or train the adapter again."
+            )
+
+    def merge(self, model: Any) -> Any:
+        """The base with the adapter's weights in it: the same object, changed.
+
+        Args:
+            model: the base, loaded.
+
+        Raises:
+            UsageError: the adapter is of another kind or another model.
+        """
+        with needs("lora", f"{self.who}, an adapter,"):
+            from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+        try:
+            weights = load_file(self.folder / ADAPTER_WEIGHTS)
+            with quiet_peft(), torch.random.fork_rng(devices=[]):
+                config = PeftConfig.from_pretrained(str(self.folder))
+                config.inference_mode = True
+                if config.is_prompt_learning:
+                    raise UsageError(
+                        f"{self.who} is an adapter of kind {config.peft_type.value}, which adds "
+                        "tokens and cannot be merged into its base. Use a LoRA, or a whole model."
+                    )
+                adapted = get_peft_model(model, config)
+                found = set_peft_model_state_dict(adapted, weights)
+                self._check_places(adapted, weights, found.unexpected_keys)
+                merged = adapted.merge_and_unload()
+        except (
+            *(AttributeError, KeyError, NotImplementedError, OSError, RuntimeError),
+            *(SafetensorError, TypeError, ValueError),
+        ) as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise UsageError(
+                f"{self.who} is an adapter that does not fit its base {self.base}: {reason}."
+            ) from error
+        return merged
+
+    def _check_places(
+        self, adapted: Any, weights: Mapping[str, Any], unexpected: Iterable[str]
+    ) -> None:
+        from peft import get_peft_model_state_dict
+
+        with quiet_peft():
+            own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        lost = sorted({*unexpected, *(own.keys() - weights.keys())})
+        if lost:
+            raise UsageError(
+                f"{self.who} is an adapter that does not fit its base {self.base}: "
+                f"{lost[0]} and {len(lost) - 1} others have no counterpart."
+            )
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Context without PEFT's advice to those who call it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\b")
+        yield
