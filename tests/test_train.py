@@ -970,13 +970,39 @@ def test_only_hugging_face_students_are_sharded(options: Make) -> None:
         make_student(RunPlan.make(options(student="bilstm", num_workers=2, fsdp=True, **SMALL)))
 
 
+PORTS = """
+import ipaddress, os
+from pathlib import Path
+import psutil
+from kdcache.student import load_student
+
+
+def make(info):
+    for port in psutil.Process().net_connections("inet"):
+        ip = ipaddress.ip_address(port.laddr.ip.removeprefix("::ffff:"))
+        with Path("ports.txt").open("a") as file:
+            if not port.raddr:
+                file.write(f"{os.getpid()} {ip} {ip.is_loopback}\\n")
+    return load_student("bert.json", info)
+"""
+
+
 @pytest.mark.end_to_end
-def test_ray_train_runs_two_workers(options: Make, folder: Path, tmp_path: Path) -> None:
-    alone = options(out=str(tmp_path / "alone"), student="bilstm", streams=2, **SMALL)
+def test_ray_train_runs_two_workers(
+    options: Make, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing outside this machine can reach them: they are of a Ray of our own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "listening.py").write_text(PORTS)
+    (tmp_path / "bert.json").write_text(json.dumps(BERT | {"hidden_dropout_prob": 0.0}))
+    alone = options(out=str(tmp_path / "alone"), student="bert.json", streams=2)
     train(alone)
-    both = options(out=str(tmp_path / "both"), student="bilstm", num_workers=2, **SMALL)
+    both = options(out=str(tmp_path / "both"), student="listening:make", num_workers=2)
     seen: list[int] = []
     result = train(both, on_progress=lambda now: seen.append(now.step))
     assert result.made
     assert seen == list(range(1, 13))
     assert losses(both.out) == pytest.approx(losses(alone.out), abs=1e-4)
+    ports = [line.split() for line in (tmp_path / "ports.txt").read_text().splitlines()]
+    assert len({process for process, _, _ in ports}) == 2
+    assert [ip for _, ip, private in ports if private != "True"] == []

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdcache.cluster import at_home, check_own_ray, connect
+from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
 from kdcache.commands.train.log import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RESULT_FILE, RunPlan
@@ -55,10 +58,12 @@ def train_on_ray(
 
     with needs("cluster", "--num-workers"):
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
     plan, follower = RunPlan.make(options), None
     owns = connect(options.address)
+    here = owns and cluster_address(options.address) is None
+    private = tempfile.mkdtemp(prefix="kdcache-") if here else None
     try:
         have = ray.cluster_resources()
         gpus, cpus = shares(options, have.get("GPU", 0), have.get("CPU", 1))
@@ -78,7 +83,7 @@ def train_on_ray(
                 "threads": cpus,
                 "folder": str(Path.cwd()),
             },
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            torch_config=_process_group("nccl" if gpus else "gloo", private),
             scaling_config=ScalingConfig(
                 num_workers=options.num_workers,
                 use_gpu=gpus > 0,
@@ -126,6 +131,8 @@ def train_on_ray(
     finally:
         if owns:
             ray.shutdown()
+        if private is not None:
+            shutil.rmtree(private, ignore_errors=True)
         if follower is not None:
             follower.ended()
     if wrong:
@@ -154,6 +161,51 @@ def shares(options: TrainOptions, gpus: float, cpus: float) -> tuple[float, int]
             "--num-workers."
         )
     return each, threads
+
+
+def _process_group(backend: str, private: str | None) -> Any:
+    """How the workers form torch's process group, for Ray Train.
+
+    Torch's store listens on all interfaces and asks nobody who he is, and gloo listens where the
+    machine's name points to. Workers that are all on this machine need neither.
+
+    Args:
+        backend: `nccl` or `gloo`.
+        private: for workers of a Ray of our own: a folder that only this user can read, in which
+            they meet; they talk over the loopback interface.
+    """
+    import ray
+    from ray.train.torch import TorchConfig, config
+
+    if private is None:
+        return TorchConfig(backend=backend)
+    meeting = f"file://{private}/"
+
+    class OnLoopback(config._TorchBackend):  # type: ignore[misc]
+        def on_start(self, workers: Any, torch_config: Any) -> None:
+            url = meeting + secrets.token_hex(8)  # of each start its own: such files are used once
+            workers.execute(_talk_on_loopback)
+            workers.execute(config._set_torch_distributed_env_vars)
+            ranks = range(len(workers))
+            arguments = {"backend": backend, "world_size": len(ranks), "init_method": url}
+            arguments["timeout_s"] = torch_config.timeout_s
+            setup = config._setup_torch_process_group
+            ray.get(
+                [workers.execute_single_async(n, setup, world_rank=n, **arguments) for n in ranks]
+            )
+
+    class LoopbackConfig(TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> type[Any]:
+            return OnLoopback
+
+    return LoopbackConfig(backend=backend)
+
+
+def _talk_on_loopback() -> None:
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if names:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = names[0]
 
 
 def _work(config: dict[str, Any]) -> None:
