@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
+Attend = Literal["row", "document"]
 Documents = Literal["file", "paragraph", "line"]
 Form = Literal["auto", "text", "messages", "prompt", "ids"]
 Labels = Literal["token", "next", "none"]

@@ -25,6 +25,7 @@ import yaml
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
+from kdcache.stream.batch import collate
 from kdcache.targets import AnchoredTargets, DenseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
 
@@ -346,6 +347,7 @@ def test_format_of_a_language_model(
         BuildOptions(
             (str(tiny_lm),), (str(text_corpus),), out, codec=codec, temperatures=temperatures,
             max_length=32, limit=12, workers=0,
+            attend="document" if codec.startswith("topk") else "row",
         )
     )  # fmt: skip
     _same_as_library(plain_reader, Cache.open(out), out)
@@ -373,6 +375,10 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     for i, (ids, labels) in enumerate(rows):
         np.testing.assert_array_equal(ids, data.row(i).input_ids)
         np.testing.assert_array_equal(labels, data.row(i).labels)
+    if data.starts is not None:
+        divided = collate(data, pad_id=0, temperature=None)["position_ids"]
+        for i, at in enumerate(reader["position_ids"](out, name)):
+            np.testing.assert_array_equal(at, divided[i, : len(at)])
     if data.label_logprob is not None:
         ours, theirs = decode_logprobs(data.label_logprob), reader["label_logprobs"](out, name)
         np.testing.assert_allclose(theirs, ours, rtol=1e-7)

@@ -55,6 +55,7 @@ def test_golden_rows_are_read(name: str) -> None:
             assert row.labels.tolist() == want["labels"]
             assert (None if row.type_ids is None else row.type_ids.tolist()) == want["type_ids"]
             assert (row.text, row.text_pair) == (want["text"], want["text_pair"])
+            assert (None if row.starts is None else row.starts.tolist()) == want.get("starts")
 
 
 def test_golden_targets_are_read(name: str) -> None:

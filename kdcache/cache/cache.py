@@ -366,6 +366,7 @@ class Cache:
                 counts=entry.counts,
                 ranks=ranks,
                 label_logprob=self.spec.label_logprob,
+                starts=self.spec.apart,
                 with_targets=targets,
             )
 

@@ -125,6 +125,7 @@ def check_shard(
                 counts=entry.counts,
                 ranks=ranks,
                 label_logprob=cache.spec.label_logprob,
+                starts=cache.spec.apart,
             )
             check_values(data, cache.spec, ids)
             codes = data.label_logprob

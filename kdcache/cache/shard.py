@@ -37,6 +37,7 @@ _REQUIRED = {
 }
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
 _LABEL_LOGPROB = ("label_logprob",)
+_STARTS = ("starts",)
 _MEMORY = 1 << 30  # that reading any shard may take
 _MEMORY_PER_BYTE = 64  # of the file, for those that need more; real ones take at most 27
 _U1, _U2, _U4, _I4 = ("|u1",), ("<u2",), ("<u4",), ("<i4",)
@@ -59,6 +60,8 @@ class ShardData:
         text_pairs: the second text of each row, or None.
         label_logprob: uint16 [positions], codes of the teacher's log-probability of each label (see
             `kdcache.targets.label_logprob`), or None where the cache keeps none.
+        starts: bool [tokens], where a document begins that attends to no other one of its row, or
+            None where rows are not divided.
     """
 
     task: str
@@ -70,6 +73,7 @@ class ShardData:
     texts: list[str] | None = None
     text_pairs: list[str] | None = None
     label_logprob: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
     @classmethod
     def from_rows(
@@ -93,6 +97,10 @@ class ShardData:
         if typed:
             assert len(typed) == len(rows), "either every row has type ids or none"
             data.type_ids = _concatenate(typed, np.uint8)
+        divided = [row.starts for row in rows if row.starts is not None]
+        if divided:
+            assert len(divided) == len(rows), "either every row is divided or none"
+            data.starts = _concatenate(divided, np.bool_)
         if task != CAUSAL_LM:
             data.texts = [row.text or "" for row in rows]
             if any(row.text_pair is not None for row in rows):
@@ -128,6 +136,7 @@ class ShardData:
             type_ids=None if self.type_ids is None else self.type_ids[tokens],
             text=None if self.texts is None else self.texts[index],
             text_pair=None if self.text_pairs is None else self.text_pairs[index],
+            starts=None if self.starts is None else self.starts[tokens],
         )
 
 
@@ -182,6 +191,8 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
             _write(rows, "next_ids", next_ids)
             if data.label_logprob is not None:
                 _write(rows, "label_logprob", data.label_logprob)
+            if data.starts is not None:
+                _write(rows, "starts", data.starts.astype(np.uint8))
         else:
             _write(rows, "labels", data.labels.astype(np.int32))
         for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
@@ -203,6 +214,7 @@ def read_shard(
     counts: ShardCounts | None = None,
     ranks: np.ndarray | None = None,
     label_logprob: bool = False,
+    starts: bool = False,
     with_targets: bool = True,
 ) -> ShardData:
     """Read one shard whole.
@@ -213,6 +225,7 @@ def read_shard(
         counts: what the manifest says; compared before any column is read.
         ranks: the cache's table from frequency rank to id, where it has one.
         label_logprob: whether the cache keeps the log-probability of each label.
+        starts: whether the documents of its rows do not attend to each other.
         with_targets: False reads no column of the targets and leaves them empty.
 
     Raises:
@@ -221,7 +234,7 @@ def read_shard(
     with open_file(path) as file:
         n, task = _check_head(path, file, codec, counts)
         _check_memory(path, file, n)
-        required = _REQUIRED[task] + _LABEL_LOGPROB * label_logprob
+        required = _REQUIRED[task] + _LABEL_LOGPROB * label_logprob + _STARTS * starts
         rows = columns_of(path, file, "rows", required, _OPTIONAL)
         lengths = _read(path, rows, "lengths", _U4, n.rows)
         offsets = _offsets(lengths.astype(np.int64))
@@ -257,6 +270,7 @@ def read_shard(
             texts=_read_texts(path, rows, "text", n.rows),
             text_pairs=_read_texts(path, rows, "text_pair", n.rows),
             label_logprob=logprobs,
+            starts=_read_starts(path, rows, offsets, labels) if starts else None,
         )
     if data.position_offsets[-1] != n.positions:
         raise CorruptCacheError(
@@ -414,6 +428,18 @@ def _join_labels(
     labels[offsets[1:] - 1] = next_ids
     labels[has_label == 0] = IGNORE
     return labels
+
+
+def _read_starts(path: Path, rows: Any, offsets: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    flags = _read(path, rows, "starts", _U1, len(labels))
+    if flags.max(initial=0) > 1 or not flags[offsets[:-1]].all():
+        raise CorruptCacheError(f"{path}: column starts does not mark the first token of each row.")
+    starts = flags.astype(np.bool_)
+    within = starts.copy()
+    within[offsets[:-1]] = False
+    if (labels[:-1][within[1:]] != IGNORE).any():
+        raise CorruptCacheError(f"{path}: a document's last token has a label of the next one.")
+    return starts
 
 
 def _read_texts(path: Path, rows: Any, name: str, count: int) -> list[str] | None:

@@ -121,6 +121,11 @@ class CacheSpec:
         return str(self.rows["packing"])
 
     @property
+    def apart(self) -> bool:
+        """Whether the documents of a row do not attend to each other."""
+        return self.rows.get("attend") == "document"
+
+    @property
     def num_labels(self) -> int | None:
         """Number of classes, or None for a causal LM."""
         return None if self.label_names is None else len(self.label_names)
@@ -188,7 +193,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "eos_id": _none_or(_count),
     "label_names": _none_or(_list(_text)),
     "corpus": _list(_object(name=_text)),
-    "rows": _object(max_length=_count, packing=_text),
+    "rows": _object(
+        max_length=_count, packing=_text, attend=lambda value: value in (None, "row", "document")
+    ),
     "reading": _object(),
     "spans": _count,
     "codec": _text,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.choices import (
     MAX_RECORD_BYTES,
+    Attend,
     Attention,
     Device,
     Documents,
@@ -144,6 +145,11 @@ class RowOptions(RecordOptions):
         "at the longest, `split` continues in further rows, `whole` refuses what does not fit one. "
         "Default: `concat` for a causal LM, `whole` for its records of ids.",
     )
+    attend: Attend = option(
+        "row",
+        help="what a token of a row of `concat` attends to: all before it in its `row`, or its own "
+        "`document` alone, for teacher and student alike.",
+    )
     labels: Labels | None = option(
         None,
         help="records of ids: what `labels` and `loss_mask` stand beside: the `token` that they "
@@ -211,6 +217,7 @@ class RowOptions(RecordOptions):
             label_names=None if causal else label_names,
             max_length=max_length or self.max_length,
             packing=self.packing or default,  # type: ignore[arg-type]
+            attend=self.attend,
             messages_column=self.messages_column,
             prompt_column=self.prompt_column,
             completion_column=self.completion_column,

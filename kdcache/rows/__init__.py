@@ -9,8 +9,9 @@ Cost: the tokenizer's, plus a constant number of numpy calls per batch (`concat`
 never Python work per token of plain text. Memory: one batch of documents and one row.
 
 Guarantee: rows depend on the spec, the tokenizer and the records' order alone. Under `concat`
-every token of a span but the first is predicted exactly once; under `split` the same holds for
-each document. A row ends at its last label, so no trailing token without a label is computed.
+every token of a span but the first is predicted exactly once; under `split`, and where documents
+of `concat` do not attend to each other, the same holds for each document. A row ends at its last
+label, so no trailing token without a label is computed.
 """
 
 from __future__ import annotations

@@ -31,6 +31,23 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def runs(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
+    """As `batches`, of rows that stay in their order."""
+    start = longest = 0
+    for index, length in enumerate(lengths):
+        if index > start and (index + 1 - start) * max(longest, length) > batch_tokens:
+            yield slice(start, index)
+            start, longest = index, 0
+        longest = max(longest, length)
+    if len(lengths) > start:
+        yield slice(start, len(lengths))
+
+
+def documents_of(rows: Sequence[Row]) -> list[Row]:
+    """What attends to itself alone, in order: rows, or the documents of those that hold several."""
+    return [document for row in rows for document in row.documents()]
+
+
 def padded(values: npt.NDArray[np.generic], lengths: npt.NDArray[np.integer], fill: int) -> Ids:
     """Rows that lie one after another, filled up on the right: int64 [rows, longest].
 
@@ -46,7 +63,11 @@ def padded(values: npt.NDArray[np.generic], lengths: npt.NDArray[np.integer], fi
 
 
 def pad_rows(rows: Sequence[Row], pad_id: int) -> dict[str, Ids]:
-    """`input_ids`, `attention_mask` and, if the first row has them, `token_type_ids`."""
+    """`input_ids`, `attention_mask` and, if the first row has them, `token_type_ids`.
+
+    Rows of documents that do not attend to each other are divided before (`documents_of`).
+    """
+    assert all(row.starts is None for row in rows), "documents are run apart"
     lengths = np.array([len(row.input_ids) for row in rows])
     columns = {
         "input_ids": padded(np.concatenate([row.input_ids for row in rows]), lengths, pad_id),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -119,19 +120,26 @@ class SequenceEncoder(Encoder):
         """Rows of batches of sequences, in order."""
         length = self.spec.max_length
         packed = self.spec.packing == "concat"
+        apart = self.spec.attend == "document"
         carried: Ids = np.empty(0, np.int32)
         carried_mask: Mask = np.empty(0, np.bool_)
+        carried_starts: Mask | None = np.empty(0, np.bool_) if apart else None
         for ids, loss_mask, whose in sequences:
             if not packed:
                 yield from self._apart(ids, loss_mask, whose)
                 continue
+            if carried_starts is not None:
+                starts = _starts(whose)
+                loss_mask = loss_mask & ~starts  # a document does not tell how the next one begins
+                carried_starts = np.concatenate([carried_starts, starts])
             carried = np.concatenate([carried, ids])
             carried_mask = np.concatenate([carried_mask, loss_mask])
             # A full row needs one id more than its tokens: the last label.
             full = max(len(carried) - 1, 0) // length * length
-            yield from _cut(carried[: full + 1], carried_mask[: full + 1], length)
+            yield from _cut(carried[: full + 1], carried_mask[: full + 1], length, carried_starts)
             carried, carried_mask = carried[full:], carried_mask[full:]
-        yield from _cut(carried, carried_mask, length)
+            carried_starts = None if carried_starts is None else carried_starts[full:]
+        yield from _cut(carried, carried_mask, length, carried_starts)
 
     def _apart(
         self, ids: Ids, loss_mask: Mask, whose: Sequence[tuple[Record, int]]
@@ -297,7 +305,16 @@ def _learnt(
     return np.concatenate([np.zeros(before, np.bool_), body, ended])
 
 
-def _cut(ids: Ids, loss_mask: Mask, length: int) -> Iterator[Row]:
+def _starts(whose: Sequence[tuple[Record, int]]) -> Mask:
+    """Where documents begin, of their tokens end to end."""
+    sizes = np.array([size for _, size in whose], np.int64)
+    starts = np.zeros(sizes.sum(), np.bool_)
+    opens = np.array([record.opens for record, _ in whose], np.bool_)
+    starts[(np.cumsum(sizes) - sizes)[opens]] = True
+    return starts
+
+
+def _cut(ids: Ids, loss_mask: Mask, length: int, starts: Mask | None = None) -> Iterator[Row]:
     """Rows of at most `length` tokens of one sequence, each up to its last label."""
     labels = np.where(loss_mask[1:], ids[1:], np.int32(IGNORE))
     for start in range(0, len(labels), length):
@@ -308,7 +325,12 @@ def _cut(ids: Ids, loss_mask: Mask, length: int) -> Iterator[Row]:
                 continue
             own = own[: places[-1] + 1]
         # Copies: a view would keep the whole batch alive as long as one of its rows.
-        yield Row(ids[start : start + len(own)].copy(), own.copy())
+        row = Row(ids[start : start + len(own)].copy(), own.copy())
+        if starts is not None:
+            begins = starts[start : start + len(own)].copy()
+            begins[0] = True  # what a document goes on with in a further row has nothing before it
+            row = replace(row, starts=begins)
+        yield row
 
 
 class ClassificationEncoder(Encoder):

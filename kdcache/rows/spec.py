@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.choices import Form, Labels, OnError, Packing
+from kdcache.choices import Attend, Form, Labels, OnError, Packing
 from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
 ID_COLUMNS = ("input_ids", "labels", "loss_mask", "attention_mask")
-_LATER = ("labels",)  # fields that are in an identity only where they were given
+# Fields that came later: in an identity only where they decide something.
+_LATER = {"labels": None, "attend": "row"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +30,8 @@ class Row:
         type_ids: uint8 `[L]` if the tokenizer marks text and pair (BERT does), else None.
         text: Classification only: what was tokenised, so that a student may tokenise it again.
         text_pair: The pair's text, if there is one.
+        starts: bool `[L]`, where a document begins whose tokens attend to no other document (the
+            first token always); None where all tokens of the row attend to those before them.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -36,6 +39,21 @@ class Row:
     type_ids: npt.NDArray[np.uint8] | None = None
     text: str | None = None
     text_pair: str | None = None
+    starts: npt.NDArray[np.bool_] | None = None
+
+    def documents(self) -> list[Row]:
+        """The documents that do not attend to each other, in order, each as a row by itself.
+
+        Their positions, one after another, are those of this row. A row without `starts` is
+        returned as it is.
+        """
+        if self.starts is None:
+            return [self]
+        bounds = [*np.flatnonzero(self.starts).tolist(), len(self.input_ids)]
+        return [
+            replace(self, input_ids=self.input_ids[a:b], labels=self.labels[a:b], starts=None)
+            for a, b in pairwise(bounds)
+        ]
 
     def places(self, task: str) -> npt.NDArray[np.int64]:
         """Indices of the positions, rising: those with a label; the one of a class always."""
@@ -58,6 +76,8 @@ class RowSpec:
         packing: Causal LM: `concat` joins documents into full rows; `none` makes one row of a
             document and truncates it; `split` continues it in further rows; `whole` makes one row
             and refuses a document that does not fit.
+        attend: Of `concat`: whether a token attends to the whole `row` before it, or to its own
+            `document` alone, whose last token then has no label.
         messages_column: Causal LM: column with a conversation, a list of `{"role", "content"}`.
         prompt_column: Causal LM: column with the part that is only read.
         completion_column: Causal LM: column with the part that has labels.
@@ -80,6 +100,7 @@ class RowSpec:
     label_names: tuple[str, ...] | None = None
     max_length: int = 1024
     packing: Packing = "concat"
+    attend: Attend = "row"
     messages_column: str = "messages"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
@@ -95,6 +116,7 @@ class RowSpec:
             for name, value, choices in (
                 ("task", self.task, get_args(Task)),
                 ("packing", self.packing, get_args(Packing)),
+                ("attend", self.attend, get_args(Attend)),
                 ("record_form", self.record_form, get_args(Form)),
                 ("on_error", self.on_error, get_args(OnError)),
                 ("labels", self.labels, (None, *get_args(Labels))),
@@ -109,6 +131,11 @@ class RowSpec:
             wrong.append("labels is for records of ids, leave it out for texts")
         if self.labels == "next" and self.packing == "concat":
             wrong.append("labels of the next id end a row, which packing concat would go on with")
+        if self.attend == "document" and (self.task, self.packing) != (CAUSAL_LM, "concat"):
+            wrong.append(
+                "attend is 'document', which is for packing 'concat' of causal-lm: elsewhere "
+                "documents do not share a row"
+            )
         names = self.label_names
         if names is not None and (not names or len(set(names)) < len(names)):
             wrong.append(f"label_names is {names}, expected different names, at least one")
@@ -136,5 +163,4 @@ class RowSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values, for an identity: fields of later versions only where they count."""
-        values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if k not in _LATER or v is not None}
+        return {k: v for k, v in asdict(self).items() if k not in _LATER or v != _LATER[k]}

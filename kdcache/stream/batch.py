@@ -16,7 +16,7 @@ from torch import Tensor
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
-from kdcache.stream.shard_rows import positions_of, types_of
+from kdcache.stream.shard_rows import positions_of, starts_of, types_of
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE
@@ -33,6 +33,7 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         return parts[0]
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
     typed = any(part.type_ids is not None for part in parts)
+    divided = any(part.starts is not None for part in parts)
     kept = [part.label_logprob for part in parts if part.label_logprob is not None]
     return ShardData(
         task=parts[0].task,
@@ -44,6 +45,7 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         texts=_join_texts([p.texts for p in parts], [len(p) for p in parts]),
         text_pairs=_join_texts([p.text_pairs for p in parts], [len(p) for p in parts]),
         label_logprob=np.concatenate(kept) if len(kept) == len(parts) else None,
+        starts=np.concatenate([starts_of(p) for p in parts]) if divided else None,
     )
 
 
@@ -72,13 +74,15 @@ def collate(
             `attention_mask`; None uses the cached ids.
 
     Returns:
-        `input_ids`, `attention_mask` int64 [B, L]; `token_type_ids` int64 [B, L] where there are
-        any; `labels` int64 [B, L] (aligned with the logits: already shifted) or [B]; `count`
-        float32 []; and with a temperature `targets`, `DenseTargets` or `SparseTargets` of the
-        batch's positions in row-major order. Where the cache keeps it, `label_logprob` float32
-        [positions], the teacher's log-probability of each label at T = 1 (minus infinity for a
-        label that it cannot predict). `count` is the number of positions the loss is a mean
-        of (without targets: of hard labels); infinity gives the batch the weight zero.
+        `input_ids`, `attention_mask` int64 [B, L]; where documents do not attend to each other
+        `position_ids` in place of the mask, 0 where one begins; `token_type_ids` int64 [B, L]
+        where there are any; `labels` int64 [B, L] (aligned with the logits: already shifted) or
+        [B]; `count` float32 []; and with a temperature `targets`, `DenseTargets` or
+        `SparseTargets` of the batch's positions in row-major order. Where the cache keeps it,
+        `label_logprob` float32 [positions], the teacher's log-probability of each label at T = 1
+        (minus infinity for a label that it cannot predict). `count` is the number of positions the
+        loss is a mean of (without targets: of hard labels); infinity gives the batch the weight
+        zero.
     """
     lengths = np.diff(data.offsets)
 
@@ -95,10 +99,11 @@ def collate(
             name: torch.as_tensor(v) for name, v in tokenize(data.texts, data.text_pairs).items()
         }
     else:
-        batch = {
-            "input_ids": pad(data.input_ids, pad_id),
-            "attention_mask": pad(np.ones(len(data.input_ids), np.int64), 0),
-        }
+        batch = {"input_ids": pad(data.input_ids, pad_id)}
+        if data.starts is None:
+            batch["attention_mask"] = pad(np.ones(len(data.input_ids), np.int64), 0)
+        else:
+            batch["position_ids"] = _position_ids(data.starts, lengths)
         if data.type_ids is not None:
             batch["token_type_ids"] = pad(data.type_ids, 0)
     labels = data.labels
@@ -111,3 +116,12 @@ def collate(
         count = int(positions_of(data, soft=temperature is not None).sum())
     batch["count"] = torch.tensor(count, dtype=torch.float32)
     return batch
+
+
+def _position_ids(starts: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """int64 [B, L]: where in its document each token is; padding counts as a document."""
+    begins = padded(starts, lengths, 0).astype(np.bool_)
+    rows = np.flatnonzero(lengths < begins.shape[1])
+    begins[rows, lengths[rows]] = True
+    at = np.arange(begins.shape[1])
+    return torch.from_numpy(at - np.maximum.accumulate(np.where(begins, at, 0), 1))

@@ -86,6 +86,7 @@ class ShardRows:
                 )
             targets.rank_to_id = parts[0].targets.rank_to_id
         typed = any(part.type_ids is not None for part in parts)
+        divided = any(part.starts is not None for part in parts)
         kept = [part.label_logprob for part in parts if part.label_logprob is not None]
         keeps = self._labels and len(kept) == len(parts)
         lengths = self._end["token"][rows] - self._begin["token"][rows]
@@ -101,6 +102,7 @@ class ShardRows:
             texts=pick_texts([part.texts for part in parts]),
             text_pairs=pick_texts([part.text_pairs for part in parts]),
             label_logprob=pick(kept, "position") if keeps else None,
+            starts=pick([starts_of(part) for part in parts], "token") if divided else None,
         )
 
 
@@ -120,3 +122,12 @@ def types_of(data: ShardData) -> np.ndarray:
     if data.type_ids is None:
         return np.zeros(len(data.input_ids), np.uint8)
     return data.type_ids
+
+
+def starts_of(data: ShardData) -> np.ndarray:
+    """bool [tokens]: where documents begin, at the first token of each row if it is not divided."""
+    if data.starts is not None:
+        return data.starts
+    starts = np.zeros(len(data.input_ids), np.bool_)
+    starts[data.offsets[:-1]] = True
+    return starts

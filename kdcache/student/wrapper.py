@@ -34,6 +34,7 @@ from kdcache.loss import (
     fused_linear_distillation,
     sliced_linear_distillation,
 )
+from kdcache.student.documents import check_documents, in_one_row
 from kdcache.targets import SparseTargets, Targets
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
 from kdcache.teacher.adapter import ADAPTER_FACTS
@@ -117,6 +118,7 @@ class DistilledStudent(nn.Module):
         self.vocab_size = vocab_size
         self.needs_mask = True
         self._projection: Projection | None = None
+        self._checked: list[nn.Module] = []  # a list: a module here would be another child
 
     @property
     def config(self) -> Any:
@@ -234,6 +236,9 @@ class DistilledStudent(nn.Module):
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
         causal = self.task == CAUSAL_LM
         flat = labels.reshape(-1)
+        shape = labels.shape
+        if causal and "position_ids" in inputs:
+            inputs, labels = self._apart(inputs, labels)
         # Before the student's own work: reading the number of positions waits for the device, and
         # now it is idle.
         if causal and places is None:
@@ -287,6 +292,8 @@ class DistilledStudent(nn.Module):
                 **options,
             )
         keep = logits if not causal or return_logits else None
+        if keep is not None and causal:
+            keep = keep.reshape(*shape, -1)
         return DistillationOutput(parts.total, keep, parts.hard, parts.soft if soft else None)
 
     def _padded_its_way(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -296,6 +303,16 @@ class DistilledStudent(nn.Module):
         if pad_id is None or mask is None or ids is None:
             return inputs
         return {**inputs, "input_ids": torch.where(mask.bool(), ids, pad_id)}
+
+    def _apart(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """Inputs and labels of documents that do not attend to each other, as the student keeps
+        them apart.
+        """
+        if self.student not in self._checked:
+            check_documents(self.student, inputs["input_ids"])
+            self._checked = [self.student]
+        given = in_one_row(self.student, inputs)
+        return given, labels.reshape(given["position_ids"].shape)
 
     def _project(self, inputs: Mapping[str, Any]) -> Projection:
         """What the student's logits are made of, measured at its first batch."""

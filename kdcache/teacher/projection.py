@@ -101,7 +101,7 @@ class Projection:
             answers.append(numbers.to(states.device))
             return answers[-1]
 
-        with torch.inference_mode(False), _quiet(self.student):
+        with torch.inference_mode(False), quiet(self.student):
             inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
             with torch.no_grad(), _answering(layer, answer):
                 own = logits_of(call(self.student, inputs))
@@ -146,6 +146,11 @@ def call(student: nn.Module, inputs: Mapping[str, Any]) -> Any:
     if names is None:
         return student(**inputs)
     given = {name: value for name, value in inputs.items() if name in names}
+    if "position_ids" in inputs and "position_ids" not in names:
+        raise UsageError(
+            f"{type(student).__name__} takes no position_ids, so it cannot keep the documents of a "
+            "row apart. Use a cache built with --packing split or --attend row."
+        )
     if "use_cache" in names:
         given["use_cache"] = False
     return student(**given)
@@ -234,7 +239,7 @@ def _answering(layer: nn.Linear, answer: Callable[[Tensor], Tensor]) -> Iterator
 
 
 @contextmanager
-def _quiet(student: nn.Module) -> Iterator[None]:
+def quiet(student: nn.Module) -> Iterator[None]:
     """No dropout: it would draw random numbers, and a resumed run would draw them once more."""
     modes = [(module, module.training) for module in student.modules()]
     student.eval()

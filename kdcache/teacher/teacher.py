@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache.rows import Row
+from kdcache.rows.batches import documents_of, runs
 from kdcache.targets import OutputLayer
 from kdcache.teacher.engine.model import EngineModel
 from kdcache.teacher.load import compile_layers, load_models
@@ -57,6 +58,7 @@ class Teacher:
             UsageError: a model whose logits would be wrong in any way.
         """
         self._probed = True
+        rows = documents_of(rows)
         for one in self.models:
             one.probe(rows)
         self.take_clipped_mass()
@@ -96,7 +98,9 @@ class Teacher:
         """All positions of one batch of rows, in row-major order.
 
         Args:
-            rows: the batch; rows of similar length waste the least. The first batch serves as the
+            rows: the batch; rows of similar length waste the least. Documents that do not attend
+                to each other are run as rows by themselves, some at a time; a caller who divides
+                and sorts them before (`documents_of`) wastes less. The first batch serves as the
                 probe if there was none.
 
         Yields:
@@ -104,6 +108,15 @@ class Teacher:
         """
         if not self._probed:
             self.probe(rows)
+        if any(row.starts is not None for row in rows):
+            budget = len(rows) * max(len(row.input_ids) for row in rows)
+            pieces = documents_of(rows)
+            for some in runs([len(piece.input_ids) for piece in pieces], budget):
+                yield from self._slices(pieces[some])
+            return
+        yield from self._slices(rows)
+
+    def _slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
         if len(self.models) == 1:
             yield from self.models[0].slices(rows)
             return

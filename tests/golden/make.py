@@ -5,9 +5,10 @@
 They are the promise that later versions read what earlier ones wrote, so they are never made again:
 what comes later adds folders of its own beside them, and only those that are missing are made.
 Caches of ten rows in one shard; the rows and logits below are no one's teacher's. Those in `KEEP`
-have the log-probabilities of the labels, which the others are older than. `expected.json` holds
-what the caches must give, taken from the rows themselves and, for the targets, from what the codecs
-read right after they had written: `test_targets.py` is what says that these are right.
+have the log-probabilities of the labels, and the rows of those in `APART` hold documents that do
+not attend to each other; the others are older than that. `expected.json` holds what the caches must
+give, taken from the rows themselves and, for the targets, from what the codecs read right after
+they had written: `test_targets.py` is what says that these are right.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,10 @@ CACHES = {
     "hidden-int8": ("causal-lm", "hidden:int8", (1.0, 2.0)),
     "anchored-1-2": ("causal-lm", "anchored:5", (1.0, 2.0)),
     "label-logprob": ("causal-lm", "sample:5", (1.0, 2.0)),
+    "documents": ("causal-lm", "topk:4", (1.0,)),
 }
 KEEP = {"label-logprob"}
+APART = {"documents"}
 WIDTH = 40
 SHARDS = (10,)
 
@@ -78,12 +82,24 @@ def rows_of(task: str, rng: np.random.Generator, count: int) -> list[Row]:
     return rows
 
 
+def divided(row: Row, rng: np.random.Generator) -> Row:
+    """A row of several documents."""
+    starts = rng.random(len(row.input_ids)) < 0.3
+    starts[0] = True
+    labels = row.labels.copy()
+    labels[:-1][starts[1:]] = IGNORE
+    return replace(row, labels=labels, starts=starts)
+
+
 def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -> dict[str, Any]:
     """One cache, and what it must give."""
     rng = np.random.default_rng(7)
     causal = task == "causal-lm"
     width = VOCABULARY if causal else len(CLASSES)
     shards = [rows_of(task, rng, count) for count in SHARDS]
+    apart = folder.name in APART
+    if apart:
+        shards = [[divided(row, rng) for row in rows] for rows in shards]
     ranks = b""
     if causal:
         ids = np.concatenate([row.input_ids for shard in shards for row in shard])
@@ -104,7 +120,9 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         eos_id=None,
         label_names=None if causal else CLASSES,
         corpus=({"name": "golden.jsonl", "size": 1, "kind": "jsonl", "tag": "0" * 32},),
-        rows={"max_length": 8, "packing": "none"},
+        rows={"max_length": 8, "packing": "concat", "attend": "document"}
+        if apart
+        else {"max_length": 8, "packing": "none"},
         reading={"span_bytes": 1, "limit": None, "format": "auto", "columns": None},
         spans=len(shards),
         codec=codec,
@@ -148,6 +166,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
                         "type_ids": None if row.type_ids is None else row.type_ids.tolist(),
                         "text": row.text,
                         "text_pair": row.text_pair,
+                        **({} if row.starts is None else {"starts": row.starts.tolist()}),
                     }
                     for row in rows
                 ],

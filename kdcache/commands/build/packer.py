@@ -41,19 +41,21 @@ class Places:
     labels: np.ndarray
 
     @classmethod
-    def of(cls, batch: Sequence[int], wanted: Sequence[np.ndarray], rows: Sequence[Row]) -> Places:
-        """All positions of some rows.
-
-        Args:
-            batch: numbers of these rows.
-            wanted: the tokens that are positions, of every row of the span.
-            rows: every row of the span.
-        """
+    def of(cls, rows: Sequence[Row], task: str) -> Places:
+        """All positions of some rows, in row-major order."""
+        wanted = [row.places(task) for row in rows]
         return cls(
-            np.repeat(np.asarray(batch, np.int64), [len(wanted[i]) for i in batch]),
-            np.concatenate([wanted[i] for i in batch]),
-            np.concatenate([rows[i].labels[wanted[i]] for i in batch]).astype(np.int64),
+            np.repeat(np.arange(len(rows)), [len(places) for places in wanted]),
+            np.concatenate([np.zeros(0, np.int64), *wanted]),
+            np.concatenate(
+                [np.zeros(0, np.int64)]
+                + [row.labels[places] for row, places in zip(rows, wanted, strict=True)]
+            ).astype(np.int64),
         )
+
+    def take(self, index: np.ndarray) -> Places:
+        """Some of them."""
+        return Places(self.rows[index], self.within[index], self.labels[index])
 
     def noise(
         self, seed: int, span: int, piece: slice = slice(None), *, of_label: bool = False

@@ -83,6 +83,7 @@ def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
             cache.codec(),
             counts=entry.counts,
             label_logprob=cache.spec.label_logprob,
+            starts=cache.spec.apart,
             with_targets=False,
         )
     return len(data) == len(rows) and all(
@@ -91,5 +92,10 @@ def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
         for mine, theirs in (
             (row.input_ids, data.row(i).input_ids),
             (row.labels, data.row(i).labels),
+            (_starts(row), _starts(data.row(i))),
         )
     )
+
+
+def _starts(row: Row) -> np.ndarray:
+    return np.zeros(0) if row.starts is None else row.starts

@@ -29,7 +29,7 @@ from kdcache.commands.build.source import Answers, Source, SpanRows
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.rows.batches import batches
+from kdcache.rows.batches import batches, documents_of
 from kdcache.targets import Hidden
 from kdcache.targets.device import label_logprobs
 from kdcache.teacher import Slice, Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
@@ -124,10 +124,11 @@ class TeacherSource(Source[Span, TaughtRows]):
         with self._turn:
             if rows.rows and not self._probed:
                 self._probe(rows.rows)
+        parts = documents_of(rows.rows)
         try:
-            return self._ask(rows.rows, packer, steps)
+            return self._ask(parts, Places.of(rows.rows, self.spec.task), packer, steps)
         finally:
-            self.teacher.forget(rows.rows)
+            self.teacher.forget(parts)
 
     def close(self) -> None:
         """See `Source.close`."""
@@ -145,10 +146,17 @@ class TeacherSource(Source[Span, TaughtRows]):
                 )
         self._probed = True
 
-    def _ask(self, rows: Sequence[Row], packer: Packer, steps: Steps) -> Answers:
-        """Run all rows of a span through the teacher."""
-        wanted = [row.places(self.options.teacher.task) for row in rows]
-        offsets = np.concatenate([[0], np.cumsum([len(w) for w in wanted], dtype=np.int64)])
+    def _ask(self, rows: Sequence[Row], every: Places, packer: Packer, steps: Steps) -> Answers:
+        """Run all rows of a span through the teacher, or their documents.
+
+        Args:
+            rows: what the teacher reads at a time, in order.
+            every: the positions of the span, which are theirs one after another.
+            packer: takes what is made.
+            steps: see `Source.answer`.
+        """
+        counts = [len(row.places(self.spec.task)) for row in rows]
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         packed: list[futures.Future[Packed]] = []
         places: list[np.ndarray] = []
         lengths = [len(row.input_ids) for row in rows]
@@ -159,9 +167,9 @@ class TeacherSource(Source[Span, TaughtRows]):
                 self.teacher.expect([rows[i] for i in ahead])
             batch = waiting.popleft()
             self.teacher.wait([rows[i] for i in batch])
-            place = Places.of(batch, wanted, rows)
+            here = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
             try:
-                parts = self._run([rows[i] for i in batch], place, packer)
+                parts = self._run([rows[i] for i in batch], every.take(here), packer)
             except torch.OutOfMemoryError as error:
                 self.teacher.take_clipped_mass()  # all of this batch is asked again
                 self._shrink(batch, lengths, error)
@@ -169,9 +177,9 @@ class TeacherSource(Source[Span, TaughtRows]):
                 cut = batches([lengths[i] for i in left], self.batch_tokens)
                 waiting = deque([left[i] for i in smaller] for smaller in cut)
                 continue
-            steps.batch(len(place.rows))
+            steps.batch(len(here))
             packed.extend(parts)
-            places.extend(np.arange(offsets[i], offsets[i + 1]) for i in batch)
+            places.append(here)
         return packed, places
 
     def _run(

@@ -37,7 +37,7 @@ from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.loss.metrics import BINS, Tally, f1, known, perplexity, ratio
 from kdcache.rows import Row, make_encoder
-from kdcache.rows.batches import batches
+from kdcache.rows.batches import batches, documents_of
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import sum_logprobs
@@ -177,10 +177,14 @@ class _Evaluation:
         budget = self.options.batch_tokens or (4096 if self.device == "cpu" else 32768)
         windows = self._corpus_rows() if self.cache is None else self._cached_rows(self.cache)
         for rows, data in windows:
-            for chosen in batches([len(row.input_ids) for row in rows], budget):
-                batch = _Batch([rows[i] for i in chosen])
+            self.rows += len(rows)
+            parts = documents_of(rows)
+            counts = [len(part.places(self.task)) for part in parts]
+            offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            for chosen in batches([len(part.input_ids) for part in parts], budget):
+                batch = _Batch([parts[i] for i in chosen])
                 if data is not None:
-                    places = np.concatenate([_places(data, i) for i in chosen])
+                    places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
                     batch.targets = data.targets.take(places)
                     if data.label_logprob is not None:
                         batch.label_logprob = data.label_logprob[places]
@@ -214,7 +218,6 @@ class _Evaluation:
 
     def run(self) -> EvaluateResult:
         for batch in self._batches():
-            self.rows += len(batch.rows)
             self._add(batch)
         soft = self.teacher is not None or self.cache is not None
         if not self.rows:
@@ -412,11 +415,6 @@ class _Evaluation:
                 f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
                 "hard label and count only in the soft figures."
             )
-
-
-def _places(data: ShardData, row: int) -> np.ndarray:
-    first, last = data.position_offsets[row : row + 2]
-    return np.arange(first, last)
 
 
 def _leads(weights: Tensor, codec: Sample) -> np.ndarray:

@@ -270,6 +270,7 @@ def _row(
             counts=entry.counts,
             ranks=cache.rank_to_id,
             label_logprob=cache.spec.label_logprob,
+            starts=cache.spec.apart,
         )
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])

@@ -236,7 +236,11 @@ class SamplePass:
         of_targets = sum(sizes.values()) / self.positions - of_rows
         begin = time.perf_counter()
         read_shard(
-            path, trial.codec, ranks=targets.rank_to_id, label_logprob=self.labels
+            path,
+            trial.codec,
+            ranks=targets.rank_to_id,
+            label_logprob=self.labels,
+            starts=self.prepared.spec.apart,
         ).targets.at(trial.codec.temperatures[0])
         read = (time.perf_counter() - begin) / self.positions
         teacher = self.seconds / self.positions

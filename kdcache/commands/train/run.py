@@ -18,7 +18,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from kdcache.student import (
 )
 from kdcache.student.adapter import is_adapted
 from kdcache.student.checkpoints import read_state
+from kdcache.student.documents import check_documents
 from kdcache.student.padding import check_rows
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer, soft_name
@@ -98,8 +99,11 @@ class Run:
             stream = _stream(plan, tokenize, computing.gpu)
             caching = getattr(student.config, "use_cache", None)
             trainer = _trainer(plan, computing, student, stream, tokenize, on_progress, report)
+            trial = _trial_batch(plan, tokenize)
             if plan.options.batch_size > 1:
-                check_rows(plan.options.student, student, _trial_batch(plan, tokenize))
+                check_rows(plan.options.student, student, trial)
+            if any(cache.spec.apart for cache in (*plan.caches, *plan.eval_caches)):
+                check_documents(student.student, trial["input_ids"])
         computing.begin()
         return cls(plan, trainer, student, stream, tokenize, plan.checkpoint(), caching)
 
@@ -224,6 +228,8 @@ def _trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
     rows.sort(key=lambda row: -len(row.input_ids))
     chosen = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
     pad_id = plan.caches[0].spec.pad_id
+    # Documents are tried by themselves, see `check_documents`.
+    chosen = [replace(row, starts=None) for row in chosen]
     batch = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize)(chosen)
     return {k: value for k, value in batch.items() if k not in ("count", "label_logprob")}
 
