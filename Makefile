@@ -7,7 +7,7 @@ VLLM_VENV ?= .vllm
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test test-gpu test-vllm vllm-venv test-fast lint format clean
+.PHONY: help docs install demo test test-gpu test-vllm vllm-venv test-fast lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-vllm  those of --engine vllm, with its CPU build in $(VLLM_VENV) (4 GB)"
 	@echo "make test-fast  unit tests only, under a minute"
 	@echo "make lint       ruff and strict types"
+	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make format     let ruff rewrite the code"
 
 # torch first and by itself: otherwise another package's requirement picks its build. Builds for CUDA
@@ -54,9 +55,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
