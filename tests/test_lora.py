@@ -33,6 +33,8 @@ from transformers import (
 
 import kdcache
 from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import RunPlan
+from kdcache.commands.train.run import Run, make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
@@ -240,9 +242,6 @@ def test_whatever_the_head_is_called_all_of_it_is_kept(
     student = save(AutoModel.from_config(config), tmp_path / "base", cache)
     chosen = options("classes", student=student, max_steps=2, seed=3)
     seen: dict[str, Tensor] = {}
-    from kdcache.commands.train.prepare import RunPlan
-    from kdcache.commands.train.run import Run
-
     run = Run.prepare(RunPlan.make(chosen))
     run.train()
     inputs = batch_of(folder / "classes")
@@ -414,3 +413,71 @@ def test_a_changed_base_ends_a_run_that_would_go_on(
     save_file(changed, path, metadata={"format": "pt"})
     with pytest.raises(UsageError, match="base_sha256"):
         train(chosen)
+
+
+# Starting from an earlier student
+
+
+def test_a_student_begins_with_the_weights_of_an_earlier_one(
+    options: Make, folder: Path, adapters: Path, tmp_path: Path
+) -> None:
+    def prepared(**changes: Any) -> Any:
+        return make_student(RunPlan.make(options(**changes)))[0].student
+
+    def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    llama, merged = str(adapters / "llama"), kdcache.load_student(str(adapters / "llama"))
+    adapted = prepared(init_from=llama)
+    assert adapted.peft_config["default"].r == 2
+    held = load_file(adapters / "llama" / "adapter_model.safetensors")
+    from peft import get_peft_model_state_dict
+
+    assert same(get_peft_model_state_dict(adapted, save_embedding_layers=False), held)
+    assert len(trained_weights(adapted)) == len(held)
+    assert same(prepared(init_from=llama, lora=None).state_dict(), merged.state_dict())
+    config = tmp_path / "llama.json"
+    config.write_text((folder / "llama" / "config.json").read_text())
+    fresh = prepared(student=str(config), lora=None, init_from=llama)
+    assert same(fresh.state_dict(), merged.state_dict())
+    wider = tmp_path / "wider.json"
+    wider.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 24}))
+    other = tmp_path / "other"
+    shutil.copytree(folder / "llama", other)
+    weights = {n: 2 * t for n, t in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    for changes, match in (
+        (
+            {"student": str(wider), "lora": None},
+            "has another shape than the student: size mismatch",
+        ),
+        ({"lora": "r=2,alpha=4"}, "is an adapter of r=2, alpha=8, the new one is r=2,alpha=4"),
+        ({"lora": "r=2,alpha=8,targets=q_proj"}, "does not fit its base"),
+        ({"init_from": str(folder / "llama")}, "is a whole model, and --lora trains an adapter"),
+        ({"init_from": str(tmp_path / "no")}, "run .*no is neither a folder"),
+        ({"student": str(other)}, "was trained on other weights"),
+    ):
+        with pytest.raises(UsageError, match=match) as told:
+            prepared(**{"init_from": llama, **changes})
+        assert "\n" not in str(told.value)
+
+
+def test_words_of_an_earlier_student_must_be_the_same(folder: Path, tmp_path: Path) -> None:
+    common = {"student": "bilstm", "hidden_size": 4, "embedding_size": 4, "max_steps": 1,
+              "report_to": "none", "cache": str(folder / "classes")}  # fmt: skip
+    train(TrainOptions(out=str(tmp_path / "one"), **common))
+    begun = TrainOptions(
+        out=str(tmp_path / "two"), init_from=str(tmp_path / "one"), learning_rate=1e-9, **common
+    )
+    train(begun)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+    assert f"{tmp_path / 'one'} (SHA-256 " in (tmp_path / "two" / "README.md").read_text()
+    save_file({n: t + 1 for n, t in one.items()}, tmp_path / "one" / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(UsageError, match="init_sha256"):
+        train(begun)
+    with pytest.raises(UsageError, match="reads other tokens than the student"):
+        train(TrainOptions(out=str(tmp_path / "three"), init_from=str(tmp_path / "one"),
+                           min_count=5, **common))  # fmt: skip

@@ -87,7 +87,7 @@ def with_lora(
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         modules_to_save=saved or None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,21 +144,47 @@ class AdapterFolder:
             UsageError: the adapter is of another kind or another model.
         """
         with needs("lora", f"{self.who}, an adapter,"):
-            from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-        try:
+            from peft import PeftConfig, get_peft_model
+        with self._fitting(), torch.random.fork_rng(devices=[]):
+            config = PeftConfig.from_pretrained(str(self.folder))
+            config.inference_mode = True
+            if config.is_prompt_learning:
+                raise UsageError(
+                    f"{self.who} is an adapter of kind {config.peft_type.value}, which adds "
+                    "tokens and cannot be merged into its base. Use a LoRA, or a whole model."
+                )
+            adapted = get_peft_model(model, config)
+            self.fill(adapted)
+            return adapted.merge_and_unload()
+
+    def fill(self, adapted: Any) -> None:
+        """Put the adapter's weights into a PEFT model.
+
+        Args:
+            adapted: the base with an adapter of the same kind.
+
+        Raises:
+            UsageError: not all of them have a place, or not all places a weight.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        with self._fitting():
             weights = load_file(self.folder / ADAPTER_WEIGHTS)
-            with quiet_peft(), torch.random.fork_rng(devices=[]):
-                config = PeftConfig.from_pretrained(str(self.folder))
-                config.inference_mode = True
-                if config.is_prompt_learning:
-                    raise UsageError(
-                        f"{self.who} is an adapter of kind {config.peft_type.value}, which adds "
-                        "tokens and cannot be merged into its base. Use a LoRA, or a whole model."
-                    )
-                adapted = get_peft_model(model, config)
-                found = set_peft_model_state_dict(adapted, weights)
-                self._check_places(adapted, weights, found.unexpected_keys)
-                merged = adapted.merge_and_unload()
+            unexpected = set_peft_model_state_dict(adapted, weights).unexpected_keys
+            own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            lost = sorted({*unexpected, *(own.keys() - weights.keys())})
+            if lost:
+                raise UsageError(
+                    f"{self.who} is an adapter that does not fit its base {self.base}: "
+                    f"{lost[0]} and {len(lost) - 1} others have no counterpart."
+                )
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Errors of PEFT mean that base and adapter do not belong together."""
+        try:
+            with quiet_peft():
+                yield
         except (
             *(AttributeError, KeyError, NotImplementedError, OSError, RuntimeError),
             *(SafetensorError, TypeError, ValueError),
@@ -167,21 +193,6 @@ class AdapterFolder:
             raise UsageError(
                 f"{self.who} is an adapter that does not fit its base {self.base}: {reason}."
             ) from error
-        return merged
-
-    def _check_places(
-        self, adapted: Any, weights: Mapping[str, Any], unexpected: Iterable[str]
-    ) -> None:
-        from peft import get_peft_model_state_dict
-
-        with quiet_peft():
-            own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        lost = sorted({*unexpected, *(own.keys() - weights.keys())})
-        if lost:
-            raise UsageError(
-                f"{self.who} is an adapter that does not fit its base {self.base}: "
-                f"{lost[0]} and {len(lost) - 1} others have no counterpart."
-            )
 
 
 @contextmanager

@@ -46,7 +46,7 @@ _NOT_OURS = {
     "gpus_per_worker": "the sweep has --gpus-per-run",
     "address": "the sweep has its own --address",
 }
-_PATHS = ("student", "cache", "eval_cache", "embeddings")
+_PATHS = ("student", "cache", "eval_cache", "embeddings", "init_from")
 _ANY = "-"
 _LONGEST_NAME = 100
 

@@ -35,6 +35,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         "tags": ["knowledge-distillation", "kdcache"],
     }
     teachers = dict.fromkeys(str(t) for c in plan.caches for t in c.notes.get("teachers", ()))
+    earlier = f"{redact(options.init_from or '')} (SHA-256 {plan.weights.get('init_sha256')})"
     trained = f"{result.parameters:,}"
     if options.lora:
         trained += f", of which {result.trained or 0:,} are trained"
@@ -48,6 +49,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         ("task", spec.task),
         ("teacher", ", ".join(teachers) or "unknown"),
         ("student began as", redact(options.student)),
+        *([("with the weights of", earlier)] if options.init_from else []),
         *([("adapter", f"LoRA, {options.adapter}")] if options.lora else []),
         ("parameters", trained),
         ("loss", loss),

@@ -158,6 +158,15 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         metavar="r=R[,alpha=A][,targets=NAMES]",
         decides="student",
     )
+    init_from: str | None = option(
+        None,
+        help=(
+            "begin with the weights of this earlier student, which has the shape of `student`; "
+            "with `lora`, an adapter of the same size. Steps and optimizer begin anew."
+        ),
+        metavar="RUN",
+        decides="student",
+    )
     cache_weight: tuple[float, ...] = option(
         (), help="how often an epoch uses the rows of each cache; default 1 each."
     )

@@ -103,16 +103,21 @@ class RunPlan:
         """What a resumed run must share; its checkpoints add its training caches."""
         digests = [cache.digest for cache in self.eval_caches]
         facts = {**self.options.decisive(), "streams": self.streams, "eval_caches": digests}
-        return facts if self.base_sha256 is None else {**facts, "base_sha256": self.base_sha256}
+        return {**facts, **self.weights}
 
     @functools.cached_property
-    def base_sha256(self) -> str | None:
-        """Identity of the weights that an adapter is trained on: checkpoints do not hold them."""
-        options = self.options
-        if options.lora is None or not is_model(options.student):
-            return None
+    def weights(self) -> dict[str, str]:
+        """Identities of the base of an adapter, which checkpoints do not hold, and of the earlier
+        student that a run begins with."""
+        options, found = self.options, {}
         trust = options.trust_remote_code
-        return find_files(options.student, "student", trust_remote_code=trust).sha256
+        if options.lora is not None and is_model(options.student):
+            base = find_files(options.student, "student", trust_remote_code=trust)
+            found["base_sha256"] = base.sha256
+        if options.init_from is not None:
+            earlier = find_files(options.init_from, "run", trust_remote_code=trust)
+            found["init_sha256"] = earlier.sha256
+        return found
 
     @property
     def streams(self) -> int:

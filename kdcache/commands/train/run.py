@@ -42,6 +42,7 @@ from kdcache.commands.train.log import (
     cut_metrics,
     seconds_before,
 )
+from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan, steps_of
 from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
 from kdcache.commands.train.stop import Patience, StopOnSignal
@@ -59,6 +60,7 @@ from kdcache.student import (
 from kdcache.student.adapter import is_adapted
 from kdcache.student.checkpoints import read_state
 from kdcache.student.documents import check_documents
+from kdcache.student.earlier import begin_from
 from kdcache.student.padding import check_rows
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer, soft_name
@@ -202,6 +204,15 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         tokenize = student_tokenize(
             inner, options.student, info, trust_remote_code=options.trust_remote_code
         )
+        if options.init_from is not None:
+            begin_from(
+                inner,
+                tokenize,
+                options.init_from,
+                info,
+                lora=options.adapter,
+                trust_remote_code=options.trust_remote_code,
+            )
     if options.fsdp and not getattr(inner, "_no_split_modules", None):
         raise UsageError(
             f"fsdp shards Hugging Face students layer by layer; {options.student} is none. "
@@ -315,7 +326,7 @@ def _trainer(
         max_steps=steps,
         per_device_train_batch_size=max(1, options.batch_size // options.num_workers),
         gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate or _learning_rate(options.student, student),
+        learning_rate=options.learning_rate or _learning_rate(options, student),
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup,
         lr_scheduler_type=options.lr_scheduler,
@@ -379,11 +390,14 @@ def _best_metric(plan: RunPlan) -> str:
     return soft if plan.options.best == "soft_loss" else plan.options.best
 
 
-def _learning_rate(name: str, student: DistilledStudent) -> float:
+def _learning_rate(options: TrainOptions, student: DistilledStudent) -> float:
     if isinstance(student.student, BiLstmForSequenceClassification):
         return 1e-3
     if is_adapted(student.student):
         return 2e-4
+    name = options.student
+    if options.init_from is not None:
+        return 5e-5
     # Random weights take larger steps than trained ones.
     return 5e-4 if name.endswith(".json") or (":" in name and not os.path.exists(name)) else 5e-5
 
