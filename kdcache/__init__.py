@@ -35,10 +35,14 @@ if TYPE_CHECKING:
     from kdcache.commands.evaluate.evaluate import evaluate
     from kdcache.commands.evaluate.options import EvaluateOptions
     from kdcache.commands.evaluate.scores import EvaluateResult
+    from kdcache.commands.export.export import ExportResult, export
+    from kdcache.commands.export.options import ExportOptions
     from kdcache.commands.finetune.finetune import FinetuneResult, finetune
     from kdcache.commands.finetune.options import FinetuneOptions
     from kdcache.commands.gc.gc import gc
     from kdcache.commands.gc.options import GcOptions
+    from kdcache.commands.import_.import_ import import_
+    from kdcache.commands.import_.options import ImportOptions
     from kdcache.commands.inspect.inspect import InspectResult, inspect
     from kdcache.commands.inspect.options import InspectOptions
     from kdcache.commands.plan.options import PlanOptions
@@ -79,9 +83,13 @@ _HOMES = {
     "kdcache.commands.env.options": ("EnvOptions",),
     "kdcache.commands.evaluate.evaluate": ("evaluate",),
     "kdcache.commands.evaluate.options": ("EvaluateOptions",),
+    "kdcache.commands.export.export": ("ExportResult", "export"),
+    "kdcache.commands.export.options": ("ExportOptions",),
     "kdcache.commands.finetune.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
     "kdcache.commands.gc.gc": ("gc",),
     "kdcache.commands.gc.options": ("GcOptions",),
+    "kdcache.commands.import_.import_": ("import_",),
+    "kdcache.commands.import_.options": ("ImportOptions",),
     "kdcache.commands.inspect.inspect": ("InspectResult", "inspect"),
     "kdcache.commands.inspect.options": ("InspectOptions",),
     "kdcache.commands.plan.options": ("PlanOptions",),

@@ -105,7 +105,7 @@ class Option:
     @property
     def words(self) -> str:
         """Its name in files: `max-length`."""
-        return self.name.replace("_", "-")
+        return self.name.rstrip("_").replace("_", "-")  # `from_` is --from
 
     @property
     def flag(self) -> str:
@@ -273,7 +273,7 @@ def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
     Returns:
         Fields of `kind` with their values, and the problems, one sentence each.
     """
-    known = {one.name: one for one in options_of(kind)}
+    known = {one.words.replace("-", "_"): one for one in options_of(kind)}
     found: dict[str, Any] = {}
     wrong: list[str] = []
     for key, value in values.items():
@@ -289,9 +289,9 @@ def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
             try:
                 if one.several and not one.comma:
                     items = value if isinstance(value, list) else [value]
-                    found[name] = tuple(one.parse(item) for item in items)
+                    found[one.name] = tuple(one.parse(item) for item in items)
                 else:
-                    found[name] = one.parse(value)
+                    found[one.name] = one.parse(value)
             except ValueError as error:
                 wrong.append(f"{one.words} is {error}.")
     return found, wrong

@@ -325,9 +325,14 @@ class TestWrongRecords:
     def test_documents_within_a_row_are_refused_until_they_can_be_built(
         self, tokenizer: Any
     ) -> None:
-        for name in ("segment_ids", "position_ids"):
-            with pytest.raises(UsageError, match=f"line 1 has a column '{name}'"):
-                encode(tokenizer, [{"input_ids": [1, 2], name: [0, 0]}])
+        row = {"input_ids": [1, 2, 3, 4], "attention_mask": [1, 1, 1, 0]}
+        for name, whole, divided in (
+            ("segment_ids", [7, 7, 7, 0], [1, 1, 2, 2]),
+            ("position_ids", [0, 1, 2, 0], [0, 1, 0, 1]),
+        ):
+            assert tokens_and_last(encode(tokenizer, [{**row, name: whole}])[0]) == [1, 2, 3]
+            with pytest.raises(UsageError, match=f"line 1: {name} divides the row"):
+                encode(tokenizer, [{**row, name: divided}])
 
     def test_missing_columns_say_how_to_name_them(self, tokenizer: Any) -> None:
         with pytest.raises(UsageError, match="'tokens'. Name the right one with --columns input"):

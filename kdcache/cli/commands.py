@@ -116,6 +116,58 @@ def _transcode() -> click.Command:
     return command
 
 
+def _export() -> click.Command:
+    from kdcache.commands.export.options import ExportOptions
+
+    @options_command(
+        ExportOptions,
+        "kdcache export caches/topk64 --out tables/topk64",
+        "kdcache export caches/hidden --top 64 --temperature 2 --out tables/hidden-t2",
+        "Run the same command again to continue where it stopped.",
+    )
+    def command(options: ExportOptions, as_json: bool) -> None:
+        from kdcache.commands.export.export import export
+
+        result = export(options, report=_report)
+        if as_json:
+            print_json(result)
+        else:
+            echo(
+                f"{result.out}: {result.files} files, {result.rows:,} rows, {result.positions:,} "
+                f"positions, {size(result.bytes)}; {result.made} made now in "
+                f"{duration(result.seconds)}."
+            )
+
+    return command
+
+
+def _import() -> click.Command:
+    from kdcache.commands.import_.options import ImportOptions
+
+    @options_command(
+        ImportOptions,
+        "kdcache import --from parquet --corpus 'tables/*.parquet' --tokenizer TEACHER --out cache",
+        "kdcache import --layout distillkit --corpus logits/ --tokenizer TEACHER --out cache",
+        "kdcache import --layout plain --targets next --columns target_ids=top_ids \\",
+        "    --corpus top.parquet --tokenizer TEACHER --out cache",
+        "Run the same command again to continue where it stopped.",
+    )
+    def command(options: ImportOptions, as_json: bool) -> None:
+        from kdcache.cli.display import ImportDisplay
+
+        with ImportDisplay(quiet=as_json) as display:
+            from kdcache.commands.import_.import_ import import_
+
+            result = import_(options, on_progress=display, report=display.report)
+        if as_json:
+            print_json(result)
+            return
+        _report_made(result, "reading")
+        echo_next("kdcache", "inspect", options.out, "--row", "0")
+
+    return command
+
+
 def _plan() -> click.Command:
     from kdcache.commands.plan.options import PlanOptions
 

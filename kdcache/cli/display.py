@@ -118,6 +118,12 @@ class TranscodeDisplay(BuildDisplay):
     name, busy = "transcode", "codec"
 
 
+class ImportDisplay(BuildDisplay):
+    """Shows the progress of an import."""
+
+    name, busy = "import", "reading"
+
+
 class TrainDisplay(_Display):
     """Shows the progress of a training run."""
 

@@ -30,6 +30,8 @@ COMMANDS = {
     "plan": "Measure what a cache would cost and how good it would be, on a sample.",
     "build": "Run the teacher over a corpus once and cache its soft targets.",
     "transcode": "Make a cache of another codec or temperatures from a cache, without the teacher.",
+    "export": "Write the rows and targets of a cache as Parquet files.",
+    "import": "Make a cache of top-k log-probabilities that another program wrote.",
     "train": "Train a student on the hard labels and soft targets of a cache.",
     "sweep": "Train many students on the same caches and compare them.",
     "finetune": "Fine-tune a Hugging Face encoder as the teacher of a classifier.",

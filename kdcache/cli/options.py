@@ -110,16 +110,16 @@ def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
         return click.Argument([option.name], metavar=option.metavar)
     text = option.help[:1].upper() + option.help[1:]
     for name in names:  # a help speaks of fields, which are options here
-        text = text.replace(f"`{name}`", f"--{name.replace('_', '-')}")
+        text = text.replace(f"`{name}`", f"--{name.rstrip('_').replace('_', '-')}")
     text = text.replace("`", "")
     if option.type is bool:
-        return click.Option([option.flag], is_flag=True, default=False, help=text)
+        return click.Option([option.flag, option.name], is_flag=True, default=False, help=text)
     if not option.required and option.default not in (None, ()):
         several = option.default if option.several else (option.default,)
         shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in several)
         text = f"{text}  [default: {shown}]"
     return click.Option(
-        [option.flag],
+        [option.flag, option.name],
         type=_Value(option),
         multiple=option.several and not option.comma,
         help=text,

@@ -100,6 +100,8 @@ def length(record: Record) -> int:
 def _length(value: object) -> int:
     if isinstance(value, np.ndarray):  # of ids: about as many characters as their text
         return _CHARACTERS_AN_ID * len(value)
+    if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+        return sum(map(_length, value))
     return len(value if isinstance(value, str) else repr(value))
 
 

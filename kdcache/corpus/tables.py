@@ -69,15 +69,25 @@ def _values(rows: Any) -> list[dict[str, Any]]:
 
 
 def _numeric_list(kind: Any) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return bool(is_list and pa.types.is_integer(kind.value_type))
+    """Whether a type is lists of numbers, or lists of such lists."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    inner = kind.value_type
+    return bool(pa.types.is_integer(inner) or pa.types.is_floating(inner) or _numeric_list(inner))
 
 
 def _cells(column: Any) -> Iterator[Any]:
-    if column.values.null_count:
+    """Lists as arrays, and lists of lists as lists of arrays; with nulls inside as plain lists."""
+    ends = column.offsets.to_numpy()
+    inner = column.values.slice(ends[0], ends[-1] - ends[0]) if len(column) else column.values
+    if _numeric_list(inner.type):
+        values: Any = list(_cells(inner))
+    elif inner.null_count:
         yield from column.to_pylist()
         return
-    values, ends = column.values.to_numpy(), column.offsets.to_numpy()
+    else:
+        values = inner.to_numpy()
+    ends = ends - ends[0]
     for i, there in enumerate(column.is_valid().to_pylist()):
         yield values[ends[i] : ends[i + 1]] if there else None
 
@@ -85,7 +95,7 @@ def _cells(column: Any) -> Iterator[Any]:
 def _bytes(value: Any) -> int:
     """Bytes of all text and arrays in a value."""
     if isinstance(value, np.ndarray):
-        return value.nbytes
+        return int(value.nbytes)
     if isinstance(value, dict | list):
         return sum(map(_bytes, value.values() if isinstance(value, dict) else value))
     return len(value.encode()) if isinstance(value, str) else 0

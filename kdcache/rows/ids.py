@@ -2,8 +2,9 @@
 
 `input_ids` alone has every next id as its label. `labels` and `loss_mask` say which ids are learnt;
 what they stand beside is never guessed (`RowSpec.labels`): the id itself, as in transformers, or
-the one that follows, as in Megatron. `attention_mask` cuts padding off. A label is the next id or
-none, since a teacher's distribution is over what follows the ids that it has read.
+the one that follows, as in Megatron. A label is the next id or none, since a teacher's distribution
+is over what follows the ids that it has read. `attention_mask` cuts padding off; `position_ids` and
+`segment_ids` must not divide a row.
 
 Cost: a few numpy passes over the ids; those of tables come as arrays, without Python objects.
 """
@@ -21,7 +22,7 @@ from kdcache.errors import UsageError
 from kdcache.rows.spec import ID_COLUMNS, RowSpec
 from kdcache.tasks import IGNORE
 
-_REFUSED = ("position_ids", "segment_ids")
+_ATTENTION = "attention_mask"
 
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -48,19 +49,14 @@ class SequenceMaker:
         values = record.values
         if ID_COLUMNS[0] not in values:
             raise record.missing(ID_COLUMNS[:1], "--columns input_ids=NAME")
-        for name in _REFUSED:
-            if name in record.columns:
-                raise UsageError(
-                    f"{record.place} has a column {name!r}: rows of several documents that do not "
-                    "see each other cannot be built from ids. Leave the column out to let them."
-                )
         ids = _numbers(values[ID_COLUMNS[0]], ID_COLUMNS[0])
         given = {name: values[name] for name in ID_COLUMNS[1:] if values.get(name) is not None}
         columns = {name: _numbers(value, name) for name, value in given.items()}
         for name, column in columns.items():
             if len(column) != len(ids):
                 raise RecordError(f"{name} has {len(column)} numbers for {len(ids)} input_ids")
-        real = _real(columns.pop("attention_mask", None))
+        real = _real(columns.pop(_ATTENTION, None))
+        _check_undivided(record, columns, real)
         ids = ids[real]
         self._check_range(ids, ID_COLUMNS[0])
         found = self._learnt(record, ids, {name: values[real] for name, values in columns.items()})
@@ -136,7 +132,7 @@ def _numbers(value: Any, column: str) -> Numbers:
         array = np.asarray(value) if len(value) else np.zeros(0, np.int64)
     except ValueError:  # lists of different lengths
         array = np.zeros(0, object)
-    if array.ndim != 1 or array.dtype.kind not in "iub" or array.dtype == np.uint64:
+    if array.ndim != 1 or array.dtype.kind not in "iub":
         raise RecordError(f"{column} holds something else than whole numbers in its list")
     return array.astype(np.int64)
 
@@ -151,13 +147,50 @@ def _real(attention: Numbers | None) -> slice:
     """Where a row's own ids are, its padding on either side left out."""
     if attention is None:
         return slice(None)
-    places = np.flatnonzero(_flags(attention, "attention_mask"))
+    places = np.flatnonzero(_flags(attention, _ATTENTION))
     if not len(places):
         return slice(0, 0)
     own = slice(int(places[0]), int(places[-1]) + 1)
     if own.stop - own.start != len(places):
-        raise RecordError("attention_mask hides ids in the middle of a row")
+        raise RecordError(f"{_ATTENTION} hides ids in the middle of a row")
     return own
+
+
+def _check_undivided(record: Record, columns: dict[str, Numbers], real: slice) -> None:
+    """Refuse rows of several documents."""
+    for name, step in (("position_ids", 1), ("segment_ids", 0)):
+        values = columns.pop(name, None)
+        if values is not None and (np.diff(values[real]) != step).any():
+            raise UsageError(
+                f"{record.place}: {name} divides the row into documents that do not see each "
+                "other, which cannot be built from ids. Leave the column out to let them, or give "
+                "each document a row."
+            )
+
+
+def own_ids(record: Record) -> tuple[int, int]:
+    """How many ids a record's columns have, padding included, and where its own begin."""
+    real = _real(_numbers(record.values[_ATTENTION], _ATTENTION) if _padded(record) else None)
+    return len(record.values[ID_COLUMNS[0]]), real.start or 0
+
+
+def _padded(record: Record) -> bool:
+    return record.values.get(_ATTENTION) is not None
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer by its folder or hub id.
+
+    Raises:
+        UsageError: It can't be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--tokenizer {name} is neither a folder with a tokenizer nor one that the hub gives "
+            f"({type(error).__name__}). Check the path or the id."
+        ) from error
 
 
 def check_tokenizer(name: str, teacher: Any) -> None:
@@ -171,13 +204,7 @@ def check_tokenizer(name: str, teacher: Any) -> None:
         UsageError: It can't be loaded, has another size, other special ids, or other tokens for its
             ids.
     """
-    try:
-        named = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--tokenizer {name} is neither a folder with a tokenizer nor one that the hub gives "
-            f"({type(error).__name__}). Check the path or the id."
-        ) from error
+    named = load_tokenizer(name)
     mine, theirs = named.get_vocab(), teacher.get_vocab()
     if len(mine) != len(theirs):
         what = f"has {len(mine):,} ids, the teacher's {len(theirs):,}"

@@ -14,7 +14,10 @@ from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
-ID_COLUMNS = ("input_ids", "labels", "loss_mask", "attention_mask")
+ID_COLUMNS = (
+    *("input_ids", "labels", "loss_mask"),
+    *("attention_mask", "position_ids", "segment_ids"),
+)
 # Fields that came later: in an identity only where they decide something.
 _LATER = {"labels": None, "attend": "row"}
 

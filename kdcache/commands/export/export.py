@@ -1,0 +1,252 @@
+"""`kdcache export`: a cache as Parquet files that any tool for tables reads.
+
+One file a shard, one row a sequence. The columns of a language model's cache are lists with an item
+for each token: `input_ids`; `labels`, the id to predict after each token or -100; `target_ids` and
+`target_probs`, lists of the ids that the teacher names there and of their probabilities at the
+temperature, most probable first, empty where there is no label; `target_tail`, its probability of
+all other ids (0 for samples, whose weights stand for all); and `teacher_logprob`, its
+log-probability of the label at T = 1, where the cache keeps that. `segment_ids` numbers documents
+that share a row and do not attend to each other, where a cache has such. A classifier's cache has one
+target a row, and `label`, `text` and `text_pair`. Each file's metadata say under the key `kdcache`
+what it was made of.
+
+Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
+Guarantee: a file appears whole. The same command makes only the files that are missing; files of
+another cache or of other options are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
+from kdcache.commands.export.options import ExportOptions
+from kdcache.errors import UsageError
+from kdcache.files import local_path, output_errors, whole_file, write_json
+from kdcache.targets import SoftTargets
+from kdcache.targets.decoded import SparseTargets, with_logits
+from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.tasks import CAUSAL_LM, IGNORE, positions
+
+_ABOUT = "_kdcache.json"  # tools for tables pass such names by
+_MOST_IDS = 4096  # of targets that name them all
+_ENTRIES = 1 << 22  # of a block of positions, about
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The outcome of an export.
+
+    Attributes:
+        out: folder of the files.
+        files: how many it has.
+        made: how many of them this run made.
+        rows: in all files.
+        positions: in all files.
+        bytes: of all files.
+        seconds: wall time of this run.
+    """
+
+    out: str
+    files: int
+    made: int
+    rows: int
+    positions: int
+    bytes: int
+    seconds: float
+
+
+def export(
+    options: ExportOptions, *, report: Callable[[str], None] = lambda _: None
+) -> ExportResult:
+    """Write a cache's rows and targets at one temperature, or finish an interrupted export.
+
+    Args:
+        options: what to write.
+        report: told of each file.
+
+    Raises:
+        UsageError: wrong options, a temperature that the cache does not declare, or a folder with
+            something else.
+        IncompleteError: the cache is not finished, or no space is left.
+    """
+    begin = time.perf_counter()
+    cache = Cache.open(options.cache)
+    writer = _Writer(cache, options)
+    folder = local_path(options.out)
+    with output_errors(folder, "the files that are written stay valid"):
+        _begin(folder, writer.about)
+        shards = cache.manifest.shards
+        names = [f"part-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
+        missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
+        cache.prefetch(missing)
+        for i in missing:
+            writer.write(cache.read(i), folder / names[i])
+            report(f"{names[i]}: {shards[i].rows:,} rows")
+    return ExportResult(
+        out=str(folder),
+        files=len(names),
+        made=len(missing),
+        rows=cache.manifest.rows,
+        positions=cache.manifest.positions,
+        bytes=sum((folder / name).stat().st_size for name in names),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Note what a folder's files are of, or compare it with what is noted."""
+    note = folder / _ABOUT
+    if note.is_file():
+        if json.loads(note.read_text()) != about:
+            raise UsageError(
+                f"--out {folder} holds files of another cache or of other options (see {_ABOUT}). "
+                "Name another folder."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.parquet")):
+        raise UsageError(f"--out {folder} holds other Parquet files. Name another folder.")
+    write_json(note, about)
+
+
+class _Writer:
+    """Writes shards of one cache as files."""
+
+    def __init__(self, cache: Cache, options: ExportOptions) -> None:
+        codec, spec = cache.codec(), cache.spec
+        declared = codec.temperatures
+        self.temperature = options.temperature or (1.0 if 1.0 in declared else declared[0])
+        codec.check_temperature(self.temperature)
+        self.top = options.top
+        if codec.keeps_logits and self.top is None and spec.vocab_size > _MOST_IDS:
+            raise UsageError(
+                f"{codec} targets name all {spec.vocab_size:,} ids of each position. Keep the best "
+                "with --top, such as --top 64."
+            )
+        if codec.needs_noise and self.top is not None:
+            raise UsageError(
+                f"{codec} targets are right on average over all their ids: the largest would "
+                "be biased. Leave --top out."
+            )
+        self.about = {
+            "cache": cache.digest,
+            "codec": spec.codec,
+            "task": spec.task,
+            "temperature": self.temperature,
+            "top": self.top,
+            "vocab_size": spec.vocab_size,
+            "tokenizer": spec.tokenizer,
+            "labels": "next",
+            "teachers": list(cache.notes.get("teachers", ())),
+        }
+
+    def write(self, data: ShardData, path: Path) -> None:
+        """Write one shard, whole."""
+        with whole_file(path) as file:
+            writer: Any = None
+            for rows in self._blocks(data):
+                table = self._table(data, rows)
+                writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+                writer.write_table(table)
+            writer.close()
+
+    def _blocks(self, data: ShardData) -> Iterator[range]:
+        """Stretches of rows with about as many entries; one without rows where there are none."""
+        most = self.top or (data.targets.codec.vocab_size if data.targets.codec.keeps_logits else 0)
+        room = max(1, _ENTRIES // max(most, 64))
+        start, offsets = 0, data.position_offsets
+        while True:
+            stop = int(np.searchsorted(offsets, offsets[start] + room, "right")) - 1
+            stop = min(max(stop, start + 1), len(data))
+            yield range(start, stop)
+            start = stop
+            if start >= len(data):
+                return
+
+    def _table(self, data: ShardData, rows: range) -> pa.Table:
+        causal = data.task == CAUSAL_LM
+        tokens = slice(data.offsets[rows.start], data.offsets[rows.stop])
+        places = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
+        ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
+        labels = data.labels[tokens] if causal else data.labels[rows.start : rows.stop]
+        counts, ids, probs, tail = self._entries(
+            data.targets.take(np.arange(places.start, places.stop))
+        )
+        there = positions(labels, data.task)
+        per = np.zeros(len(labels), np.int64)
+        per[there] = counts
+        values = {
+            "target_ids": _lists(per, pa.array(ids, pa.int32())),
+            "target_probs": _lists(per, pa.array(probs, pa.float32())),
+            "target_tail": _spread(tail, there),
+        }
+        if data.label_logprob is not None:
+            values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
+        columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
+        if causal:
+            columns["labels"] = _list_of(ends, pa.array(labels, pa.int32()))
+            columns |= {name: _list_of(ends, column) for name, column in values.items()}
+            if data.starts is not None:
+                segments = pa.array(np.cumsum(data.starts[tokens]), pa.int32())
+                columns["segment_ids"] = _list_of(ends, segments)
+        else:
+            columns["label"] = pa.array(labels, pa.int32(), mask=labels == IGNORE)
+            for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
+                if texts is not None:
+                    columns[name] = pa.array(texts[rows.start : rows.stop], pa.string())
+            columns |= values
+        return pa.table(columns).replace_schema_metadata({"kdcache": json.dumps(self.about)})
+
+    def _entries(self, targets: SoftTargets) -> tuple[np.ndarray, ...]:
+        """Of all positions, one after another: how many ids, ids, probabilities; and the tail."""
+        found = with_logits(targets.at(self.temperature))
+        if isinstance(found, SparseTargets):
+            weights = found.weights.double().numpy()
+            tail = found.tail.double().numpy()
+            place, slot = np.nonzero(weights)
+            ids, probs = found.ids.numpy()[place, slot], weights[place, slot]
+            if not found.exact:  # an id that was drawn twice has two entries
+                width = targets.codec.vocab_size
+                keys, which = np.unique(place * width + ids, return_inverse=True)
+                probs = np.bincount(which, probs, len(keys))
+                place, ids = np.divmod(keys, width)
+        else:
+            probs = (found.logits.double() / self.temperature).softmax(-1).numpy()
+            place, ids = np.indices(probs.shape).reshape(2, -1)
+            probs, tail = probs.reshape(-1), np.zeros(len(targets))
+        order = np.lexsort((ids, -probs, place))
+        place, ids, probs = place[order], ids[order], probs[order]
+        counts = np.bincount(place, minlength=len(targets))
+        if self.top is not None:
+            rank = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+            kept = rank < self.top
+            tail = tail + np.bincount(place[~kept], probs[~kept], len(targets))
+            ids, probs, counts = ids[kept], probs[kept], np.minimum(counts, self.top)
+        return counts, ids, probs, tail
+
+
+def _list_of(ends: np.ndarray, values: pa.Array) -> pa.Array:
+    """Lists that lie one after another, by where each begins and the last ends."""
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values)
+
+
+def _lists(counts: np.ndarray, values: pa.Array) -> pa.Array:
+    return _list_of(np.concatenate([[0], np.cumsum(counts)]), values)
+
+
+def _spread(values: np.ndarray, there: np.ndarray) -> pa.Array:
+    """A value for each token or row, null where it has no target."""
+    out = np.zeros(len(there), np.float32)
+    out[there] = values
+    return pa.array(out, pa.float32(), mask=~there)

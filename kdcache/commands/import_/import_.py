@@ -1,0 +1,238 @@
+"""`kdcache import`: a cache of top-k log-probabilities that another program wrote.
+
+    options -> spans of the files -> CacheSpec -> `make_cache`
+
+The cache declares T = 1 alone: at any other temperature the mass of the ids that were left out is
+not known. What the files say of themselves is kept in the notes.
+
+Cost: one pass over the files. Guarantee: as of a build; the same command resumes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from kdcache.cache import Cache, CacheSpec
+from kdcache.commands.build.driver import Progress
+from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
+from kdcache.commands.build.ranks import count_ranks
+from kdcache.commands.import_.compressed import Compression
+from kdcache.commands.import_.import_source import ImportSourceOptions, RowReader
+from kdcache.commands.import_.layouts import COMPRESSED, LAYOUTS
+from kdcache.commands.import_.options import ImportOptions
+from kdcache.corpus import Corpus, ReadStats, RecordError
+from kdcache.corpus.files import open_bytes
+from kdcache.errors import UsageError
+from kdcache.rows import RowSpec
+from kdcache.rows.ids import load_tokenizer
+from kdcache.storage import redact
+from kdcache.targets import Codec
+from kdcache.tasks import CAUSAL_LM
+from kdcache.teacher import tokenizer_files, tokenizer_sha256
+
+_SPAN_BYTES = 1 << 25
+_MOST_SPANS = 100_000
+_MOST_CONFIG = 1 << 20
+_ABOUT = b"kdcache"
+_VERSIONS = "events/corpus.json"
+
+
+def import_(
+    options: ImportOptions,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> BuildResult:
+    """Make a cache of files with targets, or finish an interrupted import.
+
+    Args:
+        options: what to read.
+        on_progress: called in this thread, a few times a second at most.
+        report: takes a line about what is done before the first progress.
+
+    Raises:
+        UsageError: wrong options or input; nothing was written that a later run would trust.
+        IncompleteError: interrupted, no space left, or spans set aside; the same command resumes.
+    """
+    return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
+
+
+def _plan(options: ImportOptions) -> CachePlan:
+    tokenizer = load_tokenizer(options.tokenizer)
+    corpus = _open(options)
+    about = _about(options, corpus)
+    source = _source(options, corpus)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    k, columns = _first(options, corpus, source, tokenizer)
+    codec = Codec.parse(f"topk:{k}", (1.0,), vocab_size)
+    ranks = count_ranks(corpus, source.rows, tokenizer, vocab_size) if codec.uses_ranks else b""
+    pad_id = tokenizer.pad_token_id
+    reading = {**corpus.settings, "layout": source.layout, "targets": source.targets}
+    reading |= {"excess": options.excess} if options.excess != "refuse" else {}
+    if source.compression is not None:
+        reading["compression"] = dict(source.compression.values)
+    spec = CacheSpec(
+        task=CAUSAL_LM,
+        teachers=({"sha256": "", "weight": 1.0},),
+        ensemble="mean-probs",
+        dtype="float32",
+        tokenizer=tokenizer_sha256(tokenizer),
+        vocab_size=vocab_size,
+        pad_id=pad_id if pad_id is not None else (tokenizer.eos_token_id or 0),
+        eos_id=tokenizer.eos_token_id,
+        label_names=None,
+        corpus=tuple(corpus.identity()),
+        rows=source.rows.to_dict(),
+        reading=reading,
+        spans=len(corpus.spans),
+        codec=str(codec),
+        temperatures=codec.temperatures,
+        seed=0,
+        ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+        label_logprob=source.columns.logprob in columns,
+    )
+    teachers = [redact(options.teacher)] if options.teacher else about.get("teachers") or []
+    origin = {"layout": source.layout, "files": [redact(name) for name in options.corpus]}
+    return CachePlan(
+        spec,
+        tokenizer_files(tokenizer),
+        ranks,
+        {"teachers": teachers, "imported": {**origin, **({"about": about} if about else {})}},
+        corpus.spans,
+        source,
+        0.0,
+        check_made=functools.partial(_check_made, corpus=corpus),
+        check_end=corpus.check_unchanged,
+        opening="opening the cache",
+    )
+
+
+def _open(options: ImportOptions) -> Corpus:
+    corpus = Corpus.open(
+        options.corpus,
+        span_bytes=lambda total: max(_SPAN_BYTES, total // _MOST_SPANS),
+        limit=options.limit,
+        columns=options.columns,
+        max_record_bytes=options.max_record_bytes,
+        split=options.split,
+        filters=options.filter,
+    )
+    other = next((file for file in corpus.files if file.kind != options.from_), None)
+    if other is not None:
+        raise UsageError(
+            f"{redact(other.url)} is {other.full_kind}, --from is {options.from_}. Name the files "
+            "or the format that are meant."
+        )
+    return corpus
+
+
+def _source(options: ImportOptions, corpus: Corpus) -> ImportSourceOptions:
+    layout = LAYOUTS[options.layout]
+    rows = RowSpec(
+        CAUSAL_LM,
+        max_length=options.max_length,
+        packing="whole",
+        record_form="ids",
+        labels=options.labels or layout.labels,  # type: ignore[arg-type]  # RowSpec checks it
+        on_error=options.on_error,
+    )
+    targets = options.targets or layout.targets
+    assert targets is not None, "ImportOptions asks for it"
+    return ImportSourceOptions(
+        rows, options.layout, targets, options.excess == "clip", _compression(options, corpus)
+    )
+
+
+def _compression(options: ImportOptions, corpus: Corpus) -> Compression | None:
+    """The configuration of compressed columns, where there may be some."""
+    if COMPRESSED not in LAYOUTS[options.layout].pairs:
+        return None
+    place = options.compression_config
+    if place is None:
+        place = f"{os.path.dirname(corpus.files[0].url)}/compression_config.yaml"
+        try:
+            stream = open_bytes(place)
+        except (UsageError, OSError):
+            return None  # which matters only if a column is compressed
+    else:
+        stream = open_bytes(place)
+    with stream:
+        text = stream.read(_MOST_CONFIG)
+    try:
+        return Compression.parse(yaml.safe_load(text), redact(place))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{redact(place)} is not valid YAML: {error}") from None
+
+
+def _about(options: ImportOptions, corpus: Corpus) -> dict[str, Any]:
+    """What files of `kdcache export` say of themselves; others say nothing.
+
+    Raises:
+        UsageError: their targets are not what an import takes.
+    """
+    if options.from_ != "parquet":
+        return {}
+    with open_bytes(corpus.files[0].url) as stream:
+        metadata = pq.ParquetFile(stream).schema_arrow.metadata or {}
+    try:
+        about = json.loads(metadata.get(_ABOUT, b"{}"))
+    except ValueError:
+        about = {}
+    if not isinstance(about, dict) or not about:
+        return {}
+    name = redact(corpus.files[0].url)
+    if about.get("temperature") != 1:
+        raise UsageError(
+            f"{name} holds probabilities at T = {about.get('temperature')}, from which those at 1 "
+            "do not follow. Export at --temperature 1."
+        )
+    if str(about.get("codec", "")).startswith(("sample", "anchored")):
+        raise UsageError(
+            f"{name} holds draws ({about['codec']}), not the most probable ids: they cannot become "
+            "top-k targets."
+        )
+    return about
+
+
+def _first(
+    options: ImportOptions, corpus: Corpus, source: ImportSourceOptions, tokenizer: Any
+) -> tuple[int, tuple[str, ...]]:
+    """Ids of a position, and the names of all columns, by the first row with targets."""
+    reader = RowReader(source, tokenizer, None, False)
+    for span in corpus.spans:
+        for record in Corpus.read(span, columns=source.wanted, on_error=options.on_error):
+            if COMPRESSED[0] in record.columns and source.compression is None:
+                raise UsageError(
+                    f"{record.place} has compressed targets, and there is no "
+                    "compression_config.yaml beside it. Name it with --compression-config."
+                )
+            try:
+                k = options.top or reader.width(record)
+            except RecordError as problem:
+                ReadStats().reject(options.on_error, record.file, record.location, problem)
+                continue
+            if k:
+                return k, record.columns
+    raise UsageError(
+        f"--corpus {' '.join(map(redact, options.corpus))}: no row has targets. Look at its "
+        "columns, or choose another --layout."
+    )
+
+
+def _check_made(cache: Cache, corpus: Corpus) -> None:
+    """Refuse to go on with shards of files that were written to since."""
+    now = json.dumps([file.versions for file in corpus.files]).encode()
+    if cache.sealed or cache.storage.create(_VERSIONS, now):
+        return
+    if cache.committed() and cache.storage.read(_VERSIONS) != now:
+        raise UsageError(
+            "the files were written to since this import began. Import them into another --out."
+        )

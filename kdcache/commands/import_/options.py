@@ -1,0 +1,98 @@
+"""The options of `import`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kdcache.choices import MAX_RECORD_BYTES, Labels, OnError
+from kdcache.commands.build.options import WorkerOptions
+from kdcache.options import option
+
+Layout = Literal["kdcache", "axolotl", "distillkit", "open-instruct", "plain"]
+
+
+@dataclass(frozen=True)
+class ImportOptions(WorkerOptions):
+    """What `kdcache import` takes: fields have the names of its options."""
+
+    corpus: tuple[str, ...] = option(
+        help="files, folders, globs or fsspec URLs.", metavar="PATH_OR_URL_OR_GLOB"
+    )
+    tokenizer: str = option(
+        help="the tokenizer of the ids, that of the teacher.", metavar="DIR_OR_HUB_ID"
+    )
+    out: str = option(help="folder or URL of the cache.", metavar="CACHE")
+    from_: Literal["parquet", "arrow", "jsonl"] = option("parquet", help="the format of the files.")
+    layout: Layout = option(
+        "kdcache",
+        help="whose columns they are: those of `kdcache export`, of another program, or `plain`: "
+        "`target_ids` with `target_logprobs` or `target_probs`, and --labels and --targets say "
+        "where they stand.",
+    )
+    labels: Labels | None = option(
+        None,
+        help="what `labels` and `loss_mask` stand beside: the `token` that they are about, or the "
+        "one before it, whose `next` it is; `none` reads neither. Default: by the layout.",
+    )
+    targets: Literal["token", "next"] | None = option(
+        None,
+        help="what targets stand beside: the `token` that they are a distribution of, or the one "
+        "before it, whose `next` it is. Default: by the layout.",
+    )
+    columns: tuple[str, ...] | None = option(
+        None,
+        help="names of the layout for columns that have others, such as `target_ids=top_ids`.",
+        comma=True,
+        metavar="NAME=THEIRS",
+    )
+    filter: tuple[str, ...] = option(
+        (), help="keep only records whose column has this value.", metavar="COLUMN=VALUE"
+    )
+    split: str | None = option(
+        None,
+        help="split to read of folders that hold several, such as `train`; `all` for every file.",
+        metavar="NAME",
+    )
+    top: int | None = option(
+        None,
+        help="ids to keep of each position, the most probable ones. Default: as many as the first "
+        "row has.",
+        metavar="K",
+        at_least=1,
+    )
+    excess: Literal["refuse", "clip"] = option(
+        "refuse",
+        help="what to do with positions whose probabilities sum to more than 1: refuse their row, "
+        "or scale them to 1.",
+    )
+    teacher: str | None = option(
+        None, help="name of the teacher, for the notes of the cache (optional).", metavar="NAME"
+    )
+    compression_config: str | None = option(
+        None,
+        help="of DistillKit's compressed columns. Default: compression_config.yaml beside the "
+        "first file.",
+        metavar="FILE.yaml",
+    )
+    max_length: int = option(
+        1 << 17, help="tokens of the longest row; a longer one is refused.", at_least=2
+    )
+    max_record_bytes: int = option(
+        MAX_RECORD_BYTES, help="longest record; a longer one cannot be read.", at_least=1
+    )
+    on_error: OnError = option("fail", help="what to do with rows that cannot be used.")
+    limit: int | None = option(None, help="use only the first rows.", metavar="ROWS", at_least=1)
+
+    def conflicts(self) -> Sequence[str]:
+        """See `Options.conflicts`."""
+        problems = list(WorkerOptions.conflicts(self))
+        if self.layout == "plain" and self.targets is None:
+            problems.append(
+                "--targets is missing: with --layout plain say whether targets stand beside the "
+                "`token` that they are about, or the one before it (`next`)."
+            )
+        if self.compression_config and self.layout not in ("distillkit", "open-instruct"):
+            problems.append("--compression-config is for --layout distillkit or open-instruct.")
+        return problems

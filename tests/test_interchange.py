@@ -1,0 +1,383 @@
+"""Parquet out and in: what is exported is the targets; of what others wrote nothing is made up."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+import kdcache
+from kdcache.cache import Cache
+from kdcache.commands.export.options import ExportOptions
+from kdcache.commands.import_.compressed import Compression
+from kdcache.commands.import_.options import ImportOptions
+from kdcache.corpus import RecordError
+from kdcache.errors import UsageError
+from kdcache.targets.decoded import SparseTargets, with_logits
+from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.tasks import IGNORE
+
+TOKENIZER = Path(__file__).resolve().parent / "tiny_tokenizers" / "bytes"
+
+
+def export(cache: str, out: Path, **options: Any) -> pd.DataFrame:
+    kdcache.export(ExportOptions(cache, str(out), **options))
+    return pd.read_parquet(out)
+
+
+def take_in(folder: Path, out: Path, **options: Any) -> Cache:
+    values = {"corpus": (str(folder),), "tokenizer": str(TOKENIZER), "workers": 0, **options}
+    kdcache.import_(ImportOptions(out=str(out), **values))
+    return Cache.open(str(out))
+
+
+def decoded(cache: Cache, temperature: float = 1.0) -> list[dict[int, float]]:
+    """The targets of all positions: weights by id."""
+    found = []
+    for span in range(cache.spec.spans):
+        targets = cache.read(span).targets
+        if len(targets):
+            sparse = targets.at(temperature)
+            assert isinstance(sparse, SparseTargets)
+            for ids, weights in zip(sparse.ids.tolist(), sparse.weights.tolist(), strict=True):
+                one: dict[int, float] = {}
+                for i, w in zip(ids, weights, strict=True):
+                    one[i] = one.get(i, 0.0) + w
+                found.append({i: w for i, w in one.items() if w})
+    return found
+
+
+# -- export --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codec", "temperature"), [("topk:8", 2.0), ("sample:20", 1.0)])
+def test_a_row_holds_ids_labels_and_the_targets_of_each_token(
+    lm_caches: dict[str, str], tmp_path: Path, codec: str, temperature: float
+) -> None:
+    cache = Cache.open(lm_caches[codec])
+    table = export(cache.url, tmp_path, temperature=temperature)
+    shards = [cache.read(i) for i in range(cache.spec.spans)]
+    rows = [data.row(i) for data in shards for i in range(len(data))]
+    expected = decoded(cache, temperature)
+    logprobs = np.concatenate([decode_logprobs(data.label_logprob) for data in shards])
+    place = 0
+    assert len(table) == len(rows)
+    for row, (_, got) in zip(rows, table.iterrows(), strict=True):
+        assert got["input_ids"].tolist() == row.input_ids.tolist()
+        assert got["labels"].tolist() == row.labels.tolist()
+        for t, label in enumerate(row.labels):
+            ids, probs = got["target_ids"][t], got["target_probs"][t]
+            if label == IGNORE:
+                assert not len(ids)
+                assert math.isnan(got["target_tail"][t])
+                continue
+            assert dict(zip(ids.tolist(), probs, strict=True)) == pytest.approx(expected[place])
+            assert (np.diff(probs) <= 0).all()
+            if codec == "topk:8":
+                assert probs.sum() + got["target_tail"][t] == pytest.approx(1, abs=1e-5)
+            assert got["teacher_logprob"][t] == logprobs[place]
+            place += 1
+    assert place == len(expected)
+
+
+def test_all_ids_or_the_best_of_them_and_the_rest_as_tail(
+    lm_caches: dict[str, str], tmp_path: Path
+) -> None:
+    cache = Cache.open(lm_caches["dense"])
+    data = cache.read(0)
+    dense = with_logits(data.targets.at(2.0))
+    probs = (dense.logits.double() / 2).softmax(-1).numpy()  # type: ignore[union-attr]
+    table = export(cache.url, tmp_path / "top", temperature=2.0, top=5)
+    everything = export(cache.url, tmp_path / "all", temperature=2.0)
+    place = 0
+    for (_, some), (_, full) in zip(table.iterrows(), everything.iterrows(), strict=True):
+        for t, label in enumerate(some["labels"]):
+            if label != IGNORE and place < len(probs):
+                best = np.sort(probs[place])[::-1]
+                assert some["target_probs"][t] == pytest.approx(best[:5], abs=1e-6)
+                assert some["target_tail"][t] == pytest.approx(best[5:].sum(), abs=1e-6)
+                assert full["target_probs"][t] == pytest.approx(best, abs=1e-6)
+                place += 1
+    assert place == len(probs)
+
+
+def test_a_classifier_has_one_target_a_row(class_cache: str, tmp_path: Path) -> None:
+    data = Cache.open(class_cache).read(0)
+    table = export(class_cache, tmp_path, temperature=3.0)
+    dense = with_logits(data.targets.at(3.0))
+    probs = (dense.logits.double() / 3).softmax(-1).numpy()  # type: ignore[union-attr]
+    assert table["text"].tolist() == data.texts
+    assert table["label"].fillna(IGNORE).astype(int).tolist() == data.labels.tolist()
+    for expected, ids, got in zip(probs, table["target_ids"], table["target_probs"], strict=True):
+        assert dict(zip(ids.tolist(), got, strict=True)) == pytest.approx(
+            dict(enumerate(expected)), abs=1e-6
+        )
+
+
+def test_an_export_goes_on_and_refuses_another_one(
+    lm_caches: dict[str, str], tmp_path: Path
+) -> None:
+    options = ExportOptions(lm_caches["topk:8"], str(tmp_path / "out"))
+    first = kdcache.export(options)
+    files = sorted((tmp_path / "out").glob("*.parquet"))
+    before = [path.read_bytes() for path in files]
+    files[-1].unlink()
+    again = kdcache.export(options)
+    assert (first.made, again.made, again.files) == (len(files), 1, len(files))
+    assert [path.read_bytes() for path in files] == before
+    with pytest.raises(UsageError, match="another cache or of other options"):
+        kdcache.export(replace(options, temperature=2.0))
+    with pytest.raises(UsageError, match="temperature 3 is not declared"):
+        kdcache.export(replace(options, temperature=3.0, out=str(tmp_path / "t3")))
+    with pytest.raises(UsageError, match="would be biased"):
+        kdcache.export(ExportOptions(lm_caches["sample:20"], str(tmp_path / "s"), top=3))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.parquet").write_bytes(b"")
+    with pytest.raises(UsageError, match="holds other Parquet files"):
+        kdcache.export(replace(options, out=str(tmp_path / "other")))
+
+
+# -- round trip ----------------------------------------------------------------------------------
+
+
+def test_what_was_exported_is_imported_again(
+    lm_caches: dict[str, str], tiny_lm: Path, tmp_path: Path
+) -> None:
+    cache = Cache.open(lm_caches["topk:8"])
+    export(cache.url, tmp_path / "out")
+    again = take_in(tmp_path / "out", tmp_path / "cache", tokenizer=str(tiny_lm))
+    assert (again.spec.codec, again.spec.temperatures) == ("topk:8", (1.0,))
+    assert again.manifest.positions == cache.manifest.positions
+    old, new = (
+        [(data.row(i).input_ids.tolist(), data.row(i).labels.tolist())
+         for data in map(one.read, range(one.spec.spans)) for i in range(len(data))]
+        for one in (cache, again)
+    )  # fmt: skip
+    assert old == new
+    for mine, theirs in zip(decoded(again), decoded(cache), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    nats = [sum(s.label_nats or 0 for s in one.manifest.shards) for one in (cache, again)]
+    assert nats[0] > 0
+    assert nats[0] == pytest.approx(nats[1], rel=1e-3)
+    about = again.notes["imported"]["about"]
+    assert (about["cache"], about["codec"]) == (cache.digest, "topk:8")
+    assert again.notes["teachers"] == cache.notes["teachers"]
+    with pytest.raises(UsageError, match="temperature 2 is not declared"):
+        again.codec().check_temperature(2.0)
+
+
+def test_what_cannot_become_topk_at_one_is_refused(
+    lm_caches: dict[str, str], tmp_path: Path
+) -> None:
+    export(lm_caches["topk:8"], tmp_path / "t2", temperature=2.0)
+    export(lm_caches["sample:20"], tmp_path / "draws")
+    for name, message in (("t2", "at T = 2"), ("draws", r"holds draws \(sample:20\)")):
+        with pytest.raises(UsageError, match=message):
+            take_in(tmp_path / name, tmp_path / "cache")
+
+
+# -- what others write ---------------------------------------------------------------------------
+
+IDS = [5, 6, 7, 8]
+TOP = [[9, 3, 6], [7, 1, 2], [8, 4, 0]]  # of what follows 5, 6 and 7
+LOGPROBS = [[-0.5, -1.5, -3.0], [-0.25, -2.0, -2.5], [-0.75, -1.0, -4.0]]
+
+
+def expected(k: int = 3) -> list[dict[int, float]]:
+    return [
+        {i: math.exp(x) for i, x in zip(ids[:k], values[:k], strict=True)}
+        for ids, values in zip(TOP, LOGPROBS, strict=True)
+    ]
+
+
+def nested(rows: list[Any], kind: Any) -> Any:
+    return pa.array(rows, pa.list_(pa.list_(kind)))
+
+
+def write(folder: Path, columns: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "data_0.parquet")
+    return folder
+
+
+def check(cache: Cache, k: int = 3) -> None:
+    (row,) = [data.row(i) for data in [cache.read(0)] for i in range(len(data))]
+    assert [*row.input_ids.tolist(), int(row.labels[-1])] == IDS
+    assert (cache.spec.codec, cache.spec.temperatures) == (f"topk:{k}", (1.0,))
+    found = decoded(cache)
+    assert len(found) == len(TOP)
+    for got, wanted in zip(found, expected(k), strict=True):
+        assert got == pytest.approx(wanted, abs=2e-3)
+    tail = cache.read(0).targets.at(1.0).tail.tolist()  # type: ignore[union-attr]
+    assert tail == pytest.approx([1 - sum(one.values()) for one in expected(k)], abs=2e-3)
+
+
+class TestLayouts:
+    def test_plain_columns_stand_where_the_option_says(self, tmp_path: Path) -> None:
+        columns = {
+            "tokens": pa.array([IDS], pa.list_(pa.int32())),
+            "top_ids": nested([TOP], pa.int32()),
+            "top_logprobs": nested([LOGPROBS], pa.float32()),
+        }
+        names = ("input_ids=tokens", "target_ids=top_ids", "target_logprobs=top_logprobs")
+        options: dict[str, Any] = {"layout": "plain", "columns": names}
+        folder = write(tmp_path / "next", columns)
+        check(take_in(folder, tmp_path / "a", targets="next", **options))
+        check(take_in(folder, tmp_path / "k2", targets="next", top=2, **options), 2)
+        columns |= {
+            "top_ids": nested([[[0, 1, 2], *TOP]], pa.int32()),
+            "top_logprobs": nested([[[0.0, -9.0, -9.0], *LOGPROBS]], pa.float32()),
+        }
+        folder = write(tmp_path / "token", columns)
+        check(take_in(folder, tmp_path / "b", targets="token", **options))
+        with pytest.raises(UsageError, match="--targets is missing"):
+            take_in(folder, tmp_path / "c", **options)
+
+    def test_axolotl(self, tmp_path: Path) -> None:
+        """Of its prepared datasets: a distribution stands beside the token that it is of."""
+        none = [-math.inf] * 3
+        columns = {
+            "input_ids": pa.array([IDS], pa.list_(pa.int32())),
+            "attention_mask": pa.array([[1] * 4], pa.list_(pa.int8())),
+            "labels": pa.array([[-100, *IDS[1:]]], pa.list_(pa.int32())),
+            "position_ids": pa.array([[0, 1, 2, 3]], pa.list_(pa.int64())),
+            "target_token_ids": nested([[[0, 1, 2], *TOP]], pa.int64()),
+            "target_logprobs": nested([[none, *LOGPROBS]], pa.float64()),
+            "target_mask": nested([[[0] * 3, [1] * 3, [1] * 3, [1] * 3]], pa.int64()),
+        }
+        check(take_in(write(tmp_path / "a", columns), tmp_path / "cache", layout="axolotl"))
+        columns["target_mask"] = nested([[[0] * 3, [0] * 3, [1] * 3, [1] * 3]], pa.int64())
+        cache = take_in(write(tmp_path / "b", columns), tmp_path / "masked", layout="axolotl")
+        assert cache.read(0).labels.tolist() == [IGNORE, 7, 8]
+
+    @pytest.mark.parametrize("layout", ["distillkit", "open-instruct"])
+    def test_compressed_columns_of_distillkit(self, tmp_path: Path, layout: str) -> None:
+        """Bytes by hand: two numbers in bfloat16, the third of a line and a difference."""
+        size = len(AutoTokenizer.from_pretrained(TOKENIZER))
+        bits = math.ceil(math.log2(size))
+        logprobs, ids = [], []
+        for best, values in zip(TOP, LOGPROBS, strict=True):
+            exact = b"".join(struct.pack("<f", value)[2:] for value in values[:2])
+            # the polynomial says 0.5 more; the bin takes it off again: -64 of 128 steps of 1.
+            bin_ = struct.pack("<f", 1 / 128) + bytes([-64 + 128])
+            logprobs.append(list(exact + struct.pack("<f", values[2] + 0.5) + bin_))
+            text = "".join(f"{i:0{bits}b}" for i in best)
+            text += "0" * (-len(text) % 8)
+            ids.append([int(text[at : at + 8], 2) for at in range(0, len(text), 8)])
+        columns = {
+            "input_ids": pa.array([IDS], pa.list_(pa.uint64())),
+            "compressed_logprobs": nested([logprobs], pa.uint8()),
+            "bytepacked_indices": nested([ids], pa.uint8()),
+        }
+        if layout == "open-instruct":
+            columns |= {"messages": pa.array(["[]"]), "text": pa.array(["x"])}
+        folder = write(tmp_path / "logits", columns)
+        with pytest.raises(UsageError, match="no compression_config.yaml beside it"):
+            take_in(folder, tmp_path / "none", layout=layout)
+        (folder / "compression_config.yaml").write_text(
+            f"d: {size}\nk: 3\nexact_k: 2\nexact_dtype: bfloat16\npolynomial_terms: [0]\n"
+            "term_dtype: float32\ndelta_encoding: false\nerror_diffusion: false\n"
+            "residual_bins:\n- {scale_dtype: float32, element_bits: 8, num_elements: 1}\n"
+        )
+        check(take_in(folder, tmp_path / "cache", layout=layout))
+
+    def test_plain_columns_of_distillkit(self, tmp_path: Path) -> None:
+        columns = {
+            "input_ids": pa.array([IDS], pa.list_(pa.uint64())),
+            "token_ids": nested([TOP], pa.int64()),
+            "top_values": nested([LOGPROBS], pa.float32()),
+        }
+        folder = write(tmp_path / "raw", columns)
+        check(take_in(folder, tmp_path / "cache", layout="distillkit", teacher="big"))
+        assert Cache.open(str(tmp_path / "cache")).notes["teachers"] == ["big"]
+
+
+class TestCompression:
+    def test_terms_deltas_and_odd_bits(self) -> None:
+        config = {"d": 300, "k": 5, "exact_k": 1, "exact_dtype": "float16", "term_dtype": "float64"}
+        config |= {"polynomial_terms": [1, "sqrt"], "residual_bins": [
+            {"scale_dtype": "bfloat16", "element_bits": 1, "num_elements": 2}]}  # fmt: skip
+        row = np.float16(-0.5).tobytes() + np.array([-1.0, -0.5]).tobytes()
+        row += struct.pack("<f", 0.25)[2:] + bytes([0b10_000000])
+        data = np.frombuffer(row, np.uint8)[None]
+        steps = [-0.5, 0.25, -1.5 - 0.25, -2 - 0.5 * 2**0.5, -3 - 0.5 * 3**0.5]
+        plain = Compression.parse({**config, "delta_encoding": False}, "x").logprobs(data)
+        assert plain[0] == pytest.approx(steps)
+        summed = Compression.parse(config, "x").logprobs(data)
+        assert summed[0] == pytest.approx(np.cumsum(steps))
+        with pytest.raises(RecordError, match="20 bytes a position, too few"):
+            Compression.parse(config, "x").logprobs(data[:, :-1])
+        with pytest.raises(RecordError, match="22 bytes a position, 21 expected"):
+            Compression.parse(config, "x").logprobs(np.pad(data, ((0, 0), (0, 1))))
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"k": 400}, {"exact_k": 9}, {"d": 1}, {"d": None}, {"exact_dtype": "int8"}, {"k": 1 << 40},
+         {"polynomial_terms": ["sin"]}, {"residual_bins": [{"element_bits": 8}]},
+         {"residual_bins": [{"scale_dtype": "float32", "element_bits": 99, "num_elements": 1}]}],
+    )  # fmt: skip
+    def test_wrong_configurations_are_named(self, change: dict[str, Any]) -> None:
+        good = {"d": 300, "k": 5, "exact_k": 5, "residual_bins": []}
+        Compression.parse(good, "x")
+        with pytest.raises(UsageError, match="c.yaml is not a compression configuration"):
+            Compression.parse({**good, **change}, "c.yaml")
+
+
+class TestWrongRows:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"target_logprobs": [[0.0, -0.1, -0.2], *LOGPROBS[1:]]}, "sum to 2.724.*--excess"),
+            ({"target_logprobs": [[math.nan, -1, -2], *LOGPROBS[1:]]}, "is not a number"),
+            ({"target_logprobs": [[-math.inf] * 3, *LOGPROBS[1:]]}, "no probability on any"),
+            ({"target_logprobs": LOGPROBS[1:]}, "have different lengths"),
+            ({"target_ids": [[9, 3, 9], *TOP[1:]]}, "names an id twice"),
+            ({"target_ids": [[9, 3, -1], *TOP[1:]]}, "names -1, which is not an id"),
+            ({"target_ids": [[9, 3, 1 << 20], *TOP[1:]]}, "names 1048576, which is not an id"),
+            (
+                {"target_ids": [*TOP[:2], [8, 4]], "target_logprobs": [*LOGPROBS[:2], [-1, -2]]},
+                "a position has 2 ids, fewer than the 3",
+            ),
+            (
+                {"target_ids": TOP[:2], "target_logprobs": LOGPROBS[:2]},
+                "its targets have 2 items for 4 input_ids",
+            ),
+            ({"input_ids": [5, 6, 1 << 20, 8]}, "input_ids holds 1048576"),
+        ],
+    )
+    def test_they_are_named_or_skipped(
+        self, tmp_path: Path, change: dict[str, Any], message: str
+    ) -> None:
+        good = {"input_ids": IDS, "target_ids": TOP, "target_logprobs": LOGPROBS}
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in (good, {**good, **change})))
+        options: dict[str, Any] = {"layout": "plain", "targets": "next", "from_": "jsonl"}
+        with pytest.raises(UsageError, match=f"line 2: .*{message}"):
+            take_in(path, tmp_path / "fails", **options)
+        cache = take_in(path, tmp_path / "cache", on_error="skip", **options)
+        check(cache)
+        assert cache.manifest.skipped == 1
+
+    def test_excess_is_clipped_by_an_explicit_word(self, tmp_path: Path) -> None:
+        high = [[0.0, -1.0, -2.0], *LOGPROBS[1:]]
+        path = tmp_path / "rows.jsonl"
+        row = {"input_ids": IDS, "target_ids": TOP, "target_logprobs": high}
+        path.write_text(json.dumps(row))
+        options: dict[str, Any] = {"layout": "plain", "targets": "next", "from_": "jsonl"}
+        cache = take_in(path, tmp_path / "cache", excess="clip", **options)
+        total = sum(map(math.exp, high[0]))
+        got = decoded(cache)[0]
+        assert got == pytest.approx(
+            {i: math.exp(x) / total for i, x in zip(TOP[0], high[0], strict=True)}, abs=2e-3
+        )
+        assert cache.spec.reading["excess"] == "clip"
