@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.cache.repair import GcResult, RepairResult
     from kdcache.commands.build.build import build
+    from kdcache.commands.build.dry_run import DryRun, dry_run
     from kdcache.commands.build.make import BuildResult
     from kdcache.commands.build.options import BuildOptions
     from kdcache.commands.demo.demo import demo
@@ -74,6 +75,7 @@ _HOMES = {
     "kdcache.cache": ("Cache",),
     "kdcache.cache.repair": ("GcResult", "RepairResult"),
     "kdcache.commands.build.build": ("build",),
+    "kdcache.commands.build.dry_run": ("DryRun", "dry_run"),
     "kdcache.commands.build.make": ("BuildResult",),
     "kdcache.commands.build.options": ("BuildOptions",),
     "kdcache.commands.demo.demo": ("demo",),

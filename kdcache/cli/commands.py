@@ -20,6 +20,7 @@ from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
 if TYPE_CHECKING:
     from kdcache.commands.build.make import BuildResult
+    from kdcache.commands.build.options import BuildOptions
 
 
 def load(name: str) -> click.Command:
@@ -75,6 +76,9 @@ def _build() -> click.Command:
         "Run the same command again to continue where it stopped.",
     )
     def command(options: BuildOptions, as_json: bool) -> None:
+        if options.dry_run:
+            _dry_run(options, as_json)
+            return
         from kdcache.cli.display import BuildDisplay
 
         with BuildDisplay(quiet=as_json) as display:
@@ -89,6 +93,20 @@ def _build() -> click.Command:
         echo_next("kdcache", "train", "--cache", options.out, "--student", student, "--out", "RUN")
 
     return command
+
+
+def _dry_run(options: BuildOptions, as_json: bool) -> None:
+    from kdcache.cli.view_dry_run import render_dry_run
+    from kdcache.commands.build.dry_run import dry_run
+
+    result = dry_run(options)
+    if as_json:
+        print_json(result)
+        return
+    render_dry_run(result, Console())
+    words = [f"--teacher={name}" for name in options.teacher]
+    words += [f"--corpus={name}" for name in options.corpus]
+    echo_next("kdcache", "plan", *words, "--task", options.task, "--codec", result.codec)
 
 
 def _transcode() -> click.Command:

@@ -15,6 +15,7 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
 from kdcache.commands.build.resume import check_made
 from kdcache.commands.build.teacher_source import TeacherSourceOptions
+from kdcache.errors import UsageError
 from kdcache.storage import redact
 from kdcache.teacher import tokenizer_files
 
@@ -36,6 +37,8 @@ def build(
         UsageError: wrong options or input; nothing was written that a later run would trust.
         IncompleteError: interrupted, no space left, or spans set aside; the same command resumes.
     """
+    if options.dry_run:
+        raise UsageError("dry_run is for kdcache.dry_run, which describes a build.")
     return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
 
 

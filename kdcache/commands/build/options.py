@@ -118,6 +118,11 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         at_least=1,
     )
     seed: int = option(0, help="seed of the noise of `sample` and `anchored`.")
+    dry_run: bool = option(
+        False,
+        help="print what would be built, with rough bytes and hours; nothing is written and no "
+        "teacher is loaded.",
+    )
 
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""

@@ -35,6 +35,7 @@ _SPAN_SECONDS = 120.0  # of the teacher: two spans are what a preemption costs
 # 32 bits something between a GPU and a CPU.
 _SPEED = {"float32": 1e12}
 _SPEED_16 = 1e14
+_CPU = 1 / 1e11  # the same of a CPU of eight cores: seconds a byte, to tell people
 _BATCH_TOKENS = {"cpu": 4096, "gpu": 65536, "engine": 8192}
 _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
 
@@ -59,6 +60,7 @@ class Prepared:
         find_batch: whether such a batch is tried first, and halved until it fits the GPU.
         gpus: GPUs a worker.
         ranks: rank table of the cache; empty for none.
+        token_seconds: of the teacher for a token on one worker, very roughly.
         output_layer: file of the teacher's output layer; empty for none.
     """
 
@@ -71,6 +73,7 @@ class Prepared:
     find_batch: bool
     gpus: float
     ranks: bytes
+    token_seconds: float = 0.0
     output_layer: bytes = b""
 
 
@@ -102,7 +105,8 @@ def prepare(options: BuildOptions) -> Prepared:
     )
     gpus = _gpus(options)
     dtype = _dtype(options.dtype, gpus)
-    seconds = sum(teacher.weight_bytes for teacher in teachers) / _SPEED.get(dtype, _SPEED_16)
+    weights = sum(teacher.weight_bytes for teacher in teachers)
+    seconds = weights / _SPEED.get(dtype, _SPEED_16)
     corpus = options.open_corpus(
         options.corpus,
         span_bytes=functools.partial(_span_bytes, options, codec, seconds),
@@ -147,6 +151,7 @@ def prepare(options: BuildOptions) -> Prepared:
         find_batch=options.batch_tokens is None and version is None,
         gpus=gpus,
         ranks=ranks,
+        token_seconds=seconds if gpus else max(seconds, _CPU * weights),
     )
 
 
