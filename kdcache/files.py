@@ -110,8 +110,8 @@ def local_path(name: str, option: str = "--out") -> Path:
     name = name.removeprefix("file://")
     if "://" in name:
         raise UsageError(
-            f"{option} is {name}, expected a folder or file on this machine: only caches can be "
-            "written to an object store."
+            f"{option} is {name}, expected a folder or file on this machine: only caches and "
+            "trainings can be written to an object store."
         )
     return Path(name).expanduser().absolute()
 

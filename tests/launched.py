@@ -19,7 +19,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress, TrainResult
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["kdcache.commands.train.together"])
+_CONTEXT.set_forkserver_preload(["kdcache.commands.train.together", "s3fs"])
 _DEADLINE = 120.0
 
 Look = Callable[[TrainProgress], None]
@@ -75,6 +75,7 @@ def launch(
     by: Callable[[int, int, int], Mapping[str, str]] = torchrun,
     look: Look | None = None,
     folders: Sequence[Path] | None = None,
+    environments: Sequence[Mapping[str, str]] | None = None,
 ) -> list[Ended]:
     """Train in `world` processes; how each of them ended.
 
@@ -84,14 +85,18 @@ def launch(
         by: the launcher.
         look: called in the first process for every line of its log; a function of a module.
         folders: working directory of each.
+        environments: further variables of each.
     """
     port, started = free_port(), []
     for rank in range(world):
         own = options if isinstance(options, TrainOptions) else options[rank]
         ours, theirs = _CONTEXT.Pipe(duplex=False)
+        # The server's own environment is that of the first call.
+        environment = {**os.environ, **by(rank, world, port)}
+        environment |= environments[rank] if environments else {}
         here = Path.cwd() if folders is None else folders[rank]
         process = _CONTEXT.Process(
-            target=_work, args=(own.to_dict(), dict(by(rank, world, port)), here, look, theirs)
+            target=_work, args=(own.to_dict(), environment, here, look, theirs)
         )
         process.start()
         theirs.close()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from kdcache.storage.base import Share, Storage, sha256_file
 from kdcache.storage.local import LocalStorage
-from kdcache.storage.urls import redact
+from kdcache.storage.urls import is_remote, redact
 
-__all__ = ["LocalStorage", "Share", "Storage", "open_storage", "redact", "sha256_file"]
+__all__ = ["LocalStorage", "Share", "Storage", "is_remote", "open_storage", "redact", "sha256_file"]
 
 
 def open_storage(url: str) -> Storage:
@@ -20,7 +20,7 @@ def open_storage(url: str) -> Storage:
     Raises:
         UsageError: a protocol that is unknown, or credentials in an address that takes none.
     """
-    if "://" in url and not url.startswith("file://"):
+    if is_remote(url):
         from kdcache.storage.remote import RemoteStorage
 
         return RemoteStorage(url)

@@ -137,8 +137,13 @@ class RemoteStorage(Storage):
         self._put(name, data)
 
     def _put(self, name: str, data: bytes, **options: str) -> None:
-        try:
+        with self._writing():
             self._store.ask("pipe_file", self._path(name), data, volume=len(data), **options)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError as error:
             raise UsageError(
                 f"cannot write to {self._store.shown}: it does not exist. Create it, or "
@@ -175,6 +180,28 @@ class RemoteStorage(Storage):
         """See `Storage.prefetch`."""
         # More than half of the bound could push out what is read before it.
         self._ahead.want(self.disk.leading(files, share=0.5))
+
+    # Files of a run: large, on a disk of this machine, and known to nobody else's copies
+
+    def tree(self, folder: str = "") -> dict[str, int]:
+        """Names below `folder`, however deep, with the bytes of each; not from a cache."""
+        path = self._path(folder)
+        found = self._store.ask("find", path, detail=True, volume=_LISTING)
+        return {name[len(path) + 1 :]: int(entry["size"] or 0) for name, entry in found.items()}
+
+    def upload(self, name: str, path: Path) -> None:
+        """Create or replace a file by one of this machine, whole or not at all."""
+        with self._writing():
+            self._store.ask("put_file", str(path), self._path(name), volume=path.stat().st_size)
+
+    def download(self, name: str, path: Path) -> None:
+        """Write all bytes of a file to this machine's disk.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with open(path, "xb") as file:
+            self._copy(name, self.size(name), file)
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""

@@ -10,6 +10,11 @@ _USER = re.compile(r"(?<=://)(?:[^/@?\s]*|[^/@?:\s]+:(?!\d*(?:/|$))\S*)@")
 _QUERY = re.compile(r"(?<=://)([^?\s]*)\?\S*")
 
 
+def is_remote(name: str) -> bool:
+    """Whether a name is a URL, and not of a file on this machine."""
+    return "://" in name and not name.startswith("file://")
+
+
 def redact(text: str) -> str:
     """A URL, or a text with URLs in it, without user names, passwords and query strings."""
     return _QUERY.sub(r"\1", _USER.sub("", text))

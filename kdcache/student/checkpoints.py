@@ -10,7 +10,7 @@ Guarantee: a run that was killed at any moment resumes from a checkpoint exactly
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,36 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The last whole checkpoint of a run, or None."""
-    for folder in sorted(_checkpoints(out), key=step_of, reverse=True):
-        try:
-            read_seal(folder, STATE_FILE)
-        except ValueError:
-            continue
-        return folder
+    for folder in sorted(checkpoints(out), key=step_of, reverse=True):
+        if is_whole(folder):
+            return folder
     return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its seal and every file that it lists."""
+    try:
+        read_seal(checkpoint, STATE_FILE)
+    except ValueError:
+        return False
+    return True
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"{_PREFIX}{step}"
 
 
 def continues(out: Path) -> str:
     """How the same command continues a run that was stopped, and from where."""
-    found = last_checkpoint(out)
-    if found is None:
+    return continues_from(last_checkpoint(out))
+
+
+def continues_from(checkpoint: Path | str | None) -> str:
+    """As `continues`, from the path or address of the last checkpoint."""
+    if checkpoint is None:
         return "There is no checkpoint yet: the same command starts over."
-    return f"The same command continues from step {step_of(found)} ({found})."
+    return f"The same command continues from step {step_of(Path(checkpoint))} ({checkpoint})."
 
 
 def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:
@@ -82,13 +97,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def _checkpoints(out: Path) -> list[Path]:
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, in no order."""
     found = out.glob(f"{_PREFIX}*")
     return [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
 
 
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]
-    """The HF Trainer with checkpoints that are whole or not there."""
+    """The HF Trainer with checkpoints that are whole or not there.
+
+    Attributes:
+        bring_checkpoint: brings the checkpoint of a step to this machine, where it may be missing.
+    """
+
+    bring_checkpoint: Callable[[int], None] = staticmethod(lambda step: None)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer."""
@@ -109,7 +131,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         out = Path(self._get_output_dir(trial=trial))
-        folder = out / f"{_PREFIX}{self.state.global_step}"
+        folder = out / checkpoint_name(self.state.global_step)
         if self.args.should_save:
             discard(folder, STATE_FILE)  # of a sitting that was killed, with other files perhaps
         self.accelerator.wait_for_everyone()
@@ -133,7 +155,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         """Delete the oldest checkpoints but `keep`, the best and the newest being among these; and
         any later than now, which an earlier sitting took before this one went back."""
         now, best = self.state.global_step, self.state.best_global_step
-        steps = {step_of(path): path for path in _checkpoints(out)}
+        steps = {step_of(path): path for path in checkpoints(out)}
         kept = {now, best} & steps.keys()
         for step in sorted((s for s in steps if s < now), reverse=True):
             if len(kept) < keep:
@@ -154,7 +176,7 @@ class _BestCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if not (args.load_best_model_at_end and state.best_global_step):
             return
-        here = Path(args.output_dir, f"{_PREFIX}{state.best_global_step}")
+        here = Path(args.output_dir, checkpoint_name(state.best_global_step))
         noted = Path(state.best_model_checkpoint or here)
         best = here if here.is_dir() else noted
         read_state(best)

@@ -386,6 +386,7 @@ class DistillationTrainer(CheckpointingTrainer):
         return isinstance(self.model, DistilledStudent) and is_adapted(self.model.student)
 
     def _load_best_model(self) -> None:
+        self.bring_checkpoint(int(self.state.best_global_step))
         if self.is_fsdp_enabled:
             super()._load_best_model()
             return

@@ -36,7 +36,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         run: folder of the run; nothing need be there.
     """
     path = run / METRICS_FILE
-    text = path.read_text() if path.is_file() else ""
+    return parse_metrics(path.read_text() if path.is_file() else "")
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """As `read_metrics`, of the content of the file."""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 

@@ -7,7 +7,6 @@ folder, which all workers must be able to read.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,18 +23,20 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
-from kdcache.commands.train.log import read_metrics
+from kdcache.commands.train.log import parse_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import RESULT_FILE, RunPlan
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.together import SharedError, train_in_group
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.extras import needs
 from kdcache.files import no_space, write_text
+from kdcache.storage import is_remote, open_storage
 
 _RETRIES = 2
 _RAY, _WRONG = ".ray", "wrong.txt"
 _LOOK_EVERY = 0.5
+_ASK_EVERY = 10.0  # seconds between two looks into an object store
 _ABORT_SECONDS = 30.0
 _WAKE_EVERY = 10.0
 _END_SECONDS = 60.0  # that a command may take to end once its own Ray is lost
@@ -61,6 +63,9 @@ def train_on_ray(
         from ray.train.torch import TorchTrainer
 
     plan, follower = RunPlan.make(options), None
+    where = {"out": str(plan.out)} if plan.store is None else {}
+    # Ray's own notes: not in a folder that a worker removes at the end.
+    own = plan.out / _RAY if plan.store is None else plan.out.parent / _RAY
     owns = connect(options.address)
     here = owns and cluster_address(options.address) is None
     private = tempfile.mkdtemp(prefix="kdcache-") if here else None
@@ -76,10 +81,13 @@ def train_on_ray(
             def _register_sigint_handler(self, controller: Any) -> None:
                 self.controller = controller
 
+        if plan.store is not None:
+            plan.store.claim()
         trainer = Trainer(
             _work,
             train_loop_config={
-                "options": {**options.to_dict(), "out": str(plan.out), "gpus_per_worker": gpus},
+                "options": {**options.to_dict(), **where, "gpus_per_worker": gpus},
+                "owner": "" if plan.store is None else plan.store.owner,
                 "threads": cpus,
                 "folder": str(Path.cwd()),
             },
@@ -91,11 +99,11 @@ def train_on_ray(
             ),
             run_config=RunConfig(
                 name="workers",
-                storage_path=str(plan.out / _RAY),
+                storage_path=str(own),
                 failure_config=FailureConfig(max_failures=_RETRIES),
             ),
         )
-        shutil.rmtree(plan.out / _RAY, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(own, ignore_errors=True)  # of a run that was killed
         follower = _Follower(plan, on_progress, watch=owns)
         try:
             with warnings.catch_warnings():
@@ -117,7 +125,7 @@ def train_on_ray(
         except TrainingFailedError as error:
             if no_space(error):
                 raise IncompleteError(
-                    f"no space left on {plan.out}. Free some. {RunPlan.go_on(options)}"
+                    f"no space left on {plan.shown}. Free some. {RunPlan.go_on(options)}"
                 ) from error
             raise KdcacheError(
                 f"the workers failed: {error} Run the same command to continue from the last "
@@ -125,9 +133,8 @@ def train_on_ray(
             ) from error
         finally:
             follower.stop()
-            told = plan.out / _RAY / _WRONG
-            wrong = told.read_text() if told.is_file() else ""
-            shutil.rmtree(plan.out / _RAY, ignore_errors=True)
+            wrong = _read_wrong(plan)
+            shutil.rmtree(own, ignore_errors=True)
     finally:
         if owns:
             ray.shutdown()
@@ -137,7 +144,9 @@ def train_on_ray(
             follower.ended()
     if wrong:
         raise UsageError(wrong)
-    return TrainResult(**json.loads((plan.out / RESULT_FILE).read_text())["result"])
+    document = plan.result()
+    assert document is not None, "the workers have finished"
+    return TrainResult(**document["result"])
 
 
 def shares(options: TrainOptions, gpus: float, cpus: float) -> tuple[float, int]:
@@ -217,11 +226,22 @@ def _work(config: dict[str, Any]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = TrainOptions(**config["options"])
     try:
-        train_in_group(options, locked=True)
+        train_in_group(options, locked=True, owner=config["owner"])
     except SharedError as shared:
         if distributed.get_rank() == 0:
             # Not raised: Ray would try again, and the same mistake would be the outcome.
-            write_text(Path(options.out, _RAY, _WRONG), str(shared))
+            if is_remote(options.out):
+                open_storage(options.out).write(_WRONG, str(shared).encode())
+            else:
+                write_text(Path(options.out, _RAY, _WRONG), str(shared))
+
+
+def _read_wrong(plan: RunPlan) -> str:
+    """Why the workers cannot train, as the first one has written it; empty if they could."""
+    if plan.store is not None:
+        return plan.store.take(_WRONG)
+    told = plan.out / _RAY / _WRONG
+    return told.read_text() if told.is_file() else ""
 
 
 class _Follower:
@@ -230,7 +250,8 @@ class _Follower:
     def __init__(
         self, plan: RunPlan, on_progress: Callable[[TrainProgress], None] | None, *, watch: bool
     ) -> None:
-        self._run, self._steps = plan.out, plan.steps
+        self._plan, self._steps = plan, plan.steps
+        self._next = 0.0
         self._on_progress = on_progress
         self._done = threading.Event()
         self._told = 0
@@ -270,7 +291,13 @@ class _Follower:
     def _look(self) -> None:
         if self._on_progress is None:
             return
-        lines = read_metrics(self._run)
+        if self._plan.store is None:
+            lines = read_metrics(self._plan.out)
+        elif time.monotonic() < self._next and not self._done.is_set():
+            return
+        else:
+            self._next = time.monotonic() + _ASK_EVERY
+            lines = parse_metrics(self._plan.store.read_metrics())
         told = min(self._told, len(lines))  # workers that restart cut lines off
         self._told = len(lines)
         for logs in lines[told:]:

@@ -144,7 +144,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         decides="student",
     )
     out: str = option(
-        help="folder of the run: checkpoints, logs and the finished student.",
+        help="folder or URL of the run: checkpoints, logs and the finished student.",
         metavar="RUN",
         decides="nothing",
     )
@@ -413,6 +413,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
         values = self.to_dict()
         for name in ("cache", "eval_cache"):
             values[name] = [redact(url) for url in values[name]]
+        values["out"] = redact(self.out)
         return values
 
     def decisive(self) -> dict[str, Any]:

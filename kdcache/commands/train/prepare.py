@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import math
@@ -15,11 +16,19 @@ from kdcache.cache import Cache
 from kdcache.commands.train.log import METRICS_FILE, wrong_trackers
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
+from kdcache.commands.train.store import RunStore
 from kdcache.errors import UsageError
 from kdcache.files import LOCK_FILE, local_path
 from kdcache.loss import check_loss
+from kdcache.storage import is_remote
 from kdcache.stream import TargetStream, check_caches, open_caches
-from kdcache.student.checkpoints import check_identity, continues, last_checkpoint, read_state
+from kdcache.student.checkpoints import (
+    check_identity,
+    continues,
+    continues_from,
+    last_checkpoint,
+    read_state,
+)
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import Codec, SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE
@@ -38,6 +47,7 @@ class RunPlan:
     options: TrainOptions
     caches: list[Cache]
     eval_caches: list[Cache]
+    store: RunStore | None = None
 
     @classmethod
     def make(
@@ -53,7 +63,7 @@ class RunPlan:
             UsageError: lists everything that is wrong.
             IncompleteError: a cache's build is unfinished.
         """
-        local_path(options.out)
+        store = RunStore(options.out) if is_remote(options.out) else None
         caches = opened(options.cache)
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
         first, problems = caches[0], wrong_trackers(options.report_to)
@@ -80,12 +90,17 @@ class RunPlan:
             )
         problems += _missing_labels(options, caches, eval_caches)
         check_caches(caches, temperatures, problems, beside=eval_caches)
-        return cls(options, caches, eval_caches)
+        return cls(options, caches, eval_caches, store)
 
     @property
     def out(self) -> Path:
-        """Folder of the run."""
-        return local_path(self.options.out)
+        """Folder of the run; of one in an object store, where this machine works on it."""
+        return local_path(self.options.out) if self.store is None else self.store.folder
+
+    @property
+    def shown(self) -> str:
+        """The run's folder, for people."""
+        return str(self.out) if self.store is None else self.store.shown
 
     @property
     def steps(self) -> int:
@@ -125,8 +140,8 @@ class RunPlan:
         if self.options.streams is not None:
             return self.options.streams
         begun: dict[str, Any] = {}
-        if (path := self.out / RESULT_FILE).is_file():
-            begun = json.loads(path.read_text()).get("identity", {})
+        if (document := self.result()) is not None:
+            begun = document.get("identity", {})
         elif (checkpoint := self.checkpoint()) is not None:
             begun = read_state(checkpoint)["identity"]
         return int(begun.get("streams", self.options.num_workers))
@@ -145,15 +160,25 @@ class RunPlan:
         Raises:
             UsageError: the folder holds a finished run with other options, or something else.
         """
-        path = self.out / RESULT_FILE
-        if path.is_file():
-            if not any((self.out / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        document = self.result()
+        if document is not None:
+            if self.store is None and not any(
+                (self.out / name).is_file() for name in ("config.json", ADAPTER_CONFIG)
+            ):
                 raise UsageError(
                     f"{self.out} is a run of an earlier version of kdcache. Choose another --out."
                 )
-            document = json.loads(path.read_text())
-            check_identity(document, self.finished_identity, f"the finished run in {self.out}")
-            return TrainResult(**{**document["result"], "out": str(self.out), "made": False})
+            check_identity(document, self.finished_identity, f"the finished run in {self.shown}")
+            return TrainResult(**{**document["result"], "out": self.shown, "made": False})
+        if self.store is not None:
+            entries = self.store.entries()
+            begun = any(name.startswith("checkpoint-") for name in entries)
+            ours = {name for pattern in _OURS for name in fnmatch.filter(entries, pattern)}
+            if {*entries} - ours and not begun:
+                raise UsageError(
+                    f"{self.shown} is not empty and not a run of kdcache. Choose another --out."
+                )
+            return None
         if self.out.is_file():
             raise UsageError(f"{self.out} is a file. Choose another --out.")
         if self.out.is_dir():
@@ -173,6 +198,24 @@ class RunPlan:
             step = read_state(resume)["cursor"]["step"]
             report(f"resuming from {resume}: step {step:,} of {self.steps:,}")
 
+    def result(self) -> dict[str, Any] | None:
+        """`train.json`; None where the run is not finished."""
+        if self.store is not None:
+            return self.store.document(RESULT_FILE)
+        path = self.out / RESULT_FILE
+        return dict(json.loads(path.read_text())) if path.is_file() else None
+
+    def begin(self, owner: str = "") -> None:
+        """In the process that writes the folder, once it is locked: own a run in an object store,
+        and bring what it resumes from.
+
+        Args:
+            owner: of a run that the caller of this process owns.
+        """
+        if self.store is not None:
+            self.store.claim(owner)
+            self.store.bring()
+
     def checkpoint(self) -> Path | None:
         """Where to resume.
 
@@ -186,7 +229,7 @@ class RunPlan:
         found = last_checkpoint(self.out)
         if found is not None and resume == "never":
             raise UsageError(
-                f"{self.out} has checkpoints, and --resume never does not continue from them. "
+                f"{self.shown} has checkpoints, and --resume never does not continue from them. "
                 "Delete them or choose another --out."
             )
         return found
@@ -194,13 +237,15 @@ class RunPlan:
     @staticmethod
     def go_on(options: TrainOptions) -> str:
         """How to resume a stopped run, and from where."""
-        out = local_path(options.out)
         if options.resume not in ("auto", "never"):
             return f"The same command starts again at {options.resume}."
-        if last_checkpoint(out) is None:
+        if is_remote(options.out):
+            text = continues_from(RunStore(options.out).last())
+        else:
+            text = continues(local_path(options.out))
+        if "no checkpoint" in text:
             often = "--save-steps, or --eval-steps with an --eval-cache, takes them more often."
-            return f"{continues(out)} {often}"
-        text = continues(out)
+            return f"{text} {often}"
         return text if options.resume == "auto" else text.replace("The same command", _AUTO)
 
 

@@ -46,6 +46,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan, steps_of
 from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
 from kdcache.commands.train.stop import Patience, StopOnSignal
+from kdcache.commands.train.store import StoreCallback
 from kdcache.errors import UsageError
 from kdcache.files import filled_folder, write_json, write_text
 from kdcache.stream import Collator, TargetDataset, TargetStream
@@ -126,7 +127,7 @@ class Run:
         logs = [line for line in state.log_history if "loss" in line]
         best = state.best_global_step if plan.eval_caches else None
         result = TrainResult(
-            out=str(plan.out),
+            out=plan.shown,
             steps=state.global_step,
             epochs=round(float(state.epoch or 0.0), 6),
             rows=_rows(self.stream),
@@ -143,6 +144,11 @@ class Run:
         )
         with quiet_transformers():
             _save(plan, trainer, self.tokenize, result)
+        if plan.store is not None:
+            if trainer.is_world_process_zero():
+                plan.store.finish(last=RESULT_FILE)
+            trainer.accelerator.wait_for_everyone()
+            plan.store.clear()
         return result
 
 
@@ -318,6 +324,8 @@ def _trainer(
         callbacks.append(PlainTensorBoard())
     if "wandb" in asked:
         callbacks.append(OwnWandb())
+    if plan.store is not None:
+        callbacks.append(StoreCallback(plan.store))
     if options.patience is not None:
         callbacks.append(Patience(options.patience))
     arguments = TrainingArguments(
@@ -355,7 +363,7 @@ def _trainer(
     )
     use_one_gpu(arguments, "--num-workers {gpus} trains on all of them.")
     constant = options.alphas.constant
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         model=student,
         args=arguments,
         train_dataset=stream,
@@ -366,6 +374,9 @@ def _trainer(
         else lambda step: options.alphas.at(step, steps),
         identity=plan.identity,
     )
+    if plan.store is not None:
+        trainer.bring_checkpoint = plan.store.bring_checkpoint
+    return trainer
 
 
 def _sharding(student: nn.Module) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.files import alone, full_disk
 from kdcache.student.precision import Computing
 
-_MEET = datetime.timedelta(minutes=10)
+_MEET = datetime.timedelta(minutes=30)
 # What gloo and NCCL say when a peer is gone; their errors have no class of their own everywhere.
 _PEER_GONE = re.compile(
     r"gloo|nccl|process ?group|connection (closed|reset)|broken pipe|remote process", re.I
@@ -58,6 +58,7 @@ def train_in_group(
     report: Callable[[str], None] = lambda line: None,
     *,
     locked: bool = False,
+    owner: str = "",
 ) -> TrainResult:
     """Train as one of the processes of torch.distributed's default group.
 
@@ -66,21 +67,30 @@ def train_in_group(
         on_progress: called in the first one.
         report: as of `train`.
         locked: the run's folder is locked by whoever started the processes.
+        owner: what they own a run in an object store by.
 
     Raises:
         SharedError: one of them cannot begin.
     """
-    plan, run, finished, facts = None, None, None, {}
+    run, finished, facts = None, None, {}
     with contextlib.ExitStack() as held:
         with _shared() as share:
             plan = RunPlan.make(options)
+        share({})
+        with _shared() as share:
             finished = plan.finished()
-            if finished is None and not locked and distributed.get_rank() == 0:
-                held.enter_context(alone(plan.out, "training"))
-                finished = plan.finished()  # by the process that was at work here
+            if finished is None and distributed.get_rank() == 0:
+                if not locked:
+                    held.enter_context(alone(plan.out, "training"))
+                    finished = plan.finished()  # by the process that was at work here
+                if finished is None:
+                    plan.begin(owner)
+        share({})
+        with _shared() as share:
+            if finished is None and plan.store is not None:
+                plan.store.bring()
             facts = {**options.shown(), **_facts(plan), "finished": finished is not None}
         share(facts)
-        assert plan is not None, "its error was shared"
         if finished is not None:
             return finished
         held.enter_context(full_disk(plan.out, lambda: RunPlan.go_on(options)))

@@ -65,11 +65,14 @@ def train_one(
         finished = plan.finished()
         if finished is not None:  # by the process that was at work here
             return finished
-        plan.announce(report)  # errors of its checkpoint are reported before workers start
         if options.num_workers > 1:
             from kdcache.commands.train.on_ray import train_on_ray
 
+            if plan.store is None:
+                plan.announce(report)  # errors of its checkpoint are reported before workers start
             report(f"starting {options.num_workers} workers on Ray")
             return train_on_ray(options, on_progress)
+        plan.begin()
+        plan.announce(report)
         report("loading the student")
         return Run.prepare(plan, on_progress, report).train()
