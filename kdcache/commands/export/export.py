@@ -6,9 +6,9 @@ for each token: `input_ids`; `labels`, the id to predict after each token or -10
 temperature, most probable first, empty where there is no label; `target_tail`, its probability of
 all other ids (0 for samples, whose weights stand for all); and `teacher_logprob`, its
 log-probability of the label at T = 1, where the cache keeps that. `segment_ids` numbers documents
-that share a row and do not attend to each other, where a cache has such. A classifier's cache has one
-target a row, and `label`, `text` and `text_pair`. Each file's metadata say under the key `kdcache`
-what it was made of.
+that share a row and do not attend to each other, where a cache has such. A classifier's cache has
+one target a row, and `label`, `text` and `text_pair`. Each file's metadata say under the key
+`kdcache` what it was made of.
 
 Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
 Guarantee: a file appears whole. The same command makes only the files that are missing; files of
