@@ -203,7 +203,7 @@ def _plan() -> click.Command:
         if as_json:
             print_json(result)
         else:
-            render_plan(result, Console())
+            render_plan(result, Console(), details=options.all)
 
     return command
 

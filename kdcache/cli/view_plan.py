@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
@@ -13,9 +15,13 @@ _SMALL_SHARD = 100_000
 """Positions from which on a shard compresses as well as a large one."""
 
 
-def render_plan(result: PlanResult, console: Console) -> None:
-    """Print which codec to take, what each costs, then how good its targets are."""
+def render_plan(result: PlanResult, console: Console, *, details: bool = False) -> None:
+    """Print which codec to take and a short table; with `details` all figures instead."""
     print_line(console, result.advice)
+    if not details:
+        print_line(console, "")
+        _print_short(result, console)
+        return
     rate = 1 / result.teacher_seconds if result.teacher_seconds else 0.0
     print_line(
         console,
@@ -23,17 +29,39 @@ def render_plan(result: PlanResult, console: Console) -> None:
         f"positions per second ({result.device}, {result.dtype}). Whole corpus: about "
         f"{result.corpus_positions:,} positions.",
     )
-    if result.clipped_mass:
-        print_line(
-            console,
-            f"The teacher gives {percent(result.clipped_mass, 4)} of its probability to ids "
-            "outside the vocabulary, which are cut off.",
-        )
     print_line(console, "")
     _print_costs(result, console)
     print_line(console, "")
     _print_fidelity(result, console)
-    for line in _notes(result):
+    for line in [*_notes(result), *_warnings(result)]:
+        print_line(console, line)
+
+
+def _print_short(result: PlanResult, console: Console) -> None:
+    """What decides between codecs: bytes, hours, and how far gradients are from the full ones."""
+    header = ["codec", "T", "B/position", "corpus", "one worker", "pays from", "missed", "angle"]
+    rows = [
+        (
+            cache.codec,
+            _set(cache),
+            number(cache.bytes_per_position, 1),
+            size(cache.corpus_bytes),
+            duration(3600 * cache.hours["1"]),
+            "never" if cache.break_even is None else f"{max(1, math.ceil(cache.break_even)):,}",
+            percent(max(f.missed for f in cache.fidelity), 1),
+            f"{max(f.mean_angle for f in cache.fidelity):.1f}°",
+        )
+        for cache in result.caches
+    ]
+    print_table(console, header, rows, left=2)
+    print_line(
+        console,
+        f"About {result.corpus_positions:,} positions in {result.shards:,} shards, by "
+        f"{result.rows:,} rows on {result.device} ({result.dtype}). Missed: probability outside "
+        "the stored ids, at the worst T. Angle: of the mean gradient to the full one. --all "
+        "prints everything.",
+    )
+    for line in _warnings(result):
         print_line(console, line)
 
 
@@ -107,9 +135,20 @@ def _notes(result: PlanResult) -> list[str]:
             "compress "
             "a little better."
         )
-    if result.plot is not None:
-        notes.append(f"Plot: {result.plot}")
     return notes
+
+
+def _warnings(result: PlanResult) -> list[str]:
+    """What to know however much is printed."""
+    lines = []
+    if result.clipped_mass:
+        lines.append(
+            f"The teacher gives {percent(result.clipped_mass, 4)} of its probability to ids "
+            "outside the vocabulary, which are cut off."
+        )
+    if result.plot is not None:
+        lines.append(f"Plot: {result.plot}")
+    return lines
 
 
 def _small(value: float) -> str:

@@ -33,11 +33,19 @@ class SpanSample:
         span: where from; a whole file, if it cannot be entered in the middle.
         records: evenly spaced among those that were read.
         stride: each of them represents so many.
+        characters: in them.
+        between: characters of all records from the first of them up to the last one.
+        read: records that were read.
+        read_characters: in these.
     """
 
     span: Span
     records: Sequence[Record]
     stride: int
+    characters: int
+    between: int
+    read: int
+    read_characters: int
 
 
 def sample_spans(corpus: Corpus, most: int) -> list[Span]:
@@ -75,21 +83,25 @@ def sample_records(
         UsageError: a record cannot be read.
     """
     found = Corpus.read(span, columns=columns, on_error=on_error)
-    return SpanSample(span, *_evenly(islice(found, read), records, characters))
+    return _evenly(span, islice(found, read), records, characters)
 
 
-def _evenly(found: Iterable[Record], records: int, characters: int) -> tuple[list[Record], int]:
-    kept: list[Record] = []
-    stride, held = 1, 0
+def _evenly(span: Span, found: Iterable[Record], records: int, characters: int) -> SpanSample:
+    kept: list[tuple[Record, int]] = []  # with the characters before it
+    stride, held, before, number = 1, 0, 0, -1
     for number, record in enumerate(found):
-        if number % stride:
-            continue
-        kept.append(record)
-        held += length(record)
+        size = length(record)
+        if number % stride == 0:
+            kept.append((record, before))
+            held += size
+        before += size
         while len(kept) >= 2 * records and held >= 2 * characters:
             kept = kept[::2]
-            stride, held = 2 * stride, sum(map(length, kept))
-    return kept, stride
+            stride, held = 2 * stride, sum(length(record) for record, _ in kept)
+    between = kept[-1][1] - kept[0][1] if kept else 0
+    return SpanSample(
+        span, [record for record, _ in kept], stride, held, between, number + 1, before
+    )
 
 
 def length(record: Record) -> int:

@@ -1,4 +1,4 @@
-"""One sentence on a plan's grid: which codec for which purpose.
+"""What a plan recommends: a codec with its costs, in one sentence, then others by purpose.
 
 Of each kind the codec with the fewest bytes that is good enough is named, at the first set of
 temperatures:
@@ -12,9 +12,11 @@ Where none is, the best. Purposes follow from what the codecs can do and from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kdcache.commands.plan.result import PlannedCache
+from kdcache.humanize import duration, size
 
 _LONGER, _MISSED = 1.05, 0.01
 _PURPOSES = {
@@ -26,22 +28,48 @@ _PURPOSES = {
 }
 
 
-def advice(caches: Sequence[PlannedCache]) -> str:
-    """The sentence about a plan's grid, which is not empty."""
+def advice(caches: Sequence[PlannedCache], device: str = "cpu") -> str:
+    """What to take of a plan's grid, which is not empty, and what that costs; then the others.
+
+    Args:
+        caches: the grid.
+        device: kind of device that the teacher ran on.
+    """
+    (first, purpose), *others = recommended(caches)
+    at = ", ".join(f"{t:g}" for t in first.temperatures)
+    hours = first.hours["1"]
+    time = f"{hours:,.0f} {device.upper()}-hours" if hours >= 10 else duration(3600 * hours)
+    pays = "but it costs more time than the teacher online however many students there are"
+    if first.break_even is not None:
+        students = max(1, math.ceil(first.break_even))
+        pays = f"which pays from {_students(students)} on"
+    text = (
+        f"Take {first.codec} at T = {at}: {first.bytes_per_position:,.1f} B per position, "
+        f"{size(first.corpus_bytes)} and {time} of one worker for this corpus, {pays}; it is "
+        f"{purpose}."
+    )
+    if others:
+        named = "; ".join(
+            f"{cache.codec} ({cache.bytes_per_position:,.1f} B) {purpose}"
+            for cache, purpose in others
+        )
+        text += f" Otherwise {named}."
+    return text
+
+
+def _students(count: int) -> str:
+    return "the first student" if count == 1 else f"{count:,} students"
+
+
+def recommended(caches: Sequence[PlannedCache]) -> list[tuple[PlannedCache, str]]:
+    """The cache to take of each kind, with its purpose, the most useful kind first."""
     temperatures = caches[0].temperatures
     kinds: dict[str, list[PlannedCache]] = {}
     for cache in caches:
         if cache.temperatures == temperatures:
             kinds.setdefault(_kind(cache), []).append(cache)
-    named = []
-    for kind, purpose in _PURPOSES.items():
-        if kind in kinds:
-            cache = min(kinds[kind], key=_rank)
-            named.append(
-                f"{cache.codec} ({cache.bytes_per_position:,.1f} B per position) {purpose}"
-            )
-    at = ", ".join(f"{t:g}" for t in temperatures)
-    return f"At T = {at} take {'; '.join(named)}."
+    purposes = ((kind, purpose) for kind, purpose in _PURPOSES.items() if kind in kinds)
+    return [(min(kinds[kind], key=_rank), purpose) for kind, purpose in purposes]
 
 
 def _kind(cache: PlannedCache) -> str:

@@ -232,6 +232,7 @@ class SamplePass:
         data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets, codes)
         write_shard(path, data, attributes={})
         sizes = column_bytes(path)
+        overhead = path.stat().st_size - sum(sizes.values())
         of_rows = sum(n for name, n in sizes.items() if name.startswith("rows/")) / self.positions
         of_targets = sum(sizes.values()) / self.positions - of_rows
         begin = time.perf_counter()
@@ -252,7 +253,9 @@ class SamplePass:
             entries=_entries(targets),
             bytes_per_position=of_targets,
             row_bytes_per_position=of_rows,
-            corpus_bytes=round(self.sample.corpus_positions * (of_rows + of_targets)),
+            shard_bytes=overhead,
+            corpus_bytes=round(self.sample.corpus_positions * (of_rows + of_targets))
+            + self.prepared.spec.spans * overhead,
             encode_seconds=encode,
             read_seconds=read,
             hours={str(n): hours / n for n in WORKERS},

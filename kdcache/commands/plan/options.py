@@ -43,6 +43,7 @@ class PlanOptions(RowOptions, TeacherRunOptions):
         metavar="T[,T...]",
     )
     rows: int = option(64, help="rows of the sample.", at_least=1)
+    all: bool = option(False, help="print all figures, with what they mean.")
     plot: str | None = option(
         None, help="PNG file for a plot of fidelity against bytes (optional).", metavar="FILE.png"
     )

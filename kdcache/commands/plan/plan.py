@@ -65,7 +65,8 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
         dtype=prepared.spec.dtype,
         teacher_seconds=run.seconds / run.positions,
         clipped_mass=float(run.teacher.take_clipped_mass()) / run.positions,
-        advice=advice(caches),
+        shards=prepared.spec.spans,
+        advice=advice(caches, run.teacher.device.type),
         caches=caches,
         plot=options.plot,
     )

@@ -20,7 +20,8 @@ class PlannedCache:
         entries: stored a position (for `dense` all ids).
         bytes_per_position: of the targets, on disk.
         row_bytes_per_position: of the rows themselves, on disk: the same for every codec.
-        corpus_bytes: rows and targets of the whole corpus.
+        shard_bytes: of a shard's file beside its columns, on disk.
+        corpus_bytes: rows and targets of the whole corpus, and the files of all its shards.
         encode_seconds: codec on the teacher's device, a position.
         read_seconds: reading and decoding on one core, a position.
         hours: of building the whole corpus, by number of workers.
@@ -34,6 +35,7 @@ class PlannedCache:
     entries: float
     bytes_per_position: float
     row_bytes_per_position: float
+    shard_bytes: int
     corpus_bytes: int
     encode_seconds: float
     read_seconds: float
@@ -58,7 +60,8 @@ class PlanResult:
         dtype: what it computed in.
         teacher_seconds: of its forward, a position.
         clipped_mass: mean probability that it gives to ids outside the vocabulary.
-        advice: which codec to take for which purpose, in one sentence.
+        shards: of the whole cache.
+        advice: which codec to take and what it costs, then which for other purposes.
         caches: the grid.
         plot: where the plot is, or None.
     """
@@ -74,6 +77,7 @@ class PlanResult:
     dtype: str
     teacher_seconds: float
     clipped_mass: float
+    shards: int
     advice: str
     caches: tuple[PlannedCache, ...]
     plot: str | None

@@ -109,11 +109,12 @@ def _stored(part: SpanSample) -> float:
     if span.file.kind in ("parquet", "arrow", "bin"):
         with open_span(span) as reader:
             total = reader.size(_ALL)[0]
-        return span.file.size * len(records) / max(total, 1)
+        # Records of a period may all be short: their characters count, not their number.
+        share = part.characters * part.read / max(part.read_characters, 1)
+        return span.file.size * share / max(total, 1)
     first, last = records[0].location, records[-1].location
-    if isinstance(first, LineAt) and isinstance(last, LineAt) and len(records) > 1:
-        read = (len(records) - 1) * part.stride
-        return (last.offset - first.offset) / read * len(records)
+    if isinstance(first, LineAt) and isinstance(last, LineAt) and part.between:
+        return (last.offset - first.offset) / part.between * part.characters
     plain = "".join(_line(span.file.kind, record) for record in records).encode()
     return len(zlib.compress(plain)) if span.file.compression else len(plain)
 
