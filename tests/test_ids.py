@@ -322,17 +322,33 @@ class TestWrongRecords:
         with pytest.raises(UsageError, match="do not fit one row"):
             list(make_encoder(text, tokenizer).encode([Record({"text": "x" * 50}, "a", "line 1")]))
 
-    def test_documents_within_a_row_are_refused_until_they_can_be_built(
+    def test_documents_of_a_row_do_not_see_each_other_if_that_is_asked_for(
         self, tokenizer: Any
     ) -> None:
-        row = {"input_ids": [1, 2, 3, 4], "attention_mask": [1, 1, 1, 0]}
+        row = {"input_ids": [1, 2, 3, 4, 5, 6], "attention_mask": [1, 1, 1, 1, 1, 0]}
         for name, whole, divided in (
-            ("segment_ids", [7, 7, 7, 0], [1, 1, 2, 2]),
-            ("position_ids", [0, 1, 2, 0], [0, 1, 0, 1]),
+            ("segment_ids", [7, 7, 7, 7, 7, 0], [1, 1, 2, 2, 2, 0]),
+            ("position_ids", [0, 1, 2, 3, 4, 0], [0, 1, 0, 1, 2, 0]),
         ):
-            assert tokens_and_last(encode(tokenizer, [{**row, name: whole}])[0]) == [1, 2, 3]
-            with pytest.raises(UsageError, match=f"line 1: {name} divides the row"):
+            (same,) = encode(tokenizer, [{**row, name: whole}])
+            assert tokens_and_last(same) == [1, 2, 3, 4, 5]
+            assert same.starts is None
+            with pytest.raises(UsageError, match="line 1: .* divide the row .*--attend document"):
                 encode(tokenizer, [{**row, name: divided}])
+            for packing in ("whole", "concat", "split"):
+                (apart,) = encode(
+                    tokenizer, [{**row, name: divided}], attend="document", packing=packing
+                )
+                assert apart.starts is not None
+                assert apart.input_ids.tolist() == [1, 2, 3, 4]
+                assert apart.labels.tolist() == [2, IGNORE, 4, 5]
+                assert apart.starts.tolist() == [True, False, True, False]
+        for wrong in ([5, 6, 7, 8, 9, 0], [0, 1, 1, 2, 3, 0], [0, 2, 3, 4, 5, 0]):
+            with pytest.raises(UsageError, match="position_ids do not count from 0"):
+                encode(tokenizer, [{**row, "position_ids": wrong}], attend="document")
+        both = {"segment_ids": [1, 1, 2, 2, 2, 0], "position_ids": [0, 1, 2, 0, 1, 0]}
+        with pytest.raises(UsageError, match="divide the row differently"):
+            encode(tokenizer, [{**row, **both}], attend="document")
 
     def test_missing_columns_say_how_to_name_them(self, tokenizer: Any) -> None:
         with pytest.raises(UsageError, match="'tokens'. Name the right one with --columns input"):

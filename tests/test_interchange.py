@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import kdcache
 from kdcache.cache import Cache
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.export.options import ExportOptions
 from kdcache.commands.import_.compressed import Compression
 from kdcache.commands.import_.options import ImportOptions
@@ -174,6 +175,40 @@ def test_what_was_exported_is_imported_again(
     assert again.notes["teachers"] == cache.notes["teachers"]
     with pytest.raises(UsageError, match="temperature 2 is not declared"):
         again.codec().check_temperature(2.0)
+
+
+@pytest.mark.end_to_end
+def test_documents_that_share_a_row_stay_apart(
+    small_build: BuildOptions, tiny_lm: Path, tmp_path: Path
+) -> None:
+    """Out with their segments; in again, and built again from the exported ids, the same."""
+    options = replace(
+        small_build, codec="topk:4", attend="document", max_length=48, limit=12, packing="concat"
+    )
+    kdcache.build(options)
+    cache = Cache.open(options.out)
+    table = export(cache.url, tmp_path / "out")
+    assert max(segments.max() - segments.min() for segments in table["segment_ids"]) > 0
+    shared: dict[str, Any] = {"tokenizer": str(tiny_lm), "attend": "document"}
+    with pytest.raises(UsageError, match="--attend document"):
+        take_in(tmp_path / "out", tmp_path / "row", **{**shared, "attend": "row"})
+    again = take_in(tmp_path / "out", tmp_path / "again", **shared)
+    built = replace(
+        options, corpus=(str(tmp_path / "out"),), out=str(tmp_path / "ids"), limit=None,
+        packing="whole", record_form="ids", labels="next", **shared,
+    )  # fmt: skip
+    kdcache.build(built)
+    rows = [
+        [data.row(i) for data in map(one.read, range(one.spec.spans)) for i in range(len(data))]
+        for one in (cache, again, Cache.open(built.out))
+    ]
+    for first, second, third in zip(*rows, strict=True):
+        for name in ("input_ids", "labels", "starts"):
+            values = [getattr(row, name).tolist() for row in (first, second, third)]
+            assert values[0] == values[1] == values[2]
+    for one in (again, Cache.open(built.out)):
+        for mine, theirs in zip(decoded(one), decoded(cache), strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-3)
 
 
 def test_what_cannot_become_topk_at_one_is_refused(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kdcache.corpus import ReadStats, Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.rows.documents import Document, DocumentMaker, checked_text
-from kdcache.rows.ids import SequenceMaker
+from kdcache.rows.ids import IdSequence, SequenceMaker
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, Row, RowSpec
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
@@ -24,8 +24,9 @@ _BATCH_CHARACTERS = 1 << 22  # a batch of books must not be a batch of 256 books
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Item = TypeVar("Item")
-# Ids end to end, which of them are learnt, and each sequence's record and length.
-Sequences = tuple[Ids, Mask, list[tuple[Record, int]]]
+# Ids end to end, which of them are learnt, each sequence's record and length, and where documents
+# begin (None: with each sequence).
+Sequences = tuple[Ids, Mask, list[tuple[Record, int]], Mask | None]
 
 
 class Encoder(ABC):
@@ -124,12 +125,12 @@ class SequenceEncoder(Encoder):
         carried: Ids = np.empty(0, np.int32)
         carried_mask: Mask = np.empty(0, np.bool_)
         carried_starts: Mask | None = np.empty(0, np.bool_) if apart else None
-        for ids, loss_mask, whose in sequences:
+        for ids, loss_mask, whose, inside in sequences:
             if not packed:
-                yield from self._apart(ids, loss_mask, whose)
+                yield from self._apart(ids, loss_mask, whose, inside if apart else None)
                 continue
             if carried_starts is not None:
-                starts = _starts(whose)
+                starts = _starts(whose) if inside is None else inside
                 loss_mask = loss_mask & ~starts  # a document does not tell how the next one begins
                 carried_starts = np.concatenate([carried_starts, starts])
             carried = np.concatenate([carried, ids])
@@ -142,7 +143,11 @@ class SequenceEncoder(Encoder):
         yield from _cut(carried, carried_mask, length, carried_starts)
 
     def _apart(
-        self, ids: Ids, loss_mask: Mask, whose: Sequence[tuple[Record, int]]
+        self,
+        ids: Ids,
+        loss_mask: Mask,
+        whose: Sequence[tuple[Record, int]],
+        starts: Mask | None,
     ) -> Iterator[Row]:
         """Rows of documents that do not share rows."""
         length = self.spec.max_length
@@ -158,7 +163,8 @@ class SequenceEncoder(Encoder):
                 if not loss_mask[start + 1 : stop].any():
                     cause = f"its first {length} tokens (--max-length) contain no label"
                     self.stats.reject("skip", record.file, record.location, cause)
-            yield from _cut(ids[start:stop], loss_mask[start:stop], length)
+            inside = None if starts is None else starts[start:stop]
+            yield from _cut(ids[start:stop], loss_mask[start:stop], length, inside)
             start += size
 
     def _fits(self, record: Record, loss_mask: Mask) -> bool:
@@ -183,17 +189,21 @@ class IdsEncoder(SequenceEncoder):
 
     def encode(self, records: Iterable[Record]) -> Iterator[Row]:
         """See `Encoder.encode`."""
-        batches = self._batches(records, self._make, lambda item: len(item[1]))
+        batches = self._batches(records, self._make, lambda item: len(item[1].ids))
         yield from self._rows(map(self._joined, batches))
 
-    def _make(self, record: Record) -> tuple[Record, Ids, Mask] | None:
+    def _make(self, record: Record) -> tuple[Record, IdSequence] | None:
         found = self._sequences.make(record)
-        return None if found is None else (record, found[0].astype(np.int32), found[1])
+        return None if found is None else (record, found)
 
-    def _joined(self, batch: Sequence[tuple[Record, Ids, Mask]]) -> Sequences:
-        records, ids, masks = zip(*batch, strict=True)
-        whose = list(zip(records, map(len, ids), strict=True))
-        return np.concatenate(ids), np.concatenate(masks), whose
+    def _joined(self, batch: Sequence[tuple[Record, IdSequence]]) -> Sequences:
+        whose = [(record, len(found.ids)) for record, found in batch]
+        ids = np.concatenate([found.ids for _, found in batch]).astype(np.int32)
+        mask, starts = (
+            np.concatenate([getattr(found, name) for _, found in batch])
+            for name in ("mask", "starts")
+        )
+        return ids, mask, whose, starts
 
 
 class TextEncoder(SequenceEncoder):
@@ -257,7 +267,7 @@ class TextEncoder(SequenceEncoder):
         loss_mask = np.ones(total, np.bool_)
         for start, mark in masked:
             loss_mask[start : start + len(mark)] = mark
-        return ids, loss_mask, whose
+        return ids, loss_mask, whose, None
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -4,13 +4,14 @@
 what they stand beside is never guessed (`RowSpec.labels`): the id itself, as in transformers, or
 the one that follows, as in Megatron. A label is the next id or none, since a teacher's distribution
 is over what follows the ids that it has read. `attention_mask` cuts padding off; `position_ids` and
-`segment_ids` must not divide a row.
+`segment_ids` say where documents of a row begin.
 
 Cost: a few numpy passes over the ids; those of tables come as arrays, without Python objects.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,35 @@ Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class IdSequence:
+    """A record of ids.
+
+    Attributes:
+        ids: int64 [L].
+        mask: bool [L], which of them are learnt.
+        starts: bool [L], where a document begins, the first id always.
+    """
+
+    ids: Numbers
+    mask: Mask
+    starts: Mask
+
+
 class SequenceMaker:
     """Makes sequences of records by a `RowSpec`; one per encoder."""
 
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
-        self._labels = spec.labels
+        self._labels, self._divided = spec.labels, spec.attend == "document"
         # Where rows are apart, nothing comes before a first id, so it is never learnt.
         self._first = 0 if spec.packing == "concat" else 1
         self._known = max(tokenizer.get_vocab().values()) + 1
 
-    def make(self, record: Record) -> tuple[Numbers, Mask] | None:
+    def make(self, record: Record) -> IdSequence | None:
         """The ids of a record, and which of them are learnt; None where there are none.
 
-        Labels of the next id may name one more than the row has: it is joined to the ids.
+        Labels of the next id may name one more than the row has: it is joined to the ids. The first
+        id of a document that attends to no other one is not learnt.
 
         Raises:
             RecordError: The values can't be used.
@@ -56,11 +73,22 @@ class SequenceMaker:
             if len(column) != len(ids):
                 raise RecordError(f"{name} has {len(column)} numbers for {len(ids)} input_ids")
         real = _real(columns.pop(_ATTENTION, None))
-        _check_undivided(record, columns, real)
         ids = ids[real]
+        starts = _divisions(columns, real, len(ids)) if len(ids) else np.zeros(0, np.bool_)
+        if starts[1:].any() and not self._divided:
+            raise UsageError(
+                f"{record.place}: segment_ids or position_ids divide the row into documents that "
+                "do not see each other. Build it so with --attend document, or leave the columns "
+                "out."
+            )
         self._check_range(ids, ID_COLUMNS[0])
-        found = self._learnt(record, ids, {name: values[real] for name, values in columns.items()})
-        return found if found[1][self._first :].any() else None
+        ids, mask = self._learnt(
+            record, ids, {name: values[real] for name, values in columns.items()}
+        )
+        starts = np.concatenate([starts, np.zeros(len(ids) - len(starts), np.bool_)])
+        if starts[1:].any():
+            mask[1:] &= ~starts[1:]
+        return IdSequence(ids, mask, starts) if mask[self._first :].any() else None
 
     def _learnt(
         self, record: Record, ids: Numbers, columns: dict[str, Numbers]
@@ -156,16 +184,23 @@ def _real(attention: Numbers | None) -> slice:
     return own
 
 
-def _check_undivided(record: Record, columns: dict[str, Numbers], real: slice) -> None:
-    """Refuse rows of several documents."""
-    for name, step in (("position_ids", 1), ("segment_ids", 0)):
-        values = columns.pop(name, None)
-        if values is not None and (np.diff(values[real]) != step).any():
-            raise UsageError(
-                f"{record.place}: {name} divides the row into documents that do not see each "
-                "other, which cannot be built from ids. Leave the column out to let them, or give "
-                "each document a row."
-            )
+def _divisions(columns: dict[str, Numbers], real: slice, length: int) -> Mask:
+    """Where documents of a row begin, by its segments and positions."""
+    starts = np.zeros(length, np.bool_)
+    starts[:1] = True
+    segments, positions = (
+        columns.pop(name, np.zeros(0, np.int64))[real] for name in ("segment_ids", "position_ids")
+    )
+    if len(segments):
+        starts[1:] |= segments[1:] != segments[:-1]
+    if len(positions):
+        begins = positions == 0
+        if not begins[0] or (np.diff(positions)[~begins[1:]] != 1).any():
+            raise RecordError("position_ids do not count from 0 in each document")
+        if len(segments) and (begins != starts).any():
+            raise RecordError("segment_ids and position_ids divide the row differently")
+        starts |= begins
+    return starts
 
 
 def own_ids(record: Record) -> tuple[int, int]:

@@ -134,10 +134,11 @@ class RowSpec:
             wrong.append("labels is for records of ids, leave it out for texts")
         if self.labels == "next" and self.packing == "concat":
             wrong.append("labels of the next id end a row, which packing concat would go on with")
-        if self.attend == "document" and (self.task, self.packing) != (CAUSAL_LM, "concat"):
+        shared = self.packing == "concat" or self.record_form == "ids"
+        if self.attend == "document" and not (self.task == CAUSAL_LM and shared):
             wrong.append(
-                "attend is 'document', which is for packing 'concat' of causal-lm: elsewhere "
-                "documents do not share a row"
+                "attend is 'document', which is for packing 'concat' and for records of ids of "
+                "causal-lm: elsewhere documents do not share a row"
             )
         names = self.label_names
         if names is not None and (not names or len(set(names)) < len(names)):

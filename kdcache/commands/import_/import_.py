@@ -141,6 +141,7 @@ def _source(options: ImportOptions, corpus: Corpus) -> ImportSourceOptions:
         max_length=options.max_length,
         packing="whole",
         record_form="ids",
+        attend=options.attend,
         labels=options.labels or layout.labels,  # type: ignore[arg-type]  # RowSpec checks it
         on_error=options.on_error,
     )

@@ -169,7 +169,7 @@ class RowReader:
         found = self._rows.make(record)
         if found is None:
             return None, none
-        ids, learnt = found
+        ids, learnt, starts = found.ids, found.mask, found.starts
         length, start = own_ids(record)
         shorter = self._options.targets == "next"
         if len(entries.counts) not in (length, length - shorter):
@@ -194,7 +194,12 @@ class RowReader:
                 f"{self._options.rows.max_length:,}"
             )
         labels = np.where(learnt[1 : stop + 1], ids[1 : stop + 1], IGNORE)
-        return Row(ids[:stop].astype(np.int32), labels.astype(np.int32)), items[places]
+        row = Row(
+            ids[:stop].astype(np.int32),
+            labels.astype(np.int32),
+            starts=starts[:stop] if self._options.rows.attend == "document" else None,
+        )
+        return row, items[places]
 
     def _encoded(self, entries: Entries, items: np.ndarray) -> dict[str, np.ndarray]:
         """The K best ids of some items, their log-probabilities, and the tail."""

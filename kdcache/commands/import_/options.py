@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kdcache.choices import MAX_RECORD_BYTES, Labels, OnError
+from kdcache.choices import MAX_RECORD_BYTES, Attend, Labels, OnError
 from kdcache.commands.build.options import WorkerOptions
 from kdcache.options import option
 
@@ -40,6 +40,11 @@ class ImportOptions(WorkerOptions):
         None,
         help="what targets stand beside: the `token` that they are a distribution of, or the one "
         "before it, whose `next` it is. Default: by the layout.",
+    )
+    attend: Attend = option(
+        "row",
+        help="what a token attended to: all before it in its `row`, or its own `document`, as "
+        "`segment_ids` or `position_ids` divide the row.",
     )
     columns: tuple[str, ...] | None = option(
         None,
