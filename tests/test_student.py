@@ -481,6 +481,18 @@ def test_plain_encoder_gets_a_seeded_head(tmp_path: Path) -> None:
         load_student(str(tmp_path), StudentInfo("sequence-classification", V + 1, 2))
 
 
+def test_classes_in_another_order_are_refused(student_classifier: Path) -> None:
+    """Its head would begin with good and bad exchanged; other names are taken over."""
+    task, size = "sequence-classification", 300
+    with pytest.raises(UsageError, match="bad, neutral, good in this order, the cache good, neu"):
+        load_student(
+            str(student_classifier), StudentInfo(task, size, 3, ("good", "neutral", "bad"))
+        )
+    names = ("one", "two", "three")
+    model: Any = load_student(str(student_classifier), StudentInfo(task, size, 3, names))
+    assert tuple(model.config.id2label.values()) == names
+
+
 def test_classifier_from_config(tmp_path: Path) -> None:
     raw = {
         "model_type": "bert",

@@ -313,6 +313,17 @@ def _labels(info: StudentInfo) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
 
 
+def _check_order(name: str, names: tuple[str, ...], info: StudentInfo) -> None:
+    """Refuse a classifier that would have to begin with its classes confused."""
+    cached = info.label_names or ()
+    if names != cached and sorted(names) == sorted(cached):
+        raise UsageError(
+            f"student {name} has the classes {', '.join(names)} in this order, the cache "
+            f"{', '.join(cached)}. Give the encoder before its fine-tuning, or reorder its head "
+            "and its id2label."
+        )
+
+
 def _auto(info: StudentInfo) -> Any:
     return AutoModelForCausalLM if info.task == CAUSAL_LM else AutoModelForSequenceClassification
 
@@ -386,6 +397,8 @@ def _from_weights(
                     f"{info.num_labels}. Give the encoder before its fine-tuning, or a student "
                     "fine-tuned on the same classes."
                 )
+            if trained:
+                _check_order(name, files.label_names, info)
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = info.pad_id
             for key, value in _labels(info).items():
