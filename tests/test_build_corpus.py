@@ -17,6 +17,7 @@ from kdcache.cache import Cache
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.prepare import prepare
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.tasks import IGNORE
 
@@ -98,6 +99,17 @@ def _blank(path: Path) -> None:
 def _cut(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: data.rindex(b"\n", 0, len(data) // 2) + 1])
+
+
+def test_many_small_files_are_warned_of(
+    small_build: BuildOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(100):
+        (tmp_path / f"{i}.txt").write_text("A few words.")
+    prepare(dataclasses.replace(small_build, corpus=(str(tmp_path),), limit=99))
+    assert "shard of its own" not in caplog.text
+    prepare(dataclasses.replace(small_build, corpus=(str(tmp_path),)))
+    assert "100 files of 12 B on average, each of which becomes a shard of its own" in caplog.text
 
 
 @pytest.mark.parametrize(

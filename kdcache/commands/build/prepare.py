@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from kdcache.commands.build.ranks import count_ranks
 from kdcache.commands.groups import EngineRunOptions
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
+from kdcache.humanize import size
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec
 from kdcache.tasks import CAUSAL_LM
@@ -29,6 +31,8 @@ from kdcache.teacher import (
 )
 from kdcache.teacher.options import check_states
 
+logger = logging.getLogger(__name__)
+
 _TEXT_BYTES_A_TOKEN = 4
 _SPAN_SECONDS = 120.0  # of the teacher: two spans are what a preemption costs
 # Bytes of weights a second, times tokens, that a teacher gets through: a modest GPU in 16 bits; in
@@ -37,6 +41,7 @@ _SPEED = {"float32": 1e12}
 _SPEED_16 = 1e14
 _CPU = 1 / 1e11  # the same of a CPU of eight cores: seconds a byte, to tell people
 _BATCH_TOKENS = {"cpu": 4096, "gpu": 65536, "engine": 8192}
+_MANY_FILES, _SMALL_FILE = 100, 1 << 14  # fewer or larger ones make shards that are worth it
 _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
 
 # Arguments of an engine that decide its speed and memory; of the numbers at most their rounding.
@@ -113,6 +118,7 @@ def prepare(options: BuildOptions) -> Prepared:
         # Where each document is a row of its own, what does not fit is cut off anyway.
         divide=causal and rows.packing in ("concat", "split"),
     )
+    _warn_of_small_files(corpus)
     ranks = b""
     if causal and codec.uses_ranks:
         ranks = count_ranks(corpus, rows, tokenizer, vocab_size)
@@ -153,6 +159,18 @@ def prepare(options: BuildOptions) -> Prepared:
         ranks=ranks,
         token_seconds=seconds if gpus else max(seconds, _CPU * weights),
     )
+
+
+def _warn_of_small_files(corpus: Corpus) -> None:
+    """A span never holds two files, and a shard takes 32 kB without its targets."""
+    count, total = len(corpus.files), sum(file.size for file in corpus.files)
+    if count >= _MANY_FILES and total < count * _SMALL_FILE:
+        logger.warning(
+            "the corpus has %d files of %s on average, each of which becomes a shard of its own: "
+            "slow, and mostly overhead. Join them first, such as into one JSONL file",
+            count,
+            size(total / count),
+        )
 
 
 def check_ensemble(codec: Codec, options: BuildOptions) -> None:
