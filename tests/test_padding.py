@@ -11,6 +11,7 @@ import torch
 from test_projection import Around, PromptTuned, llama
 from test_student import causal_batch, causal_model
 from torch import Tensor
+from transformers import BartConfig, BartForSequenceClassification
 
 from kdcache.errors import UsageError
 from kdcache.student import DistilledStudent
@@ -118,3 +119,12 @@ def test_the_trainer_leaves_out_a_mask_of_right_padded_rows_alone() -> None:
     assert masked(right.flip(1))
     assert masked(torch.tensor([[1, 0, 1]]))
     assert masked(right[:, None])
+
+
+def test_a_row_that_a_student_cannot_read_is_one_line() -> None:
+    """A BART classifies by the end-of-sequence token, which not every tokenizer adds."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 40}
+    model = BartForSequenceClassification(BartConfig(**sizes, eos_token_id=2, num_labels=2))
+    batch = {**rows((5, 3)), "labels": torch.tensor([0, 1])}
+    with pytest.raises(UsageError, match=r"student it cannot read a row of the cache: .*<eos>"):
+        check_rows("it", DistilledStudent(model, "sequence-classification"), batch)

@@ -125,11 +125,16 @@ def classroom(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 def _den(task: str, texts: list[str], folder: Path) -> Den:
     from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     special = ["<|end|>", "<pad>"]
     bpe.train_from_iterator(texts, vocab_size=300, special_tokens=special, show_progress=False)
+    if task == SEQUENCE_CLASSIFICATION:  # encoder-decoders classify by the end of a text
+        bpe._tokenizer.post_processor = TemplateProcessing(
+            single="$A <|end|>", special_tokens=[("<|end|>", bpe.token_to_id("<|end|>"))]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<pad>"
     )

@@ -219,6 +219,7 @@ CAUSAL = [
 CLASSIFIERS = [
     *map(make, _ENCODERS + _DECODERS),
     *_SPECIAL,
+    *map(make, _words("bart mt5")),
     make("longformer", attention_window=8),
     make("mobilebert", initializer_range=0.02),
 ]

@@ -39,7 +39,7 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
             rows that are equally long one is cut.
 
     Raises:
-        UsageError: names what its logits depend on.
+        UsageError: it cannot read a row, or names what its logits depend on.
     """
     mask, labels = batch.get("attention_mask"), batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -73,7 +73,11 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
     modes = [(module, module.training) for module in student.modules()]
     student.eval()
     try:
-        alone = [logits(slice(i, i + 1), n)[0] for i, n in enumerate(lengths)]
+        try:
+            alone = [logits(slice(i, i + 1), n)[0] for i, n in enumerate(lengths)]
+        except (ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"student {name} cannot read a row of the cache: {reason}") from error
         moved = apart(logits(slice(None), max(lengths)))
         if causal:
             ids = inputs["input_ids"][:1].clone()
