@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import kdcache
+from kdcache.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -207,3 +208,9 @@ def test_every_message_can_be_listed(tmp_path: Path) -> None:
         f"{source}:2: {{…}} is wrong. Correct it.",
         f"{source}:4: one %s",
     ]
+
+
+def test_the_readme_is_short_and_has_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 150
+    assert sorted(re.findall(r"^\| `kdcache (\w+)` \|", text, re.M)) == sorted(COMMANDS)
