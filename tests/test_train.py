@@ -966,7 +966,7 @@ def test_sharded_workers_in_bfloat16_go_on_to_the_bit(
 
 
 def test_only_hugging_face_students_are_sharded(options: Make) -> None:
-    with pytest.raises(UsageError, match="fsdp shards Hugging Face students"):
+    with pytest.raises(UsageError, match="--fsdp shards the layers of a Hugging Face student"):
         make_student(RunPlan.make(options(student="bilstm", num_workers=2, fsdp=True, **SMALL)))
 
 

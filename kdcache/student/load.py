@@ -234,8 +234,8 @@ def _bilstm(
     if source == "words":
         if info.texts is None:
             raise UsageError(
-                "bilstm builds its vocabulary from texts, and there are none. Give tokenizer "
-                "teacher."
+                "bilstm builds its vocabulary from texts, and the cache has none. Use the "
+                "teacher's tokens (--student-tokenizer teacher)."
             )
         words = word_tokenizer(
             info.texts,
@@ -250,8 +250,8 @@ def _bilstm(
     if embeddings is not None:
         if words is None:
             raise UsageError(
-                "embeddings are for words; the teacher's tokens are not words. Drop tokenizer "
-                "teacher."
+                "embeddings are for words, and the teacher's tokens are not words. Leave out "
+                "--student-tokenizer teacher, or --embeddings."
             )
         ids = words.get_vocab()
         vectors = read_embeddings(

@@ -75,7 +75,7 @@ def word_tokenizer(
     if words.get_vocab_size() == len(SPECIAL):
         raise UsageError(
             f"no word occurs {min_count} times or more in the training texts, so there is no "
-            "vocabulary. Lower min_count, or check that the cache holds the texts."
+            "vocabulary. Lower --min-count, or check that the cache holds the texts."
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=words,

@@ -188,8 +188,8 @@ class TrainOptions(LearningOptions, BiLstmOptions):
     )
     anchor: float | str = option(
         "auto",
-        help="for anchored caches: how far a student's own distribution takes the noise off, 0 to "
-        "1. `auto` estimates it from past steps; `off` trains on plain samples.",
+        help="for anchored caches: how far the student's distribution is trusted to remove noise, "
+        "0 to 1. `auto` estimates it from past steps; `off` trains on plain samples.",
         metavar="auto|off|THETA",
     )
     max_steps: int | None = option(

@@ -221,7 +221,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
             )
     if options.fsdp and not getattr(inner, "_no_split_modules", None):
         raise UsageError(
-            f"fsdp shards Hugging Face students layer by layer; {options.student} is none. "
+            f"--fsdp shards the layers of a Hugging Face student, which {options.student} is not. "
             "Train it without --fsdp."
         )
     student = DistilledStudent(

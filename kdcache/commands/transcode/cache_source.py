@@ -62,7 +62,7 @@ class CacheSourceOptions:
         """Open it for the codec of a new cache."""
         source = Cache.open(self.url)
         if source.digest != self.digest:
-            raise UsageError(f"{source.url} is another cache than it was. Run the command again.")
+            raise UsageError(f"{source.url} was replaced meanwhile. Run the command again.")
         return CacheSource(source, cache.codec(), self.device)
 
 
