@@ -45,7 +45,7 @@ vllm-venv:
 
 # vLLM's own warnings are not ours to correct.
 test-vllm: vllm-venv
-	$(VLLM_VENV)/bin/python -m pytest -W default tests/real_vllm $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not end_to_end and not gpu" $(PYTEST_ARGS)
