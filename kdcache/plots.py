@@ -1,4 +1,4 @@
-"""Plots as PNG files: curves over steps, clouds of named points, rows of dots.
+"""Plots as PNG files: curves over steps, clouds of named points, charts side by side.
 
 Figures are made without pyplot: no global state, no window system, safe in any thread.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -235,64 +235,131 @@ def _colour(k: int) -> str:
 
 
 @dataclass(frozen=True)
-class DotRow:
-    """One row of a dot plot.
+class Line:
+    """Points of a chart that belong together.
 
     Attributes:
-        label: its name, on the left.
-        group: rows of one group share a colour.
-        values: what was measured, once for each repetition.
+        label: its name in the legend; equal names in several charts look alike and stand once.
+        x: ascending; with ticks, places among them.
+        y: what was measured there.
+        error: half the length of the bar through each point; empty for none.
+        joined: whether a line joins the points.
+        faint: whether they are in the background, small and not in the legend.
     """
 
     label: str
-    group: str
-    values: Sequence[float]
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] = ()
+    joined: bool = True
+    faint: bool = False
 
 
-def plot_dots(path: str | Path, rows: Sequence[DotRow], *, title: str, x_label: str) -> None:
-    """Draw rows of dots into a PNG, the first row on top: each repetition small, their mean large.
+@dataclass(frozen=True)
+class Chart:
+    """One of several plots in a picture.
 
-    Mean and sample standard deviation stand on the right of each row, outside of the plot, where
-    they can cover nothing; the picture grows with the rows.
+    Attributes:
+        title: what it shows.
+        x_label: name and unit of the x axis.
+        y_label: name and unit of the y axis.
+        lines: what was measured.
+        levels: dashed lines across the whole width.
+        ticks: names of x = 0, 1, 2, ..., where these are no numbers.
+        diagonal: whether a dashed line shows where y equals x.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    levels: Sequence[Level] = ()
+    ticks: Sequence[str] = ()
+    diagonal: bool = False
+
+
+_MOST_MARKED = 40  # points of a line that get markers
+_MOST_BESIDE = 3  # charts in a row
+_DASHES = ("--", ":", "-.", (0, (1, 3)))
+
+
+def plot_charts(path: str | Path, charts: Sequence[Chart], *, title: str, note: str = "") -> None:
+    """Draw charts into a PNG, side by side, with one legend below them.
 
     Args:
         path: the file; replaced if it is there.
-        rows: what to compare, in order.
-        title: above the plot.
-        x_label: name and unit of the values.
+        charts: what to draw, in order.
+        title: above them all.
+        note: above the legend, smaller.
     """
+    _save(draw_charts(charts, title=title, note=note), path)
+
+
+def draw_charts(charts: Sequence[Chart], *, title: str, note: str = "") -> Any:
+    """The figure of `plot_charts`: each label stands in the legend once."""
     from matplotlib.ticker import MaxNLocator
 
-    width = 7.5 + 0.06 * max(len(row.label) for row in rows)
-    figure = _new_figure(width, 1.8 + 0.28 * len(rows), dpi=160)
-    axes = figure.add_subplot()
-    groups = list(dict.fromkeys(row.group for row in rows))
-    named, told = set(), []
-    for place, row in enumerate(rows):
-        k = groups.index(row.group)
-        colour, mean = _colour(k), fmean(row.values)
-        label = None if row.group in named else row.group
-        named.add(row.group)
-        if len(row.values) > 1:
-            axes.plot([min(row.values), max(row.values)], [place] * 2, color=colour, linewidth=1.2)
-            axes.plot(row.values, [place] * len(row.values), ".", color=colour, markersize=5)
-        axes.plot(mean, place, _MARKERS[k % len(_MARKERS)], color=colour, markersize=8, label=label)
-        spread = f" ± {stdev(row.values):.4f}" if len(row.values) > 1 else ""
-        told.append(f"{mean:.4f}{spread}")
-    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=9)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    figures = axes.secondary_yaxis("right")
-    figures.set_yticks(range(len(rows)), told, fontsize=9)
-    figures.tick_params(length=0)
-    figures.spines["right"].set_visible(False)
-    axes.set_xlabel(x_label, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    _style(axes)
-    axes.margins(x=0.05)
-    if len(groups) > 1:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
-    _save(figure, path)
+    labels = list(dict.fromkeys(line.label for chart in charts for line in chart.lines))
+    dashes = list(dict.fromkeys(level.label for chart in charts for level in chart.levels))
+    columns = 2 if len(charts) == 4 else min(_MOST_BESIDE, len(charts))
+    rows = -(-len(charts) // columns)
+    figure = _new_figure(max(7.0, 4.6 * columns), 0.9 + 3.8 * rows, dpi=160)
+    for place, chart in enumerate(charts):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for line in chart.lines:
+            _draw_line(axes, line, labels.index(line.label))
+        for level in chart.levels:
+            dash = _DASHES[dashes.index(level.label) % len(_DASHES)]
+            axes.axhline(level.value, color=_INK, linestyle=dash, linewidth=1.2, label=level.label)
+        if chart.ticks:
+            axes.set_xticks(range(len(chart.ticks)), chart.ticks, fontsize=9)
+            axes.set_xlim(-0.4, len(chart.ticks) - 0.6)
+            if max(map(len, chart.ticks)) * len(chart.ticks) > 48:
+                axes.tick_params(axis="x", labelrotation=30)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        if chart.diagonal:
+            axes.axline((0, 0), slope=1, color=_FAINT, linestyle="--", linewidth=1.2, zorder=0)
+        axes.set_xlabel(chart.x_label, color=_INK)
+        axes.set_ylabel(chart.y_label, color=_INK)
+        axes.set_title(chart.title, loc="left", color=_INK, fontsize=10)
+        _style(axes)
+        axes.margins(y=0.1)
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    named = {label: named[label] for label in (*labels, *dashes) if label in named}
+    if len(named) > 1:
+        room = 15 * figure.get_figwidth()  # letters
+        beside = max(1, min(len(named), int(room / (max(map(len, named)) + 6))))
+        figure.legend(
+            named.values(), named.keys(), loc="outside lower center", ncols=beside, frameon=False,
+            title=note, title_fontsize=9,
+        )  # fmt: skip
+    wrapped = fill(title, int(9 * figure.get_figwidth()))
+    figure.suptitle(wrapped, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
+    return figure
+
+
+def _draw_line(axes: Any, line: Line, k: int) -> None:
+    colour, marker = _colour(k), _MARKERS[(k + k // len(_COLOURS)) % len(_MARKERS)]
+    if line.faint:
+        axes.plot(line.x, line.y, marker, color=colour, markersize=4, alpha=0.35, zorder=1)
+        return
+    marked = len(line.x) <= _MOST_MARKED
+    axes.errorbar(
+        line.x,
+        line.y,
+        yerr=line.error or None,
+        color=colour,
+        marker=marker if marked else None,
+        markersize=_MARKER_POINTS,
+        linewidth=0 if not line.joined else 1.6 if marked else 1.0,
+        elinewidth=1.2,
+        capsize=3,
+        label=line.label,
+    )
 
 
 def _new_figure(width: float, height: float, dpi: int) -> Any:

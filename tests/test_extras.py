@@ -9,7 +9,7 @@ import pytest
 
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.sweep import results
+from kdcache.commands.sweep import plot
 from kdcache.commands.sweep.results import RunScore, SweepResult
 from kdcache.commands.train import on_ray
 from kdcache.commands.train.options import TrainOptions
@@ -36,9 +36,11 @@ def test_workers_without_ray_train_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_a_sweep_without_matplotlib_keeps_its_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(results, "installed", lambda module: module != "matplotlib")
+    monkeypatch.setattr(plot, "installed", lambda module: module != "matplotlib")
     run = RunScore("a", "runs/a", {"alpha": "0.1"}, None, {"hard_loss": 1.0}, 10, 2, None, 0.5)
-    SweepResult.of(tmp_path, [run], made=1, combinations=1, evaluated=False).write(tmp_path)
+    result = SweepResult.of(tmp_path, [run], made=1, combinations=1, evaluated=False)
+    result.write(tmp_path)
+    plot.plot_sweep(tmp_path / "results.png", result)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
     assert "kdcache[plot]" in caplog.text
 

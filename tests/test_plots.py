@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from kdcache.plots import Cloud, Panel, draw_clouds
+from kdcache.commands.evaluate.plot import charts_of as evaluation_charts
+from kdcache.commands.evaluate.plot import plot_evaluation
+from kdcache.commands.evaluate.scores import Bin, EvaluateResult, ModelScores
+from kdcache.commands.train.plot import charts_of as run_charts
+from kdcache.commands.train.plot import plot_run
+from kdcache.commands.train.result import TrainResult
+from kdcache.plots import Cloud, Level, Panel, draw_clouds
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -46,3 +55,45 @@ def test_no_name_in_a_plot_covers_another_or_a_point(together: bool) -> None:
         for box in boxes:
             assert axes.bbox.count_contains([box.min, box.max]) == 2
     assert len(looks) == 12  # no two clouds look alike
+
+
+def test_a_run_is_drawn_beside_its_teacher(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "loss": 2.0, "hard_loss": 3.0, "soft_loss": 1.0},
+        {"step": 2, "loss": 1.0, "hard_loss": 2.0, "soft_loss": 0.5},
+        {"step": 2, "eval_loss": 1.5, "eval_hard_loss": 2.5, "eval_soft_loss": 0.7},
+    ]
+    result = TrainResult(str(tmp_path), 2, 1.0, 8, 1.0, teacher_cross_entropy=1.5, best_step=2)
+    loss, hard, soft = run_charts(lines, result)
+    assert [line.label for line in hard.lines] == ["training", "evaluation"]
+    assert (hard.lines[0].x, hard.lines[0].y) == ([1, 2], [3.0, 2.0])
+    assert hard.levels == [Level("teacher, training", 1.5)]
+    assert (loss.levels, soft.levels) == ([], [])
+    alone = [{"step": 1, "loss": 2.0, "hard_loss": 2.0}]
+    assert len(run_charts(alone, result)) == 1  # hard labels alone: one figure under two names
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_run(str(tmp_path / "run.png"), result)
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_evaluation_is_drawn_with_what_is_known_of_each_model(tmp_path: Path) -> None:
+    none = dict.fromkeys(("accuracy", "f1", "perplexity", "agreement", "calibration_error"))
+    rest: dict[str, Any] = {**none, "parameters": 1, "soft_cross_entropy": None}
+    bins = (Bin(0.3, 0.2, 5), Bin(0.9, 0.8, 3))
+    models = (
+        ModelScores(name="teacher", role="teacher", cross_entropy=1.0, kl=None, **rest),
+        ModelScores(
+            name="runs/a/", role="student", cross_entropy=2.0, kl=0.5, **rest, calibration=bins
+        ),
+        ModelScores(name="more/a", role="student", cross_entropy=3.0, kl=0.7, **rest),
+    )
+    result = EvaluateResult("c", "causal-lm", None, 1, 8, 8, 2.0, 8, 15, models, ())
+    curve, hard, kl = evaluation_charts(result)
+    assert [(line.label, line.x, line.y) for line in curve.lines] == [
+        ("runs/a", [0.3, 0.9], [0.2, 0.8])
+    ]
+    assert hard.ticks == ["teacher", "runs/a", "more/a"]
+    assert [line.y for line in kl.lines] == [[0.5], [0.7]]
+    assert "T = 2" in kl.y_label
+    plot_evaluation(str(tmp_path / "e.png"), result)
+    assert (tmp_path / "e.png").read_bytes()[:4] == b"\x89PNG"

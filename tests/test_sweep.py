@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import os
 import signal
@@ -19,24 +20,27 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_caches import CAUSAL, make_cache
+from make_caches import CAUSAL, make_cache, make_rows, teacher_logits
 from rich.console import Console
 
 from kdcache.cli.main import cli
 from kdcache.cli.view_sweep import render_sweep
 from kdcache.commands.sweep.grid import Grid
 from kdcache.commands.sweep.options import SweepOptions
+from kdcache.commands.sweep.plot import charts_of
 from kdcache.commands.sweep.pool import RayPool
+from kdcache.commands.sweep.results import RunScore, SweepResult
 from kdcache.commands.sweep.sweep import SweepProgress, sweep
 from kdcache.commands.train.log import last_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.plots import DotRow, plot_dots
+from kdcache.plots import Level, draw_charts
 
 LLAMA = {
     "model_type": "llama",
@@ -263,6 +267,12 @@ def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
         values = [by_name[name].figures["hard_loss"] for name in setting.runs]
         assert setting.mean["hard_loss"] == pytest.approx(sum(values) / 2)
         assert setting.deviation["hard_loss"] == pytest.approx(statistics.stdev(values))
+    held = make_rows("sequence-classification", range(500, 520), 64, 3)
+    labels = torch.tensor([int(row.labels[0]) for row in held])
+    logits = teacher_logits(held, "sequence-classification", 3)
+    right = (logits.argmax(-1) == labels)[labels >= 0].double().mean()
+    nats = torch.nn.functional.cross_entropy(logits, labels)
+    assert result.teacher == pytest.approx({"accuracy": float(right), "hard_loss": float(nats)})
     hard = next(s for s in result.settings if s.setting["alpha"] == "1")
     assert hard.setting["temperature"] == "-"
     assert "soft_loss" not in hard.mean
@@ -355,18 +365,50 @@ def test_credentials_in_urls_stay_out_of_the_files(here: Path) -> None:
     assert "hush" not in json.dumps(shown)
 
 
-def test_the_plot_has_room_for_every_row(tmp_path: Path) -> None:
-    from matplotlib.image import imread
+def scores(
+    grid: dict[str, list[str]], figure: str, seeds: int, teacher: dict[str, float]
+) -> SweepResult:
+    """A sweep whose figures tell the place of their setting, and of their seed."""
+    runs = []
+    for number, values in enumerate(itertools.product(*grid.values())):
+        setting = dict(zip(grid, values, strict=True))
+        for seed in range(seeds):
+            figures = {figure: number + 0.1 * seed}
+            name = str(seed) if seeds > 1 else None
+            runs.append(RunScore("", "", setting, name, figures, 1, 1, None, 1.0))
+    return SweepResult.of(Path("s"), runs, made=1, combinations=1, evaluated=True, teacher=teacher)
 
-    rows = [
-        DotRow(f"student-{i}  alpha 0.5  learning-rate 0.001  temperature {i}", f"s{i % 3}", values)
-        for i, values in enumerate([[1.0, 1.2, 0.9], [2.0], [1.5, 1.5]] * 12)
-    ]
-    heights = []
-    for count in (3, 36):
-        plot_dots(tmp_path / "p.png", rows[:count], title="loss", x_label="nats")
-        heights.append(imread(tmp_path / "p.png").shape[0])
-    assert heights[1] > 3 * heights[0]
+
+def test_a_plot_shows_the_best_at_each_value_beside_the_teacher() -> None:
+    grid = {"student": ["b", "a"], "alpha": ["0.1", "0.5", "1"], "lr": ["10", "9"]}
+    for figure, best in (("hard_loss", [0, 2, 4]), ("accuracy", [1, 3, 5])):
+        charts = charts_of(scores(grid, figure, 3, {figure: 0.5, "loss": 7.0}))
+        assert [chart.x_label for chart in charts] == ["student", "alpha", "lr"]
+        assert [chart.ticks for chart in charts] == [["b", "a"], grid["alpha"], ["9", "10"]]
+        assert all(chart.levels == [Level("teacher", 0.5)] for chart in charts)
+        lines = [line for line in charts[1].lines if not line.faint]
+        assert [line.label for line in lines] == ["b", "a"]
+        assert lines[0].y == pytest.approx([x + 0.1 for x in best])
+        assert lines[1].y == pytest.approx([x + 6.1 for x in best])
+        assert lines[0].error == pytest.approx([0.1] * 3)
+        faint = [line for line in charts[1].lines if line.faint]
+        assert sum(len(line.y) for line in faint) == 6
+        figure_drawn = draw_charts(charts, title="t", note="n")
+        (legend,) = figure_drawn.legends
+        labels = [text.get_text() for text in legend.get_texts()]
+        assert labels == ["alpha 0.1", "alpha 0.5", "alpha 1", "b", "a", "teacher"]
+
+
+def test_a_plot_of_settings_without_an_option_and_of_seeds_alone() -> None:
+    result = scores({"alpha": ["0.5", "1"], "temperature": ["1", "2", "-"]}, "loss", 1, {})
+    alpha, temperature = charts_of(result)
+    assert "without temperature" in [line.label for line in alpha.lines]
+    assert temperature.ticks == ["1", "2"]
+    assert [level.label for level in temperature.levels] == [
+        "alpha 0.5, without temperature", "alpha 1, without temperature",
+    ]  # fmt: skip
+    (seeds,) = charts_of(scores({}, "hard_loss", 3, {}))
+    assert (seeds.ticks, seeds.lines[0].y) == (["0", "1", "2"], pytest.approx([0, 0.1, 0.2]))
 
 
 # What goes wrong

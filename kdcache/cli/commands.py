@@ -248,10 +248,14 @@ def _train() -> click.Command:
             if result.eval_unknown is not None:
                 words += f", {result.eval_unknown:.1%} in evaluation"
             words += ")"
+        adapted = ""
+        if options.lora is not None:
+            adapted = f"; an adapter of {result.trained:,} of {result.parameters:,} parameters"
         echo(
             f"{result.out}: {result.steps} steps{best}, {result.rows:,} rows, loss "
             f"{result.loss:.4f} in {duration(result.seconds)}"
             + words
+            + adapted
             + (f"; evaluation: {measured}" if measured else "")
             + teacher
             + "."

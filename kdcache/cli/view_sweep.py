@@ -31,7 +31,7 @@ def render_sweep(result: SweepResult, console: Console) -> None:
         for setting in result.settings
     ]
     means = ", means and standard deviations over seeds" if seeds else ""
-    title = f"{_NAMES[result.ranked_by]} first: {result._source}{means}"
+    title = f"{_NAMES[result.ranked_by]} first: {result.source}{means}"
     print_table(console, header, rows, left=len(options), title=title)
     for line in _notes(result):
         print_line(console, line)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.choices import (
@@ -24,6 +26,7 @@ from kdcache.choices import (
     Precision,
     Scheduler,
 )
+from kdcache.extras import needs
 from kdcache.options import Options, option
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
@@ -383,6 +386,33 @@ class LearningOptions(Options):
     trust_remote_code: bool = option(
         False, help="let code that ships with the model run.", decides="student"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(Options):
+    """A picture of the outcome."""
+
+    plot: str | None = option(
+        None,
+        help="PNG file for a plot of the figures (optional; extra `plot`).",
+        metavar="FILE.png",
+        decides="nothing",
+    )
+
+    def plot_problems(self) -> list[str]:
+        """What is wrong with the file."""
+        folder = Path(self.plot).parent if self.plot else Path()
+        return [] if folder.is_dir() else [f"--plot: there is no folder {folder}."]
+
+    def check_plot(self) -> None:
+        """Refuse a plot that cannot be drawn, before the work that it is to show.
+
+        Raises:
+            UsageError: matplotlib is not installed.
+        """
+        if self.plot is not None:
+            with needs("plot", "--plot"):
+                importlib.import_module("matplotlib")
 
 
 def form_problems(record_form: Form, task: str | None) -> list[str]:

@@ -8,6 +8,7 @@ own (`kdcache.loss`), so that evaluation reports the very quantity that training
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -102,6 +103,14 @@ class Calibration:
         """Mean over predictions of |accuracy - confidence| of their bin (Guo et al. 2017, equation
         3)."""
         return ratio(float(np.abs(self.correct - self.confidence).sum()), int(self.counts.sum()))
+
+    def filled(self) -> Iterator[tuple[float, float, int]]:
+        """Mean confidence, accuracy and number of predictions of each bin that has some."""
+        for count, confidence, correct in zip(
+            self.counts, self.confidence, self.correct, strict=True
+        ):
+            if count:
+                yield float(confidence / count), float(correct / count), int(count)
 
 
 @dataclass

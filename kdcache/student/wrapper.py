@@ -37,7 +37,7 @@ from kdcache.loss import (
 from kdcache.student.documents import check_documents, in_one_row
 from kdcache.targets import SparseTargets, Targets
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
-from kdcache.teacher.adapter import ADAPTER_FACTS
+from kdcache.teacher.adapter import ADAPTER_FACTS, sort_config
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.trust import FACTORY_TYPE
 
@@ -183,6 +183,7 @@ class DistilledStudent(nn.Module):
             save(save_directory, **options)
             if adapter is not None:
                 (folder / ADAPTER_FACTS).write_text(json.dumps(adapter, indent=2) + "\n")
+                sort_config(folder)
             return
         folder.mkdir(parents=True, exist_ok=True)
         made_by = getattr(self.student, "kdcache_factory", {})

@@ -11,6 +11,7 @@ find their place are refused. No global random numbers are drawn.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -193,6 +194,16 @@ class AdapterFolder:
             raise UsageError(
                 f"{self.who} is an adapter that does not fit its base {self.base}: {reason}."
             ) from error
+
+
+def sort_config(folder: Path) -> None:
+    """Give the names in an adapter's configuration an order, which PEFT does not."""
+    path = folder / ADAPTER_CONFIG
+    config = json.loads(path.read_text())
+    for name in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(set(config[name]))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager

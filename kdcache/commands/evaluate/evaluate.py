@@ -30,7 +30,7 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import Bin, EvaluateResult, ModelScores
 from kdcache.commands.inspect.inspect import default_temperature
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
@@ -56,7 +56,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             temperature that the cache does not declare, or unreadable input.
         IncompleteError: the cache is not finished.
     """
-    return _Evaluation(options).run()
+    options.check_plot()
+    result = _Evaluation(options).run()
+    if options.plot is not None:
+        from kdcache.commands.evaluate.plot import plot_evaluation
+
+        plot_evaluation(options.plot, result)
+    return result
 
 
 @dataclass
@@ -385,6 +391,7 @@ class _Evaluation:
             "cross_entropy": hard,
             "perplexity": perplexity(hard) if causal else None,
             "calibration_error": known(tally.calibration.error),
+            "calibration": tuple(Bin(*values) for values in tally.calibration.filled()),
         }
 
     def _notes(self, soft: bool) -> Iterable[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from kdcache.commands.groups import InferenceOptions, RowOptions, form_problems
+from kdcache.commands.groups import InferenceOptions, PlotOptions, RowOptions, form_problems
 from kdcache.options import option
 from kdcache.tasks import Task
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(RowOptions, InferenceOptions):
+class EvaluateOptions(RowOptions, InferenceOptions, PlotOptions):
     """What `kdcache evaluate` takes: fields have the names of its options."""
 
     student: tuple[str, ...] = option(
@@ -50,6 +50,7 @@ class EvaluateOptions(RowOptions, InferenceOptions):
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
         problems = form_problems(self.record_form, self.task) + self.ids_problems()
+        problems += self.plot_problems()
         if bool(self.cache) == bool(self.corpus):
             problems.append("name either --cache or --corpus: what to evaluate on.")
         return problems

@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Bin:
+    """Predictions of about one confidence.
+
+    Attributes:
+        confidence: mean probability of the predicted id or class.
+        accuracy: share of them that is right.
+        positions: how many there are.
+    """
+
+    confidence: float
+    accuracy: float
+    positions: int
+
+
+@dataclass(frozen=True)
 class ModelScores:
     """The figures of one model; None where one has no meaning or is not known.
 
@@ -21,6 +36,7 @@ class ModelScores:
         soft_cross_entropy: where KL is not known: that plus the teacher's entropy.
         agreement: share of positions whose most probable id is also the teacher's.
         calibration_error: expected calibration error of the most probable id, T = 1.
+        calibration: the bins that it is made of, those with predictions; empty where not known.
     """
 
     name: str
@@ -34,6 +50,7 @@ class ModelScores:
     soft_cross_entropy: float | None
     agreement: float | None
     calibration_error: float | None
+    calibration: tuple[Bin, ...] = ()
 
 
 @dataclass(frozen=True)

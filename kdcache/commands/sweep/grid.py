@@ -41,6 +41,7 @@ _GRID = "grid"
 _NOT_OURS = {
     "out": "each run has a folder of its own below the --out of the sweep",
     "resume": "runs continue from their last checkpoints by themselves",
+    "plot": "the sweep draws its own results.png",
     "num_workers": "each run is one process, and several run at once",
     "fsdp": "each run is one process",
     "gpus_per_worker": "the sweep has --gpus-per-run",

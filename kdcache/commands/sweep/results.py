@@ -12,17 +12,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdcache.extras import installed
 from kdcache.files import write_json, write_text
-from kdcache.plots import DotRow, plot_dots
-
-logger = logging.getLogger(__name__)
 
 SEED = "seed"
 _NAMES = {
@@ -32,7 +27,6 @@ _NAMES = {
     "soft_cross_entropy": "soft cross-entropy",
     "loss": "loss",
 }
-_MOST_DRAWN = 40
 
 
 @dataclass(frozen=True)
@@ -97,6 +91,7 @@ class SweepResult:
         ranked_by: the figure that orders the settings, best first.
         settings: the settings.
         runs: all runs, in the order of the grid.
+        teacher: figures of the teacher that are known without running it.
     """
 
     out: str
@@ -106,10 +101,18 @@ class SweepResult:
     ranked_by: str
     settings: tuple[SettingScore, ...]
     runs: tuple[RunScore, ...]
+    teacher: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, out: Path, runs: Sequence[RunScore], *, made: int, combinations: int, evaluated: bool
+        cls,
+        out: Path,
+        runs: Sequence[RunScore],
+        *,
+        made: int,
+        combinations: int,
+        evaluated: bool,
+        teacher: Mapping[str, float] = {},
     ) -> SweepResult:
         """Group runs and rank their settings; `runs` is not empty."""
         groups: dict[tuple[str, ...], list[RunScore]] = {}
@@ -119,37 +122,23 @@ class SweepResult:
         rank = next(name for name in _NAMES if all(name in s.mean for s in settings))
         sign = -1 if rank == "accuracy" else 1
         settings.sort(key=lambda s: (sign * s.mean[rank], s.mean.get("hard_loss", 0.0)))
-        return cls(str(out), made, combinations, evaluated, rank, tuple(settings), tuple(runs))
+        groups_of = (tuple(settings), tuple(runs), dict(teacher))
+        return cls(str(out), made, combinations, evaluated, rank, *groups_of)
 
     def write(self, folder: Path) -> None:
-        """Write `results.json`, `results.csv` (a line a run) and, if it can, `results.png`."""
+        """Write `results.json` and `results.csv` (a line a run)."""
         write_json(folder / "results.json", dataclasses.asdict(self))
         write_text(folder / "results.csv", self._csv())
-        if not installed("matplotlib"):
-            logger.warning("no results.png: it needs matplotlib (pip install 'kdcache[plot]')")
-            return
-        best = self.settings[:_MOST_DRAWN]
-        shown = "" if len(best) == len(self.settings) else f"best {len(best)} settings: "
-        better = "higher" if self.ranked_by == "accuracy" else "lower"
-        unit = "" if self.ranked_by == "accuracy" else ", nats per position"
-        seeds = "" if self.runs[0].seed is None else " (small: seeds, large: their mean)"
-        by_name = {run.name: run for run in self.runs}
-        plot_dots(
-            folder / "results.png",
-            [
-                DotRow(
-                    label=_words(setting.setting),
-                    group=_kind(setting.setting),
-                    values=[by_name[name].figures[self.ranked_by] for name in setting.runs],
-                )
-                for setting in best
-            ],
-            title=f"{shown}{_NAMES[self.ranked_by]} {self._source}",
-            x_label=f"{_NAMES[self.ranked_by]}{unit}, {better} is better{seeds}",
-        )
 
     @property
-    def _source(self) -> str:
+    def figure_name(self) -> str:
+        """Name and unit of the figure that orders the settings."""
+        unit = "" if self.ranked_by == "accuracy" else " (nats per position)"
+        return f"{_NAMES[self.ranked_by]}{unit}"
+
+    @property
+    def source(self) -> str:
+        """What the figures are of."""
         return "on the evaluation caches" if self.evaluated else "of training, as last logged"
 
     def _csv(self) -> str:
@@ -176,21 +165,3 @@ def _together(runs: Sequence[RunScore]) -> SettingScore:
         parameters=runs[0].parameters,
         seconds=statistics.fmean(run.seconds for run in runs),
     )
-
-
-def _words(setting: dict[str, str]) -> str:
-    """A setting on one line: `tiny  alpha 0.5  temperature 2`."""
-    shown = (
-        value if name == "student" else f"{name} {value}"
-        for name, value in setting.items()
-        if value != "-"
-    )
-    return "  ".join(shown) or "all seeds"
-
-
-def _kind(setting: dict[str, str]) -> str:
-    """The option that colours a setting: the student, or else the first option of the grid."""
-    if "student" in setting or not setting:
-        return setting.get("student", "")
-    name, value = next(iter(setting.items()))
-    return f"{name} {value}"

@@ -25,8 +25,10 @@ from typing import Any
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
 from kdcache.commands.sweep.options import SweepOptions
+from kdcache.commands.sweep.plot import plot_sweep
 from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
 from kdcache.commands.sweep.results import SEED, RunScore, SweepResult
+from kdcache.commands.sweep.teacher import teacher_figures
 from kdcache.commands.train.log import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
@@ -93,6 +95,7 @@ def sweep(
     result = job.result()
     if result is not None:
         result.write(job.out)
+        plot_sweep(job.out / "results.png", result)
     if job.failed or result is None:
         raise IncompleteError(job.failures())
     return result
@@ -220,12 +223,20 @@ class _Sweep:
         ]
         if not scores:
             return None
+        plans = list(self.plans.values())
+        evaluated = all(plan.eval_caches for plan in plans)
+        sets = {tuple(cache.digest for cache in plan.eval_caches) for plan in plans}
         return SweepResult.of(
             self.out,
             scores,
             made=self.made,
             combinations=self.grid.combinations,
-            evaluated=all(plan.eval_caches for plan in self.plans.values()),
+            evaluated=evaluated,
+            teacher=teacher_figures(
+                plans[0].eval_caches if len(sets) == 1 else (),
+                list(self.finished.values()),
+                evaluated=evaluated,
+            ),
         )
 
     def failures(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,11 +30,13 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     options, spec = plan.options, plan.caches[0].spec
     name = plan.out.name
     causal = spec.task == CAUSAL_LM
-    header = {
+    header: dict[str, Any] = {
         "library_name": "peft" if options.lora else "transformers" if model_type else "kdcache",
         "pipeline_tag": _PIPELINES.get(spec.task, "text-classification"),
         "tags": ["knowledge-distillation", "kdcache"],
     }
+    if options.lora and not Path(options.student).exists():
+        header["base_model"] = redact(options.student)
     teachers = dict.fromkeys(str(t) for c in plan.caches for t in c.notes.get("teachers", ()))
     earlier = f"{redact(options.init_from or '')} (SHA-256 {plan.weights.get('init_sha256')})"
     trained = f"{result.parameters:,}"

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from kdcache.choices import Divergence, Tail
-from kdcache.commands.groups import LearningOptions
+from kdcache.commands.groups import LearningOptions, PlotOptions
 from kdcache.commands.train.place import Place
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
@@ -128,7 +128,7 @@ class BiLstmOptions(Options):
 
 
 @dataclass(frozen=True)
-class TrainOptions(LearningOptions, BiLstmOptions):
+class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
     """What a training run takes: fields have the names of the command's options."""
 
     cache: tuple[str, ...] = option(
@@ -315,7 +315,7 @@ class TrainOptions(LearningOptions, BiLstmOptions):
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
-        wrong = list(super().conflicts())
+        wrong = [*super().conflicts(), *self.plot_problems()]
         for name, low, high in (("alpha", 0.0, 1.0), ("temperature", 0.0, math.inf)):
             try:
                 schedule = Schedule.parse(getattr(self, name), f"--{name}")

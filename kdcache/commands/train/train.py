@@ -39,15 +39,22 @@ def train(
             f"torchrun has started {started.world_size} processes for this training. Leave out "
             "--num-workers and --address, which are for workers of Ray."
         )
+    options.check_plot()
     with interruptible():
         try:
             if options.place is not None:
                 from kdcache.commands.train.together import train_launched
 
-                return train_launched(options, options.place, on_progress, report)
-            return train_one(options, on_progress, report)
+                result = train_launched(options, options.place, on_progress, report)
+            else:
+                result = train_one(options, on_progress, report)
         except KeyboardInterrupt:
             raise IncompleteError(f"interrupted. {RunPlan.go_on(options)}") from None
+    if options.plot is not None and (options.place is None or options.place.rank == 0):
+        from kdcache.commands.train.plot import plot_run
+
+        plot_run(options.plot, result)
+    return result
 
 
 def train_one(
