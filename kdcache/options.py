@@ -209,7 +209,9 @@ class Options:
         for one in options_of(type(self)):
             value = getattr(self, one.name)
             if one.several and value is not None and not isinstance(value, tuple):
-                value = (value,) if isinstance(value, (str, int, float)) else tuple(value)
+                # A dataset of the library `datasets` is one value, not its rows.
+                one_value = isinstance(value, (str, int, float)) or hasattr(value, "column_names")
+                value = (value,) if one_value else tuple(value)
                 object.__setattr__(self, one.name, value)
             absent = one.required and value in (None, (), "")
             problems.append(f"{one.flag} is missing." if absent else one.wrong(value))

@@ -212,11 +212,16 @@ def test_documents_that_share_a_row_stay_apart(
 
 
 def test_what_cannot_become_topk_at_one_is_refused(
-    lm_caches: dict[str, str], tmp_path: Path
+    lm_caches: dict[str, str], class_cache: str, tmp_path: Path
 ) -> None:
     export(lm_caches["topk:8"], tmp_path / "t2", temperature=2.0)
     export(lm_caches["sample:20"], tmp_path / "draws")
-    for name, message in (("t2", "at T = 2"), ("draws", r"holds draws \(sample:20\)")):
+    export(class_cache, tmp_path / "classes")
+    for name, message in (
+        ("t2", "at T = 2"),
+        ("draws", r"holds draws \(sample:20\)"),
+        ("classes", "a classifier's targets"),
+    ):
         with pytest.raises(UsageError, match=message):
             take_in(tmp_path / name, tmp_path / "cache")
 

@@ -69,6 +69,11 @@ def expand(
     files: dict[str, InputFile] = {}
     named = split in (None, ALL)
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UsageError(
+                f"the corpus is a {type(pattern).__name__}, expected names of files. `build` alone "
+                "takes a dataset; elsewhere save it (dataset.to_parquet) and name the file."
+            )
         pattern = _index_named(pattern)
         found, has_splits = (_remote if is_remote(pattern) else _local)(pattern, forced, split)
         named |= has_splits

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.layer import with_layer
@@ -15,6 +16,7 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
 from kdcache.commands.build.resume import check_made
 from kdcache.commands.build.teacher_source import TeacherSourceOptions
+from kdcache.corpus.stored import stored
 from kdcache.errors import UsageError
 from kdcache.storage import redact
 from kdcache.teacher import tokenizer_files
@@ -29,7 +31,8 @@ def build(
     """Make a cache, or finish an interrupted one.
 
     Args:
-        options: what to build.
+        options: what to build. `corpus` may be a `Dataset` of the library `datasets`, whose rows
+            are written to the folder `OUT.corpus`.
         on_progress: called in this thread, a few times a second at most.
         report: takes a line about what is done before the first progress.
 
@@ -43,6 +46,7 @@ def build(
 
 
 def _plan(options: BuildOptions) -> CachePlan:
+    options = replace(options, corpus=stored(options.corpus, options.out))
     prepared = with_layer(options, prepare(options))
     return CachePlan(
         prepared.spec,

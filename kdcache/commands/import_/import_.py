@@ -190,6 +190,10 @@ def _about(options: ImportOptions, corpus: Corpus) -> dict[str, Any]:
     if not isinstance(about, dict) or not about:
         return {}
     name = redact(corpus.files[0].url)
+    if about.get("task") != CAUSAL_LM:
+        raise UsageError(
+            f"{name} holds a classifier's targets; an import is of a language model's."
+        )
     if about.get("temperature") != 1:
         raise UsageError(
             f"{name} holds probabilities at T = {about.get('temperature')}, from which those at 1 "

@@ -1,0 +1,104 @@
+"""A corpus that is an object: a dataset of the `datasets` library, written to files.
+
+Workers on other machines read files, and a cache names what it was built of. So the rows of a
+`Dataset` or an `IterableDataset` are written to Parquet beside the cache, as they are after any
+selection, shuffle, mapping or renaming of columns.
+
+Cost: one pass over the dataset in each run. Guarantee: the same rows leave the files of an earlier
+run as they are, times of change included, so that a build resumes; files appear whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from kdcache.errors import UsageError
+from kdcache.files import output_errors
+
+_BATCH_ROWS = 1000
+_FILE_BYTES = 1 << 29  # of Arrow; several files are read by several workers
+
+
+def stored(corpus: Sequence[Any], out: str) -> tuple[str, ...]:
+    """Patterns of a corpus, datasets among them written to `OUT.corpus`.
+
+    Args:
+        corpus: Patterns and datasets.
+        out: The cache.
+
+    Raises:
+        UsageError: It is neither, several splits, or the cache is not on this machine.
+    """
+    patterns = []
+    for number, one in enumerate(corpus):
+        if isinstance(one, str):
+            patterns.append(one)
+            continue
+        _check(one)
+        if "://" in out:
+            raise UsageError(
+                f"--out is {out}: rows of a dataset are written beside it, and this place is not "
+                "on this machine. Save the dataset to files (dataset.to_parquet) and name them."
+            )
+        folder = Path(f"{out.rstrip('/')}.corpus").expanduser().absolute() / str(number)
+        with output_errors(folder):
+            _write(one, folder)
+        patterns.append(str(folder))
+    return tuple(patterns)
+
+
+def _check(one: Any) -> None:
+    names = getattr(one, "column_names", None)
+    if isinstance(names, dict):  # of a DatasetDict
+        raise UsageError(
+            f"the corpus is a dictionary of datasets: {', '.join(map(str, names))}. Choose one, "
+            f"such as corpus=dataset[{next(iter(names), 'train')!r}]."
+        )
+    if not (hasattr(one, "with_format") and hasattr(one, "iter")):
+        raise UsageError(
+            f"the corpus is a {type(one).__name__}; expected names of files, or a dataset of the "
+            "library `datasets`."
+        )
+
+
+def _write(dataset: Any, folder: Path) -> None:
+    """Write a dataset; a folder with the same files stays."""
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        _write_files(dataset, scratch)
+        if not _same(scratch, folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_files(dataset: Any, folder: Path) -> None:
+    files, room = 0, 0
+    with contextlib.ExitStack() as last:
+        for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+            if room <= 0:
+                last.close()
+                path = folder / f"{files:05d}.parquet"
+                writer = last.enter_context(pq.ParquetWriter(path, table.schema))
+                files, room = files + 1, _FILE_BYTES
+            writer.write_table(table)
+            room -= table.nbytes
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files."""
+    names = sorted(path.name for path in one.iterdir())
+    if not other.is_dir() or names != sorted(path.name for path in other.iterdir()):
+        return False
+    _, different, failed = filecmp.cmpfiles(one, other, names, shallow=False)
+    return not (different or failed)
