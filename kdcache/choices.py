@@ -22,6 +22,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["transformers", "vllm"]
 Ensemble = Literal["mean-probs", "mean-logits"]
 
+ClassWeights = Literal["equal", "balanced"]
 Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]

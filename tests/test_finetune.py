@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import resource
 import signal
 import sys
@@ -17,7 +18,10 @@ import pytest
 import torch
 from make_caches import word_tokenizer
 from safetensors.torch import load_file, save_file
+from sklearn.utils.class_weight import compute_class_weight
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -27,9 +31,13 @@ from transformers import (
 )
 
 from kdcache.commands.finetune.finetune import FinetuneResult, finetune
+from kdcache.commands.finetune.finetune import _first as first_tensors
 from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.finetune.rows import class_weights
+from kdcache.commands.finetune.trainer import _weighted_loss as weighted_loss
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError
+from kdcache.rows import Row
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.headed import HeadedForSequenceClassification
 
@@ -171,6 +179,72 @@ def test_only_the_last_tensors_are_trained(
     assert changed == [n for n, _ in encoder.named_parameters()][-4:]
     head = result.parameters - sum(p.numel() for p in encoder.parameters())
     assert result.trained == head + sum(p.numel() for p in list(encoder.parameters())[-4:])
+
+
+@pytest.mark.parametrize(("model", "count"), [("bert", 0), ("bert", 1), ("bert", 2), ("distil", 1)])
+def test_frozen_layers_stay_as_they_are(
+    options: Make, folder: Path, model: str, count: int
+) -> None:
+    result = finetune(options(model=str(folder / model), freeze=count, max_length=4))
+    kind = BertModel if model == "bert" else DistilBertModel
+    before = kind.from_pretrained(folder / model)
+    after = AutoModelForSequenceClassification.from_pretrained(result.out).base_model
+    same = {
+        name: torch.equal(tensor, after.state_dict()[name])
+        for name, tensor in before.state_dict().items()
+        if not name.startswith("pooler")
+    }
+    layer = re.compile(r"layer\.(\d+)\.")
+    for name, unchanged in same.items():
+        found = layer.search(name)
+        frozen = int(found[1]) < count if found else name.startswith("embeddings")
+        # Without dropout a bias of keys has no gradient: softmax does not see it.
+        assert unchanged == frozen or "k_lin.bias" in name or "key.bias" in name, name
+    assert result.trained < result.parameters
+    assert result.truncated == 160  # of six words, and two marks, with room for four
+
+
+def test_layers_that_are_not_there_cannot_be_frozen(options: Make) -> None:
+    with pytest.raises(UsageError, match="freeze is 3, but the encoder has 2 layers"):
+        finetune(options(freeze=3))
+    with pytest.raises(UsageError, match="give one of them"):
+        options(freeze=1, train_last=1)
+    shared = AlbertModel(AlbertConfig(vocab_size=9, embedding_size=4, hidden_size=4,
+                                      num_attention_heads=1, intermediate_size=4))  # fmt: skip
+    with pytest.raises(UsageError, match="layers of a albert were not found. Use --train-last"):
+        first_tensors(shared, list(shared.parameters()), 1)
+
+
+def test_patience_ends_the_epochs(options: Make, folder: Path) -> None:
+    tests = str(folder / "test.jsonl")
+    chosen = options(eval_corpus=tests, epochs=9, patience=2, learning_rate=1e-12)
+    result = finetune(chosen)
+    assert result.steps == 3 * 15  # the first one is the best, and two are no better
+    lines = [json.loads(x) for x in Path(result.out, "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [15, 30, 45]
+    assert all("step" in line for line in lines)
+    with pytest.raises(UsageError, match="--patience waits for a better epoch on --eval-corpus"):
+        options(patience=2)
+
+
+def test_balanced_classes_count_the_same(options: Make) -> None:
+    counts = (12, 3, 0, 1)
+    classes = np.repeat(np.arange(4), counts)
+    rows = [Row(np.zeros(1, np.int32), np.array([c])) for c in classes]
+    weights = class_weights(rows, 4)
+    want = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=classes)
+    assert weights.tolist() == pytest.approx([want[0], want[1], 0, want[2]])
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 1, 3, 1])
+    each = -logits.double().log_softmax(-1)[torch.arange(5), labels]
+    reference = (weights.double()[labels] * each).sum() / weights.double()[labels].sum()
+    loss = weighted_loss(weights)({"logits": logits}, labels)
+    assert float(loss) == pytest.approx(float(reference))
+    equal, balanced = (
+        finetune(options(class_weights=kind, out=str(Path(options().out) / kind)))
+        for kind in ("equal", "balanced")
+    )
+    assert equal.loss != balanced.loss
 
 
 def test_classes_are_found_in_tables(options: Make, tmp_path: Path) -> None:

@@ -321,6 +321,9 @@ def _finetune() -> click.Command:
         if not result.made:
             echo(f"{result.out} is complete{scores}. Nothing to do.")
             return
+        if result.truncated:
+            shown = f"{result.truncated:,} texts were cut at --max-length {options.max_length}"
+            echo(f"{shown}: the teacher does not see the rest.", err=True)
         echo(
             f"{result.out}: {result.rows:,} rows, {result.trained:,} of {result.parameters:,} "
             f"parameters trained in {duration(result.seconds)}{scores}."

@@ -35,9 +35,18 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import label_names_of, labelled_rows
 from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_loss
 from kdcache.commands.interrupt import interruptible
+from kdcache.commands.train.log import METRICS_FILE
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.files import alone, full_disk, local_path, sync_folder, whole_folder, write_json
+from kdcache.files import (
+    alone,
+    full_disk,
+    local_path,
+    sync_folder,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from kdcache.models import HeadedConfig
 from kdcache.rows import Row
 from kdcache.student.checkpoints import (
@@ -64,6 +73,7 @@ class FinetuneResult:
         label_names: its classes, in the order of the logits.
         rows: labelled rows trained on.
         unlabelled: rows left out because they had no label.
+        truncated: texts that were cut at `max_length`.
         trained: parameters that were trained.
         parameters: parameters in all.
         steps: steps of the run.
@@ -86,6 +96,7 @@ class FinetuneResult:
     f1: float | None = None
     seconds: float = 0.0
     made: bool = True
+    truncated: int = 0
 
 
 def finetune(
@@ -132,11 +143,11 @@ def _finetune(
         files.check_whole("fine-tuning")
         tokenizer = files.tokenizer
         names = options.label_names or label_names_of(options)
-        rows, unlabelled = labelled_rows(options, options.corpus, names, tokenizer)
-        tests, _ = labelled_rows(options, options.eval_corpus, names, tokenizer)
+        rows, unlabelled, truncated = labelled_rows(options, options.corpus, names, tokenizer)
+        tests, _, _ = labelled_rows(options, options.eval_corpus, names, tokenizer)
         report("loading the model")
         model = _model(options, files, names)
-        _freeze(model, options.train_last)
+        _freeze(model, options)
         trainer = make_trainer(options, model, tokenizer, rows, tests, run, on_progress, report)
         trainer.identity = {
             "options": {k: v for k, v in _plain(options).items() if k not in _MAY_CHANGE},
@@ -164,11 +175,14 @@ def _finetune(
             accuracy=scores.get("eval_accuracy"),
             f1=scores.get("eval_f1"),
             seconds=trainer.seconds,
+            truncated=truncated,
         )
         with whole_folder(run / "teacher") as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(str(folder))
             document = {"options": _plain(options), "result": dataclasses.asdict(result)}
+            lines = (json.dumps(line) for line in trainer.state.log_history)
+            write_text(folder / METRICS_FILE, "".join(f"{line}\n" for line in lines))
             write_json(folder / RESULT_FILE, document)
     if out.is_dir():
         out.rmdir()  # known to be empty
@@ -261,15 +275,38 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
     return HeadedForSequenceClassification(head, model)
 
 
-def _freeze(model: Any, last: int | None) -> None:
-    """Leave only the encoder's last tensors, and the head, to be trained."""
+def _freeze(model: Any, options: FinetuneOptions) -> None:
+    """Leave only the encoder's last tensors or layers, and the head, to be trained."""
+    tensors = list(model.base_model.parameters())
+    if options.freeze is not None:
+        for tensor in _first(model.base_model, tensors, options.freeze):
+            tensor.requires_grad_(False)
+    last = options.train_last
     if last is None:
         return
-    tensors = list(model.base_model.parameters())
     if last > len(tensors):
         raise UsageError(f"train_last is {last}, but the encoder has {len(tensors)} tensors.")
     for tensor in tensors[: len(tensors) - last]:
         tensor.requires_grad_(False)
 
 
-# Training
+def _first(encoder: Any, tensors: Sequence[Any], count: int) -> list[Any]:
+    """The tensors before those of layer `count`: embeddings and the layers below.
+
+    Raises:
+        UsageError: the encoder has fewer layers, or no list of them.
+    """
+    number = getattr(encoder.config, "num_hidden_layers", None)
+    lists = (m for m in encoder.modules() if isinstance(m, torch.nn.ModuleList))
+    layers = next((m for m in lists if len(m) == number), None)
+    if layers is None:
+        raise UsageError(
+            f"freeze: the layers of a {encoder.config.model_type} were not found. Use "
+            "--train-last, which counts its tensors."
+        )
+    if count > len(layers):
+        raise UsageError(f"freeze is {count}, but the encoder has {len(layers)} layers.")
+    places = {id(tensor): i for i, tensor in enumerate(tensors)}
+    begin = [min(places[id(tensor)] for tensor in layer.parameters()) for layer in layers]
+    end = 1 + max(places[id(tensor)] for tensor in layers.parameters())
+    return list(tensors[: [*begin, end][count]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+from kdcache.choices import ClassWeights
 from kdcache.commands.groups import LearningOptions, RowOptions, form_problems
 from kdcache.options import option
 from kdcache.tasks import SEQUENCE_CLASSIFICATION
@@ -44,6 +45,22 @@ class FinetuneOptions(RowOptions, LearningOptions):
         help="warm-up steps of the learning rate; below 1 a share of the run.",
         at_least=0,
     )
+    patience: int | None = option(
+        None,
+        help="stop after so many epochs without a better one on `eval_corpus` (optional).",
+        at_least=1,
+    )
+    class_weights: ClassWeights = option(
+        "equal",
+        help="weights of the classes in the loss; `balanced`: each class counts the same, however "
+        "many rows it has.",
+    )
+    freeze: int | None = option(
+        None,
+        help="leave the embeddings and this many of the encoder's first layers as they are "
+        "(optional; 0: the embeddings alone).",
+        at_least=0,
+    )
     train_last: int | None = option(
         None,
         help="train only the head and this many of the encoder's last parameter tensors.",
@@ -60,4 +77,9 @@ class FinetuneOptions(RowOptions, LearningOptions):
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
-        return form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
+        problems = form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
+        if self.patience is not None and not self.eval_corpus:
+            problems.append("--patience waits for a better epoch on --eval-corpus: name one.")
+        if self.freeze is not None and self.train_last is not None:
+            problems.append("--freeze and --train-last choose what is trained: give one of them.")
+        return problems

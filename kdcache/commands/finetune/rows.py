@@ -60,19 +60,36 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
 
 def labelled_rows(
     options: FinetuneOptions, patterns: Sequence[str], names: tuple[str, ...], tokenizer: Any
-) -> tuple[list[Row], int]:
-    """Labelled rows, and how many had no label."""
+) -> tuple[list[Row], int, int]:
+    """Labelled rows, how many had no label, and how many texts of both were cut."""
     if not patterns:
-        return [], 0
+        return [], 0, 0
     spec = options.row_spec(SEQUENCE_CLASSIFICATION, names)
-    rows = list(make_encoder(spec, tokenizer).encode(_records(options, patterns)))
+    encoder = make_encoder(spec, tokenizer)
+    rows = list(encoder.encode(_records(options, patterns)))
     labelled = [row for row in rows if row.labels[0] != IGNORE]
     if not labelled:
         raise UsageError(
             f"no row of {' '.join(patterns)} has a label in column {options.label_column}. "
             "Name the right one with --label-column."
         )
-    return labelled, len(rows) - len(labelled)
+    return labelled, len(rows) - len(labelled), encoder.truncated
+
+
+def class_weights(rows: Sequence[Row], classes: int) -> Tensor:
+    """Weights of the classes under which each counts the same and the mean over rows is 1.
+
+    Args:
+        rows: labelled ones.
+        classes: how many there are.
+
+    Returns:
+        rows / (classes found * rows of the class), float32 [classes]; 0 for one without rows.
+    """
+    counts = np.bincount([int(row.labels[0]) for row in rows], minlength=classes)
+    found = np.count_nonzero(counts)
+    weights = np.divide(len(rows), found * counts, where=counts > 0, out=np.zeros(classes))
+    return torch.from_numpy(weights).float()
 
 
 @dataclass(frozen=True)

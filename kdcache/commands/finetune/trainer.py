@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -16,10 +18,10 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.finetune.rows import PadRows
+from kdcache.commands.finetune.rows import PadRows, class_weights
 from kdcache.commands.train.log import SlowSteps
 from kdcache.commands.train.result import TrainProgress
-from kdcache.commands.train.stop import StopOnSignal
+from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
 from kdcache.rows import Row
 from kdcache.student.checkpoints import (
@@ -80,6 +82,9 @@ def make_trainer(
     )
     computing.begin()
     use_one_gpu(arguments, "CUDA_VISIBLE_DEVICES chooses another one.")
+    callbacks = [StopOnSignal(), ReportProgress(on_progress), SlowSteps(report)]
+    if options.patience is not None:
+        callbacks.append(Patience(options.patience))
     trainer = FinetuneTrainer(
         model=model,
         args=arguments,
@@ -87,7 +92,10 @@ def make_trainer(
         eval_dataset=tests or None,
         data_collator=PadRows(tokenizer.pad_token_id or 0),
         compute_metrics=_scores,
-        callbacks=[StopOnSignal(), ReportProgress(on_progress), SlowSteps(report)],
+        callbacks=callbacks,
+        compute_loss_func=_weighted_loss(class_weights(rows, model.config.num_labels))
+        if options.class_weights == "balanced"
+        else None,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -112,6 +120,16 @@ class FinetuneTrainer(CheckpointingTrainer):
     def checkpoint_facts(self) -> dict[str, Any]:
         """See `CheckpointingTrainer.checkpoint_facts`."""
         return {"identity": dict(self.identity), "seconds": self.seconds}
+
+
+def _weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
+    """The weighted mean of the cross-entropies of a batch, as the Trainer calls it."""
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs["logits"].float()
+        return torch.nn.functional.cross_entropy(logits, labels, weights.to(logits.device))
+
+    return loss
 
 
 def _scores(outputs: Any) -> dict[str, float]:
