@@ -67,6 +67,8 @@ def test_each_command_explains_each_of_its_options(name: str) -> None:
         if isinstance(param, click.Option):
             assert param.help, f"{name} {param.opts[0]} has no help"
             assert "`" not in param.help
+            words = (param.metavar or "").split("|")
+            assert not [word for word in words if f"--{word} " in param.help], "a word to choose"
 
 
 def test_build_says_what_it_made_and_then_that_nothing_is_left(words: list[str]) -> None:

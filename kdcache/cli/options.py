@@ -109,7 +109,8 @@ def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
     if option.positional:
         return click.Argument([option.name], metavar=option.metavar)
     text = option.help[:1].upper() + option.help[1:]
-    for name in names:  # a help speaks of fields, which are options here
+    # A help speaks of fields, which are options here; a word to choose is no field.
+    for name in set(names) - set(option.choices or ()):
         text = text.replace(f"`{name}`", f"--{name.rstrip('_').replace('_', '-')}")
     text = text.replace("`", "")
     if option.type is bool:

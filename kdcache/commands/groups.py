@@ -73,7 +73,7 @@ class RecordOptions(Options):
     )
     split: str | None = option(
         None,
-        help="split to read of folders that hold several, such as `train`; `all` for every file.",
+        help='split to read of folders that hold several, such as train; or "all" for every file.',
         metavar="NAME",
     )
     max_record_bytes: int = option(
@@ -155,9 +155,9 @@ class RowOptions(RecordOptions):
     )
     labels: Labels | None = option(
         None,
-        help="records of ids: what `labels` and `loss_mask` stand beside: the `token` that they "
-        "are about (transformers), or the one before it, whose `next` it is (Megatron); `none` "
-        "reads neither. Needed where a file has one.",
+        help="records of ids: what the columns labels and loss_mask stand beside: the `token` that "
+        "they are about (transformers), or the one before it, whose `next` it is (Megatron); "
+        "`none` reads neither. Needed where a file has one.",
     )
     tokenizer: str | None = option(
         None,

@@ -33,8 +33,8 @@ class ImportOptions(WorkerOptions):
     )
     labels: Labels | None = option(
         None,
-        help="what `labels` and `loss_mask` stand beside: the `token` that they are about, or the "
-        "one before it, whose `next` it is; `none` reads neither. Default: by the layout.",
+        help="what the columns labels and loss_mask stand beside: the `token` that they are about, "
+        "or the one before it, whose `next` it is; `none` reads neither. Default: by the layout.",
     )
     targets: Literal["token", "next"] | None = option(
         None,
@@ -57,7 +57,7 @@ class ImportOptions(WorkerOptions):
     )
     split: str | None = option(
         None,
-        help="split to read of folders that hold several, such as `train`; `all` for every file.",
+        help='split to read of folders that hold several, such as train; or "all" for every file.',
         metavar="NAME",
     )
     top: int | None = option(

@@ -151,7 +151,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
     lora: str | None = option(
         None,
         help=(
-            "train only a low-rank adapter of a Hugging Face student (extra `lora`), such as "
+            "train only a low-rank adapter of a Hugging Face student (kdcache[lora]), such as "
             "`r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj`. Default: alpha twice r, no "
             "dropout, targets all-linear."
         ),
