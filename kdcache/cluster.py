@@ -105,6 +105,19 @@ def launching() -> str:
     return ", ".join(words) or "none"
 
 
+def nodes_up() -> list[dict[str, float]]:
+    """Resources of each node of this moment, used or not."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def reason(error: BaseException) -> str:
+    """First sentence of the last line of a message, where Ray gives the reason."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].split(". ")[0].strip()
+
+
 def at_home(folder: str) -> None:
     """On a worker: work where the command was given, if that folder is here.
 

@@ -38,10 +38,10 @@ COMMANDS = (  # of a cluster's configuration: fake nodes need none, Ray needs th
 BUILD = """
 import dataclasses, sys
 from kdcache.cli.main import cli
-from kdcache.commands.build import on_ray, prepare
+from kdcache.commands.build import prepare, room
 options = prepare._teacher_options
 prepare._teacher_options = lambda *all: dataclasses.replace(options(*all), device="cpu")
-on_ray._WAITING_EVERY = 1.0
+room._WAITING_EVERY = 1.0
 cli(sys.argv[1:])
 """
 

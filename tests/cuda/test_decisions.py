@@ -325,12 +325,16 @@ class TestWorkers:
     def test_each_gets_its_share(
         self, workers: int, asked: float | None, gpus: float, cpus: float, want: Any
     ) -> None:
-        assert on_ray.shares(self.options(workers, asked), gpus, cpus) == want
+        need = on_ray.need_of(
+            self.options(workers, asked), [{"GPU": gpus, "CPU": cpus}], grows=False
+        )
+        assert (need.gpus, need.cpus) == want
+        assert need.threads({"GPU": gpus, "CPU": cpus}) == want[1]
 
     @pytest.mark.parametrize(
         ("workers", "asked", "gpus", "word"),
         [
-            (4, None, 2, "4 workers need 4 GPUs, the Ray cluster has 2"),  # not: on the CPU
+            (4, None, 2, "4 workers need 4 GPUs, this machine's Ray has 2"),  # not: on the CPU
             (2, 1, 0, "2 workers need 2 GPUs"),
             (8, 0, 0, "8 workers need 8 CPUs"),
         ],
@@ -339,7 +343,7 @@ class TestWorkers:
         self, workers: int, asked: float | None, gpus: float, word: str
     ) -> None:
         with pytest.raises(UsageError, match=word):
-            on_ray.shares(self.options(workers, asked), gpus, 4)
+            on_ray.need_of(self.options(workers, asked), [{"GPU": gpus, "CPU": 4}], grows=False)
 
     @pytest.mark.parametrize(
         ("given", "want"), [(None, None), (0.0, 0.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0)]

@@ -21,9 +21,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, launching
+from kdcache.cluster import (
+    at_home,
+    check_own_ray,
+    cluster_address,
+    connect,
+    launching,
+    reason,
+)
 from kdcache.commands.build.events import EventSink, ignore_events
-from kdcache.commands.build.room import Need, describe, share_of_cpus
+from kdcache.commands.build.room import Need, Wait, describe, share_of_cpus
 from kdcache.commands.build.source import Work
 from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
 from kdcache.commands.build.workers import (
@@ -41,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _START_TRIES = 3
 _START_EVERY = 5.0
-_WAITING_EVERY = 30.0  # seconds between two lines about what the build waits for
 _HEARTBEATS = 10  # at least, in the time after which a worker counts as hung
 _BEAT_EVERY = 2.0  # seconds between heartbeats of a worker, or more
 _BEATS = 100  # heartbeats of all workers a second, at most
@@ -147,11 +153,12 @@ class RayWorkers(Workers):
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._workers, self._most = workers, max_workers
         self._grows = cluster_address(address) is not None
-        self._hang, self._patience, self._tell = hang_seconds, wait_minutes, tell
+        self._hang, self._tell = hang_seconds, tell
         # A clock that stands still while this process does (Ctrl-Z, a closed laptop): meanwhile no
         # worker hangs.
         self._now, self._ticked = 0.0, time.monotonic()
-        self._last_start = self._checked = self._alone_since = self._waited = 0.0
+        self._last_start = self._checked = 0.0
+        self._wait = Wait(wait_minutes)
         self._failed_starts = 0
         try:
             self._need = share_of_cpus(gpus, workers, self._nodes())
@@ -226,13 +233,11 @@ class RayWorkers(Workers):
             IncompleteError: there was none for too long.
         """
         if any(actor.figures for actor in self._actors):
-            self._alone_since = self._waited = self._now
+            self._wait.end(self._now)
             return
-        seconds = self._now - self._alone_since
-        over = self._patience is not None and seconds >= 60 * self._patience
-        if not over and self._now - self._waited < _WAITING_EVERY:
+        seconds = self._wait.due(self._now)
+        if seconds is None:
             return
-        self._waited = self._now
         state = (
             f"{len(self._actors)} requested, none ready. A worker needs {self._need}; "
             f"{describe(self._nodes(), self._ray.available_resources())}"
@@ -240,13 +245,8 @@ class RayWorkers(Workers):
         if self._grows and (pending := launching()):
             state += f"; pending nodes: {pending}"
         self._tell("waiting for workers", seconds=round(seconds), state=state)
-        if over:
-            raise IncompleteError(
-                f"no worker was ready for {seconds / 60:g} minutes (--wait-minutes): {state}. "
-                "Start nodes, or change --gpus-per-worker and --cpus-per-worker. "
-                "Run the same command to continue."
-            )
-        logger.warning("waiting for workers: %s (%.0f s)", state, seconds)
+        cure = "Start nodes, or change --gpus-per-worker and --cpus-per-worker."
+        self._wait.report(seconds, state, cure)
 
     def _when_answered(self, ref: Any, handler: Any, *facts: Any) -> None:
         """Have `collect` call `handler(*facts, future)` once the answer is there."""
@@ -273,10 +273,10 @@ class RayWorkers(Workers):
                 raise error
             raise IncompleteError(
                 f"{self._failed_starts} workers in a row died before they were ready; the last: "
-                f"{_reason(error)}. Is the teacher too large for their memory? Run the same "
+                f"{reason(error)}. Is the teacher too large for their memory? Run the same "
                 "command to continue."
             ) from error
-        logger.warning("a worker did not start (%s); trying another", _reason(error))
+        logger.warning("a worker did not start (%s); trying another", reason(error))
         self._dismiss(actor)
         self._start_missing()
         return []
@@ -358,9 +358,9 @@ class RayWorkers(Workers):
         assert actor.figures is not None, "only a worker that was ready can be lost"
         fault: Fault = "node" if self._node_gone(actor, error) else "worker"
         name, spans = actor.figures.name, list(actor.in_flight.values())
-        logger.warning("worker %s is lost (%s); starting another", name, _reason(error))
+        logger.warning("worker %s is lost (%s); starting another", name, reason(error))
         numbers = [span.index for span in spans]
-        self._tell("worker lost", worker=name, fault=fault, spans=numbers, error=_reason(error))
+        self._tell("worker lost", worker=name, fault=fault, spans=numbers, error=reason(error))
         self.lost += 1
         actor.in_flight.clear()
         self._dismiss(actor)
@@ -453,9 +453,3 @@ def _call_at_home(folder: str, function: Any, arguments: Any) -> Any:
 
 def _cause(error: BaseException) -> BaseException:
     return getattr(error, "cause", None) or error
-
-
-def _reason(error: BaseException) -> str:
-    """First sentence of the last line of a message, where Ray gives the reason."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].split(". ")[0].strip()

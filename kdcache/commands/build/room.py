@@ -6,10 +6,16 @@ reserves little, what decides where it can run, and counts its CPUs on the node 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kdcache.errors import IncompleteError
+
+logger = logging.getLogger(__name__)
+
+_WAITING_EVERY = 30.0  # seconds between two lines about what is waited for
 _MOST_CPUS = 8  # of one worker: reading and packing keep no more busy
 
 Resources = Mapping[str, float]
@@ -62,6 +68,46 @@ def share_of_cpus(gpus: float, workers: int | None, nodes: Sequence[Resources]) 
         if sum(map(need.fit, nodes)) >= (workers or 0):
             return need
     return Need(gpus, 1, workers)
+
+
+@dataclass
+class Wait:
+    """A time without workers, in seconds of the caller's clock.
+
+    Attributes:
+        minutes: after so many it is over; None waits for ever.
+        since: when it began.
+        told: when a line about it was due last.
+    """
+
+    minutes: float | None
+    since: float = 0.0
+    told: float = 0.0
+
+    def end(self, now: float) -> None:
+        """There is a worker."""
+        self.since = self.told = now
+
+    def due(self, now: float) -> float | None:
+        """The seconds waited so far where it is time to report them, else None."""
+        over = self.minutes is not None and now - self.since >= 60 * self.minutes
+        if not over and now - self.told < _WAITING_EVERY:
+            return None
+        self.told = now
+        return now - self.since
+
+    def report(self, seconds: float, state: str, cure: str) -> None:
+        """Say what is waited for.
+
+        Raises:
+            IncompleteError: it took too long.
+        """
+        if self.minutes is not None and seconds >= 60 * self.minutes:
+            raise IncompleteError(
+                f"no worker was ready for {seconds / 60:g} minutes (--wait-minutes): {state}. "
+                f"{cure} Run the same command to continue."
+            )
+        logger.warning("waiting for workers: %s (%.0f s)", state, seconds)
 
 
 def describe(nodes: Sequence[Resources], free: Resources | None = None) -> str:

@@ -7,6 +7,7 @@ folder, which all workers must be able to read.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -17,12 +18,21 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
+from kdcache.cluster import (
+    at_home,
+    check_own_ray,
+    cluster_address,
+    connect,
+    launching,
+    nodes_up,
+    reason,
+)
+from kdcache.commands.build.room import Need, Wait, describe, share_of_cpus
 from kdcache.commands.train.log import parse_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
@@ -33,8 +43,11 @@ from kdcache.extras import needs
 from kdcache.files import no_space, write_text
 from kdcache.storage import is_remote, open_storage
 
-_RETRIES = 2
-_RAY, _WRONG = ".ray", "wrong.txt"
+logger = logging.getLogger(__name__)
+
+_RAY, _WRONG, _FAILURES = ".ray", "wrong.txt", "failures.txt"
+_GROW_EVERY = 300.0  # seconds between two looks for room for more: growing costs the last steps
+_ANSWER_SECONDS = 5.0  # that the controller may take to say what it does
 _LOOK_EVERY = 0.5
 _ASK_EVERY = 10.0  # seconds between two looks into an object store
 _ABORT_SECONDS = 30.0
@@ -59,19 +72,27 @@ def train_on_ray(
     import ray
 
     with needs("cluster", "--num-workers"):
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train import (
+            FailureConfig,
+            RunConfig,
+            ScalingConfig,
+            TrainingFailedError,
+            UserCallback,
+        )
         from ray.train.torch import TorchTrainer
 
     plan, follower = RunPlan.make(options), None
+    fewest, most = options.workers
     where = {"out": str(plan.out)} if plan.store is None else {}
     # Ray's own notes: not in a folder that a worker removes at the end.
     own = plan.out / _RAY if plan.store is None else plan.out.parent / _RAY
     owns = connect(options.address)
     here = owns and cluster_address(options.address) is None
+    grows = cluster_address(options.address) is not None
     private = tempfile.mkdtemp(prefix="kdcache-") if here else None
     try:
-        have = ray.cluster_resources()
-        gpus, cpus = shares(options, have.get("GPU", 0), have.get("CPU", 1))
+        need = need_of(options, nodes_up(), grows=grows)
+        failures = (100 if grows else 2) if options.max_failures is None else options.max_failures
 
         class Trainer(TorchTrainer):  # type: ignore[misc]
             """Leaves Ctrl-C to the command: Ray's handler waits, and ends with another code."""
@@ -81,42 +102,61 @@ def train_on_ray(
             def _register_sigint_handler(self, controller: Any) -> None:
                 self.controller = controller
 
+        class Failures(UserCallback):  # type: ignore[misc]
+            """Notes each failure for the command; the controller runs on the command's node."""
+
+            def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
+                first = next(iter(worker_exceptions.values()))
+                with open(own / _FAILURES, "a") as file:
+                    file.write(reason(first) + "\n")
+
         if plan.store is not None:
             plan.store.claim()
         trainer = Trainer(
             _work,
             train_loop_config={
-                "options": {**options.to_dict(), **where, "gpus_per_worker": gpus},
+                "options": {**options.to_dict(), **where, "gpus_per_worker": need.gpus},
                 "owner": "" if plan.store is None else plan.store.owner,
-                "threads": cpus,
+                "need": need,
                 "folder": str(Path.cwd()),
             },
-            torch_config=_process_group("nccl" if gpus else "gloo", private),
+            torch_config=_process_group("nccl" if need.gpus else "gloo", private),
             scaling_config=ScalingConfig(
-                num_workers=options.num_workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+                num_workers=fewest if fewest == most else (fewest, most),
+                use_gpu=need.gpus > 0,
+                resources_per_worker={
+                    "CPU": need.cpus,
+                    **({"GPU": need.gpus} if need.gpus else {}),
+                },
+                elastic_resize_monitor_interval_s=_GROW_EVERY,
             ),
             run_config=RunConfig(
                 name="workers",
                 storage_path=str(own),
-                failure_config=FailureConfig(max_failures=_RETRIES),
+                failure_config=FailureConfig(max_failures=failures),
+                callbacks=[Failures()],
             ),
         )
         shutil.rmtree(own, ignore_errors=True)  # of a run that was killed
-        follower = _Follower(plan, on_progress, watch=owns)
+        own.mkdir(parents=True)
+        wait = _Waiting(trainer, need, options) if grows else None
+        follower = _Follower(plan, on_progress, watch=owns, wait=wait)
+        follower.failures, follower.most = own / _FAILURES, failures
         try:
             with warnings.catch_warnings():
                 # Ray warns of what its own modules use.
                 warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
                 trainer.fit()
         except KeyboardInterrupt:
+            follower.stop()  # it may be what has interrupted, and would do so again
             if owns:
                 check_own_ray()
             elif trainer.controller is not None:  # else they end with this Ray
                 # The controller ends the workers, then itself: an answer is not what comes.
                 with suppress(ray.exceptions.ActorDiedError):
                     ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
+            if follower.gave_up is not None:
+                raise follower.gave_up from None
             raise
         except ray.exceptions.RayError:
             if owns:
@@ -149,27 +189,36 @@ def train_on_ray(
     return TrainResult(**document["result"])
 
 
-def shares(options: TrainOptions, gpus: float, cpus: float) -> tuple[float, int]:
-    """GPUs and CPUs of each worker on a cluster that has so many.
+def need_of(options: TrainOptions, nodes: Sequence[Mapping[str, float]], *, grows: bool) -> Need:
+    """What each worker needs.
+
+    Args:
+        options: of the run.
+        nodes: resources of each node that is up.
+        grows: whether there may be more later, as on a cluster. A cluster is rented for its GPUs,
+            also where it has none yet.
 
     Raises:
-        UsageError: it has too few. A run that was slow without a word would cost more.
+        UsageError: this machine has too few. A run that was slow without a word would cost more.
     """
-    n = options.num_workers
-    asked = options.gpus_per_worker
+    fewest, most = options.workers
+    asked, gpus = options.gpus_per_worker, sum(node.get("GPU", 0) for node in nodes)
+    if grows:
+        return share_of_cpus(1.0 if asked is None else asked, most, nodes)
     each = float(gpus > 0) if asked is None else asked
-    if n * each > gpus:
+    if fewest * each > gpus:
         raise UsageError(
-            f"{n} workers need {n * each:g} GPUs, the Ray cluster has {gpus:g}. Use fewer "
-            "--num-workers, or --gpus-per-worker 0 to train on CPUs."
+            f"{fewest} workers need {fewest * each:g} GPUs, this machine's Ray has {gpus:g}. Use "
+            "fewer --num-workers, or --gpus-per-worker 0 to train on CPUs."
         )
-    threads = max(1, min(_MOST_CPUS, int(cpus) // n))
-    if n * threads > cpus:
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    threads = max(1, min(_MOST_CPUS, int(cpus) // most))
+    if fewest * threads > cpus:
         raise UsageError(
-            f"{n} workers need {n * threads} CPUs, the Ray cluster has {cpus:g}. Use fewer "
-            "--num-workers."
+            f"{fewest} workers need {fewest * threads} CPUs, this machine's Ray has {cpus:g}. Use "
+            "fewer --num-workers."
         )
-    return each, threads
+    return Need(each, threads, most, exact=True)
 
 
 def _process_group(backend: str, private: str | None) -> Any:
@@ -218,11 +267,14 @@ def _talk_on_loopback() -> None:
 
 
 def _work(config: dict[str, Any]) -> None:
+    import ray
     import torch
     from torch import distributed
 
     at_home(config["folder"])
-    torch.set_num_threads(config["threads"])
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    torch.set_num_threads(config["need"].threads(node["Resources"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = TrainOptions(**config["options"])
     try:
@@ -244,11 +296,67 @@ def _read_wrong(plan: RunPlan) -> str:
     return told.read_text() if told.is_file() else ""
 
 
+class _Waiting:
+    """Says what a cluster lacks while no worker of a training runs."""
+
+    def __init__(self, trainer: Any, need: Need, options: TrainOptions) -> None:
+        self._trainer, self._need = trainer, need
+        self._fewest = options.workers[0]
+        self._wait = Wait(options.wait_minutes)
+        self._wait.end(time.monotonic())
+
+    def look(self) -> None:
+        """Say what is missing, if nothing runs and it is time to.
+
+        Raises:
+            IncompleteError: nothing has run for too long.
+        """
+        import ray
+
+        now = time.monotonic()
+        if self._runs():
+            self._wait.end(now)
+            return
+        seconds = self._wait.due(now)
+        if seconds is None:
+            return
+        state = (
+            f"{self._fewest} needed, none runs. A worker needs {self._need}; "
+            f"{describe(nodes_up(), ray.available_resources())}"
+        )
+        if pending := launching():
+            state += f"; pending nodes: {pending}"
+        self._wait.report(seconds, state, "Start nodes, or use fewer --num-workers.")
+
+    def _runs(self) -> bool:
+        """Whether the workers run. Not a public interface: unknown counts as yes."""
+        import ray
+
+        if self._trainer.controller is None:  # it starts, or this is not the main thread
+            return threading.current_thread() is threading.main_thread()
+        try:
+            state = self._trainer.controller.get_state.remote()
+            return type(ray.get(state, timeout=_ANSWER_SECONDS)).__name__ == "RunningState"
+        except ray.exceptions.GetTimeoutError:  # it waits for their resources
+            return False
+        except (AttributeError, ray.exceptions.RayError):
+            return True
+
+
 class _Follower:
     """Reports what the first worker logs, from the file it writes."""
 
+    gave_up: IncompleteError | None = None
+    failures = Path(os.devnull)
+    most = 0
+
     def __init__(
-        self, plan: RunPlan, on_progress: Callable[[TrainProgress], None] | None, *, watch: bool
+        self,
+        plan: RunPlan,
+        on_progress: Callable[[TrainProgress], None] | None,
+        *,
+        watch: bool,
+        wait: _Waiting | None = None,
     ) -> None:
         self._plan, self._steps = plan, plan.steps
         self._next = 0.0
@@ -256,20 +364,24 @@ class _Follower:
         self._done = threading.Event()
         self._told = 0
         self._thread = threading.Thread(target=self._follow, name="kdcache-follow", daemon=True)
-        self._watch = watch
+        self._watch, self._wait = watch, wait
+        self._failed = 0
         self._last_resort: threading.Timer | None = None
-        if watch or on_progress is not None:
-            self._thread.start()
+        self._thread.start()
 
     def _follow(self) -> None:
         while not self._done.wait(_LOOK_EVERY):
             self._look()
-            if self._watch:
-                try:
+            self._look_for_failures()
+            try:
+                if self._watch:
                     check_own_ray()
-                except IncompleteError as error:
-                    self._wake(error)
-                    break
+                if self._wait is not None:
+                    self._wait.look()
+            except IncompleteError as error:
+                self.gave_up = error
+                self._wake(error)
+                break
         self._look()
 
     def _wake(self, error: IncompleteError) -> None:
@@ -287,6 +399,18 @@ class _Follower:
             signal.pthread_kill(main, signal.SIGINT)
             if self._done.wait(_WAKE_EVERY):
                 return
+
+    def _look_for_failures(self) -> None:
+        lines = self.failures.read_text().splitlines() if self.failures.is_file() else []
+        for text in lines[self._failed :]:
+            self._failed += 1
+            logger.warning(
+                "a worker failed or was lost (%s): all go on from the last checkpoint, for the %d. "
+                "time of %d at most (--max-failures)",
+                text,
+                self._failed,
+                self.most,
+            )
 
     def _look(self) -> None:
         if self._on_progress is None:

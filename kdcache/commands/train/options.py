@@ -258,11 +258,27 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         metavar="auto|never|PATH",
         decides="nothing",
     )
-    num_workers: int = option(
+    num_workers: int | str = option(
         1,
-        help="processes that train together, through Ray Train. torchrun and srun need none of it.",
-        at_least=1,
+        help="processes that train together, started through Ray Train; `4:16` is as many as there "
+        "is room for, 4 at least. Leave it out where torchrun or srun starts them.",
         decides="nothing",
+        metavar="N|MIN:MAX",
+    )
+    max_failures: int | None = option(
+        None,
+        help="how often workers may be lost or fail before a training on Ray gives up; announced "
+        "preemptions do not count. Default: 2, on a cluster 100.",
+        at_least=0,
+        decides="nothing",
+    )
+    wait_minutes: float | None = option(
+        None,
+        help="give up when no Ray worker of a cluster has run for this long. Default: wait for "
+        "nodes as long as it takes.",
+        above=0,
+        decides="nothing",
+        metavar="MINUTES",
     )
     gpus_per_worker: float | None = option(
         None,
@@ -292,7 +308,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         help=(
             "stretches of the caches that are read side by side, each by its own worker where "
             "there are as many. The order depends on them, so a run keeps them on any number of "
-            "workers. Default: the run's first number of workers."
+            "workers. Default: the run's first number of workers, of `4:16` the larger."
         ),
         at_least=1,
     )
@@ -354,7 +370,11 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
                 f"--gpus-per-worker is {self.gpus_per_worker:g}, expected 0 or 1: a worker trains "
                 "on one GPU, and workers cannot share one."
             )
-        if self.fsdp and self.num_workers == 1 and self.place is None:
+        try:
+            fewest = self.workers[0]
+        except UsageError as error:
+            return [*wrong, str(error)]
+        if self.fsdp and fewest == 1 and self.place is None:
             wrong.append(
                 "--fsdp shards over workers: use it with --num-workers 2 or more, or torchrun."
             )
@@ -365,7 +385,20 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         """The place of this process among those of a launcher; None where it trains by itself, or
         asks Ray for workers.
         """
-        return Place.find() if self.num_workers == 1 and self.address is None else None
+        return Place.find() if self.workers == (1, 1) and self.address is None else None
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The smallest and the largest number of workers."""
+        first, colon, last = str(self.num_workers).partition(":")
+        if first.isdecimal() and (last.isdecimal() or not colon):
+            low, high = int(first), int(last or first)
+            if 1 <= low <= high:
+                return low, high
+        raise UsageError(
+            f"--num-workers is {self.num_workers}, expected a number of at least 1, or two as "
+            "min:max."
+        )
 
     @property
     def alphas(self) -> Schedule:

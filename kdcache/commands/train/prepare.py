@@ -144,7 +144,7 @@ class RunPlan:
             begun = document.get("identity", {})
         elif (checkpoint := self.checkpoint()) is not None:
             begun = read_state(checkpoint)["identity"]
-        return int(begun.get("streams", self.options.num_workers))
+        return int(begun.get("streams", self.options.workers[1]))
 
     @property
     def finished_identity(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import (
     TrainerCallback,
     TrainerState,
@@ -311,6 +311,7 @@ def _trainer(
 ) -> DistillationTrainer:
     options = plan.options
     steps = steps_of(options, stream)
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
     evaluates = bool(plan.eval_caches)
     every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
     callbacks: list[TrainerCallback] = [
@@ -332,7 +333,7 @@ def _trainer(
         output_dir=str(plan.out),
         run_name=plan.out.name,
         max_steps=steps,
-        per_device_train_batch_size=max(1, options.batch_size // options.num_workers),
+        per_device_train_batch_size=max(1, options.batch_size // world),
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=options.learning_rate or _learning_rate(options, student),
         weight_decay=options.weight_decay,
@@ -350,7 +351,7 @@ def _trainer(
         metric_for_best_model=f"eval_{_best_metric(plan)}" if evaluates else None,
         greater_is_better=options.best == "accuracy" if evaluates else None,
         seed=options.seed,
-        ddp_backend="gloo" if options.num_workers > 1 and not computing.gpu else None,
+        ddp_backend="gloo" if world > 1 and not computing.gpu else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=False,
         remove_unused_columns=False,

@@ -72,7 +72,7 @@ def train_one(
         finished = plan.finished()
         if finished is not None:  # by the process that was at work here
             return finished
-        if options.num_workers > 1:
+        if options.workers[1] > 1:
             from kdcache.commands.train.on_ray import train_on_ray
 
             if plan.store is None:
