@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,69 @@ def test_ci_runs_the_script_that_runs_lint_and_tests() -> None:
     assert lowest.group(1) == min(
         job["strategy"]["matrix"]["python"], key=lambda v: tuple(map(int, v.split(".")))
     )
+
+
+def test_classifiers_are_the_pythons_that_ci_runs() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    named = re.findall(r"Python :: (3\.\d+)", PYPROJECT)
+    assert named == workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+
+
+def test_the_readme_of_a_release_has_no_relative_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = re.compile(r"\]\(([^)\s]+)\)")
+    for name in ("README.md", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    before = links.findall((ROOT / "README.md").read_text())
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, str(ROOT / "tools" / "release.py"), "https://host/a/b", "v1"]
+    for _ in range(2):  # the second time changes nothing
+        subprocess.run(command, check=True)
+    after = links.findall(Path("README.md").read_text())
+    relative = [link for link in before if not link.startswith(("http", "#"))]
+    assert len(relative) > 10
+    for link in relative:
+        kind = "raw" if link.endswith((".svg", ".png")) else "blob"
+        assert f"https://host/a/b/{kind}/v1/{link}" in after
+        assert (ROOT / link.split("#")[0]).exists()
+    assert len(after) == len(before)
+    assert [link for link in after if not link.startswith(("http", "#"))] == []
+    text = Path("pyproject.toml").read_text()
+    assert text.count("[project.urls]") == 1
+    assert 'Changelog = "https://host/a/b/blob/v1/CHANGELOG.md"' in text
+
+
+@pytest.mark.end_to_end
+def test_a_source_distribution_holds_what_its_tests_need(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", "77")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    copy = tmp_path / "checkout"
+    for name in listed.stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    build = 'from setuptools import build_meta as b; b.build_sdist("dist")'
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
+    (archive,) = (copy / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {*listed.stdout.splitlines()} <= names
+    made = {n for n in names - {*listed.stdout.splitlines()} if (copy / n).is_file()}
+    assert all(".egg-info/" in name or name in ("PKG-INFO", "setup.cfg") for name in made)
+
+
+def test_the_container_copies_what_is_there() -> None:
+    lines = (ROOT / "Dockerfile").read_text()
+    let_in = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.M)
+    copied = [
+        word for line in re.findall(r"^COPY (.+)$", lines, re.M) for word in line.split()[:-1]
+    ]
+    assert sorted(copied) == sorted(let_in)
+    assert all((ROOT / name).exists() for name in copied)
+    (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", lines, re.M)
+    assert all(re.search(rf"^{extra} = \[", PYPROJECT, re.M) for extra in extras.split(","))
 
 
 @pytest.fixture(scope="module")
