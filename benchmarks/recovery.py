@@ -357,6 +357,11 @@ def closed(runs: Runs, regime: str, method: str) -> str:
     return mean_error([gain / statistics.fmean(gap) for gain in gains], digits=2)
 
 
+def full_on(runs: Runs, regime: str, method: str) -> float:
+    """KL that the full distribution ends with, on the seeds of a method."""
+    return statistics.fmean(runs[regime, FULL][seed]["kl"] for seed in runs[regime, method])
+
+
 def regime_table(runs: Runs, regime: str) -> str:
     """One row a method."""
     rows = []
@@ -365,7 +370,7 @@ def regime_table(runs: Runs, regime: str) -> str:
         if not found:
             continue
         kl = [run["kl"] for run in found.values()]
-        full = statistics.fmean(runs[regime, FULL][seed]["kl"] for seed in found)
+        full = full_on(runs, regime, method)
         size = statistics.fmean(run["bytes"] for run in found.values())
         rows.append(
             [
@@ -399,7 +404,10 @@ def report(options: argparse.Namespace, runs: Runs, before: dict[str, dict[str, 
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """KL against bytes, a panel a regime, the same colours in each."""
+    """KL against bytes, a panel a regime, the same colours in each.
+
+    As a multiple of the full distribution's on the same seeds: not every method has the same ones.
+    """
     drawn = [m for m in METHODS if m != HARD and any((r, m) in runs for r in REGIMES)]
     panels = []
     for regime in REGIMES:
@@ -411,12 +419,13 @@ def draw(runs: Runs, path: Path) -> None:
             found = list(runs.get((regime, method), {}).values())
             if found:
                 size, kl = (statistics.fmean(run[f] for run in found) for f in ("bytes", "kl"))
-                points.append((size, kl, argument or "all"))
+                points.append((size, kl / full_on(runs, regime, method), argument or "all"))
         hard = [run["kl"] for run in runs.get((regime, HARD), {}).values()]
+        hard = [statistics.fmean(hard) / full_on(runs, regime, HARD)] if hard else []
         panels.append(
             Panel(
-                regime + (f" (hard labels: {statistics.fmean(hard):.3g})" if hard else ""),
-                "KL from the teacher, nats a position",
+                regime + (f" (hard labels: {hard[0]:.3g})" if hard else ""),
+                "KL from the teacher, of the full distribution's",
                 [
                     Cloud(label, points, label.startswith("topk"))
                     for label, points in clouds.items()
