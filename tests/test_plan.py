@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -406,3 +408,28 @@ def test_a_plan_takes_the_batch_that_fits_the_gpu(
     monkeypatch.setattr("kdcache.commands.plan.measure.peak_share", share)
     assert plan(options).rows == options.rows
     assert len(tried) == 8  # 65,536 tokens down to 512, and rows of 64 would end it
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_the_estimate_is_of_what_filters_keep(
+    tiny_tokenizer: Path, tmp_path: Path, name: str
+) -> None:
+    records = [
+        {"text": f"word {i} " * 20, "lang": "en" if i % 4 == 0 else "de"} for i in range(2000)
+    ]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=100)
+    else:
+        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    spec = RowSpec("causal-lm", max_length=64)
+    found = {}
+    for filters, limit in (((), None), (("lang=en",), None), ((), 1000), (("lang=en",), 1000)):
+        corpus = Corpus.open([str(path)], span_bytes=1 << 14, filters=filters, limit=limit)
+        found[filters, limit] = sample_rows(corpus, spec, tokenizer, 40).corpus_positions
+    for limit in (None, 1000):
+        assert found[("lang=en",), limit] == pytest.approx(found[(), limit] / 4, rel=0.1)

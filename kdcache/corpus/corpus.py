@@ -288,6 +288,7 @@ def _read(
                     stats.reject(on_error, file.url, location, problem)
                     continue
                 if filters and not passes(record, filters):
+                    stats.filtered += 1
                     continue
                 stats.records += 1
                 yield record

@@ -132,9 +132,13 @@ class Record:
 
 @dataclass
 class ReadStats:
-    """Counts of records, and the first few reasons for leaving some out."""
+    """Counts of records, and the first few reasons for leaving some out.
+
+    `filtered` are those that a filter left out, which are not `skipped`.
+    """
 
     records: int = 0
+    filtered: int = 0
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
 

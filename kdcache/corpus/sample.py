@@ -19,7 +19,7 @@ import numpy as np
 
 from kdcache.choices import OnError
 from kdcache.corpus.corpus import Corpus
-from kdcache.corpus.records import Record
+from kdcache.corpus.records import ReadStats, Record
 from kdcache.corpus.span import Span
 
 _CHARACTERS_AN_ID = 4
@@ -37,6 +37,7 @@ class SpanSample:
         between: characters of all records from the first of them up to the last one.
         read: records that were read.
         read_characters: in these.
+        passed: share of the file's records that the corpus's filters keep, as far as it was read.
     """
 
     span: Span
@@ -46,6 +47,7 @@ class SpanSample:
     between: int
     read: int
     read_characters: int
+    passed: float = 1.0
 
 
 def sample_spans(corpus: Corpus, most: int) -> list[Span]:
@@ -82,8 +84,10 @@ def sample_records(
     Raises:
         UsageError: a record cannot be read.
     """
-    found = Corpus.read(span, columns=columns, on_error=on_error)
-    return _evenly(span, islice(found, read), records, characters)
+    stats = ReadStats()
+    found = Corpus.read(span, columns=columns, on_error=on_error, stats=stats)
+    sample = _evenly(span, islice(found, read), records, characters)
+    return replace(sample, passed=stats.records / max(1, stats.records + stats.filtered))
 
 
 def _evenly(span: Span, found: Iterable[Record], records: int, characters: int) -> SpanSample:

@@ -38,6 +38,7 @@ class CorpusSample:
         rows: the sample.
         places: span, and number of the row in it, of each.
         records: read for it; more than the rows need, where a row is a small part of a record.
+        unfiltered: records of the files that these stand for, before filters.
         positions: in all rows of these records.
         stored: bytes that these records take in their files.
         corpus_positions: estimate of the positions in the whole corpus.
@@ -46,6 +47,7 @@ class CorpusSample:
     rows: list[Row] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     records: int = 0
+    unfiltered: float = 0.0
     positions: int = 0
     stored: float = 0.0
     corpus_positions: int = 0
@@ -79,6 +81,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
         found = list(make_encoder(spec, tokenizer).encode(part.records))
         sample.positions += sum(len(row.places(spec.task)) for row in found)
         sample.records += len(part.records)
+        sample.unfiltered += len(part.records) / (part.passed or 1)
         sample.stored += _stored(part)
         chosen = np.linspace(0, len(found), min(wanted, len(found)), endpoint=False).astype(int)
         sample.rows += [found[i] for i in chosen]
@@ -96,7 +99,8 @@ def _corpus_positions(corpus: Corpus, sample: CorpusSample) -> int:
     size = sum(file.size for file in corpus.files)
     estimate = sample.positions * size / max(sample.stored, 1)
     if corpus.settings["limit"] is not None:
-        estimate = min(estimate, corpus.settings["limit"] * sample.positions / sample.records)
+        # Filters come after the limit.
+        estimate = min(estimate, corpus.settings["limit"] * sample.positions / sample.unfiltered)
     # The sample itself is certain.
     return max(round(estimate), sample.positions)
 
@@ -111,12 +115,13 @@ def _stored(part: SpanSample) -> float:
             total = reader.size(_ALL)[0]
         # Records of a period may all be short: their characters count, not their number.
         share = part.characters * part.read / max(part.read_characters, 1)
-        return span.file.size * share / max(total, 1)
+        return span.file.size * share / max(total * part.passed, 1)
     first, last = records[0].location, records[-1].location
     if isinstance(first, LineAt) and isinstance(last, LineAt) and part.between:
         return (last.offset - first.offset) / part.between * part.characters
     plain = "".join(_line(span.file.kind, record) for record in records).encode()
-    return len(zlib.compress(plain)) if span.file.compression else len(plain)
+    size = len(zlib.compress(plain)) if span.file.compression else len(plain)
+    return size / part.passed  # those that filters leave out are taken to be as long
 
 
 def _line(kind: str, record: Record) -> str:
