@@ -163,6 +163,14 @@ def test_wrong_options_are_told_all_at_once() -> None:
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("temperature", ["0", "nan", "inf", "1e6", "1:1001"])
+def test_temperatures_whose_loss_would_be_rounding_are_refused(temperature: str) -> None:
+    """Times T² of a million, float32 gives a KL of 7 as -1,700,000."""
+    with pytest.raises(UsageError, match="temperature is .*, expected more than 0, 1,000 at most"):
+        TrainOptions(cache=("x",), student="y", out="z", temperature=temperature)
+    TrainOptions(cache=("x",), student="y", out="z", temperature=1000)
+
+
 def test_caches_are_checked_before_anything_is_written(options: Make, folder: Path) -> None:
     wrong = options(
         cache=str(folder / "causal"),
