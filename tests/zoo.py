@@ -220,6 +220,7 @@ CLASSIFIERS = [
     *map(make, _ENCODERS + _DECODERS),
     *_SPECIAL,
     *map(make, _words("bart mt5")),
+    make("llama", "padding of its own", pad_token_id=7),
     make("longformer", attention_window=8),
     make("mobilebert", initializer_range=0.02),
 ]
