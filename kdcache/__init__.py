@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from kdcache.commands.predict.predict import PredictResult, predict
     from kdcache.commands.repair.options import RepairOptions
     from kdcache.commands.repair.repair import repair
+    from kdcache.commands.report.options import ReportOptions
+    from kdcache.commands.report.report import ReportResult, report
     from kdcache.commands.sweep.options import SweepOptions
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.sweep.sweep import sweep
@@ -101,6 +103,8 @@ _HOMES = {
     "kdcache.commands.predict.options": ("PredictOptions",),
     "kdcache.commands.repair.repair": ("repair",),
     "kdcache.commands.repair.options": ("RepairOptions",),
+    "kdcache.commands.report.options": ("ReportOptions",),
+    "kdcache.commands.report.report": ("ReportResult", "report"),
     "kdcache.commands.evaluate.scores": ("EvaluateResult",),
     "kdcache.commands.sweep.results": ("SweepResult",),
     "kdcache.commands.sweep.sweep": ("sweep",),

@@ -29,7 +29,7 @@ def load(name: str) -> click.Command:
     return maker()
 
 
-def _report(line: str) -> None:
+def _tell(line: str) -> None:
     """What a command says on its way."""
     if not is_quiet():
         echo(line, err=True)
@@ -146,7 +146,7 @@ def _export() -> click.Command:
     def command(options: ExportOptions, as_json: bool) -> None:
         from kdcache.commands.export.export import export
 
-        result = export(options, report=_report)
+        result = export(options, report=_tell)
         if as_json:
             print_json(result)
         else:
@@ -199,7 +199,7 @@ def _plan() -> click.Command:
         from kdcache.cli.view_plan import render_plan
         from kdcache.commands.plan.plan import plan
 
-        result = plan(options, report=_report)
+        result = plan(options, report=_tell)
         if as_json:
             print_json(result)
         else:
@@ -353,6 +353,32 @@ def _evaluate() -> click.Command:
             render_evaluation(result, Console())
 
     return command
+
+
+def _report() -> click.Command:
+    from kdcache.commands.report.options import ReportOptions
+
+    @options_command(
+        ReportOptions,
+        "kdcache report caches/lm runs/hard runs/distilled --out report.html",
+        "kdcache report sweeps/novels s3://bucket/cache --rows 5 --out report.html",
+    )
+    def command(options: ReportOptions, as_json: bool) -> None:
+        from kdcache.commands.report.report import report
+
+        result = report(options, report=_tell)
+        if as_json:
+            print_json(result)
+            return
+        counts = {"cache": result.caches, "run": result.runs, "sweep": result.sweeps}
+        shown = ", ".join(_several(count, word) for word, count in counts.items() if count)
+        echo(f"{result.out}: {shown}, {size(result.bytes)}. Open it in a browser.")
+
+    return command
+
+
+def _several(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count > 1)}"
 
 
 def _predict() -> click.Command:
@@ -522,7 +548,7 @@ def _demo() -> click.Command:
         from kdcache.cli.view_demo import render_demo
         from kdcache.commands.demo.demo import demo
 
-        result = demo(options, report=_report)
+        result = demo(options, report=_tell)
         if as_json:
             print_json(result)
         else:

@@ -38,6 +38,7 @@ COMMANDS = {
     "evaluate": "Compare students with their teacher.",
     "predict": "Label texts with a classifier and write JSON lines.",
     "inspect": "Show what is in a cache: spec, sizes, rows with the teacher's predictions.",
+    "report": "Write one page about caches, runs and sweeps, to look at in a browser.",
     "verify": "Check every file of a cache, and its targets against the teacher if one is named.",
     "repair": "Remove damaged files from a cache, so that the same build makes only these again.",
     "gc": "Remove what crashed builds have left in a cache's folder.",

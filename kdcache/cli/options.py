@@ -107,7 +107,9 @@ def options_command(
 
 def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
     if option.positional:
-        return click.Argument([option.name], metavar=option.metavar)
+        count = -1 if option.several else 1
+        metavar = f"{option.metavar}..." if option.several else option.metavar
+        return click.Argument([option.name], metavar=metavar, nargs=count, required=True)
     text = option.help[:1].upper() + option.help[1:]
     # A help speaks of fields, which are options here; a word to choose is no field.
     for name in set(names) - set(option.choices or ()):

@@ -1,0 +1,256 @@
+"""What is at a path: a cache, a run or a sweep, read for the page.
+
+Cost: of a cache its two JSON files, a shard for each shown row and two for the figures of its
+targets; of a run its result and its log. Guarantee: nothing is written, and no figure of a file
+from elsewhere is taken for a number that is none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.cache import Cache
+from kdcache.cache.sandbox import Sandbox
+from kdcache.cache.shard import ShardData, read_shard
+from kdcache.commands.finetune.finetune import RESULT_FILE as TEACHER_FILE
+from kdcache.commands.inspect.inspect import InspectResult, RowView, default_temperature, inspect
+from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.report.options import ReportOptions
+from kdcache.commands.train.log import METRICS_FILE, read_metrics
+from kdcache.commands.train.prepare import RESULT_FILE
+from kdcache.errors import UsageError
+from kdcache.files import local_path
+from kdcache.storage import open_storage, redact
+from kdcache.targets import DenseTargets, with_logits
+from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.tasks import CAUSAL_LM, IGNORE
+
+SWEEP_FILE = "results.json"
+_SHARDS = 2  # whose targets are looked at
+_POSITIONS = 2048  # of a shard, at most
+_NUMBERS = 1 << 24  # of decoded logits at a time
+
+
+@dataclass(frozen=True)
+class TargetFigures:
+    """Means over positions of a cache's targets at one temperature; None where not known.
+
+    Attributes:
+        temperature: T.
+        entropy: nats; of top-k a lower bound, the tail counted as one id.
+        best: probability of the most probable id.
+        mass: probability on the stored ids.
+        entries: ids of a position.
+    """
+
+    temperature: float
+    entropy: float | None
+    best: float | None
+    mass: float | None
+    entries: float
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """A cache.
+
+    Attributes:
+        facts: what `inspect` finds.
+        rows: some rows as text.
+        figures: of the targets, at each declared temperature.
+        positions: of which these are means.
+        surprise: minus the teacher's log-probability of labels, in nats.
+        notes: of who built it with what.
+    """
+
+    facts: InspectResult
+    rows: tuple[RowView, ...]
+    figures: tuple[TargetFigures, ...]
+    positions: int
+    surprise: tuple[float, ...]
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """A run of `train`, finished or not, or of `finetune`.
+
+    Attributes:
+        path: its folder.
+        finished: whether it has a result.
+        options: of the run; empty before it has finished.
+        identity: what it was trained on.
+        result: its figures.
+        log: the lines of its log: numbers by name.
+    """
+
+    path: str
+    finished: bool
+    options: dict[str, Any]
+    identity: dict[str, Any]
+    result: dict[str, Any]
+    log: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True)
+class SweepPart:
+    """A sweep: its folder and its table."""
+
+    path: str
+    results: dict[str, Any]
+
+
+Part = CachePart | RunPart | SweepPart
+
+
+def gather(path: str, options: ReportOptions) -> Part:
+    """Read what is at a path.
+
+    Raises:
+        UsageError: nothing is there that a report knows, or it is damaged.
+        CorruptCacheError: a cache's files contradict each other.
+    """
+    if open_storage(path).exists("spec.json"):
+        return _cache(path, options)
+    folder = local_path(path, "PATH")
+    if any((folder / name).is_file() for name in (RESULT_FILE, TEACHER_FILE, METRICS_FILE)):
+        return _run(folder)
+    if (folder / SWEEP_FILE).is_file():
+        return SweepPart(str(folder), _document(folder / SWEEP_FILE))
+    raise UsageError(
+        f"{redact(path)} is no cache (it has no spec.json), no run (no {RESULT_FILE} or "
+        f"{METRICS_FILE}) and no finished sweep (no {SWEEP_FILE})."
+    )
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for anything else that a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond floats
+        return None
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({error}). Restore it from a copy.") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds no object. Restore it from a copy.")
+    return found
+
+
+def _run(folder: Path) -> RunPart:
+    there = [folder / name for name in (RESULT_FILE, TEACHER_FILE) if (folder / name).is_file()]
+    document = _document(there[0]) if there else {}
+    try:
+        lines = read_metrics(folder)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{folder / METRICS_FILE} has a line that is not JSON: {error}") from error
+    log = tuple(
+        {str(k): n for k, v in line.items() if (n := number(v)) is not None}
+        for line in lines
+        if isinstance(line, dict)
+    )
+    options, identity, result = (
+        part if isinstance(part, dict) else {}
+        for part in map(document.get, ("options", "identity", "result"))
+    )
+    return RunPart(str(folder), bool(document), options, identity, result, log)
+
+
+# Caches
+
+
+def _cache(path: str, options: ReportOptions) -> CachePart:
+    facts = inspect(InspectOptions(path))
+    chosen = np.linspace(0, facts.rows, min(options.rows, facts.rows), endpoint=False).astype(int)
+    rows = []
+    for number_of_row in np.unique(chosen):
+        found = inspect(InspectOptions(path, row=int(number_of_row), top=options.top)).row
+        assert found is not None, "it was asked for"
+        rows.append(found)
+    cache = Cache.resume(path)
+    figures: tuple[TargetFigures, ...] = ()
+    surprise: tuple[float, ...] = ()
+    positions = 0
+    if cache.sealed:
+        figures, surprise, positions = _targets(cache)
+    return CachePart(facts, tuple(rows), figures, positions, surprise, dict(cache.notes))
+
+
+def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...], int]:
+    """Figures of the targets of a few shards, the surprise at their labels, and of how many."""
+    codec = cache.codec()
+    temperatures = tuple(cache.spec.temperatures) or (default_temperature(cache),)
+    full = [entry for entry in cache.manifest.shards if entry.positions]
+    chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SHARDS)).astype(int))
+    sums: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
+    surprise: list[float] = []
+    with Sandbox() as sandbox:
+        for i in chosen:
+            with cache.hold(full[i]) as path:
+                sandbox.open(path)
+                data = read_shard(
+                    path,
+                    codec,
+                    counts=full[i].counts,
+                    ranks=cache.rank_to_id,
+                    label_logprob=cache.spec.label_logprob,
+                )
+            most = min(_POSITIONS, max(16, _NUMBERS // cache.spec.vocab_size))
+            places = np.unique(
+                np.linspace(0, len(data.targets) - 1, min(most, len(data.targets))).astype(int)
+            )
+            for t in temperatures:
+                sums[t].append(_figures(data, places, t))
+            surprise += _surprise(cache, data, places)
+    joined = {t: np.concatenate(parts) for t, parts in sums.items() if parts}
+    figures = []
+    for t, part in joined.items():
+        entropy, best, mass = (None if math.isnan(m) else float(m) for m in part.mean(0)[:3])
+        figures.append(TargetFigures(t, entropy, best, mass, float(part.mean(0)[3])))
+    return tuple(figures), tuple(surprise), len(next(iter(joined.values()), ()))
+
+
+def _figures(data: ShardData, places: np.ndarray, temperature: float) -> np.ndarray:
+    """Entropy, best probability, stored mass and entries of some positions; NaN where unknown."""
+    targets = with_logits(data.targets.take(places).at(temperature))
+    if isinstance(targets, DenseTargets):
+        p = torch.softmax(targets.logits.double() / temperature, -1)
+        entropy = torch.special.entr(p).sum(-1)
+        width = torch.full_like(entropy, p.shape[-1])
+        found = [entropy, p.amax(-1), torch.ones_like(entropy), width]
+    else:
+        weights, tail = targets.weights.double(), targets.tail.double()
+        entries = (weights > 0).sum(-1).double()
+        unknown = torch.full_like(tail, math.nan)
+        found = [unknown, unknown, unknown, entries]
+        if targets.exact:
+            entropy = torch.special.entr(weights).sum(-1) + torch.special.entr(tail)
+            found = [entropy, weights.amax(-1), 1 - tail, entries]
+    return torch.stack(found, -1).numpy()
+
+
+def _surprise(cache: Cache, data: ShardData, places: np.ndarray) -> list[float]:
+    """Minus the log-probability of the labels of some positions, where it is known."""
+    if data.label_logprob is not None:
+        return [-float(logprob) for logprob in decode_logprobs(data.label_logprob[places])]
+    if cache.spec.task == CAUSAL_LM or not cache.codec().any_temperature:
+        return []
+    targets = with_logits(data.targets.take(places).at(1.0))
+    assert isinstance(targets, DenseTargets), "right at any temperature"
+    logprobs = torch.log_softmax(targets.logits.double(), -1)
+    labels = torch.from_numpy(np.asarray(data.labels)[places].astype(np.int64))
+    known = labels != IGNORE
+    return [float(-x) for x in logprobs[known].gather(-1, labels[known, None])[:, 0]]

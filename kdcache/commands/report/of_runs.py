@@ -1,0 +1,230 @@
+"""The sections about runs and sweeps: curves, figures, and students beside their teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.commands.report.charts import COLOURS, Curve, curves
+from kdcache.commands.report.gather import RunPart, SweepPart, number
+from kdcache.commands.report.html import Html, details, element, facts, join, table
+from kdcache.humanize import duration
+from kdcache.storage import redact
+
+_NAMES = {
+    "loss": "loss",
+    "hard_loss": "cross-entropy",
+    "soft_loss": "soft loss",
+    "soft_cross_entropy": "soft cross-entropy",
+}
+_SCORES = ("accuracy", "f1", *_NAMES)  # of a result
+_FIGURES = ("accuracy", "f1", "hard_loss", "soft_loss", "soft_cross_entropy")
+_LINES = 20  # of a curve as a table
+_SETTINGS = 200
+_OPTIONS = (
+    "model",
+    "student",
+    "alpha",
+    "temperature",
+    "divergence",
+    "learning_rate",
+    "batch_size",
+    "seed",
+)
+
+
+def compare(runs: Sequence[RunPart]) -> Html:
+    """Students beside their teachers: a table, and their curves in one pair of axes."""
+    rows = [_student(run) for run in runs]
+    header = ["run", "student", "alpha", "T", "parameters", "steps", "cross-entropy", "teacher's"]
+    header += ["accuracy", "soft loss"]
+    drawn = list(runs)[:COLOURS]
+    charts = []
+    for name, title in (("eval_hard_loss", "on the evaluation caches"), ("hard_loss", "training")):
+        found = [Curve(_short(run.path), _points(run, name)) for run in drawn]
+        chart = curves(f"Cross-entropy with the labels, {title}", "step", "nats", found)
+        charts.append(chart)
+    more = len(runs) - len(drawn)
+    note = f"Curves of the first {len(drawn)} runs; {more} more have their own." if more else None
+    return join(
+        [
+            table("Students beside their teachers", header, rows, texts=(0, 1)),
+            element(
+                "p",
+                "Of the evaluation caches where a run had some, else of training as last logged. "
+                "The teacher's cross-entropy is read from the caches, where they keep it.",
+                class_="note",
+            ),
+            *charts,
+            None if note is None else element("p", note, class_="note"),
+        ]
+    )
+
+
+def _student(run: RunPart) -> tuple[str, ...]:
+    evaluated = run.result.get("eval")
+    figures = evaluated if isinstance(evaluated, dict) and evaluated else run.result
+    teacher = "eval_teacher_cross_entropy" if figures is evaluated else "teacher_cross_entropy"
+    soft = figures.get("soft_loss")
+    return (
+        _short(run.path),
+        _plain(run.options.get("student") or run.options.get("model"))
+        if run.finished
+        else "unfinished",
+        _plain(run.options.get("alpha")),
+        _plain(run.options.get("temperature")),
+        _count(run.result.get("parameters")),
+        _count(run.result.get("steps") or (run.log[-1].get("step") if run.log else None)),
+        _figure(figures.get("hard_loss")),
+        _figure(run.result.get(teacher)),
+        _figure(figures.get("accuracy")),
+        _figure(soft if soft is not None else figures.get("soft_cross_entropy")),
+    )
+
+
+def run_section(run: RunPart) -> Html:
+    """All about a run."""
+    result, charts = run.result, []
+    series = [Curve(title, _points(run, name)) for name, title in _NAMES.items()]
+    charts.append(curves("Training", "step", "loss", series))
+    series = [Curve(title, _points(run, f"eval_{name}")) for name, title in _NAMES.items()]
+    charts.append(curves("Evaluation", "step", "loss", series))
+    accuracy = Curve("accuracy", _points(run, "eval_accuracy"))
+    charts.append(curves("Accuracy on the evaluation caches", "step", "share", [accuracy]))
+    pairs = [(name, _plain(run.options[name])) for name in _OPTIONS if name in run.options]
+    pairs += [
+        (name.replace("_", " "), _figure(result[name]))
+        for name in _SCORES
+        if number(result.get(name)) is not None
+    ]
+    seconds = number(result.get("seconds"))
+    state = "Finished" if run.finished else "Not finished: the same command continues"
+    if seconds is not None:
+        state += f" after {_count(result.get('steps'))} steps in {duration(seconds)}"
+    return join(
+        [
+            element("p", f"{state}.", class_="lead"),
+            facts(pairs),
+            _evaluation(result.get("eval")),
+            *charts,
+            _log(run),
+            details("Where it comes from", facts(_provenance(run))),
+        ]
+    )
+
+
+def _evaluation(figures: object) -> Html | None:
+    if not isinstance(figures, dict) or not figures:
+        return None
+    rows = [(_plain(name), _figure(value)) for name, value in figures.items()]
+    return table("On the evaluation caches", ("figure", "value"), rows[:_LINES])
+
+
+def _log(run: RunPart) -> Html | None:
+    """The curves as numbers, for those who do not see them."""
+    lines = [line for line in run.log if "loss" in line or "eval_loss" in line]
+    if not lines:
+        return None
+    step = max(1, -(-len(lines) // _LINES))
+    known = (*_NAMES, *(f"eval_{name}" for name in (*_NAMES, "accuracy")))
+    names = [name for name in known if any(name in line for line in lines)]
+    rows = [
+        (_count(line.get("step")), *(_figure(line.get(name)) for name in names))
+        for line in [*lines[:-1][::step], lines[-1]]
+    ]
+    header = ("step", *(name.replace("_", " ") for name in names))
+    return details("Curves as numbers", table("Curves as numbers", header, rows))
+
+
+def _provenance(run: RunPart) -> list[tuple[str, str]]:
+    pairs = [("folder", redact(run.path))]
+    for name in ("cache", "eval_cache"):
+        if run.options.get(name):
+            pairs.append((name.replace("_", " "), _plain(run.options[name])))
+    digests = run.identity.get("caches")
+    if digests:
+        pairs.append(("digests of the caches", _plain(digests)))
+    skipped = {"cache", "eval_cache", "out", *_OPTIONS}
+    given = {k: v for k, v in run.options.items() if k not in skipped and v not in (None, [], "")}
+    return [*pairs, *((str(name), _plain(value)) for name, value in given.items())]
+
+
+# Sweeps
+
+
+def sweep_section(sweep: SweepPart) -> Html:
+    """All about a sweep: its settings, best first."""
+    settings = [s for s in _list(sweep.results.get("settings")) if isinstance(s, dict)]
+    ranked = _plain(sweep.results.get("ranked_by"))
+    evaluated = sweep.results.get("evaluated")
+    where = "the evaluation caches" if evaluated else "training, as last logged"
+    crossed = list(dict.fromkeys(k for s in settings for k in _dict(s.get("setting"))))
+    figures = [n for n in _FIGURES if any(n in _dict(s.get("mean")) for s in settings)]
+    rows = []
+    for setting in settings[:_SETTINGS]:
+        values, mean = _dict(setting.get("setting")), _dict(setting.get("mean"))
+        spread = _dict(setting.get("deviation"))
+        cells = [_figure(mean.get(n)) + _deviation(spread.get(n)) for n in figures]
+        words = [_plain(values.get(name, "-")) for name in crossed] or ["all runs"]
+        count = f"{len(_list(setting.get('runs'))):,}"
+        rows.append((*words, count, *cells, _count(setting.get("parameters"))))
+    header = [*(str(name) for name in crossed), "runs"] if crossed else ["setting", "runs"]
+    header += [_NAMES.get(name, name) for name in figures] + ["parameters"]
+    runs = _list(sweep.results.get("runs"))
+    more = len(settings) - len(rows)
+    return join(
+        [
+            element(
+                "p",
+                f"{len(runs):,} runs of {len(settings):,} settings, best first by "
+                f"{_NAMES.get(ranked, ranked)}; figures of {where}.",
+                class_="lead",
+            ),
+            table("Settings, means over seeds", header, rows, texts=range(max(1, len(crossed)))),
+            element("p", f"{more:,} more settings are left out.", class_="note") if more else None,
+            details("Where it comes from", facts([("folder", redact(sweep.path))])),
+        ]
+    )
+
+
+# Values of files, as text
+
+
+def _points(run: RunPart, name: str) -> tuple[tuple[float, float], ...]:
+    return tuple((line["step"], line[name]) for line in run.log if name in line and "step" in line)
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _figure(value: object) -> str:
+    found = number(value)
+    return "-" if found is None else f"{found:,.4f}"
+
+
+def _deviation(value: object) -> str:
+    found = number(value)
+    return "" if found is None else f" ± {found:.4f}"
+
+
+def _count(value: object) -> str:
+    found = number(value)
+    return "-" if found is None else f"{found:,.0f}"
+
+
+def _plain(value: object) -> str:
+    """A value of an options file, cut where it is long."""
+    shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    shown = "-" if value is None else redact(shown)
+    return shown if len(shown) <= 300 else f"{shown[:300]}…"
+
+
+def _short(path: str) -> str:
+    """The last two folders of a path."""
+    return "/".join(Path(redact(path)).parts[-2:])[-60:]
