@@ -368,6 +368,12 @@ def test_adapters_that_do_not_fit_are_refused(folder: Path, adapters: Path, tmp_
     refused(half, "does not fit its base")
     (half / "adapter_model.safetensors").write_bytes(b"x" * 100)
     refused(half, "adapter_model.safetensors cannot be read")
+    facts = adapter(adapters, tmp_path / "facts")
+    for wrong in ('{"label_names": 3}', '{"pad_id": "x"}'):
+        (facts / "kdcache_adapter.json").write_text(wrong)
+        refused(facts, "^student .*facts: invalid values in kdcache_adapter.json")
+    refused(adapter(adapters, tmp_path / "r", r=8), "^student .*does not fit its base")
+    refused(adapter(adapters, tmp_path / "e", base_model_name_or_path=""), "names no base")
     refused(adapter(adapters, tmp_path / "m", megatron_config={"a": 1}), "for Megatron")
     refused(adapter(adapters, tmp_path / "k", peft_type="NO_SUCH"), "does not fit its base")
     config = json.loads((adapters / "llama" / "adapter_config.json").read_text())

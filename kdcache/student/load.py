@@ -375,9 +375,12 @@ def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles
             f"folder of its own. Name {inner}, or train again."
         )
     try:
-        return TeacherFiles.find(name, trust_remote_code=trust_remote_code)
+        found = TeacherFiles.find(name, trust_remote_code=trust_remote_code)
     except UsageError as error:
         raise UsageError(str(error).replace("teacher", role, 1)) from error
+    if found.adapter is not None:
+        found.adapter.who = f"{role} {name}"
+    return found
 
 
 def _from_weights(

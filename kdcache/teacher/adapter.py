@@ -74,7 +74,11 @@ class AdapterFolder:
                 }
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{who}: {ADAPTER_WEIGHTS} cannot be read ({error}).") from error
-        if not isinstance(self.config.get("base_model_name_or_path"), str):
+        names, pad_id = self.facts.get("label_names"), self.facts.get("pad_id")
+        if not (names is None or isinstance(names, list)) or type(pad_id) not in (int, type(None)):
+            raise UsageError(f"{who}: invalid values in {ADAPTER_FACTS}.")
+        base = self.config.get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
             raise UsageError(
                 f"{who} is an adapter that names no base: write it into {ADAPTER_CONFIG} as "
                 "base_model_name_or_path."
@@ -105,7 +109,7 @@ class AdapterFolder:
             found["id2label"] = dict(enumerate(names))
             found["label2id"] = {name: i for i, name in enumerate(names)}
         if self.facts.get("pad_id") is not None:
-            found["pad_token_id"] = int(self.facts["pad_id"])
+            found["pad_token_id"] = self.facts["pad_id"]
         return found
 
     def _head_rows(self) -> int | None:
