@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from make_caches import make_cache
+from test_launched import BILSTM
 
 from kdcache.commands.build import room
 from kdcache.commands.build.room import Need
@@ -19,12 +20,6 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
-
-BILSTM: dict[str, Any] = {
-    "student": "bilstm", "embedding_size": 8, "hidden_size": 8, "dense_size": 8, "dropout": 0.0,
-    "batch_size": 8, "epochs": 2, "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none",
-    "save_steps": 2,
-}  # fmt: skip
 
 
 def options(**changes: Any) -> TrainOptions:

@@ -283,7 +283,7 @@ def _work(config: dict[str, Any]) -> None:
         if distributed.get_rank() == 0:
             # Not raised: Ray would try again, and the same mistake would be the outcome.
             if is_remote(options.out):
-                open_storage(options.out).write(_WRONG, str(shared).encode())
+                open_storage(options.out).write(f"{_RAY}/{_WRONG}", str(shared).encode())
             else:
                 write_text(Path(options.out, _RAY, _WRONG), str(shared))
 
@@ -291,7 +291,7 @@ def _work(config: dict[str, Any]) -> None:
 def _read_wrong(plan: RunPlan) -> str:
     """Why the workers cannot train, as the first one has written it; empty if they could."""
     if plan.store is not None:
-        return plan.store.take(_WRONG)
+        return plan.store.take(f"{_RAY}/{_WRONG}")
     told = plan.out / _RAY / _WRONG
     return told.read_text() if told.is_file() else ""
 
