@@ -172,6 +172,8 @@ def desk(
         ("HuggingFaceTB/SmolLM2-135M", tiny_lm),
     ):
         shutil.copytree(model, tmp_path / name)
+    file = tmp_path / "HuggingFaceTB/SmolLM2-135M/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 8192}))
     header, *labelled = labelled_corpus.read_text().splitlines()
     for name, lines in (
         ("train", labelled[:100]),

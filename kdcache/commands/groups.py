@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ from kdcache.choices import (
     Precision,
     Scheduler,
 )
+from kdcache.errors import UsageError
 from kdcache.extras import needs
 from kdcache.options import Options, option
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from kdcache.rows import RowSpec
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_LENGTH = 1024  # tokens of a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,13 @@ class RowOptions(RecordOptions):
         "prompt", help="column of the prompt, used with `completion_column`.", metavar="NAME"
     )
     completion_column: str = option("completion", help="column of the completion.", metavar="NAME")
-    max_length: int = option(1024, help="tokens of the longest row.", metavar="TOKENS", at_least=2)
+    max_length: int | None = option(
+        None,
+        help="tokens of the longest row, at most what the model reads. Default: 1024, or what the "
+        "model reads if that is less.",
+        metavar="TOKENS",
+        at_least=2,
+    )
     packing: Packing | None = option(
         None,
         help="`concat` joins documents into full rows, `none` makes one row of each and cuts it "
@@ -198,15 +207,38 @@ class RowOptions(RecordOptions):
         if self.record_form == "ids":
             check_tokenizer(self.tokenizer or "", teacher)
 
+    def row_length(
+        self, reach: Iterable[tuple[str, int | None]], default: int = DEFAULT_LENGTH
+    ) -> int:
+        """Tokens of the longest row.
+
+        Args:
+            reach: each model, and the most tokens that it reads; None for no bound.
+            default: where the option is not given, and no model reads less.
+
+        Raises:
+            UsageError: a model reads less than the option says.
+        """
+        bounds = [(tokens, name) for name, tokens in reach if tokens]
+        least, name = min(bounds, default=(default, ""))
+        if self.max_length is None:
+            return min(default, least)
+        if bounds and self.max_length > least:
+            raise UsageError(
+                f"--max-length is {self.max_length:,}, but {name} reads at most {least:,} tokens. "
+                f"Use --max-length {least}, or less."
+            )
+        return self.max_length
+
     def row_spec(
-        self, task: str, label_names: tuple[str, ...] | None, *, max_length: int | None = None
+        self, task: str, label_names: tuple[str, ...] | None, *, max_length: int
     ) -> RowSpec:
         """What decides the rows.
 
         Args:
             task: the task: what the teacher predicts.
             label_names: classes of a classifier.
-            max_length: tokens of the longest row, where a model reads less than the option says.
+            max_length: tokens of the longest row, see `row_length`.
         """
         from kdcache.rows import RowSpec
 
@@ -218,7 +250,7 @@ class RowOptions(RecordOptions):
             pair_column=self.pair_column,
             label_column=self.label_column,
             label_names=None if causal else label_names,
-            max_length=max_length or self.max_length,
+            max_length=max_length,
             packing=self.packing or default,  # type: ignore[arg-type]
             attend=self.attend,
             messages_column=self.messages_column,

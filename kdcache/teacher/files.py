@@ -284,6 +284,16 @@ class TeacherFiles:
                 "not classes. Name a classifier of two classes or more."
             )
 
+    def reach(self, task: str) -> int | None:
+        """The most tokens of a row that it reads, or None if its configuration names no bound."""
+        config = self.config.get_text_config()
+        bounds = [_stretched(config, getattr(config, "max_position_embeddings", None))]
+        if task != CAUSAL_LM:
+            # RoBERTa and similar models count positions from the padding's id on: they reach two
+            # less than their configuration says, and their tokenizers know it.
+            bounds.append(int(self.tokenizer.model_max_length))
+        return min((bound for bound in bounds if bound), default=None)
+
     def vocab_size(self, task: str) -> int:
         """Width of a soft target: the classes, or the ids that tokenizer and output layer share."""
         if task != CAUSAL_LM:
@@ -291,6 +301,18 @@ class TeacherFiles:
         known = max(self.tokenizer.get_vocab().values()) + 1
         width = int(self.config.get_text_config().vocab_size)
         return min(int(known), width)
+
+
+def _stretched(config: Any, length: int | None) -> int | None:
+    """A length times the factor of rotary positions that are scaled to reach further, unless the
+    configuration counts it in.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = rope.get("rope_type") in ("linear", "dynamic", "yarn")
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if not (length and scaled and factor):
+        return length
+    return max(length, int((original or length) * factor))
 
 
 def _base(adapter: AdapterFolder, *, trust_remote_code: bool, weights: bool) -> TeacherFiles:

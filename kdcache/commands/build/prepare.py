@@ -105,8 +105,9 @@ def prepare(options: BuildOptions) -> Prepared:
         options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
     )
     check_ensemble(codec, options)
+    reach = ((f"teacher {teacher.name}", teacher.reach(options.task)) for teacher in teachers)
     rows = options.row_spec(
-        options.task, teachers[0].label_names, max_length=_max_length(options, teachers[0])
+        options.task, teachers[0].label_names, max_length=options.row_length(reach)
     )
     gpus = _gpus(options)
     dtype = _dtype(options.dtype, gpus)
@@ -250,17 +251,6 @@ def _teacher_options(
         states=spec.make_codec().reads_states,
         engine=engine_options(options, spec.max_length, version) if version else None,
     )
-
-
-def _max_length(options: BuildOptions, teacher: TeacherFiles) -> int:
-    """The row length: the option's, or the teacher's longest input if that is shorter."""
-    config = teacher.config.get_text_config()
-    reach = [options.max_length, getattr(config, "max_position_embeddings", None)]
-    if options.task != CAUSAL_LM:
-        # RoBERTa and similar models count positions from the padding's id on: they reach two less
-        # than their configuration says, and their tokenizers know it.
-        reach.append(int(teacher.tokenizer.model_max_length))
-    return min(int(length) for length in reach if length)
 
 
 def _span_bytes(options: BuildOptions, codec: Codec, seconds: float, total: int) -> int:

@@ -86,7 +86,6 @@ class _Evaluation:
         saved = [*([teacher] if teacher else []), *students]
         self.cache = None if options.cache is None else Cache.open(options.cache)
         self.temperature = options.temperature or 1.0
-        self.max_length = options.max_length
         if self.cache is not None:
             self._set_cache(self.cache, saved)
         else:
@@ -104,6 +103,7 @@ class _Evaluation:
         self.teacher_tally = Tally(classes)
         self.tallies = [Tally(classes) for _ in self.students]
         self.rows = 0
+        self.cut = 0  # texts of the corpus
         self.exact = True
         # What a language model's cache keeps of its labels.
         self.label_nats, self.predicted, self.impossible = 0.0, 0, 0
@@ -140,8 +140,9 @@ class _Evaluation:
         if task == SEQUENCE_CLASSIFICATION:
             self.label_names = first.label_names
         self.vocab_size = first.vocab_size(task)
-        reaches = [model.reach for model in saved if model.reach is not None]
-        self.max_length = min([self.max_length, *reaches])
+        self.max_length = options.row_length(
+            (f"{model.role} {model.name}", model.reach) for model in saved
+        )
         self.source = ", ".join(options.corpus)
         self.encoder_tokenizer = first.tokenizer
         self.tokenizer_sha256 = first.tokenizer_sha256
@@ -219,6 +220,7 @@ class _Evaluation:
             rows = encoder.encode(records)
             while window := list(islice(rows, _WINDOW)):
                 yield window, None
+        self.cut = encoder.truncated
 
     # The figures
 
@@ -412,6 +414,8 @@ class _Evaluation:
                 f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
                 "the cached sample determines the teacher's most probable id."
             )
+        if self.cut:
+            yield f"{self.cut:,} texts were cut at {self.max_length:,} tokens (--max-length)."
         if self.impossible and not self._logits_known:
             yield (
                 f"The teacher gives {self.impossible:,} labels no probability: its cross-entropy "

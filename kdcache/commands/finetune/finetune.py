@@ -143,8 +143,8 @@ def _finetune(
         files.check_whole("fine-tuning")
         tokenizer = files.tokenizer
         names = options.label_names or label_names_of(options)
-        rows, unlabelled, truncated = labelled_rows(options, options.corpus, names, tokenizer)
-        tests, _, _ = labelled_rows(options, options.eval_corpus, names, tokenizer)
+        rows, unlabelled, truncated = labelled_rows(options, options.corpus, names, files)
+        tests, _, _ = labelled_rows(options, options.eval_corpus, names, files)
         report("loading the model")
         model = _model(options, files, names)
         _freeze(model, options)

@@ -35,7 +35,13 @@ class FinetuneOptions(RowOptions, LearningOptions):
         metavar="NAME",
         comma=True,
     )
-    max_length: int = option(128, help="tokens of a row.", metavar="TOKENS", at_least=2)
+    max_length: int | None = option(
+        None,
+        help="tokens of the longest row, at most what the model reads. Default: 128, or what the "
+        "model reads if that is less.",
+        metavar="TOKENS",
+        at_least=2,
+    )
     epochs: float = option(3.0, help="passes over the corpus.", above=0)
     learning_rate: float | None = option(
         None, help="peak. Default: 5e-5, or 1e-3 where only a part is trained.", above=0

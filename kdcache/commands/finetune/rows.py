@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,11 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import pad_rows
 from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
+from kdcache.teacher import TeacherFiles
 
 _SPAN_BYTES = 1 << 26
 _MOST_CLASSES = 10_000
+_LENGTH = 128  # tokens of a row
 
 
 def _records(
@@ -59,13 +60,15 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
 
 
 def labelled_rows(
-    options: FinetuneOptions, patterns: Sequence[str], names: tuple[str, ...], tokenizer: Any
+    options: FinetuneOptions, patterns: Sequence[str], names: tuple[str, ...], model: TeacherFiles
 ) -> tuple[list[Row], int, int]:
     """Labelled rows, how many had no label, and how many texts of both were cut."""
     if not patterns:
         return [], 0, 0
-    spec = options.row_spec(SEQUENCE_CLASSIFICATION, names)
-    encoder = make_encoder(spec, tokenizer)
+    reach = [(f"model {model.name}", model.reach(SEQUENCE_CLASSIFICATION))]
+    length = options.row_length(reach, _LENGTH)
+    spec = options.row_spec(SEQUENCE_CLASSIFICATION, names, max_length=length)
+    encoder = make_encoder(spec, model.tokenizer)
     rows = list(encoder.encode(_records(options, patterns)))
     labelled = [row for row in rows if row.labels[0] != IGNORE]
     if not labelled:

@@ -1,0 +1,131 @@
+"""Rows as long as a teacher reads, and none longer: what is asked for is kept or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kdcache.cache import Cache
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.prepare import prepare
+from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.finetune.finetune import finetune
+from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.errors import UsageError
+from kdcache.tasks import CAUSAL_LM
+from kdcache.teacher import TeacherFiles
+
+
+def changed(model: Path, folder: Path, **values: Any) -> Path:
+    """A copy of a model with another configuration."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+def test_more_than_a_teacher_reads_is_refused_and_not_lowered(
+    small_build: BuildOptions, tiny_lm: Path, tmp_path: Path
+) -> None:
+    assert prepare(small_build).spec.max_length == 128, "by default it is what the teacher reads"
+    assert prepare(dataclasses.replace(small_build, max_length=128)).spec.max_length == 128
+    with pytest.raises(
+        UsageError, match=r"--max-length is 129, but teacher .* reads at most 128 tokens. Use --max"
+    ):
+        prepare(dataclasses.replace(small_build, max_length=129))
+    other = changed(tiny_lm, tmp_path / "short", max_position_embeddings=64)
+    both = dataclasses.replace(small_build, teacher=(str(tiny_lm), str(other)))
+    assert prepare(both).spec.max_length == 64
+    with pytest.raises(UsageError, match="short reads at most 64 tokens"):
+        prepare(dataclasses.replace(both, max_length=100))
+
+
+def test_a_classifier_and_its_tokenizer_bound_a_row(
+    small_build: BuildOptions, tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(
+        small_build, teacher=(str(tiny_classifier),), corpus=(str(labelled_corpus),),
+        task="sequence-classification", max_length=200,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="reads at most 128 tokens"):
+        build(options)
+    with pytest.raises(UsageError, match="reads at most 128 tokens"):
+        finetune(
+            FinetuneOptions(
+                model=str(tiny_classifier), corpus=(str(labelled_corpus),), max_length=200,
+                out=str(tmp_path / "tuned"),
+            )
+        )  # fmt: skip
+    with pytest.raises(UsageError, match="reads at most 128 tokens"):
+        evaluate(
+            EvaluateOptions(
+                student=(str(tiny_classifier),), corpus=(str(labelled_corpus),), max_length=200
+            )
+        )
+    found = evaluate(
+        EvaluateOptions(
+            student=(str(tiny_classifier),), corpus=(str(labelled_corpus),), max_length=16
+        )
+    )
+    assert any("texts were cut at 16 tokens (--max-length)" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "reach"),
+    [
+        ({"rope_type": "default"}, 4096, 4096),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+         32768, 131072),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+         131072, 131072),
+        ({"rope_type": "linear", "factor": 2.0}, 4096, 8192),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+          "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 131072, 131072),
+    ],
+)  # fmt: skip
+def test_positions_that_are_scaled_reach_further(
+    tiny_lm: Path, tmp_path: Path, rope: dict[str, Any], length: int, reach: int
+) -> None:
+    config = LlamaConfig(
+        max_position_embeddings=length, rope_parameters={**rope, "rope_theta": 1e4}
+    )
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_lm, folder)
+    config.save_pretrained(folder)
+    files = TeacherFiles.find(str(folder), trust_remote_code=False, weights=False)
+    assert files.reach(CAUSAL_LM) == reach
+
+
+def test_a_row_of_4096_tokens(
+    small_build: BuildOptions, tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    teacher = changed(tiny_lm, tmp_path / "long", max_position_embeddings=131_072)
+    corpus = tmp_path / "long.txt"
+    texts = [json.loads(line)["text"] for line in text_corpus.read_text().splitlines()]
+    corpus.write_text("\n".join(texts))
+    options = dataclasses.replace(
+        small_build, teacher=(str(teacher),), corpus=(str(corpus),), max_length=4096,
+        codec="topk:4",
+    )  # fmt: skip
+    build(options)
+    cache = Cache.open(options.out)
+    data = max(map(cache.read, range(cache.spec.spans)), key=lambda data: len(data.input_ids))
+    row = data.row(0)
+    assert len(row.input_ids) == 4096
+    model = AutoModelForCausalLM.from_pretrained(teacher).eval()
+    with torch.inference_mode():
+        last = model(torch.from_numpy(row.input_ids).long()[None], logits_to_keep=1).logits[0, -1]
+    found = data.targets.take(np.array([data.position_offsets[1] - 1])).at(1.0)
+    best = last.softmax(-1).topk(4)
+    assert found.ids[0].tolist() == best.indices.tolist()
+    torch.testing.assert_close(found.weights[0], best.values, rtol=1e-2, atol=1e-4)
