@@ -13,6 +13,7 @@ Documents = Literal["file", "paragraph", "line"]
 Form = Literal["auto", "text", "messages", "prompt", "ids"]
 Labels = Literal["token", "next", "none"]
 OnError = Literal["fail", "skip"]
+Reasoning = Literal["learn", "read"]
 Packing = Literal["concat", "none", "split", "whole"]
 MAX_RECORD_BYTES: Final = 64 << 20
 

@@ -24,6 +24,7 @@ from kdcache.choices import (
     OnError,
     Packing,
     Precision,
+    Reasoning,
     Scheduler,
 )
 from kdcache.errors import UsageError
@@ -140,6 +141,32 @@ class RowOptions(RecordOptions):
         help="column of chat messages; where a file has it, its chats become the rows.",
         metavar="NAME",
     )
+    tools_column: str = option(
+        "tools",
+        help="column of the tools that a chat may call, as JSON schemas (optional).",
+        metavar="NAME",
+    )
+    chat_template: str | None = option(
+        None,
+        help="file with the chat template to use instead of the tokenizer's, and to keep with it.",
+        metavar="FILE",
+    )
+    chat_template_kwargs: str | None = option(
+        None,
+        help='more variables of the chat template, such as `{"enable_thinking": false}`.',
+        metavar="JSON",
+    )
+    learn: tuple[str, ...] = option(
+        ("assistant",),
+        help="roles of a chat whose messages have labels, such as `assistant,tool`.",
+        comma=True,
+        metavar="ROLE",
+    )
+    reasoning: Reasoning = option(
+        "learn",
+        help="what an assistant thinks before it speaks (`<think>` to `</think>`): `learn` it, or "
+        "only `read` it, without labels.",
+    )
     prompt_column: str = option(
         "prompt", help="column of the prompt, used with `completion_column`.", metavar="NAME"
     )
@@ -207,6 +234,19 @@ class RowOptions(RecordOptions):
         if self.record_form == "ids":
             check_tokenizer(self.tokenizer or "", teacher)
 
+    def set_chat_template(self, tokenizer: Any) -> None:
+        """Give a tokenizer the chat template of a file, if one is named.
+
+        Raises:
+            UsageError: The file cannot be read.
+        """
+        if self.chat_template is None:
+            return
+        try:
+            tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--chat-template {self.chat_template}: {error}.") from None
+
     def row_length(
         self, reach: Iterable[tuple[str, int | None]], default: int = DEFAULT_LENGTH
     ) -> int:
@@ -254,6 +294,10 @@ class RowOptions(RecordOptions):
             packing=self.packing or default,  # type: ignore[arg-type]
             attend=self.attend,
             messages_column=self.messages_column,
+            tools_column=self.tools_column,
+            chat_template_kwargs=self.chat_template_kwargs or "",
+            learn=self.learn,
+            reasoning=self.reasoning,
             prompt_column=self.prompt_column,
             completion_column=self.completion_column,
             record_form=self.record_form,

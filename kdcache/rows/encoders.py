@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from kdcache.corpus import ReadStats, Record, RecordError
 from kdcache.errors import UsageError
-from kdcache.rows.documents import Document, DocumentMaker, checked_text
+from kdcache.rows.documents import DocumentMaker
 from kdcache.rows.ids import IdSequence, SequenceMaker
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, Row, RowSpec
+from kdcache.rows.text import Document, checked_text
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _BATCH_DOCUMENTS = 256

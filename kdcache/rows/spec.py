@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, get_args
@@ -9,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.choices import Attend, Form, Labels, OnError, Packing
+from kdcache.choices import Attend, Form, Labels, OnError, Packing, Reasoning
 from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
 
@@ -19,7 +20,10 @@ ID_COLUMNS = (
     *("attention_mask", "position_ids", "segment_ids"),
 )
 # Fields that came later: in an identity only where they decide something.
-_LATER = {"labels": None, "attend": "row"}
+_LATER = {
+    "labels": None, "attend": "row", "tools_column": "tools", "chat_template_kwargs": "",
+    "learn": ("assistant",), "reasoning": "learn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +86,12 @@ class RowSpec:
         attend: Of `concat`: whether a token attends to the whole `row` before it, or to its own
             `document` alone, whose last token then has no label.
         messages_column: Causal LM: column with a conversation, a list of `{"role", "content"}`.
+        tools_column: Causal LM: column with the descriptions of the tools of a conversation; it
+            may be missing.
+        chat_template_kwargs: Causal LM: a JSON object of more variables for the chat template.
+        learn: Causal LM: the roles whose messages have labels.
+        reasoning: Causal LM: whether what an assistant thinks before it speaks has labels
+            (`learn`) or is only `read`.
         prompt_column: Causal LM: column with the part that is only read.
         completion_column: Causal LM: column with the part that has labels.
         record_form: Causal LM: which of these a record is; `auto` goes by the columns that hold
@@ -105,6 +115,10 @@ class RowSpec:
     packing: Packing = "concat"
     attend: Attend = "row"
     messages_column: str = "messages"
+    tools_column: str = "tools"
+    chat_template_kwargs: str = ""
+    learn: tuple[str, ...] = ("assistant",)
+    reasoning: Reasoning = "learn"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     record_form: Form = "auto"
@@ -121,6 +135,7 @@ class RowSpec:
                 ("packing", self.packing, get_args(Packing)),
                 ("attend", self.attend, get_args(Attend)),
                 ("record_form", self.record_form, get_args(Form)),
+                ("reasoning", self.reasoning, get_args(Reasoning)),
                 ("on_error", self.on_error, get_args(OnError)),
                 ("labels", self.labels, (None, *get_args(Labels))),
             )
@@ -140,6 +155,10 @@ class RowSpec:
                 "attend is 'document', which is for packing 'concat' and for records of ids of "
                 "causal-lm: elsewhere documents do not share a row"
             )
+        if not _is_object(self.chat_template_kwargs):
+            wrong.append(
+                f"chat_template_kwargs is {self.chat_template_kwargs!r}, expected JSON {{}}"
+            )
         names = self.label_names
         if names is not None and (not names or len(set(names)) < len(names)):
             wrong.append(f"label_names is {names}, expected different names, at least one")
@@ -158,7 +177,7 @@ class RowSpec:
             return tuple(name for name in wanted if name is not None)
         forms = {
             "text": (self.text_column,),
-            "messages": (self.messages_column,),
+            "messages": (self.messages_column, self.tools_column),
             "prompt": (self.prompt_column, self.completion_column),
         }
         if self.record_form == "ids":
@@ -168,3 +187,11 @@ class RowSpec:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values, for an identity: fields of later versions only where they count."""
         return {k: v for k, v in asdict(self).items() if k not in _LATER or v != _LATER[k]}
+
+
+def _is_object(text: str) -> bool:
+    """Whether a text is a JSON object, or empty."""
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False

