@@ -125,7 +125,8 @@ def test_the_hub_lists_what_identifies_a_teacher(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     patterns: list[str] = []
 
-    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert revision is None  # the newest
         patterns[:] = allow_patterns
         skip = shutil.ignore_patterns(*{"*.safetensors"} - set(allow_patterns))
         return str(shutil.copytree(tiny_lm, tmp_path / uuid.uuid4().hex, ignore=skip))
