@@ -78,6 +78,12 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
     console.print(Text(printable(text), style=style or ""), soft_wrap=True)
 
 
+def tell(line: str) -> None:
+    """What a command says on its way: on standard error, and nothing with --quiet."""
+    if not is_quiet():
+        echo(line, err=True)
+
+
 def echo(text: str, *, err: bool = False) -> None:
     """Print a line on standard output, or on standard error."""
     click.echo(printable(text), err=err)
