@@ -173,8 +173,14 @@ def inspect(options: InspectOptions) -> InspectResult:
         UsageError: no cache there, no such row, or a temperature that the cache does not declare.
         CorruptCacheError: its files contradict each other.
     """
-    if not open_storage(options.cache).exists("spec.json"):
-        raise UsageError(f"{redact(options.cache)} is not a kdcache cache: it has no spec.json.")
+    storage = open_storage(options.cache)
+    if not storage.exists("spec.json"):
+        models = ("config.json", "adapter_config.json", "metrics.jsonl")
+        model = any(storage.exists(name) for name in models)
+        raise UsageError(
+            f"{redact(options.cache)} is not a kdcache cache: it has no spec.json."
+            + (" It holds a model or a run: `kdcache report` shows those." if model else "")
+        )
     cache = Cache.resume(options.cache)
     with Sandbox() as sandbox:
         shards = cache.manifest.shards if cache.sealed else _committed(cache, sandbox)
