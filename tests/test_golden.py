@@ -18,7 +18,14 @@ import torch
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import label_sums
+from kdcache.commands.export.export import export
+from kdcache.commands.export.options import ExportOptions
+from kdcache.commands.inspect.inspect import inspect
+from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.report.options import ReportOptions
+from kdcache.commands.report.report import report
 from kdcache.errors import UsageError
+from kdcache.stream import TargetStream
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
 from kdcache.targets.label_logprob import decode_logprobs
 
@@ -56,6 +63,14 @@ def test_golden_rows_are_read(name: str) -> None:
             assert (None if row.type_ids is None else row.type_ids.tolist()) == want["type_ids"]
             assert (row.text, row.text_pair) == (want["text"], want["text_pair"])
             assert (None if row.starts is None else row.starts.tolist()) == want.get("starts")
+
+
+def test_every_command_that_reads_caches_reads_them(name: str, tmp_path: Path) -> None:
+    url = str(GOLDEN / name)
+    assert inspect(InspectOptions(url, row=0)).row is not None
+    assert report(ReportOptions(paths=(url,), out=str(tmp_path / "page.html"))).caches == 1
+    assert export(ExportOptions(url, str(tmp_path / "table"))).rows
+    assert len(list(TargetStream(url, batch_size=2)))
 
 
 def test_golden_targets_are_read(name: str) -> None:

@@ -207,6 +207,7 @@ def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...]
                     counts=full[i].counts,
                     ranks=cache.rank_to_id,
                     label_logprob=cache.spec.label_logprob,
+                    starts=cache.spec.apart,
                 )
             most = min(_POSITIONS, max(16, _NUMBERS // cache.spec.vocab_size))
             places = np.unique(
