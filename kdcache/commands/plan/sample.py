@@ -89,7 +89,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
     if not sample.rows:
         raise UsageError(
             "no row could be made of the first records of the corpus: nothing to plan with. Look "
-            "at its text column, or name another --corpus."
+            "at its text column and at --filter, or name another --corpus."
         )
     sample.corpus_positions = _corpus_positions(corpus, sample)
     return sample
