@@ -359,16 +359,28 @@ class Cache:
 
     def _read_shard(self, entry: ShardEntry, targets: bool, *, fresh: bool = False) -> ShardData:
         with self.hold(entry, fresh=fresh, noted=not fresh) as path:
-            ranks = self.rank_to_id if targets else None
-            return read_shard(
-                path,
-                self.codec(),
-                counts=entry.counts,
-                ranks=ranks,
-                label_logprob=self.spec.label_logprob,
-                starts=self.spec.apart,
-                with_targets=targets,
-            )
+            return self.parse(path, entry, targets=targets)
+
+    def parse(self, path: Path, entry: ShardEntry, *, targets: bool = True) -> ShardData:
+        """A shard's file, with the columns that the spec says it has.
+
+        Args:
+            path: of the file, as `hold` gives it.
+            entry: what the manifest says of it.
+            targets: False leaves the soft targets on disk.
+
+        Raises:
+            CorruptCacheError: it is not such a shard, or a checksum fails.
+        """
+        return read_shard(
+            path,
+            self.codec(),
+            counts=entry.counts,
+            ranks=self.rank_to_id if targets else None,
+            label_logprob=self.spec.label_logprob,
+            starts=self.spec.apart,
+            with_targets=targets,
+        )
 
     @contextlib.contextmanager
     def hold(

@@ -20,7 +20,7 @@ import numpy as np
 from kdcache.cache.cache import Cache
 from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
 from kdcache.cache.sandbox import Sandbox
-from kdcache.cache.shard import ShardData, read_counts, read_shard
+from kdcache.cache.shard import ShardData, read_counts
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets, SoftTargets
@@ -118,15 +118,7 @@ def check_shard(
         if facts != {"fingerprint": cache.spec.fingerprint, "index": entry.span, **said}:
             raise CorruptCacheError(f"it belongs to another cache ({facts}).")
         if values:
-            ranks = cache.rank_to_id
-            data = read_shard(
-                path,
-                cache.codec(),
-                counts=entry.counts,
-                ranks=ranks,
-                label_logprob=cache.spec.label_logprob,
-                starts=cache.spec.apart,
-            )
+            data = cache.parse(path, entry)
             check_values(data, cache.spec, ids)
             codes = data.label_logprob
             sums = (None, None) if codes is None else sum_logprobs(codes)

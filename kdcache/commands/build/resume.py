@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from kdcache.cache import Cache, sealing
-from kdcache.cache.shard import read_shard
 from kdcache.corpus import Corpus, Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
@@ -78,14 +77,7 @@ def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
 def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
     entry = sealing.shard_entry(cache, span.index, name)
     with cache.hold(entry) as path:
-        data = read_shard(
-            path,
-            cache.codec(),
-            counts=entry.counts,
-            label_logprob=cache.spec.label_logprob,
-            starts=cache.spec.apart,
-            with_targets=False,
-        )
+        data = cache.parse(path, entry, targets=False)
     return len(data) == len(rows) and all(
         np.array_equal(mine, theirs)
         for i, row in enumerate(rows)

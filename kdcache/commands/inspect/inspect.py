@@ -23,7 +23,7 @@ from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.manifest import label_sums
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.sealing import shard_entry
-from kdcache.cache.shard import column_bytes, read_shard
+from kdcache.cache.shard import column_bytes
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import perplexity
@@ -263,21 +263,13 @@ def _columns(
 def _row(
     cache: Cache, shards: Sequence[ShardEntry], options: InspectOptions, sandbox: Sandbox
 ) -> RowView:
-    codec = cache.codec()
     temperature = options.temperature or default_temperature(cache)
-    codec.check_temperature(temperature)
+    cache.codec().check_temperature(temperature)
     number = options.row
     assert number is not None
     entry, index = _find(shards, number, cache.sealed)
     with _tried(cache, entry, sandbox) as path:
-        data = read_shard(
-            path,
-            codec,
-            counts=entry.counts,
-            ranks=cache.rank_to_id,
-            label_logprob=cache.spec.label_logprob,
-            starts=cache.spec.apart,
-        )
+        data = cache.parse(path, entry)
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
     targets = data.targets.take(np.arange(first, last))

@@ -18,7 +18,7 @@ import torch
 
 from kdcache.cache import Cache
 from kdcache.cache.sandbox import Sandbox
-from kdcache.cache.shard import ShardData, read_shard
+from kdcache.cache.shard import ShardData
 from kdcache.commands.finetune.finetune import RESULT_FILE as TEACHER_FILE
 from kdcache.commands.inspect.inspect import InspectResult, RowView, default_temperature, inspect
 from kdcache.commands.inspect.options import InspectOptions
@@ -191,7 +191,6 @@ def _cache(path: str, options: ReportOptions) -> CachePart:
 
 def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...], int]:
     """Figures of the targets of a few shards, the surprise at their labels, and of how many."""
-    codec = cache.codec()
     temperatures = tuple(cache.spec.temperatures) or (default_temperature(cache),)
     full = [entry for entry in cache.manifest.shards if entry.positions]
     chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SHARDS)).astype(int))
@@ -201,14 +200,7 @@ def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...]
         for i in chosen:
             with cache.hold(full[i]) as path:
                 sandbox.open(path)
-                data = read_shard(
-                    path,
-                    codec,
-                    counts=full[i].counts,
-                    ranks=cache.rank_to_id,
-                    label_logprob=cache.spec.label_logprob,
-                    starts=cache.spec.apart,
-                )
+                data = cache.parse(path, full[i])
             most = min(_POSITIONS, max(16, _NUMBERS // cache.spec.vocab_size))
             places = np.unique(
                 np.linspace(0, len(data.targets) - 1, min(most, len(data.targets))).astype(int)
