@@ -1,20 +1,86 @@
-"""The tasks of a teacher, and which labels of a row are positions.
+"""What a task of a teacher is: one table, which everything else reads.
 
-The single place for their names, for the label that means "none" and for the rule that decides
-where a soft target is.
+A new task is a line of `TASKS`, an encoder (`kdcache.rows`) that makes its rows, and its figures
+(`kdcache.commands.evaluate`). The rest of the package asks the table what a label belongs to and
+what an answer is over, and never which task it has before it.
+
+The single place also for the label that means "none" and for the rule that decides where a soft
+target is. Imports nothing heavy: options and their help read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar
+
+from kdcache.errors import UsageError
 
 Task = Literal["causal-lm", "sequence-classification"]
 CAUSAL_LM: Final = "causal-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
-TASKS: tuple[str, ...] = get_args(Task)
 
 IGNORE: Final = -100  # a label that is none: the default `ignore_index` of torch's cross-entropy
+
+
+@dataclass(frozen=True, slots=True)
+class TaskType:
+    """What a task asks and how it is answered.
+
+    Attributes:
+        noun: a model for it, for messages.
+        per_token: whether a label belongs to each token of a row, or one to the row as a whole.
+        over_ids: whether an answer is a distribution over the ids of a vocabulary, or over classes
+            that have names.
+        causal: whether an answer may depend on no later token than its own; the label of a token
+            is then the next one.
+        texts: whether a shard keeps the text of its rows, so that a student with a tokenizer of
+            its own can read them.
+        auto: name of the class of transformers that loads its models.
+        marks: what their names in `architectures` of a `config.json` contain.
+        pipeline: its name on the model hub.
+        codec: that a build takes by default.
+        plans: codecs that `plan` compares by default.
+    """
+
+    noun: str
+    per_token: bool
+    over_ids: bool
+    causal: bool
+    texts: bool
+    auto: str
+    marks: tuple[str, ...]
+    pipeline: str
+    codec: str
+    plans: tuple[str, ...]
+
+
+TASKS: Final[Mapping[str, TaskType]] = {
+    CAUSAL_LM: TaskType(
+        noun="causal language model",
+        per_token=True,
+        over_ids=True,
+        causal=True,
+        texts=False,
+        auto="AutoModelForCausalLM",
+        marks=("CausalLM", "LMHead"),
+        pipeline="text-generation",
+        codec="sample:20",
+        plans=("anchored:10", "anchored:20", "sample:10", "sample:20", "sample:40", "topk:64"),
+    ),
+    SEQUENCE_CLASSIFICATION: TaskType(
+        noun="sequence classifier",
+        per_token=False,
+        over_ids=False,
+        causal=False,
+        texts=True,
+        auto="AutoModelForSequenceClassification",
+        marks=("SequenceClassification",),
+        pipeline="text-classification",
+        codec="dense",
+        plans=("dense", "dense:float16"),
+    ),
+}
 
 Labels = TypeVar("Labels", bound=Any)
 
@@ -24,22 +90,32 @@ def positions(labels: Labels, task: str) -> Labels:
 
     Args:
         labels: integers of any shape, a numpy array or a tensor, `IGNORE` where there is none:
-            the id to predict after each token of a language model, the class of each row of a
-            classifier.
+            those of each token, or those of each row.
         task: one of `TASKS`.
 
     Returns:
-        bool, in the shape of `labels`. A language model's positions are where a label is; a
-        classifier's are all rows, since a transfer set has soft targets without hard labels.
+        bool, in the shape of `labels`. Of the tokens of a row, those that have a label are
+        positions; of rows all are, since a transfer set has soft targets without hard labels.
     """
     labelled: Any = labels != IGNORE
-    every: Labels = labelled if task == CAUSAL_LM else labelled | True
+    every: Labels = labelled if TASKS[task].per_token else labelled | True
     return every
+
+
+def check_task(task: str) -> None:
+    """Refuse a task that is none of the table.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if task not in TASKS:
+        raise UsageError(f"the task is {task!r}, expected {' or '.join(TASKS)}.")
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:
     """The task of a Hugging Face model by its `config.json`, or None if that does not say."""
     names = " ".join(config.get("architectures") or ())
-    if "SequenceClassification" in names:
-        return SEQUENCE_CLASSIFICATION
-    return CAUSAL_LM if "CausalLM" in names or "LMHead" in names else None
+    for task, kind in sorted(TASKS.items(), key=lambda item: item[1].causal):
+        if any(mark in names for mark in kind.marks):
+            return task
+    return None

@@ -34,7 +34,7 @@ def teacher_of(species: Species) -> TeacherModel:
     model = AutoModelForCausalLM.from_config(species.config()).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
-    return TeacherModel(model, str(species), causal=True, vocab_size=300, states=True)
+    return TeacherModel(model, str(species), task="causal-lm", vocab_size=300, states=True)
 
 
 @pytest.mark.parametrize("name", KEPT)

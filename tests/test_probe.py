@@ -57,7 +57,7 @@ def changed(tiny_lm: Path) -> Callable[[Change], TeacherModel]:
             return outputs
 
         model.forward = other
-        return TeacherModel(model, "tiny", causal=True, vocab_size=300)
+        return TeacherModel(model, "tiny", task="causal-lm", vocab_size=300)
 
     return make
 
@@ -146,7 +146,7 @@ def test_broken_logits_are_left_to_the_codec(changed: Callable[[Change], Teacher
 
 def test_rows_are_few_short_and_of_different_lengths() -> None:
     for lengths in ((400, 300, 5), (12, 12, 12), (2000,), (3, 9, 2, 7, 4)):
-        some = probe_rows(rows(*lengths), causal=True)
+        some = probe_rows(rows(*lengths), per_token=True)
         sizes = [len(row.input_ids) for row in some]
         assert len(sizes) <= 5
         assert min(sizes) < max(sizes) <= 256

@@ -456,10 +456,10 @@ class TestClassification:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "translation"}, "task is 'translation', expected one of causal-lm"),
+        ({"task": "translation"}, "task is 'translation', expected causal-lm"),
         ({"packing": "tight"}, "packing is 'tight'"),
         ({"max_length": 1}, "max_length is 1"),
-        ({"pair_column": "b"}, "pair_column is for sequence-classification"),
+        ({"pair_column": "b"}, "pair_column is for labels of texts"),
         ({"label_names": ("a", "a")}, "label_names"),
         ({"prompt_column": "text"}, "expected different names"),
         (

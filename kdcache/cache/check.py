@@ -25,7 +25,7 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets, SoftTargets
 from kdcache.targets.label_logprob import sum_logprobs
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import IGNORE, TASKS
 
 _VALUES = 1 << 24  # decoded at a time
 _NOT_OURS = ("tmp", "events", "events.jsonl")  # scratch and logs, which nothing reads
@@ -87,7 +87,7 @@ def known_ids(cache: Cache) -> int:
     """How many ids the tokenizer of a cache has, or its language model can predict."""
     tokenizer = cache.tokenizer()
     largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
-    predicted = cache.spec.vocab_size if cache.spec.task == CAUSAL_LM else 0
+    predicted = cache.spec.vocab_size if TASKS[cache.spec.task].over_ids else 0
     return max(largest + 1, len(tokenizer), predicted)
 
 
@@ -141,11 +141,10 @@ def check_values(data: ShardData, spec: CacheSpec, ids: int | None = None) -> No
     Raises:
         CorruptCacheError: an id, a class, a weight or a count is impossible.
     """
-    causal = spec.task == CAUSAL_LM
     if data.task != spec.task:
         raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
     labels = data.labels[data.labels != IGNORE]
-    classes = ids if causal else spec.num_labels or 0
+    classes = ids if TASKS[spec.task].over_ids else spec.num_labels or 0
     for name, column, number in (("input id", data.input_ids, ids), ("label", labels, classes)):
         least, most = column.min(initial=0), column.max(initial=0)
         if least < 0:

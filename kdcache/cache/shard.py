@@ -27,14 +27,14 @@ from kdcache.cache.hdf5 import attribute, column, columns_of, open_file, values,
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets
-from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, TASKS, positions
+from kdcache.tasks import IGNORE, TASKS, positions
 
 FORMAT = 1
 _CHUNK_BYTES = 1 << 19
-_REQUIRED = {
-    CAUSAL_LM: ("lengths", "input_ids", "has_label", "next_ids"),
-    SEQUENCE_CLASSIFICATION: ("lengths", "input_ids", "labels", "text_bytes", "text"),
-}
+_REQUIRED = ("lengths", "input_ids")
+_NEXT_IDS = ("has_label", "next_ids")  # labels that are the next token, but for the last of a row
+_LABELS = ("labels",)
+_TEXTS = ("text_bytes", "text")
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
 _LABEL_LOGPROB = ("label_logprob",)
 _STARTS = ("starts",)
@@ -49,14 +49,14 @@ class ShardData:
     """The rows of one shard in memory, columnar.
 
     Attributes:
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         offsets: int64 [rows + 1], where each row's tokens begin.
         input_ids: int32 [tokens].
-        labels: int32, aligned with the logits: [tokens] for causal-lm, [rows] for classification;
+        labels: int32, aligned with the logits: [tokens] or [rows], as the task has them;
             -100 where there is none.
         targets: the soft targets of all positions, in row-major order.
         type_ids: uint8 [tokens] (BERT's sentence A/B), or None.
-        texts: the text of each row (classification only), or None.
+        texts: the text of each row, or None where the task keeps none.
         text_pairs: the second text of each row, or None.
         label_logprob: uint16 [positions], codes of the teacher's log-probability of each label (see
             `kdcache.targets.label_logprob`), or None where the cache keeps none.
@@ -101,7 +101,7 @@ class ShardData:
         if divided:
             assert len(divided) == len(rows), "either every row is divided or none"
             data.starts = _concatenate(divided, np.bool_)
-        if task != CAUSAL_LM:
+        if TASKS[task].texts:
             data.texts = [row.text or "" for row in rows]
             if any(row.text_pair is not None for row in rows):
                 data.text_pairs = [row.text_pair or "" for row in rows]
@@ -115,7 +115,7 @@ class ShardData:
     @cached_property
     def position_offsets(self) -> np.ndarray:
         """int64 [rows + 1]: where each row's positions begin in `targets`."""
-        if self.task != CAUSAL_LM:
+        if not TASKS[self.task].per_token:
             return np.arange(len(self) + 1, dtype=np.int64)
         before = np.zeros(len(self.labels) + 1, np.int64)
         np.cumsum(positions(self.labels, self.task), out=before[1:])
@@ -129,10 +129,10 @@ class ShardData:
     def row(self, index: int) -> Row:
         """One row as the encoder made it."""
         tokens = slice(self.offsets[index], self.offsets[index + 1])
-        causal = self.task == CAUSAL_LM
+        per_token = TASKS[self.task].per_token
         return Row(
             input_ids=self.input_ids[tokens],
-            labels=self.labels[tokens] if causal else self.labels[index : index + 1],
+            labels=self.labels[tokens] if per_token else self.labels[index : index + 1],
             type_ids=None if self.type_ids is None else self.type_ids[tokens],
             text=None if self.texts is None else self.texts[index],
             text_pair=None if self.text_pairs is None else self.text_pairs[index],
@@ -185,7 +185,7 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
         _write(rows, "input_ids", data.input_ids.astype(np.min_scalar_type(largest)))
         if data.type_ids is not None:
             _write(rows, "type_ids", data.type_ids)
-        if data.task == CAUSAL_LM:
+        if TASKS[data.task].causal:
             has_label, next_ids = _split_labels(data)
             _write(rows, "has_label", has_label)
             _write(rows, "next_ids", next_ids)
@@ -234,16 +234,20 @@ def read_shard(
     with open_file(path) as file:
         n, task = _check_head(path, file, codec, counts)
         _check_memory(path, file, n)
-        required = _REQUIRED[task] + _LABEL_LOGPROB * label_logprob + _STARTS * starts
+        kind = TASKS[task]
+        required = (
+            *(_REQUIRED + (_NEXT_IDS if kind.causal else _LABELS) + _TEXTS * kind.texts),
+            *(_LABEL_LOGPROB * label_logprob + _STARTS * starts),
+        )
         rows = columns_of(path, file, "rows", required, _OPTIONAL)
         lengths = _read(path, rows, "lengths", _U4, n.rows)
         offsets = _offsets(lengths.astype(np.int64))
         if offsets[-1] != n.tokens:
             raise CorruptCacheError(f"{path}: row lengths add up to {offsets[-1]}, not {n.tokens}.")
-        if task == CAUSAL_LM and not lengths.all():
+        if kind.per_token and not lengths.all():
             raise CorruptCacheError(f"{path}: it has rows without tokens.")
         input_ids = _read(path, rows, "input_ids", _IDS, n.tokens).astype(np.int32)
-        if task == CAUSAL_LM:
+        if kind.causal:
             labels = _join_labels(
                 offsets,
                 input_ids,
@@ -251,7 +255,7 @@ def read_shard(
                 _read(path, rows, "next_ids", _I4, n.rows),
             )
         else:
-            labels = _read(path, rows, "labels", _I4, n.rows)
+            labels = _read(path, rows, "labels", _I4, n.tokens if kind.per_token else n.rows)
         logprobs = None
         if label_logprob:
             logprobs = _read(path, rows, "label_logprob", _U2, n.positions)

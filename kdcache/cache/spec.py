@@ -22,7 +22,7 @@ class CacheSpec:
     """What bytes a cache should hold; two builds with equal specs make the same cache.
 
     Attributes:
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         teachers: one entry a teacher: `sha256` of its configuration and weights, its `weight`, and
             `engine` if that is not transformers: `name`, `version`, `quantization` and `args`.
         ensemble: how several teachers become one: `mean-probs` or `mean-logits`.
@@ -127,7 +127,7 @@ class CacheSpec:
 
     @property
     def num_labels(self) -> int | None:
-        """Number of classes, or None for a causal LM."""
+        """Number of classes, or None where answers are over ids."""
         return None if self.label_names is None else len(self.label_names)
 
     @property

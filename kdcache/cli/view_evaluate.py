@@ -6,17 +6,17 @@ from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 
 
 def render_evaluation(result: EvaluateResult, console: Console) -> None:
     """Print a table of the models."""
-    causal = result.task == CAUSAL_LM
+    over_ids = TASKS[result.task].over_ids
     sampled = any(m.soft_cross_entropy is not None for m in result.models)
     at = f"T = {result.temperature:g}"
     figures = [("parameters", [number(m.parameters, 0) for m in result.models])]
     figures.append(("accuracy", [percent(m.accuracy) for m in result.models]))
-    if causal:
+    if over_ids:
         figures.append(("perplexity", [number(m.perplexity, 2) for m in result.models]))
     elif result.label_names is not None:
         binary = len(result.label_names) == 2

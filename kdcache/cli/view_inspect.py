@@ -7,12 +7,12 @@ from rich.console import Console
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.commands.inspect.inspect import InspectResult, RowView
 from kdcache.humanize import size
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 
 
 def render_inspection(result: InspectResult, console: Console) -> None:
     """Print what `inspect` found."""
-    kind = "classes" if result.task != CAUSAL_LM else "ids"
+    kind = "ids" if TASKS[result.task].over_ids else "classes"
     temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
     state = "finished" if result.finished else f"unfinished: {result.done} of {result.spans} shards"
     facts = [
@@ -81,19 +81,19 @@ def _render_row(row: RowView, console: Console) -> None:
     if row.text_pair is not None:
         print_line(console, row.text_pair)
     print_line(console, "")
-    causal = any(p.token is not None for p in row.positions)
-    quote = repr if causal else str
+    per_token = any(p.token is not None for p in row.positions)
+    quote = repr if per_token else str
     lines: list[tuple[str, ...]] = []
     for position in row.positions:
         guesses = "  ".join(f"{quote(g.text)} {g.probability:.3f}" for g in position.guesses)
         label = "-" if position.label_text is None else quote(position.label_text)
         rest = f"{position.rest:.3f}"
-        if causal:
+        if per_token:
             logprob = number(position.label_logprob, 2)
             place = str(position.place)
             lines.append((place, repr(position.token), label, logprob, guesses, rest))
         else:
             lines.append((label, guesses, rest))
     header = ("place", "after", "next", "logprob", "teacher's predictions", "rest")
-    shown = header if causal else ("label", "teacher's probabilities", "rest")
+    shown = header if per_token else ("label", "teacher's probabilities", "rest")
     print_table(console, shown, lines, left=len(shown) - 1)

@@ -30,7 +30,7 @@ from kdcache.choices import (
 from kdcache.errors import UsageError
 from kdcache.extras import needs
 from kdcache.options import Options, option
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
     from kdcache.corpus import Corpus
@@ -282,14 +282,14 @@ class RowOptions(RecordOptions):
         """
         from kdcache.rows import RowSpec
 
-        causal = task == CAUSAL_LM
-        default = "none" if not causal else "whole" if self.record_form == "ids" else "concat"
+        kind = TASKS[task]
+        default = "none" if not kind.causal else "whole" if self.record_form == "ids" else "concat"
         return RowSpec(
             task=task,  # type: ignore[arg-type]  # RowSpec checks it
             text_column=self.text_column,
             pair_column=self.pair_column,
             label_column=self.label_column,
-            label_names=None if causal else label_names,
+            label_names=None if kind.over_ids else label_names,
             max_length=max_length,
             packing=self.packing or default,  # type: ignore[arg-type]
             attend=self.attend,
@@ -493,7 +493,8 @@ class PlotOptions(Options):
 
 def form_problems(record_form: Form, task: str | None) -> list[str]:
     """What is wrong with a form of records for a task."""
-    if task == SEQUENCE_CLASSIFICATION and record_form not in ("auto", "text"):
+    kind = TASKS.get(task or "")
+    if kind is not None and not kind.over_ids and record_form not in ("auto", "text"):
         return [
             f"--record-form is '{record_form}': a classifier reads texts. Name their column with "
             "--text-column."

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kdcache.choices import Attend, Form, Labels, OnError, Packing, Reasoning
 from kdcache.errors import UsageError
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task, positions
+from kdcache.tasks import TASKS, Task, check_task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
 ID_COLUMNS = (
@@ -72,7 +72,7 @@ class RowSpec:
     """How records become rows.
 
     Attributes:
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         text_column: Column with the text.
         pair_column: Classification: column with the second text, if any.
         label_column: Classification: column with the class. The default may be missing (a transfer
@@ -128,10 +128,10 @@ class RowSpec:
     def __post_init__(self) -> None:
         if self.label_column == "none":
             object.__setattr__(self, "label_column", None)
+        check_task(self.task)
         wrong = [
             f"{name} is {value!r}, expected one of {', '.join(choices)}"
             for name, value, choices in (
-                ("task", self.task, get_args(Task)),
                 ("packing", self.packing, get_args(Packing)),
                 ("attend", self.attend, get_args(Attend)),
                 ("record_form", self.record_form, get_args(Form)),
@@ -143,14 +143,14 @@ class RowSpec:
         ]
         if self.max_length < 2:
             wrong.append(f"max_length is {self.max_length}, expected 2 or more tokens")
-        if self.task == CAUSAL_LM and self.pair_column is not None:
-            wrong.append("pair_column is for sequence-classification, leave it out for causal-lm")
+        if TASKS[self.task].per_token and self.pair_column is not None:
+            wrong.append(f"pair_column is for labels of texts, leave it out for {self.task}")
         if self.labels is not None and self.record_form != "ids":
             wrong.append("labels is for records of ids, leave it out for texts")
         if self.labels == "next" and self.packing == "concat":
             wrong.append("labels of the next id end a row, which packing concat would go on with")
         shared = self.packing == "concat" or self.record_form == "ids"
-        if self.attend == "document" and not (self.task == CAUSAL_LM and shared):
+        if self.attend == "document" and not (TASKS[self.task].causal and shared):
             wrong.append(
                 "attend is 'document', which is for packing 'concat' and for records of ids of "
                 "causal-lm: elsewhere documents do not share a row"
@@ -172,7 +172,7 @@ class RowSpec:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the encoder uses; a table is read only in these."""
-        if self.task == SEQUENCE_CLASSIFICATION:
+        if not TASKS[self.task].over_ids:
             wanted = (self.text_column, self.pair_column, self.label_column)
             return tuple(name for name in wanted if name is not None)
         forms = {

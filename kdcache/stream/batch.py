@@ -19,7 +19,7 @@ from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of, starts_of, types_of
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import IGNORE, TASKS
 
 Batch: TypeAlias = dict[str, Any]
 """Tensors by name, and under `targets` the soft targets: see `collate`."""
@@ -89,7 +89,7 @@ def collate(
     def pad(values: np.ndarray, fill: int) -> Tensor:
         return torch.from_numpy(padded(values, lengths, fill))
 
-    causal = data.task == CAUSAL_LM
+    per_token = TASKS[data.task].per_token
     if tokenize is not None:
         if data.texts is None:
             raise UsageError(
@@ -107,7 +107,9 @@ def collate(
         if data.type_ids is not None:
             batch["token_type_ids"] = pad(data.type_ids, 0)
     labels = data.labels
-    batch["labels"] = pad(labels, IGNORE) if causal else torch.from_numpy(labels.astype(np.int64))
+    batch["labels"] = (
+        pad(labels, IGNORE) if per_token else torch.from_numpy(labels.astype(np.int64))
+    )
     if temperature is not None:
         batch["targets"] = data.targets.at(temperature)
     if data.label_logprob is not None:

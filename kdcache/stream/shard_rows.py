@@ -14,7 +14,7 @@ import numpy as np
 
 from kdcache.cache.shard import ShardData
 from kdcache.targets import SoftTargets
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import IGNORE, TASKS
 
 
 class ShardRows:
@@ -95,7 +95,8 @@ class ShardRows:
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             input_ids=pick([part.input_ids for part in parts], "token"),
             labels=pick(
-                [part.labels for part in parts], "token" if parts[0].task == CAUSAL_LM else "row"
+                [part.labels for part in parts],
+                "token" if TASKS[parts[0].task].per_token else "row",
             ),
             targets=targets,
             type_ids=pick([types_of(part) for part in parts], "token") if typed else None,
@@ -112,7 +113,7 @@ def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
     Returns:
         int64 [rows].
     """
-    if data.task == CAUSAL_LM:
+    if TASKS[data.task].per_token:
         return np.diff(data.position_offsets)
     return np.ones(len(data), np.int64) if soft else (data.labels != IGNORE).astype(np.int64)
 

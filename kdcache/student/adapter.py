@@ -20,9 +20,9 @@ from kdcache.errors import UsageError
 from kdcache.extras import needs
 from kdcache.lora import ALL_LINEAR, Lora
 from kdcache.student.info import StudentInfo
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 from kdcache.teacher import TeacherFiles
-from kdcache.teacher.adapter import quiet_peft
+from kdcache.teacher.adapter import PEFT_TASKS, quiet_peft
 
 _PEFTS_HEADS = ("classifier", "score")  # that PEFT trains as a whole without being asked
 _SHOWN = 8
@@ -74,18 +74,18 @@ def with_lora(
     """
     with needs("lora", "--lora"):
         from peft import LoraConfig, TaskType, get_peft_model
-    causal = info.task == CAUSAL_LM
+    over_ids = TASKS[info.task].over_ids
     loose = sorted(n for n in new if "." not in n)
     if loose:
         raise UsageError(
             f"--lora cannot adapt student {name}: its files lack {loose[0]}, which belongs to no "
             "layer and would not be saved. Train without --lora."
         )
-    saved = sorted({*([] if causal else _heads(student)), *(n.rpartition(".")[0] for n in new)})
+    saved = sorted({*([] if over_ids else _heads(student)), *(n.rpartition(".")[0] for n in new)})
     saved = [one for one in saved if not any(one.startswith(f"{other}.") for other in saved)]
-    targets = _targets(student, lora, name, saved, causal)
+    targets = _targets(student, lora, name, saved, over_ids)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
+        task_type=TaskType[PEFT_TASKS[info.task]],
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
@@ -102,7 +102,7 @@ def with_lora(
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else files.name
     adapted.kdcache_adapter = {
         "base_sha256": files.sha256,
-        "label_names": None if causal else list(info.label_names or ()) or None,
+        "label_names": None if over_ids else list(info.label_names or ()) or None,
         "pad_id": getattr(student.config, "pad_token_id", None),
     }
     return adapted  # type: ignore[no-any-return]
@@ -122,12 +122,14 @@ def _heads(student: Any) -> list[str]:
     ]
 
 
-def _targets(student: Any, lora: Lora, name: str, saved: Iterable[str], causal: bool) -> list[str]:
+def _targets(
+    student: Any, lora: Lora, name: str, saved: Iterable[str], over_ids: bool
+) -> list[str]:
     """Names for PEFT of the layers to adapt: short ones where they mean just these."""
     output = student.get_output_embeddings() if lora.targets == (ALL_LINEAR,) else None
     every = dict(student.named_modules())
     # PEFT trains these as a whole as well, by the ends of their names.
-    whole = [*saved, *(path for path in every if not causal and path.endswith(_PEFTS_HEADS))]
+    whole = [*saved, *(path for path in every if not over_ids and path.endswith(_PEFTS_HEADS))]
     free = [
         path
         for path, module in every.items()

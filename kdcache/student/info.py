@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, task_of
+from kdcache.tasks import TASKS, check_task, task_of
 from kdcache.teacher.trust import FACTORY_TYPE
 
 
@@ -17,7 +17,7 @@ class StudentInfo:
     """What a student must know about its cache.
 
     Attributes:
-        task: CAUSAL_LM or "sequence-classification".
+        task: one of `kdcache.tasks.TASKS`.
         vocab_size: ids of the cache's tokenizer.
         num_labels: classes, for classification.
         label_names: their names, in order.
@@ -43,9 +43,8 @@ class StudentInfo:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise UsageError(f"task {self.task!r} is unknown; it is {' or '.join(TASKS)}.")
-        if self.task == SEQUENCE_CLASSIFICATION and not self.num_labels:
+        check_task(self.task)
+        if not TASKS[self.task].over_ids and not self.num_labels:
             raise UsageError("a classification student needs the number of classes (num_labels).")
 
     @classmethod
@@ -63,7 +62,7 @@ class StudentInfo:
                 f"{name} is not the folder of a trained student: its config.json names no causal "
                 "language model or sequence classifier. Name the --out of a kdcache train."
             )
-        if task == CAUSAL_LM:
+        if TASKS[task].over_ids:
             text = config.get("text_config", config)
             return cls(task, int(text["vocab_size"]), pad_id=text.get("pad_token_id") or 0)
         names = {int(i): str(label) for i, label in config.get("id2label", {}).items()}

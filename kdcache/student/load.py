@@ -32,8 +32,6 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
 )
@@ -45,8 +43,8 @@ from kdcache.student.adapter import refuse_second, with_lora
 from kdcache.student.bilstm import BiLstmForSequenceClassification
 from kdcache.student.info import StudentInfo
 from kdcache.student.words import read_embeddings, word_tokenizer
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, task_of
-from kdcache.teacher import TeacherFiles, quiet_transformers
+from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, task_of
+from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import ADAPTER_CONFIG
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
@@ -138,7 +136,7 @@ def student_tokenize(
         info: the cache's side.
         trust_remote_code: run code that the folder brings.
     """
-    if info.task == CAUSAL_LM:
+    if not TASKS[info.task].texts:
         return None
     own = getattr(student, "tokenize", None)
     if own is not None:
@@ -307,7 +305,7 @@ def _saved_factory(folder: Path, raw: Mapping[str, Any], info: StudentInfo) -> n
 
 
 def _labels(info: StudentInfo) -> dict[str, Any]:
-    if info.task != SEQUENCE_CLASSIFICATION:
+    if TASKS[info.task].over_ids:
         return {}
     names = info.label_names or tuple(f"LABEL_{i}" for i in range(info.num_labels or 0))
     return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
@@ -324,10 +322,6 @@ def _check_order(name: str, names: tuple[str, ...], info: StudentInfo) -> None:
         )
 
 
-def _auto(info: StudentInfo) -> Any:
-    return AutoModelForCausalLM if info.task == CAUSAL_LM else AutoModelForSequenceClassification
-
-
 def _from_config(
     name: str, raw: Mapping[str, Any], info: StudentInfo, dtype: torch.dtype, trust: bool
 ) -> nn.Module:
@@ -336,7 +330,7 @@ def _from_config(
         for k, v in raw.items()
         if k not in ("model_type", "architectures", "transformers_version")
     }
-    if info.task == SEQUENCE_CLASSIFICATION:
+    if not TASKS[info.task].over_ids:
         if given.pop("num_labels", info.num_labels) != info.num_labels:
             raise UsageError(
                 f"student {name} has {raw['num_labels']} classes, the cache has "
@@ -353,7 +347,7 @@ def _from_config(
         given.setdefault(key, value)
     try:
         config = AutoConfig.for_model(raw["model_type"], **given)
-        student = _auto(info).from_config(config, dtype=dtype, trust_remote_code=trust)
+        student = auto_class(info.task).from_config(config, dtype=dtype, trust_remote_code=trust)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"student {name}: not a {info.task} architecture ({_first_line(error)})."
@@ -392,8 +386,8 @@ def _from_weights(
     trained = True
     try:
         config = files.config
-        if info.task == SEQUENCE_CLASSIFICATION:
-            trained = task_of(files.raw_config) == SEQUENCE_CLASSIFICATION
+        if not TASKS[info.task].over_ids:
+            trained = task_of(files.raw_config) == info.task
             if trained and config.num_labels != info.num_labels:
                 raise UsageError(
                     f"student {name} has {config.num_labels} classes, the cache has "
@@ -407,7 +401,7 @@ def _from_weights(
             for key, value in _labels(info).items():
                 setattr(config, key, value)
         with quiet_transformers():  # what is missing is judged below
-            student, found = _auto(info).from_pretrained(
+            student, found = auto_class(info.task).from_pretrained(
                 files.whole,
                 config=config,
                 dtype=dtype,
@@ -448,7 +442,7 @@ def _first_line(error: BaseException) -> str:
 
 def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> None:
     """Compare sizes (and for language models the tokenizer itself) with the cache's."""
-    if info.task == SEQUENCE_CLASSIFICATION:
+    if not TASKS[info.task].over_ids:
         labels = getattr(getattr(student, "config", None), "num_labels", info.num_labels)
         if labels != info.num_labels:
             raise UsageError(

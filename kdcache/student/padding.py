@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.student.wrapper import DistilledStudent
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 from kdcache.teacher.probe import TOLERANCES, distance
 
 _TOKENS = 256
@@ -45,10 +45,10 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if mask is None or any(value.shape != mask.shape for value in inputs.values()):
         return
-    causal = student.task == CAUSAL_LM
+    task = TASKS[student.task]
     device = next(student.parameters()).device
-    lengths = mask.sum(-1).clamp_max(_TOKENS if causal else mask.shape[1]).tolist()
-    if causal and len(lengths) > 1 and min(lengths) == max(lengths) > 1:
+    lengths = mask.sum(-1).clamp_max(_TOKENS if task.per_token else mask.shape[1]).tolist()
+    if task.per_token and len(lengths) > 1 and min(lengths) == max(lengths) > 1:
         lengths[-1] //= 2
         inputs["attention_mask"] = mask.clone()
         inputs["attention_mask"][-1, lengths[-1] :] = 0
@@ -59,14 +59,14 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
         if not masked:
             del given["attention_mask"]
         # All places count, whether they have labels or not.
-        marks = torch.zeros_like(labels[rows, :stop] if causal else labels[rows]).to(device)
+        marks = torch.zeros_like(labels[rows, :stop] if task.per_token else labels[rows]).to(device)
         found: Tensor | None = student(labels=marks, return_logits=True, **given).logits
         assert found is not None
         return found.float().cpu()
 
     def apart(padded: Tensor) -> float:
         """How far the rows of a padded batch are from each alone."""
-        if not causal:
+        if not task.per_token:
             return distance(list(padded[:, None]), [row[None] for row in alone])
         return distance([row[:n] for row, n in zip(padded, lengths, strict=True)], alone)
 
@@ -81,7 +81,7 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
             reason = " ".join(str(error).split())
             raise UsageError(f"student {name} cannot read a row of the cache: {reason}") from error
         moved = apart(logits(slice(None), max(lengths)))
-        if causal:
+        if task.causal:
             ids = inputs["input_ids"][:1].clone()
             half = lengths[0] // 2
             ids[:, half : lengths[0]] = ids[:, : lengths[0] - half].flip(1)
@@ -96,7 +96,7 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
             f"student {name} gives other logits where its batch is padded, so its loss would be "
             "wrong. Use --batch-size 1, or a student that masks padding.",
         )
-        if causal and min(lengths) < max(lengths):
+        if task.per_token and min(lengths) < max(lengths):
             try:
                 bare = apart(logits(slice(None), max(lengths), masked=False))
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):

@@ -28,7 +28,7 @@ from kdcache.student import (
     word_tokenizer,
 )
 from kdcache.student.load import Tokenize, find_files
-from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, positions, task_of
+from kdcache.tasks import IGNORE, TASKS, positions, task_of
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
 from kdcache.teacher.trust import FACTORY_TYPE
 
@@ -104,7 +104,7 @@ class SavedModel:
 
     def vocab_size(self, task: str) -> int:
         """Number of its logits that are ids or classes."""
-        if task == SEQUENCE_CLASSIFICATION:
+        if not TASKS[task].over_ids:
             return len(self.label_names)
         if self.is_factory:
             return int(self.raw_config["info"]["vocab_size"])
@@ -115,10 +115,11 @@ class SavedModel:
     def check_width(self, task: str, wanted: int) -> None:
         """Refuse a model that does not share the targets' ids or classes."""
         wide = self.vocab_size(task)
-        if not self.is_factory and task == CAUSAL_LM:
+        over_ids = TASKS[task].over_ids
+        if not self.is_factory and over_ids:
             wide = int(self.files.config.get_text_config().vocab_size)
-        if wide < wanted or (task == SEQUENCE_CLASSIFICATION and wide > wanted):
-            what = "classes" if task == SEQUENCE_CLASSIFICATION else "ids"
+        if wide < wanted or (not over_ids and wide > wanted):
+            what = "ids" if over_ids else "classes"
             raise UsageError(
                 f"{self.role} {self.name} knows {wide} {what}, the targets are over {wanted}. "
                 "Both must share one vocabulary or one set of classes."
@@ -288,13 +289,13 @@ def _own_forward(
 ) -> Callable[[Sequence[Row]], Iterator[Tensor]]:
     """Run a student by its own forward, which gives the logits of all tokens of a batch."""
     whole = DistilledStudent(student, task).eval().to(device)
-    causal = task == CAUSAL_LM
+    per_token = TASKS[task].per_token
 
     @torch.inference_mode()
     def run(rows: Sequence[Row]) -> Iterator[Tensor]:
         inputs = {name: torch.from_numpy(ids) for name, ids in pad_rows(rows, 0).items()}
         labels = torch.full((len(rows),), IGNORE)
-        if causal:
+        if per_token:
             lengths = np.array([len(row.labels) for row in rows])
             every = np.concatenate([row.labels for row in rows])
             labels = torch.from_numpy(padded(every, lengths, IGNORE))
@@ -303,6 +304,7 @@ def _own_forward(
             inputs = dict(tokenize([row.text or "" for row in rows], pairs))
         inputs = {name: value.to(device) for name, value in inputs.items()}
         logits = whole(labels=labels.to(device), return_logits=True, **inputs).logits
-        yield logits[positions(labels, task).to(device)][:, :vocab_size] if causal else logits
+        wanted = positions(labels, task).to(device)
+        yield logits[wanted][:, :vocab_size] if per_token else logits
 
     return run

@@ -36,7 +36,7 @@ from kdcache.loss import (
 )
 from kdcache.student.documents import check_documents, in_one_row
 from kdcache.targets import SparseTargets, Targets
-from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, positions
+from kdcache.tasks import IGNORE, TASKS, check_task, positions
 from kdcache.teacher.adapter import ADAPTER_FACTS, sort_config
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.trust import FACTORY_TYPE
@@ -79,7 +79,7 @@ class DistilledStudent(nn.Module):
 
     Args:
         student: what `load_student` returns.
-        task: CAUSAL_LM or "sequence-classification".
+        task: one of `kdcache.tasks.TASKS`.
         alpha: weight of the hard loss; may be set between steps, and a batch's own `alpha` wins.
         divergence: see `kdcache.loss.distillation_loss`; what a batch's targets do not fit is
             refused.
@@ -104,8 +104,7 @@ class DistilledStudent(nn.Module):
         anchor: float | None = None,
     ) -> None:
         super().__init__()
-        if task not in TASKS:
-            raise UsageError(f"task {task!r} is unknown; it is {' or '.join(TASKS)}.")
+        check_task(task)
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha:g}; the weight of the hard loss is from 0 to 1.")
         check_names(divergence, tail)
@@ -130,10 +129,10 @@ class DistilledStudent(nn.Module):
     def accepts_loss_kwargs(self) -> bool:
         """For the HF Trainer: whether its count of labels is this loss's count.
 
-        True for language models, where every position has a label. A classifier's loss also counts
-        rows without one.
+        True where labels belong to tokens: every position has one. The loss of a task whose labels
+        belong to rows counts those without one, too.
         """
-        return self.task == CAUSAL_LM
+        return TASKS[self.task].per_token
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
@@ -235,14 +234,14 @@ class DistilledStudent(nn.Module):
         count = count if num_items_in_batch is None else num_items_in_batch
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
-        causal = self.task == CAUSAL_LM
+        per_token, over_ids = TASKS[self.task].per_token, TASKS[self.task].over_ids
         flat = labels.reshape(-1)
         shape = labels.shape
-        if causal and "position_ids" in inputs:
+        if per_token and "position_ids" in inputs:
             inputs, labels = self._apart(inputs, labels)
         # Before the student's own work: reading the number of positions waits for the device, and
         # now it is idle.
-        if causal and places is None:
+        if per_token and places is None:
             places = positions(flat, self.task).nonzero().squeeze(-1)
         n = len(flat) if places is None else len(places)
         soft = targets is not None
@@ -264,12 +263,12 @@ class DistilledStudent(nn.Module):
             "alpha": alpha,
             "divergence": divergence,
             "tail": self.tail,
-            "vocab_size": self.vocab_size if causal else None,
+            "vocab_size": self.vocab_size if over_ids else None,
             "count": count,
         }
         anchor = self.anchor if self.training else None
         logits = None
-        projection = self._project(inputs) if causal and not return_logits else None
+        projection = self._project(inputs) if over_ids and not return_logits else None
         layer = None if projection is None else projection.layer
         if places is None:
             logits = logits_of(call(self.student, self._padded_its_way(inputs)))
@@ -292,8 +291,8 @@ class DistilledStudent(nn.Module):
                 cap=projection.cap,
                 **options,
             )
-        keep = logits if not causal or return_logits else None
-        if keep is not None and causal:
+        keep = logits if not per_token or return_logits else None
+        if keep is not None and per_token:
             keep = keep.reshape(*shape, -1)
         return DistillationOutput(parts.total, keep, parts.hard, parts.soft if soft else None)
 
@@ -334,11 +333,11 @@ def _last(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def host_places(labels: Tensor, task: str) -> Tensor | None:
-    """Indices of the positions of a language model's labels that are still on the host, else None.
+    """Indices of the positions of the labels of tokens that are still on the host, else None.
 
     In pinned memory: they go to a GPU without a wait.
     """
-    if task != CAUSAL_LM or labels.device.type != "cpu":
+    if not TASKS[task].per_token or labels.device.type != "cpu":
         return None
     found = positions(labels.reshape(-1), task).nonzero().squeeze(-1)
     return found.pin_memory() if torch.cuda.is_available() else found

@@ -8,7 +8,7 @@ classes); the driver of a build needs no more. `Teacher` holds the models of one
 from __future__ import annotations
 
 from kdcache.teacher.engine import TeacherDied, engine_version
-from kdcache.teacher.files import TeacherFiles, tokenizer_files, tokenizer_sha256
+from kdcache.teacher.files import TeacherFiles, auto_class, tokenizer_files, tokenizer_sha256
 from kdcache.teacher.memory import find_batch_tokens, peak_share
 from kdcache.teacher.options import EngineOptions, TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
@@ -23,6 +23,7 @@ __all__ = [
     "TeacherFiles",
     "TeacherOptions",
     "aligned",
+    "auto_class",
     "engine_version",
     "find_batch_tokens",
     "logits_at",

@@ -25,14 +25,15 @@ from safetensors.torch import load_file
 
 from kdcache.errors import UsageError
 from kdcache.extras import needs
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
 from kdcache.teacher.trust import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "kdcache_adapter.json"
 _PREFIX = "base_model.model."
-_TASKS = {"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": SEQUENCE_CLASSIFICATION}
+PEFT_TASKS = {CAUSAL_LM: "CAUSAL_LM", SEQUENCE_CLASSIFICATION: "SEQ_CLS"}
+_TASKS = {theirs: ours for ours, theirs in PEFT_TASKS.items()}
 _HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
 
 
@@ -98,7 +99,7 @@ class AdapterFolder:
 
     def changes(self) -> dict[str, Any]:
         """Fields of the base's configuration that are others with the adapter."""
-        if self.task != SEQUENCE_CLASSIFICATION:
+        if self.task is None or TASKS[self.task].over_ids:
             return {}
         found: dict[str, Any] = {}
         names = self.facts.get("label_names")

@@ -19,18 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from kdcache.errors import UsageError
 from kdcache.storage import redact, sha256_file
 from kdcache.storage.remote import Facts
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.tasks import TASKS
 from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
 from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
 from kdcache.teacher.trust import check_folder, read_json
@@ -192,8 +187,8 @@ class TeacherFiles:
         raw = read_json(f"teacher {self.name}", self.whole / "config.json")
         if self.adapter is None:
             return raw
-        if self.adapter.task == SEQUENCE_CLASSIFICATION:
-            raw["architectures"] = ["AdaptedForSequenceClassification"]
+        if self.adapter.task is not None:
+            raw["architectures"] = [f"AdaptedFor{TASKS[self.adapter.task].marks[0]}"]
         return {**raw, **json.loads(json.dumps(self.adapter.changes()))}
 
     @cached_property
@@ -261,15 +256,15 @@ class TeacherFiles:
         Raises:
             UsageError: an architecture without such a head, regression, or several labels a row.
         """
-        config, causal = self.config, task == CAUSAL_LM
-        known = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+        config = self.config
+        known = auto_class(task)
         own_code = self.trust_remote_code and getattr(config, "auto_map", None)
         if type(config) not in known._model_mapping and not own_code:
             raise UsageError(
                 f"teacher {self.name} is of type {config.model_type}, for which transformers has "
                 f"no model for {task}. Name another teacher, or another --task."
             )
-        if causal:
+        if TASKS[task].over_ids:
             return
         problem = getattr(config, "problem_type", None)
         if problem == "multi_label_classification":
@@ -288,7 +283,7 @@ class TeacherFiles:
         """The most tokens of a row that it reads, or None if its configuration names no bound."""
         config = self.config.get_text_config()
         bounds = [_stretched(config, getattr(config, "max_position_embeddings", None))]
-        if task != CAUSAL_LM:
+        if not TASKS[task].causal:
             # RoBERTa and similar models count positions from the padding's id on: they reach two
             # less than their configuration says, and their tokenizers know it.
             bounds.append(int(self.tokenizer.model_max_length))
@@ -296,11 +291,16 @@ class TeacherFiles:
 
     def vocab_size(self, task: str) -> int:
         """Width of a soft target: the classes, or the ids that tokenizer and output layer share."""
-        if task != CAUSAL_LM:
+        if not TASKS[task].over_ids:
             return len(self.label_names)
         known = max(self.tokenizer.get_vocab().values()) + 1
         width = int(self.config.get_text_config().vocab_size)
         return min(int(known), width)
+
+
+def auto_class(task: str) -> Any:
+    """The class of transformers that loads the models of a task."""
+    return getattr(transformers, TASKS[task].auto)
 
 
 def _stretched(config: Any, length: int | None) -> int | None:

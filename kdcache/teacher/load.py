@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kdcache.errors import UsageError
 from kdcache.targets.device import compiles
-from kdcache.teacher.files import TeacherFiles
+from kdcache.tasks import TASKS
+from kdcache.teacher.files import TeacherFiles, auto_class
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.teacher.options import TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
@@ -79,7 +79,7 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
         settings["device_map"] = {"": 0}  # from the files to the GPU, not through the host's memory
     with quiet_transformers():
         model = _with_attention(files, options, settings)
-    if not options.causal:
+    if not TASKS[options.task].per_token:
         set_pad_id(model.config, files)
     if room is None:
         model.to("cuda" if options.device == "auto" else options.device)
@@ -112,7 +112,7 @@ def _with_attention(files: TeacherFiles, options: TeacherOptions, settings: dict
 
 
 def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dict[str, Any]) -> Any:
-    kind = AutoModelForCausalLM if options.causal else AutoModelForSequenceClassification
+    kind = auto_class(options.task)
     try:
         if files.adapter is not None:  # which may have other classes than its base
             settings = {**settings, "config": files.config}

@@ -29,7 +29,7 @@ from kdcache.rows.batches import pad_rows, padded
 from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
-from kdcache.tasks import IGNORE
+from kdcache.tasks import IGNORE, TASKS
 from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
 from kdcache.teacher.probe import (
@@ -64,7 +64,7 @@ class TeacherModel:
         model: Any,
         name: str,
         *,
-        causal: bool,
+        task: str,
         vocab_size: int,
         dtype: str = "float32",
         states: bool = False,
@@ -74,12 +74,12 @@ class TeacherModel:
         Args:
             model: in evaluation mode.
             name: for messages.
-            causal: whether it is a language model, and answers each labelled position of a row.
+            task: what it answers.
             vocab_size: width of the logits to give: output columns beyond it are cut off.
             dtype: that it computes in.
             states: whether slices carry the output layer's input too.
         """
-        self.model, self.name, self.causal = model, name, causal
+        self.model, self.name, self.task = model, name, TASKS[task]
         self.vocab_size = vocab_size
         self.device = input_device(model)
         self.direct = False
@@ -111,7 +111,7 @@ class TeacherModel:
         Raises:
             UsageError: there is none, or earlier logits of a language model depend on later tokens.
         """
-        sample = probe_rows(rows, causal=self.causal)
+        sample = probe_rows(rows, per_token=self.task.per_token)
         try:
             want = [self._own(row) for row in sample]
         except torch.OutOfMemoryError:
@@ -122,9 +122,9 @@ class TeacherModel:
                 f"model {self.name} cannot read a row of the corpus: {reason}"
             ) from error
         check_steady(self.name, want, self._tolerance)
-        if self.causal:
+        if self.task.causal:
             check_causal(self.name, self._own, sample[0], want[0], self._tolerance)
-        constants = head_of(self.model, sample[0]) if self.causal else None
+        constants = head_of(self.model, sample[0]) if self.task.causal else None
         self.scale, self.cap = constants or (1.0, None)
         ways = [False] if constants is None else [True, False]
         found: dict[tuple[str, bool], float] = {}
@@ -171,15 +171,18 @@ class TeacherModel:
         return torch.cat([piece.logits.float().cpu() for piece in pieces])
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Right-padded tensors on the device; `wanted` are flat positions of a language model."""
+        """Right-padded tensors on the device; `wanted` are flat positions of labels of tokens."""
         # Decoders that classify look for the last id that is not padding.
         batch = pad_rows(rows, self._pad_id)
-        if self.causal:
+        if self.task.per_token:
             lengths = np.array([len(row.labels) for row in rows])
             wanted = padded(np.concatenate([row.labels for row in rows]), lengths, IGNORE)
             # Indexing by a mask would make the host wait for the device to count it.
             batch["wanted"] = np.flatnonzero(wanted != IGNORE)
-            del batch["attention_mask"]
+            # Causal attention never looks at padding on the right: no mask is needed, and without
+            # one the fastest attention kernels apply.
+            if self.task.causal:
+                del batch["attention_mask"]
         return {name: self.to_device(torch.from_numpy(a)) for name, a in batch.items()}
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -208,14 +211,13 @@ class TeacherModel:
 
     def _forward(self, batch: dict[str, Tensor]) -> Iterator[Slice]:
         """The model's own forward."""
-        if not self.causal:
+        if not self.task.per_token:
             yield Slice(self.model(**batch).logits[:, : self.vocab_size])
             return
         wanted = batch.pop("wanted")
-        # Rows are padded on the right, where causal attention never looks: no mask is needed, and
-        # without one the fastest attention kernels apply.
+        cache = {"use_cache": False} if self.task.causal else {}
         with self._seen_states() as seen:
-            logits = self.model(**batch, use_cache=False).logits
+            logits = self.model(**batch, **cache).logits
 
         def picked(values: Tensor) -> Tensor:
             return values.flatten(0, 1).index_select(0, wanted.to(values.device))

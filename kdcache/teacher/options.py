@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from kdcache.choices import Attention
 from kdcache.errors import UsageError
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TeacherOptions:
 
     Attributes:
         names: folder, URL or hub id of each teacher.
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         weights: weight of each teacher, summing to 1.
         ensemble: `mean-probs` (of the distributions) or `mean-logits`.
         temperatures: at each of which the mean of several distributions is wanted.
@@ -92,11 +92,6 @@ class TeacherOptions:
             )
 
     @property
-    def causal(self) -> bool:
-        """Whether the teachers are language models, which answer every position of a row."""
-        return self.task == CAUSAL_LM
-
-    @property
     def flash_possible(self) -> bool:
         """Whether FlashAttention supports device and dtype."""
         return self.device != "cpu" and self.dtype in ("bfloat16", "float16")
@@ -108,7 +103,7 @@ def check_states(names: Sequence[str], task: str) -> None:
     Raises:
         UsageError: several teachers, or a classifier.
     """
-    if len(names) > 1 or task != CAUSAL_LM:
+    if len(names) > 1 or not TASKS[task].causal:
         raise UsageError(
             "--codec hidden keeps the states of one causal language model. For several teachers "
             "use --codec sample:N, for a classifier --codec dense."

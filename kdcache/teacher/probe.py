@@ -34,12 +34,12 @@ _POSITIONS = 16
 _LARGE = 40.0  # soft-capping leaves small logits almost alone
 
 
-def probe_rows(rows: Sequence[Row], *, causal: bool) -> list[Row]:
+def probe_rows(rows: Sequence[Row], *, per_token: bool) -> list[Row]:
     """A few short rows of different lengths: the longest, the shortest, one between, one twice.
 
     Args:
         rows: to choose from; longer ones are cut.
-        causal: whether labels belong to positions; some of these are kept.
+        per_token: whether labels belong to tokens; some of these are kept.
     """
     order = sorted(rows, key=lambda row: -len(row.input_ids))
     chosen = [_cut(order[i], _TOKENS) for i in {0, len(order) // 2, len(order) - 1}]
@@ -47,7 +47,7 @@ def probe_rows(rows: Sequence[Row], *, causal: bool) -> list[Row]:
     if len(lengths) == 1:
         chosen.append(_cut(chosen[0], max(1, len(chosen[0].input_ids) // 2)))
     chosen.sort(key=lambda row: -len(row.input_ids))
-    return [_sparse(row) if causal else row for row in (chosen[0], *chosen)]
+    return [_sparse(row) if per_token else row for row in (chosen[0], *chosen)]
 
 
 def _cut(row: Row, tokens: int) -> Row:
@@ -65,7 +65,7 @@ def _cut(row: Row, tokens: int) -> Row:
 
 
 def _sparse(row: Row) -> Row:
-    """A language model's row that asks for at most `_POSITIONS` positions, spread over it."""
+    """A row that asks for at most `_POSITIONS` of its tokens, spread over it."""
     at = np.unique(np.linspace(0, len(row.input_ids) - 1, _POSITIONS).astype(int))
     labels = np.full(len(row.input_ids), IGNORE, np.int32)
     labels[at] = 0

@@ -171,7 +171,7 @@ def _load(options: TeacherOptions, vocab_size: int) -> Iterator[TeacherModel | E
         yield TeacherModel(
             model,
             name,
-            causal=options.causal,
+            task=options.task,
             vocab_size=vocab_size,
             dtype=options.dtype,
             states=options.states,

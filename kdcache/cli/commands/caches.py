@@ -10,7 +10,7 @@ from rich.console import Console
 from kdcache.cli.options import options_command, print_json
 from kdcache.cli.tables import echo, echo_next, tell
 from kdcache.humanize import duration, size
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
     from kdcache.commands.build.make import BuildResult
@@ -42,7 +42,7 @@ def _build() -> click.Command:
             print_json(result)
             return
         _report_made(result)
-        student = "CONFIG_OR_MODEL" if options.task == CAUSAL_LM else "bilstm"
+        student = "CONFIG_OR_MODEL" if TASKS[options.task].over_ids else "bilstm"
         echo_next("kdcache", "train", "--cache", options.out, "--student", student, "--out", "RUN")
 
     return command

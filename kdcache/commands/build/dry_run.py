@@ -17,7 +17,7 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
 from kdcache.commands.plan.sample import sample_rows
 from kdcache.storage import open_storage, redact
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 
 _ROWS = 256  # of the sample
 _ROW_BYTES = 1.5  # of a token's id, compressed
@@ -32,7 +32,7 @@ class DryRun:
         cache: where.
         state: what is there now: "nothing", "this build" or "another build".
         teachers: their names.
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         codec: its canonical text.
         temperatures: the declared ones.
         max_length: tokens of a row, at most.
@@ -80,7 +80,7 @@ def dry_run(options: BuildOptions) -> DryRun:
     tokens = sum(len(row.input_ids) for row in sample.rows)
     places = sum(len(row.places(options.task)) for row in sample.rows)
     tokens_each = tokens / max(1, places)
-    rows_bytes = _ROW_BYTES * tokens_each + _TEXT_BYTES * (options.task != CAUSAL_LM)
+    rows_bytes = _ROW_BYTES * tokens_each + _TEXT_BYTES * TASKS[options.task].texts
     positions = sample.corpus_positions
     storage = open_storage(options.out)
     state, done = "nothing", 0

@@ -21,7 +21,7 @@ from kdcache.errors import UsageError
 from kdcache.humanize import size
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 from kdcache.teacher import (
     EngineOptions,
     TeacherFiles,
@@ -88,7 +88,7 @@ def prepare(options: BuildOptions) -> Prepared:
     Raises:
         UsageError: options or input that cannot be.
     """
-    causal = options.task == CAUSAL_LM
+    task = TASKS[options.task]
     version = engine_version() if options.engine == "vllm" else None
     teachers = [
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code, weights=False)
@@ -102,9 +102,7 @@ def prepare(options: BuildOptions) -> Prepared:
     tokenizer = teachers[0].tokenizer
     options.set_chat_template(tokenizer)
     options.check_tokenizer(tokenizer)
-    codec = Codec.parse(
-        options.codec or ("sample:20" if causal else "dense"), options.temperatures, vocab_size
-    )
+    codec = Codec.parse(options.codec or task.codec, options.temperatures, vocab_size)
     check_ensemble(codec, options)
     reach = ((f"teacher {teacher.name}", teacher.reach(options.task)) for teacher in teachers)
     rows = options.row_spec(
@@ -118,11 +116,11 @@ def prepare(options: BuildOptions) -> Prepared:
         options.corpus,
         span_bytes=functools.partial(_span_bytes, options, codec, seconds),
         # Where each document is a row of its own, what does not fit is cut off anyway.
-        divide=causal and rows.packing in ("concat", "split"),
+        divide=task.causal and rows.packing in ("concat", "split"),
     )
     _warn_of_small_files(corpus)
     ranks = b""
-    if causal and codec.uses_ranks:
+    if task.over_ids and codec.uses_ranks:
         ranks = count_ranks(corpus, rows, tokenizer, vocab_size)
     pad_id = tokenizer.pad_token_id
     spec = CacheSpec(
@@ -146,7 +144,7 @@ def prepare(options: BuildOptions) -> Prepared:
         temperatures=codec.temperatures,
         seed=options.seed,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
-        label_logprob=causal,
+        label_logprob=task.over_ids,
     )
     return Prepared(
         spec,
@@ -202,7 +200,7 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
                 f"teachers {first.name} and {other.name} have different tokenizers: their "
                 "positions are not the same. Build one cache for each."
             )
-        if task != CAUSAL_LM and other.label_names != first.label_names:
+        if not TASKS[task].over_ids and other.label_names != first.label_names:
             raise UsageError(
                 f"teachers {first.name} and {other.name} have different classes: "
                 f"{first.label_names} and {other.label_names}."
@@ -266,7 +264,7 @@ def _span_bytes(options: BuildOptions, codec: Codec, seconds: float, total: int)
     """
     if options.shard_tokens is not None:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN
-    per_position = codec.bytes_per_position if options.task == CAUSAL_LM else 1.0
+    per_position = codec.bytes_per_position if TASKS[options.task].per_token else 1.0
     most = int(_SHARD_BYTES / max(1.0, per_position)) * _TEXT_BYTES_A_TOKEN
     # 64 spans or more, of 4 MiB at most, unless that made more than 100,000 of them; with a slow
     # teacher of two minutes at most, unless that made more than 400,000.

@@ -32,6 +32,7 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches, documents_of
 from kdcache.targets import Hidden
 from kdcache.targets.device import label_logprobs
+from kdcache.tasks import TASKS
 from kdcache.teacher import Slice, Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class TeacherSource(Source[Span, TaughtRows]):
         """Run teacher and codec over a batch of the longest rows."""
         length = self.options.rows.max_length
         ids = np.arange(length, dtype=np.int32) % self.spec.vocab_size
-        row = Row(ids, ids if self.options.teacher.causal else ids[:1])
+        row = Row(ids, ids if TASKS[self.spec.task].per_token else ids[:1])
         for piece in self.teacher.slices([row] * max(1, tokens // length)):
             zeros = torch.zeros(len(piece.logits), dtype=torch.float64)
             self._encode(piece, zeros, zeros.long())

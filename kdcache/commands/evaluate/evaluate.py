@@ -41,7 +41,7 @@ from kdcache.rows.batches import batches, documents_of
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import sum_logprobs
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, positions
+from kdcache.tasks import TASKS, positions
 from kdcache.teacher import aligned
 
 _WINDOW = 1024  # rows of a corpus that are sorted by length at a time
@@ -137,7 +137,7 @@ class _Evaluation:
         self.task, self.label_names = task, None
         for model in saved:
             model.check_task(task)
-        if task == SEQUENCE_CLASSIFICATION:
+        if not TASKS[task].over_ids:
             self.label_names = first.label_names
         self.vocab_size = first.vocab_size(task)
         self.max_length = options.row_length(
@@ -148,7 +148,7 @@ class _Evaluation:
         if self.encoder_tokenizer is not None:
             options.set_chat_template(self.encoder_tokenizer)
         self.tokenizer_sha256 = first.tokenizer_sha256
-        if first.tokenizer is None and task == SEQUENCE_CLASSIFICATION and first.is_factory:
+        if first.tokenizer is None and TASKS[task].texts and first.is_factory:
             self.encoder_tokenizer = word_reader()
         readers = [model for model in saved if model.role == "teacher"] or saved
         without = [m for m in readers if m.tokenizer is None and not m.is_factory]
@@ -161,7 +161,7 @@ class _Evaluation:
 
     def _check_tokenizers(self, saved: Sequence[SavedModel]) -> None:
         """Check that all models share ids, or that every model reads the texts itself."""
-        if self.task == SEQUENCE_CLASSIFICATION:
+        if TASKS[self.task].texts:
             return
         ours = None
         for model in saved:
@@ -388,12 +388,12 @@ class _Evaluation:
 
     def _label_scores(self, tally: Tally, hard: float | None) -> dict[str, Any]:
         """Figures against the hard labels, with whose cross-entropy `hard`."""
-        causal = self.task == CAUSAL_LM
+        over_ids = TASKS[self.task].over_ids
         return {
             "accuracy": known(ratio(tally.correct, tally.labelled)),
-            "f1": None if causal else known(f1(tally.confusion)),
+            "f1": None if over_ids else known(f1(tally.confusion)),
             "cross_entropy": hard,
-            "perplexity": perplexity(hard) if causal else None,
+            "perplexity": perplexity(hard) if over_ids else None,
             "calibration_error": known(tally.calibration.error),
             "calibration": tuple(Bin(*values) for values in tally.calibration.filled()),
         }

@@ -59,7 +59,7 @@ class EvaluateResult:
 
     Attributes:
         source: the cache or the corpus.
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         label_names: the classes, or None.
         rows: rows in the set.
         positions: positions (one a row for classification).

@@ -36,7 +36,7 @@ from kdcache.files import local_path, output_errors, whole_file, write_json
 from kdcache.targets import SoftTargets
 from kdcache.targets.decoded import SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import CAUSAL_LM, IGNORE, positions
+from kdcache.tasks import IGNORE, TASKS, positions
 
 _ABOUT = "_kdcache.json"  # tools for tables pass such names by
 _MOST_IDS = 4096  # of targets that name them all
@@ -175,11 +175,11 @@ class _Writer:
                 return
 
     def _table(self, data: ShardData, rows: range) -> pa.Table:
-        causal = data.task == CAUSAL_LM
+        per_token = TASKS[data.task].per_token
         tokens = slice(data.offsets[rows.start], data.offsets[rows.stop])
         places = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
         ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
-        labels = data.labels[tokens] if causal else data.labels[rows.start : rows.stop]
+        labels = data.labels[tokens] if per_token else data.labels[rows.start : rows.stop]
         counts, ids, probs, tail = self._entries(
             data.targets.take(np.arange(places.start, places.stop))
         )
@@ -194,7 +194,7 @@ class _Writer:
         if data.label_logprob is not None:
             values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
         columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
-        if causal:
+        if per_token:
             columns["labels"] = _list_of(ends, pa.array(labels, pa.int32()))
             columns |= {name: _list_of(ends, column) for name, column in values.items()}
             if data.starts is not None:

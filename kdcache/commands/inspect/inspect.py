@@ -31,7 +31,7 @@ from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import IGNORE, TASKS
 
 _SAMPLED_SHARDS = 8
 
@@ -112,7 +112,7 @@ class InspectResult:
         fingerprint: SHA-256 of its spec.
         digest: SHA-256 of its manifest: names the exact bytes. None where it is not finished.
         teachers: their names when the cache was built.
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         codec: canonical codec text.
         temperatures: the declared temperatures; `dense` allows others too.
         any_temperature: whether temperatures that are not declared are allowed.
@@ -273,9 +273,10 @@ def _row(
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
     targets = data.targets.take(np.arange(first, last))
-    causal = cache.spec.task == CAUSAL_LM
-    tokenizer = cache.tokenizer() if causal else None
-    name = _token_text(tokenizer) if causal else _class_name(cache.spec.label_names)
+    task = TASKS[cache.spec.task]
+    tokenizer = cache.tokenizer() if task.per_token else None
+    token = _token_text(tokenizer)
+    name = token if task.over_ids else _class_name(cache.spec.label_names)
     guesses, rests, exact = _guesses(targets, temperature, options.top)
     logprobs = np.full(last - first, np.nan)
     if data.label_logprob is not None:
@@ -288,7 +289,7 @@ def _row(
         positions.append(
             PositionView(
                 place=int(place),
-                token=name(int(row.input_ids[place])) if causal else None,
+                token=token(int(row.input_ids[place])) if task.per_token else None,
                 label=None if label == IGNORE else label,
                 label_text=None if label == IGNORE else name(label),
                 label_logprob=logprob if math.isfinite(logprob) else None,

@@ -11,12 +11,7 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.groups import RowOptions, TeacherRunOptions
 from kdcache.errors import UsageError
 from kdcache.options import option
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task
-
-_CODECS = {
-    CAUSAL_LM: ("anchored:10", "anchored:20", "sample:10", "sample:20", "sample:40", "topk:64"),
-    SEQUENCE_CLASSIFICATION: ("dense", "dense:float16"),
-}
+from kdcache.tasks import CAUSAL_LM, TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class PlanOptions(RowOptions, TeacherRunOptions):
     @property
     def codecs(self) -> tuple[str, ...]:
         """The codecs to compare."""
-        return self.codec or _CODECS[self.task]
+        return self.codec or TASKS[self.task].plans
 
     @property
     def temperature_sets(self) -> tuple[tuple[float, ...], ...]:

@@ -50,7 +50,7 @@ class PlanResult:
 
     Attributes:
         teacher: the teachers' names.
-        task: `causal-lm` or `sequence-classification`.
+        task: one of `kdcache.tasks.TASKS`.
         vocab_size: ids or classes of a target.
         rows: in the sample.
         positions: in the sample.

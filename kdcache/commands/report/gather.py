@@ -30,7 +30,7 @@ from kdcache.files import local_path
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import IGNORE, TASKS
 
 SWEEP_FILE = "results.json"
 _SHARDS = 2  # whose targets are looked at
@@ -239,7 +239,7 @@ def _surprise(cache: Cache, data: ShardData, places: np.ndarray) -> list[float]:
     """Minus the log-probability of the labels of some positions, where it is known."""
     if data.label_logprob is not None:
         return [-float(logprob) for logprob in decode_logprobs(data.label_logprob[places])]
-    if cache.spec.task == CAUSAL_LM or not cache.codec().any_temperature:
+    if TASKS[cache.spec.task].over_ids or not cache.codec().any_temperature:
         return []
     targets = with_logits(data.targets.take(places).at(1.0))
     assert isinstance(targets, DenseTargets), "right at any temperature"

@@ -10,7 +10,7 @@ from kdcache.commands.report.charts import histogram
 from kdcache.commands.report.gather import CachePart, TargetFigures
 from kdcache.commands.report.html import Html, details, element, facts, join, table
 from kdcache.humanize import size
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 
 _TEXT = 20_000  # characters of a row's text
 _TOKENS = 1024  # of a row as text
@@ -55,7 +55,7 @@ def _sentence(found: InspectResult) -> str:
 
 
 def _facts(found: InspectResult) -> list[tuple[str, str]]:
-    kind = "classes" if found.task != CAUSAL_LM else "ids"
+    kind = "ids" if TASKS[found.task].over_ids else "classes"
     temperatures = ", ".join(f"{t:g}" for t in found.temperatures)
     pairs = [
         ("task", found.task),
@@ -183,12 +183,12 @@ def _range(level: int) -> str:
 
 
 def _row(row: RowView) -> Html:
-    causal = any(position.token is not None for position in row.positions)
+    per_token = any(position.token is not None for position in row.positions)
     about = "" if row.exact else ", unbiased sample"
     title = f"Row {row.row}: {row.tokens:,} tokens, T = {row.temperature:g}{about}"
     texts = (
         [_tokens(row)]
-        if causal
+        if per_token
         else [
             element("p", _cut(text, _TEXT), class_="row")
             for text in (row.text, row.text_pair)
@@ -196,18 +196,18 @@ def _row(row: RowView) -> Html:
         ]
     )
     shown = row.positions[:_POSITIONS]
-    lines = [_line(position, causal, _is_exact(row)) for position in shown]
-    head = ("after", "next", "nats") if causal else ("label", "nats")
+    lines = [_line(position, per_token, _is_exact(row)) for position in shown]
+    head = ("after", "next", "nats") if per_token else ("label", "nats")
     header = (
         ("place", *head, "teacher's best guesses", "rest")
-        if causal
+        if per_token
         else (*head, "teacher's probabilities", "rest")
     )
     caption = f"Row {row.row}, position by position"
     if len(shown) < len(row.positions):
         caption += f": the first {len(shown)} of {len(row.positions):,}"
-    inner = table(caption, header, lines, texts=(1, 2, 4) if causal else (0, 2))
-    opened = inner if not causal else details("Position by position", inner)
+    inner = table(caption, header, lines, texts=(1, 2, 4) if per_token else (0, 2))
+    opened = inner if not per_token else details("Position by position", inner)
     return element("article", element("h4", title), *texts, opened)
 
 
@@ -238,9 +238,9 @@ def _tokens(row: RowView) -> Html:
     return element("p", *parts, class_="row")
 
 
-def _line(position: PositionView, causal: bool, exact: bool) -> tuple[str, ...]:
+def _line(position: PositionView, per_token: bool, exact: bool) -> tuple[str, ...]:
     nats = _nats(position, exact)
-    quote = _quoted if causal else str
+    quote = _quoted if per_token else str
     cell = element("span", "-" if nats is None else f"{nats:.2f}", class_=f"t {_level(nats)}")
     guesses = element(
         "ul",
@@ -252,7 +252,7 @@ def _line(position: PositionView, causal: bool, exact: bool) -> tuple[str, ...]:
     )
     label = "-" if position.label_text is None else quote(_cut(position.label_text, _TOKEN))
     rest = f"{position.rest:.3f}"
-    if causal:
+    if per_token:
         after = quote(_cut(position.token or "", _TOKEN))
         return (str(position.place), after, label, cell, guesses, rest)
     return (label, cell, guesses, rest)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from kdcache.cache import Cache
 from kdcache.commands.train.result import TrainResult
 from kdcache.targets import DenseTargets
-from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
+from kdcache.tasks import IGNORE, TASKS
 
 
 def teacher_figures(
@@ -30,7 +30,7 @@ def teacher_figures(
     Returns:
         `accuracy` and `hard_loss`, as far as they are known and the same for all runs.
     """
-    if caches and caches[0].spec.task == SEQUENCE_CLASSIFICATION:
+    if caches and not TASKS[caches[0].spec.task].over_ids:
         return _of_classes(caches)
     known = {
         result.eval_teacher_cross_entropy if evaluated else result.teacher_cross_entropy

@@ -12,11 +12,10 @@ import yaml
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
 from kdcache.storage import redact
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 from kdcache.version import __version__
 
 CARD_FILE = "README.md"
-_PIPELINES = {CAUSAL_LM: "text-generation"}
 
 
 def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> str:
@@ -29,10 +28,10 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     """
     options, spec = plan.options, plan.caches[0].spec
     name = plan.out.name
-    causal = spec.task == CAUSAL_LM
+    task = TASKS[spec.task]
     header: dict[str, Any] = {
         "library_name": "peft" if options.lora else "transformers" if model_type else "kdcache",
-        "pipeline_tag": _PIPELINES.get(spec.task, "text-classification"),
+        "pipeline_tag": task.pipeline,
         "tags": ["knowledge-distillation", "kdcache"],
     }
     if options.lora and not Path(options.student).exists():
@@ -67,15 +66,14 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     ]
     measured: dict[str, Any] = {"training loss": result.loss}
     measured |= {f"evaluation: {key}": value for key, value in result.eval.items()}
-    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
     # Its own models are registered with transformers by the import.
     first = "import kdcache\n" if not model_type or model_type.startswith("kdcache-") else ""
     call = "kdcache.load_student"
     if options.lora:
         first = "import kdcache\n"  # merges it into its base, with a classifier's own classes
     elif model_type:
-        first += f"from transformers import {auto}\n"
-        call = f"{auto}.from_pretrained"
+        first += f"from transformers import {task.auto}\n"
+        call = f"{task.auto}.from_pretrained"
     trust = "" if model_type else f", trust_remote_code={True}"  # the code that made it
     load = f"{first}\nmodel = {call}({json.dumps(name)}{trust})"
     return (

@@ -31,7 +31,7 @@ from kdcache.student.checkpoints import (
 )
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import Codec, SoftTargets
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import IGNORE, TASKS
 from kdcache.teacher.adapter import ADAPTER_CONFIG
 
 RESULT_FILE = "train.json"
@@ -82,7 +82,7 @@ class RunPlan:
                 f"--anchor is {options.anchor}, but the cache is {first.spec.codec}. Leave it out, "
                 "or build the cache with --codec anchored:N."
             )
-        if options.best == "accuracy" and first.spec.task == CAUSAL_LM:
+        if options.best == "accuracy" and TASKS[first.spec.task].over_ids:
             problems.append("best is accuracy, which is for classifiers. Use loss.")
         if options.best == "soft_loss" and options.hard_only:
             problems.append(
@@ -275,7 +275,7 @@ def _missing_labels(
 
 def _labelled(caches: Sequence[Cache]) -> bool:
     """Whether any row has a hard label; the rows of a language model have by their nature."""
-    if any(cache.spec.task == CAUSAL_LM for cache in caches):
+    if any(TASKS[cache.spec.task].causal for cache in caches):
         return True
     shards = ((cache, shard) for cache in caches for shard in range(cache.spec.spans))
     return any((c.read(shard, targets=False).labels != IGNORE).any() for c, shard in shards)

@@ -67,7 +67,7 @@ from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer, soft_name
 from kdcache.student.words import unknown_share
 from kdcache.targets import SoftTargets
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
 
@@ -181,20 +181,20 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         UsageError: there is no such student, or it does not fit the caches.
     """
     options, spec = plan.options, plan.caches[0].spec
-    causal = spec.task == CAUSAL_LM
+    task = TASKS[spec.task]
     tokenizer = plan.caches[0].tokenizer()
-    length = spec.max_length if causal else options.max_length
+    length = options.max_length if task.texts else spec.max_length
     info = StudentInfo(
         task=spec.task,
         # For classification the cache's own vocabulary size is that of the classes.
-        vocab_size=spec.vocab_size if causal else max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=spec.vocab_size if task.over_ids else max(tokenizer.get_vocab().values()) + 1,
         num_labels=spec.num_labels,
         label_names=spec.label_names,
         pad_id=spec.pad_id,
         bos_id=tokenizer.bos_token_id,
         eos_id=spec.eos_id,
         max_length=length or _WORDS_LENGTH,
-        texts=None if causal else _texts(plan.caches),
+        texts=_texts(plan.caches) if task.texts else None,
         tokenizer=tokenizer,
         seed=options.seed,
     )

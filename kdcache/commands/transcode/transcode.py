@@ -28,7 +28,7 @@ from kdcache.commands.build.ranks import ranks_by_count
 from kdcache.commands.transcode.cache_source import CacheSourceOptions, SourceShard, check_source
 from kdcache.commands.transcode.options import TranscodeOptions
 from kdcache.targets import Codec
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import IGNORE, TASKS
 
 _COUNTED = 16  # shards whose labels are counted for frequency ranks
 
@@ -61,7 +61,7 @@ def _plan(options: TranscodeOptions) -> CachePlan:
     codec = Codec.parse(options.codec, options.temperatures or spec.temperatures, spec.vocab_size)
     check_source(source.codec(), codec)
     ranks = b""
-    if spec.task == CAUSAL_LM and codec.uses_ranks:
+    if TASKS[spec.task].over_ids and codec.uses_ranks:
         ranks = source.read_beside("ranks.u32") if spec.ranks else _count_ranks(source)
     gpus = gpus_of(options)
     digest = source.digest

@@ -41,7 +41,7 @@ from kdcache.targets import (
     TargetWriter,
     position_uniform,
 )
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import TASKS
 from kdcache.teacher import EngineOptions, Teacher, TeacherFiles, TeacherOptions
 
 _LOGITS = 1 << 25  # numbers, of all positions that are compared
@@ -164,13 +164,13 @@ def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
             "Name each with a --teacher, in the order of the build."
         )
     for one in files:
-        if spec.task != CAUSAL_LM and one.label_names != spec.label_names:
+        if not TASKS[spec.task].over_ids and one.label_names != spec.label_names:
             raise UsageError(
                 f"teacher {one.name} has the classes {one.label_names}, {cache.url} has "
                 f"{spec.label_names}: it is not the teacher of this cache."
             )
         width = int(one.config.get_text_config().vocab_size)
-        if spec.task == CAUSAL_LM and width < spec.vocab_size:
+        if TASKS[spec.task].over_ids and width < spec.vocab_size:
             raise UsageError(
                 f"teacher {one.name} has {width} ids, the targets of {cache.url} have "
                 f"{spec.vocab_size}: it is not the teacher of this cache."

@@ -134,7 +134,7 @@ class EngineModel:
         Raises:
             UsageError: its states are no function of the tokens before, or not the last ones.
         """
-        sample = probe_rows(rows, causal=True)
+        sample = probe_rows(rows, per_token=True)
         want = [self._alone(row) for row in sample]
         check_steady(self.name, want, self._tolerance)
         check_causal(self.name, self._alone, sample[0], want[0], self._tolerance)
