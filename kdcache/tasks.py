@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeVar
 from kdcache.errors import UsageError
 
 Task = Literal["causal-lm", "sequence-classification"]
+Answers = Literal["ids", "classes", "labels", "score"]
 CAUSAL_LM: Final = "causal-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 
@@ -30,8 +31,9 @@ class TaskType:
     Attributes:
         noun: a model for it, for messages.
         per_token: whether a label belongs to each token of a row, or one to the row as a whole.
-        over_ids: whether an answer is a distribution over the ids of a vocabulary, or over classes
-            that have names.
+        answers: what an answer is over: `ids`, a distribution over those of a vocabulary;
+            `classes`, one over classes that have names; `labels`, a probability of each of these
+            by itself; `score`, a value.
         causal: whether an answer may depend on no later token than its own; the label of a token
             is then the next one.
         texts: whether a shard keeps the text of its rows, so that a student with a tokenizer of
@@ -45,7 +47,7 @@ class TaskType:
 
     noun: str
     per_token: bool
-    over_ids: bool
+    answers: Answers
     causal: bool
     texts: bool
     auto: str
@@ -54,12 +56,22 @@ class TaskType:
     codec: str
     plans: tuple[str, ...]
 
+    @property
+    def over_ids(self) -> bool:
+        """Whether an answer is a distribution over the ids of a vocabulary."""
+        return self.answers == "ids"
+
+    @property
+    def named(self) -> bool:
+        """Whether an answer is over classes that have names."""
+        return self.answers in ("classes", "labels")
+
 
 TASKS: Final[Mapping[str, TaskType]] = {
     CAUSAL_LM: TaskType(
         noun="causal language model",
         per_token=True,
-        over_ids=True,
+        answers="ids",
         causal=True,
         texts=False,
         auto="AutoModelForCausalLM",
@@ -71,7 +83,7 @@ TASKS: Final[Mapping[str, TaskType]] = {
     SEQUENCE_CLASSIFICATION: TaskType(
         noun="sequence classifier",
         per_token=False,
-        over_ids=False,
+        answers="classes",
         causal=False,
         texts=True,
         auto="AutoModelForSequenceClassification",

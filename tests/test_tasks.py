@@ -12,7 +12,7 @@ import transformers
 from kdcache.errors import UsageError
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec
-from kdcache.tasks import IGNORE, TASKS, Task, check_task, positions, task_of
+from kdcache.tasks import IGNORE, TASKS, Answers, Task, check_task, positions, task_of
 
 
 def test_the_table_has_each_task_of_the_options() -> None:
@@ -27,6 +27,14 @@ def test_a_task_names_a_class_of_transformers_and_codecs_that_exist(task: str) -
     for name in (kind.codec, *kind.plans):
         assert Codec.parse(name, (1.0,), 300)
     assert not kind.causal or kind.per_token
+    assert kind.answers in get_args(Answers)
+    # Ids have no names of their own, and a value is one of none.
+    assert (kind.over_ids, kind.named) == {
+        "ids": (True, False),
+        "classes": (False, True),
+        "labels": (False, True),
+        "score": (False, False),
+    }[kind.answers]
 
 
 @pytest.mark.parametrize("task", TASKS)
