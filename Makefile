@@ -1,8 +1,10 @@
 # One command each: `make demo`, `make test`, `make lint`. Each sets up its virtual environment first.
-# Variables: PYTHON (3.10-3.13), TORCH (e.g. TORCH=torch==2.13.0 or a CPU build), VENV, PYTEST_ARGS.
+# Variables: PYTHON (3.10-3.13), TORCH (e.g. TORCH=torch==2.13.0 or a CPU build), VENV, PYTEST_ARGS,
+# JOBS (processes of `make test`: files of tests are dealt to them; 0 for none but pytest's own).
 PYTHON ?= python3
 TORCH ?= torch>=2.6
 VENV ?= .venv
+JOBS ?= 2
 VLLM_VENV ?= .vllm
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
@@ -35,7 +37,7 @@ demo: install
 	$(BIN)/kdcache demo --out .demo
 
 test: install
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: install
 	KDCACHE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

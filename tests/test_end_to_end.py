@@ -51,10 +51,10 @@ def test_two_workers_make_the_same_cache_as_none(
     ray: None, tiny_lm: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
     options = options_of(tiny_lm, text_corpus, tmp_path / "ray")
-    seen = []
-    result = build(options, on_progress=seen.append)
+    # Who makes which span, and whether the second worker is up in time for any, is left to chance;
+    # `test_faults` holds builds until several work.
+    result = build(options)
     assert result.made == result.spans > 5
-    assert max(len(progress.workers) for progress in seen) == 2
     alone = options_of(tiny_lm, text_corpus, tmp_path / "alone")
     build(BuildOptions(**{**vars(alone), "workers": 0}))
     assert files(tmp_path / "ray") == files(tmp_path / "alone")
