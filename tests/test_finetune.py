@@ -7,6 +7,7 @@ import errno
 import json
 import re
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from transformers import (
     DistilBertModel,
 )
 
+from kdcache.cache import Cache
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.finetune.finetune import FinetuneResult, finetune
 from kdcache.commands.finetune.finetune import _first as first_tensors
 from kdcache.commands.finetune.options import FinetuneOptions
@@ -39,6 +43,7 @@ from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.rows import Row
 from kdcache.teacher import TeacherFiles
+from kdcache.teacher.adapter import quiet_peft
 from kdcache.teacher.headed import HeadedForSequenceClassification
 
 Make = Callable[..., FinetuneOptions]
@@ -293,7 +298,8 @@ def test_wrong_input_is_told_and_nothing_is_written(
 
 
 def saved(teacher: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(teacher, "model.safetensors"))
+    (weights,) = Path(teacher).glob("*.safetensors")
+    return load_file(weights)
 
 
 def same(one: FinetuneResult, other: FinetuneResult) -> bool:
@@ -381,6 +387,109 @@ def test_files_may_not_grow(folder: Path, tmp_path: Path, whole: FinetuneResult)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert same(finetune(three_epochs(folder, tmp_path)), whole)
+
+
+@pytest.mark.parametrize("model", ["bert", "distil"])
+def test_an_adapter_is_a_teacher_of_its_own_files(
+    options: Make, folder: Path, tmp_path: Path, model: str
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is optional")
+    base = (folder / model / "model.safetensors").read_bytes()
+    chosen = options(
+        model=str(folder / model), eval_corpus=str(folder / "test.jsonl"), epochs=8, lora="r=4"
+    )
+    result = finetune(chosen)
+    assert result.accuracy is not None
+    assert result.accuracy > 0.9
+    assert 0 < result.trained < result.parameters / 2
+    assert (folder / model / "model.safetensors").read_bytes() == base
+    names = {path.name for path in Path(result.out).iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "kdcache_adapter.json"} < names
+    assert "model.safetensors" not in names
+    lora = [name for name in saved(result.out) if "lora_" in name]
+    layers = {"bert": 2 * 6 + 1, "distil": 6}[model]  # attention 4, MLP 2; the pooler is the body's
+    assert len(lora) == 2 * layers
+
+    # What PEFT alone loads, and what `build` runs, is what was measured.
+    texts = [json.loads(x) for x in (folder / "test.jsonl").read_text().splitlines()]
+    rows = AutoTokenizer.from_pretrained(result.out)([x["text"] for x in texts], padding=True)
+    inputs = {k: torch.tensor(rows[k]) for k in ("input_ids", "attention_mask")}
+    with quiet_peft():
+        alone = peft.AutoPeftModelForSequenceClassification.from_pretrained(result.out)
+    with torch.no_grad():
+        logits = alone.eval()(**inputs).logits
+    right = [
+        ("bad", "good")[int(p)] == x["label"] for p, x in zip(logits.argmax(-1), texts, strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(result.accuracy)
+    build(
+        BuildOptions(
+            teacher=(result.out,), corpus=(str(folder / "test.jsonl"),), workers=0,
+            out=str(tmp_path / "cache"), task="sequence-classification", max_length=16,
+        )
+    )  # fmt: skip
+    cache = Cache.open(str(tmp_path / "cache"))
+    assert cache.spec.label_names == ("bad", "good")
+    spans = range(len(cache.manifest.shards))
+    cached = np.concatenate([cache.read(s).targets.columns["logits"] for s in spans])
+    np.testing.assert_allclose(cached, logits, atol=2e-3)
+
+    assert not finetune(dataclasses.replace(chosen, lora="r=4,alpha=8")).made  # the same
+    with pytest.raises(UsageError, match="lora: r=4,alpha=8,targets=all-linear -> r=2"):
+        finetune(dataclasses.replace(chosen, lora="r=2"))
+
+
+def test_an_interrupted_adapter_continues_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is optional")
+    places = [tmp_path / name for name in ("whole", "broken")]
+    whole, chosen = (
+        dataclasses.replace(three_epochs(folder, p), lora="r=2,dropout=0.1", patience=3)
+        for p in places
+    )
+
+    def strike(now: TrainProgress) -> None:
+        if now.step == 36:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(IncompleteError, match="continues from step 30"):
+        finetune(chosen, on_progress=strike)
+    assert same(finetune(chosen), finetune(whole))
+
+
+def test_a_base_that_changed_ends_an_adapter(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is optional")
+    base = tmp_path / "base"
+    shutil.copytree(folder / "bert", base)
+    chosen = dataclasses.replace(three_epochs(folder, tmp_path), model=str(base), lora="r=2")
+
+    def strike(now: TrainProgress) -> None:
+        if now.step == 20:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(IncompleteError):
+        finetune(chosen, on_progress=strike)
+    weights = saved(str(base))
+    save_file({k: v + 1 for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="was made with other caches or options:\n  base: "):
+        finetune(chosen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora": "16"}, "--lora is '16', expected such as r=16"),
+        ({"lora": "r=2", "freeze": 1}, "--lora freezes all of the encoder"),
+        ({"lora": "r=2", "train_last": 1}, "--lora freezes all of the encoder"),
+        ({"lora": "r=2", "head_width": 8}, "leave out --lora or --head-width"),
+        ({"lora": "r=2,targets=q_proj"}, "model .*bert has no linear layer q_proj to adapt; its"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(
+    options: Make, changes: dict[str, Any], told: str
+) -> None:
+    pytest.importorskip("peft", reason="peft is optional")
+    with pytest.raises(UsageError, match=told):
+        finetune(options(**changes))
 
 
 def test_a_second_one_and_an_address_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Guarantee: whatever of the student is not in its base's files is in the adapter'
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def with_lora(
     files: TeacherFiles,
     info: StudentInfo,
     new: Collection[str] = (),
+    role: str = "student",
 ) -> nn.Module:
     """Freeze a Hugging Face student but for a new adapter, and the head of a classifier.
 
@@ -65,6 +67,7 @@ def with_lora(
         files: of the student.
         info: the cache's side.
         new: names of the student's weights that its files lack.
+        role: what the model is in messages.
 
     Returns:
         The PEFT model.
@@ -78,12 +81,12 @@ def with_lora(
     loose = sorted(n for n in new if "." not in n)
     if loose:
         raise UsageError(
-            f"--lora cannot adapt student {name}: its files lack {loose[0]}, which belongs to no "
+            f"--lora cannot adapt {role} {name}: its files lack {loose[0]}, which belongs to no "
             "layer and would not be saved. Train without --lora."
         )
     saved = sorted({*([] if over_ids else _heads(student)), *(n.rpartition(".")[0] for n in new)})
     saved = [one for one in saved if not any(one.startswith(f"{other}.") for other in saved)]
-    targets = _targets(student, lora, name, saved, over_ids)
+    targets = _targets(student, lora, f"{role} {name}", saved, over_ids)
     config = LoraConfig(
         task_type=TaskType[PEFT_TASKS[info.task]],
         r=lora.r,
@@ -97,9 +100,11 @@ def with_lora(
             adapted = get_peft_model(student, config)
     except (AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"--lora {lora} cannot adapt student {name}: {reason}.") from error
+        raise UsageError(f"--lora {lora} cannot adapt {role} {name}: {reason}.") from error
     local = Path(name).expanduser()
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else files.name
+    # PEFT would ask the hub whether embeddings are the base's.
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     adapted.kdcache_adapter = {
         "base_sha256": files.sha256,
         "label_names": None if over_ids else list(info.label_names or ()) or None,
@@ -122,9 +127,7 @@ def _heads(student: Any) -> list[str]:
     ]
 
 
-def _targets(
-    student: Any, lora: Lora, name: str, saved: Iterable[str], over_ids: bool
-) -> list[str]:
+def _targets(student: Any, lora: Lora, who: str, saved: Iterable[str], over_ids: bool) -> list[str]:
     """Names for PEFT of the layers to adapt: short ones where they mean just these."""
     output = student.get_output_embeddings() if lora.targets == (ALL_LINEAR,) else None
     every = dict(student.named_modules())
@@ -143,7 +146,7 @@ def _targets(
         if not own:
             known = sorted({path.rpartition(".")[2] for path in free})
             raise UsageError(
-                f"--lora: student {name} has no linear layer {target} to adapt; its layers are "
+                f"--lora: {who} has no linear layer {target} to adapt; its layers are "
                 f"{', '.join(known[:_SHOWN])}."
             )
         found |= set(own)

@@ -37,7 +37,7 @@ from kdcache.loss import (
 from kdcache.student.documents import check_documents, in_one_row
 from kdcache.targets import SparseTargets, Targets
 from kdcache.tasks import IGNORE, TASKS, check_task, positions
-from kdcache.teacher.adapter import ADAPTER_FACTS, sort_config
+from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.trust import FACTORY_TYPE
 
@@ -176,13 +176,10 @@ class DistilledStudent(nn.Module):
         folder = Path(save_directory)
         save = getattr(self.student, "save_pretrained", None)
         if save is not None:
-            adapter = getattr(self.student, "kdcache_adapter", None)
-            if adapter is not None:  # PEFT would ask the hub whether embeddings are the base's
-                options["save_embedding_layers"] = False
             save(save_directory, **options)
+            adapter = getattr(self.student, "kdcache_adapter", None)
             if adapter is not None:
-                (folder / ADAPTER_FACTS).write_text(json.dumps(adapter, indent=2) + "\n")
-                sort_config(folder)
+                complete_adapter(folder, adapter)
             return
         folder.mkdir(parents=True, exist_ok=True)
         made_by = getattr(self.student, "kdcache_factory", {})

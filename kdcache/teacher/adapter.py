@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,15 @@ class AdapterFolder:
             ) from error
 
 
-def sort_config(folder: Path) -> None:
-    """Give the names in an adapter's configuration an order, which PEFT does not."""
+def complete_adapter(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Complete an adapter that PEFT saved: facts beside it, and an order for the names that its
+    configuration has as sets.
+
+    Args:
+        folder: of the adapter.
+        facts: see `AdapterFolder.facts`.
+    """
+    (folder / ADAPTER_FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n")
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text())
     for name in ("target_modules", "modules_to_save"):

@@ -4,7 +4,7 @@
 
 All of the encoder is trained, or only its last parameter tensors and the new head (Tang et al. 2019
 froze all but the last four of BERT and put a ReLU layer of 192 before the classes: `train_last=4,
-head_width=192`).
+head_width=192`), or a low-rank adapter and the head (`lora="r=16"`), whose folder is one of PEFT.
 
 Cost: one pass over the records for the class names, then all rows are kept as token ids in memory.
 Guarantee: the folder appears whole; the same command on it again does nothing. Until then
@@ -49,14 +49,18 @@ from kdcache.files import (
 )
 from kdcache.models import HeadedConfig
 from kdcache.rows import Row
+from kdcache.student.adapter import with_lora
 from kdcache.student.checkpoints import (
     check_identity,
     continues,
     last_checkpoint,
     read_state,
 )
+from kdcache.student.info import StudentInfo
 from kdcache.student.load import find_files
+from kdcache.tasks import SEQUENCE_CLASSIFICATION
 from kdcache.teacher import TeacherFiles, quiet_transformers
+from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.headed import HeadedForSequenceClassification
 from kdcache.teacher.load import set_pad_id
 
@@ -147,13 +151,18 @@ def _finetune(
         tests, _, _ = labelled_rows(options, options.eval_corpus, names, files)
         report("loading the model")
         model = _model(options, files, names)
-        _freeze(model, options)
+        if options.adapter is None:
+            _freeze(model, options)
+        weights = list(model.parameters())
+        trained = sum(p.numel() for p in weights if p.requires_grad)
         trainer = make_trainer(options, model, tokenizer, rows, tests, run, on_progress, report)
         trainer.identity = {
             "options": {k: v for k, v in _plain(options).items() if k not in _MAY_CHANGE},
             "rows": _digest(rows),
             "tests": _digest(tests),
         }
+        if options.adapter is not None:  # whose checkpoints are differences from the base
+            trainer.identity["base"] = model.kdcache_adapter["base_sha256"]
         resume = last_checkpoint(run)
         if resume is not None:
             state = read_state(resume)
@@ -162,13 +171,12 @@ def _finetune(
             report(f"resuming from {resume}")
         outcome = trainer.train(str(resume) if resume else None)
         scores = best_scores(trainer.state)
-        weights = list(model.parameters())
         result = FinetuneResult(
             out=str(out),
             label_names=names,
             rows=len(rows),
             unlabelled=unlabelled,
-            trained=sum(p.numel() for p in weights if p.requires_grad),
+            trained=trained,
             parameters=sum(p.numel() for p in weights),
             steps=outcome.global_step,
             loss=mean_loss(trainer.state),
@@ -179,6 +187,8 @@ def _finetune(
         )
         with whole_folder(run / "teacher") as folder:
             model.save_pretrained(folder)
+            if options.adapter is not None:
+                complete_adapter(folder, model.kdcache_adapter)
             tokenizer.save_pretrained(str(folder))
             document = {"options": _plain(options), "result": dataclasses.asdict(result)}
             lines = (json.dumps(line) for line in trainer.state.log_history)
@@ -203,7 +213,9 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 def _plain(options: FinetuneOptions) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(dataclasses.asdict(options))))
+    values = dict(json.loads(json.dumps(dataclasses.asdict(options))))
+    values["lora"] = None if options.adapter is None else str(options.adapter)
+    return values
 
 
 def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
@@ -249,8 +261,9 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
         set_pad_id(config, files)
         kind = AutoModelForSequenceClassification if options.head_width is None else AutoModel
-        model = kind.from_pretrained(
+        model, found = kind.from_pretrained(
             files.folder,
+            output_loading_info=True,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
@@ -264,6 +277,11 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
             f"model {options.model} cannot be loaded as an encoder (safetensors weights "
             f"only): {first}"
         ) from error
+    if options.adapter is not None:
+        pad = getattr(config, "pad_token_id", None) or 0
+        info = StudentInfo(SEQUENCE_CLASSIFICATION, 0, len(names), names, pad)
+        new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        return with_lora(model, options.adapter, options.model, files, info, new, role="model")
     if options.head_width is None:
         return model
     head = HeadedConfig(

@@ -6,6 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from kdcache.choices import ClassWeights
 from kdcache.commands.groups import LearningOptions, RowOptions, form_problems
+from kdcache.errors import UsageError
+from kdcache.lora import Lora
 from kdcache.options import option
 from kdcache.tasks import SEQUENCE_CLASSIFICATION
 
@@ -44,7 +46,9 @@ class FinetuneOptions(RowOptions, LearningOptions):
     )
     epochs: float = option(3.0, help="passes over the corpus.", above=0)
     learning_rate: float | None = option(
-        None, help="peak. Default: 5e-5, or 1e-3 where only a part is trained.", above=0
+        None,
+        help="peak. Default: 5e-5, or 1e-3 with `train_last`, 2e-4 for an adapter.",
+        above=0,
     )
     warmup: float = option(
         0.1,
@@ -72,6 +76,13 @@ class FinetuneOptions(RowOptions, LearningOptions):
         help="train only the head and this many of the encoder's last parameter tensors.",
         at_least=0,
     )
+    lora: str | None = option(
+        None,
+        help="train only a low-rank adapter and the head (kdcache[lora]), such as "
+        "`r=16,alpha=32,dropout=0.05,targets=query+value`. Default: alpha twice r, no dropout, "
+        "targets all-linear.",
+        metavar="r=R[,alpha=A][,targets=NAMES]",
+    )
     head_width: int | None = option(
         None,
         help="units of a ReLU layer before the classes. Default: the architecture's own head.",
@@ -88,4 +99,20 @@ class FinetuneOptions(RowOptions, LearningOptions):
             problems.append("--patience waits for a better epoch on --eval-corpus: name one.")
         if self.freeze is not None and self.train_last is not None:
             problems.append("--freeze and --train-last choose what is trained: give one of them.")
+        try:
+            _ = self.adapter
+        except UsageError as error:
+            problems.append(str(error))
+        if self.lora is not None and (self.freeze, self.train_last) != (None, None):
+            problems.append("--lora freezes all of the encoder: leave out --freeze, --train-last.")
+        if self.lora is not None and self.head_width is not None:
+            problems.append(
+                "--head-width makes another model than its base, and an adapter needs the base as "
+                "it is: leave out --lora or --head-width."
+            )
         return problems
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The adapter that is trained; None trains the encoder itself."""
+        return None if self.lora is None else Lora.parse(self.lora)

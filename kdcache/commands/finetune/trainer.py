@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def make_trainer(
         on_progress: called at every logged step.
         report: takes lines about slow steps.
     """
-    rate = options.learning_rate or (5e-5 if options.train_last is None else 1e-3)
+    usual = 2e-4 if options.lora else 5e-5 if options.train_last is None else 1e-3
+    rate = options.learning_rate or usual
     computing = Computing.choose(options.precision)
     arguments = TrainingArguments(
         output_dir=str(run),
@@ -105,7 +106,7 @@ def make_trainer(
 class FinetuneTrainer(CheckpointingTrainer):
     """Checkpoints note what they were trained on, and for how long."""
 
-    identity: Mapping[str, Any]
+    identity: dict[str, Any]
     before = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
