@@ -16,12 +16,17 @@ function                       divergences          logits in memory  matrix pro
 `distillation_loss`            all                  all, several x   (takes logits)
 `sliced_linear_distillation`   all                  one slice        4
 `fused_linear_distillation`    forward-kl           one slice        3, as cross-entropy has
+`chunk_loss`                   of chunks            all, several x   (takes logits)
 =============================  ===================  ===============  =======================
+
+`chunk_loss` is for students with a tokenizer of their own; `fused_linear_distillation` takes their
+targets, too.
 """
 
 from __future__ import annotations
 
 from kdcache.loss.anchor import Anchor
+from kdcache.loss.chunks import chunk_loss
 from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.reference import (
     DIVERGENCES,
@@ -40,6 +45,7 @@ __all__ = [
     "LossParts",
     "check_loss",
     "check_names",
+    "chunk_loss",
     "distillation_loss",
     "fused_linear_distillation",
     "sliced_linear_distillation",

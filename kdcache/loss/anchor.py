@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.targets import AnchoredTargets, Targets
+from kdcache.targets import AnchoredTargets
 
 FIGURES = 3
 """Figures that theta is estimated from: B, C, and what the draws fell short of."""
@@ -130,7 +130,7 @@ class Anchor:
             self._step = torch.zeros_like(self._past)
 
 
-def applied(anchor: Anchor | None, targets: Targets) -> Anchor | None:
+def applied(anchor: Anchor | None, targets: object) -> Anchor | None:
     """The anchor, where it changes a gradient that is being computed."""
     if anchor is None or anchor.off or not isinstance(targets, AnchoredTargets):
         return None

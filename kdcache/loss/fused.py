@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import FIGURES, Anchor, applied
+from kdcache.loss.chunk_pass import chunk_gradient_
 from kdcache.loss.passes import (
     Pass,
     anchored_pass,
@@ -41,6 +42,7 @@ from kdcache.targets import (
     SparseTargets,
     Targets,
 )
+from kdcache.targets.chunks import ChunkTargets
 from kdcache.targets.device import compiles
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
@@ -63,7 +65,7 @@ def fused_linear_distillation(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    targets: Targets,
+    targets: Targets | ChunkTargets,
     *,
     alpha: float | Tensor,
     divergence: str = "forward-kl",
@@ -107,7 +109,8 @@ def fused_linear_distillation(
     Raises:
         UsageError: see `distillation_loss`; also any other divergence.
     """
-    check_loss(targets, divergence=divergence, tail=tail)
+    if not isinstance(targets, ChunkTargets):
+        check_loss(targets, divergence=divergence, tail=tail)
     if divergence != "forward-kl":
         raise UsageError(
             f"the fused loss knows forward-kl, not {divergence}; use sliced_linear_distillation."
@@ -162,7 +165,7 @@ class _Fused(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        targets: Targets,
+        targets: Targets | ChunkTargets,
         each: Tensor,
         divisor: Tensor,
         options: _Options,
@@ -190,12 +193,13 @@ class _Fused(torch.autograd.Function):
         d_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if want_bias else None
         sums = torch.zeros(_sums(theta), dtype=wide, device=hidden.device)
         step = _rows(n, width, hidden.device, rows)
-        buffer = torch.empty((min(step, n), width), dtype=dtype, device=hidden.device)
+        parts = _slices(targets, n, step)
+        most = max((part.stop - part.start for part in parts), default=0)
+        buffer = torch.empty((most, width), dtype=dtype, device=hidden.device)
         rebuilt = _Rebuilt(buffer, wide) if isinstance(targets, HiddenTargets) else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, n, step):
-                part = slice(start, min(start + step, n))
-                z = buffer[: part.stop - start]
+            for part in parts:
+                z = buffer[: part.stop - part.start]
                 if b is None:
                     torch.mm(h[part], w.T, out=z)
                 else:
@@ -209,7 +213,7 @@ class _Fused(torch.autograd.Function):
                 if d_hidden is not None:
                     torch.mm(z, w, out=d_hidden[part])
                 if d_weight is not None:
-                    _accumulate_(d_weight[:width], z, h[part], first=start == 0)
+                    _accumulate_(d_weight[:width], z, h[part], first=part.start == 0)
                 if d_bias is not None:
                     d_bias[:width] += z.sum(0, dtype=wide)
         ctx.save_for_backward(d_hidden, d_weight, d_bias, divisor)
@@ -299,10 +303,17 @@ def _rows(n: int, width: int, device: torch.device, rows: int | None) -> int:
     return max(-(-n // slices), 1)
 
 
+def _slices(targets: Targets | ChunkTargets, n: int, step: int) -> list[slice]:
+    """Consecutive positions; those of a chunk stay together."""
+    if isinstance(targets, ChunkTargets):
+        return list(targets.cuts(step))
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
 def _logits_to_gradient_(
     z: Tensor,
     labels: Tensor,
-    targets: DenseTargets | SparseTargets,
+    targets: DenseTargets | SparseTargets | ChunkTargets,
     each: Tensor,
     options: _Options,
     cap: float | None = None,
@@ -322,10 +333,14 @@ def _logits_to_gradient_(
     block = len(z) if fast else max((2**26 if z.is_cuda else 2**20) // z.shape[1], 1)
     sums = torch.zeros(_sums(theta), dtype=each.dtype, device=z.device)
     tensors: tuple[Tensor, ...]
-    for start in range(0, len(z), block):
-        part = slice(start, start + block)
+    for part in _slices(targets, len(z), block):
         zs, label = z[part], ids[part]
         slope = None if cap is None else (compiled(cap_) if fast else cap_)(zs, cap)
+        if isinstance(targets, ChunkTargets):
+            sums += chunk_gradient_(zs, label, valid_each[part], targets[part], options.alpha)
+            if slope is not None:
+                zs.mul_(slope)
+            continue
         if isinstance(targets, DenseTargets):
             entries = label
             x = zs.gather(1, entries).to(each.dtype)

@@ -23,6 +23,7 @@ from kdcache.targets import (
     SparseTargets,
     Targets,
 )
+from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import IGNORE
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
@@ -322,7 +323,7 @@ def scalar_count(
     return torch.full((), count, dtype=like.dtype, device=like.device)
 
 
-def student_width(columns: int, targets: Targets, vocab_size: int | None) -> int:
+def student_width(columns: int, targets: Targets | ChunkTargets, vocab_size: int | None) -> int:
     """Number of the student's columns that take part: the teacher's vocabulary or classes."""
     width = vocab_size or columns
     if isinstance(targets, DenseTargets):

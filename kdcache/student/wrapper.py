@@ -30,12 +30,14 @@ from kdcache.loss import (
     Anchor,
     check_loss,
     check_names,
+    chunk_loss,
     distillation_loss,
     fused_linear_distillation,
     sliced_linear_distillation,
 )
 from kdcache.student.documents import check_documents, in_one_row
 from kdcache.targets import SparseTargets, Targets
+from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import IGNORE, TASKS, check_task, positions
 from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
@@ -191,7 +193,7 @@ class DistilledStudent(nn.Module):
     def forward(
         self,
         labels: Tensor | None = None,
-        targets: Targets | None = None,
+        targets: Targets | ChunkTargets | None = None,
         *,
         alpha: float | Tensor | None = None,
         count: float | Tensor | None = None,
@@ -207,7 +209,7 @@ class DistilledStudent(nn.Module):
             labels: int [B, L] aligned with the logits, -100 where there is no position (language
                 models); or [B], -100 at rows without a label.
             targets: those of all P positions in row-major order, or None to train on hard labels
-                alone.
+                alone. `ChunkTargets` are for language models with a tokenizer of their own.
             alpha: weight of the hard loss, one number. Default: the student's own.
             count: divisor of the loss. Default: P.
             num_items_in_batch: that of a whole step of several batches, which is stronger.
@@ -249,7 +251,10 @@ class DistilledStudent(nn.Module):
             alpha = 1.0
             count = (flat != IGNORE).sum().clamp_min(1) if count is None else count
         divergence = self.divergence if soft else "forward-kl"
-        check_loss(targets, divergence=divergence, tail=self.tail)
+        if isinstance(targets, ChunkTargets):
+            divergence = "forward-kl"
+        else:
+            check_loss(targets, divergence=divergence, tail=self.tail)
         if len(targets) != n:
             raise UsageError(
                 f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
@@ -264,16 +269,21 @@ class DistilledStudent(nn.Module):
             "count": count,
         }
         anchor = self.anchor if self.training else None
+        plain: Any
+        if isinstance(targets, ChunkTargets):
+            kept = {name: options[name] for name in ("alpha", "vocab_size", "count")}
+            plain = functools.partial(chunk_loss, targets=targets, **kept)
+        else:
+            plain = functools.partial(distillation_loss, targets=targets, anchor=anchor, **options)
         logits = None
         projection = self._project(inputs) if over_ids and not return_logits else None
         layer = None if projection is None else projection.layer
         if places is None:
             logits = logits_of(call(self.student, self._padded_its_way(inputs)))
-            parts = distillation_loss(logits, flat, targets, anchor=anchor, **options)
+            parts = plain(logits, flat)
         elif projection is None or layer is None:
             logits = _last(logits_of(call(self.student, inputs)), labels)
-            own = _pick(logits, places), flat[places]
-            parts = distillation_loss(*own, targets, anchor=anchor, **options)
+            parts = plain(_pick(logits, places), flat[places])
         else:
             states = _last(projection.states(layer, inputs), labels)
             linear: Any = sliced_linear_distillation

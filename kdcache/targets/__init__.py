@@ -21,6 +21,7 @@ student's data loader.
 from __future__ import annotations
 
 from kdcache.targets.base import Codec, Column
+from kdcache.targets.chunks import ChunkTargets, Groups
 from kdcache.targets.decoded import (
     AnchoredTargets,
     DenseTargets,
@@ -41,10 +42,12 @@ from kdcache.targets.topk import TopK
 __all__ = [
     "Anchored",
     "AnchoredTargets",
+    "ChunkTargets",
     "Codec",
     "Column",
     "Dense",
     "DenseTargets",
+    "Groups",
     "Hidden",
     "HiddenTargets",
     "OutputLayer",

@@ -1,0 +1,119 @@
+"""`kdcache.loss.chunks` on slices of logits: the gradient in place of the logits.
+
+A chunk's likelihood joins several positions, so a slice holds whole chunks: then all of it is known
+before its gradient is made, and the loss needs the three matrix products of cross-entropy. The
+likelihood's derivative by a chunk's log-likelihood, ``1 - (1 - p') / (1 - q')`` with primes for the
+power 1 / tau, is a weight of the cross-entropy of its tokens: beside plain cross-entropy it costs
+nothing but sums over positions. Groups cost, at their positions, one addition of each probability
+to its group and one look-up of its group's factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdcache.loss.chunks import NEAREST, binary_divergence
+from kdcache.targets import SparseTargets
+from kdcache.targets.chunks import ChunkTargets
+
+
+def chunk_gradient_(
+    z: Tensor, label: Tensor, valid: Tensor, targets: ChunkTargets, alpha: Tensor
+) -> Tensor:
+    """Replace logits [n, V] of whole chunks by the gradient of their summed loss.
+
+    Args:
+        z: [n, V]; overwritten.
+        label: int64 [n, 1].
+        valid: [n] 1 where there is a label, else 0; losses are made in its dtype.
+        targets: of the n positions.
+        alpha: weight of the hard loss.
+
+    Returns:
+        [2] hard and soft sums.
+    """
+    wide = valid.dtype
+    x = z.gather(1, label).to(wide)
+    top = z.amax(-1, keepdim=True).to(wide)
+    # Without the label, so that 1 minus its probability is a sum and not a difference.
+    z.scatter_(1, label, -torch.inf)
+    e = z.to(wide).sub_(top).exp_()  # z itself where no wider dtype is needed
+    own = (x - top).exp()
+    others = e.sum(-1, keepdim=True)
+    total = others + own
+    sure = own > others
+    logprob = torch.where(sure, -(others / own.clamp_min(1e-30)).log1p(), x - top - total.log())
+    hard = -(valid * logprob[:, 0]).sum()
+
+    chunks = len(targets.begin)
+    chunk = targets.chunk_of(z.device)
+    sums = valid.new_zeros(chunks + 1).index_add_(0, chunk, logprob[:, 0])[:chunks]
+    teacher, tau = targets.likelihood.to(wide), targets.tau
+    soft = binary_divergence(teacher, sums, tau).sum()
+    p, q = teacher / tau, (sums / tau).clamp_max(-NEAREST)
+    pull = torch.cat([1 - p.expm1() / q.expm1(), p.new_zeros(1)])[chunk]
+    factor = ((alpha * valid + (1 - alpha) * pull)[:, None]) / total
+    d_label = -factor * others
+    if targets.soft is None or targets.groups is None or targets.places is None:
+        z.copy_(e.mul_(factor))
+    else:
+        every = len(targets.places) == len(z)
+        places = torch.from_numpy(targets.places).to(z.device)
+        some = e if every else e[places]
+        group = targets.groups.student.to(z.device)
+        found, by_group = _groups(
+            some, group, targets.groups.count, own[places], group[label[places]], targets.soft
+        )
+        soft = soft + found
+        by_group *= 1 - alpha
+        d_label[places] += own[places] * by_group.gather(1, group[label[places]])
+        by_id = by_group.index_select(1, group)
+        if every:
+            z.copy_(e.mul_(by_id.add_(factor)))
+        else:
+            by_id.mul_(some)
+            e.mul_(factor)
+            e.index_add_(0, places, by_id)
+            z.copy_(e)
+    z.scatter_(1, label, d_label.to(z.dtype))
+    return torch.stack([hard, soft])
+
+
+def _groups(
+    e: Tensor, group: Tensor, count: int, own: Tensor, owns: Tensor, targets: SparseTargets
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of m positions over groups, and its derivative by each id of each group.
+
+    Args:
+        e: [m, V] the student's probabilities without the label's, all by one factor.
+        group: int64 [V].
+        count: G.
+        own: [m, 1] the label's, by the same factor.
+        owns: int64 [m, 1] its group.
+        targets: over groups.
+
+    Returns:
+        The sum, and [m, G] the derivative by an id's logit, divided by the id's number in `e`.
+    """
+    mass = e.new_zeros((len(e), count)).scatter_add_(1, group.expand(len(e), -1), e)
+    mass.scatter_add_(1, owns, own)
+    weights = e.new_zeros(mass.shape).scatter_add_(1, targets.ids, targets.weights.to(e))
+    total = mass.sum(-1, keepdim=True)
+    listed = weights > 0
+    # An id's probability below the smallest number is no reason for infinities.
+    least = torch.finfo(e.dtype).tiny
+    inside = torch.where(listed, mass.clamp_min(least), 1)
+    used = weights.sum(-1, keepdim=True)
+    loss = (used * total.log()).sum() - (weights * inside.log()).sum()
+    factor = used / total - weights / inside
+    if not targets.exact:
+        return loss, factor
+    outside = (mass * ~listed).sum(-1, keepdim=True)
+    has_tail = outside > 0
+    rest = torch.where(has_tail, targets.tail.to(e)[:, None], 0)
+    outside = torch.where(has_tail, outside.clamp_min(least), 1)
+    loss += torch.xlogy(weights, weights).sum() + torch.xlogy(rest, rest).sum()
+    loss += (rest * (total.log() - outside.log())).sum()
+    factor += rest / total - torch.where(listed, 0, rest / outside)
+    return loss, factor

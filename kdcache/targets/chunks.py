@@ -1,0 +1,192 @@
+"""Targets of a student that reads the same text by another tokenizer.
+
+A *chunk* is a stretch of text between two byte boundaries that the tokens of both sides share. Its
+log-likelihood is the sum of the log-probabilities of its tokens, so teacher and student can be
+compared on it whatever their vocabularies are (Minixhofer, Vulić and Ponti 2025, "Universal
+Cross-Tokenizer Distillation via Approximate Likelihood Matching", arXiv 2503.20083).
+
+Where both sides stand at a boundary, whole distributions can be compared too, on *groups* of ids:
+the outcomes that both vocabularies can express. A group is a set of teacher's ids and one of
+student's ids that begin with the same bytes (`Groups`).
+
+Positions here are those of the student: its labels, row after row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.targets.decoded import SparseTargets
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Outcomes that two vocabularies share: groups of ids of each.
+
+    Group 0 is that of ids without a counterpart.
+
+    Attributes:
+        teacher: int64 [V], the group of each of the teacher's ids.
+        student: int64 [V'], the group of each of the student's ids.
+        count: G, the number of groups.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    count: int
+
+    @staticmethod
+    def of(
+        teacher: Sequence[bytes],
+        student: Sequence[bytes],
+        pairs: Mapping[int, int] | None = None,
+    ) -> Groups:
+        """Group the ids of two vocabularies by their bytes.
+
+        An id belongs together with the longest id of the other side that its bytes begin with: a
+        text that one side begins with " cat", the other begins with " ca", if that is the longest
+        it has. Ids with the same bytes on both sides are always together. So each group has one
+        byte string that is an id of both sides, all its ids begin with it, and no id is in two.
+
+        Args:
+            teacher: the bytes of each id; none where it stands for no text.
+            student: likewise.
+            pairs: teacher's ids without bytes, such as the end of a text, and their like.
+        """
+        theirs, ours = set(filter(None, teacher)), set(filter(None, student))
+        roots: dict[bytes, int] = {}
+
+        def group(token: bytes, other: set[bytes], own: set[bytes]) -> int:
+            """Shorten the bytes, by the ids of each side in turn, until both sides have them."""
+            while token and not (token in other and token in own):
+                starts = (token[:n] for n in range(len(token), 0, -1))
+                token = next((start for start in starts if start in other), b"")
+                own, other = other, own
+            return roots.setdefault(token, len(roots) + 1) if token else 0
+
+        of_teacher = [group(token, ours, theirs) for token in teacher]
+        of_student = [group(token, theirs, ours) for token in student]
+        count = len(roots) + 1
+        for mine, like in (pairs or {}).items():
+            of_teacher[mine] = of_student[like] = count
+            count += 1
+        return Groups(torch.tensor(of_teacher), torch.tensor(of_student), count)
+
+    def of_targets(self, targets: SparseTargets) -> SparseTargets:
+        """Sparse targets over the teacher's ids as targets over groups.
+
+        What a student cannot express joins the tail; of a sample, which has none, it is left out.
+        """
+        ids = self.teacher[targets.ids]
+        lost = (ids == 0) | ~self._reached[ids]
+        weights = targets.weights.masked_fill(lost, 0)
+        tail = targets.tail
+        if targets.exact:
+            tail = tail + (targets.weights * lost).sum(-1)
+        return SparseTargets(ids, weights, tail, targets.exact, targets.temperature)
+
+    @cached_property
+    def _reached(self) -> Tensor:
+        found = torch.zeros(self.count, dtype=torch.bool)
+        found[self.student] = True
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkTargets:
+    """What a student of another tokenizer learns from the teacher, at T = 1.
+
+    Attributes:
+        size: P, the number of the student's positions.
+        begin: int64 [C] on the host, the first position of each chunk.
+        end: int64 [C] on the host, the position after its last; chunks are in order and apart.
+        likelihood: float32 [C], the teacher's log-likelihood of each chunk: finite, at most 0.
+        tau: likelihoods are compared as ``p ** (1 / tau)``.
+        places: int64 [m] on the host, in order: positions with a distribution over groups.
+        soft: those distributions; None where there are none.
+        groups: what their ids are.
+    """
+
+    size: int
+    begin: Integers
+    end: Integers
+    likelihood: Tensor
+    tau: float = 1.0
+    places: Integers | None = None
+    soft: SparseTargets | None = None
+    groups: Groups | None = None
+
+    temperature = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.tau > 0:
+            raise UsageError(f"tau is {self.tau:g}; it must be above 0.")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the soft part of a loss is zero for a student that agrees with its teacher."""
+        return self.soft is None or self.soft.exact
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return self.size
+
+    def __getitem__(self, part: slice) -> ChunkTargets:
+        """Consecutive positions that cut no chunk, as `cuts` gives them."""
+        start, stop, _ = part.indices(self.size)
+        a, b = np.searchsorted(self.begin, (start, stop))
+        assert not b or self.end[b - 1] <= stop, "a slice cuts no chunk"
+        changed: dict[str, Any] = {
+            "size": stop - start,
+            "begin": self.begin[a:b] - start,
+            "end": self.end[a:b] - start,
+            "likelihood": self.likelihood[a:b],
+        }
+        if self.places is not None and self.soft is not None:
+            c, d = np.searchsorted(self.places, (start, stop))
+            changed |= {"places": self.places[c:d] - start, "soft": self.soft[c:d]}
+        return replace(self, **changed)
+
+    def cuts(self, step: int) -> Iterator[slice]:
+        """Slices of about `step` positions, and of more where a single chunk has more."""
+        start = 0
+        while start < self.size:
+            stop = min(start + step, self.size)
+            chunk = int(np.searchsorted(self.end, stop, side="right"))  # the first that ends later
+            if chunk < len(self.end) and self.begin[chunk] < stop:
+                before = int(self.begin[chunk])
+                stop = before if before > start else int(self.end[chunk])
+            yield slice(start, stop)
+            start = stop
+
+    def chunk_of(self, device: torch.device) -> Tensor:
+        """int64 [P]: the chunk of each position, C where it is in none."""
+        chunk = np.full(self.size, len(self.begin), np.int64)
+        lengths = self.end - self.begin
+        first = np.cumsum(lengths) - lengths
+        inside = np.arange(lengths.sum()) + np.repeat(self.begin - first, lengths)
+        chunk[inside] = np.repeat(np.arange(len(lengths)), lengths)
+        return torch.from_numpy(chunk).to(device, non_blocking=True)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ChunkTargets:
+        """Copy to a device, except for what a host plans slices with."""
+        return self._changed(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ChunkTargets:
+        """Copy to page-locked memory."""
+        return self._changed(lambda value: value.pin_memory())
+
+    def _changed(self, change: Callable[[Any], Any]) -> ChunkTargets:
+        soft = None if self.soft is None else change(self.soft)
+        return replace(self, likelihood=change(self.likelihood), soft=soft)
