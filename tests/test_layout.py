@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kdcache"
 LAYERS = (
     *({"cli"}, {"commands"}, {"student"}, {"stream"}, {"cache", "teacher"}, {"rows"}),
-    *({"corpus", "loss"}, {"storage", "targets"}),
+    *({"corpus", "loss", "align"}, {"storage", "targets"}),
 )
 RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in layer}  # ground: 0
 GROUND = {

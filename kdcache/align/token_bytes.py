@@ -1,0 +1,288 @@
+"""The bytes of each token of a tokenizer, and the tokens of a text byte by byte.
+
+Algorithm: a token's bytes are read from the vocabulary and not from `decode`, which changes text:
+it drops bytes that are no whole character, joins spaces, and strips. Nothing depends on a token's
+neighbours but one space: SentencePiece and its like put one before a text, which `decode` takes off
+again.
+
+Cost: one pass over the vocabulary (a second for 256k ids); a row costs one join of its tokens.
+Guarantee: a tokenizer that may lose bytes is refused, by its structure and by a trial. What
+`tokenise` gives is not trusted either: its bytes are compared (see `kdcache.align.aligner`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from kdcache.align.structure import UTF8_BYTES, faithful, structure_of
+from kdcache.errors import UsageError
+
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+_TRIAL = (
+    "The Cat sat.  On 12,345 mats!\n\n\tif x == 'y':  # n\u0303o\r\n"
+    " \u00e9\ufb01\u2460\uff21 \u4f60\u597d\u3002\u3053\u3093\u306b\u3061\u306f "
+    "\U0001f469\u200d\U0001f680\U0001f1e9\U0001f1ea \u0645\u0631\u062d\u0628\u0627 "
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u00ad\u200b\u00a0\u3000\x00\x7f\ufeff \U0010ffff end "
+)
+
+
+class TokenBytes:
+    """A tokenizer seen as bytes.
+
+    Attributes:
+        name: of the tokenizer, for messages.
+        tokens: bytes of each id; empty for special tokens, and for ids that are no token's.
+        widths: int64 [ids], their lengths.
+        special: bool [ids], special tokens, such as beginning-of-text and marks of a chat template.
+            They have no bytes.
+        known: bool [ids], ids of tokens.
+        byte_ids: int64 [256], the token that is this byte alone, or -1.
+        marks: id of each special token by its text.
+        opening: ids that the tokenizer itself puts before a text (mostly the beginning-of-text, or
+            none).
+        eos_id: id that ends a document, or None.
+        filler: id of a row that has no token.
+    """
+
+    def __init__(self, tokenizer: Any, name: str = "the tokenizer") -> None:
+        """Read a tokenizer.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            name: what messages call it, such as `the cache's tokenizer`.
+
+        Raises:
+            UsageError: it may lose bytes, or its tokens can't be read.
+        """
+        self.name = name
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise UsageError(
+                f"{name} has no tokenizer.json ({type(tokenizer).__name__}): the bytes of its "
+                "tokens can't be read. Students of other tokenizers need one."
+            )
+        state = json.loads(backend.to_str())
+        self.structure = structure_of(state, name)
+        self._read(state, tokenizer)
+        self.opening = _opening(tokenizer)
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.filler = next((i for i in (self.eos_id, *self.marks.values()) if i is not None), 0)
+        self._whole, self._continuing = (
+            _encoder(faithful(state, prefix=prefix)) for prefix in (True, False)
+        )
+        self._try()
+
+    def _read(self, state: dict[str, Any], tokenizer: Any) -> None:
+        """Fill the tables."""
+        vocabulary = state["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: pieces with their scores
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        found = {number: self._piece(piece) for piece, number in vocabulary.items()}
+        named = set(tokenizer.all_special_ids)
+        self.marks: dict[str, int] = {}
+        self._added: set[int] = set()
+        for token in state["added_tokens"]:
+            number, text = token["id"], token["content"]
+            self._added.add(number)
+            if token["special"] or number in named:
+                self.marks[text] = number
+                found[number] = b""
+            else:
+                found[number] = self._text(text)
+        size = max(found, default=-1) + 1
+        self.tokens = [found.get(number) or b"" for number in range(size)]
+        self.widths: Ids = np.array([len(token) for token in self.tokens], np.int64)
+        self.special: Mask = np.zeros(size, np.bool_)
+        self.special[list(self.marks.values())] = True
+        self.known: Mask = np.zeros(size, np.bool_)
+        self.known[[number for number, token in found.items() if token is not None]] = True
+        self.byte_ids: Ids = np.full(256, -1, np.int64)
+        singles = ("<0x{:02X}>".format, _CHARACTERS.__getitem__)[self.structure.byte_level]
+        for byte in range(256):
+            self.byte_ids[byte] = vocabulary.get(singles(byte), -1)
+        if missing := [byte for byte in UTF8_BYTES if self.byte_ids[byte] < 0]:
+            raise UsageError(
+                f"{self.name} has no token for {len(missing)} of the 243 bytes of UTF-8, such as "
+                f"0x{missing[0]:02X}, so it loses characters. Students of other tokenizers need "
+                "one that keeps every byte."
+            )
+
+    def _piece(self, piece: str) -> bytes | None:
+        """The bytes of an entry of the vocabulary; None if it is not of its tokenizer's form."""
+        if self.structure.byte_level:
+            try:
+                return bytes(_BYTES[character] for character in piece)
+            except KeyError:
+                return None
+        if _FALLBACK.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return self._text(piece)
+
+    def _text(self, piece: str) -> bytes:
+        """Bytes of a piece of text, in which a mark stands for a space."""
+        return piece.replace(self.structure.mark or " ", " ").encode("utf-8", "surrogatepass")
+
+    def _try(self) -> None:
+        """Compare the bytes of a text of many kinds with those of its tokens."""
+        for opens in (True, False):
+            for text in (_TRIAL, f" {_TRIAL}"):
+                (ids,) = self.tokenise([text], opens=opens)
+                if self.text_bytes(ids, text.encode()) is None:
+                    raise UsageError(
+                        f"{self.name} does not give a text back byte by byte: students of other "
+                        "tokenizers need one that does."
+                    )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def decode(self, ids: npt.ArrayLike, begins: npt.ArrayLike | None = None) -> tuple[bytes, Ids]:
+        """The bytes of a row, and the byte range of each of its tokens.
+
+        Args:
+            ids: integers [L].
+            begins: bool [L], tokens with which a text begins, so that a space before them is the
+                tokenizer's own. Default: the first, and those behind `opening` or the
+                end-of-text. A row that continues a text begins none.
+
+        Returns:
+            The bytes, and int64 [L + 1]: token i is `data[starts[i]:starts[i + 1]]`. A special
+            token has an empty range, and so has a space of the tokenizer's own.
+
+        Raises:
+            UsageError: an id is no token's.
+        """
+        row = np.asarray(ids, np.int64)
+        self.check(row)
+        if begins is None:
+            before = np.concatenate([[True], np.isin(row, [*self.opening, self.eos_id or -1])[:-1]])
+            begins = before[: len(row)] & ~self.special[row]
+        widths = self.widths[row]
+        parts = [self.tokens[number] for number in row.tolist()]
+        for place in np.flatnonzero(self.own_spaces(row, np.asarray(begins, np.bool_))):
+            parts[place] = parts[place][1:]
+            widths[place] -= 1
+        starts = np.zeros(len(row) + 1, np.int64)
+        np.cumsum(widths, out=starts[1:])
+        return b"".join(parts), starts
+
+    def own_spaces(self, ids: Ids, begins: Mask) -> Mask:
+        """Tokens that begin with a space which is the tokenizer's own and not the text's.
+
+        Args:
+            ids: int64 [L].
+            begins: bool [L], tokens with which a text begins.
+
+        Returns:
+            bool [L].
+        """
+        if self.structure.prefix == "never" or not len(ids):
+            return np.zeros(len(ids), np.bool_)
+        first: Mask = begins.copy()
+        if self.structure.prefix == "always":
+            first[1:] |= np.isin(ids[:-1], list(self._added))
+        for place in np.flatnonzero(first):
+            first[place] = self.tokens[ids[place]][:1] == b" "
+        return first
+
+    def check(self, ids: Ids) -> None:
+        """Refuse ids that are no token's.
+
+        Raises:
+            UsageError: there is one.
+        """
+        outside = (ids < 0) | (ids >= len(self))
+        if not outside.any():
+            outside = ~self.known[ids]
+        if outside.any():
+            raise UsageError(
+                f"a row holds {int(ids[outside][0])}, which is not the id of a token of "
+                f"{self.name}: its text can't be read."
+            )
+
+    def tokenise(self, texts: Sequence[str], *, opens: bool) -> list[Ids]:
+        """Tokens of texts, without special ones: what looks like one in a text is text.
+
+        Args:
+            texts: any.
+            opens: whether each begins a text; one that continues a text gets no space before it.
+
+        Returns:
+            int64 of each text.
+        """
+        encoder = self._whole if opens else self._continuing
+        found = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(one.ids, np.int64) for one in found]
+
+    def text_bytes(self, ids: Ids, text: bytes) -> Ids | None:
+        """The bytes of each token of a text, if they are those of the text.
+
+        Args:
+            ids: int64 [n].
+            text: what was tokenised.
+
+        Returns:
+            int64 [n], how many bytes of the text each token has; None if the tokens have others.
+        """
+        joined = b"".join([self.tokens[number] for number in ids.tolist()])
+        widths = self.widths[ids]
+        if joined == text:
+            return widths
+        if self.structure.prefix != "never" and joined == b" " + text:
+            widths[0] -= 1
+            return widths
+        return None
+
+
+def same_bytes(teacher: TokenBytes, student: TokenBytes) -> Ids:
+    """Ids of a student whose bytes are those of a teacher's ids.
+
+    Returns:
+        int64 [teacher's ids], -1 where the student has none; of special tokens, see
+        `kdcache.align.like_marks`, too. Of several with the same bytes (a letter and its byte
+        fallback) it is the one that text becomes: the first that is not a single byte's.
+    """
+    found: dict[bytes, int] = {}
+    fallback = set(student.byte_ids.tolist()) if not student.structure.byte_level else set()
+    for number, token in enumerate(student.tokens):
+        if token and (token not in found or found[token] in fallback):
+            found[token] = number
+    return np.array([found.get(token, -1) for token in teacher.tokens], np.int64)
+
+
+def _byte_level() -> dict[str, int]:
+    """The byte of each of GPT-2's 256 characters: printable ones stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_level()
+_CHARACTERS = {byte: character for character, byte in _BYTES.items()}
+_FALLBACK = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _encoder(state: dict[str, Any]) -> Tokenizer:
+    encoder = Tokenizer.from_str(json.dumps(state))
+    encoder.encode_special_tokens = True  # `<|end|>` in a text is seven characters
+    return encoder
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts before a text."""
+    bare, dressed = (
+        list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
+    )
+    before = next(
+        (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare), 0
+    )
+    return [int(number) for number in dressed[:before]]
