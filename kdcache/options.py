@@ -27,6 +27,7 @@ from dataclasses import MISSING, dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from kdcache.domains import Named
 from kdcache.errors import UsageError
 
 Decides = Literal["nothing", "run", "student"]
@@ -45,6 +46,7 @@ def option(
     comma: bool = False,
     auto: bool = False,
     positional: bool = False,
+    named: bool = False,
     decides: Decides = "run",
 ) -> Any:
     """A field of an options dataclass.
@@ -60,12 +62,15 @@ def option(
         comma: several values stand in one option, with commas; else the option is repeated.
         auto: `auto` is a value and means None.
         positional: on the command line it stands without its name.
+        named: its values may have names: `NAME=VALUE`, or in Python and YAML a mapping of names to
+            one value or several.
         decides: what changes with it. A `"run"` may not go on with another value; an option
             that decides the `"student"` decides the run, too.
     """
     declared = {
         "help": help, "metavar": metavar, "at_least": at_least, "above": above, "at_most": at_most,
-        "below": below, "comma": comma, "auto": auto, "positional": positional, "decides": decides,
+        "below": below, "comma": comma, "auto": auto, "positional": positional, "named": named,
+        "decides": decides,
     }  # fmt: skip
     if isinstance(default, list):
         raise TypeError("the default of an option is not a list: take a tuple")
@@ -100,6 +105,7 @@ class Option:
     comma: bool
     auto: bool
     positional: bool
+    named: bool
     decides: Decides
 
     @property
@@ -131,6 +137,8 @@ class Option:
     def _parse_one(self, value: Any) -> Any:
         if self.auto and value in ("auto", None):
             return None
+        if isinstance(value, Named):  # of a mapping
+            return value
         expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(self.type)
         if expected is None:
             return str(value)
@@ -211,6 +219,8 @@ class Options:
             if one.several and value is not None and not isinstance(value, tuple):
                 # A dataset of the library `datasets` is one value, not its rows.
                 one_value = isinstance(value, (str, int, float)) or hasattr(value, "column_names")
+                if one.named and isinstance(value, Mapping) and not one_value:
+                    value = pairs_of(value)
                 value = (value,) if one_value else tuple(value)
                 object.__setattr__(self, one.name, value)
             absent = one.required and value in (None, (), "")
@@ -222,6 +232,12 @@ class Options:
     def conflicts(self) -> Sequence[str]:
         """What is wrong with values beside each other, a sentence each. Their types are right."""
         return ()
+
+
+def pairs_of(values: Mapping[str, Any]) -> tuple[Named, ...]:
+    """Values with their names; a list stands for several values of one name."""
+    listed = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
+    return tuple(Named(str(name), one) for name, several in listed.items() for one in several)
 
 
 def options_of(kind: type[Any]) -> tuple[Option, ...]:
@@ -251,6 +267,8 @@ def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
     several = any(get_origin(member) is tuple for member in members)
     inner = get_args(members[0])[0] if several else members[0]
     choices: tuple[str, ...] = ()
+    if Named in get_args(inner):
+        inner = str
     if get_origin(inner) is Literal:
         choices, inner = get_args(inner), str
     kind = inner if len(members) == 1 else str  # what may be a number or a text is checked later
@@ -285,6 +303,8 @@ def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
             near = difflib.get_close_matches(name, known, 1)
             meant = f" Did you mean {known[near[0]].words}?" if near else ""
             wrong.append(f"there is no option {name.replace('_', '-')}.{meant}")
+        elif isinstance(value, dict) and one.named:
+            found[one.name] = pairs_of(value)
         elif isinstance(value, dict) or (isinstance(value, list) and not one.several):
             wrong.append(f"{one.words} takes one value, not {json.dumps(value, default=str)}.")
         elif value is not None:

@@ -94,8 +94,12 @@ def make_cache(
     pad_id: int = 0,
     labelled: bool = True,
     label_logprob: bool = False,
+    domains: Sequence[str] = (),
 ) -> Cache:
-    """A sealed cache with one shard for each number of rows; rows are numbered from `first` on."""
+    """A sealed cache with one shard for each number of rows; rows are numbered from `first` on.
+
+    Where corpora have names, `domains` has that of each shard.
+    """
     width = vocab if task == CAUSAL else classes
     spec = CacheSpec(
         task=task,
@@ -115,6 +119,7 @@ def make_cache(
         temperatures=temperatures,
         seed=0,
         label_logprob=label_logprob,
+        domains=tuple({"name": name, "spans": 1} for name in domains),
     )
     cache = Cache.create_or_resume(str(folder), spec, tokenizer_files=word_tokenizer(vocab))
     number, entries = first, []

@@ -347,7 +347,7 @@ def test_format_of_a_language_model(
     out = str(tmp_path / "cache")
     build(
         BuildOptions(
-            (str(tiny_lm),), (str(text_corpus),), out, codec=codec, temperatures=temperatures,
+            (str(tiny_lm),), (f"web={text_corpus}",), out, codec=codec, temperatures=temperatures,
             max_length=32, limit=12, workers=0,
             attend="document" if codec.startswith("topk") else "row",
         )
@@ -374,6 +374,9 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     data, name = cache.read(0), cache.manifest.shards[0].name
     rows = list(reader["rows"](out, name))
     assert len(rows) == len(data) > 1
+    for shard in cache.manifest.shards:
+        assert reader["domain"](out, shard.span) == shard.domain
+    assert (cache.spec.domain_names == ("web",)) == (cache.spec.task == "causal-lm")
     for i, (ids, labels) in enumerate(rows):
         np.testing.assert_array_equal(ids, data.row(i).input_ids)
         np.testing.assert_array_equal(labels, data.row(i).labels)

@@ -49,6 +49,17 @@ def test_golden_caches_are_whole(name: str) -> None:
     assert cache.tokenizer()("w2")["input_ids"] == [2]
 
 
+def test_golden_shards_have_their_domains(name: str) -> None:
+    cache = Cache.open(str(GOLDEN / name))
+    want = EXPECTED[name].get("domains", [None] * cache.spec.spans)
+    assert [shard.domain for shard in cache.manifest.shards] == want
+    assert [cache.spec.domain_of(span) for span in range(cache.spec.spans)] == want
+    figures = inspect(InspectOptions(str(GOLDEN / name))).domains
+    assert [(f.name, f.done, f.rows) for f in figures] == (
+        [("web", 2, 7), ("code", 1, 3)] if name == "domains" else []
+    )
+
+
 def test_golden_rows_are_read(name: str) -> None:
     cache = Cache.open(str(GOLDEN / name))
     assert cache.spec.spans == len(EXPECTED[name]["shards"])

@@ -18,6 +18,7 @@ LAYERS = (
 RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in layer}  # ground: 0
 GROUND = {
     "choices",
+    "domains",
     "errors",
     "extras",
     "lora",

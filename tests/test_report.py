@@ -173,7 +173,7 @@ def hostile_row() -> RowView:
         PositionView(place, HOSTILE, 1, label, -float(place), guesses, 0.25)
         for place, label in enumerate((HOSTILE, "\n", "\n", "a"))
     )
-    return RowView(0, 0, 5, HOSTILE, None, 1.0, True, positions)
+    return RowView(0, 0, 5, HOSTILE, None, 1.0, True, positions, domain=HOSTILE)
 
 
 def hostile_parts(paths: dict[str, str]) -> list[CachePart | RunPart | SweepPart]:

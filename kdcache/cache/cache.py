@@ -210,9 +210,12 @@ class Cache:
         manifest = Manifest.read(self.storage)
         said = (manifest.fingerprint, len(manifest.shards), manifest.files)
         kept = {shard.label_nats is not None for shard in manifest.shards}
-        if said != (self.spec.fingerprint, self.spec.spans, self.files) or kept - {
-            self.spec.label_logprob
-        }:
+        domains = [shard.domain for shard in manifest.shards]
+        if (
+            said != (self.spec.fingerprint, self.spec.spans, self.files)
+            or kept - {self.spec.label_logprob}
+            or domains != [self.spec.domain_of(span) for span in range(len(domains))]
+        ):
             raise CorruptCacheError(
                 f"{self.url}: manifest.json does not belong to spec.json. "
                 "Restore both from one build."
@@ -280,6 +283,8 @@ class Cache:
             IncompleteError: no space left.
         """
         facts: dict[str, Any] = {"skipped": skipped, "clipped_mass": clipped_mass}
+        if (domain := self.spec.domain_of(span)) is not None:
+            facts["domain"] = domain
         if data.label_logprob is not None:
             nats, impossible = sum_logprobs(data.label_logprob)
             facts |= {"label_nats": nats, "impossible_labels": impossible}

@@ -14,6 +14,7 @@ from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.hdf5 import DEFLATE_LIMIT
 from kdcache.cache.shard import ShardCounts
 from kdcache.cache.spec import FORMAT
+from kdcache.domains import is_name
 from kdcache.errors import CorruptCacheError
 from kdcache.storage import Storage, sha256_file
 
@@ -23,7 +24,7 @@ BESIDE = re.compile(
 )
 """Names of files that lie beside `spec.json`; no other can be named."""
 
-SPAN_FACTS = ("skipped", "clipped_mass", "label_nats", "impossible_labels")
+SPAN_FACTS = ("skipped", "clipped_mass", "label_nats", "impossible_labels", "domain")
 """What an entry and the shard's `span` attribute both say."""
 
 _LARGEST = 256 << 20  # bytes of a manifest: a million shards
@@ -48,6 +49,7 @@ class ShardEntry:
     clipped_mass: float = 0.0
     label_nats: float | None = None
     impossible_labels: int | None = None
+    domain: str | None = None
 
     @property
     def counts(self) -> ShardCounts:
@@ -108,6 +110,8 @@ class ShardEntry:
                 raise ValueError(f"{entry.name} has labels of {nats} nats")
             if type(impossible) is not int or not 0 <= impossible <= entry.positions:
                 raise ValueError(f"{entry.name} has {impossible} impossible labels")
+        if entry.domain is not None and not is_name(entry.domain):
+            raise ValueError(f"{entry.name} has an invalid domain: {entry.domain!r}")
         return entry
 
 

@@ -83,7 +83,8 @@ def shard_entry(cache: Cache, span: int, name: str) -> ShardEntry:
                 "same build again: only this shard is made again."
             )
         counts, facts = read_counts(path)
-    if (facts.get("fingerprint"), facts.get("index")) != (cache.spec.fingerprint, span):
+    said = tuple(map(facts.get, ("fingerprint", "index", "domain")))
+    if said != (cache.spec.fingerprint, span, cache.spec.domain_of(span)):
         raise CorruptCacheError(
             f"{name} belongs to another build. Delete it and run the build again."
         )

@@ -6,10 +6,14 @@ import dataclasses
 import hashlib
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
+from kdcache.domains import is_name
 from kdcache.errors import CorruptCacheError
 from kdcache.targets import Codec, Dense
 from kdcache.tasks import TASKS
@@ -46,6 +50,7 @@ class CacheSpec:
         source: `codec` and `digest` of the cache whose targets were encoded anew; None of a build.
         output_layer: SHA-256 of the file of the teacher's output layer, where targets are hidden
             states; else None.
+        domains: where corpora have names: `name` and number of `spans` of each stretch of spans.
     """
 
     task: str
@@ -69,6 +74,7 @@ class CacheSpec:
     label_logprob: bool = False
     source: Mapping[str, Any] | None = None
     output_layer: str | None = None
+    domains: tuple[Mapping[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; fields that not every cache has only where they say something."""
@@ -97,12 +103,33 @@ class CacheSpec:
         if wrong:
             odd = ", ".join(f"{name} is {_short(values.get(name))}" for name in wrong)
             raise CorruptCacheError(f"invalid values in spec.json: {odd}.")
-        listed = ("teachers", "label_names", "corpus", "temperatures")
+        listed = ("teachers", "label_names", "corpus", "temperatures", "domains")
         fields: dict[str, Any] = dict(values)
         for name in listed:
-            if fields[name] is not None:
+            if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
-        return cls(**fields)
+        spec = cls(**fields)
+        if spec.domains and spec._ends[-1] != spec.spans:
+            raise CorruptCacheError(
+                f"spec.json names the domains of {spec._ends[-1]} spans, and has {spec.spans}."
+            )
+        return spec
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The span after the last of each stretch of `domains`."""
+        return list(accumulate(stretch["spans"] for stretch in self.domains))
+
+    def domain_of(self, span: int) -> str | None:
+        """The domain of a span and its shard; None where corpora have no names."""
+        if not self.domains:
+            return None
+        return str(self.domains[bisect_right(self._ends, span)]["name"])
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """The domains in the order of their first spans; none where corpora have no names."""
+        return tuple(dict.fromkeys(str(stretch["name"]) for stretch in self.domains))
 
     @property
     def fingerprint(self) -> str:
@@ -153,7 +180,7 @@ class CacheSpec:
         ]
 
 
-_OPTIONAL = {"ranks", "label_logprob", "source", "output_layer"}
+_OPTIONAL = {"ranks", "label_logprob", "source", "output_layer", "domains"}
 
 
 def _text(value: Any) -> bool:
@@ -205,6 +232,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "label_logprob": lambda value: value is None or value is True,
     "source": _none_or(_object(codec=_text, digest=_text)),
     "output_layer": _none_or(_text),
+    "domains": _none_or(
+        _list(_object(name=is_name, spans=lambda value: _count(value) and value > 0))
+    ),
 }
 
 

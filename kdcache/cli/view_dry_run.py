@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from kdcache.cli.tables import print_line, print_table
+from kdcache.cli.view_domains import render_estimates
 from kdcache.commands.build.dry_run import DryRun
 from kdcache.humanize import duration, size
 
@@ -38,6 +39,7 @@ def render_dry_run(result: DryRun, console: Console) -> None:
         ("fingerprint", result.fingerprint or "known once the output layer is made"),
     ]
     print_table(console, ("", ""), facts, left=2)
+    render_estimates(result.domains, console)
     print_line(
         console, "Nothing was written. Bytes and time are rules of thumb; plan measures them."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.cli.view_domains import render_domains
 from kdcache.commands.inspect.inspect import InspectResult, RowView
 from kdcache.humanize import size
 from kdcache.tasks import TASKS
@@ -37,6 +38,9 @@ def render_inspection(result: InspectResult, console: Console) -> None:
     if result.digest:
         facts.append(("digest", result.digest))
     print_table(console, ("", ""), facts, left=2, title=result.cache)
+    if result.domains:
+        print_line(console, "")
+        render_domains(result.domains, console)
     if result.columns:
         shards = f"{result.sampled_shards} of {result.done} shards"
         print_line(console, "")
@@ -71,10 +75,12 @@ def _labels(result: InspectResult) -> list[tuple[str, str]]:
 
 
 def _render_row(row: RowView, console: Console) -> None:
+    of = f" of {row.domain}" if row.domain else ""
     about = "" if row.exact else ", unbiased sample"
     print_line(
         console,
-        f"Row {row.row} (shard {row.shard}, {row.tokens} tokens), T = {row.temperature:g}{about}",
+        f"Row {row.row}{of} (shard {row.shard}, {row.tokens} tokens), "
+        f"T = {row.temperature:g}{about}",
         style="bold",
     )
     print_line(console, row.text)

@@ -7,6 +7,7 @@ import math
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.cli.view_domains import render_estimates
 from kdcache.commands.plan.plot import _set
 from kdcache.commands.plan.result import WORKERS, PlanResult
 from kdcache.humanize import duration, size
@@ -21,6 +22,7 @@ def render_plan(result: PlanResult, console: Console, *, details: bool = False) 
     if not details:
         print_line(console, "")
         _print_short(result, console)
+        render_estimates(result.domains, console)
         return
     rate = 1 / result.teacher_seconds if result.teacher_seconds else 0.0
     print_line(
@@ -29,6 +31,7 @@ def render_plan(result: PlanResult, console: Console, *, details: bool = False) 
         f"positions per second ({result.device}, {result.dtype}). Whole corpus: about "
         f"{result.corpus_positions:,} positions.",
     )
+    render_estimates(result.domains, console)
     print_line(console, "")
     _print_costs(result, console)
     print_line(console, "")

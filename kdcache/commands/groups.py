@@ -27,6 +27,7 @@ from kdcache.choices import (
     Reasoning,
     Scheduler,
 )
+from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.extras import needs
 from kdcache.options import Options, option
@@ -92,14 +93,15 @@ class RecordOptions(Options):
     on_error: OnError = option("fail", help="what to do with records that cannot be read.")
     limit: int | None = option(
         None,
-        help="use only the first records of the corpus, counted before `filter`.",
+        help="use only the first records of the corpus, or of each named one, counted before "
+        "`filter`.",
         metavar="RECORDS",
         at_least=1,
     )
 
     def open_corpus(
         self,
-        patterns: Sequence[str],
+        patterns: Sequence[str | Named],
         *,
         span_bytes: int | Callable[[int], int],
         divide: bool = False,

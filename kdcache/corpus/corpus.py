@@ -29,7 +29,9 @@ from kdcache.corpus.records import LineAt, Location, ReadStats, Record, RecordEr
 from kdcache.corpus.span import Reading, Span
 from kdcache.corpus.tables import Arrow, Parquet
 from kdcache.corpus.text import Csv, JsonLines, TextFiles, TextLines, TextParagraphs, Tsv
+from kdcache.domains import Named
 from kdcache.errors import UsageError
+from kdcache.storage import redact
 
 _FORMATS: dict[str, type[Format]] = {
     "jsonl": JsonLines,
@@ -102,6 +104,8 @@ class Corpus:
     Attributes:
         files: The files, in order, those behind a limit left out.
         spans: Units of work, in order; indexable, made lazily.
+        domains: Where corpora have names: `name` and number of `spans` of each stretch of spans,
+            in order. A name may have several.
         settings: The options that decide the spans and their records, JSON-able, for a fingerprint;
             `span_bytes` as the number it came to.
     """
@@ -109,11 +113,12 @@ class Corpus:
     files: Sequence[InputFile]
     spans: Sequence[Span]
     settings: dict[str, Any]
+    domains: Sequence[dict[str, Any]] = ()
 
     @classmethod
     def open(
         cls,
-        patterns: Sequence[str],
+        patterns: Sequence[str | Named],
         *,
         span_bytes: int | Callable[[int], int],
         limit: int | None = None,
@@ -129,12 +134,13 @@ class Corpus:
         """Find the files and plan their spans.
 
         Args:
-            patterns: Files, folders (recursive), globs (`**` too) or fsspec URLs of these; a file
-                that several name counts once.
+            patterns: Files, folders (recursive), globs (`**` too) or fsspec URLs of these, all
+                of them with names (see `kdcache.corpus.named`) or none; a file that several name
+                counts once.
             span_bytes: Bytes of input that a span aims at (compressed files: of their text,
                 guessed), or a function that says them by the bytes of all files.
-            limit: Only the first so many records, before any filter. Planning then reads the
-                corpus up to there.
+            limit: Only the first so many records, of each name, before any filter. Planning then
+                reads the corpus up to there.
             format: `auto` goes by the extension; else the kind of all files (`jsonl`, `txt`,
                 `csv`, `tsv`, `parquet`, `arrow`).
             columns: Names of the columns of CSV and TSV files *without* a header line; for `.txt`
@@ -170,11 +176,14 @@ class Corpus:
             named, documents, delimiter, max_record_bytes, renames, parse_filters(filters)
         )
         files = expand(patterns, format, split)
-        if not any(file.size for file in files):
-            raise UsageError(
-                f"--corpus {' '.join(patterns)}: the corpus is empty ({len(files)} files of 0 "
-                f"bytes). Name files with records in them."
-            )
+        domains = list(dict.fromkeys(file.domain for file in files))
+        for domain in domains:
+            some = [file for file in files if file.domain == domain]
+            if not any(file.size for file in some):
+                raise UsageError(
+                    f"{_shown(patterns, domain)}: the corpus is empty ({len(some)} files of 0 "
+                    f"bytes). Name files with records in them."
+                )
         if named and not any(file.kind in ("csv", "tsv", "txt") for file in files):
             raise UsageError(
                 f"--columns names the columns of headerless CSV and TSV; {files[0].url} is "
@@ -188,11 +197,15 @@ class Corpus:
         whole = documents == "file" and not divide
         plans = [_plan(file, span_bytes, reading, whole) for file in files]
         if limit is not None:
-            records, plans = _limited(plans, span_bytes, limit, reading)
-            if not records:
-                raise UsageError(
-                    f"--corpus {' '.join(patterns)}: no records. Name files that have some."
-                )
+            every, plans = plans, []
+            for domain in domains:
+                mine = [plan for plan in every if plan.file.domain == domain]
+                records, mine = _limited(mine, span_bytes, limit, reading)
+                if not records:
+                    raise UsageError(
+                        f"{_shown(patterns, domain)}: no records. Name files that have some."
+                    )
+                plans += mine
         settings = {
             "span_bytes": span_bytes,
             "limit": limit,
@@ -208,7 +221,8 @@ class Corpus:
             settings["filters"] = list(filters)
         if max_record_bytes != MAX_RECORD_BYTES:
             settings["max_record_bytes"] = max_record_bytes
-        return cls([plan.file for plan in plans], Spans(plans, reading), settings)
+        files = [plan.file for plan in plans]
+        return cls(files, Spans(plans, reading), settings, _stretches(plans))
 
     @property
     def documents(self) -> str | None:
@@ -228,13 +242,14 @@ class Corpus:
 
         Returns:
             Per file `name` (below the files' nearest common folder), `size` in bytes, `kind`
-            (such as `jsonl.gz`) and `tag` (SHA-256 of the first and last 64 KiB, 32 hex
-            digits).
+            (such as `jsonl.gz`), `tag` (SHA-256 of the first and last 64 KiB, 32 hex digits) and,
+            where corpora have names, `domain`.
         """
         files = [one for file in self.files for one in (*file.beside, file)]
         named = zip(names(files), files, tags(files), strict=True)
         return [
             {"name": name, "size": file.size, "kind": file.full_kind, "tag": tag}
+            | ({} if file.domain is None else {"domain": file.domain})
             for name, file, tag in named
         ]
 
@@ -311,6 +326,28 @@ def open_span(span: Span, columns: Sequence[str] | None = None) -> Format:
 def _pair(text: str) -> tuple[str, str]:
     name, _, theirs = text.partition("=")
     return name.strip(), theirs.strip()
+
+
+def _shown(patterns: Sequence[str | Named], domain: str | None) -> str:
+    """The patterns of a domain, for messages."""
+    mine = (
+        str(one)
+        for one in patterns
+        if domain is None or (isinstance(one, Named) and one.name == domain)
+    )
+    return f"--corpus {' '.join(map(redact, mine))}"
+
+
+def _stretches(plans: Sequence[_FileCuts]) -> list[dict[str, Any]]:
+    """Names and numbers of spans of the corpora, in the spans' order."""
+    found: list[dict[str, Any]] = []
+    for plan in plans:
+        if plan.file.domain is None or not plan.spans:
+            continue
+        if not found or found[-1]["name"] != plan.file.domain:
+            found.append({"name": plan.file.domain, "spans": 0})
+        found[-1]["spans"] += plan.spans
+    return found
 
 
 def _by_bytes(file: InputFile) -> bool:

@@ -63,6 +63,7 @@ class InputFile:
         version: What changes when the file is written: the time of its last change, or the store's
             word for its content; `""` where it is not known.
         beside: Files that it cannot be read without: the index of a `.bin`.
+        domain: Name of the corpus that it belongs to; None where corpora have no names.
     """
 
     url: str
@@ -71,6 +72,7 @@ class InputFile:
     compression: str = ""
     version: str = ""
     beside: tuple[InputFile, ...] = ()
+    domain: str | None = None
 
     @property
     def versions(self) -> str:

@@ -28,6 +28,7 @@ from kdcache.corpus.files import (
     version_of,
 )
 from kdcache.corpus.splits import ALL, DICTIONARY, choose
+from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.storage import redact
 from kdcache.storage.filesystem import FileSystem
@@ -45,13 +46,13 @@ Found = dict[str, tuple[int, str]]
 
 
 def expand(
-    patterns: Sequence[str], forced: str = "auto", split: str | None = None
+    patterns: Sequence[str | Named], forced: str = "auto", split: str | None = None
 ) -> list[InputFile]:
     """All files that the patterns name: in the patterns' order, sorted inside each, each once.
 
     Args:
         patterns: Paths, globs (`**` too), folders (read recursively; hidden files and files of
-            other kinds are left out) and fsspec URLs of these.
+            other kinds are left out) and fsspec URLs of these; with names where corpora have them.
         forced: See `kind_of`.
         split: Which split of folders and globs that hold several; `all` for every file.
 
@@ -68,7 +69,8 @@ def expand(
         raise UsageError("no corpus was given. Name files, folders or globs with --corpus.")
     files: dict[str, InputFile] = {}
     named = split in (None, ALL)
-    for pattern in patterns:
+    for one in patterns:
+        domain, pattern = one if isinstance(one, Named) else (None, one)
         if not isinstance(pattern, str):
             raise UsageError(
                 f"the corpus is a {type(pattern).__name__}, expected names of files. `build` alone "
@@ -80,6 +82,8 @@ def expand(
         if not found:
             # The hub does not distinguish private from missing.
             cure = " A private or gated dataset needs HF_TOKEN." if "hf://" in pattern else ""
+            if domain is not None:
+                cure += f" {domain!r} was read as the corpus's name; a path may begin with './'."
             raise UsageError(
                 f"--corpus {redact(pattern)}: no file found. Expected {', '.join(KINDS)} "
                 f"(line formats also as .gz or .zst); name other files' kind with --format.{cure}"
@@ -92,9 +96,14 @@ def expand(
                     "(line "
                     f"formats also as .gz or .zst); or name it: --format {'|'.join(FORMATS[1:])}."
                 )
-            file = InputFile(url, size, *kind, version)
+            file = InputFile(url, size, *kind, version, domain=domain)
             file = _indexed(file) if kind[0] == "bin" else file
-            files.setdefault(file.url, file)
+            other = files.setdefault(file.url, file).domain
+            if other != domain:
+                raise UsageError(
+                    f"{redact(file.url)} is in the corpus {other} and in {domain}: its rows would "
+                    "count twice. Leave it in one of them."
+                )
     if not named:
         raise UsageError(
             f"--split is {split!r}, but no file of the corpus says by its name or folder which "
@@ -123,7 +132,7 @@ def _indexed(index: InputFile) -> InputFile:
             f"{redact(index.url)}: the ids of this index are not beside it: "
             f"{os.path.basename(redact(url))} is missing. Fetch both."
         ) from None
-    return InputFile(url, size, "bin", version=version, beside=(index,))
+    return InputFile(url, size, "bin", version=version, beside=(index,), domain=index.domain)
 
 
 def _is_data(name: str, forced: str) -> bool:

@@ -1,9 +1,10 @@
 """A few records from all over a corpus, for decisions made before it is read whole.
 
-Algorithm: evenly spaced spans are sampled. A file that cannot be entered in the middle is sampled
-once, however many of its spans are chosen, since they all begin at its first records. From the
-first records of a span every n-th is kept; n doubles each time twice as many are kept as are
-needed. So the kept ones are evenly spaced whether the span holds ten records or ten million.
+Algorithm: evenly spaced spans are sampled, and the first of each domain that has none. A file that
+cannot be entered in the middle is sampled once, however many of its spans are chosen, since they
+all begin at its first records. From the first records of a span every n-th is kept; n doubles each
+time twice as many are kept as are needed. So the kept ones are evenly spaced whether the span holds
+ten records or ten million.
 
 Cost: for each span, a bounded number of records read, and twice the needed number held.
 Guarantee: the same corpus and numbers give the same records.
@@ -51,15 +52,28 @@ class SpanSample:
 
 
 def sample_spans(corpus: Corpus, most: int) -> list[Span]:
-    """Evenly spaced spans to sample, `most` at most, in corpus order."""
+    """Evenly spaced spans to sample, `most` or one of each domain, in corpus order."""
     chosen: dict[tuple[str, int], Span] = {}
     count = min(most, len(corpus.spans))
-    for index in np.linspace(0, len(corpus.spans), count, endpoint=False).astype(int):
-        span = corpus.spans[int(index)]
+    even = np.linspace(0, len(corpus.spans), count, endpoint=False).astype(int)
+    for index in _of_every_domain(corpus, even.tolist()):
+        span = corpus.spans[index]
         if span.file.dealt:
             span = replace(span, part=0, parts=1)
         chosen.setdefault((span.file.url, span.start), span)
     return list(chosen.values())
+
+
+def _of_every_domain(corpus: Corpus, spans: Sequence[int]) -> list[int]:
+    """Spans, and the first one of each domain that has none among them."""
+    met = {corpus.spans[span].file.domain for span in spans}
+    added, first = [], 0
+    for stretch in corpus.domains:
+        if stretch["name"] not in met:
+            met.add(stretch["name"])
+            added.append(first)
+        first += stretch["spans"]
+    return sorted([*spans, *added])
 
 
 def sample_records(

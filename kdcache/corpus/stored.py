@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.files import output_errors
 
@@ -26,20 +27,21 @@ _BATCH_ROWS = 1000
 _FILE_BYTES = 1 << 29  # of Arrow; several files are read by several workers
 
 
-def stored(corpus: Sequence[Any], out: str) -> tuple[str, ...]:
+def stored(corpus: Sequence[Any], out: str) -> tuple[str | Named, ...]:
     """Patterns of a corpus, datasets among them written to `OUT.corpus`.
 
     Args:
-        corpus: Patterns and datasets.
+        corpus: Patterns and datasets, with names or without.
         out: The cache.
 
     Raises:
         UsageError: It is neither, several splits, or the cache is not on this machine.
     """
-    patterns = []
-    for number, one in enumerate(corpus):
+    patterns: list[str | Named] = []
+    for number, given in enumerate(corpus):
+        one = given.value if isinstance(given, Named) else given
         if isinstance(one, str):
-            patterns.append(one)
+            patterns.append(given)
             continue
         _check(one)
         if "://" in out:
@@ -50,7 +52,8 @@ def stored(corpus: Sequence[Any], out: str) -> tuple[str, ...]:
         folder = Path(f"{out.rstrip('/')}.corpus").expanduser().absolute() / str(number)
         with output_errors(folder):
             _write(one, folder)
-        patterns.append(str(folder))
+        there = str(folder)
+        patterns.append(Named(given.name, there) if isinstance(given, Named) else there)
     return tuple(patterns)
 
 

@@ -5,8 +5,9 @@
 They are the promise that later versions read what earlier ones wrote, so they are never made again:
 what comes later adds folders of its own beside them, and only those that are missing are made.
 Caches of ten rows in one shard; the rows and logits below are no one's teacher's. Those in `KEEP`
-have the log-probabilities of the labels, and the rows of those in `APART` hold documents that do
-not attend to each other; the others are older than that. `expected.json` holds what the caches must
+have the log-probabilities of the labels, the rows of those in `APART` hold documents that do not
+attend to each other, and those in `DOMAINS` have shards of corpora with names; the others are older
+than that. `expected.json` holds what the caches must
 give, taken from the rows themselves and, for the targets, from what the codecs read right after
 they had written: `test_targets.py` is what says that these are right.
 """
@@ -58,9 +59,11 @@ CACHES = {
     "anchored-1-2": ("causal-lm", "anchored:5", (1.0, 2.0)),
     "label-logprob": ("causal-lm", "sample:5", (1.0, 2.0)),
     "documents": ("causal-lm", "topk:4", (1.0,)),
+    "domains": ("causal-lm", "topk:4", (1.0,)),
 }
 KEEP = {"label-logprob"}
 APART = {"documents"}
+DOMAINS = {"domains": (("web", 6), ("code", 3), ("web", 1))}  # and rows of the shard of each
 WIDTH = 40
 SHARDS = (10,)
 
@@ -96,7 +99,8 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
     rng = np.random.default_rng(7)
     causal = task == "causal-lm"
     width = VOCABULARY if causal else len(CLASSES)
-    shards = [rows_of(task, rng, count) for count in SHARDS]
+    domains = DOMAINS.get(folder.name, ())
+    shards = [rows_of(task, rng, count) for count in [n for _, n in domains] or SHARDS]
     apart = folder.name in APART
     if apart:
         shards = [[divided(row, rng) for row in rows] for rows in shards]
@@ -131,6 +135,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
         label_logprob=folder.name in KEEP,
         output_layer=hashlib.sha256(layer).hexdigest() if layer else None,
+        domains=tuple({"name": name, "spans": 1} for name, _ in domains),
     )
     cache = Cache.create_or_resume(
         str(folder), spec, tokenizer_files=tokenizer(), ranks=ranks, output_layer=layer,
@@ -176,7 +181,8 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
             }
         )
     seal(cache, prepare_manifest(cache, entries))
-    return {"digest": cache.digest, "fingerprint": spec.fingerprint, "shards": expected}
+    names = {"domains": [name for name, _ in domains]} if domains else {}
+    return {"digest": cache.digest, "fingerprint": spec.fingerprint, "shards": expected, **names}
 
 
 def layer_of(rng: np.random.Generator) -> OutputLayer:

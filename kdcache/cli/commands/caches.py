@@ -89,6 +89,10 @@ def _report_made(result: BuildResult, worker: str = "teacher") -> None:
                 f"This part is made. {result.missing} shards of other parts are missing; the "
                 "part that ends last seals the cache."
             )
+    if result.domains:
+        from kdcache.cli.view_domains import render_domains
+
+        render_domains(result.domains, Console())
 
 
 def _transcode() -> click.Command:

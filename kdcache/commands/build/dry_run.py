@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kdcache.cache import Cache
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
-from kdcache.commands.plan.sample import sample_rows
+from kdcache.commands.plan.sample import DomainEstimate, sample_rows
 from kdcache.storage import open_storage, redact
 from kdcache.tasks import TASKS
 
@@ -47,6 +47,7 @@ class DryRun:
         dtype: what they would compute in.
         fingerprint: of the spec; None where the codec keeps the teacher's output layer, of which a
             build makes it first.
+        domains: of the corpus, where it has names: files, bytes, spans and positions of each.
     """
 
     cache: str
@@ -66,6 +67,7 @@ class DryRun:
     device: str
     dtype: str
     fingerprint: str | None
+    domains: tuple[DomainEstimate, ...] = ()
 
 
 def dry_run(options: BuildOptions) -> DryRun:
@@ -108,4 +110,5 @@ def dry_run(options: BuildOptions) -> DryRun:
         device="GPU" if prepared.gpus else "CPU",
         dtype=spec.dtype,
         fingerprint=None if codec.reads_states else spec.fingerprint,
+        domains=sample.domains,
     )

@@ -10,11 +10,13 @@ Guarantee: the same plan always resumes, and a finished cache is never changed.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdcache.cache import Cache, CacheSpec, Manifest
+from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.receipts import Receipts, remove_receipts
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
@@ -30,6 +32,8 @@ from kdcache.errors import IncompleteError, UsageError
 from kdcache.humanize import size
 from kdcache.storage import redact
 from kdcache.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class BuildResult:
         teacher_seconds: of it in the teacher, summed over workers.
         missing: shards that other parts have yet to make; rows, positions, bytes and the like are
             then those of this run. 0 once the cache is finished.
+        domains: figures of each, where the corpora have names.
     """
 
     cache: str
@@ -100,6 +105,7 @@ class BuildResult:
     seconds: float
     teacher_seconds: float
     missing: int = 0
+    domains: tuple[DomainFigures, ...] = ()
 
     @property
     def bytes_per_position(self) -> float:
@@ -175,6 +181,7 @@ def _begin(
         seconds=time.perf_counter() - begin,
         teacher_seconds=driver.teacher_seconds,
         missing=len(missing),
+        domains=domain_figures(cache.spec, shards),
     )
 
 
@@ -246,6 +253,14 @@ def _seal(cache: Cache, driver: Driver) -> Manifest:
             f"the corpus has no usable row ({manifest.skipped} records skipped): nothing to cache. "
             "Look at its text column, or name another --corpus."
         )
+    for domain in domain_figures(cache.spec, manifest.shards):
+        if not domain.rows:
+            logger.warning(
+                "the corpus %s has no usable row (%d records skipped): look at its text column, "
+                "and at --filter",
+                domain.name,
+                domain.skipped,
+            )
     manifest = seal(cache, manifest)
     remove_receipts(cache.storage)
     return manifest

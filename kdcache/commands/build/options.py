@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdcache.commands.groups import RowOptions, TeacherRunOptions, form_problems
+from kdcache.domains import Named
 from kdcache.options import Options, option
 from kdcache.tasks import CAUSAL_LM, Task
 
@@ -92,8 +93,11 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         help="folder, URL or hub id of each teacher; several make an ensemble.",
         metavar="DIR_OR_HUB_ID",
     )
-    corpus: tuple[str, ...] = option(
-        help="files, folders, globs or fsspec URLs.", metavar="PATH_OR_URL_OR_GLOB"
+    corpus: tuple[str | Named, ...] = option(
+        help="files, folders, globs or fsspec URLs; with a name in front of each, its rows are "
+        "one domain of the cache.",
+        metavar="[NAME=]PATH_OR_URL_OR_GLOB",
+        named=True,
     )
     out: str = option(help="folder or URL of the cache.", metavar="CACHE")
     task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")

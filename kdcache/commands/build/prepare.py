@@ -16,7 +16,7 @@ from kdcache.cluster import cluster_address
 from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.build.ranks import count_ranks
 from kdcache.commands.groups import EngineRunOptions
-from kdcache.corpus import Corpus
+from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.humanize import size
 from kdcache.rows import RowSpec
@@ -113,7 +113,7 @@ def prepare(options: BuildOptions) -> Prepared:
     weights = sum(teacher.weight_bytes for teacher in teachers)
     seconds = weights / _SPEED.get(dtype, _SPEED_16)
     corpus = options.open_corpus(
-        options.corpus,
+        named(options.corpus),
         span_bytes=functools.partial(_span_bytes, options, codec, seconds),
         # Where each document is a row of its own, what does not fit is cut off anyway.
         divide=task.causal and rows.packing in ("concat", "split"),
@@ -145,6 +145,7 @@ def prepare(options: BuildOptions) -> Prepared:
         seed=options.seed,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
         label_logprob=task.over_ids,
+        domains=tuple(corpus.domains),
     )
     return Prepared(
         spec,

@@ -7,8 +7,8 @@ temperature, most probable first, empty where there is no label; `target_tail`, 
 all other ids (0 for samples, whose weights stand for all); and `teacher_logprob`, its
 log-probability of the label at T = 1, where the cache keeps that. `segment_ids` numbers documents
 that share a row and do not attend to each other, where a cache has such. A classifier's cache has
-one target a row, and `label`, `text` and `text_pair`. Each file's metadata say under the key
-`kdcache` what it was made of.
+one target a row, and `label`, `text` and `text_pair`. `domain` names the row's corpus, where
+corpora have names. Each file's metadata say under the key `kdcache` what it was made of.
 
 Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
 Guarantee: a file appears whole. The same command makes only the files that are missing; files of
@@ -91,7 +91,7 @@ def export(
         missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
         cache.prefetch(missing)
         for i in missing:
-            writer.write(cache.read(i), folder / names[i])
+            writer.write(cache.read(i), folder / names[i], shards[i].domain)
             report(f"{names[i]}: {shards[i].rows:,} rows")
     return ExportResult(
         out=str(folder),
@@ -151,12 +151,12 @@ class _Writer:
             "teachers": list(cache.notes.get("teachers", ())),
         }
 
-    def write(self, data: ShardData, path: Path) -> None:
-        """Write one shard, whole."""
+    def write(self, data: ShardData, path: Path, domain: str | None) -> None:
+        """Write one shard of a domain, whole."""
         with whole_file(path) as file:
             writer: Any = None
             for rows in self._blocks(data):
-                table = self._table(data, rows)
+                table = self._table(data, rows, domain)
                 writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
                 writer.write_table(table)
             writer.close()
@@ -174,7 +174,7 @@ class _Writer:
             if start >= len(data):
                 return
 
-    def _table(self, data: ShardData, rows: range) -> pa.Table:
+    def _table(self, data: ShardData, rows: range, domain: str | None) -> pa.Table:
         per_token = TASKS[data.task].per_token
         tokens = slice(data.offsets[rows.start], data.offsets[rows.stop])
         places = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
@@ -206,6 +206,8 @@ class _Writer:
                 if texts is not None:
                     columns[name] = pa.array(texts[rows.start : rows.stop], pa.string())
             columns |= values
+        if domain is not None:
+            columns["domain"] = pa.array([domain] * len(rows), pa.string())
         return pa.table(columns).replace_schema_metadata({"kdcache": json.dumps(self.about)})
 
     def _entries(self, targets: SoftTargets) -> tuple[np.ndarray, ...]:

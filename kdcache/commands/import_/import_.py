@@ -28,7 +28,7 @@ from kdcache.commands.import_.compressed import Compression
 from kdcache.commands.import_.import_source import ImportSourceOptions, RowReader
 from kdcache.commands.import_.layouts import COMPRESSED, LAYOUTS
 from kdcache.commands.import_.options import ImportOptions
-from kdcache.corpus import Corpus, ReadStats, RecordError
+from kdcache.corpus import Corpus, ReadStats, RecordError, named
 from kdcache.corpus.files import open_bytes
 from kdcache.errors import UsageError
 from kdcache.rows import RowSpec
@@ -98,9 +98,10 @@ def _plan(options: ImportOptions) -> CachePlan:
         seed=0,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
         label_logprob=source.columns.logprob in columns,
+        domains=tuple(corpus.domains),
     )
     teachers = [redact(options.teacher)] if options.teacher else about.get("teachers") or []
-    origin = {"layout": source.layout, "files": [redact(name) for name in options.corpus]}
+    origin = {"layout": source.layout, "files": [redact(str(name)) for name in options.corpus]}
     return CachePlan(
         spec,
         tokenizer_files(tokenizer),
@@ -117,7 +118,7 @@ def _plan(options: ImportOptions) -> CachePlan:
 
 def _open(options: ImportOptions) -> Corpus:
     corpus = Corpus.open(
-        options.corpus,
+        named(options.corpus),
         span_bytes=lambda total: max(_SPAN_BYTES, total // _MOST_SPANS),
         limit=options.limit,
         columns=options.columns,
@@ -227,8 +228,8 @@ def _first(
             if k:
                 return k, record.columns
     raise UsageError(
-        f"--corpus {' '.join(map(redact, options.corpus))}: no row has targets. Look at its "
-        "columns, or choose another --layout."
+        f"--corpus {' '.join(redact(str(one)) for one in options.corpus)}: no row has targets. "
+        "Look at its columns, or choose another --layout."
     )
 
 

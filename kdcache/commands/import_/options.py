@@ -8,6 +8,7 @@ from typing import Literal
 
 from kdcache.choices import MAX_RECORD_BYTES, Attend, Labels, OnError
 from kdcache.commands.build.options import WorkerOptions
+from kdcache.domains import Named
 from kdcache.options import option
 
 Layout = Literal["kdcache", "axolotl", "distillkit", "open-instruct", "plain"]
@@ -17,8 +18,11 @@ Layout = Literal["kdcache", "axolotl", "distillkit", "open-instruct", "plain"]
 class ImportOptions(WorkerOptions):
     """What `kdcache import` takes: fields have the names of its options."""
 
-    corpus: tuple[str, ...] = option(
-        help="files, folders, globs or fsspec URLs.", metavar="PATH_OR_URL_OR_GLOB"
+    corpus: tuple[str | Named, ...] = option(
+        help="files, folders, globs or fsspec URLs; with a name in front of each, its rows are "
+        "one domain of the cache.",
+        metavar="[NAME=]PATH_OR_URL_OR_GLOB",
+        named=True,
     )
     tokenizer: str = option(
         help="the tokenizer of the ids, that of the teacher.", metavar="DIR_OR_HUB_ID"

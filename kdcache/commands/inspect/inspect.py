@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, ShardEntry
+from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.manifest import label_sums
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.sealing import shard_entry
@@ -82,6 +83,7 @@ class RowView:
         temperature: of the probabilities.
         exact: False where the weights are an unbiased sample: right on average, not one by one.
         positions: its positions in order.
+        domain: name of its corpus; None where corpora have no names.
     """
 
     row: int
@@ -92,6 +94,7 @@ class RowView:
     temperature: float
     exact: bool
     positions: tuple[PositionView, ...]
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class InspectResult:
         columns: bytes per position of each dataset.
         sampled_shards: how many shards the last two come from.
         spec: the whole spec.
+        domains: figures of each, where corpora have names.
         row: the requested row.
     """
 
@@ -163,6 +167,7 @@ class InspectResult:
     columns: tuple[ColumnSize, ...]
     sampled_shards: int
     spec: dict[str, Any]
+    domains: tuple[DomainFigures, ...] = ()
     row: RowView | None = None
 
 
@@ -219,6 +224,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         columns=columns,
         sampled_shards=sampled,
         spec=spec.to_dict(),
+        domains=domain_figures(spec, shards),
         row=row,
     )
 
@@ -300,6 +306,7 @@ def _row(
     return RowView(
         row=number,
         shard=entry.span,
+        domain=entry.domain,
         tokens=len(row.input_ids),
         text=_text(row, tokenizer),
         text_pair=row.text_pair,

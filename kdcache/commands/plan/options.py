@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.groups import RowOptions, TeacherRunOptions
+from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.options import option
 from kdcache.tasks import CAUSAL_LM, TASKS, Task
@@ -22,8 +23,11 @@ class PlanOptions(RowOptions, TeacherRunOptions):
         help="folder, URL or hub id of each teacher; several make an ensemble.",
         metavar="DIR_OR_HUB_ID",
     )
-    corpus: tuple[str, ...] = option(
-        help="files, folders, globs or fsspec URLs.", metavar="PATH_OR_URL_OR_GLOB"
+    corpus: tuple[str | Named, ...] = option(
+        help="files, folders, globs or fsspec URLs; with a name in front of each, its rows are "
+        "one domain of the cache.",
+        metavar="[NAME=]PATH_OR_URL_OR_GLOB",
+        named=True,
     )
     task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")
     codec: tuple[str, ...] | None = option(

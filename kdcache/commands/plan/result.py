@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdcache.commands.plan.fidelity import Fidelity
+from kdcache.commands.plan.sample import DomainEstimate
 
 WORKERS = (1, 8, 64)
 """Numbers of workers for which the hours of a build are estimated."""
@@ -64,6 +65,7 @@ class PlanResult:
         advice: which codec to take and what it costs, then which for other purposes.
         caches: the grid.
         plot: where the plot is, or None.
+        domains: of the corpus, where it has names: files, bytes, spans and positions of each.
     """
 
     teacher: tuple[str, ...]
@@ -81,6 +83,7 @@ class PlanResult:
     advice: str
     caches: tuple[PlannedCache, ...]
     plot: str | None
+    domains: tuple[DomainEstimate, ...] = ()
 
 
 def break_even(teacher: float, encode: float, read: float) -> float | None:

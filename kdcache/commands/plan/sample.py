@@ -2,7 +2,7 @@
 
 Evenly spaced spans of the corpus are sampled (`kdcache.corpus.sample`) and their records are
 encoded as in a build. Positions per stored byte of what was encoded, times the bytes of all files,
-is the size of the corpus in positions.
+is the size of the corpus in positions. Where corpora have names, each is estimated by itself.
 
 The estimate is close for uncompressed files. For compressed ones the sample's compression ratio
 stands for all, and a sample compresses a little worse than its whole file.
@@ -30,6 +30,35 @@ _ALL = 1 << 62
 _READ = 4096  # records of all spans, more only where more rows are wanted
 
 
+@dataclass(frozen=True)
+class DomainEstimate:
+    """A named corpus, and about how large it is.
+
+    Attributes:
+        name: of the domain.
+        files: of it.
+        bytes: of these files.
+        spans: shards of the cache.
+        positions: about so many.
+    """
+
+    name: str
+    files: int
+    bytes: int
+    spans: int
+    positions: int
+
+
+@dataclass
+class _Domain:
+    """What was read of a domain: see the attributes of `CorpusSample`."""
+
+    records: int = 0
+    unfiltered: float = 0.0
+    positions: int = 0
+    stored: float = 0.0
+
+
 @dataclass
 class CorpusSample:
     """Some rows of a corpus, their origin, and the estimated size of the whole.
@@ -40,8 +69,8 @@ class CorpusSample:
         records: read for it; more than the rows need, where a row is a small part of a record.
         unfiltered: records of the files that these stand for, before filters.
         positions: in all rows of these records.
-        stored: bytes that these records take in their files.
         corpus_positions: estimate of the positions in the whole corpus.
+        domains: the same of each domain, where corpora have names.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -49,8 +78,8 @@ class CorpusSample:
     records: int = 0
     unfiltered: float = 0.0
     positions: int = 0
-    stored: float = 0.0
     corpus_positions: int = 0
+    domains: tuple[DomainEstimate, ...] = ()
 
 
 def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> CorpusSample:
@@ -66,6 +95,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
         UsageError: no row could be made, or a record cannot be read.
     """
     sample = CorpusSample()
+    read: dict[str | None, _Domain] = {}
     places = sample_spans(corpus, rows)
     for done, span in enumerate(places):
         # Samples that are short of rows leave theirs to the following ones.
@@ -79,10 +109,11 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
             characters=wanted * spec.max_length * _CHARACTERS_A_TOKEN,
         )
         found = list(make_encoder(spec, tokenizer).encode(part.records))
-        sample.positions += sum(len(row.places(spec.task)) for row in found)
-        sample.records += len(part.records)
-        sample.unfiltered += len(part.records) / (part.passed or 1)
-        sample.stored += _stored(part)
+        domain = read.setdefault(span.file.domain, _Domain())
+        domain.positions += sum(len(row.places(spec.task)) for row in found)
+        domain.records += len(part.records)
+        domain.unfiltered += len(part.records) / (part.passed or 1)
+        domain.stored += _stored(part)
         chosen = np.linspace(0, len(found), min(wanted, len(found)), endpoint=False).astype(int)
         sample.rows += [found[i] for i in chosen]
         sample.places += [(span.index, int(i)) for i in chosen]
@@ -91,18 +122,28 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
             "no row could be made of the first records of the corpus: nothing to plan with. Look "
             "at its text column and at --filter, or name another --corpus."
         )
-    sample.corpus_positions = _corpus_positions(corpus, sample)
+    sample.positions = sum(domain.positions for domain in read.values())
+    sample.records = sum(domain.records for domain in read.values())
+    sample.unfiltered = sum(domain.unfiltered for domain in read.values())
+    estimates = {name: _estimate(corpus, name, domain) for name, domain in read.items()}
+    sample.corpus_positions = sum(estimate.positions for estimate in estimates.values())
+    names = dict.fromkeys(str(stretch["name"]) for stretch in corpus.domains)
+    sample.domains = tuple(estimates[name] for name in names)
     return sample
 
 
-def _corpus_positions(corpus: Corpus, sample: CorpusSample) -> int:
-    size = sum(file.size for file in corpus.files)
-    estimate = sample.positions * size / max(sample.stored, 1)
-    if corpus.settings["limit"] is not None:
+def _estimate(corpus: Corpus, name: str | None, read: _Domain) -> DomainEstimate:
+    """How large a domain is, by what was read of it."""
+    files = [file for file in corpus.files if file.domain == name]
+    size = sum(file.size for file in files)
+    positions = read.positions * size / max(read.stored, 1)
+    if corpus.settings["limit"] is not None and read.unfiltered:
         # Filters come after the limit.
-        estimate = min(estimate, corpus.settings["limit"] * sample.positions / sample.unfiltered)
-    # The sample itself is certain.
-    return max(round(estimate), sample.positions)
+        positions = min(positions, corpus.settings["limit"] * read.positions / read.unfiltered)
+    spans = sum(stretch["spans"] for stretch in corpus.domains if stretch["name"] == name)
+    # What was read is certain.
+    positions = max(round(positions), read.positions)
+    return DomainEstimate(name or "", len(files), size, spans, positions)
 
 
 def _stored(part: SpanSample) -> float:

@@ -30,6 +30,7 @@ def cache_section(part: CachePart) -> Html:
         [
             element("p", _sentence(found), class_="lead"),
             facts(_facts(found)),
+            _domains(found),
             _figures(part.figures, part.positions),
             histogram(
                 "The teacher's surprise at the labels",
@@ -77,6 +78,25 @@ def _facts(found: InspectResult) -> list[tuple[str, str]]:
     if found.skipped:
         pairs.append(("records left out", f"{found.skipped:,}"))
     return pairs
+
+
+def _domains(found: InspectResult) -> Html | None:
+    """The corpora with names that it was built of."""
+    if not found.domains:
+        return None
+    rows = [
+        (
+            domain.name,
+            f"{domain.rows:,}",
+            f"{domain.positions:,}",
+            f"{domain.positions / max(1, found.positions):.1%}",
+            size(domain.bytes),
+            "-" if domain.teacher_cross_entropy is None else f"{domain.teacher_cross_entropy:.4f}",
+        )
+        for domain in found.domains
+    ]
+    header = ("domain", "rows", "positions", "share", "size", "teacher's cross-entropy, nats")
+    return table("Domains", header, rows)
 
 
 def _figures(figures: Sequence[TargetFigures], positions: int) -> Html | None:
@@ -148,12 +168,17 @@ def _provenance(part: CachePart) -> list[tuple[str, str]]:
 def _corpus(found: InspectResult) -> Html | None:
     files = found.spec.get("corpus") or []
     rows = [
-        (str(f.get("name", "")), size(f["size"]) if isinstance(f.get("size"), int) else "-")
+        (
+            str(f.get("name", "")),
+            *([str(f.get("domain", ""))] if found.domains else []),
+            size(f["size"]) if isinstance(f.get("size"), int) else "-",
+        )
         for f in files[:_FILES]
     ]
     more = len(files) - len(rows)
     title = f"Corpus: {len(files):,} files" + (f", {len(rows)} of them here" if more else "")
-    return table(title, ("file", "size"), rows)
+    header = ("file", "domain", "size") if found.domains else ("file", "size")
+    return table(title, header, rows, texts=(0, 1) if found.domains else (0,))
 
 
 # Rows
@@ -185,7 +210,8 @@ def _range(level: int) -> str:
 def _row(row: RowView) -> Html:
     per_token = any(position.token is not None for position in row.positions)
     about = "" if row.exact else ", unbiased sample"
-    title = f"Row {row.row}: {row.tokens:,} tokens, T = {row.temperature:g}{about}"
+    of = f" of {row.domain}" if row.domain else ""
+    title = f"Row {row.row}{of}: {row.tokens:,} tokens, T = {row.temperature:g}{about}"
     texts = (
         [_tokens(row)]
         if per_token
