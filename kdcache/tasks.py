@@ -16,12 +16,14 @@ from typing import Any, Final, Literal, TypeVar
 
 from kdcache.errors import UsageError
 
-Task = Literal["causal-lm", "sequence-classification"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification"]
 Answers = Literal["ids", "classes", "labels", "score"]
 CAUSAL_LM: Final = "causal-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
+TOKEN_CLASSIFICATION: Final = "token-classification"
 
 IGNORE: Final = -100  # a label that is none: the default `ignore_index` of torch's cross-entropy
+UNLABELLED: Final = -101  # of a token that has a soft target and no hard label
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,14 @@ class TaskType:
             is then the next one.
         texts: whether a shard keeps the text of its rows, so that a student with a tokenizer of
             its own can read them.
+        words: whether rows are of words that came apart, each with a label, and a shard keeps them
+            for the same reason.
         auto: name of the class of transformers that loads its models.
         marks: what their names in `architectures` of a `config.json` contain.
         pipeline: its name on the model hub.
         codec: that a build takes by default.
         plans: codecs that `plan` compares by default.
+        label_columns: columns of a record that hold its labels by default; it may have one of them.
     """
 
     noun: str
@@ -55,6 +60,13 @@ class TaskType:
     pipeline: str
     codec: str
     plans: tuple[str, ...]
+    words: bool = False
+    label_columns: tuple[str, ...] = ("label",)
+
+    @property
+    def rereads(self) -> bool:
+        """Whether a student with a tokenizer of its own can read the rows: they keep the input."""
+        return self.texts or self.words
 
     @property
     def over_ids(self) -> bool:
@@ -92,25 +104,56 @@ TASKS: Final[Mapping[str, TaskType]] = {
         codec="dense",
         plans=("dense", "dense:float16"),
     ),
+    TOKEN_CLASSIFICATION: TaskType(
+        noun="token classifier",
+        per_token=True,
+        answers="classes",
+        causal=False,
+        texts=False,
+        words=True,
+        auto="AutoModelForTokenClassification",
+        marks=("TokenClassification",),
+        pipeline="token-classification",
+        codec="dense",
+        plans=("dense", "dense:float16"),
+        label_columns=("tags", "ner_tags", "labels"),
+    ),
 }
 
 Labels = TypeVar("Labels", bound=Any)
+
+
+def labelled(labels: Labels, task: str) -> Labels:
+    """Which labels are there.
+
+    Args:
+        labels: integers of any shape, a numpy array or a tensor, `IGNORE` where there is none, and
+            `UNLABELLED` at a token that has a soft target alone: those of each token, or those of
+            each row.
+        task: one of `TASKS`.
+
+    Returns:
+        bool, in the shape of `labels`.
+    """
+    there: Any = (labels != IGNORE) & (labels != UNLABELLED)
+    found: Labels = there
+    return found
 
 
 def positions(labels: Labels, task: str) -> Labels:
     """Which labels have a soft target.
 
     Args:
-        labels: integers of any shape, a numpy array or a tensor, `IGNORE` where there is none:
-            those of each token, or those of each row.
+        labels: as for `labelled`.
         task: one of `TASKS`.
 
     Returns:
-        bool, in the shape of `labels`. Of the tokens of a row, those that have a label are
-        positions; of rows all are, since a transfer set has soft targets without hard labels.
+        bool, in the shape of `labels`. Of the tokens of a row, those that have a label or are
+        `UNLABELLED` are positions; of rows all are. Either way a transfer set has soft targets
+        without hard labels.
     """
-    labelled: Any = labels != IGNORE
-    every: Labels = labelled if TASKS[task].per_token else labelled | True
+    marked: Any = labels != IGNORE
+    every: Labels = marked if TASKS[task].per_token else marked | True
     return every
 
 

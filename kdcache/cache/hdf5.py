@@ -32,6 +32,7 @@ DEFLATE_LIMIT = 1100
 
 _SHUFFLE, _DEFLATE, _FLETCHER = 2, 1, 3
 _CHUNK_BYTES = 1 << 20  # of a chunk of more than one item, at most
+_WRITTEN_CHUNK = 1 << 19  # of those that are written here
 _CHECKSUM = 4  # bytes behind a chunk from fletcher32; deflate has a checksum of its own
 _ATTRIBUTE_BYTES = 1 << 16
 
@@ -257,3 +258,32 @@ def _check_chunks(path: Path, dataset: Any, name: str) -> None:
         seen[place] = True
     if not seen.all() or len(chunks) != expected:
         raise CorruptCacheError(f"{path}: the chunks of column {name} are missing or misplaced.")
+
+
+def write_column(group: Any, name: str, array: np.ndarray) -> None:
+    """Write a column, in chunks that pass through the filters of every HDF5."""
+    if array.size == 0:  # HDF5 cannot chunk nothing
+        group.create_dataset(name, data=array)
+        return
+    row_bytes = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+    length = min(len(array), max(1, _WRITTEN_CHUNK // row_bytes))
+    group.create_dataset(
+        name,
+        data=array,
+        chunks=(length, *array.shape[1:]),
+        compression="gzip",
+        compression_opts=4,
+        shuffle=True,
+        fletcher32=True,
+    )
+
+
+def read_column(
+    path: Path, group: Any, name: str, kinds: Sequence[str], length: int | None, *width: int
+) -> np.ndarray:
+    """A column, its length (None: as it is) and the shape of its items as expected."""
+    dataset = column(path, group, name, kinds)
+    found, expected = dataset.shape, (len(dataset) if length is None else length, *width)
+    if found != expected:
+        raise CorruptCacheError(f"{path}: column {name} has shape {found}, expected {expected}.")
+    return values(path, dataset)

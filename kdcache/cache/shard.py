@@ -23,18 +23,21 @@ from typing import Any
 import h5py
 import numpy as np
 
-from kdcache.cache.hdf5 import attribute, column, columns_of, open_file, values, write_text
+from kdcache.cache.hdf5 import attribute, columns_of, open_file, write_text
+from kdcache.cache.hdf5 import read_column as _read
+from kdcache.cache.hdf5 import write_column as _write
+from kdcache.cache.texts import read_texts, read_words, write_texts, write_words
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets
 from kdcache.tasks import IGNORE, TASKS, positions
 
 FORMAT = 1
-_CHUNK_BYTES = 1 << 19
 _REQUIRED = ("lengths", "input_ids")
 _NEXT_IDS = ("has_label", "next_ids")  # labels that are the next token, but for the last of a row
 _LABELS = ("labels",)
 _TEXTS = ("text_bytes", "text")
+_WORDS = ("first_tokens", "words_bytes", "words")
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
 _LABEL_LOGPROB = ("label_logprob",)
 _STARTS = ("starts",)
@@ -62,6 +65,8 @@ class ShardData:
             `kdcache.targets.label_logprob`), or None where the cache keeps none.
         starts: bool [tokens], where a document begins that attends to no other one of its row, or
             None where rows are not divided.
+        words: the words of each row, or None where the task keeps none.
+        first: bool [tokens], the first token of each word, or None likewise.
     """
 
     task: str
@@ -74,6 +79,8 @@ class ShardData:
     text_pairs: list[str] | None = None
     label_logprob: np.ndarray | None = None
     starts: np.ndarray | None = None
+    words: list[tuple[str, ...]] | None = None
+    first: np.ndarray | None = None
 
     @classmethod
     def from_rows(
@@ -105,6 +112,11 @@ class ShardData:
             data.texts = [row.text or "" for row in rows]
             if any(row.text_pair is not None for row in rows):
                 data.text_pairs = [row.text_pair or "" for row in rows]
+        if TASKS[task].words:
+            data.words = [row.words or () for row in rows]
+            data.first = _concatenate(
+                [row.first for row in rows if row.first is not None], np.bool_
+            )
         assert len(targets) == data.position_offsets[-1], "one soft target a position"
         assert label_logprob is None or len(label_logprob) == len(targets), "one a position"
         return data
@@ -137,6 +149,8 @@ class ShardData:
             text=None if self.texts is None else self.texts[index],
             text_pair=None if self.text_pairs is None else self.text_pairs[index],
             starts=None if self.starts is None else self.starts[tokens],
+            words=None if self.words is None else self.words[index],
+            first=None if self.first is None else self.first[tokens],
         )
 
 
@@ -197,9 +211,9 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
             _write(rows, "labels", data.labels.astype(np.int32))
         for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
             if texts is not None:
-                encoded = [text.encode() for text in texts]
-                _write(rows, f"{name}_bytes", np.array([len(t) for t in encoded], np.uint32))
-                _write(rows, name, np.frombuffer(b"".join(encoded), np.uint8))
+                write_texts(rows, name, texts)
+        if data.words is not None and data.first is not None:
+            write_words(rows, data.words, data.first)
         targets = file.create_group("targets")
         for column in data.targets.codec.columns:
             _write(targets, column.name, data.targets.columns[column.name])
@@ -237,6 +251,7 @@ def read_shard(
         kind = TASKS[task]
         required = (
             *(_REQUIRED + (_NEXT_IDS if kind.causal else _LABELS) + _TEXTS * kind.texts),
+            *(_WORDS * kind.words),
             *(_LABEL_LOGPROB * label_logprob + _STARTS * starts),
         )
         rows = columns_of(path, file, "rows", required, _OPTIONAL)
@@ -259,6 +274,9 @@ def read_shard(
         logprobs = None
         if label_logprob:
             logprobs = _read(path, rows, "label_logprob", _U2, n.positions)
+        words, first = None, None
+        if kind.words:
+            words, first = read_words(path, rows, offsets, labels)
         targets = SoftTargets.empty(codec)
         if with_targets:
             group = columns_of(path, file, "targets", [c.name for c in codec.columns])
@@ -271,10 +289,12 @@ def read_shard(
             labels=labels,
             targets=targets,
             type_ids=_read(path, rows, "type_ids", _U1, n.tokens) if "type_ids" in rows else None,
-            texts=_read_texts(path, rows, "text", n.rows),
-            text_pairs=_read_texts(path, rows, "text_pair", n.rows),
+            texts=read_texts(path, rows, "text", n.rows),
+            text_pairs=read_texts(path, rows, "text_pair", n.rows),
             label_logprob=logprobs,
             starts=_read_starts(path, rows, offsets, labels) if starts else None,
+            words=words,
+            first=first,
         )
     if data.position_offsets[-1] != n.positions:
         raise CorruptCacheError(
@@ -357,34 +377,6 @@ def shard_counts(path: Path, file: Any) -> ShardCounts:
     )
 
 
-def _write(group: Any, name: str, array: np.ndarray) -> None:
-    if array.size == 0:  # HDF5 cannot chunk nothing
-        group.create_dataset(name, data=array)
-        return
-    row_bytes = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-    length = min(len(array), max(1, _CHUNK_BYTES // row_bytes))
-    group.create_dataset(
-        name,
-        data=array,
-        chunks=(length, *array.shape[1:]),
-        compression="gzip",
-        compression_opts=4,
-        shuffle=True,
-        fletcher32=True,
-    )
-
-
-def _read(
-    path: Path, group: Any, name: str, kinds: Sequence[str], length: int | None, *width: int
-) -> np.ndarray:
-    """A column, its length (None: as it is) and the shape of its items as expected."""
-    dataset = column(path, group, name, kinds)
-    found, expected = dataset.shape, (len(dataset) if length is None else length, *width)
-    if found != expected:
-        raise CorruptCacheError(f"{path}: column {name} has shape {found}, expected {expected}.")
-    return values(path, dataset)
-
-
 def _read_targets(path: Path, group: Any, codec: Codec, positions: int) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     for stored in codec.columns:
@@ -444,15 +436,6 @@ def _read_starts(path: Path, rows: Any, offsets: np.ndarray, labels: np.ndarray)
     if (labels[:-1][within[1:]] != IGNORE).any():
         raise CorruptCacheError(f"{path}: a document's last token has a label of the next one.")
     return starts
-
-
-def _read_texts(path: Path, rows: Any, name: str, count: int) -> list[str] | None:
-    if name not in rows and f"{name}_bytes" not in rows:
-        return None
-    ends = np.cumsum(_read(path, rows, f"{name}_bytes", _U4, count), dtype=np.int64)
-    blob = _read(path, rows, name, _U1, int(ends[-1]) if count else 0).tobytes()
-    starts = [0, *ends[:-1]]
-    return [blob[a:b].decode() for a, b in zip(starts, ends, strict=True)]
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

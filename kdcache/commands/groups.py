@@ -21,6 +21,7 @@ from kdcache.choices import (
     Ensemble,
     Form,
     Labels,
+    LabelTokens,
     OnError,
     Packing,
     Precision,
@@ -51,6 +52,9 @@ class RecordOptions(Options):
     text_column: str = option("text", help="column of the text.", metavar="NAME")
     pair_column: str | None = option(
         None, help="column of a second text (optional).", metavar="NAME"
+    )
+    words_column: str = option(
+        "tokens", help="column of the words that each have a tag, a list.", metavar="NAME"
     )
     columns: tuple[str, ...] | None = option(
         None,
@@ -135,8 +139,13 @@ class RowOptions(RecordOptions):
 
     label_column: str = option(
         "label",
-        help="column of the class; `none` reads no hard labels, even where the column exists.",
+        help="column of the class; `none` reads no hard labels, even where the column exists. For "
+        "words by default `tags`, `ner_tags` or `labels`, a list.",
         metavar="NAME",
+    )
+    label_tokens: LabelTokens = option(
+        "first",
+        help="which tokens of a word have its tag, and a soft target: the `first`, or `all`.",
     )
     messages_column: str = option(
         "messages",
@@ -305,6 +314,8 @@ class RowOptions(RecordOptions):
             record_form=self.record_form,
             on_error=self.on_error,
             labels=self.labels,
+            words_column=self.words_column,
+            label_tokens=self.label_tokens,
         )
 
 

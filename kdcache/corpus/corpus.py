@@ -13,6 +13,7 @@ from itertools import accumulate, islice
 from typing import Any, overload
 
 from kdcache.choices import MAX_RECORD_BYTES, Documents, OnError
+from kdcache.corpus.conll import Conll, ConllU
 from kdcache.corpus.files import (
     LINE_KINDS,
     InputFile,
@@ -37,6 +38,8 @@ _FORMATS: dict[str, type[Format]] = {
     "jsonl": JsonLines,
     "csv": Csv,
     "tsv": Tsv,
+    "conll": Conll,
+    "conllu": ConllU,
     "parquet": Parquet,
     "arrow": Arrow,
     "bin": IndexedIds,
@@ -142,9 +145,10 @@ class Corpus:
             limit: Only the first so many records, of each name, before any filter. Planning then
                 reads the corpus up to there.
             format: `auto` goes by the extension; else the kind of all files (`jsonl`, `txt`,
-                `csv`, `tsv`, `parquet`, `arrow`).
-            columns: Names of the columns of CSV and TSV files *without* a header line; for `.txt`
-                one name instead of `text`. Or pairs `name=theirs`: columns of any files renamed.
+                `csv`, `tsv`, `conll`, `conllu`, `parquet`, `arrow`).
+            columns: Names of the columns of CSV and TSV files *without* a header line, and of those
+                of CoNLL; for `.txt` one name instead of `text`. Or pairs `name=theirs`: columns of
+                any files renamed.
             documents: What a record of a `.txt` file is: `file`, `paragraph` or `line`.
             delimiter: What separates the fields of CSV.
             max_record_bytes: Longest record; longer ones can't be read.
@@ -184,9 +188,9 @@ class Corpus:
                     f"{_shown(patterns, domain)}: the corpus is empty ({len(some)} files of 0 "
                     f"bytes). Name files with records in them."
                 )
-        if named and not any(file.kind in ("csv", "tsv", "txt") for file in files):
+        if named and not any(file.kind in ("csv", "tsv", "txt", "conll") for file in files):
             raise UsageError(
-                f"--columns names the columns of headerless CSV and TSV; {files[0].url} is "
+                f"--columns names the columns of headerless CSV, TSV and CoNLL; {files[0].url} is "
                 f"{files[0].kind} and has its own. Rename one with --columns NAME=THEIRS, or leave "
                 "--columns out."
             )

@@ -34,12 +34,16 @@ KINDS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".conllu": "conllu",
     ".arrow": "arrow",
     ".feather": "arrow",
     ".idx": "bin",  # an index: the ids are in the .bin beside it
 }
-LINE_KINDS = frozenset({"jsonl", "txt", "tsv", "csv"})
-FORMATS = ("auto", "jsonl", "txt", "csv", "tsv", "parquet", "arrow")
+LINE_KINDS = frozenset({"jsonl", "txt", "tsv", "csv", "conll", "conllu"})
+FORMATS = ("auto", "jsonl", "txt", "csv", "tsv", "conll", "conllu", "parquet", "arrow")
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 
 _TAG_BYTES = 64 << 10

@@ -3,7 +3,7 @@
 A format yields `(location, payload)` in file order, cheaply, and makes a `Record` of a payload or
 raises `RecordError` with the reason. The same records are counted for `limit`, so that both agree
 about what a record is: a line that is not blank, a paragraph, a text file that is not blank, a CSV
-row that is not empty, a row of a table.
+row that is not empty, a sentence of CoNLL, a row of a table.
 
 Cost: one pass; memory of one record, which is never longer than `Reading.max_record_bytes`, or of
 1,024 rows of a table, decoded only in the requested columns.

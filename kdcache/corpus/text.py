@@ -124,7 +124,8 @@ def _skip_line(stream: BinaryIO) -> int:
     return size
 
 
-def _decoded(data: bytes) -> str:
+def decoded(data: bytes) -> str:
+    """Text of bytes in UTF-8; `RecordError` where they are not."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -135,7 +136,7 @@ class JsonLines(_Text):
     """One JSON object a line."""
 
     def _values(self, payload: bytes) -> dict[str, Any]:
-        text = _decoded(payload)
+        text = decoded(payload)
         if text.startswith("["):
             raise RecordError("a JSON list where one object a line was expected (try jq -c '.[]')")
         try:
@@ -164,7 +165,7 @@ class Tsv(_Text):
             return
         line = self._stream.readline(self._most)
         try:
-            self.source = self._named(_decoded(line.removeprefix(_BOM).rstrip(b"\r\n")).split("\t"))
+            self.source = self._named(decoded(line.removeprefix(_BOM).rstrip(b"\r\n")).split("\t"))
         except RecordError as error:
             raise UsageError(
                 f"{self._span.file.url}: line 1: {error}. Save the file as UTF-8."
@@ -173,7 +174,7 @@ class Tsv(_Text):
         super()._open(columns)
 
     def _values(self, payload: bytes) -> dict[str, Any]:
-        return self._fields(_decoded(payload).split("\t"))
+        return self._fields(decoded(payload).split("\t"))
 
 
 class TextLines(_Text):
@@ -184,7 +185,7 @@ class TextLines(_Text):
         self.source = FileColumns((self._span.reading.columns or ("text",))[:1])
 
     def _values(self, payload: bytes) -> dict[str, Any]:
-        return {self.source.columns[0]: _decoded(payload)}
+        return {self.source.columns[0]: decoded(payload)}
 
 
 class TextParagraphs(TextLines):

@@ -45,7 +45,6 @@ from kdcache.targets import (
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.targets.device import compiles
 from kdcache.targets.output_layer import finish_
-from kdcache.tasks import IGNORE
 
 
 class _Options(NamedTuple):
@@ -324,7 +323,7 @@ def _logits_to_gradient_(
     Returns:
         [2] hard and soft sums; with theta, of anchored targets, [5]: and an anchor's figures.
     """
-    valid = labels != IGNORE
+    valid = labels >= 0
     ids = labels.long().masked_fill(~valid, 0)[:, None]
     valid_each = valid * each
     fast = z.is_cuda and compiles()

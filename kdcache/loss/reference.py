@@ -24,7 +24,6 @@ from kdcache.targets import (
     Targets,
 )
 from kdcache.targets.chunks import ChunkTargets
-from kdcache.tasks import IGNORE
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 TAILS: tuple[str, ...] = get_args(Tail)
@@ -151,7 +150,7 @@ def distillation_loss(
     z = z if z.dtype == torch.float64 else z.float()
     if isinstance(targets, HiddenTargets):
         targets = targets.dense(z.dtype)
-    valid = labels != IGNORE
+    valid = labels >= 0
     hard = F.cross_entropy(z, labels.long().masked_fill(~valid, 0), reduction="none") * valid
     if divergence == "mse":
         soft = (z - _dense(targets).logits.to(z)).square().mean(-1)

@@ -16,8 +16,10 @@ label, so no trailing token without a label is computed.
 
 from __future__ import annotations
 
-from kdcache.rows.encoders import ClassificationEncoder, Encoder, TextEncoder, make_encoder
+from kdcache.rows.encoder import Encoder
+from kdcache.rows.encoders import ClassificationEncoder, TextEncoder, make_encoder
 from kdcache.rows.spec import Row, RowSpec
+from kdcache.rows.words import TokenClassificationEncoder, WordReader
 
 __all__ = [
     "ClassificationEncoder",
@@ -25,5 +27,7 @@ __all__ = [
     "Row",
     "RowSpec",
     "TextEncoder",
+    "TokenClassificationEncoder",
+    "WordReader",
     "make_encoder",
 ]

@@ -1,100 +1,31 @@
-"""Encoders: a stream of records in, rows out. See `kdcache.rows` for the algorithm and its cost."""
+"""Encoders of the tasks. See `kdcache.rows` for the algorithm and its cost."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.corpus import ReadStats, Record, RecordError
+from kdcache.corpus import Record
 from kdcache.errors import UsageError
+from kdcache.rows.classes import Classes
 from kdcache.rows.documents import DocumentMaker
+from kdcache.rows.encoder import Encoder
 from kdcache.rows.ids import IdSequence, SequenceMaker
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, Row, RowSpec
 from kdcache.rows.text import Document, checked_text
-from kdcache.tasks import CAUSAL_LM, IGNORE
-
-_BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 1 << 22  # a batch of books must not be a batch of 256 books
+from kdcache.rows.words import TokenClassificationEncoder
+from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
-Item = TypeVar("Item")
 # Ids end to end, which of them are learnt, each sequence's record and length, and where documents
 # begin (None: with each sequence).
 Sequences = tuple[Ids, Mask, list[tuple[Record, int]], Mask | None]
-
-
-class Encoder(ABC):
-    """Turns records into rows, counting what it leaves out.
-
-    Attributes:
-        spec: The options.
-        tokenizer: A Hugging Face tokenizer.
-        stats: Records taken, records skipped because of `RowSpec.on_error` and the first reasons.
-        empty: Records without anything to learn: empty text, no answer of the assistant.
-        truncated: Documents cut short at `RowSpec.max_length`: texts to classify (where a fast
-            tokenizer tells), and under `packing="none"`.
-    """
-
-    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
-        self.spec = spec
-        self.tokenizer = tokenizer
-        self.stats = ReadStats()
-        self.empty = 0
-        self.truncated = 0
-
-    @property
-    def skipped(self) -> int:
-        """Records skipped because they could not be encoded."""
-        return self.stats.skipped
-
-    @abstractmethod
-    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
-        """Encode the records of one span.
-
-        Args:
-            records: In order; read as needed.
-
-        Yields:
-            The rows, in the records' order.
-
-        Raises:
-            UsageError: A column is missing, a label is not a class, or (`on_error="fail"`) a
-                value can't be used.
-        """
-
-    def _batches(
-        self,
-        records: Iterable[Record],
-        make: Callable[[Record], Item | None],
-        size: Callable[[Item], int],
-    ) -> Iterator[list[Item]]:
-        """The results of `make` for the records, in batches; None is counted as empty."""
-        batch: list[Item] = []
-        characters = 0
-        for record in records:
-            try:
-                item = make(record)
-            except RecordError as problem:
-                self.stats.reject(self.spec.on_error, record.file, record.location, problem)
-                continue
-            self.stats.records += 1
-            if item is None:
-                self.empty += 1
-                continue
-            batch.append(item)
-            characters += size(item)
-            if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-        if batch:
-            yield batch
 
 
 def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
@@ -110,6 +41,8 @@ def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
     Raises:
         UsageError: The tokenizer can't serve the spec.
     """
+    if TASKS[spec.task].words:
+        return TokenClassificationEncoder(spec, tokenizer)
     if spec.task != CAUSAL_LM:
         return ClassificationEncoder(spec, tokenizer)
     return (IdsEncoder if spec.record_form == "ids" else TextEncoder)(spec, tokenizer)
@@ -356,10 +289,7 @@ class ClassificationEncoder(Encoder):
                 f"max_length is {spec.max_length}, but the tokenizer itself adds {special} tokens. "
                 f"Set --max-length to {special + 1 + pair} or more."
             )
-        self._classes = {name: i for i, name in enumerate(spec.label_names or ())}
-        # One rule for all formats: 1 is the class named "1" if any class's name is a number, and
-        # the second class if none is.
-        self._numbers_are_names = any(_whole(name) is not None for name in self._classes)
+        self._classes = Classes(spec.label_names)
 
     def encode(self, records: Iterable[Record]) -> Iterator[Row]:
         """See `Encoder.encode`."""
@@ -411,44 +341,4 @@ class ClassificationEncoder(Encoder):
                 return IGNORE
             # A name that the user chose and that is not there is a slip, not a transfer set.
             raise record.missing([column], "--label-column", self.spec.columns)
-        value = record.values[column]
-        if isinstance(value, str):
-            value = value.strip()
-            if value in self._classes:
-                return self._classes[value]
-        if value is None or value == "" or value != value:  # NaN is pandas' null
-            return IGNORE
-        number = _whole(value)
-        names = self.spec.label_names
-        if self._numbers_are_names and str(number) in self._classes:
-            return self._classes[str(number)]
-        if number == IGNORE:
-            return IGNORE
-        if number is None or number < 0 or (names is not None and number >= len(names)):
-            raise self._no_class(record, value)
-        if self._numbers_are_names:  # an index beside names that are numbers could mean either
-            raise self._no_class(record, value)
-        return number
-
-    def _no_class(self, record: Record, value: Any) -> UsageError:
-        names = self.spec.label_names
-        known = "0, 1, 2, ..."
-        if names is not None:
-            each = "{1}" if self._numbers_are_names else "{0} ({1})"
-            shown = ", ".join(each.format(i, name) for i, name in enumerate(names[:10]))
-            known = shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        return UsageError(
-            f"{record.place}: label is {value!r}, which is not one of the teacher's classes: "
-            f"{known}. "
-            f"Correct it; leave it empty (null in JSON) where a record has no label."
-        )
-
-
-def _whole(value: Any) -> int | None:
-    """A class number given as int, bool, whole float or digits; None if it is none of these."""
-    if isinstance(value, str):
-        digits = value.removeprefix("-")
-        return int(value) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    return int(value) if isinstance(value, (int, np.integer)) else None
+        return self._classes.index(record.values[column], record)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.choices import Attend, Form, Labels, OnError, Packing, Reasoning
+from kdcache.choices import Attend, Form, Labels, LabelTokens, OnError, Packing, Reasoning
 from kdcache.errors import UsageError
 from kdcache.tasks import TASKS, Task, check_task, positions
 
@@ -22,7 +22,8 @@ ID_COLUMNS = (
 # Fields that came later: in an identity only where they decide something.
 _LATER = {
     "labels": None, "attend": "row", "tools_column": "tools", "chat_template_kwargs": "",
-    "learn": ("assistant",), "reasoning": "learn",
+    "learn": ("assistant",), "reasoning": "learn", "words_column": "tokens",
+    "label_tokens": "first",
 }  # fmt: skip
 
 
@@ -33,10 +34,13 @@ class Row:
     Attributes:
         input_ids: int32 `[L]`, no padding.
         labels: int32; causal-lm `[L]`, the id to predict after each token or `IGNORE`;
-            classification `[1]`, the class or `IGNORE`.
+            sequence classification `[1]`, the class or `IGNORE`; token classification `[L]`, the
+            class of the token's word, `UNLABELLED` if that has none, or `IGNORE`.
         type_ids: uint8 `[L]` if the tokenizer marks text and pair (BERT does), else None.
         text: Classification only: what was tokenised, so that a student may tokenise it again.
         text_pair: The pair's text, if there is one.
+        words: Token classification only: what was tokenised, one for each first token.
+        first: bool `[L]`, token classification only: which tokens are the first of their words.
         starts: bool `[L]`, where a document begins whose tokens attend to no other document (the
             first token always); None where all tokens of the row attend to those before them.
     """
@@ -47,6 +51,8 @@ class Row:
     text: str | None = None
     text_pair: str | None = None
     starts: npt.NDArray[np.bool_] | None = None
+    words: tuple[str, ...] | None = None
+    first: npt.NDArray[np.bool_] | None = None
 
     def documents(self) -> list[Row]:
         """The documents that do not attend to each other, in order, each as a row by itself.
@@ -100,7 +106,10 @@ class RowSpec:
             counted.
         labels: Records of ids: what `labels` and `loss_mask` stand beside: the `token` that they
             are about, or the one before it (`next`); `none` reads neither. None refuses records
-            that have them.
+            have them.
+        words_column: Token classification: column with the words, a list.
+        label_tokens: Token classification: which tokens of a word have its label: the `first`, or
+            `all`.
 
     Raises:
         UsageError: Options that can't be; all of them in one message.
@@ -124,6 +133,8 @@ class RowSpec:
     record_form: Form = "auto"
     on_error: OnError = "fail"
     labels: Labels | None = None
+    words_column: str = "tokens"
+    label_tokens: LabelTokens = "first"
 
     def __post_init__(self) -> None:
         if self.label_column == "none":
@@ -138,6 +149,7 @@ class RowSpec:
                 ("reasoning", self.reasoning, get_args(Reasoning)),
                 ("on_error", self.on_error, get_args(OnError)),
                 ("labels", self.labels, (None, *get_args(Labels))),
+                ("label_tokens", self.label_tokens, get_args(LabelTokens)),
             )
             if value not in choices
         ]
@@ -172,6 +184,10 @@ class RowSpec:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the encoder uses; a table is read only in these."""
+        if TASKS[self.task].words:
+            defaults = TASKS[self.task].label_columns
+            chosen = defaults if self.label_column == DEFAULT_LABEL_COLUMN else (self.label_column,)
+            return tuple(name for name in (self.words_column, *chosen) if name is not None)
         if not TASKS[self.task].over_ids:
             wanted = (self.text_column, self.pair_column, self.label_column)
             return tuple(name for name in wanted if name is not None)

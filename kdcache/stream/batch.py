@@ -19,12 +19,12 @@ from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of, starts_of, types_of
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
 Batch: TypeAlias = dict[str, Any]
 """Tensors by name, and under `targets` the soft targets: see `collate`."""
 
-Tokenize: TypeAlias = Callable[[list[str], "list[str] | None"], Mapping[str, Tensor]]
+Tokenize: TypeAlias = Callable[[list[Any], "list[str] | None"], Mapping[str, Tensor]]
 
 
 def join(parts: Sequence[ShardData]) -> ShardData:
@@ -35,6 +35,7 @@ def join(parts: Sequence[ShardData]) -> ShardData:
     typed = any(part.type_ids is not None for part in parts)
     divided = any(part.starts is not None for part in parts)
     kept = [part.label_logprob for part in parts if part.label_logprob is not None]
+    firsts = [part.first for part in parts if part.first is not None]
     return ShardData(
         task=parts[0].task,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -46,6 +47,8 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         text_pairs=_join_texts([p.text_pairs for p in parts], [len(p) for p in parts]),
         label_logprob=np.concatenate(kept) if len(kept) == len(parts) else None,
         starts=np.concatenate([starts_of(p) for p in parts]) if divided else None,
+        words=None if parts[0].words is None else [row for p in parts for row in p.words or ()],
+        first=np.concatenate(firsts) if firsts else None,
     )
 
 
@@ -71,7 +74,8 @@ def collate(
         temperature: of the soft targets, or None to leave them out (training on hard labels alone).
         count: what the loss is divided by; None for this batch's own count, see below.
         tokenize: text (and second text) to the student's own tensors, such as `input_ids` and
-            `attention_mask`; None uses the cached ids.
+            `attention_mask`; or words to these and `first_tokens`, bool [B, L], True at one token
+            of each word. None uses the cached ids.
 
     Returns:
         `input_ids`, `attention_mask` int64 [B, L]; where documents do not attend to each other
@@ -80,9 +84,10 @@ def collate(
         [B]; `count` float32 []; and with a temperature `targets`, `DenseTargets` or
         `SparseTargets` of the batch's positions in row-major order. Where the cache keeps it,
         `label_logprob` float32 [positions], the teacher's log-probability of each label at T = 1
-        (minus infinity for a label that it cannot predict). `count` is the number of positions the
-        loss is a mean of (without targets: of hard labels); infinity gives the batch the weight
-        zero.
+        (minus infinity for a label that it cannot predict). Where not every position is the first
+        of its word, `first_tokens` bool [positions] says which are. `count` is the number of
+        positions the loss is a mean of (without targets: of hard labels); infinity gives the batch
+        the weight zero.
     """
     lengths = np.diff(data.offsets)
 
@@ -90,12 +95,18 @@ def collate(
         return torch.from_numpy(padded(values, lengths, fill))
 
     per_token = TASKS[data.task].per_token
-    if tokenize is not None:
+    labels = data.labels
+    if temperature is None:  # without soft targets no place has one: the loss has hard labels alone
+        labels = np.where(labelled(labels, data.task), labels, IGNORE)
+    if tokenize is not None and data.words is not None and data.first is not None:
+        batch: Batch = {name: torch.as_tensor(v) for name, v in tokenize(data.words, None).items()}
+        batch["labels"] = _at_words(batch.pop("first_tokens"), data, labels)
+    elif tokenize is not None:
         if data.texts is None:
             raise UsageError(
                 "the cache holds no texts: this student must use the teacher's tokenizer."
             )
-        batch: Batch = {
+        batch = {
             name: torch.as_tensor(v) for name, v in tokenize(data.texts, data.text_pairs).items()
         }
     else:
@@ -106,10 +117,13 @@ def collate(
             batch["position_ids"] = _position_ids(data.starts, lengths)
         if data.type_ids is not None:
             batch["token_type_ids"] = pad(data.type_ids, 0)
-    labels = data.labels
-    batch["labels"] = (
-        pad(labels, IGNORE) if per_token else torch.from_numpy(labels.astype(np.int64))
-    )
+    if "labels" not in batch:
+        own = labels.astype(np.int64)
+        batch["labels"] = pad(own, IGNORE) if per_token else torch.from_numpy(own)
+    if data.first is not None and tokenize is None:
+        marked = positions(labels, data.task)
+        if not data.first[marked].all():  # else each position is the first of a word
+            batch["first_tokens"] = torch.from_numpy(data.first[marked])
     if temperature is not None:
         batch["targets"] = data.targets.at(temperature)
     if data.label_logprob is not None:
@@ -118,6 +132,26 @@ def collate(
         count = int(positions_of(data, soft=temperature is not None).sum())
     batch["count"] = torch.tensor(count, dtype=torch.float32)
     return batch
+
+
+def _at_words(first: Tensor, data: ShardData, labels: np.ndarray) -> Tensor:
+    """Labels int64 [B, L] of a student's own tokens: those of the words at their first tokens."""
+    assert data.first is not None, "a cache of words marks their first tokens"
+    marked = positions(data.labels, data.task)
+    if not np.array_equal(marked, data.first):
+        raise UsageError(
+            "the cache has targets at all tokens of a word, which are the teacher's: this student "
+            "must use its tokenizer, or a cache that was built with --label-tokens first."
+        )
+    words = sum(map(len, data.words or ()))
+    if int(first.sum()) != words:
+        raise UsageError(
+            f"the student's tokenize marks {int(first.sum())} first_tokens for {words} words. It "
+            "must mark one for each."
+        )
+    placed = torch.full(first.shape, IGNORE, dtype=torch.int64)
+    placed[first] = torch.from_numpy(labels[marked].astype(np.int64))
+    return placed
 
 
 def _position_ids(starts: np.ndarray, lengths: np.ndarray) -> Tensor:

@@ -181,6 +181,7 @@ class TargetStream(IterableDataset[Batch]):
         """
         super().__init__()
         self.caches = open_caches(caches)
+        self.task = self.caches[0].spec.task if self.caches else ""
         self.batch_size, self.seed, self.temperature = batch_size, seed, temperature
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.caches)

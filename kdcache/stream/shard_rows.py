@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from kdcache.cache.shard import ShardData
 from kdcache.targets import SoftTargets
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import TASKS, labelled
+
+Text = TypeVar("Text")
 
 
 class ShardRows:
@@ -71,11 +74,11 @@ class ShardRows:
         def pick(columns: Sequence[np.ndarray], axis: str) -> np.ndarray:
             return np.concatenate([columns[part][a:b] for part, a, b in runs[axis]])
 
-        def pick_texts(columns: Sequence[list[str] | None]) -> list[str] | None:
+        def pick_texts(columns: Sequence[list[Text] | None], none: Text) -> list[Text] | None:
             if all(column is None for column in columns):
                 return None
             chosen = ((columns[part], row) for part, row, _ in runs["row"])
-            return [column[row] if column else "" for column, row in chosen]
+            return [column[row] if column else none for column, row in chosen]
 
         parts = self._parts
         targets = SoftTargets.empty(parts[0].targets.codec)
@@ -88,6 +91,7 @@ class ShardRows:
         typed = any(part.type_ids is not None for part in parts)
         divided = any(part.starts is not None for part in parts)
         kept = [part.label_logprob for part in parts if part.label_logprob is not None]
+        firsts = [part.first for part in parts if part.first is not None]
         keeps = self._labels and len(kept) == len(parts)
         lengths = self._end["token"][rows] - self._begin["token"][rows]
         return ShardData(
@@ -100,10 +104,12 @@ class ShardRows:
             ),
             targets=targets,
             type_ids=pick([types_of(part) for part in parts], "token") if typed else None,
-            texts=pick_texts([part.texts for part in parts]),
-            text_pairs=pick_texts([part.text_pairs for part in parts]),
+            texts=pick_texts([part.texts for part in parts], ""),
+            text_pairs=pick_texts([part.text_pairs for part in parts], ""),
             label_logprob=pick(kept, "position") if keeps else None,
             starts=pick([starts_of(part) for part in parts], "token") if divided else None,
+            words=pick_texts([part.words for part in parts], ()),
+            first=pick(firsts, "token") if firsts else None,
         )
 
 
@@ -113,9 +119,13 @@ def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
     Returns:
         int64 [rows].
     """
-    if TASKS[data.task].per_token:
+    there = labelled(data.labels, data.task)
+    if not TASKS[data.task].per_token:
+        return np.ones(len(data), np.int64) if soft else there.astype(np.int64)
+    if soft or TASKS[data.task].causal:
         return np.diff(data.position_offsets)
-    return np.ones(len(data), np.int64) if soft else (data.labels != IGNORE).astype(np.int64)
+    before = np.concatenate([[0], np.cumsum(there)])
+    return np.asarray(np.diff(before[data.offsets]))
 
 
 def types_of(data: ShardData) -> np.ndarray:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from kdcache.models import BiLstmConfig
-from kdcache.student.bilstm import BiLstmForSequenceClassification
+from kdcache.student.bilstm import BiLstmForSequenceClassification, BiLstmForTokenClassification
 from kdcache.student.info import StudentInfo
-from kdcache.student.load import HfTokenize, load_student, student_tokenize
+from kdcache.student.load import load_student
+from kdcache.student.tokenize import HfTokenize, WordTokenize, student_tokenize
 from kdcache.student.words import read_embeddings, word_tokenizer
 from kdcache.student.wrapper import DistillationOutput, DistilledStudent
 
 __all__ = [
     "BiLstmConfig",
     "BiLstmForSequenceClassification",
+    "BiLstmForTokenClassification",
     "DistillationOutput",
     "DistilledStudent",
     "HfTokenize",
     "StudentInfo",
+    "WordTokenize",
     "load_student",
     "read_embeddings",
     "student_tokenize",

@@ -12,7 +12,8 @@ from kdcache.errors import UsageError
 from kdcache.lora import Lora
 from kdcache.student.adapter import is_adapted
 from kdcache.student.info import StudentInfo
-from kdcache.student.load import HfTokenize, find_files, load_student, student_tokenize
+from kdcache.student.load import find_files, load_student
+from kdcache.student.tokenize import HfTokenize, WordTokenize, student_tokenize
 from kdcache.teacher.adapter import AdapterFolder
 
 
@@ -80,4 +81,5 @@ def _check_adapter(who: str, adapter: AdapterFolder, lora: Lora, base_sha256: st
 
 def _ids(tokenize: Any) -> Any:
     """What a tokenizer makes of words; None for the cache's own."""
-    return tokenize.tokenizer.get_vocab() if isinstance(tokenize, HfTokenize) else None
+    own = isinstance(tokenize, HfTokenize | WordTokenize)
+    return tokenize.tokenizer.get_vocab() if own else None

@@ -21,9 +21,9 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
 )
 
@@ -40,10 +39,15 @@ from kdcache.errors import UsageError
 from kdcache.lora import Lora
 from kdcache.models import BILSTM, BiLstmConfig
 from kdcache.student.adapter import refuse_second, with_lora
-from kdcache.student.bilstm import BiLstmForSequenceClassification
+from kdcache.student.bilstm import (
+    BiLstm,
+    BiLstmForSequenceClassification,
+    BiLstmForTokenClassification,
+)
 from kdcache.student.info import StudentInfo
+from kdcache.student.tokenize import student_tokenize, tokenizer_of
 from kdcache.student.words import read_embeddings, word_tokenizer
-from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, task_of
+from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, TOKEN_CLASSIFICATION, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import ADAPTER_CONFIG
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
@@ -52,9 +56,11 @@ _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # A student may pad its vocabulary, as models do for the speed of their last product, but not by
 # whole vocabularies.
 _MOST_PADDING = 1024
+_BILSTMS: dict[str, type[BiLstm]] = {
+    SEQUENCE_CLASSIFICATION: BiLstmForSequenceClassification,
+    TOKEN_CLASSIFICATION: BiLstmForTokenClassification,
+}
 _WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
-
-Tokenize = Callable[[Sequence[str], Sequence[str] | None], Mapping[str, Tensor]]
 
 
 def load_student(
@@ -122,60 +128,6 @@ def load_student(
     return student.train(not trained)
 
 
-def student_tokenize(
-    student: nn.Module, name: str, info: StudentInfo, *, trust_remote_code: bool = False
-) -> Tokenize | None:
-    """How a classification student turns texts into tensors, or None if it uses the cached ids.
-
-    A module may bring a method `tokenize`, a new bilstm its words, a folder its tokenizer (none is
-    needed if it is the cache's).
-
-    Args:
-        student: what `load_student` returned for `name`.
-        name: see `load_student`.
-        info: the cache's side.
-        trust_remote_code: run code that the folder brings.
-    """
-    if not TASKS[info.task].texts:
-        return None
-    own = getattr(student, "tokenize", None)
-    if own is not None:
-        return own  # type: ignore[no-any-return]
-    tokenizer = getattr(student, "tokenizer", None) or _tokenizer_of(name, trust_remote_code)
-    if tokenizer is None or _same_tokenizer(tokenizer, info.tokenizer):
-        return None
-    return HfTokenize(tokenizer, info.max_length)
-
-
-@dataclass(frozen=True)
-class HfTokenize:
-    """A Hugging Face tokenizer as a function from texts to padded tensors.
-
-    Attributes:
-        tokenizer: any `PreTrainedTokenizerBase`.
-        max_length: longer rows are cut.
-    """
-
-    tokenizer: Any
-    max_length: int
-
-    def __call__(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None
-    ) -> Mapping[str, Tensor]:
-        """Tokenise a batch; int64 [B, L] each."""
-        second = None if pairs is None else list(pairs)
-        out = self.tokenizer(
-            list(texts),
-            second,
-            truncation=True,
-            max_length=self.max_length,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        return dict(out)
-
-
 def is_model(name: str) -> bool:
     """Whether a student's name is that of a folder or a hub id, which has weights."""
     return not (name == "bilstm" or Path(name).is_file() or _is_factory(name))
@@ -213,13 +165,13 @@ def _config_file(name: str) -> dict[str, Any] | None:
     return raw
 
 
-def _bilstm(
-    options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo
-) -> BiLstmForSequenceClassification:
-    if info.task != SEQUENCE_CLASSIFICATION:
+def _bilstm(options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo) -> BiLstm:
+    kind = _BILSTMS.get(info.task)
+    if kind is None:
         raise UsageError(
             f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
         )
+    apart = TASKS[info.task].words
     common = {*PreTrainedConfig().to_dict(), "num_labels"}  # in every config.json: not options
     own = BiLstmConfig().to_dict().keys() - common
     unknown = sorted(options.keys() - common - own - set(_WORD_OPTIONS))
@@ -239,8 +191,10 @@ def _bilstm(
             info.texts,
             min_count=options.get("min_count") or 1,
             max_words=options.get("max_words"),
-            lower=options.get("lower") is not False,
-            max_length=info.max_length,
+            # The case of a word says something of its tag, such as that it is a name.
+            lower=not apart if options.get("lower") is None else bool(options["lower"]),
+            apart=apart,
+            max_length=None if apart else info.max_length,
         )
     elif source != "teacher":
         raise UsageError(f"bilstm: tokenizer {source!r}; choose words or teacher.")
@@ -261,7 +215,7 @@ def _bilstm(
         "vocab_size": info.vocab_size if words is None else len(words),
         "pad_token_id": info.pad_id if words is None else 0,
     }
-    student = BiLstmForSequenceClassification(BiLstmConfig(**sizes))
+    student = kind(BiLstmConfig(**sizes))
     student.tokenizer = words
     if vectors is not None:
         student.load_embeddings(*vectors)
@@ -469,7 +423,7 @@ def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> Non
         raise UsageError(
             f"student {name} has a vocabulary of {size}, the cache's is {info.vocab_size}. {cure}"
         )
-    tokenizer = _tokenizer_of(name, trust)
+    tokenizer = tokenizer_of(name, trust)
     if tokenizer is not None and info.tokenizer is not None:
         cached, own = (
             {i: t for t, i in x.get_vocab().items()} for x in (info.tokenizer, tokenizer)
@@ -487,24 +441,3 @@ def _rows(student: nn.Module, getter: str) -> int | None:
     module = getattr(student, getter, lambda: None)()
     weight = getattr(module, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else None
-
-
-def _tokenizer_of(name: str, trust: bool) -> Any:
-    """The tokenizer of a folder, or None; a hub id's is not fetched for the comparison alone."""
-    if not any(
-        (Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")
-    ):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"student {name} has no usable tokenizer: {_first_line(error)}."
-        ) from error
-
-
-def _same_tokenizer(a: Any, b: Any) -> bool:
-    if b is None:
-        return False
-    sample = "The Quick-brown fox, isn't it? Naïve 123."
-    return bool(a.get_vocab() == b.get_vocab() and a(sample)["input_ids"] == b(sample)["input_ids"])

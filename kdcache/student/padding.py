@@ -96,7 +96,7 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
             f"student {name} gives other logits where its batch is padded, so its loss would be "
             "wrong. Use --batch-size 1, or a student that masks padding.",
         )
-        if task.per_token and min(lengths) < max(lengths):
+        if task.causal and min(lengths) < max(lengths):
             try:
                 bare = apart(logits(slice(None), max(lengths), masked=False))
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):

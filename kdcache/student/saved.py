@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
+from kdcache.rows.words import tagged_row
 from kdcache.student import (
     DistilledStudent,
     StudentInfo,
     load_student,
     word_tokenizer,
 )
-from kdcache.student.load import Tokenize, find_files
+from kdcache.student.load import find_files
+from kdcache.student.tokenize import Tokenize, WordTokenize
 from kdcache.tasks import IGNORE, TASKS, positions, task_of
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
 from kdcache.teacher.trust import FACTORY_TYPE
@@ -195,6 +197,29 @@ class SavedModel:
             for i, ids in enumerate(encoded["input_ids"])
         ]
 
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], labels: Sequence[np.ndarray]
+    ) -> list[Row]:
+        """Rows of words by the model's own tokenizer, whole.
+
+        Args:
+            sentences: the words of each row.
+            labels: int32 [words] of each row, for their first tokens.
+
+        Raises:
+            UsageError: the model has no tokenizer, a word no token, or a row is too long.
+        """
+        if self.tokenizer is None:
+            raise UsageError(
+                f"{self.role} {self.name} has no tokenizer: it reads the teacher's ids. "
+                "Copy the teacher's tokenizer files into its folder."
+            )
+        read = WordTokenize(self.tokenizer).read(sentences)
+        return [
+            tagged_row(words, own, found)
+            for words, own, found in zip(sentences, labels, read, strict=True)
+        ]
+
     def load(self, task: str, vocab_size: int, *, dtype: str, device: str) -> LoadedModel:
         """Load the weights.
 
@@ -262,7 +287,9 @@ class LoadedModel:
         """
         saved = self.saved
         own = saved.tokenizer is not None and saved.tokenizer_sha256 != tokenizer
-        if own and rows[0].text is not None:
+        if own and rows[0].words is not None:
+            rows = saved.encode_words(*_at_words(saved, rows))
+        elif own and rows[0].text is not None:
             pairs = None if rows[0].text_pair is None else [row.text_pair or "" for row in rows]
             rows = saved.encode([row.text or "" for row in rows], pairs, max_length)
         longest = max(len(row.input_ids) for row in rows)
@@ -273,6 +300,23 @@ class LoadedModel:
             )
         for piece in self.run(rows):
             yield piece if self.order is None else piece[:, list(self.order)]
+
+
+def _at_words(
+    saved: SavedModel, rows: Sequence[Row]
+) -> tuple[list[tuple[str, ...]], list[np.ndarray]]:
+    """Words and labels of rows, for a model with a tokenizer of its own."""
+    if any((row.labels[~_first(row)] != IGNORE).any() for row in rows):
+        raise UsageError(
+            f"{saved.role} {saved.name} has a tokenizer of its own, and the rows have targets at "
+            "all tokens of a word (--label-tokens all). Use rows with those of the first alone."
+        )
+    return [row.words or () for row in rows], [row.labels[_first(row)] for row in rows]
+
+
+def _first(row: Row) -> np.ndarray:
+    assert row.first is not None, "rows of words mark their first tokens"
+    return row.first
 
 
 def word_reader() -> Any:
@@ -299,7 +343,14 @@ def _own_forward(
             lengths = np.array([len(row.labels) for row in rows])
             every = np.concatenate([row.labels for row in rows])
             labels = torch.from_numpy(padded(every, lengths, IGNORE))
-        if tokenize is not None and rows[0].text is not None:
+        if tokenize is not None and rows[0].words is not None:
+            inputs = dict(tokenize([row.words for row in rows], None))
+            first = inputs.pop("first_tokens")
+            labels = torch.full(first.shape, IGNORE)
+            labels[first] = torch.from_numpy(
+                np.concatenate([r.labels[_first(r)] for r in rows])
+            ).long()
+        elif tokenize is not None and rows[0].text is not None:
             pairs = None if rows[0].text_pair is None else [row.text_pair or "" for row in rows]
             inputs = dict(tokenize([row.text or "" for row in rows], pairs))
         inputs = {name: value.to(device) for name, value in inputs.items()}

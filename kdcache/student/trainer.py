@@ -50,7 +50,7 @@ from kdcache.student.precision import keep_inputs_and_loss
 from kdcache.student.record import recorded
 from kdcache.student.wrapper import DistilledStudent, host_places
 from kdcache.targets import Targets
-from kdcache.tasks import IGNORE
+from kdcache.tasks import TASKS, labelled, positions
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -242,7 +242,7 @@ class DistillationTrainer(CheckpointingTrainer):
         outputs = model(**inputs)
         if model.training:
             self._parts[:2] += _stack(outputs.hard_loss, outputs.soft_loss)
-            self._parts[2:] += _counts(inputs)
+            self._parts[2:] += _counts(inputs, self.train_dataset.task)
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
@@ -311,29 +311,29 @@ class DistillationTrainer(CheckpointingTrainer):
             if not math.isfinite(count):
                 continue  # a rank without rows only keeps the others company
             labels = inputs["labels"]
-            labelled = labels != IGNORE
-            classes = labels.ndim == 1
+            there = labelled(labels, stream.task)
+            classes = not TASKS[stream.task].over_ids
             soft_known = soft_name(inputs["targets"]) if "targets" in inputs else ""
             correct = torch.zeros((), device=labels.device)
             if classes:
-                correct = ((outputs.logits.argmax(-1) == labels) & labelled).sum()
+                correct = ((outputs.logits.argmax(-1) == labels) & there).sum()
             sums[:2] += _stack(outputs.hard_loss, outputs.soft_loss) * count
-            sums[2] += labels.numel() if classes else labelled.sum()
-            sums[3] += labelled.sum()
+            sums[2] += positions(labels, stream.task).sum()
+            sums[3] += there.sum()
             sums[4] += correct
         model.train(was_training)
         reduced = self.accelerator.reduce(sums, "sum")
-        hard, soft, positions, labelled_rows, right = reduced.tolist()
+        hard, soft, counted, labelled_rows, right = reduced.tolist()
         alpha = float(self._final_alpha()) if soft_known else 1.0
         # The same weighting as in training: mean over positions of the weighted sum.
-        whole = max(positions if soft_known else labelled_rows, 1)
+        whole = max(counted if soft_known else labelled_rows, 1)
         found = {"loss": (alpha * hard + (1 - alpha) * soft) / whole}
         if labelled_rows:
             found["hard_loss"] = hard / labelled_rows
             if classes:
                 found["accuracy"] = right / labelled_rows
         if soft_known:
-            found[soft_known] = soft / positions
+            found[soft_known] = soft / counted
         return found
 
     def _final_alpha(self) -> float | Tensor:
@@ -502,15 +502,13 @@ def soft_name(targets: Targets) -> str:
     return "soft_loss" if targets.exact else "soft_cross_entropy"
 
 
-def _counts(inputs: Mapping[str, Any]) -> Tensor:
+def _counts(inputs: Mapping[str, Any], task: str) -> Tensor:
     """Positions that a slice's losses are divided by, and labels among them: float64 [2]."""
-    labels = inputs["labels"]
-    labelled = (labels != IGNORE).sum()
-    rows = labels.ndim == 1 and "targets" in inputs  # all of them have a soft target
-    counted = torch.full_like(labelled, labels.numel()) if rows else labelled
+    there = labelled(inputs["labels"], task).sum()
+    counted = positions(inputs["labels"], task).sum() if "targets" in inputs else there
     # A rank without rows only keeps the others company.
     alive: Tensor = inputs["count"].isfinite()
-    return torch.stack([counted, labelled]).double() * alive
+    return torch.stack([counted, there]).double() * alive
 
 
 def _stack(hard: Tensor | None, soft: Tensor | None) -> Tensor:

@@ -40,7 +40,8 @@ def word_tokenizer(
     min_count: int = 1,
     max_words: int | None = None,
     lower: bool = True,
-    max_length: int = 512,
+    max_length: int | None = 512,
+    apart: bool = False,
 ) -> Any:
     """A tokenizer of the words of `texts`.
 
@@ -50,6 +51,7 @@ def word_tokenizer(
         max_words: keep at most so many words, the special ones included.
         lower: fold case.
         max_length: longest row in tokens; longer ones are cut.
+        apart: each text is one word, whatever is in it; rows are lists of words.
 
     Returns:
         A `PreTrainedTokenizerFast`: id 0 pads, 1 is any unknown word, 2 separates a pair of texts.
@@ -59,9 +61,10 @@ def word_tokenizer(
     """
     words = Tokenizer(WordLevel(unk_token=UNKNOWN))
     words.normalizer = BertNormalizer(
-        clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=lower
+        clean_text=False, handle_chinese_chars=not apart, strip_accents=False, lowercase=lower
     )
-    words.pre_tokenizer = Split(Regex(_WORD), "removed", invert=True)
+    if not apart:
+        words.pre_tokenizer = Split(Regex(_WORD), "removed", invert=True)
     words.post_processor = TemplateProcessing(
         single="$A", pair=f"$A {SEPARATOR} $B:0", special_tokens=[(SEPARATOR, 2)]
     )
@@ -83,7 +86,7 @@ def word_tokenizer(
         unk_token=UNKNOWN,
         sep_token=SEPARATOR,
         padding_side="right",
-        model_max_length=max_length,
+        **({} if max_length is None else {"model_max_length": max_length}),
         model_input_names=["input_ids", "attention_mask"],
         split_special_tokens=True,  # a text that spells <pad> out means the characters
     )

@@ -38,7 +38,7 @@ from kdcache.loss import (
 from kdcache.student.documents import check_documents, in_one_row
 from kdcache.targets import SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
-from kdcache.tasks import IGNORE, TASKS, check_task, positions
+from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.trust import FACTORY_TYPE
@@ -50,8 +50,8 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         loss: scalar to differentiate.
-        logits: [B, classes] for classification; [B, L, V] for language models if requested with
-            them, else None.
+        logits: [B, classes] or, of tokens, [B, L, classes] for classification; [B, L, V] for
+            language models if requested with them, else None.
         hard_loss: cross-entropy with the labels, summed and divided by the loss's count; not
             weighted by alpha; detached.
         soft_loss: T^2 times the divergence (for sampled targets: times the cross-entropy with the
@@ -201,13 +201,14 @@ class DistilledStudent(nn.Module):
         return_logits: bool = False,
         places: Tensor | None = None,
         label_logprob: Tensor | None = None,
+        first_tokens: Tensor | None = None,
         **inputs: Any,
     ) -> DistillationOutput:
         """The loss of a batch.
 
         Args:
-            labels: int [B, L] aligned with the logits, -100 where there is no position (language
-                models); or [B], -100 at rows without a label.
+            labels: int [B, L] aligned with the logits, -100 where there is no position, and -101 at
+                one without a hard label; or [B], -100 at rows without a label.
             targets: those of all P positions in row-major order, or None to train on hard labels
                 alone. `ChunkTargets` are for language models with a tokenizer of their own.
             alpha: weight of the hard loss, one number. Default: the student's own.
@@ -217,6 +218,7 @@ class DistilledStudent(nn.Module):
             places: int64 [P], where `labels.reshape(-1)` has positions, from a caller who knows
                 (see `host_places`); finding them here makes the host wait for the device once.
             label_logprob: what a batch holds of the teacher; the loss does not need it.
+            first_tokens: which positions begin a word; the loss does not need it either.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
                 does not name are left out.
 
@@ -249,7 +251,7 @@ class DistilledStudent(nn.Module):
             nothing = torch.zeros((n, 0), device=flat.device)
             targets = SparseTargets(nothing.long(), nothing, nothing.sum(-1), False, 1.0)
             alpha = 1.0
-            count = (flat != IGNORE).sum().clamp_min(1) if count is None else count
+            count = labelled(flat, self.task).sum().clamp_min(1) if count is None else count
         divergence = self.divergence if soft else "forward-kl"
         if isinstance(targets, ChunkTargets):
             divergence = "forward-kl"
@@ -298,7 +300,7 @@ class DistilledStudent(nn.Module):
                 cap=projection.cap,
                 **options,
             )
-        keep = logits if not per_token or return_logits else None
+        keep = logits if not over_ids or return_logits else None
         if keep is not None and per_token:
             keep = keep.reshape(*shape, -1)
         return DistillationOutput(parts.total, keep, parts.hard, parts.soft if soft else None)

@@ -29,7 +29,7 @@ from kdcache.rows.batches import pad_rows, padded
 from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import IGNORE, TASKS, positions
 from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
 from kdcache.teacher.probe import (
@@ -79,7 +79,7 @@ class TeacherModel:
             dtype: that it computes in.
             states: whether slices carry the output layer's input too.
         """
-        self.model, self.name, self.task = model, name, TASKS[task]
+        self.model, self.name, self.task, self.task_name = model, name, TASKS[task], task
         self.vocab_size = vocab_size
         self.device = input_device(model)
         self.direct = False
@@ -178,7 +178,7 @@ class TeacherModel:
             lengths = np.array([len(row.labels) for row in rows])
             wanted = padded(np.concatenate([row.labels for row in rows]), lengths, IGNORE)
             # Indexing by a mask would make the host wait for the device to count it.
-            batch["wanted"] = np.flatnonzero(wanted != IGNORE)
+            batch["wanted"] = np.flatnonzero(positions(wanted, self.task_name))
             # Causal attention never looks at padding on the right: no mask is needed, and without
             # one the fastest attention kernels apply.
             if self.task.causal:

@@ -36,7 +36,7 @@ from kdcache.files import local_path, output_errors, whole_file, write_json
 from kdcache.targets import SoftTargets
 from kdcache.targets.decoded import SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import IGNORE, TASKS, positions
+from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
 _ABOUT = "_kdcache.json"  # tools for tables pass such names by
 _MOST_IDS = 4096  # of targets that name them all
@@ -195,11 +195,17 @@ class _Writer:
             values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
         columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
         if per_token:
-            columns["labels"] = _list_of(ends, pa.array(labels, pa.int32()))
+            hard = np.where(labelled(labels, data.task), labels, IGNORE)
+            columns["labels"] = _list_of(ends, pa.array(hard, pa.int32()))
             columns |= {name: _list_of(ends, column) for name, column in values.items()}
             if data.starts is not None:
                 segments = pa.array(np.cumsum(data.starts[tokens]), pa.int32())
                 columns["segment_ids"] = _list_of(ends, segments)
+            if data.words is not None and data.first is not None:
+                columns["first_tokens"] = _list_of(ends, pa.array(data.first[tokens]))
+                columns["words"] = pa.array(
+                    data.words[rows.start : rows.stop], pa.list_(pa.string())
+                )
         else:
             columns["label"] = pa.array(labels, pa.int32(), mask=labels == IGNORE)
             for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):

@@ -32,7 +32,7 @@ from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import TASKS
 
 _SAMPLED_SHARDS = 8
 
@@ -296,8 +296,8 @@ def _row(
             PositionView(
                 place=int(place),
                 token=token(int(row.input_ids[place])) if task.per_token else None,
-                label=None if label == IGNORE else label,
-                label_text=None if label == IGNORE else name(label),
+                label=label if label >= 0 else None,
+                label_text=name(label) if label >= 0 else None,
                 label_logprob=logprob if math.isfinite(logprob) else None,
                 guesses=tuple(Guess(i, name(i), p) for i, p in found),
                 rest=rest,

@@ -30,7 +30,7 @@ from kdcache.files import local_path
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import TASKS, positions
 
 SWEEP_FILE = "results.json"
 _SHARDS = 2  # whose targets are looked at
@@ -244,6 +244,7 @@ def _surprise(cache: Cache, data: ShardData, places: np.ndarray) -> list[float]:
     targets = with_logits(data.targets.take(places).at(1.0))
     assert isinstance(targets, DenseTargets), "right at any temperature"
     logprobs = torch.log_softmax(targets.logits.double(), -1)
-    labels = torch.from_numpy(np.asarray(data.labels)[places].astype(np.int64))
-    known = labels != IGNORE
+    marked = positions(data.labels, data.task)
+    labels = torch.from_numpy(np.asarray(data.labels)[marked][places].astype(np.int64))
+    known = labels >= 0
     return [float(-x) for x in logprobs[known].gather(-1, labels[known, None])[:, 0]]

@@ -14,7 +14,7 @@ from torch.nn import functional
 from kdcache.cache import Cache
 from kdcache.commands.train.result import TrainResult
 from kdcache.targets import DenseTargets
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import TASKS, labelled, positions
 
 
 def teacher_figures(
@@ -41,7 +41,7 @@ def teacher_figures(
 
 
 def _of_classes(caches: Sequence[Cache]) -> dict[str, float]:
-    right = labelled = 0
+    right = known = 0
     nats = 0.0
     for cache in caches:
         codec = cache.codec()
@@ -51,11 +51,12 @@ def _of_classes(caches: Sequence[Cache]) -> dict[str, float]:
             data = cache.read(shard)
             targets = data.targets.at(1.0)
             assert isinstance(targets, DenseTargets), "it keeps all logits"
-            labels = torch.from_numpy(data.labels).long()
-            logits, has = targets.logits.double(), labels != IGNORE
+            marked = positions(data.labels, data.task)
+            labels = torch.from_numpy(data.labels[marked]).long()
+            logits, has = targets.logits.double(), labelled(labels, data.task)
             right += int((logits.argmax(-1) == labels)[has].sum())
-            labelled += int(has.sum())
+            known += int(has.sum())
             nats += float(functional.cross_entropy(logits[has], labels[has], reduction="sum"))
-    if not labelled:
+    if not known:
         return {}
-    return {"accuracy": right / labelled, "hard_loss": nats / labelled}
+    return {"accuracy": right / known, "hard_loss": nats / known}

@@ -31,7 +31,7 @@ from kdcache.student.checkpoints import (
 )
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import Codec, SoftTargets
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import TASKS, labelled
 from kdcache.teacher.adapter import ADAPTER_CONFIG
 
 RESULT_FILE = "train.json"
@@ -278,7 +278,9 @@ def _labelled(caches: Sequence[Cache]) -> bool:
     if any(TASKS[cache.spec.task].causal for cache in caches):
         return True
     shards = ((cache, shard) for cache in caches for shard in range(cache.spec.spans))
-    return any((c.read(shard, targets=False).labels != IGNORE).any() for c, shard in shards)
+    return any(
+        labelled(c.read(shard, targets=False).labels, c.spec.task).any() for c, shard in shards
+    )
 
 
 def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[float]) -> list[str]:

@@ -194,7 +194,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         bos_id=tokenizer.bos_token_id,
         eos_id=spec.eos_id,
         max_length=length or _WORDS_LENGTH,
-        texts=_texts(plan.caches) if task.texts else None,
+        texts=_texts(plan.caches) if task.rereads else None,
         tokenizer=tokenizer,
         seed=options.seed,
     )
@@ -219,6 +219,12 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
                 lora=options.adapter,
                 trust_remote_code=options.trust_remote_code,
             )
+    if tokenize is not None and any(c.spec.rows.get("label_tokens") == "all" for c in plan.caches):
+        raise UsageError(
+            f"student {options.student} reads the words by itself, and the cache has targets at "
+            "all of the teacher's tokens. Build with --label-tokens first, or name a student with "
+            "the teacher's tokenizer."
+        )
     if options.fsdp and not getattr(inner, "_no_split_modules", None):
         raise UsageError(
             f"--fsdp shards the layers of a Hugging Face student, which {options.student} is not. "
@@ -238,6 +244,9 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
     return student, tokenize
 
 
+_NOT_INPUTS = ("count", "label_logprob", "first_tokens")
+
+
 def _trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
     """Three of the first rows: the longest, the shortest, and one between."""
     dataset = TargetDataset(plan.caches[:1])
@@ -248,7 +257,7 @@ def _trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
     # Documents are tried by themselves, see `check_documents`.
     chosen = [replace(row, starts=None) for row in chosen]
     batch = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize)(chosen)
-    return {k: value for k, value in batch.items() if k not in ("count", "label_logprob")}
+    return {k: value for k, value in batch.items() if k not in _NOT_INPUTS}
 
 
 def _texts(caches: list[Cache]) -> Iterator[str]:
@@ -257,6 +266,8 @@ def _texts(caches: list[Cache]) -> Iterator[str]:
             data = cache.read(shard, targets=False)
             yield from data.texts or []
             yield from data.text_pairs or []
+            for words in data.words or []:
+                yield from words
 
 
 def _stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:

@@ -1,0 +1,83 @@
+"""Classes: which class a hard label of a record is, by name or by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kdcache.corpus import Record
+from kdcache.errors import UsageError
+from kdcache.tasks import IGNORE
+
+
+class Classes:
+    """A teacher's classes, by which hard labels are read."""
+
+    def __init__(self, names: Sequence[str] | None, noun: str = "label") -> None:
+        """Keep the names.
+
+        Args:
+            names: of the classes in the teacher's order; None takes any class number.
+            noun: what a label is called in messages.
+        """
+        self._names = names
+        self._noun = noun
+        self._index = {name: i for i, name in enumerate(names or ())}
+        # One rule for all formats: 1 is the class named "1" if any class's name is a number, and
+        # the second class if none is.
+        self._numbers_are_names = any(whole(name) is not None for name in self._index)
+
+    def index(self, value: Any, record: Record) -> int:
+        """The class that a value names, or `IGNORE` where it is empty.
+
+        Args:
+            value: a name or a number, as the file holds it.
+            record: where it stands, for messages.
+
+        Raises:
+            UsageError: it names none of the classes.
+        """
+        if isinstance(value, str):
+            value = value.strip()
+            if value in self._index:
+                return self._index[value]
+        if value is None or value == "" or value != value:  # NaN is pandas' null
+            return IGNORE
+        number = whole(value)
+        if self._numbers_are_names and str(number) in self._index:
+            return self._index[str(number)]
+        if number == IGNORE:
+            return IGNORE
+        known = (
+            number is not None
+            and number >= 0
+            and (self._names is None or number < len(self._names))
+        )
+        # An index beside names that are numbers could mean either.
+        if number is None or not known or self._numbers_are_names:
+            raise self._unknown(value, record)
+        return number
+
+    def _unknown(self, value: Any, record: Record) -> UsageError:
+        known = "0, 1, 2, ..."
+        if self._names is not None:
+            each = "{1}" if self._numbers_are_names else "{0} ({1})"
+            shown = ", ".join(each.format(i, name) for i, name in enumerate(self._names[:10]))
+            known = shown + (f" and {len(self._names) - 10} more" if len(self._names) > 10 else "")
+        return UsageError(
+            f"{record.place}: {self._noun} is {value!r}, which is not one of the teacher's "
+            f"classes: {known}. "
+            f"Correct it; leave it empty (null in JSON) where a record has no label."
+        )
+
+
+def whole(value: Any) -> int | None:
+    """A class number given as int, bool, whole float or digits; None if it is none of these."""
+    if isinstance(value, str):
+        digits = value.removeprefix("-")
+        return int(value) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
+    if isinstance(value, (float, np.floating)):
+        return int(value) if float(value).is_integer() else None
+    return int(value) if isinstance(value, (int, np.integer)) else None
