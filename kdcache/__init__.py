@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from kdcache.commands.verify.verify import VerifyResult, verify
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation
-    from kdcache.stream import Collator, SumOverRanks, TargetDataset, TargetStream
+    from kdcache.stream import Collator, CrossTokenizer, SumOverRanks, TargetDataset, TargetStream
     from kdcache.student import DistilledStudent, load_student
     from kdcache.student.trainer import DistillationTrainer
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
@@ -118,7 +118,13 @@ _HOMES = {
     "kdcache.commands.verify.options": ("VerifyOptions",),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
-    "kdcache.stream": ("Collator", "SumOverRanks", "TargetDataset", "TargetStream"),
+    "kdcache.stream": (
+        "Collator",
+        "CrossTokenizer",
+        "SumOverRanks",
+        "TargetDataset",
+        "TargetStream",
+    ),
     "kdcache.student": ("DistilledStudent", "load_student"),
     "kdcache.student.trainer": ("DistillationTrainer",),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),

@@ -25,6 +25,7 @@ Engine = Literal["transformers", "vllm"]
 Ensemble = Literal["mean-probs", "mean-logits"]
 
 ClassWeights = Literal["equal", "balanced"]
+CrossMethod = Literal["likelihood", "hybrid"]
 Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]

@@ -25,6 +25,7 @@ import yaml
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
+from kdcache.commands.demo.teacher import make_tokenizer
 from kdcache.stream.batch import collate
 from kdcache.targets import AnchoredTargets, DenseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
@@ -236,6 +237,14 @@ def test_readme_language_model(run: Run, desk: Path) -> None:
     printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
     assert "all good" in printed
     assert (desk / "runs" / "distilled" / "model.safetensors").is_file()
+
+
+@pytest.mark.end_to_end
+def test_howto_with_another_tokenizer(run: Run, desk: Path) -> None:
+    texts = [json.loads(x)["text"] for x in (desk / "held-out.jsonl").read_text().splitlines()]
+    make_tokenizer(texts, desk / "my-tokenizer", vocab_size=280)
+    run("bash", "-euo", "pipefail", "-c", _block("docs/howto.md", "cross-tokenizer"))
+    assert (desk / "runs" / "own-tokens" / "tokenizer.json").is_file()
 
 
 @pytest.mark.end_to_end

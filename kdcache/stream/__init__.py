@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order, share
 from kdcache.stream.ranks import SumOverRanks
@@ -13,6 +14,7 @@ from kdcache.stream.shard_rows import ShardRows
 __all__ = [
     "Batch",
     "Collator",
+    "CrossTokenizer",
     "Cursor",
     "ShardRows",
     "SumOverRanks",

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
+from kdcache.stream.aligned import AlignedRows, AlignedShard
 from kdcache.stream.shard_rows import positions_of, starts_of, types_of
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import decode_logprobs
@@ -36,7 +37,7 @@ def join(parts: Sequence[ShardData]) -> ShardData:
     divided = any(part.starts is not None for part in parts)
     kept = [part.label_logprob for part in parts if part.label_logprob is not None]
     firsts = [part.first for part in parts if part.first is not None]
-    return ShardData(
+    data = ShardData(
         task=parts[0].task,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         input_ids=np.concatenate([p.input_ids for p in parts]),
@@ -50,6 +51,8 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         words=None if parts[0].words is None else [row for p in parts for row in p.words or ()],
         first=np.concatenate(firsts) if firsts else None,
     )
+    aligned = [p.aligned for p in parts if isinstance(p, AlignedShard) and p.aligned is not None]
+    return AlignedShard(**vars(data), aligned=AlignedRows.concat(aligned)) if aligned else data
 
 
 def _join_texts(texts: Sequence[list[str] | None], rows: Sequence[int]) -> list[str] | None:
@@ -114,7 +117,7 @@ def collate(
         if data.starts is None:
             batch["attention_mask"] = pad(np.ones(len(data.input_ids), np.int64), 0)
         else:
-            batch["position_ids"] = _position_ids(data.starts, lengths)
+            batch["position_ids"] = position_ids(data.starts, lengths)
         if data.type_ids is not None:
             batch["token_type_ids"] = pad(data.type_ids, 0)
     if "labels" not in batch:
@@ -154,7 +157,7 @@ def _at_words(first: Tensor, data: ShardData, labels: np.ndarray) -> Tensor:
     return placed
 
 
-def _position_ids(starts: np.ndarray, lengths: np.ndarray) -> Tensor:
+def position_ids(starts: np.ndarray, lengths: np.ndarray) -> Tensor:
     """int64 [B, L]: where in its document each token is; padding counts as a document."""
     begins = padded(starts, lengths, 0).astype(np.bool_)
     rows = np.flatnonzero(lengths < begins.shape[1])

@@ -11,8 +11,10 @@ from torch.utils.data import Dataset
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.stream.aligned import AlignedShard
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.shard_rows import ShardRows
 
 
@@ -24,13 +26,21 @@ class TargetDataset(Dataset[ShardData]):
     which `TargetStream` is the cure.
     """
 
-    def __init__(self, caches: Cache | str | Sequence[Cache | str], *, keep: int = 4) -> None:
+    def __init__(
+        self,
+        caches: Cache | str | Sequence[Cache | str],
+        *,
+        keep: int = 4,
+        cross: CrossTokenizer | None = None,
+    ) -> None:
         """Open the caches.
 
         Args:
             caches: sealed caches, opened or by URL.
             keep: decoded shards held in memory (by each process).
+            cross: for language models with a tokenizer of their own; the `Collator` needs it, too.
         """
+        self.cross = cross
         self.caches = open_caches(caches)
         check_caches(self.caches, (), [])
         self._shards = [
@@ -52,7 +62,9 @@ class TargetDataset(Dataset[ShardData]):
         pool = self._recent.pop(slot, None)
         if pool is None:
             cache, shard = self._shards[slot]
-            pool = ShardRows([self.caches[cache].read(shard)], labels=self.label_logprob)
+            data, cross = self.caches[cache].read(shard), self.cross
+            aligned = None if cross is None else [cross.rows(self.caches[cache], shard, data)]
+            pool = ShardRows([data], labels=self.label_logprob, aligned=aligned)
         self._recent[slot] = pool
         if len(self._recent) > self._keep:
             self._recent.popitem(last=False)
@@ -68,14 +80,20 @@ class Collator:
         pad_id: id that fills rows up (`cache.spec.pad_id`).
         temperature: of the soft targets, or None to leave them out.
         tokenize: text to tensors, for classifiers with a tokenizer of their own.
+        cross: that of the dataset, for language models with a tokenizer of their own.
     """
 
     pad_id: int
     temperature: float | None = 1.0
     tokenize: Tokenize | None = field(default=None, repr=False)
+    cross: CrossTokenizer | None = field(default=None, repr=False)
 
     def __call__(self, rows: Sequence[ShardData]) -> Batch:
         """Collate items of the dataset; see `collate` for the keys of a batch."""
+        if self.cross is not None:
+            data = join(rows)
+            assert isinstance(data, AlignedShard), "the dataset has the same `cross`"
+            return self.cross.collate(data, soft=self.temperature is not None)
         return collate(
             join(rows), pad_id=self.pad_id, temperature=self.temperature, tokenize=self.tokenize
         )

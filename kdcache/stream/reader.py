@@ -35,9 +35,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
+from kdcache.stream.aligned import AlignedShard
 from kdcache.stream.background import Background
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.order import Cursor, EpochShard, Share, order, share, sources
 from kdcache.stream.ranks import SumOverRanks
 from kdcache.stream.shard_rows import ShardRows
@@ -145,6 +147,7 @@ class TargetStream(IterableDataset[Batch]):
         drop_last: bool = False,
         cursor: Cursor | Mapping[str, int] | None = None,
         tokenize: Tokenize | None = None,
+        cross: CrossTokenizer | None = None,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
@@ -173,6 +176,7 @@ class TargetStream(IterableDataset[Batch]):
             drop_last: leave a shorter last batch of an epoch out.
             cursor: where to begin.
             tokenize: text to tensors, for classifiers with a tokenizer of their own.
+            cross: for language models with a tokenizer of their own.
             prefetch: batches ready in advance.
             pin_memory: put batches in page-locked memory, for copies to a GPU that do not wait.
 
@@ -187,6 +191,7 @@ class TargetStream(IterableDataset[Batch]):
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.caches)
         self.shuffle, self.drop_last = shuffle, drop_last
         self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
+        self.cross = cross
         self._streams, self._group = streams, group
         self._sum_over = sum_over
         self.cursor = cursor if isinstance(cursor, Cursor) else Cursor()
@@ -212,7 +217,9 @@ class TargetStream(IterableDataset[Batch]):
         elif not all(math.isfinite(w) and w > 0 for w in self.weights):
             problems.append(f"cache weights must be above 0, not {self.weights}.")
         tried = temperature(0) if callable(temperature) else temperature
-        check_caches(self.caches, () if tried is None else (tried,), problems)
+        asked = () if tried is None else (tried,)
+        unread = cross is not None and cross.method == "likelihood"
+        check_caches(self.caches, () if unread else asked, problems)
         if self.rows == 0 or len(self) == 0:
             raise UsageError(
                 f"an epoch has {self.rows} rows, fewer than one batch of {batch_size}. Use a "
@@ -393,9 +400,14 @@ class TargetStream(IterableDataset[Batch]):
         """Rows of an epoch, (source, row), as rows of a pool of their shards."""
         members, which = np.unique(pairs[:, 0], return_inverse=True)
         chosen = [self._sources[member] for member in members]
-        shards, soft = self._shards(pairs), self.temperature is not None
+        shards, cross = self._shards(pairs), self.cross
+        soft = self.temperature is not None and (cross is None or cross.method == "hybrid")
         parts = [self.caches[c].read(s, targets=soft) for c, s in shards]
-        pool = ShardRows(parts, soft=soft, labels=self.label_logprob)
+        aligned = None
+        if cross is not None:
+            each = zip(shards, parts, strict=True)
+            aligned = [cross.rows(self.caches[c], s, part) for (c, s), part in each]
+        pool = ShardRows(parts, soft=soft, labels=self.label_logprob, aligned=aligned)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
             if source.rows != source.stored:
@@ -469,6 +481,10 @@ class TargetStream(IterableDataset[Batch]):
 
     def _collate(self, data: ShardData, step: int, count: float) -> Batch:
         temperature = self.temperature(step) if callable(self.temperature) else self.temperature
+        if self.cross is not None:
+            assert isinstance(data, AlignedShard), "all rows of the stream are aligned"
+            batch = self.cross.collate(data, soft=temperature is not None, count=count)
+            return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
         batch = collate(
             data,
             pad_id=self.caches[0].spec.pad_id,

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from kdcache.cache.shard import ShardData
+from kdcache.stream.aligned import AlignedRows, AlignedShard
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled
 
@@ -29,7 +30,12 @@ class ShardRows:
     """
 
     def __init__(
-        self, parts: Sequence[ShardData], *, soft: bool = True, labels: bool = True
+        self,
+        parts: Sequence[ShardData],
+        *,
+        soft: bool = True,
+        labels: bool = True,
+        aligned: Sequence[AlignedRows] | None = None,
     ) -> None:
         """Number the rows; no column is copied.
 
@@ -37,6 +43,7 @@ class ShardRows:
             parts: shards of one task and codec.
             soft: False leaves the soft targets out of every pick.
             labels: False leaves `label_logprob` out of every pick.
+            aligned: the rows of each shard as a student of another tokenizer reads them.
         """
         if soft:
             alike = SoftTargets.alike([part.targets for part in parts])
@@ -46,7 +53,12 @@ class ShardRows:
             ]
         self._parts, self._soft, self._labels = parts, soft, labels
         self.first = np.cumsum([0, *(len(part) for part in parts)])
-        self.positions = np.concatenate([positions_of(part, soft=soft) for part in parts])
+        self._aligned = aligned
+        self.positions = (
+            np.concatenate([positions_of(part, soft=soft) for part in parts])
+            if aligned is None
+            else np.concatenate([rows.positions for rows in aligned])
+        )
         self._owner = np.repeat(np.arange(len(parts)), np.diff(self.first))
         offsets = [
             {"token": part.offsets, "row": np.arange(len(part) + 1)}
@@ -94,7 +106,7 @@ class ShardRows:
         firsts = [part.first for part in parts if part.first is not None]
         keeps = self._labels and len(kept) == len(parts)
         lengths = self._end["token"][rows] - self._begin["token"][rows]
-        return ShardData(
+        data = ShardData(
             task=parts[0].task,
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             input_ids=pick([part.input_ids for part in parts], "token"),
@@ -111,6 +123,10 @@ class ShardRows:
             words=pick_texts([part.words for part in parts], ()),
             first=pick(firsts, "token") if firsts else None,
         )
+        if self._aligned is None:
+            return data
+        chosen = [self._aligned[part].take(row) for part, row, _ in runs["row"]]
+        return AlignedShard(**vars(data), aligned=AlignedRows.concat(chosen))
 
 
 def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:

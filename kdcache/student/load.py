@@ -416,8 +416,9 @@ def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> Non
         return
     size = _rows(student, "get_output_embeddings")
     cure = (
-        "A causal-lm student must have the teacher's vocabulary: take one of its family, "
-        "or a config.json with this vocab_size."
+        "A causal-lm student must have the teacher's vocabulary: take one of its family, or a "
+        "config.json with this vocab_size. To train it with its own tokens, add --cross-tokenizer "
+        "likelihood or hybrid."
     )
     if size is not None and not info.vocab_size <= size < info.vocab_size + _MOST_PADDING:
         raise UsageError(

@@ -37,6 +37,8 @@ def recorded(
     anchor = getattr(model, "anchor", None)
     if spec.codec.startswith("anchored") and anchor is not None:
         facts["anchor"] = "estimated" if anchor.estimated else float(anchor.theta)
+    if stream.cross is not None:
+        facts |= {"cross_tokenizer": stream.cross.method, "likelihood_tau": stream.cross.tau}
     facts |= {name: getattr(stream, name) for name in ("batch_size", "seed", "streams", "group")}
     return {f"kdcache_{name}": value for name, value in facts.items()}
 

@@ -397,6 +397,8 @@ class DistillationTrainer(CheckpointingTrainer):
         caches = [cache.digest for cache in stream.caches]
         order = {n: getattr(stream, n) for n in ("batch_size", "seed", "streams", "group")}
         facts = {**order, "weights": list(stream.weights), **self.identity, "caches": caches}
+        if stream.cross is not None:
+            facts["cross"] = stream.cross.identity
         return dict(json.loads(json.dumps(facts)))
 
     def checkpoint_facts(self) -> dict[str, Any]:

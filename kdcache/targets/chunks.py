@@ -96,6 +96,10 @@ class Groups:
             tail = tail + (targets.weights * lost).sum(-1)
         return SparseTargets(ids, weights, tail, targets.exact, targets.temperature)
 
+    def of_student(self, targets: SparseTargets) -> SparseTargets:
+        """Sparse targets over the student's ids as targets over groups."""
+        return replace(targets, ids=self.student[targets.ids])
+
     @cached_property
     def _reached(self) -> Tensor:
         found = torch.zeros(self.count, dtype=torch.bool)

@@ -47,12 +47,19 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         else f"alpha {options.alphas} on the hard labels, the rest {options.divergence} at "
         f"T = {options.temperatures}"
     )
+    if options.cross_tokenizer and not options.hard_only:
+        loss = (
+            f"alpha {options.alphas} on the hard labels, the rest {options.cross_tokenizer} across "
+            f"tokenizers with T = {options.likelihood_temperature:g}"
+        )
+    own = redact(options.student_tokenizer or options.student)
     facts = [
         ("task", spec.task),
         ("teacher", ", ".join(teachers) or "unknown"),
         ("student began as", redact(options.student)),
         *([("with the weights of", earlier)] if options.init_from else []),
         *([("adapter", f"LoRA, {options.adapter}")] if options.lora else []),
+        *([("tokenizer", f"its own, of {own}")] if options.cross_tokenizer else []),
         ("parameters", trained),
         ("loss", loss),
         ("training", f"{result.steps:,} steps of {options.batch_size} rows, {result.rows:,} rows"),

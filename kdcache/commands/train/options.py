@@ -7,7 +7,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-from kdcache.choices import Divergence, Tail
+from kdcache.choices import CrossMethod, Divergence, Tail
 from kdcache.commands.groups import LearningOptions, PlotOptions
 from kdcache.commands.train.place import Place
 from kdcache.errors import UsageError
@@ -17,6 +17,7 @@ from kdcache.storage import redact
 
 Best = Literal["loss", "hard_loss", "soft_loss", "accuracy"]
 
+_WORDS = ("words", "teacher")
 _HOTTEST = 1000.0  # temperature: times T² the rounding of float32 is 0.3 % of a loss there
 
 
@@ -71,12 +72,14 @@ class BiLstmOptions(Options):
 
     heading = "biLSTM"
 
-    student_tokenizer: Literal["words", "teacher"] | None = option(
+    student_tokenizer: str | None = option(
         None,
         help=(
-            "what a biLSTM reads: `words` of a vocabulary of its own, or the `teacher`'s tokens. "
-            "Default: words."
+            "what a biLSTM reads: `words` of a vocabulary of its own, or the `teacher`'s tokens "
+            "(default: words). With `cross_tokenizer`, the student's tokenizer (default: the one "
+            "in its folder)."
         ),
+        metavar="words|teacher|DIR_OR_HUB_ID",
         decides="student",
     )
     max_length: int | None = option(
@@ -115,7 +118,7 @@ class BiLstmOptions(Options):
     def bilstm(self) -> dict[str, Any]:
         """Options of the built-in student that were given."""
         values = {
-            "tokenizer": self.student_tokenizer,
+            "tokenizer": self.student_tokenizer if self.student_tokenizer in _WORDS else None,
             "freeze_embeddings": self.freeze_embeddings or None,
             "embedding_size": self.embedding_size,
             "hidden_size": self.hidden_size,
@@ -187,6 +190,18 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
     )
     tail: Tail = option(
         "bucket", help="for top-k caches: how the ids that are not stored are represented."
+    )
+    cross_tokenizer: CrossMethod | None = option(
+        None,
+        help="train a language model that has another tokenizer than the teacher: `likelihood` "
+        "compares how likely the text between shared token boundaries is, `hybrid` also the "
+        "distributions of caches with `topk`, `sample` or `anchored` there.",
+    )
+    likelihood_temperature: float = option(
+        10.0,
+        help="with `cross_tokenizer`, likelihoods p are compared as p^(1/T).",
+        metavar="T",
+        above=0,
     )
     anchor: float | str = option(
         "auto",
@@ -359,6 +374,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
                 "--fsdp shards all of a student's weights: with --lora train without it, the "
                 "optimizer is small."
             )
+        wrong += self._cross_conflicts()
         if self.cache_weight and len(self.cache_weight) != len(self.cache):
             wrong.append(f"{len(self.cache_weight)} cache weights for {len(self.cache)} caches.")
         if not self.eval_cache and (self.patience is not None or self.eval_steps is not None):
@@ -379,6 +395,36 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         if self.fsdp and fewest == 1 and self.place is None:
             wrong.append(
                 "--fsdp shards over workers: use it with --num-workers 2 or more, or torchrun."
+            )
+        return wrong
+
+    def _cross_conflicts(self) -> list[str]:
+        """What does not go with another tokenizer, or asks for one without saying how."""
+        own = self.student_tokenizer
+        if self.cross_tokenizer is None:
+            if own is None or own in _WORDS:
+                return []
+            return [
+                f"--student-tokenizer {own} is for a language model with a tokenizer of its own. "
+                "Add --cross-tokenizer likelihood or hybrid; a biLSTM has words or teacher."
+            ]
+        wrong = []
+        if own in _WORDS:
+            wrong.append(
+                f"--student-tokenizer is {own}, which is for a biLSTM. With --cross-tokenizer name "
+                "the folder or hub id of a tokenizer."
+            )
+        others = (
+            (self.divergence != "forward-kl", f"--divergence {self.divergence}"),
+            (self.temperatures != Schedule(1.0, 1.0), f"--temperature {self.temperatures}"),
+            (self.tail != "bucket", f"--tail {self.tail}"),
+            (str(self.anchor) != "auto", f"--anchor {self.anchor}"),
+        )
+        named = [text for given, text in others if given]
+        if named:
+            wrong.append(
+                "--cross-tokenizer compares the probabilities of text itself, so it is without "
+                f"{', '.join(named)}. Leave out what you gave, or --cross-tokenizer."
             )
         return wrong
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache import Cache
+from kdcache.commands.train.cross import cross_problems, own_tokenizer
 from kdcache.commands.train.log import METRICS_FILE, wrong_trackers
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
@@ -32,6 +33,7 @@ from kdcache.student.checkpoints import (
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import Codec, SoftTargets
 from kdcache.tasks import TASKS, labelled
+from kdcache.teacher import tokenizer_sha256
 from kdcache.teacher.adapter import ADAPTER_CONFIG
 
 RESULT_FILE = "train.json"
@@ -68,7 +70,11 @@ class RunPlan:
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
         first, problems = caches[0], wrong_trackers(options.report_to)
         codec, temperatures = first.codec(), []
-        if not options.hard_only:
+        if options.cross_tokenizer is not None:
+            problems += cross_problems(options, caches, eval_caches)
+            temperatures = [1.0] if options.cross_tokenizer == "hybrid" else []
+            temperatures = [] if options.hard_only or problems else temperatures
+        elif not options.hard_only:
             schedule = options.temperatures
             if not schedule.constant and not codec.any_temperature:
                 problems.append(
@@ -122,8 +128,8 @@ class RunPlan:
 
     @functools.cached_property
     def weights(self) -> dict[str, str]:
-        """Identities of the base of an adapter, which checkpoints do not hold, and of the earlier
-        student that a run begins with."""
+        """Identities of what checkpoints do not hold: the base of an adapter, the earlier student
+        that a run begins with, a tokenizer of the student's own."""
         options, found = self.options, {}
         trust = options.trust_remote_code
         if options.lora is not None and is_model(options.student):
@@ -132,6 +138,8 @@ class RunPlan:
         if options.init_from is not None:
             earlier = find_files(options.init_from, "run", trust_remote_code=trust)
             found["init_sha256"] = earlier.sha256
+        if options.cross_tokenizer is not None:
+            found["tokenizer_sha256"] = tokenizer_sha256(own_tokenizer(options))
         return found
 
     @property

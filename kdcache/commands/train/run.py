@@ -34,6 +34,7 @@ from transformers.integrations import is_tensorboard_available
 from kdcache.cache import Cache
 from kdcache.cache.cache import teacher_cross_entropy
 from kdcache.commands.train.card import CARD_FILE, model_card
+from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer
 from kdcache.commands.train.log import (
     MetricsCallback,
     OwnWandb,
@@ -49,7 +50,8 @@ from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.commands.train.store import StoreCallback
 from kdcache.errors import UsageError
 from kdcache.files import filled_folder, write_json, write_text
-from kdcache.stream import Collator, TargetDataset, TargetStream
+from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream
+from kdcache.stream.aligned import undivided
 from kdcache.student import (
     BiLstmForSequenceClassification,
     DistilledStudent,
@@ -138,8 +140,7 @@ class Run:
             seconds=seconds,
             parameters=sum(p.numel() for p in self.student.parameters()),
             trained=sum(p.numel() for p in self.student.parameters() if p.requires_grad),
-            teacher_cross_entropy=teacher_cross_entropy(plan.caches, plan.options.cache_weight),
-            eval_teacher_cross_entropy=teacher_cross_entropy(plan.eval_caches),
+            **_teacher(plan),
             **_vocabulary(plan, self.tokenize),
         )
         with quiet_transformers():
@@ -150,6 +151,16 @@ class Run:
             trainer.accelerator.wait_for_everyone()
             plan.store.clear()
         return result
+
+
+def _teacher(plan: RunPlan) -> dict[str, Any]:
+    """The teacher's cross-entropy on the student's labels; unknown where these are other tokens."""
+    if plan.options.cross_tokenizer is not None:
+        return {}
+    return {
+        "teacher_cross_entropy": teacher_cross_entropy(plan.caches, plan.options.cache_weight),
+        "eval_teacher_cross_entropy": teacher_cross_entropy(plan.eval_caches),
+    }
 
 
 def _vocabulary(plan: RunPlan, tokenize: Any) -> dict[str, Any]:
@@ -174,8 +185,11 @@ def _rows(stream: TargetStream) -> int:
 
 
 def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
-    """The student of a run with its loss, and how it turns texts into tensors (None: it takes the
-    cached ids).
+    """The student of a run with its loss, and how it reads what the caches hold.
+
+    Returns:
+        The student, and None if it takes the cached ids; what turns texts into tensors for a
+        classifier with its own tokenizer, and a `CrossTokenizer` for such a language model.
 
     Raises:
         UsageError: there is no such student, or it does not fit the caches.
@@ -198,6 +212,18 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         tokenizer=tokenizer,
         seed=options.seed,
     )
+    own = own_tokenizer(options) if options.cross_tokenizer is not None else None
+    cross = None
+    if own is not None:
+        cross = cross_tokenizer(options, plan.caches[0], own)
+        info = replace(
+            info,
+            vocab_size=cross.vocab_size,
+            pad_id=cross.pad_id,
+            bos_id=own.bos_token_id,
+            eos_id=own.eos_token_id,
+            tokenizer=own,
+        )
     with quiet_transformers():
         inner = load_student(
             options.student,
@@ -207,7 +233,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
             lora=options.adapter,
             trust_remote_code=options.trust_remote_code,
         )
-        tokenize = student_tokenize(
+        tokenize = cross or student_tokenize(
             inner, options.student, info, trust_remote_code=options.trust_remote_code
         )
         if options.init_from is not None:
@@ -236,7 +262,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         alpha=options.alphas.start,
         divergence="forward-kl" if options.hard_only else options.divergence,
         tail=options.tail,
-        vocab_size=spec.vocab_size,
+        vocab_size=info.vocab_size if cross is not None else spec.vocab_size,
         anchor=options.theta,
     )
     if options.gradient_checkpointing:
@@ -249,14 +275,17 @@ _NOT_INPUTS = ("count", "label_logprob", "first_tokens")
 
 def _trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
     """Three of the first rows: the longest, the shortest, and one between."""
-    dataset = TargetDataset(plan.caches[:1])
+    cross = tokenize if isinstance(tokenize, CrossTokenizer) else None
+    dataset = TargetDataset(plan.caches[:1], cross=cross)
     rows = [dataset[i] for i in range(min(64, len(dataset)))]
     rows.sort(key=lambda row: -len(row.input_ids))
     chosen = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
     pad_id = plan.caches[0].spec.pad_id
     # Documents are tried by themselves, see `check_documents`.
-    chosen = [replace(row, starts=None) for row in chosen]
-    batch = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize)(chosen)
+    chosen = [undivided(row) for row in chosen]
+    tokenize = None if cross is not None else tokenize
+    collator = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize, cross=cross)
+    batch = collator(chosen)
     return {k: value for k, value in batch.items() if k not in _NOT_INPUTS}
 
 
@@ -285,12 +314,17 @@ def _stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         weights=options.cache_weight or None,
         streams=plan.streams,
         group=options.shuffle_shards,
-        tokenize=tokenize,
+        **_reading(tokenize),
         prefetch=options.prefetch,
         pin_memory=gpu,
     )
     steps = steps_of(options, stream)
     return stream
+
+
+def _reading(tokenize: Any) -> dict[str, Any]:
+    """Arguments of a stream for what `make_student` gave."""
+    return {"cross" if isinstance(tokenize, CrossTokenizer) else "tokenize": tokenize}
 
 
 def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
@@ -302,7 +336,7 @@ def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         streams=plan.streams,
         group=1,
         shuffle=False,
-        tokenize=tokenize,
+        **_reading(tokenize),
         prefetch=options.prefetch,
         pin_memory=gpu,
     )
@@ -409,6 +443,8 @@ def _sharding(student: nn.Module) -> dict[str, Any]:
 def _best_metric(plan: RunPlan) -> str:
     """The name of the soft loss depends on the targets."""
     codec = plan.eval_caches[0].codec()
+    if plan.options.cross_tokenizer == "likelihood":
+        return plan.options.best
     soft = soft_name(SoftTargets.empty(codec).at(codec.temperatures[0]))
     return soft if plan.options.best == "soft_loss" else plan.options.best
 
@@ -457,7 +493,7 @@ def _save(plan: RunPlan, trainer: DistillationTrainer, tokenize: Any, result: Tr
         student.save_pretrained(folder, **options)
         if tokenize is None:
             plan.caches[0].tokenizer().save_pretrained(str(folder))
-        elif isinstance(tokenize, HfTokenize):
+        elif isinstance(tokenize, (HfTokenize, CrossTokenizer)):
             tokenize.tokenizer.save_pretrained(str(folder))
         document = {
             "kdcache": __version__,

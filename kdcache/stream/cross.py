@@ -1,0 +1,246 @@
+"""Rows of caches for a student that reads their text by another tokenizer.
+
+A shard's rows are tokenised anew and aligned (`kdcache.align`) where the shard is read, in the
+thread that reads ahead, and kept as long as they fit into a bounded memory: later epochs find them
+there. A batch then has the student's own ids and labels, and as its targets the teacher's
+likelihood of the text between boundaries that both sides share (`kdcache.targets.chunks`).
+
+Cost: see `kdcache.align.aligner`; a batch costs some numpy calls.
+Guarantee: all that is made of a row depends on the row and on the two tokenizers alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.align import Aligner, TokenBytes, like_marks
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
+from kdcache.choices import CrossMethod
+from kdcache.rows.batches import padded
+from kdcache.stream.aligned import AlignedRows, AlignedShard, offsets_of
+from kdcache.stream.batch import position_ids
+from kdcache.stream.cached_rows import cached_rows
+from kdcache.targets import SparseTargets
+from kdcache.targets.chunks import ChunkTargets, Groups
+from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
+from kdcache.targets.within import within
+from kdcache.tasks import IGNORE
+from kdcache.teacher import tokenizer_sha256
+
+_KEPT_BYTES = 1 << 28
+
+
+class CrossTokenizer:
+    """What a stream needs for a student of another tokenizer.
+
+    Attributes:
+        tokenizer: the student's.
+        method: what a batch's targets are of; see `kdcache.loss.chunks`.
+        tau: likelihoods are compared as ``p ** (1 / tau)``.
+        vocab_size: ids of the student's tokenizer.
+        pad_id: fills up the student's rows.
+        groups: of ids, for `hybrid`.
+        lost: stretches of text in the rows so far that have no labels, because the student's
+            tokens do not give their bytes.
+        cut: labels left out of the rows so far, because the student's rows would be too long.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        tokenizer: Any,
+        method: CrossMethod,
+        *,
+        tau: float = 10.0,
+        max_length: int | None = None,
+    ) -> None:
+        """Pair two tokenizers.
+
+        Args:
+            cache: whose tokenizer is the teacher's; all caches of a stream have the same.
+            tokenizer: the student's, a Hugging Face one.
+            method: `likelihood` or `hybrid`.
+            tau: above 0.
+            max_length: longest row of the student, in tokens. Default: any.
+
+        Raises:
+            UsageError: a tokenizer that loses bytes of a text.
+        """
+        self.tokenizer, self.method, self.tau = tokenizer, method, tau
+        student = TokenBytes(tokenizer, "the student's tokenizer")
+        teacher = TokenBytes(cache.tokenizer(), "the cache's tokenizer")
+        self.aligner = Aligner(teacher, student, max_length)
+        self.vocab_size = len(student)
+        self._teacher_ids = cache.spec.vocab_size
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id = next(number for number in ends if number is not None)
+        self.groups = groups_of(self.aligner, cache.spec.vocab_size) if method == "hybrid" else None
+        self.lost = self.cut = 0
+        self._kept: OrderedDict[tuple[str, int], AlignedRows] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the batches of two streams must share to be the same."""
+        return {
+            "method": self.method,
+            "tau": self.tau,
+            "max_length": self.aligner.max_length,
+            "tokenizer": tokenizer_sha256(self.tokenizer),
+        }
+
+    def rows(self, cache: Cache, shard: int, data: ShardData) -> AlignedRows:
+        """The rows of a shard as the student reads them.
+
+        Args:
+            cache: whose shard it is.
+            shard: its number.
+            data: its rows.
+        """
+        key = (cache.digest, shard)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        rows = self.aligner.align(cached_rows(cache, data))
+        made = AlignedRows.of(rows)
+        with self._lock:
+            self.lost += sum(row.lost for row in rows)
+            self.cut += sum(row.cut for row in rows)
+            self._kept[key] = made
+            while len(self._kept) > 1 and sum(k.bytes for k in self._kept.values()) > _KEPT_BYTES:
+                self._kept.popitem(last=False)
+        return made
+
+    def collate(
+        self, data: AlignedShard, *, soft: bool, count: float | None = None
+    ) -> dict[str, Any]:
+        """A batch of the student's tensors; see `kdcache.stream.batch.collate`.
+
+        Args:
+            data: rows of a batch.
+            soft: whether it has targets.
+            count: divisor of the loss; None for the batch's own.
+        """
+        own = data.aligned
+        assert own is not None, "a stream with another tokenizer aligns all its rows"
+        lengths = np.diff(own.offsets)
+
+        def pad(values: np.ndarray, fill: int) -> torch.Tensor:
+            return torch.from_numpy(padded(values, lengths, fill))
+
+        batch: dict[str, Any] = {"input_ids": pad(own.input_ids, self.pad_id)}
+        if own.starts is None:
+            batch["attention_mask"] = pad(np.ones(len(own.input_ids), np.int64), 0)
+        else:
+            batch["position_ids"] = position_ids(own.starts, lengths)
+        batch["labels"] = pad(own.labels, IGNORE)
+        if soft:
+            batch["targets"] = self.targets(data)
+        if count is None:
+            count = int(own.positions.sum())
+        batch["count"] = torch.tensor(count, dtype=torch.float32)
+        return batch
+
+    def targets(self, data: AlignedShard) -> ChunkTargets:
+        """The teacher's answers about the chunks of some rows.
+
+        Chunks with a label that the teacher gives no probability are left out.
+        """
+        own, codes = data.aligned, data.label_logprob
+        assert own is not None, "a stream with another tokenizer aligns all its rows"
+        assert codes is not None, "refused before: no label_logprob"
+        counts = np.diff(own.chunk_offsets)
+        theirs = np.repeat(data.position_offsets[:-1], counts)
+        sizes = own.positions
+        ours = np.repeat(np.cumsum(sizes) - sizes, counts)
+        spans = own.chunks.astype(np.int64)
+        spans[:, :2] += theirs[:, None]
+        spans[:, 2:] += ours[:, None]
+        impossible = codes == IMPOSSIBLE
+        squares = np.where(impossible, 0, codes.astype(np.int64) ** 2)
+        sums, lost = (
+            (lambda total: total[spans[:, 1]] - total[spans[:, 0]])(offsets_of(values))
+            for values in (squares, impossible)
+        )
+        kept = (lost == 0) & (spans[:, 3] > spans[:, 2])
+        spans, likelihood = spans[kept], -(sums[kept] / SCALE)
+        size = int(sizes.sum())
+        if self.groups is None:
+            return ChunkTargets(size, spans[:, 2], spans[:, 3], _floats(likelihood), tau=self.tau)
+        found = data.targets.take(spans[:, 0]).at(1.0)
+        assert isinstance(found, SparseTargets), "refused before: another codec"
+        places, soft = [spans[:, 2]], [self.groups.of_targets(found)]
+        if found.exact:
+            first = spans[:, 0]
+            labels = data.labels[data.labels != IGNORE].astype(np.int64)[first]
+            read = own.labels[own.labels != IGNORE].astype(np.int64)
+            given = labels, decode_logprobs(codes[first]), spans[:, 2:], read, self._paths
+            for inside, targets in within(found, *given):
+                places.append(inside)
+                soft.append(self.groups.of_student(targets))
+        order = np.argsort(np.concatenate(places))
+        several = (spans[:, 1] - spans[:, 0] > 1) | (spans[:, 3] - spans[:, 2] > 1)
+        return ChunkTargets(
+            size,
+            spans[several, 2],
+            spans[several, 3],
+            _floats(likelihood[several]),
+            tau=self.tau,
+            places=np.concatenate(places)[order],
+            soft=SparseTargets.concat(soft)[torch.from_numpy(order)],
+            groups=self.groups,
+        )
+
+    @cached_property
+    def _paths(self) -> np.ndarray:
+        return paths_of(self.aligner, self._teacher_ids)
+
+
+def paths_of(aligner: Aligner, vocab_size: int) -> np.ndarray:
+    """int32 [V, n]: the student's tokens of each of the teacher's ids; then -1, at least once.
+
+    A token that is no whole character is the student's tokens of its single bytes.
+    """
+    teacher, student = aligner.teacher, aligner.student
+    texts = {}
+    for number, token in enumerate(teacher.tokens):
+        try:
+            texts[number] = token.decode()
+        except UnicodeDecodeError:
+            continue
+    tokens = dict(zip(texts, student.tokenise(list(texts.values()), opens=False), strict=True))
+    for number in range(len(teacher)):
+        if number not in tokens:
+            data = np.frombuffer(teacher.tokens[number], np.uint8)
+            tokens[number] = student.byte_ids[data]
+    paths = np.full((vocab_size, 1 + max(map(len, tokens.values()), default=0)), -1, np.int32)
+    for number, path in tokens.items():
+        if number < vocab_size:
+            paths[number, : len(path)] = path
+    return paths
+
+
+def groups_of(aligner: Aligner, vocab_size: int) -> Groups:
+    """Groups of the ids of two tokenizers; special tokens are with their like.
+
+    Args:
+        aligner: of the two.
+        vocab_size: ids that the teacher's targets are over.
+    """
+    teacher, student = aligner.teacher, aligner.student
+    likes = like_marks(teacher, student).items()
+    pairs = {mark: int(like[0]) for mark, like in likes if len(like) == 1}
+    beyond = [b""] * (vocab_size - len(teacher))
+    return Groups.of([*teacher.tokens, *beyond], student.tokens, pairs)
+
+
+def _floats(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float32))
