@@ -8,6 +8,7 @@ references of commands and Python are made from the code.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/RESULTS.md": "benchmarks.md",
+    "examples/sst2/README.md": "sst2.md",
 }
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
@@ -38,6 +40,7 @@ def added() -> dict[str, str]:
     """Name and text of each page or file of the site that is not in docs/."""
     made = {page: (ROOT / path).read_text() for path, page in PAGES.items()}
     made |= {"commands.md": _commands(), "python.md": _python(), "examples.md": _examples()}
+    made |= {_page(path): _notebook(ROOT / path) for path in _notebooks()}
     copies = {target for path in _documents() for target in _copied(path)}
     made |= {_copy(path): (ROOT / path).read_text() for path in copies}
     return made
@@ -47,6 +50,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let the links of a document lead to pages of the site."""
     name = page.file.src_uri
     sources = {made: path for path, made in PAGES.items()}
+    sources |= {_page(path): path for path in _notebooks()}
     folder = Path(sources.get(name, f"docs/{name}")).parent
     return _LINK.sub(lambda link: _target(folder, link), markdown)
 
@@ -54,8 +58,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _target(folder: Path, link: re.Match[str]) -> str:
     path = os.path.normpath(folder / link["path"])
     anchor = link["anchor"] or ""
-    if path in PAGES:
-        return PAGES[path] + anchor
+    if path in PAGES or path in _notebooks():
+        return PAGES.get(path, _page(path)) + anchor
     if path.startswith("docs/"):
         return path.removeprefix("docs/") + anchor
     if path.startswith("examples") or path == "cluster.yaml":
@@ -87,13 +91,35 @@ def _slug(path: str) -> str:
     return re.sub(r"\W+", "-", path)
 
 
+def _notebooks() -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("examples/**/*.ipynb"))]
+
+
+def _page(notebook: str) -> str:
+    return f"notebook_{Path(notebook).stem}.md"
+
+
+def _notebook(path: Path) -> str:
+    """A notebook's text and code as a page, with a link to the file."""
+    name = path.relative_to(ROOT).as_posix()
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    parts.insert(1, f"*This page is the notebook `{name}` of the repository.*")
+    return "\n\n".join(parts) + "\n"
+
+
 def _examples() -> str:
-    """Every file of examples/, and the cluster's description, as one page."""
-    paths = [ROOT / "cluster.yaml", *sorted(p for p in ROOT.glob("examples/**/*") if p.is_file())]
+    """Every file of examples/ that is no page, and the cluster's description, as one page."""
+    kinds = {".sh": "sh", ".py": "python", ".yaml": "yaml", ".json": "json"}
+    paths = [ROOT / "cluster.yaml", *sorted(ROOT.glob("examples/**/*"))]
     parts = ["# Example files"]
     for path in paths:
         name = path.relative_to(ROOT).as_posix()
-        language = {".sh": "sh", ".py": "python", ".yaml": "yaml", ".json": "json"}[path.suffix]
+        language = kinds.get(path.suffix)
+        if language is None:
+            continue
         parts.append(f"## {name} {{ #{_slug(name)} }}\n\n````{language}\n{path.read_text()}````")
     return "\n\n".join(parts) + "\n"
 
