@@ -263,6 +263,80 @@ def word_student(class_cache: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+WORDPIECE = Path(__file__).resolve().parent / "tiny_tokenizers" / "wordpiece"
+
+
+@pytest.fixture(scope="session")
+def tiny_tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer BERT tagger of persons and places."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForTokenClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(WORDPIECE)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        id2label=dict(enumerate(TAGS)),
+        label2id={name: i for i, name in enumerate(TAGS)},
+    )
+    folder = tmp_path_factory.mktemp("tiny-tagger")
+    torch.manual_seed(0)
+    BertForTokenClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tagged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 90 sentences: some words have no tag, every third sentence has none."""
+    import json
+    import random
+
+    draw = random.Random(0)
+    words = ["the", "New York", "fox", "don't", "Paris", "Jumping", "over", "", "Smith", "."]
+    lines = []
+    for number in range(90):
+        sentence = [draw.choice(words) for _ in range(draw.randint(1, 9))]
+        tags = [None if draw.random() < 0.1 else draw.choice(TAGS) for _ in sentence]
+        lines.append({"tokens": sentence, "ner_tags": None if number % 3 == 2 else tags})
+    path = tmp_path_factory.mktemp("corpus") / "tagged.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tag_caches(
+    tiny_tagger: Path, tagged_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Caches of the tiny tagger, of three shards each, by `label_tokens`. To be read only."""
+    from typing import Any
+
+    from kdcache.commands.build.build import build
+    from kdcache.commands.build.options import BuildOptions
+
+    caches: dict[str, str] = {}
+    modes: tuple[Any, ...] = ("first", "all")
+    for mode in modes:
+        options = BuildOptions(
+            teacher=(str(tiny_tagger),),
+            corpus=(str(tagged_corpus),),
+            out=str(tmp_path_factory.mktemp("tags") / "cache"),
+            task="token-classification",
+            label_tokens=mode,
+            shard_tokens=tagged_corpus.stat().st_size // 12 + 1,
+            workers=0,
+        )
+        build(options)
+        caches[mode] = options.out
+    return caches
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
     """One Ray of two CPUs for the tests of a module."""

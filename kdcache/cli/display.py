@@ -132,7 +132,11 @@ class TrainDisplay(_Display):
 
     def __call__(self, state: TrainProgress) -> None:
         """Show a new state."""
-        figures = {k: v for k, v in state.logs.items() if "loss" in k or "accuracy" in k}
+        figures = {
+            k: v
+            for k, v in state.logs.items()
+            if "loss" in k or "accuracy" in k or k.endswith("f1")
+        }
         self._losses = "  ".join(f"{k} {v:.4f}" for k, v in figures.items()) or self._losses
         left = (state.steps - state.step) * state.seconds / max(1, state.step)
         evaluated = any(name.startswith("eval") for name in state.logs)

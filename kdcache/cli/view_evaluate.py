@@ -21,7 +21,12 @@ def render_evaluation(result: EvaluateResult, console: Console) -> None:
     elif result.label_names is not None:
         binary = len(result.label_names) == 2
         name = f"F1 of {result.label_names[1]}" if binary else "macro F1"
-        figures.append((name, [percent(m.f1) for m in result.models]))
+        if any(m.entity_f1 is not None for m in result.models):
+            for part in ("f1", "precision", "recall"):
+                shares = [percent(getattr(m, f"entity_{part}")) for m in result.models]
+                figures.append((f"entity {part.replace('f1', 'F1')}", shares))
+        else:
+            figures.append((name, [percent(m.f1) for m in result.models]))
     figures.append(("cross-entropy (nats)", [number(m.cross_entropy) for m in result.models]))
     if sampled:
         soft = [number(m.soft_cross_entropy) for m in result.models]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.commands.sweep.results import _NAMES, SettingScore, SweepResult
+from kdcache.commands.sweep.results import _NAMES, SHARES, SettingScore, SweepResult
 from kdcache.humanize import duration
 
 
@@ -65,9 +65,9 @@ def _notes(result: SweepResult) -> Iterable[str]:
 
 def _figure(setting: SettingScore, name: str) -> str:
     value, deviation = setting.mean.get(name), setting.deviation.get(name)
-    shown = percent if name == "accuracy" else number
+    shown = percent if name in SHARES else number
     if value is None or deviation is None:
         return shown(value)
-    if name == "accuracy":
+    if name in SHARES:
         return f"{100 * value:.2f}±{100 * deviation:.2f} %"
     return f"{shown(value)}±{deviation:.4f}"

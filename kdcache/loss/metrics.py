@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.loss.entities import Entities, ratio
+
 Array: TypeAlias = npt.NDArray[Any]
 
 BINS = 15
@@ -121,6 +123,7 @@ class Tally:
         classes: number of classes where F1 is wanted, else None (a vocabulary has no confusion
             matrix).
         bins: of the calibration error.
+        entities: counts of entities, where the classes are their tags.
         positions: positions counted.
         labelled: those of them with a hard label.
         correct: those whose most probable id is the label.
@@ -134,6 +137,7 @@ class Tally:
 
     classes: int | None = None
     bins: int = BINS
+    entities: Entities | None = None
     positions: int = 0
     labelled: int = 0
     correct: int = 0
@@ -169,6 +173,24 @@ class Tally:
         if confidence is not None:
             self.calibration.add(confidence[has_label], right)
 
+    def add_entities(
+        self, labels: Array, predictions: Array, counts: Array, words: Array | None = None
+    ) -> None:
+        """Count entities of whole rows, if they are to be counted.
+
+        Args:
+            labels: int [n], of the positions of all rows, negative where there is none.
+            predictions: int [n].
+            counts: int [rows], positions of each.
+            words: bool [n], which positions begin a word; the others are left out. Default: all.
+        """
+        if self.entities is None:
+            return
+        keep = labels >= 0 if words is None else (labels >= 0) & words
+        before = np.concatenate([[0], np.cumsum(keep)])
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        self.entities.add(labels[keep], predictions[keep], np.diff(before[ends]))
+
     def add_agreement(self, predictions: Array, teacher: Array) -> None:
         """Count agreement with the teacher.
 
@@ -179,11 +201,6 @@ class Tally:
         known = teacher >= 0
         self.known += int(known.sum())
         self.agreed += int((predictions == teacher)[known].sum())
-
-
-def ratio(part: float, whole: float) -> float:
-    """`part / whole`, NaN if the whole is 0."""
-    return part / whole if whole else math.nan
 
 
 def perplexity(nats: float | None) -> float | None:

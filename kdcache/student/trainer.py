@@ -37,6 +37,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError
 from kdcache.loss import Anchor
+from kdcache.loss.entities import Entities, are_entities
 from kdcache.stream import Batch, Cursor, TargetStream
 from kdcache.student.adapter import is_adapted, trained_weights
 from kdcache.student.checkpoints import (
@@ -298,7 +299,7 @@ class DistillationTrainer(CheckpointingTrainer):
         model = self.model
         was_training = model.training
         model.eval()
-        names = ("hard", "soft", "positions", "labelled", "correct")
+        names = ("hard", "soft", "positions", "labelled", "correct", "true", "predicted", "right")
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.args.device)
         soft_known, classes = "", False
         for batch in stream:
@@ -321,9 +322,10 @@ class DistillationTrainer(CheckpointingTrainer):
             sums[2] += positions(labels, stream.task).sum()
             sums[3] += there.sum()
             sums[4] += correct
+            sums[5:] += _entities(stream, inputs, outputs.logits)
         model.train(was_training)
         reduced = self.accelerator.reduce(sums, "sum")
-        hard, soft, counted, labelled_rows, right = reduced.tolist()
+        hard, soft, counted, labelled_rows, right, *entities = reduced.tolist()
         alpha = float(self._final_alpha()) if soft_known else 1.0
         # The same weighting as in training: mean over positions of the weighted sum.
         whole = max(counted if soft_known else labelled_rows, 1)
@@ -332,6 +334,8 @@ class DistillationTrainer(CheckpointingTrainer):
             found["hard_loss"] = hard / labelled_rows
             if classes:
                 found["accuracy"] = right / labelled_rows
+            if _tags(stream) is not None:
+                found["f1"] = 2 * entities[2] / max(entities[0] + entities[1], 1)
         if soft_known:
             found[soft_known] = soft / counted
         return found
@@ -511,6 +515,28 @@ def _counts(inputs: Mapping[str, Any], task: str) -> Tensor:
     # A rank without rows only keeps the others company.
     alive: Tensor = inputs["count"].isfinite()
     return torch.stack([counted, there]).double() * alive
+
+
+def _tags(stream: TargetStream) -> tuple[str, ...] | None:
+    """The classes of a stream of words, if they are the tags of entities."""
+    names = stream.caches[0].spec.label_names if TASKS[stream.task].words else None
+    return names if names is not None and are_entities(names) else None
+
+
+def _entities(stream: TargetStream, inputs: Mapping[str, Any], logits: Tensor | None) -> Tensor:
+    """Entities of the labels of a batch, of its predictions, and of both: float64 [3]."""
+    names, labels = _tags(stream), inputs["labels"]
+    if names is None or logits is None:
+        return torch.zeros((), dtype=torch.float64, device=labels.device)
+    at = positions(labels, stream.task)
+    keep = labelled(labels, stream.task)
+    if "first_tokens" in inputs:  # words count, not their tokens
+        keep[at] &= inputs["first_tokens"]
+    found = Entities(names)
+    ours, theirs = (tags[keep].cpu().numpy() for tags in (labels, logits.argmax(-1)))
+    found.add(ours, theirs, keep.sum(-1).cpu().numpy())
+    counts = (found.true, found.predicted, found.right)
+    return torch.tensor(counts, dtype=torch.float64, device=labels.device)
 
 
 def _stack(hard: Tensor | None, soft: Tensor | None) -> Tensor:

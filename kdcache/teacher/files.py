@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from kdcache.errors import UsageError
 from kdcache.storage import redact, sha256_file
 from kdcache.storage.remote import Facts
-from kdcache.tasks import TASKS
+from kdcache.tasks import TASKS, task_of
 from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
 from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
 from kdcache.teacher.trust import check_folder, read_json
@@ -263,6 +263,13 @@ class TeacherFiles:
             raise UsageError(
                 f"teacher {self.name} is of type {config.model_type}, for which transformers has "
                 f"no model for {task}. Name another teacher, or another --task."
+            )
+        named = task_of(self.raw_config)
+        if TASKS[task].words and named not in (None, task):
+            # Heads of other tasks may have the names and shapes of its own.
+            raise UsageError(
+                f"teacher {self.name} is a {TASKS[named].noun}: it was not trained for {task}. "
+                "Fine-tune it first (`kdcache finetune`), or name another."
             )
         if TASKS[task].over_ids:
             return

@@ -40,6 +40,7 @@ from kdcache.teacher.probe import (
     head_of,
     probe_rows,
 )
+from kdcache.teacher.projection import call
 from kdcache.teacher.slices import Slice, slice_positions
 
 logger = logging.getLogger(__name__)
@@ -212,12 +213,11 @@ class TeacherModel:
     def _forward(self, batch: dict[str, Tensor]) -> Iterator[Slice]:
         """The model's own forward."""
         if not self.task.per_token:
-            yield Slice(self.model(**batch).logits[:, : self.vocab_size])
+            yield Slice(call(self.model, batch).logits[:, : self.vocab_size])
             return
         wanted = batch.pop("wanted")
-        cache = {"use_cache": False} if self.task.causal else {}
         with self._seen_states() as seen:
-            logits = self.model(**batch, **cache).logits
+            logits = call(self.model, batch).logits
 
         def picked(values: Tensor) -> Tensor:
             return values.flatten(0, 1).index_select(0, wanted.to(values.device))

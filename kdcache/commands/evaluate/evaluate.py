@@ -35,7 +35,8 @@ from kdcache.commands.inspect.inspect import default_temperature
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
-from kdcache.loss.metrics import BINS, Tally, f1, known, perplexity, ratio
+from kdcache.loss.entities import Entities, are_entities, ratio
+from kdcache.loss.metrics import BINS, Tally, f1, known, perplexity
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches, documents_of
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
@@ -100,8 +101,9 @@ class _Evaluation:
         self.teacher = loaded[0] if teacher else None
         self.students = loaded[1:] if teacher else loaded
         classes = None if self.label_names is None else len(self.label_names)
-        self.teacher_tally = Tally(classes)
-        self.tallies = [Tally(classes) for _ in self.students]
+        self.teacher_tally, *self.tallies = (
+            Tally(classes, entities=self._entities()) for _ in range(1 + len(self.students))
+        )
         self.rows = 0
         self.cut = 0  # texts of the corpus
         self.exact = True
@@ -148,7 +150,7 @@ class _Evaluation:
         if self.encoder_tokenizer is not None:
             options.set_chat_template(self.encoder_tokenizer)
         self.tokenizer_sha256 = first.tokenizer_sha256
-        if first.tokenizer is None and TASKS[task].texts and first.is_factory:
+        if first.tokenizer is None and TASKS[task].rereads and first.is_factory:
             self.encoder_tokenizer = word_reader()
         readers = [model for model in saved if model.role == "teacher"] or saved
         without = [m for m in readers if m.tokenizer is None and not m.is_factory]
@@ -161,7 +163,7 @@ class _Evaluation:
 
     def _check_tokenizers(self, saved: Sequence[SavedModel]) -> None:
         """Check that all models share ids, or that every model reads the texts itself."""
-        if TASKS[self.task].texts:
+        if TASKS[self.task].rereads:
             return
         ours = None
         for model in saved:
@@ -262,6 +264,7 @@ class _Evaluation:
             [row.labels[positions(row.labels, self.task)] for row in batch.rows]
         )
         models = [*([self.teacher] if self.teacher else []), *self.students]
+        answers: list[list[np.ndarray]] = [[] for _ in range(1 + len(self.students))]
         streams = [m.logits(batch.rows, self.tokenizer_sha256, self.max_length) for m in models]
         if batch.label_logprob is not None:
             nats, impossible = sum_logprobs(batch.label_logprob)
@@ -282,11 +285,33 @@ class _Evaluation:
                 cached = batch.targets.take(np.arange(part.start, part.stop))
                 targets = with_logits(cached.at(self.temperature).to(self.device))
                 top = self._add_teacher(targets, labels[part], cached)
-            for tally, z in zip(self.tallies, logits, strict=True):
+            if top is not None:
+                answers[0].append(top)
+            for tally, z, found in zip(self.tallies, logits, answers[1:], strict=True):
                 predictions = self._add_student(tally, z, labels[part], targets)
+                found.append(predictions)
                 if top is not None:
                     tally.add_agreement(predictions, top)
         assert done == len(labels), "the models answer every position"
+        if TASKS[self.task].words:
+            self._add_words(batch.rows, labels, answers)
+
+    def _add_words(
+        self, rows: Sequence[Row], labels: np.ndarray, answers: Sequence[Sequence[np.ndarray]]
+    ) -> None:
+        """Count the entities of a batch; the first tokens of words are their answers."""
+        marked = [positions(row.labels, self.task) for row in rows]
+        firsts = [row.first for row in rows if row.first is not None]
+        words = np.concatenate([first[at] for first, at in zip(firsts, marked, strict=True)])
+        counts = np.array([int(at.sum()) for at in marked])
+        for tally, found in zip((self.teacher_tally, *self.tallies), answers, strict=True):
+            if found:
+                tally.add_entities(labels, np.concatenate(found), counts, words)
+
+    def _entities(self) -> Entities | None:
+        """Fresh counts of entities, if the classes are their tags."""
+        names = self.label_names if TASKS[self.task].words else None
+        return Entities(names) if names is not None and are_entities(names) else None
 
     def _add_student(
         self,
@@ -396,6 +421,7 @@ class _Evaluation:
             "perplexity": perplexity(hard) if over_ids else None,
             "calibration_error": known(tally.calibration.error),
             "calibration": tuple(Bin(*values) for values in tally.calibration.filled()),
+            **({} if tally.entities is None else _entity_scores(tally.entities)),
         }
 
     def _notes(self, soft: bool) -> Iterable[str]:
@@ -417,7 +443,8 @@ class _Evaluation:
                 "the cached sample determines the teacher's most probable id."
             )
         if self.cut:
-            yield f"{self.cut:,} texts were cut at {self.max_length:,} tokens (--max-length)."
+            what = "sentences" if TASKS[self.task].words else "texts"
+            yield f"{self.cut:,} {what} were cut at {self.max_length:,} tokens (--max-length)."
         if self.impossible and not self._logits_known:
             yield (
                 f"The teacher gives {self.impossible:,} labels no probability: its cross-entropy "
@@ -428,6 +455,14 @@ class _Evaluation:
                 f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
                 "hard label and count only in the soft figures."
             )
+
+
+def _entity_scores(entities: Entities) -> dict[str, float | None]:
+    return {
+        "entity_f1": known(entities.f1),
+        "entity_precision": known(entities.precision),
+        "entity_recall": known(entities.recall),
+    }
 
 
 def _leads(weights: Tensor, codec: Sample) -> np.ndarray:

@@ -37,6 +37,9 @@ class ModelScores:
         agreement: share of positions whose most probable id is also the teacher's.
         calibration_error: expected calibration error of the most probable id, T = 1.
         calibration: the bins that it is made of, those with predictions; empty where not known.
+        entity_f1: micro F1 of entities (tags of entities only, see `kdcache.loss.entities`).
+        entity_precision: share of the entities found that are right.
+        entity_recall: share of the true entities that were found.
     """
 
     name: str
@@ -51,6 +54,9 @@ class ModelScores:
     agreement: float | None
     calibration_error: float | None
     calibration: tuple[Bin, ...] = ()
+    entity_f1: float | None = None
+    entity_precision: float | None = None
+    entity_recall: float | None = None
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def run_section(run: RunPart) -> Html:
     series = [Curve(title, _points(run, f"eval_{name}")) for name, title in _NAMES.items()]
     charts.append(curves("Evaluation", "step", "loss", series))
     accuracy = Curve("accuracy", _points(run, "eval_accuracy"))
-    charts.append(curves("Accuracy on the evaluation caches", "step", "share", [accuracy]))
+    shares = [accuracy, Curve("F1 of entities", _points(run, "eval_f1"))]
+    charts.append(curves("Accuracy on the evaluation caches", "step", "share", shares))
     pairs = [(name, _plain(run.options[name])) for name in _OPTIONS if name in run.options]
     pairs += [
         (name.replace("_", " "), _figure(result[name]))

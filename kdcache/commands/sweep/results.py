@@ -20,8 +20,10 @@ from pathlib import Path
 from kdcache.files import write_json, write_text
 
 SEED = "seed"
+SHARES = ("accuracy", "f1")  # figures from 0 to 1: the higher, the better
 _NAMES = {
     "accuracy": "accuracy",
+    "f1": "F1 of entities",
     "hard_loss": "cross-entropy",
     "soft_loss": "soft loss",
     "soft_cross_entropy": "soft cross-entropy",
@@ -120,7 +122,7 @@ class SweepResult:
             groups.setdefault(tuple(run.setting.values()), []).append(run)
         settings = [_together(group) for group in groups.values()]
         rank = next(name for name in _NAMES if all(name in s.mean for s in settings))
-        sign = -1 if rank == "accuracy" else 1
+        sign = -1 if rank in SHARES else 1
         settings.sort(key=lambda s: (sign * s.mean[rank], s.mean.get("hard_loss", 0.0)))
         groups_of = (tuple(settings), tuple(runs), dict(teacher))
         return cls(str(out), made, combinations, evaluated, rank, *groups_of)
@@ -133,7 +135,7 @@ class SweepResult:
     @property
     def figure_name(self) -> str:
         """Name and unit of the figure that orders the settings."""
-        unit = "" if self.ranked_by == "accuracy" else " (nats per position)"
+        unit = "" if self.ranked_by in SHARES else " (nats per position)"
         return f"{_NAMES[self.ranked_by]}{unit}"
 
     @property

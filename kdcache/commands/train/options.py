@@ -15,7 +15,7 @@ from kdcache.lora import Lora
 from kdcache.options import Options, option, options_of
 from kdcache.storage import redact
 
-Best = Literal["loss", "hard_loss", "soft_loss", "accuracy"]
+Best = Literal["loss", "hard_loss", "soft_loss", "accuracy", "f1"]
 
 _WORDS = ("words", "teacher")
 _HOTTEST = 1000.0  # temperature: times T² the rounding of float32 is 0.3 % of a loss there
@@ -238,7 +238,9 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         at_least=1,
         decides="nothing",
     )
-    best: Best = option("loss", help="figure that selects the best checkpoint.")
+    best: Best = option(
+        "loss", help="figure that selects the best checkpoint; `f1` is that of entities."
+    )
     patience: int | None = option(
         None,
         help="stop after this many evaluations without an improvement.",

@@ -16,6 +16,7 @@ _FIGURES = (  # of the log, as charts in their order
     ("soft_loss", "divergence from the teacher, times T²"),
     ("soft_cross_entropy", "cross-entropy with the teacher, times T²"),
     ("accuracy", "accuracy"),
+    ("f1", "F1 of entities"),
 )
 
 

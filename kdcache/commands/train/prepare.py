@@ -21,6 +21,7 @@ from kdcache.commands.train.store import RunStore
 from kdcache.errors import UsageError
 from kdcache.files import LOCK_FILE, local_path
 from kdcache.loss import check_loss
+from kdcache.loss.entities import are_entities
 from kdcache.storage import is_remote
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.student.checkpoints import (
@@ -90,6 +91,10 @@ class RunPlan:
             )
         if options.best == "accuracy" and TASKS[first.spec.task].over_ids:
             problems.append("best is accuracy, which is for classifiers. Use loss.")
+        if options.best == "f1" and not (
+            TASKS[first.spec.task].words and are_entities(first.spec.label_names or ())
+        ):
+            problems.append("best is f1, which is of entities and their tags. Use loss.")
         if options.best == "soft_loss" and options.hard_only:
             problems.append(
                 "best is soft_loss, but alpha 1 trains and evaluates on hard labels alone."
@@ -272,7 +277,7 @@ def _missing_labels(
             "alpha 1 trains on hard labels alone, but the caches have none. Use a smaller --alpha, "
             "or build again with the column of the labels (--label-column)."
         )
-    of_labels = options.hard_only or options.best in ("hard_loss", "accuracy")
+    of_labels = options.hard_only or options.best in ("hard_loss", "accuracy", "f1")
     if eval_caches and of_labels and not _labelled(eval_caches):
         wrong.append(
             "the evaluation caches have no hard labels to choose the best checkpoint by. Use "

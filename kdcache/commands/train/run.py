@@ -57,6 +57,7 @@ from kdcache.student import (
     DistilledStudent,
     HfTokenize,
     StudentInfo,
+    WordTokenize,
     load_student,
     student_tokenize,
 )
@@ -165,7 +166,7 @@ def _teacher(plan: RunPlan) -> dict[str, Any]:
 
 def _vocabulary(plan: RunPlan, tokenize: Any) -> dict[str, Any]:
     """Size of a student's own vocabulary, and what it does not know."""
-    if not isinstance(tokenize, HfTokenize):
+    if not isinstance(tokenize, HfTokenize | WordTokenize):
         return {}
     own = tokenize.tokenizer
     return {
@@ -394,7 +395,7 @@ def _trainer(
         save_total_limit=options.keep_checkpoints,
         load_best_model_at_end=evaluates,
         metric_for_best_model=f"eval_{_best_metric(plan)}" if evaluates else None,
-        greater_is_better=options.best == "accuracy" if evaluates else None,
+        greater_is_better=options.best in ("accuracy", "f1") if evaluates else None,
         seed=options.seed,
         ddp_backend="gloo" if world > 1 and not computing.gpu else None,
         ddp_find_unused_parameters=False,
@@ -493,7 +494,7 @@ def _save(plan: RunPlan, trainer: DistillationTrainer, tokenize: Any, result: Tr
         student.save_pretrained(folder, **options)
         if tokenize is None:
             plan.caches[0].tokenizer().save_pretrained(str(folder))
-        elif isinstance(tokenize, (HfTokenize, CrossTokenizer)):
+        elif isinstance(tokenize, HfTokenize | WordTokenize | CrossTokenizer):
             tokenize.tokenizer.save_pretrained(str(folder))
         document = {
             "kdcache": __version__,
