@@ -272,6 +272,36 @@ def test_rows_that_are_not_kept_are_made_again(
         assert torch.equal(one, other)
 
 
+def test_of_a_chat_only_the_answers_have_labels(
+    folder: Path, tiny_lm: Path, tmp_path: Path
+) -> None:
+    answers = [f"The {word} is in the garden ☕." for word in ("cat", "statement", "expression")]
+    chats = [
+        {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": a}]}
+        for a in answers
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A: {% else %}"
+        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    build(
+        BuildOptions(
+            teacher=(str(tiny_lm),), corpus=(str(tmp_path / "chats.jsonl"),), codec="topk:8",
+            out=str(tmp_path / "chats"), packing="none", chat_template=str(template), workers=0,
+        )
+    )  # fmt: skip
+    over = crossing(folder, "hybrid", "bytes")
+    stream = TargetStream(str(tmp_path / "chats"), batch_size=3, shuffle=False, cross=over)
+    batch = next(iter(stream))
+    own = AutoTokenizer.from_pretrained(folder / "bytes")
+    for labels, answer in zip(batch["labels"], answers, strict=True):
+        text = own.decode(labels[labels != IGNORE])
+        assert text in (answer[1:] + "<|end|>", answer + "<|end|>")
+    assert student(257)(**batch).loss.isfinite()
+
+
 # Runs
 
 
@@ -345,6 +375,24 @@ def test_a_folder_has_its_tokenizer_and_may_get_an_adapter(
     result = train(options(student=str(base), student_tokenizer=None, lora="r=2", max_steps=2))
     assert Path(result.out, "adapter_config.json").is_file()
     assert len(AutoTokenizer.from_pretrained(result.out)) == 320
+
+
+def test_rows_end_where_the_students_table_of_positions_does(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    config = {"model_type": "gpt2", "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    (tmp_path / "gpt2.json").write_text(json.dumps(config))
+    tokens = {"student": str(tmp_path / "gpt2.json"), "student_tokenizer": str(folder / "bytes")}
+    result = train(options(**tokens, max_steps=2))
+    assert result.cut
+    assert result.cut > 100
+    assert result.vocabulary == 257
+
+
+def test_a_student_of_the_same_tokenizer_is_told_so(options: Make, tiny_tokenizer: Path) -> None:
+    told: list[str] = []
+    train(options(student_tokenizer=str(tiny_tokenizer), max_steps=1), report=told.append)
+    assert [line for line in told if "needs no --cross-tokenizer" in line]
 
 
 @pytest.mark.end_to_end

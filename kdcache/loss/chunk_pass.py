@@ -61,7 +61,7 @@ def chunk_gradient_(
         every = len(targets.places) == len(z)
         places = torch.from_numpy(targets.places).to(z.device)
         some = e if every else e[places]
-        group = targets.groups.student.to(z.device)
+        group = targets.groups.student_on(z.device)
         found, by_group = _groups(
             some, group, targets.groups.count, own[places], group[label[places]], targets.soft
         )

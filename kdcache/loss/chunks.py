@@ -70,7 +70,7 @@ def chunk_loss(
     soft = binary_divergence(targets.likelihood.to(own), sums, targets.tau).sum()
     if targets.soft is not None and targets.groups is not None and targets.places is not None:
         places = torch.from_numpy(targets.places).to(own.device)
-        group = targets.groups.student.to(own.device)
+        group = targets.groups.student_on(own.device)
         soft = soft + _groups(logprobs[places], group, targets.groups.count, targets.soft).sum()
     scale = 1 / scalar_count(own, count, None)
     hard, soft = hard * scale, soft * scale

@@ -87,6 +87,12 @@ class CrossTokenizer:
         self._lock = threading.Lock()
 
     @property
+    def needless(self) -> bool:
+        """Whether the student has the teacher's tokenizer."""
+        teacher, student = self.aligner.teacher, self.aligner.student
+        return teacher.tokens == student.tokens and teacher.marks == student.marks
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the batches of two streams must share to be the same."""
         return {

@@ -100,6 +100,16 @@ class Groups:
         """Sparse targets over the student's ids as targets over groups."""
         return replace(targets, ids=self.student[targets.ids])
 
+    def student_on(self, device: torch.device) -> Tensor:
+        """`student` on a device, copied there once."""
+        if device not in self._copies:
+            self._copies[device] = self.student.to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
     @cached_property
     def _reached(self) -> Tensor:
         found = torch.zeros(self.count, dtype=torch.bool)

@@ -51,6 +51,10 @@ def _train() -> click.Command:
             if result.eval_unknown is not None:
                 words += f", {result.eval_unknown:.1%} in evaluation"
             words += ")"
+        if result.cut:
+            words += f"; {result.cut:,} labels beyond the longest row left out"
+        if result.lost:
+            words += f"; {result.lost:,} stretches of text without labels"
         adapted = ""
         if options.lora is not None:
             adapted = f"; an adapter of {result.trained:,} of {result.parameters:,} parameters"

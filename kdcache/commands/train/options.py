@@ -196,6 +196,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         help="train a language model that has another tokenizer than the teacher: `likelihood` "
         "compares how likely the text between shared token boundaries is, `hybrid` also the "
         "distributions of caches with `topk`, `sample` or `anchored` there.",
+        decides="student",
     )
     likelihood_temperature: float = option(
         10.0,

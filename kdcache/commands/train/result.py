@@ -53,6 +53,10 @@ class TrainResult:
         teacher_cross_entropy: the teacher's, with the hard labels of the training caches at T = 1,
             as `hard_loss` is the student's; None where they do not keep it (`label_logprob`).
         eval_teacher_cross_entropy: the same of the evaluation caches.
+        lost: stretches of text that a student's own tokens do not give back, so without labels;
+            None where there were none.
+        cut: labels left out because the student's rows would be longer than it reads, or than
+            asked for; None where there were none.
         made: False where the run was finished before and nothing was done.
     """
 
@@ -74,4 +78,6 @@ class TrainResult:
     eval_unknown: float | None = None
     teacher_cross_entropy: float | None = None
     eval_teacher_cross_entropy: float | None = None
+    lost: int | None = None
+    cut: int | None = None
     made: bool = True

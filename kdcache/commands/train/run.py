@@ -34,7 +34,7 @@ from transformers.integrations import is_tensorboard_available
 from kdcache.cache import Cache
 from kdcache.cache.cache import teacher_cross_entropy
 from kdcache.commands.train.card import CARD_FILE, model_card
-from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer
+from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer, reach_of
 from kdcache.commands.train.log import (
     MetricsCallback,
     OwnWandb,
@@ -101,6 +101,8 @@ class Run:
         """
         computing = Computing.choose(plan.options.precision, plan.options.gpus_per_worker)
         student, tokenize = make_student(plan)
+        if isinstance(tokenize, CrossTokenizer) and tokenize.needless:
+            report("the student has the teacher's tokenizer: it needs no --cross-tokenizer")
         with quiet_transformers():
             stream = _stream(plan, tokenize, computing.gpu)
             caching = getattr(student.config, "use_cache", None)
@@ -142,6 +144,7 @@ class Run:
             parameters=sum(p.numel() for p in self.student.parameters()),
             trained=sum(p.numel() for p in self.student.parameters() if p.requires_grad),
             **_teacher(plan),
+            **_unread(self.tokenize),
             **_vocabulary(plan, self.tokenize),
         )
         with quiet_transformers():
@@ -162,6 +165,14 @@ def _teacher(plan: RunPlan) -> dict[str, Any]:
         "teacher_cross_entropy": teacher_cross_entropy(plan.caches, plan.options.cache_weight),
         "eval_teacher_cross_entropy": teacher_cross_entropy(plan.eval_caches),
     }
+
+
+def _unread(tokenize: Any) -> dict[str, Any]:
+    """What of the rows a student of another tokenizer had no labels for, where there is any."""
+    if not isinstance(tokenize, CrossTokenizer):
+        return {}
+    left_out = {"lost": tokenize.lost or None, "cut": tokenize.cut or None}
+    return {"vocabulary": tokenize.vocab_size, **left_out}
 
 
 def _vocabulary(plan: RunPlan, tokenize: Any) -> dict[str, Any]:
@@ -237,6 +248,8 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         tokenize = cross or student_tokenize(
             inner, options.student, info, trust_remote_code=options.trust_remote_code
         )
+        if cross is not None and cross.aligner.max_length is None:
+            cross.aligner.max_length = reach_of(inner)
         if options.init_from is not None:
             begin_from(
                 inner,
