@@ -138,7 +138,7 @@ def test_a_tokenizer_that_loses_bytes_is_refused() -> None:
         },
         "no tokens for single bytes": pieces
         | {"model": pieces["model"] | {"byte_fallback": False}},
-        "no token for 1 of the 243 bytes": pieces | {"model": pieces["model"] | {"vocab": without}},
+        "no token for 1 of the 209 bytes": pieces | {"model": pieces["model"] | {"vocab": without}},
         "at random": byte_level | {"model": byte_level["model"] | {"dropout": 0.1}},
     }
     for message, state in wrong.items():
@@ -384,6 +384,37 @@ def test_a_row_that_stops_within_a_document_leaves_its_last_word_out() -> None:
     (found,) = Aligner(tokens, table("pieces")).align([cached(ids[:-2])])
     text = b"".join(table("pieces").tokens[i] for i in found.labels if i != IGNORE)
     assert text == b" the cat saw the"
+
+
+def test_a_row_that_stops_within_its_only_word_asks_for_nothing() -> None:
+    """Nor for the space of the tokenizer's own before it."""
+    tokens = table("first")
+    ids, _ = row_of(tokens, ["the boat", "  catcatcat"])
+    (found,) = Aligner(tokens, table("pieces")).align([cached(ids[:-1])])
+    last = found.labels[found.labels != IGNORE][-1]
+    assert last == table("pieces").eos_id
+
+
+def test_one_token_that_ends_documents_and_opens_them() -> None:
+    """OPT puts its end-of-text before a text, too."""
+    state = json.loads((HERE / "bytes" / "tokenizer.json").read_text())
+    template = state["post_processor"]
+    for part in template["single"]:
+        if "SpecialToken" in part:
+            part["SpecialToken"]["id"] = "<|end|>"
+    template["special_tokens"] = {"<|end|>": {"id": "<|end|>", "ids": [1], "tokens": ["<|end|>"]}}
+    tokenizer = fast(Tokenizer.from_str(json.dumps(state)), eos_token="<|end|>")
+    teacher, student = TokenBytes(tokenizer), table("pieces")
+    assert teacher.opening == [teacher.eos_id] == [1]
+    ids, _ = row_of(teacher, ["the boat", "the cat"])
+    assert ids.tolist().count(1) == 4
+    for row in (cached(ids, opens=True), cached(ids)):
+        (found,) = Aligner(teacher, student).align([row])
+        own = [int(i) for i in [*found.input_ids, found.labels[-1]] if student.special[i]]
+        assert own == [*student.opening, student.eos_id] * 2
+        assert found.chunk_bytes.sum() == len("the boatthe cat")
+        (back,) = Aligner(teacher, teacher).align([row])
+        assert [*back.input_ids.tolist(), back.labels[-1]] == ids.tolist()
 
 
 def test_rows_that_cut_a_character() -> None:

@@ -8,8 +8,16 @@ is a sum on both sides.
 
 from __future__ import annotations
 
-from kdcache.align.aligner import Aligner, CachedRow, like_marks
+from kdcache.align.aligner import Aligner, CachedRow, label_bytes, like_marks
 from kdcache.align.alignment import Alignment
 from kdcache.align.token_bytes import TokenBytes, same_bytes
 
-__all__ = ["Aligner", "Alignment", "CachedRow", "TokenBytes", "like_marks", "same_bytes"]
+__all__ = [
+    "Aligner",
+    "Alignment",
+    "CachedRow",
+    "TokenBytes",
+    "label_bytes",
+    "like_marks",
+    "same_bytes",
+]

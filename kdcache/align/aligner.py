@@ -66,6 +66,7 @@ class _Line:
         ids: int64 [n], the tokens and the last label.
         asked: bool [n], which of them are labels.
         special: bool [n].
+        opener: bool [n], what the teacher's tokenizer puts before a document.
         fresh: bool [n], tokens with which a document begins.
         begins: bool [n], the first token of text of each such document.
         divides: bool [n], tokens with which one begins that does not attend to those before it.
@@ -77,6 +78,7 @@ class _Line:
     ids: Ints
     asked: Mask
     special: Mask
+    opener: Mask
     fresh: Mask
     begins: Mask
     divides: Mask
@@ -166,7 +168,7 @@ class Aligner:
         Raises:
             UsageError: a row holds an id that the cache's tokenizer does not have.
         """
-        lines = [self._line(row) for row in rows]
+        lines = [_line(self.teacher, row) for row in rows]
         parts = [list(self._parts(line)) for line in lines]
         found = iter(self._tokenise([p for row in parts for p in row if isinstance(p, _Stretch)]))
         aligned = []
@@ -182,31 +184,6 @@ class Aligner:
                     self._lay_text(own, piece, next(found))
             aligned.append(self._meet(line, own, divided=row.starts is not None))
         return aligned
-
-    def _line(self, row: CachedRow) -> _Line:
-        teacher = self.teacher
-        last = row.labels[-1:]
-        ids = np.concatenate([row.input_ids, last[last != IGNORE]]).astype(np.int64)
-        teacher.check(ids)
-        n = len(ids)
-        asked, divides, fresh = np.zeros((3, n), np.bool_)
-        asked[1:] = (row.labels != IGNORE)[: n - 1]
-        special = teacher.special[ids]
-        opening = np.isin(ids, teacher.opening)
-        if row.starts is not None:
-            divides[: len(row.starts)] = row.starts
-            fresh[1:] = divides[1:]
-        elif not (special & ~opening & (ids != teacher.eos_id)).any():
-            # Where there are other marks this is a chat, whose messages may end with it too.
-            fresh[1:] = ids[:-1] == teacher.eos_id
-        fresh[:1] = row.opens
-        begins = fresh.copy()
-        begins[1:] |= opening[:-1]
-        begins &= ~special
-        data, places = teacher.decode(ids, begins)
-        ends = places.copy()
-        ends[1:] += np.cumsum(special)
-        return _Line(ids, asked, special, fresh, begins, divides, ends, data, places)
 
     def _parts(self, line: _Line) -> Iterator[_Stretch | int]:
         """Stretches of text, and the places of special tokens, in order."""
@@ -247,12 +224,15 @@ class Aligner:
     def _open(self, own: _Own, line: _Line, at: int) -> None:
         """What the student needs before a document."""
         own.divide = own.divide or bool(line.divides[at])
-        if line.fresh[at] and line.ids[at] not in self.teacher.opening:
+        if line.fresh[at] and not line.opener[at]:
             unit = np.full(len(self._opening), line.ends[at])
             own.add(self._opening, unit, unit, asked=False, inserted=True)
 
     def _lay_mark(self, own: _Own, line: _Line, at: int) -> None:
-        likes = self._likes.get(int(line.ids[at]), self._opening[:0])
+        number = int(line.ids[at])
+        likes = self._likes.get(number, self._opening[:0])
+        if line.opener[at]:
+            likes = self._opening[: len(self._opening) * (number == self.teacher.opening[-1])]
         unit = np.full(len(likes), line.ends[at])
         last = unit.copy()
         last[-1:] += 1  # of several the last one covers the unit
@@ -274,7 +254,9 @@ class Aligner:
             widths[-1:] = len(part.data)
         last = part.unit + np.cumsum(widths)
         if part.open_end:
-            asked = asked & (last <= part.unit + len(settled(part.text).encode()))
+            # A space of the tokenizer's own, which has no units, goes with what follows it.
+            end = np.maximum(last, last - widths + 1)
+            asked = asked & (end <= part.unit + len(settled(part.text).encode()))
         own.add(ids, last - widths, last, asked=asked)
 
     def _meet(self, line: _Line, own: _Own, *, divided: bool) -> Alignment:
@@ -325,6 +307,55 @@ class Aligner:
             lost=own.lost,
             cut=cut,
         )
+
+
+def label_bytes(tokens: TokenBytes, row: CachedRow) -> tuple[Ints, Mask]:
+    """The bytes of each label of a row.
+
+    Args:
+        tokens: the tokenizer of the row.
+        row: of a cache.
+
+    Returns:
+        By positions, int64, the bytes of text, and bool, whether it is text and no special token.
+        A space of the tokenizer's own is text of 0 bytes.
+    """
+    line = _line(tokens, row)
+    is_text = ~line.special[line.asked]
+    return np.diff(line.ends)[line.asked] * is_text, is_text
+
+
+def _line(teacher: TokenBytes, row: CachedRow) -> _Line:
+    """Lay a row on its line of units."""
+    last = row.labels[-1:]
+    ids = np.concatenate([row.input_ids, last[last != IGNORE]]).astype(np.int64)
+    teacher.check(ids)
+    n = len(ids)
+    asked, divides, fresh = np.zeros((3, n), np.bool_)
+    asked[1:] = (row.labels != IGNORE)[: n - 1]
+    special = teacher.special[ids]
+    opener = np.isin(ids, teacher.opening)
+    after_end = np.zeros(n, np.bool_)
+    after_end[1:] = ids[:-1] == teacher.eos_id
+    if teacher.eos_id in teacher.opening:
+        # OPT's end-of-text opens documents too: of two together the second, which text follows.
+        is_end = np.append(ids, teacher.eos_id) == teacher.eos_id
+        opener &= ~is_end[:-1] | ~is_end[1:]
+        after_end[1:] &= ~opener[:-1]
+    if row.starts is not None:
+        divides[: len(row.starts)] = row.starts
+        fresh[1:] = divides[1:]
+    elif not (special & ~opener & (ids != teacher.eos_id)).any():
+        # Where there are other marks this is a chat, whose messages may end with it too.
+        fresh = after_end
+    fresh[:1] = row.opens
+    begins = fresh.copy()
+    begins[1:] |= opener[:-1]
+    begins &= ~special
+    data, places = teacher.decode(ids, begins)
+    ends = places.copy()
+    ends[1:] += np.cumsum(special)
+    return _Line(ids, asked, special, opener, fresh, begins, divides, ends, data, places)
 
 
 def like_marks(teacher: TokenBytes, student: TokenBytes) -> dict[int, Ints]:

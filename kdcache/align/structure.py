@@ -18,8 +18,9 @@ from kdcache.errors import UsageError
 Prefix = Literal["never", "first", "always"]
 State = dict[str, Any]
 
-# UTF-8 has no other bytes (RFC 3629).
-UTF8_BYTES: Final = (*range(0xC0), *range(0xC2, 0xF5))
+# The bytes of text in UTF-8 (RFC 3629). SmolLM2 lacks some others: those of control characters and
+# of planes where no character is assigned.
+TEXT_BYTES: Final = (0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
 _KEEPING = {"ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts"}
 
 
@@ -108,11 +109,11 @@ def faithful(state: Mapping[str, Any], *, prefix: bool) -> State:
         prefix: False leaves out the space before the text, for what continues a text.
 
     Returns:
-        A copy without the NFC normaliser (composed text, nearly all text, is the same under it),
-        special tokens around the text, truncation and padding.
+        A copy without the model, special tokens around the text, truncation, padding, and the NFC
+        normaliser: under it composed text, which is nearly all text, is the same.
     """
     new = copy.deepcopy({k: v for k, v in state.items() if k != "model"})
-    new |= {"model": state["model"], "truncation": None, "padding": None, "post_processor": None}
+    new |= {"truncation": None, "padding": None, "post_processor": None}
     dropped = {"NFC"} if prefix else {"NFC", "Prepend"}
     kept = [n for n in nodes(new.get("normalizer")) if n["type"] not in dropped]
     new["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None

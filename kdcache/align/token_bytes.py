@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from kdcache.align.structure import UTF8_BYTES, faithful, structure_of
+from kdcache.align.structure import TEXT_BYTES, faithful, structure_of
 from kdcache.errors import UsageError
 
 Ids = npt.NDArray[np.int64]
@@ -31,7 +31,7 @@ _TRIAL = (
     "The Cat sat.  On 12,345 mats!\n\n\tif x == 'y':  # n\u0303o\r\n"
     " \u00e9\ufb01\u2460\uff21 \u4f60\u597d\u3002\u3053\u3093\u306b\u3061\u306f "
     "\U0001f469\u200d\U0001f680\U0001f1e9\U0001f1ea \u0645\u0631\u062d\u0628\u0627 "
-    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u00ad\u200b\u00a0\u3000\x00\x7f\ufeff \U0010ffff end "
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u00ad\u200b\u00a0\u3000\ufeff end "
 )
 
 
@@ -76,8 +76,9 @@ class TokenBytes:
         self.opening = _opening(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.filler = next((i for i in (self.eos_id, *self.marks.values()) if i is not None), 0)
+        special = set(self.marks.values())
         self._whole, self._continuing = (
-            _encoder(faithful(state, prefix=prefix)) for prefix in (True, False)
+            _Encoder(backend, faithful(state, prefix=prefix), special) for prefix in (True, False)
         )
         self._try()
 
@@ -109,11 +110,17 @@ class TokenBytes:
         singles = ("<0x{:02X}>".format, _CHARACTERS.__getitem__)[self.structure.byte_level]
         for byte in range(256):
             self.byte_ids[byte] = vocabulary.get(singles(byte), -1)
-        if missing := [byte for byte in UTF8_BYTES if self.byte_ids[byte] < 0]:
+        # Gemma has a tab as a piece of text alone.
+        mark = self.structure.mark or ""
+        pieces = [(chr(byte) if byte != 0x20 else mark) in vocabulary for byte in range(0x80)]
+        fallback = not self.structure.byte_level
+        missing = [b for b in TEXT_BYTES if self.byte_ids[b] < 0]
+        missing = [b for b in missing if b >= 0x80 or not (fallback and pieces[b])]
+        if missing:
             raise UsageError(
-                f"{self.name} has no token for {len(missing)} of the 243 bytes of UTF-8, such as "
-                f"0x{missing[0]:02X}, so it loses characters. Students of other tokenizers need "
-                "one that keeps every byte."
+                f"{self.name} has no token for {len(missing)} of the {len(TEXT_BYTES)} bytes of "
+                f"text, such as 0x{missing[0]:02X}, so it loses characters. Students of other "
+                "tokenizers need one that keeps every byte."
             )
 
     def _piece(self, piece: str) -> bytes | None:
@@ -219,9 +226,7 @@ class TokenBytes:
         Returns:
             int64 of each text.
         """
-        encoder = self._whole if opens else self._continuing
-        found = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(one.ids, np.int64) for one in found]
+        return (self._whole if opens else self._continuing)(texts)
 
     def text_bytes(self, ids: Ids, text: bytes) -> Ids | None:
         """The bytes of each token of a text, if they are those of the text.
@@ -269,12 +274,37 @@ def _byte_level() -> dict[str, int]:
 _BYTES = _byte_level()
 _CHARACTERS = {byte: character for character, byte in _BYTES.items()}
 _FALLBACK = re.compile("<0x[0-9A-F]{2}>")
+_NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 
 
-def _encoder(state: dict[str, Any]) -> Tokenizer:
-    encoder = Tokenizer.from_str(json.dumps(state))
-    encoder.encode_special_tokens = True  # `<|end|>` in a text is seven characters
-    return encoder
+class _Encoder:
+    """A tokenizer of text alone, which shares the model of another one.
+
+    It has no special tokens: `<|end|>` in a text is seven characters.
+    """
+
+    def __init__(self, backend: Tokenizer, state: dict[str, Any], special: Collection[int]) -> None:
+        steps = Tokenizer.from_str(json.dumps(state | {"model": _NO_MODEL, "added_tokens": []}))
+        self._tokenizer = Tokenizer(backend.model)
+        if steps.normalizer is not None:
+            self._tokenizer.normalizer = steps.normalizer
+        if steps.pre_tokenizer is not None:
+            self._tokenizer.pre_tokenizer = steps.pre_tokenizer
+        added = [t for t in state["added_tokens"] if t["id"] not in special]
+        self._tokenizer.add_tokens(
+            [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in added]
+        )
+        # They are numbered anew, behind the model's own.
+        number_of = self._tokenizer.get_added_tokens_decoder().items()
+        numbers = {token.content: number for number, token in number_of}
+        mine = [numbers[token["content"]] for token in added]
+        ids = [token["id"] for token in added]
+        self._table = np.arange(max([0, self._tokenizer.get_vocab_size(), *mine]) + 1)
+        self._table[mine] = ids
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._table[np.asarray(one.ids, np.int64)] for one in found]
 
 
 def _opening(tokenizer: Any) -> list[int]:

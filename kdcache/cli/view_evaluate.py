@@ -34,6 +34,14 @@ def render_evaluation(result: EvaluateResult, console: Console) -> None:
     else:
         figures.append((f"KL to the teacher (nats, {at})", [number(m.kl) for m in result.models]))
     figures.append(("agreement with the teacher", [percent(m.agreement) for m in result.models]))
+    if result.chunks:
+        figures.append(
+            ("chunk KL to the teacher (nats)", [number(m.chunk_kl) for m in result.models])
+        )
+        agreed = [percent(m.chunk_agreement) for m in result.models]
+        figures.append(("agreement on chunks", agreed))
+    if result.bytes:
+        figures.append(("bits per byte", [number(m.bits_per_byte) for m in result.models]))
     error = [percent(m.calibration_error) for m in result.models]
     figures.append((f"calibration error ({result.calibration_bins} bins)", error))
     title = f"{result.source}: {result.rows:,} rows, {result.positions:,} positions"

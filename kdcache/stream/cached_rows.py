@@ -6,7 +6,8 @@ from kdcache.align import CachedRow
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 
-_OPEN = ("none", "whole")  # packings where each row begins with a document
+OPEN_ROWS = ("none", "whole")
+"""Packings where each row begins with a document."""
 
 
 def cached_rows(cache: Cache, data: ShardData) -> list[CachedRow]:
@@ -16,6 +17,6 @@ def cached_rows(cache: Cache, data: ShardData) -> list[CachedRow]:
         cache: whose shard it is.
         data: its rows; their targets may be missing.
     """
-    opens = cache.spec.packing in _OPEN
+    opens = cache.spec.packing in OPEN_ROWS
     rows = (data.row(index) for index in range(len(data)))
     return [CachedRow(row.input_ids, row.labels, row.starts, opens) for row in rows]

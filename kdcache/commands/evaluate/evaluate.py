@@ -27,9 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.align import TokenBytes
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.commands.evaluate.in_bytes import InBytes, Sums, label_logprobs
 from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.evaluate.own_tokens import (
+    by_its_own_tokens,
+    other_tokenizers,
+    with_aligners,
+)
 from kdcache.commands.evaluate.scores import Bin, EvaluateResult, ModelScores
 from kdcache.commands.inspect.inspect import default_temperature
 from kdcache.corpus import Corpus
@@ -39,13 +46,15 @@ from kdcache.loss.entities import Entities, are_entities, ratio
 from kdcache.loss.metrics import BINS, Tally, f1, known, perplexity
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches, documents_of
+from kdcache.stream.cached_rows import OPEN_ROWS
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets, with_logits
-from kdcache.targets.label_logprob import sum_logprobs
-from kdcache.tasks import TASKS, positions
+from kdcache.targets.label_logprob import decode_logprobs, sum_logprobs
+from kdcache.tasks import CAUSAL_LM, TASKS, positions
 from kdcache.teacher import aligned
 
 _WINDOW = 1024  # rows of a corpus that are sorted by length at a time
+_SLICE = 256  # positions, of cached targets that no model's logits go with
 _SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order
 
 
@@ -68,9 +77,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
 @dataclass
 class _Batch:
-    """Rows, and what is cached of their positions: soft targets, codes of `label_logprob`."""
+    """Rows, where their positions are among all that were read at a time, and what is cached of
+    these: soft targets, codes of `label_logprob`."""
 
     rows: list[Row]
+    places: np.ndarray
     targets: SoftTargets | None = None
     label_logprob: np.ndarray | None = None
 
@@ -91,20 +102,29 @@ class _Evaluation:
             self._set_cache(self.cache, saved)
         else:
             self._set_corpus(saved)
-        self._check_tokenizers(saved)
+        other = other_tokenizers(saved, self.task, self.tokenizer_sha256, self._reader, self.source)
         loaded = [
             model.load(
-                self.task, self.vocab_size, dtype=options.dtype, device=self.device
+                self.task,
+                model.vocab_size(self.task) if alone else self.vocab_size,
+                dtype=options.dtype,
+                device=self.device,
             ).matching(self.label_names)
-            for model in saved
+            for model, alone in zip(saved, other, strict=True)
         ]
         self.teacher = loaded[0] if teacher else None
-        self.students = loaded[1:] if teacher else loaded
+        self.all_students = loaded[1:] if teacher else loaded
+        # Those that read the rows as they are.
+        alone = other[1:] if teacher else other
+        self.students = [m for m, own in zip(self.all_students, alone, strict=True) if not own]
+        others = [m for m, own in zip(self.all_students, alone, strict=True) if own]
+        self.why_no_bytes = ""
+        self.in_bytes = self._in_bytes(others)
         classes = None if self.label_names is None else len(self.label_names)
         self.teacher_tally, *self.tallies = (
             Tally(classes, entities=self._entities()) for _ in range(1 + len(self.students))
         )
-        self.rows = 0
+        self.rows = self.positions = 0
         self.cut = 0  # texts of the corpus
         self.exact = True
         # What a language model's cache keeps of its labels.
@@ -161,45 +181,60 @@ class _Evaluation:
                 "tokenizer's files into its folder, or evaluate on a --cache."
             )
 
-    def _check_tokenizers(self, saved: Sequence[SavedModel]) -> None:
-        """Check that all models share ids, or that every model reads the texts itself."""
-        if TASKS[self.task].rereads:
-            return
-        ours = None
-        for model in saved:
-            if model.tokenizer is None or model.tokenizer_sha256 == self.tokenizer_sha256:
-                continue
-            if ours is None:
-                reader = self.encoder_tokenizer if self.cache is None else self.cache.tokenizer()
-                ours = reader.get_vocab()
-            theirs = model.tokenizer.get_vocab()
-            # Special tokens and templates may differ: only the meaning of each id counts.
-            differ = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
-            if differ or not theirs.keys() & ours.keys():
-                whose = "the cache" if self.cache is not None else saved[0].name
-                raise UsageError(
-                    f"{model.role} {model.name} has another vocabulary than {whose}: {differ} "
-                    "tokens have different ids. Evaluate on a cache built for this vocabulary."
-                )
+    def _reader(self) -> Any:
+        """The tokenizer of the rows."""
+        return self.encoder_tokenizer if self.cache is None else self.cache.tokenizer()
+
+    def _in_bytes(self, others: Sequence[LoadedModel]) -> InBytes | None:
+        """Figures in bytes; None for other tasks, and where the rows' tokenizer loses bytes.
+
+        Raises:
+            UsageError: it does and there are `others`, or one of theirs does.
+        """
+        if self.task != CAUSAL_LM:
+            return None
+        try:
+            reader = TokenBytes(self._reader(), f"the tokenizer of {self.source}")
+        except UsageError as error:
+            if others:
+                raise
+            self.why_no_bytes = str(error)
+            return None
+        if self.cache is None:
+            spec = self.options.row_spec(self.task, self.label_names, max_length=self.max_length)
+            opens = spec.packing in OPEN_ROWS
+        else:
+            opens = self.cache.spec.packing in OPEN_ROWS
+        same = [Sums() for _ in self.students]
+        return InBytes(reader, with_aligners(reader, others), opens, self._budget, same)
 
     # The set
 
-    def _batches(self) -> Iterator[_Batch]:
-        budget = self.options.batch_tokens or (4096 if self.device == "cpu" else 32768)
-        windows = self._corpus_rows() if self.cache is None else self._cached_rows(self.cache)
-        for rows, data in windows:
-            self.rows += len(rows)
-            parts = documents_of(rows)
-            counts = [len(part.places(self.task)) for part in parts]
-            offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-            for chosen in batches([len(part.input_ids) for part in parts], budget):
-                batch = _Batch([parts[i] for i in chosen])
-                if data is not None:
-                    places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
-                    batch.targets = data.targets.take(places)
-                    if data.label_logprob is not None:
-                        batch.label_logprob = data.label_logprob[places]
-                yield batch
+    @property
+    def _budget(self) -> int:
+        """Tokens of a batch."""
+        return self.options.batch_tokens or (4096 if self.device == "cpu" else 32768)
+
+    def _windows(self) -> Iterator[tuple[list[Row], ShardData | None]]:
+        return self._corpus_rows() if self.cache is None else self._cached_rows(self.cache)
+
+    def _batches(self, rows: list[Row], data: ShardData | None) -> Iterator[_Batch]:
+        parts = documents_of(rows)
+        counts = [len(part.places(self.task)) for part in parts]
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        # Log-probabilities of the labels: the teacher's, and of each student on these rows.
+        self.logprobs = np.full((1 + len(self.students), offsets[-1]), np.nan)
+        for chosen in batches([len(part.input_ids) for part in parts], self._budget):
+            places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
+            batch = _Batch([parts[i] for i in chosen], places)
+            if data is not None:
+                batch.targets = data.targets.take(places)
+                if data.label_logprob is not None:
+                    batch.label_logprob = data.label_logprob[places]
+            yield batch
+        if data is not None and data.label_logprob is not None:
+            kept = decode_logprobs(data.label_logprob[: offsets[-1]])
+            self.logprobs[0] = np.where(np.isnan(self.logprobs[0]), kept, self.logprobs[0])
 
     def _cached_rows(self, cache: Cache) -> Iterator[tuple[list[Row], ShardData | None]]:
         left = self.options.limit or cache.manifest.rows
@@ -229,21 +264,27 @@ class _Evaluation:
     # The figures
 
     def run(self) -> EvaluateResult:
-        for batch in self._batches():
-            self._add(batch)
+        for rows, data in self._windows():
+            self.rows += len(rows)
+            for batch in self._batches(rows, data):
+                self._add(batch)
+            if self.in_bytes is not None:
+                teacher = self.logprobs[0]
+                unknown = bool(np.isnan(teacher).any())
+                self.in_bytes.add(rows, None if unknown else teacher, list(self.logprobs[1:]))
         soft = self.teacher is not None or self.cache is not None
         if not self.rows:
             raise UsageError(f"{self.source} has no rows to evaluate on.")
-        if not self.tallies[0].labelled and not soft:
+        if not soft and not self.tallies[0].labelled:
             raise UsageError(
                 f"{self.source} has no labels (column {self.options.label_column!r}) and there is "
                 "no teacher: there is nothing to compare with. Name the column with "
                 "--label-column, or a --teacher."
             )
-        models = [self._scores(s, t) for s, t in zip(self.students, self.tallies, strict=True)]
+        models = self._student_scores()
         if soft:
             models.insert(0, self._teacher_scores())
-        tally = self.tallies[0]
+        tally = self._counts
         return EvaluateResult(
             source=self.source,
             task=self.task,
@@ -254,6 +295,8 @@ class _Evaluation:
             temperature=self.temperature,
             agreement_positions=tally.known,
             calibration_bins=BINS,
+            bytes=self.in_bytes.bytes if self.in_bytes else 0,
+            chunks=self.in_bytes.chunks if self.in_bytes and self.in_bytes.others else 0,
             models=tuple(models),
             notes=tuple(self._notes(soft)),
         )
@@ -272,9 +315,13 @@ class _Evaluation:
             self.impossible += impossible
             self.predicted += len(batch.label_logprob) - impossible
         done = 0
-        for pieces in aligned(streams):
-            part = slice(done, done + len(pieces[0]))
+        for size, pieces in _slices(streams, len(labels)):
+            part = slice(done, done + size)
             done = part.stop
+            if self.in_bytes is not None:
+                first = 0 if self.teacher is not None else 1
+                for i, piece in enumerate(pieces, first):
+                    self.logprobs[i, batch.places[part]] = label_logprobs(piece, labels[part])
             targets: DenseTargets | SparseTargets | None = None
             top = None
             logits: Sequence[Tensor] = pieces
@@ -284,6 +331,13 @@ class _Evaluation:
             elif batch.targets is not None:
                 cached = batch.targets.take(np.arange(part.start, part.stop))
                 targets = with_logits(cached.at(self.temperature).to(self.device))
+                if (
+                    self.in_bytes is not None
+                    and isinstance(targets, DenseTargets)
+                    and (self._logits_known)
+                ):
+                    places = batch.places[part]
+                    self.logprobs[0, places] = label_logprobs(targets.logits, labels[part])
                 top = self._add_teacher(targets, labels[part], cached)
             if top is not None:
                 answers[0].append(top)
@@ -293,6 +347,7 @@ class _Evaluation:
                 if top is not None:
                     tally.add_agreement(predictions, top)
         assert done == len(labels), "the models answer every position"
+        self.positions += len(labels)
         if TASKS[self.task].words:
             self._add_words(batch.rows, labels, answers)
 
@@ -371,6 +426,26 @@ class _Evaluation:
         assert isinstance(codec, Sample), "the one codec whose targets are samples"
         return np.where(_leads(targets.weights, codec), top, -1)
 
+    @property
+    def _counts(self) -> Tally:
+        """Positions, of any model that read them all."""
+        if self.tallies:
+            return self.tallies[0]
+        return Tally(positions=self.positions, labelled=self.positions)
+
+    def _student_scores(self) -> list[ModelScores]:
+        """In the order in which the students were named."""
+        found = {
+            id(model): self._scores(model, tally)
+            for model, tally in zip(self.students, self.tallies, strict=True)
+        }
+        if self.in_bytes is not None:
+            found |= {id(model): by_its_own_tokens(model) for model, _ in self.in_bytes.others}
+            models = [*self.students, *(model for model, _ in self.in_bytes.others)]
+            for model, sums in zip(models, [*self.in_bytes.same, *self.in_bytes.own], strict=True):
+                found[id(model)] = self.in_bytes.with_figures(found[id(model)], sums)
+        return [found[id(model)] for model in self.all_students]
+
     def _scores(self, model: LoadedModel, tally: Tally) -> ModelScores:
         soft = known(ratio(tally.soft, tally.soft_positions))
         return ModelScores(
@@ -397,6 +472,7 @@ class _Evaluation:
             kl=None,
             soft_cross_entropy=None,
             agreement=None,
+            bits_per_byte=None if self.in_bytes is None else self.in_bytes.teacher_bits,
             **self._label_scores(tally, hard),
         )
 
@@ -425,19 +501,19 @@ class _Evaluation:
         }
 
     def _notes(self, soft: bool) -> Iterable[str]:
-        tally = self.tallies[0]
-        if not self.exact:
+        tally = self._counts
+        if not self.exact and self.students:
             yield (
                 "The cache holds samples of the teacher, whose entropy is unknown: soft "
                 "cross-entropy is KL plus that entropy, so differences in it are differences in "
                 "KL. Use --teacher to measure KL itself."
             )
-        elif soft and self.teacher is None and not self._dense:
+        elif soft and self.teacher is None and not self._dense and self.students:
             yield (
                 "The cache holds the teacher's top ids: KL compares these and the sum of all "
                 "others, and is at most the full KL. Use --teacher to measure the full KL."
             )
-        if soft and tally.known < tally.positions:
+        if soft and self.students and tally.known < tally.positions:
             yield (
                 f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
                 "the cached sample determines the teacher's most probable id."
@@ -450,6 +526,10 @@ class _Evaluation:
                 f"The teacher gives {self.impossible:,} labels no probability: its cross-entropy "
                 "leaves them out."
             )
+        if self.in_bytes is not None:
+            yield from self.in_bytes.notes(soft)
+        elif self.why_no_bytes:
+            yield f"There are no bits per byte: {self.why_no_bytes}"
         if tally.labelled < tally.positions:
             yield (
                 f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
@@ -463,6 +543,17 @@ def _entity_scores(entities: Entities) -> dict[str, float | None]:
         "entity_precision": known(entities.precision),
         "entity_recall": known(entities.recall),
     }
+
+
+def _slices(
+    streams: Sequence[Iterable[Tensor]], positions: int
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Slices of logits and their lengths; of no model slices without logits."""
+    if streams:
+        yield from ((len(pieces[0]), pieces) for pieces in aligned(streams))
+        return
+    for start in range(0, positions, _SLICE):
+        yield min(_SLICE, positions - start), ()
 
 
 def _leads(weights: Tensor, codec: Sample) -> np.ndarray:

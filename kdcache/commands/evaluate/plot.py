@@ -39,6 +39,8 @@ def charts_of(result: EvaluateResult) -> list[Chart]:
         ("kl", f"KL from the teacher {at}"),
         ("soft_cross_entropy", f"soft cross-entropy {at}"),
         ("agreement", "agreement with the teacher"),
+        ("bits_per_byte", "bits per byte"),
+        ("chunk_kl", "chunk KL from the teacher (nats)"),
     ):
         found = [
             (name, value)

@@ -40,6 +40,12 @@ class ModelScores:
         entity_f1: micro F1 of entities (tags of entities only, see `kdcache.loss.entities`).
         entity_precision: share of the entities found that are right.
         entity_recall: share of the true entities that were found.
+        bits_per_byte: minus the log2 of its probability of the text, a byte of text (causal LM
+            only): comparable between any two models of one evaluation.
+        chunk_kl: KL between "this text" and "any other" of teacher and student, nats per chunk, at
+            T = 1. None where all models share a tokenizer.
+        chunk_agreement: share of chunks where both find the text more probable than not, or both
+            do not. None where all models share a tokenizer.
     """
 
     name: str
@@ -57,6 +63,9 @@ class ModelScores:
     entity_f1: float | None = None
     entity_precision: float | None = None
     entity_recall: float | None = None
+    bits_per_byte: float | None = None
+    chunk_kl: float | None = None
+    chunk_agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,9 @@ class EvaluateResult:
         temperature: of KL.
         agreement_positions: positions where the teacher's most probable id is known.
         calibration_bins: bins of the calibration error.
+        bytes: of text that bits per byte are over; 0 where there are none.
+        chunks: of text between byte boundaries that the tokens of all models share; 0 where all
+            models share a tokenizer.
         models: the teacher, if there is one, then the students.
         notes: what a reader must know about figures that are missing or not exact.
     """
@@ -86,5 +98,7 @@ class EvaluateResult:
     temperature: float
     agreement_positions: int
     calibration_bins: int
+    bytes: int
+    chunks: int
     models: tuple[ModelScores, ...]
     notes: tuple[str, ...]
