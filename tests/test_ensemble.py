@@ -12,7 +12,7 @@ from conftest import make_tiny_lm
 from transformers import AutoModelForCausalLM
 
 from kdcache.cache import Cache
-from kdcache.cache.cache import teacher_cross_entropy
+from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate

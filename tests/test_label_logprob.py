@@ -21,8 +21,8 @@ from textbook import lm_logits, logprobs_of
 from transformers import AutoModelForCausalLM
 
 from kdcache.cache import Cache
-from kdcache.cache.cache import teacher_cross_entropy
 from kdcache.cache.check import problems
+from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.cache.shard import ShardData, column_bytes
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
@@ -32,6 +32,7 @@ from kdcache.commands.inspect.inspect import inspect
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
+from kdcache.domains import Weights
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.targets import Codec
@@ -269,7 +270,7 @@ def test_beside_caches_without_it_no_batch_has_it(tmp_path: Path) -> None:
     ):
         assert "label_logprob" not in batch
     assert teacher_cross_entropy(caches) is None
-    found = teacher_cross_entropy([caches[0], caches[0]], (1.0, 0.5))
+    found = teacher_cross_entropy([caches[0], caches[0]], Weights((1.0, 0.5)))
     assert found == pytest.approx(teacher_cross_entropy(caches[:1]))
 
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,6 @@ from kdcache.cache.manifest import (
     Manifest,
     ShardEntry,
     check_files,
-    label_sums,
 )
 from kdcache.cache.shard import ShardData, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
@@ -41,28 +40,6 @@ _LEFTOVER = re.compile(r"tmp|tokenizer|ranks\.u32|output_layer-.*")  # of a star
 _OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it
 _UNUSED = "Nothing is committed there: if no build is running on it, delete its spec.json first."
 _READERS = 16  # shards of earlier runs that a seal reads at once
-
-
-def teacher_cross_entropy(caches: Sequence[Cache], weights: Sequence[float] = ()) -> float | None:
-    """The teacher's cross-entropy with the hard labels of sealed caches at T = 1, in nats.
-
-    A mean over the labels that the teacher can predict. Cost: none, the manifests hold it.
-
-    Args:
-        caches: sealed.
-        weights: how often the rows of each count; none for once.
-
-    Returns:
-        None where a cache does not keep it, or there is no such label.
-    """
-    nats = counted = 0.0
-    for cache, weight in zip(caches, weights or [1.0] * len(caches), strict=True):
-        sums = label_sums(cache.manifest.shards)
-        if sums is None:
-            return None
-        nats += weight * sums[0]
-        counted += weight * sums[1]
-    return nats / counted if counted else None
 
 
 @dataclass

@@ -47,8 +47,38 @@ def render_evaluation(result: EvaluateResult, console: Console) -> None:
     title = f"{result.source}: {result.rows:,} rows, {result.positions:,} positions"
     header = ("", *(_heading(model) for model in result.models))
     print_table(console, header, [(name, *values) for name, values in figures], title=title)
+    if result.domains:
+        _render_domains(result, console)
+        print_line(console, "")
     for note in result.notes:
         print_line(console, note)
+
+
+def _render_domains(result: EvaluateResult, console: Console) -> None:
+    """Print a table for each figure that is known: a line a domain, a column a model."""
+    at = f"T = {result.temperature:g}"
+    header = ("domain", "rows", "positions", *(_heading(model) for model in result.models))
+    for title, figure, shown in (
+        ("Cross-entropy (nats)", "cross_entropy", number),
+        ("Bits per byte", "bits_per_byte", number),
+        (f"KL to the teacher (nats, {at})", "kl", number),
+        (f"Soft cross-entropy (nats, {at})", "soft_cross_entropy", number),
+        ("Accuracy", "accuracy", percent),
+        ("Agreement with the teacher", "agreement", percent),
+    ):
+        if all(getattr(model, figure) is None for model in result.models):
+            continue
+        rows = [
+            (
+                domain.name,
+                f"{domain.rows:,}",
+                f"{domain.positions:,}",
+                *(shown(getattr(model, figure)) for model in domain.models),
+            )
+            for domain in result.domains
+        ]
+        print_line(console, "")
+        print_table(console, header, rows, title=f"{title} by domain")
 
 
 def _heading(model: ModelScores) -> str:

@@ -68,6 +68,12 @@ class Entities:
         self.predicted += len(theirs)
         self.right += len(ours & theirs)
 
+    def merge(self, other: Entities) -> None:
+        """Add the counts of other sequences."""
+        self.true += other.true
+        self.predicted += other.predicted
+        self.right += other.right
+
     def _found(self, tags: Array, lengths: Array) -> set[tuple[int, int, int]]:
         """First word, word after the last, and type of each entity; words count over all sequences,
         with one of no entity behind each.

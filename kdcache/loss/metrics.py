@@ -100,6 +100,12 @@ class Calibration:
         self.confidence += np.bincount(which, confidence, self.bins)
         self.correct += np.bincount(which[np.asarray(correct, bool)], minlength=self.bins)
 
+    def merge(self, other: Calibration) -> None:
+        """Add the counts of other predictions."""
+        self.counts += other.counts
+        self.confidence += other.confidence
+        self.correct += other.correct
+
     @property
     def error(self) -> float:
         """Mean over predictions of |accuracy - confidence| of their bin (Guo et al. 2017, equation
@@ -201,6 +207,21 @@ class Tally:
         known = teacher >= 0
         self.known += int(known.sum())
         self.agreed += int((predictions == teacher)[known].sum())
+
+    def merge(self, other: Tally) -> None:
+        """Add the sums over other positions."""
+        self.positions += other.positions
+        self.labelled += other.labelled
+        self.correct += other.correct
+        self.hard += other.hard
+        self.soft += other.soft
+        self.soft_positions += other.soft_positions
+        self.agreed += other.agreed
+        self.known += other.known
+        self.confusion += other.confusion
+        self.calibration.merge(other.calibration)
+        if self.entities is not None and other.entities is not None:
+            self.entities.merge(other.entities)
 
 
 def perplexity(nats: float | None) -> float | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kdcache.cache import Cache
+from kdcache.domains import Weights
 from kdcache.errors import UsageError
 
 
@@ -47,6 +48,40 @@ def check_caches(
                 found.append(f"{cache.url}: {error}")
     if found:
         raise UsageError("\n".join(dict.fromkeys(found)))
+
+
+def checked_weights(weights: Any, caches: Sequence[Cache], problems: list[str]) -> Weights:
+    """Weights of caches and domains, as `Weights.parse` reads them; adds what is wrong."""
+    try:
+        found = Weights.parse(weights)
+    except UsageError as error:
+        problems += str(error).splitlines()
+        return Weights()
+    wrong = found.problems([cache.spec.domain_names for cache in caches])
+    problems += wrong
+    return Weights() if wrong else found
+
+
+def check_mix(
+    weights: Weights, caches: Sequence[Cache], rows: Mapping[tuple[int, str | None], int]
+) -> None:
+    """Refuse the weight of a domain that an epoch would have no row of.
+
+    Args:
+        weights: how often an epoch uses rows.
+        caches: sealed caches.
+        rows: of an epoch, by cache and domain.
+
+    Raises:
+        UsageError: there is such a weight, and it is not 0.
+    """
+    for name, weight in weights.domains.items():
+        if weight and not sum(n for (_, domain), n in rows.items() if domain == name):
+            stored = sum(s.rows for c in caches for s in c.manifest.shards if s.domain == name)
+            raise UsageError(
+                f"--cache-weight is {name}={weight:g}, but of the {stored} rows of this domain an "
+                "epoch would have none. Use a larger weight, or 0 to leave it out."
+            )
 
 
 def _differences(cache: Cache, other: Cache, names: Sequence[str]) -> list[str]:

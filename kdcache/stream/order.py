@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcache.cache import Cache
+from kdcache.domains import Weights
 
 _SHARDS, _ROWS, _KEEP = 0, 1, 2  # random numbers of their own for each use
 
@@ -190,26 +191,50 @@ class EpochShard:
         return kept
 
 
-def sources(caches: Sequence[Cache], weights: Sequence[float]) -> list[EpochShard]:
+def sources(caches: Sequence[Cache], weights: Weights) -> list[EpochShard]:
     """The shards an epoch uses, of all caches.
+
+    A weight is a whole part, so many times all rows, and a share of them. Of a domain with n rows
+    in a cache and the share s an epoch takes `floor(s * n + 1/2)` rows more: exact to half a row,
+    however small the shards.
 
     Args:
         caches: sealed caches.
-        weights: how often an epoch uses the rows of each: a whole part and a share.
+        weights: how often an epoch uses rows.
     """
     found = []
-    for index, (cache, weight) in enumerate(zip(caches, weights, strict=True)):
-        stored = [entry.rows for entry in cache.manifest.shards]
-        whole = int(weight)
-        for _ in range(whole):
-            found += [EpochShard(index, i, n, n) for i, n in enumerate(stored)]
-        # Rounded on the running total: however small the shards, the cache's share is exact to
-        # one row.
-        bounds = np.floor(np.cumsum([0, *stored]) * (weight - whole) + 0.5).astype(np.int64)
-        part = np.diff(bounds)
-        found += [
-            EpochShard(index, i, n, int(k))
-            for i, (n, k) in enumerate(zip(stored, part, strict=True))
-            if k
-        ]
+    for index, cache in enumerate(caches):
+        shards = cache.manifest.shards
+        stored = np.array([entry.rows for entry in shards], np.int64)
+        each = np.array([weights.of(index, entry.domain) for entry in shards], np.float64)
+        whole = each.astype(np.int64)
+        for repeat in range(int(whole.max(initial=0))):
+            there = np.flatnonzero(whole > repeat).tolist()
+            found += [EpochShard(index, i, shards[i].rows, shards[i].rows) for i in there]
+        part = np.zeros(len(shards), np.int64)
+        domains = [entry.domain for entry in shards]
+        for domain in dict.fromkeys(domains):
+            mine = np.array([name == domain for name in domains])
+            share = weights.of(index, domain) % 1
+            # Rounded on the running total.
+            ends = np.floor(np.cumsum([0, *stored[mine]]) * share + 0.5).astype(np.int64)
+            part[mine] = np.diff(ends)
+        some = np.flatnonzero(part).tolist()
+        found += [EpochShard(index, i, shards[i].rows, int(part[i])) for i in some]
+    return found
+
+
+def rows_by_domain(
+    caches: Sequence[Cache], shards: Sequence[EpochShard]
+) -> dict[tuple[int, str | None], int]:
+    """Rows of an epoch by cache and domain; 0 of those that it leaves out.
+
+    Args:
+        caches: sealed caches.
+        shards: of the epoch, as `sources` gives them.
+    """
+    entries = [cache.manifest.shards for cache in caches]
+    found = {(i, entry.domain): 0 for i, mine in enumerate(entries) for entry in mine}
+    for shard in shards:
+        found[shard.cache, entries[shard.cache][shard.shard].domain] += shard.rows
     return found

@@ -34,13 +34,22 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.domains import Weights
 from kdcache.errors import UsageError
 from kdcache.stream.aligned import AlignedShard
 from kdcache.stream.background import Background
 from kdcache.stream.batch import Batch, Tokenize, collate, join
-from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.checks import check_caches, check_mix, checked_weights, open_caches
 from kdcache.stream.cross import CrossTokenizer
-from kdcache.stream.order import Cursor, EpochShard, Share, order, share, sources
+from kdcache.stream.order import (
+    Cursor,
+    EpochShard,
+    Share,
+    order,
+    rows_by_domain,
+    share,
+    sources,
+)
 from kdcache.stream.ranks import SumOverRanks
 from kdcache.stream.shard_rows import ShardRows
 
@@ -141,7 +150,7 @@ class TargetStream(IterableDataset[Batch]):
         accumulation: int = 1,
         streams: int | None = None,
         sum_over: Callable[[int], Tensor | int] | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Weights | Mapping[str, float] | Sequence[float | str] | None = None,
         group: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
@@ -167,8 +176,9 @@ class TargetStream(IterableDataset[Batch]):
             sum_over: adds up a number over all ranks: called for each step by the thread that takes
                 the batches, where there are several ranks and several streams. Default:
                 `SumOverRanks()`, by torch.distributed.
-            weights: how often an epoch uses each cache's rows: 2 repeats them, 0.5 takes another
-                half each epoch. Default: 1 for all.
+            weights: how often an epoch uses rows: of each cache a number, or of domains by their
+                names (`{"code": 0.5}`). 2 repeats them, 0.5 takes another half each epoch, 0 leaves
+                a domain out. Default: 1 for all.
             group: shards whose rows are shuffled together; decides the memory taken and how soon
                 the first batch comes. Default: as many as make 32 MiB of stored bytes, but 3 at
                 least; divided by the number of streams.
@@ -188,7 +198,6 @@ class TargetStream(IterableDataset[Batch]):
         self.task = self.caches[0].spec.task if self.caches else ""
         self.batch_size, self.seed, self.temperature = batch_size, seed, temperature
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
-        self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.caches)
         self.shuffle, self.drop_last = shuffle, drop_last
         self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
         self.cross = cross
@@ -196,7 +205,8 @@ class TargetStream(IterableDataset[Batch]):
         self._sum_over = sum_over
         self.cursor = cursor if isinstance(cursor, Cursor) else Cursor()
         self.start = self.cursor  # where it was set to begin, however far it has been read
-        problems = []
+        problems: list[str] = []
+        self.weights = checked_weights(weights, self.caches, problems)
         least = {
             "batch_size": 1,
             "world_size": 1,
@@ -212,14 +222,11 @@ class TargetStream(IterableDataset[Batch]):
                 problems.append(f"{name} is {given}, expected at least 1.")
         if not 0 <= rank < max(1, world_size):
             problems.append(f"rank {rank} is not one of {world_size} ranks.")
-        if len(self.weights) != len(self.caches):
-            problems.append(f"{len(self.weights)} weights for {len(self.caches)} caches.")
-        elif not all(math.isfinite(w) and w > 0 for w in self.weights):
-            problems.append(f"cache weights must be above 0, not {self.weights}.")
         tried = temperature(0) if callable(temperature) else temperature
         asked = () if tried is None else (tried,)
         unread = cross is not None and cross.method == "likelihood"
         check_caches(self.caches, () if unread else asked, problems)
+        check_mix(self.weights, self.caches, self.domain_rows)
         if self.rows == 0 or len(self) == 0:
             raise UsageError(
                 f"an epoch has {self.rows} rows, fewer than one batch of {batch_size}. Use a "
@@ -228,6 +235,11 @@ class TargetStream(IterableDataset[Batch]):
         self.label_logprob = all(cache.spec.label_logprob for cache in self.caches)
         if cursor is not None and not isinstance(cursor, Cursor):
             self.load_state_dict(cursor)
+
+    @cached_property
+    def domain_rows(self) -> dict[tuple[int, str | None], int]:
+        """Rows of an epoch, by cache (its number) and domain (None where it has no name)."""
+        return rows_by_domain(self.caches, self._sources)
 
     @property
     def streams(self) -> int:

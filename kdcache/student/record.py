@@ -39,6 +39,8 @@ def recorded(
         facts["anchor"] = "estimated" if anchor.estimated else float(anchor.theta)
     if stream.cross is not None:
         facts |= {"cross_tokenizer": stream.cross.method, "likelihood_tau": stream.cross.tau}
+    if stream.weights.shown():
+        facts["cache_weights"] = stream.weights.shown()
     facts |= {name: getattr(stream, name) for name in ("batch_size", "seed", "streams", "group")}
     return {f"kdcache_{name}": value for name, value in facts.items()}
 

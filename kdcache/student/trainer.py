@@ -400,7 +400,8 @@ class DistillationTrainer(CheckpointingTrainer):
         stream = self.train_dataset
         caches = [cache.digest for cache in stream.caches]
         order = {n: getattr(stream, n) for n in ("batch_size", "seed", "streams", "group")}
-        facts = {**order, "weights": list(stream.weights), **self.identity, "caches": caches}
+        weights = stream.weights.shown() or [1.0] * len(caches)
+        facts = {**order, "weights": weights, **self.identity, "caches": caches}
         if stream.cross is not None:
             facts["cross"] = stream.cross.identity
         return dict(json.loads(json.dumps(facts)))

@@ -30,6 +30,7 @@ from torch import Tensor
 from kdcache.align import TokenBytes
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
+from kdcache.commands.evaluate.counts import Counts
 from kdcache.commands.evaluate.in_bytes import InBytes, Sums, label_logprobs
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.own_tokens import (
@@ -37,9 +38,9 @@ from kdcache.commands.evaluate.own_tokens import (
     other_tokenizers,
     with_aligners,
 )
-from kdcache.commands.evaluate.scores import Bin, EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import Bin, DomainScores, EvaluateResult, ModelScores
 from kdcache.commands.inspect.inspect import default_temperature
-from kdcache.corpus import Corpus
+from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.loss.entities import Entities, are_entities, ratio
@@ -86,6 +87,15 @@ class _Batch:
     label_logprob: np.ndarray | None = None
 
 
+@dataclass
+class _Window:
+    """Rows of one domain that are read at a time, and the shard with their targets if that is."""
+
+    rows: list[Row]
+    domain: str | None
+    data: ShardData | None = None
+
+
 class _Evaluation:
     def __init__(self, options: EvaluateOptions) -> None:
         self.options = options
@@ -119,16 +129,24 @@ class _Evaluation:
         self.students = [m for m, own in zip(self.all_students, alone, strict=True) if not own]
         others = [m for m, own in zip(self.all_students, alone, strict=True) if own]
         self.why_no_bytes = ""
-        self.in_bytes = self._in_bytes(others)
-        classes = None if self.label_names is None else len(self.label_names)
-        self.teacher_tally, *self.tallies = (
-            Tally(classes, entities=self._entities()) for _ in range(1 + len(self.students))
-        )
-        self.rows = self.positions = 0
+        self.no_bytes = self._in_bytes(others)
+        self.counts = self._zero()  # of the rows that are read or told now
+        self.domains: dict[str | None, Counts] = {}
         self.cut = 0  # texts of the corpus
         self.exact = True
-        # What a language model's cache keeps of its labels.
-        self.label_nats, self.predicted, self.impossible = 0.0, 0, 0
+
+    def _zero(self) -> Counts:
+        """Counts of no rows."""
+        classes = None if self.label_names is None else len(self.label_names)
+        teacher, *students = (
+            Tally(classes, entities=self._entities()) for _ in range(1 + len(self.students))
+        )
+        return Counts(teacher, students, self.no_bytes and self.no_bytes.empty())
+
+    @property
+    def in_bytes(self) -> InBytes | None:
+        """Counts over chunks of text."""
+        return self.counts.in_bytes
 
     def _set_cache(self, cache: Cache, saved: Sequence[SavedModel]) -> None:
         spec = cache.spec
@@ -165,7 +183,7 @@ class _Evaluation:
         self.max_length = options.row_length(
             (f"{model.role} {model.name}", model.reach) for model in saved
         )
-        self.source = ", ".join(options.corpus)
+        self.source = ", ".join(map(str, options.corpus))
         self.encoder_tokenizer = first.tokenizer
         if self.encoder_tokenizer is not None:
             options.set_chat_template(self.encoder_tokenizer)
@@ -215,7 +233,7 @@ class _Evaluation:
         """Tokens of a batch."""
         return self.options.batch_tokens or (4096 if self.device == "cpu" else 32768)
 
-    def _windows(self) -> Iterator[tuple[list[Row], ShardData | None]]:
+    def _windows(self) -> Iterator[_Window]:
         return self._corpus_rows() if self.cache is None else self._cached_rows(self.cache)
 
     def _batches(self, rows: list[Row], data: ShardData | None) -> Iterator[_Batch]:
@@ -236,36 +254,40 @@ class _Evaluation:
             kept = decode_logprobs(data.label_logprob[: offsets[-1]])
             self.logprobs[0] = np.where(np.isnan(self.logprobs[0]), kept, self.logprobs[0])
 
-    def _cached_rows(self, cache: Cache) -> Iterator[tuple[list[Row], ShardData | None]]:
-        left = self.options.limit or cache.manifest.rows
+    def _cached_rows(self, cache: Cache) -> Iterator[_Window]:
+        most = self.options.limit or cache.manifest.rows
+        left = dict.fromkeys(cache.spec.domain_names or (None,), most)
+        self.domains = {domain: self._zero() for domain in left}
         live = self.teacher is not None
         for entry in cache.manifest.shards:
-            if left <= 0:
-                return
-            if entry.rows:
+            domain = entry.domain
+            if entry.rows and left[domain] > 0:
                 data = cache.read(entry.span)
-                rows = [data.row(i) for i in range(min(left, len(data)))]
-                left -= len(rows)
-                yield rows, None if live else data
+                rows = [data.row(i) for i in range(min(left[domain], len(data)))]
+                left[domain] -= len(rows)
+                yield _Window(rows, domain, None if live else data)
 
-    def _corpus_rows(self) -> Iterator[tuple[list[Row], ShardData | None]]:
+    def _corpus_rows(self) -> Iterator[_Window]:
         options = self.options
         spec = options.row_spec(self.task, self.label_names, max_length=self.max_length)
         options.check_tokenizer(self.encoder_tokenizer)
-        corpus = options.open_corpus(options.corpus, span_bytes=_SPAN_BYTES)
+        corpus = options.open_corpus(named(options.corpus), span_bytes=_SPAN_BYTES)
+        self.domains = {span.file.domain: self._zero() for span in corpus.spans}
         encoder = make_encoder(spec, self.encoder_tokenizer)
         for span in corpus.spans:
             records = Corpus.read(span, columns=spec.columns, on_error=spec.on_error)
             rows = encoder.encode(records)
             while window := list(islice(rows, _WINDOW)):
-                yield window, None
+                yield _Window(window, span.file.domain)
         self.cut = encoder.truncated
 
     # The figures
 
     def run(self) -> EvaluateResult:
-        for rows, data in self._windows():
-            self.rows += len(rows)
+        for window in self._windows():
+            rows, data = window.rows, window.data
+            self.counts = self.domains[window.domain]
+            self.counts.rows += len(rows)
             for batch in self._batches(rows, data):
                 self._add(batch)
             if self.in_bytes is not None:
@@ -273,23 +295,23 @@ class _Evaluation:
                 unknown = bool(np.isnan(teacher).any())
                 self.in_bytes.add(rows, None if unknown else teacher, list(self.logprobs[1:]))
         soft = self.teacher is not None or self.cache is not None
-        if not self.rows:
+        self.counts = self._zero().merge(self.domains.values())
+        if not self.counts.rows:
             raise UsageError(f"{self.source} has no rows to evaluate on.")
-        if not soft and not self.tallies[0].labelled:
+        if not soft and not self.counts.students[0].labelled:
             raise UsageError(
                 f"{self.source} has no labels (column {self.options.label_column!r}) and there is "
                 "no teacher: there is nothing to compare with. Name the column with "
                 "--label-column, or a --teacher."
             )
-        models = self._student_scores()
-        if soft:
-            models.insert(0, self._teacher_scores())
-        tally = self._counts
+        tally, total = self._tally, self.counts
+        domains = [self._domain_scores(name, soft) for name in self.domains if name is not None]
+        self.counts = total
         return EvaluateResult(
             source=self.source,
             task=self.task,
             label_names=self.label_names,
-            rows=self.rows,
+            rows=self.counts.rows,
             positions=tally.positions,
             labelled=tally.labelled,
             temperature=self.temperature,
@@ -297,9 +319,21 @@ class _Evaluation:
             calibration_bins=BINS,
             bytes=self.in_bytes.bytes if self.in_bytes else 0,
             chunks=self.in_bytes.chunks if self.in_bytes and self.in_bytes.others else 0,
-            models=tuple(models),
+            models=self._models(soft),
             notes=tuple(self._notes(soft)),
+            domains=tuple(domains),
         )
+
+    def _domain_scores(self, name: str, soft: bool) -> DomainScores:
+        """The figures of a domain, whose counts are then those that are told."""
+        self.counts = self.domains[name]
+        tally = self._tally
+        models = self._models(soft)
+        return DomainScores(name, self.counts.rows, tally.positions, tally.labelled, models)
+
+    def _models(self, soft: bool) -> tuple[ModelScores, ...]:
+        """Scores of the teacher, where there is one (`soft`), and of the students."""
+        return (*([self._teacher_scores()] if soft else []), *self._student_scores())
 
     @torch.inference_mode()
     def _add(self, batch: _Batch) -> None:
@@ -311,9 +345,9 @@ class _Evaluation:
         streams = [m.logits(batch.rows, self.tokenizer_sha256, self.max_length) for m in models]
         if batch.label_logprob is not None:
             nats, impossible = sum_logprobs(batch.label_logprob)
-            self.label_nats += nats
-            self.impossible += impossible
-            self.predicted += len(batch.label_logprob) - impossible
+            self.counts.label_nats += nats
+            self.counts.impossible += impossible
+            self.counts.predicted += len(batch.label_logprob) - impossible
         done = 0
         for size, pieces in _slices(streams, len(labels)):
             part = slice(done, done + size)
@@ -341,13 +375,13 @@ class _Evaluation:
                 top = self._add_teacher(targets, labels[part], cached)
             if top is not None:
                 answers[0].append(top)
-            for tally, z, found in zip(self.tallies, logits, answers[1:], strict=True):
+            for tally, z, found in zip(self.counts.students, logits, answers[1:], strict=True):
                 predictions = self._add_student(tally, z, labels[part], targets)
                 found.append(predictions)
                 if top is not None:
                     tally.add_agreement(predictions, top)
         assert done == len(labels), "the models answer every position"
-        self.positions += len(labels)
+        self.counts.positions += len(labels)
         if TASKS[self.task].words:
             self._add_words(batch.rows, labels, answers)
 
@@ -359,7 +393,7 @@ class _Evaluation:
         firsts = [row.first for row in rows if row.first is not None]
         words = np.concatenate([first[at] for first, at in zip(firsts, marked, strict=True)])
         counts = np.array([int(at.sum()) for at in marked])
-        for tally, found in zip((self.teacher_tally, *self.tallies), answers, strict=True):
+        for tally, found in zip((self.counts.teacher, *self.counts.students), answers, strict=True):
             if found:
                 tally.add_entities(labels, np.concatenate(found), counts, words)
 
@@ -406,7 +440,7 @@ class _Evaluation:
         Returns:
             Its most probable id at each position, -1 where it is not known.
         """
-        tally = self.teacher_tally
+        tally = self.counts.teacher
         at_one = math.isclose(self.temperature, 1.0)
         if isinstance(targets, DenseTargets):
             if cached is None or cached.codec.any_temperature or at_one:
@@ -427,17 +461,17 @@ class _Evaluation:
         return np.where(_leads(targets.weights, codec), top, -1)
 
     @property
-    def _counts(self) -> Tally:
+    def _tally(self) -> Tally:
         """Positions, of any model that read them all."""
-        if self.tallies:
-            return self.tallies[0]
-        return Tally(positions=self.positions, labelled=self.positions)
+        if self.counts.students:
+            return self.counts.students[0]
+        return Tally(positions=self.counts.positions, labelled=self.counts.positions)
 
     def _student_scores(self) -> list[ModelScores]:
         """In the order in which the students were named."""
         found = {
             id(model): self._scores(model, tally)
-            for model, tally in zip(self.students, self.tallies, strict=True)
+            for model, tally in zip(self.students, self.counts.students, strict=True)
         }
         if self.in_bytes is not None:
             found |= {id(model): by_its_own_tokens(model) for model, _ in self.in_bytes.others}
@@ -459,12 +493,12 @@ class _Evaluation:
         )
 
     def _teacher_scores(self) -> ModelScores:
-        model, tally = self.teacher, self.teacher_tally
+        model, tally = self.teacher, self.counts.teacher
         hard = None
         if model is not None or self._logits_known:
             hard = known(ratio(tally.hard, tally.labelled))
-        elif self.predicted:  # sparse targets lack the probability of some labels
-            hard = self.label_nats / self.predicted
+        elif self.counts.predicted:  # sparse targets lack the probability of some labels
+            hard = self.counts.label_nats / self.counts.predicted
         return ModelScores(
             name="teacher (cached)" if model is None else model.saved.name,
             role="teacher",
@@ -501,7 +535,7 @@ class _Evaluation:
         }
 
     def _notes(self, soft: bool) -> Iterable[str]:
-        tally = self._counts
+        tally = self._tally
         if not self.exact and self.students:
             yield (
                 "The cache holds samples of the teacher, whose entropy is unknown: soft "
@@ -521,10 +555,10 @@ class _Evaluation:
         if self.cut:
             what = "sentences" if TASKS[self.task].words else "texts"
             yield f"{self.cut:,} {what} were cut at {self.max_length:,} tokens (--max-length)."
-        if self.impossible and not self._logits_known:
+        if self.counts.impossible and not self._logits_known:
             yield (
-                f"The teacher gives {self.impossible:,} labels no probability: its cross-entropy "
-                "leaves them out."
+                f"The teacher gives {self.counts.impossible:,} labels no probability: its "
+                "cross-entropy leaves them out."
             )
         if self.in_bytes is not None:
             yield from self.in_bytes.notes(soft)

@@ -51,6 +51,12 @@ class Sums:
     kl: float = 0.0
     agreed: int = 0
 
+    def merge(self, other: Sums) -> None:
+        """Add those over other chunks."""
+        self.nats += other.nats
+        self.kl += other.kl
+        self.agreed += other.agreed
+
 
 @dataclass
 class InBytes:
@@ -137,6 +143,27 @@ class InBytes:
                 sums.kl += float(binary_divergence(p, q, 1.0).sum())
                 half = -math.log(2)
                 sums.agreed += int(((theirs > half) == (mine > half)).sum())
+
+    def empty(self) -> InBytes:
+        """The same of no rows."""
+        same = [Sums() for _ in self.same]
+        return InBytes(self.reader, self.others, self.opens, self.budget, same)
+
+    def merge(self, other: InBytes) -> None:
+        """Add the sums over other rows."""
+        known = self.teacher is not None and other.teacher is not None
+        pairs = zip([*self.same, *self.own], [*other.same, *other.own], strict=True)
+        for mine, theirs in pairs:
+            mine.merge(theirs)
+        if self.teacher is not None and other.teacher is not None:
+            self.teacher.merge(other.teacher)
+        self.teacher = self.teacher if known else None
+        self.text += other.text
+        self.bytes += other.bytes
+        self.chunks += other.chunks
+        self.impossible += other.impossible
+        self.lost += other.lost
+        self.cut += other.cut
 
     @property
     def teacher_bits(self) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from kdcache.commands.groups import InferenceOptions, PlotOptions, RowOptions, form_problems
+from kdcache.domains import Named
 from kdcache.options import option
 from kdcache.tasks import Task
 
@@ -20,10 +21,12 @@ class EvaluateOptions(RowOptions, InferenceOptions, PlotOptions):
     cache: str | None = option(
         None, help="a sealed cache whose rows and targets are used (optional).", metavar="CACHE"
     )
-    corpus: tuple[str, ...] = option(
+    corpus: tuple[str | Named, ...] = option(
         (),
-        help="files, folders, globs or URLs whose rows are used if there is no cache.",
-        metavar="PATH_OR_URL_OR_GLOB",
+        help="files, folders, globs or URLs whose rows are used if there is no cache; those of a "
+        "name have figures of their own.",
+        metavar="[NAME=]PATH_OR_URL_OR_GLOB",
+        named=True,
     )
     teacher: str | None = option(
         None,
@@ -37,7 +40,8 @@ class EvaluateOptions(RowOptions, InferenceOptions, PlotOptions):
     _: KW_ONLY
     limit: int | None = option(
         None,
-        help="use only the first records of a corpus, or the first rows of a cache.",
+        help="use only the first records of a corpus, or the first rows of a cache; of each of its "
+        "domains, where they have names.",
         metavar="ROWS",
         at_least=1,
     )

@@ -69,6 +69,25 @@ class ModelScores:
 
 
 @dataclass(frozen=True)
+class DomainScores:
+    """Figures of all models over the rows of one domain.
+
+    Attributes:
+        name: of the domain.
+        rows: rows.
+        positions: positions.
+        labelled: positions with a hard label.
+        models: as in `EvaluateResult`.
+    """
+
+    name: str
+    rows: int
+    positions: int
+    labelled: int
+    models: tuple[ModelScores, ...]
+
+
+@dataclass(frozen=True)
 class EvaluateResult:
     """Figures of all models over one set.
 
@@ -87,6 +106,7 @@ class EvaluateResult:
             models share a tokenizer.
         models: the teacher, if there is one, then the students.
         notes: what a reader must know about figures that are missing or not exact.
+        domains: the same over the rows of each domain, where corpora have names.
     """
 
     source: str
@@ -102,3 +122,4 @@ class EvaluateResult:
     chunks: int
     models: tuple[ModelScores, ...]
     notes: tuple[str, ...]
+    domains: tuple[DomainScores, ...] = ()

@@ -231,9 +231,7 @@ def _name(setting: Mapping[str, str], key: str) -> str:
 
 def _labels(name: str, values: Sequence[Any]) -> list[str]:
     """Short texts for the values of an option, as different as the values are."""
-    texts = [
-        [_text(v) for v in value] if isinstance(value, list) else [_text(value)] for value in values
-    ]
+    texts = [list(map(_text, _parts(value))) for value in values]
     if name not in _PATHS:
         return ["+".join(parts) for parts in texts]
     depth = max((len(Path(text).parts) for parts in texts for text in parts), default=1)
@@ -242,6 +240,12 @@ def _labels(name: str, values: Sequence[Any]) -> list[str]:
         if len(set(short)) == len({tuple(parts) for parts in texts}):
             return short
     return ["+".join(parts) for parts in texts]
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):  # of names to values
+        return [f"{name}={each}" for name, each in value.items()]
+    return value if isinstance(value, list) else [value]
 
 
 def _end(text: str, last: int) -> str:

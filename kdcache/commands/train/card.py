@@ -11,6 +11,7 @@ import yaml
 
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
+from kdcache.humanize import shares
 from kdcache.storage import redact
 from kdcache.tasks import TASKS
 from kdcache.version import __version__
@@ -63,6 +64,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         ("parameters", trained),
         ("loss", loss),
         ("training", f"{result.steps:,} steps of {options.batch_size} rows, {result.rows:,} rows"),
+        *([("rows of an epoch", shares(result.epoch_rows))] if result.epoch_rows else []),
         ("seed", str(options.seed)),
         ("kdcache", __version__),
     ]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from kdcache.choices import CrossMethod, Divergence, Tail
 from kdcache.commands.groups import LearningOptions, PlotOptions
 from kdcache.commands.train.place import Place
+from kdcache.domains import Named, Weights
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
 from kdcache.options import Options, option, options_of
@@ -172,8 +173,14 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         metavar="RUN",
         decides="student",
     )
-    cache_weight: tuple[float, ...] = option(
-        (), help="how often an epoch uses the rows of each cache; default 1 each."
+    cache_weight: tuple[str | Named, ...] = option(
+        (),
+        help=(
+            "how often an epoch uses rows: a number for each cache, or a domain's name and number, "
+            "such as `code=0.5`, for its rows in every cache; 0 leaves a domain out. Default: 1."
+        ),
+        metavar="[NAME=]WEIGHT",
+        named=True,
     )
     alpha: float | str = option(
         0.5,
@@ -378,8 +385,13 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
                 "optimizer is small."
             )
         wrong += self._cross_conflicts()
-        if self.cache_weight and len(self.cache_weight) != len(self.cache):
-            wrong.append(f"{len(self.cache_weight)} cache weights for {len(self.cache)} caches.")
+        try:
+            given = len(self.weights.caches)
+        except UsageError as error:
+            wrong.append(str(error))
+        else:
+            if given and given != len(self.cache):
+                wrong.append(f"{given} cache weights for {len(self.cache)} caches.")
         if not self.eval_cache and (self.patience is not None or self.eval_steps is not None):
             wrong.append("--patience and --eval-steps need an --eval-cache to evaluate on.")
         if self.eval_cache and self.save_steps is not None:
@@ -481,16 +493,22 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         return None if self.lora is None else Lora.parse(self.lora)
 
     @property
+    def weights(self) -> Weights:
+        """How often an epoch uses rows."""
+        return Weights.parse(self.cache_weight)
+
+    @property
     def hard_only(self) -> bool:
         """Whether the soft targets have no weight at all."""
         return self.alphas == Schedule(1.0, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
-        return {
+        values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
+        return {**values, "cache_weight": self.weights.shown()}
 
     def shown(self) -> dict[str, Any]:
         """As `to_dict`, for people: without the credentials that URLs may hold."""

@@ -99,6 +99,7 @@ class RunPlan:
             problems.append(
                 "best is soft_loss, but alpha 1 trains and evaluates on hard labels alone."
             )
+        problems += options.weights.problems([cache.spec.domain_names for cache in caches])
         problems += _missing_labels(options, caches, eval_caches)
         check_caches(caches, temperatures, problems, beside=eval_caches)
         return cls(options, caches, eval_caches, store)
@@ -119,10 +120,20 @@ class RunPlan:
         stream = TargetStream(
             self.caches,
             batch_size=self.options.batch_size,
-            weights=self.options.cache_weight or None,
+            weights=self.options.weights,
             temperature=None,
         )
         return steps_of(self.options, stream)
+
+    def mix(self, stream: TargetStream) -> dict[str, int] | None:
+        """Rows of an epoch by domain, or by cache where it has no names; None without names."""
+        if not any(cache.spec.domains for cache in self.caches):
+            return None
+        found: dict[str, int] = {}
+        for (cache, domain), rows in stream.domain_rows.items():
+            name = domain or self.caches[cache].url
+            found[name] = found.get(name, 0) + rows
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:

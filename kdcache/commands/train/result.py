@@ -57,6 +57,8 @@ class TrainResult:
             None where there were none.
         cut: labels left out because the student's rows would be longer than it reads, or than
             asked for; None where there were none.
+        epoch_rows: rows that an epoch has of each domain, and of each cache without names; None
+            where no cache has names.
         made: False where the run was finished before and nothing was done.
     """
 
@@ -80,4 +82,5 @@ class TrainResult:
     eval_teacher_cross_entropy: float | None = None
     lost: int | None = None
     cut: int | None = None
+    epoch_rows: dict[str, int] | None = None
     made: bool = True

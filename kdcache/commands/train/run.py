@@ -32,7 +32,7 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available
 
 from kdcache.cache import Cache
-from kdcache.cache.cache import teacher_cross_entropy
+from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.commands.train.card import CARD_FILE, model_card
 from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer, reach_of
 from kdcache.commands.train.log import (
@@ -50,6 +50,7 @@ from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.commands.train.store import StoreCallback
 from kdcache.errors import UsageError
 from kdcache.files import filled_folder, write_json, write_text
+from kdcache.humanize import shares
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream
 from kdcache.stream.aligned import undivided
 from kdcache.student import (
@@ -105,6 +106,8 @@ class Run:
             report("the student has the teacher's tokenizer: it needs no --cross-tokenizer")
         with quiet_transformers():
             stream = _stream(plan, tokenize, computing.gpu)
+            if (mix := plan.mix(stream)) is not None:
+                report(f"rows of an epoch: {shares(mix)}")
             caching = getattr(student.config, "use_cache", None)
             trainer = _trainer(plan, computing, student, stream, tokenize, on_progress, report)
             trial = _trial_batch(plan, tokenize)
@@ -145,6 +148,7 @@ class Run:
             trained=sum(p.numel() for p in self.student.parameters() if p.requires_grad),
             **_teacher(plan),
             **_unread(self.tokenize),
+            epoch_rows=plan.mix(self.stream),
             **_vocabulary(plan, self.tokenize),
         )
         with quiet_transformers():
@@ -162,7 +166,7 @@ def _teacher(plan: RunPlan) -> dict[str, Any]:
     if plan.options.cross_tokenizer is not None:
         return {}
     return {
-        "teacher_cross_entropy": teacher_cross_entropy(plan.caches, plan.options.cache_weight),
+        "teacher_cross_entropy": teacher_cross_entropy(plan.caches, plan.options.weights),
         "eval_teacher_cross_entropy": teacher_cross_entropy(plan.eval_caches),
     }
 
@@ -325,7 +329,7 @@ def _stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         else temperatures.start
         if temperatures.constant
         else lambda step: temperatures.at(step, steps),
-        weights=options.cache_weight or None,
+        weights=options.weights,
         streams=plan.streams,
         group=options.shuffle_shards,
         **_reading(tokenize),
