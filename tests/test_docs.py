@@ -240,6 +240,21 @@ def test_readme_language_model(run: Run, desk: Path) -> None:
 
 
 @pytest.mark.end_to_end
+def test_guide_tagger(run: Run, desk: Path, tiny_tagger: Path) -> None:
+    shutil.rmtree(desk / "google-bert/bert-base-uncased")
+    shutil.copytree(tiny_tagger, desk / "google-bert/bert-base-uncased")
+    sentence = "John B-PER\nSmith I-PER\nsaw O\nParis B-LOC\n. O\n"
+    for name in ("train", "dev"):
+        (desk / f"{name}.conll").write_text("\n".join([sentence] * 20))
+    (desk / "unlabelled.jsonl").write_text(json.dumps({"tokens": ["Paris", "saw"]}) + "\n")
+    printed = run("bash", "-euo", "pipefail", "-c", _block("docs/guide.md", "tagger"))
+    assert "entity F1" in printed
+    (found,) = _predictions(desk / "tags.jsonl")
+    assert found["tokens"] == ["Paris", "saw"]
+    assert set(found["tags"]) <= {"B-LOC", "B-PER", "I-PER", "O"}
+
+
+@pytest.mark.end_to_end
 def test_howto_with_another_tokenizer(run: Run, desk: Path) -> None:
     texts = [json.loads(x)["text"] for x in (desk / "held-out.jsonl").read_text().splitlines()]
     make_tokenizer(texts, desk / "my-tokenizer", vocab_size=280)
@@ -379,6 +394,21 @@ def test_format_of_a_classifier(
     _same_as_library(plain_reader, Cache.open(out), out)
 
 
+@pytest.mark.parametrize("mode", ["first", "all"])
+def test_format_of_a_tagger(
+    plain_reader: dict[str, Any], mode: str, tag_caches: dict[str, str]
+) -> None:
+    cache = Cache.open(tag_caches[mode])
+    _same_as_library(plain_reader, cache, tag_caches[mode])
+    data = cache.read(0)
+    found = plain_reader["words"](tag_caches[mode], cache.manifest.shards[0].name)
+    assert len(found) == len(data)
+    for i, (words, first) in enumerate(found):
+        row = data.row(i)
+        assert tuple(words) == row.words
+        np.testing.assert_array_equal(first, row.first)
+
+
 def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     data, name = cache.read(0), cache.manifest.shards[0].name
     rows = list(reader["rows"](out, name))
@@ -400,7 +430,7 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     for temperature in cache.spec.temperatures:
         ours = with_logits(data.targets.at(temperature))
         theirs = list(reader["targets"](out, name, temperature))
-        assert len(theirs) == len(ours) == cache.manifest.positions
+        assert len(theirs) == len(ours) == cache.manifest.shards[0].positions
         for i, (ids, weights, rest, inverse) in enumerate(theirs):
             got = np.bincount(ids.astype(int), weights, minlength=cache.spec.vocab_size)
             if isinstance(ours, DenseTargets):

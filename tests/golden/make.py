@@ -44,7 +44,7 @@ from kdcache.targets import (
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.ranks import ranks_of_ids, read_ranks
-from kdcache.tasks import IGNORE
+from kdcache.tasks import IGNORE, UNLABELLED
 from kdcache.teacher import tokenizer_files
 
 VOCABULARY = 300
@@ -60,6 +60,7 @@ CACHES = {
     "label-logprob": ("causal-lm", "sample:5", (1.0, 2.0)),
     "documents": ("causal-lm", "topk:4", (1.0,)),
     "domains": ("causal-lm", "topk:4", (1.0,)),
+    "words": ("token-classification", "dense", (1.0,)),
 }
 KEEP = {"label-logprob"}
 APART = {"documents"}
@@ -77,12 +78,25 @@ def rows_of(task: str, rng: np.random.Generator, count: int) -> list[Row]:
             labels = np.where(rng.random(len(ids) - 1) < 0.2, IGNORE, ids[1:]).astype(np.int32)
             rows.append(Row(ids[:-1], labels))
             continue
+        if task == "token-classification":
+            rows.append(tagged(ids, rng))
+            continue
         label = np.array([int(rng.integers(-1, 3))], np.int32)
         label[label < 0] = IGNORE
         types = (np.arange(len(ids)) > 2).astype(np.uint8)
         text = " ".join(f"w{i}" for i in ids[:3]) + " é"
         rows.append(Row(ids, label, types, text, " ".join(f"w{i}" for i in ids[3:])))
     return rows
+
+
+def tagged(ids: np.ndarray, rng: np.random.Generator) -> Row:
+    """A row of words of one or two tokens between two others; some have no label."""
+    first = rng.random(len(ids)) < 0.6
+    first[:2], first[-1] = (False, True), False
+    labels = np.where(first, rng.integers(-1, 3, len(ids)), IGNORE).astype(np.int32)
+    labels[labels == -1] = UNLABELLED
+    words = tuple(f"w{i}é" for i in ids[first])
+    return Row(ids, labels, np.zeros(len(ids), np.uint8), words=words, first=first)
 
 
 def divided(row: Row, rng: np.random.Generator) -> Row:
@@ -144,7 +158,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
     to_id = read_ranks(ranks, width) if ranks else None
     entries, expected = [], []
     for span, rows in enumerate(shards):
-        positions = [int((r.labels != IGNORE).sum()) if causal else 1 for r in rows]
+        positions = [len(row.places(task)) for row in rows]
         n = sum(positions)
         logits = torch.from_numpy(3 * rng.standard_normal((n, width))).float()
         u = torch.from_numpy(position_uniform(0, span, np.arange(n), 0))
@@ -172,6 +186,8 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
                         "text": row.text,
                         "text_pair": row.text_pair,
                         **({} if row.starts is None else {"starts": row.starts.tolist()}),
+                        **({} if row.words is None else {"words": row.words}),
+                        **({} if row.first is None else {"first": row.first.tolist()}),
                     }
                     for row in rows
                 ],

@@ -169,6 +169,7 @@ def _predict() -> click.Command:
         PredictOptions,
         "kdcache predict --student run --corpus new.jsonl --out labelled.jsonl",
         "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
+        "kdcache predict --student tagger --corpus sentences.conll",
     )
     def command(options: PredictOptions, as_json: bool) -> None:
         from kdcache.commands.predict.predict import predict
@@ -182,6 +183,7 @@ def _predict() -> click.Command:
                     f"{result.out}: {result.records:,} records in {duration(result.seconds)}"
                     + (f", {result.skipped} skipped" if result.skipped else "")
                     + "."
+                    + (f" {result.cut:,} words are beyond what it reads." if result.cut else "")
                 )
 
     return command

@@ -27,7 +27,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForSequenceClassification,
     set_seed,
 )
 
@@ -58,14 +57,19 @@ from kdcache.student.checkpoints import (
 )
 from kdcache.student.info import StudentInfo
 from kdcache.student.load import find_files
-from kdcache.tasks import SEQUENCE_CLASSIFICATION
-from kdcache.teacher import TeacherFiles, quiet_transformers
+from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
+from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.headed import HeadedForSequenceClassification
 from kdcache.teacher.load import set_pad_id
 
 RESULT_FILE = "finetune.json"
 _MAY_CHANGE = ("out", "logging_steps")
+_LATER = {  # options that earlier versions had not
+    "task": SEQUENCE_CLASSIFICATION,
+    "words_column": "tokens",
+    "label_tokens": "first",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class FinetuneResult:
         steps: steps of the run.
         loss: mean training loss.
         accuracy: on the evaluation corpus, 0 to 1; None without one.
-        f1: on the evaluation corpus: of class 1 where there are two, else the mean over classes.
+        f1: on the evaluation corpus: of entities, where the classes are their tags; else of class 1
+            where there are two, or the mean over classes.
         seconds: wall time of training.
         made: False where the folder was finished before and nothing was done.
     """
@@ -157,7 +162,11 @@ def _finetune(
         trained = sum(p.numel() for p in weights if p.requires_grad)
         trainer = make_trainer(options, model, tokenizer, rows, tests, run, on_progress, report)
         trainer.identity = {
-            "options": {k: v for k, v in _plain(options).items() if k not in _MAY_CHANGE},
+            "options": {
+                name: value
+                for name, value in _plain(options).items()
+                if name not in _MAY_CHANGE and value != _LATER.get(name, ...)
+            },
             "rows": _digest(rows),
             "tests": _digest(tests),
         }
@@ -170,7 +179,7 @@ def _finetune(
             check_identity(state, trainer.identity, f"{resume} (delete {run} to start over)")
             report(f"resuming from {resume}")
         outcome = trainer.train(str(resume) if resume else None)
-        scores = best_scores(trainer.state)
+        scores = best_scores(trainer.state, options)
         result = FinetuneResult(
             out=str(out),
             label_names=names,
@@ -226,7 +235,7 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
         changed = [
             f"{name}: {then.get(name)} -> {value}"
             for name, value in now.items()
-            if then.get(name) != value and name not in _MAY_CHANGE
+            if then.get(name, _LATER.get(name)) != value and name not in _MAY_CHANGE
         ]
         if changed:
             raise UsageError(
@@ -255,12 +264,12 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
     classes = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": "single_label_classification",
+        **({} if TASKS[options.task].words else {"problem_type": "single_label_classification"}),
     }
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
         set_pad_id(config, files)
-        kind = AutoModelForSequenceClassification if options.head_width is None else AutoModel
+        kind = auto_class(options.task) if options.head_width is None else AutoModel
         model, found = kind.from_pretrained(
             files.folder,
             output_loading_info=True,
@@ -279,7 +288,7 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
         ) from error
     if options.adapter is not None:
         pad = getattr(config, "pad_token_id", None) or 0
-        info = StudentInfo(SEQUENCE_CLASSIFICATION, 0, len(names), names, pad)
+        info = StudentInfo(options.task, 0, len(names), names, pad)
         new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         return with_lora(model, options.adapter, options.model, files, info, new, role="model")
     if options.head_width is None:

@@ -9,7 +9,7 @@ from kdcache.commands.groups import LearningOptions, RowOptions, form_problems
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
 from kdcache.options import option
-from kdcache.tasks import SEQUENCE_CLASSIFICATION
+from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,15 @@ class FinetuneOptions(RowOptions, LearningOptions):
         metavar="PATH_OR_URL_OR_GLOB",
     )
     _: KW_ONLY
+    task: Task = option(
+        SEQUENCE_CLASSIFICATION,
+        help="the task: `sequence-classification` or `token-classification`.",
+    )
     label_column: str = option(
-        "label", help="column of the class, as a number or a name.", metavar="NAME"
+        "label",
+        help="column of the class, as a number or a name; for words a list of these, by default "
+        "`tags`, `ner_tags` or `labels`.",
+        metavar="NAME",
     )
     label_names: tuple[str, ...] | None = option(
         None,
@@ -94,7 +101,11 @@ class FinetuneOptions(RowOptions, LearningOptions):
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
-        problems = form_problems(self.record_form, SEQUENCE_CLASSIFICATION)
+        problems = form_problems(self.record_form, self.task)
+        if TASKS[self.task].over_ids:
+            problems.append(f"--task is {self.task}, and finetune trains classifiers.")
+        if TASKS[self.task].words and self.head_width is not None:
+            problems.append("--head-width is for classifiers of whole texts. Leave it out.")
         if self.patience is not None and not self.eval_corpus:
             problems.append("--patience waits for a better epoch on --eval-corpus: name one.")
         if self.freeze is not None and self.train_last is not None:

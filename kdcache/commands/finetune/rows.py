@@ -13,8 +13,9 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
 from kdcache.rows import Row, make_encoder
-from kdcache.rows.batches import pad_rows
-from kdcache.tasks import IGNORE, SEQUENCE_CLASSIFICATION
+from kdcache.rows.batches import pad_rows, padded
+from kdcache.rows.spec import DEFAULT_LABEL_COLUMN
+from kdcache.tasks import IGNORE, TASKS, labelled
 from kdcache.teacher import TeacherFiles
 
 _SPAN_BYTES = 1 << 26
@@ -32,17 +33,30 @@ def _records(
 
 def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
     """The classes that the corpus names: numbers count up to the largest, names are sorted."""
-    column = options.label_column
+    column, task = options.label_column, TASKS[options.task]
     found: set[str] = set()
-    for record in _records(options, options.corpus, [column]):
-        if column not in record.values:
-            raise record.missing([column], "--label-column")
-        value = record.values[column]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        text = "" if value is None or value != value else str(value).strip()
-        if text and text != str(IGNORE):
-            found.add(text)
+    columns = task.label_columns if column == DEFAULT_LABEL_COLUMN else (column,)
+    for record in _records(options, options.corpus, columns):
+        there = [name for name in columns if name in record.values]
+        if not there:
+            raise record.missing(list(columns), "--label-column")
+        if len(there) > 1:
+            raise UsageError(
+                f"{record.place} has the columns {' and '.join(there)}. Choose one with "
+                "--label-column."
+            )
+        column = there[0]
+        values = record.values[column]
+        if not task.words:
+            values = [values]
+        elif not isinstance(values, (list, np.ndarray)):
+            values = []  # nothing, or what the rows refuse
+        for value in values:
+            if isinstance(value, (float, np.floating)) and float(value).is_integer():
+                value = int(value)
+            text = "" if value is None or value != value else str(value).strip()
+            if text and text != str(IGNORE):
+                found.add(text)
         if len(found) > _MOST_CLASSES:
             raise UsageError(
                 f"column {column} has more than {_MOST_CLASSES} different values: it is not a "
@@ -65,18 +79,18 @@ def labelled_rows(
     """Labelled rows, how many had no label, and how many texts of both were cut."""
     if not patterns:
         return [], 0, 0
-    reach = [(f"model {model.name}", model.reach(SEQUENCE_CLASSIFICATION))]
+    reach = [(f"model {model.name}", model.reach(options.task))]
     length = options.row_length(reach, _LENGTH)
-    spec = options.row_spec(SEQUENCE_CLASSIFICATION, names, max_length=length)
+    spec = options.row_spec(options.task, names, max_length=length)
     encoder = make_encoder(spec, model.tokenizer)
     rows = list(encoder.encode(_records(options, patterns)))
-    labelled = [row for row in rows if row.labels[0] != IGNORE]
-    if not labelled:
+    there = [row for row in rows if labelled(row.labels, options.task).any()]
+    if not there:
         raise UsageError(
             f"no row of {' '.join(patterns)} has a label in column {options.label_column}. "
             "Name the right one with --label-column."
         )
-    return labelled, len(rows) - len(labelled), encoder.truncated
+    return there, len(rows) - len(there), encoder.truncated
 
 
 def class_weights(rows: Sequence[Row], classes: int) -> Tensor:
@@ -87,11 +101,12 @@ def class_weights(rows: Sequence[Row], classes: int) -> Tensor:
         classes: how many there are.
 
     Returns:
-        rows / (classes found * rows of the class), float32 [classes]; 0 for one without rows.
+        labels / (classes found * labels of the class), float32 [classes]; 0 for one without any.
     """
-    counts = np.bincount([int(row.labels[0]) for row in rows], minlength=classes)
+    labels = np.concatenate([row.labels for row in rows])
+    counts = np.bincount(labels[labels >= 0], minlength=classes)
     found = np.count_nonzero(counts)
-    weights = np.divide(len(rows), found * counts, where=counts > 0, out=np.zeros(classes))
+    weights = np.divide(counts.sum(), found * counts, where=counts > 0, out=np.zeros(classes))
     return torch.from_numpy(weights).float()
 
 
@@ -100,9 +115,15 @@ class PadRows:
     """Rows to a batch, padded on the right."""
 
     pad_id: int
+    words: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The rows as padded tensors, with `labels`, int64 [rows]."""
+        """The rows as padded tensors, with `labels`, int64 [rows]; of words [rows, longest]."""
         batch = pad_rows(rows, self.pad_id)
-        batch["labels"] = np.array([int(row.labels[0]) for row in rows], np.int64)
+        lengths = np.array([len(row.labels) for row in rows])
+        labels = np.concatenate([row.labels for row in rows])
+        labels = np.where(labels >= 0, labels, IGNORE)
+        batch["labels"] = padded(labels, lengths, IGNORE)
+        if not self.words:
+            batch["labels"] = batch["labels"][:, 0]
         return {name: torch.from_numpy(value) for name, value in batch.items()}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -22,12 +23,14 @@ from kdcache.commands.finetune.rows import PadRows, class_weights
 from kdcache.commands.train.log import SlowSteps
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.stop import Patience, StopOnSignal
+from kdcache.loss.entities import Entities, are_entities
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
 from kdcache.rows import Row
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
 )
 from kdcache.student.precision import Computing, use_one_gpu
+from kdcache.tasks import TASKS
 
 
 def make_trainer(
@@ -70,7 +73,7 @@ def make_trainer(
         save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=bool(tests),
-        metric_for_best_model="eval_accuracy" if tests else None,
+        metric_for_best_model=f"eval_{_best(options)}" if tests else None,
         greater_is_better=True if tests else None,
         seed=options.seed,
         **computing.arguments(),
@@ -91,8 +94,8 @@ def make_trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=tests or None,
-        data_collator=PadRows(tokenizer.pad_token_id or 0),
-        compute_metrics=_scores,
+        data_collator=PadRows(tokenizer.pad_token_id or 0, TASKS[options.task].words),
+        compute_metrics=_scorer(options, tests, model),
         callbacks=callbacks,
         compute_loss_func=_weighted_loss(class_weights(rows, model.config.num_labels))
         if options.class_weights == "balanced"
@@ -128,23 +131,50 @@ def _weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         logits = outputs["logits"].float()
-        return torch.nn.functional.cross_entropy(logits, labels, weights.to(logits.device))
+        flat = logits.reshape(-1, logits.shape[-1])
+        return torch.nn.functional.cross_entropy(
+            flat, labels.reshape(-1), weights.to(logits.device)
+        )
 
     return loss
 
 
-def _scores(outputs: Any) -> dict[str, float]:
-    logits = (
-        outputs.predictions[0] if isinstance(outputs.predictions, tuple) else outputs.predictions
-    )
-    table = confusion_matrix(outputs.label_ids, logits.argmax(-1), logits.shape[-1])
-    return {"accuracy": accuracy(table), "f1": f1(table)}
+def _scorer(
+    options: FinetuneOptions, tests: Sequence[Row], model: Any
+) -> Callable[[Any], dict[str, float]]:
+    """What makes figures of the answers to the rows of the evaluation, as the Trainer calls it."""
+    names = [str(name) for _, name in sorted(model.config.id2label.items())]
+    entities = TASKS[options.task].words and are_entities(names)
+
+    def scores(outputs: Any) -> dict[str, float]:
+        found = outputs.predictions
+        logits = found[0] if isinstance(found, tuple) else found
+        labels, predictions = outputs.label_ids, logits.argmax(-1)
+        known = labels >= 0
+        table = confusion_matrix(labels[known], predictions[known], logits.shape[-1])
+        if not entities:
+            return {"accuracy": accuracy(table), "f1": f1(table)}
+        counts = Entities(names)
+        for row, ours, theirs in zip(tests, labels, predictions, strict=True):
+            assert row.first is not None, "rows of words mark their first tokens"
+            keep = (ours[: len(row.first)] >= 0) & row.first
+            mine, other = (tags[: len(row.first)][keep] for tags in (ours, theirs))
+            counts.add(mine, other, np.array([keep.sum()]))
+        return {"accuracy": accuracy(table), "f1": counts.f1 if counts.true else 0.0}
+
+    return scores
 
 
-def best_scores(state: TrainerState) -> dict[str, float]:
-    """Figures of the evaluation with the highest accuracy; empty without any."""
-    evaluations = [line for line in state.log_history if "eval_accuracy" in line]
-    return max(evaluations, key=lambda line: line["eval_accuracy"], default={})
+def _best(options: FinetuneOptions) -> str:
+    """The figure that selects the best epoch."""
+    return "f1" if TASKS[options.task].words else "accuracy"
+
+
+def best_scores(state: TrainerState, options: FinetuneOptions) -> dict[str, float]:
+    """Figures of the best evaluation; empty without any."""
+    name = f"eval_{_best(options)}"
+    evaluations = [line for line in state.log_history if name in line]
+    return max(evaluations, key=lambda line: line[name], default={})
 
 
 def mean_loss(state: TrainerState) -> float:

@@ -78,7 +78,7 @@ class RowView:
         row: its number in the cache.
         shard: the shard (span) that holds it.
         tokens: its length.
-        text: the text; for a causal LM decoded from the ids.
+        text: the text; for a causal LM decoded from the ids; words with blanks between them.
         text_pair: the second text, if there is one.
         temperature: of the probabilities.
         exact: False where the weights are an unbiased sample: right on average, not one by one.
@@ -364,6 +364,8 @@ def _guesses(
 def _text(row: Row, tokenizer: Any) -> str:
     if row.text is not None:
         return row.text
+    if row.words is not None:
+        return " ".join(row.words)
     return str(tokenizer.decode(row.input_ids.tolist(), clean_up_tokenization_spaces=False))
 
 

@@ -1,4 +1,4 @@
-"""`kdcache predict`: texts in, one JSON line a text out, in the order of the input.
+"""`kdcache predict`: texts or words in, one JSON line a record out, in the order of the input.
 
 Records are read in windows; a window is sorted by length for the model and put back in order for
 the output. Memory is that of one window, however long the input.
@@ -22,13 +22,14 @@ from typing import TextIO
 import torch
 
 from kdcache.commands.predict.options import PredictOptions
-from kdcache.corpus import Corpus, ReadStats, Record
+from kdcache.commands.predict.tags import sentence_of, tagged
+from kdcache.corpus import Corpus, ReadStats, Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.files import full_disk, local_path, output_errors, whole_file
 from kdcache.humanize import printable
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
 
 _WINDOW = 1024
 _SPAN_BYTES = 1 << 60  # a file is one span: spans of compressed files would mix its order
@@ -43,12 +44,14 @@ class PredictResult:
         records: lines written.
         skipped: records that could not be read.
         seconds: wall time, loading the model included.
+        cut: words without a tag, being beyond what the model reads.
     """
 
     out: str | None
     records: int
     skipped: int
     seconds: float
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Prediction:
 def predict(
     options: PredictOptions, *, lines: Iterable[str] | None = None, output: TextIO | None = None
 ) -> PredictResult:
-    """Classify texts.
+    """Classify texts, or tag sentences.
 
     Args:
         options: what to do.
@@ -99,12 +102,21 @@ def predict(
         )
     device = pick_device(options.device)
     stats = ReadStats()
-    written = 0
+    written = cut = 0
+    task = saved.task or SEQUENCE_CLASSIFICATION
     with _sink(options.out, output) as sink:
-        model = saved.load(
-            SEQUENCE_CLASSIFICATION, len(saved.label_names), dtype=options.dtype, device=device
-        )
+        model = saved.load(task, len(saved.label_names), dtype=options.dtype, device=device)
         budget = options.batch_tokens or (4096 if device == "cpu" else 32768)
+        if TASKS[task].words:
+            sentences, window = _sentences(options, stats, lines)
+            while part := list(islice(sentences, window)):
+                for sentence in tagged(model, part, batch_tokens=budget):
+                    sink.write(sentence.to_json() + "\n")
+                    cut += sentence.cut
+                sink.flush()
+                written += len(part)
+            seconds = time.perf_counter() - begin
+            return PredictResult(options.out, written, stats.skipped, seconds, cut)
         texts, window = _texts(options, stats, lines)
         while some := list(islice(texts, window)):
             for prediction in predictions(model, some, batch_tokens=budget):
@@ -131,6 +143,24 @@ def predictions(
     return [prediction for prediction in found if prediction is not None]
 
 
+def _sentences(
+    options: PredictOptions, stats: ReadStats, lines: Iterable[str] | None
+) -> tuple[Iterator[tuple[str, ...]], int]:
+    """The words of sentences in order, and how many sentences to take at a time."""
+    if options.corpus == ("-",):
+        texts, window = _texts(options, stats, lines)
+        return (tuple(text.split()) for text, _ in texts), window
+
+    def read() -> Iterator[tuple[str, ...]]:
+        for record in _records(options, stats, options.words_column):
+            try:
+                yield sentence_of(record, options.words_column, options.text_column)
+            except RecordError as problem:
+                stats.reject(options.on_error, record.file, record.location, problem)
+
+    return read(), _WINDOW
+
+
 def _texts(
     options: PredictOptions, stats: ReadStats, lines: Iterable[str] | None
 ) -> tuple[Iterator[tuple[str, str | None]], int]:
@@ -144,11 +174,11 @@ def _texts(
     return (_columns(record, options) for record in _records(options, stats)), _WINDOW
 
 
-def _records(options: PredictOptions, stats: ReadStats) -> Iterator[Record]:
+def _records(options: PredictOptions, stats: ReadStats, *columns: str) -> Iterator[Record]:
     corpus = options.open_corpus(options.corpus, span_bytes=_SPAN_BYTES)
-    wanted = [name for name in (options.text_column, options.pair_column) if name is not None]
+    columns = (*columns, options.text_column, *filter(None, (options.pair_column,)))
     for span in corpus.spans:
-        yield from Corpus.read(span, columns=wanted, on_error=options.on_error, stats=stats)
+        yield from Corpus.read(span, columns=columns, on_error=options.on_error, stats=stats)
 
 
 def _columns(record: Record, options: PredictOptions) -> tuple[str, str | None]:
