@@ -3,7 +3,8 @@
 #   docker build -t kdcache .                                     on CPUs
 #   docker build -t kdcache --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 \
 #       --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .        on GPUs
-#   docker run --rm -v "$PWD:/work" kdcache build --help          (GPUs: docker run --gpus all …)
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" kdcache build --help
+#                                                                 (GPUs: docker run --gpus all …)
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 
@@ -26,9 +27,10 @@ COPY pyproject.toml README.md LICENSE /src/
 COPY kdcache /src/kdcache
 RUN pip install "/src[${EXTRAS}]" && rm -rf /src
 
-# Not root; models from the hub are kept in a volume, if one is mounted there.
-RUN useradd --create-home kdcache && mkdir -p /work /cache && chown kdcache /work /cache
-ENV HF_HOME=/cache/huggingface
+# Not root. With --user, whose files in /work are then yours, a process has neither a name nor a home:
+# it gets both here. Models from the hub are kept in /cache: mount a volume there to keep them.
+RUN useradd --create-home kdcache && mkdir -p /work /cache && chmod 1777 /work /cache
+ENV HOME=/cache HF_HOME=/cache/huggingface USER=kdcache
 USER kdcache
 WORKDIR /work
 ENTRYPOINT ["kdcache"]

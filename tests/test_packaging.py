@@ -196,6 +196,9 @@ def test_the_container_copies_what_is_there() -> None:
     ]
     assert sorted(copied) == sorted(let_in)
     assert all((ROOT / name).exists() for name in copied)
+    # `docker run --user` with any number: a home that it may write to, and a name.
+    assert re.search(r"^ENV HOME=/cache .*USER=", lines, re.M)
+    assert "chmod 1777 /work /cache" in lines
     (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", lines, re.M)
     assert all(re.search(rf"^{extra} = \[", PYPROJECT, re.M) for extra in extras.split(","))
 
