@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes
     from kdcache.cache import Cache
     from kdcache.cache.repair import GcResult, RepairResult
     from kdcache.commands.build.build import build
@@ -68,12 +69,14 @@ if TYPE_CHECKING:
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation
     from kdcache.stream import Collator, CrossTokenizer, SumOverRanks, TargetDataset, TargetStream
+    from kdcache.stream.cached_rows import cached_rows
     from kdcache.student import DistilledStudent, load_student
     from kdcache.student.trainer import DistillationTrainer
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
 
 
 _HOMES = {
+    "kdcache.align": ("Aligner", "Alignment", "CachedRow", "TokenBytes"),
     "kdcache.cache": ("Cache",),
     "kdcache.cache.repair": ("GcResult", "RepairResult"),
     "kdcache.commands.build.build": ("build",),
@@ -125,6 +128,7 @@ _HOMES = {
         "TargetDataset",
         "TargetStream",
     ),
+    "kdcache.stream.cached_rows": ("cached_rows",),
     "kdcache.student": ("DistilledStudent", "load_student"),
     "kdcache.student.trainer": ("DistillationTrainer",),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),

@@ -8,6 +8,7 @@ import os
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -26,16 +27,17 @@ from kdcache.tasks import IGNORE
 HERE = Path(__file__).parent / "tiny_tokenizers"
 EXAMPLES = int(os.environ.get("KDCACHE_TEST_EXAMPLES", "60"))  # thousands find rarer things
 NAMES = ("bytes", "pieces", "unigram", "metaspace", "first")
-TEXTS = st.text(
+LIKE_REAL = ("qwen", "gemma")  # what is particular about the tokenizers of Qwen3 and Gemma 2
+TEXTS = st.lists(
     st.one_of(
-        st.sampled_from("the boat cat saw  \n\t.,'1234"),
+        st.sampled_from([*"the boat cat saw  \n\t.,'1234", "<think>", "<|im_start|>"]),
         st.sampled_from(
             "éñ\u0303\u0301ﬁ①\uff21你好。こ\U0001f469\u200d\U0001f680\U0001f1e9\u0e31\u00ad"
         ),
         st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"),
     ),
     max_size=40,
-)
+).map("".join)
 
 
 def fast(tokenizer: Tokenizer, **names: str) -> Any:
@@ -47,6 +49,27 @@ def hf(name: str) -> Any:
     """Tokenizers of all kinds that keep bytes."""
     if name in ("bytes", "pieces"):
         return AutoTokenizer.from_pretrained(HERE / name)
+    if name == "qwen":
+        # NFC, parts of numbers, and added tokens that are text, numbered behind special ones.
+        state = json.loads((HERE / "bytes" / "tokenizer.json").read_text())
+        digits = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated"}
+        parts = [digits | {"invert": False}, state["pre_tokenizer"] | {"use_regex": False}]
+        state |= {"normalizer": {"type": "NFC"}, "post_processor": None}
+        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        state["added_tokens"] += [
+            flags | {"id": 460, "content": "<|im_start|>", "special": True},
+            flags | {"id": 462, "content": "<think>", "special": False},
+        ]
+        return fast(Tokenizer.from_str(json.dumps(state)), eos_token="<|end|>")
+    if name == "gemma":
+        # No space of its own, spaces are marks, and a tab is a piece and no byte.
+        state = json.loads((HERE / "pieces" / "tokenizer.json").read_text())
+        vocabulary = state["model"]["vocab"]
+        vocabulary["\t"] = vocabulary.pop("<0x09>")
+        state["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        state["pre_tokenizer"] = None
+        return fast(Tokenizer.from_str(json.dumps(state)), eos_token="</s>", unk_token="<unk>")
     state = json.loads((HERE / "pieces" / "tokenizer.json").read_text())
     vocabulary = state["model"]["vocab"]
     if name == "unigram":
@@ -68,7 +91,7 @@ def table(name: str) -> TokenBytes:
     return TokenBytes(hf(name), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LIKE_REAL])
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(text=TEXTS)
 def test_no_byte_is_lost_and_none_is_there_twice(name: str, text: str) -> None:
@@ -79,11 +102,14 @@ def test_no_byte_is_lost_and_none_is_there_twice(name: str, text: str) -> None:
         assert widths is not None
         assert widths.sum() == len(text.encode())
     # What the tokenizer itself makes of the text, read back from the ids alone.
-    ids = np.array(hf(name)(text, add_special_tokens=False)["input_ids"], np.int64)
+    ids = np.array(
+        hf(name)(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64
+    )
     data, starts = tokens.decode(ids)
     metaspace = name in ("unigram", "metaspace", "first")
     if metaspace and text.startswith(" "):
         text = text[1:]  # Metaspace gives " a" and "a" the same tokens
+    text = normalize("NFC", text) if name == "qwen" else text
     assert data == text.encode()
     assert starts[0] == 0
     assert starts[-1] == len(data)
@@ -296,7 +322,10 @@ def likes_of(teacher: TokenBytes, student: TokenBytes) -> dict[int, list[int]]:
     return likes
 
 
-PAIRS = [(a, b) for a in NAMES for b in NAMES]
+PAIRS = [
+    *((a, b) for a in NAMES for b in NAMES),
+    *(("qwen", "gemma"), ("gemma", "qwen"), ("qwen", "pieces"), ("bytes", "gemma")),
+]
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS)

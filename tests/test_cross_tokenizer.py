@@ -324,6 +324,7 @@ def test_a_run_learns_and_its_folder_has_its_own_tokenizer(
     assert model.config.eos_token_id == saved.eos_token_id
     card = Path(result.out, "README.md").read_text()
     assert f"the rest {method} across tokenizers" in card
+    assert "Models of other tokenizers compare by bits per byte" in card
     assert not train(options(cross_tokenizer=method, **common)).made
 
 

@@ -17,6 +17,10 @@ from kdcache.tasks import TASKS
 from kdcache.version import __version__
 
 CARD_FILE = "README.md"
+_PER_TOKEN = (
+    "Losses are per token of this model's tokenizer. Models of other tokenizers compare by bits "
+    "per byte, which `kdcache evaluate` gives for all of them on the same bytes."
+)
 
 
 def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> str:
@@ -96,6 +100,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
                 _table(("cache", "codec", "rows", "SHA-256 of its manifest", "corpus"), caches),
                 "## Figures",
                 _table(("figure", "value"), [(k, f"{v:.4f}") for k, v in measured.items()]),
+                *([_PER_TOKEN] if task.causal else []),
                 "## Use",
                 f"```python\n{load}\n```",
             ]
