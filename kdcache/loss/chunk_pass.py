@@ -91,29 +91,34 @@ def _groups(
         count: G.
         own: [m, 1] the label's, by the same factor.
         owns: int64 [m, 1] its group.
-        targets: over groups.
+        targets: over groups; a group may be there several times.
 
     Returns:
-        The sum, and [m, G] the derivative by an id's logit, divided by the id's number in `e`.
+        The sum, and [m, G + 1] the derivative by an id's logit, divided by the id's number in `e`;
+        the last column has no meaning.
     """
-    mass = e.new_zeros((len(e), count)).scatter_add_(1, group.expand(len(e), -1), e)
+    used = targets.weights > 0
+    ids = torch.where(used, targets.ids, count)
+    w = targets.weights.to(e)
+    mass = e.new_zeros((len(e), count + 1)).scatter_add_(1, group.expand(len(e), -1), e)
     mass.scatter_add_(1, owns, own)
-    weights = e.new_zeros(mass.shape).scatter_add_(1, targets.ids, targets.weights.to(e))
     total = mass.sum(-1, keepdim=True)
-    listed = weights > 0
+    weights = torch.zeros_like(mass).scatter_add_(1, ids, w).gather(1, ids)  # of whole groups
     # An id's probability below the smallest number is no reason for infinities.
     least = torch.finfo(e.dtype).tiny
-    inside = torch.where(listed, mass.clamp_min(least), 1)
-    used = weights.sum(-1, keepdim=True)
-    loss = (used * total.log()).sum() - (weights * inside.log()).sum()
-    factor = used / total - weights / inside
-    if not targets.exact:
-        return loss, factor
-    outside = (mass * ~listed).sum(-1, keepdim=True)
-    has_tail = outside > 0
-    rest = torch.where(has_tail, targets.tail.to(e)[:, None], 0)
-    outside = torch.where(has_tail, outside.clamp_min(least), 1)
-    loss += torch.xlogy(weights, weights).sum() + torch.xlogy(rest, rest).sum()
-    loss += (rest * (total.log() - outside.log())).sum()
-    factor += rest / total - torch.where(listed, 0, rest / outside)
-    return loss, factor
+    inside = torch.where(used, mass.gather(1, ids).clamp_min(least), 1)
+    known = w.sum(-1, keepdim=True)
+    loss = (known * total.log()).sum() - (w * inside.log()).sum()
+    base = known / total
+    listed = base - weights / inside
+    if targets.exact:
+        outside = mass.scatter_(1, ids, 0).sum(-1, keepdim=True)
+        has_tail = outside > 0
+        rest = torch.where(has_tail, targets.tail.to(e)[:, None], 0)
+        outside = torch.where(has_tail, outside.clamp_min(least), 1)
+        loss += (w * torch.where(used, weights, 1).log()).sum() + torch.xlogy(rest, rest).sum()
+        loss += (rest * (total.log() - outside.log())).sum()
+        listed = listed + rest / total
+        base = base + rest / total - rest / outside
+    # Written, not added: equal ids have equal values.
+    return loss, mass.copy_(base.expand_as(mass)).scatter_(1, ids, listed)

@@ -56,8 +56,8 @@ def within(
     weights = np.concatenate([weights, own[:, None]], 1)
     chunks = np.arange(len(spans))
     for depth in range(1, paths.shape[1]):
-        at, path = spans[chunks, 0] + depth, paths[labels[chunks]]
-        goes_on = (at < spans[chunks, 1]) & (path[:, depth] >= 0)
+        at = spans[chunks, 0] + depth
+        goes_on = (at < spans[chunks, 1]) & (paths[labels[chunks], depth] >= 0)
         chunks, at, ids, weights = (x[goes_on] for x in (chunks, at, ids, weights))
         before = read[at - 1]
         same = paths[labels[chunks], depth - 1] == before
