@@ -26,7 +26,7 @@ Ensemble = Literal["mean-probs", "mean-logits"]
 
 ClassWeights = Literal["equal", "balanced"]
 CrossMethod = Literal["likelihood", "hybrid"]
-Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse"]
+Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse", "huber"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 Tail = Literal["bucket", "renormalize"]

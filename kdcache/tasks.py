@@ -14,13 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
+from kdcache.choices import Divergence
 from kdcache.errors import UsageError
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification"]
+Task = Literal[
+    "causal-lm",
+    "sequence-classification",
+    "token-classification",
+    "multi-label-classification",
+    "regression",
+]
 Answers = Literal["ids", "classes", "labels", "score"]
 CAUSAL_LM: Final = "causal-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 TOKEN_CLASSIFICATION: Final = "token-classification"
+MULTI_LABEL_CLASSIFICATION: Final = "multi-label-classification"
+REGRESSION: Final = "regression"
 
 IGNORE: Final = -100  # a label that is none: the default `ignore_index` of torch's cross-entropy
 UNLABELLED: Final = -101  # of a token that has a soft target and no hard label
@@ -44,10 +53,13 @@ class TaskType:
             for the same reason.
         auto: name of the class of transformers that loads its models.
         marks: what their names in `architectures` of a `config.json` contain.
+        problem: their `problem_type` in it, where one class of transformers serves several tasks.
         pipeline: its name on the model hub.
         codec: that a build takes by default.
         plans: codecs that `plan` compares by default.
         label_columns: columns of a record that hold its labels by default; it may have one of them.
+        hard: name of the loss with the hard labels, and its unit.
+        divergences: losses between student and teacher that it knows, the default first.
     """
 
     noun: str
@@ -61,7 +73,10 @@ class TaskType:
     codec: str
     plans: tuple[str, ...]
     words: bool = False
+    problem: str | None = None
     label_columns: tuple[str, ...] = ("label",)
+    hard: tuple[str, str] = ("cross-entropy", "nats")
+    divergences: tuple[Divergence, ...] = ("forward-kl", "reverse-kl", "jsd", "mse")
 
     @property
     def rereads(self) -> bool:
@@ -100,6 +115,7 @@ TASKS: Final[Mapping[str, TaskType]] = {
         texts=True,
         auto="AutoModelForSequenceClassification",
         marks=("SequenceClassification",),
+        problem="single_label_classification",
         pipeline="text-classification",
         codec="dense",
         plans=("dense", "dense:float16"),
@@ -118,7 +134,45 @@ TASKS: Final[Mapping[str, TaskType]] = {
         plans=("dense", "dense:float16"),
         label_columns=("tags", "ner_tags", "labels"),
     ),
+    MULTI_LABEL_CLASSIFICATION: TaskType(
+        noun="multi-label classifier",
+        per_token=False,
+        answers="labels",
+        causal=False,
+        texts=True,
+        auto="AutoModelForSequenceClassification",
+        marks=("SequenceClassification",),
+        problem="multi_label_classification",
+        pipeline="text-classification",
+        codec="dense",
+        plans=("dense", "dense:float16"),
+        label_columns=("labels", "label"),
+    ),
+    REGRESSION: TaskType(
+        noun="regression model",
+        per_token=False,
+        answers="score",
+        causal=False,
+        texts=True,
+        auto="AutoModelForSequenceClassification",
+        marks=("SequenceClassification",),
+        problem="regression",
+        pipeline="text-classification",
+        codec="dense",
+        plans=("dense", "dense:float16"),
+        label_columns=("label", "score"),
+        hard=("error", "squared units, or Huber's"),
+        divergences=("mse", "huber"),
+    ),
 }
+
+OUTPUTS: Final[Mapping[Answers, str]] = {
+    "ids": "ids",
+    "classes": "classes",
+    "labels": "classes",
+    "score": "score",
+}
+"""What a model has an output for, by what its answers are over."""
 
 Labels = TypeVar("Labels", bound=Any)
 
@@ -127,16 +181,21 @@ def labelled(labels: Labels, task: str) -> Labels:
     """Which labels are there.
 
     Args:
-        labels: integers of any shape, a numpy array or a tensor, `IGNORE` where there is none, and
+        labels: a numpy array or a tensor: integers of any shape, `IGNORE` where there is none, and
             `UNLABELLED` at a token that has a soft target alone: those of each token, or those of
-            each row.
+            each row; for `labels` [rows, classes], 0 or 1 or `IGNORE` of each class; for a `score`
+            floats [rows], NaN where there is none.
         task: one of `TASKS`.
 
     Returns:
-        bool, in the shape of `labels`.
+        bool, in the shape of `labels`; for `labels` [rows], True where a class is known.
     """
-    there: Any = (labels != IGNORE) & (labels != UNLABELLED)
-    found: Labels = there
+    answers = TASKS[task].answers
+    if answers == "score":
+        there: Any = labels == labels
+    else:
+        there = (labels != IGNORE) & (labels != UNLABELLED)
+    found: Labels = there.any(-1) if answers == "labels" else there
     return found
 
 
@@ -148,12 +207,12 @@ def positions(labels: Labels, task: str) -> Labels:
         task: one of `TASKS`.
 
     Returns:
-        bool, in the shape of `labels`. Of the tokens of a row, those that have a label or are
-        `UNLABELLED` are positions; of rows all are. Either way a transfer set has soft targets
-        without hard labels.
+        bool, as `labelled`. Of the tokens of a row, those that have a label or are `UNLABELLED` are
+        positions; of rows all are. Either way a transfer set has soft targets without hard labels.
     """
-    marked: Any = labels != IGNORE
-    every: Labels = marked if TASKS[task].per_token else marked | True
+    kind = TASKS[task]
+    marked: Any = labels != IGNORE if kind.per_token else labelled(labels, task)
+    every: Labels = marked if kind.per_token else marked | True
     return every
 
 
@@ -169,8 +228,30 @@ def check_task(task: str) -> None:
 
 def task_of(config: Mapping[str, Any]) -> str | None:
     """The task of a Hugging Face model by its `config.json`, or None if that does not say."""
-    names = " ".join(config.get("architectures") or ())
     for task, kind in sorted(TASKS.items(), key=lambda item: item[1].causal):
-        if any(mark in names for mark in kind.marks):
+        if _has_mark(config, kind) and kind.problem in (None, _problem(config)):
             return task
     return None
+
+
+def could_be(config: Mapping[str, Any], task: str) -> bool:
+    """Whether a Hugging Face model may be one for a task, by its `config.json`.
+
+    One without a `problem_type` may be for several tasks, of which `task_of` names the likeliest.
+    """
+    kind, named = TASKS[task], config.get("problem_type")
+    return _has_mark(config, kind) and (not named or kind.problem in (None, named))
+
+
+def _has_mark(config: Mapping[str, Any], kind: TaskType) -> bool:
+    names = " ".join(config.get("architectures") or ())
+    return any(mark in names for mark in kind.marks)
+
+
+def _problem(config: Mapping[str, Any]) -> str:
+    """The `problem_type` of a classifier; without one that by which transformers would train it."""
+    named = config.get("problem_type")
+    if named:
+        return str(named)
+    labels = config.get("num_labels") or len(config.get("id2label") or ()) or 2
+    return "regression" if labels == 1 else "single_label_classification"

@@ -29,6 +29,7 @@ from kdcache.commands.demo.teacher import make_tokenizer
 from kdcache.stream.batch import collate
 from kdcache.targets import AnchoredTargets, DenseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.tasks import IGNORE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -233,6 +234,26 @@ def test_readme_classifier(run: Run, desk: Path) -> None:
 
 
 @pytest.mark.end_to_end
+def test_howto_of_labels_and_scores(run: Run, desk: Path, tiny_classifier: Path) -> None:
+    shutil.copytree(tiny_classifier, desk / "ENCODER")
+    words = ("red", "green", "blue", "hill", "river", "bread")
+    for name in ("labels", "scores"):
+        lines = []
+        for i in range(24):
+            chosen = [words[(i + k) % 6] for k in range(1 + i % 3)]
+            record = {"text": " ".join(chosen)}
+            if name == "labels":
+                record |= {"labels": [w for w in chosen if w in words[:3]] if i % 5 else None}
+            else:
+                record |= {"other": words[i % 4], "score": i / 10 if i % 5 else None}
+            lines.append(json.dumps(record) + "\n")
+        (desk / f"{name}.jsonl").write_text("".join(lines))
+    printed = run("bash", "-euo", "pipefail", "-c", _block("docs/howto.md", "labels"))
+    for figure in ("micro average precision", "Spearman correlation", '"probabilities"'):
+        assert figure in printed
+
+
+@pytest.mark.end_to_end
 def test_readme_language_model(run: Run, desk: Path) -> None:
     printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
     assert "all good" in printed
@@ -407,6 +428,24 @@ def test_format_of_a_tagger(
         row = data.row(i)
         assert tuple(words) == row.words
         np.testing.assert_array_equal(first, row.first)
+
+
+@pytest.mark.parametrize("task", ["multi-label-classification", "regression"])
+def test_format_of_labels_and_scores(plain_reader: dict[str, Any], task: str) -> None:
+    out = str(ROOT / "tests" / "golden" / ("labels" if task.startswith("multi") else "scores"))
+    cache = Cache.open(out)
+    data, name = cache.read(0), cache.manifest.shards[0].name
+    for i, (ids, labels) in enumerate(plain_reader["rows"](out, name)):
+        np.testing.assert_array_equal(ids, data.row(i).input_ids)
+        want = data.row(i).labels
+        np.testing.assert_array_equal(labels, np.where(want == IGNORE, 255, want))
+    for temperature in cache.spec.temperatures:
+        ours = data.targets.at(temperature)
+        assert isinstance(ours, DenseTargets)
+        p = (ours.logits.double() / temperature).sigmoid()
+        expected = ours.logits if task == "regression" else p
+        found = [values for _, values, _, _ in plain_reader["targets"](out, name, temperature)]
+        np.testing.assert_allclose(np.stack(found), expected.numpy(), rtol=1e-6)
 
 
 def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:

@@ -25,7 +25,7 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets, SoftTargets
 from kdcache.targets.label_logprob import sum_logprobs
-from kdcache.tasks import TASKS, labelled
+from kdcache.tasks import IGNORE, TASKS, labelled
 
 _VALUES = 1 << 24  # decoded at a time
 _NOT_OURS = ("tmp", "events", "events.jsonl")  # scratch and logs, which nothing reads
@@ -143,8 +143,16 @@ def check_values(data: ShardData, spec: CacheSpec, ids: int | None = None) -> No
     """
     if data.task != spec.task:
         raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
-    labels = data.labels[labelled(data.labels, data.task)]
-    classes = ids if TASKS[spec.task].over_ids else spec.num_labels or 0
+    classes: int | None = 1
+    if TASKS[spec.task].answers == "score":
+        if np.isinf(data.labels).any():
+            raise CorruptCacheError("it has a score that is infinite.")
+        labels = np.zeros(0, np.int32)
+    elif TASKS[spec.task].answers == "labels":
+        labels, classes = data.labels[data.labels != IGNORE], 2  # whether each class is a label
+    else:
+        labels = data.labels[labelled(data.labels, data.task)]
+        classes = ids if TASKS[spec.task].over_ids else spec.num_labels or 0
     for name, column, number in (("input id", data.input_ids, ids), ("label", labels, classes)):
         least, most = column.min(initial=0), column.max(initial=0)
         if least < 0:

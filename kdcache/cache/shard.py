@@ -45,6 +45,8 @@ _MEMORY = 1 << 30  # that reading any shard may take
 _MEMORY_PER_BYTE = 64  # of the file, for those that need more; real ones take at most 27
 _U1, _U2, _U4, _I4 = ("|u1",), ("<u2",), ("<u4",), ("<i4",)
 _IDS = (*_U1, *_U2, *_U4)
+_LABEL_TYPES = {"ids": "<i4", "classes": "<i4", "labels": "|u1", "score": "<f4"}
+_NOT_KNOWN = 255  # whether a class of several is one of a row's labels
 
 
 @dataclass
@@ -55,8 +57,9 @@ class ShardData:
         task: one of `kdcache.tasks.TASKS`.
         offsets: int64 [rows + 1], where each row's tokens begin.
         input_ids: int32 [tokens].
-        labels: int32, aligned with the logits: [tokens] or [rows], as the task has them;
-            -100 where there is none.
+        labels: aligned with the logits: int32 [tokens] or [rows], as the task has them, -100 where
+            there is none; of several labels a row int32 [rows, classes], 1, 0 or -100 where it is
+            not known; of scores float32 [rows], NaN where there is none.
         targets: the soft targets of all positions, in row-major order.
         type_ids: uint8 [tokens] (BERT's sentence A/B), or None.
         texts: the text of each row, or None where the task keeps none.
@@ -96,7 +99,7 @@ class ShardData:
             task=task,
             offsets=_offsets(lengths),
             input_ids=_concatenate([row.input_ids for row in rows], np.int32),
-            labels=_concatenate([row.labels for row in rows], np.int32),
+            labels=_join_rows([row.labels for row in rows], task, targets.codec.vocab_size),
             targets=targets,
             label_logprob=label_logprob,
         )
@@ -199,7 +202,8 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
         _write(rows, "input_ids", data.input_ids.astype(np.min_scalar_type(largest)))
         if data.type_ids is not None:
             _write(rows, "type_ids", data.type_ids)
-        if TASKS[data.task].causal:
+        kind = TASKS[data.task]
+        if kind.causal:
             has_label, next_ids = _split_labels(data)
             _write(rows, "has_label", has_label)
             _write(rows, "next_ids", next_ids)
@@ -208,7 +212,10 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
             if data.starts is not None:
                 _write(rows, "starts", data.starts.astype(np.uint8))
         else:
-            _write(rows, "labels", data.labels.astype(np.int32))
+            labels = data.labels
+            if kind.answers == "labels":
+                labels = np.where(labels == IGNORE, _NOT_KNOWN, labels)
+            _write(rows, "labels", labels.astype(_LABEL_TYPES[kind.answers]))
         for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
             if texts is not None:
                 write_texts(rows, name, texts)
@@ -270,7 +277,13 @@ def read_shard(
                 _read(path, rows, "next_ids", _I4, n.rows),
             )
         else:
-            labels = _read(path, rows, "labels", _I4, n.tokens if kind.per_token else n.rows)
+            stored = (_LABEL_TYPES[kind.answers],)
+            width = (codec.vocab_size,) if kind.answers == "labels" else ()
+            count = n.tokens if kind.per_token else n.rows
+            labels = _read(path, rows, "labels", stored, count, *width)
+            labels = labels.astype(label_type(task), copy=False)
+            if kind.answers == "labels":
+                labels[labels == _NOT_KNOWN] = IGNORE
         logprobs = None
         if label_logprob:
             logprobs = _read(path, rows, "label_logprob", _U2, n.positions)
@@ -440,6 +453,17 @@ def _read_starts(path: Path, rows: Any, offsets: np.ndarray, labels: np.ndarray)
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def label_type(task: str) -> type:
+    """The type of a task's labels in memory."""
+    return np.float32 if TASKS[task].answers == "score" else np.int32
+
+
+def _join_rows(labels: list[np.ndarray], task: str, width: int) -> np.ndarray:
+    """The labels of rows, one after another; [rows, classes] where there are several a row."""
+    empty = np.zeros((0, width) if TASKS[task].answers == "labels" else 0)
+    return np.concatenate([empty, *labels]).astype(label_type(task))
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

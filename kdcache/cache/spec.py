@@ -35,7 +35,7 @@ class CacheSpec:
         vocab_size: ids the teacher can predict (classes for classification).
         pad_id: id that fills rows up in a batch.
         eos_id: id that ends a document, or None.
-        label_names: the classes in the teacher's order (classification), else None.
+        label_names: the classes in the teacher's order, or None where answers have no names.
         corpus: one entry a file: name, size, content tag.
         rows: how records become rows (`RowSpec` as a dictionary).
         reading: how the files are read and cut into spans (`Corpus.settings`).
@@ -100,6 +100,8 @@ class CacheSpec:
             odd = ", ".join(sorted(names ^ set(values)))
             raise CorruptCacheError(f"spec.json has missing or unknown fields: {odd}.")
         wrong = [name for name, kind in _KINDS.items() if not kind(values.get(name))]
+        if not wrong and not _independent(values):
+            wrong = ["vocab_size", "label_names", "codec", "temperatures"]
         if wrong:
             odd = ", ".join(f"{name} is {_short(values.get(name))}" for name in wrong)
             raise CorruptCacheError(f"invalid values in spec.json: {odd}.")
@@ -154,8 +156,8 @@ class CacheSpec:
 
     @property
     def num_labels(self) -> int | None:
-        """Number of classes, or None where answers are over ids."""
-        return None if self.label_names is None else len(self.label_names)
+        """Outputs of a classifier: its classes, 1 of a score; None where answers are over ids."""
+        return None if TASKS[self.task].over_ids else self.vocab_size
 
     @property
     def engine(self) -> Mapping[str, Any] | None:
@@ -167,6 +169,7 @@ class CacheSpec:
         """The codec that reads and writes this cache's targets."""
         codec = Codec.parse(self.codec, self.temperatures, self.vocab_size)
         means = len(self.teachers) > 1 and self.ensemble == "mean-probs"
+        means = means or TASKS[self.task].answers == "score"  # which has no temperature
         return replace(codec, declared_only=True) if means and isinstance(codec, Dense) else codec
 
     def differences(self, other: CacheSpec) -> list[str]:
@@ -236,6 +239,18 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
         _list(_object(name=is_name, spans=lambda value: _count(value) and value > 0))
     ),
 }
+
+
+def _independent(values: Mapping[str, Any]) -> bool:
+    """Whether a spec is one of its task, where answers are no distribution."""
+    answers, width = TASKS[values["task"]].answers, values["vocab_size"]
+    if answers not in ("labels", "score"):
+        return True
+    dense = values["codec"].partition(":")[0] == "dense"
+    if answers == "score":
+        said = (width, values["label_names"], values["temperatures"])
+        return bool(dense and said == (1, None, [1.0]))
+    return bool(dense and len(values["label_names"] or ()) == width)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ D = TypeVar("D", bound="_Display")
 
 _LINE_EVERY = 10.0
 _WORKERS_SHOWN = 8
+_SHOWN = ("loss", "accuracy", "f1", "pearson")  # of what a training logs
 
 
 class _Display:
@@ -132,11 +133,7 @@ class TrainDisplay(_Display):
 
     def __call__(self, state: TrainProgress) -> None:
         """Show a new state."""
-        figures = {
-            k: v
-            for k, v in state.logs.items()
-            if "loss" in k or "accuracy" in k or k.endswith("f1")
-        }
+        figures = {k: v for k, v in state.logs.items() if any(word in k for word in _SHOWN)}
         self._losses = "  ".join(f"{k} {v:.4f}" for k, v in figures.items()) or self._losses
         left = (state.steps - state.step) * state.seconds / max(1, state.step)
         evaluated = any(name.startswith("eval") for name in state.logs)

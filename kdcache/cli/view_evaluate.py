@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
 from kdcache.tasks import TASKS
 
+Figures: TypeAlias = list[tuple[str, list[str]]]
+
 
 def render_evaluation(result: EvaluateResult, console: Console) -> None:
     """Print a table of the models."""
-    over_ids = TASKS[result.task].over_ids
-    sampled = any(m.soft_cross_entropy is not None for m in result.models)
-    at = f"T = {result.temperature:g}"
     figures = [("parameters", [number(m.parameters, 0) for m in result.models])]
-    figures.append(("accuracy", [percent(m.accuracy) for m in result.models]))
-    if over_ids:
-        figures.append(("perplexity", [number(m.perplexity, 2) for m in result.models]))
-    elif result.label_names is not None:
-        binary = len(result.label_names) == 2
-        name = f"F1 of {result.label_names[1]}" if binary else "macro F1"
-        if any(m.entity_f1 is not None for m in result.models):
-            for part in ("f1", "precision", "recall"):
-                shares = [percent(getattr(m, f"entity_{part}")) for m in result.models]
-                figures.append((f"entity {part.replace('f1', 'F1')}", shares))
-        else:
-            figures.append((name, [percent(m.f1) for m in result.models]))
-    figures.append(("cross-entropy (nats)", [number(m.cross_entropy) for m in result.models]))
-    if sampled:
-        soft = [number(m.soft_cross_entropy) for m in result.models]
-        figures.append((f"soft cross-entropy (nats, {at})", soft))
-    else:
-        figures.append((f"KL to the teacher (nats, {at})", [number(m.kl) for m in result.models]))
-    figures.append(("agreement with the teacher", [percent(m.agreement) for m in result.models]))
-    if result.chunks:
-        figures.append(
-            ("chunk KL to the teacher (nats)", [number(m.chunk_kl) for m in result.models])
-        )
-        agreed = [percent(m.chunk_agreement) for m in result.models]
-        figures.append(("agreement on chunks", agreed))
-    if result.bytes:
-        figures.append(("bits per byte", [number(m.bits_per_byte) for m in result.models]))
-    error = [percent(m.calibration_error) for m in result.models]
-    figures.append((f"calibration error ({result.calibration_bins} bins)", error))
+    figures += _FIGURES.get(TASKS[result.task].answers, _of_distributions)(result)
     title = f"{result.source}: {result.rows:,} rows, {result.positions:,} positions"
     header = ("", *(_heading(model) for model in result.models))
     print_table(console, header, [(name, *values) for name, values in figures], title=title)
@@ -79,6 +52,66 @@ def _render_domains(result: EvaluateResult, console: Console) -> None:
         ]
         print_line(console, "")
         print_table(console, header, rows, title=f"{title} by domain")
+
+
+def _of_distributions(result: EvaluateResult) -> Figures:
+    over_ids, models = TASKS[result.task].over_ids, result.models
+    at = f"T = {result.temperature:g}"
+    figures = [("accuracy", [percent(m.accuracy) for m in models])]
+    if over_ids:
+        figures.append(("perplexity", [number(m.perplexity, 2) for m in models]))
+    elif result.label_names is not None:
+        binary = len(result.label_names) == 2
+        name = f"F1 of {result.label_names[1]}" if binary else "macro F1"
+        if any(m.entity_f1 is not None for m in models):
+            for part in ("f1", "precision", "recall"):
+                shares = [percent(getattr(m, f"entity_{part}")) for m in models]
+                figures.append((f"entity {part.replace('f1', 'F1')}", shares))
+        else:
+            figures.append((name, [percent(m.f1) for m in models]))
+    figures.append(("cross-entropy (nats)", [number(m.cross_entropy) for m in models]))
+    if any(m.soft_cross_entropy is not None for m in models):
+        soft = [number(m.soft_cross_entropy) for m in models]
+        figures.append((f"soft cross-entropy (nats, {at})", soft))
+    else:
+        figures.append((f"KL to the teacher (nats, {at})", [number(m.kl) for m in models]))
+    figures.append(("agreement with the teacher", [percent(m.agreement) for m in models]))
+    if result.chunks:
+        figures.append(("chunk KL to the teacher (nats)", [number(m.chunk_kl) for m in models]))
+        agreed = [percent(m.chunk_agreement) for m in models]
+        figures.append(("agreement on chunks", agreed))
+    if result.bytes:
+        figures.append(("bits per byte", [number(m.bits_per_byte) for m in models]))
+    error = [percent(m.calibration_error) for m in models]
+    figures.append((f"calibration error ({result.calibration_bins} bins)", error))
+    return figures
+
+
+def _of_labels(result: EvaluateResult) -> Figures:
+    models, at = result.models, f"T = {result.temperature:g}"
+    precise = f"from {result.threshold:g}"
+    return [
+        (f"micro F1 ({precise})", [percent(m.micro_f1) for m in models]),
+        (f"macro F1 ({precise})", [percent(m.macro_f1) for m in models]),
+        ("micro average precision", [percent(m.micro_average_precision) for m in models]),
+        ("macro average precision", [percent(m.macro_average_precision) for m in models]),
+        ("cross-entropy (nats a class)", [number(m.cross_entropy) for m in models]),
+        (f"KL to the teacher (nats a class, {at})", [number(m.kl) for m in models]),
+        ("agreement with the teacher", [percent(m.agreement) for m in models]),
+    ]
+
+
+def _of_scores(result: EvaluateResult) -> Figures:
+    models = result.models
+    return [
+        ("Pearson correlation", [number(m.pearson) for m in models]),
+        ("Spearman correlation", [number(m.spearman) for m in models]),
+        ("mean squared error", [number(m.mse) for m in models]),
+        ("the same to the teacher", [number(m.teacher_mse) for m in models]),
+    ]
+
+
+_FIGURES = {"labels": _of_labels, "score": _of_scores}
 
 
 def _heading(model: ModelScores) -> str:

@@ -8,12 +8,12 @@ from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.cli.view_domains import render_domains
 from kdcache.commands.inspect.inspect import InspectResult, RowView
 from kdcache.humanize import size
-from kdcache.tasks import TASKS
+from kdcache.tasks import OUTPUTS, TASKS, Answers
 
 
 def render_inspection(result: InspectResult, console: Console) -> None:
     """Print what `inspect` found."""
-    kind = "ids" if TASKS[result.task].over_ids else "classes"
+    kind = OUTPUTS[TASKS[result.task].answers]
     temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
     state = "finished" if result.finished else f"unfinished: {result.done} of {result.spans} shards"
     facts = [
@@ -52,7 +52,7 @@ def render_inspection(result: InspectResult, console: Console) -> None:
         )
     if result.row is not None:
         print_line(console, "")
-        _render_row(result.row, console)
+        _render_row(result.row, TASKS[result.task].answers, console)
 
 
 def _source(result: InspectResult) -> list[tuple[str, str]]:
@@ -74,7 +74,7 @@ def _labels(result: InspectResult) -> list[tuple[str, str]]:
     return lines
 
 
-def _render_row(row: RowView, console: Console) -> None:
+def _render_row(row: RowView, answers: Answers, console: Console) -> None:
     of = f" of {row.domain}" if row.domain else ""
     about = "" if row.exact else ", unbiased sample"
     print_line(
@@ -98,8 +98,16 @@ def _render_row(row: RowView, console: Console) -> None:
             logprob = number(position.label_logprob, 2)
             place = str(position.place)
             lines.append((place, repr(position.token), label, logprob, guesses, rest))
+        elif position.score is not None:
+            lines.append((label, f"{position.score:.6g}"))
+        elif answers == "labels":  # whose probabilities have no sum, and so no rest
+            lines.append((label, guesses))
         else:
             lines.append((label, guesses, rest))
     header = ("place", "after", "next", "logprob", "teacher's predictions", "rest")
-    shown = header if per_token else ("label", "teacher's probabilities", "rest")
-    print_table(console, shown, lines, left=len(shown) - 1)
+    of_rows = {
+        "labels": ("labels", "teacher's probabilities"),
+        "score": ("score", "teacher's"),
+    }.get(answers, ("label", "teacher's probabilities", "rest"))
+    shown = header if per_token else of_rows
+    print_table(console, shown, lines, left=len(shown) - (answers != "labels"))

@@ -19,7 +19,7 @@ def render_sweep(result: SweepResult, console: Console) -> None:
     if _mixed(result):
         known.remove("loss")
     header = [*(name.replace("_", "-") for name in options), *(["seeds"] if seeds else [])]
-    header += [*(_NAMES[name] for name in known), "training", "parameters"]
+    header += [*(result.name_of(name) for name in known), "training", "parameters"]
     rows = [
         [
             *setting.setting.values(),
@@ -31,7 +31,7 @@ def render_sweep(result: SweepResult, console: Console) -> None:
         for setting in result.settings
     ]
     means = ", means and standard deviations over seeds" if seeds else ""
-    title = f"{_NAMES[result.ranked_by]} first: {result.source}{means}"
+    title = f"{result.name_of(result.ranked_by)} first: {result.source}{means}"
     print_table(console, header, rows, left=len(options), title=title)
     for line in _notes(result):
         print_line(console, line)

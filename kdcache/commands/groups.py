@@ -300,7 +300,7 @@ class RowOptions(RecordOptions):
             text_column=self.text_column,
             pair_column=self.pair_column,
             label_column=self.label_column,
-            label_names=None if kind.over_ids else label_names,
+            label_names=label_names if kind.named else None,
             max_length=max_length,
             packing=self.packing or default,  # type: ignore[arg-type]
             attend=self.attend,

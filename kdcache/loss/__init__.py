@@ -21,6 +21,9 @@ function                       divergences          logits in memory  matrix pro
 
 `chunk_loss` is for students with a tokenizer of their own; `fused_linear_distillation` takes their
 targets, too.
+
+Answers that are no distribution have losses of their own, see `kdcache.loss.independent`:
+`label_loss` of labels each by itself, and `score_loss`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from __future__ import annotations
 from kdcache.loss.anchor import Anchor
 from kdcache.loss.chunks import chunk_loss
 from kdcache.loss.fused import fused_linear_distillation
+from kdcache.loss.independent import label_loss, score_loss
 from kdcache.loss.reference import (
     DIVERGENCES,
     TAILS,
@@ -48,5 +52,7 @@ __all__ = [
     "chunk_loss",
     "distillation_loss",
     "fused_linear_distillation",
+    "label_loss",
+    "score_loss",
     "sliced_linear_distillation",
 ]

@@ -24,6 +24,7 @@ from kdcache.targets import (
     Targets,
 )
 from kdcache.targets.chunks import ChunkTargets
+from kdcache.tasks import Answers
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 TAILS: tuple[str, ...] = get_args(Tail)
@@ -54,20 +55,23 @@ def check_names(divergence: str, tail: str) -> None:
             raise UsageError(f"{what} {name!r} is unknown; choose one of {', '.join(known)}.")
 
 
-def check_loss(targets: Targets, *, divergence: str, tail: str) -> None:
+def check_loss(targets: Targets, *, divergence: str, tail: str, answers: Answers = "ids") -> None:
     """Refuse undefined combinations of options.
 
     Args:
         targets: the targets; those of no position will do.
         divergence: one of `DIVERGENCES`.
         tail: one of `TAILS`; only read for top-k targets.
+        answers: what the targets are over, see `kdcache.tasks.TaskType`.
 
     Raises:
-        UsageError: unknown name, "mse" without dense targets or with T != 1, "reverse-kl" or "jsd"
-            with sampled targets or with a renormalised top-k.
+        UsageError: unknown name, a divergence that is not one of such answers, "mse" without
+            dense targets or with T != 1, "reverse-kl" or "jsd" with sampled targets or with a
+            renormalised top-k.
     """
     dense = isinstance(targets, (DenseTargets, HiddenTargets))
     check_names(divergence, tail)
+    _check_answers(targets, divergence, answers)
     if divergence == "mse":
         if not dense:
             raise UsageError(
@@ -93,6 +97,28 @@ def check_loss(targets: Targets, *, divergence: str, tail: str) -> None:
             f"divergence {divergence} is infinite where a renormalised top-k has no mass. "
             "Train with --tail bucket."
         )
+
+
+def _check_answers(targets: Targets, divergence: str, answers: Answers) -> None:
+    """Refuse a divergence that is not one of such answers."""
+    if answers != "score":
+        if divergence == "huber":
+            raise UsageError(
+                "divergence huber compares scores, and this cache holds targets over "
+                f"{'ids' if answers == 'ids' else 'classes'}. Train with --divergence forward-kl."
+            )
+    elif divergence not in ("mse", "huber"):
+        raise UsageError(
+            f"divergence {divergence} compares distributions, and this cache holds scores. Train "
+            "with --divergence mse or huber."
+        )
+    elif targets.temperature != 1:
+        raise UsageError(
+            f"a score has no temperature, but {targets.temperature:g} was given. Leave "
+            "--temperature out."
+        )
+    if answers in ("labels", "score") and not isinstance(targets, DenseTargets):
+        raise UsageError(f"targets of {answers} are logits of each. Build with --codec dense.")
 
 
 def distillation_loss(
@@ -165,7 +191,7 @@ def distillation_loss(
         if position_weights is not None:
             figures = figures * position_weights.to(figures).square()[:, None]
         anchor.add(figures, scalar_count(hard, count, position_weights))
-    return _parts(hard, soft, alpha, count, position_weights)
+    return loss_parts(hard, soft, alpha, count, position_weights)
 
 
 def sliced_linear_distillation(
@@ -248,7 +274,7 @@ def _divergence(
     student = F.log_softmax(z, -1)
     if isinstance(targets, DenseTargets):
         teacher = F.log_softmax(targets.logits.to(z) / targets.temperature, -1)
-        return _coarse(teacher, student, divergence)
+        return coarse_divergence(teacher, student, divergence)
     w, ids = targets.weights.to(z), targets.ids
     if not targets.exact:
         return -(w * student.gather(-1, ids)).sum(-1)
@@ -258,7 +284,7 @@ def _divergence(
     chosen = torch.where(used, student.gather(-1, ids), nothing)
     if tail == "renormalize":
         total = w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-        return _coarse(teacher - total.log(), chosen, divergence)
+        return coarse_divergence(teacher - total.log(), chosen, divergence)
     inside = torch.zeros_like(z).scatter_add(-1, ids, w) > 0
     # A top-k of the whole vocabulary has no tail: there is no outcome to compare, whatever rounding
     # left in `rest`.
@@ -275,10 +301,12 @@ def _divergence(
     log_rest = torch.where(
         rest > 0, rest.clamp_min(torch.finfo(w.dtype).tiny).log(), nothing[:, :1]
     )
-    return _coarse(torch.cat([teacher, log_rest], -1), torch.cat([chosen, outside], -1), divergence)
+    return coarse_divergence(
+        torch.cat([teacher, log_rest], -1), torch.cat([chosen, outside], -1), divergence
+    )
 
 
-def _coarse(teacher: Tensor, student: Tensor, divergence: str) -> Tensor:
+def coarse_divergence(teacher: Tensor, student: Tensor, divergence: str) -> Tensor:
     """Divergence over m outcomes, both sides as log-probabilities [n, m]; -inf: no such outcome."""
     if divergence == "forward-kl":
         return _kl(teacher, student)
@@ -297,13 +325,14 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(possible, p.exp() * (p - q), 0).sum(-1)
 
 
-def _parts(
+def loss_parts(
     hard: Tensor,
     soft: Tensor,
     alpha: float | Tensor,
     count: float | Tensor | None,
     position_weights: Tensor | None,
 ) -> LossParts:
+    """The parts of a loss from those of each position, [n]; see `distillation_loss`."""
     if position_weights is not None:
         hard, soft = hard * position_weights.to(hard), soft * position_weights.to(soft)
     scale = 1 / scalar_count(hard, count, position_weights)

@@ -13,7 +13,11 @@ from kdcache.tasks import IGNORE
 
 
 class Classes:
-    """A teacher's classes, by which hard labels are read."""
+    """A teacher's classes, by which hard labels are read.
+
+    Attributes:
+        numbers_are_names: whether 1 is the class named "1", and not the second one.
+    """
 
     def __init__(self, names: Sequence[str] | None, noun: str = "label") -> None:
         """Keep the names.
@@ -27,7 +31,7 @@ class Classes:
         self._index = {name: i for i, name in enumerate(names or ())}
         # One rule for all formats: 1 is the class named "1" if any class's name is a number, and
         # the second class if none is.
-        self._numbers_are_names = any(whole(name) is not None for name in self._index)
+        self.numbers_are_names = any(whole(name) is not None for name in self._index)
 
     def index(self, value: Any, record: Record) -> int:
         """The class that a value names, or `IGNORE` where it is empty.
@@ -46,7 +50,7 @@ class Classes:
         if value is None or value == "" or value != value:  # NaN is pandas' null
             return IGNORE
         number = whole(value)
-        if self._numbers_are_names and str(number) in self._index:
+        if self.numbers_are_names and str(number) in self._index:
             return self._index[str(number)]
         if number == IGNORE:
             return IGNORE
@@ -56,14 +60,14 @@ class Classes:
             and (self._names is None or number < len(self._names))
         )
         # An index beside names that are numbers could mean either.
-        if number is None or not known or self._numbers_are_names:
+        if number is None or not known or self.numbers_are_names:
             raise self._unknown(value, record)
         return number
 
     def _unknown(self, value: Any, record: Record) -> UsageError:
         known = "0, 1, 2, ..."
         if self._names is not None:
-            each = "{1}" if self._numbers_are_names else "{0} ({1})"
+            each = "{1}" if self.numbers_are_names else "{0} ({1})"
             shown = ", ".join(each.format(i, name) for i, name in enumerate(self._names[:10]))
             known = shown + (f" and {len(self._names) - 10} more" if len(self._names) > 10 else "")
         return UsageError(
@@ -80,4 +84,4 @@ def whole(value: Any) -> int | None:
         return int(value) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
     if isinstance(value, (float, np.floating)):
         return int(value) if float(value).is_integer() else None
-    return int(value) if isinstance(value, (int, np.integer)) else None
+    return int(value) if isinstance(value, (int, np.integer, np.bool_)) else None

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from kdcache.corpus import Record
 from kdcache.errors import UsageError
-from kdcache.rows.classes import Classes
 from kdcache.rows.documents import DocumentMaker
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.ids import IdSequence, SequenceMaker
-from kdcache.rows.spec import DEFAULT_LABEL_COLUMN, Row, RowSpec
+from kdcache.rows.labels import Labels, make_reader
+from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.text import Document, checked_text
 from kdcache.rows.words import TokenClassificationEncoder
-from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS
+from kdcache.tasks import IGNORE, TASKS
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -43,7 +43,7 @@ def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
     """
     if TASKS[spec.task].words:
         return TokenClassificationEncoder(spec, tokenizer)
-    if spec.task != CAUSAL_LM:
+    if not TASKS[spec.task].per_token:
         return ClassificationEncoder(spec, tokenizer)
     return (IdsEncoder if spec.record_form == "ids" else TextEncoder)(spec, tokenizer)
 
@@ -278,7 +278,7 @@ def _cut(ids: Ids, loss_mask: Mask, length: int, starts: Mask | None = None) -> 
 
 
 class ClassificationEncoder(Encoder):
-    """Sequence classification: a text or a pair of texts, and a class."""
+    """Tasks of whole texts: a text or a pair of texts, and what is said of it."""
 
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)
@@ -289,7 +289,7 @@ class ClassificationEncoder(Encoder):
                 f"max_length is {spec.max_length}, but the tokenizer itself adds {special} tokens. "
                 f"Set --max-length to {special + 1 + pair} or more."
             )
-        self._classes = Classes(spec.label_names)
+        self._labels = make_reader(spec)
 
     def encode(self, records: Iterable[Record]) -> Iterator[Row]:
         """See `Encoder.encode`."""
@@ -313,13 +313,13 @@ class ClassificationEncoder(Encoder):
             for i, text in enumerate(texts):
                 yield Row(
                     np.asarray(encoded["input_ids"][i], np.int32),
-                    np.asarray([labels[i]], np.int32),
+                    labels[i],
                     None if types is None else np.asarray(types[i], np.uint8),
                     text,
                     pairs[i] if spec.pair_column is not None else None,
                 )
 
-    def _make(self, record: Record) -> tuple[str, str, int] | None:
+    def _make(self, record: Record) -> tuple[str, str, Labels] | None:
         spec = self.spec
         pair = ""
         if spec.text_column not in record.values:
@@ -329,16 +329,5 @@ class ClassificationEncoder(Encoder):
             if spec.pair_column not in record.values:
                 raise record.missing([spec.pair_column], "--pair-column", spec.columns)
             pair = checked_text(record.values[spec.pair_column], spec.pair_column)
-        label = self._label(record)
+        label = self._labels.read(record)
         return (text, pair, label) if text.strip() or pair.strip() else None
-
-    def _label(self, record: Record) -> int:
-        column = self.spec.label_column
-        if column is None:
-            return IGNORE
-        if column not in record.values:
-            if column == DEFAULT_LABEL_COLUMN:
-                return IGNORE
-            # A name that the user chose and that is not there is a slip, not a transfer set.
-            raise record.missing([column], "--label-column", self.spec.columns)
-        return self._classes.index(record.values[column], record)

@@ -33,9 +33,9 @@ class Row:
 
     Attributes:
         input_ids: int32 `[L]`, no padding.
-        labels: int32; causal-lm `[L]`, the id to predict after each token or `IGNORE`;
-            sequence classification `[1]`, the class or `IGNORE`; token classification `[L]`, the
-            class of the token's word, `UNLABELLED` if that has none, or `IGNORE`.
+        labels: causal-lm int32 `[L]`, the id to predict after each token or `IGNORE`; token
+            classification int32 `[L]`, the class of the token's word, `UNLABELLED` if that has
+            none, or `IGNORE`; of tasks of whole texts see `kdcache.rows.labels`.
         type_ids: uint8 `[L]` if the tokenizer marks text and pair (BERT does), else None.
         text: Classification only: what was tokenised, so that a student may tokenise it again.
         text_pair: The pair's text, if there is one.
@@ -46,7 +46,7 @@ class Row:
     """
 
     input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
+    labels: npt.NDArray[Any]
     type_ids: npt.NDArray[np.uint8] | None = None
     text: str | None = None
     text_pair: str | None = None
@@ -81,8 +81,10 @@ class RowSpec:
         task: one of `kdcache.tasks.TASKS`.
         text_column: Column with the text.
         pair_column: Classification: column with the second text, if any.
-        label_column: Classification: column with the class. The default may be missing (a transfer
-            set); another name must be there. `none` or None: no hard labels, whatever the columns.
+        label_column: Classification: column with the label. The default stands for the
+            `label_columns` of the task, which may be missing (a transfer set); another name must
+            be there. Several with commas between: of several labels a text, one for each class.
+            `none` or None: no hard labels, whatever the columns.
         label_names: Classification: the teacher's class names in order; None takes any class
             number.
         max_length: Most tokens of a row.
@@ -174,6 +176,13 @@ class RowSpec:
         names = self.label_names
         if names is not None and (not names or len(set(names)) < len(names)):
             wrong.append(f"label_names is {names}, expected different names, at least one")
+        if "," in (self.label_column or "") and TASKS[self.task].answers != "labels":
+            wrong.append(
+                f"label_column is {self.label_column!r}; several columns are for tasks with "
+                "several labels a text"
+            )
+        if names is None and TASKS[self.task].answers == "labels":
+            wrong.append(f"label_names is None, and {self.task} needs the classes")
         columns = self.columns
         if len(set(columns)) < len(columns) or not all(columns):
             shown = ", ".join(map(repr, columns))
@@ -189,7 +198,7 @@ class RowSpec:
             chosen = defaults if self.label_column == DEFAULT_LABEL_COLUMN else (self.label_column,)
             return tuple(name for name in (self.words_column, *chosen) if name is not None)
         if not TASKS[self.task].over_ids:
-            wanted = (self.text_column, self.pair_column, self.label_column)
+            wanted = (self.text_column, self.pair_column, *self.label_columns)
             return tuple(name for name in wanted if name is not None)
         forms = {
             "text": (self.text_column,),
@@ -199,6 +208,26 @@ class RowSpec:
         if self.record_form == "ids":
             return ID_COLUMNS
         return forms.get(self.record_form) or sum(forms.values(), ())
+
+    @property
+    def label_by_default(self) -> bool:
+        """Whether no column of labels was named: the task's own, which may be missing."""
+        return self.label_column == DEFAULT_LABEL_COLUMN
+
+    @property
+    def label_by_class(self) -> bool:
+        """Whether a column for each class was named."""
+        return "," in (self.label_column or "")
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns that may hold the labels of a row."""
+        if self.label_column is None:
+            return ()
+        if self.label_by_default:
+            named = {self.text_column, self.pair_column}
+            return tuple(name for name in TASKS[self.task].label_columns if name not in named)
+        return tuple(name.strip() for name in self.label_column.split(","))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values, for an identity: fields of later versions only where they count."""

@@ -84,8 +84,9 @@ def collate(
         `input_ids`, `attention_mask` int64 [B, L]; where documents do not attend to each other
         `position_ids` in place of the mask, 0 where one begins; `token_type_ids` int64 [B, L]
         where there are any; `labels` int64 [B, L] (aligned with the logits: already shifted) or
-        [B]; `count` float32 []; and with a temperature `targets`, `DenseTargets` or
-        `SparseTargets` of the batch's positions in row-major order. Where the cache keeps it,
+        [B], of several labels a row [B, C], of scores float32 [B]; `count` float32 []; and with a
+        temperature `targets`, `DenseTargets` or `SparseTargets` of the batch's positions in
+        row-major order. Where the cache keeps it,
         `label_logprob` float32 [positions], the teacher's log-probability of each label at T = 1
         (minus infinity for a label that it cannot predict). Where not every position is the first
         of its word, `first_tokens` bool [positions] says which are. `count` is the number of
@@ -99,7 +100,9 @@ def collate(
 
     per_token = TASKS[data.task].per_token
     labels = data.labels
-    if temperature is None:  # without soft targets no place has one: the loss has hard labels alone
+    if (
+        temperature is None and per_token
+    ):  # without soft targets no place has one: the loss has hard labels alone
         labels = np.where(labelled(labels, data.task), labels, IGNORE)
     if tokenize is not None and data.words is not None and data.first is not None:
         batch: Batch = {name: torch.as_tensor(v) for name, v in tokenize(data.words, None).items()}
@@ -121,7 +124,7 @@ def collate(
         if data.type_ids is not None:
             batch["token_type_ids"] = pad(data.type_ids, 0)
     if "labels" not in batch:
-        own = labels.astype(np.int64)
+        own = _widest(labels)
         batch["labels"] = pad(own, IGNORE) if per_token else torch.from_numpy(own)
     if data.first is not None and tokenize is None:
         marked = positions(labels, data.task)
@@ -155,6 +158,11 @@ def _at_words(first: Tensor, data: ShardData, labels: np.ndarray) -> Tensor:
     placed = torch.full(first.shape, IGNORE, dtype=torch.int64)
     placed[first] = torch.from_numpy(labels[marked].astype(np.int64))
     return placed
+
+
+def _widest(labels: np.ndarray) -> np.ndarray:
+    """Labels as torch's losses take them: whole numbers as int64."""
+    return labels.astype(np.int64 if labels.dtype.kind == "i" else labels.dtype)
 
 
 def position_ids(starts: np.ndarray, lengths: np.ndarray) -> Tensor:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from kdcache.errors import UsageError
 from kdcache.extras import needs
 from kdcache.lora import ALL_LINEAR, Lora
-from kdcache.student.info import StudentInfo
+from kdcache.student.info import StudentInfo, label_config
 from kdcache.tasks import TASKS
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.adapter import PEFT_TASKS, quiet_peft
@@ -105,10 +105,12 @@ def with_lora(
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else files.name
     # PEFT would ask the hub whether embeddings are the base's.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    labels = {} if over_ids else label_config(info)
     adapted.kdcache_adapter = {
         "base_sha256": files.sha256,
         "label_names": None if over_ids else list(info.label_names or ()) or None,
         "pad_id": getattr(student.config, "pad_token_id", None),
+        **({"problem_type": labels["problem_type"]} if "problem_type" in labels else {}),
     }
     return adapted  # type: ignore[no-any-return]
 

@@ -19,8 +19,8 @@ class StudentInfo:
     Attributes:
         task: one of `kdcache.tasks.TASKS`.
         vocab_size: ids of the cache's tokenizer.
-        num_labels: classes, for classification.
-        label_names: their names, in order.
+        num_labels: outputs: classes of a classifier, 1 of a score.
+        label_names: names of classes, in order.
         pad_id: id of padding in the cache's batches.
         bos_id: begin-of-sequence id of the cache's tokenizer.
         eos_id: end-of-sequence id.
@@ -47,6 +47,11 @@ class StudentInfo:
         if not TASKS[self.task].over_ids and not self.num_labels:
             raise UsageError("a classification student needs the number of classes (num_labels).")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the outputs as transformers has them, which names those without one, too."""
+        return self.label_names or tuple(f"LABEL_{i}" for i in range(self.num_labels or 0))
+
     @classmethod
     def saved(cls, name: str, config: Mapping[str, Any]) -> StudentInfo:
         """The same from the `config.json` of a student that was trained.
@@ -67,4 +72,21 @@ class StudentInfo:
             return cls(task, int(text["vocab_size"]), pad_id=text.get("pad_token_id") or 0)
         names = {int(i): str(label) for i, label in config.get("id2label", {}).items()}
         labels = tuple(names[i] for i in sorted(names)) or ("LABEL_0", "LABEL_1")
-        return cls(task, 0, len(labels), labels, config.get("pad_token_id") or 0)
+        shown = labels if TASKS[task].named else None
+        return cls(task, 0, len(labels), shown, config.get("pad_token_id") or 0)
+
+
+def label_config(info: StudentInfo) -> dict[str, Any]:
+    """What a classifier's `config.json` says of its outputs.
+
+    `problem_type` only where that is not the default of as many outputs: what was written before
+    other tasks existed stays the same.
+    """
+    kind = TASKS[info.task]
+    if kind.over_ids:
+        return {}
+    found: dict[str, Any] = {
+        "id2label": dict(enumerate(info.names)),
+        "label2id": {name: i for i, name in enumerate(info.names)},
+    }
+    return found if kind.answers == "classes" else {**found, "problem_type": kind.problem}

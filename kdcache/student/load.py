@@ -44,10 +44,10 @@ from kdcache.student.bilstm import (
     BiLstmForSequenceClassification,
     BiLstmForTokenClassification,
 )
-from kdcache.student.info import StudentInfo
+from kdcache.student.info import StudentInfo, label_config
 from kdcache.student.tokenize import student_tokenize, tokenizer_of
 from kdcache.student.words import read_embeddings, word_tokenizer
-from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, TOKEN_CLASSIFICATION, task_of
+from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import ADAPTER_CONFIG
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
@@ -57,8 +57,8 @@ _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # whole vocabularies.
 _MOST_PADDING = 1024
 _BILSTMS: dict[str, type[BiLstm]] = {
-    SEQUENCE_CLASSIFICATION: BiLstmForSequenceClassification,
-    TOKEN_CLASSIFICATION: BiLstmForTokenClassification,
+    "AutoModelForSequenceClassification": BiLstmForSequenceClassification,
+    "AutoModelForTokenClassification": BiLstmForTokenClassification,
 }
 _WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
 
@@ -166,7 +166,7 @@ def _config_file(name: str) -> dict[str, Any] | None:
 
 
 def _bilstm(options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo) -> BiLstm:
-    kind = _BILSTMS.get(info.task)
+    kind = _BILSTMS.get(TASKS[info.task].auto)
     if kind is None:
         raise UsageError(
             f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
@@ -211,7 +211,7 @@ def _bilstm(options: Mapping[str, Any], embeddings: str | Path | None, info: Stu
         )
         sizes["embedding_size"] = vectors[1].shape[1]
     sizes |= {
-        **_labels(info),
+        **label_config(info),
         "vocab_size": info.vocab_size if words is None else len(words),
         "pad_token_id": info.pad_id if words is None else 0,
     }
@@ -258,13 +258,6 @@ def _saved_factory(folder: Path, raw: Mapping[str, Any], info: StudentInfo) -> n
     return student
 
 
-def _labels(info: StudentInfo) -> dict[str, Any]:
-    if TASKS[info.task].over_ids:
-        return {}
-    names = info.label_names or tuple(f"LABEL_{i}" for i in range(info.num_labels or 0))
-    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-
-
 def _check_order(name: str, names: tuple[str, ...], info: StudentInfo) -> None:
     """Refuse a classifier that would have to begin with its classes confused."""
     cached = info.label_names or ()
@@ -273,6 +266,16 @@ def _check_order(name: str, names: tuple[str, ...], info: StudentInfo) -> None:
             f"student {name} has the classes {', '.join(names)} in this order, the cache "
             f"{', '.join(cached)}. Give the encoder before its fine-tuning, or reorder its head "
             "and its id2label."
+        )
+
+
+def _check_head(name: str, raw: Mapping[str, Any], task: str) -> None:
+    """Refuse a model whose head would be taken over, though it means something else."""
+    own = task_of(raw)
+    if own is not None and TASKS[own].auto == TASKS[task].auto:
+        raise UsageError(
+            f"student {name} is a {TASKS[own].noun}, the cache is for {task}. Give the encoder "
+            f"before its fine-tuning, or a {TASKS[task].noun}."
         )
 
 
@@ -290,7 +293,7 @@ def _from_config(
                 f"student {name} has {raw['num_labels']} classes, the cache has "
                 f"{info.num_labels}. Drop num_labels."
             )
-        given |= _labels(info)
+        given |= label_config(info)
     given.setdefault("vocab_size", info.vocab_size)
     # The defaults of an architecture are the ids of someone else's tokenizer.
     for key, value in (
@@ -341,18 +344,20 @@ def _from_weights(
     try:
         config = files.config
         if not TASKS[info.task].over_ids:
-            trained = task_of(files.raw_config) == info.task
+            trained = could_be(files.raw_config, info.task)
+            if not trained:
+                _check_head(name, files.raw_config, info.task)
             if trained and config.num_labels != info.num_labels:
                 raise UsageError(
                     f"student {name} has {config.num_labels} classes, the cache has "
                     f"{info.num_labels}. Give the encoder before its fine-tuning, or a student "
                     "fine-tuned on the same classes."
                 )
-            if trained:
+            if trained and info.label_names is not None:
                 _check_order(name, files.label_names, info)
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = info.pad_id
-            for key, value in _labels(info).items():
+            for key, value in label_config(info).items():
                 setattr(config, key, value)
         with quiet_transformers():  # what is missing is judged below
             student, found = auto_class(info.task).from_pretrained(

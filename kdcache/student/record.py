@@ -34,6 +34,8 @@ def recorded(
         "divergence": getattr(model, "divergence", None),
         "tail": getattr(model, "tail", None),
     }
+    if facts["divergence"] == "huber":
+        facts["huber_delta"] = getattr(model, "huber_delta", None)
     anchor = getattr(model, "anchor", None)
     if spec.codec.startswith("anchored") and anchor is not None:
         facts["anchor"] = "estimated" if anchor.estimated else float(anchor.theta)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
+from kdcache.rows.labels import no_label
 from kdcache.rows.words import tagged_row
 from kdcache.student import (
     DistilledStudent,
@@ -30,7 +31,14 @@ from kdcache.student import (
 )
 from kdcache.student.load import find_files
 from kdcache.student.tokenize import Tokenize, WordTokenize
-from kdcache.tasks import IGNORE, TASKS, positions, task_of
+from kdcache.tasks import (
+    IGNORE,
+    SEQUENCE_CLASSIFICATION,
+    TASKS,
+    could_be,
+    positions,
+    task_of,
+)
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
 from kdcache.teacher.trust import FACTORY_TYPE
 
@@ -85,7 +93,8 @@ class SavedModel:
 
     def check_task(self, task: str) -> None:
         """Refuse a model of another task."""
-        if self.task not in (None, task):
+        other = self.task not in (None, task)
+        if other and (self.is_factory or not could_be(self.raw_config, task)):
             raise UsageError(
                 f"{self.role} {self.name} was saved for {self.task}, but {task} is asked for. "
                 f"Name a model for {task}."
@@ -121,7 +130,7 @@ class SavedModel:
         if not self.is_factory and over_ids:
             wide = int(self.files.config.get_text_config().vocab_size)
         if wide < wanted or (not over_ids and wide > wanted):
-            what = "ids" if over_ids else "classes"
+            what = "ids" if over_ids else "classes" if TASKS[task].named else "outputs"
             raise UsageError(
                 f"{self.role} {self.name} knows {wide} {what}, the targets are over {wanted}. "
                 "Both must share one vocabulary or one set of classes."
@@ -183,13 +192,14 @@ class SavedModel:
             return_attention_mask=False,
         )
         types = encoded.get("token_type_ids")
+        nothing = no_label(self.task or SEQUENCE_CLASSIFICATION)
         # A text without tokens is one token to a model: that which begins a text, ends it or pads.
         special = (own.bos_token_id, own.eos_token_id, own.pad_token_id, 0)
         empty = next(token for token in special if token is not None)
         return [
             Row(
                 input_ids=np.asarray(ids or [empty], np.int32),
-                labels=np.array([IGNORE], np.int32),
+                labels=nothing,
                 type_ids=None if types is None else np.asarray(types[i] or [0], np.uint8),
                 text=texts[i],
                 text_pair=None if pairs is None else pairs[i],
@@ -338,8 +348,10 @@ def _own_forward(
     @torch.inference_mode()
     def run(rows: Sequence[Row]) -> Iterator[Tensor]:
         inputs = {name: torch.from_numpy(ids) for name, ids in pad_rows(rows, 0).items()}
-        labels = torch.full((len(rows),), IGNORE)
-        if per_token:
+        if not per_token:
+            nothing = torch.from_numpy(no_label(task, vocab_size))
+            labels = nothing.repeat(len(rows), *[1] * (nothing.ndim - 1))
+        else:
             lengths = np.array([len(row.labels) for row in rows])
             every = np.concatenate([row.labels for row in rows])
             labels = torch.from_numpy(padded(every, lengths, IGNORE))

@@ -11,7 +11,7 @@ subclass
 * ends the step of an anchor, whose theta comes from the sums over all workers and slices;
 * keeps the cursor and the identity of the caches in every checkpoint, and continues from there
   exactly;
-* evaluates on a stream: cross-entropy, soft loss, accuracy.
+* evaluates on a stream: hard and soft loss, and the figure of the task, such as accuracy.
 
 Guarantee: a run that was stopped and resumed takes the same steps as one that was not; on one CPU,
 to the bit.
@@ -46,6 +46,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
+from kdcache.student.figures import SUMS, figure, figure_sums
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import keep_inputs_and_loss
 from kdcache.student.record import recorded
@@ -276,7 +277,7 @@ class DistillationTrainer(CheckpointingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Losses, and accuracy of a classifier, on a `TargetStream`; else as the Trainer does."""
+        """Losses, and the figure of a task, on a `TargetStream`; else as the Trainer does."""
         stream = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(stream, TargetStream):
             metrics: dict[str, float] = super().evaluate(
@@ -299,9 +300,9 @@ class DistillationTrainer(CheckpointingTrainer):
         model = self.model
         was_training = model.training
         model.eval()
-        names = ("hard", "soft", "positions", "labelled", "correct", "true", "predicted", "right")
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.args.device)
-        soft_known, classes = "", False
+        # Hard and soft loss, positions, labels; those of entities; then those of the task's figure.
+        sums = torch.zeros(7 + SUMS, dtype=torch.float64, device=self.args.device)
+        task, soft_known = stream.task, ""
         for batch in stream:
             count = float(batch["count"])
             inputs = self._prepare_inputs(batch)
@@ -312,28 +313,22 @@ class DistillationTrainer(CheckpointingTrainer):
             if not math.isfinite(count):
                 continue  # a rank without rows only keeps the others company
             labels = inputs["labels"]
-            there = labelled(labels, stream.task)
-            classes = not TASKS[stream.task].over_ids
             soft_known = soft_name(inputs["targets"]) if "targets" in inputs else ""
-            correct = torch.zeros((), device=labels.device)
-            if classes:
-                correct = ((outputs.logits.argmax(-1) == labels) & there).sum()
             sums[:2] += _stack(outputs.hard_loss, outputs.soft_loss) * count
-            sums[2] += positions(labels, stream.task).sum()
-            sums[3] += there.sum()
-            sums[4] += correct
-            sums[5:] += _entities(stream, inputs, outputs.logits)
+            sums[2] += positions(labels, task).sum()
+            sums[3] += labelled(labels, task).sum()
+            sums[4:7] += _entities(stream, inputs, outputs.logits)
+            sums[7:] += figure_sums(task, outputs.logits, labels)
         model.train(was_training)
         reduced = self.accelerator.reduce(sums, "sum")
-        hard, soft, counted, labelled_rows, right, *entities = reduced.tolist()
+        hard, soft, counted, labelled_rows, *entities = reduced[:7].tolist()
         alpha = float(self._final_alpha()) if soft_known else 1.0
         # The same weighting as in training: mean over positions of the weighted sum.
         whole = max(counted if soft_known else labelled_rows, 1)
         found = {"loss": (alpha * hard + (1 - alpha) * soft) / whole}
         if labelled_rows:
             found["hard_loss"] = hard / labelled_rows
-            if classes:
-                found["accuracy"] = right / labelled_rows
+            found |= figure(task, reduced[7:])
             if _tags(stream) is not None:
                 found["f1"] = 2 * entities[2] / max(entities[0] + entities[1], 1)
         if soft_known:

@@ -33,10 +33,12 @@ from kdcache.loss import (
     chunk_loss,
     distillation_loss,
     fused_linear_distillation,
+    label_loss,
+    score_loss,
     sliced_linear_distillation,
 )
 from kdcache.student.documents import check_documents, in_one_row
-from kdcache.targets import SparseTargets, Targets
+from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.adapter import complete_adapter
@@ -83,12 +85,13 @@ class DistilledStudent(nn.Module):
         student: what `load_student` returns.
         task: one of `kdcache.tasks.TASKS`.
         alpha: weight of the hard loss; may be set between steps, and a batch's own `alpha` wins.
-        divergence: see `kdcache.loss.distillation_loss`; what a batch's targets do not fit is
-            refused.
+        divergence: see `kdcache.loss.distillation_loss`, `label_loss` and `score_loss`; what a
+            batch's targets do not fit is refused. Default: the first that the task knows.
         tail: for top-k targets, "bucket" or "renormalize".
         vocab_size: ids of the cache's vocabulary; later columns of the student are padding.
         anchor: theta of anchored targets, 0 to 1; None estimates it from past steps. The loop must
             call `student.anchor.update()` once a step, as `DistillationTrainer` does.
+        huber_delta: of divergence "huber", in units of the score.
 
     Raises:
         UsageError: an unknown task, divergence or tail, or alpha or theta is not from 0 to 1.
@@ -100,16 +103,19 @@ class DistilledStudent(nn.Module):
         task: str,
         *,
         alpha: float = 0.5,
-        divergence: str = "forward-kl",
+        divergence: str | None = None,
         tail: str = "bucket",
         vocab_size: int | None = None,
         anchor: float | None = None,
+        huber_delta: float = 1.0,
     ) -> None:
         super().__init__()
         check_task(task)
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha:g}; the weight of the hard loss is from 0 to 1.")
+        divergence = divergence or TASKS[task].divergences[0]
         check_names(divergence, tail)
+        self.huber_delta = huber_delta
         self.anchor = Anchor(anchor)
         self.student = student
         self.task = task
@@ -208,7 +214,8 @@ class DistilledStudent(nn.Module):
 
         Args:
             labels: int [B, L] aligned with the logits, -100 where there is no position, and -101 at
-                one without a hard label; or [B], -100 at rows without a label.
+                one without a hard label; or [B], -100 at rows without a label; of several labels a
+                row [B, C]; of scores float [B], NaN at rows without one.
             targets: those of all P positions in row-major order, or None to train on hard labels
                 alone. `ChunkTargets` are for language models with a tokenizer of their own.
             alpha: weight of the hard loss, one number. Default: the student's own.
@@ -235,8 +242,9 @@ class DistilledStudent(nn.Module):
         count = count if num_items_in_batch is None else num_items_in_batch
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
-        per_token, over_ids = TASKS[self.task].per_token, TASKS[self.task].over_ids
-        flat = labels.reshape(-1)
+        kind = TASKS[self.task]
+        per_token, over_ids = kind.per_token, kind.over_ids
+        flat = labels.reshape(-1) if per_token else labels
         shape = labels.shape
         if per_token and "position_ids" in inputs:
             inputs, labels = self._apart(inputs, labels)
@@ -246,6 +254,8 @@ class DistilledStudent(nn.Module):
             places = positions(flat, self.task).nonzero().squeeze(-1)
         n = len(flat) if places is None else len(places)
         soft = targets is not None
+        if kind.answers in ("labels", "score"):
+            return self._independent(labels, targets, inputs, alpha, count)
         if targets is None:
             # Hard labels alone are targets without entries and without weight.
             nothing = torch.zeros((n, 0), device=flat.device)
@@ -256,12 +266,8 @@ class DistilledStudent(nn.Module):
         if isinstance(targets, ChunkTargets):
             divergence = "forward-kl"
         else:
-            check_loss(targets, divergence=divergence, tail=self.tail)
-        if len(targets) != n:
-            raise UsageError(
-                f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
-                "are not of the same rows."
-            )
+            check_loss(targets, divergence=divergence, tail=self.tail, answers=kind.answers)
+        _check_number(targets, n)
         targets = targets.to(flat.device)
         options: dict[str, Any] = {
             "alpha": alpha,
@@ -305,6 +311,39 @@ class DistilledStudent(nn.Module):
             keep = keep.reshape(*shape, -1)
         return DistillationOutput(parts.total, keep, parts.hard, parts.soft if soft else None)
 
+    def _independent(
+        self,
+        labels: Tensor,
+        targets: Targets | ChunkTargets | None,
+        inputs: Mapping[str, Any],
+        alpha: float | Tensor,
+        count: float | Tensor | None,
+    ) -> DistillationOutput:
+        """The loss of answers that are no distribution; see `forward`."""
+        if targets is not None:
+            if isinstance(targets, ChunkTargets):
+                raise UsageError(f"targets of chunks are for language models, not for {self.task}.")
+            check_loss(
+                targets,
+                divergence=self.divergence,
+                tail=self.tail,
+                answers=TASKS[self.task].answers,
+            )
+            assert isinstance(targets, DenseTargets), "the loss is defined on no others"
+            _check_number(targets, len(labels))
+            targets = targets.to(labels.device)
+        elif count is None:
+            count = labelled(labels, self.task).sum().clamp_min(1)
+        logits = logits_of(call(self.student, self._padded_its_way(inputs)))
+        given: Any = {"alpha": alpha, "divergence": self.divergence, "count": count}
+        if TASKS[self.task].answers == "score":
+            parts = score_loss(logits, labels, targets, huber_delta=self.huber_delta, **given)
+        else:
+            parts = label_loss(logits, labels, targets, **given)
+        return DistillationOutput(
+            parts.total, logits, parts.hard, None if targets is None else parts.soft
+        )
+
     def _padded_its_way(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Decoders that classify look for the last id that is not their own padding."""
         pad_id = getattr(text_config(self.config), "pad_token_id", None)
@@ -328,6 +367,14 @@ class DistilledStudent(nn.Module):
         if self._projection is None or self._projection.student is not self.student:
             self._projection = Projection(self.student, inputs)
         return self._projection
+
+
+def _check_number(targets: Targets | ChunkTargets, n: int) -> None:
+    if len(targets) != n:
+        raise UsageError(
+            f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
+            "are not of the same rows."
+        )
 
 
 def _last(values: Tensor, labels: Tensor) -> Tensor:

@@ -223,10 +223,12 @@ def canonical_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-def check_vocabulary(vocab_size: int) -> None:
+def check_vocabulary(vocab_size: int, least: int = 2) -> None:
     """Refuse a vocabulary that is too small to learn from, or too large for the ids."""
-    if not 2 <= vocab_size <= MAX_VOCABULARY:
-        raise UsageError(f"the vocabulary has {vocab_size} ids, expected 2 to {MAX_VOCABULARY}.")
+    if not least <= vocab_size <= MAX_VOCABULARY:
+        raise UsageError(
+            f"the vocabulary has {vocab_size} ids, expected {least} to {MAX_VOCABULARY}."
+        )
 
 
 def positive_int(text: str, usage: str) -> int:

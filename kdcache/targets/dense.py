@@ -49,7 +49,7 @@ class Dense(Codec):
     declared_only: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_vocabulary(self.vocab_size)
+        check_vocabulary(self.vocab_size, 1)  # a score is one number
         object.__setattr__(self, "temperatures", canonical_temperatures(self.temperatures))
         if self.dtype not in _DTYPES:
             raise UsageError(f"codec is 'dense:{self.dtype}', expected {self.usage}.")

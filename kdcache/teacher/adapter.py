@@ -25,15 +25,25 @@ from safetensors.torch import load_file
 
 from kdcache.errors import UsageError
 from kdcache.extras import needs
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
+from kdcache.tasks import (
+    CAUSAL_LM,
+    MULTI_LABEL_CLASSIFICATION,
+    REGRESSION,
+    SEQUENCE_CLASSIFICATION,
+    TASKS,
+)
 from kdcache.teacher.trust import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "kdcache_adapter.json"
 _PREFIX = "base_model.model."
-PEFT_TASKS = {CAUSAL_LM: "CAUSAL_LM", SEQUENCE_CLASSIFICATION: "SEQ_CLS"}
-_TASKS = {theirs: ours for ours, theirs in PEFT_TASKS.items()}
+PEFT_TASKS = {
+    CAUSAL_LM: "CAUSAL_LM",
+    SEQUENCE_CLASSIFICATION: "SEQ_CLS",
+    MULTI_LABEL_CLASSIFICATION: "SEQ_CLS",
+    REGRESSION: "SEQ_CLS",
+}
 _HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
 
 
@@ -95,7 +105,10 @@ class AdapterFolder:
     @property
     def task(self) -> str | None:
         """The task that it was trained for, or None if it does not say."""
-        return _TASKS.get(str(self.config.get("task_type")))
+        theirs, problem = self.config.get("task_type"), self.facts.get("problem_type")
+        ours = [task for task, name in PEFT_TASKS.items() if name == theirs]
+        named = [task for task in ours if problem and TASKS[task].problem == problem]
+        return next(iter([*named, *ours]), None)
 
     def changes(self) -> dict[str, Any]:
         """Fields of the base's configuration that are others with the adapter."""
@@ -109,6 +122,8 @@ class AdapterFolder:
             names = [str(name) for name in names]
             found["id2label"] = dict(enumerate(names))
             found["label2id"] = {name: i for i, name in enumerate(names)}
+        if self.facts.get("problem_type") is not None:
+            found["problem_type"] = str(self.facts["problem_type"])
         if self.facts.get("pad_id") is not None:
             found["pad_token_id"] = self.facts["pad_id"]
         return found

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from kdcache.errors import UsageError
 from kdcache.storage import redact, sha256_file
 from kdcache.storage.remote import Facts
-from kdcache.tasks import TASKS, task_of
+from kdcache.tasks import REGRESSION, TASKS, task_of
 from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
 from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
 from kdcache.teacher.trust import check_folder, read_json
@@ -251,10 +251,11 @@ class TeacherFiles:
         return tuple(str(names[i]) for i in range(len(names)))
 
     def check_task(self, task: str) -> None:
-        """Refuse a model whose answers are no distribution over ids or classes.
+        """Refuse a model that does not answer a task.
 
         Raises:
-            UsageError: an architecture without such a head, regression, or several labels a row.
+            UsageError: an architecture without such a head, one that was trained for another task,
+                or one with fewer or more outputs than an answer has.
         """
         config = self.config
         known = auto_class(task)
@@ -271,19 +272,24 @@ class TeacherFiles:
                 f"teacher {self.name} is a {TASKS[named].noun}: it was not trained for {task}. "
                 "Fine-tune it first (`kdcache finetune`), or name another."
             )
-        if TASKS[task].over_ids:
+        kind, outputs = TASKS[task], len(self.label_names)
+        if kind.over_ids or kind.per_token:
             return
         problem = getattr(config, "problem_type", None)
-        if problem == "multi_label_classification":
+        if problem is None and outputs == 1 and kind.answers == "classes":
+            problem = TASKS[REGRESSION].problem  # as transformers would train it
+        if problem not in (None, kind.problem):
+            others = [name for name, one in TASKS.items() if one.problem == problem]
+            cure = f"Use --task {others[0]}, or name" if others else "Name"
             raise UsageError(
-                f"teacher {self.name} gives several labels to a text (its problem_type is "
-                "multi_label_classification): its logits are not a distribution over classes. "
-                "Name a classifier with one label per text."
+                f"teacher {self.name} is not a model for {task}: its head of {outputs} outputs is "
+                f"for {problem} (problem_type of its config.json). {cure} a {kind.noun}."
             )
-        if problem == "regression" or len(self.label_names) < 2:
+        if (kind.answers == "classes" and outputs < 2) or (kind.answers == "score" and outputs > 1):
+            wanted = "one output" if kind.answers == "score" else "two classes or more"
             raise UsageError(
-                f"teacher {self.name} has a regression head of {len(self.label_names)} outputs, "
-                "not classes. Name a classifier of two classes or more."
+                f"teacher {self.name} has {outputs} outputs, and a {kind.noun} has {wanted}. Name "
+                "another teacher, or another --task."
             )
 
     def reach(self, task: str) -> int | None:

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdcache.models import HeadedConfig
+from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
+
+_ONE_CLASS = TASKS[SEQUENCE_CLASSIFICATION].problem
 
 
 class HeadedForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
@@ -58,7 +62,8 @@ class HeadedForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         """Classify.
 
         Args:
-            labels: int [B]; gives the output a mean cross-entropy `loss`.
+            labels: int [B]; gives the output a mean cross-entropy `loss`. Of another
+                `problem_type`, as transformers has it: float [B, classes], or [B] of scores.
             num_items_in_batch: what the sum is divided by where several batches make one step.
             inputs: the encoder's: `input_ids`, `attention_mask`, `token_type_ids`, ...
 
@@ -72,9 +77,11 @@ class HeadedForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         hidden = torch.relu(self.hidden(self.dropout(pooled)))
         logits = self.classes(self.dropout(hidden))
         loss = None
-        if labels is not None:
+        if labels is not None and self.config.problem_type in (None, _ONE_CLASS):
             total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        elif labels is not None:
+            loss = ForSequenceClassificationLoss(labels, logits.float(), self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

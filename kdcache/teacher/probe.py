@@ -93,13 +93,22 @@ def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     spread, worst = 1e-12, 0.0
     for row in want:
         usable = row[row.isfinite().all(-1)]
-        spread = max(spread, float((usable - usable.mean(-1, keepdim=True)).square().mean()))
+        if len(usable):
+            spread = max(spread, spread_of(usable) ** 2)
     for mine, own in zip(got, want, strict=True):
         usable = own.isfinite().all(-1)
         error = (mine - own)[usable].square().mean(-1)
         if len(error):
             worst = max(worst, float(error.nan_to_num(torch.inf).max()))
     return math.sqrt(worst / spread)
+
+
+def spread_of(logits: Tensor) -> float:
+    """Root mean square of logits [n, V] about the mean of their position, which a softmax does not
+    see; of single outputs about 0.
+    """
+    mean = logits.mean(-1, keepdim=True) if logits.shape[-1] > 1 else 0.0
+    return float((logits - mean).square().mean().sqrt())
 
 
 def check_steady(name: str, want: Sequence[Tensor], tolerance: float) -> None:

@@ -6,14 +6,17 @@ Guarantee: before its first answer each model is probed on real rows (`TeacherMo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax, logsigmoid
 
 from kdcache.rows import Row
 from kdcache.rows.batches import documents_of, runs
 from kdcache.targets import OutputLayer
+from kdcache.tasks import TASKS
 from kdcache.teacher.engine.model import EngineModel
 from kdcache.teacher.load import compile_layers, load_models
 from kdcache.teacher.memory import gpus_of
@@ -136,16 +139,25 @@ class Teacher:
     def _mean(self, slices: tuple[Tensor, ...]) -> Tensor:
         weights = self.options.weights
         slices = tuple(z.to(slices[0].device) for z in slices)
-        if self.options.ensemble == "mean-logits":
+        answers = TASKS[self.options.task].answers
+        if self.options.ensemble == "mean-logits" or answers == "score":
             return torch.stack([w * z.float() for w, z in zip(weights, slices, strict=True)]).sum(0)
         # T times the log of the mean serves as logits: their softmax at T is that mean.
-        means = []
-        for t in self.options.temperatures:
+        log_of = logsigmoid if answers == "labels" else partial(log_softmax, dim=-1)
+
+        def log_mean(sign: float, t: float) -> Tensor:
             logs = [
-                (z.float() / t).log_softmax(-1) + np.log(w)
+                log_of(sign * z.float() / t) + np.log(w)
                 for w, z in zip(weights, slices, strict=True)
             ]
-            means.append(t * torch.logsumexp(torch.stack(logs), 0))
+            return torch.logsumexp(torch.stack(logs), 0)
+
+        means = []
+        for t in self.options.temperatures:
+            mean = log_mean(1, t)
+            if answers == "labels":  # their sigmoid at T is that mean
+                mean = mean - log_mean(-1, t)
+            means.append(t * mean)
         return torch.stack(means, 1)
 
     def take_clipped_mass(self) -> Tensor:

@@ -61,6 +61,8 @@ CACHES = {
     "documents": ("causal-lm", "topk:4", (1.0,)),
     "domains": ("causal-lm", "topk:4", (1.0,)),
     "words": ("token-classification", "dense", (1.0,)),
+    "labels": ("multi-label-classification", "dense:float16", (1.0, 2.0)),
+    "scores": ("regression", "dense", (1.0,)),
 }
 KEEP = {"label-logprob"}
 APART = {"documents"}
@@ -81,8 +83,14 @@ def rows_of(task: str, rng: np.random.Generator, count: int) -> list[Row]:
         if task == "token-classification":
             rows.append(tagged(ids, rng))
             continue
-        label = np.array([int(rng.integers(-1, 3))], np.int32)
+        label: Any = np.array([int(rng.integers(-1, 3))], np.int32)
         label[label < 0] = IGNORE
+        if task == "multi-label-classification":
+            label = rng.integers(-1, 2, (1, len(CLASSES))).astype(np.int32)
+            label[label < 0] = IGNORE
+        if task == "regression":
+            score = np.nan if rng.random() < 0.3 else rng.standard_normal()
+            label = np.array([score], np.float32)
         types = (np.arange(len(ids)) > 2).astype(np.uint8)
         text = " ".join(f"w{i}" for i in ids[:3]) + " é"
         rows.append(Row(ids, label, types, text, " ".join(f"w{i}" for i in ids[3:])))
@@ -112,7 +120,8 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
     """One cache, and what it must give."""
     rng = np.random.default_rng(7)
     causal = task == "causal-lm"
-    width = VOCABULARY if causal else len(CLASSES)
+    named = task not in ("causal-lm", "regression")
+    width = len(CLASSES) if named else VOCABULARY if causal else 1
     domains = DOMAINS.get(folder.name, ())
     shards = [rows_of(task, rng, count) for count in [n for _, n in domains] or SHARDS]
     apart = folder.name in APART
@@ -136,7 +145,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         vocab_size=width,
         pad_id=0,
         eos_id=None,
-        label_names=None if causal else CLASSES,
+        label_names=CLASSES if named else None,
         corpus=({"name": "golden.jsonl", "size": 1, "kind": "jsonl", "tag": "0" * 32},),
         rows={"max_length": 8, "packing": "concat", "attend": "document"}
         if apart
@@ -181,7 +190,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
                 "rows": [
                     {
                         "input_ids": row.input_ids.tolist(),
-                        "labels": row.labels.tolist(),
+                        "labels": [None if v != v else v for v in row.labels.tolist()],
                         "type_ids": None if row.type_ids is None else row.type_ids.tolist(),
                         "text": row.text,
                         "text_pair": row.text_pair,

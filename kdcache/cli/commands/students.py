@@ -8,7 +8,6 @@ from rich.console import Console
 from kdcache.cli.options import options_command, print_json
 from kdcache.cli.tables import echo, echo_next, number
 from kdcache.humanize import duration
-from kdcache.tasks import SEQUENCE_CLASSIFICATION
 
 
 def _train() -> click.Command:
@@ -123,8 +122,17 @@ def _finetune() -> click.Command:
         if as_json:
             print_json(result)
             return
-        scores = "" if result.accuracy is None else f", accuracy {result.accuracy:.4f}"
-        scores += "" if result.f1 is None else f", F1 {result.f1:.4f}"
+        figures = {
+            "accuracy": result.accuracy,
+            "F1": result.f1,
+            "micro F1": result.micro_f1,
+            "average precision": result.average_precision,
+            "Pearson": result.pearson,
+            "Spearman": result.spearman,
+            "mean squared error": result.mse,
+        }
+        known = {name: value for name, value in figures.items() if value is not None}
+        scores = "".join(f", {name} {value:.4f}" for name, value in known.items())
         if not result.made:
             echo(f"{result.out} is complete{scores}. Nothing to do.")
             return
@@ -135,7 +143,7 @@ def _finetune() -> click.Command:
             f"{result.out}: {result.rows:,} rows, {result.trained:,} of {result.parameters:,} "
             f"parameters trained in {duration(result.seconds)}{scores}."
         )
-        words = ("--task", SEQUENCE_CLASSIFICATION, "--corpus", "CORPUS", "--out", "CACHE")
+        words = ("--task", options.task, "--corpus", "CORPUS", "--out", "CACHE")
         echo_next("kdcache", "build", "--teacher", options.out, *words)
 
     return command

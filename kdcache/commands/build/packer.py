@@ -22,6 +22,7 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
 from kdcache.targets.label_logprob import Codes, encode_logprobs
+from kdcache.tasks import IGNORE
 
 _UNPACKED = 8  # encoded slices on their way, at most
 
@@ -33,7 +34,7 @@ class Places:
     Attributes:
         rows: int64 [n], the row of the span that each is in.
         within: int64 [n], the token of the row.
-        labels: int64 [n], its hard label.
+        labels: int64 [n], its hard label; `IGNORE` where that is not one id or class.
     """
 
     rows: np.ndarray
@@ -49,7 +50,7 @@ class Places:
             np.concatenate([np.zeros(0, np.int64), *wanted]),
             np.concatenate(
                 [np.zeros(0, np.int64)]
-                + [row.labels[places] for row, places in zip(rows, wanted, strict=True)]
+                + [_one_each(row, places) for row, places in zip(rows, wanted, strict=True)]
             ).astype(np.int64),
         )
 
@@ -63,6 +64,11 @@ class Places:
         """See `position_uniform`."""
         rows, within = self.rows[piece], self.within[piece]
         return position_uniform(seed, span, rows, within, of_label=of_label)
+
+
+def _one_each(row: Row, places: np.ndarray) -> np.ndarray:
+    one = row.labels.ndim == 1 and row.labels.dtype.kind == "i"
+    return row.labels[places] if one else np.full(len(places), IGNORE)
 
 
 class Packed(NamedTuple):

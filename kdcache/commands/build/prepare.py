@@ -102,6 +102,7 @@ def prepare(options: BuildOptions) -> Prepared:
     tokenizer = teachers[0].tokenizer
     options.set_chat_template(tokenizer)
     options.check_tokenizer(tokenizer)
+    check_answers(options.codec or task.codec, options.temperatures, options.task)
     codec = Codec.parse(options.codec or task.codec, options.temperatures, vocab_size)
     check_ensemble(codec, options)
     reach = ((f"teacher {teacher.name}", teacher.reach(options.task)) for teacher in teachers)
@@ -174,6 +175,25 @@ def _warn_of_small_files(corpus: Corpus) -> None:
         )
 
 
+def check_answers(codec: str, temperatures: Sequence[float], task: str) -> None:
+    """Refuse a codec or temperatures that answers without a distribution have no use for.
+
+    Raises:
+        UsageError: a codec that is not dense, or a temperature of a score.
+    """
+    answers = TASKS[task].answers
+    if answers in ("labels", "score") and codec.partition(":")[0] != "dense":
+        raise UsageError(
+            f"codec {codec} keeps a part of one distribution, and the answers of {task} are not "
+            "one. Use --codec dense or dense:float16."
+        )
+    if answers == "score" and tuple(temperatures) != (1.0,):
+        raise UsageError(
+            f"--temperatures are {', '.join(f'{t:g}' for t in temperatures)}, but a score has no "
+            "temperature. Leave them out."
+        )
+
+
 def check_ensemble(codec: Codec, options: BuildOptions) -> None:
     """Refuse a codec that cannot keep what these teachers say at each declared temperature.
 
@@ -183,7 +203,8 @@ def check_ensemble(codec: Codec, options: BuildOptions) -> None:
     """
     if codec.reads_states:
         check_states(options.teacher, options.task)
-    if len(options.teacher) > 1 and options.ensemble == "mean-probs" and not codec.keeps_means:
+    means = options.ensemble == "mean-probs" and TASKS[options.task].answers != "score"
+    if len(options.teacher) > 1 and means and not codec.keeps_means:
         names = ", ".join(f"{t:g}" for t in codec.temperatures)
         raise UsageError(
             f"codec {codec} keeps the mean of several teachers' probabilities at one temperature, "
@@ -201,7 +222,7 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
                 f"teachers {first.name} and {other.name} have different tokenizers: their "
                 "positions are not the same. Build one cache for each."
             )
-        if not TASKS[task].over_ids and other.label_names != first.label_names:
+        if TASKS[task].named and other.label_names != first.label_names:
             raise UsageError(
                 f"teachers {first.name} and {other.name} have different classes: "
                 f"{first.label_names} and {other.label_names}."

@@ -30,6 +30,7 @@ from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches, documents_of
+from kdcache.rows.labels import no_label
 from kdcache.targets import Hidden
 from kdcache.targets.device import label_logprobs
 from kdcache.tasks import TASKS
@@ -99,7 +100,8 @@ class TeacherSource(Source[Span, TaughtRows]):
         """Run teacher and codec over a batch of the longest rows."""
         length = self.options.rows.max_length
         ids = np.arange(length, dtype=np.int32) % self.spec.vocab_size
-        row = Row(ids, ids if TASKS[self.spec.task].per_token else ids[:1])
+        each = TASKS[self.spec.task].per_token
+        row = Row(ids, ids if each else no_label(self.spec.task, self.spec.vocab_size))
         for piece in self.teacher.slices([row] * max(1, tokens // length)):
             zeros = torch.zeros(len(piece.logits), dtype=torch.float64)
             self._encode(piece, zeros, zeros.long())

@@ -32,6 +32,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.evaluate.counts import Counts
 from kdcache.commands.evaluate.in_bytes import InBytes, Sums, label_logprobs
+from kdcache.commands.evaluate.independent import IndependentTally
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.own_tokens import (
     by_its_own_tokens,
@@ -137,11 +138,17 @@ class _Evaluation:
 
     def _zero(self) -> Counts:
         """Counts of no rows."""
-        classes = None if self.label_names is None else len(self.label_names)
+        answers = TASKS[self.task].answers
+        classes = self.vocab_size if answers == "classes" else None
         teacher, *students = (
             Tally(classes, entities=self._entities()) for _ in range(1 + len(self.students))
         )
-        return Counts(teacher, students, self.no_bytes and self.no_bytes.empty())
+        independent = [
+            IndependentTally(self.task, self.options.threshold)
+            for _ in (teacher, *students)
+            if answers in ("labels", "score")
+        ]
+        return Counts(teacher, students, self.no_bytes and self.no_bytes.empty(), independent)
 
     @property
     def in_bytes(self) -> InBytes | None:
@@ -177,7 +184,7 @@ class _Evaluation:
         self.task, self.label_names = task, None
         for model in saved:
             model.check_task(task)
-        if not TASKS[task].over_ids:
+        if TASKS[task].named:
             self.label_names = first.label_names
         self.vocab_size = first.vocab_size(task)
         self.max_length = options.row_length(
@@ -284,6 +291,8 @@ class _Evaluation:
     # The figures
 
     def run(self) -> EvaluateResult:
+        if TASKS[self.task].answers == "score" and self.temperature != 1:
+            raise UsageError("a score has no temperature. Leave --temperature out.")
         for window in self._windows():
             rows, data = window.rows, window.data
             self.counts = self.domains[window.domain]
@@ -298,9 +307,11 @@ class _Evaluation:
         self.counts = self._zero().merge(self.domains.values())
         if not self.counts.rows:
             raise UsageError(f"{self.source} has no rows to evaluate on.")
-        if not soft and not self.counts.students[0].labelled:
+        if not soft and not self._tally.labelled:
+            spec = self.options.row_spec(self.task, self.label_names, max_length=self.max_length)
+            columns = " or ".join(map(repr, spec.label_columns))
             raise UsageError(
-                f"{self.source} has no labels (column {self.options.label_column!r}) and there is "
+                f"{self.source} has no labels (column {columns}) and there is "
                 "no teacher: there is nothing to compare with. Name the column with "
                 "--label-column, or a --teacher."
             )
@@ -322,6 +333,7 @@ class _Evaluation:
             models=self._models(soft),
             notes=tuple(self._notes(soft)),
             domains=tuple(domains),
+            threshold=self.options.threshold if TASKS[self.task].answers == "labels" else None,
         )
 
     def _domain_scores(self, name: str, soft: bool) -> DomainScores:
@@ -333,7 +345,21 @@ class _Evaluation:
 
     def _models(self, soft: bool) -> tuple[ModelScores, ...]:
         """Scores of the teacher, where there is one (`soft`), and of the students."""
+        if self.counts.independent:
+            return tuple(self._independent_scores(soft))
         return (*([self._teacher_scores()] if soft else []), *self._student_scores())
+
+    def _independent_scores(self, soft: bool) -> Iterator[ModelScores]:
+        """The figures where answers are no distribution."""
+        teacher, *students = self.counts.independent
+        live = None if self.teacher is None else self.teacher.saved
+        if soft:
+            own = teacher.figures(soft=False) if live is not None or self._logits_known else {}
+            name = "teacher (cached)" if live is None else live.name
+            yield ModelScores(name, "teacher", None if live is None else live.parameters, **own)
+        for model, tally in zip(self.students, students, strict=True):
+            saved = model.saved
+            yield ModelScores(saved.name, "student", saved.parameters, **tally.figures(soft=soft))
 
     @torch.inference_mode()
     def _add(self, batch: _Batch) -> None:
@@ -359,6 +385,9 @@ class _Evaluation:
             targets: DenseTargets | SparseTargets | None = None
             top = None
             logits: Sequence[Tensor] = pieces
+            if self.counts.independent:
+                self._add_independent(batch, part, pieces, labels[part])
+                continue
             if self.teacher is not None:
                 targets, logits = DenseTargets(pieces[0].float(), self.temperature), pieces[1:]
                 top = self._add_teacher(targets, labels[part], None)
@@ -401,6 +430,23 @@ class _Evaluation:
         """Fresh counts of entities, if the classes are their tags."""
         names = self.label_names if TASKS[self.task].words else None
         return Entities(names) if names is not None and are_entities(names) else None
+
+    def _add_independent(
+        self, batch: _Batch, part: slice, pieces: Sequence[Tensor], labels: np.ndarray
+    ) -> None:
+        """Count answers that are no distribution, the teacher's first if it runs."""
+        teacher, *tallies = self.counts.independent
+        targets: Any = None
+        logits: Sequence[Tensor] = pieces
+        if self.teacher is not None:
+            targets, logits = DenseTargets(pieces[0].float(), self.temperature), pieces[1:]
+        elif batch.targets is not None:
+            cached = batch.targets.take(np.arange(part.start, part.stop))
+            targets = cached.at(self.temperature).to(self.device)
+        if targets is not None:
+            teacher.add(targets.logits, labels, None)
+        for tally, z in zip(tallies, logits, strict=True):
+            tally.add(z, labels, targets)
 
     def _add_student(
         self,
@@ -461,8 +507,10 @@ class _Evaluation:
         return np.where(_leads(targets.weights, codec), top, -1)
 
     @property
-    def _tally(self) -> Tally:
+    def _tally(self) -> Tally | IndependentTally:
         """Positions, of any model that read them all."""
+        if self.counts.independent:
+            return self.counts.independent[1]
         if self.counts.students:
             return self.counts.students[0]
         return Tally(positions=self.counts.positions, labelled=self.counts.positions)
@@ -547,7 +595,8 @@ class _Evaluation:
                 "The cache holds the teacher's top ids: KL compares these and the sum of all "
                 "others, and is at most the full KL. Use --teacher to measure the full KL."
             )
-        if soft and self.students and tally.known < tally.positions:
+        compared = self.students and not self.counts.independent
+        if soft and compared and tally.known < tally.positions:
             yield (
                 f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
                 "the cached sample determines the teacher's most probable id."

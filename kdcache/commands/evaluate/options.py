@@ -50,6 +50,12 @@ class EvaluateOptions(RowOptions, InferenceOptions, PlotOptions):
         help="of KL. Default: 1 where the cache declares it, else the first declared.",
         above=0,
     )
+    threshold: float = option(
+        0.5,
+        help="of several labels a row: probability from which a class is predicted.",
+        above=0,
+        below=1,
+    )
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""

@@ -30,12 +30,23 @@ class ModelScores:
         parameters: numbers in its weights; None for cached targets.
         accuracy: share of hard labels that are the most probable id or class.
         f1: of class 1 with two classes, else macro (classification only).
-        cross_entropy: with the hard labels, nats per position, T = 1.
+        cross_entropy: with the hard labels, nats per position, T = 1; of several labels a row
+            the mean over classes.
         perplexity: its exponential (causal LM only).
-        kl: KL(teacher || student) at the result's temperature, nats per position.
+        kl: KL(teacher || student) at the result's temperature, nats per position; of several
+            labels a row the mean over classes.
         soft_cross_entropy: where KL is not known: that plus the teacher's entropy.
-        agreement: share of positions whose most probable id is also the teacher's.
+        agreement: share of positions whose most probable id is also the teacher's; of several
+            labels a row the share of rows and classes on which both decide alike.
         calibration_error: expected calibration error of the most probable id, T = 1.
+        micro_f1: of several labels a row, over all rows and classes at the threshold.
+        macro_f1: their mean over classes.
+        micro_average_precision: the same without a threshold, over all rows and classes.
+        macro_average_precision: its mean over classes.
+        mse: mean squared error of scores.
+        pearson: their linear correlation with the hard labels.
+        spearman: the correlation of their ranks.
+        teacher_mse: mean squared difference from the teacher's scores.
         calibration: the bins that it is made of, those with predictions; empty where not known.
         entity_f1: micro F1 of entities (tags of entities only, see `kdcache.loss.entities`).
         entity_precision: share of the entities found that are right.
@@ -51,14 +62,14 @@ class ModelScores:
     name: str
     role: str
     parameters: int | None
-    accuracy: float | None
-    f1: float | None
-    cross_entropy: float | None
-    perplexity: float | None
-    kl: float | None
-    soft_cross_entropy: float | None
-    agreement: float | None
-    calibration_error: float | None
+    accuracy: float | None = None
+    f1: float | None = None
+    cross_entropy: float | None = None
+    perplexity: float | None = None
+    kl: float | None = None
+    soft_cross_entropy: float | None = None
+    agreement: float | None = None
+    calibration_error: float | None = None
     calibration: tuple[Bin, ...] = ()
     entity_f1: float | None = None
     entity_precision: float | None = None
@@ -66,6 +77,14 @@ class ModelScores:
     bits_per_byte: float | None = None
     chunk_kl: float | None = None
     chunk_agreement: float | None = None
+    micro_f1: float | None = None
+    macro_f1: float | None = None
+    micro_average_precision: float | None = None
+    macro_average_precision: float | None = None
+    mse: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
+    teacher_mse: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,7 @@ class EvaluateResult:
         models: the teacher, if there is one, then the students.
         notes: what a reader must know about figures that are missing or not exact.
         domains: the same over the rows of each domain, where corpora have names.
+        threshold: of several labels a row, the probability from which one is predicted.
     """
 
     source: str
@@ -123,3 +143,4 @@ class EvaluateResult:
     models: tuple[ModelScores, ...]
     notes: tuple[str, ...]
     domains: tuple[DomainScores, ...] = ()
+    threshold: float | None = None

@@ -7,8 +7,11 @@ temperature, most probable first, empty where there is no label; `target_tail`, 
 all other ids (0 for samples, whose weights stand for all); and `teacher_logprob`, its
 log-probability of the label at T = 1, where the cache keeps that. `segment_ids` numbers documents
 that share a row and do not attend to each other, where a cache has such. A classifier's cache has
-one target a row, and `label`, `text` and `text_pair`. `domain` names the row's corpus, where
-corpora have names. Each file's metadata say under the key `kdcache` what it was made of.
+one target a row, and `label`, `text` and `text_pair`. Where a row has several labels each by
+itself, `labels` is a list of 1 and 0 (null: not known) and `target_probs` of the teacher's
+probabilities, both in the order of the classes, which the metadata name; of scores `label` and
+`target_score` are numbers. `domain` names the row's corpus, where corpora have names. Each file's
+metadata say under the key `kdcache` what it was made of.
 
 Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
 Guarantee: a file appears whole. The same command makes only the files that are missing; files of
@@ -27,6 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
@@ -34,7 +38,7 @@ from kdcache.commands.export.options import ExportOptions
 from kdcache.errors import UsageError
 from kdcache.files import local_path, output_errors, whole_file, write_json
 from kdcache.targets import SoftTargets
-from kdcache.targets.decoded import SparseTargets, with_logits
+from kdcache.targets.decoded import DenseTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
@@ -139,6 +143,8 @@ class _Writer:
                 f"{codec} targets are right on average over all their ids: the largest would "
                 "be biased. Leave --top out."
             )
+        if self.top is not None and TASKS[spec.task].answers in ("labels", "score"):
+            raise UsageError(f"--top keeps a part of a distribution. Leave it out for {spec.task}.")
         self.about = {
             "cache": cache.digest,
             "codec": spec.codec,
@@ -150,6 +156,8 @@ class _Writer:
             "labels": "next",
             "teachers": list(cache.notes.get("teachers", ())),
         }
+        if TASKS[spec.task].answers == "labels":
+            self.about["classes"] = list(spec.label_names or ())
 
     def write(self, data: ShardData, path: Path, domain: str | None) -> None:
         """Write one shard of a domain, whole."""
@@ -180,17 +188,19 @@ class _Writer:
         places = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
         ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
         labels = data.labels[tokens] if per_token else data.labels[rows.start : rows.stop]
-        counts, ids, probs, tail = self._entries(
-            data.targets.take(np.arange(places.start, places.stop))
-        )
         there = positions(labels, data.task)
-        per = np.zeros(len(labels), np.int64)
-        per[there] = counts
-        values = {
-            "target_ids": _lists(per, pa.array(ids, pa.int32())),
-            "target_probs": _lists(per, pa.array(probs, pa.float32())),
-            "target_tail": _spread(tail, there),
-        }
+        values: dict[str, pa.Array] = {}
+        if TASKS[data.task].answers in ("ids", "classes"):
+            counts, ids, probs, tail = self._entries(
+                data.targets.take(np.arange(places.start, places.stop))
+            )
+            per = np.zeros(len(labels), np.int64)
+            per[there] = counts
+            values = {
+                "target_ids": _lists(per, pa.array(ids, pa.int32())),
+                "target_probs": _lists(per, pa.array(probs, pa.float32())),
+                "target_tail": _spread(tail, there),
+            }
         if data.label_logprob is not None:
             values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
         columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
@@ -207,7 +217,11 @@ class _Writer:
                     data.words[rows.start : rows.stop], pa.list_(pa.string())
                 )
         else:
-            columns["label"] = pa.array(labels, pa.int32(), mask=labels == IGNORE)
+            if TASKS[data.task].answers in ("labels", "score"):
+                found, values = self._independent(labels, data, places)
+                columns |= found
+            else:
+                columns["label"] = pa.array(labels, pa.int32(), mask=labels == IGNORE)
             for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
                 if texts is not None:
                     columns[name] = pa.array(texts[rows.start : rows.stop], pa.string())
@@ -215,6 +229,23 @@ class _Writer:
         if domain is not None:
             columns["domain"] = pa.array([domain] * len(rows), pa.string())
         return pa.table(columns).replace_schema_metadata({"kdcache": json.dumps(self.about)})
+
+    def _independent(
+        self, labels: np.ndarray, data: ShardData, places: slice
+    ) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
+        """Columns of labels and of targets where answers are no distribution."""
+        taken = data.targets.take(np.arange(places.start, places.stop)).at(self.temperature)
+        assert isinstance(taken, DenseTargets), "their targets are dense"
+        there = labelled(labels, data.task)
+        if TASKS[data.task].answers == "score":
+            scores = pa.array(taken.logits[:, 0].numpy(), pa.float32())
+            hard = pa.array(labels, pa.float32(), mask=~there)
+            return {"label": hard}, {"target_score": scores}
+        p = torch.sigmoid(taken.logits.double() / self.temperature).float().numpy()
+        flat = pa.array(labels.reshape(-1), pa.int8(), mask=labels.reshape(-1) == IGNORE)
+        ends = np.arange(len(labels) + 1) * labels.shape[1]
+        probs = _list_of(ends, pa.array(p.reshape(-1), pa.float32()))
+        return {"labels": _list_of(ends, flat)}, {"target_probs": probs}
 
     def _entries(self, targets: SoftTargets) -> tuple[np.ndarray, ...]:
         """Of all positions, one after another: how many ids, ids, probabilities; and the tail."""

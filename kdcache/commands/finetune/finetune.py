@@ -78,7 +78,7 @@ class FinetuneResult:
 
     Attributes:
         out: folder of the teacher.
-        label_names: its classes, in the order of the logits.
+        label_names: its classes, in the order of the logits; none of a score.
         rows: labelled rows trained on.
         unlabelled: rows left out because they had no label.
         truncated: texts that were cut at `max_length`.
@@ -89,6 +89,11 @@ class FinetuneResult:
         accuracy: on the evaluation corpus, 0 to 1; None without one.
         f1: on the evaluation corpus: of entities, where the classes are their tags; else of class 1
             where there are two, or the mean over classes.
+        micro_f1: of several labels a text, on the evaluation corpus.
+        average_precision: the same without a threshold, over all rows and classes.
+        pearson: of scores, on the evaluation corpus.
+        spearman: the same of their ranks.
+        mse: mean squared error of scores.
         seconds: wall time of training.
         made: False where the folder was finished before and nothing was done.
     """
@@ -106,6 +111,11 @@ class FinetuneResult:
     seconds: float = 0.0
     made: bool = True
     truncated: int = 0
+    micro_f1: float | None = None
+    average_precision: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
+    mse: float | None = None
 
 
 def finetune(
@@ -189,8 +199,7 @@ def _finetune(
             parameters=sum(p.numel() for p in weights),
             steps=outcome.global_step,
             loss=mean_loss(trainer.state),
-            accuracy=scores.get("eval_accuracy"),
-            f1=scores.get("eval_f1"),
+            **scores,  # type: ignore[arg-type]
             seconds=trainer.seconds,
             truncated=truncated,
         )
@@ -261,10 +270,11 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
 
 def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]) -> Any:
     trust = options.trust_remote_code
+    outputs = names or ("LABEL_0",)  # as transformers names a score's
     classes = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-        **({} if TASKS[options.task].words else {"problem_type": "single_label_classification"}),
+        "id2label": dict(enumerate(outputs)),
+        "label2id": {name: i for i, name in enumerate(outputs)},
+        **({"problem_type": problem} if (problem := TASKS[options.task].problem) else {}),
     }
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
@@ -288,7 +298,7 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
         ) from error
     if options.adapter is not None:
         pad = getattr(config, "pad_token_id", None) or 0
-        info = StudentInfo(options.task, 0, len(names), names, pad)
+        info = StudentInfo(options.task, 0, len(outputs), names or None, pad)
         new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         return with_lora(model, options.adapter, options.model, files, info, new, role="model")
     if options.head_width is None:

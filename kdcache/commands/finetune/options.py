@@ -29,12 +29,15 @@ class FinetuneOptions(RowOptions, LearningOptions):
     _: KW_ONLY
     task: Task = option(
         SEQUENCE_CLASSIFICATION,
-        help="the task: `sequence-classification` or `token-classification`.",
+        help="the task: `sequence-classification`, `multi-label-classification`, `regression` or "
+        "`token-classification`.",
     )
     label_column: str = option(
         "label",
-        help="column of the class, as a number or a name; for words a list of these, by default "
-        "`tags`, `ner_tags` or `labels`.",
+        help="column of the class, as a number or a name; of several a text (a list of names, or "
+        "one column for each class, with commas between); of the score; for words a list of "
+        "classes. Default: `label`; for several labels `labels`, for scores `score` as well; for "
+        "words `tags`, `ner_tags` or `labels`.",
         metavar="NAME",
     )
     label_names: tuple[str, ...] | None = option(
@@ -103,9 +106,13 @@ class FinetuneOptions(RowOptions, LearningOptions):
         """See `Options.conflicts`."""
         problems = form_problems(self.record_form, self.task)
         if TASKS[self.task].over_ids:
-            problems.append(f"--task is {self.task}, and finetune trains classifiers.")
+            problems.append(f"--task is {self.task}, and finetune trains classifiers and scorers.")
         if TASKS[self.task].words and self.head_width is not None:
             problems.append("--head-width is for classifiers of whole texts. Leave it out.")
+        if TASKS[self.task].answers != "classes" and self.class_weights != "equal":
+            problems.append("--class-weights is for one class a text or word. Leave it out.")
+        if not TASKS[self.task].named and self.label_names is not None:
+            problems.append("--label-names is for classes, and a score has none. Leave it out.")
         if self.patience is not None and not self.eval_corpus:
             problems.append("--patience waits for a better epoch on --eval-corpus: name one.")
         if self.freeze is not None and self.train_last is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import pad_rows, padded
+from kdcache.rows.labels import names_in
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN
 from kdcache.tasks import IGNORE, TASKS, labelled
 from kdcache.teacher import TeacherFiles
@@ -32,10 +34,19 @@ def _records(
 
 
 def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
-    """The classes that the corpus names: numbers count up to the largest, names are sorted."""
+    """The classes that the corpus names: numbers count up to the largest, names are sorted.
+
+    None of a score. Of several labels a text they are those of its lists, or the columns of labels.
+    """
     column, task = options.label_column, TASKS[options.task]
+    if task.answers == "score":
+        return ()
+    columns = tuple(name.strip() for name in column.split(","))
+    if len(columns) > 1:
+        return columns
     found: set[str] = set()
-    columns = task.label_columns if column == DEFAULT_LABEL_COLUMN else (column,)
+    if column == DEFAULT_LABEL_COLUMN:
+        columns = task.label_columns
     for record in _records(options, options.corpus, columns):
         there = [name for name in columns if name in record.values]
         if not there:
@@ -47,7 +58,9 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
             )
         column = there[0]
         values = record.values[column]
-        if not task.words:
+        if task.answers == "labels":
+            values = _listed(record, values)
+        elif not task.words:
             values = [values]
         elif not isinstance(values, (list, np.ndarray)):
             values = []  # nothing, or what the rows refuse
@@ -73,6 +86,21 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
     return names
 
 
+def _listed(record: Record, value: Any) -> set[str]:
+    """Names of classes in a value of the column of several labels a text."""
+    if value is None or value == "":
+        return set()
+    if isinstance(value, str):
+        return set(names_in(record, value))
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if any(not isinstance(one, str) for one in values):
+        raise UsageError(
+            f"{record.place}: labels are {values!r}, which do not name the classes. Name them in "
+            "their order with --label-names."
+        )
+    return {one.strip() for one in values}
+
+
 def labelled_rows(
     options: FinetuneOptions, patterns: Sequence[str], names: tuple[str, ...], model: TeacherFiles
 ) -> tuple[list[Row], int, int]:
@@ -86,8 +114,9 @@ def labelled_rows(
     rows = list(encoder.encode(_records(options, patterns)))
     there = [row for row in rows if labelled(row.labels, options.task).any()]
     if not there:
+        column = " or ".join(spec.label_columns)
         raise UsageError(
-            f"no row of {' '.join(patterns)} has a label in column {options.label_column}. "
+            f"no row of {' '.join(patterns)} has a label in column {column}. "
             "Name the right one with --label-column."
         )
     return there, len(rows) - len(there), encoder.truncated
@@ -118,12 +147,14 @@ class PadRows:
     words: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The rows as padded tensors, with `labels`, int64 [rows]; of words [rows, longest]."""
-        batch = pad_rows(rows, self.pad_id)
-        lengths = np.array([len(row.labels) for row in rows])
+        """The rows as padded tensors, with `labels` as `kdcache.rows.labels` has them: int64
+        [rows] of a class, float32 [rows] of a score, int64 [rows, classes] of several labels; of
+        words [rows, longest].
+        """
+        batch: dict[str, Any] = pad_rows(rows, self.pad_id)
         labels = np.concatenate([row.labels for row in rows])
-        labels = np.where(labels >= 0, labels, IGNORE)
-        batch["labels"] = padded(labels, lengths, IGNORE)
-        if not self.words:
-            batch["labels"] = batch["labels"][:, 0]
+        batch["labels"] = labels.astype(np.int64) if labels.dtype.kind == "i" else labels
+        if self.words:
+            lengths = np.array([len(row.labels) for row in rows])
+            batch["labels"] = padded(np.where(labels >= 0, labels, IGNORE), lengths, IGNORE)
         return {name: torch.from_numpy(value) for name, value in batch.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from kdcache.commands.finetune.rows import PadRows, class_weights
 from kdcache.commands.train.log import SlowSteps
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.stop import Patience, StopOnSignal
+from kdcache.loss import label_loss, score_loss
 from kdcache.loss.entities import Entities, are_entities
 from kdcache.loss.metrics import accuracy, confusion_matrix, f1
+from kdcache.loss.rank_metrics import micro_average_precision, micro_f1, pearson, spearman
 from kdcache.rows import Row
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
@@ -56,6 +59,7 @@ def make_trainer(
         report: takes lines about slow steps.
     """
     usual = 2e-4 if options.lora else 5e-5 if options.train_last is None else 1e-3
+    kind = TASKS[options.task]
     rate = options.learning_rate or usual
     computing = Computing.choose(options.precision)
     arguments = TrainingArguments(
@@ -74,7 +78,7 @@ def make_trainer(
         save_total_limit=2,
         load_best_model_at_end=bool(tests),
         metric_for_best_model=f"eval_{_best(options)}" if tests else None,
-        greater_is_better=True if tests else None,
+        greater_is_better=kind.answers != "score" if tests else None,
         seed=options.seed,
         **computing.arguments(),
         dataloader_pin_memory=computing.gpu,
@@ -94,12 +98,10 @@ def make_trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=tests or None,
-        data_collator=PadRows(tokenizer.pad_token_id or 0, TASKS[options.task].words),
+        data_collator=PadRows(tokenizer.pad_token_id or 0, kind.words),
         compute_metrics=_scorer(options, tests, model),
         callbacks=callbacks,
-        compute_loss_func=_weighted_loss(class_weights(rows, model.config.num_labels))
-        if options.class_weights == "balanced"
-        else None,
+        compute_loss_func=_loss_of(options, rows, model),
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -139,16 +141,51 @@ def _weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
     return loss
 
 
+def _loss_of(options: FinetuneOptions, rows: list[Row], model: Any) -> Callable[..., Tensor] | None:
+    """The loss as the Trainer calls it; None for the model's own."""
+    if TASKS[options.task].answers == "classes":
+        if options.class_weights == "equal":
+            return None
+        return _weighted_loss(class_weights(rows, model.config.num_labels))
+    own = score_loss if TASKS[options.task].answers == "score" else label_loss
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return own(outputs["logits"], labels, None, alpha=1.0).total
+
+    return loss
+
+
+def _logits(outputs: Any) -> Any:
+    found = outputs.predictions
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _label_scores(outputs: Any) -> dict[str, float]:
+    logits, labels = _logits(outputs), outputs.label_ids
+    return {
+        "micro_f1": micro_f1(labels, logits >= 0),
+        "average_precision": micro_average_precision(labels, logits),
+    }
+
+
+def _score_scores(outputs: Any) -> dict[str, float]:
+    found, labels = _logits(outputs)[:, 0].astype(float), outputs.label_ids
+    correlations = {"pearson": pearson(found, labels), "spearman": spearman(found, labels)}
+    return {"mse": float(((found - labels) ** 2).mean()), **correlations}
+
+
 def _scorer(
     options: FinetuneOptions, tests: Sequence[Row], model: Any
 ) -> Callable[[Any], dict[str, float]]:
     """What makes figures of the answers to the rows of the evaluation, as the Trainer calls it."""
+    answers = TASKS[options.task].answers
+    if answers in ("labels", "score"):
+        return _score_scores if answers == "score" else _label_scores
     names = [str(name) for _, name in sorted(model.config.id2label.items())]
     entities = TASKS[options.task].words and are_entities(names)
 
     def scores(outputs: Any) -> dict[str, float]:
-        found = outputs.predictions
-        logits = found[0] if isinstance(found, tuple) else found
+        logits = _logits(outputs)
         labels, predictions = outputs.label_ids, logits.argmax(-1)
         known = labels >= 0
         table = confusion_matrix(labels[known], predictions[known], logits.shape[-1])
@@ -167,14 +204,25 @@ def _scorer(
 
 def _best(options: FinetuneOptions) -> str:
     """The figure that selects the best epoch."""
-    return "f1" if TASKS[options.task].words else "accuracy"
+    kind = TASKS[options.task]
+    if kind.answers in ("labels", "score"):
+        return "mse" if kind.answers == "score" else "average_precision"
+    return "f1" if kind.words else "accuracy"
 
 
 def best_scores(state: TrainerState, options: FinetuneOptions) -> dict[str, float]:
-    """Figures of the best evaluation; empty without any."""
+    """Figures of the best evaluation by their names; empty without any."""
     name = f"eval_{_best(options)}"
     evaluations = [line for line in state.log_history if name in line]
-    return max(evaluations, key=lambda line: line[name], default={})
+    if not evaluations:
+        return {}
+    choose = min if TASKS[options.task].answers == "score" else max
+    best = choose(evaluations, key=lambda line: line[name])
+    # A correlation of constant scores is not a number.
+    return {n: best[f"eval_{n}"] for n in _FIGURES if not isnan(best.get(f"eval_{n}", nan))}
+
+
+_FIGURES = ("accuracy", "f1", "micro_f1", "average_precision", "pearson", "spearman", "mse")
 
 
 def mean_loss(state: TrainerState) -> float:

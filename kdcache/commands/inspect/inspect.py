@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache import Cache, ShardEntry
+from kdcache.cache import Cache, CacheSpec, ShardEntry
 from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.manifest import label_sums
 from kdcache.cache.sandbox import Sandbox
@@ -32,7 +32,7 @@ from kdcache.rows import Row
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, SoftTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import TASKS
+from kdcache.tasks import TASKS, labelled
 
 _SAMPLED_SHARDS = 8
 
@@ -54,11 +54,14 @@ class PositionView:
         place: index of the token in its row (0 for classification).
         token: the last token that the teacher had read (causal LM), else None.
         label: id of the hard label (optional).
-        label_text: the token or the class of that id.
+        label_text: the token or the class of that id; of several labels a row their classes, of
+            a score its value.
         label_logprob: the teacher's log-probability of the label at T = 1, where the cache keeps
             it; None also for a label that the teacher gives no probability.
-        guesses: the most probable ids, falling.
-        rest: the mass of all ids that are not shown.
+        guesses: the most probable ids, falling; none of a score.
+        rest: the mass of all ids that are not shown; of several labels a row, whose probabilities
+            do not sum to 1, 0.
+        score: the teacher's, where its answers are scores.
     """
 
     place: int
@@ -68,6 +71,7 @@ class PositionView:
     label_logprob: float | None
     guesses: tuple[Guess, ...]
     rest: float
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -282,6 +286,18 @@ def _row(
     task = TASKS[cache.spec.task]
     tokenizer = cache.tokenizer() if task.per_token else None
     token = _token_text(tokenizer)
+    if task.answers in ("labels", "score"):
+        return RowView(
+            row=number,
+            shard=entry.span,
+            domain=entry.domain,
+            tokens=len(row.input_ids),
+            text=row.text or "",
+            text_pair=row.text_pair,
+            temperature=temperature,
+            exact=True,
+            positions=(_independent(cache.spec, row, targets, temperature, options.top),),
+        )
     name = token if task.over_ids else _class_name(cache.spec.label_names)
     guesses, rests, exact = _guesses(targets, temperature, options.top)
     logprobs = np.full(last - first, np.nan)
@@ -314,6 +330,27 @@ def _row(
         exact=exact,
         positions=tuple(positions),
     )
+
+
+def _independent(
+    spec: CacheSpec, row: Row, targets: SoftTargets, temperature: float, top: int
+) -> PositionView:
+    """The one position of a row where answers are no distribution."""
+    found = targets.at(temperature)
+    assert isinstance(found, DenseTargets), "their targets are dense"
+    there = bool(labelled(row.labels, spec.task).item())
+    if spec.label_names is None:
+        text = f"{float(row.labels[0]):g}" if there else None
+        return PositionView(0, None, None, text, None, (), 0.0, float(found.logits[0, 0]))
+    names = spec.label_names
+    chosen = [names[i] for i in np.flatnonzero(row.labels[0] == 1)]
+    p = torch.sigmoid(found.logits[0].double() / temperature)
+    best, ids = p.topk(min(top, len(p)))
+    guesses = tuple(
+        Guess(i, names[i], value) for i, value in zip(ids.tolist(), best.tolist(), strict=True)
+    )
+    text = (", ".join(chosen) or "none") if there else None
+    return PositionView(0, None, None, text, None, guesses, 0.0)
 
 
 def default_temperature(cache: Cache) -> float:

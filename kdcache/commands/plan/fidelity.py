@@ -35,9 +35,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcache.loss import Anchor, distillation_loss
+from kdcache.loss import Anchor, distillation_loss, label_loss, score_loss
 from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets, with_logits
-from kdcache.tasks import IGNORE
+from kdcache.tasks import IGNORE, Answers
 
 FAR, NEAR = (0.5, 1.0), (1.0, 0.25)
 """What a student has of the teacher's logits, and the deviation of the noise in its own."""
@@ -83,6 +83,7 @@ class FullGradient:
         temperature: float,
         generator: torch.Generator,
         student: tuple[float, float] = FAR,
+        answers: Answers = "ids",
     ) -> None:
         """Make the stand-in student.
 
@@ -91,27 +92,43 @@ class FullGradient:
             temperature: T.
             generator: of the CPU, where the student's noise comes from.
             student: FAR or NEAR.
+            answers: what the teacher's answers are over.
         """
+        self.answers = answers
         self.logits = logits.float().clone()
         self.temperature = temperature
         noise = torch.randn(logits.shape, generator=generator).to(logits.device)
         share, deviation = student
         self.student = share * self.logits + deviation * noise
-        self.p = (self.logits / temperature).softmax(-1)
+        self.p = self._answer(self.logits)
         self.gradient = self.towards(DenseTargets(self.logits, temperature))
+
+    def _answer(self, logits: Tensor) -> Tensor:
+        """Probabilities, or scores, from logits."""
+        if self.answers == "score":
+            return logits
+        z = logits / self.temperature
+        return z.sigmoid() if self.answers == "labels" else z.softmax(-1)
 
     def towards(self, targets: Targets, anchor: Anchor | None = None) -> Tensor:
         """Gradient of the summed soft loss by the student's logits, [n, V]."""
         z = self.student.clone().requires_grad_()
         labels = torch.full((len(z),), IGNORE, device=z.device)
-        loss = distillation_loss(z, labels, targets, alpha=0.0, count=1, anchor=anchor)
+        if self.answers in ("labels", "score"):
+            assert isinstance(targets, DenseTargets), "the loss is defined on no others"
+            if self.answers == "score":
+                loss = score_loss(z, labels * torch.nan, targets, alpha=0.0, count=1)
+            else:
+                loss = label_loss(z, labels[:, None].expand_as(z), targets, alpha=0.0, count=1)
+        else:
+            loss = distillation_loss(z, labels, targets, alpha=0.0, count=1, anchor=anchor)
         (gradient,) = torch.autograd.grad(loss.total, z)
         return gradient
 
     def error(self, targets: DenseTargets | SparseTargets, gradient: Tensor) -> Tensor:
         """t - p of each id, [n, V], where `gradient` is the one towards the targets."""
         if isinstance(targets, DenseTargets):
-            return (targets.logits / self.temperature).softmax(-1) - self.p
+            return self._answer(targets.logits) - self.p
         if isinstance(targets, AnchoredTargets):  # t is in the gradient alone: T (q - t)
             return (self.gradient - gradient) / self.temperature
         return torch.zeros_like(self.p).scatter_add_(1, targets.ids, targets.weights) - self.p
@@ -140,6 +157,8 @@ class FidelityMeter:
             anchor.update()
         error, near_error = full.error(targets, gradient), near.error(targets, nearer)
         named = full.p if isinstance(targets, DenseTargets) else _named(full.p, targets)
+        if full.answers in ("labels", "score"):  # all of each answer is there
+            named = torch.ones(len(full.p))
         sums = torch.stack(
             [
                 error.square().sum(),

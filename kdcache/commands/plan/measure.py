@@ -26,6 +26,7 @@ from kdcache.targets import Codec, Hidden, SoftTargets, TargetWriter, position_u
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.ranks import read_ranks
+from kdcache.tasks import TASKS
 from kdcache.teacher import Slice, Teacher, find_batch_tokens, logits_at, peak_share
 
 _COMPARED = 2048  # positions, at most
@@ -212,11 +213,14 @@ class SamplePass:
         """Compare the stored targets of some positions of a slice with all of their logits."""
         here = logits[torch.from_numpy(chosen).to(logits.device)]
         taken = [part.take(chosen) for part in made]
+        answers = TASKS[self.prepared.spec.task].answers
         for t in self.temperatures:
             # The same two students for all codecs.
             whole = logits_at(here, self.made_for, (t,)).reshape(len(here), -1)
             full, near = (
-                FullGradient(whole, t, torch.Generator().manual_seed(self.compared), student)
+                FullGradient(
+                    whole, t, torch.Generator().manual_seed(self.compared), student, answers
+                )
                 for student in (FAR, NEAR)
             )
             for trial, targets in zip(self.trials, taken, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kdcache.commands.build.prepare import check_ensemble, prepare
+from kdcache.commands.build.prepare import check_answers, check_ensemble, prepare
 from kdcache.commands.plan.advice import advice
 from kdcache.commands.plan.measure import Report, SamplePass
 from kdcache.commands.plan.options import PlanOptions
@@ -74,6 +74,9 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
 
 
 def _grid(options: PlanOptions, vocab: int) -> list[Codec]:
+    for text in options.codecs:
+        for temperatures in options.temperature_sets:
+            check_answers(text, temperatures, options.task)
     codecs = [
         Codec.parse(text, temperatures, vocab)
         for temperatures in options.temperature_sets

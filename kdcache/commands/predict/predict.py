@@ -9,17 +9,20 @@ belongs to record i of the input. A file named by `out` appears whole or not at 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.tags import sentence_of, tagged
@@ -29,7 +32,7 @@ from kdcache.files import full_disk, local_path, output_errors, whole_file
 from kdcache.humanize import printable
 from kdcache.rows.batches import batches
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
-from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
+from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 
 _WINDOW = 1024
 _SPAN_BYTES = 1 << 60  # a file is one span: spans of compressed files would mix its order
@@ -56,32 +59,37 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A classifier's prediction for a text.
+    """A model's prediction for a text; what another task gives is None.
 
     Attributes:
         text: unchanged from the input.
         text_pair: the second text, or None without a pair column.
         label: name of the most probable class.
-        probabilities: of each class by its name; they sum to 1.
+        labels: of several labels a text, the names of those with the threshold's probability or
+            more, in the order of the classes.
+        probabilities: of each class by its name; where a text has one class they sum to 1.
+        score: of a regression model.
     """
 
     text: str
     text_pair: str | None
-    label: str
-    probabilities: dict[str, float]
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    probabilities: dict[str, float] | None = None
+    score: float | None = None
 
     def to_json(self) -> str:
-        """One line; a missing second text is left out."""
-        values = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+        """One line; what is None is left out."""
+        values = dataclasses.asdict(self)
         kept = {name: value for name, value in values.items() if value is not None}
-        text = json.dumps({**kept, "probabilities": self.probabilities}, ensure_ascii=False)
+        text = json.dumps(kept, ensure_ascii=False)
         return printable(text)  # which is an escape of JSON too
 
 
 def predict(
     options: PredictOptions, *, lines: Iterable[str] | None = None, output: TextIO | None = None
 ) -> PredictResult:
-    """Classify texts, or tag sentences.
+    """Classify texts, score them, or tag sentences.
 
     Args:
         options: what to do.
@@ -95,15 +103,15 @@ def predict(
     if options.out is not None:
         local_path(options.out)
     saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)
-    if saved.task == CAUSAL_LM:
+    task = options.task or saved.task or SEQUENCE_CLASSIFICATION
+    if TASKS[task].over_ids:
         raise UsageError(
-            f"student {options.student} is a causal LM; predict is for classifiers. "
-            "Generate text with transformers, and judge it with `kdcache evaluate`."
+            f"student {options.student} is a {TASKS[task].noun}; predict is for classifiers and "
+            "scorers. Use transformers, and judge it with `kdcache evaluate`."
         )
     device = pick_device(options.device)
     stats = ReadStats()
     written = cut = 0
-    task = saved.task or SEQUENCE_CLASSIFICATION
     with _sink(options.out, output) as sink:
         model = saved.load(task, len(saved.label_names), dtype=options.dtype, device=device)
         budget = options.batch_tokens or (4096 if device == "cpu" else 32768)
@@ -119,7 +127,9 @@ def predict(
             return PredictResult(options.out, written, stats.skipped, seconds, cut)
         texts, window = _texts(options, stats, lines)
         while some := list(islice(texts, window)):
-            for prediction in predictions(model, some, batch_tokens=budget):
+            for prediction in predictions(
+                model, some, batch_tokens=budget, task=task, threshold=options.threshold
+            ):
                 sink.write(prediction.to_json() + "\n")
             sink.flush()
             written += len(some)
@@ -128,18 +138,31 @@ def predict(
 
 @torch.inference_mode()
 def predictions(
-    model: LoadedModel, texts: list[tuple[str, str | None]], *, batch_tokens: int = 4096
+    model: LoadedModel,
+    texts: list[tuple[str, str | None]],
+    *,
+    batch_tokens: int = 4096,
+    task: str = SEQUENCE_CLASSIFICATION,
+    threshold: float = 0.5,
 ) -> list[Prediction]:
-    """A loaded classifier's predictions for texts, or pairs of texts, in their order."""
+    """A loaded model's predictions for texts, or pairs of texts, in their order.
+
+    Args:
+        model: of a task of whole texts.
+        texts: with their second texts, or None.
+        batch_tokens: tokens of a batch, padding included.
+        task: of the model.
+        threshold: of several labels a text, the probability from which a class is one of them.
+    """
     pairs = None if texts[0][1] is None else [pair or "" for _, pair in texts]
     rows = model.saved.encode([text for text, _ in texts], pairs)
     names = model.saved.label_names
     found: list[Prediction | None] = [None] * len(rows)
+    read = _READ[TASKS[task].answers]
     for chosen in batches([len(row.input_ids) for row in rows], batch_tokens):
         logits = torch.cat(list(model.run([rows[i] for i in chosen])))
-        for i, p in zip(chosen, logits.double().softmax(-1).tolist(), strict=True):
-            best = max(range(len(p)), key=p.__getitem__)
-            found[i] = Prediction(*texts[i], names[best], dict(zip(names, p, strict=True)))
+        for i, values in zip(chosen, read(logits.double()).tolist(), strict=True):
+            found[i] = Prediction(*texts[i], **_answer(task, names, values, threshold))
     return [prediction for prediction in found if prediction is not None]
 
 
@@ -159,6 +182,27 @@ def _sentences(
                 stats.reject(options.on_error, record.file, record.location, problem)
 
     return read(), _WINDOW
+
+
+_READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "classes": partial(torch.softmax, dim=-1),
+    "labels": torch.sigmoid,
+    "score": lambda logits: logits,
+}
+
+
+def _answer(
+    task: str, names: Sequence[str], values: Sequence[float], threshold: float
+) -> dict[str, Any]:
+    """What a prediction has of a model's answer."""
+    if TASKS[task].answers == "score":
+        return {"score": values[0]}
+    probabilities = dict(zip(names, values, strict=True))
+    if TASKS[task].answers == "labels":
+        chosen = tuple(name for name, p in probabilities.items() if p >= threshold)
+        return {"labels": chosen, "probabilities": probabilities}
+    best = max(range(len(values)), key=values.__getitem__)
+    return {"label": names[best], "probabilities": probabilities}
 
 
 def _texts(

@@ -184,7 +184,7 @@ def _cache(path: str, options: ReportOptions) -> CachePart:
     figures: tuple[TargetFigures, ...] = ()
     surprise: tuple[float, ...] = ()
     positions = 0
-    if cache.sealed:
+    if cache.sealed and TASKS[cache.spec.task].answers in ("ids", "classes"):
         figures, surprise, positions = _targets(cache)
     return CachePart(facts, tuple(rows), figures, positions, surprise, dict(cache.notes))
 

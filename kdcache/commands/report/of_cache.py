@@ -10,7 +10,7 @@ from kdcache.commands.report.charts import histogram
 from kdcache.commands.report.gather import CachePart, TargetFigures
 from kdcache.commands.report.html import Html, details, element, facts, join, table
 from kdcache.humanize import size
-from kdcache.tasks import TASKS
+from kdcache.tasks import OUTPUTS, TASKS
 
 _TEXT = 20_000  # characters of a row's text
 _TOKENS = 1024  # of a row as text
@@ -56,7 +56,7 @@ def _sentence(found: InspectResult) -> str:
 
 
 def _facts(found: InspectResult) -> list[tuple[str, str]]:
-    kind = "ids" if TASKS[found.task].over_ids else "classes"
+    kind = OUTPUTS[TASKS[found.task].answers]
     temperatures = ", ".join(f"{t:g}" for t in found.temperatures)
     pairs = [
         ("task", found.task),
@@ -232,6 +232,8 @@ def _row(row: RowView) -> Html:
     caption = f"Row {row.row}, position by position"
     if len(shown) < len(row.positions):
         caption += f": the first {len(shown)} of {len(row.positions):,}"
+    if any(position.score is not None for position in shown):
+        header, lines = ("score", "teacher's"), [_score(position) for position in shown]
     inner = table(caption, header, lines, texts=(1, 2, 4) if per_token else (0, 2))
     opened = inner if not per_token else details("Position by position", inner)
     return element("article", element("h4", title), *texts, opened)
@@ -282,6 +284,10 @@ def _line(position: PositionView, per_token: bool, exact: bool) -> tuple[str, ..
         after = quote(_cut(position.token or "", _TOKEN))
         return (str(position.place), after, label, cell, guesses, rest)
     return (label, cell, guesses, rest)
+
+
+def _score(position: PositionView) -> tuple[str, ...]:
+    return (position.label_text or "-", f"{position.score:.6g}")
 
 
 def _nats(position: PositionView, exact: bool) -> float | None:

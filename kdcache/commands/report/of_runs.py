@@ -11,6 +11,8 @@ from kdcache.commands.report.gather import RunPart, SweepPart, number
 from kdcache.commands.report.html import Html, details, element, facts, join, table
 from kdcache.humanize import duration
 from kdcache.storage import redact
+from kdcache.student.figures import FIGURES, figure_of
+from kdcache.tasks import CAUSAL_LM, TASKS
 
 _NAMES = {
     "loss": "loss",
@@ -18,8 +20,8 @@ _NAMES = {
     "soft_loss": "soft loss",
     "soft_cross_entropy": "soft cross-entropy",
 }
-_SCORES = ("accuracy", "f1", *_NAMES)  # of a result
-_FIGURES = ("accuracy", "f1", "hard_loss", "soft_loss", "soft_cross_entropy")
+_SCORES = ("accuracy", "f1", "micro_f1", "pearson", *_NAMES)  # of a result
+_FIGURES = ("accuracy", "f1", "micro_f1", "pearson", "hard_loss", "soft_loss", "soft_cross_entropy")
 _LINES = 20  # of a curve as a table
 _SETTINGS = 200
 _OPTIONS = (
@@ -37,13 +39,18 @@ _OPTIONS = (
 def compare(runs: Sequence[RunPart]) -> Html:
     """Students beside their teachers: a table, and their curves in one pair of axes."""
     rows = [_student(run) for run in runs]
-    header = ["run", "student", "alpha", "T", "parameters", "steps", "cross-entropy", "teacher's"]
-    header += ["accuracy", "soft loss"]
+    tasks = {str(task) for run in runs if (task := run.result.get("task")) in TASKS}
+    hard = {TASKS[task].hard for task in tasks} or {TASKS[CAUSAL_LM].hard}
+    loss, unit = next(iter(hard)) if len(hard) == 1 else ("hard loss", "of its task")
+    of_tasks = sorted({name for task in tasks if (name := figure_of(task))}) or ["accuracy"]
+    header = ["run", "student", "alpha", "T", "parameters", "steps", loss, "teacher's"]
+    header += [" or ".join(name.replace("_", " ") for name in of_tasks), "soft loss"]
     drawn = list(runs)[:COLOURS]
     charts = []
     for name, title in (("eval_hard_loss", "on the evaluation caches"), ("hard_loss", "training")):
         found = [Curve(_short(run.path), _points(run, name)) for run in drawn]
-        chart = curves(f"Cross-entropy with the labels, {title}", "step", "nats", found)
+        named = f"{loss.capitalize()} with the labels, {title}"
+        chart = curves(named, "step", unit, found)
         charts.append(chart)
     more = len(runs) - len(drawn)
     note = f"Curves of the first {len(drawn)} runs; {more} more have their own." if more else None
@@ -78,7 +85,7 @@ def _student(run: RunPart) -> tuple[str, ...]:
         _count(run.result.get("steps") or (run.log[-1].get("step") if run.log else None)),
         _figure(figures.get("hard_loss")),
         _figure(run.result.get(teacher)),
-        _figure(figures.get("accuracy")),
+        _figure(next((figures[n] for n in FIGURES.values() if n in figures), None)),
         _figure(soft if soft is not None else figures.get("soft_cross_entropy")),
     )
 
@@ -86,13 +93,17 @@ def _student(run: RunPart) -> tuple[str, ...]:
 def run_section(run: RunPart) -> Html:
     """All about a run."""
     result, charts = run.result, []
-    series = [Curve(title, _points(run, name)) for name, title in _NAMES.items()]
+    task = run.result.get("task")
+    names = {**_NAMES, "hard_loss": TASKS[str(task)].hard[0]} if task in TASKS else _NAMES
+    series = [Curve(title, _points(run, name)) for name, title in names.items()]
     charts.append(curves("Training", "step", "loss", series))
-    series = [Curve(title, _points(run, f"eval_{name}")) for name, title in _NAMES.items()]
+    series = [Curve(title, _points(run, f"eval_{name}")) for name, title in names.items()]
     charts.append(curves("Evaluation", "step", "loss", series))
-    accuracy = Curve("accuracy", _points(run, "eval_accuracy"))
-    shares = [accuracy, Curve("F1 of entities", _points(run, "eval_f1"))]
-    charts.append(curves("Accuracy on the evaluation caches", "step", "share", shares))
+    for name in (*FIGURES.values(), "f1"):
+        shown = "F1 of entities" if name == "f1" else name.replace("_", " ").capitalize()
+        curve = Curve(shown.lower(), _points(run, f"eval_{name}"))
+        unit = "correlation" if name == "pearson" else "share"
+        charts.append(curves(f"{shown} on the evaluation caches", "step", unit, [curve]))
     pairs = [(name, _plain(run.options[name])) for name in _OPTIONS if name in run.options]
     pairs += [
         (name.replace("_", " "), _figure(result[name]))
@@ -128,7 +139,7 @@ def _log(run: RunPart) -> Html | None:
     if not lines:
         return None
     step = max(1, -(-len(lines) // _LINES))
-    known = (*_NAMES, *(f"eval_{name}" for name in (*_NAMES, "accuracy")))
+    known = (*_NAMES, *(f"eval_{name}" for name in (*_NAMES, *FIGURES.values())))
     names = [name for name in known if any(name in line for line in lines)]
     rows = [
         (_count(line.get("step")), *(_figure(line.get(name)) for name in names))

@@ -199,7 +199,9 @@ def _without_idle(
     """Options without effect set to one value, so that equal runs have equal options."""
     idle: dict[str, Any] = {}
     if options.hard_only:
-        idle = {"temperature": 1.0, "divergence": "forward-kl", "tail": "bucket"}
+        idle = {"temperature": 1.0, "tail": "bucket"}
+        if options.divergence != "huber":  # which is a loss of hard scores too
+            idle["divergence"] = None
     elif options.divergence == "mse" and "temperature" in setting:
         idle = {"temperature": 1.0}
     shown = {name: _ANY if name in idle else text for name, text in setting.items()}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from kdcache.commands.sweep.results import SEED, SHARES, SweepResult
+from kdcache.commands.sweep.results import SEED, SweepResult
 from kdcache.extras import installed
 from kdcache.plots import Chart, Level, Line, plot_charts
 
@@ -41,7 +41,7 @@ def plot_sweep(path: Path, result: SweepResult) -> None:
         notes.append("lines: the best setting at each value; faint: the others")
     if any(any(line.error) for line in lines):
         notes.append("bars: standard deviation over seeds")
-    better = "higher" if result.ranked_by in SHARES else "lower"
+    better = "higher" if result.higher else "lower"
     title = f"{result.figure_name} {result.source}, {better} is better"
     plot_charts(path, charts, title=title, note="; ".join(notes))
 

@@ -3,8 +3,9 @@
 A *setting* is the combination of the grid's options without the seed; its figures are means over
 seeds, with the sample standard deviation for two or more.
 
-Settings are ranked by accuracy, or by the cross-entropy with hard labels where there is none: these
-compare between all students. `loss` does not: it is weighted by the alpha and T of its own run.
+Settings are ranked by the figure of their task (`kdcache.student.figures`), such as accuracy, or by
+the loss with hard labels where there is none: these compare between all students. `loss` does not:
+it is weighted by the alpha and T of its own run.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdcache.files import write_json, write_text
+from kdcache.tasks import CAUSAL_LM, TASKS
 
 SEED = "seed"
-SHARES = ("accuracy", "f1")  # figures from 0 to 1: the higher, the better
+SHARES = ("accuracy", "f1", "micro_f1")  # figures from 0 to 1
+HIGHER = (*SHARES, "pearson")  # those of which more is better
 _NAMES = {
     "accuracy": "accuracy",
     "f1": "F1 of entities",
+    "micro_f1": "micro F1",
+    "pearson": "Pearson correlation",
     "hard_loss": "cross-entropy",
     "soft_loss": "soft loss",
     "soft_cross_entropy": "soft cross-entropy",
@@ -40,9 +45,9 @@ class RunScore:
         out: its folder.
         setting: value of each crossed option but the seed; `-` where it has no part.
         seed: its seed, where seeds are crossed.
-        figures: `accuracy`, `hard_loss`, `soft_loss` or `soft_cross_entropy`, and `loss`, as far as
-            they are known: of the best checkpoint on the evaluation caches; without such, the last
-            logged of training.
+        figures: that of the task, such as `accuracy`, `hard_loss`, `soft_loss` or
+            `soft_cross_entropy`, and `loss`, as far as they are known: of the best checkpoint on
+            the evaluation caches; without such, the last logged of training.
         parameters: of the student.
         steps: of the run.
         best_step: of the checkpoint that became the student, where there were evaluations.
@@ -94,6 +99,7 @@ class SweepResult:
         settings: the settings.
         runs: all runs, in the order of the grid.
         teacher: figures of the teacher that are known without running it.
+        task: of the caches.
     """
 
     out: str
@@ -104,6 +110,7 @@ class SweepResult:
     settings: tuple[SettingScore, ...]
     runs: tuple[RunScore, ...]
     teacher: dict[str, float] = field(default_factory=dict)
+    task: str | None = None
 
     @classmethod
     def of(
@@ -115,6 +122,7 @@ class SweepResult:
         combinations: int,
         evaluated: bool,
         teacher: Mapping[str, float] = {},
+        task: str | None = None,
     ) -> SweepResult:
         """Group runs and rank their settings; `runs` is not empty."""
         groups: dict[tuple[str, ...], list[RunScore]] = {}
@@ -122,9 +130,9 @@ class SweepResult:
             groups.setdefault(tuple(run.setting.values()), []).append(run)
         settings = [_together(group) for group in groups.values()]
         rank = next(name for name in _NAMES if all(name in s.mean for s in settings))
-        sign = -1 if rank in SHARES else 1
+        sign = -1 if rank in HIGHER else 1
         settings.sort(key=lambda s: (sign * s.mean[rank], s.mean.get("hard_loss", 0.0)))
-        groups_of = (tuple(settings), tuple(runs), dict(teacher))
+        groups_of = (tuple(settings), tuple(runs), dict(teacher), task)
         return cls(str(out), made, combinations, evaluated, rank, *groups_of)
 
     def write(self, folder: Path) -> None:
@@ -135,8 +143,21 @@ class SweepResult:
     @property
     def figure_name(self) -> str:
         """Name and unit of the figure that orders the settings."""
-        unit = "" if self.ranked_by in SHARES else " (nats per position)"
+        unit = "" if self.higher else " (nats per position)"
+        if self.ranked_by == "hard_loss" and self.task is not None:
+            name, unit = TASKS[self.task].hard
+            return f"{name} ({unit} per position)"
         return f"{_NAMES[self.ranked_by]}{unit}"
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of that figure is better."""
+        return self.ranked_by in HIGHER
+
+    def name_of(self, figure: str) -> str:
+        """A figure for people."""
+        hard = figure == "hard_loss" and self.task is not None
+        return TASKS[self.task or CAUSAL_LM].hard[0] if hard else _NAMES[figure]
 
     @property
     def source(self) -> str:

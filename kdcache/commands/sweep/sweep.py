@@ -237,6 +237,7 @@ class _Sweep:
                 list(self.finished.values()),
                 evaluated=evaluated,
             ),
+            task=plans[0].caches[0].spec.task,
         )
 
     def failures(self) -> str:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from kdcache.cache import Cache
 from kdcache.commands.train.result import TrainResult
+from kdcache.loss import label_loss, score_loss
+from kdcache.student.figures import SUMS, figure, figure_sums
 from kdcache.targets import DenseTargets
 from kdcache.tasks import TASKS, labelled, positions
 
@@ -28,10 +31,11 @@ def teacher_figures(
         evaluated: whether figures are of evaluation caches, or of training.
 
     Returns:
-        `accuracy` and `hard_loss`, as far as they are known and the same for all runs.
+        The figure of the task, such as `accuracy`, and `hard_loss`, as far as they are known and
+        the same for all runs.
     """
     if caches and not TASKS[caches[0].spec.task].over_ids:
-        return _of_classes(caches)
+        return _of_rows(caches)
     known = {
         result.eval_teacher_cross_entropy if evaluated else result.teacher_cross_entropy
         for result in results
@@ -40,9 +44,9 @@ def teacher_figures(
     return {} if nats is None else {"hard_loss": nats}
 
 
-def _of_classes(caches: Sequence[Cache]) -> dict[str, float]:
-    right = known = 0
-    nats = 0.0
+def _of_rows(caches: Sequence[Cache]) -> dict[str, float]:
+    counted, nats, task = 0, 0.0, caches[0].spec.task
+    sums = torch.zeros(SUMS, dtype=torch.float64)
     for cache in caches:
         codec = cache.codec()
         if not codec.keeps_logits or not (codec.any_temperature or 1.0 in codec.temperatures):
@@ -52,11 +56,20 @@ def _of_classes(caches: Sequence[Cache]) -> dict[str, float]:
             targets = data.targets.at(1.0)
             assert isinstance(targets, DenseTargets), "it keeps all logits"
             marked = positions(data.labels, data.task)
-            labels = torch.from_numpy(data.labels[marked]).long()
-            logits, has = targets.logits.double(), labelled(labels, data.task)
-            right += int((logits.argmax(-1) == labels)[has].sum())
-            known += int(has.sum())
-            nats += float(functional.cross_entropy(logits[has], labels[has], reduction="sum"))
-    if not known:
+            labels, logits = torch.from_numpy(data.labels[marked]), targets.logits.double()
+            has = labelled(labels, task)
+            counted += int(has.sum())
+            nats += _hard_loss(task, logits[has], labels[has])
+            sums += figure_sums(task, logits, labels)
+    if not counted:
         return {}
-    return {"accuracy": right / known, "hard_loss": nats / known}
+    return {**figure(task, sums), "hard_loss": nats / counted}
+
+
+def _hard_loss(task: str, logits: Tensor, labels: Tensor) -> float:
+    """The loss with the hard labels, summed over rows."""
+    if TASKS[task].answers == "score":
+        return float(score_loss(logits, labels, None, alpha=1.0, count=1).total)
+    if TASKS[task].answers == "labels":
+        return float(label_loss(logits, labels, None, alpha=1.0, count=1).total)
+    return float(functional.cross_entropy(logits, labels.long(), reduction="sum"))

@@ -16,7 +16,7 @@ from kdcache.lora import Lora
 from kdcache.options import Options, option, options_of
 from kdcache.storage import redact
 
-Best = Literal["loss", "hard_loss", "soft_loss", "accuracy", "f1"]
+Best = Literal["loss", "hard_loss", "soft_loss", "accuracy", "f1", "micro_f1", "pearson"]
 
 _WORDS = ("words", "teacher")
 _HOTTEST = 1000.0  # temperature: times T² the rounding of float32 is 0.3 % of a loss there
@@ -192,8 +192,15 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         help="temperature of the soft loss, or `start:end` (`dense` and `hidden` caches).",
         metavar="T[:U]",
     )
-    divergence: Divergence = option(
-        "forward-kl", help="divergence of the student from the soft targets."
+    divergence: Divergence | None = option(
+        None,
+        help="divergence of the student from the soft targets. Default: `forward-kl`, of scores "
+        "`mse`; `huber` is for scores alone, and then the hard loss too.",
+    )
+    huber_delta: float = option(
+        1.0,
+        help="error from which `--divergence huber` grows linearly, in units of the score.",
+        above=0,
     )
     tail: Tail = option(
         "bucket", help="for top-k caches: how the ids that are not stored are represented."
@@ -524,8 +531,9 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         values["alpha"], values["temperature"] = str(self.alphas), str(self.temperatures)
         values["lora"] = None if self.adapter is None else str(self.adapter)
         values["anchor"] = "auto" if self.theta is None else self.theta
+        idle = {"cache", "eval_cache", *({"huber_delta"} if self.divergence != "huber" else ())}
         return {
             one.name: values[one.name]
             for one in options_of(type(self))
-            if one.decides != "nothing" and one.name not in ("cache", "eval_cache")
+            if one.decides != "nothing" and one.name not in idle
         }

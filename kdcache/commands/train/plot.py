@@ -9,14 +9,17 @@ from typing import Any
 from kdcache.commands.train.log import read_metrics
 from kdcache.commands.train.result import TrainResult
 from kdcache.plots import Chart, Level, Line, plot_charts
+from kdcache.tasks import CAUSAL_LM, TASKS
 
 _FIGURES = (  # of the log, as charts in their order
     ("loss", "loss (what is minimised)"),
-    ("hard_loss", "cross-entropy with the labels (nats)"),
+    ("hard_loss", ""),
     ("soft_loss", "divergence from the teacher, times T²"),
     ("soft_cross_entropy", "cross-entropy with the teacher, times T²"),
     ("accuracy", "accuracy"),
     ("f1", "F1 of entities"),
+    ("micro_f1", "micro F1"),
+    ("pearson", "Pearson correlation"),
 )
 
 
@@ -39,7 +42,9 @@ def charts_of(lines: Sequence[dict[str, Any]], result: TrainResult) -> list[Char
         "teacher, evaluation": result.eval_teacher_cross_entropy,
     }
     charts = []
-    for figure, y_label in _FIGURES:
+    hard, unit = TASKS[result.task or CAUSAL_LM].hard
+    for figure, said in _FIGURES:
+        y_label = said or f"{hard} with the labels ({unit})"
         drawn = [
             line
             for label, key in (("training", figure), ("evaluation", f"eval_{figure}"))

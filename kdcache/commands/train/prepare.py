@@ -31,8 +31,9 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
+from kdcache.student.figures import FIGURES, figure_of
 from kdcache.student.load import find_files, is_model
-from kdcache.targets import Codec, SoftTargets
+from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled
 from kdcache.teacher import tokenizer_sha256
 from kdcache.teacher.adapter import ADAPTER_CONFIG
@@ -70,6 +71,9 @@ class RunPlan:
         caches = opened(options.cache)
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
         first, problems = caches[0], wrong_trackers(options.report_to)
+        task = TASKS[first.spec.task]
+        if options.divergence is None:
+            options = dataclasses.replace(options, divergence=task.divergences[0])
         codec, temperatures = first.codec(), []
         if options.cross_tokenizer is not None:
             problems += cross_problems(options, caches, eval_caches)
@@ -83,14 +87,20 @@ class RunPlan:
                 )
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
             for cache in (first, *eval_caches):  # equal problems are reported once
-                problems += _wrong_loss(options, cache.codec(), temperatures)
+                problems += _wrong_loss(options, cache, temperatures)
+        elif task.answers == "score":  # whose hard loss is that of the divergence, too
+            problems += _wrong_loss(options, first, [1.0])
         if options.theta is not None and not first.spec.codec.startswith("anchored:"):
             problems.append(
                 f"--anchor is {options.anchor}, but the cache is {first.spec.codec}. Leave it out, "
                 "or build the cache with --codec anchored:N."
             )
-        if options.best == "accuracy" and TASKS[first.spec.task].over_ids:
-            problems.append("best is accuracy, which is for classifiers. Use loss.")
+        figure = figure_of(first.spec.task)
+        if options.best in FIGURES.values() and options.best != figure:
+            problems.append(
+                f"best is {options.best}, which is not a figure of {first.spec.task}. Use "
+                f"{f'{figure} or ' if figure else ''}loss."
+            )
         if options.best == "f1" and not (
             TASKS[first.spec.task].words and are_entities(first.spec.label_names or ())
         ):
@@ -101,6 +111,8 @@ class RunPlan:
             )
         problems += options.weights.problems([cache.spec.domain_names for cache in caches])
         problems += _missing_labels(options, caches, eval_caches)
+        if task.answers == "score":
+            temperatures = []  # which it has not, as the loss has said
         check_caches(caches, temperatures, problems, beside=eval_caches)
         return cls(options, caches, eval_caches, store)
 
@@ -288,7 +300,7 @@ def _missing_labels(
             "alpha 1 trains on hard labels alone, but the caches have none. Use a smaller --alpha, "
             "or build again with the column of the labels (--label-column)."
         )
-    of_labels = options.hard_only or options.best in ("hard_loss", "accuracy", "f1")
+    of_labels = options.hard_only or options.best in ("hard_loss", "f1", *FIGURES.values())
     if eval_caches and of_labels and not _labelled(eval_caches):
         wrong.append(
             "the evaluation caches have no hard labels to choose the best checkpoint by. Use "
@@ -307,14 +319,16 @@ def _labelled(caches: Sequence[Cache]) -> bool:
     )
 
 
-def _wrong_loss(options: TrainOptions, codec: Codec, temperatures: Sequence[float]) -> list[str]:
-    """Why the loss is undefined for targets of this codec: a line each."""
-    wrong = []
+def _wrong_loss(options: TrainOptions, cache: Cache, temperatures: Sequence[float]) -> list[str]:
+    """Why the loss is undefined for the targets of a cache: a line each."""
+    wrong, codec = [], cache.codec()
+    divergence = options.divergence or ""
+    answers = TASKS[cache.spec.task].answers
     none = SoftTargets.empty(codec).at(codec.temperatures[0])
     for temperature in temperatures:
         try:
             targets = dataclasses.replace(none, temperature=temperature)
-            check_loss(targets, divergence=options.divergence, tail=options.tail)
+            check_loss(targets, divergence=divergence, tail=options.tail, answers=answers)
         except UsageError as error:
             wrong.append(str(error))
     return wrong

@@ -36,7 +36,8 @@ class TrainResult:
         epochs: passes over the caches.
         rows: rows trained on, over all epochs.
         loss: last logged training loss, alpha and T as they were then.
-        hard_loss: its cross-entropy with the hard labels, a labelled position; None without labels.
+        hard_loss: its cross-entropy with the hard labels, a labelled position (of scores the
+            error); None without labels.
         soft_loss: its T^2 times the divergence from the teacher, a position; None on hard labels
             alone and on sampled targets.
         soft_cross_entropy: on sampled targets: its T^2 times the cross-entropy with the teacher,
@@ -59,6 +60,7 @@ class TrainResult:
             asked for; None where there were none.
         epoch_rows: rows that an epoch has of each domain, and of each cache without names; None
             where no cache has names.
+        task: of the caches; None in runs of earlier versions.
         made: False where the run was finished before and nothing was done.
     """
 
@@ -83,4 +85,5 @@ class TrainResult:
     lost: int | None = None
     cut: int | None = None
     epoch_rows: dict[str, int] | None = None
+    task: str | None = None
     made: bool = True

@@ -66,6 +66,7 @@ from kdcache.student.adapter import is_adapted
 from kdcache.student.checkpoints import read_state
 from kdcache.student.documents import check_documents
 from kdcache.student.earlier import begin_from
+from kdcache.student.figures import FIGURES
 from kdcache.student.padding import check_rows
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer, soft_name
@@ -135,6 +136,7 @@ class Run:
         logs = [line for line in state.log_history if "loss" in line]
         best = state.best_global_step if plan.eval_caches else None
         result = TrainResult(
+            task=plan.caches[0].spec.task,
             out=plan.shown,
             steps=state.global_step,
             epochs=round(float(state.epoch or 0.0), 6),
@@ -278,10 +280,12 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         inner,
         spec.task,
         alpha=options.alphas.start,
-        divergence="forward-kl" if options.hard_only else options.divergence,
+        # Hard labels alone have no divergence, but the loss of a score is one.
+        divergence=None if options.hard_only and task.answers != "score" else options.divergence,
         tail=options.tail,
         vocab_size=info.vocab_size if cross is not None else spec.vocab_size,
         anchor=options.theta,
+        huber_delta=options.huber_delta,
     )
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
@@ -412,7 +416,7 @@ def _trainer(
         save_total_limit=options.keep_checkpoints,
         load_best_model_at_end=evaluates,
         metric_for_best_model=f"eval_{_best_metric(plan)}" if evaluates else None,
-        greater_is_better=options.best in ("accuracy", "f1") if evaluates else None,
+        greater_is_better=options.best in ("f1", *FIGURES.values()) if evaluates else None,
         seed=options.seed,
         ddp_backend="gloo" if world > 1 and not computing.gpu else None,
         ddp_find_unused_parameters=False,

@@ -23,7 +23,7 @@ import numpy as np
 from kdcache.cache import Cache
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
-from kdcache.commands.build.prepare import gpus_of
+from kdcache.commands.build.prepare import check_answers, gpus_of
 from kdcache.commands.build.ranks import ranks_by_count
 from kdcache.commands.transcode.cache_source import CacheSourceOptions, SourceShard, check_source
 from kdcache.commands.transcode.options import TranscodeOptions
@@ -58,7 +58,9 @@ def transcode(
 def _plan(options: TranscodeOptions) -> CachePlan:
     source = Cache.open(options.cache)
     spec = source.spec
-    codec = Codec.parse(options.codec, options.temperatures or spec.temperatures, spec.vocab_size)
+    temperatures = options.temperatures or spec.temperatures
+    check_answers(options.codec, temperatures, spec.task)
+    codec = Codec.parse(options.codec, temperatures, spec.vocab_size)
     check_source(source.codec(), codec)
     ranks = b""
     if TASKS[spec.task].over_ids and codec.uses_ranks:

@@ -43,6 +43,7 @@ from kdcache.targets import (
 )
 from kdcache.tasks import TASKS
 from kdcache.teacher import EngineOptions, Teacher, TeacherFiles, TeacherOptions
+from kdcache.teacher.probe import spread_of
 
 _LOGITS = 1 << 25  # numbers, of all positions that are compared
 _TRIALS = 4
@@ -164,7 +165,7 @@ def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
             "Name each with a --teacher, in the order of the build."
         )
     for one in files:
-        if not TASKS[spec.task].over_ids and one.label_names != spec.label_names:
+        if TASKS[spec.task].named and one.label_names != spec.label_names:
             raise UsageError(
                 f"teacher {one.name} has the classes {one.label_names}, {cache.url} has "
                 f"{spec.label_names}: it is not the teacher of this cache."
@@ -238,7 +239,7 @@ def _compare(
     spec, writer = cache.spec, TargetWriter(cache.codec(), cache.rank_to_id)
     noise = torch.from_numpy(np.concatenate(chosen.noise))
     row_of = np.repeat(np.arange(len(chosen.rows)), [len(w) for w in chosen.wanted])
-    scale = float((alone - alone.mean(-1, keepdim=True)).square().mean().sqrt())
+    scale = spread_of(alone)
 
     def stored(logits: Tensor) -> SoftTargets:
         return writer.write(logits, noise)

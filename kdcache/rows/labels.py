@@ -1,0 +1,235 @@
+"""Hard labels of rows: what a record says of a text, as numbers.
+
+=========  ================================  =============================================
+answers    a record                          labels of its row
+=========  ================================  =============================================
+classes    a name or a number                int32 `[1]`, the class or `IGNORE`
+labels     names, numbers, a vector of 0     int32 `[1, C]`, 1, 0 or `IGNORE` of each class
+           and 1, or a column a class
+score      a number                          float32 `[1]`, NaN where there is none
+=========  ================================  =============================================
+
+A record without a label (an empty value, null in JSON) belongs to a transfer set. Whatever could
+mean two things is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.corpus import Record
+from kdcache.errors import UsageError
+from kdcache.rows.classes import Classes, whole
+from kdcache.rows.spec import RowSpec
+from kdcache.tasks import IGNORE, TASKS
+
+Labels = npt.NDArray[Any]
+
+_EMPTY = "leave it empty (null in JSON) where a record has no label"
+
+
+def no_label(task: str, width: int | None = None) -> Labels:
+    """The labels of a row that has none.
+
+    Args:
+        task: one whose labels belong to rows.
+        width: number of classes; of no effect but for `labels`.
+    """
+    answers = TASKS[task].answers
+    if answers == "score":
+        return np.array([np.nan], np.float32)
+    return np.full((1, width or 1) if answers == "labels" else 1, IGNORE, np.int32)
+
+
+class LabelReader(ABC):
+    """Reads the label of a record."""
+
+    def __init__(self, spec: RowSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def read(self, record: Record) -> Labels:
+        """The labels of a record's row, see the module.
+
+        Raises:
+            UsageError: a value that is not one, or a named column that is missing.
+        """
+
+    def _value(self, record: Record) -> Any:
+        """What the record says; None where it says nothing."""
+        there = [name for name in self.spec.label_columns if name in record.values]
+        if len(there) > 1:
+            found = [name for name in there if not _missing(record.values[name])]
+            if len(found) > 1:
+                raise UsageError(
+                    f"{record.place}: it has labels in the columns {' and '.join(found)}. Name the "
+                    "right one with --label-column."
+                )
+            there = found or there
+        if not there:
+            if self.spec.label_column is None or self.spec.label_by_default:
+                return None
+            # A name that the user chose and that is not there is a slip, not a transfer set.
+            missing = list(self.spec.label_columns)
+            raise record.missing(missing, "--label-column", self.spec.columns)
+        value = record.values[there[0]]
+        return None if _missing(value) else value
+
+
+class ClassReader(LabelReader):
+    """One class a text: its name, or its number."""
+
+    def __init__(self, spec: RowSpec) -> None:
+        super().__init__(spec)
+        self._classes = Classes(spec.label_names)
+
+    def read(self, record: Record) -> Labels:
+        """See `LabelReader.read`."""
+        return np.array([self._classes.index(self._value(record), record)], np.int32)
+
+
+class ManyClassReader(LabelReader):
+    """Any number of classes a text: their names or numbers, 0 or 1 of each, or a column of each."""
+
+    def __init__(self, spec: RowSpec) -> None:
+        super().__init__(spec)
+        self._classes = Classes(spec.label_names)
+        self._columns = spec.label_columns if spec.label_by_class else ()
+        if self._columns and set(self._columns) != set(spec.label_names or ()):
+            raise UsageError(
+                f"--label-column names the columns {', '.join(self._columns)}, expected one for "
+                f"each class of the teacher: {', '.join(spec.label_names or ())}."
+            )
+
+    def read(self, record: Record) -> Labels:
+        """See `LabelReader.read`."""
+        names = self.spec.label_names or ()
+        if self._columns:
+            missing = [name for name in names if name not in record.values]
+            if missing:
+                raise record.missing(missing, "--label-column", self.spec.columns)
+            return self._vector(record, [record.values[name] for name in names])
+        value = self._value(record)
+        if value is None:
+            return no_label(self.spec.task, len(names))
+        if isinstance(value, str):
+            one = value.strip()
+            value = [one] if one in names else names_in(record, value)
+        if not isinstance(value, (list, tuple, np.ndarray)):
+            value = [value]
+        return self._of_list(record, list(value))
+
+    def _of_list(self, record: Record, values: list[Any]) -> Labels:
+        width = len(self.spec.label_names or ())
+        if any(isinstance(value, (list, dict)) for value in values):
+            raise self._no_list(record, values)
+        vector = len(values) == width and all(_flag(value) is not None for value in values)
+        # Truth values, fractions and nulls are of a vector, not numbers of classes.
+        flags = any(isinstance(v, (bool, np.bool_, float)) or v is None for v in values)
+        repeated = len(set(map(whole, values))) < len(values)
+        if vector and (flags or repeated or values in ([1], ["1"])):
+            return self._vector(record, values)
+        named = self._classes.numbers_are_names and all(isinstance(value, str) for value in values)
+        if flags or (vector and not named):
+            raise self._no_list(record, values)
+        found = np.zeros((1, width), np.int32)
+        for value in values:
+            number = self._classes.index(value, record)
+            if number == IGNORE or found[0, number]:
+                raise self._no_list(record, values)
+            found[0, number] = 1
+        return found
+
+    def _no_list(self, record: Record, values: list[Any]) -> UsageError:
+        width = len(self.spec.label_names or ())
+        return UsageError(
+            f"{record.place}: labels are {values!r}, expected either different classes, best by "
+            f"name, or {width} values of true and false, one for each class."
+        )
+
+    def _vector(self, record: Record, values: Sequence[Any]) -> Labels:
+        flags = [IGNORE if _missing(value) else _flag(value) for value in values]
+        if None in flags:
+            wrong = values[flags.index(None)]
+            name = (self.spec.label_names or ())[flags.index(None)]
+            raise UsageError(
+                f"{record.place}: label {name} is {wrong!r}, expected 0 or 1; {_EMPTY}."
+            )
+        return np.array([flags], np.int32)
+
+
+class ScoreReader(LabelReader):
+    """One number a text."""
+
+    def read(self, record: Record) -> Labels:
+        """See `LabelReader.read`."""
+        value = self._value(record)
+        if value is None:
+            return no_label(self.spec.task)
+        number = math.nan
+        if isinstance(value, str):
+            with suppress(ValueError):
+                number = float(value)
+        elif _is_number(value):
+            number = float(value)
+        with np.errstate(over="ignore"):
+            found = np.array([number], np.float32)
+        if not np.isfinite(found[0]):
+            raise UsageError(
+                f"{record.place}: the score is {value!r}, expected a finite number. Correct it; "
+                f"{_EMPTY}."
+            )
+        return found
+
+
+def names_in(record: Record, text: str) -> list[Any]:
+    """The classes in a cell of a table: names with commas between, or a list as JSON.
+
+    Raises:
+        UsageError: a list that is not JSON.
+    """
+    if not text.lstrip().startswith("["):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        return list(json.loads(text))
+    except ValueError as error:
+        raise UsageError(
+            f"{record.place}: labels are {text!r}, which is not JSON: {error}. Give a list of "
+            "names of classes."
+        ) from None
+
+
+_READERS: dict[str, type[ClassReader | ManyClassReader | ScoreReader]] = {
+    "classes": ClassReader,
+    "labels": ManyClassReader,
+    "score": ScoreReader,
+}
+
+
+def make_reader(spec: RowSpec) -> LabelReader:
+    """The reader of a task's labels."""
+    return _READERS[TASKS[spec.task].answers](spec)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _flag(value: Any) -> int | None:
+    """0 or 1 given as int, bool, float or digit, `IGNORE` of null; None if it is none of these."""
+    if value is None:
+        return IGNORE
+    number = whole(value)
+    return number if number in (0, 1) else None
