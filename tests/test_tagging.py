@@ -262,6 +262,24 @@ def test_a_student_with_words_of_its_own_needs_targets_of_words(
         evaluate(EvaluateOptions(student=(str(tmp_path / "words"),), cache=tag_caches["all"]))
 
 
+def test_a_student_of_words_cuts_none(tag_caches: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--max-length is 5, and a student of words reads each"):
+        run(tag_caches["first"], "bilstm", tmp_path / "run", max_length=5)
+
+
+def test_an_adapter_is_trained_saved_and_measured(
+    tag_caches: dict[str, str], tiny_tagger: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="the extra lora")
+    cache, out = tag_caches["all"], str(tmp_path / "run")
+    result = run(cache, str(tiny_tagger), tmp_path / "run", lora="r=2", alpha="1")
+    assert result.trained < result.parameters / 2
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    (_, found) = evaluate(EvaluateOptions(student=(out,), cache=cache)).models
+    assert found.entity_f1 == pytest.approx(result.eval["f1"])
+    assert found.accuracy == pytest.approx(result.eval["accuracy"])
+
+
 def test_a_stopped_run_resumes_to_the_bit(tag_caches: dict[str, str], tmp_path: Path) -> None:
     cache = tag_caches["first"]
     run(cache, "bilstm", tmp_path / "whole", eval_steps=3)

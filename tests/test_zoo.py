@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from zoo import BIDIRECTIONAL, CAUSAL, CLASSES, CLASSIFIERS, PAD, UNPADDED, Species, make
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from zoo import BIDIRECTIONAL, CAUSAL, CLASSES, CLASSIFIERS, PAD, TAGGERS, UNPADDED, Species, make
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
@@ -28,7 +32,7 @@ from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.rows import Row
 from kdcache.targets import DenseTargets
-from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION
+from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, TASKS, TOKEN_CLASSIFICATION
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -68,7 +72,11 @@ class Den:
 
     @property
     def auto(self) -> Any:
-        return AutoModelForCausalLM if self.causal else AutoModelForSequenceClassification
+        return {
+            CAUSAL_LM: AutoModelForCausalLM,
+            SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+            TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
+        }[self.task]
 
     def build(self, teacher: Path, out: Path, **more: Any) -> kdcache.Cache:
         kdcache.build(_build_options(self.task, self.corpus, teacher, out, **more))
@@ -79,7 +87,7 @@ class Den:
         # RWKV can be differentiated only so.
         options = {"use_cache": False} if self.causal else {}
         (logits,) = model(input_ids=torch.from_numpy(row.input_ids).long()[None], **options).logits
-        if not self.causal:
+        if not TASKS[self.task].per_token:
             return logits[None]
         return logits[torch.from_numpy(row.labels != IGNORE)][:, :width]
 
@@ -118,6 +126,12 @@ def field(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
+def library(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
+    """The den of the taggers."""
+    return _den(TOKEN_CLASSIFICATION, corpus_texts, tmp_path_factory.mktemp("den"))
+
+
+@pytest.fixture(scope="module")
 def classroom(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
     """The den of the classifiers."""
     return _den(SEQUENCE_CLASSIFICATION, corpus_texts, tmp_path_factory.mktemp("den"))
@@ -144,6 +158,12 @@ def _den(task: str, texts: list[str], folder: Path) -> Den:
         {"text": text[:size], "label": i % 3}
         for i, (text, size) in enumerate(zip(texts, (5, 90, 33, 14, 60, 8), strict=False))
     ]
+    if task == TOKEN_CLASSIFICATION:
+        words = [line["text"].split() for line in lines]
+        lines = [
+            {"tokens": own, "tags": [None if i % 4 == 3 else i % 3 for i in range(len(own))]}
+            for own in words
+        ]
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
     empty: Any = None
     den = Den(task, tokenizer, corpus, empty, [])
@@ -167,7 +187,7 @@ def reference_loss(den: Den, model: Any) -> Any:
     width = den.cache.spec.vocab_size
     logits = torch.cat([den.own(model, row, width) for row, _ in den.rows])
     labels = [torch.from_numpy(row.labels).long() for row, _ in den.rows]
-    labels = [x[x != IGNORE] if den.causal else x for x in labels]
+    labels = [x[x != IGNORE] if TASKS[den.task].per_token else x for x in labels]
     targets = DenseTargets(torch.cat([targets for _, targets in den.rows]), TEMPERATURE)
     return distillation_loss(logits, torch.cat(labels), targets, alpha=ALPHA)
 
@@ -213,7 +233,9 @@ def check_evaluation(den: Den, folder: Path, model: Any) -> None:
     (scores,) = [one for one in result.models if one.role == "student"]
     with torch.inference_mode():
         want = reference_loss(den, model)
-    assert scores.cross_entropy == pytest.approx(float(want.hard), rel=1e-4, abs=1e-5)
+    # The loss is a mean over positions, the figure one over those with a hard label.
+    share = result.labelled / result.positions
+    assert scores.cross_entropy == pytest.approx(float(want.hard) / share, rel=1e-4, abs=1e-5)
     assert scores.kl == pytest.approx(float(want.soft) / TEMPERATURE**2, rel=1e-4, abs=1e-5)
 
 
@@ -276,6 +298,29 @@ def test_a_classifier_gives_its_own_numbers(
     result = train(classroom, folder, tmp_path / "run")
     assert result.loss == pytest.approx(loss, rel=1e-3)
     check_prediction(classroom, tmp_path / "run", tmp_path / "predictions.jsonl")
+
+
+@pytest.mark.parametrize("species", TAGGERS, ids=str)
+def test_a_tagger_gives_its_own_numbers(species: Species, library: Den, tmp_path: Path) -> None:
+    # Decoders have a dropout before this head by default.
+    folder = library.save(species, tmp_path / "model", classifier_dropout=0.0)
+    model = load(library, folder)
+    check_teacher(library, folder, model, tmp_path / "cache")
+    loss = check_student(library, model)
+    check_evaluation(library, folder, model)
+    result = train(library, folder, tmp_path / "run")
+    assert result.loss == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("species", [one for one in UNPADDED if one.model_type != "fnet"], ids=str)
+def test_a_tagger_that_padding_disturbs_gets_none(
+    species: Species, library: Den, tmp_path: Path
+) -> None:
+    folder = library.save(species, tmp_path / "model")
+    model = load(library, folder)
+    check_teacher(library, folder, model, tmp_path / "cache")
+    with pytest.raises(UsageError, match="other logits where its batch is padded"):
+        train(library, folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("species", BIDIRECTIONAL, ids=str)

@@ -225,6 +225,23 @@ CLASSIFIERS = [
     make("mobilebert", initializer_range=0.02),
 ]
 
+TAGGERS = [
+    *map(
+        make,
+        _words(
+            """
+            albert bert big_bird bloom camembert data2vec-text deberta deberta-v2 distilbert electra
+            ernie esm flaubert gpt2 gpt_neox ibert layoutlm megatron-bert mistral modernbert mpnet
+            mra qwen2 qwen3 rembert roberta roberta-prelayernorm roformer squeezebert stablelm xlm
+            xlm-roberta xlm-roberta-xl
+            """
+        ),
+    ),
+    make("llama", "padding of its own", pad_token_id=7),
+    make("mobilebert", initializer_range=0.02),
+]
+"""Token classifiers: encoders, and decoders whose head sees what is before a word."""
+
 UNPADDED = [make("convbert"), make("fnet"), make("nystromformer"), make("yoso")]
 """Classifiers whose logits move with the padding of their batch."""
 

@@ -31,6 +31,7 @@ from kdcache.tasks import (
     REGRESSION,
     SEQUENCE_CLASSIFICATION,
     TASKS,
+    TOKEN_CLASSIFICATION,
 )
 from kdcache.teacher.trust import read_json
 
@@ -43,6 +44,7 @@ PEFT_TASKS = {
     SEQUENCE_CLASSIFICATION: "SEQ_CLS",
     MULTI_LABEL_CLASSIFICATION: "SEQ_CLS",
     REGRESSION: "SEQ_CLS",
+    TOKEN_CLASSIFICATION: "TOKEN_CLS",
 }
 _HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
 

@@ -271,6 +271,11 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
             "all of the teacher's tokens. Build with --label-tokens first, or name a student with "
             "the teacher's tokenizer."
         )
+    if task.words and options.max_length is not None:
+        raise UsageError(
+            f"--max-length is {options.max_length}, and a student of words reads each word of a "
+            "row, since each has a target. Leave it out, or build with a smaller --max-length."
+        )
     if options.fsdp and not getattr(inner, "_no_split_modules", None):
         raise UsageError(
             f"--fsdp shards the layers of a Hugging Face student, which {options.student} is not. "
