@@ -16,6 +16,12 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
+def counted(number: float, thing: str) -> str:
+    """A number of things as text: `1 shard`, `2,000 shards`, `0.5 GPUs`."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {thing}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as text: `8 s`, `3 min 20 s`, `5 h 12 min`."""
     whole = round(seconds)

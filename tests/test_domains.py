@@ -20,7 +20,7 @@ from test_stored import FakeDataset
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.check import problems
-from kdcache.cache.manifest import label_sums
+from kdcache.cache.manifest import ShardEntry, label_sums
 from kdcache.cache.repair import gc, repair
 from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
@@ -41,6 +41,7 @@ from kdcache.commands.transcode.transcode import transcode
 from kdcache.corpus import Corpus, named
 from kdcache.domains import Named
 from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.humanize import counted
 from kdcache.options import parse_values
 
 Lines = Callable[..., str]
@@ -188,7 +189,7 @@ def test_a_file_in_two_domains_and_an_empty_one_are_refused(lines: Lines, tmp_pa
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "empty.jsonl").touch()
     empty = named([f"x={one}", f"none={tmp_path / 'none'}"])
-    with pytest.raises(UsageError, match=r"none=.*none: the corpus is empty \(1 files of 0 bytes"):
+    with pytest.raises(UsageError, match=r"none=.*none: the corpus is empty \(1 file of 0 bytes"):
         Corpus.open(empty, span_bytes=1 << 20)
     Path(tmp_path, "none", "empty.jsonl").write_text("\n\n")
     with pytest.raises(UsageError, match=r"none=.*: no records\. Name files that have some"):
@@ -308,13 +309,14 @@ class StopError(Exception):
 
 
 def test_a_killed_build_goes_on_with_its_domains_and_no_others(
-    mixed: BuildOptions, lines: Lines, tmp_path: Path
+    mixed: BuildOptions, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kdcache.commands.build.driver._PROGRESS_EVERY", 0.0)
     calm = dataclasses.replace(mixed, out=str(tmp_path / "calm"))
     build(calm)
 
     def stop(progress: Progress) -> None:
-        if progress.made >= 2:
+        if progress.made:
             raise StopError
 
     with pytest.raises(StopError):
@@ -363,7 +365,7 @@ def test_a_domain_without_rows_is_told(
     )
     made = build(dataclasses.replace(mixed, corpus=corpora, filter=("lang=en",)))
     assert [(d.name, d.rows > 0) for d in made.domains] == [("web", True), ("de", False)]
-    assert "the corpus de has no usable row (0 records skipped)" in caplog.text
+    assert "the corpus de has no usable row (0 records skipped, 9 filtered)" in caplog.text
     assert not list(problems(Cache.open(mixed.out)))
 
 
@@ -424,3 +426,47 @@ def test_a_shard_of_another_domain_is_found(tmp_path: Path) -> None:
     (tmp_path / "c" / "shards" / cache.manifest.shards[1].name).unlink()
     with pytest.raises(CorruptCacheError, match="belongs to another build"):
         inspect(InspectOptions(str(tmp_path / "c")))
+
+
+# Filters
+
+
+def test_what_a_filter_leaves_out_is_counted(
+    mixed: BuildOptions, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines("w/en.jsonl", 0, 12, lang="en")
+    lines("w/de.jsonl", 12, 40, lang="de")
+    code = lines("c.jsonl", 40, 60, lang="en")
+    corpora = (f"web={tmp_path / 'w'}", f"code={code}")
+    options = dataclasses.replace(mixed, corpus=corpora, filter=("lang=en",))
+    told = dry_run(options)
+    assert told.filtered == pytest.approx(28 / 60, abs=0.2)
+    assert [d.filtered for d in told.domains] == [pytest.approx(28 / 40, abs=0.2), 0.0]
+    made = build(options)
+    assert (made.filtered, [d.filtered for d in made.domains]) == (28, [28, 0])
+    seen = inspect(InspectOptions(options.out))
+    assert (seen.filtered, seen.skipped) == (28, 0)
+    assert not list(problems(Cache.open(options.out)))
+    other = transcode(TranscodeOptions(options.out, "topk:4", str(tmp_path / "o"), workers=0))
+    assert other.filtered == 28
+    shown = CliRunner().invoke(cli, ["inspect", options.out]).output
+    assert "filtered records" in shown
+    # Where nothing is filtered nothing is said; older caches do not know.
+    assert inspect(InspectOptions(str(tmp_path / "o"))).filtered == 28
+    plain = build(dataclasses.replace(options, filter=(), out=str(tmp_path / "plain")))
+    assert plain.filtered is None
+    assert "filtered" not in Path(tmp_path, "plain", "manifest.json").read_text()
+    assert "filtered" not in CliRunner().invoke(cli, ["inspect", str(tmp_path / "plain")]).output
+    words = ["--teacher", mixed.teacher[0], *(f"--corpus={one}" for one in corpora)]
+    words += ["--out", str(tmp_path / "new"), "--filter", "lang=en", "--dry_run"]
+    dry = CliRunner().invoke(cli, ["build", *words])
+    assert "leaves out about" in dry.output, dry.output
+    entry = dataclasses.replace(Cache.open(options.out).manifest.shards[0], filtered=-1)
+    with pytest.raises(ValueError, match="invalid number of filtered"):
+        ShardEntry.from_dict(vars(entry), 0)
+
+
+def test_one_thing_is_not_several() -> None:
+    found = [counted(n, "shard") for n in (0, 1, 2, 2000)]
+    assert found == ["0 shards", "1 shard", "2 shards", "2,000 shards"]
+    assert [counted(n, "GPU") for n in (0.5, 1.0, 4.0)] == ["0.5 GPUs", "1 GPU", "4 GPUs"]

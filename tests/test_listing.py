@@ -137,22 +137,22 @@ LAYOUTS: dict[str, tuple[dict[str, list[str]], str]] = {
             "test": ["data/test-00000-of-00001.parquet"],
             "unsupervised": ["data/unsupervised-00000-of-00001.parquet"],
         },
-        r"test \(1 files\), train \(2 files\), unsupervised \(1 files\)",
+        r"test \(1 file\), train \(2 files\), unsupervised \(1 file\)",
     ),
     "files": (
         {"train": ["train.jsonl"], "validation": ["dev.jsonl"], "test": ["test.jsonl"]},
-        r"validation \(1 files\), test \(1 files\), train",
+        r"validation \(1 file\), test \(1 file\), train",
     ),
     "folders": (
         {"train": ["train/0.jsonl", "train/1.jsonl"], "test": ["test/0.jsonl"]},
-        r"test \(1 files\), train \(2 files\)",
+        r"test \(1 file\), train \(2 files\)",
     ),
     "prefixed": (
         {
             "train": ["c4-train.00000-of-01024.json.gz", "c4-train.00001-of-01024.json.gz"],
             "validation": ["c4-validation.00000-of-00008.json.gz"],
         },
-        r"train \(2 files\), validation \(1 files\)",
+        r"train \(2 files\), validation \(1 file\)",
     ),
 }
 
@@ -199,7 +199,7 @@ def test_a_saved_dataset_dict(tmp_path: Path) -> None:
             (tmp_path / split / name).write_text('{\n "features": {}\n}')
         (tmp_path / split / "cache-0123456789abcdef.arrow").write_bytes(path.read_bytes())
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test", "extra"]}')
-    with pytest.raises(UsageError, match=r"several splits: extra \(1 files\), test \(1 files\)"):
+    with pytest.raises(UsageError, match=r"several splits: extra \(1 file\), test \(1 file\)"):
         Corpus.open([str(tmp_path)], span_bytes=1 << 20)
     for split, texts in (("train", ["a", "b"]), ("extra", ["d"])):
         corpus = Corpus.open([str(tmp_path)], span_bytes=1 << 20, split=split)

@@ -252,14 +252,29 @@ class Cache:
         return self.manifest_or_none is not None
 
     def commit(
-        self, span: int, data: ShardData, *, skipped: int = 0, clipped_mass: float = 0.0
+        self,
+        span: int,
+        data: ShardData,
+        *,
+        skipped: int = 0,
+        filtered: int | None = None,
+        clipped_mass: float = 0.0,
     ) -> ShardEntry:
         """Write a span's shard and make it appear; safe to call again for the same span.
+
+        Args:
+            span: its number.
+            data: what it holds.
+            skipped: records that were left out, empty or broken.
+            filtered: records that filters left out; None where there are no filters.
+            clipped_mass: probability that fell on ids outside the vocabulary, summed.
 
         Raises:
             IncompleteError: no space left.
         """
         facts: dict[str, Any] = {"skipped": skipped, "clipped_mass": clipped_mass}
+        if filtered is not None:
+            facts["filtered"] = filtered
         if (domain := self.spec.domain_of(span)) is not None:
             facts["domain"] = domain
         if data.label_logprob is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kdcache.cache.cache import Cache
-from kdcache.cache.manifest import ShardEntry, label_sums
+from kdcache.cache.manifest import ShardEntry, filtered_records, label_sums
 from kdcache.cache.spec import CacheSpec
 from kdcache.domains import Weights
 
@@ -50,7 +50,8 @@ class DomainFigures:
         rows: rows in them; so the next four.
         tokens: tokens.
         positions: positions with a soft target.
-        skipped: records left out.
+        skipped: records left out, empty or broken.
+        filtered: records that filters left out; None where there are no filters.
         bytes: bytes of the shard files.
         teacher_cross_entropy: of the teacher with the hard labels at T = 1, in nats a position,
             over the labels that it can predict; None where the cache does not keep it.
@@ -63,6 +64,7 @@ class DomainFigures:
     tokens: int
     positions: int
     skipped: int
+    filtered: int | None
     bytes: int
     teacher_cross_entropy: float | None
 
@@ -96,6 +98,7 @@ def domain_figures(spec: CacheSpec, shards: Iterable[ShardEntry]) -> tuple[Domai
                 tokens=sum(s.tokens for s in mine),
                 positions=sum(s.positions for s in mine),
                 skipped=sum(s.skipped for s in mine),
+                filtered=filtered_records(mine),
                 bytes=sum(s.bytes for s in mine),
                 teacher_cross_entropy=sums[0] / sums[1] if sums and sums[1] else None,
             )

@@ -24,7 +24,7 @@ BESIDE = re.compile(
 )
 """Names of files that lie beside `spec.json`; no other can be named."""
 
-SPAN_FACTS = ("skipped", "clipped_mass", "label_nats", "impossible_labels", "domain")
+SPAN_FACTS = ("skipped", "filtered", "clipped_mass", "label_nats", "impossible_labels", "domain")
 """What an entry and the shard's `span` attribute both say."""
 
 _LARGEST = 256 << 20  # bytes of a manifest: a million shards
@@ -50,6 +50,7 @@ class ShardEntry:
     label_nats: float | None = None
     impossible_labels: int | None = None
     domain: str | None = None
+    filtered: int | None = None
 
     @property
     def counts(self) -> ShardCounts:
@@ -96,7 +97,7 @@ class ShardEntry:
             raise ValueError(f"{entry.name} does not match the sha256 in its name")
         for name in ("span", *_COUNTS):
             value = getattr(entry, name)
-            if type(value) is not int or not (name == "bytes") <= value < _MOST:
+            if not _is_count(value) or (name == "bytes" and not value):
                 raise ValueError(f"{entry.name} has an invalid number of {name}: {value}")
         # So many numbers, compressed as far as can be.
         if max(entry.rows, entry.tokens, entry.positions) > DEFLATE_LIMIT * entry.bytes:
@@ -110,6 +111,8 @@ class ShardEntry:
                 raise ValueError(f"{entry.name} has labels of {nats} nats")
             if type(impossible) is not int or not 0 <= impossible <= entry.positions:
                 raise ValueError(f"{entry.name} has {impossible} impossible labels")
+        if entry.filtered is not None and not _is_count(entry.filtered):
+            raise ValueError(f"{entry.name} has an invalid number of filtered: {entry.filtered}")
         if entry.domain is not None and not is_name(entry.domain):
             raise ValueError(f"{entry.name} has an invalid domain: {entry.domain!r}")
         return entry
@@ -220,6 +223,20 @@ def label_sums(shards: Iterable[ShardEntry]) -> tuple[float, int, int] | None:
         impossible += shard.impossible_labels
         predicted += shard.positions - shard.impossible_labels
     return nats, predicted, impossible
+
+
+def filtered_records(shards: Iterable[ShardEntry]) -> int | None:
+    """Records that filters left out of some shards.
+
+    Returns:
+        None where one does not say: the cache has no filter, or is of an earlier version.
+    """
+    counts = [shard.filtered for shard in shards]
+    return sum(n for n in counts if n is not None) if counts and None not in counts else None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MOST
 
 
 def check_files(files: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from kdcache.cli.volume import is_quiet
-from kdcache.humanize import duration, printable, size
+from kdcache.humanize import counted, duration, printable, size
 
 if TYPE_CHECKING:  # a display is there before what it shows is loaded
     from kdcache.commands.build.activity import SpanFigures
@@ -149,7 +149,7 @@ class SweepDisplay(_Display):
 
     def __call__(self, state: SweepProgress) -> None:
         """Show a new state; a line for every run that ends."""
-        words = [f"{state.done} of {state.runs} runs finished"]
+        words = [f"{state.done} of {counted(state.runs, 'run')} finished"]
         if state.failed:
             words.append(f"{state.failed} failed")
         if state.step > state.before:
@@ -162,7 +162,7 @@ class SweepDisplay(_Display):
 
 def _facts(now: Progress, busy: str) -> tuple[str, ...]:
     """The figures of a build, briefly: what is done, what is being done, and the time."""
-    words = [f"{len(now.workers)} worker{'s' if len(now.workers) > 1 else ''}"]
+    words = [counted(len(now.workers), "worker")]
     if not now.workers:
         words = ["waiting for workers"]
     words += _rates(now.positions_per_second, now.teacher_busy, busy)
@@ -173,7 +173,7 @@ def _facts(now: Progress, busy: str) -> tuple[str, ...]:
     if now.failed:
         words.append(f"{now.failed} failed")
     if now.lost:
-        words.append(f"{now.lost} worker{'s' if now.lost > 1 else ''} lost")
+        words.append(f"{counted(now.lost, 'worker')} lost")
     alone = now.workers[0].in_flight if len(now.workers) == 1 else ()
     times = f"{duration(now.seconds)} so far"
     if now.seconds_left:
@@ -191,7 +191,7 @@ def _at_work(spans: Sequence[SpanFigures]) -> str:
     """What is done of the spans that a worker has."""
     words = []
     for span in sorted(spans, key=lambda figures: figures.span):
-        done = f"{span.records:,} records read"
+        done = f"{counted(span.records, 'record')} read"
         if span.batches_done == span.batches > 0:
             done = "writing"
         elif span.batches:
@@ -203,4 +203,6 @@ def _at_work(spans: Sequence[SpanFigures]) -> str:
 def _worker(figures: WorkerFigures, busy: str) -> str:
     """The figures of one worker."""
     rates = _rates(figures.positions_per_second, figures.teacher_busy, busy)
-    return "  ".join([figures.name, f"{figures.spans} spans", *rates, _at_work(figures.in_flight)])
+    return "  ".join(
+        [figures.name, counted(figures.spans, "span"), *rates, _at_work(figures.in_flight)]
+    )

@@ -7,7 +7,7 @@ from rich.console import Console
 from kdcache.cli.tables import print_line, print_table
 from kdcache.cli.view_domains import render_estimates
 from kdcache.commands.build.dry_run import DryRun
-from kdcache.humanize import duration, size
+from kdcache.humanize import counted, duration, size
 
 
 def render_dry_run(result: DryRun, console: Console) -> None:
@@ -20,8 +20,8 @@ def render_dry_run(result: DryRun, console: Console) -> None:
     }[result.state]
     print_line(
         console,
-        f"Would build {result.cache}: about {result.positions:,} positions in {result.spans:,} "
-        f"shards, {size(result.bytes)}.{left}",
+        f"Would build {result.cache}: about {result.positions:,} positions in "
+        f"{counted(result.spans, 'shard')}, {size(result.bytes)}.{left}",
     )
     temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
     hours = f"very roughly {duration(result.seconds)} of one {result.device} ({result.dtype})"
@@ -29,7 +29,12 @@ def render_dry_run(result: DryRun, console: Console) -> None:
         ("teachers", ", ".join(result.teachers)),
         ("task", result.task),
         ("codec", f"{result.codec} at T = {temperatures}"),
-        ("corpus", f"{result.files:,} files, {size(result.corpus_bytes)}"),
+        ("corpus", f"{counted(result.files, 'file')}, {size(result.corpus_bytes)}"),
+        *(
+            []
+            if result.filtered is None
+            else [("filter", f"leaves out about {result.filtered:.0%} of the records")]
+        ),
         ("rows", f"of {result.max_length:,} tokens at most"),
         (
             "bytes",

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.humanize import counted
 from kdcache.tasks import TASKS
 
 Figures: TypeAlias = list[tuple[str, list[str]]]
@@ -17,7 +18,9 @@ def render_evaluation(result: EvaluateResult, console: Console) -> None:
     """Print a table of the models."""
     figures = [("parameters", [number(m.parameters, 0) for m in result.models])]
     figures += _FIGURES.get(TASKS[result.task].answers, _of_distributions)(result)
-    title = f"{result.source}: {result.rows:,} rows, {result.positions:,} positions"
+    title = (
+        f"{result.source}: {counted(result.rows, 'row')}, {counted(result.positions, 'position')}"
+    )
     header = ("", *(_heading(model) for model in result.models))
     print_table(console, header, [(name, *values) for name, values in figures], title=title)
     if result.domains:

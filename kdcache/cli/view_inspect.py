@@ -7,7 +7,7 @@ from rich.console import Console
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.cli.view_domains import render_domains
 from kdcache.commands.inspect.inspect import InspectResult, RowView
-from kdcache.humanize import size
+from kdcache.humanize import counted, size
 from kdcache.tasks import OUTPUTS, TASKS, Answers
 
 
@@ -15,7 +15,11 @@ def render_inspection(result: InspectResult, console: Console) -> None:
     """Print what `inspect` found."""
     kind = OUTPUTS[TASKS[result.task].answers]
     temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
-    state = "finished" if result.finished else f"unfinished: {result.done} of {result.spans} shards"
+    state = (
+        "finished"
+        if result.finished
+        else f"unfinished: {result.done} of {counted(result.spans, 'shard')}"
+    )
     facts = [
         ("task", result.task),
         ("teachers", ", ".join(result.teachers) or "-"),
@@ -28,6 +32,7 @@ def render_inspection(result: InspectResult, console: Console) -> None:
         ("tokens", f"{result.tokens:,}"),
         ("positions", f"{result.positions:,}"),
         ("skipped records", f"{result.skipped:,}"),
+        *([] if result.filtered is None else [("filtered records", f"{result.filtered:,}")]),
         ("clipped mass", percent(result.clipped_mass, 4) + " a position"),
         *_labels(result),
         ("size", size(result.bytes)),
@@ -42,7 +47,7 @@ def render_inspection(result: InspectResult, console: Console) -> None:
         print_line(console, "")
         render_domains(result.domains, console)
     if result.columns:
-        shards = f"{result.sampled_shards} of {result.done} shards"
+        shards = f"{result.sampled_shards} of {counted(result.done, 'shard')}"
         print_line(console, "")
         print_table(
             console,
@@ -79,7 +84,7 @@ def _render_row(row: RowView, answers: Answers, console: Console) -> None:
     about = "" if row.exact else ", unbiased sample"
     print_line(
         console,
-        f"Row {row.row}{of} (shard {row.shard}, {row.tokens} tokens), "
+        f"Row {row.row}{of} (shard {row.shard}, {counted(row.tokens, 'token')}), "
         f"T = {row.temperature:g}{about}",
         style="bold",
     )

@@ -10,7 +10,7 @@ from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.cli.view_domains import render_estimates
 from kdcache.commands.plan.plot import _set
 from kdcache.commands.plan.result import WORKERS, PlanResult
-from kdcache.humanize import duration, size
+from kdcache.humanize import counted, duration, size
 
 _SMALL_SHARD = 100_000
 """Positions from which on a shard compresses as well as a large one."""
@@ -27,7 +27,8 @@ def render_plan(result: PlanResult, console: Console, *, details: bool = False) 
     rate = 1 / result.teacher_seconds if result.teacher_seconds else 0.0
     print_line(
         console,
-        f"Sample: {result.rows:,} rows, {result.positions:,} positions. Teacher: {rate:,.0f} "
+        f"Sample: {counted(result.rows, 'row')}, {counted(result.positions, 'position')}. "
+        f"Teacher: {rate:,.0f} "
         f"positions per second ({result.device}, {result.dtype}). Whole corpus: about "
         f"{result.corpus_positions:,} positions.",
     )
@@ -59,8 +60,9 @@ def _print_short(result: PlanResult, console: Console) -> None:
     print_table(console, header, rows, left=2)
     print_line(
         console,
-        f"About {result.corpus_positions:,} positions in {result.shards:,} shards, by "
-        f"{result.rows:,} rows on {result.device} ({result.dtype}). Missed: probability outside "
+        f"About {result.corpus_positions:,} positions in {counted(result.shards, 'shard')}, by "
+        f"{counted(result.rows, 'row')} on {result.device} ({result.dtype}). Missed: "
+        "probability outside "
         "the stored ids, at the worst T. Angle: of the mean gradient to the full one. --all "
         "prints everything.",
     )
@@ -69,7 +71,7 @@ def _print_short(result: PlanResult, console: Console) -> None:
 
 
 def _print_costs(result: PlanResult, console: Console) -> None:
-    workers = [f"{n} worker{'s' if n > 1 else ''}" for n in WORKERS]
+    workers = [counted(n, "worker") for n in WORKERS]
     header = [
         "codec",
         "T",
@@ -144,6 +146,8 @@ def _notes(result: PlanResult) -> list[str]:
 def _warnings(result: PlanResult) -> list[str]:
     """What to know however much is printed."""
     lines = []
+    if result.filtered is not None:
+        lines.append(f"--filter leaves out about {result.filtered:.0%} of the records.")
     if result.clipped_mass:
         lines.append(
             f"The teacher gives {percent(result.clipped_mass, 4)} of its probability to ids "

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.commands.sweep.results import _NAMES, SHARES, SettingScore, SweepResult
-from kdcache.humanize import duration
+from kdcache.humanize import counted, duration
 
 
 def render_sweep(result: SweepResult, console: Console) -> None:
@@ -52,13 +52,15 @@ def _notes(result: SweepResult) -> Iterable[str]:
         yield "No eval-cache was given: figures are those of the last steps of training."
     if len(result.runs) < result.combinations:
         yield (
-            f"{result.combinations} combinations make {len(result.runs)} runs: the others differ "
+            f"{counted(result.combinations, 'combination')} make "
+            f"{counted(len(result.runs), 'run')}: the others differ "
             "only in options that do not affect the student, such as the temperature at alpha 1 or "
             "with mse."
         )
     total = duration(sum(run.seconds for run in result.runs))
     yield (
-        f"{len(result.runs)} runs, {result.made} of them now, {total} of training in all: "
+        f"{counted(len(result.runs), 'run')}, {result.made} of them now, {total} of training in "
+        "all: "
         f"{result.out}/results.json, .csv, .png"
     )
 

@@ -32,6 +32,7 @@ from kdcache.corpus.tables import Arrow, Parquet
 from kdcache.corpus.text import Csv, JsonLines, TextFiles, TextLines, TextParagraphs, Tsv
 from kdcache.domains import Named
 from kdcache.errors import UsageError
+from kdcache.humanize import counted
 from kdcache.storage import redact
 
 _FORMATS: dict[str, type[Format]] = {
@@ -185,8 +186,8 @@ class Corpus:
             some = [file for file in files if file.domain == domain]
             if not any(file.size for file in some):
                 raise UsageError(
-                    f"{_shown(patterns, domain)}: the corpus is empty ({len(some)} files of 0 "
-                    f"bytes). Name files with records in them."
+                    f"{_shown(patterns, domain)}: the corpus is empty "
+                    f"({counted(len(some), 'file')} of 0 bytes). Name files with records in them."
                 )
         if named and not any(file.kind in ("csv", "tsv", "txt", "conll") for file in files):
             raise UsageError(

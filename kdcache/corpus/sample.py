@@ -39,6 +39,7 @@ class SpanSample:
         read: records that were read.
         read_characters: in these.
         passed: share of the file's records that the corpus's filters keep, as far as it was read.
+        filtered: records that the filters left out on the way.
     """
 
     span: Span
@@ -49,6 +50,7 @@ class SpanSample:
     read: int
     read_characters: int
     passed: float = 1.0
+    filtered: int = 0
 
 
 def sample_spans(corpus: Corpus, most: int) -> list[Span]:
@@ -101,7 +103,8 @@ def sample_records(
     stats = ReadStats()
     found = Corpus.read(span, columns=columns, on_error=on_error, stats=stats)
     sample = _evenly(span, islice(found, read), records, characters)
-    return replace(sample, passed=stats.records / max(1, stats.records + stats.filtered))
+    passed = stats.records / max(1, stats.records + stats.filtered)
+    return replace(sample, passed=passed, filtered=stats.filtered)
 
 
 def _evenly(span: Span, found: Iterable[Record], records: int, characters: int) -> SpanSample:

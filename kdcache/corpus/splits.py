@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kdcache.errors import UsageError
+from kdcache.humanize import counted
 from kdcache.storage import redact
 
 ALL = "all"
@@ -51,7 +52,7 @@ def choose(
         return list(names)
     splits = _splits(names, [f"{folder}/" if folder else "" for folder in saved])
     counts = Counter(found for found in splits if found)
-    shown = ", ".join(f"{found} ({count} files)" for found, count in counts.items())
+    shown = ", ".join(f"{found} ({counted(count, 'file')})" for found, count in counts.items())
     if split is None:
         if len(counts) > 1:
             raise UsageError(

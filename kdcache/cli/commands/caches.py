@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
 from kdcache.cli.tables import echo, echo_next, tell
-from kdcache.humanize import duration, size
+from kdcache.humanize import counted, duration, size
 from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -65,29 +65,34 @@ def _dry_run(options: BuildOptions, as_json: bool) -> None:
 def _report_made(result: BuildResult, worker: str = "teacher") -> None:
     """What a build, or a transcoding, has done."""
     if not result.made:
-        echo(f"{result.cache} is complete: {result.positions:,} positions. Nothing to do.")
+        echo(f"{result.cache} is complete: {counted(result.positions, 'position')}. Nothing to do.")
     else:
         losses = ""
         if result.skipped:
-            losses += f"; {result.skipped:,} records left out (empty or broken)"
+            losses += f"; {counted(result.skipped, 'record')} left out (empty or broken)"
+        if result.filtered is not None:
+            losses += f"; {counted(result.filtered, 'record')} left out by --filter"
         if result.truncated:
-            losses += f"; {result.truncated:,} documents cut at --max-length"
+            losses += f"; {counted(result.truncated, 'document')} cut at --max-length"
         if result.clipped_mass > 1e-3:
             losses += f"; {result.clipped_mass:.1%} of the teacher's probability is on ids "
             losses += "outside its tokenizer's vocabulary"
         if result.workers_lost:
-            losses += f"; {result.workers_lost} workers lost, {result.redone} attempts repeated"
+            losses += f"; {counted(result.workers_lost, 'worker')} lost, "
+            losses += f"{counted(result.redone, 'attempt')} repeated"
         echo(
-            f"{result.cache}: {result.rows:,} rows, {result.positions:,} positions, "
+            f"{result.cache}: {counted(result.rows, 'row')}, "
+            f"{counted(result.positions, 'position')}, "
             f"{size(result.bytes)} ({result.bytes_per_position:.1f} B per position, rows "
             f"included) in {duration(result.seconds)}, "
             f"{worker} {duration(result.teacher_seconds)}; "
-            f"{result.made} of {result.spans} shards made now{losses}."
+            f"{result.made:,} of {counted(result.spans, 'shard')} made now{losses}."
         )
         if result.missing:
             echo(
-                f"This part is made. {result.missing} shards of other parts are missing; the "
-                "part that ends last seals the cache."
+                f"This part is made. {counted(result.missing, 'shard')} of other parts "
+                f"{'is' if result.missing == 1 else 'are'} missing; the part that ends last seals "
+                "the cache."
             )
     if result.domains:
         from kdcache.cli.view_domains import render_domains
@@ -137,8 +142,9 @@ def _export() -> click.Command:
             print_json(result)
         else:
             echo(
-                f"{result.out}: {result.files} files, {result.rows:,} rows, {result.positions:,} "
-                f"positions, {size(result.bytes)}; {result.made} made now in "
+                f"{result.out}: {counted(result.files, 'file')}, {counted(result.rows, 'row')}, "
+                f"{counted(result.positions, 'position')}, {size(result.bytes)}; {result.made} "
+                "made now in "
                 f"{duration(result.seconds)}."
             )
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
 from kdcache.cli.tables import echo, print_table, tell
-from kdcache.humanize import size
+from kdcache.humanize import counted, size
 
 
 def _several(count: int, word: str) -> str:
@@ -50,10 +50,14 @@ def _verify() -> click.Command:
         if as_json:
             print_json(result)
         elif not result.problems:
-            echo(f"{result.cache}: {result.shards} shards, {result.rows:,} rows: all good.")
+            echo(
+                f"{result.cache}: {counted(result.shards, 'shard')}, "
+                f"{counted(result.rows, 'row')}: all good."
+            )
         if not as_json and (check := result.recheck) is not None:
             echo(
-                f"{check.rows} rows, {check.positions:,} positions run again: cached and live "
+                f"{counted(check.rows, 'row')}, {counted(check.positions, 'position')} run "
+                "again: cached and live "
                 f"targets differ by {check.cached:.2g}, two live runs by {check.live:.2g}; "
                 f"rounding explains {check.allowed:.2g}."
             )
@@ -118,7 +122,7 @@ def _gc() -> click.Command:
         verb = "would be removed" if result.dry_run else "removed"
         young = f"; {result.young} younger than an hour were kept" if result.young else ""
         count = len(result.removed)
-        files = "1 file" if count == 1 else f"{count} files"
+        files = counted(count, "file")
         echo(f"{files} {verb}, {size(result.bytes)}{young}.")
 
     return command

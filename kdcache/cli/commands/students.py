@@ -7,7 +7,7 @@ from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
 from kdcache.cli.tables import echo, echo_next, number
-from kdcache.humanize import duration
+from kdcache.humanize import counted, duration
 
 
 def _train() -> click.Command:
@@ -58,7 +58,8 @@ def _train() -> click.Command:
         if options.lora is not None:
             adapted = f"; an adapter of {result.trained:,} of {result.parameters:,} parameters"
         echo(
-            f"{result.out}: {result.steps} steps{best}, {result.rows:,} rows, loss "
+            f"{result.out}: {counted(result.steps, 'step')}{best}, "
+            f"{counted(result.rows, 'row')}, loss "
             f"{result.loss:.4f} in {duration(result.seconds)}"
             + words
             + adapted
@@ -140,7 +141,8 @@ def _finetune() -> click.Command:
             shown = f"{result.truncated:,} texts were cut at --max-length {options.max_length}"
             echo(f"{shown}: the teacher does not see the rest.", err=True)
         echo(
-            f"{result.out}: {result.rows:,} rows, {result.trained:,} of {result.parameters:,} "
+            f"{result.out}: {counted(result.rows, 'row')}, {result.trained:,} of "
+            f"{result.parameters:,} "
             f"parameters trained in {duration(result.seconds)}{scores}."
         )
         words = ("--task", options.task, "--corpus", "CORPUS", "--out", "CACHE")
@@ -188,7 +190,8 @@ def _predict() -> click.Command:
                 print_json(result)
             else:
                 echo(
-                    f"{result.out}: {result.records:,} records in {duration(result.seconds)}"
+                    f"{result.out}: {counted(result.records, 'record')} in "
+                    f"{duration(result.seconds)}"
                     + (f", {result.skipped} skipped" if result.skipped else "")
                     + "."
                     + (f" {result.cut:,} words are beyond what it reads." if result.cut else "")

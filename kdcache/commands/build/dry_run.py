@@ -47,6 +47,7 @@ class DryRun:
         dtype: what they would compute in.
         fingerprint: of the spec; None where the codec keeps the teacher's output layer, of which a
             build makes it first.
+        filtered: about the share of records that filters leave out; None where there are none.
         domains: of the corpus, where it has names: files, bytes, spans and positions of each.
     """
 
@@ -67,6 +68,7 @@ class DryRun:
     device: str
     dtype: str
     fingerprint: str | None
+    filtered: float | None = None
     domains: tuple[DomainEstimate, ...] = ()
 
 
@@ -110,5 +112,6 @@ def dry_run(options: BuildOptions) -> DryRun:
         device="GPU" if prepared.gpus else "CPU",
         dtype=spec.dtype,
         fingerprint=None if codec.reads_states else spec.fingerprint,
+        filtered=sample.filtered,
         domains=sample.domains,
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.cache.figures import DomainFigures, domain_figures
+from kdcache.cache.manifest import filtered_records
 from kdcache.cache.receipts import Receipts, remove_receipts
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
@@ -29,7 +30,7 @@ from kdcache.commands.build.worker import Job
 from kdcache.commands.build.workers import Workers
 from kdcache.commands.interrupt import Interrupt, interruptible
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.humanize import size
+from kdcache.humanize import counted, size
 from kdcache.storage import redact
 from kdcache.version import __version__
 
@@ -82,6 +83,7 @@ class BuildResult:
         bytes: bytes of all shards.
         skipped: records in the whole cache's corpus that were left out: empty, or broken with
             `on_error="skip"`.
+        filtered: records that filters left out; None where there are no filters.
         truncated: documents that were cut at `max_length`, in the shards that this run made.
         clipped_mass: mean probability of the teacher, a position, on ids outside the vocabulary.
         seconds: wall time of this run.
@@ -105,6 +107,7 @@ class BuildResult:
     seconds: float
     teacher_seconds: float
     missing: int = 0
+    filtered: int | None = None
     domains: tuple[DomainFigures, ...] = ()
 
     @property
@@ -181,6 +184,7 @@ def _begin(
         seconds=time.perf_counter() - begin,
         teacher_seconds=driver.teacher_seconds,
         missing=len(missing),
+        filtered=filtered_records(shards),
         domains=domain_figures(cache.spec, shards),
     )
 
@@ -248,22 +252,28 @@ def _missing(cache: Cache, driver: Driver) -> list[int]:
 
 def _seal(cache: Cache, driver: Driver) -> Manifest:
     manifest = prepare_manifest(cache, driver.made.values())
+    filtered = filtered_records(manifest.shards)
     if not manifest.rows:
         raise UsageError(
-            f"the corpus has no usable row ({manifest.skipped} records skipped): nothing to cache. "
-            "Look at its text column, or name another --corpus."
+            f"the corpus has no usable row ({_left_out(manifest.skipped, filtered)}): nothing to "
+            "cache. Look at its text column and at --filter, or name another --corpus."
         )
     for domain in domain_figures(cache.spec, manifest.shards):
         if not domain.rows:
             logger.warning(
-                "the corpus %s has no usable row (%d records skipped): look at its text column, "
-                "and at --filter",
+                "the corpus %s has no usable row (%s): look at its text column, and at --filter",
                 domain.name,
-                domain.skipped,
+                _left_out(domain.skipped, domain.filtered),
             )
     manifest = seal(cache, manifest)
     remove_receipts(cache.storage)
     return manifest
+
+
+def _left_out(skipped: int, filtered: int | None) -> str:
+    """What became of records, for messages."""
+    text = f"{counted(skipped, 'record')} skipped"
+    return text if filtered is None else f"{text}, {filtered:,} filtered"
 
 
 def start_workers(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdcache.errors import IncompleteError
+from kdcache.humanize import counted
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ class Need:
         return max(self.cpus, min(_MOST_CPUS, share))
 
     def __str__(self) -> str:
-        gpus = f"{_count(self.gpus, 'GPU')} and " if self.gpus else ""
-        return f"{gpus}{_count(self.cpus, 'CPU')} on one node"
+        gpus = f"{counted(self.gpus, 'GPU')} and " if self.gpus else ""
+        return f"{gpus}{counted(self.cpus, 'CPU')} on one node"
 
 
 def share_of_cpus(gpus: float, workers: int | None, nodes: Sequence[Resources]) -> Need:
@@ -118,8 +119,4 @@ def describe(nodes: Sequence[Resources], free: Resources | None = None) -> str:
 
 
 def _resources(has: Resources) -> str:
-    return f"{_count(has.get('GPU', 0), 'GPU')} and {_count(has.get('CPU', 0), 'CPU')}"
-
-
-def _count(number: float, thing: str) -> str:
-    return f"{number:g} {thing}{'' if number == 1 else 's'}"
+    return f"{counted(has.get('GPU', 0), 'GPU')} and {counted(has.get('CPU', 0), 'CPU')}"

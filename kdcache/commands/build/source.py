@@ -42,7 +42,8 @@ class SpanRows:
     Attributes:
         shard: makes the shard's content of the targets and the codes of the labels'
             log-probabilities, if there are some; all in row-major order.
-        skipped: records that were left out.
+        skipped: records that were left out, empty or broken.
+        filtered: records that filters left out; None where there are no filters.
         truncated: documents that were cut.
         reasons: why the first few records were left out.
         clipped_mass: what is known of it; None where the answers tell.
@@ -50,6 +51,7 @@ class SpanRows:
 
     shard: Callable[[SoftTargets, Codes | None], ShardData]
     skipped: int = 0
+    filtered: int | None = None
     truncated: int = 0
     reasons: tuple[str, ...] = ()
     clipped_mass: float | None = None

@@ -117,6 +117,7 @@ class TeacherSource(Source[Span, TaughtRows]):
         return TaughtRows(
             partial(ShardData.from_rows, self.options.teacher.task, rows),
             skipped=stats.skipped + encoder.skipped + encoder.empty,
+            filtered=stats.filtered if work.reading.filters else None,
             truncated=encoder.truncated,
             reasons=(*stats.reasons, *encoder.stats.reasons),
             rows=rows,

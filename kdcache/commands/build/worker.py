@@ -157,6 +157,7 @@ class SpanWorker:
             span.index,
             data,
             skipped=rows.skipped,
+            filtered=rows.filtered,
             clipped_mass=float(clipped) if rows.clipped_mass is None else rows.clipped_mass,
         )
         seconds = time.perf_counter() - begin

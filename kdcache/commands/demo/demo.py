@@ -50,7 +50,7 @@ from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.extras import installed
 from kdcache.files import local_path, refuse_links, write_json
-from kdcache.humanize import duration, size
+from kdcache.humanize import counted, duration, size
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
 
@@ -272,8 +272,8 @@ class _Demo:
         self._tell(
             4,
             f"{name} cache",
-            f"{self.options.codec}, {result.positions:,} positions in {result.spans} "
-            f"shard{'s' if result.spans > 1 else ''}, {result.bytes_per_position:.1f} B per "
+            f"{self.options.codec}, {result.positions:,} positions in "
+            f"{counted(result.spans, 'shard')}, {result.bytes_per_position:.1f} B per "
             f"position",
         )
         return result

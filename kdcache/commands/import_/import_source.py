@@ -103,6 +103,7 @@ class ImportSource(Source[Span, TargetRows]):
         return TargetRows(
             partial(ShardData.from_rows, CAUSAL_LM, rows),
             skipped=stats.skipped + empty,
+            filtered=stats.filtered if work.reading.filters else None,
             reasons=tuple(stats.reasons),
             clipped_mass=0.0,
             rows=rows,

@@ -21,7 +21,7 @@ import torch
 
 from kdcache.cache import Cache, CacheSpec, ShardEntry
 from kdcache.cache.figures import DomainFigures, domain_figures
-from kdcache.cache.manifest import label_sums
+from kdcache.cache.manifest import filtered_records, label_sums
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.sealing import shard_entry
 from kdcache.cache.shard import column_bytes
@@ -142,6 +142,7 @@ class InspectResult:
         sampled_shards: how many shards the last two come from.
         spec: the whole spec.
         domains: figures of each, where corpora have names.
+        filtered: records that filters left out; None where there are none, or it is not known.
         row: the requested row.
     """
 
@@ -172,6 +173,7 @@ class InspectResult:
     sampled_shards: int
     spec: dict[str, Any]
     domains: tuple[DomainFigures, ...] = ()
+    filtered: int | None = None
     row: RowView | None = None
 
 
@@ -229,6 +231,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         sampled_shards=sampled,
         spec=spec.to_dict(),
         domains=domain_figures(spec, shards),
+        filtered=filtered_records(shards),
         row=row,
     )
 

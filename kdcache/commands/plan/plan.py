@@ -69,6 +69,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
         advice=advice(caches, run.teacher.device.type),
         caches=caches,
         plot=options.plot,
+        filtered=sample.filtered,
         domains=sample.domains,
     )
 

@@ -65,6 +65,7 @@ class PlanResult:
         advice: which codec to take and what it costs, then which for other purposes.
         caches: the grid.
         plot: where the plot is, or None.
+        filtered: about the share of records that filters leave out; None where there are none.
         domains: of the corpus, where it has names: files, bytes, spans and positions of each.
     """
 
@@ -83,6 +84,7 @@ class PlanResult:
     advice: str
     caches: tuple[PlannedCache, ...]
     plot: str | None
+    filtered: float | None = None
     domains: tuple[DomainEstimate, ...] = ()
 
 

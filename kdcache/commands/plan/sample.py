@@ -40,6 +40,7 @@ class DomainEstimate:
         bytes: of these files.
         spans: shards of the cache.
         positions: about so many.
+        filtered: about the share of records that filters leave out; None where there are none.
     """
 
     name: str
@@ -47,16 +48,32 @@ class DomainEstimate:
     bytes: int
     spans: int
     positions: int
+    filtered: float | None = None
 
 
 @dataclass
 class _Domain:
-    """What was read of a domain: see the attributes of `CorpusSample`."""
+    """What was read of a domain: see also the attributes of `CorpusSample`.
+
+    Attributes:
+        stored: bytes that the records take in their files.
+        looked: bytes of the spans that were looked into.
+        kept: of these, in proportion to the records that filters keep.
+        empty: of these, in spans of which filters keep nothing.
+    """
 
     records: int = 0
     unfiltered: float = 0.0
     positions: int = 0
     stored: float = 0.0
+    looked: float = 0.0
+    kept: float = 0.0
+    empty: float = 0.0
+
+    @property
+    def filtered(self) -> float:
+        """Share of records that filters leave out."""
+        return 1 - self.kept / self.looked if self.looked else 0.0
 
 
 @dataclass
@@ -70,6 +87,7 @@ class CorpusSample:
         unfiltered: records of the files that these stand for, before filters.
         positions: in all rows of these records.
         corpus_positions: estimate of the positions in the whole corpus.
+        filtered: about the share of records that filters leave out; None where there are none.
         domains: the same of each domain, where corpora have names.
     """
 
@@ -79,6 +97,7 @@ class CorpusSample:
     unfiltered: float = 0.0
     positions: int = 0
     corpus_positions: int = 0
+    filtered: float | None = None
     domains: tuple[DomainEstimate, ...] = ()
 
 
@@ -114,6 +133,11 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
         domain.records += len(part.records)
         domain.unfiltered += len(part.records) / (part.passed or 1)
         domain.stored += _stored(part)
+        if part.read + part.filtered:
+            size = (span.stop - span.start) / span.parts
+            domain.looked += size
+            domain.kept += size * part.passed
+            domain.empty += size * (not part.read)
         chosen = np.linspace(0, len(found), min(wanted, len(found)), endpoint=False).astype(int)
         sample.rows += [found[i] for i in chosen]
         sample.places += [(span.index, int(i)) for i in chosen]
@@ -127,6 +151,10 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
     sample.unfiltered = sum(domain.unfiltered for domain in read.values())
     estimates = {name: _estimate(corpus, name, domain) for name, domain in read.items()}
     sample.corpus_positions = sum(estimate.positions for estimate in estimates.values())
+    if corpus.settings.get("filters"):
+        sizes = {name: estimate.bytes for name, estimate in estimates.items()}
+        left_out = sum(domain.filtered * sizes[name] for name, domain in read.items())
+        sample.filtered = left_out / max(1, sum(sizes.values()))
     names = dict.fromkeys(str(stretch["name"]) for stretch in corpus.domains)
     sample.domains = tuple(estimates[name] for name in names)
     return sample
@@ -137,13 +165,17 @@ def _estimate(corpus: Corpus, name: str | None, read: _Domain) -> DomainEstimate
     files = [file for file in corpus.files if file.domain == name]
     size = sum(file.size for file in files)
     positions = read.positions * size / max(read.stored, 1)
+    positions *= 1 - read.empty / max(read.looked, 1)
     if corpus.settings["limit"] is not None and read.unfiltered:
         # Filters come after the limit.
         positions = min(positions, corpus.settings["limit"] * read.positions / read.unfiltered)
     spans = sum(stretch["spans"] for stretch in corpus.domains if stretch["name"] == name)
     # What was read is certain.
     positions = max(round(positions), read.positions)
-    return DomainEstimate(name or "", len(files), size, spans, positions)
+    filtered = None
+    if corpus.settings.get("filters"):
+        filtered = read.filtered
+    return DomainEstimate(name or "", len(files), size, spans, positions, filtered)
 
 
 def _stored(part: SpanSample) -> float:

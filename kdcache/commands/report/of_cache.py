@@ -77,6 +77,8 @@ def _facts(found: InspectResult) -> list[tuple[str, str]]:
         pairs.append(("mass outside the vocabulary", f"{found.clipped_mass:.3%}"))
     if found.skipped:
         pairs.append(("records left out", f"{found.skipped:,}"))
+    if found.filtered is not None:
+        pairs.append(("records filtered", f"{found.filtered:,}"))
     return pairs
 
 

@@ -89,6 +89,7 @@ class CacheSource(Source[SourceShard, StoredRows]):
         return StoredRows(
             partial(_with_targets, data),
             skipped=entry.skipped,
+            filtered=entry.filtered,
             clipped_mass=entry.clipped_mass,
             data=data,
         )
