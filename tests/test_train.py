@@ -649,7 +649,14 @@ def test_a_run_reports_its_words(options: Make, folder: Path) -> None:
     line = f"vocabulary of 40 (unknown: {result.unknown:.1%} of the words, "
     assert line + f"{result.eval_unknown:.1%} in" in CliRunner().invoke(cli, command).output
     whole = train(options(**words, out=options().out + "-whole"))
-    assert (whole.unknown, whole.eval_unknown) == (0, None)
+    assert (whole.unknown, whole.eval_unknown, whole.pretrained) == (0, None, None)
+    known = [word for word in own.get_vocab() if "<" not in word][:7]
+    vectors = folder / "vectors.txt"
+    vectors.write_text("".join(f"{word} 0.5 0.25\n" for word in [*known, "of-no-text"]))
+    command[-1] += "-vectors"
+    printed = CliRunner().invoke(cli, [*command, "--embeddings", str(vectors)]).output
+    assert "in evaluation); word vectors for 7 of them" in printed
+    assert json.loads(Path(command[-1], "train.json").read_text())["result"]["pretrained"] == 7
     plain = train(options(out=options().out + "-plain", epochs=1))
     assert (plain.vocabulary, plain.unknown, plain.eval_unknown) == (None, None, None)
 

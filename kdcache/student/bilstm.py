@@ -36,6 +36,7 @@ class BiLstm(PreTrainedModel):  # type: ignore[misc]
 
     Attributes:
         tokenizer: its own words, to be saved with it; None where it reads the teacher's ids.
+        pretrained: how many of them began with a vector of a file; None without one.
     """
 
     config_class = BiLstmConfig
@@ -43,6 +44,7 @@ class BiLstm(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: BiLstmConfig) -> None:
         super().__init__(config)
         self.tokenizer: Any = None
+        self.pretrained: int | None = None
         self.embedding = nn.Embedding(
             config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id
         )
@@ -108,6 +110,7 @@ class BiLstm(PreTrainedModel):  # type: ignore[misc]
         """
         with torch.no_grad():
             self.embedding.weight[found] = vectors[found].to(self.embedding.weight)
+        self.pretrained = int(found.sum())
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the model, and its words if it has its own."""

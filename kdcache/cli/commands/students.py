@@ -50,6 +50,8 @@ def _train() -> click.Command:
             if result.eval_unknown is not None:
                 words += f", {result.eval_unknown:.1%} in evaluation"
             words += ")"
+        if result.pretrained is not None:
+            words += f"; word vectors for {result.pretrained:,} of them"
         if result.cut:
             words += f"; {result.cut:,} labels beyond the longest row left out"
         if result.lost:

@@ -51,6 +51,7 @@ class TrainResult:
         unknown: share of that tokenizer's tokens of the training texts that are unknown; None where
             its vocabulary has no unknown.
         eval_unknown: the same of the evaluation texts.
+        pretrained: how many of its ids began with a vector of `embeddings`; None without these.
         teacher_cross_entropy: the teacher's, with the hard labels of the training caches at T = 1,
             as `hard_loss` is the student's; None where they do not keep it (`label_logprob`).
         eval_teacher_cross_entropy: the same of the evaluation caches.
@@ -80,6 +81,7 @@ class TrainResult:
     vocabulary: int | None = None
     unknown: float | None = None
     eval_unknown: float | None = None
+    pretrained: int | None = None
     teacher_cross_entropy: float | None = None
     eval_teacher_cross_entropy: float | None = None
     lost: int | None = None

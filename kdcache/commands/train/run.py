@@ -152,6 +152,7 @@ class Run:
             **_unread(self.tokenize),
             epoch_rows=plan.mix(self.stream),
             **_vocabulary(plan, self.tokenize),
+            pretrained=getattr(self.student.student, "pretrained", None),
         )
         with quiet_transformers():
             _save(plan, trainer, self.tokenize, result)
