@@ -139,8 +139,10 @@ class RowOptions(RecordOptions):
 
     label_column: str = option(
         "label",
-        help="column of the class; `none` reads no hard labels, even where the column exists. For "
-        "words by default `tags`, `ner_tags` or `labels`, a list.",
+        help="column of the class, the classes or the score; with commas between, one column for "
+        "each of several classes. `none` reads no hard labels, even where the column exists. By "
+        "default for several classes `labels` too, for scores `score`; for words `tags`, "
+        "`ner_tags` or `labels`, a list.",
         metavar="NAME",
     )
     label_tokens: LabelTokens = option(

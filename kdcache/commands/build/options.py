@@ -104,8 +104,8 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
     codec: str | None = option(
         None,
         help="`dense`, `dense:float16`, `hidden:float16`, `hidden:bfloat16`, `hidden:int8`, "
-        "`topk:K`, `sample:N` or `anchored:N`. Default: `dense` for "
-        "classification and `sample:20` for a causal LM.",
+        "`topk:K`, `sample:N` or `anchored:N`. Default: `sample:20` for "
+        "a causal LM, else `dense`.",
         metavar="dense|hidden:TYPE|topk:K|sample:N|anchored:N",
     )
     temperatures: tuple[float, ...] = option(
