@@ -23,7 +23,8 @@ class RecordError(ValueError):
     """Why one record can't be used; becomes a `UsageError` or a count (`ReadStats`)."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, nor is `Record`: to make a frozen one takes three times as long, for each record.
+@dataclass(slots=True)
 class LineAt:
     """The line that starts at byte `offset` of `file`; printing it finds its number."""
 
@@ -60,7 +61,7 @@ class FileColumns:
 _OWN_KEYS = FileColumns()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """One record of a corpus.
 

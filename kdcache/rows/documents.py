@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from kdcache.corpus import Record, RecordError
@@ -18,6 +19,15 @@ class DocumentMaker:
         self._spec = spec
         self._tokenizer = tokenizer
         self._chats = Chats(spec, tokenizer)
+        self._columns = {
+            "text": (spec.text_column,),
+            "messages": (spec.messages_column,),
+            "prompt": (spec.prompt_column, spec.completion_column),
+        }
+        # The forms whose columns are all among some names: most files have one set of names.
+        self._there = lru_cache(64)(
+            lambda given: [form for form, own in self._columns.items() if {*own} <= {*given}]
+        )
 
     def make(self, record: Record) -> Document:
         """The document of a record; empty text where there is nothing to read.
@@ -43,12 +53,7 @@ class DocumentMaker:
         return Document(text, [(len(prompt), len(text))])
 
     def _form(self, record: Record) -> str:
-        spec, values = self._spec, record.values
-        columns = {
-            "text": (spec.text_column,),
-            "messages": (spec.messages_column,),
-            "prompt": (spec.prompt_column, spec.completion_column),
-        }
+        spec, values, columns = self._spec, record.values, self._columns
         if spec.record_form != "auto":
             for column in columns[spec.record_form]:
                 if column not in values:
@@ -56,7 +61,9 @@ class DocumentMaker:
                     option = "completion" if completion else spec.record_form
                     raise record.missing([column], f"--{option}-column")
             return spec.record_form
-        there = [form for form, names in columns.items() if all(name in values for name in names)]
+        there = self._there(tuple(values))
+        if len(there) == 1:
+            return there[0]
         filled = [form for form in there if all(values[name] is not None for name in columns[form])]
         if len(filled) > 1:
             raise UsageError(

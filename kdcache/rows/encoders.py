@@ -18,6 +18,7 @@ from kdcache.rows.ids import IdSequence, SequenceMaker
 from kdcache.rows.labels import Labels, make_reader
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.text import Document, checked_text
+from kdcache.rows.tokens import tokens_of
 from kdcache.rows.words import TokenClassificationEncoder
 from kdcache.tasks import IGNORE, TASKS
 
@@ -165,20 +166,7 @@ class TextEncoder(SequenceEncoder):
         """Ids of all documents end to end, which are to be learnt, and the documents' lengths."""
         offsets = any(document.loss_ranges is not None for _, document in batch)
         texts = [document.text for _, document in batch if document.tokens is None]
-        encoded: Any = {"input_ids": []}
-        if texts:
-            encoded = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                return_offsets_mapping=offsets,
-                verbose=False,  # no warning about the model's length: rows are cut to it here
-            )
-        bodies = iter(encoded["input_ids"])
-        spans = iter(encoded["offset_mapping"]) if offsets else iter(())
+        bodies, spans = self._encoded(texts, offsets) if texts else (iter(()), iter(()))
         pieces: list[list[int]] = []
         whose: list[tuple[Record, int]] = []
         masked: list[tuple[int, Mask]] = []
@@ -202,6 +190,23 @@ class TextEncoder(SequenceEncoder):
         for start, mark in masked:
             loss_mask[start : start + len(mark)] = mark
         return ids, loss_mask, whose, None
+
+    def _encoded(self, texts: list[str], offsets: bool) -> tuple[Iterator[Any], Iterator[Any]]:
+        """Ids of texts, and the characters of each token if they are needed."""
+        if not offsets:
+            found = tokens_of(self.tokenizer, texts, add_special_tokens=False, truncation=False)
+            return (ids for ids, _, _ in found), iter(())
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,  # no warning about the model's length: rows are cut to it here
+        )
+        return iter(encoded["input_ids"]), iter(encoded["offset_mapping"])
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -296,27 +301,24 @@ class ClassificationEncoder(Encoder):
         spec = self.spec
         for batch in self._batches(records, self._make, lambda item: len(item[0]) + len(item[1])):
             texts, pairs, labels = zip(*batch, strict=True)
-            encoded = self.tokenizer(
-                list(texts),
-                list(pairs) if spec.pair_column is not None else None,
+            found = tokens_of(
+                self.tokenizer,
+                texts,
+                pairs if spec.pair_column is not None else None,
                 add_special_tokens=True,
-                padding=False,
                 truncation=True,
                 max_length=spec.max_length,
-                return_attention_mask=False,
-                verbose=False,
             )
-            # A fast tokenizer reports it; slow ones do not.
-            told = getattr(encoded, "encodings", None) or ()
-            self.truncated += sum(bool(text.overflowing) for text in told)
-            types = encoded.get("token_type_ids")
-            for i, text in enumerate(texts):
+            for text, pair, label, (ids, types, cut) in zip(
+                texts, pairs, labels, found, strict=True
+            ):
+                self.truncated += cut
                 yield Row(
-                    np.asarray(encoded["input_ids"][i], np.int32),
-                    labels[i],
-                    None if types is None else np.asarray(types[i], np.uint8),
+                    np.array(ids, np.int32),
+                    label,
+                    None if types is None else np.array(types, np.uint8),
                     text,
-                    pairs[i] if spec.pair_column is not None else None,
+                    pair if spec.pair_column is not None else None,
                 )
 
     def _make(self, record: Record) -> tuple[str, str, Labels] | None:
