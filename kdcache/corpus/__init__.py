@@ -7,9 +7,9 @@ range), Parquet and Arrow by a fraction of their rows. Files that can't be enter
 
 Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
 are made on demand. Only `limit` reads while planning, and only up to the limit. Reading a byte span
-costs its bytes; one of Parquet decodes its row group from the beginning; a dealt part costs the
-whole file's decompression or CSV parsing, hence at most 128 parts a file. Plain JSONL, or Parquet
-with small row groups, suits a very large corpus better.
+costs its bytes; one of Parquet decodes its row group from the beginning. The first part of a dealt
+file that a process reads costs the whole file's decompression or CSV parsing, and the others their
+share of it (`kdcache.corpus.deal`).
 
 Guarantee: a span is a pure function of the files' names and sizes and the options, so every worker
 reads the same records from the same span; over all spans each record comes exactly once. A span may

@@ -48,7 +48,7 @@ _FORMATS: dict[str, type[Format]] = {
     "txt paragraph": TextParagraphs,
     "txt line": TextLines,
 }
-# Each part of a dealt file decompresses all of it; so often, that costs less than a teacher's pass.
+# Where a file cannot be dealt (no disk, tables in a stream), each part reads all of it.
 MAX_PARTS = 128
 _TYPICAL_RATIO = 3  # text to its gzip or zstd size, to guess parts without decompressing
 
@@ -265,6 +265,7 @@ class Corpus:
         columns: Sequence[str] | None = None,
         on_error: OnError = "fail",
         stats: ReadStats | None = None,
+        progress: Callable[[], None] = lambda: None,
     ) -> Iterator[Record]:
         """Read a span's records; needs nothing but the span, so any worker can.
 
@@ -275,6 +276,7 @@ class Corpus:
             on_error: What a record that can't be read does: `fail` or be `skip`-ped and
                 counted.
             stats: Where to count.
+            progress: Called once in a while before the first record, where that takes long.
 
         Yields:
             The records in file order.
@@ -283,7 +285,8 @@ class Corpus:
             UsageError: A bad record with `on_error="fail"`, or a file that can't be opened.
         """
         try:
-            yield from _read(span, columns, on_error, ReadStats() if stats is None else stats)
+            stats = ReadStats() if stats is None else stats
+            yield from _read(span, columns, on_error, stats, progress)
         except Exception:
             # What is wrong with a file that was changed is that it was changed.
             check_unchanged(span.file)
@@ -292,7 +295,11 @@ class Corpus:
 
 
 def _read(
-    span: Span, columns: Sequence[str] | None, on_error: OnError, stats: ReadStats
+    span: Span,
+    columns: Sequence[str] | None,
+    on_error: OnError,
+    stats: ReadStats,
+    progress: Callable[[], None],
 ) -> Iterator[Record]:
     file = span.file
     renames, filters = dict(span.reading.renames), span.reading.filters
@@ -300,6 +307,7 @@ def _read(
         columns = [renames.get(name, name) for name in (*columns, *(name for name, _ in filters))]
     location: Location = "start"
     with open_span(span, columns) as reader:
+        reader.progress = progress
         try:
             for location, payload in reader.records():
                 try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -33,9 +33,11 @@ class Format(ABC):
 
     Attributes:
         source: What the file says about its columns.
+        progress: Called once in a while by what takes long before the first record.
     """
 
     source = FileColumns()
+    progress: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, span: Span, columns: Sequence[str] | None = None) -> None:
         """Open the file.
@@ -97,9 +99,10 @@ class Format(ABC):
         return dict(payload)
 
     def damage(self, error: BaseException) -> bool:
-        """Whether an error says that the file is damaged."""
+        """Whether an error says that the file is damaged; those of a disk have a number."""
         compressed = bool(self._span.file.compression)
-        return isinstance(error, DECOMPRESSION_ERRORS if compressed else pa.ArrowInvalid)
+        kinds = DECOMPRESSION_ERRORS if compressed else pa.ArrowInvalid
+        return isinstance(error, kinds) and getattr(error, "errno", None) is None
 
     def unreadable(self, error: BaseException) -> UsageError:
         """The error for a file that is not what its name says."""

@@ -89,6 +89,11 @@ class Span:
     reading: Reading = Reading()
 
     @property
+    def group(self) -> str:
+        """The file that a worker reads once for all its parts; empty where there is none."""
+        return self.file.url if self.file.dealt and self.parts > 1 else ""
+
+    @property
     def records(self) -> str:
         """Where its records are, for a person who looks for them."""
         if self.file.dealt:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, BinaryIO
 
+from kdcache.corpus.deal import Deal, Progress, dealt
 from kdcache.corpus.files import open_plain
 from kdcache.corpus.formats import DECOMPRESSION_ERRORS, Format, Raw, not_utf8
 from kdcache.corpus.records import FileColumns, LineAt, Location, Record, RecordError, shorten
@@ -32,8 +34,22 @@ class _Text(Format):
 
     def records(self) -> Iterator[Raw]:
         """See `Format.records`."""
+        span = self._span
+        # What has no version could be another file by now.
+        if span.parts == 1 or not span.file.versions.strip():
+            return self._own()
+        key = (span.file, span.parts, span.limit, span.reading)
+        return dealt(key, span.part, self._deal, self._own, self.progress)
+
+    def _own(self) -> Iterator[Raw]:
+        """Records of the part, found by reading all of the file."""
         first = islice(self._rows(), self._span.limit)
         return islice(first, self._span.part, None, self._span.parts)
+
+    def _deal(self, progress: Progress) -> Deal:
+        span = self._span
+        with type(self)(replace(span, part=0, parts=1)) as whole:
+            return Deal(whole, span.parts, span.file.size, progress)
 
     def size(self, limit: int) -> tuple[int, int]:
         """See `Format.size`."""

@@ -30,6 +30,7 @@ from typing import Any
 from kdcache.cache import ShardEntry
 from kdcache.commands.build.events import EventSink, ignore_events
 from kdcache.commands.build.source import Work
+from kdcache.commands.build.spans_left import SpansLeft
 from kdcache.commands.build.worker import SpanReport, Stopped
 from kdcache.commands.build.workers import Outcome, WorkerFigures, Workers
 from kdcache.commands.interrupt import Interrupt
@@ -171,7 +172,7 @@ class Driver:
     redone: int = 0
     lost: int = 0
     _explained: int = 0
-    _fresh: deque[int] = field(default_factory=deque)
+    _fresh: SpansLeft = field(init=False)
     _suspects: deque[int] = field(default_factory=deque)
     _in_flight: int = 0
     _before: int = 0
@@ -179,6 +180,9 @@ class Driver:
     _set_aside: dict[int, str] = field(default_factory=dict)
     _told: float = 0.0
     _event_told: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._fresh = SpansLeft(lambda span: self.spans[span].group)
 
     def run(
         self,
@@ -200,7 +204,9 @@ class Driver:
         """
         interrupt = interrupt or Interrupt()
         self._event_told = time.perf_counter()
-        self._fresh.extend(span for span in missing() if span in self.share)
+        for span in missing():
+            if span in self.share:
+                self._fresh.append(span)
         self._before = self._total - len(self._fresh)
         if not self._fresh:
             return
@@ -258,7 +264,7 @@ class Driver:
 
     def _hand_out(self, workers: Workers) -> None:
         while self._fresh and workers.has_room():
-            workers.submit(self.spans[self._fresh.popleft()])
+            workers.submit(self.spans[self._fresh.take(workers.group())])
             self._in_flight += 1
         while not self._fresh and self._suspects and workers.has_room(alone=True):
             workers.submit(self.spans[self._suspects.popleft()], alone=True)

@@ -22,7 +22,7 @@ class LocalWorkers(Workers):
         self._figures = WorkerFigures("this process")
         self._given: queue.SimpleQueue[tuple[Work, bool] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._in_flight = 0
+        self._in_flight, self._group = 0, ""
         # Daemons: one that hangs (a dead network drive) must not keep the process from ending.
         self._threads = [
             threading.Thread(target=self._work, name=f"kdcache-span-{i}", daemon=True)
@@ -45,9 +45,13 @@ class LocalWorkers(Workers):
         """See `Workers.has_room`."""
         return self._in_flight < (1 if alone else IN_FLIGHT)
 
+    def group(self) -> str:
+        """See `Workers.group`."""
+        return self._group
+
     def submit(self, span: Work, *, alone: bool = False) -> None:
         """See `Workers.submit`."""
-        self._in_flight += 1
+        self._in_flight, self._group = self._in_flight + 1, span.group
         self._given.put((span, alone))
 
     def collect(self, seconds: float) -> list[Outcome]:

@@ -99,6 +99,7 @@ class _Actor:
     figures: WorkerFigures | None = None  # once it is ready
     in_flight: dict[int, Work] = field(default_factory=dict)
     alone: bool = False
+    group: str = ""  # of its last span
     last_progress: float = 0.0
     asked: bool = False
 
@@ -306,11 +307,16 @@ class RayWorkers(Workers):
         if not actor.alone and len(actor.in_flight) < IN_FLIGHT:
             self._open[len(actor.in_flight)].append(actor)
 
+    def group(self) -> str:
+        """See `Workers.group`."""
+        actor = self._free(alone=False)
+        return "" if actor is None else actor.group
+
     def submit(self, span: Work, *, alone: bool = False) -> None:
         """See `Workers.submit`."""
         actor = self._free(alone)
         assert actor is not None, "has_room() comes first"
-        actor.alone = alone
+        actor.alone, actor.group = alone, span.group
         if not actor.in_flight:
             actor.last_progress = self._now
         actor.in_flight[span.index] = span

@@ -34,6 +34,10 @@ class Work(Protocol):
     def records(self) -> str:
         """Where its records are, for a person who looks for them."""
 
+    @property
+    def group(self) -> str:
+        """What else it should share a worker with: units of one group; empty for none."""
+
 
 @dataclass
 class SpanRows:

@@ -112,7 +112,9 @@ class TeacherSource(Source[Span, TaughtRows]):
         how = self.options.rows
         stats = ReadStats()
         encoder = make_encoder(how, self.tokenizer)
-        records = Corpus.read(work, columns=how.columns, on_error=how.on_error, stats=stats)
+        records = Corpus.read(
+            work, columns=how.columns, on_error=how.on_error, stats=stats, progress=steps
+        )
         rows = list(encoder.encode(_counted(records, steps)))
         return TaughtRows(
             partial(ShardData.from_rows, self.options.teacher.task, rows),

@@ -101,6 +101,10 @@ class Workers(ABC):
     def has_room(self, *, alone: bool = False) -> bool:
         """Whether a span can be given now; `alone` asks for a worker that has nothing else."""
 
+    def group(self) -> str:
+        """Group of the last span of the worker that the next one goes to; empty for none."""
+        return ""
+
     @abstractmethod
     def submit(self, span: Work, *, alone: bool = False) -> None:
         """Give a span to the least busy worker; with `alone` no other span runs in that worker."""

@@ -38,10 +38,12 @@ class SourceShard:
     Attributes:
         index: the span.
         records: where its rows are, for a person.
+        group: of units that share what a worker keeps: there is none.
     """
 
     index: int
     records: str
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,240 @@
+"""Deal: the records of a file that can't be entered in the middle, dealt to its parts in one pass.
+
+Record `i` of such a file is of part `i mod parts`, so to read one part is to read the whole file.
+The first part that is read in a process reads it for all: each record goes to a block of its part,
+blocks are compressed and appended to one temporary file, and a list says where those of each part
+are. The parts after it read their own blocks. The file has no name: it needs no cleaning up, since
+the system frees it when the process ends, however that happens. It lies beside the folder of copies
+(`KDCACHE_DISK`), and is dropped once every part was read, or when a part of another file is.
+
+Cost: one pass over the file, and disk of about its compressed size, for each process that reads
+parts of it. Memory of 256 KiB a part while it is dealt, and of one block while one is read. A
+second thread waits for the pass of the first.
+
+Guarantee: a part has the records that reading the whole file for it would give, in order and with
+the same errors. Where the disk has no room the whole file is read for each part, with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kdcache.corpus.formats import Format, Raw
+from kdcache.corpus.records import RecordError
+from kdcache.storage.disk import DiskCache
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 18
+_RECORD = 100  # bytes that a record takes beside its content
+_STEPS = 1 << 10  # records between two words of progress
+_SHARE = 0.5  # of the free disk, at most
+_CODEC = "zstd" if pa.Codec.is_available("zstd") else "gzip"
+_HEAD = struct.Struct("<II")
+_BYTES, _ERROR, _FIELDS = range(3)  # what a payload is
+
+Progress = Callable[[], None]
+
+
+class _NoRoomError(Exception):
+    """The disk does not take the parts."""
+
+
+class _Block:
+    """Records of one part that are not written yet."""
+
+    def __init__(self) -> None:
+        self.empty()
+
+    def empty(self) -> None:
+        self.where: list[str] = []
+        self.data: list[bytes] = []
+        self.kinds: list[int] = []
+        self.size = 0
+
+    def add(self, where: str, payload: Any) -> None:
+        kind, data = _packed(payload)
+        self.where.append(where)
+        self.data.append(data)
+        self.kinds.append(kind)
+        self.size += len(data) + _RECORD
+
+    def bytes(self) -> bytes:
+        places = "\n".join(self.where).encode()
+        sizes = np.fromiter(map(len, self.data), "<i8", len(self.data)).tobytes()
+        head = _HEAD.pack(len(self.data), len(places))
+        return b"".join([head, places, sizes, bytes(self.kinds), *self.data])
+
+
+def _packed(payload: Any) -> tuple[int, bytes]:
+    if isinstance(payload, bytes):
+        return _BYTES, payload
+    if isinstance(payload, RecordError):
+        return _ERROR, str(payload).encode()
+    return _FIELDS, json.dumps(payload).encode()
+
+
+def _records(block: bytes) -> Iterator[Raw]:
+    count, size = _HEAD.unpack_from(block)
+    at = _HEAD.size + size
+    places = block[_HEAD.size : at].decode().split("\n")
+    sizes = np.frombuffer(block, "<i8", count, at).tolist()
+    kinds = block[at + 8 * count : at + 9 * count]
+    at += 9 * count
+    for where, size, kind in zip(places, sizes, kinds, strict=True):
+        data = block[at : at + size]
+        at += size
+        if kind == _BYTES:
+            yield where, data
+        else:
+            yield where, RecordError(data.decode()) if kind == _ERROR else json.loads(data)
+
+
+class Deal:
+    """One file's records, dealt."""
+
+    def __init__(self, whole: Format, parts: int, size: int, progress: Progress) -> None:
+        """Read the file and deal its records.
+
+        Args:
+            whole: The file, opened to read all of it.
+            parts: How many.
+            size: About how many bytes they will take together.
+            progress: Called once in a while.
+
+        Raises:
+            _NoRoomError: The disk does not take them.
+        """
+        try:
+            folder = Path(f"{DiskCache.of_environment().folder}-parts")
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._room = int(_SHARE * shutil.disk_usage(folder).free)
+            if self._room < size:
+                raise _NoRoomError(f"{folder}: {self._room:,} bytes for {size:,}")
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise _NoRoomError(str(error)) from error
+        weakref.finalize(self, self._file.close)
+        self._places: list[list[tuple[int, int, int]]] = [[] for _ in range(parts)]
+        self._end = 0
+        self._damage: Exception | None = None
+        self.unread = set(range(parts))
+        blocks = [_Block() for _ in range(parts)]
+        try:
+            for number, (where, payload) in enumerate(whole.records()):
+                block = blocks[number % parts]
+                block.add(str(where), payload)
+                if block.size >= _BLOCK:
+                    self._write(number % parts, block)
+                if number % _STEPS == 0:
+                    progress()
+        except Exception as error:
+            if not whole.damage(error):
+                raise
+            self._damage = error  # every part meets it behind the records before it
+        for part, block in enumerate(blocks):
+            if block.data:
+                self._write(part, block)
+
+    def _write(self, part: int, block: _Block) -> None:
+        data = block.bytes()
+        packed = pa.compress(data, _CODEC, asbytes=True)
+        block.empty()
+        try:
+            if self._end + len(packed) > self._room:
+                raise _NoRoomError(f"more than {self._room:,} bytes")
+            written = 0
+            while written < len(packed):
+                written += os.pwrite(self._file.fileno(), packed[written:], self._end + written)
+        except OSError as error:
+            raise _NoRoomError(str(error)) from error
+        self._places[part].append((self._end, len(packed), len(data)))
+        self._end += len(packed)
+
+    def records(self, part: int) -> Iterator[Raw]:
+        """The records of a part; raises the file's own error behind them if it is damaged."""
+        for at, size, whole in self._places[part]:
+            packed = os.pread(self._file.fileno(), size, at)
+            yield from _records(pa.decompress(packed, whole, _CODEC, asbytes=True))
+        self.unread.discard(part)
+        if self._damage is not None:
+            raise self._damage
+
+
+class _Kept:
+    """The deal that this process keeps: one, of the file whose part was read last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: Hashable = None
+        self._deal: Deal | None = None
+
+    def deal(self, key: Hashable, make: Callable[[], Deal], progress: Progress) -> Deal | None:
+        """The deal of a file; None where there is no room for it."""
+        while not self._lock.acquire(timeout=1.0):
+            progress()
+        try:
+            if key != self._key:
+                self._key = self._deal = None
+                try:
+                    self._deal = make()
+                except _NoRoomError as error:
+                    logger.warning(
+                        "no room for the parts of a file that cannot be entered in the middle "
+                        "(%s): it is read again for each of them. Free some space, or name "
+                        "another disk with KDCACHE_DISK",
+                        error,
+                    )
+                self._key = key
+            return self._deal
+        finally:
+            self._lock.release()
+
+    def forget(self, key: Hashable) -> None:
+        """Drop a deal that is of no more use."""
+        with self._lock:
+            if key == self._key:
+                self._key = self._deal = None
+
+
+_KEPT = _Kept()
+
+
+def dealt(
+    key: Hashable,
+    part: int,
+    make: Callable[[Progress], Deal],
+    whole: Callable[[], Iterator[Raw]],
+    progress: Progress,
+) -> Iterator[Raw]:
+    """The records of one part of a file.
+
+    Args:
+        key: What the file and its records are known by.
+        part: Which.
+        make: Deals the file.
+        whole: Reads all its records for this part, where there is no room.
+        progress: Called while the file is dealt or another thread deals it.
+    """
+    deal = _KEPT.deal(key, lambda: make(progress), progress)
+    if deal is None:
+        yield from whole()
+        return
+    try:
+        yield from deal.records(part)
+    finally:
+        if not deal.unread:
+            _KEPT.forget(key)
