@@ -112,6 +112,32 @@ def test_many_small_files_are_warned_of(
     assert "100 files of 12 B on average, each of which becomes a shard of its own" in caplog.text
 
 
+def test_copies_of_a_file_and_links_to_it_are_named(
+    small_build: BuildOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [json.dumps({"text": f"Number {i} of some words."}) + "\n" for i in range(9)]
+    for i, text in enumerate(texts[:5]):
+        (tmp_path / f"{i}.jsonl").write_text(text)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "nothing.jsonl").touch()
+    twice = (str(tmp_path), f"{tmp_path}/*.jsonl", f"{tmp_path}/0.jsonl")
+    one = prepare(dataclasses.replace(small_build, corpus=twice, limit=None))
+    assert len(one.corpus.files) == 7, "a file that several patterns name counts once"
+    assert "copies" not in caplog.text
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "3.jsonl")
+    (tmp_path / "b.jsonl").write_text(texts[4])
+    prepare(dataclasses.replace(small_build, corpus=twice, limit=None))
+    assert "2 files of the corpus are copies of others" in caplog.text
+    assert "a.jsonl is 3.jsonl; b.jsonl is 4.jsonl. Leave them out" in caplog.text
+    caplog.clear()
+    for i in range(5):
+        (tmp_path / f"c{i}.jsonl").write_text(texts[0])
+    prepare(dataclasses.replace(small_build, corpus=twice, limit=None))
+    assert "7 files" in caplog.text
+    assert caplog.text.count(".jsonl is ") == 3
+    assert "; …" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "last"),
     [(_edit_middle, False), (_edit_middle, True), (_blank, False), (_cut, False)],

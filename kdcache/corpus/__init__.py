@@ -6,7 +6,8 @@ range), Parquet and Arrow by a fraction of their rows. Files that can't be enter
 (compressed files, CSV with quoted newlines) deal record `i` to part `i mod parts`.
 
 Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
-are made on demand. Only `limit` reads while planning, and only up to the limit. Reading a byte span
+are made on demand. Only `limit` reads while planning, up to the limit, and a `.bin`, whose index
+says of what type its ids are. Reading a byte span
 costs its bytes; one of Parquet decodes its row group from the beginning. The first part of a dealt
 file that a process reads costs the whole file's decompression or CSV parsing, and the others their
 share of it (`kdcache.corpus.deal`).

@@ -372,7 +372,11 @@ def _plan(file: InputFile, span_bytes: int, reading: Reading, whole: bool) -> _F
         return _FileCuts(file, 1, 0)
     if file.kind == "txt" and reading.documents == "file" and (whole or file.compression):
         return _FileCuts(file, 1, 1)
-    if not file.dealt:
+    if file.kind == "bin":
+        with open_span(_FileCuts(file, 1, 1).span(0, 0, reading)) as ids:
+            _, size = ids.size(file.size)
+        cuts = max(1, math.ceil(size / span_bytes))
+    elif not file.dealt:
         cuts = math.ceil(file.size / span_bytes)
     else:
         size = file.size * (_TYPICAL_RATIO if file.compression else 1)

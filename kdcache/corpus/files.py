@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
-from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import pyarrow as pa
@@ -264,7 +263,9 @@ def open_plain(file: InputFile) -> BinaryIO:
 def names(files: Sequence[InputFile]) -> list[str]:
     """Names of the files below their nearest common folder: moving a corpus changes nothing."""
     split = [
-        tuple(redact(file.url).split("/")) if is_remote(file.url) else Path(file.url).parts
+        tuple(redact(file.url).split("/"))
+        if is_remote(file.url)
+        else ("/", *file.url.split("/")[1:])  # `Path.parts` of an absolute path, in a tenth
         for file in files
     ]
     # The first and the last in order differ earliest; a file's own name is never shared.

@@ -6,6 +6,9 @@ the document index (uint64 each); then of each sequence its length in ids (int32
 in the `.bin` (int64), and the document index (int64): the first sequence of each document, and
 their number at the end. A document, one sequence or several, is a record with `input_ids`.
 
+A span of so many bytes is one of text, four for an id: those of a `.bin` are counted so, whatever
+their type, by the header of its index.
+
 Cost: reading a part costs its share of both files; memory of one document and of blocks of the
 index. Nothing is mapped: a file that shrinks while it is read is an error, not a signal.
 
@@ -32,6 +35,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
 _BLOCK = 1 << 16  # items of the index read at a time
 _COLUMN = "input_ids"
+_TEXT_BYTES = 4  # of an id
 
 Whole = npt.NDArray[np.int64]
 
@@ -77,9 +81,10 @@ class IndexedIds(Format):
             self._index.close()
 
     def size(self, limit: int) -> tuple[int, int]:
-        """See `Format.size`; taken from the header."""
+        """See `Format.size`; taken from the header, in bytes of text."""
         most = min(self._documents, limit)
-        return most, self._span.file.size * most // max(self._documents, 1)
+        size = self._span.file.size * _TEXT_BYTES // self._type.itemsize
+        return most, size * most // max(self._documents, 1)
 
     def records(self) -> Iterator[Raw]:
         """See `Format.records`."""

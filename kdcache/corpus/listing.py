@@ -186,11 +186,11 @@ def _local(pattern: str, forced: str, split: str | None) -> tuple[Found, bool]:
     globbing = has_magic(path) and not os.path.lexists(path)
     if not globbing and not os.path.isdir(path):
         return ({path: local_version(path)} if os.path.lexists(path) else {}), False
-    matches = _glob(path, forced) if globbing else [path]
+    matches = _glob(path, forced) if globbing else [(path, True)]
     urls: list[str] = []
     saved: list[str] = []
-    for match in matches:
-        if os.path.isdir(match):
+    for match, is_folder in matches:
+        if is_folder:
             data, homes = _data(list(_walk(match)), forced)
             urls += [os.path.join(match, name) for name in data]
             saved += [os.path.join(match, home) for home in homes]
@@ -205,22 +205,24 @@ def _static(pattern: str) -> str:
     return re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0].rstrip("/")
 
 
-def _glob(pattern: str, forced: str) -> list[str]:
+def _glob(pattern: str, forced: str) -> list[tuple[str, bool]]:
     """What a pattern matches: files that are data, and folders unless `**` lists their files too.
+
+    Each with whether it is a folder.
 
     A file that is named is taken, or refused aloud; what a glob meets may be passed by.
     """
-    top, in_cache = _static(pattern), cache(_in_cache)
+    top, in_cache, looked_at = _static(pattern), cache(_in_cache), cache(_refuse_loop)
     found = []
     for match in sorted(glob(pattern, recursive=True)):
         for slash in re.finditer("/", match[len(top) + 1 :]):
-            _refuse_loop(match[: len(top) + 1 + slash.start()], top)
+            looked_at(match[: len(top) + 1 + slash.start()], top)
         if os.path.isdir(match):
             # `**` lists each folder next to its files; walking it again would only cost time.
             if "**" not in pattern:
-                found.append(match)
+                found.append((match, True))
         elif _is_data(match, forced) and not in_cache(os.path.dirname(match)):
-            found.append(match)
+            found.append((match, False))
     return found
 
 

@@ -20,6 +20,7 @@ from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.humanize import size
 from kdcache.rows import RowSpec
+from kdcache.storage import redact
 from kdcache.targets import Codec
 from kdcache.tasks import TASKS
 from kdcache.teacher import (
@@ -42,6 +43,7 @@ _SPEED_16 = 1e14
 _CPU = 1 / 1e11  # the same of a CPU of eight cores: seconds a byte, to tell people
 _BATCH_TOKENS = {"cpu": 4096, "gpu": 65536, "engine": 8192}
 _MANY_FILES, _SMALL_FILE = 100, 1 << 14  # fewer or larger ones make shards that are worth it
+_NAMED_COPIES = 3
 _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in memory at a time
 
 # Arguments of an engine that decide its speed and memory; of the numbers at most their rounding.
@@ -123,6 +125,8 @@ def prepare(options: BuildOptions) -> Prepared:
     ranks = b""
     if task.over_ids and codec.uses_ranks:
         ranks = count_ranks(corpus, rows, tokenizer, vocab_size)
+    identity = tuple(corpus.identity())
+    _warn_of_repeated_files(identity)
     pad_id = tokenizer.pad_token_id
     spec = CacheSpec(
         task=options.task,
@@ -137,7 +141,7 @@ def prepare(options: BuildOptions) -> Prepared:
         pad_id=pad_id if pad_id is not None else (tokenizer.eos_token_id or 0),
         eos_id=tokenizer.eos_token_id,
         label_names=rows.label_names,
-        corpus=tuple(corpus.identity()),
+        corpus=identity,
         rows=rows.to_dict(),
         reading=corpus.settings,
         spans=len(corpus.spans),
@@ -172,6 +176,25 @@ def _warn_of_small_files(corpus: Corpus) -> None:
             "slow, and mostly overhead. Join them first, such as into one JSONL file",
             count,
             size(total / count),
+        )
+
+
+def _warn_of_repeated_files(identity: Sequence[dict[str, Any]]) -> None:
+    """A file that several patterns name counts once; its copies and links count by themselves."""
+    first: dict[tuple[Any, ...], str] = {}
+    again = []
+    for file in identity:
+        if file["size"] and not file["name"].endswith(".idx"):  # equal lengths of other ids
+            name = first.setdefault((file["size"], file["kind"], file["tag"]), file["name"])
+            if name != file["name"]:
+                again.append(f"{redact(file['name'])} is {redact(name)}")
+    if again:
+        logger.warning(
+            "%d files of the corpus are copies of others, by size, beginning and end, or links to "
+            "them, and their records count again: %s%s. Leave them out if that is not meant",
+            len(again),
+            "; ".join(again[:_NAMED_COPIES]),
+            "; …" if len(again) > _NAMED_COPIES else "",
         )
 
 
