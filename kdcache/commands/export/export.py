@@ -14,8 +14,9 @@ probabilities, both in the order of the classes, which the metadata name; of sco
 metadata say under the key `kdcache` what it was made of.
 
 Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
-Guarantee: a file appears whole. The same command makes only the files that are missing; files of
-another cache or of other options are refused.
+Guarantee: a file appears whole. The same command makes only the files that are missing, with the
+same bytes, and removes what a killed one left half written; files of another cache or of other
+options are refused, and so is a second export into the folder at the same time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.export.options import ExportOptions
 from kdcache.errors import UsageError
-from kdcache.files import local_path, output_errors, whole_file, write_json
+from kdcache.files import alone, local_path, output_errors, whole_file, write_json
 from kdcache.targets import SoftTargets
 from kdcache.targets.decoded import DenseTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
@@ -88,7 +89,11 @@ def export(
     cache = Cache.open(options.cache)
     writer = _Writer(cache, options)
     folder = local_path(options.out)
-    with output_errors(folder, "the files that are written stay valid"):
+    _refuse_others(folder, writer.about)
+    with (
+        output_errors(folder, "the files that are written stay valid"),
+        alone(folder, "export"),
+    ):
         _begin(folder, writer.about)
         shards = cache.manifest.shards
         names = [f"part-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
@@ -108,8 +113,8 @@ def export(
     )
 
 
-def _begin(folder: Path, about: dict[str, Any]) -> None:
-    """Note what a folder's files are of, or compare it with what is noted."""
+def _refuse_others(folder: Path, about: dict[str, Any]) -> None:
+    """Refuse a folder whose files are not of this export."""
     note = folder / _ABOUT
     if note.is_file():
         if json.loads(note.read_text()) != about:
@@ -117,11 +122,17 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
                 f"--out {folder} holds files of another cache or of other options (see {_ABOUT}). "
                 "Name another folder."
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.parquet")):
+    elif any(folder.glob("*.parquet")):
         raise UsageError(f"--out {folder} holds other Parquet files. Name another folder.")
-    write_json(note, about)
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Note what a folder's files are of; remove what a killed export was writing."""
+    _refuse_others(folder, about)  # none has begun there since
+    for left in folder.glob(".*.tmp"):
+        left.unlink()
+    if not (folder / _ABOUT).is_file():
+        write_json(folder / _ABOUT, about)
 
 
 class _Writer:
