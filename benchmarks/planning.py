@@ -1,10 +1,11 @@
-"""What planning a corpus of 10,000 files takes: seconds and memory of the process that does it.
+"""What planning a corpus of 100,000 files takes: seconds and memory of the process that does it.
 
     python benchmarks/planning.py --tokenizer SMOLLM2 --text novels.jsonl.gz [--markdown]
 
 Corpora of JSONL, gzipped JSONL and Parquet files in equal parts are made of passages of the text:
 more files, and longer ones. A fresh process plans each the way a build does: lists the files and
-cuts them into spans, hashes both ends of each file (their identity), and counts the rank table.
+cuts them into spans, hashes both ends of each file (their identity), counts the rank table, and
+puts all spans into the driver's queue.
 Loading the tokenizer is not in it. The files were written just before: they lie in the kernel's
 cache, and a disk or an object store adds its own time for two short reads a file.
 """
@@ -32,10 +33,11 @@ from results import keep, machine, table
 from transformers import AutoTokenizer
 
 from kdcache.commands.build.ranks import count_ranks
+from kdcache.commands.build.spans_left import SpansLeft
 from kdcache.corpus import Corpus
 from kdcache.rows import RowSpec
 
-CORPORA = ((1_000, 1), (10_000, 1), (10_000, 10))
+CORPORA = ((1_000, 1), (10_000, 1), (10_000, 10), (100_000, 1))
 """Files, and passages in each."""
 
 SPAN_BYTES = 1 << 22
@@ -48,7 +50,7 @@ def make(folder: Path, texts: list[str], files: int, passages: int) -> int:
     for number in range(files):
         some = list(islice(endless, passages))
         lines = "".join(json.dumps({"text": text}) + "\n" for text in some).encode()
-        path = folder / f"{number:05}"
+        path = folder / f"{number:06}"
         if number % 3 == 0:
             path = path.with_suffix(".jsonl")
             path.write_bytes(lines)
@@ -65,6 +67,7 @@ def make(folder: Path, texts: list[str], files: int, passages: int) -> int:
 def plan(folder: str, tokenizer_folder: str) -> dict[str, float]:
     """Plan a corpus in this process: seconds of each step, spans, MiB above what it had before."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    cpu = time.process_time()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = [time.perf_counter()]
     corpus = Corpus.open([folder], span_bytes=SPAN_BYTES)
@@ -73,13 +76,19 @@ def plan(folder: str, tokenizer_folder: str) -> dict[str, float]:
     times.append(time.perf_counter())
     count_ranks(corpus, RowSpec("causal-lm"), tokenizer, len(tokenizer))
     times.append(time.perf_counter())
+    queue = SpansLeft(lambda span: corpus.spans[span].group)
+    for span in range(len(corpus.spans)):
+        queue.append(span)
+    times.append(time.perf_counter())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    listed, tagged, ranked = (b - a for a, b in pairwise(times))
+    listed, tagged, ranked, queued = (b - a for a, b in pairwise(times))
     return {
         "spans": len(corpus.spans),
         "listed": listed,
         "tagged": tagged,
         "ranked": ranked,
+        "queued": queued,
+        "cpu": time.process_time() - cpu,
         "memory": (peak - before) / 1024,
     }
 
@@ -106,17 +115,18 @@ def main() -> None:
             size = make(Path(folder), texts, files, passages)
             words = [sys.executable, __file__, "--tokenizer", options.tokenizer, "--one", folder]
             found = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
-        seconds = [found["listed"], found["tagged"], found["ranked"]]
+        seconds = [found["listed"], found["tagged"], found["ranked"], found["queued"]]
         lines.append(
             [
                 f"{files:,}",
                 f"{size / 1e6:,.0f} MB",
                 f"{found['spans']:,}",
-                *(f"{value:.2f} s" for value in (*seconds, sum(seconds))),
+                *(f"{value:.2f} s" for value in (*seconds, sum(seconds), found["cpu"])),
                 f"{found['memory']:.0f} MiB",
             ]
         )
-    header = ["files", "size", "spans", "listed and cut", "identity", "ranks", "together", "memory"]
+    header = ["files", "size", "spans", "listed and cut", "identity", "ranks"]
+    header += ["queue", "together", "its CPU", "memory"]
     text = (
         f"`python benchmarks/planning.py --tokenizer {Path(options.tokenizer).name} --text "
         f"{Path(options.text).name}`: a third each of JSONL, gzipped JSONL and Parquet; memory "
