@@ -437,7 +437,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
                 "the folder or hub id of a tokenizer."
             )
         others = (
-            (self.divergence != "forward-kl", f"--divergence {self.divergence}"),
+            (self.divergence not in (None, "forward-kl"), f"--divergence {self.divergence}"),
             (self.temperatures != Schedule(1.0, 1.0), f"--temperature {self.temperatures}"),
             (self.tail != "bucket", f"--tail {self.tail}"),
             (str(self.anchor) != "auto", f"--anchor {self.anchor}"),
