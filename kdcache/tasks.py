@@ -19,6 +19,7 @@ from kdcache.errors import UsageError
 
 Task = Literal[
     "causal-lm",
+    "masked-lm",
     "sequence-classification",
     "token-classification",
     "multi-label-classification",
@@ -26,6 +27,7 @@ Task = Literal[
 ]
 Answers = Literal["ids", "classes", "labels", "score"]
 CAUSAL_LM: Final = "causal-lm"
+MASKED_LM: Final = "masked-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 TOKEN_CLASSIFICATION: Final = "token-classification"
 MULTI_LABEL_CLASSIFICATION: Final = "multi-label-classification"
@@ -60,6 +62,11 @@ class TaskType:
         label_columns: columns of a record that hold its labels by default; it may have one of them.
         hard: name of the loss with the hard labels, and its unit.
         divergences: losses between student and teacher that it knows, the default first.
+        forms: of the records that its rows are made of, besides `text`.
+        packing: how documents become rows by default.
+        perplexity: what the exponential of its cross-entropy is called; None where that has no
+            meaning.
+        heads: what stands over a token that has a label, and over its label.
     """
 
     noun: str
@@ -77,6 +84,10 @@ class TaskType:
     label_columns: tuple[str, ...] = ("label",)
     hard: tuple[str, str] = ("cross-entropy", "nats")
     divergences: tuple[Divergence, ...] = ("forward-kl", "reverse-kl", "jsd", "mse")
+    forms: tuple[str, ...] = ()
+    packing: str = "none"
+    perplexity: str | None = None
+    heads: tuple[str, str] = ("token", "label")
 
     @property
     def rereads(self) -> bool:
@@ -94,6 +105,8 @@ class TaskType:
         return self.answers in ("classes", "labels")
 
 
+_PLANS = ("anchored:10", "anchored:20", "sample:10", "sample:20", "sample:40", "topk:64")
+
 TASKS: Final[Mapping[str, TaskType]] = {
     CAUSAL_LM: TaskType(
         noun="causal language model",
@@ -105,7 +118,26 @@ TASKS: Final[Mapping[str, TaskType]] = {
         marks=("CausalLM", "LMHead"),
         pipeline="text-generation",
         codec="sample:20",
-        plans=("anchored:10", "anchored:20", "sample:10", "sample:20", "sample:40", "topk:64"),
+        plans=_PLANS,
+        forms=("messages", "prompt", "ids"),
+        packing="concat",
+        perplexity="perplexity",
+        heads=("after", "next"),
+    ),
+    MASKED_LM: TaskType(
+        noun="masked language model",
+        per_token=True,
+        answers="ids",
+        causal=False,
+        texts=False,
+        auto="AutoModelForMaskedLM",
+        marks=("MaskedLM", "XLMWithLMHead", "FlaubertWithLMHead"),
+        pipeline="fill-mask",
+        codec="sample:20",
+        plans=_PLANS,
+        packing="concat",
+        perplexity="pseudo-perplexity",
+        heads=("reads", "was"),
     ),
     SEQUENCE_CLASSIFICATION: TaskType(
         noun="sequence classifier",

@@ -451,7 +451,7 @@ def test_caches_and_students_that_do_not_suit_are_refused(
     with pytest.raises(UsageError, match="transcode --codec topk:64.*--cross-tokenizer likelihood"):
         train(options(cache=str(tmp_path / "dense")))
     make_cache(tmp_path / "classes", [6])
-    with pytest.raises(UsageError, match="is for language models"):
+    with pytest.raises(UsageError, match="is for causal language models"):
         train(options(cache=str(tmp_path / "classes")))
     with pytest.raises(UsageError, match="Name the folder or hub id of a tokenizer"):
         train(options(student_tokenizer=None))

@@ -174,6 +174,11 @@ def desk(
         ("HuggingFaceTB/SmolLM2-135M", tiny_lm),
     ):
         shutil.copytree(model, tmp_path / name)
+    encoder = json.loads((ROOT / "examples" / "config" / "student-modernbert.json").read_text())
+    encoder |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    encoder |= {"num_attention_heads": 4, "vocab_size": 259, "max_position_embeddings": 512}
+    (tmp_path / "student-modernbert.json").write_text(json.dumps(encoder))
+    _masked_model(encoder, tmp_path / "answerdotai/ModernBERT-base")
     file = tmp_path / "HuggingFaceTB/SmolLM2-135M/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 8192}))
     header, *labelled = labelled_corpus.read_text().splitlines()
@@ -192,6 +197,17 @@ def desk(
     config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     (tmp_path / "student.json").write_text(json.dumps(config))
     return tmp_path
+
+
+def _masked_model(config: dict[str, Any], folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+    given = {key: value for key, value in config.items() if key != "model_type"}
+    special = {"pad_token_id": 0, "cls_token_id": 2, "bos_token_id": 2}
+    made = AutoConfig.for_model("modernbert", **given, **special, sep_token_id=3, eos_token_id=3)
+    AutoModelForMaskedLM.from_config(made).save_pretrained(folder)
+    pieces = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
+    AutoTokenizer.from_pretrained(pieces).save_pretrained(folder)
 
 
 Run = Callable[..., str]
@@ -281,6 +297,13 @@ def test_howto_with_another_tokenizer(run: Run, desk: Path) -> None:
     make_tokenizer(texts, desk / "my-tokenizer", vocab_size=280)
     run("bash", "-euo", "pipefail", "-c", _block("docs/howto.md", "cross-tokenizer"))
     assert (desk / "runs" / "own-tokens" / "tokenizer.json").is_file()
+
+
+@pytest.mark.end_to_end
+def test_guide_masked_language_model(run: Run, desk: Path) -> None:
+    printed = run("bash", "-euo", "pipefail", "-c", _block("docs/guide.md", "masked"))
+    assert "pseudo-perplexity" in printed
+    assert (desk / "runs" / "masked" / "model.safetensors").is_file()
 
 
 @pytest.mark.end_to_end
@@ -448,6 +471,11 @@ def test_format_of_labels_and_scores(plain_reader: dict[str, Any], task: str) ->
         np.testing.assert_allclose(np.stack(found), expected.numpy(), rtol=1e-6)
 
 
+def test_format_of_a_masked_language_model(plain_reader: dict[str, Any]) -> None:
+    out = str(Path(__file__).parent / "golden" / "masked")
+    _same_as_library(plain_reader, Cache.open(out), out)
+
+
 def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     data, name = cache.read(0), cache.manifest.shards[0].name
     rows = list(reader["rows"](out, name))
@@ -465,7 +493,7 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     if data.label_logprob is not None:
         ours, theirs = decode_logprobs(data.label_logprob), reader["label_logprobs"](out, name)
         np.testing.assert_allclose(theirs, ours, rtol=1e-7)
-    assert (data.label_logprob is not None) == (cache.spec.task == "causal-lm")
+    assert (data.label_logprob is not None) == cache.spec.task.endswith("-lm")
     for temperature in cache.spec.temperatures:
         ours = with_logits(data.targets.at(temperature))
         theirs = list(reader["targets"](out, name, temperature))

@@ -15,13 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
+from zoo import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    CLASSES,
+    CLASSIFIERS,
+    MASKED,
+    PAD,
+    TAGGERS,
+    UNPADDED,
+    Species,
+    make,
 )
-from zoo import BIDIRECTIONAL, CAUSAL, CLASSES, CLASSIFIERS, PAD, TAGGERS, UNPADDED, Species, make
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
@@ -32,7 +39,14 @@ from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.rows import Row
 from kdcache.targets import DenseTargets
-from kdcache.tasks import CAUSAL_LM, IGNORE, SEQUENCE_CLASSIFICATION, TASKS, TOKEN_CLASSIFICATION
+from kdcache.tasks import (
+    CAUSAL_LM,
+    IGNORE,
+    MASKED_LM,
+    SEQUENCE_CLASSIFICATION,
+    TASKS,
+    TOKEN_CLASSIFICATION,
+)
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -64,19 +78,19 @@ class Den:
     def causal(self) -> bool:
         return self.task == CAUSAL_LM
 
+    @property
+    def per_token(self) -> bool:
+        return TASKS[self.task].per_token
+
     def save(self, species: Species, folder: Path, **more: Any) -> Path:
         names = dict(enumerate(CLASSES))
-        if not self.causal:
+        if not self.per_token:
             more |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
         return species.save(folder, self.auto, self.tokenizer, **more)
 
     @property
     def auto(self) -> Any:
-        return {
-            CAUSAL_LM: AutoModelForCausalLM,
-            SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
-            TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
-        }[self.task]
+        return getattr(transformers, TASKS[self.task].auto)
 
     def build(self, teacher: Path, out: Path, **more: Any) -> kdcache.Cache:
         kdcache.build(_build_options(self.task, self.corpus, teacher, out, **more))
@@ -87,7 +101,7 @@ class Den:
         # RWKV can be differentiated only so.
         options = {"use_cache": False} if self.causal else {}
         (logits,) = model(input_ids=torch.from_numpy(row.input_ids).long()[None], **options).logits
-        if not TASKS[self.task].per_token:
+        if not self.per_token:
             return logits[None]
         return logits[torch.from_numpy(row.labels != IGNORE)][:, :width]
 
@@ -132,6 +146,12 @@ def library(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
+def garden(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
+    """The den of the masked language models."""
+    return _den(MASKED_LM, corpus_texts, tmp_path_factory.mktemp("den"))
+
+
+@pytest.fixture(scope="module")
 def classroom(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
     """The den of the classifiers."""
     return _den(SEQUENCE_CLASSIFICATION, corpus_texts, tmp_path_factory.mktemp("den"))
@@ -144,6 +164,8 @@ def _den(task: str, texts: list[str], folder: Path) -> Den:
 
     bpe = ByteLevelBPETokenizer()
     special = ["<|end|>", "<pad>"]
+    if task == MASKED_LM:
+        special.append("<mask>")
     bpe.train_from_iterator(texts, vocab_size=300, special_tokens=special, show_progress=False)
     if task == SEQUENCE_CLASSIFICATION:  # encoder-decoders classify by the end of a text
         bpe._tokenizer.post_processor = TemplateProcessing(
@@ -152,6 +174,8 @@ def _den(task: str, texts: list[str], folder: Path) -> Den:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<pad>"
     )
+    if task == MASKED_LM:
+        tokenizer.mask_token = "<mask>"
     assert tokenizer.pad_token_id == PAD
     corpus = folder / "texts.jsonl"
     lines = [
@@ -187,7 +211,7 @@ def reference_loss(den: Den, model: Any) -> Any:
     width = den.cache.spec.vocab_size
     logits = torch.cat([den.own(model, row, width) for row, _ in den.rows])
     labels = [torch.from_numpy(row.labels).long() for row, _ in den.rows]
-    labels = [x[x != IGNORE] if TASKS[den.task].per_token else x for x in labels]
+    labels = [x[x != IGNORE] if den.per_token else x for x in labels]
     targets = DenseTargets(torch.cat([targets for _, targets in den.rows]), TEMPERATURE)
     return distillation_loss(logits, torch.cat(labels), targets, alpha=ALPHA)
 
@@ -323,6 +347,20 @@ def test_a_tagger_that_padding_disturbs_gets_none(
         train(library, folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize("species", MASKED, ids=str)
+def test_a_masked_language_model_gives_its_own_numbers(
+    species: Species, garden: Den, tmp_path: Path
+) -> None:
+    folder = garden.save(species, tmp_path / "model")
+    model = load(garden, folder)
+    check_teacher(garden, folder, model, tmp_path / "cache")
+    loss = check_student(garden, model)
+    check_evaluation(garden, folder, model)
+    result = train(garden, folder, tmp_path / "run")
+    assert result.loss == pytest.approx(loss, rel=1e-3)
+    check_evaluation(garden, tmp_path / "run", load(garden, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("species", BIDIRECTIONAL, ids=str)
 def test_a_masked_language_model_is_refused(species: Species, field: Den, tmp_path: Path) -> None:
     folder = field.save(species, tmp_path / "model")
@@ -331,7 +369,7 @@ def test_a_masked_language_model_is_refused(species: Species, field: Den, tmp_pa
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="is not a causal language model"):
         train(field, folder, tmp_path / "run")
-    with pytest.raises(UsageError, match="is not a causal language model"):
+    with pytest.raises(UsageError, match="is not a causal language model|saved for masked-lm"):
         check_evaluation(field, folder, None)
 
 
@@ -350,3 +388,4 @@ def test_a_classifier_that_padding_disturbs_gets_none(
 def test_it_has_enough_of_each() -> None:
     assert len({one.model_type for one in CAUSAL}) >= 100
     assert len({one.model_type for one in CLASSIFIERS}) >= 80
+    assert len({one.model_type for one in MASKED}) >= 30

@@ -242,6 +242,23 @@ TAGGERS = [
 ]
 """Token classifiers: encoders, and decoders whose head sees what is before a word."""
 
+_MASKED = _words(
+    """
+    albert bert big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie esm
+    eurobert flaubert gte ibert jina_embeddings_v3 layoutlm megatron-bert modernbert mpnet
+    nomic_bert rembert roberta roberta-prelayernorm roformer squeezebert tapas ultrabert xlm
+    xlm-roberta xlm-roberta-xl
+    """
+)
+MASKED = [
+    *map(make, _MASKED),
+    make("bert", "untied", tie_word_embeddings=False),
+    make("longformer", attention_window=8),
+    make("mobilebert", initializer_range=0.02, embedding_size=16),
+    make("roberta", "padded", vocab_size=320),
+]
+"""Masked language models; `mra` computes nothing without its CUDA kernels."""
+
 UNPADDED = [make("convbert"), make("fnet"), make("nystromformer"), make("yoso")]
 """Classifiers whose logits move with the padding of their batch."""
 

@@ -35,6 +35,7 @@ from kdcache.tasks import IGNORE, TASKS, positions
 FORMAT = 1
 _REQUIRED = ("lengths", "input_ids")
 _NEXT_IDS = ("has_label", "next_ids")  # labels that are the next token, but for the last of a row
+_PLACES = ("has_label", "label_ids")  # labels that are ids, at some of the tokens
 _LABELS = ("labels",)
 _TEXTS = ("text_bytes", "text")
 _WORDS = ("first_tokens", "words_bytes", "words")
@@ -198,8 +199,7 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
         file.attrs["positions"] = len(data.targets)
         rows = file.create_group("rows")
         _write(rows, "lengths", np.diff(data.offsets).astype(np.uint32))
-        largest = int(data.input_ids.max(initial=0))
-        _write(rows, "input_ids", data.input_ids.astype(np.min_scalar_type(largest)))
+        _write(rows, "input_ids", _narrow(data.input_ids))
         if data.type_ids is not None:
             _write(rows, "type_ids", data.type_ids)
         kind = TASKS[data.task]
@@ -207,15 +207,19 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
             has_label, next_ids = _split_labels(data)
             _write(rows, "has_label", has_label)
             _write(rows, "next_ids", next_ids)
-            if data.label_logprob is not None:
-                _write(rows, "label_logprob", data.label_logprob)
-            if data.starts is not None:
-                _write(rows, "starts", data.starts.astype(np.uint8))
+        elif TASKS[data.task].over_ids:
+            has_label = data.labels != IGNORE
+            _write(rows, "has_label", has_label.astype(np.uint8))
+            _write(rows, "label_ids", _narrow(data.labels[has_label]))
         else:
             labels = data.labels
             if kind.answers == "labels":
                 labels = np.where(labels == IGNORE, _NOT_KNOWN, labels)
             _write(rows, "labels", labels.astype(_LABEL_TYPES[kind.answers]))
+        if data.label_logprob is not None:
+            _write(rows, "label_logprob", data.label_logprob)
+        if data.starts is not None:
+            _write(rows, "starts", data.starts.astype(np.uint8))
         for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
             if texts is not None:
                 write_texts(rows, name, texts)
@@ -256,8 +260,9 @@ def read_shard(
         n, task = _check_head(path, file, codec, counts)
         _check_memory(path, file, n)
         kind = TASKS[task]
+        of_labels = _NEXT_IDS if kind.causal else _PLACES if kind.over_ids else _LABELS
         required = (
-            *(_REQUIRED + (_NEXT_IDS if kind.causal else _LABELS) + _TEXTS * kind.texts),
+            *(_REQUIRED + of_labels + _TEXTS * kind.texts),
             *(_WORDS * kind.words),
             *(_LABEL_LOGPROB * label_logprob + _STARTS * starts),
         )
@@ -275,6 +280,12 @@ def read_shard(
                 input_ids,
                 _read(path, rows, "has_label", _U1, n.tokens),
                 _read(path, rows, "next_ids", _I4, n.rows),
+            )
+        elif kind.over_ids:
+            labels = _spread_labels(
+                path,
+                _read(path, rows, "has_label", _U1, n.tokens),
+                _read(path, rows, "label_ids", _IDS, n.positions),
             )
         else:
             stored = (_LABEL_TYPES[kind.answers],)
@@ -437,6 +448,23 @@ def _join_labels(
     labels[offsets[1:] - 1] = next_ids
     labels[has_label == 0] = IGNORE
     return labels
+
+
+def _spread_labels(path: Path, has_label: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
+    """int32 [tokens], from where labels are and what they are."""
+    there = has_label != 0
+    if there.sum() != len(label_ids):
+        raise CorruptCacheError(
+            f"{path}: {there.sum()} of its tokens have a label, but it has {len(label_ids)} labels."
+        )
+    labels = np.full(len(has_label), IGNORE, np.int32)
+    labels[there] = label_ids
+    return labels
+
+
+def _narrow(ids: np.ndarray) -> np.ndarray:
+    """Ids in the smallest unsigned type that holds them."""
+    return ids.astype(np.min_scalar_type(int(ids.max(initial=0))))
 
 
 def _read_starts(path: Path, rows: Any, offsets: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -58,11 +58,11 @@ def _render_domains(result: EvaluateResult, console: Console) -> None:
 
 
 def _of_distributions(result: EvaluateResult) -> Figures:
-    over_ids, models = TASKS[result.task].over_ids, result.models
+    perplexity, models = TASKS[result.task].perplexity, result.models
     at = f"T = {result.temperature:g}"
     figures = [("accuracy", [percent(m.accuracy) for m in models])]
-    if over_ids:
-        figures.append(("perplexity", [number(m.perplexity, 2) for m in models]))
+    if perplexity is not None:
+        figures.append((perplexity, [number(m.perplexity, 2) for m in models]))
     elif result.label_names is not None:
         binary = len(result.label_names) == 2
         name = f"F1 of {result.label_names[1]}" if binary else "macro F1"

@@ -71,8 +71,8 @@ def _labels(result: InspectResult) -> list[tuple[str, str]]:
     if result.teacher_cross_entropy is None:
         return []
     nats = number(result.teacher_cross_entropy)
-    perplexity = number(result.teacher_perplexity, 2)
-    lines = [("teacher's cross-entropy", f"{nats} nats a position (perplexity {perplexity})")]
+    name, perplexity = TASKS[result.task].perplexity, number(result.teacher_perplexity, 2)
+    lines = [("teacher's cross-entropy", f"{nats} nats a position ({name} {perplexity})")]
     if result.impossible_labels:
         left_out = f"{result.impossible_labels:,}, which are left out of it"
         lines.append(("labels of no probability", left_out))
@@ -109,7 +109,7 @@ def _render_row(row: RowView, answers: Answers, console: Console) -> None:
             lines.append((label, guesses))
         else:
             lines.append((label, guesses, rest))
-    header = ("place", "after", "next", "logprob", "teacher's predictions", "rest")
+    header = ("place", *row.heads, "logprob", "teacher's predictions", "rest")
     of_rows = {
         "labels": ("labels", "teacher's probabilities"),
         "score": ("score", "teacher's"),

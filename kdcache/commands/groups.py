@@ -195,7 +195,7 @@ class RowOptions(RecordOptions):
         None,
         help="`concat` joins documents into full rows, `none` makes one row of each and cuts it "
         "at the longest, `split` continues in further rows, `whole` refuses what does not fit one. "
-        "Default: `concat` for a causal LM, `whole` for its records of ids.",
+        "Default: `concat` for language models, `whole` for records of ids.",
     )
     attend: Attend = option(
         "row",
@@ -296,7 +296,7 @@ class RowOptions(RecordOptions):
         from kdcache.rows import RowSpec
 
         kind = TASKS[task]
-        default = "none" if not kind.causal else "whole" if self.record_form == "ids" else "concat"
+        default = "whole" if self.record_form == "ids" else kind.packing
         return RowSpec(
             task=task,  # type: ignore[arg-type]  # RowSpec checks it
             text_column=self.text_column,
@@ -509,9 +509,9 @@ class PlotOptions(Options):
 def form_problems(record_form: Form, task: str | None) -> list[str]:
     """What is wrong with a form of records for a task."""
     kind = TASKS.get(task or "")
-    if kind is not None and not kind.over_ids and record_form not in ("auto", "text"):
+    if kind is not None and record_form not in ("auto", "text", *kind.forms):
         return [
-            f"--record-form is '{record_form}': a classifier reads texts. Name their column with "
+            f"--record-form is '{record_form}': a {kind.noun} reads texts. Name their column with "
             "--text-column."
         ]
     return []

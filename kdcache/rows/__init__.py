@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.encoders import ClassificationEncoder, TextEncoder, make_encoder
+from kdcache.rows.masked import MaskedEncoder
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.words import TokenClassificationEncoder, WordReader
 
 __all__ = [
     "ClassificationEncoder",
     "Encoder",
+    "MaskedEncoder",
     "Row",
     "RowSpec",
     "TextEncoder",

@@ -40,11 +40,12 @@ class Encoder(ABC):
         return self.stats.skipped
 
     @abstractmethod
-    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
         """Encode the records of one span.
 
         Args:
             records: In order; read as needed.
+            span: Its number, where rows are drawn by it.
 
         Yields:
             The rows, in the records' order.

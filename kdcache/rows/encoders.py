@@ -16,11 +16,12 @@ from kdcache.rows.documents import DocumentMaker
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.ids import IdSequence, SequenceMaker
 from kdcache.rows.labels import Labels, make_reader
+from kdcache.rows.masked import MaskedEncoder
 from kdcache.rows.spec import Row, RowSpec
-from kdcache.rows.text import Document, checked_text
+from kdcache.rows.text import Document, checked_text, frame
 from kdcache.rows.tokens import tokens_of
 from kdcache.rows.words import TokenClassificationEncoder
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import IGNORE, MASKED_LM, TASKS
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -46,6 +47,8 @@ def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
         return TokenClassificationEncoder(spec, tokenizer)
     if not TASKS[spec.task].per_token:
         return ClassificationEncoder(spec, tokenizer)
+    if spec.task == MASKED_LM:
+        return MaskedEncoder(spec, tokenizer)
     return (IdsEncoder if spec.record_form == "ids" else TextEncoder)(spec, tokenizer)
 
 
@@ -122,7 +125,7 @@ class IdsEncoder(SequenceEncoder):
         super().__init__(spec, tokenizer)
         self._sequences = SequenceMaker(spec, tokenizer)
 
-    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
         """See `Encoder.encode`."""
         batches = self._batches(records, self._make, lambda item: len(item[1].ids))
         yield from self._rows(map(self._joined, batches))
@@ -149,7 +152,7 @@ class TextEncoder(SequenceEncoder):
         self._documents = DocumentMaker(spec, tokenizer)
         self._prefix, self._end = _frame(tokenizer)
 
-    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
         """See `Encoder.encode`."""
         batches = self._batches(records, self._make, lambda item: len(item[1].text))
         yield from self._rows(map(self._tokenise, batches))
@@ -220,18 +223,10 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
             "the tokenizer has no end-of-sequence token, which ends a document. "
             "Set eos_token in its tokenizer_config.json, or use a causal LM's tokenizer."
         )
-    bare, dressed = (
-        list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
-    )
+    before, after = frame(tokenizer)
     end = [int(tokenizer.eos_token_id)]
-    before = next(
-        (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare), None
-    )
-    if before is None:
-        return [], end
-    after = dressed[before + len(bare) :]
     # A tokenizer that adds EOS itself must not get a second one.
-    return dressed[:before], after if after[-1:] == end else after + end
+    return before, after if after[-1:] == end else after + end
 
 
 def _learnt(
@@ -296,7 +291,7 @@ class ClassificationEncoder(Encoder):
             )
         self._labels = make_reader(spec)
 
-    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
         """See `Encoder.encode`."""
         spec = self.spec
         for batch in self._batches(records, self._make, lambda item: len(item[0]) + len(item[1])):

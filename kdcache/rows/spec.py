@@ -10,11 +10,21 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.choices import Attend, Form, Labels, LabelTokens, OnError, Packing, Reasoning
+from kdcache.choices import (
+    Attend,
+    Form,
+    Labels,
+    LabelTokens,
+    MaskUnit,
+    OnError,
+    Packing,
+    Reasoning,
+)
 from kdcache.errors import UsageError
-from kdcache.tasks import TASKS, Task, check_task, positions
+from kdcache.tasks import MASKED_LM, TASKS, Task, check_task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
+MASK_SHARE = 0.15  # of BERT
 ID_COLUMNS = (
     *("input_ids", "labels", "loss_mask"),
     *("attention_mask", "position_ids", "segment_ids"),
@@ -23,7 +33,7 @@ ID_COLUMNS = (
 _LATER = {
     "labels": None, "attend": "row", "tools_column": "tools", "chat_template_kwargs": "",
     "learn": ("assistant",), "reasoning": "learn", "words_column": "tokens",
-    "label_tokens": "first",
+    "label_tokens": "first", "mask_share": None, "mask_unit": "token", "mask_seed": 0,
 }  # fmt: skip
 
 
@@ -33,9 +43,10 @@ class Row:
 
     Attributes:
         input_ids: int32 `[L]`, no padding.
-        labels: causal-lm int32 `[L]`, the id to predict after each token or `IGNORE`; token
-            classification int32 `[L]`, the class of the token's word, `UNLABELLED` if that has
-            none, or `IGNORE`; of tasks of whole texts see `kdcache.rows.labels`.
+        labels: causal-lm int32 `[L]`, the id to predict after each token or `IGNORE`; masked-lm
+            int32 `[L]`, the id that a masked place had or `IGNORE`; token classification int32
+            `[L]`, the class of the token's word, `UNLABELLED` if that has none, or `IGNORE`; of
+            tasks of whole texts see `kdcache.rows.labels`.
         type_ids: uint8 `[L]` if the tokenizer marks text and pair (BERT does), else None.
         text: Classification only: what was tokenised, so that a student may tokenise it again.
         text_pair: The pair's text, if there is one.
@@ -88,8 +99,8 @@ class RowSpec:
         label_names: Classification: the teacher's class names in order; None takes any class
             number.
         max_length: Most tokens of a row.
-        packing: Causal LM: `concat` joins documents into full rows; `none` makes one row of a
-            document and truncates it; `split` continues it in further rows; `whole` makes one row
+        packing: Language models: `concat` joins documents into full rows; `none` makes one row of
+            a document and truncates it; `split` continues it in further rows; `whole` makes one row
             and refuses a document that does not fit.
         attend: Of `concat`: whether a token attends to the whole `row` before it, or to its own
             `document` alone, whose last token then has no label.
@@ -108,10 +119,13 @@ class RowSpec:
             counted.
         labels: Records of ids: what `labels` and `loss_mask` stand beside: the `token` that they
             are about, or the one before it (`next`); `none` reads neither. None refuses records
-            have them.
+            that have them.
         words_column: Token classification: column with the words, a list.
         label_tokens: Token classification: which tokens of a word have its label: the `first`, or
             `all`.
+        mask_share: Masked LM: share of a row's tokens that are masked; None for other tasks.
+        mask_unit: Masked LM: whether a `token` is masked by itself or with all of its `word`.
+        mask_seed: Masked LM: seed of the draw, which is by span, row and place.
 
     Raises:
         UsageError: Options that can't be; all of them in one message.
@@ -137,11 +151,16 @@ class RowSpec:
     labels: Labels | None = None
     words_column: str = "tokens"
     label_tokens: LabelTokens = "first"
+    mask_share: float | None = None
+    mask_unit: MaskUnit = "token"
+    mask_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.label_column == "none":
             object.__setattr__(self, "label_column", None)
         check_task(self.task)
+        if self.task == MASKED_LM and self.mask_share is None:
+            object.__setattr__(self, "mask_share", MASK_SHARE)
         wrong = [
             f"{name} is {value!r}, expected one of {', '.join(choices)}"
             for name, value, choices in (
@@ -152,11 +171,20 @@ class RowSpec:
                 ("on_error", self.on_error, get_args(OnError)),
                 ("labels", self.labels, (None, *get_args(Labels))),
                 ("label_tokens", self.label_tokens, get_args(LabelTokens)),
+                ("mask_unit", self.mask_unit, get_args(MaskUnit)),
             )
             if value not in choices
         ]
         if self.max_length < 2:
             wrong.append(f"max_length is {self.max_length}, expected 2 or more tokens")
+        if self.mask_share is not None and not 0 < self.mask_share < 1:
+            wrong.append(f"mask_share is {self.mask_share:g}, expected a number between 0 and 1")
+        masks = (self.mask_share, self.mask_unit, self.mask_seed)
+        if self.task != MASKED_LM and masks != (None, "token", 0):
+            given = "mask_share, mask_unit and mask_seed"
+            wrong.append(f"{given} are for {MASKED_LM}, leave them out for {self.task}")
+        if self.record_form not in ("auto", "text", *TASKS[self.task].forms):
+            wrong.append(f"record_form is {self.record_form!r}, but {self.task} reads texts")
         if TASKS[self.task].per_token and self.pair_column is not None:
             wrong.append(f"pair_column is for labels of texts, leave it out for {self.task}")
         if self.labels is not None and self.record_form != "ids":
@@ -200,6 +228,8 @@ class RowSpec:
         if not TASKS[self.task].over_ids:
             wanted = (self.text_column, self.pair_column, *self.label_columns)
             return tuple(name for name in wanted if name is not None)
+        if not TASKS[self.task].forms:
+            return (self.text_column,)
         forms = {
             "text": (self.text_column,),
             "messages": (self.messages_column, self.tools_column),

@@ -58,3 +58,14 @@ def need_offsets(tokenizer: Any, what: str) -> None:
             f"{what} need a tokenizer that returns the characters of each token; "
             f"{type(tokenizer).__name__} can't. Use one with a tokenizer.json."
         )
+
+
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer itself puts before and behind one text."""
+    bare, dressed = (
+        list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
+    )
+    before = next(
+        (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare), None
+    )
+    return ([], []) if before is None else (dressed[:before], dressed[before + len(bare) :])

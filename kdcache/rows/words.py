@@ -165,7 +165,7 @@ class TokenClassificationEncoder(Encoder):
             )
         self._classes = Classes(spec.label_names, "a tag")
 
-    def encode(self, records: Iterable[Record]) -> Iterator[Row]:
+    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
         """See `Encoder.encode`."""
         spec = self.spec
         for batch in self._batches(records, self._make, lambda item: sum(map(len, item[1]))):

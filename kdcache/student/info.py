@@ -64,8 +64,8 @@ class StudentInfo:
         task = task_of(config)
         if task is None or not Path(name).is_dir():
             raise UsageError(
-                f"{name} is not the folder of a trained student: its config.json names no causal "
-                "language model or sequence classifier. Name the --out of a kdcache train."
+                f"{name} is not the folder of a trained student: its config.json names none of "
+                f"the tasks {', '.join(TASKS)}. Name the --out of a kdcache train."
             )
         if TASKS[task].over_ids:
             text = config.get("text_config", config)

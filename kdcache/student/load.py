@@ -49,7 +49,7 @@ from kdcache.student.tokenize import student_tokenize, tokenizer_of
 from kdcache.student.words import read_embeddings, word_tokenizer
 from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
-from kdcache.teacher.adapter import ADAPTER_CONFIG
+from kdcache.teacher.adapter import ADAPTER_CONFIG, PEFT_TASKS
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -113,6 +113,8 @@ def load_student(
         raise UsageError(
             f"sizes and embeddings are options of a new bilstm, not of student {name}."
         )
+    if lora is not None and info.task not in PEFT_TASKS:
+        raise UsageError(f"--lora is for {' and '.join(PEFT_TASKS)}; train {info.task} without it.")
     with _seeded(info.seed):
         if new_bilstm:
             student: nn.Module = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)
@@ -421,10 +423,11 @@ def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> Non
         return
     size = _rows(student, "get_output_embeddings")
     cure = (
-        "A causal-lm student must have the teacher's vocabulary: take one of its family, or a "
-        "config.json with this vocab_size. To train it with its own tokens, add --cross-tokenizer "
-        "likelihood or hybrid."
+        f"A {info.task} student must have the teacher's vocabulary: take one of its family, or a "
+        "config.json with this vocab_size."
     )
+    if TASKS[info.task].causal:
+        cure += " To train it with its own tokens, add --cross-tokenizer likelihood or hybrid."
     if size is not None and not info.vocab_size <= size < info.vocab_size + _MOST_PADDING:
         raise UsageError(
             f"student {name} has a vocabulary of {size}, the cache's is {info.vocab_size}. {cure}"

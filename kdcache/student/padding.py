@@ -91,6 +91,17 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
                 f"student {name} is not a causal language model: its logits at a position depend "
                 "on later tokens, and so on the labels. Name a causal one.",
             )
+        elif task.over_ids and (half := lengths[0] // 2):
+            ids = inputs["input_ids"][:1].clone()
+            ids[:, half : lengths[0]] = ids[:, : lengths[0] - half].flip(1)
+            other = logits(slice(0, 1), lengths[0], input_ids=ids)[0]
+            if not torch.equal(ids, inputs["input_ids"][:1]) and torch.equal(
+                other[half - 1], alone[0][half - 1]
+            ):
+                raise UsageError(
+                    f"student {name} is not a masked language model: its logits at a position do "
+                    "not depend on later tokens. Name a masked one."
+                )
         _refuse_beyond(
             moved,
             f"student {name} gives other logits where its batch is padded, so its loss would be "

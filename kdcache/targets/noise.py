@@ -12,7 +12,13 @@ import numpy.typing as npt
 
 
 def position_uniform(
-    seed: int, span: int, row: npt.ArrayLike, position: npt.ArrayLike, *, of_label: bool = False
+    seed: int,
+    span: int,
+    row: npt.ArrayLike,
+    position: npt.ArrayLike,
+    *,
+    of_label: bool = False,
+    stream: int = 0,
 ) -> npt.NDArray[np.float64]:
     """Uniform numbers that belong to positions, not to the order in which they are computed.
 
@@ -27,6 +33,8 @@ def position_uniform(
         position: integers, the token indices in their rows.
         of_label: another number of each position: not the codec's, but the one that rounds the
             log-probability of its label.
+        stream: a further number of each position, for other purposes; 0 is the codec's, 1 that of
+            the label.
 
     Returns:
         float64 in [0, 1) with 53 random bits, of the broadcast shape.
@@ -35,8 +43,8 @@ def position_uniform(
         state = np.zeros((), np.uint64)
         for word in (_words(seed), _words(span), _words(row), _words(position)):
             state = _mix(state ^ word)
-        if of_label:
-            state = _mix(state ^ _words(1))
+        if of_label or stream:
+            state = _mix(state ^ _words(stream or 1))
     return np.asarray((state >> np.uint64(11)) * 2.0**-53)
 
 

@@ -273,6 +273,8 @@ class TeacherFiles:
                 "Fine-tune it first (`kdcache finetune`), or name another."
             )
         kind, outputs = TASKS[task], len(self.label_names)
+        if kind.over_ids:
+            self._check_saved_for(task)
         if kind.over_ids or kind.per_token:
             return
         problem = getattr(config, "problem_type", None)
@@ -290,6 +292,16 @@ class TeacherFiles:
             raise UsageError(
                 f"teacher {self.name} has {outputs} outputs, and a {kind.noun} has {wanted}. Name "
                 "another teacher, or another --task."
+            )
+
+    def _check_saved_for(self, task: str) -> None:
+        """Refuse a language model of another kind, by the name that it was saved with."""
+        saved = task_of(self.raw_config)
+        if saved not in (None, task) and TASKS[saved].over_ids:
+            name = self.raw_config["architectures"][0]
+            raise UsageError(
+                f"teacher {self.name} is not a {TASKS[task].noun}: it was saved as {name}. Use "
+                f"--task {saved}, or name another."
             )
 
     def reach(self, task: str) -> int | None:

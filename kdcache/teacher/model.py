@@ -34,13 +34,14 @@ from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
 from kdcache.teacher.probe import (
     TOLERANCES,
+    check_bidirectional,
     check_causal,
     check_steady,
     distance,
     head_of,
     probe_rows,
 )
-from kdcache.teacher.projection import call
+from kdcache.teacher.projection import Projection, call, layer_input
 from kdcache.teacher.slices import Slice, slice_positions
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,9 @@ class TeacherModel:
         check_steady(self.name, want, self._tolerance)
         if self.task.causal:
             check_causal(self.name, self._own, sample[0], want[0], self._tolerance)
-        constants = head_of(self.model, sample[0]) if self.task.causal else None
+        elif self.task.over_ids:
+            check_bidirectional(self.name, self._own, sample[0])
+        constants = self._constants(sample[0]) if self.task.over_ids else None
         self.scale, self.cap = constants or (1.0, None)
         ways = [False] if constants is None else [True, False]
         found: dict[tuple[str, bool], float] = {}
@@ -138,6 +141,16 @@ class TeacherModel:
                         self._find_layer(sample)
                     return
         raise AssertionError("rows one by one, by the model's own forward, are what is wanted")
+
+    def _constants(self, row: Row) -> tuple[float, float | None] | None:
+        """Scale and cap of a plain output layer; None where logits are made in another way."""
+        if self.task.causal:
+            return head_of(self.model, row)
+        batch = self._batch([row])
+        del batch["wanted"]
+        projection = Projection(self.model, batch)
+        scale, layer = projection.scale, projection.layer
+        return None if scale is None or layer is None else (scale, projection.cap)
 
     def _find_layer(self, sample: Sequence[Row]) -> None:
         """Find the output layer, and prove it on the logits of real rows."""
@@ -198,8 +211,11 @@ class TeacherModel:
             yield from self._forward(batch)
             return
         wanted = batch.pop("wanted")
-        hidden = self.model.get_decoder()(**batch, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
+        if self.task.causal:
+            hidden = self.model.get_decoder()(**batch, use_cache=False).last_hidden_state
+        else:  # an encoder's states are transformed before they meet the output layer
+            hidden = layer_input(self.model, head, batch)
         # The layers of a model that is spread move what they are given to their own devices; the
         # last one may live on another than the first.
         hidden = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device))

@@ -103,8 +103,8 @@ def check_states(names: Sequence[str], task: str) -> None:
     Raises:
         UsageError: several teachers, or a classifier.
     """
-    if len(names) > 1 or not TASKS[task].causal:
+    if len(names) > 1 or not TASKS[task].over_ids:
         raise UsageError(
-            "--codec hidden keeps the states of one causal language model. For several teachers "
+            "--codec hidden keeps the states of one language model. For several teachers "
             "use --codec sample:N, for a classifier --codec dense."
         )

@@ -140,8 +140,28 @@ def check_causal(
         raise UsageError(
             f"model {name} is not a causal language model: its logits at a position depend on "
             f"later tokens (changing those moves them by {moved:.2g} of their spread), so its "
-            "targets would have seen the answer. Masked language models cannot be used; name a "
-            "causal one."
+            "targets would have seen the answer. Name a causal one; a masked language model is "
+            "asked with --task masked-lm."
+        )
+
+
+def check_bidirectional(name: str, own: Callable[[Row], Tensor], row: Row) -> None:
+    """Other tokens behind a position must move its logits.
+
+    Raises:
+        UsageError: they do not: the model reads in one direction.
+    """
+    changed = with_other_end(row)
+    half = len(row.input_ids) // 2
+    if not half or np.array_equal(changed.input_ids, row.input_ids):
+        return
+    labels = np.full(len(row.input_ids), IGNORE, np.int32)
+    labels[half - 1] = 0
+    one, other = (own(replace(which, labels=labels)) for which in (row, changed))
+    if torch.equal(one, other):
+        raise UsageError(
+            f"model {name} is not a masked language model: its logits at a position do not depend "
+            "on later tokens. Name another, or use --task causal-lm."
         )
 
 

@@ -36,7 +36,7 @@ _SIZES = (0.01, 1.0, 40.0, 500.0)
 
 
 class Projection:
-    """What the logits of a causal language model are made of.
+    """What the logits of a language model are made of.
 
     Attributes:
         scale: what the model multiplies its projected states by; None if they are not its logits.
@@ -47,7 +47,7 @@ class Projection:
         """Measure.
 
         Args:
-            student: a causal language model of any kind.
+            student: a language model of any kind.
             inputs: a batch, of which some tokens are used.
         """
         self.student = student
@@ -64,20 +64,7 @@ class Projection:
 
     def states(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor:
         """The states whose product with `layer` the logits are, [B, L', H], by its own forward."""
-        found: list[Tensor] = []
-
-        def keep(states: Tensor) -> Tensor:
-            found.append(states)
-            return states.new_zeros((*states.shape[:-1], 1))
-
-        with _answering(layer, keep):
-            call(self.student, inputs)
-        if len(found) != 1 or found[0].ndim != 3:
-            raise UsageError(
-                "the student used its output layer in another way than at its first batch: its "
-                "forward must be the same for all batches."
-            )
-        return self._scaled(found[0])
+        return self._scaled(layer_input(self.student, layer, inputs))
 
     def bias(self, layer: nn.Linear) -> Tensor | None:
         """The layer's bias on the scale of `states`."""
@@ -103,7 +90,7 @@ class Projection:
 
         with torch.inference_mode(False), quiet(self.student):
             inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-            with torch.no_grad(), _answering(layer, answer):
+            with torch.no_grad(), answering(layer, answer):
                 own = logits_of(call(self.student, inputs))
             if len(answers) != 1 or own.requires_grad or own.shape != answers[0].shape:
                 return None
@@ -125,6 +112,24 @@ class Projection:
             if (wrong <= max(eps, 1e-5)).all() and (apart <= 4 * max(eps, 1e-6) * size).all():
                 return scale, cap
         return None
+
+
+def layer_input(model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor:
+    """What a model's own forward gives to its output layer, [B, L', H]; no logits are made."""
+    found: list[Tensor] = []
+
+    def keep(states: Tensor) -> Tensor:
+        found.append(states)
+        return states.new_zeros((*states.shape[:-1], 1))
+
+    with answering(layer, keep):
+        call(model, inputs)
+    if len(found) != 1 or found[0].ndim != 3:
+        raise UsageError(
+            "the model used its output layer in another way than at its first batch: its "
+            "forward must be the same for all batches."
+        )
+    return found[0]
 
 
 def named_constants(config: Any) -> Iterator[tuple[float, float | None]]:
@@ -225,7 +230,7 @@ def _few(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _answering(layer: nn.Linear, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def answering(layer: nn.Linear, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The layer answers like this meanwhile. Its hooks still run."""
     own = vars(layer)
     before = own.get("forward")

@@ -63,8 +63,9 @@ CACHES = {
     "words": ("token-classification", "dense", (1.0,)),
     "labels": ("multi-label-classification", "dense:float16", (1.0, 2.0)),
     "scores": ("regression", "dense", (1.0,)),
+    "masked": ("masked-lm", "sample:5", (1.0, 2.0)),
 }
-KEEP = {"label-logprob"}
+KEEP = {"label-logprob", "masked"}
 APART = {"documents"}
 DOMAINS = {"domains": (("web", 6), ("code", 3), ("web", 1))}  # and rows of the shard of each
 WIDTH = 40
@@ -82,6 +83,11 @@ def rows_of(task: str, rng: np.random.Generator, count: int) -> list[Row]:
             continue
         if task == "token-classification":
             rows.append(tagged(ids, rng))
+            continue
+        if task == "masked-lm":
+            labels = np.where(rng.random(len(ids)) < 0.4, ids, np.int32(IGNORE))
+            labels[0] = ids[0]
+            rows.append(Row(np.where(labels == IGNORE, ids, np.int32(2)), labels))
             continue
         label: Any = np.array([int(rng.integers(-1, 3))], np.int32)
         label[label < 0] = IGNORE
@@ -119,16 +125,16 @@ def divided(row: Row, rng: np.random.Generator) -> Row:
 def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -> dict[str, Any]:
     """One cache, and what it must give."""
     rng = np.random.default_rng(7)
-    causal = task == "causal-lm"
-    named = task not in ("causal-lm", "regression")
-    width = len(CLASSES) if named else VOCABULARY if causal else 1
+    over_ids = task in ("causal-lm", "masked-lm")
+    named = not over_ids and task != "regression"
+    width = len(CLASSES) if named else VOCABULARY if over_ids else 1
     domains = DOMAINS.get(folder.name, ())
     shards = [rows_of(task, rng, count) for count in [n for _, n in domains] or SHARDS]
     apart = folder.name in APART
     if apart:
         shards = [[divided(row, rng) for row in rows] for rows in shards]
     ranks = b""
-    if causal:
+    if over_ids:
         ids = np.concatenate([row.input_ids for shard in shards for row in shard])
         counts = np.bincount(ids, minlength=width)
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.commands.groups import RowOptions, TeacherRunOptions, form_problems
+from kdcache.commands.groups import TeacherRunOptions, form_problems
+from kdcache.commands.masks import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.options import Options, option
 from kdcache.tasks import CAUSAL_LM, Task
@@ -86,7 +87,7 @@ class WorkerOptions(Options):
 
 
 @dataclass(frozen=True)
-class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
+class BuildOptions(MaskedRowOptions, TeacherRunOptions, WorkerOptions):
     """What `kdcache build` takes: fields have the names of its options."""
 
     teacher: tuple[str, ...] = option(
@@ -105,7 +106,7 @@ class BuildOptions(RowOptions, TeacherRunOptions, WorkerOptions):
         None,
         help="`dense`, `dense:float16`, `hidden:float16`, `hidden:bfloat16`, `hidden:int8`, "
         "`topk:K`, `sample:N` or `anchored:N`. Default: `sample:20` for "
-        "a causal LM, else `dense`.",
+        "a language model, else `dense`.",
         metavar="dense|hidden:TYPE|topk:K|sample:N|anchored:N",
     )
     temperatures: tuple[float, ...] = option(

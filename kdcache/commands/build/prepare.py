@@ -119,7 +119,7 @@ def prepare(options: BuildOptions) -> Prepared:
         named(options.corpus),
         span_bytes=functools.partial(_span_bytes, options, codec, seconds),
         # Where each document is a row of its own, what does not fit is cut off anyway.
-        divide=task.causal and rows.packing in ("concat", "split"),
+        divide=task.over_ids and rows.packing in ("concat", "split"),
     )
     _warn_of_small_files(corpus)
     ranks = b""

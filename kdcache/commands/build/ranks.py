@@ -58,7 +58,7 @@ def sampled_rows(corpus: Corpus, rows: RowSpec, tokenizer: object) -> Iterator[R
             records=-(-_RECORDS // len(places)),
         )
         records = shortened(part.records, _CHARACTERS)
-        yield from make_encoder(rows, tokenizer).encode(records)
+        yield from make_encoder(rows, tokenizer).encode(records, span=span.index)
 
 
 def ranks_by_count(counts: np.ndarray) -> bytes:

@@ -61,9 +61,8 @@ def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
     for span in spans:
         records = Corpus.read(span, columns=rows.columns, on_error=rows.on_error)
         try:
-            same = _same(
-                cache, span, made[span.index], list(make_encoder(rows, tokenizer).encode(records))
-            )
+            found = list(make_encoder(rows, tokenizer).encode(records, span=span.index))
+            same = _same(cache, span, made[span.index], found)
         except UsageError:  # such records were never made into a shard
             same = False
         if not same:

@@ -115,7 +115,7 @@ class TeacherSource(Source[Span, TaughtRows]):
         records = Corpus.read(
             work, columns=how.columns, on_error=how.on_error, stats=stats, progress=steps
         )
-        rows = list(encoder.encode(_counted(records, steps)))
+        rows = list(encoder.encode(_counted(records, steps), span=work.index))
         return TaughtRows(
             partial(ShardData.from_rows, self.options.teacher.task, rows),
             skipped=stats.skipped + encoder.skipped + encoder.empty,

@@ -283,7 +283,7 @@ class _Evaluation:
         encoder = make_encoder(spec, self.encoder_tokenizer)
         for span in corpus.spans:
             records = Corpus.read(span, columns=spec.columns, on_error=spec.on_error)
-            rows = encoder.encode(records)
+            rows = encoder.encode(records, span=span.index)
             while window := list(islice(rows, _WINDOW)):
                 yield _Window(window, span.file.domain)
         self.cut = encoder.truncated
@@ -571,12 +571,12 @@ class _Evaluation:
 
     def _label_scores(self, tally: Tally, hard: float | None) -> dict[str, Any]:
         """Figures against the hard labels, with whose cross-entropy `hard`."""
-        over_ids = TASKS[self.task].over_ids
+        kind = TASKS[self.task]
         return {
             "accuracy": known(ratio(tally.correct, tally.labelled)),
-            "f1": None if over_ids else known(f1(tally.confusion)),
+            "f1": None if kind.over_ids else known(f1(tally.confusion)),
             "cross_entropy": hard,
-            "perplexity": perplexity(hard) if over_ids else None,
+            "perplexity": perplexity(hard) if kind.perplexity else None,
             "calibration_error": known(tally.calibration.error),
             "calibration": tuple(Bin(*values) for values in tally.calibration.filled()),
             **({} if tally.entities is None else _entity_scores(tally.entities)),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from kdcache.commands.groups import InferenceOptions, PlotOptions, RowOptions, form_problems
+from kdcache.commands.groups import InferenceOptions, PlotOptions, form_problems
+from kdcache.commands.masks import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.options import option
 from kdcache.tasks import Task
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(RowOptions, InferenceOptions, PlotOptions):
+class EvaluateOptions(MaskedRowOptions, InferenceOptions, PlotOptions):
     """What `kdcache evaluate` takes: fields have the names of its options."""
 
     student: tuple[str, ...] = option(

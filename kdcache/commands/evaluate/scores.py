@@ -32,7 +32,8 @@ class ModelScores:
         f1: of class 1 with two classes, else macro (classification only).
         cross_entropy: with the hard labels, nats per position, T = 1; of several labels a row
             the mean over classes.
-        perplexity: its exponential (causal LM only).
+        perplexity: its exponential (language models only; of a masked one at the masked
+            places, a pseudo-perplexity).
         kl: KL(teacher || student) at the result's temperature, nats per position; of several
             labels a row the mean over classes.
         soft_cross_entropy: where KL is not known: that plus the teacher's entropy.

@@ -52,7 +52,8 @@ class PositionView:
 
     Attributes:
         place: index of the token in its row (0 for classification).
-        token: the last token that the teacher had read (causal LM), else None.
+        token: the token that a label belongs to: of a causal LM the last one that the teacher had
+            read; None where labels belong to rows.
         label: id of the hard label (optional).
         label_text: the token or the class of that id; of several labels a row their classes, of
             a score its value.
@@ -82,12 +83,15 @@ class RowView:
         row: its number in the cache.
         shard: the shard (span) that holds it.
         tokens: its length.
-        text: the text; for a causal LM decoded from the ids; words with blanks between them.
+        text: the text; decoded from the ids where the cache keeps none; words with blanks between
+            them.
         text_pair: the second text, if there is one.
         temperature: of the probabilities.
         exact: False where the weights are an unbiased sample: right on average, not one by one.
         positions: its positions in order.
         domain: name of its corpus; None where corpora have no names.
+        heads: what stands over `token` and `label`.
+        read: all its tokens, where the teacher read them all before each answer.
     """
 
     row: int
@@ -99,6 +103,8 @@ class RowView:
     exact: bool
     positions: tuple[PositionView, ...]
     domain: str | None = None
+    heads: tuple[str, str] = ("after", "next")
+    read: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -332,6 +338,10 @@ def _row(
         temperature=temperature,
         exact=exact,
         positions=tuple(positions),
+        heads=task.heads,
+        read=tuple(map(token, row.input_ids.tolist()))
+        if task.per_token and not task.causal
+        else (),
     )
 
 

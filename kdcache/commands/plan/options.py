@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.groups import RowOptions, TeacherRunOptions
+from kdcache.commands.groups import TeacherRunOptions
+from kdcache.commands.masks import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.options import option
@@ -16,7 +17,7 @@ from kdcache.tasks import CAUSAL_LM, TASKS, Task
 
 
 @dataclass(frozen=True)
-class PlanOptions(RowOptions, TeacherRunOptions):
+class PlanOptions(MaskedRowOptions, TeacherRunOptions):
     """What `kdcache plan` takes: fields have the names of its options."""
 
     teacher: tuple[str, ...] = option(
@@ -33,7 +34,7 @@ class PlanOptions(RowOptions, TeacherRunOptions):
     codec: tuple[str, ...] | None = option(
         None,
         help="codecs to compare. Default: `anchored:10`, `anchored:20`, `sample:10`, `sample:20`, "
-        "`sample:40`, `topk:64` for a causal LM, `dense` and `dense:float16` for classification.",
+        "`sample:40`, `topk:64` for a language model, else `dense` and `dense:float16`.",
         metavar="dense|topk:K|sample:N|anchored:N|hidden:DTYPE",
     )
     temperatures: tuple[str, ...] | None = option(

@@ -127,7 +127,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
             records=wanted,
             characters=wanted * spec.max_length * _CHARACTERS_A_TOKEN,
         )
-        found = list(make_encoder(spec, tokenizer).encode(part.records))
+        found = list(make_encoder(spec, tokenizer).encode(part.records, span=span.index))
         domain = read.setdefault(span.file.domain, _Domain())
         domain.positions += sum(len(row.places(spec.task)) for row in found)
         domain.records += len(part.records)

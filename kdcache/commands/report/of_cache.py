@@ -71,7 +71,8 @@ def _facts(found: InspectResult) -> list[tuple[str, str]]:
     if found.target_bytes_per_position is not None:
         pairs.append(("soft targets alone", f"{found.target_bytes_per_position:.2f} B a position"))
     if found.teacher_cross_entropy is not None:
-        nats = f"{found.teacher_cross_entropy:.4f} nats (perplexity {found.teacher_perplexity:.2f})"
+        name = TASKS[found.task].perplexity
+        nats = f"{found.teacher_cross_entropy:.4f} nats ({name} {found.teacher_perplexity:.2f})"
         pairs.append(("teacher's cross-entropy", nats))
     if found.clipped_mass:
         pairs.append(("mass outside the vocabulary", f"{found.clipped_mass:.3%}"))
@@ -225,7 +226,7 @@ def _row(row: RowView) -> Html:
     )
     shown = row.positions[:_POSITIONS]
     lines = [_line(position, per_token, _is_exact(row)) for position in shown]
-    head = ("after", "next", "nats") if per_token else ("label", "nats")
+    head = (*row.heads, "nats") if per_token else ("label", "nats")
     header = (
         ("place", *head, "teacher's best guesses", "rest")
         if per_token
@@ -243,6 +244,8 @@ def _row(row: RowView) -> Html:
 
 def _tokens(row: RowView) -> Html:
     """The tokens in order, each coloured by the teacher's surprise at it."""
+    if row.read:
+        return _read_tokens(row)
     parts: list[Html] = []
     first = row.positions[0]
     if first.token is not None:
@@ -264,6 +267,21 @@ def _tokens(row: RowView) -> Html:
             )
         )
     if len(row.positions) > _TOKENS:
+        parts.append(element("span", " …", class_="gap"))
+    return element("p", *parts, class_="row")
+
+
+def _read_tokens(row: RowView) -> Html:
+    """All tokens of a row that is read whole, with their labels where they have one."""
+    labels = {position.place: position for position in row.positions}
+    parts: list[Html] = []
+    for place, token in enumerate(row.read[:_TOKENS]):
+        position = labels.get(place)
+        text, level = token, ""
+        if position is not None and position.label_text is not None:
+            text, level = position.label_text, _level(_nats(position, _is_exact(row)))
+        parts += [element("span", _cut(text, _TOKEN), class_=f"t {level}".strip()), Html(" ")]
+    if len(row.read) > _TOKENS:
         parts.append(element("span", " …", class_="gap"))
     return element("p", *parts, class_="row")
 

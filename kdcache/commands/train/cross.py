@@ -19,11 +19,14 @@ def cross_problems(
     options: TrainOptions, caches: Sequence[Cache], eval_caches: Sequence[Cache]
 ) -> list[str]:
     """Why these caches are not for students of another tokenizer: a line each."""
-    if not TASKS[caches[0].spec.task].over_ids:
-        return [
-            "--cross-tokenizer is for language models. A classifier reads the texts of the cache "
-            "by its own tokenizer without it."
-        ]
+    task = TASKS[caches[0].spec.task]
+    if not task.causal:
+        instead = (
+            "The masks of this cache are its teacher's tokens: name a student with these."
+            if task.over_ids
+            else "A classifier reads the texts of the cache by its own tokenizer without it."
+        )
+        return [f"--cross-tokenizer is for causal language models. {instead}"]
     if options.hard_only:
         return []
     wrong = [

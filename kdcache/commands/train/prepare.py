@@ -311,7 +311,7 @@ def _missing_labels(
 
 def _labelled(caches: Sequence[Cache]) -> bool:
     """Whether any row has a hard label; the rows of a language model have by their nature."""
-    if any(TASKS[cache.spec.task].causal for cache in caches):
+    if any(TASKS[cache.spec.task].over_ids for cache in caches):
         return True
     shards = ((cache, shard) for cache in caches for shard in range(cache.spec.spans))
     return any(

@@ -1,0 +1,461 @@
+"""Masked language models through every command: a student of a cache learns what one beside its
+teacher would, and the draw of the masks is part of the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    ModernBertConfig,
+    RobertaConfig,
+)
+
+import kdcache
+from kdcache.cli.main import cli
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.transcode.options import TranscodeOptions
+from kdcache.commands.verify.options import VerifyOptions
+from kdcache.errors import UsageError
+from kdcache.loss import distillation_loss
+from kdcache.rows import Row
+from kdcache.targets import DenseTargets
+from kdcache.tasks import IGNORE
+from kdcache.teacher.model import TeacherModel
+
+WORDPIECE = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 66,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+Make = Callable[..., BuildOptions]
+
+
+def save(folder: Path, config: Any, auto: Any = AutoModelForMaskedLM, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = auto.from_config(config)
+    for weight in model.parameters():  # biases and norms that are left out shall show
+        if weight.ndim == 1:
+            weight.data += 0.2 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(WORDPIECE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("teacher"), BertConfig(**SIZES))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = BertConfig(**{**SIZES, "hidden_size": 16, "num_hidden_layers": 1})
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return save(tmp_path_factory.mktemp("student"), config, seed=7)
+
+
+@pytest.fixture
+def options(teacher: Path, text_corpus: Path, tmp_path: Path) -> Make:
+    """A build of short rows in four shards."""
+
+    def make(name: str = "cache", **more: Any) -> BuildOptions:
+        given = {"codec": "dense", "max_length": 48, "workers": 0, "limit": 40, **more}
+        return BuildOptions(
+            teacher=(str(given.pop("teacher", teacher)),),
+            corpus=(str(given.pop("corpus", text_corpus)),),
+            out=str(tmp_path / name),
+            task="masked-lm",
+            shard_tokens=1024,
+            **given,
+        )
+
+    return make
+
+
+def built(options: BuildOptions) -> kdcache.Cache:
+    kdcache.build(options)
+    return kdcache.Cache.open(options.out)
+
+
+def rows_of(cache: kdcache.Cache) -> list[tuple[Row, Any]]:
+    found = []
+    for span in range(cache.spec.spans):
+        data = cache.read(span)
+        for i in range(len(data)):
+            places = np.arange(*data.position_offsets[i : i + 2])
+            found.append((data.row(i), data.targets.take(places)))
+    return found
+
+
+def own(model: Any, row: Row) -> torch.Tensor:
+    """Logits of the masked places by the model's own forward on a row alone."""
+    ids = torch.from_numpy(row.input_ids).long()[None]
+    return model(input_ids=ids).logits[0][torch.from_numpy(row.labels != IGNORE)]
+
+
+def labels_of(rows: list[Row]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([r.labels[r.labels != IGNORE] for r in rows])).long()
+
+
+@pytest.mark.parametrize("packing", ["concat", "none", "split"])
+def test_the_teacher_reads_the_masked_row_whole(options: Make, teacher: Path, packing: str) -> None:
+    cache = built(options(packing=packing))
+    assert cache.spec.spans > 1
+    model = AutoModelForMaskedLM.from_pretrained(teacher).eval()
+    nats = 0.0
+    for row, targets in rows_of(cache):
+        assert (row.labels != IGNORE).any()
+        with torch.inference_mode():
+            want = own(model, row)
+        torch.testing.assert_close(targets.at(1.0).logits, want, rtol=1e-5, atol=1e-4)
+        logprobs = want.log_softmax(-1).gather(-1, labels_of([row])[:, None])
+        nats -= float(logprobs.sum())
+    kept = kdcache.inspect(InspectOptions(cache.url)).teacher_cross_entropy
+    assert kept == pytest.approx(nats / cache.manifest.positions, rel=2e-3)
+
+
+def test_a_student_learns_what_it_would_beside_its_teacher(
+    options: Make, teacher: Path, student: Path
+) -> None:
+    """Loss and gradients of a padded batch, the teacher running on the same masked rows."""
+    cache = built(options(packing="none"))
+    rows = [row for row, _ in rows_of(cache)][:12]
+    beside = AutoModelForMaskedLM.from_pretrained(teacher).eval()
+    model = AutoModelForMaskedLM.from_pretrained(student).eval()
+    with torch.inference_mode():
+        targets = torch.cat([own(beside, row) for row in rows])
+    reference = distillation_loss(
+        torch.cat([own(model, row) for row in rows]).double(),
+        labels_of(rows),
+        DenseTargets(targets.clone().double(), 2.0),
+        alpha=0.3,
+    )
+    reference.total.backward()
+    want = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    dataset = kdcache.TargetDataset([cache])
+    batch = kdcache.Collator(pad_id=0, temperature=2.0)([dataset[i] for i in range(12)])
+    distilled = kdcache.DistilledStudent(model, "masked-lm", alpha=0.3, vocab_size=259).eval()
+    got = distilled(**batch).loss
+    got.backward()
+    assert float(got.detach()) == pytest.approx(float(reference.total.detach()), abs=1e-5)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, want[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def columns_made(model: Any) -> list[int]:
+    """Numbers that the output layer returns from now on, a call."""
+    made: list[int] = []
+    layer = model.get_output_embeddings()
+    layer.register_forward_hook(lambda _module, _inputs, out: made.append(out.numel()))
+    return made
+
+
+HEADS = {
+    "bert": BertConfig(**SIZES),
+    "untied": BertConfig(**SIZES, tie_word_embeddings=False),
+    "padded": BertConfig(**{**SIZES, "vocab_size": 264}),
+    "roberta": RobertaConfig(**{**SIZES, "pad_token_id": 0}),
+    "distilbert": DistilBertConfig(
+        vocab_size=259, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=66,
+        initializer_range=0.3,
+    ),
+    "modernbert": ModernBertConfig(
+        **SIZES, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_are_made_at_the_masked_places_alone(
+    options: Make, tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of teacher and student the output layer never answers for a whole batch."""
+    folder = save(tmp_path / "model", HEADS[head])
+    cache = built(options(packing="none", teacher=folder))
+    rows = [row for row, _ in rows_of(cache)][:8]
+    one = TeacherModel(
+        AutoModelForMaskedLM.from_pretrained(folder).eval(), "t", task="masked-lm", vocab_size=259
+    )
+    with torch.inference_mode():
+        one.probe(rows)
+        assert one.direct
+        made = columns_made(one.model)
+        got = torch.cat([piece.logits for piece in one.slices(rows)])
+        assert made == [8 * max(len(row.input_ids) for row in rows), 259 * len(got)] or (
+            head == "padded" and made[1] == 264 * len(got)
+        )
+        want = torch.cat([own(one.model, row) for row in rows])[:, :259]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    distilled = kdcache.DistilledStudent(model, "masked-lm", vocab_size=259).eval()
+    dataset = kdcache.TargetDataset([cache])
+    batch = kdcache.Collator(pad_id=0, temperature=1.0)([dataset[i] for i in range(8)])
+    distilled(**batch)  # measures what the logits are made of
+    made = columns_made(model)
+    loss = distilled(**batch).loss.detach()
+    assert made == [batch["labels"].numel()], "one column stands for the logits of all places"
+    reference = distillation_loss(want, labels_of(rows), DenseTargets(want, 1.0), alpha=0.5)
+    assert float(loss) == pytest.approx(float(reference.total), rel=1e-4, abs=1e-5)
+
+
+def test_hidden_states_and_every_other_codec_give_the_same_distribution(
+    options: Make, student: Path
+) -> None:
+    dense = built(options("dense"))
+    hidden = built(options("hidden", codec="hidden:float16"))
+    for (row, want), (same, got) in zip(rows_of(dense), rows_of(hidden), strict=True):
+        assert np.array_equal(row.input_ids, same.input_ids)
+        p, q = (
+            (t.at(1.0) if name == "p" else t.at(1.0).dense()).logits.softmax(-1)
+            for name, t in (("p", want), ("q", got))
+        )
+        torch.testing.assert_close(p, q, rtol=0, atol=5e-3)
+    for codec in ("sample:5", "anchored:5", "topk:8"):
+        direct = built(options(codec.replace(":", ""), codec=codec))
+        again = TranscodeOptions(dense.url, codec=codec, out=f"{direct.url}-again", workers=0)
+        kdcache.transcode(again)
+        copy = kdcache.Cache.open(again.out)
+        for span in range(direct.spec.spans):
+            a, b = direct.read(span), copy.read(span)
+            assert np.array_equal(a.labels, b.labels)
+            assert a.label_logprob is not None
+            for name, column in a.targets.columns.items():
+                assert np.array_equal(column, b.targets.columns[name]), (codec, name)
+
+
+def test_parts_in_any_order_and_a_resumed_build_give_the_same_bytes(options: Make) -> None:
+    whole = built(options("whole", codec="sample:5"))
+    for part in ("2/3", "3/3"):
+        kdcache.build(options("parts", codec="sample:5", part=part, batch_tokens=100))
+    parts = built(options("parts", codec="sample:5"))
+    assert parts.spec.fingerprint == whole.spec.fingerprint
+    assert parts.digest == whole.digest
+    with pytest.raises(UsageError, match=r"rows\.mask_seed: null -> 1"):
+        kdcache.build(options("whole", codec="sample:5", mask_seed=1))
+
+
+@pytest.mark.end_to_end
+def test_two_workers_make_the_bytes_of_one(options: Make, ray: None) -> None:
+    one = built(options("one", codec="sample:5", mask_unit="word"))
+    two = built(options("two", codec="sample:5", mask_unit="word", workers=2))
+    assert one.digest == two.digest
+
+
+def test_cached_targets_are_found_to_be_the_teachers(options: Make, student: Path) -> None:
+    chosen = options(codec="sample:5")
+    kdcache.build(chosen)
+    good = kdcache.verify(VerifyOptions(chosen.out, teacher=chosen.teacher))
+    assert good.problems == ()
+    assert good.recheck is not None
+    assert good.recheck.problems == ()
+    other = kdcache.verify(VerifyOptions(chosen.out, teacher=(str(student),)))
+    assert other.recheck is not None
+    assert "not those of this teacher" in other.recheck.problems[0]
+
+
+class Stop(Exception):  # noqa: N818 - not an error
+    """Ends a training."""
+
+
+def test_a_training_resumes_to_the_bit(options: Make, student: Path, tmp_path: Path) -> None:
+    cache = built(options(codec="sample:5"))
+    plan = TrainOptions(
+        cache=(cache.url,), student=str(student), out=str(tmp_path / "whole"), batch_size=4,
+        max_steps=8, save_steps=3, report_to="none", precision="float32",
+    )  # fmt: skip
+    kdcache.train(plan)
+    halves = dataclasses.replace(plan, out=str(tmp_path / "halves"))
+
+    def stop(now: Any) -> None:
+        if now.step >= 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        kdcache.train(halves, on_progress=stop)
+    kdcache.train(halves)
+    whole, again = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")
+    )
+    assert whole == again
+
+
+def test_evaluation_has_the_figures_of_the_masked_places(
+    options: Make, teacher: Path, student: Path, text_corpus: Path
+) -> None:
+    cache = built(options(mask_seed=3, mask_share=0.3))
+    rows = [row for row, _ in rows_of(cache)]
+    models = [AutoModelForMaskedLM.from_pretrained(f).eval() for f in (teacher, student)]
+    with torch.inference_mode():
+        p, q = (torch.cat([own(m, row) for row in rows]).double() for m in models)
+    labels = labels_of(rows)
+    hard = torch.nn.functional.cross_entropy(q, labels)
+    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
+    cached = kdcache.evaluate(EvaluateOptions(student=(str(student),), cache=cache.url))
+    live = kdcache.evaluate(
+        EvaluateOptions(
+            student=(str(student),), teacher=str(teacher), corpus=(str(text_corpus),),
+            limit=40, max_length=48, mask_share=0.3, mask_seed=3,
+        )
+    )  # fmt: skip
+    scores = cached.models[1]
+    assert scores.cross_entropy == pytest.approx(float(hard), rel=1e-5)
+    assert scores.perplexity == pytest.approx(float(hard.exp()), rel=1e-5)
+    assert scores.kl == pytest.approx(float(kl), rel=1e-4)
+    assert scores.accuracy == pytest.approx(float((q.argmax(-1) == labels).double().mean()))
+    same = (q.argmax(-1) == p.argmax(-1)).double().mean()
+    assert scores.agreement == pytest.approx(float(same))
+    # A corpus is one span here and four in the cache, so its masks are others.
+    assert live.models[1].kl == pytest.approx(float(kl), rel=0.3)
+    assert live.task == "masked-lm"
+    shown = CliRunner().invoke(cli, ["evaluate", "--student", str(student), "--cache", cache.url])
+    assert "pseudo-perplexity" in shown.output
+
+
+def test_rows_are_shown_exported_and_planned(
+    options: Make, teacher: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    cache = built(options(codec="topk:4"))
+    (row, _), *_ = rows_of(cache)
+    run = CliRunner().invoke
+    shown = run(cli, ["inspect", cache.url, "--row", "0"]).output
+    assert "[MASK]" in shown
+    assert "place  reads" in shown
+    view = kdcache.inspect(InspectOptions(cache.url, row=0)).row
+    assert view is not None
+    assert [p.place for p in view.positions] == np.flatnonzero(row.labels != IGNORE).tolist()
+    tokens = cache.tokenizer().convert_ids_to_tokens(row.input_ids.tolist())
+    assert [p.token for p in view.positions] == [tokens[p.place] for p in view.positions]
+    out = str(tmp_path / "table")
+    assert run(cli, ["export", cache.url, "--out", out]).exit_code == 0
+    first = pq.read_table(out).slice(0, 1).to_pylist()[0]  # type: ignore[no-untyped-call]
+    assert first["input_ids"] == row.input_ids.tolist()
+    assert first["labels"] == row.labels.tolist()
+    assert [bool(p) for p in first["target_probs"]] == (row.labels != IGNORE).tolist()
+    page = str(tmp_path / "page.html")
+    assert run(cli, ["report", cache.url, "--out", page]).exit_code == 0
+    assert "pseudo-perplexity" in Path(page).read_text()
+    planned = ["plan", "--teacher", str(teacher), "--corpus", str(text_corpus)]
+    result = run(cli, [*planned, "--task", "masked-lm", "--max-length", "48", "--rows", "8"])
+    assert result.exit_code == 0, result.output
+    build = ["build", "--teacher", str(teacher), "--corpus", str(text_corpus), "--dry-run"]
+    result = run(cli, [*build, "--task", "masked-lm", "--out", str(tmp_path / "no")])
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_run_is_a_model_of_transformers(options: Make, tmp_path: Path) -> None:
+    cache = built(options(codec="sample:5"))
+    config = tmp_path / "student.json"
+    sizes = {**SIZES, "hidden_size": 16, "num_hidden_layers": 1}
+    config.write_text(json.dumps({"model_type": "bert", **sizes}))
+    run = str(tmp_path / "run")
+    result = kdcache.train(
+        TrainOptions(
+            cache=(cache.url,), student=str(config), out=run, batch_size=8, max_steps=3,
+            eval_cache=(cache.url,), report_to="none",
+        )
+    )  # fmt: skip
+    assert result.eval
+    assert type(AutoModelForMaskedLM.from_pretrained(run)).__name__ == "BertForMaskedLM"
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "fill-mask" in card
+    assert "AutoModelForMaskedLM.from_pretrained" in card
+    assert kdcache.load_student(run) is not None
+    again = EvaluateOptions(student=(run,), corpus=options().corpus, teacher=options().teacher[0])
+    assert kdcache.evaluate(again).task == "masked-lm"
+
+
+def test_wrong_models_are_refused_in_one_line(
+    options: Make, teacher: Path, student: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    gpt2 = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    causal = save(tmp_path / "gpt2", gpt2, AutoModelForCausalLM)
+    decoder = save(tmp_path / "decoder", BertConfig(**SIZES, is_decoder=True))
+    maskless = save(tmp_path / "maskless", BertConfig(**SIZES))
+    tokenizer = AutoTokenizer.from_pretrained(WORDPIECE)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(maskless)
+    specials = tmp_path / "specials.jsonl"
+    specials.write_text('{"text": "[SEP] [MASK]"}\n{"text": ""}\n')
+    cache = built(options())
+    encoder = AutoConfig.from_pretrained(student).to_dict()
+    llama = tmp_path / "llama.json"
+    llama.write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
+    reads = tmp_path / "reads.json"
+    reads.write_text(json.dumps({**encoder, "is_decoder": True}))
+
+    def train(name: Any, **more: Any) -> None:
+        kdcache.train(
+            TrainOptions(
+                cache=(cache.url,), student=str(name), out=str(tmp_path / "run"), max_steps=1,
+                report_to="none", **more,
+            )
+        )  # fmt: skip
+
+    def build(name: str, **more: Any) -> None:
+        kdcache.build(options(name, **more))
+
+    cases: list[tuple[Callable[[], Any], str]] = [
+        (lambda: build("a", teacher=causal), "no model for masked-lm"),
+        (lambda: build("b", teacher=decoder), "is not a masked language model"),
+        (lambda: build("c", teacher=maskless), "the tokenizer has no mask token"),
+        (lambda: build("d", corpus=specials), "the corpus has no usable row (2 records skipped)"),
+        (lambda: build("e", record_form="messages"), "masked language model reads texts"),
+        (lambda: build("f", max_length=100), "reads at most 66 tokens"),
+        (lambda: build("g", engine="vllm"), "not with --task masked-lm"),
+        (
+            lambda: kdcache.build(dataclasses.replace(options("h"), task="causal-lm")),
+            "is not a causal language model",
+        ),
+        (lambda: train(llama), "not a masked-lm architecture"),
+        (lambda: train(reads), "is not a masked language model"),
+        (lambda: train("bilstm"), "bilstm is a classifier; for masked-lm give"),
+        (
+            lambda: train(student, cross_tokenizer="likelihood"),
+            "--cross-tokenizer is for causal language models. The masks",
+        ),
+        (lambda: train(student, lora="r=4"), "--lora is for causal-lm and"),
+        (
+            lambda: kdcache.predict(
+                PredictOptions(student=str(student), corpus=(str(text_corpus),))
+            ),
+            "is a masked language model; predict is for classifiers",
+        ),
+        (
+            lambda: kdcache.evaluate(EvaluateOptions(student=(str(causal),), cache=cache.url)),
+            "was saved for causal-lm, but masked-lm is asked for",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(UsageError) as error:
+            call()
+        assert message in str(error.value), str(error.value)
+        assert "\n" not in str(error.value)
