@@ -197,7 +197,7 @@ def _accepted(student: Any) -> set[str] | None:
     for owner in owners:
         parameters = inspect.signature(owner.forward).parameters.values()
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        ours = getattr(owner, "__module__", "").startswith("transformers.")
+        ours = isinstance(owner, type) and owner.__module__.startswith("transformers.")
         if ours or all(p.kind is not p.VAR_KEYWORD for p in parameters):
             return names
     base = getattr(student, "get_base_model", None)
