@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,28 +27,22 @@ import torch
 from torch import Tensor
 
 from kdcache.align import TokenBytes
-from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.evaluate.counts import Counts
+from kdcache.commands.evaluate.figures import Figures, tally_of
 from kdcache.commands.evaluate.in_bytes import InBytes, Sums, label_logprobs
 from kdcache.commands.evaluate.independent import IndependentTally
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.evaluate.own_tokens import (
-    by_its_own_tokens,
-    other_tokenizers,
-    with_aligners,
-)
-from kdcache.commands.evaluate.scores import Bin, DomainScores, EvaluateResult, ModelScores
-from kdcache.commands.inspect.inspect import default_temperature
-from kdcache.corpus import Corpus, named
+from kdcache.commands.evaluate.own_tokens import other_tokenizers, with_aligners
+from kdcache.commands.evaluate.rows import EvaluationRows
+from kdcache.commands.evaluate.scores import EvaluateResult
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
-from kdcache.loss.entities import Entities, are_entities, ratio
-from kdcache.loss.metrics import BINS, Tally, f1, known, perplexity
-from kdcache.rows import Row, make_encoder
+from kdcache.loss.entities import Entities, are_entities
+from kdcache.loss.metrics import BINS, Tally
+from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
-from kdcache.stream.cached_rows import OPEN_ROWS
-from kdcache.student.saved import LoadedModel, SavedModel, pick_device, word_reader
+from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs, sum_logprobs
 from kdcache.tasks import CAUSAL_LM, TASKS, positions
@@ -88,15 +81,6 @@ class _Batch:
     label_logprob: np.ndarray | None = None
 
 
-@dataclass
-class _Window:
-    """Rows of one domain that are read at a time, and the shard with their targets if that is."""
-
-    rows: list[Row]
-    domain: str | None
-    data: ShardData | None = None
-
-
 class _Evaluation:
     def __init__(self, options: EvaluateOptions) -> None:
         self.options = options
@@ -107,20 +91,16 @@ class _Evaluation:
         if options.teacher is not None:
             teacher = SavedModel.find(options.teacher, role="teacher", trust_remote_code=trust)
         saved = [*([teacher] if teacher else []), *students]
-        self.cache = None if options.cache is None else Cache.open(options.cache)
-        self.temperature = options.temperature or 1.0
-        if self.cache is not None:
-            self._set_cache(self.cache, saved)
-        else:
-            self._set_corpus(saved)
-        other = other_tokenizers(saved, self.task, self.tokenizer_sha256, self._reader, self.source)
+        self.rows = EvaluationRows(options, saved)
+        self.task, self.temperature = self.rows.task, self.rows.temperature
+        other = other_tokenizers(saved, self.rows)
         loaded = [
             model.load(
                 self.task,
-                model.vocab_size(self.task) if alone else self.vocab_size,
+                model.vocab_size(self.task) if alone else self.rows.vocab_size,
                 dtype=options.dtype,
                 device=self.device,
-            ).matching(self.label_names)
+            ).matching(self.rows.label_names)
             for model, alone in zip(saved, other, strict=True)
         ]
         self.teacher = loaded[0] if teacher else None
@@ -133,13 +113,12 @@ class _Evaluation:
         self.no_bytes = self._in_bytes(others)
         self.counts = self._zero()  # of the rows that are read or told now
         self.domains: dict[str | None, Counts] = {}
-        self.cut = 0  # texts of the corpus
         self.exact = True
 
     def _zero(self) -> Counts:
         """Counts of no rows."""
         answers = TASKS[self.task].answers
-        classes = self.vocab_size if answers == "classes" else None
+        classes = self.rows.vocab_size if answers == "classes" else None
         teacher, *students = (
             Tally(classes, entities=self._entities()) for _ in range(1 + len(self.students))
         )
@@ -155,61 +134,6 @@ class _Evaluation:
         """Counts over chunks of text."""
         return self.counts.in_bytes
 
-    def _set_cache(self, cache: Cache, saved: Sequence[SavedModel]) -> None:
-        spec = cache.spec
-        if self.options.task not in (None, spec.task):
-            raise UsageError(
-                f"--task is {self.options.task}, but {cache.url} is a cache for {spec.task}. "
-                "Leave --task out."
-            )
-        self.task, self.vocab_size, self.label_names = spec.task, spec.vocab_size, spec.label_names
-        self.tokenizer_sha256: str | None = spec.tokenizer
-        self.max_length = spec.max_length
-        self.source = cache.url
-        for model in saved:
-            model.check_task(self.task)
-        if self.options.temperature is None:
-            self.temperature = default_temperature(cache)
-        if self.options.teacher is None:
-            cache.codec().check_temperature(self.temperature)
-
-    def _set_corpus(self, saved: Sequence[SavedModel]) -> None:
-        options, first = self.options, saved[0]
-        task = options.task or first.task
-        if task is None:
-            raise UsageError(
-                f"{first.role} {first.name} does not say which task it was saved for. Name it "
-                "with --task."
-            )
-        self.task, self.label_names = task, None
-        for model in saved:
-            model.check_task(task)
-        if TASKS[task].named:
-            self.label_names = first.label_names
-        self.vocab_size = first.vocab_size(task)
-        self.max_length = options.row_length(
-            (f"{model.role} {model.name}", model.reach) for model in saved
-        )
-        self.source = ", ".join(map(str, options.corpus))
-        self.encoder_tokenizer = first.tokenizer
-        if self.encoder_tokenizer is not None:
-            options.set_chat_template(self.encoder_tokenizer)
-        self.tokenizer_sha256 = first.tokenizer_sha256
-        if first.tokenizer is None and TASKS[task].rereads and first.is_factory:
-            self.encoder_tokenizer = word_reader()
-        readers = [model for model in saved if model.role == "teacher"] or saved
-        without = [m for m in readers if m.tokenizer is None and not m.is_factory]
-        if without or self.encoder_tokenizer is None:
-            lacking = (without or [first])[0]
-            raise UsageError(
-                f"{lacking.role} {lacking.name} has no tokenizer to read the corpus with. Copy its "
-                "tokenizer's files into its folder, or evaluate on a --cache."
-            )
-
-    def _reader(self) -> Any:
-        """The tokenizer of the rows."""
-        return self.encoder_tokenizer if self.cache is None else self.cache.tokenizer()
-
     def _in_bytes(self, others: Sequence[LoadedModel]) -> InBytes | None:
         """Figures in bytes; None for other tasks, and where the rows' tokenizer loses bytes.
 
@@ -219,29 +143,19 @@ class _Evaluation:
         if self.task != CAUSAL_LM:
             return None
         try:
-            reader = TokenBytes(self._reader(), f"the tokenizer of {self.source}")
+            reader = TokenBytes(self.rows.tokenizer(), f"the tokenizer of {self.rows.source}")
         except UsageError as error:
             if others:
                 raise
             self.why_no_bytes = str(error)
             return None
-        if self.cache is None:
-            spec = self.options.row_spec(self.task, self.label_names, max_length=self.max_length)
-            opens = spec.packing in OPEN_ROWS
-        else:
-            opens = self.cache.spec.packing in OPEN_ROWS
         same = [Sums() for _ in self.students]
-        return InBytes(reader, with_aligners(reader, others), opens, self._budget, same)
-
-    # The set
+        return InBytes(reader, with_aligners(reader, others), self.rows.opens, self._budget, same)
 
     @property
     def _budget(self) -> int:
         """Tokens of a batch."""
         return self.options.batch_tokens or (4096 if self.device == "cpu" else 32768)
-
-    def _windows(self) -> Iterator[_Window]:
-        return self._corpus_rows() if self.cache is None else self._cached_rows(self.cache)
 
     def _batches(self, rows: list[Row], data: ShardData | None) -> Iterator[_Batch]:
         parts = documents_of(rows)
@@ -261,39 +175,11 @@ class _Evaluation:
             kept = decode_logprobs(data.label_logprob[: offsets[-1]])
             self.logprobs[0] = np.where(np.isnan(self.logprobs[0]), kept, self.logprobs[0])
 
-    def _cached_rows(self, cache: Cache) -> Iterator[_Window]:
-        most = self.options.limit or cache.manifest.rows
-        left = dict.fromkeys(cache.spec.domain_names or (None,), most)
-        self.domains = {domain: self._zero() for domain in left}
-        live = self.teacher is not None
-        for entry in cache.manifest.shards:
-            domain = entry.domain
-            if entry.rows and left[domain] > 0:
-                data = cache.read(entry.span)
-                rows = [data.row(i) for i in range(min(left[domain], len(data)))]
-                left[domain] -= len(rows)
-                yield _Window(rows, domain, None if live else data)
-
-    def _corpus_rows(self) -> Iterator[_Window]:
-        options = self.options
-        spec = options.row_spec(self.task, self.label_names, max_length=self.max_length)
-        options.check_tokenizer(self.encoder_tokenizer)
-        corpus = options.open_corpus(named(options.corpus), span_bytes=_SPAN_BYTES)
-        self.domains = {span.file.domain: self._zero() for span in corpus.spans}
-        encoder = make_encoder(spec, self.encoder_tokenizer)
-        for span in corpus.spans:
-            records = Corpus.read(span, columns=spec.columns, on_error=spec.on_error)
-            rows = encoder.encode(records, span=span.index)
-            while window := list(islice(rows, _WINDOW)):
-                yield _Window(window, span.file.domain)
-        self.cut = encoder.truncated
-
-    # The figures
-
     def run(self) -> EvaluateResult:
         if TASKS[self.task].answers == "score" and self.temperature != 1:
             raise UsageError("a score has no temperature. Leave --temperature out.")
-        for window in self._windows():
+        self.domains = {name: self._zero() for name in self.rows.domains()}
+        for window in self.rows.windows(targets=self.teacher is None):
             rows, data = window.rows, window.data
             self.counts = self.domains[window.domain]
             self.counts.rows += len(rows)
@@ -303,63 +189,38 @@ class _Evaluation:
                 teacher = self.logprobs[0]
                 unknown = bool(np.isnan(teacher).any())
                 self.in_bytes.add(rows, None if unknown else teacher, list(self.logprobs[1:]))
-        soft = self.teacher is not None or self.cache is not None
-        self.counts = self._zero().merge(self.domains.values())
-        if not self.counts.rows:
-            raise UsageError(f"{self.source} has no rows to evaluate on.")
-        if not soft and not self._tally.labelled:
-            spec = self.options.row_spec(self.task, self.label_names, max_length=self.max_length)
-            columns = " or ".join(map(repr, spec.label_columns))
+        total = self._zero().merge(self.domains.values())
+        models = self.teacher, self.students, self.all_students
+        figures = Figures(self.rows, *models, self.exact)
+        tally = tally_of(total)
+        if not total.rows:
+            raise UsageError(f"{self.rows.source} has no rows to evaluate on.")
+        if not figures.soft and not tally.labelled:
+            columns = " or ".join(map(repr, self.rows.spec.label_columns))
             raise UsageError(
-                f"{self.source} has no labels (column {columns}) and there is "
+                f"{self.rows.source} has no labels (column {columns}) and there is "
                 "no teacher: there is nothing to compare with. Name the column with "
                 "--label-column, or a --teacher."
             )
-        tally, total = self._tally, self.counts
-        domains = [self._domain_scores(name, soft) for name in self.domains if name is not None]
-        self.counts = total
+        named = {name: counts for name, counts in self.domains.items() if name is not None}
+        in_bytes = total.in_bytes
         return EvaluateResult(
-            source=self.source,
+            source=self.rows.source,
             task=self.task,
-            label_names=self.label_names,
-            rows=self.counts.rows,
+            label_names=self.rows.label_names,
+            rows=total.rows,
             positions=tally.positions,
             labelled=tally.labelled,
             temperature=self.temperature,
             agreement_positions=tally.known,
             calibration_bins=BINS,
-            bytes=self.in_bytes.bytes if self.in_bytes else 0,
-            chunks=self.in_bytes.chunks if self.in_bytes and self.in_bytes.others else 0,
-            models=self._models(soft),
-            notes=tuple(self._notes(soft)),
-            domains=tuple(domains),
+            bytes=in_bytes.bytes if in_bytes else 0,
+            chunks=in_bytes.chunks if in_bytes and in_bytes.others else 0,
+            models=figures.of(total),
+            notes=tuple(figures.notes(total, self.why_no_bytes)),
+            domains=tuple(figures.of_domain(name, counts) for name, counts in named.items()),
             threshold=self.options.threshold if TASKS[self.task].answers == "labels" else None,
         )
-
-    def _domain_scores(self, name: str, soft: bool) -> DomainScores:
-        """The figures of a domain, whose counts are then those that are told."""
-        self.counts = self.domains[name]
-        tally = self._tally
-        models = self._models(soft)
-        return DomainScores(name, self.counts.rows, tally.positions, tally.labelled, models)
-
-    def _models(self, soft: bool) -> tuple[ModelScores, ...]:
-        """Scores of the teacher, where there is one (`soft`), and of the students."""
-        if self.counts.independent:
-            return tuple(self._independent_scores(soft))
-        return (*([self._teacher_scores()] if soft else []), *self._student_scores())
-
-    def _independent_scores(self, soft: bool) -> Iterator[ModelScores]:
-        """The figures where answers are no distribution."""
-        teacher, *students = self.counts.independent
-        live = None if self.teacher is None else self.teacher.saved
-        if soft:
-            own = teacher.figures(soft=False) if live is not None or self._logits_known else {}
-            name = "teacher (cached)" if live is None else live.name
-            yield ModelScores(name, "teacher", None if live is None else live.parameters, **own)
-        for model, tally in zip(self.students, students, strict=True):
-            saved = model.saved
-            yield ModelScores(saved.name, "student", saved.parameters, **tally.figures(soft=soft))
 
     @torch.inference_mode()
     def _add(self, batch: _Batch) -> None:
@@ -368,7 +229,8 @@ class _Evaluation:
         )
         models = [*([self.teacher] if self.teacher else []), *self.students]
         answers: list[list[np.ndarray]] = [[] for _ in range(1 + len(self.students))]
-        streams = [m.logits(batch.rows, self.tokenizer_sha256, self.max_length) for m in models]
+        read_by = self.rows.tokenizer_sha256, self.rows.max_length
+        streams = [m.logits(batch.rows, *read_by) for m in models]
         if batch.label_logprob is not None:
             nats, impossible = sum_logprobs(batch.label_logprob)
             self.counts.label_nats += nats
@@ -394,11 +256,8 @@ class _Evaluation:
             elif batch.targets is not None:
                 cached = batch.targets.take(np.arange(part.start, part.stop))
                 targets = with_logits(cached.at(self.temperature).to(self.device))
-                if (
-                    self.in_bytes is not None
-                    and isinstance(targets, DenseTargets)
-                    and (self._logits_known)
-                ):
+                known = self.rows.logits_known and self.in_bytes is not None
+                if known and isinstance(targets, DenseTargets):
                     places = batch.places[part]
                     self.logprobs[0, places] = label_logprobs(targets.logits, labels[part])
                 top = self._add_teacher(targets, labels[part], cached)
@@ -428,7 +287,7 @@ class _Evaluation:
 
     def _entities(self) -> Entities | None:
         """Fresh counts of entities, if the classes are their tags."""
-        names = self.label_names if TASKS[self.task].words else None
+        names = self.rows.label_names if TASKS[self.task].words else None
         return Entities(names) if names is not None and are_entities(names) else None
 
     def _add_independent(
@@ -463,7 +322,7 @@ class _Evaluation:
             torch.from_numpy(labels).to(z.device),
             DenseTargets(z, self.temperature) if targets is None else targets,
             alpha=1.0 if hard_only else 0.5,
-            vocab_size=self.vocab_size,
+            vocab_size=self.rows.vocab_size,
             count=1,
         )
         tally.hard += float(parts.hard)
@@ -505,127 +364,6 @@ class _Evaluation:
         codec = cached.codec
         assert isinstance(codec, Sample), "the one codec whose targets are samples"
         return np.where(_leads(targets.weights, codec), top, -1)
-
-    @property
-    def _tally(self) -> Tally | IndependentTally:
-        """Positions, of any model that read them all."""
-        if self.counts.independent:
-            return self.counts.independent[1]
-        if self.counts.students:
-            return self.counts.students[0]
-        return Tally(positions=self.counts.positions, labelled=self.counts.positions)
-
-    def _student_scores(self) -> list[ModelScores]:
-        """In the order in which the students were named."""
-        found = {
-            id(model): self._scores(model, tally)
-            for model, tally in zip(self.students, self.counts.students, strict=True)
-        }
-        if self.in_bytes is not None:
-            found |= {id(model): by_its_own_tokens(model) for model, _ in self.in_bytes.others}
-            models = [*self.students, *(model for model, _ in self.in_bytes.others)]
-            for model, sums in zip(models, [*self.in_bytes.same, *self.in_bytes.own], strict=True):
-                found[id(model)] = self.in_bytes.with_figures(found[id(model)], sums)
-        return [found[id(model)] for model in self.all_students]
-
-    def _scores(self, model: LoadedModel, tally: Tally) -> ModelScores:
-        soft = known(ratio(tally.soft, tally.soft_positions))
-        return ModelScores(
-            name=model.saved.name,
-            role="student",
-            parameters=model.saved.parameters,
-            kl=soft if self.exact else None,
-            soft_cross_entropy=None if self.exact else soft,
-            agreement=known(ratio(tally.agreed, tally.known)),
-            **self._label_scores(tally, known(ratio(tally.hard, tally.labelled))),
-        )
-
-    def _teacher_scores(self) -> ModelScores:
-        model, tally = self.teacher, self.counts.teacher
-        hard = None
-        if model is not None or self._logits_known:
-            hard = known(ratio(tally.hard, tally.labelled))
-        elif self.counts.predicted:  # sparse targets lack the probability of some labels
-            hard = self.counts.label_nats / self.counts.predicted
-        return ModelScores(
-            name="teacher (cached)" if model is None else model.saved.name,
-            role="teacher",
-            parameters=None if model is None else model.saved.parameters,
-            kl=None,
-            soft_cross_entropy=None,
-            agreement=None,
-            bits_per_byte=None if self.in_bytes is None else self.in_bytes.teacher_bits,
-            **self._label_scores(tally, hard),
-        )
-
-    @property
-    def _dense(self) -> bool:
-        return self.cache is not None and self.cache.codec().keeps_logits
-
-    @property
-    def _logits_known(self) -> bool:
-        """Whether the cache tells the teacher's probabilities at T = 1."""
-        if self.cache is None or not self._dense:
-            return False
-        return self.cache.codec().any_temperature or math.isclose(self.temperature, 1.0)
-
-    def _label_scores(self, tally: Tally, hard: float | None) -> dict[str, Any]:
-        """Figures against the hard labels, with whose cross-entropy `hard`."""
-        kind = TASKS[self.task]
-        return {
-            "accuracy": known(ratio(tally.correct, tally.labelled)),
-            "f1": None if kind.over_ids else known(f1(tally.confusion)),
-            "cross_entropy": hard,
-            "perplexity": perplexity(hard) if kind.perplexity else None,
-            "calibration_error": known(tally.calibration.error),
-            "calibration": tuple(Bin(*values) for values in tally.calibration.filled()),
-            **({} if tally.entities is None else _entity_scores(tally.entities)),
-        }
-
-    def _notes(self, soft: bool) -> Iterable[str]:
-        tally = self._tally
-        if not self.exact and self.students:
-            yield (
-                "The cache holds samples of the teacher, whose entropy is unknown: soft "
-                "cross-entropy is KL plus that entropy, so differences in it are differences in "
-                "KL. Use --teacher to measure KL itself."
-            )
-        elif soft and self.teacher is None and not self._dense and self.students:
-            yield (
-                "The cache holds the teacher's top ids: KL compares these and the sum of all "
-                "others, and is at most the full KL. Use --teacher to measure the full KL."
-            )
-        compared = self.students and not self.counts.independent
-        if soft and compared and tally.known < tally.positions:
-            yield (
-                f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
-                "the cached sample determines the teacher's most probable id."
-            )
-        if self.cut:
-            what = "sentences" if TASKS[self.task].words else "texts"
-            yield f"{self.cut:,} {what} were cut at {self.max_length:,} tokens (--max-length)."
-        if self.counts.impossible and not self._logits_known:
-            yield (
-                f"The teacher gives {self.counts.impossible:,} labels no probability: its "
-                "cross-entropy leaves them out."
-            )
-        if self.in_bytes is not None:
-            yield from self.in_bytes.notes(soft)
-        elif self.why_no_bytes:
-            yield f"There are no bits per byte: {self.why_no_bytes}"
-        if tally.labelled < tally.positions:
-            yield (
-                f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
-                "hard label and count only in the soft figures."
-            )
-
-
-def _entity_scores(entities: Entities) -> dict[str, float | None]:
-    return {
-        "entity_f1": known(entities.f1),
-        "entity_precision": known(entities.precision),
-        "entity_recall": known(entities.recall),
-    }
 
 
 def _slices(

@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kdcache.align import Aligner, TokenBytes
+from kdcache.commands.evaluate.rows import EvaluationRows
 from kdcache.commands.evaluate.scores import ModelScores
 from kdcache.errors import UsageError
 from kdcache.student.saved import LoadedModel, SavedModel
 from kdcache.tasks import CAUSAL_LM, TASKS
 
 
-def other_tokenizers(
-    saved: Sequence[SavedModel],
-    task: str,
-    sha256: str | None,
-    reader: Callable[[], Any],
-    source: str,
-) -> list[bool]:
+def other_tokenizers(saved: Sequence[SavedModel], rows: EvaluationRows) -> list[bool]:
     """Which models have another vocabulary than the rows.
 
     Args:
         saved: the models.
-        task: of all of them.
-        sha256: identity of the rows' tokenizer.
-        reader: makes that tokenizer.
-        source: whose rows they are, for messages.
+        rows: that they are to read.
 
     Raises:
         UsageError: a model has that is a teacher, or of a task where no text is read anew.
     """
     other = [False] * len(saved)
-    if TASKS[task].rereads:
+    if TASKS[rows.task].rereads:
         return other  # each reads the texts by itself
     ours: Any = None
     for i, model in enumerate(saved):
-        if model.tokenizer is None or model.tokenizer_sha256 == sha256:
+        if model.tokenizer is None or model.tokenizer_sha256 == rows.tokenizer_sha256:
             continue
-        ours = reader().get_vocab() if ours is None else ours
+        ours = rows.tokenizer().get_vocab() if ours is None else ours
         theirs = model.tokenizer.get_vocab()
         # Special tokens and templates may differ: only the meaning of each id counts.
         differ = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
         other[i] = bool(differ or not theirs.keys() & ours.keys())
-        if other[i] and (model.role == "teacher" or task != CAUSAL_LM):
+        if other[i] and (model.role == "teacher" or rows.task != CAUSAL_LM):
             raise UsageError(
-                f"{model.role} {model.name} has another vocabulary than {source}: {differ} "
+                f"{model.role} {model.name} has another vocabulary than {rows.source}: {differ} "
                 "tokens have different ids. Evaluate on a cache built for this vocabulary."
             )
     return other

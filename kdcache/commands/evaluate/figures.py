@@ -1,0 +1,184 @@
+"""What the sums of an evaluation say of each model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.commands.evaluate.counts import Counts
+from kdcache.commands.evaluate.independent import IndependentTally
+from kdcache.commands.evaluate.own_tokens import by_its_own_tokens
+from kdcache.commands.evaluate.rows import EvaluationRows
+from kdcache.commands.evaluate.scores import Bin, DomainScores, ModelScores
+from kdcache.loss.entities import Entities, ratio
+from kdcache.loss.metrics import Tally, f1, known, perplexity
+from kdcache.student.saved import LoadedModel
+from kdcache.tasks import TASKS
+
+
+def tally_of(counts: Counts) -> Tally | IndependentTally:
+    """Positions, of any model that read them all."""
+    if counts.independent:
+        return counts.independent[1]
+    if counts.students:
+        return counts.students[0]
+    return Tally(positions=counts.positions, labelled=counts.positions)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Makes the figures of models.
+
+    Attributes:
+        rows: what they were compared on.
+        teacher: that ran beside the students, or None.
+        students: those that read the rows as they are.
+        all_students: all, in the order in which they were named.
+        exact: whether all soft targets were distributions, and not samples of them.
+    """
+
+    rows: EvaluationRows
+    teacher: LoadedModel | None
+    students: Sequence[LoadedModel]
+    all_students: Sequence[LoadedModel]
+    exact: bool
+
+    @property
+    def soft(self) -> bool:
+        """Whether there is a teacher, or a cache of its answers."""
+        return self.teacher is not None or self.rows.cache is not None
+
+    def of_domain(self, name: str, counts: Counts) -> DomainScores:
+        """The figures of a domain."""
+        tally = tally_of(counts)
+        models = self.of(counts)
+        return DomainScores(name, counts.rows, tally.positions, tally.labelled, models)
+
+    def of(self, counts: Counts) -> tuple[ModelScores, ...]:
+        """Scores of the teacher, where there is one, and of the students."""
+        if counts.independent:
+            return tuple(self._independent_scores(counts))
+        teacher = [self._teacher_scores(counts)] if self.soft else []
+        return (*teacher, *self._student_scores(counts))
+
+    def _independent_scores(self, counts: Counts) -> Iterator[ModelScores]:
+        """The figures where answers are no distribution."""
+        teacher, *students = counts.independent
+        live = None if self.teacher is None else self.teacher.saved
+        if self.soft:
+            own = teacher.figures(soft=False) if live is not None or self.rows.logits_known else {}
+            name = "teacher (cached)" if live is None else live.name
+            yield ModelScores(name, "teacher", None if live is None else live.parameters, **own)
+        for model, tally in zip(self.students, students, strict=True):
+            own = tally.figures(soft=self.soft)
+            yield ModelScores(model.saved.name, "student", model.saved.parameters, **own)
+
+    def _student_scores(self, counts: Counts) -> list[ModelScores]:
+        """In the order in which the students were named."""
+        found = {
+            id(model): self._scores(model, tally)
+            for model, tally in zip(self.students, counts.students, strict=True)
+        }
+        in_bytes = counts.in_bytes
+        if in_bytes is not None:
+            found |= {id(model): by_its_own_tokens(model) for model, _ in in_bytes.others}
+            models = [*self.students, *(model for model, _ in in_bytes.others)]
+            for model, sums in zip(models, [*in_bytes.same, *in_bytes.own], strict=True):
+                found[id(model)] = in_bytes.with_figures(found[id(model)], sums)
+        return [found[id(model)] for model in self.all_students]
+
+    def _scores(self, model: LoadedModel, tally: Tally) -> ModelScores:
+        soft = known(ratio(tally.soft, tally.soft_positions))
+        return ModelScores(
+            name=model.saved.name,
+            role="student",
+            parameters=model.saved.parameters,
+            kl=soft if self.exact else None,
+            soft_cross_entropy=None if self.exact else soft,
+            agreement=known(ratio(tally.agreed, tally.known)),
+            **self._label_scores(tally, known(ratio(tally.hard, tally.labelled))),
+        )
+
+    def _teacher_scores(self, counts: Counts) -> ModelScores:
+        model, tally = self.teacher, counts.teacher
+        hard = None
+        if model is not None or self.rows.logits_known:
+            hard = known(ratio(tally.hard, tally.labelled))
+        elif counts.predicted:  # sparse targets lack the probability of some labels
+            hard = counts.label_nats / counts.predicted
+        return ModelScores(
+            name="teacher (cached)" if model is None else model.saved.name,
+            role="teacher",
+            parameters=None if model is None else model.saved.parameters,
+            kl=None,
+            soft_cross_entropy=None,
+            agreement=None,
+            bits_per_byte=None if counts.in_bytes is None else counts.in_bytes.teacher_bits,
+            **self._label_scores(tally, hard),
+        )
+
+    def _label_scores(self, tally: Tally, hard: float | None) -> dict[str, Any]:
+        """Figures against the hard labels, with whose cross-entropy `hard`."""
+        kind = TASKS[self.rows.task]
+        return {
+            "accuracy": known(ratio(tally.correct, tally.labelled)),
+            "f1": None if kind.over_ids else known(f1(tally.confusion)),
+            "cross_entropy": hard,
+            "perplexity": perplexity(hard) if kind.perplexity else None,
+            "calibration_error": known(tally.calibration.error),
+            "calibration": tuple(Bin(*values) for values in tally.calibration.filled()),
+            **({} if tally.entities is None else _entity_scores(tally.entities)),
+        }
+
+    def notes(self, counts: Counts, why_no_bytes: str) -> Iterable[str]:
+        """What a reader must know about figures that are missing or not exact.
+
+        Args:
+            counts: of all rows.
+            why_no_bytes: why there are no bits per byte, or nothing.
+        """
+        tally = tally_of(counts)
+        if not self.exact and self.students:
+            yield (
+                "The cache holds samples of the teacher, whose entropy is unknown: soft "
+                "cross-entropy is KL plus that entropy, so differences in it are differences in "
+                "KL. Use --teacher to measure KL itself."
+            )
+        elif self.soft and self.teacher is None and not self.rows.dense and self.students:
+            yield (
+                "The cache holds the teacher's top ids: KL compares these and the sum of all "
+                "others, and is at most the full KL. Use --teacher to measure the full KL."
+            )
+        compared = self.students and not counts.independent
+        if self.soft and compared and tally.known < tally.positions:
+            yield (
+                f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
+                "the cached sample determines the teacher's most probable id."
+            )
+        if self.rows.cut:
+            what = "sentences" if TASKS[self.rows.task].words else "texts"
+            at = f"{self.rows.max_length:,} tokens (--max-length)"
+            yield f"{self.rows.cut:,} {what} were cut at {at}."
+        if counts.impossible and not self.rows.logits_known:
+            yield (
+                f"The teacher gives {counts.impossible:,} labels no probability: its "
+                "cross-entropy leaves them out."
+            )
+        if counts.in_bytes is not None:
+            yield from counts.in_bytes.notes(self.soft)
+        elif why_no_bytes:
+            yield f"There are no bits per byte: {why_no_bytes}"
+        if tally.labelled < tally.positions:
+            yield (
+                f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
+                "hard label and count only in the soft figures."
+            )
+
+
+def _entity_scores(entities: Entities) -> dict[str, float | None]:
+    return {
+        "entity_f1": known(entities.f1),
+        "entity_precision": known(entities.precision),
+        "entity_recall": known(entities.recall),
+    }
