@@ -37,7 +37,8 @@ demo: install
 	$(BIN)/kdcache demo --out .demo
 
 test: install
-	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not alone" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "alone and not gpu" tests/test_cluster.py
 
 test-gpu: install
 	KDCACHE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -226,6 +226,7 @@ def slurm(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.alone  # `ray symmetric-run` ends with `ray stop`
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_the_slurm_script_builds(
     slurm: dict[str, str], tiny_lm: Path, text_corpus: Path, tmp_path: Path
