@@ -111,8 +111,12 @@ def test_senseless_temperatures_are_refused(temperatures: list[float]) -> None:
 
 
 def test_senseless_vocabulary_is_refused() -> None:
-    with pytest.raises(UsageError, match="1 ids"):
-        Codec.parse("dense", [1], 1)
+    for text in ("topk:1", "sample:3", "anchored:3", "hidden:int8"):
+        with pytest.raises(UsageError, match="1 ids"):
+            Codec.parse(text, [1], 1)
+    with pytest.raises(UsageError, match="0 ids"):
+        Codec.parse("dense", [1], 0)
+    assert Codec.parse("dense", [1], 1).vocab_size == 1  # a score
 
 
 @pytest.mark.parametrize("text", ["topk:3", "sample:3"])
