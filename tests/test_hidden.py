@@ -217,7 +217,7 @@ def gradients(function: Any, inputs: dict[str, Any], **more: Any) -> list[Tensor
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", [kind for kind in DIVERGENCES if kind != "huber"])  # of scores
 @pytest.mark.parametrize("parts", [{}, {"bias": True, "scale": 0.25, "cap": 5.0}])
 def test_loss_and_gradients_are_those_of_the_rebuilt_logits(
     kind: str, parts: dict[str, Any], temperature: float
@@ -475,7 +475,7 @@ def test_ensembles_and_classifiers_are_refused(
         {"teacher": (str(tiny_lm), str(tiny_lm))},
         {"teacher": (str(tiny_classifier),), "task": "sequence-classification"},
     ):
-        with pytest.raises(UsageError, match="one causal language model"):
+        with pytest.raises(UsageError, match="one language model"):
             build(BuildOptions(**{**vars(many), **other}))
     assert not (tmp_path / "c").exists()
 

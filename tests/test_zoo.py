@@ -84,7 +84,7 @@ class Den:
 
     def save(self, species: Species, folder: Path, **more: Any) -> Path:
         names = dict(enumerate(CLASSES))
-        if not self.per_token:
+        if not TASKS[self.task].over_ids:
             more |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
         return species.save(folder, self.auto, self.tokenizer, **more)
 
