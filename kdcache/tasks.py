@@ -255,7 +255,7 @@ def check_task(task: str) -> None:
         UsageError: it is not known.
     """
     if task not in TASKS:
-        raise UsageError(f"the task is {task!r}, expected {' or '.join(TASKS)}.")
+        raise UsageError(f"the task is {task!r}, expected one of {', '.join(TASKS)}.")
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:

@@ -316,7 +316,7 @@ def test_guide_python(run: Run) -> None:
 def built(run: Run) -> None:
     """The cache of the page on training."""
     blocks = _blocks(ROOT / "docs" / "training.md")
-    (command,) = (text for _, language, text in blocks if language == "sh")
+    command = next(text for _, language, text in blocks if language == "sh")
     run("bash", "-euo", "pipefail", "-c", command.rstrip() + " --workers 0 --limit 40\n")
 
 

@@ -456,7 +456,7 @@ class TestClassification:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "translation"}, "task is 'translation', expected causal-lm"),
+        ({"task": "translation"}, "task is 'translation', expected one of causal-lm"),
         ({"packing": "tight"}, "packing is 'tight'"),
         ({"max_length": 1}, "max_length is 1"),
         ({"pair_column": "b"}, "pair_column is for labels of texts"),

@@ -75,7 +75,7 @@ def test_positions_of_tokens_have_labels_and_all_rows_are_positions(task: str) -
 
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:
     for refuse in (check_task, lambda task: RowSpec(task=task)):
-        with pytest.raises(UsageError, match="'translation', expected causal-lm or masked-lm or"):
+        with pytest.raises(UsageError, match="'translation', expected one of causal-lm, masked-lm"):
             refuse("translation")
 
 
