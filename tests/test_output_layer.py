@@ -128,5 +128,5 @@ def test_states_are_of_one_language_model(tiny_lm: Path) -> None:
         {"names": (name, name), "weights": (0.5, 0.5)},
         {"task": "sequence-classification"},
     ):
-        with pytest.raises(UsageError, match="one causal language model"):
+        with pytest.raises(UsageError, match="one language model"):
             TeacherOptions(**{"names": (name,), "task": CAUSAL_LM, "states": True, **other})

@@ -295,7 +295,7 @@ def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
     # Again: nothing is trained, the table is printed.
     stamps = {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("*")}
     printed = run(grid, "--out", "out")
-    assert printed.exit_code == 0
+    assert printed.exit_code == 0, printed.output
     assert "8 combinations make 6 runs" in printed.stdout
     assert "6 runs, 0 of them now" in printed.stdout
     assert "±" in printed.stdout

@@ -190,7 +190,7 @@ def _run(values: Mapping[str, Any], setting: Mapping[str, str], opened: Any) -> 
     options, setting = _without_idle(options, setting)
     plan = RunPlan.make(options, opened)
     key = _key(plan)
-    return GridRun(key, _name(setting, key), setting, options, plan)
+    return GridRun(key, _name(setting, key), setting, plan.options, plan)
 
 
 def _without_idle(
