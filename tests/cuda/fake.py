@@ -177,7 +177,7 @@ class Waits(TorchDispatchMode):
 
     def _note(self, what: str) -> None:
         lines = [
-            f"{frame.filename.split('site-packages/')[-1].split('/kdcache/')[-1]}:{frame.name}"
+            f"{frame.filename.split('site-packages/')[-1].rpartition('/kdcache/')[2]}:{frame.name}"
             for frame in traceback.extract_stack()
             if "/torch/" not in frame.filename and "/tests/" not in frame.filename
         ]
