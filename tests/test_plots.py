@@ -87,7 +87,7 @@ def test_an_evaluation_is_drawn_with_what_is_known_of_each_model(tmp_path: Path)
         ),
         ModelScores(name="more/a", role="student", cross_entropy=3.0, kl=0.7, **rest),
     )
-    result = EvaluateResult("c", "causal-lm", None, 1, 8, 8, 2.0, 8, 15, models, ())
+    result = EvaluateResult("c", "causal-lm", None, 1, 8, 8, 2.0, 8, 15, 0, 0, models, ())
     curve, hard, kl = evaluation_charts(result)
     assert [(line.label, line.x, line.y) for line in curve.lines] == [
         ("runs/a", [0.3, 0.9], [0.2, 0.8])
