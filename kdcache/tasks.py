@@ -242,9 +242,8 @@ def positions(labels: Labels, task: str) -> Labels:
         bool, as `labelled`. Of the tokens of a row, those that have a label or are `UNLABELLED` are
         positions; of rows all are. Either way a transfer set has soft targets without hard labels.
     """
-    kind = TASKS[task]
-    marked: Any = labels != IGNORE if kind.per_token else labelled(labels, task)
-    every: Labels = marked if kind.per_token else marked | True
+    found: Any = labels != IGNORE if TASKS[task].per_token else labelled(labels, task) | True
+    every: Labels = found
     return every
 
 

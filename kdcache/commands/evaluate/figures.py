@@ -111,9 +111,6 @@ class Figures:
             name="teacher (cached)" if model is None else model.saved.name,
             role="teacher",
             parameters=None if model is None else model.saved.parameters,
-            kl=None,
-            soft_cross_entropy=None,
-            agreement=None,
             bits_per_byte=None if counts.in_bytes is None else counts.in_bytes.teacher_bits,
             **self._label_scores(tally, hard),
         )

@@ -60,16 +60,4 @@ def with_aligners(
 
 def by_its_own_tokens(model: LoadedModel) -> ModelScores:
     """The figures of a student with a tokenizer of its own: none by positions of the rows."""
-    return ModelScores(
-        name=model.saved.name,
-        role="student",
-        parameters=model.saved.parameters,
-        accuracy=None,
-        f1=None,
-        cross_entropy=None,
-        perplexity=None,
-        kl=None,
-        soft_cross_entropy=None,
-        agreement=None,
-        calibration_error=None,
-    )
+    return ModelScores(model.saved.name, "student", model.saved.parameters)
