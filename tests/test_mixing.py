@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import launch
 from make_caches import CLASSES, make_cache
 
 from kdcache.cache import Cache
@@ -25,6 +26,7 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.sweep.grid import Grid
+from kdcache.commands.train.log import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
@@ -316,6 +318,60 @@ def test_a_killed_run_goes_on_with_its_mix(options: TrainOptions, tmp_path: Path
     assert (resumed.loss, resumed.rows, resumed.steps) == (calm.loss, calm.rows, calm.steps)
     weights = "model.safetensors"
     assert Path(options.out, weights).read_bytes() == Path(calm.out, weights).read_bytes()
+
+
+@pytest.mark.end_to_end
+def test_two_workers_take_the_steps_of_a_mix_and_evaluate_each_domain(
+    options: TrainOptions, built: dict[str, str], tmp_path: Path
+) -> None:
+    def run(name: str, evaluated: str, **more: Any) -> TrainOptions:
+        out, caches = str(tmp_path / name), (built[evaluated],)
+        more |= {"eval_batch_size": 7, "eval_steps": 5, "logging_steps": 1}
+        return dataclasses.replace(options, out=out, eval_cache=caches, **more)
+
+    def evaluations(of: TrainOptions) -> list[dict[str, float]]:
+        lines = (line for line in read_metrics(Path(of.out)) if "eval_loss" in line)
+        kept = ("eval_", "step")
+        return [
+            {k: v for k, v in x.items() if k.startswith(kept) and "time" not in k} for x in lines
+        ]
+
+    alone = run("alone", "both", streams=2)
+    result = train(alone)
+    both = run("two", "both", num_workers=2)
+    for end in launch(both, 2):
+        assert (end.error, end.exitcode) == (None, 0)
+    assert [line["loss"] for line in read_metrics(Path(both.out)) if "loss" in line] == (
+        pytest.approx(
+            [line["loss"] for line in read_metrics(Path(alone.out)) if "loss" in line], rel=1e-4
+        )
+    )
+    found = evaluations(alone)
+    for mine, theirs in zip(evaluations(both), found, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert len(found) >= 2
+    # A domain's figures are those of an evaluation on a cache of its own.
+    for name in ("web", "code"):
+        single = run(name, name, streams=2)
+        train(single)
+        wanted = [
+            {"step": line["step"]}
+            | {
+                key: line[f"{key}/{name}"]
+                for key in ("eval_loss", "eval_hard_loss", "eval_soft_loss")
+            }
+            for line in found
+        ]
+        for mine, want in zip(evaluations(single), wanted, strict=True):
+            assert mine == pytest.approx(want, rel=1e-4)
+    assert result.eval["loss/web"] != pytest.approx(result.eval["loss/code"], rel=1e-3)
+    shown = CliRunner().invoke(
+        cli,
+        ["train", "--cache", built["both"], "--student", options.student, "--out",
+         str(tmp_path / "shown"), "--eval-cache", built["both"], "--max-steps", "1"],
+    )  # fmt: skip
+    lines = shown.output.partition("Evaluation by domain\n")[2].splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["domain", "web", "code"]
 
 
 def test_files_of_options_and_grids_take_mappings(

@@ -133,7 +133,8 @@ class TrainDisplay(_Display):
 
     def __call__(self, state: TrainProgress) -> None:
         """Show a new state."""
-        figures = {k: v for k, v in state.logs.items() if any(word in k for word in _SHOWN)}
+        whole = {k: v for k, v in state.logs.items() if "/" not in k}  # not those of each domain
+        figures = {k: v for k, v in whole.items() if any(word in k for word in _SHOWN)}
         self._losses = "  ".join(f"{k} {v:.4f}" for k, v in figures.items()) or self._losses
         left = (state.steps - state.step) * state.seconds / max(1, state.step)
         evaluated = any(name.startswith("eval") for name in state.logs)

@@ -1,8 +1,8 @@
-"""Prints a table of a cache's domains."""
+"""Prints tables of domains: of a corpus, of a cache, and of an evaluation during training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
@@ -58,3 +58,21 @@ def render_domains(domains: Sequence[DomainFigures], console: Console) -> None:
     header += ["filtered"] if filtered else []
     header += ["teacher's cross-entropy"] if labelled else []
     print_table(console, header, rows)
+
+
+def render_figures(figures: Mapping[str, float], console: Console) -> None:
+    """Print a line for each domain of an evaluation; nothing where corpora have no names.
+
+    Args:
+        figures: by name; those of a domain are `figure/domain`.
+        console: where to.
+    """
+    of_domains = [key.split("/") for key in figures if "/" in key]
+    if not of_domains:
+        return
+    names = list(dict.fromkeys(name for name, _ in of_domains))
+    rows = [
+        (domain, *(number(figures.get(f"{name}/{domain}")) for name in names))
+        for domain in dict.fromkeys(domain for _, domain in of_domains)
+    ]
+    print_table(console, ["domain", *names], rows, title="Evaluation by domain")

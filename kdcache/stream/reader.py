@@ -21,6 +21,7 @@ streams, group size and restart point.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,6 +241,25 @@ class TargetStream(IterableDataset[Batch]):
     def domain_rows(self) -> dict[tuple[int, str | None], int]:
         """Rows of an epoch, by cache (its number) and domain (None where it has no name)."""
         return rows_by_domain(self.caches, self._sources)
+
+    def by_domain(self) -> dict[str | None, TargetStream]:
+        """Of each domain that an epoch has rows of, a stream of these alone, from its first row.
+
+        The streams together have the rows of this one. Rows of caches without names are under None.
+        """
+        found = {}
+        for domain in dict.fromkeys(name for (_, name), rows in self.domain_rows.items() if rows):
+            stream = copy.copy(self)
+            for known in ("domain_rows", "rows", "_usual_group"):
+                stream.__dict__.pop(known, None)
+            stream._sources = [
+                source
+                for source in self._sources
+                if self.caches[source.cache].manifest.shards[source.shard].domain == domain
+            ]
+            stream.cursor = stream.start = Cursor()
+            found[domain] = stream
+        return found
 
     @property
     def streams(self) -> int:

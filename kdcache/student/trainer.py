@@ -11,7 +11,8 @@ subclass
 * ends the step of an anchor, whose theta comes from the sums over all workers and slices;
 * keeps the cursor and the identity of the caches in every checkpoint, and continues from there
   exactly;
-* evaluates on a stream: hard and soft loss, and the figure of the task, such as accuracy.
+* evaluates on a stream: hard and soft loss, and the figure of the task, such as accuracy, of all
+  rows and, where corpora have names, of each domain.
 
 Guarantee: a run that was stopped and resumed takes the same steps as one that was not; on one CPU,
 to the bit.
@@ -55,6 +56,7 @@ from kdcache.targets import Targets
 from kdcache.tasks import TASKS, labelled, positions
 
 WEIGHTS_FILE = "model.safetensors"
+_SUMS = 7 + SUMS
 
 
 class DistillationTrainer(CheckpointingTrainer):
@@ -277,7 +279,10 @@ class DistillationTrainer(CheckpointingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Losses, and the figure of a task, on a `TargetStream`; else as the Trainer does."""
+        """Losses, and the figure of a task, on a `TargetStream`; else as the Trainer does.
+
+        Those of a domain follow as `eval_loss/NAME`, and so on; batches have rows of one domain.
+        """
         stream = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(stream, TargetStream):
             metrics: dict[str, float] = super().evaluate(
@@ -296,17 +301,36 @@ class DistillationTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:
-        self._place(stream, 1).load_state_dict(Cursor().to_dict())
+        parts = self._place(stream, 1).by_domain()
         model = self.model
         was_training = model.training
         model.eval()
-        # Hard and soft loss, positions, labels; those of entities; then those of the task's figure.
-        sums = torch.zeros(7 + SUMS, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(len(parts), _SUMS, dtype=torch.float64, device=self.args.device)
+        soft_known = ""
+        for part, own in zip(parts.values(), sums, strict=True):
+            soft_known = self._add_up(part, own) or soft_known
+        model.train(was_training)
+        reduced = self.accelerator.reduce(sums, "sum").cpu()
+        found = self._figures(stream, reduced.sum(0), soft_known)
+        for domain, own in zip(parts, reduced, strict=True):
+            if domain is not None:
+                figures = self._figures(stream, own, soft_known)
+                found |= {f"{name}/{domain}": value for name, value in figures.items()}
+        return found
+
+    def _add_up(self, stream: TargetStream, sums: Tensor) -> str:
+        """Add what the figures of a stream's rows are made of; returns the soft loss's name.
+
+        Args:
+            stream: the rows.
+            sums: float64 [_SUMS]: hard and soft loss, positions, labels; those of entities; then
+                those of the task's figure.
+        """
         task, soft_known = stream.task, ""
         for batch in stream:
             count = float(batch["count"])
             inputs = self._prepare_inputs(batch)
-            outputs = model(**inputs)
+            outputs = self.model(**inputs)
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
@@ -319,20 +343,22 @@ class DistillationTrainer(CheckpointingTrainer):
             sums[3] += labelled(labels, task).sum()
             sums[4:7] += _entities(stream, inputs, outputs.logits)
             sums[7:] += figure_sums(task, outputs.logits, labels)
-        model.train(was_training)
-        reduced = self.accelerator.reduce(sums, "sum")
-        hard, soft, counted, labelled_rows, *entities = reduced[:7].tolist()
+        return soft_known
+
+    def _figures(self, stream: TargetStream, sums: Tensor, soft_known: str) -> dict[str, float]:
+        """Losses and figure by name, of sums over all ranks: see `_add_up`."""
+        hard, soft, counted, labelled_rows, *entities = sums[:7].tolist()
         alpha = float(self._final_alpha()) if soft_known else 1.0
         # The same weighting as in training: mean over positions of the weighted sum.
         whole = max(counted if soft_known else labelled_rows, 1)
         found = {"loss": (alpha * hard + (1 - alpha) * soft) / whole}
         if labelled_rows:
             found["hard_loss"] = hard / labelled_rows
-            found |= figure(task, reduced[7:])
+            found |= figure(stream.task, sums[7:])
             if _tags(stream) is not None:
                 found["f1"] = 2 * entities[2] / max(entities[0] + entities[1], 1)
         if soft_known:
-            found[soft_known] = soft / counted
+            found[soft_known] = soft / max(counted, 1)
         return found
 
     def _final_alpha(self) -> float | Tensor:

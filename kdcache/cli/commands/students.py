@@ -25,6 +25,7 @@ def _train() -> click.Command:
 
         silent = options.place is not None and options.place.rank > 0  # the first one reports
         with TrainDisplay(quiet=as_json or silent) as display:
+            from kdcache.cli.view_domains import render_figures
             from kdcache.commands.train.train import train
             from kdcache.loss.metrics import perplexity
 
@@ -34,7 +35,8 @@ def _train() -> click.Command:
         if as_json:
             print_json(result)
             return
-        measured = "  ".join(f"{name} {value:.4g}" for name, value in result.eval.items())
+        whole = {name: value for name, value in result.eval.items() if "/" not in name}
+        measured = "  ".join(f"{name} {value:.4g}" for name, value in whole.items())
         if not result.made:
             echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
             return
@@ -69,6 +71,7 @@ def _train() -> click.Command:
             + teacher
             + "."
         )
+        render_figures(result.eval, Console())
         test = (options.eval_cache or ("TEST_CACHE",))[0]
         echo_next("kdcache", "evaluate", "--student", options.out, "--cache", test)
 
