@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdcache.loss import chunk_loss, distillation_loss, fused_linear_distillation
+from kdcache.loss import chunk_loss, chunk_pass, distillation_loss, fused_linear_distillation
 from kdcache.loss.chunks import binary_divergence, log1mexp
 from kdcache.loss.reference import soft_capped
 from kdcache.targets import ChunkTargets, Groups, SparseTargets
@@ -109,9 +111,17 @@ def test_the_loss_is_its_definition(seed: int, n: int, kind: str, tau: float, al
     rows=st.sampled_from([1, 7, 1000]),
     cap=st.sampled_from([None, 3.0]),
     padding=st.sampled_from([0, 3]),
+    listed=st.booleans(),
 )
 def test_the_fused_loss_is_the_reference(
-    seed: int, n: int, kind: str, tau: float, rows: int, cap: float | None, padding: int
+    seed: int,
+    n: int,
+    kind: str,
+    tau: float,
+    rows: int,
+    cap: float | None,
+    padding: int,
+    listed: bool,
 ) -> None:
     torch.manual_seed(seed)
     v, h = 9, 6
@@ -123,9 +133,10 @@ def test_the_fused_loss_is_the_reference(
     given_ = {"alpha": 0.3, "count": 11.0, "vocab_size": v}
     z = soft_capped(hidden @ weight.T + bias, cap)
     want = chunk_loss(z, labels, targets, **given_)
-    got = fused_linear_distillation(
-        hidden, weight, bias, labels, targets, cap=cap, rows=rows, **given_
-    )
+    with way(listed):
+        got = fused_linear_distillation(
+            hidden, weight, bias, labels, targets, cap=cap, rows=rows, **given_
+        )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     for a, b in zip(
@@ -134,9 +145,21 @@ def test_the_fused_loss_is_the_reference(
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["likelihood", "topk"])
+@contextlib.contextmanager
+def way(listed: bool) -> Iterator[None]:
+    """Have the loss take the ids of listed groups one by one, or all ids of a position at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_pass, "_FEW", 0.001 if listed else 1e9)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("kind", "listed"), [("likelihood", True), ("topk", True), ("topk", False)]
+)
 @pytest.mark.parametrize("tau", TAUS)
-def test_float32_keeps_the_gradient_of_a_student_that_is_nearly_sure(tau: float, kind: str) -> None:
+def test_float32_keeps_the_gradient_of_a_student_that_is_nearly_sure(
+    tau: float, kind: str, listed: bool
+) -> None:
     torch.manual_seed(0)
     n, v = 24, 9
     targets = some_targets(3, n, v, tau, kind)
@@ -148,7 +171,8 @@ def test_float32_keeps_the_gradient_of_a_student_that_is_nearly_sure(tau: float,
     gradients = []
     for dtype in (torch.float32, torch.float64):
         x = hidden.to(dtype).requires_grad_()
-        loss = fused_linear_distillation(x, weight.to(dtype), None, labels, targets, alpha=0.3)
+        with way(listed):
+            loss = fused_linear_distillation(x, weight.to(dtype), None, labels, targets, alpha=0.3)
         gradients.append(torch.autograd.grad(loss.total, x)[0])
         reference = chunk_loss(hidden.double(), labels, targets, alpha=0.3).total
         torch.testing.assert_close(loss.total.double(), reference, rtol=1e-5, atol=1e-6)

@@ -107,6 +107,12 @@ class Groups:
         return self._copies[device]
 
     @cached_property
+    def members(self) -> tuple[Tensor, Tensor]:
+        """int64 [V'], the student's ids by group, and int64 [G + 1], where each group begins."""
+        ends = torch.bincount(self.student, minlength=self.count).cumsum(0)
+        return self.student.argsort(stable=True), torch.cat([ends.new_zeros(1), ends])
+
+    @cached_property
     def _copies(self) -> dict[torch.device, Tensor]:
         return {}
 
