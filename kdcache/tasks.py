@@ -54,6 +54,8 @@ class TaskType:
         words: whether rows are of words that came apart, each with a label, and a shard keeps them
             for the same reason.
         auto: name of the class of transformers that loads its models.
+        auto_images: name of the one that loads models which read images besides and answer it, too,
+            where they are given none.
         marks: what their names in `architectures` of a `config.json` contain.
         problem: their `problem_type` in it, where one class of transformers serves several tasks.
         pipeline: its name on the model hub.
@@ -79,6 +81,7 @@ class TaskType:
     pipeline: str
     codec: str
     plans: tuple[str, ...]
+    auto_images: str | None = None
     words: bool = False
     problem: str | None = None
     label_columns: tuple[str, ...] = ("label",)
@@ -115,6 +118,7 @@ TASKS: Final[Mapping[str, TaskType]] = {
         causal=True,
         texts=False,
         auto="AutoModelForCausalLM",
+        auto_images="AutoModelForImageTextToText",
         marks=("CausalLM", "LMHead"),
         pipeline="text-generation",
         codec="sample:20",
@@ -276,6 +280,9 @@ def could_be(config: Mapping[str, Any], task: str) -> bool:
 
 def _has_mark(config: Mapping[str, Any], kind: TaskType) -> bool:
     names = " ".join(config.get("architectures") or ())
+    reads_images = "vision_config" in config and not config.get("is_encoder_decoder")
+    if kind.auto_images is not None and reads_images and "ConditionalGeneration" in names:
+        return True
     return any(mark in names for mark in kind.marks)
 
 

@@ -259,6 +259,86 @@ MASKED = [
 ]
 """Masked language models; `mra` computes nothing without its CUDA kernels."""
 
+_TEXT = {
+    name: SIZES[name]
+    for name in (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+        *("initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"),
+    )
+}
+_EYES = {
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 16),
+    **dict.fromkeys(("num_hidden_layers", "depth"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "attention_heads"), 2),
+    **dict.fromkeys(("out_hidden_size", "vision_output_dim", "projector_input_dim"), 32),
+    "projector_output_dim": 32,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def _seeing(
+    model_type: str,
+    text: str = "",
+    eyes: str = "",
+    *,
+    of_text: dict[str, Any] | None = None,
+    of_eyes: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Species:
+    """A model that reads images, too, which are none of its ids."""
+    names = ("text_config", text, _TEXT, of_text), ("vision_config", eyes, _EYES, of_eyes)
+    parts = {
+        part: {**({"model_type": kind} if kind else {}), **sizes, **(more or {})}
+        for part, kind, sizes, more in names
+    }
+    return Whole(model_type, changes={**parts, **changes})
+
+
+class Whole(Species):
+    """One whose configuration is of parts, with the sizes in each."""
+
+    def config(self, **more: Any) -> Any:
+        return CONFIG_MAPPING[self.model_type](**self.changes, **more)
+
+
+_SECTIONS = {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+SEEING = [
+    _seeing("gemma3", eyes="siglip_vision_model"),
+    _seeing("glm4v", of_text=_SECTIONS),
+    _seeing("idefics3", "llama", scale_factor=2, pad_token_id=PAD),
+    _seeing("internvl", "qwen2", of_eyes={"image_size": [28, 28], "patch_size": [14, 14]}),
+    _seeing(
+        "llama4",
+        of_text={"intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1},
+    ),
+    _seeing("llava", "llama", "clip_vision_model"),
+    _seeing("mistral3", "mistral", "pixtral"),
+    _seeing("paligemma", "gemma2", "siglip_vision_model"),
+    _seeing("qwen2_5_vl", of_text=_SECTIONS),
+    _seeing("qwen3_5", of_text=_LINEAR),
+    _seeing("qwen3_vl", of_text=_SECTIONS, of_eyes={"deepstack_visual_indexes": [0]}),
+]
+"""Language models that read images besides."""
+MLLAMA = _seeing(
+    "mllama",
+    of_text={"cross_attention_layers": [1]},
+    of_eyes={
+        "num_global_layers": 1,
+        "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1]],
+        "max_num_tiles": 1,
+    },
+)
+"""One whose text model transformers loads from the whole, and not by itself."""
+BLIP2 = _seeing(
+    "blip-2",
+    "opt",
+    qformer_config={**_EYES, "encoder_hidden_size": 16},
+)
+"""One that reads no text without an image."""
+
 UNPADDED = [make("convbert"), make("fnet"), make("nystromformer"), make("yoso")]
 """Classifiers whose logits move with the padding of their batch."""
 

@@ -306,7 +306,8 @@ def _from_config(
         given.setdefault(key, value)
     try:
         config = AutoConfig.for_model(raw["model_type"], **given)
-        student = auto_class(info.task).from_config(config, dtype=dtype, trust_remote_code=trust)
+        kind = auto_class(info.task, config)
+        student = kind.from_config(config, dtype=dtype, trust_remote_code=trust)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"student {name}: not a {info.task} architecture ({_first_line(error)})."
@@ -362,7 +363,7 @@ def _from_weights(
             for key, value in label_config(info).items():
                 setattr(config, key, value)
         with quiet_transformers():  # what is missing is judged below
-            student, found = auto_class(info.task).from_pretrained(
+            student, found = auto_class(info.task, config).from_pretrained(
                 files.whole,
                 config=config,
                 dtype=dtype,
@@ -374,6 +375,12 @@ def _from_weights(
         raise UsageError(
             f"student {name} cannot be loaded as a {info.task} model ({_first_line(error)})."
         ) from error
+    kept = student.config
+    if not trust and type(kept) not in auto_class(info.task, kept)._model_mapping:
+        raise UsageError(
+            f"student {name} would be saved as {kept.model_type}, its text model, which "
+            "transformers could not load again. Name another student."
+        )
     # A plain encoder gets a new head, and a new pooler if it has none; nothing else may be random.
     body = f"{student.base_model_prefix}."
     brought = {} if files.adapter is None else files.adapter.shapes()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -258,7 +259,7 @@ class TeacherFiles:
                 or one with fewer or more outputs than an answer has.
         """
         config = self.config
-        known = auto_class(task)
+        known = auto_class(task, config)
         own_code = self.trust_remote_code and getattr(config, "auto_map", None)
         if type(config) not in known._model_mapping and not own_code:
             raise UsageError(
@@ -323,9 +324,29 @@ class TeacherFiles:
         return min(int(known), width)
 
 
-def auto_class(task: str) -> Any:
-    """The class of transformers that loads the models of a task."""
-    return getattr(transformers, TASKS[task].auto)
+def auto_class(task: str, config: Any) -> Any:
+    """The class of transformers that loads a model of a task.
+
+    Args:
+        task: one of `kdcache.tasks.TASKS`.
+        config: the model's configuration. Where transformers has no class of the text model alone
+            of one that reads images, too, it is loaded whole.
+    """
+    kind, own = TASKS[task], type(config)
+    first = getattr(transformers, kind.auto)
+    if kind.auto_images is None or own in first._model_mapping or config.is_encoder_decoder:
+        return first
+    second = getattr(transformers, kind.auto_images)
+    return second if own in second._model_mapping and _reads_text(second, own) else first
+
+
+def _reads_text(kind: Any, config: type) -> bool:
+    """Whether a model that reads images reads a text without one."""
+    inputs = list(inspect.signature(kind._model_mapping[config].forward).parameters.values())
+    needed = {
+        one.name for one in inputs[1:] if one.default is one.empty and one.kind < one.VAR_POSITIONAL
+    }
+    return needed <= {"input_ids"}
 
 
 def _stretched(config: Any, length: int | None) -> int | None:

@@ -112,7 +112,7 @@ def _with_attention(files: TeacherFiles, options: TeacherOptions, settings: dict
 
 
 def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dict[str, Any]) -> Any:
-    kind = auto_class(options.task)
+    kind = auto_class(options.task, files.config)
     try:
         if files.adapter is not None:  # which may have other classes than its base
             settings = {**settings, "config": files.config}

@@ -279,7 +279,7 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
         set_pad_id(config, files)
-        kind = auto_class(options.task) if options.head_width is None else AutoModel
+        kind = AutoModel if options.head_width else auto_class(options.task, config)
         model, found = kind.from_pretrained(
             files.folder,
             output_loading_info=True,

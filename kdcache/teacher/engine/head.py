@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import OutputLayer
-from kdcache.teacher.files import TeacherFiles
+from kdcache.tasks import CAUSAL_LM
+from kdcache.teacher.files import TeacherFiles, auto_class
 from kdcache.teacher.output_layer import find_layer
 from kdcache.teacher.quiet import quiet_transformers
 
@@ -106,7 +106,7 @@ def _without_layers(files: TeacherFiles, dtype: str) -> tuple[Any, list[str]]:
             if getattr(text, kinds, None) is not None:
                 setattr(text, kinds, [])
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(CAUSAL_LM, config).from_pretrained(
                 files.folder,
                 config=config,
                 dtype=getattr(torch, dtype),
