@@ -231,6 +231,16 @@ def test_embeddings(tmp_path: Path, form: str) -> None:
     assert model.embedding.weight[0].tolist() == [0, 0, 0]
 
 
+def test_words_without_a_vector_have_that_of_their_lower_case(tmp_path: Path) -> None:
+    """A tagger's words keep their case, and most vectors are of lower-cased text."""
+    (tmp_path / "vectors.txt").write_text("film 1 2\nParis 3 4\nparis 5 6\nROME 7 8\nus 9 9\n")
+    words = ["<pad>", "Film", "film", "FILM", "Paris", "PARIS", "rome", "US"]
+    found, vectors = read_embeddings(tmp_path / "vectors.txt", words)
+    assert found.tolist() == [word not in ("<pad>", "rome") for word in words]
+    want = [[0, 0], [1, 2], [1, 2], [1, 2], [3, 4], [5, 6], [0, 0], [9, 9]]
+    assert vectors.tolist() == want
+
+
 @pytest.mark.parametrize(
     ("content", "size", "message"),
     [

@@ -112,7 +112,8 @@ def read_embeddings(
 
     A line is a word and its numbers, separated by blanks; word2vec's first line "count size" is
     optional. A word may itself contain blanks (GloVe 840B has some): the numbers are taken from the
-    right. The first vector of a word counts.
+    right. The first vector of a word counts. A word that is not in the file, such as one with a
+    capital where the vectors are of lower-cased text, has the vector of its lower case.
 
     Args:
         path: the file.
@@ -126,7 +127,9 @@ def read_embeddings(
         UsageError: no such file, not such a file, another size, or none of the words in it.
     """
     ids = {word: i for i, word in enumerate(words)}
-    found = torch.zeros(len(words), dtype=torch.bool)
+    lowered = sorted({low for word in words if (low := word.lower()) not in ids})
+    ids |= {word: len(words) + i for i, word in enumerate(lowered)}
+    found = torch.zeros(len(ids), dtype=torch.bool)
     vectors: Tensor | None = None
     try:
         for number, line in _lines(path):
@@ -145,7 +148,7 @@ def read_embeddings(
                         f"{path} is not a text file of word vectors: line {number} is "
                         f"{line[:60]!r}."
                     )
-                vectors = torch.zeros((len(words), width))
+                vectors = torch.zeros((len(ids), width))
             index = ids.get(" ".join(parts[: -vectors.shape[1]]))
             if index is None or found[index]:
                 continue
@@ -163,7 +166,8 @@ def read_embeddings(
             f"embeddings {path}: none of the {len(words)} words of the vocabulary is in it with "
             f"{width} numbers a word. Check the language, the case and --embedding-size."
         )
-    return found, vectors
+    own = [i if found[i] else ids[word.lower()] for i, word in enumerate(words)]
+    return found[own], vectors[own]
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
