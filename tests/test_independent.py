@@ -359,24 +359,47 @@ def test_other_commands_show_and_keep_them(bench: Bench, run: str, tmp_path: Pat
         np.testing.assert_allclose(table["target_score"], t[:, 0], atol=1e-5)
 
 
-def test_a_sweep_ranks_by_the_figure_of_the_task(bench: Bench, tmp_path: Path) -> None:
-    grid = {
-        "cache": [bench / "cache"],
-        "eval_cache": [bench / "test-cache"],
+def test_a_sweep_has_the_figures_of_the_task(bench: Bench, tmp_path: Path) -> None:
+    """Of students and teacher alike: over the classes that are known, and by Huber's loss."""
+    truth, cache = bench.truth("test"), bench / "test-cache"
+    grid: dict[str, Any] = {
         "student": bench / "small.json",
         "max_steps": 2,
-        "grid": {"alpha": [0.0, 1.0]},
+        "cache": bench / "cache",
     }
+    if bench.many:
+        truth[np.random.default_rng(0).random(truth.shape) < 0.4] = IGNORE
+        known = [[None if v == IGNORE else bool(v) for v in row] for row in truth]
+        texts = [record["text"] for record in bench.records("test")]
+        lines = ({"text": t, "labels": v} for t, v in zip(texts, known, strict=True))
+        (tmp_path / "part.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        cache = str(tmp_path / "part")
+        build(build_options(bench, (str(tmp_path / "part.jsonl"),), cache))
+    else:
+        grid |= {"divergence": "huber", "huber_delta": 0.3}
+    grid |= {"eval_cache": cache, "grid": {"alpha": [0.5, 1.0]}}
     (tmp_path / "grid.yaml").write_text(json.dumps(grid))
     result = sweep(SweepOptions(str(tmp_path / "grid.yaml"), str(tmp_path / "sweep"), workers=0))
     figure = "micro_f1" if bench.many else "pearson"
-    name = result.ranked_by
-    assert name in (figure, "hard_loss")  # a constant student has no correlation
+    assert result.ranked_by in (figure, "hard_loss")  # a constant student has no correlation
     assert result.figure_name != "cross-entropy (nats per position)"
-    assert set(result.teacher) == {figure, "hard_loss"}
-    truth, t = bench.truth("test"), bench.logits(bench / "teacher", "test")
+
+    def hard(z: np.ndarray) -> float:
+        if bench.many:
+            each = -np.log(sigmoid(np.where(truth == 1, z, -z)))
+            return float(each[truth != IGNORE].mean())
+        error = np.abs(z[:, 0] - truth)
+        return float(np.where(error < 0.3, error**2 / 2, 0.3 * (error - 0.15)).mean())
+
+    t = bench.logits(bench / "teacher", "test")
     want = micro_f1(truth, t >= 0) if bench.many else pearson(t[:, 0], truth)
-    assert result.teacher[figure] == pytest.approx(want, abs=1e-4)
+    assert result.teacher == pytest.approx({figure: want, "hard_loss": hard(t)}, abs=1e-4)
+    for run in result.runs:
+        assert run.figures["hard_loss"] == pytest.approx(hard(bench.logits(run.out, "test")))
+    if bench.many:
+        (teacher, student) = evaluate(EvaluateOptions((result.runs[0].out,), cache)).models
+        assert teacher.cross_entropy == pytest.approx(result.teacher["hard_loss"])
+        assert student.cross_entropy == pytest.approx(result.runs[0].figures["hard_loss"])
 
 
 @pytest.mark.parametrize("ensemble", ["mean-probs", "mean-logits"])

@@ -55,6 +55,21 @@ def figure_sums(task: str, logits: Tensor | None, labels: Tensor) -> Tensor:
     return sums
 
 
+def hard_labels(task: str, labels: Tensor) -> Tensor:
+    """How many rows, or tokens, the hard loss of some is a mean over: those with a label.
+
+    Of several labels a row, the share of its classes that is known counts: their loss is a mean
+    over all classes, and has nothing of the others.
+
+    Args:
+        task: of the model.
+        labels: as a batch has them.
+    """
+    if TASKS[task].answers != "labels":
+        return labelled(labels, task).sum()
+    return (labels != IGNORE).sum() / labels.shape[-1]
+
+
 def _products(one: Tensor, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     return (one, one), (x, one), (y, one), (x, x), (y, y), (x, y)
 

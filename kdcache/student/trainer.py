@@ -47,7 +47,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.figures import SUMS, figure, figure_sums
+from kdcache.student.figures import SUMS, figure, figure_sums, hard_labels
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import keep_inputs_and_loss
 from kdcache.student.record import recorded
@@ -56,7 +56,7 @@ from kdcache.targets import Targets
 from kdcache.tasks import TASKS, labelled, positions
 
 WEIGHTS_FILE = "model.safetensors"
-_SUMS = 7 + SUMS
+_SUMS = 8 + SUMS
 
 
 class DistillationTrainer(CheckpointingTrainer):
@@ -253,15 +253,15 @@ class DistillationTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer; a line of the training loss also has its two parts, alpha, T and theta.
 
-        `hard_loss` is the mean over labelled rows, and missing where there are none. The soft part,
+        `hard_loss` is the mean over what has a label, and missing where nothing has. The soft part,
         a mean over all positions with its T^2, is `soft_loss`; or `soft_cross_entropy` for sampled
         targets: the divergence plus the teacher's entropy, which a sample does not know.
         """
         if self.streams and "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts.clone(), "sum")
-            hard, soft, counted, labelled = parts.tolist()
-            if labelled:  # else there is no such mean
-                logs["hard_loss"] = hard / self._parts_steps * (counted / labelled)
+            hard, soft, counted, known = parts.tolist()
+            if known:  # else there is no such mean
+                logs["hard_loss"] = hard / self._parts_steps * (counted / known)
             if "temperature" in self._last:
                 logs[self._soft_name] = soft / self._parts_steps
             logs.update(self._last)
@@ -323,8 +323,8 @@ class DistillationTrainer(CheckpointingTrainer):
 
         Args:
             stream: the rows.
-            sums: float64 [_SUMS]: hard and soft loss, positions, labels; those of entities; then
-                those of the task's figure.
+            sums: float64 [_SUMS]: hard and soft loss, positions, those with labels, what the hard
+                loss is a mean over; those of entities; then those of the task's figure.
         """
         task, soft_known = stream.task, ""
         for batch in stream:
@@ -341,20 +341,21 @@ class DistillationTrainer(CheckpointingTrainer):
             sums[:2] += _stack(outputs.hard_loss, outputs.soft_loss) * count
             sums[2] += positions(labels, task).sum()
             sums[3] += labelled(labels, task).sum()
-            sums[4:7] += _entities(stream, inputs, outputs.logits)
-            sums[7:] += figure_sums(task, outputs.logits, labels)
+            sums[4] += hard_labels(task, labels)
+            sums[5:8] += _entities(stream, inputs, outputs.logits)
+            sums[8:] += figure_sums(task, outputs.logits, labels)
         return soft_known
 
     def _figures(self, stream: TargetStream, sums: Tensor, soft_known: str) -> dict[str, float]:
         """Losses and figure by name, of sums over all ranks: see `_add_up`."""
-        hard, soft, counted, labelled_rows, *entities = sums[:7].tolist()
+        hard, soft, counted, labelled_rows, known, *entities = sums[:8].tolist()
         alpha = float(self._final_alpha()) if soft_known else 1.0
         # The same weighting as in training: mean over positions of the weighted sum.
         whole = max(counted if soft_known else labelled_rows, 1)
         found = {"loss": (alpha * hard + (1 - alpha) * soft) / whole}
         if labelled_rows:
-            found["hard_loss"] = hard / labelled_rows
-            found |= figure(stream.task, sums[7:])
+            found["hard_loss"] = hard / known
+            found |= figure(stream.task, sums[8:])
             if _tags(stream) is not None:
                 found["f1"] = 2 * entities[2] / max(entities[0] + entities[1], 1)
         if soft_known:
@@ -532,11 +533,11 @@ def soft_name(targets: Targets) -> str:
 
 def _counts(inputs: Mapping[str, Any], task: str) -> Tensor:
     """Positions that a slice's losses are divided by, and labels among them: float64 [2]."""
-    there = labelled(inputs["labels"], task).sum()
-    counted = positions(inputs["labels"], task).sum() if "targets" in inputs else there
+    labels = inputs["labels"]
+    counted = (positions if "targets" in inputs else labelled)(labels, task).sum()
     # A rank without rows only keeps the others company.
     alive: Tensor = inputs["count"].isfinite()
-    return torch.stack([counted, there]).double() * alive
+    return torch.stack([counted.double(), hard_labels(task, labels).double()]) * alive
 
 
 def _tags(stream: TargetStream) -> tuple[str, ...] | None:

@@ -236,6 +236,10 @@ class _Sweep:
                 plans[0].eval_caches if len(sets) == 1 else (),
                 list(self.finished.values()),
                 evaluated=evaluated,
+                deltas={
+                    plan.options.huber_delta if plan.options.divergence == "huber" else None
+                    for plan in plans
+                },
             ),
             task=plans[0].caches[0].spec.task,
         )
