@@ -260,6 +260,33 @@ def options_of(kind: type[Any]) -> tuple[Option, ...]:
     return tuple(found.values())
 
 
+def as_words(options: Options, kind: type[Options]) -> list[str]:
+    """How to type what two commands share: options as words for the command of another `kind`.
+
+    Defaults are left out; `kind` must read a value as its own command writes it.
+    """
+    known = {one.name for one in options_of(kind)}
+    found = []
+    for one in options_of(type(options)):
+        value = getattr(options, one.name)
+        if one.name not in known or value in (None, False) or value == one.default:
+            continue
+        if one.comma:
+            texts = [",".join(map(_shown, value))]
+        else:
+            texts = [_shown(item) for item in (value if one.several else (value,))]
+        for text in texts:
+            if value is True:
+                found.append(one.flag)
+            else:  # a word that begins with a hyphen would be another option
+                found += [f"{one.flag}={text}"] if text.startswith("-") else [one.flag, text]
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
     members = [hint]
     if get_origin(hint) in (Union, UnionType):

@@ -120,6 +120,7 @@ def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: P
         ),
         (("--workers", "many"), "--workers is 'many', expected a whole number or auto"),
         (("--task", "poetry"), "poetry"),
+        (("--task", "causal-lm"), "Use --task sequence-classification"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_exit_code_2(

@@ -15,7 +15,9 @@ from kdcache.commands.build import teacher_source
 from kdcache.commands.build.build import build
 from kdcache.commands.build.dry_run import dry_run
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.plan.options import PlanOptions
 from kdcache.errors import UsageError
+from kdcache.options import as_words
 
 
 def words(options: BuildOptions) -> list[str]:
@@ -42,6 +44,34 @@ def test_a_dry_run_describes_the_build_that_follows(
     again = dry_run(options)
     assert (again.state, again.done) == ("this build", made.spans)
     assert dry_run(dataclasses.replace(options, codec="topk:5")).state == "another build"
+
+
+def test_a_dry_run_names_a_plan_of_the_same_rows(
+    tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my texts.csv").write_text("review,verdict\n" + "a fine film,good\na dull one,bad\n" * 20)
+    options = BuildOptions(
+        teacher=(str(tiny_classifier),),
+        corpus=("my texts.csv",),
+        out="-cache",
+        task="sequence-classification",
+        temperatures=(1.0, 2.5),
+        text_column="review",
+        label_column="verdict",
+        limit=7,
+        trust_remote_code=True,
+        filter=("verdict=good",),
+    )
+    words = as_words(options, PlanOptions)
+    seen: list[PlanOptions] = []
+    with mock.patch("kdcache.commands.plan.plan.plan", side_effect=lambda o, **_: seen.append(o)):
+        CliRunner().invoke(cli, ["plan", *words])
+    (planned,) = seen
+    for field in {f.name for f in dataclasses.fields(options)} - {"temperatures", "codec"}:
+        if hasattr(planned, field):
+            assert getattr(planned, field) == getattr(options, field), field
+    assert planned.temperature_sets == ((1.0, 2.5),)
 
 
 def test_a_dry_run_of_the_command_prints_it(small_build: BuildOptions) -> None:

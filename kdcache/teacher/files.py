@@ -296,9 +296,9 @@ class TeacherFiles:
             )
 
     def _check_saved_for(self, task: str) -> None:
-        """Refuse a language model of another kind, by the name that it was saved with."""
+        """Refuse a classifier or another kind of language model by the name it was saved with."""
         saved = task_of(self.raw_config)
-        if saved not in (None, task) and TASKS[saved].over_ids:
+        if saved not in (None, task):
             name = self.raw_config["architectures"][0]
             raise UsageError(
                 f"teacher {self.name} is not a {TASKS[task].noun}: it was saved as {name}. Use "

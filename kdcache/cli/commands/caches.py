@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import click
@@ -51,15 +52,16 @@ def _build() -> click.Command:
 def _dry_run(options: BuildOptions, as_json: bool) -> None:
     from kdcache.cli.view_dry_run import render_dry_run
     from kdcache.commands.build.dry_run import dry_run
+    from kdcache.commands.plan.options import PlanOptions
+    from kdcache.options import as_words
 
     result = dry_run(options)
     if as_json:
         print_json(result)
         return
     render_dry_run(result, Console())
-    words = [f"--teacher={name}" for name in options.teacher]
-    words += [f"--corpus={name}" for name in options.corpus]
-    echo_next("kdcache", "plan", *words, "--task", options.task, "--codec", result.codec)
+    same = dataclasses.replace(options, codec=result.codec)
+    echo_next("kdcache", "plan", *as_words(same, PlanOptions))
 
 
 def _report_made(result: BuildResult, worker: str = "teacher") -> None:
