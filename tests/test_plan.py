@@ -25,7 +25,7 @@ from kdcache.cli.main import cli
 from kdcache.cli.view_plan import render_plan
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.plan.advice import advice
+from kdcache.commands.plan.advice import advice, recommended
 from kdcache.commands.plan.fidelity import NEAR, Fidelity, FidelityMeter, FullGradient
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
@@ -164,6 +164,31 @@ def test_gradients_by_hand() -> None:
     assert got.norm_ratio == pytest.approx(float(want.norm() / full.gradient.norm()), rel=1e-3)
     assert got.bias == pytest.approx(float((p * ~top).square().sum() / 7), rel=0.02)
     assert got.missed == pytest.approx(float((p * ~top).sum() / 7), rel=0.01)
+
+
+@pytest.mark.parametrize(("centre", "spread", "keeps"), [(0.5, 0.2, True), (2000.0, 3.0, False)])
+def test_scores_are_rounded_by_a_share_of_their_spread(
+    centre: float, spread: float, keeps: bool, options: PlanOptions
+) -> None:
+    """Years do not fit float16, however near they are to it by their size."""
+    generator = torch.Generator().manual_seed(0)
+    scores = centre + spread * torch.randn(600, 1, generator=generator)
+    a_cache = plan(dataclasses.replace(options, codec=("dense",), temperatures=("1",))).caches[0]
+    caches = []
+    for name, size in (("dense", 4.0), ("dense:float16", 2.0)):
+        codec, meter = Codec.parse(name, (1.0,), 1), FidelityMeter(drawn=False)
+        for some in scores.split([1, 200, 399]):
+            packed = codec.pack({k: v.numpy() for k, v in codec.encode(some).items()})
+            student = FullGradient(some, 1.0, generator, answers="score")
+            meter.add(student, student, codec.at(packed, 1.0))
+        found = meter.result()
+        stored = scores.half().float() if name != "dense" else scores
+        want = float((stored - scores).double().abs().mean() / scores.double().std(correction=0))
+        assert found.missed == pytest.approx(want, abs=1e-9)
+        caches.append(
+            dataclasses.replace(a_cache, codec=name, bytes_per_position=size, fidelity=(found,))
+        )
+    assert recommended(caches)[0][0].codec == ("dense:float16" if keeps else "dense")
 
 
 def test_noise_averages_out_of_the_mean_gradient() -> None:

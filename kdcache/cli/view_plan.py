@@ -11,6 +11,7 @@ from kdcache.cli.view_domains import render_estimates
 from kdcache.commands.plan.plot import _set
 from kdcache.commands.plan.result import WORKERS, PlanResult
 from kdcache.humanize import counted, duration, size
+from kdcache.tasks import TASKS
 
 _SMALL_SHARD = 100_000
 """Positions from which on a shard compresses as well as a large one."""
@@ -58,13 +59,14 @@ def _print_short(result: PlanResult, console: Console) -> None:
         for cache in result.caches
     ]
     print_table(console, header, rows, left=2)
+    missed = "probability outside the stored ids, at the worst T"
+    if TASKS[result.task].answers == "score":
+        missed = "what rounding changes, by the standard deviation of the scores"
     print_line(
         console,
         f"About {result.corpus_positions:,} positions in {counted(result.shards, 'shard')}, by "
-        f"{counted(result.rows, 'row')} on {result.device} ({result.dtype}). Missed: "
-        "probability outside "
-        "the stored ids, at the worst T. Angle: of the mean gradient to the full one. --all "
-        "prints everything.",
+        f"{counted(result.rows, 'row')} on {result.device} ({result.dtype}). Missed: {missed}. "
+        "Angle: of the mean gradient to the full one. --all prints everything.",
     )
     for line in _warnings(result):
         print_line(console, line)

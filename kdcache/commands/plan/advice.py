@@ -4,7 +4,8 @@ Of each kind the codec with the fewest bytes that is good enough is named, at th
 temperatures:
 
 * where entries are drawn, the noise lengthens the gradient by 5 % at most;
-* of a top-k, at most 1 % of the teacher's probability is outside the stored ids.
+* of a top-k, at most 1 % of the teacher's probability is outside the stored ids; of a dense one, at
+  most as much is changed by rounding, or of scores 1 % of their standard deviation.
 
 Where none is, the best. Purposes follow from what the codecs can do and from
 `benchmarks/recovery.py`.
@@ -80,5 +81,6 @@ def _rank(cache: PlannedCache) -> tuple[float, float]:
     """How far from good enough, then bytes: the smallest is the one to take."""
     longer = max(f.norm_ratio for f in cache.fidelity) - _LONGER
     missed = max(f.missed for f in cache.fidelity) - _MISSED
-    lacks = {"anchored": longer, "sample": longer, "topk": missed}.get(_kind(cache), 0.0)
+    by_kind = {"anchored": longer, "sample": longer, "topk": missed, "dense": missed}
+    lacks = by_kind.get(_kind(cache), 0.0)
     return (max(lacks, 0.0), cache.bytes_per_position)

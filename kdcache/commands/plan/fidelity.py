@@ -10,7 +10,8 @@ nothing on the others):
 * mass: the teacher's probability on the ids that are named;
 * missed: the sum of |E t - p|, the probability about which a student learns nothing however long it
   is trained: what lies outside the ids of a top-k. A square hardly sees it, since a tail is made of
-  many small probabilities; a student does.
+  many small probabilities; a student does. Of scores, which are no probabilities, it is the mean
+  |t - score| by the standard deviation of the scores: a year keeps its digits in float32 alone.
 
 What training feels is the gradient of the loss by the student's logits. It is taken with the loss
 itself, `distillation_loss` with alpha = 0 and top-k's tail in a bucket, and compared with the one
@@ -52,7 +53,7 @@ class Fidelity:
         noise: E ||t - p||^2.
         bias: ||E t - p||^2.
         mass: the teacher's probability on the ids that a target names.
-        missed: the sum of |E t - p|.
+        missed: the sum of |E t - p|; of scores by their standard deviation.
         angle: between the gradients by all logits of all positions, in degrees.
         norm_ratio: length of the targets' gradient by that of the full distribution.
         mean_angle: between the gradients summed over positions, in degrees.
@@ -145,6 +146,7 @@ class FidelityMeter:
         self._sums = torch.zeros(10, dtype=torch.float64)
         self._anchors = Anchor(), Anchor()  # theta of each student comes from earlier positions
         self._mean: tuple[Tensor, Tensor] | None = None
+        self._scores: tuple[float, float, float] | None = None  # n, mean, summed squares around it
 
     def add(self, full: FullGradient, near: FullGradient, targets: Targets) -> None:
         """Add positions: the stored targets, on the device of the two students' gradients."""
@@ -159,6 +161,8 @@ class FidelityMeter:
         named = full.p if isinstance(targets, DenseTargets) else _named(full.p, targets)
         if full.answers in ("labels", "score"):  # all of each answer is there
             named = torch.ones(len(full.p))
+        if full.answers == "score":
+            self._scores = _with_spread(self._scores, full.p.double())
         sums = torch.stack(
             [
                 error.square().sum(),
@@ -185,6 +189,10 @@ class FidelityMeter:
         assert self._mean is not None, "positions were added"
         squared, mass, absolute, dot, own, full, near_squared, *near = self._sums.tolist()
         mine, want = self._mean
+        if self._scores is not None:
+            count, _, squares = self._scores
+            spread = math.sqrt(squares / count)
+            absolute = absolute / spread if spread else 0.0  # a constant has no digits to keep
         noise = squared / self._positions
         return Fidelity(
             temperature=self._temperature,
@@ -201,6 +209,17 @@ class FidelityMeter:
             near_noise=near_squared / self._positions,
             near_angle=_degrees(*near),
         )
+
+
+def _with_spread(
+    before: tuple[float, float, float] | None, values: Tensor
+) -> tuple[float, float, float]:
+    """Count, mean, and summed squares around it, with further values (Chan et al. 1983)."""
+    n, mean, squares = before or (0.0, 0.0, 0.0)
+    more, own = values.numel(), float(values.mean())
+    apart, both = own - mean, n + more
+    squares += float((values - own).square().sum()) + apart**2 * n * more / both
+    return both, mean + apart * more / both, squares
 
 
 def _named(p: Tensor, targets: SparseTargets) -> Tensor:
