@@ -30,6 +30,7 @@ from transformers import (
 import kdcache
 from kdcache.cli.main import cli
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.prepare import _SHARD_BYTES, _span_bytes
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.commands.predict.options import PredictOptions
@@ -38,8 +39,8 @@ from kdcache.commands.transcode.options import TranscodeOptions
 from kdcache.commands.verify.options import VerifyOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
-from kdcache.rows import Row
-from kdcache.targets import DenseTargets
+from kdcache.rows import Row, RowSpec
+from kdcache.targets import Codec, DenseTargets
 from kdcache.tasks import IGNORE
 from kdcache.teacher.model import TeacherModel
 
@@ -121,6 +122,19 @@ def own(model: Any, row: Row) -> torch.Tensor:
 
 def labels_of(rows: list[Row]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([r.labels[r.labels != IGNORE] for r in rows])).long()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, None])
+def test_a_shard_fills_its_memory_with_the_positions_that_it_has(
+    options: Make, share: float | None
+) -> None:
+    """Those of masked tokens, or of a causal model all."""
+    codec = Codec.parse("dense", (1.0,), 30_000)
+    rows = RowSpec(task="causal-lm" if share is None else "masked-lm", mask_share=share)
+    build = dataclasses.replace(options(), task=rows.task, shard_tokens=None)
+    size = _span_bytes(build, codec, rows, 0.0, 1 << 30)
+    positions = size / 4 * (share or 1.0)
+    assert positions * codec.bytes_per_position == pytest.approx(_SHARD_BYTES, rel=0.01)
 
 
 @pytest.mark.parametrize("packing", ["concat", "none", "split"])

@@ -108,7 +108,10 @@ def test_balanced_classes_and_rows_without_tags(
     ("options", "message"),
     [
         ({"head_width": 8}, "--head-width is for classifiers of whole texts"),
-        ({"task": "causal-lm"}, "--task is causal-lm, and finetune trains classifiers"),
+        (
+            {"task": "causal-lm"},
+            "finetune trains classifiers and scorers. Train a language model with transformers or",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:

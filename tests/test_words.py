@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertTokenizerLegacy
 
 from kdcache.cache.shard import ShardData, read_shard, write_shard
+from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.finetune.rows import label_names_of
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.rows import Row, RowSpec, WordReader, make_encoder
@@ -130,7 +133,7 @@ def test_what_is_cut_is_counted_and_records_without_words_are_empty() -> None:
         ({"tokens": "a b", "tags": ["O"]}, "column 'tokens' holds a text where a list of words"),
         ({"tokens": ["a", 3], "tags": [0, 0]}, "column 'tokens' holds a number where a word was"),
         ({"text": "a b"}, "has no column 'tokens'; its columns are 'text'. Name .* --words-column"),
-        ({"tokens": ["a"], "tags": [0], "ner_tags": [1]}, "columns tags and ner_tags. Choose one"),
+        ({"tokens": ["a"], "tags": [0], "ner_tags": [1]}, "in the columns tags and ner_tags"),
         ({"tokens": ["\ud800"], "tags": [0]}, "column 'tokens' holds half of a surrogate pair"),
     ],
 )  # fmt: skip
@@ -148,6 +151,39 @@ def test_a_named_column_of_tags_must_be_there_and_none_reads_no_tags() -> None:
     assert row.labels.tolist() == [IGNORE, UNLABELLED, IGNORE]
     (row,) = rows_of({"tokens": ["a"], "pos": ["B-PER"], "tags": [0]}, label_column="pos")
     assert row.labels[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "records", "names"),
+    [
+        (
+            "token-classification",
+            [
+                {"tokens": ["a"], "tags": None, "ner_tags": ["B-X"]},
+                {"tokens": ["b"], "tags": ["O"]},
+            ],
+            ("B-X", "O"),
+        ),
+        (
+            "multi-label-classification",
+            [{"labels": None, "label": ["b"]}, {"labels": [], "label": ""}, {"labels": "a, b"}],
+            ("a", "b"),
+        ),
+        ("sequence-classification", [{"label": "b"}, {"label": "a"}], ("a", "b")),
+    ],
+)
+def test_of_several_columns_of_labels_the_filled_one_counts(
+    task: Any, records: list[dict[str, Any]], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """In fine-tuning, which looks for the classes first, as in the rows themselves."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = FinetuneOptions("m", (str(tmp_path / "a.jsonl"),), "out", task=task)
+    assert label_names_of(options) == names
+    if task != "sequence-classification":
+        column = "ner_tags" if task == "token-classification" else "label"
+        (tmp_path / "a.jsonl").write_text(json.dumps({**records[-1], column: ["b"]}) + "\n")
+        with pytest.raises(UsageError, match=r"labels in the columns .*--label-column"):
+            label_names_of(options)
 
 
 def test_words_of_a_word_vocabulary_stay_whole() -> None:

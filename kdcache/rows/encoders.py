@@ -19,7 +19,7 @@ from kdcache.rows.labels import Labels, make_reader
 from kdcache.rows.masked import MaskedEncoder
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.text import Document, checked_text, frame
-from kdcache.rows.tokens import tokens_of
+from kdcache.rows.tokens import encoded, tokens_of
 from kdcache.rows.words import TokenClassificationEncoder
 from kdcache.tasks import IGNORE, MASKED_LM, TASKS
 
@@ -199,17 +199,8 @@ class TextEncoder(SequenceEncoder):
         if not offsets:
             found = tokens_of(self.tokenizer, texts, add_special_tokens=False, truncation=False)
             return (ids for ids, _, _ in found), iter(())
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,  # no warning about the model's length: rows are cut to it here
-        )
-        return iter(encoded["input_ids"]), iter(encoded["offset_mapping"])
+        found = encoded(self.tokenizer, texts, offsets=True)
+        return iter(found["input_ids"]), iter(found["offset_mapping"])
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

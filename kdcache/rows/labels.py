@@ -65,22 +65,14 @@ class LabelReader(ABC):
 
     def _value(self, record: Record) -> Any:
         """What the record says; None where it says nothing."""
-        there = [name for name in self.spec.label_columns if name in record.values]
-        if len(there) > 1:
-            found = [name for name in there if not _missing(record.values[name])]
-            if len(found) > 1:
-                raise UsageError(
-                    f"{record.place}: it has labels in the columns {' and '.join(found)}. Name the "
-                    "right one with --label-column."
-                )
-            there = found or there
-        if not there:
+        there = filled_column(record, self.spec.label_columns)
+        if there is None:
             if self.spec.label_column is None or self.spec.label_by_default:
                 return None
             # A name that the user chose and that is not there is a slip, not a transfer set.
             missing = list(self.spec.label_columns)
             raise record.missing(missing, "--label-column", self.spec.columns)
-        value = record.values[there[0]]
+        value = record.values[there]
         return None if _missing(value) else value
 
 
@@ -188,6 +180,29 @@ class ScoreReader(LabelReader):
                 f"{_EMPTY}."
             )
         return found
+
+
+def filled_column(record: Record, names: Sequence[str]) -> str | None:
+    """The column that holds a record's labels: where it has several of them, the filled one.
+
+    Args:
+        record: it.
+        names: of columns that may hold them.
+
+    Returns:
+        None where it has no such column.
+
+    Raises:
+        UsageError: several are filled.
+    """
+    there = [name for name in names if name in record.values]
+    filled = [name for name in there if not _missing(record.values[name])]
+    if len(filled) > 1:
+        raise UsageError(
+            f"{record.place}: it has labels in the columns {' and '.join(filled)}. Name the "
+            "right one with --label-column."
+        )
+    return next(iter([*filled, *there]), None)
 
 
 def names_in(record: Record, text: str) -> list[Any]:

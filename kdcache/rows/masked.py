@@ -32,6 +32,7 @@ from kdcache.errors import UsageError
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.text import checked_text, frame, need_offsets
+from kdcache.rows.tokens import encoded
 from kdcache.targets import position_uniform
 from kdcache.tasks import IGNORE
 
@@ -104,23 +105,15 @@ class MaskedEncoder(Encoder):
         return (record, text) if text.strip() else None
 
     def _tokenise(self, batch: Sequence[tuple[Record, str]]) -> Iterator[_Text]:
-        encoded = self.tokenizer(
-            [text for _, text in batch],
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about the model's length: rows are cut to it here
-        )
+        found = encoded(self.tokenizer, [text for _, text in batch])
         for i, (record, _) in enumerate(batch):
-            ids = np.asarray(encoded["input_ids"][i], np.int32)
+            ids = np.asarray(found["input_ids"][i], np.int32)
             if self._special[ids].all():
                 self.empty += 1
                 continue
             words = np.arange(len(ids))
             if self._words:
-                of = encoded.word_ids(i)
+                of = found.word_ids(i)
                 # A token outside the words is one by itself.
                 words = np.array([len(ids) + j if w is None else w for j, w in enumerate(of)])
             yield _Text(record, ids, words)

@@ -21,6 +21,8 @@ Tokens = tuple[list[int], list[int] | None, bool]
 """Ids of a text, their types (None where the model has none), and whether it was truncated (as far
 as the tokenizer tells: slow ones do not)."""
 
+# What every call here asks for. No warning about the model's length: rows are cut to it elsewhere.
+_PLAIN = {"padding": False, "return_attention_mask": False, "verbose": False}
 # What stands between a call and the library.
 _CALLS = ("__call__", "_encode_plus", "_batch_encode_plus", "set_truncation_and_padding")
 _TYPES = "token_type_ids"
@@ -37,7 +39,7 @@ def tokens_of(
         pairs: The second text of each.
         how: Arguments of its call, such as `add_special_tokens`, `truncation` and `max_length`.
     """
-    how = {"padding": False, "return_attention_mask": False, "verbose": False, **how}
+    how = {**_PLAIN, **how}
     library = _library(tokenizer)
     if library is None:
         yield from _called(tokenizer, texts, pairs, how)
@@ -48,6 +50,28 @@ def tokens_of(
     given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     for found in encode(given, add_special_tokens=how.get("add_special_tokens", True)):
         yield found.ids, found.type_ids if typed else None, bool(found.overflowing)
+
+
+def encoded(tokenizer: Any, texts: Sequence[str], *, offsets: bool = False) -> Any:
+    """Whole texts without the tokenizer's own tokens, by its call: what `tokens_of` leaves out.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        texts: One or more.
+        offsets: Whether the characters of each token are wanted (`offset_mapping`).
+
+    Returns:
+        A `BatchEncoding`, with `input_ids` and, of a fast tokenizer, `word_ids`.
+    """
+    more = {"return_offsets_mapping": True} if offsets else {}
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        truncation=False,
+        return_token_type_ids=False,
+        **_PLAIN,
+        **more,
+    )
 
 
 def _library(tokenizer: Any) -> Any:

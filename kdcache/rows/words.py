@@ -27,6 +27,7 @@ from kdcache.corpus import Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.rows.classes import Classes
 from kdcache.rows.encoder import Encoder
+from kdcache.rows.labels import filled_column
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.text import checked_text
 from kdcache.tasks import IGNORE, TASKS, UNLABELLED
@@ -248,7 +249,7 @@ def label_column(record: Record, spec: RowSpec) -> str | None:
     """The column with the labels of a record; None where it has none.
 
     Raises:
-        UsageError: it has several, or not the one that was named.
+        UsageError: several are filled, or it has not the one that was named.
     """
     column = spec.label_column
     defaults = TASKS[spec.task].label_columns
@@ -257,12 +258,7 @@ def label_column(record: Record, spec: RowSpec) -> str | None:
     if column not in ("label", *defaults):
         # A name that the user chose and that is not there is a slip, not a transfer set.
         raise record.missing([column], "--label-column", spec.columns)
-    there = [name for name in defaults if name in record.values]
-    if len(there) > 1:
-        raise UsageError(
-            f"{record.place} has the columns {' and '.join(there)}. Choose one with --label-column."
-        )
-    return there[0] if there else None
+    return filled_column(record, defaults)
 
 
 def _kind(value: Any) -> str:

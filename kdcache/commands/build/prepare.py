@@ -117,7 +117,7 @@ def prepare(options: BuildOptions) -> Prepared:
     seconds = weights / _SPEED.get(dtype, _SPEED_16)
     corpus = options.open_corpus(
         named(options.corpus),
-        span_bytes=functools.partial(_span_bytes, options, codec, seconds),
+        span_bytes=functools.partial(_span_bytes, options, codec, rows, seconds),
         # Where each document is a row of its own, what does not fit is cut off anyway.
         divide=task.over_ids and rows.packing in ("concat", "split"),
     )
@@ -297,20 +297,25 @@ def _teacher_options(
     )
 
 
-def _span_bytes(options: BuildOptions, codec: Codec, seconds: float, total: int) -> int:
+def _span_bytes(
+    options: BuildOptions, codec: Codec, rows: RowSpec, seconds: float, total: int
+) -> int:
     """Bytes of corpus a span: small enough to hold in memory and to share out, few in all.
 
     Args:
         options: of the build.
         codec: of its targets.
+        rows: how records become rows.
         seconds: that the teacher needs for a token, roughly: no more than the spec decides it, so
             that every run of a build has the same spans.
         total: bytes of the corpus.
     """
     if options.shard_tokens is not None:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN
-    per_position = codec.bytes_per_position if TASKS[options.task].per_token else 1.0
-    most = int(_SHARD_BYTES / max(1.0, per_position)) * _TEXT_BYTES_A_TOKEN
+    per_token = codec.bytes_per_position if TASKS[options.task].per_token else 1.0
+    if rows.mask_share is not None:  # only masked tokens are positions
+        per_token *= rows.mask_share
+    most = int(_SHARD_BYTES / max(1.0, per_token)) * _TEXT_BYTES_A_TOKEN
     # 64 spans or more, of 4 MiB at most, unless that made more than 100,000 of them; with a slow
     # teacher of two minutes at most, unless that made more than 400,000.
     share = max(min(1 << 22, max(1 << 16, total // 64)), total // 100_000)

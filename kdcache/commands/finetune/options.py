@@ -106,7 +106,10 @@ class FinetuneOptions(RowOptions, LearningOptions):
         """See `Options.conflicts`."""
         problems = form_problems(self.record_form, self.task)
         if TASKS[self.task].over_ids:
-            problems.append(f"--task is {self.task}, and finetune trains classifiers and scorers.")
+            problems.append(
+                f"--task is {self.task}, and finetune trains classifiers and scorers. Train a "
+                "language model with transformers or TRL, and name its folder as --teacher."
+            )
         if TASKS[self.task].words and self.head_width is not None:
             problems.append("--head-width is for classifiers of whole texts. Leave it out.")
         if TASKS[self.task].answers != "classes" and self.class_weights != "equal":

@@ -15,7 +15,7 @@ from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import pad_rows, padded
-from kdcache.rows.labels import names_in
+from kdcache.rows.labels import filled_column, names_in
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN
 from kdcache.tasks import IGNORE, TASKS, labelled
 from kdcache.teacher import TeacherFiles
@@ -48,16 +48,10 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
     if column == DEFAULT_LABEL_COLUMN:
         columns = task.label_columns
     for record in _records(options, options.corpus, columns):
-        there = [name for name in columns if name in record.values]
-        if not there:
+        there = filled_column(record, columns)
+        if there is None:
             raise record.missing(list(columns), "--label-column")
-        if len(there) > 1:
-            raise UsageError(
-                f"{record.place} has the columns {' and '.join(there)}. Choose one with "
-                "--label-column."
-            )
-        column = there[0]
-        values = record.values[column]
+        column, values = there, record.values[there]
         if task.answers == "labels":
             values = _listed(record, values)
         elif not task.words:
