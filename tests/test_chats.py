@@ -175,6 +175,13 @@ CHATS: dict[str, list[dict[str, Any]]] = {
         {"role": "user", "content": "<think>Hm.</think>"},
         {"role": "assistant", "content": "Yes."},
     ],
+    "answers in a row": [
+        USER,
+        {"role": "assistant", "content": "Yes."},
+        *[{"role": "assistant", "content": "No."}] * 2,
+    ],
+    "blank answers": [
+        {"role": "assistant", "content": "\n\n"}, USER, {"role": "assistant", "content": " "}],
     "an empty answer": [USER, {"role": "assistant", "content": ""}, USER, CHAT_END := {
         "role": "assistant", "content": "Yes."}],
 }  # fmt: skip
@@ -303,6 +310,33 @@ def test_variables_of_a_template() -> None:
 def test_tools_that_are_none(value: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=f"line 1: .*{message}"):
         encode(tokenizer_of("qwen3"), [{"messages": CHATS["one turn"], **value}])
+
+
+def test_what_a_template_would_leave_out_is_refused() -> None:
+    plain, marked = tokenizer_of("smollm2"), tokenizer_of("smollm2")
+    marked.chat_template = MARKED["smollm2"](template("smollm2"))
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+             for m in CHATS["thoughts"]]  # fmt: skip
+    for tokenizer in (plain, marked):
+        with pytest.raises(UsageError, match=r"describes tools, which .* it has no 'tools'\. Name"):
+            encode(tokenizer, [{"messages": CHATS["one turn"], "tools": TOOLS}])
+        with pytest.raises(UsageError, match="holds calls of tools, which .* no 'tool_calls'"):
+            encode(tokenizer, [{"messages": WITH_TOOLS}])
+        with pytest.raises(UsageError, match="chat template refuses it"):
+            encode(tokenizer, [{"messages": parts}])
+        # As templates of several kinds of input do: these take the text of parts, those drop them.
+        kept = tokenizer.chat_template.replace("message['content']", "words(message['content'])")
+        words = (
+            "{% macro words(c) %}{% if c is string %}{{ c }}{% else %}{% for part in c %}"
+            "{{ part.text }}{% endfor %}{% endif %}{% endmacro %}"
+        )
+        tokenizer.chat_template = words + kept
+        (row,) = encode(tokenizer, [{"messages": parts}])
+        (same_text,) = encode(tokenizer, [{"messages": CHATS["thoughts"]}])
+        same([row], [same_text])
+        tokenizer.chat_template = words.replace("part.text", "''") + kept
+        with pytest.raises(UsageError, match=r"leaves out a message .* list of parts \('Sea\?'\)"):
+            encode(tokenizer, [{"messages": parts}])
 
 
 def test_a_thought_that_began_in_the_question_ends_in_the_answer() -> None:

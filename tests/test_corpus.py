@@ -537,12 +537,21 @@ class TestColumns:
 
     def files(self, folder: Path) -> list[Path]:
         rows = [
-            {"text": f"t{i}", "lang": ["en", "de", None][i % 3], "n": i % 4, "ok": i % 2 == 0}
+            {
+                "text": f"t{i}",
+                "lang": ["en", "de", None][i % 3],
+                "n": i % 4,
+                "ok": i % 2 == 0,
+                "share": i % 8 / 8,
+            }
             for i in range(24)
         ]
         (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         pq.write_table(pa.Table.from_pylist(rows), folder / "b.parquet", row_group_size=5)
-        lines = ["text\tlang\tn\tok", *("\t".join(map(_plain, row.values())) for row in rows)]
+        lines = [
+            "text\tlang\tn\tok\tshare",
+            *("\t".join(map(_plain, row.values())) for row in rows),
+        ]
         (folder / "c.tsv").write_text("\n".join(lines))
         return [folder / name for name in ("a.jsonl", "b.parquet", "c.tsv")]
 
@@ -556,6 +565,7 @@ class TestColumns:
             (["ok=true"], list(range(0, 24, 2))),
             (["ok=1"], []),
             (["n=two"], []),
+            (["share=0.25", "share=0.5"], [i for i in range(24) if i % 8 in (2, 4)]),
         ],
     )
     def test_a_filter_keeps_the_same_records_of_every_format(
@@ -565,6 +575,21 @@ class TestColumns:
             corpus = Corpus.open([str(path)], span_bytes=100, filters=filters)
             assert corpus.settings["filters"] == filters
             assert texts_of(corpus, columns=["text"]) == [f"t{i}" for i in expected]
+
+    @pytest.mark.parametrize("kind", [pa.int64(), pa.float32(), pa.decimal128(21, 2)])
+    def test_a_number_is_compared_by_its_value(self, tmp_path: Path, kind: pa.DataType) -> None:
+        numbers = pa.array([1, 2, 3, None]).cast(kind)
+        table = pa.table({"text": list("abcd"), "n": numbers, "tags": [["a"]] * 4})
+        pq.write_table(table, tmp_path / "a.parquet")
+        names = ("2", "2.0", "2.00", "2e0")
+        for name in names:
+            corpus = Corpus.open([str(tmp_path)], span_bytes=1 << 20, filters=[f"n={name}"])
+            assert texts_of(corpus, columns=["text"]) == ["b"]
+        (tmp_path / "b.jsonl").write_text('{"text": "a", "tags": {"a": 1}}\n')
+        for name in ("a.parquet", "b.jsonl"):
+            corpus = Corpus.open([str(tmp_path / name)], span_bytes=1 << 20, filters=["tags=a"])
+            with pytest.raises(UsageError, match=" 1: column 'tags' holds a list or an object"):
+                texts_of(corpus, columns=["text"])
 
     def test_renamed_columns_have_their_new_names_everywhere(self, tmp_path: Path) -> None:
         for path in self.files(tmp_path):

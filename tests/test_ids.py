@@ -267,6 +267,10 @@ class TestLabels:
         values[1]["loss_mask"] = [0, 1]
         (row,) = encode(tokenizer, values, packing="concat", labels="token")
         assert row.labels.tolist() == [2, 3, IGNORE, 5]
+        for mask in ([False, True], [0.0, 1.0]):  # as Megatron's, which may be floats
+            values[1]["loss_mask"] = mask
+            (other,) = encode(tokenizer, values, packing="concat", labels="token")
+            assert other.labels.tolist() == row.labels.tolist()
         with pytest.raises(UsageError, match="packing concat would go on with"):
             RowSpec("causal-lm", record_form="ids", packing="concat", labels="next")
 
@@ -286,7 +290,13 @@ class TestWrongRecords:
             ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers for 2 input_ids"),
             ({"input_ids": [1, 2], "labels": [1, -5]}, "labels holds -5, which is not an id"),
             ({"input_ids": [1, 2], "loss_mask": [1, 7]}, "loss_mask holds other numbers"),
-            ({"input_ids": [1, 2], "loss_mask": [1, 0.5]}, "loss_mask holds something else"),
+            ({"input_ids": [1, 2], "loss_mask": [1, 0.5]}, "loss_mask holds other numbers"),
+            (
+                {"input_ids": [1, 2], "loss_mask": [1, float("nan")]},
+                "loss_mask holds other numbers",
+            ),
+            ({"input_ids": [1, 2], "loss_mask": [1, None]}, "loss_mask holds something else"),
+            ({"input_ids": [True, True]}, "input_ids holds something else than whole numbers"),
         ],
     )
     def test_they_are_named_or_skipped(
@@ -346,6 +356,8 @@ class TestWrongRecords:
         for wrong in ([5, 6, 7, 8, 9, 0], [0, 1, 1, 2, 3, 0], [0, 2, 3, 4, 5, 0]):
             with pytest.raises(UsageError, match="position_ids do not count from 0"):
                 encode(tokenizer, [{**row, "position_ids": wrong}], attend="document")
+        with pytest.raises(UsageError, match="segment_ids come back to a document after another"):
+            encode(tokenizer, [{**row, "segment_ids": [1, 1, 2, 1, 1, 0]}], attend="document")
         both = {"segment_ids": [1, 1, 2, 2, 2, 0], "position_ids": [0, 1, 2, 0, 1, 0]}
         with pytest.raises(UsageError, match="divide the row differently"):
             encode(tokenizer, [{**row, **both}], attend="document")

@@ -17,11 +17,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import jinja2
 
 from kdcache.corpus import RecordError
+from kdcache.corpus.records import shorten
 from kdcache.errors import UsageError
 from kdcache.rows.spec import RowSpec
 from kdcache.rows.text import Document, checked_text, need_offsets
@@ -42,8 +44,8 @@ class Chats:
         self._spec = spec
         self._tokenizer = tokenizer
         self._options = json.loads(spec.chat_template_kwargs or "{}")
-        # Whether the chat template marks the assistant's part, without tools and with them.
-        self._marks: dict[bool, bool] = {}
+        # The chat template without tools and with them: some tokenizers have two.
+        self._templates: dict[bool, str] = {}
         self._special: tuple[str, ...] | None = None
 
     def document(self, messages: Any, tools: Any = None) -> Document:
@@ -62,10 +64,14 @@ class Chats:
         given = _messages(messages, self._spec.messages_column)
         known = _tools(tools, self._spec.tools_column)
         self._check_template()
+        self._check_tools(given, known)
         try:
             if self._marked(known):
+                if _listed(given):
+                    _check_words(given, self._render(given, known))
                 return self._by_marks(given, known)
             text = self._render(given, known)
+            _check_words(given, text)
             ranges = self._spoken(text, given, known)
         except (jinja2.TemplateError, TypeError) as error:
             # Templates refuse what they don't know, such as two turns of the user in a row.
@@ -85,11 +91,26 @@ class Chats:
         """Whether the template's own marks say what is learnt."""
         if tuple(self._spec.learn) != (_ASSISTANT,):
             return False
+        return bool(_GENERATION_TAG.search(self._template(tools)))
+
+    def _template(self, tools: Any) -> str:
         some = tools is not None
-        if some not in self._marks:
-            template = str(self._tokenizer.get_chat_template(tools=tools))
-            self._marks[some] = bool(_GENERATION_TAG.search(template))
-        return self._marks[some]
+        if some not in self._templates:
+            self._templates[some] = str(self._tokenizer.get_chat_template(tools=tools))
+        return self._templates[some]
+
+    def _check_tools(self, messages: list[Message], tools: Any) -> None:
+        """Refuse what the template would leave out without a word."""
+        lost = [
+            (f"column {self._spec.tools_column!r} describes tools", "tools", tools is not None),
+            ("it holds calls of tools", "tool_calls", any("tool_calls" in m for m in messages)),
+        ]
+        for what, name, there in lost:
+            if there and name not in self._template(tools):
+                raise RecordError(
+                    f"{what}, which the tokenizer's chat template leaves out: it has no {name!r}. "
+                    "Name one that has with --chat-template, or remove them"
+                )
 
     def _render(self, messages: Sequence[Message], tools: Any, prompt: bool = False) -> str:
         return str(
@@ -288,6 +309,26 @@ def _call(call: Any, column: str) -> Any:
             ) from None
     inner = {**inner, "arguments": arguments}
     return {**call, "function": inner} if "function" in call else inner
+
+
+def _listed(messages: Sequence[Message]) -> list[str]:
+    """The texts of contents that are lists of parts, without what was thought."""
+    contents = (m["content"] for m in messages if isinstance(m.get("content"), list))
+    parts = (part.get("text") for parts in contents for part in parts if isinstance(part, dict))
+    texts = [part for part in parts if isinstance(part, str)]
+    for text, (_, close) in product(range(len(texts)), _THOUGHTS):
+        texts[text] = texts[text].rpartition(close)[2]
+    return [text.strip() for text in texts]
+
+
+def _check_words(messages: Sequence[Message], text: str) -> None:
+    """Refuse a rendered conversation that has lost contents which are lists of parts."""
+    for words in _listed(messages):
+        if words not in text:
+            raise RecordError(
+                "the tokenizer's chat template leaves out a message whose content is a list of "
+                f"parts ({shorten(words)!r}). Write the content as text"
+            )
 
 
 def _tools(tools: Any, column: str) -> list[Any] | None:

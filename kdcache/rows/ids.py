@@ -24,6 +24,7 @@ from kdcache.rows.spec import ID_COLUMNS, RowSpec
 from kdcache.tasks import IGNORE
 
 _ATTENTION = "attention_mask"
+_MASKS = (_ATTENTION, "loss_mask")
 
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -105,7 +106,7 @@ class SequenceMaker:
             return ids, np.ones(len(ids), np.bool_)
         mask = np.ones(len(ids), np.bool_)
         if "loss_mask" in columns:
-            mask = _flags(columns["loss_mask"], "loss_mask")
+            mask = columns["loss_mask"].astype(np.bool_)
         labels = columns.get("labels")
         if labels is not None:
             mask = mask & (labels != IGNORE)
@@ -150,7 +151,10 @@ def _differing(ids: Numbers, labels: Numbers, mask: Mask) -> int | None:
 
 
 def _numbers(value: Any, column: str) -> Numbers:
-    """Whole numbers of a column of a record; a missing one is empty."""
+    """Whole numbers of a column of a record; a missing one is empty.
+
+    Masks may be true and false, or 0.0 and 1.0 as Megatron's are.
+    """
     if value is None:
         return np.zeros(0, np.int64)
     if not isinstance(value, (list, np.ndarray)):
@@ -160,22 +164,19 @@ def _numbers(value: Any, column: str) -> Numbers:
         array = np.asarray(value) if len(value) else np.zeros(0, np.int64)
     except ValueError:  # lists of different lengths
         array = np.zeros(0, object)
-    if array.ndim != 1 or array.dtype.kind not in "iub":
+    mask = column in _MASKS
+    if array.ndim != 1 or array.dtype.kind not in ("iubf" if mask else "iu"):
         raise RecordError(f"{column} holds something else than whole numbers in its list")
-    return array.astype(np.int64)
-
-
-def _flags(values: Numbers, column: str) -> Mask:
-    if len(values) and not set(np.unique(values)) <= {0, 1}:
+    if mask and not np.isin(array, (0, 1)).all():
         raise RecordError(f"{column} holds other numbers than 0 and 1")
-    return values.astype(np.bool_)
+    return array.astype(np.int64)
 
 
 def _real(attention: Numbers | None) -> slice:
     """Where a row's own ids are, its padding on either side left out."""
     if attention is None:
         return slice(None)
-    places = np.flatnonzero(_flags(attention, _ATTENTION))
+    places = np.flatnonzero(attention)
     if not len(places):
         return slice(0, 0)
     own = slice(int(places[0]), int(places[-1]) + 1)
@@ -193,6 +194,11 @@ def _divisions(columns: dict[str, Numbers], real: slice, length: int) -> Mask:
     )
     if len(segments):
         starts[1:] |= segments[1:] != segments[:-1]
+        if starts.sum() != len(np.unique(segments)):
+            raise RecordError(
+                "segment_ids come back to a document after another one, expected the ids of each "
+                "side by side"
+            )
     if len(positions):
         begins = positions == 0
         if not begins[0] or (np.diff(positions)[~begins[1:]] != 1).any():
