@@ -9,7 +9,7 @@ VLLM_VENV ?= .vllm
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help docs install demo test test-gpu test-vllm vllm-venv test-fast lint format clean
+.PHONY: help docs install demo test test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
@@ -36,11 +36,22 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/kdcache demo --out .demo
 
-# What inspects generated code wants a process in which nothing else has run, and some end every Ray of
-# the machine. A step without tests (5) is none that failed: PYTEST_ARGS may choose.
+# What inspects generated code wants a process in which nothing else has run: it has one beside the
+# others, and is printed after them. Some tests end every Ray of the machine, so they come last. A step
+# without tests (5) is none that failed: PYTEST_ARGS may choose.
 test: install
-	$(BIN)/python -m pytest -m "not gpu" tests/cuda $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(MAKE) --no-print-directory -j 2 test-generated test-most
+	@$(MAKE) --no-print-directory test-alone
+
+test-generated: install
+	@mkdir -p build
+	@$(BIN)/python -m pytest -m "not gpu" tests/cuda $(PYTEST_ARGS) > build/generated.log 2>&1; \
+		status=$$?; cat build/generated.log; [ $$status -eq 0 ] || [ $$status -eq 5 ]
+
+test-most: install
 	$(BIN)/python -m pytest -m "not gpu and not alone" --ignore tests/cuda -n $(JOBS) --dist loadfile $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+test-alone: install
 	$(BIN)/python -m pytest -m "alone and not gpu" tests/test_cluster.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-gpu: install
