@@ -163,12 +163,10 @@ def test_slices_of_several_workers_add_up_to_the_whole_batch(
 
 def run(cache: str, student: str, out: Path, **options: Any) -> Any:
     small = SIZES if student == "bilstm" else {}
+    options = {"batch_size": 16, "epochs": 2, "learning_rate": 0.01, **small, **options}
     return train(
-        TrainOptions(
-            cache=(cache,), eval_cache=(cache,), student=student, out=str(out), batch_size=16,
-            epochs=2, learning_rate=0.01, **{**small, **options},
-        )
-    )  # fmt: skip
+        TrainOptions(cache=(cache,), eval_cache=(cache,), student=student, out=str(out), **options)
+    )
 
 
 def slow_figures(run_folder: str, corpus: Path) -> dict[str, float]:
@@ -304,8 +302,12 @@ def test_a_stopped_run_resumes_to_the_bit(tag_caches: dict[str, str], tmp_path: 
 def test_hard_labels_alone_leave_words_without_a_label_out(
     tag_caches: dict[str, str], tmp_path: Path
 ) -> None:
-    result = run(tag_caches["first"], "bilstm", tmp_path / "run", alpha="1")
+    rates = {"learning_rate": None, "lr_scheduler": "constant", "logging_steps": 1}
+    result = run(tag_caches["first"], "bilstm", tmp_path / "run", alpha="1", **rates)
     assert result.soft_loss is None
+    # By default that of the biLSTM, whichever its task.
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["learning_rate"] == 1e-3
     batch = next(iter(TargetStream(tag_caches["first"], batch_size=90, temperature=None)))
     labels = batch["labels"]
     assert UNLABELLED not in labels

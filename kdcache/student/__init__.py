@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from kdcache.models import BiLstmConfig
-from kdcache.student.bilstm import BiLstmForSequenceClassification, BiLstmForTokenClassification
+from kdcache.student.bilstm import (
+    BiLstm,
+    BiLstmForSequenceClassification,
+    BiLstmForTokenClassification,
+)
 from kdcache.student.info import StudentInfo
 from kdcache.student.load import load_student
 from kdcache.student.tokenize import HfTokenize, WordTokenize, student_tokenize
@@ -11,6 +15,7 @@ from kdcache.student.words import read_embeddings, word_tokenizer
 from kdcache.student.wrapper import DistillationOutput, DistilledStudent
 
 __all__ = [
+    "BiLstm",
     "BiLstmConfig",
     "BiLstmForSequenceClassification",
     "BiLstmForTokenClassification",

@@ -54,7 +54,7 @@ from kdcache.humanize import shares
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream
 from kdcache.stream.aligned import undivided
 from kdcache.student import (
-    BiLstmForSequenceClassification,
+    BiLstm,
     DistilledStudent,
     HfTokenize,
     StudentInfo,
@@ -478,7 +478,7 @@ def _best_metric(plan: RunPlan) -> str:
 
 
 def _learning_rate(options: TrainOptions, student: DistilledStudent) -> float:
-    if isinstance(student.student, BiLstmForSequenceClassification):
+    if isinstance(student.student, BiLstm):
         return 1e-3
     if is_adapted(student.student):
         return 2e-4
