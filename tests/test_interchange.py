@@ -404,9 +404,26 @@ class TestWrongRows:
         options: dict[str, Any] = {"layout": "plain", "targets": "next", "from_": "jsonl"}
         with pytest.raises(UsageError, match=f"line 2: .*{message}"):
             take_in(path, tmp_path / "fails", **options)
+        if "fewer" not in message:  # what is wrong behind the best is wrong, too
+            with pytest.raises(UsageError, match=f"line 2: .*{message}"):
+                take_in(path, tmp_path / "top", top=2, **options)
         cache = take_in(path, tmp_path / "cache", on_error="skip", **options)
         check(cache)
         assert cache.manifest.skipped == 1
+
+    def test_what_fills_lists_up_is_no_target(self, tmp_path: Path) -> None:
+        filled: dict[str, Any] = {
+            "input_ids": IDS,
+            "target_ids": [[-1, *ids, -1] for ids in TOP],
+            "target_logprobs": [[-math.inf, *values, -math.inf] for values in LOGPROBS],
+        }
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(filled))
+        options: dict[str, Any] = {"layout": "plain", "targets": "next", "from_": "jsonl"}
+        check(take_in(path, tmp_path / "cache", top=3, **options))
+        check(take_in(path, tmp_path / "two", top=2, **options), 2)
+        with pytest.raises(UsageError, match="names -1, which is not an id"):
+            take_in(path, tmp_path / "five", **options)
 
     def test_excess_is_clipped_by_an_explicit_word(self, tmp_path: Path) -> None:
         high = [[0.0, -1.0, -2.0], *LOGPROBS[1:]]

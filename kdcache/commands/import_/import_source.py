@@ -227,14 +227,18 @@ class RowReader:
                 f"the probabilities of a position sum to {mass.max():.4g} (--excess clip scales "
                 "them to 1)"
             )
-        best = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
-        ids, logprobs = (np.take_along_axis(values, best, 1) for values in (ids, logprobs))
-        if (ids < 0).any() or (ids >= width).any():
-            wrong = ids[(ids < 0) | (ids >= width)][0]
+        # An id without probability may be what fills a list up, but not among the best.
+        slots = np.argsort(-logprobs, axis=1, kind="stable")
+        ids, logprobs = (np.take_along_axis(values, slots, 1) for values in (ids, logprobs))
+        named = logprobs > -np.inf
+        named[:, :k] = True
+        if ((ids < 0) | (ids >= width))[named].any():
+            wrong = ids[named & ((ids < 0) | (ids >= width))][0]
             raise RecordError(f"a target names {wrong}, which is not an id of the tokenizer")
-        ordered = np.sort(ids, 1)
+        ordered = np.sort(np.where(named, ids, -1 - np.arange(ids.shape[1])), 1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise RecordError("a target names an id twice")
+        ids, logprobs = ids[:, :k], logprobs[:, :k]
         logprobs = logprobs - np.log(np.maximum(mass, 1))[:, None]
         tail = np.clip(1 - np.exp(logprobs).sum(1), 0, 1)
         if not np.isfinite(logprobs[:, 0]).all():
