@@ -117,6 +117,23 @@ def test_the_whole_example(
     assert Path("work/accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_gains_are_of_the_seeds_that_both_have(example: ModuleType) -> None:
+    def row(name: str, seed: int, accuracy: float) -> dict[str, object]:
+        return {"name": name, "seed": seed, "accuracy": accuracy, "teacher": 0.9, "rows": 10}
+
+    hard = [row("hard labels", seed, value) for seed, value in enumerate((0.80, 0.82, 0.70))]
+    both = [row("+ both", seed, value) for seed, value in enumerate((0.83, 0.87))]
+    lines = example.table(hard + both).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert cells == [
+        ["hard labels", "3", "10", "77.3", "6.4", "70.0 - 82.0", "", ""],
+        ["+ both", "2", "10", "85.0", "2.8", "83.0 - 87.0", "+4.0 ± 1.0", "44%"],
+        ["teacher", "", "", "90.0", "", "", "+12.7", ""],
+    ]
+    alone = example.table([row("+ both", 0, 0.8)]).splitlines()
+    assert alone[2] == "| + both | 1 | 10 | 80.0 |  | 80.0 - 80.0 |  |  |"
+
+
 def test_a_row_without_a_label_is_named(example: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "train.tsv"
     path.write_text("fine\t1\nno label\n")

@@ -202,29 +202,37 @@ def each(
 def table(results: list[dict[str, Any]]) -> str:
     """Mean, standard deviation, range and gain of each student, in Markdown.
 
-    The gain is over hard labels with vectors, "of the gap" its share of the teacher's.
+    The gain is over hard labels with vectors, seed by seed, with the standard error of its mean;
+    "of the gap" its share of the teacher's over the same seeds.
     """
     teacher = 100 * results[0]["teacher"]
-    plain = [100 * r["accuracy"] for r in results if r["name"] == BASELINE]
-    base = statistics.fmean(plain) if plain else float("nan")
+    accuracy = {(r["name"], r["seed"]): 100 * r["accuracy"] for r in results}
+    base = {seed: value for (name, seed), value in accuracy.items() if name == BASELINE}
     lines = [
         "| student | seeds | rows | test accuracy, % | std | range | gain | of the gap |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(student.name for student in STUDENTS):
-        own = [r for r in results if r["name"] == name]
+        own = {seed: value for (n, seed), value in accuracy.items() if n == name}
         if not own:
             continue
-        values = [100 * r["accuracy"] for r in own]
-        mean = statistics.fmean(values)
+        values = list(own.values())
         spread = f"{statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        gain = "" if name == BASELINE else f"{mean - base:+.1f}"
-        share = "" if name == BASELINE else f"{(mean - base) / (teacher - base):.0%}"
+        pairs = [(value, base[seed]) for seed, value in own.items() if seed in base]
+        gain = share = ""
+        if pairs and name != BASELINE:
+            gains = [value - plain for value, plain in pairs]
+            mean = statistics.fmean(gains)
+            share = f"{mean / statistics.fmean(teacher - plain for _, plain in pairs):.0%}"
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+            gain = f"{mean:+.1f}" + ("" if error is None else f" ± {error:.1f}")
+        rows = max(r["rows"] for r in results if r["name"] == name)
         lines.append(
-            f"| {name} | {len(own)} | {own[0]['rows']:,} | {mean:.1f} | {spread} "
+            f"| {name} | {len(own)} | {rows:,} | {statistics.fmean(values):.1f} | {spread} "
             f"| {min(values):.1f} - {max(values):.1f} | {gain} | {share} |"
         )
-    lines.append(f"| teacher | | | {teacher:.1f} | | | {teacher - base:+.1f} | |")
+    over = f"{teacher - statistics.fmean(base.values()):+.1f}" if base else ""
+    lines.append(f"| teacher | | | {teacher:.1f} | | | {over} | |")
     return "\n".join(lines)
 
 
@@ -252,6 +260,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path)
+
+
+def show(out: Path) -> None:
+    """Write table and plot of all runs that are finished."""
+    results = [json.loads(path.read_text()) for path in sorted(out.glob(f"runs/*/{RESULT}"))]
+    (out / "table.md").write_text(table(results) + "\n")
+    plot(results, out / "accuracy.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -289,10 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
     work = [(s, seed) for seed in range(options.seeds) for s in STUDENTS if options.only in s.name]
     for row in each(out, work, settings, options.jobs):
         print(json.dumps(row), flush=True)
-    results = [json.loads(path.read_text()) for path in sorted(out.glob(f"runs/*/{RESULT}"))]
-    (out / "table.md").write_text(table(results) + "\n")
-    print(table(results))
-    plot(results, out / "accuracy.png")
+        show(out)
+    print((out / "table.md").read_text())
 
 
 if __name__ == "__main__":
