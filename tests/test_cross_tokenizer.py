@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from kdcache import BuildOptions, Cache, TrainOptions, build, train
+from kdcache import BuildOptions, Cache, EvaluateOptions, TrainOptions, build, evaluate, train
 from kdcache.cli.main import cli
 from kdcache.commands.demo.teacher import make_tokenizer
 from kdcache.commands.train.result import TrainProgress
@@ -326,6 +326,27 @@ def test_a_run_learns_and_its_folder_has_its_own_tokenizer(
     assert f"the rest {method} across tokenizers" in card
     assert "Models of other tokenizers compare by bits per byte" in card
     assert not train(options(cross_tokenizer=method, **common)).made
+
+
+@pytest.mark.parametrize("tokens", ["own", "bytes", None])
+def test_an_evaluation_has_the_figures_in_bytes_of_evaluate(
+    options: Make, folder: Path, tokens: str | None
+) -> None:
+    """Those of all rows and of one domain, by its own tokens and by the teacher's."""
+    own = {"cross_tokenizer": None, "student_tokenizer": None}
+    own = own if tokens is None else {"student_tokenizer": str(folder / tokens)}
+    result = train(options(**own, eval_cache=str(folder / "single"), alpha=0.9))
+    found = evaluate(EvaluateOptions((result.out,), str(folder / "single")))
+    teacher, student = found.models
+    assert student.bits_per_byte is not None
+    assert result.eval["bits_per_byte"] == pytest.approx(student.bits_per_byte, rel=1e-5)
+    assert result.eval["teacher_bits_per_byte"] == pytest.approx(teacher.bits_per_byte, rel=1e-5)
+    for name in ("chunk_kl", "chunk_agreement"):
+        assert result.eval.get(name) == (
+            None if tokens is None else pytest.approx(getattr(student, name), rel=1e-5)
+        )
+    card = Path(result.out, "README.md").read_text()
+    assert f"| evaluation: bits_per_byte | {student.bits_per_byte:.4f} |" in card
 
 
 def test_hard_labels_alone_need_no_teacher(options: Make, folder: Path, tmp_path: Path) -> None:

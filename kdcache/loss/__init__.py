@@ -32,6 +32,7 @@ from kdcache.loss.anchor import Anchor
 from kdcache.loss.chunks import chunk_loss
 from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.independent import label_loss, score_loss
+from kdcache.loss.logprobs import label_logprobs, linear_logprobs
 from kdcache.loss.reference import (
     DIVERGENCES,
     TAILS,
@@ -52,7 +53,9 @@ __all__ = [
     "chunk_loss",
     "distillation_loss",
     "fused_linear_distillation",
+    "label_logprobs",
     "label_loss",
+    "linear_logprobs",
     "score_loss",
     "sliced_linear_distillation",
 ]

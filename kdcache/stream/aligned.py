@@ -25,6 +25,7 @@ class AlignedRows:
         chunk_offsets: int64 [rows + 1], where each row's chunks begin.
         chunks: int32 [chunks, 4]: the first position of the teacher in the cached row and the one
             after its last, and the student's two in its row.
+        chunk_bytes: int32 [chunks], bytes of text of each; 0 of special tokens.
     """
 
     offsets: np.ndarray
@@ -33,6 +34,7 @@ class AlignedRows:
     starts: np.ndarray | None
     chunk_offsets: np.ndarray
     chunks: np.ndarray
+    chunk_bytes: np.ndarray
 
     @classmethod
     def of(cls, rows: Sequence[Alignment]) -> AlignedRows:
@@ -46,6 +48,7 @@ class AlignedRows:
             _joined(divided, np.bool_) if divided else None,
             offsets_of([len(row.teacher_spans) for row in rows]),
             np.concatenate([np.zeros((0, 4)), *chunks]).astype(np.int32),
+            _joined([row.chunk_bytes for row in rows], np.int32),
         )
 
     def __len__(self) -> int:
@@ -75,6 +78,7 @@ class AlignedRows:
             None if self.starts is None else self.starts[tokens],
             self.chunk_offsets[row : row + 2] - self.chunk_offsets[row],
             self.chunks[chunks],
+            self.chunk_bytes[chunks],
         )
 
     @classmethod
@@ -88,6 +92,7 @@ class AlignedRows:
             np.concatenate([part._starts for part in parts]) if divided else None,
             offsets_of(np.concatenate([np.diff(part.chunk_offsets) for part in parts])),
             np.concatenate([part.chunks for part in parts]),
+            np.concatenate([part.chunk_bytes for part in parts]),
         )
 
     @property

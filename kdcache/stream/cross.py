@@ -27,6 +27,7 @@ from kdcache.rows.batches import padded
 from kdcache.stream.aligned import AlignedRows, AlignedShard, offsets_of
 from kdcache.stream.batch import position_ids
 from kdcache.stream.cached_rows import cached_rows
+from kdcache.stream.text import TextChunks
 from kdcache.targets import SparseTargets
 from kdcache.targets.chunks import ChunkTargets, Groups
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
@@ -163,22 +164,11 @@ class CrossTokenizer:
         own, codes = data.aligned, data.label_logprob
         assert own is not None, "a stream with another tokenizer aligns all its rows"
         assert codes is not None, "refused before: no label_logprob"
-        counts = np.diff(own.chunk_offsets)
-        theirs = np.repeat(data.position_offsets[:-1], counts)
-        sizes = own.positions
-        ours = np.repeat(np.cumsum(sizes) - sizes, counts)
-        spans = own.chunks.astype(np.int64)
-        spans[:, :2] += theirs[:, None]
-        spans[:, 2:] += ours[:, None]
-        impossible = codes == IMPOSSIBLE
-        squares = np.where(impossible, 0, codes.astype(np.int64) ** 2)
-        sums, lost = (
-            (lambda total: total[spans[:, 1]] - total[spans[:, 0]])(offsets_of(values))
-            for values in (squares, impossible)
-        )
-        kept = (lost == 0) & (spans[:, 3] > spans[:, 2])
-        spans, likelihood = spans[kept], -(sums[kept] / SCALE)
-        size = int(sizes.sum())
+        spans = _spans(data, own)
+        likelihood = _likelihood(codes, spans)
+        kept = np.isfinite(likelihood) & (spans[:, 3] > spans[:, 2])
+        spans, likelihood = spans[kept], likelihood[kept]
+        size = int(own.positions.sum())
         if self.groups is None:
             return ChunkTargets(size, spans[:, 2], spans[:, 3], _floats(likelihood), tau=self.tau)
         found = data.targets.take(spans[:, 0]).at(1.0)
@@ -205,9 +195,47 @@ class CrossTokenizer:
             groups=self.groups,
         )
 
+    def text(self, data: ShardData) -> TextChunks:
+        """The chunks of text of some rows, special tokens left out.
+
+        Args:
+            data: rows of a batch.
+        """
+        own = data.aligned if isinstance(data, AlignedShard) else None
+        assert own is not None, "a stream with another tokenizer aligns all its rows"
+        is_text = own.chunk_bytes > 0
+        spans = _spans(data, own)[is_text]
+        codes = data.label_logprob
+        known = None if codes is None else _likelihood(codes, spans)
+        return TextChunks(
+            spans[:, 2], spans[:, 3], own.chunk_bytes[is_text].astype(np.int64), known
+        )
+
     @cached_property
     def _paths(self) -> np.ndarray:
         return paths_of(self.aligner, self._teacher_ids)
+
+
+def _spans(data: ShardData, own: AlignedRows) -> np.ndarray:
+    """int64 [C, 4]: the chunks of all rows, as positions of all rows of each side."""
+    counts = np.diff(own.chunk_offsets)
+    theirs = np.repeat(data.position_offsets[:-1], counts)
+    ours = np.repeat(np.cumsum(own.positions) - own.positions, counts)
+    spans = own.chunks.astype(np.int64)
+    spans[:, :2] += theirs[:, None]
+    spans[:, 2:] += ours[:, None]
+    return spans
+
+
+def _likelihood(codes: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """float64 [C]: the teacher's log-likelihood of each chunk, minus infinity if impossible."""
+    impossible = codes == IMPOSSIBLE
+    squares = np.where(impossible, 0, codes.astype(np.int64) ** 2)
+    sums, lost = (
+        (lambda total: total[spans[:, 1]] - total[spans[:, 0]])(offsets_of(values))
+        for values in (squares, impossible)
+    )
+    return np.where(lost > 0, -np.inf, -(sums / SCALE))
 
 
 def paths_of(aligner: Aligner, vocab_size: int) -> np.ndarray:

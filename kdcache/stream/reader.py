@@ -53,6 +53,7 @@ from kdcache.stream.order import (
 )
 from kdcache.stream.ranks import SumOverRanks
 from kdcache.stream.shard_rows import ShardRows
+from kdcache.stream.text import TextChunks
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3
@@ -158,6 +159,7 @@ class TargetStream(IterableDataset[Batch]):
         cursor: Cursor | Mapping[str, int] | None = None,
         tokenize: Tokenize | None = None,
         cross: CrossTokenizer | None = None,
+        text: Callable[[ShardData], TextChunks] | None = None,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
@@ -188,6 +190,7 @@ class TargetStream(IterableDataset[Batch]):
             cursor: where to begin.
             tokenize: text to tensors, for classifiers with a tokenizer of their own.
             cross: for language models with a tokenizer of their own.
+            text: rows of a batch to its chunks of text, which batches then have under `text`.
             prefetch: batches ready in advance.
             pin_memory: put batches in page-locked memory, for copies to a GPU that do not wait.
 
@@ -201,7 +204,7 @@ class TargetStream(IterableDataset[Batch]):
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.shuffle, self.drop_last = shuffle, drop_last
         self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
-        self.cross = cross
+        self.cross, self.text = cross, text
         self._streams, self._group = streams, group
         self._sum_over = sum_over
         self.cursor = cursor if isinstance(cursor, Cursor) else Cursor()
@@ -516,12 +519,14 @@ class TargetStream(IterableDataset[Batch]):
         if self.cross is not None:
             assert isinstance(data, AlignedShard), "all rows of the stream are aligned"
             batch = self.cross.collate(data, soft=temperature is not None, count=count)
-            return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
-        batch = collate(
-            data,
-            pad_id=self.caches[0].spec.pad_id,
-            temperature=temperature,
-            count=count,
-            tokenize=self.tokenize,
-        )
+        else:
+            batch = collate(
+                data,
+                pad_id=self.caches[0].spec.pad_id,
+                temperature=temperature,
+                count=count,
+                tokenize=self.tokenize,
+            )
+        if self.text is not None:
+            batch["text"] = self.text(data)
         return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch

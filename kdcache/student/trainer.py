@@ -48,6 +48,8 @@ from kdcache.student.checkpoints import (
     read_state,
 )
 from kdcache.student.figures import SUMS, figure, figure_sums, hard_labels
+from kdcache.student.in_bytes import SUMS as TEXT_SUMS
+from kdcache.student.in_bytes import text_figures, text_sums
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import keep_inputs_and_loss
 from kdcache.student.record import recorded
@@ -305,7 +307,9 @@ class DistillationTrainer(CheckpointingTrainer):
         model = self.model
         was_training = model.training
         model.eval()
-        sums = torch.zeros(len(parts), _SUMS, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(
+            len(parts), _SUMS + TEXT_SUMS, dtype=torch.float64, device=self.args.device
+        )
         soft_known = ""
         for part, own in zip(parts.values(), sums, strict=True):
             soft_known = self._add_up(part, own) or soft_known
@@ -323,14 +327,15 @@ class DistillationTrainer(CheckpointingTrainer):
 
         Args:
             stream: the rows.
-            sums: float64 [_SUMS]: hard and soft loss, positions, those with labels, what the hard
-                loss is a mean over; those of entities; then those of the task's figure.
+            sums: float64 [_SUMS + TEXT_SUMS]: hard and soft loss, positions, those with labels,
+                what the hard loss is a mean over; those of entities; those of the task's figure;
+                then those of chunks of text.
         """
         task, soft_known = stream.task, ""
         for batch in stream:
-            count = float(batch["count"])
+            count, text = float(batch["count"]), batch.pop("text", None)
             inputs = self._prepare_inputs(batch)
-            outputs = self.model(**inputs)
+            outputs = self.model(**inputs, return_logprobs=text is not None)
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
@@ -343,7 +348,9 @@ class DistillationTrainer(CheckpointingTrainer):
             sums[3] += labelled(labels, task).sum()
             sums[4] += hard_labels(task, labels)
             sums[5:8] += _entities(stream, inputs, outputs.logits)
-            sums[8:] += figure_sums(task, outputs.logits, labels)
+            sums[8:_SUMS] += figure_sums(task, outputs.logits, labels)
+            if text is not None:
+                sums[_SUMS:] += text_sums(text, outputs.logprobs)
         return soft_known
 
     def _figures(self, stream: TargetStream, sums: Tensor, soft_known: str) -> dict[str, float]:
@@ -355,12 +362,12 @@ class DistillationTrainer(CheckpointingTrainer):
         found = {"loss": (alpha * hard + (1 - alpha) * soft) / whole}
         if labelled_rows:
             found["hard_loss"] = hard / known
-            found |= figure(stream.task, sums[8:])
+            found |= figure(stream.task, sums[8:_SUMS])
             if _tags(stream) is not None:
                 found["f1"] = 2 * entities[2] / max(entities[0] + entities[1], 1)
         if soft_known:
             found[soft_known] = soft / max(counted, 1)
-        return found
+        return found | text_figures(sums[_SUMS:], across=stream.cross is not None)
 
     def _final_alpha(self) -> float | Tensor:
         if self.alpha is None:

@@ -33,7 +33,9 @@ from kdcache.loss import (
     chunk_loss,
     distillation_loss,
     fused_linear_distillation,
+    label_logprobs,
     label_loss,
+    linear_logprobs,
     score_loss,
     sliced_linear_distillation,
 )
@@ -58,12 +60,15 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
             weighted by alpha; detached.
         soft_loss: T^2 times the divergence (for sampled targets: times the cross-entropy with the
             teacher), likewise; None if the batch has no targets.
+        logprobs: float64 [P], log-probabilities of a language model's labels if requested;
+            detached.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     hard_loss: Tensor | None = None
     soft_loss: Tensor | None = None
+    logprobs: Tensor | None = None
 
 
 class DistilledStudent(nn.Module):
@@ -205,6 +210,7 @@ class DistilledStudent(nn.Module):
         count: float | Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool = False,
+        return_logprobs: bool = False,
         places: Tensor | None = None,
         label_logprob: Tensor | None = None,
         first_tokens: Tensor | None = None,
@@ -222,6 +228,7 @@ class DistilledStudent(nn.Module):
             count: divisor of the loss. Default: P.
             num_items_in_batch: that of a whole step of several batches, which is stronger.
             return_logits: for language models: return all logits too, which takes their memory.
+            return_logprobs: for language models: return the log-probabilities of the labels too.
             places: int64 [P], where `labels.reshape(-1)` has positions, from a caller who knows
                 (see `host_places`); finding them here makes the host wait for the device once.
             label_logprob: what a batch holds of the teacher; the loss does not need it.
@@ -269,11 +276,12 @@ class DistilledStudent(nn.Module):
             check_loss(targets, divergence=divergence, tail=self.tail, answers=kind.answers)
         _check_number(targets, n)
         targets = targets.to(flat.device)
+        width = self.vocab_size if over_ids else None
         options: dict[str, Any] = {
             "alpha": alpha,
             "divergence": divergence,
             "tail": self.tail,
-            "vocab_size": self.vocab_size if over_ids else None,
+            "vocab_size": width,
             "count": count,
         }
         anchor = self.anchor if self.training else None
@@ -283,7 +291,7 @@ class DistilledStudent(nn.Module):
             plain = functools.partial(chunk_loss, targets=targets, **kept)
         else:
             plain = functools.partial(distillation_loss, targets=targets, anchor=anchor, **options)
-        logits = None
+        logits = logprobs = None
         projection = self._project(inputs) if over_ids and not return_logits else None
         layer = None if projection is None else projection.layer
         if places is None:
@@ -292,6 +300,8 @@ class DistilledStudent(nn.Module):
         elif projection is None or layer is None:
             logits = _last(logits_of(call(self.student, inputs)), labels)
             parts = plain(_pick(logits, places), flat[places])
+            if return_logprobs:
+                logprobs = label_logprobs(_pick(logits, places)[:, :width], flat[places])
         else:
             states = _last(projection.states(layer, inputs), labels)
             linear: Any = sliced_linear_distillation
@@ -306,10 +316,14 @@ class DistilledStudent(nn.Module):
                 cap=projection.cap,
                 **options,
             )
+            if return_logprobs:
+                given = _pick(states, places), layer.weight[:width], projection.bias(layer)
+                logprobs = linear_logprobs(*given, flat[places], cap=projection.cap)
         keep = logits if not over_ids or return_logits else None
         if keep is not None and per_token:
             keep = keep.reshape(*shape, -1)
-        return DistillationOutput(parts.total, keep, parts.hard, parts.soft if soft else None)
+        soft_part = parts.soft if soft else None
+        return DistillationOutput(parts.total, keep, parts.hard, soft_part, logprobs)
 
     def _independent(
         self,

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache import loss
 from kdcache.align import Aligner, CachedRow, TokenBytes, label_bytes
 from kdcache.commands.evaluate.scores import ModelScores
 from kdcache.loss.chunks import binary_divergence
@@ -285,10 +286,8 @@ def label_logprobs(logits: Tensor, labels: np.ndarray) -> Floats:
         logits: [n, V].
         labels: int [n].
     """
-    z = logits.double() if logits.shape[-1] <= 4096 else logits.float()
-    number = torch.from_numpy(labels.astype(np.int64)).to(z.device)
-    found = z.gather(1, number[:, None])[:, 0].double() - z.logsumexp(-1).double()
-    return np.asarray(found.clamp_max(0).cpu().numpy(), np.float64)
+    number = torch.from_numpy(labels.astype(np.int64)).to(logits.device)
+    return np.asarray(loss.label_logprobs(logits, number).cpu().numpy(), np.float64)
 
 
 def _sums(values: Floats, over: Callable[[Floats], Floats]) -> Floats:

@@ -30,15 +30,17 @@ def other_tokenizers(saved: Sequence[SavedModel], rows: EvaluationRows) -> list[
     for i, model in enumerate(saved):
         if model.tokenizer is None or model.tokenizer_sha256 == rows.tokenizer_sha256:
             continue
-        ours = rows.tokenizer().get_vocab() if ours is None else ours
-        theirs = model.tokenizer.get_vocab()
-        # Special tokens and templates may differ: only the meaning of each id counts.
-        differ = sum(theirs[token] != ours[token] for token in theirs.keys() & ours.keys())
-        other[i] = bool(differ or not theirs.keys() & ours.keys())
+        ours = rows.tokenizer() if ours is None else ours
+        theirs = model.tokenizer
+        # Added tokens and templates may differ: only the meaning of each id of text counts.
+        added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
+        unlike = ours.get_vocab().items() ^ theirs.get_vocab().items()
+        differ = len({token for token, _ in unlike} - added)
+        other[i] = differ > 0
         if other[i] and (model.role == "teacher" or rows.task != CAUSAL_LM):
             raise UsageError(
-                f"{model.role} {model.name} has another vocabulary than {rows.source}: {differ} "
-                "tokens have different ids. Evaluate on a cache built for this vocabulary."
+                f"{model.role} {model.name} has another vocabulary than {rows.source}: {differ:,} "
+                "tokens have other ids or none. Evaluate on a cache built for this vocabulary."
             )
     return other
 

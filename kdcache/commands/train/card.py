@@ -19,7 +19,7 @@ from kdcache.version import __version__
 CARD_FILE = "README.md"
 _PER_TOKEN = (
     "Losses are per token of this model's tokenizer. Models of other tokenizers compare by bits "
-    "per byte, which `kdcache evaluate` gives for all of them on the same bytes."
+    "per byte: `kdcache evaluate` gives those of all of them on the same bytes."
 )
 
 

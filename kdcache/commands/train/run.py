@@ -33,6 +33,7 @@ from transformers.integrations import is_tensorboard_available
 
 from kdcache.cache import Cache
 from kdcache.cache.figures import teacher_cross_entropy
+from kdcache.cache.shard import ShardData
 from kdcache.commands.train.card import CARD_FILE, model_card
 from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer, reach_of
 from kdcache.commands.train.log import (
@@ -53,6 +54,7 @@ from kdcache.files import filled_folder, write_json, write_text
 from kdcache.humanize import shares
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream
 from kdcache.stream.aligned import undivided
+from kdcache.stream.text import RowsText, TextChunks
 from kdcache.student import (
     BiLstm,
     DistilledStudent,
@@ -365,9 +367,22 @@ def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         group=1,
         shuffle=False,
         **_reading(tokenize),
+        text=_text(plan.eval_caches, tokenize),
         prefetch=options.prefetch,
         pin_memory=gpu,
     )
+
+
+def _text(caches: list[Cache], tokenize: Any) -> Callable[[ShardData], TextChunks] | None:
+    """What makes the figures in bytes; None for other tasks, and of tokens that lose bytes."""
+    if not TASKS[caches[0].spec.task].causal:
+        return None
+    if isinstance(tokenize, CrossTokenizer):
+        return tokenize.text
+    try:
+        return RowsText(caches)
+    except UsageError:
+        return None
 
 
 # Trainer
