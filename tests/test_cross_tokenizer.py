@@ -417,6 +417,26 @@ def test_a_student_of_the_same_tokenizer_is_told_so(options: Make, tiny_tokenize
     assert [line for line in told if "needs no --cross-tokenizer" in line]
 
 
+@pytest.mark.parametrize("name", ["topk", "sample", "apart"])
+def test_a_student_of_the_same_tokenizer_takes_the_usual_steps(
+    options: Make, folder: Path, tiny_tokenizer: Path, tmp_path: Path, name: str
+) -> None:
+    common = {"cache": str(folder / name), "eval_cache": str(folder / "topk"), "max_steps": 4}
+    own = {"student_tokenizer": str(tiny_tokenizer), "cross_tokenizer": "hybrid"}
+    usual = {"student_tokenizer": None, "cross_tokenizer": None}
+    runs = [options(**common, **how, out=str(tmp_path / str(how))) for how in (own, usual)]
+    for run in runs:
+        train(run)
+    mine, theirs = (metrics(run.out) for run in runs)
+    for one, other in zip(mine, theirs, strict=True):
+        across = {"eval_chunk_kl", "eval_chunk_agreement"}
+        assert one.keys() - across == other.keys() - {"temperature"} | (
+            {"temperature"} & one.keys()
+        )
+        for key in one.keys() & other.keys():
+            assert one[key] == pytest.approx(other[key], rel=1e-5), key
+
+
 @pytest.mark.end_to_end
 def test_two_workers_take_the_steps_of_one(options: Make, folder: Path, tmp_path: Path) -> None:
     common = {

@@ -8,7 +8,7 @@ is a sum on both sides.
 
 from __future__ import annotations
 
-from kdcache.align.aligner import Aligner, CachedRow, label_bytes, like_marks
+from kdcache.align.aligner import Aligner, CachedRow, label_bytes, like_marks, unchanged
 from kdcache.align.alignment import Alignment
 from kdcache.align.token_bytes import TokenBytes, same_bytes
 
@@ -20,4 +20,5 @@ __all__ = [
     "label_bytes",
     "like_marks",
     "same_bytes",
+    "unchanged",
 ]

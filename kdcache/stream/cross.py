@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.align import Aligner, TokenBytes, like_marks
+from kdcache.align import Aligner, TokenBytes, like_marks, unchanged
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.choices import CrossMethod
@@ -80,18 +80,22 @@ class CrossTokenizer:
         self.aligner = Aligner(teacher, student, max_length)
         self.vocab_size = len(student)
         self._teacher_ids = cache.spec.vocab_size
+        self._same = tokenizer_sha256(cache.tokenizer()) == tokenizer_sha256(tokenizer)
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = next(number for number in ends if number is not None)
-        self.groups = groups_of(self.aligner, cache.spec.vocab_size) if method == "hybrid" else None
+        self.groups = None
+        if method == "hybrid" and self._same:
+            self.groups = Groups.single(cache.spec.vocab_size, len(student))
+        elif method == "hybrid":
+            self.groups = groups_of(self.aligner, cache.spec.vocab_size)
         self.lost = self.cut = 0
         self._kept: OrderedDict[tuple[str, int], AlignedRows] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def needless(self) -> bool:
-        """Whether the student has the teacher's tokenizer."""
-        teacher, student = self.aligner.teacher, self.aligner.student
-        return teacher.tokens == student.tokens and teacher.marks == student.marks
+        """Whether the student has the teacher's tokenizer; it then reads the rows as they are."""
+        return self._same
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -116,7 +120,12 @@ class CrossTokenizer:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        rows = self.aligner.align(cached_rows(cache, data))
+        cached = cached_rows(cache, data)
+        reach = self.aligner.max_length or cache.spec.max_length
+        if self.needless and all(len(row.input_ids) <= reach for row in cached):
+            rows = [unchanged(self.aligner.teacher, row) for row in cached]
+        else:
+            rows = self.aligner.align(cached)
         made = AlignedRows.of(rows)
         with self._lock:
             self.lost += sum(row.lost for row in rows)

@@ -83,6 +83,18 @@ class Groups:
             count += 1
         return Groups(torch.tensor(of_teacher), torch.tensor(of_student), count)
 
+    @staticmethod
+    def single(teacher: int, student: int) -> Groups:
+        """Each id a group, for a student of the teacher's tokenizer.
+
+        Args:
+            teacher: V, ids of the teacher's targets; those from V' on have no counterpart.
+            student: V', ids of the student.
+        """
+        number = torch.arange(1, student + 1)
+        beyond = number.new_zeros(max(teacher - student, 0))
+        return Groups(torch.cat([number[:teacher], beyond]), number, student + 1)
+
     def of_targets(self, targets: SparseTargets) -> SparseTargets:
         """Sparse targets over the teacher's ids as targets over groups.
 
