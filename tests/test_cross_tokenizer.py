@@ -429,12 +429,9 @@ def test_a_student_of_the_same_tokenizer_takes_the_usual_steps(
         train(run)
     mine, theirs = (metrics(run.out) for run in runs)
     for one, other in zip(mine, theirs, strict=True):
-        across = {"eval_chunk_kl", "eval_chunk_agreement"}
-        assert one.keys() - across == other.keys() - {"temperature"} | (
-            {"temperature"} & one.keys()
-        )
-        for key in one.keys() & other.keys():
-            assert one[key] == pytest.approx(other[key], rel=1e-5), key
+        for key in ("eval_chunk_kl", "eval_chunk_agreement"):
+            one.pop(key, None)
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 @pytest.mark.end_to_end
