@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_runs
 import torch
 from click.testing import CliRunner
 from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
+from small_runs import metrics
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -33,11 +35,7 @@ from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.targets.within import within
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
-LLAMA = {
-    "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "intermediate_size": 16, "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}  # fmt: skip
+LLAMA = small_runs.LLAMA | {"max_position_embeddings": 256}
 METHODS = ("likelihood", "hybrid")
 
 
@@ -75,20 +73,14 @@ def options(folder: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
         values: dict[str, Any] = {
             "cache": str(folder / "topk"), "student": str(folder / "llama.json"),
             "student_tokenizer": str(folder / "own"), "cross_tokenizer": "hybrid",
-            "out": str(tmp_path / "run"), "batch_size": 8, "max_steps": 6, "learning_rate": 1e-2,
-            "logging_steps": 1, "report_to": "none",
+            "out": str(tmp_path / "run"), "max_steps": 6,
         }  # fmt: skip
-        return TrainOptions(**(values | changes))
+        return TrainOptions(**(small_runs.USUAL | values | changes))
 
     return make
 
 
 Make = Callable[..., TrainOptions]
-
-
-def metrics(run: str | Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in ("seconds", "eval_runtime")} for x in lines]
 
 
 def crossing(

@@ -13,14 +13,9 @@ import pytest
 import torch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file, save_file
+from small_runs import LLAMA, metrics
 from test_student import causal_batch, causal_model
-from test_train import (
-    BERT,
-    LLAMA,
-    StopError,
-    metrics,
-    stop_at,
-)
+from test_train import BERT, StopError, stop_at
 from torch import Tensor
 from transformers import (
     AutoModel,

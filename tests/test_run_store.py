@@ -19,6 +19,7 @@ from launched import launch
 from make_caches import make_cache
 from safetensors.torch import load as load_weights
 from safetensors.torch import load_file
+from small_runs import metrics, without_times
 from test_launched import BILSTM, stop_at_6
 from test_object_storage import BUCKET, proxy, server  # noqa: F401
 
@@ -74,14 +75,9 @@ def stop_at(step: int) -> Callable[[TrainProgress], None]:
     return on_progress
 
 
-def metrics(text: str | bytes) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in x.items() if k not in ("seconds", "eval_runtime")} for x in lines]
-
-
 def same_run(found: dict[str, bytes], out: Path) -> None:
     """A finished run in the store is the one on the disk, to the bit."""
-    assert metrics(found["metrics.jsonl"]) == metrics((out / "metrics.jsonl").read_text())
+    assert without_times(found["metrics.jsonl"]) == metrics(out)
     theirs = load_file(out / "model.safetensors")
     mine = load_weights(found["model.safetensors"])
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

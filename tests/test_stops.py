@@ -6,7 +6,6 @@ After each the same command ends with the student of a run that was left alone.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -21,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from make_caches import make_cache
 from safetensors.torch import load_file
+from small_runs import metrics
 
 from kdcache.cli.main import cli
 from kdcache.commands.train import run as run_module
@@ -57,12 +57,6 @@ def options(folder: Path, tmp_path: Path) -> Make:
         return TrainOptions(**(values | changes))
 
     return make
-
-
-def metrics(run: str | Path) -> list[dict[str, Any]]:
-    """What a run logged, without wall times."""
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in ("seconds", "eval_runtime")} for x in lines]
 
 
 def same(run: str | Path, other: str | Path) -> bool:

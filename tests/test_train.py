@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
+from small_runs import LLAMA, USUAL, metrics
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -51,16 +52,6 @@ BERT = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.0,
 }
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": True,
-}
 SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 
 
@@ -85,24 +76,14 @@ def options(folder: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
             "cache": str(folder / "classes"),
             "student": str(folder / "bert.json"),
             "out": str(tmp_path / "run"),
-            "batch_size": 8,
             "epochs": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
         }
-        return TrainOptions(**(values | changes))
+        return TrainOptions(**(USUAL | values | changes))
 
     return make
 
 
 Make = Callable[..., TrainOptions]
-
-
-def metrics(run: str | Path) -> list[dict[str, Any]]:
-    """What a run logged, without wall times."""
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in ("seconds", "eval_runtime")} for x in lines]
 
 
 def losses(run: str | Path) -> list[float]:
