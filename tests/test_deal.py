@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -24,8 +25,8 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
 from kdcache.commands.build.spans_left import SpansLeft
 from kdcache.commands.build.worker import Stopped
-from kdcache.corpus import Corpus, ReadStats, Span, deal, files, text
-from kdcache.errors import IncompleteError
+from kdcache.corpus import Corpus, ReadStats, Span, deal, files, tables, text
+from kdcache.errors import IncompleteError, UsageError
 
 TEXTS = [f"{i}: " + "words and words, " * (i % 40) for i in range(400)]
 LINES = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()
@@ -44,6 +45,23 @@ def zstd(data: bytes) -> bytes:
     return bytes(sink.getvalue())
 
 
+def stream(texts: list[str], rows: int, codec: str | None) -> bytes:
+    """An Arrow stream of batches of some rows."""
+    table = pa.table(
+        {
+            "text": texts,
+            "ids": [list(range(len(text) % 9)) for text in texts],
+            "messages": [[{"role": "user", "content": text}] for text in texts],
+            "score": [None if len(text) % 7 == 0 else len(text) / 4 for text in texts],
+        }
+    )
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return bytes(sink.getvalue())
+
+
 BAD = LINES[:900] + b'\n{"text": \xff}\n\n{"text": "' + b"x" * 9000 + b'"}\nnull\n' + LINES[900:]
 FILES: dict[str, bytes] = {
     "a.jsonl.gz": gzip.compress(b"\xef\xbb\xbf" + LINES),
@@ -56,6 +74,8 @@ FILES: dict[str, bytes] = {
     "a.csv": as_csv(TEXTS),
     "bad.csv": as_csv(TEXTS[:50]) + b'a,b,c\n"a"b,c\n\xff,1\n' + b"y" * 9000 + b",1\nlast,1\n",
     "a.csv.gz": gzip.compress(as_csv(TEXTS)),
+    "a.arrow": stream([*TEXTS[:99], "z" * 9000, *TEXTS[99:]], 7, None),
+    "zstd.arrow": stream(TEXTS, 90, "zstd"),
 }
 
 
@@ -80,15 +100,21 @@ def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDCACHE_DISK", str(tmp_path / "disk"))
 
 
+def plain(values: Any) -> Any:
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+
 def read(span: Span) -> tuple[list[Any], ReadStats]:
     stats = ReadStats()
     found = Corpus.read(span, on_error="skip", stats=stats)
-    return [(record.values, str(record.location)) for record in found], stats
+    # Lists of numbers of a table are arrays, which do not compare as wholes.
+    return [(plain(record.values), str(record.location)) for record in found], stats
 
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have each part read all of its file."""
     monkeypatch.setattr(text._Text, "records", text._Text._own)
+    monkeypatch.setattr(tables.Arrow, "_stream_rows", tables.Arrow._own)
 
 
 @pytest.mark.parametrize("limit", [None, 111])
@@ -126,6 +152,27 @@ def test_a_file_is_decompressed_once_whatever_its_parts(
     assert decompressed["bytes"] == len(LINES) * 20
     assert deal._KEPT._deal is None, "dropped once all is read"
     assert not list((tmp_path / "disk-parts").iterdir()), "it has no name"
+
+
+def test_a_stream_of_arrow_is_read_once_and_named_if_it_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.arrow"
+    data = stream(TEXTS * 4, 50, "zstd")
+    path.write_bytes(data)
+    passes: list[int] = []
+    blocks = tables.Arrow._blocks
+    monkeypatch.setattr(tables.Arrow, "_blocks", lambda self: passes.append(1) or blocks(self))
+    spans = Corpus.open([str(path)], span_bytes=len(data) // 12).spans
+    for number in (3, *range(len(spans))):
+        found = [record.values["text"] for record in Corpus.read(spans[number], columns=["text"])]
+        assert found == (TEXTS * 4)[number :: len(spans)]
+    assert len(passes) == 1
+    assert {span.group for span in spans} == {str(path)}, "a worker reads all of its parts"
+    path.write_bytes(data[:-900])
+    for span in Corpus.open([str(path)], span_bytes=len(data) // 3).spans:
+        with pytest.raises(UsageError, match=r"a\.arrow: can't be read as arrow \(Expected"):
+            list(Corpus.read(span))
 
 
 def test_a_file_that_was_rewritten_is_dealt_anew(tmp_path: Path) -> None:

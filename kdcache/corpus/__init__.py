@@ -3,7 +3,7 @@
 Algorithm: patterns are expanded once into an ordered list of files with their sizes. Each file is
 cut without reading it: plain line formats by bytes (a span owns the lines that *start* in its
 range), Parquet and Arrow by a fraction of their rows. Files that can't be entered in the middle
-(compressed files, CSV with quoted newlines) deal record `i` to part `i mod parts`.
+(compressed files, CSV with quoted newlines, Arrow streams) deal record `i` to part `i mod parts`.
 
 Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
 are made on demand. Only `limit` reads while planning, up to the limit, and a `.bin`, whose index

@@ -48,7 +48,7 @@ _FORMATS: dict[str, type[Format]] = {
     "txt paragraph": TextParagraphs,
     "txt line": TextLines,
 }
-# Where a file cannot be dealt (no disk, tables in a stream), each part reads all of it.
+# Where a file cannot be dealt (no disk), each part reads all of it.
 MAX_PARTS = 128
 _TYPICAL_RATIO = 3  # text to its gzip or zstd size, to guess parts without decompressing
 

@@ -1,11 +1,12 @@
 """Deal: the records of a file that can't be entered in the middle, dealt to its parts in one pass.
 
-Record `i` of such a file is of part `i mod parts`, so to read one part is to read the whole file.
-The first part that is read in a process reads it for all: each record goes to a block of its part,
-blocks are compressed and appended to one temporary file, and a list says where those of each part
-are. The parts after it read their own blocks. The file has no name: it needs no cleaning up, since
-the system frees it when the process ends, however that happens. It lies beside the folder of copies
-(`KDCACHE_DISK`), and is dropped once every part was read, or when a part of another file is.
+These are compressed files, CSV, and Arrow streams. Record `i` of such a file is of part
+`i mod parts`, so to read one part is to read the whole file. The first part that is read in a
+process reads it for all: each record goes to a block of its part, blocks are compressed and
+appended to one temporary file, and a list says where those of each part are. The parts after it
+read their own blocks. The file has no name: it needs no cleaning up, since the system frees it when
+the process ends, however that happens. It lies beside the folder of copies (`KDCACHE_DISK`), and is
+dropped once every part was read, or when a part of another file is.
 
 Cost: one pass over the file, and disk of about its compressed size, for each process that reads
 parts of it. Memory of 256 KiB a part while it is dealt, and of one block while one is read. A
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdcache.corpus.formats import Format, Raw
+from kdcache.corpus.formats import Raw
 from kdcache.corpus.records import RecordError
 from kdcache.storage.disk import DiskCache
 
@@ -106,14 +107,22 @@ def _records(block: bytes) -> Iterator[Raw]:
 class Deal:
     """One file's records, dealt."""
 
-    def __init__(self, whole: Format, parts: int, size: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        records: Iterator[Raw],
+        parts: int,
+        size: int,
+        progress: Progress,
+        damage: Callable[[BaseException], bool],
+    ) -> None:
         """Read the file and deal its records.
 
         Args:
-            whole: The file, opened to read all of it.
+            records: All of the file, or blocks of them as bytes, one for each part in turn.
             parts: How many.
             size: About how many bytes they will take together.
             progress: Called once in a while.
+            damage: Whether an error says that the file is damaged.
 
         Raises:
             _NoRoomError: The disk does not take them.
@@ -134,7 +143,7 @@ class Deal:
         self.unread = set(range(parts))
         blocks = [_Block() for _ in range(parts)]
         try:
-            for number, (where, payload) in enumerate(whole.records()):
+            for number, (where, payload) in enumerate(records):
                 block = blocks[number % parts]
                 block.add(str(where), payload)
                 if block.size >= _BLOCK:
@@ -142,7 +151,7 @@ class Deal:
                 if number % _STEPS == 0:
                     progress()
         except Exception as error:
-            if not whole.damage(error):
+            if not damage(error):
                 raise
             self._damage = error  # every part meets it behind the records before it
         for part, block in enumerate(blocks):

@@ -7,6 +7,7 @@ remote files at a time); for `check_unchanged`, one request a file.
 from __future__ import annotations
 
 import errno
+import functools
 import gzip
 import hashlib
 import io
@@ -44,6 +45,7 @@ KINDS = {
 LINE_KINDS = frozenset({"jsonl", "txt", "tsv", "csv", "conll", "conllu"})
 FORMATS = ("auto", "jsonl", "txt", "csv", "tsv", "conll", "conllu", "parquet", "arrow")
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+ARROW_FILE_MAGIC = b"ARROW1"  # of a file with an index; a stream has none
 
 _TAG_BYTES = 64 << 10
 _BUFFER = 1 << 20
@@ -210,6 +212,16 @@ def open_bytes(url: str) -> BinaryIO:
         return io.BufferedReader(RemoteFile(url), _BUFFER)
     except OSError as error:
         refuse(url, error)
+
+
+@functools.lru_cache(1024)
+def is_stream(file: InputFile) -> bool:
+    """Whether an Arrow file is a stream, which has no index of its batches."""
+    try:
+        with open_bytes(file.url) as raw:
+            return raw.read(len(ARROW_FILE_MAGIC)) != ARROW_FILE_MAGIC
+    except (UsageError, OSError):  # which the span that reads it will say
+        return False
 
 
 class _Decompressed(io.RawIOBase):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from kdcache.choices import MAX_RECORD_BYTES, Documents
-from kdcache.corpus.files import LINE_KINDS, InputFile
+from kdcache.corpus.files import LINE_KINDS, InputFile, is_stream
 from kdcache.errors import UsageError
 from kdcache.storage import redact
 
@@ -91,12 +91,15 @@ class Span:
     @property
     def group(self) -> str:
         """The file that a worker reads once for all its parts; empty where there is none."""
-        return self.file.url if self.file.dealt and self.parts > 1 else ""
+        if self.parts == 1:
+            return ""
+        dealt = self.file.dealt or (self.file.kind == "arrow" and is_stream(self.file))
+        return self.file.url if dealt else ""
 
     @property
     def records(self) -> str:
         """Where its records are, for a person who looks for them."""
-        if self.file.dealt:
+        if self.file.dealt or self.group:
             which = f"every {self.parts}th record from record {self.part + 1} on"
         elif self.file.kind in LINE_KINDS:
             which = f"the lines that start in bytes {self.start}-{self.stop}"

@@ -1,6 +1,7 @@
 """Tables: Parquet and Arrow, read in batches and only in the requested columns.
 
-Cost: memory of a batch of 1,024 rows as Python objects, and of what Arrow decodes at a time.
+Cost: memory of a batch of 1,024 rows as Python objects, and of what Arrow decodes at a time. An
+Arrow stream in several parts is read once for all of them (see `kdcache.corpus.deal`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache.corpus.files import is_remote, open_bytes
+from kdcache.corpus.deal import Deal, Progress, dealt
+from kdcache.corpus.files import ARROW_FILE_MAGIC, is_remote, open_bytes
 from kdcache.corpus.formats import Format, Raw, not_utf8
 from kdcache.corpus.records import FileColumns, RecordError
 
 _BATCH_ROWS = 1024
-_ARROW_FILE_MAGIC = b"ARROW1"
+_BLOCK_ROWS, _BLOCK_BYTES = 16, 1 << 23  # rows of each part, or bytes of all, dealt at a time
 
 
 class _Table(Format):
@@ -152,11 +154,15 @@ class Arrow(_Table):
         url = self._span.file.url
         # A memory map decodes nothing of the batches that belong to other spans.
         self._stream = open_bytes(url) if is_remote(url) else pa.memory_map(url)
-        magic = self._stream.read(len(_ARROW_FILE_MAGIC))
+        self._indexed = self._stream.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         self._stream.seek(0)
-        self._indexed = magic == _ARROW_FILE_MAGIC
         self._reader = (pa.ipc.open_file if self._indexed else pa.ipc.open_stream)(self._stream)
         self._take_schema(self._reader.schema, columns)
+
+    def damage(self, error: BaseException) -> bool:
+        """See `Format.damage`; of a local file that ends too early Arrow raises a plain OSError."""
+        cut = type(error) is OSError and error.errno is None
+        return super().damage(error) or (cut and not is_remote(self._span.file.url))
 
     def _batches(self) -> Iterator[Any]:
         if self._indexed:
@@ -215,20 +221,98 @@ class Arrow(_Table):
         raise AssertionError("a limit is planned only where the file has as many rows")
 
     def _stream_rows(self) -> Iterator[Raw]:
-        """Rows of a stream, which has no footer with its batches: row i is of part i mod parts.
+        """Rows of a stream, which has no footer with its batches: row i is of part i mod parts."""
+        span = self._span
+        known = span.file.versions.strip() and self._names
+        if span.parts == 1 or not known or "dictionary<" in str(self._reader.schema):
+            yield from self._own()
+            return
+        key = (span.file, span.parts, span.limit, span.reading, tuple(self._names))
+        for where, payload in dealt(key, span.part, self._deal, self._own, self.progress):
+            if isinstance(payload, bytes):
+                if payload:
+                    yield from self._block_rows(int(str(where)), payload)
+            else:
+                yield where, payload
+
+    def _batches_until_limit(self) -> Iterator[Any]:
+        left = self._span.limit
+        for batch in self._reader:
+            if left is not None:
+                batch = batch.slice(0, left)
+                left -= batch.num_rows
+            yield batch
+            if left == 0:
+                return
+
+    def _own(self) -> Iterator[Raw]:
+        """Rows of the part, found by reading all of the stream.
 
         Limit and dealing are applied batch by batch: no other row becomes Python objects.
         """
         span = self._span
         first = 0
-        for batch in self._reader:
-            rows = batch.num_rows
-            if span.limit is not None:
-                rows = min(rows, span.limit - first)
-            own = range((span.part - first) % span.parts, rows, span.parts)
+        for batch in self._batches_until_limit():
+            own = range((span.part - first) % span.parts, batch.num_rows, span.parts)
             taken = batch.take(pa.array(own, pa.int64()))
             for row, payload in zip(own, self._payloads(taken), strict=True):
                 yield f"row {first + row + 1}", payload
-            first += rows
-            if first == span.limit:
-                return
+            first += batch.num_rows
+
+    def _deal(self, progress: Progress) -> Deal:
+        span = self._span
+        return Deal(self._blocks(), span.parts, span.file.size, progress, self.damage)
+
+    def _blocks(self) -> Iterator[Raw]:
+        """The stream in blocks of some batches: of each block the rows of every part in turn."""
+        parts, first = self._span.parts, 0
+        some: list[Any] = []
+        rows = size = 0
+        damage: Exception | None = None
+        batches = self._batches_until_limit()
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                if not self.damage(error):
+                    raise
+                batch, damage = None, error  # the rows before it are good
+            if batch is not None:
+                some.append(batch.select(list(self._names)))
+                rows, size = rows + batch.num_rows, size + some[-1].nbytes
+            if some and (batch is None or rows >= _BLOCK_ROWS * parts or size >= _BLOCK_BYTES):
+                yield from _dealt_out(some, parts, first)
+                first, some, rows, size = first + rows, [], 0, 0
+            if batch is None:
+                break
+        if damage is not None:
+            raise damage
+
+    def _block_rows(self, first: int, block: bytes) -> Iterator[Raw]:
+        with pa.ipc.open_stream(block) as reader:
+            row = first
+            for batch in reader:
+                for payload in self._payloads(batch):
+                    yield f"row {row + 1}", payload
+                    row += self._span.parts
+
+
+def _dealt_out(batches: list[Any], parts: int, first: int) -> Iterator[Raw]:
+    """Of each part in turn: its first row of some batches, and all of them as an Arrow stream.
+
+    Args:
+        batches: One or more.
+        parts: Of the file.
+        first: The file's rows before them.
+    """
+    table = pa.Table.from_batches(batches).combine_chunks()
+    for part in range(parts):
+        begin = (part - first) % parts
+        own = pa.array(range(begin, table.num_rows, parts), pa.int64())
+        if not len(own):
+            yield "0", b""
+            continue
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.take(own))
+        yield str(first + begin), sink.getvalue().to_pybytes()

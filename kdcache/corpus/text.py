@@ -49,7 +49,7 @@ class _Text(Format):
     def _deal(self, progress: Progress) -> Deal:
         span = self._span
         with type(self)(replace(span, part=0, parts=1)) as whole:
-            return Deal(whole, span.parts, span.file.size, progress)
+            return Deal(whole.records(), span.parts, span.file.size, progress, whole.damage)
 
     def size(self, limit: int) -> tuple[int, int]:
         """See `Format.size`."""
