@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcache.cache.chunk import fletcher32
+from kdcache.cache.hdf5 import write_column
 from kdcache.cache.shard import (
     ShardCounts,
     ShardData,
@@ -120,6 +122,32 @@ def test_labels_cost_next_to_nothing_and_sizes_are_reported(tmp_path: Path) -> N
     sizes = column_bytes(path)
     assert sizes["rows/has_label"] + sizes["rows/next_ids"] < 0.3 * sizes["rows/input_ids"]
     assert sum(sizes.values()) <= path.stat().st_size
+
+
+def test_chunks_are_what_hdf5_would_read_and_never_larger(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    columns = {
+        "codes": rng.geometric(0.3, 600_001).astype(np.uint8),  # more than a chunk, and an odd rest
+        "ids": rng.integers(0, 70_000, (99_999, 2)).astype(np.uint32),
+        "text": np.frombuffer(b"the same words again and again. " * 999, np.uint8),
+        "nothing": np.zeros(1000, np.uint16),
+        "one": np.array([255], np.uint8),
+        "states": rng.normal(size=(300, 33)).astype(np.float16),
+    }
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, values in columns.items():
+            write_column(file, name, values)
+            ours = file[name]
+            settings = {"compression": "gzip", "compression_opts": 4, "fletcher32": True}
+            theirs = file.create_dataset(
+                f"{name}, by HDF5", data=values, chunks=ours.chunks, shuffle=True, **settings
+            )
+            _, stored = theirs.id.read_direct_chunk((0,) * values.ndim)
+            assert fletcher32(stored[:-4]) == int.from_bytes(stored[-4:], "little")
+            np.testing.assert_array_equal(ours[...], values)
+            assert ours.id.get_storage_size() <= theirs.id.get_storage_size()
+        sizes = [file[name].id.get_storage_size() for name in ("codes", "codes, by HDF5")]
+    assert sizes[0] < 0.95 * sizes[1]
 
 
 def test_a_flipped_bit_in_any_stored_column_raises(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from kdcache.cache.chunk import stored_chunk
 from kdcache.errors import CorruptCacheError
 
 NUMBERS = ("|u1", "<u2", "<u4", "<i4", "<f2", "<f4")
@@ -267,15 +268,22 @@ def write_column(group: Any, name: str, array: np.ndarray) -> None:
         return
     row_bytes = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
     length = min(len(array), max(1, _WRITTEN_CHUNK // row_bytes))
-    group.create_dataset(
+    dataset = group.create_dataset(
         name,
-        data=array,
+        shape=array.shape,
+        dtype=array.dtype,
         chunks=(length, *array.shape[1:]),
         compression="gzip",
         compression_opts=4,
         shuffle=True,
         fletcher32=True,
     )
+    for start in range(0, len(array), length):
+        chunk = np.zeros(dataset.chunks, array.dtype)
+        part = array[start : start + length]
+        chunk[: len(part)] = part
+        place = (start, *(0 for _ in array.shape[1:]))
+        dataset.id.write_direct_chunk(place, stored_chunk(chunk))
 
 
 def read_column(
