@@ -315,13 +315,62 @@ def test_a_state_continues_exactly_and_an_overflow_is_forgotten() -> None:
             anchor.update()
         assert torch.equal(whole.theta, first.theta)
     before = whole.state_dict()
-    whole.add(torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor(1.0))
+    whole.add(torch.tensor([1.0, torch.inf, torch.nan, 1.0]), torch.tensor(1.0))
     whole.update()
     assert 0 <= float(whole.theta) <= 1
     assert whole.state_dict()["past"] == pytest.approx([0.99 * x for x in before["past"]])
     fixed = Anchor(0.3)
     fixed.load_state_dict(before)
     assert float(fixed.theta) == pytest.approx(0.3)
+
+
+def test_a_state_of_an_earlier_version_keeps_theta_until_the_next_step_ends() -> None:
+    anchor = Anchor()
+    anchor.load_state_dict({"theta": 0.7, "past": [5.0, 6.0, 0.1]})
+    assert float(anchor.theta) == pytest.approx(0.7)
+    z = teacher(40, 80)
+    gradient(z, draw(z, 0, Anchored(80, (1.0,), 6)), anchor)
+    anchor.update()
+    assert 0 < float(anchor.theta) <= 1
+    assert len(anchor.state_dict()["past"]) == 4
+
+
+@pytest.mark.parametrize("form", ["reference", "fused"])
+def test_theta_does_not_depend_on_the_unit_of_the_weights(form: str) -> None:
+    """Of a student whose favourites are never drawn: what the draws fall short of decides."""
+    z = teacher(60, 200, scale=3.0)
+    codec, contrary = Anchored(200, (1.0,), 8), z.clone()
+    contrary[:, 150] = z.amax(-1) + 2
+    contrary[:, 3:6] = z[:, 3:6]
+    thetas = []
+    for unit in (0.01, 1.0, 30.0):
+        anchor, weights = Anchor(), unit * torch.linspace(0.5, 2, len(z))
+        for step in range(3):
+            targets = draw(z, step, codec)
+            options: dict[str, Any] = {"alpha": 0.0, "position_weights": weights, "anchor": anchor}
+            labels, student = torch.full((len(z),), NO_LABEL), contrary.clone().requires_grad_()
+            if form == "reference":
+                distillation_loss(student, labels, targets, **options)
+            else:
+                fused_linear_distillation(student, torch.eye(200), None, labels, targets, **options)
+            anchor.update()
+        thetas.append(float(anchor.theta))
+    assert thetas[0] == pytest.approx(thetas[1], rel=1e-3)
+    assert thetas[2] == pytest.approx(thetas[1], rel=1e-3)
+    assert 0 < thetas[1] < 1
+
+
+def test_doubt_fades_with_the_draws_that_theta_rests_on() -> None:
+    found = []
+    for draws in (1, 30, 3000, 300_000):
+        anchor = Anchor()
+        cost = 2.0
+        anchor.add(torch.tensor([0.8, cost, 0.0, cost**2 / draws]).double(), torch.tensor(1.0))
+        anchor.update()
+        found.append(float(anchor.theta))
+    assert found == sorted(found)
+    assert found[0] < 0.2
+    assert found[-1] == pytest.approx(0.4, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------- fused

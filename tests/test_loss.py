@@ -316,6 +316,34 @@ def test_fused_equals_the_reference_on_the_same_numbers(
         )
 
 
+@pytest.mark.parametrize("t", [0.1, 1.0, 20.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["reference", "sliced", "fused"])
+def test_what_all_logits_have_in_common_costs_no_precision(form: str, kind: str, t: float) -> None:
+    torch.manual_seed(15)
+    z = (torch.randn(6, 12) * 2 + 1e4).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    targets, labels = make_targets(kind, 6, 12, 4, t, torch.float32), torch.arange(6)
+    if isinstance(targets, DenseTargets):
+        targets = DenseTargets(targets.logits - 1e4, t)
+    options: dict[str, Any] = {
+        "alpha": 0.3,
+        "tail": "renormalize" if kind == "renormalize" else "bucket",
+    }
+    want = distillation_loss(exact, labels, targets, **options)
+    if form == "reference":
+        got = distillation_loss(z, labels, targets, **options)
+    else:
+        function = fused_linear_distillation if form == "fused" else sliced_linear_distillation
+        got = function(z, torch.eye(12), None, labels, targets, rows=4, **options)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(x.total, y)[0] for x, y in ((got, z), (want, exact))]
+    torch.testing.assert_close(
+        gradients[0].double(), gradients[1], rtol=1e-4, atol=1e-5 * float(gradients[1].abs().max())
+    )
+
+
 @pytest.mark.parametrize("cap", [0.5, 4.0])
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("kind", KINDS)

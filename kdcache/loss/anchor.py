@@ -12,18 +12,27 @@ a difference estimator). Its noise is sum_i (p_i - c_i)^2 (1 - pi_i) / pi_i, whe
 c = 0. What is certain of a position is its head, and so the mass m_p of its tail. With m_q the
 student's mass on the tail and o their overlap, sum_head min(p, q) + min(m_p, m_q),
 
-    c_i = theta o^2 (m_p / m_q) q_i    in the tail, 0 in the head,
+    c_i = theta o^2 f (m_p / m_q) q_i    in the tail, 0 in the head,
 
 is the student's tail on the teacher's scale, trusted as far as the head shows that the two agree.
+No p_i of the tail is above m_p / n, n being the number of ids drawn (at one declared temperature).
+Where the largest c_i is, the student contradicts its teacher, and all c of the position shrink by
+f = min(1, (5/4 m_p / (n max c))^2).
 theta = B / C minimises the noise, where B = sum w c (r - 1) and C = sum c^2 r (r - 1) over what was
 drawn, c being that of theta = 1. It comes from the sums of past steps, which the present draw has
 no part in, so every target stays unbiased. theta = 0 is the sample as it is.
 
 A student that is sure of ids which are hardly ever drawn would be missed by B and C. Its share of c
-is known, D = o^2 m_p, and what was drawn of it, sum c r, falls short of D. Where the shortfall over
-all past positions exceeds three of its standard deviations, its square, the least noise that it can
-stand for, joins C: the ids concerned were met less than once. And a small theta, which gains
-little, is taken smaller still.
+is known, D = o^2 f m_p, and what was drawn of it, sum c r, falls short of D. Where the shortfall
+over all past positions exceeds three of its standard deviations, its square, the least noise that
+it can stand for, joins C: the ids concerned were met less than once.
+
+C is a sum with a heavy tail, and what matters most may never have been met. It rests on about
+k = C^2 / C2 draws, C2 being the sum of the squares of its terms (the effective size of a sample,
+Kong 1992). Few draws are doubted, and a small theta, which gains little, more than a large one:
+with d = 0.3 / (1 + k / 300), (1 + d) theta^3 / (theta^2 + d) is taken. Near its teacher a student's
+terms are much alike, and the doubt is gone after some hundred positions; a far one's C may rest on
+some dozen draws out of thousands, and the doubt stays.
 
 The loss's value stays that of the sample; only its gradient, (q - t) by the logits, has the
 variate, and t is a constant in it. The mass that c (1 - r) adds to t by chance is taken off again
@@ -44,15 +53,17 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.targets import AnchoredTargets
 
-FIGURES = 3
-"""Figures that theta is estimated from: B, C, and what the draws fell short of."""
+FIGURES = 4
+"""Figures that theta is estimated from: B, C, what the draws fell short of, and C2."""
+
+_POWERS = (2, 2, 1, 4)
+"""Powers of a position's weight in each: noise is a sum of squares, the shortfall one of c."""
 
 _KEPT = 0.99
 """Share of the sums that a step leaves: they are about those of the last hundred steps."""
 
-_DOUBT = 0.1
-"""Where theta^2 is as small as this, about half of theta is taken; of 1, all. A small one gains
-little, and may come from sums that lack the ids which are hardly ever drawn."""
+_DOUBT, _DRAWS = 0.3, 300.0
+"""d where C rests on nothing, and how many draws under C halve it."""
 
 _DEVIATIONS = 3.0
 """A shortfall below so many standard deviations is taken for chance."""
@@ -87,7 +98,7 @@ class Anchor:
         """Count some positions of the present step.
 
         Args:
-            figures: [n, 3], or their sum [3].
+            figures: [n, 4], or their sum [4].
             count: what the loss of these positions is divided by; infinity counts nothing.
         """
         total = figures.reshape(-1, FIGURES).sum(0, dtype=torch.float64)
@@ -111,11 +122,13 @@ class Anchor:
         step = torch.where(step.isfinite().all(), step, 0)
         self._past = _KEPT * self._past + step
         self._step = torch.zeros_like(self._step)
-        gain, cost, short = self._past
+        gain, cost, short, squares = self._past
+        tiny = torch.finfo(torch.float64).tiny
         unmet = (short - _DEVIATIONS * cost.clamp_min(0).sqrt()).clamp_min(0)
-        theta = gain / (cost + unmet.square()).clamp_min(torch.finfo(torch.float64).tiny)
-        theta = theta.clamp(0, 1)
-        trusted = (1 + _DOUBT) * theta.square() / (theta.square() + _DOUBT)
+        theta = (gain / (cost + unmet.square()).clamp_min(tiny)).clamp(0, 1)
+        draws = cost.square() / squares.clamp_min(tiny)
+        doubt = _DOUBT / (1 + draws / _DRAWS)
+        trusted = (1 + doubt) * theta.square() / (theta.square() + doubt)
         self.theta = (theta * trusted).clamp(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,8 +139,19 @@ class Anchor:
         """Continue from a state; a fixed theta stays."""
         if self.estimated:
             self.theta = self.theta.new_tensor(state["theta"])
-            self._past = self._past.new_tensor(state["past"])
+            past = state["past"]
+            # An earlier version kept other sums: theta stays until the next step ends.
+            known = past if len(past) == FIGURES else [0.0] * FIGURES
+            self._past = self._past.new_tensor(known)
             self._step = torch.zeros_like(self._past)
+
+
+def weighted(figures: Tensor, each: Tensor | None) -> Tensor:
+    """Figures [n, 4] of positions that weigh `each` [n] in the loss; None: 1."""
+    if each is None:
+        return figures
+    each = each.detach().to(figures)
+    return torch.stack([f * each**k for f, k in zip(figures.unbind(-1), _POWERS, strict=True)], -1)
 
 
 def applied(anchor: Anchor | None, targets: object) -> Anchor | None:
@@ -146,7 +170,7 @@ def control(log_q: Tensor, targets: AnchoredTargets, theta: Tensor) -> tuple[Ten
         theta: scalar.
 
     Returns:
-        [n, V], to be added to the weights; and of each position [n, 3] what theta is estimated
+        [n, V], to be added to the weights; and of each position [n, 4] what theta is estimated
         from.
     """
     q = log_q.detach().exp()
@@ -159,19 +183,19 @@ def control(log_q: Tensor, targets: AnchoredTargets, theta: Tensor) -> tuple[Ten
     q_tail = q.masked_fill(head, 0)
     m_q = q_tail.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
     o = (torch.minimum(p_head, q) * head).sum(-1, keepdim=True) + torch.minimum(m_p, m_q)
-    c = o.square() * m_p * (q_tail / m_q)
+    trusted = o.square() * m_p
+    trusted = trusted * _agreed(trusted * q_tail.amax(-1, keepdim=True) / m_q, m_p, r)
+    c = trusted * (q_tail / m_q)
     met = c.gather(1, targets.ids)
     total = (met * r).sum(-1, keepdim=True)
     added = total * (q_tail / m_q) - c * dense.scatter_add(1, targets.ids, r)
-    gain, cost = w * met * (r - 1) * (r > 0), met.square() * r * (r - 1)
-    short = o.square() * m_p - total
-    figures = torch.cat([*(x.sum(-1, keepdim=True) for x in (gain, cost)), short], -1)
-    return theta.to(q) * added, figures
+    return theta.to(q) * added, _figures(w, met, r, trusted - total)
 
 
 def control_of_entries(
     q: Tensor,
     outside: Tensor,
+    largest: Tensor,
     own: Tensor,
     w: Tensor,
     same: Tensor,
@@ -185,6 +209,7 @@ def control_of_entries(
     Args:
         q: [n, E] the student's probabilities of the entries; the last one is the label's.
         outside: [n, 1] its probability of all other ids.
+        largest: [n, 1] the largest one of them.
         own: [n, E] weight of each entry's id, and w [n, E] of the entry.
         w: see `own`.
         same: bool [n, E, E], which entries are of one id.
@@ -195,7 +220,7 @@ def control_of_entries(
 
     Returns:
         [n, 1] what is added to the weight of each id outside the entries, as a multiple of its q;
-        [n, E] what is added to the entries' ids; and [n, 3] the figures.
+        [n, E] what is added to the entries' ids; and [n, 4] the figures.
     """
     r = F.pad(inverse, (0, 1))
     in_head = torch.arange(q.shape[1], device=q.device) < heads[:, None]
@@ -208,9 +233,22 @@ def control_of_entries(
     m_q = (outside + total(~kept, q)).clamp_min(torch.finfo(q.dtype).tiny)
     trusted = (total(kept, torch.minimum(own, q)) + torch.minimum(m_p, m_q)).square() * m_p
     share = torch.where(kept, 0, q / m_q)
+    most = torch.maximum(share.amax(-1, keepdim=True), largest / m_q)
+    trusted = trusted * _agreed(trusted * most, m_p, r)
     c = trusted * share
     met = (c * r).sum(-1, keepdim=True)
     added = met * share - c * (same * r[:, None, :]).sum(-1)
+    return theta * met / m_q, theta * added, _figures(w, c, r, trusted - met)
+
+
+def _agreed(most: Tensor, m_p: Tensor, r: Tensor) -> Tensor:
+    """f [n, 1] of positions whose largest variate is `most` [n, 1]; r [n, E]."""
+    limit = 1.25 * m_p / (r > 0).sum(-1, keepdim=True).clamp_min(1)
+    return (limit / most.clamp_min(torch.finfo(most.dtype).tiny)).clamp_max(1).square()
+
+
+def _figures(w: Tensor, c: Tensor, r: Tensor, short: Tensor) -> Tensor:
+    """[n, 4] of entries with weights w, variates c at theta = 1 and inverses r, all [n, E]."""
     gain, cost = w * c * (r - 1) * (r > 0), c.square() * r * (r - 1)
-    figures = torch.cat([*(x.sum(-1, keepdim=True) for x in (gain, cost)), trusted - met], -1)
-    return theta * met / m_q, theta * added, figures
+    sums = [x.sum(-1, keepdim=True) for x in (gain, cost, cost.square())]
+    return torch.cat([*sums[:2], short, sums[2]], -1)

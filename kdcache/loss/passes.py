@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.loss.anchor import control_of_entries
+from kdcache.loss.anchor import control_of_entries, weighted
 
 Pass = Callable[..., Any]
 
@@ -64,7 +64,7 @@ def sparse_pass(
         anchored: [n, E - 1] inverse inclusion probabilities, [n] entries of the head, and theta.
 
     Returns:
-        [2] summed hard and soft loss (anchored [5]: with an anchor's figures), and [n, E] gradient
+        [2] summed hard and soft loss (anchored [6]: with an anchor's figures), and [n, E] gradient
         of the entries.
     """
     w = F.pad(w, (0, 1))
@@ -79,8 +79,10 @@ def sparse_pass(
     # In place throughout: on a CPU a pass over the logits costs more than its arithmetic; compiled,
     # it makes no difference. `e` is z itself where no wider dtype is needed.
     top = z.amax(-1, keepdim=True).to(x.dtype)
-    top = torch.where(top > -torch.inf, top, 0)
-    e = z.to(x.dtype).sub_(top)
+    # All logits count from the largest: sums of large ones would be rounded to 1e-7 of their size.
+    peak = torch.maximum(top, x.amax(-1, keepdim=True))
+    e = z.to(x.dtype).sub_(torch.where(top > -torch.inf, top, 0))
+    x, top = x - peak, torch.where(top > -torch.inf, top - peak, 0)
     e_soft = e if unit else e.mul(inverse_t).exp_()
     e.exp_()
     others = e.sum(-1, keepdim=True).log() + top
@@ -111,9 +113,11 @@ def sparse_pass(
     sums = torch.stack([hard.sum(), soft.sum()])
     mass_outside, added = mass, torch.zeros_like(own)
     if anchored is not None:
-        outside, added, figures = control_of_entries(q, others_q, own, w, same, first, *anchored)
+        outside, added, figures = control_of_entries(
+            q, others_q, (top_t - lse_t).exp() * others_q.sign(), own, w, same, first, *anchored
+        )
         mass_outside = mass - outside
-        sums = torch.cat([sums, (figures * each.square()).sum(0)])
+        sums = torch.cat([sums, weighted(figures, each[:, 0]).sum(0)])
     c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
     a_hard = c_hard * (top - lse).exp()
     # exp(top_t - tail) <= 1 where others exist; where none do, z is -inf throughout and the factor
@@ -168,8 +172,11 @@ def dense_pass(
     valid, each = valid[:, None], each[:, None]
     logits = z.to(x.dtype)
     student = torch.log_softmax(logits, -1)
-    student_t = student if unit else torch.log_softmax(logits * inverse_t, -1)
-    target = torch.log_softmax(teacher * inverse_t, -1)
+    if not unit:  # counted from the largest: a product with 1 / T would round large logits
+        logits = (logits - logits.amax(-1, keepdim=True)) * inverse_t
+        teacher = (teacher - teacher.amax(-1, keepdim=True)) * inverse_t
+    student_t = student if unit else torch.log_softmax(logits, -1)
+    target = torch.log_softmax(teacher, -1)
     q, p = target.exp(), student.exp()
     p_t = p if unit else student_t.exp()
     # A teacher's logit of -inf (a masked id) is an outcome without mass.
@@ -215,7 +222,7 @@ def scratch_pass(
     kl = gap.mul_(q).sum(-1, keepdim=True) - mass.log() + total_t.log()
     p = p_t if unit else y.exp_()
     total = total_t if unit else p.sum(-1, keepdim=True)
-    hard, soft = valid * (total.log() + top - x), each * kl / inverse_t**2
+    hard, soft = valid * (total.log() - (x - top)), each * kl / inverse_t**2
     c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
     d_label = c_hard * (p.gather(1, label) / total - 1)
     d_label += c_soft * (p_t.gather(1, label) / total_t - q.gather(1, label))

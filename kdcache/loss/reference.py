@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.choices import Divergence, Tail
 from kdcache.errors import UsageError
-from kdcache.loss.anchor import Anchor, applied, control
+from kdcache.loss.anchor import Anchor, applied, control, weighted
 from kdcache.targets import (
     AnchoredTargets,
     DenseTargets,
@@ -181,16 +181,14 @@ def distillation_loss(
     if divergence == "mse":
         soft = (z - _dense(targets).logits.to(z)).square().mean(-1)
     else:
-        soft = temperature**2 * _divergence(z / temperature, targets, divergence, tail)
+        soft = temperature**2 * _divergence(_heated(z, temperature), targets, divergence, tail)
     anchor = applied(anchor, targets)
     if anchor is not None and isinstance(targets, AnchoredTargets):
-        log_q = F.log_softmax(z / temperature, -1)
+        log_q = F.log_softmax(_heated(z, temperature), -1)
         added, figures = control(log_q, targets, anchor.theta.to(z.device))
         pull = -(added * log_q).sum(-1)
         soft = soft + temperature**2 * (pull - pull.detach())
-        if position_weights is not None:
-            figures = figures * position_weights.to(figures).square()[:, None]
-        anchor.add(figures, scalar_count(hard, count, position_weights))
+        anchor.add(weighted(figures, position_weights), scalar_count(hard, count, position_weights))
     return loss_parts(hard, soft, alpha, count, position_weights)
 
 
@@ -267,13 +265,18 @@ def soft_capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * (x / cap).tanh()
 
 
+def _heated(z: Tensor, temperature: float) -> Tensor:
+    """z [n, V] / T, counted from each row's largest: dividing large logits would round them."""
+    return z if temperature == 1 else (z - z.detach().amax(-1, keepdim=True)) / temperature
+
+
 def _divergence(
     z: Tensor, targets: DenseTargets | SparseTargets, divergence: str, tail: str
 ) -> Tensor:
     """Divergence of each position; z [n, V] is already divided by T."""
     student = F.log_softmax(z, -1)
     if isinstance(targets, DenseTargets):
-        teacher = F.log_softmax(targets.logits.to(z) / targets.temperature, -1)
+        teacher = F.log_softmax(_heated(targets.logits.to(z), targets.temperature), -1)
         return coarse_divergence(teacher, student, divergence)
     w, ids = targets.weights.to(z), targets.ids
     if not targets.exact:
