@@ -20,6 +20,7 @@ from kdcache.errors import UsageError
 Task = Literal[
     "causal-lm",
     "masked-lm",
+    "seq2seq-lm",
     "sequence-classification",
     "token-classification",
     "multi-label-classification",
@@ -28,6 +29,7 @@ Task = Literal[
 Answers = Literal["ids", "classes", "labels", "score"]
 CAUSAL_LM: Final = "causal-lm"
 MASKED_LM: Final = "masked-lm"
+SEQ2SEQ_LM: Final = "seq2seq-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 TOKEN_CLASSIFICATION: Final = "token-classification"
 MULTI_LABEL_CLASSIFICATION: Final = "multi-label-classification"
@@ -47,6 +49,8 @@ class TaskType:
         answers: what an answer is over: `ids`, a distribution over those of a vocabulary;
             `classes`, one over classes that have names; `labels`, a probability of each of these
             by itself; `score`, a value.
+        source: whether an answer is also about a source, a text that an encoder reads whole; the
+            tokens of a row are then those that the decoder reads.
         causal: whether an answer may depend on no later token than its own; the label of a token
             is then the next one.
         texts: whether a shard keeps the text of its rows, so that a student with a tokenizer of
@@ -82,6 +86,7 @@ class TaskType:
     codec: str
     plans: tuple[str, ...]
     auto_images: str | None = None
+    source: bool = False
     words: bool = False
     problem: str | None = None
     label_columns: tuple[str, ...] = ("label",)
@@ -142,6 +147,24 @@ TASKS: Final[Mapping[str, TaskType]] = {
         packing="concat",
         perplexity="pseudo-perplexity",
         heads=("reads", "was"),
+    ),
+    SEQ2SEQ_LM: TaskType(
+        noun="sequence-to-sequence model",
+        per_token=True,
+        answers="ids",
+        causal=True,
+        source=True,
+        texts=False,
+        auto="AutoModelForSeq2SeqLM",
+        marks=(
+            *("ConditionalGeneration", "MarianMTModel", "EncoderDecoderModel", "T5WithLMHead"),
+            "ForTextToText",
+        ),
+        pipeline="text2text-generation",
+        codec="sample:20",
+        plans=_PLANS,
+        perplexity="perplexity",
+        heads=("after", "next"),
     ),
     SEQUENCE_CLASSIFICATION: TaskType(
         noun="sequence classifier",
@@ -263,7 +286,7 @@ def check_task(task: str) -> None:
 
 def task_of(config: Mapping[str, Any]) -> str | None:
     """The task of a Hugging Face model by its `config.json`, or None if that does not say."""
-    for task, kind in sorted(TASKS.items(), key=lambda item: item[1].causal):
+    for task, kind in sorted(TASKS.items(), key=lambda item: item[1].causal - item[1].source):
         if _has_mark(config, kind) and kind.problem in (None, _problem(config)):
             return task
     return None
@@ -283,6 +306,8 @@ def _has_mark(config: Mapping[str, Any], kind: TaskType) -> bool:
     reads_images = "vision_config" in config and not config.get("is_encoder_decoder")
     if kind.auto_images is not None and reads_images and "ConditionalGeneration" in names:
         return True
+    if kind.source and not config.get("is_encoder_decoder"):
+        return False  # models of images and sounds have such names, too
     return any(mark in names for mark in kind.marks)
 
 

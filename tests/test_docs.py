@@ -471,9 +471,16 @@ def test_format_of_labels_and_scores(plain_reader: dict[str, Any], task: str) ->
         np.testing.assert_allclose(np.stack(found), expected.numpy(), rtol=1e-6)
 
 
-def test_format_of_a_masked_language_model(plain_reader: dict[str, Any]) -> None:
-    out = str(Path(__file__).parent / "golden" / "masked")
-    _same_as_library(plain_reader, Cache.open(out), out)
+@pytest.mark.parametrize("name", ["masked", "pairs"])
+def test_format_of_language_models(plain_reader: dict[str, Any], name: str) -> None:
+    out = str(Path(__file__).parent / "golden" / name)
+    cache = Cache.open(out)
+    _same_as_library(plain_reader, cache, out)
+    if name == "pairs":
+        sources = plain_reader["sources"](out, cache.manifest.shards[0].name)
+        data = cache.read(0)
+        for i, source in enumerate(sources):
+            np.testing.assert_array_equal(source, data.row(i).source)
 
 
 def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:

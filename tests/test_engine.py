@@ -33,7 +33,6 @@ from kdcache.commands.plan.plan import plan
 from kdcache.commands.verify.options import VerifyOptions
 from kdcache.commands.verify.verify import verify
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.rows import Row
 from kdcache.targets import DenseTargets
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.engine import guard
@@ -274,7 +273,7 @@ def saved(name: str, folder: Path) -> Any:
 def test_the_output_layer_in_the_files_is_that_of_the_model(name: str, tmp_path: Path) -> None:
     model = saved(name, tmp_path)
     ids = np.arange(1, 9, dtype=np.int32)
-    want = find_layer(model, name, Row(ids, ids), 10**6)
+    want = find_layer(model, name, {"input_ids": torch.from_numpy(ids).long()[None]}, 10**6)
     head = read_head(TeacherFiles.find(str(tmp_path)), "float32")
     torch.testing.assert_close(head.layer.weight, want.weight, rtol=0, atol=0)
     assert (head.layer.scale, head.layer.cap) == (want.scale, want.cap)

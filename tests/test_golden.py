@@ -82,6 +82,7 @@ def test_golden_rows_are_read(name: str) -> None:
             assert (None if row.starts is None else row.starts.tolist()) == want.get("starts")
             assert (None if row.words is None else list(row.words)) == want.get("words")
             assert (None if row.first is None else row.first.tolist()) == want.get("first")
+            assert (None if row.source is None else row.source.tolist()) == want.get("source")
 
 
 def test_every_command_that_reads_caches_reads_them(name: str, tmp_path: Path) -> None:

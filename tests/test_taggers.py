@@ -110,7 +110,7 @@ def test_balanced_classes_and_rows_without_tags(
         ({"head_width": 8}, "--head-width is for classifiers of whole texts"),
         (
             {"task": "causal-lm"},
-            "finetune trains classifiers and scorers. Train a language model with transformers or",
+            "and sequence-to-sequence models. Train a language model with transformers or TRL",
         ),
     ],
 )

@@ -339,6 +339,29 @@ BLIP2 = _seeing(
 )
 """One that reads no text without an image."""
 
+SEQ2SEQ = [
+    *(
+        make(name, decoder_start_token_id=2)
+        for name in _words(
+            """
+            bart bigbird_pegasus blenderbot blenderbot-small longt5 m2m_100 marian mbart mt5 mvp
+            nllb-moe pegasus pegasus_x plbart seamless_m4t switch_transformers t5 umt5
+            """
+        )
+    ),
+    make(
+        "led",
+        max_encoder_position_embeddings=128,
+        max_decoder_position_embeddings=128,
+        attention_window=8,
+        decoder_start_token_id=2,
+    ),
+    make("prophetnet", decoder_start_token_id=2, **_PROPHETNET),
+    make("t5", "untied", tie_word_embeddings=False, decoder_start_token_id=2),
+    make("bart", "padded", vocab_size=320, decoder_start_token_id=2),
+]
+"""Sequence-to-sequence models; `fsmt` makes no decoder input of labels, and is refused."""
+
 UNPADDED = [make("convbert"), make("fnet"), make("nystromformer"), make("yoso")]
 """Classifiers whose logits move with the padding of their batch."""
 

@@ -153,7 +153,10 @@ def check_values(data: ShardData, spec: CacheSpec, ids: int | None = None) -> No
     else:
         labels = data.labels[labelled(data.labels, data.task)]
         classes = ids if TASKS[spec.task].over_ids else spec.num_labels or 0
-    for name, column, number in (("input id", data.input_ids, ids), ("label", labels, classes)):
+    columns = [("input id", data.input_ids, ids), ("label", labels, classes)]
+    if data.source is not None:
+        columns.append(("source id", data.source, ids))
+    for name, column, number in columns:
         least, most = column.min(initial=0), column.max(initial=0)
         if least < 0:
             raise CorruptCacheError(f"it has the {name} {least}.")

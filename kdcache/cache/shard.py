@@ -42,6 +42,7 @@ _WORDS = ("first_tokens", "words_bytes", "words")
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
 _LABEL_LOGPROB = ("label_logprob",)
 _STARTS = ("starts",)
+_SOURCES = ("source_lengths", "source_ids")
 _MEMORY = 1 << 30  # that reading any shard may take
 _MEMORY_PER_BYTE = 64  # of the file, for those that need more; real ones take at most 27
 _U1, _U2, _U4, _I4 = ("|u1",), ("<u2",), ("<u4",), ("<i4",)
@@ -71,6 +72,9 @@ class ShardData:
             None where rows are not divided.
         words: the words of each row, or None where the task keeps none.
         first: bool [tokens], the first token of each word, or None likewise.
+        source: int32 [source tokens], what an encoder reads, row by row; None where the task has
+            no source.
+        source_offsets: int64 [rows + 1], where each row's source begins, or None likewise.
     """
 
     task: str
@@ -85,6 +89,8 @@ class ShardData:
     starts: np.ndarray | None = None
     words: list[tuple[str, ...]] | None = None
     first: np.ndarray | None = None
+    source: np.ndarray | None = None
+    source_offsets: np.ndarray | None = None
 
     @classmethod
     def from_rows(
@@ -121,6 +127,11 @@ class ShardData:
             data.first = _concatenate(
                 [row.first for row in rows if row.first is not None], np.bool_
             )
+        if TASKS[task].source:
+            sources = [row.source for row in rows if row.source is not None]
+            assert len(sources) == len(rows), "every row has a source"
+            data.source = _concatenate(sources, np.int32)
+            data.source_offsets = _offsets(np.array([len(ids) for ids in sources], np.int64))
         assert len(targets) == data.position_offsets[-1], "one soft target a position"
         assert label_logprob is None or len(label_logprob) == len(targets), "one a position"
         return data
@@ -155,7 +166,13 @@ class ShardData:
             starts=None if self.starts is None else self.starts[tokens],
             words=None if self.words is None else self.words[index],
             first=None if self.first is None else self.first[tokens],
+            source=self._source_of(index),
         )
+
+    def _source_of(self, index: int) -> np.ndarray | None:
+        if self.source is None or self.source_offsets is None:
+            return None
+        return self.source[self.source_offsets[index] : self.source_offsets[index + 1]]
 
 
 @dataclass(frozen=True)
@@ -202,6 +219,9 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
         _write(rows, "input_ids", _narrow(data.input_ids))
         if data.type_ids is not None:
             _write(rows, "type_ids", data.type_ids)
+        if data.source is not None and data.source_offsets is not None:
+            _write(rows, "source_lengths", np.diff(data.source_offsets).astype(np.uint32))
+            _write(rows, "source_ids", _narrow(data.source))
         kind = TASKS[data.task]
         if kind.causal:
             has_label, next_ids = _split_labels(data)
@@ -263,7 +283,7 @@ def read_shard(
         of_labels = _NEXT_IDS if kind.causal else _PLACES if kind.over_ids else _LABELS
         required = (
             *(_REQUIRED + of_labels + _TEXTS * kind.texts),
-            *(_WORDS * kind.words),
+            *(_WORDS * kind.words + _SOURCES * kind.source),
             *(_LABEL_LOGPROB * label_logprob + _STARTS * starts),
         )
         rows = columns_of(path, file, "rows", required, _OPTIONAL)
@@ -301,6 +321,7 @@ def read_shard(
         words, first = None, None
         if kind.words:
             words, first = read_words(path, rows, offsets, labels)
+        source, source_offsets = _read_source(path, rows, n.rows) if kind.source else (None, None)
         targets = SoftTargets.empty(codec)
         if with_targets:
             group = columns_of(path, file, "targets", [c.name for c in codec.columns])
@@ -319,6 +340,8 @@ def read_shard(
             starts=_read_starts(path, rows, offsets, labels) if starts else None,
             words=words,
             first=first,
+            source=source,
+            source_offsets=source_offsets,
         )
     if data.position_offsets[-1] != n.positions:
         raise CorruptCacheError(
@@ -477,6 +500,16 @@ def _read_starts(path: Path, rows: Any, offsets: np.ndarray, labels: np.ndarray)
     if (labels[:-1][within[1:]] != IGNORE).any():
         raise CorruptCacheError(f"{path}: a document's last token has a label of the next one.")
     return starts
+
+
+def _read_source(path: Path, rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the sources, row by row, and int64 [rows + 1], where each begins."""
+    lengths = _read(path, rows, "source_lengths", _U4, count)
+    if not lengths.all():
+        raise CorruptCacheError(f"{path}: it has rows without a source.")
+    offsets = _offsets(lengths.astype(np.int64))
+    ids = _read(path, rows, "source_ids", _IDS, int(offsets[-1]))
+    return ids.astype(np.int32), offsets
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

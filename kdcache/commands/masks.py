@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kdcache.choices import MaskUnit
-from kdcache.commands.groups import RowOptions
+from kdcache.commands.pairs import PairRowOptions
 from kdcache.options import option
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedRowOptions(RowOptions):
+class MaskedRowOptions(PairRowOptions):
     """How records become rows, and which tokens of a masked language model's are masked."""
 
     heading = "Corpus"

@@ -20,6 +20,7 @@ from __future__ import annotations
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.encoders import ClassificationEncoder, TextEncoder, make_encoder
 from kdcache.rows.masked import MaskedEncoder
+from kdcache.rows.pairs import PairEncoder
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.words import TokenClassificationEncoder, WordReader
 
@@ -27,6 +28,7 @@ __all__ = [
     "ClassificationEncoder",
     "Encoder",
     "MaskedEncoder",
+    "PairEncoder",
     "Row",
     "RowSpec",
     "TextEncoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -10,22 +11,29 @@ import numpy.typing as npt
 from kdcache.rows.spec import Row
 
 Ids = npt.NDArray[np.int64]
+Size: TypeAlias = "int | tuple[int, ...]"
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches(sizes: Sequence[Size], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of rows grouped by length, so that rows times the longest stays within
     `batch_tokens`.
 
     Every index comes exactly once; a row longer than the budget is a batch by itself.
+
+    Args:
+        sizes: tokens of each row, or those of its parts (`Row.sizes`), which are padded each to
+            the longest.
+        batch_tokens: the budget.
     """
     batch: list[int] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * longest > batch_tokens:
+    parts = [(size,) if isinstance(size, int) else tuple(size) for size in sizes]
+    longest: tuple[int, ...] = ()
+    for index in sorted(range(len(parts)), key=lambda i: tuple(-part for part in parts[i])):
+        grown = tuple(map(max, longest or parts[index], parts[index]))
+        if batch and (len(batch) + 1) * sum(grown) > batch_tokens:
             yield batch
-            batch = []
-        if not batch:
-            longest = lengths[index]
+            batch, grown = [], parts[index]
+        longest = grown
         batch.append(index)
     if batch:
         yield batch
@@ -65,14 +73,20 @@ def padded(values: npt.NDArray[np.generic], lengths: npt.NDArray[np.integer], fi
 def pad_rows(rows: Sequence[Row], pad_id: int) -> dict[str, Ids]:
     """`input_ids`, `attention_mask` and, if the first row has them, `token_type_ids`.
 
-    Rows of documents that do not attend to each other are divided before (`documents_of`).
+    Of rows with a source these are of the source, and the decoder's are `decoder_input_ids`. Rows
+    of documents that do not attend to each other are divided before (`documents_of`).
     """
     assert all(row.starts is None for row in rows), "documents are run apart"
-    lengths = np.array([len(row.input_ids) for row in rows])
+    own = [row.input_ids if row.source is None else row.source for row in rows]
+    lengths = np.array([len(ids) for ids in own])
     columns = {
-        "input_ids": padded(np.concatenate([row.input_ids for row in rows]), lengths, pad_id),
+        "input_ids": padded(np.concatenate(own), lengths, pad_id),
         "attention_mask": padded(np.ones(lengths.sum(), np.int64), lengths, 0),
     }
+    if rows[0].source is not None:
+        sizes = np.array([len(row.input_ids) for row in rows])
+        decoder = np.concatenate([row.input_ids for row in rows])
+        columns["decoder_input_ids"] = padded(decoder, sizes, pad_id)
     if rows[0].type_ids is not None:
         types = [np.zeros(len(r.input_ids)) if r.type_ids is None else r.type_ids for r in rows]
         columns["token_type_ids"] = padded(np.concatenate(types), lengths, 0)

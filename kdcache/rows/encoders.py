@@ -17,6 +17,7 @@ from kdcache.rows.encoder import Encoder
 from kdcache.rows.ids import IdSequence, SequenceMaker
 from kdcache.rows.labels import Labels, make_reader
 from kdcache.rows.masked import MaskedEncoder
+from kdcache.rows.pairs import PairEncoder
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.text import Document, checked_text, frame
 from kdcache.rows.tokens import encoded, tokens_of
@@ -43,6 +44,8 @@ def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
     Raises:
         UsageError: The tokenizer can't serve the spec.
     """
+    if TASKS[spec.task].source:
+        return PairEncoder(spec, tokenizer)
     if TASKS[spec.task].words:
         return TokenClassificationEncoder(spec, tokenizer)
     if not TASKS[spec.task].per_token:

@@ -21,10 +21,12 @@ from kdcache.choices import (
     Reasoning,
 )
 from kdcache.errors import UsageError
-from kdcache.tasks import MASKED_LM, TASKS, Task, check_task, positions
+from kdcache.tasks import MASKED_LM, SEQ2SEQ_LM, TASKS, Task, check_task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
 MASK_SHARE = 0.15  # of BERT
+SOURCE_LENGTH = 1024  # tokens
+LAST_LABEL = -1  # the decoder reads the last label of a row first
 ID_COLUMNS = (
     *("input_ids", "labels", "loss_mask"),
     *("attention_mask", "position_ids", "segment_ids"),
@@ -34,6 +36,8 @@ _LATER = {
     "labels": None, "attend": "row", "tools_column": "tools", "chat_template_kwargs": "",
     "learn": ("assistant",), "reasoning": "learn", "words_column": "tokens",
     "label_tokens": "first", "mask_share": None, "mask_unit": "token", "mask_seed": 0,
+    "source_column": "source", "target_column": "target", "max_source_length": None,
+    "source_lang": None, "target_lang": None, "decoder_start": None,
 }  # fmt: skip
 
 
@@ -52,6 +56,8 @@ class Row:
         text_pair: The pair's text, if there is one.
         words: Token classification only: what was tokenised, one for each first token.
         first: bool `[L]`, token classification only: which tokens are the first of their words.
+        source: int32 `[S]`, of sequence-to-sequence models: what the encoder reads. `input_ids`
+            is then what the decoder reads: its start, and all labels but the last.
         starts: bool `[L]`, where a document begins whose tokens attend to no other document (the
             first token always); None where all tokens of the row attend to those before them.
     """
@@ -64,6 +70,13 @@ class Row:
     starts: npt.NDArray[np.bool_] | None = None
     words: tuple[str, ...] | None = None
     first: npt.NDArray[np.bool_] | None = None
+    source: npt.NDArray[np.int32] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of the row; of the source and of the decoder, where there is a source."""
+        own = len(self.input_ids)
+        return (own,) if self.source is None else (len(self.source), own)
 
     def documents(self) -> list[Row]:
         """The documents that do not attend to each other, in order, each as a row by itself.
@@ -126,6 +139,14 @@ class RowSpec:
         mask_share: Masked LM: share of a row's tokens that are masked; None for other tasks.
         mask_unit: Masked LM: whether a `token` is masked by itself or with all of its `word`.
         mask_seed: Masked LM: seed of the draw, which is by span, row and place.
+        source_column: Sequence to sequence: column with the text that the encoder reads.
+        target_column: Sequence to sequence: column with the text that the decoder writes.
+        max_source_length: Sequence to sequence: most tokens of a source; `max_length` is of the
+            target. Default: 1024; None for other tasks.
+        source_lang: Sequence to sequence: language of the sources, for tokenizers that mark it.
+        target_lang: Sequence to sequence: that of the targets.
+        decoder_start: Sequence to sequence: id that the decoder reads first, `LAST_LABEL` where it
+            is the last label; None for other tasks. See `kdcache.teacher.decoder_start`.
 
     Raises:
         UsageError: Options that can't be; all of them in one message.
@@ -154,6 +175,12 @@ class RowSpec:
     mask_share: float | None = None
     mask_unit: MaskUnit = "token"
     mask_seed: int = 0
+    source_column: str = "source"
+    target_column: str = "target"
+    max_source_length: int | None = None
+    source_lang: str | None = None
+    target_lang: str | None = None
+    decoder_start: int | None = None
 
     def __post_init__(self) -> None:
         if self.label_column == "none":
@@ -161,6 +188,8 @@ class RowSpec:
         check_task(self.task)
         if self.task == MASKED_LM and self.mask_share is None:
             object.__setattr__(self, "mask_share", MASK_SHARE)
+        if TASKS[self.task].source and self.max_source_length is None:
+            object.__setattr__(self, "max_source_length", SOURCE_LENGTH)
         wrong = [
             f"{name} is {value!r}, expected one of {', '.join(choices)}"
             for name, value, choices in (
@@ -183,6 +212,7 @@ class RowSpec:
         if self.task != MASKED_LM and masks != (None, "token", 0):
             given = "mask_share, mask_unit and mask_seed"
             wrong.append(f"{given} are for {MASKED_LM}, leave them out for {self.task}")
+        wrong += self._wrong_pairs()
         if self.record_form not in ("auto", "text", *TASKS[self.task].forms):
             wrong.append(f"record_form is {self.record_form!r}, but {self.task} reads texts")
         if TASKS[self.task].per_token and self.pair_column is not None:
@@ -218,9 +248,26 @@ class RowSpec:
         if wrong:
             raise UsageError(f"{'; '.join(wrong)}. Correct these options.")
 
+    def _wrong_pairs(self) -> list[str]:
+        """What is wrong with the options of sources and targets."""
+        if not TASKS[self.task].source:
+            languages = (self.source_lang, self.target_lang)
+            if (self.max_source_length, *languages, self.decoder_start) != (None,) * 4:
+                names = "max_source_length, source_lang, target_lang and decoder_start"
+                return [f"{names} are for {SEQ2SEQ_LM}, leave them out for {self.task}"]
+            return []
+        wrong = []
+        if self.packing not in ("none", "whole"):
+            wrong.append(f"packing is {self.packing!r}; {self.task} has a row for each record")
+        if (self.max_source_length or 0) < 1:
+            wrong.append(f"max_source_length is {self.max_source_length}, expected 1 or more")
+        return wrong
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the encoder uses; a table is read only in these."""
+        if TASKS[self.task].source:
+            return (self.source_column, self.target_column)
         if TASKS[self.task].words:
             defaults = TASKS[self.task].label_columns
             chosen = defaults if self.label_column == DEFAULT_LABEL_COLUMN else (self.label_column,)

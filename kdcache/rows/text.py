@@ -60,10 +60,12 @@ def need_offsets(tokenizer: Any, what: str) -> None:
         )
 
 
-def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer itself puts before and behind one text."""
+def frame(tokenizer: Any, *, target: bool = False) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer itself puts before and behind one text; or one target."""
+    given = {"text_target" if target else "text": "a"}
     bare, dressed = (
-        list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
+        list(tokenizer(**given, add_special_tokens=special)["input_ids"])
+        for special in (False, True)
     )
     before = next(
         (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare), None

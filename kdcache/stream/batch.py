@@ -37,6 +37,8 @@ def join(parts: Sequence[ShardData]) -> ShardData:
     divided = any(part.starts is not None for part in parts)
     kept = [part.label_logprob for part in parts if part.label_logprob is not None]
     firsts = [part.first for part in parts if part.first is not None]
+    sources = [part.source for part in parts if part.source is not None]
+    of_sources = [np.diff(p.source_offsets) for p in parts if p.source_offsets is not None]
     data = ShardData(
         task=parts[0].task,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -50,6 +52,8 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         starts=np.concatenate([starts_of(p) for p in parts]) if divided else None,
         words=None if parts[0].words is None else [row for p in parts for row in p.words or ()],
         first=np.concatenate(firsts) if firsts else None,
+        source=np.concatenate(sources) if sources else None,
+        source_offsets=np.cumsum([0, *np.concatenate(of_sources)]) if sources else None,
     )
     aligned = [p.aligned for p in parts if isinstance(p, AlignedShard) and p.aligned is not None]
     return AlignedShard(**vars(data), aligned=AlignedRows.concat(aligned)) if aligned else data
@@ -81,17 +85,17 @@ def collate(
             of each word. None uses the cached ids.
 
     Returns:
-        `input_ids`, `attention_mask` int64 [B, L]; where documents do not attend to each other
-        `position_ids` in place of the mask, 0 where one begins; `token_type_ids` int64 [B, L]
-        where there are any; `labels` int64 [B, L] (aligned with the logits: already shifted) or
-        [B], of several labels a row [B, C], of scores float32 [B]; `count` float32 []; and with a
-        temperature `targets`, `DenseTargets` or `SparseTargets` of the batch's positions in
-        row-major order. Where the cache keeps it,
-        `label_logprob` float32 [positions], the teacher's log-probability of each label at T = 1
-        (minus infinity for a label that it cannot predict). Where not every position is the first
-        of its word, `first_tokens` bool [positions] says which are. `count` is the number of
-        positions the loss is a mean of (without targets: of hard labels); infinity gives the batch
-        the weight zero.
+        `input_ids`, `attention_mask` int64 [B, L], of a source where there is one, beside
+        `decoder_input_ids`, which are then what the labels belong to; where documents do not attend
+        to each other `position_ids` in place of the mask, 0 where one begins; `token_type_ids`
+        int64 [B, L] where there are any; `labels` int64 [B, L] (aligned with the logits: already
+        shifted) or [B], of several labels a row [B, C], of scores float32 [B]; `count` float32 [];
+        and with a temperature `targets`, `DenseTargets` or `SparseTargets` of the batch's positions
+        in row-major order. Where the cache keeps it, `label_logprob` float32 [positions], the
+        teacher's log-probability of each label at T = 1 (minus infinity for a label that it cannot
+        predict). Where not every position is the first of its word, `first_tokens` bool [positions]
+        says which are. `count` is the number of positions the loss is a mean of (without targets:
+        of hard labels); infinity gives the batch the weight zero.
     """
     lengths = np.diff(data.offsets)
 
@@ -114,6 +118,14 @@ def collate(
             )
         batch = {
             name: torch.as_tensor(v) for name, v in tokenize(data.texts, data.text_pairs).items()
+        }
+    elif data.source is not None and data.source_offsets is not None:
+        sizes = np.diff(data.source_offsets)
+        ones = np.ones(len(data.source), np.int64)
+        batch = {
+            "input_ids": torch.from_numpy(padded(data.source, sizes, pad_id)),
+            "attention_mask": torch.from_numpy(padded(ones, sizes, 0)),
+            "decoder_input_ids": pad(data.input_ids, pad_id),
         }
     else:
         batch = {"input_ids": pad(data.input_ids, pad_id)}

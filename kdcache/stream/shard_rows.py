@@ -62,6 +62,7 @@ class ShardRows:
         self._owner = np.repeat(np.arange(len(parts)), np.diff(self.first))
         offsets = [
             {"token": part.offsets, "row": np.arange(len(part) + 1)}
+            | ({} if part.source_offsets is None else {"source": part.source_offsets})
             | (part.item_offsets if soft else {"position": part.position_offsets})
             for part in parts
         ]
@@ -105,6 +106,10 @@ class ShardRows:
         kept = [part.label_logprob for part in parts if part.label_logprob is not None]
         firsts = [part.first for part in parts if part.first is not None]
         keeps = self._labels and len(kept) == len(parts)
+        sources = [part.source for part in parts if part.source is not None]
+        of_sources = None
+        if sources:
+            of_sources = np.cumsum([0, *(self._end["source"][rows] - self._begin["source"][rows])])
         lengths = self._end["token"][rows] - self._begin["token"][rows]
         data = ShardData(
             task=parts[0].task,
@@ -122,6 +127,8 @@ class ShardRows:
             starts=pick([starts_of(part) for part in parts], "token") if divided else None,
             words=pick_texts([part.words for part in parts], ()),
             first=pick(firsts, "token") if firsts else None,
+            source=pick(sources, "source") if sources else None,
+            source_offsets=of_sources,
         )
         if self._aligned is None:
             return data

@@ -28,6 +28,7 @@ class StudentInfo:
         texts: training texts for a word vocabulary; read once.
         tokenizer: the cache's tokenizer, to compare with a student's own.
         seed: of random weights.
+        decoder_start: of a sequence-to-sequence cache: what its teacher's decoder reads first.
     """
 
     task: str
@@ -41,6 +42,7 @@ class StudentInfo:
     texts: Iterable[str] | None = None
     tokenizer: Any = None
     seed: int = 0
+    decoder_start: int | None = None
 
     def __post_init__(self) -> None:
         check_task(self.task)
@@ -69,7 +71,9 @@ class StudentInfo:
             )
         if TASKS[task].over_ids:
             text = config.get("text_config", config)
-            return cls(task, int(text["vocab_size"]), pad_id=text.get("pad_token_id") or 0)
+            start = config.get("decoder_start_token_id") if TASKS[task].source else None
+            pad_id = text.get("pad_token_id") or 0
+            return cls(task, int(text["vocab_size"]), pad_id=pad_id, decoder_start=start)
         names = {int(i): str(label) for i, label in config.get("id2label", {}).items()}
         labels = tuple(names[i] for i in sorted(names)) or ("LABEL_0", "LABEL_1")
         shown = labels if TASKS[task].named else None

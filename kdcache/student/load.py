@@ -304,6 +304,8 @@ def _from_config(
         ("eos_token_id", info.eos_id),
     ):
         given.setdefault(key, value)
+    if TASKS[info.task].source:
+        given = _with_start(given, info)
     try:
         config = AutoConfig.for_model(raw["model_type"], **given)
         kind = auto_class(info.task, config)
@@ -313,6 +315,15 @@ def _from_config(
             f"student {name}: not a {info.task} architecture ({_first_line(error)})."
         ) from error
     return student  # type: ignore[no-any-return]
+
+
+def _with_start(given: dict[str, Any], info: StudentInfo) -> dict[str, Any]:
+    """A new configuration that begins as the teacher's decoder does, unless it says otherwise."""
+    if info.decoder_start is not None and info.decoder_start >= 0:
+        given.setdefault("decoder_start_token_id", info.decoder_start)
+    # What an architecture generates first or last by default is an id of someone else, too.
+    given.setdefault("forced_eos_token_id", None)
+    return given
 
 
 def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles:
@@ -433,7 +444,7 @@ def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> Non
         f"A {info.task} student must have the teacher's vocabulary: take one of its family, or a "
         "config.json with this vocab_size."
     )
-    if TASKS[info.task].causal:
+    if TASKS[info.task].causal and not TASKS[info.task].source:
         cure += " To train it with its own tokens, add --cross-tokenizer likelihood or hybrid."
     if size is not None and not info.vocab_size <= size < info.vocab_size + _MOST_PADDING:
         raise UsageError(

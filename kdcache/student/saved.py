@@ -153,9 +153,10 @@ class SavedModel:
         """The most tokens that the model can read, or None if unbounded."""
         config = self.raw_config.get("encoder", self.raw_config)
         # Rotary positions continue beyond the trained ones; a table of positions ends.
-        if any(name.startswith("rope_") for name in config):
+        if any(name.startswith(("rope_", "relative_attention_")) for name in config):
             return None
         length = config.get("max_position_embeddings") or config.get("n_positions")
+        length = config.get("max_decoder_position_embeddings") or length
         return None if length is None else int(length)
 
     @cached_property
@@ -307,6 +308,13 @@ class LoadedModel:
             raise UsageError(
                 f"{saved.role} {saved.name} reads at most {saved.reach} tokens, but a row has "
                 f"{longest}. Use a cache or a --max-length of at most {saved.reach}."
+            )
+        longest = max(0 if row.source is None else len(row.source) for row in rows)
+        most = saved.files.source_reach if longest and not saved.is_factory else None
+        if most is not None and longest > most:
+            raise UsageError(
+                f"{saved.role} {saved.name} reads at most {most} tokens of a source, but a row has "
+                f"{longest}. Use a cache or a --max-source-length of at most {most}."
             )
         for piece in self.run(rows):
             yield piece if self.order is None else piece[:, list(self.order)]

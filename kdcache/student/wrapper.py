@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
@@ -44,6 +44,7 @@ from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.adapter import complete_adapter
+from kdcache.teacher.decoder_start import decoder_start, with_start
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.trust import FACTORY_TYPE
 
@@ -83,6 +84,8 @@ class DistilledStudent(nn.Module):
     projection is sharded by itself, the model's own forward makes the logits.
 
     Attributes:
+        start: of a Hugging Face sequence-to-sequence model, what its decoder reads first; None
+            reads the rows as they are.
         needs_mask: whether a language model's logits of right-padded rows depend on the attention
             mask; True until `kdcache.student.padding.check_rows` has tried it without.
 
@@ -131,6 +134,10 @@ class DistilledStudent(nn.Module):
         self.needs_mask = True
         self._projection: Projection | None = None
         self._checked: list[nn.Module] = []  # a list: a module here would be another child
+        self.start: int | None = None
+        whole = getattr(student, "get_base_model", lambda: student)()  # of an adapter
+        if TASKS[task].source and isinstance(whole, PreTrainedModel):
+            self.start = decoder_start(whole, f"student {type(whole).__name__}")
 
     @property
     def config(self) -> Any:
@@ -253,6 +260,9 @@ class DistilledStudent(nn.Module):
         per_token, over_ids = kind.per_token, kind.over_ids
         flat = labels.reshape(-1) if per_token else labels
         shape = labels.shape
+        if kind.source and "decoder_input_ids" in inputs:
+            decoder = with_start(inputs["decoder_input_ids"], labels, self.start)
+            inputs = {**inputs, "decoder_input_ids": decoder}
         if per_token and "position_ids" in inputs:
             inputs, labels = self._apart(inputs, labels)
         # Before the student's own work: reading the number of positions waits for the device, and

@@ -29,6 +29,7 @@ from kdcache.tasks import (
     CAUSAL_LM,
     MULTI_LABEL_CLASSIFICATION,
     REGRESSION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TASKS,
     TOKEN_CLASSIFICATION,
@@ -45,6 +46,7 @@ PEFT_TASKS = {
     MULTI_LABEL_CLASSIFICATION: "SEQ_CLS",
     REGRESSION: "SEQ_CLS",
     TOKEN_CLASSIFICATION: "TOKEN_CLS",
+    SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
 }
 _HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
 

@@ -308,12 +308,31 @@ class TeacherFiles:
     def reach(self, task: str) -> int | None:
         """The most tokens of a row that it reads, or None if its configuration names no bound."""
         config = self.config.get_text_config()
-        bounds = [_stretched(config, getattr(config, "max_position_embeddings", None))]
+        positions = getattr(config, "max_position_embeddings", None)
+        if TASKS[task].source:  # the decoder's; see `source_reach`
+            positions = getattr(config, "max_decoder_position_embeddings", positions)
+        bounds = [_stretched(config, positions)]
         if not TASKS[task].causal:
             # RoBERTa and similar models count positions from the padding's id on: they reach two
             # less than their configuration says, and their tokenizers know it.
             bounds.append(int(self.tokenizer.model_max_length))
         return min((bound for bound in bounds if bound), default=None)
+
+    @property
+    def source_reach(self) -> int | None:
+        """The most tokens of a source that an encoder reads; None if there is no bound."""
+        config = self.config.get_text_config()
+        own = getattr(config, "max_encoder_position_embeddings", None)
+        found = own or getattr(config, "max_position_embeddings", None)
+        return None if found is None else int(found)
+
+    @cached_property
+    def decoder_start(self) -> int:
+        """What the decoder reads first; see `kdcache.teacher.decoder_start`."""
+        from kdcache.teacher.decoder_start import decoder_start_of
+
+        who = f"teacher {self.name}"
+        return decoder_start_of(self.config, who, trust_remote_code=self.trust_remote_code)
 
     def vocab_size(self, task: str) -> int:
         """Width of a soft target: the classes, or the ids that tokenizer and output layer share."""

@@ -30,12 +30,14 @@ from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE, TASKS, positions
+from kdcache.teacher.decoder_start import decoder_start, with_start
 from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
 from kdcache.teacher.probe import (
     TOLERANCES,
     check_bidirectional,
     check_causal,
+    check_source,
     check_steady,
     distance,
     head_of,
@@ -55,9 +57,11 @@ class TeacherModel:
     Attributes:
         model: the Hugging Face model.
         direct: whether logits are the output layer applied to the decoder's states, times
-            `scale` and soft-capped at `cap` if there is one.
+            `scale` and soft-capped at `cap`, or plus `offset`, if there is one.
         batching: which rows share a batch: `padded` ones, those of `equal lengths`, or none.
         clipped_mass: float32 scalar, probability outside the vocabulary so far, summed.
+        pad_id: that fills rows up.
+        start: of a sequence-to-sequence model, what its decoder reads first; None of others.
         layer: what makes its logits of its states, once it is probed; None unless asked for.
     """
 
@@ -87,6 +91,8 @@ class TeacherModel:
         self.direct = False
         self.scale: float = 1.0
         self.cap: float | None = None
+        self.offset: Tensor | None = None
+        self._thin = False
         self.states = states
         self.layer: OutputLayer | None = None
         self.batching: Batching = "padded"
@@ -94,14 +100,15 @@ class TeacherModel:
         quantised = getattr(model.config, "quantization_config", None) is not None
         self._tolerance = TOLERANCES["bfloat16" if quantised else dtype]
         pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
-        self._pad_id = 0 if pad_id is None else int(pad_id)
+        self.pad_id = 0 if pad_id is None else int(pad_id)
+        self.start = decoder_start(model, f"model {name}") if self.task.source else None
 
     def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
         """All positions of a batch, a slice at a time, row by row."""
         if self.batching == "padded":
             yield from self._slices(rows)
         elif self.batching == "equal lengths":
-            for _, alike in groupby(rows, lambda row: len(row.input_ids)):
+            for _, alike in groupby(rows, lambda row: row.sizes):
                 yield from self._slices(list(alike))
         else:
             for row in rows:
@@ -128,8 +135,10 @@ class TeacherModel:
             check_causal(self.name, self._own, sample[0], want[0], self._tolerance)
         elif self.task.over_ids:
             check_bidirectional(self.name, self._own, sample[0])
+        if self.task.source:
+            check_source(self.name, self._own, sample[0], want[0])
         constants = self._constants(sample[0]) if self.task.over_ids else None
-        self.scale, self.cap = constants or (1.0, None)
+        self.scale, self.cap, self.offset = constants or (1.0, None, None)
         ways = [False] if constants is None else [True, False]
         found: dict[tuple[str, bool], float] = {}
         for self.batching in get_args(Batching):
@@ -142,19 +151,32 @@ class TeacherModel:
                     return
         raise AssertionError("rows one by one, by the model's own forward, are what is wanted")
 
-    def _constants(self, row: Row) -> tuple[float, float | None] | None:
-        """Scale and cap of a plain output layer; None where logits are made in another way."""
-        if self.task.causal:
-            return head_of(self.model, row)
-        batch = self._batch([row])
-        del batch["wanted"]
-        projection = Projection(self.model, batch)
+    def _constants(self, row: Row) -> tuple[float, float | None, Tensor | None] | None:
+        """Scale, cap and offset of a plain output layer; None where logits are made in another
+        way.
+        """
+        if self._by_decoder:
+            found = head_of(self.model, row)
+            return None if found is None else (*found, None)
+        projection = Projection(self.model, self._inputs(row))
         scale, layer = projection.scale, projection.layer
-        return None if scale is None or layer is None else (scale, projection.cap)
+        if scale is None or layer is None:
+            return None
+        self._thin = projection.thin
+        return scale, projection.cap, projection.offset
+
+    @property
+    def _by_decoder(self) -> bool:
+        """Whether the states that meet the output layer are what the decoder gives."""
+        return self.task.causal and not self.task.source
+
+    def _inputs(self, row: Row) -> dict[str, Tensor]:
+        """What the model is given of a row."""
+        return {name: values for name, values in self._batch([row]).items() if name != "wanted"}
 
     def _find_layer(self, sample: Sequence[Row]) -> None:
         """Find the output layer, and prove it on the logits of real rows."""
-        self.layer = find_layer(self.model, self.name, sample[0], self.vocab_size)
+        self.layer = find_layer(self.model, self.name, self._inputs(sample[0]), self.vocab_size)
         prove_layer(self.layer, self.name, self.slices(sample), self._tolerance)
 
     def _report(self, found: dict[tuple[str, bool], float]) -> None:
@@ -187,7 +209,7 @@ class TeacherModel:
     def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Right-padded tensors on the device; `wanted` are flat positions of labels of tokens."""
         # Decoders that classify look for the last id that is not padding.
-        batch = pad_rows(rows, self._pad_id)
+        batch = pad_rows(rows, self.pad_id)
         if self.task.per_token:
             lengths = np.array([len(row.labels) for row in rows])
             wanted = padded(np.concatenate([row.labels for row in rows]), lengths, IGNORE)
@@ -195,8 +217,13 @@ class TeacherModel:
             batch["wanted"] = np.flatnonzero(positions(wanted, self.task_name))
             # Causal attention never looks at padding on the right: no mask is needed, and without
             # one the fastest attention kernels apply.
-            if self.task.causal:
+            if self._by_decoder:
                 del batch["attention_mask"]
+            if self.task.source:
+                decoder, labels = (
+                    torch.from_numpy(ids) for ids in (batch["decoder_input_ids"], wanted)
+                )
+                batch["decoder_input_ids"] = with_start(decoder, labels, self.start).numpy()
         return {name: self.to_device(torch.from_numpy(a)) for name, a in batch.items()}
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -212,10 +239,10 @@ class TeacherModel:
             return
         wanted = batch.pop("wanted")
         head = self.model.get_output_embeddings()
-        if self.task.causal:
+        if self._by_decoder:
             hidden = self.model.get_decoder()(**batch, use_cache=False).last_hidden_state
         else:  # an encoder's states are transformed before they meet the output layer
-            hidden = layer_input(self.model, head, batch)
+            hidden = layer_input(self.model, head, batch, thin=self._thin)
         # The layers of a model that is spread move what they are given to their own devices; the
         # last one may live on another than the first.
         hidden = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device))
@@ -223,7 +250,10 @@ class TeacherModel:
         with kept_loaded(head):
             for start in range(0, len(hidden), step):
                 states = hidden[start : start + step]
-                logits = self._cut(finish_(head(states), self.scale, self.cap))
+                logits = finish_(head(states), self.scale, self.cap)
+                if self.offset is not None:
+                    logits += self.offset.to(logits)
+                logits = self._cut(logits)
                 yield Slice(logits, states if self.states else None)
 
     def _forward(self, batch: dict[str, Tensor]) -> Iterator[Slice]:

@@ -12,38 +12,35 @@ dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.rows import Row
 from kdcache.targets import OutputLayer
-from kdcache.teacher.load import input_device, kept_loaded
+from kdcache.teacher.load import kept_loaded
 from kdcache.teacher.probe import distance
 from kdcache.teacher.projection import Projection
 
 _INSTEAD = "Use --codec sample:N, topk:K or dense for this teacher."
 
 
-def find_layer(model: Any, name: str, row: Row, vocab_size: int) -> OutputLayer:
+def find_layer(model: Any, name: str, inputs: Mapping[str, Tensor], vocab_size: int) -> OutputLayer:
     """The output layer of a language model, on the CPU.
 
     Args:
         model: in evaluation mode.
         name: for messages.
-        row: a real one, of which some tokens are used.
+        inputs: of a real row, of which some tokens are used.
         vocab_size: V; the layer's further rows are padding and left out.
 
     Raises:
         UsageError: the model's logits are not an output layer's product with its states, scaled
             and soft-capped by what its configuration names.
     """
-    ids = torch.from_numpy(row.input_ids).long()[None].to(input_device(model))
-    projection = Projection(model, {"input_ids": ids})
+    projection = Projection(model, inputs)
     linear = projection.layer
     if linear is None or projection.scale is None:
         raise UsageError(
@@ -54,6 +51,9 @@ def find_layer(model: Any, name: str, row: Row, vocab_size: int) -> OutputLayer:
     with kept_loaded(linear):
         weight, bias = (_kept(values, vocab_size) for values in (linear.weight, linear.bias))
     assert weight is not None, "a linear layer has a weight"
+    if projection.offset is not None:
+        offset = (projection.offset / projection.scale).to(weight)[:vocab_size].cpu()
+        bias = offset if bias is None else bias + offset
     return OutputLayer(weight, bias, projection.scale, projection.cap)
 
 

@@ -41,17 +41,19 @@ def probe_rows(rows: Sequence[Row], *, per_token: bool) -> list[Row]:
         rows: to choose from; longer ones are cut.
         per_token: whether labels belong to tokens; some of these are kept.
     """
-    order = sorted(rows, key=lambda row: -len(row.input_ids))
+    order = sorted(rows, key=lambda row: -sum(row.sizes))
     chosen = [_cut(order[i], _TOKENS) for i in {0, len(order) // 2, len(order) - 1}]
-    lengths = {len(row.input_ids) for row in chosen}
-    if len(lengths) == 1:
-        chosen.append(_cut(chosen[0], max(1, len(chosen[0].input_ids) // 2)))
-    chosen.sort(key=lambda row: -len(row.input_ids))
+    if any(len(set(part)) == 1 for part in zip(*(row.sizes for row in chosen), strict=True)):
+        chosen.append(_cut(chosen[0], *(max(1, size // 2) for size in chosen[0].sizes[::-1])))
+    chosen.sort(key=lambda row: -sum(row.sizes))
     return [_sparse(row) if per_token else row for row in (chosen[0], *chosen)]
 
 
-def _cut(row: Row, tokens: int) -> Row:
-    """A row without what lies before its last token, if it is longer than wanted."""
+def _cut(row: Row, tokens: int, of_source: int | None = None) -> Row:
+    """A row without what lies before its last token, if it is longer than wanted; a source too."""
+    if row.source is not None:
+        kept = min(of_source or tokens, len(row.source))
+        row = replace(row, source=np.concatenate([row.source[: kept - 1], row.source[-1:]]))
     if len(row.input_ids) <= tokens:
         return row
 
@@ -162,6 +164,24 @@ def check_bidirectional(name: str, own: Callable[[Row], Tensor], row: Row) -> No
         raise UsageError(
             f"model {name} is not a masked language model: its logits at a position do not depend "
             "on later tokens. Name another, or use --task causal-lm."
+        )
+
+
+def check_source(name: str, own: Callable[[Row], Tensor], row: Row, want: Tensor) -> None:
+    """Another source must move the logits.
+
+    Raises:
+        UsageError: it does not: the model does not read it.
+    """
+    assert row.source is not None, "rows of such tasks have one"
+    other = row.source.copy()
+    other[: len(other) // 2 + 1] = row.input_ids[-1]
+    if np.array_equal(other, row.source):
+        return
+    if torch.equal(own(replace(row, source=other)), want):
+        raise UsageError(
+            f"model {name} gives the same logits for another source: it does not read it. Name "
+            "another model."
         )
 
 

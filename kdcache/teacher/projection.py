@@ -9,8 +9,9 @@ What the model does to the logits afterwards is measured once, at the first batc
 with random numbers from 0.01 to 500, large and small because soft-capping leaves small logits alone
 and a bias leaves large ones alone. The model must return just these numbers, or all of them times a
 constant that its config names (Cohere, Granite, Falcon-H1), or these capped by a constant that its
-config names (Gemma 2), and no parameter may have a part in what follows the layer: a bias that is
-zero today is learnt tomorrow.
+config names (Gemma 2), or these plus numbers that are the same at each token and that it does not
+learn (the biases of Marian), and no parameter may have a part in what follows the layer: a bias
+that is zero today is learnt tomorrow.
 
 Cost: two forward passes over 8 tokens of the first batch; no global random numbers are drawn.
 Guarantee: where this says so, `layer(states) * scale`, capped, are the model's own logits. A model
@@ -41,6 +42,9 @@ class Projection:
     Attributes:
         scale: what the model multiplies its projected states by; None if they are not its logits.
         cap: the logits are then ``cap * tanh(x / cap)`` of these numbers x; None: x itself.
+        offset: float [V], what is added to the logits of an uncapped model; None for nothing.
+        thin: whether what follows the layer makes a column as wide as the vocabulary again, so that
+            one number a batch stands for it.
     """
 
     def __init__(self, student: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -53,6 +57,8 @@ class Projection:
         self.student = student
         self.scale: float | None = 1.0
         self.cap: float | None = None
+        self.offset: Tensor | None = None
+        self.thin = False
         layer = _output_layer(student)
         found = None if layer is None else self._measure(layer, _few(inputs))
         self.scale, self.cap = found or (None, None)
@@ -64,11 +70,15 @@ class Projection:
 
     def states(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor:
         """The states whose product with `layer` the logits are, [B, L', H], by its own forward."""
-        return self._scaled(layer_input(self.student, layer, inputs))
+        return self._scaled(layer_input(self.student, layer, inputs, thin=self.thin))
 
     def bias(self, layer: nn.Linear) -> Tensor | None:
-        """The layer's bias on the scale of `states`."""
-        return None if layer.bias is None else self._scaled(layer.bias)
+        """The layer's bias on the scale of `states`, and what the model adds besides."""
+        own = None if layer.bias is None else self._scaled(layer.bias)
+        if self.offset is None:
+            return own
+        offset = self.offset.to(layer.weight)
+        return offset if own is None else own + offset
 
     def _scaled(self, values: Tensor) -> Tensor:
         return values if self.scale is None or self.scale == 1 else values * self.scale
@@ -92,35 +102,82 @@ class Projection:
             inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
             with torch.no_grad(), answering(layer, answer):
                 own = logits_of(call(self.student, inputs))
-            if len(answers) != 1 or own.requires_grad or own.shape != answers[0].shape:
-                return None
+                if len(answers) != 1 or own.requires_grad or own.shape != answers[0].shape:
+                    return None
+                self.offset = self._added(layer, inputs)
             try:
                 with torch.no_grad():
+                    self.thin = self._widens(layer, inputs)
                     self.states(layer, inputs)
             except (RuntimeError, IndexError, ValueError, UsageError):
                 return None  # one column is not enough for what follows the layer
-        return self._named(own.double(), answers[0].double(), torch.finfo(own.dtype).eps)
+        found = self._named(own.double(), answers[0].double(), torch.finfo(own.dtype).eps)
+        if found is None or found[1] is not None:
+            self.offset = None  # a cap leaves zeros alone
+        return found
+
+    def _widens(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> bool:
+        """See `thin`; False where the model cannot do with less than a number a token."""
+
+        def answer(states: Tensor) -> Tensor:
+            return states.new_zeros((*states.shape[:-1], 1))
+
+        with answering(layer, answer):
+            if logits_of(call(self.student, inputs)).shape[-1] == 1:
+                return False
+        try:
+            layer_input(self.student, layer, inputs, thin=True)
+        except (RuntimeError, IndexError, ValueError, UsageError):
+            return False
+        return True
+
+    def _added(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What a model makes of an output layer that gives zeros, the same at each token."""
+
+        def answer(states: Tensor) -> Tensor:
+            return states.new_zeros((*states.shape[:-1], layer.out_features))
+
+        with torch.no_grad(), answering(layer, answer):
+            added = logits_of(call(self.student, inputs))
+        flat = added.reshape(-1, added.shape[-1])
+        if not flat.any() or not torch.equal(flat, flat[:1].expand_as(flat)):
+            return None
+        return flat[0].detach().clone()
 
     def _named(self, own: Tensor, given: Tensor, eps: float) -> tuple[float, float | None] | None:
         """Scale and cap between two tensors, 1 and none or what the config names, if there are."""
+        rounding = 0.0
+        if self.offset is not None:
+            rounding = float(eps * self.offset.double().norm())
+            own = own - self.offset.double()
         for scale, cap in named_constants(getattr(self.student, "config", None)):
             want = soft_capped(scale * given, cap)
             size = want.norm(dim=-1)
             # Each row says it by itself: large numbers show the cap, small ones the scale.
             wrong = ((own * want).sum(-1) / size.square() - 1).abs()
             apart = (own - want).norm(dim=-1)
-            if (wrong <= max(eps, 1e-5)).all() and (apart <= 4 * max(eps, 1e-6) * size).all():
+            near = 4 * (max(eps, 1e-6) * size + rounding)
+            if (wrong <= max(eps, 1e-5) + rounding / size).all() and (apart <= near).all():
                 return scale, cap
         return None
 
 
-def layer_input(model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor:
-    """What a model's own forward gives to its output layer, [B, L', H]; no logits are made."""
+def layer_input(
+    model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any], *, thin: bool = False
+) -> Tensor:
+    """What a model's own forward gives to its output layer, [B, L', H]; no logits are made.
+
+    Args:
+        model: of any kind.
+        layer: its output layer.
+        inputs: a batch.
+        thin: see `Projection`.
+    """
     found: list[Tensor] = []
 
     def keep(states: Tensor) -> Tensor:
         found.append(states)
-        return states.new_zeros((*states.shape[:-1], 1))
+        return states.new_zeros((1,) * states.ndim if thin else (*states.shape[:-1], 1))
 
     with answering(layer, keep):
         call(model, inputs)

@@ -64,10 +64,12 @@ CACHES = {
     "labels": ("multi-label-classification", "dense:float16", (1.0, 2.0)),
     "scores": ("regression", "dense", (1.0,)),
     "masked": ("masked-lm", "sample:5", (1.0, 2.0)),
+    "pairs": ("seq2seq-lm", "sample:5", (1.0, 2.0)),
 }
-KEEP = {"label-logprob", "masked"}
+KEEP = {"label-logprob", "masked", "pairs"}
 APART = {"documents"}
 DOMAINS = {"domains": (("web", 6), ("code", 3), ("web", 1))}  # and rows of the shard of each
+PAIRS = {"seq2seq-lm": {"max_source_length": 8, "decoder_start": 0}}
 WIDTH = 40
 SHARDS = (10,)
 
@@ -80,6 +82,10 @@ def rows_of(task: str, rng: np.random.Generator, count: int) -> list[Row]:
         if task == "causal-lm":
             labels = np.where(rng.random(len(ids) - 1) < 0.2, IGNORE, ids[1:]).astype(np.int32)
             rows.append(Row(ids[:-1], labels))
+            continue
+        if task == "seq2seq-lm":
+            source = (VOCABULARY * rng.random(int(rng.integers(1, 9))) ** 2).astype(np.int32)
+            rows.append(Row(np.append(np.int32(0), ids[:-1]), ids, source=source))
             continue
         if task == "token-classification":
             rows.append(tagged(ids, rng))
@@ -125,7 +131,7 @@ def divided(row: Row, rng: np.random.Generator) -> Row:
 def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -> dict[str, Any]:
     """One cache, and what it must give."""
     rng = np.random.default_rng(7)
-    over_ids = task in ("causal-lm", "masked-lm")
+    over_ids = task in ("causal-lm", "masked-lm", "seq2seq-lm")
     named = not over_ids and task != "regression"
     width = len(CLASSES) if named else VOCABULARY if over_ids else 1
     domains = DOMAINS.get(folder.name, ())
@@ -155,7 +161,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         corpus=({"name": "golden.jsonl", "size": 1, "kind": "jsonl", "tag": "0" * 32},),
         rows={"max_length": 8, "packing": "concat", "attend": "document"}
         if apart
-        else {"max_length": 8, "packing": "none"},
+        else {"max_length": 8, "packing": "none", **PAIRS.get(task, {})},
         reading={"span_bytes": 1, "limit": None, "format": "auto", "columns": None},
         spans=len(shards),
         codec=codec,
@@ -203,6 +209,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
                         **({} if row.starts is None else {"starts": row.starts.tolist()}),
                         **({} if row.words is None else {"words": row.words}),
                         **({} if row.first is None else {"first": row.first.tolist()}),
+                        **({} if row.source is None else {"source": row.source.tolist()}),
                     }
                     for row in rows
                 ],

@@ -8,6 +8,7 @@ from rich.console import Console
 from kdcache.cli.options import options_command, print_json
 from kdcache.cli.tables import echo, echo_next, number
 from kdcache.humanize import counted, duration
+from kdcache.tasks import TASKS
 
 
 def _train() -> click.Command:
@@ -117,6 +118,7 @@ def _finetune() -> click.Command:
         "kdcache finetune --model bert-base --corpus train.tsv --eval-corpus dev.tsv --out teacher",
         "kdcache finetune --model bert-base --corpus train.tsv --out teacher \\",
         "    --train-last 4 --head-width 192",
+        "kdcache finetune --model t5-small --task seq2seq-lm --corpus pairs.jsonl --out teacher",
     )
     def command(options: FinetuneOptions, as_json: bool) -> None:
         from kdcache.cli.display import TrainDisplay
@@ -136,6 +138,7 @@ def _finetune() -> click.Command:
             "Pearson": result.pearson,
             "Spearman": result.spearman,
             "mean squared error": result.mse,
+            "cross-entropy": result.cross_entropy,
         }
         known = {name: value for name, value in figures.items() if value is not None}
         scores = "".join(f", {name} {value:.4f}" for name, value in known.items())
@@ -144,6 +147,9 @@ def _finetune() -> click.Command:
             return
         if result.truncated:
             shown = f"{result.truncated:,} texts were cut at --max-length {options.max_length}"
+            if TASKS[options.task].source:
+                shown = f"{result.truncated:,} records were cut at --max-length"
+                shown += " or --max-source-length"
             echo(f"{shown}: the teacher does not see the rest.", err=True)
         echo(
             f"{result.out}: {counted(result.rows, 'row')}, {result.trained:,} of "
@@ -185,6 +191,7 @@ def _predict() -> click.Command:
         "kdcache predict --student run --corpus new.jsonl --out labelled.jsonl",
         "echo 'a joy from start to end' | kdcache predict --student run --corpus -",
         "kdcache predict --student tagger --corpus sentences.conll",
+        "kdcache predict --student t5-small --corpus sources.jsonl --out pairs.jsonl",
     )
     def command(options: PredictOptions, as_json: bool) -> None:
         from kdcache.commands.predict.predict import predict
@@ -194,12 +201,19 @@ def _predict() -> click.Command:
             if as_json:
                 print_json(result)
             else:
+                what = "words or sources are"
                 echo(
                     f"{result.out}: {counted(result.records, 'record')} in "
                     f"{duration(result.seconds)}"
                     + (f", {result.skipped} skipped" if result.skipped else "")
                     + "."
-                    + (f" {result.cut:,} words are beyond what it reads." if result.cut else "")
+                    + (f" {result.cut:,} {what} beyond what it reads." if result.cut else "")
+                    + (
+                        f" {result.unfinished:,} targets were not finished at --max-length "
+                        f"{options.max_length}."
+                        if result.unfinished
+                        else ""
+                    )
                 )
 
     return command

@@ -33,6 +33,7 @@ from kdcache.rows import Row
 from kdcache.rows.batches import batches
 from kdcache.storage import open_storage
 from kdcache.targets import Hidden, OutputLayer
+from kdcache.tasks import TASKS
 from kdcache.teacher import Teacher, TeacherOptions
 
 _TOKENS = 1 << 13
@@ -75,7 +76,8 @@ def make_layer(
     """
     ids = np.arange(16, dtype=np.int32) % vocab_size
     with closing(Teacher(teacher, vocab_size)) as one:
-        one.probe(rows or [Row(ids, ids)])
+        source = ids if TASKS[teacher.task].source else None
+        one.probe(rows or [Row(ids, ids, source=source)])
         assert one.layer is not None, "states are asked for"
         return layer_bytes(measured(one, one.layer, rows, batch_tokens) if rows else one.layer)
 
@@ -85,7 +87,7 @@ def measured(
 ) -> OutputLayer:
     """A layer with the means and units of its channels, by the states of some rows."""
     count, sums = 0, torch.zeros(2, layer.width, dtype=torch.float64)
-    for batch in batches([len(row.input_ids) for row in rows], batch_tokens):
+    for batch in batches([row.sizes for row in rows], batch_tokens):
         for _, states in teacher.slices([rows[i] for i in batch]):
             assert states is not None, "they are asked for"
             x = states.double()
@@ -110,6 +112,6 @@ def _layer_there(out: str, plan: Prepared) -> str | None:
 def _sample(plan: Prepared) -> list[Row]:
     """Rows from all over the corpus, of some 8,000 tokens together."""
     rows = list(sampled_rows(plan.corpus, plan.rows, plan.tokenizer))
-    tokens = sum(len(row.input_ids) for row in rows)
+    tokens = sum(sum(row.sizes) for row in rows)
     wanted = min(len(rows), max(1, len(rows) * _TOKENS // max(tokens, 1)))
     return [rows[i * len(rows) // wanted] for i in range(wanted)]

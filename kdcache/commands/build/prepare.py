@@ -111,6 +111,7 @@ def prepare(options: BuildOptions) -> Prepared:
     rows = options.row_spec(
         options.task, teachers[0].label_names, max_length=options.row_length(reach)
     )
+    rows = options.of_pairs(rows, teachers, "teacher")
     gpus = _gpus(options)
     dtype = _dtype(options.dtype, gpus)
     weights = sum(teacher.weight_bytes for teacher in teachers)

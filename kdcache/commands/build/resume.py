@@ -84,8 +84,13 @@ def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
             (row.input_ids, data.row(i).input_ids),
             (row.labels, data.row(i).labels),
             (_starts(row), _starts(data.row(i))),
+            (_source(row), _source(data.row(i))),
         )
     )
+
+
+def _source(row: Row) -> np.ndarray:
+    return np.zeros(0) if row.source is None else row.source
 
 
 def _starts(row: Row) -> np.ndarray:

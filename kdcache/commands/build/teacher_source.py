@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -91,18 +91,20 @@ class TeacherSource(Source[Span, TaughtRows]):
         found = find_batch_tokens(
             lambda tokens: peak_share(lambda: self._try_batch(tokens), self.teacher.gpus),
             self.options.batch_tokens,
-            self.options.rows.max_length,
+            self.options.rows.max_length + (self.options.rows.max_source_length or 0),
         )
         logger.info("batches have %d tokens", found)
         return found
 
     def _try_batch(self, tokens: int) -> None:
         """Run teacher and codec over a batch of the longest rows."""
-        length = self.options.rows.max_length
-        ids = np.arange(length, dtype=np.int32) % self.spec.vocab_size
+        ids = np.arange(self.options.rows.max_length, dtype=np.int32) % self.spec.vocab_size
         each = TASKS[self.spec.task].per_token
         row = Row(ids, ids if each else no_label(self.spec.task, self.spec.vocab_size))
-        for piece in self.teacher.slices([row] * max(1, tokens // length)):
+        if TASKS[self.spec.task].source:
+            longest = self.options.rows.max_source_length or 1
+            row = replace(row, source=np.arange(longest, dtype=np.int32) % self.spec.vocab_size)
+        for piece in self.teacher.slices([row] * max(1, tokens // sum(row.sizes))):
             zeros = torch.zeros(len(piece.logits), dtype=torch.float64)
             self._encode(piece, zeros, zeros.long())
         self.teacher.take_clipped_mass()
@@ -165,8 +167,8 @@ class TeacherSource(Source[Span, TaughtRows]):
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         packed: list[futures.Future[Packed]] = []
         places: list[np.ndarray] = []
-        lengths = [len(row.input_ids) for row in rows]
-        waiting = deque(batches(lengths, self.batch_tokens))
+        sizes = [row.sizes for row in rows]
+        waiting = deque(batches(sizes, self.batch_tokens))
         while waiting:
             steps.begin(len(waiting))
             for ahead in itertools.islice(waiting, 1 + _AHEAD):
@@ -178,9 +180,9 @@ class TeacherSource(Source[Span, TaughtRows]):
                 parts = self._run([rows[i] for i in batch], every.take(here), packer)
             except torch.OutOfMemoryError as error:
                 self.teacher.take_clipped_mass()  # all of this batch is asked again
-                self._shrink(batch, lengths, error)
+                self._shrink([sum(sizes[i]) for i in batch], error)
                 left = [i for rows_of in (batch, *waiting) for i in rows_of]
-                cut = batches([lengths[i] for i in left], self.batch_tokens)
+                cut = batches([sizes[i] for i in left], self.batch_tokens)
                 waiting = deque([left[i] for i in smaller] for smaller in cut)
                 continue
             steps.batch(len(here))
@@ -230,17 +232,15 @@ class TeacherSource(Source[Span, TaughtRows]):
                 encoded["finite"] = encoded["finite"] & ~logprobs.isnan()
         return encoded
 
-    def _shrink(
-        self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError
-    ) -> None:
+    def _shrink(self, lengths: Sequence[int], error: torch.OutOfMemoryError) -> None:
         """Remember half the size of a batch that did not fit, for this span and later ones."""
-        if len(batch) == 1:
+        if len(lengths) == 1:
             raise UsageError(
-                f"one row of {lengths[batch[0]]} tokens does not fit the device together with the "
+                f"one row of {lengths[0]} tokens does not fit the device together with the "
                 "teacher. Use a smaller --max-length, or more --gpus-per-worker."
             ) from error
         torch.cuda.empty_cache()
-        self.batch_tokens = min(self.batch_tokens, len(batch) * lengths[batch[0]]) // 2
+        self.batch_tokens = min(self.batch_tokens, len(lengths) * max(lengths)) // 2
         logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
 
 

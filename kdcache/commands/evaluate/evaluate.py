@@ -163,7 +163,7 @@ class _Evaluation:
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         # Log-probabilities of the labels: the teacher's, and of each student on these rows.
         self.logprobs = np.full((1 + len(self.students), offsets[-1]), np.nan)
-        for chosen in batches([len(part.input_ids) for part in parts], self._budget):
+        for chosen in batches([part.sizes for part in parts], self._budget):
             places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             batch = _Batch([parts[i] for i in chosen], places)
             if data is not None:

@@ -64,6 +64,7 @@ class EvaluationRows:
             IncompleteError: the cache is not finished.
         """
         self.options = options
+        self.saved = [model.files for model in saved]
         self.cache = None if options.cache is None else Cache.open(options.cache)
         self.temperature = options.temperature or 1.0
         self.cut = 0
@@ -130,7 +131,8 @@ class EvaluationRows:
     @property
     def spec(self) -> RowSpec:
         """How records of the corpus become rows."""
-        return self.options.row_spec(self.task, self.label_names, max_length=self.max_length)
+        spec = self.options.row_spec(self.task, self.label_names, max_length=self.max_length)
+        return self.options.of_pairs(spec, self.saved, "model")
 
     @property
     def opens(self) -> bool:

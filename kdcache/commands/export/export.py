@@ -222,6 +222,10 @@ class _Writer:
             if data.starts is not None:
                 segments = pa.array(np.cumsum(data.starts[tokens]), pa.int32())
                 columns["segment_ids"] = _list_of(ends, segments)
+            if data.source is not None and data.source_offsets is not None:
+                bounds = data.source_offsets[rows.start : rows.stop + 1]
+                ids = pa.array(data.source[bounds[0] : bounds[-1]], pa.int32())
+                columns["source_ids"] = _list_of(bounds - bounds[0], ids)
             if data.words is not None and data.first is not None:
                 columns["first_tokens"] = _list_of(ends, pa.array(data.first[tokens]))
                 columns["words"] = pa.array(

@@ -1,4 +1,5 @@
-"""`kdcache finetune`: fine-tunes a Hugging Face encoder as the teacher of a classifier.
+"""`kdcache finetune`: fine-tunes a Hugging Face encoder as the teacher of a classifier, or a
+sequence-to-sequence model.
 
     records -> class names -> token rows -> HF Trainer -> best epoch -> folder for `build`
 
@@ -69,6 +70,11 @@ _LATER = {  # options that earlier versions had not
     "task": SEQUENCE_CLASSIFICATION,
     "words_column": "tokens",
     "label_tokens": "first",
+    "source_column": "source",
+    "target_column": "target",
+    "max_source_length": None,
+    "source_lang": None,
+    "target_lang": None,
 }
 
 
@@ -78,7 +84,7 @@ class FinetuneResult:
 
     Attributes:
         out: folder of the teacher.
-        label_names: its classes, in the order of the logits; none of a score.
+        label_names: its classes, in the order of the logits; none of a score, and of targets.
         rows: labelled rows trained on.
         unlabelled: rows left out because they had no label.
         truncated: texts that were cut at `max_length`.
@@ -94,6 +100,7 @@ class FinetuneResult:
         pearson: of scores, on the evaluation corpus.
         spearman: the same of their ranks.
         mse: mean squared error of scores.
+        cross_entropy: of the tokens of targets, on the evaluation corpus, in nats.
         seconds: wall time of training.
         made: False where the folder was finished before and nothing was done.
     """
@@ -116,6 +123,7 @@ class FinetuneResult:
     pearson: float | None = None
     spearman: float | None = None
     mse: float | None = None
+    cross_entropy: float | None = None
 
 
 def finetune(
@@ -224,7 +232,8 @@ def _digest(rows: Sequence[Row]) -> str:
     """SHA-256 of what the model is trained on: ids and labels."""
     digest = hashlib.sha256()
     for row in rows:
-        for values in (row.input_ids, row.labels, row.type_ids):
+        source = () if row.source is None else (row.source,)
+        for values in (row.input_ids, row.labels, row.type_ids, *source):
             digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
             digest.update(b"|")
     return digest.hexdigest()
@@ -271,11 +280,14 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
 def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]) -> Any:
     trust = options.trust_remote_code
     outputs = names or ("LABEL_0",)  # as transformers names a score's
-    classes = {
+    classes: dict[str, Any] = {
         "id2label": dict(enumerate(outputs)),
         "label2id": {name: i for i, name in enumerate(outputs)},
         **({"problem_type": problem} if (problem := TASKS[options.task].problem) else {}),
     }
+    over_ids = TASKS[options.task].over_ids
+    if over_ids:
+        classes = {}
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
         set_pad_id(config, files)
@@ -288,14 +300,20 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
             use_safetensors=True,
             trust_remote_code=trust,
             # A head of other classes is replaced by a new one.
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=not over_ids,
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"model {options.model} cannot be loaded as an encoder (safetensors weights "
+            f"model {options.model} cannot be loaded as "
+            f"{'a ' + TASKS[options.task].noun if over_ids else 'an encoder'} (safetensors weights "
             f"only): {first}"
         ) from error
+    if over_ids and found["missing_keys"]:
+        raise UsageError(
+            f"model {options.model} has no weights for {min(found['missing_keys'])}: it is not a "
+            f"{TASKS[options.task].noun}. Name another."
+        )
     if options.adapter is not None:
         pad = getattr(config, "pad_token_id", None) or 0
         info = StudentInfo(options.task, 0, len(outputs), names or None, pad)

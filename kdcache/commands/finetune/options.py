@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from kdcache.choices import ClassWeights
-from kdcache.commands.groups import LearningOptions, RowOptions, form_problems
+from kdcache.commands.groups import LearningOptions, form_problems
+from kdcache.commands.pairs import PairRowOptions
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
 from kdcache.options import option
@@ -13,10 +14,13 @@ from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, Task
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(RowOptions, LearningOptions):
+class FinetuneOptions(PairRowOptions, LearningOptions):
     """What a fine-tuning takes: fields have the names of the command's options."""
 
-    model: str = option(help="folder or hub id of the encoder.", metavar="DIR_OR_HUB_ID")
+    model: str = option(
+        help="folder or hub id of the encoder, or of a sequence-to-sequence model.",
+        metavar="DIR_OR_HUB_ID",
+    )
     corpus: tuple[str, ...] = option(
         help="files, folders, globs or URLs with texts and labels.", metavar="PATH_OR_URL_OR_GLOB"
     )
@@ -29,8 +33,8 @@ class FinetuneOptions(RowOptions, LearningOptions):
     _: KW_ONLY
     task: Task = option(
         SEQUENCE_CLASSIFICATION,
-        help="the task: `sequence-classification`, `multi-label-classification`, `regression` or "
-        "`token-classification`.",
+        help="the task: `sequence-classification`, `multi-label-classification`, `regression`, "
+        "`token-classification` or `seq2seq-lm`.",
     )
     label_column: str = option(
         "label",
@@ -105,17 +109,31 @@ class FinetuneOptions(RowOptions, LearningOptions):
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
         problems = form_problems(self.record_form, self.task)
-        if TASKS[self.task].over_ids:
+        kind = TASKS[self.task]
+        if kind.over_ids and not kind.source:
             problems.append(
-                f"--task is {self.task}, and finetune trains classifiers and scorers. Train a "
-                "language model with transformers or TRL, and name its folder as --teacher."
+                f"--task is {self.task}, and finetune trains classifiers, scorers and "
+                "sequence-to-sequence models. Train a language model with transformers or TRL, and "
+                "name its folder as --teacher."
             )
+        if kind.source:
+            given = {
+                "--head-width": self.head_width,
+                "--train-last": self.train_last,
+                "--freeze": self.freeze,
+            }
+            problems += [
+                f"{flag} is for encoders with a head. Leave it out for {self.task}."
+                for flag, value in given.items()
+                if value is not None
+            ]
         if TASKS[self.task].words and self.head_width is not None:
             problems.append("--head-width is for classifiers of whole texts. Leave it out.")
         if TASKS[self.task].answers != "classes" and self.class_weights != "equal":
             problems.append("--class-weights is for one class a text or word. Leave it out.")
         if not TASKS[self.task].named and self.label_names is not None:
-            problems.append("--label-names is for classes, and a score has none. Leave it out.")
+            what = "a score" if kind.answers == "score" else "a text that is written"
+            problems.append(f"--label-names is for classes, and {what} has none. Leave it out.")
         if self.patience is not None and not self.eval_corpus:
             problems.append("--patience waits for a better epoch on --eval-corpus: name one.")
         if self.freeze is not None and self.train_last is not None:

@@ -39,7 +39,7 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
     None of a score. Of several labels a text they are those of its lists, or the columns of labels.
     """
     column, task = options.label_column, TASKS[options.task]
-    if task.answers == "score":
+    if not task.named:
         return ()
     columns = tuple(name.strip() for name in column.split(","))
     if len(columns) > 1:
@@ -104,8 +104,11 @@ def labelled_rows(
     reach = [(f"model {model.name}", model.reach(options.task))]
     length = options.row_length(reach, _LENGTH)
     spec = options.row_spec(options.task, names, max_length=length)
+    spec = options.of_pairs(spec, [model], "model")
     encoder = make_encoder(spec, model.tokenizer)
     rows = list(encoder.encode(_records(options, patterns)))
+    if not rows and TASKS[options.task].source:
+        raise UsageError(f"{' '.join(patterns)} has no record with a source and a target.")
     there = [row for row in rows if labelled(row.labels, options.task).any()]
     if not there:
         column = " or ".join(spec.label_columns)
@@ -138,17 +141,17 @@ class PadRows:
     """Rows to a batch, padded on the right."""
 
     pad_id: int
-    words: bool = False
+    per_token: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The rows as padded tensors, with `labels` as `kdcache.rows.labels` has them: int64
         [rows] of a class, float32 [rows] of a score, int64 [rows, classes] of several labels; of
-        words [rows, longest].
+        words and of targets [rows, longest].
         """
         batch: dict[str, Any] = pad_rows(rows, self.pad_id)
         labels = np.concatenate([row.labels for row in rows])
         batch["labels"] = labels.astype(np.int64) if labels.dtype.kind == "i" else labels
-        if self.words:
+        if self.per_token:
             lengths = np.array([len(row.labels) for row in rows])
             batch["labels"] = padded(np.where(labels >= 0, labels, IGNORE), lengths, IGNORE)
         return {name: torch.from_numpy(value) for name, value in batch.items()}

@@ -78,7 +78,7 @@ def make_trainer(
         save_total_limit=2,
         load_best_model_at_end=bool(tests),
         metric_for_best_model=f"eval_{_best(options)}" if tests else None,
-        greater_is_better=kind.answers != "score" if tests else None,
+        greater_is_better=not _falls(options) if tests else None,
         seed=options.seed,
         **computing.arguments(),
         dataloader_pin_memory=computing.gpu,
@@ -98,10 +98,11 @@ def make_trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=tests or None,
-        data_collator=PadRows(tokenizer.pad_token_id or 0, kind.words),
+        data_collator=PadRows(tokenizer.pad_token_id or 0, kind.per_token),
         compute_metrics=_scorer(options, tests, model),
         callbacks=callbacks,
         compute_loss_func=_loss_of(options, rows, model),
+        preprocess_logits_for_metrics=_of_each_token if kind.source else None,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -143,6 +144,8 @@ def _weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
 
 def _loss_of(options: FinetuneOptions, rows: list[Row], model: Any) -> Callable[..., Tensor] | None:
     """The loss as the Trainer calls it; None for the model's own."""
+    if TASKS[options.task].source:
+        return None
     if TASKS[options.task].answers == "classes":
         if options.class_weights == "equal":
             return None
@@ -158,6 +161,24 @@ def _loss_of(options: FinetuneOptions, rows: list[Row], model: Any) -> Callable[
 def _logits(outputs: Any) -> Any:
     found = outputs.predictions
     return found[0] if isinstance(found, tuple) else found
+
+
+def _of_each_token(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The best id of each token and the nats of its label: whole logits are not kept."""
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    nats = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    return logits.argmax(-1), nats.reshape(labels.shape)
+
+
+def _target_scores(outputs: Any) -> dict[str, float]:
+    best, nats = outputs.predictions
+    known = outputs.label_ids >= 0
+    return {
+        "cross_entropy": float(nats[known].astype(float).mean()),
+        "accuracy": float((best == outputs.label_ids)[known].mean()),
+    }
 
 
 def _label_scores(outputs: Any) -> dict[str, float]:
@@ -179,6 +200,8 @@ def _scorer(
 ) -> Callable[[Any], dict[str, float]]:
     """What makes figures of the answers to the rows of the evaluation, as the Trainer calls it."""
     answers = TASKS[options.task].answers
+    if answers == "ids":
+        return _target_scores
     if answers in ("labels", "score"):
         return _score_scores if answers == "score" else _label_scores
     names = [str(name) for _, name in sorted(model.config.id2label.items())]
@@ -205,9 +228,16 @@ def _scorer(
 def _best(options: FinetuneOptions) -> str:
     """The figure that selects the best epoch."""
     kind = TASKS[options.task]
+    if kind.answers == "ids":
+        return "cross_entropy"
     if kind.answers in ("labels", "score"):
         return "mse" if kind.answers == "score" else "average_precision"
     return "f1" if kind.words else "accuracy"
+
+
+def _falls(options: FinetuneOptions) -> bool:
+    """Whether a smaller figure is a better one."""
+    return _best(options) in ("mse", "cross_entropy")
 
 
 def best_scores(state: TrainerState, options: FinetuneOptions) -> dict[str, float]:
@@ -216,13 +246,16 @@ def best_scores(state: TrainerState, options: FinetuneOptions) -> dict[str, floa
     evaluations = [line for line in state.log_history if name in line]
     if not evaluations:
         return {}
-    choose = min if TASKS[options.task].answers == "score" else max
+    choose = min if _falls(options) else max
     best = choose(evaluations, key=lambda line: line[name])
     # A correlation of constant scores is not a number.
     return {n: best[f"eval_{n}"] for n in _FIGURES if not isnan(best.get(f"eval_{n}", nan))}
 
 
-_FIGURES = ("accuracy", "f1", "micro_f1", "average_precision", "pearson", "spearman", "mse")
+_FIGURES = (
+    *("accuracy", "f1", "micro_f1", "average_precision", "pearson", "spearman", "mse"),
+    "cross_entropy",
+)
 
 
 def mean_loss(state: TrainerState) -> float:

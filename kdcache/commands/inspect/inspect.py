@@ -85,7 +85,7 @@ class RowView:
         tokens: its length.
         text: the text; decoded from the ids where the cache keeps none; words with blanks between
             them.
-        text_pair: the second text, if there is one.
+        text_pair: the second text, if there is one; of a source, which is then `text`, the target.
         temperature: of the probabilities.
         exact: False where the weights are an unbiased sample: right on average, not one by one.
         positions: its positions in order.
@@ -334,7 +334,7 @@ def _row(
         domain=entry.domain,
         tokens=len(row.input_ids),
         text=_text(row, tokenizer),
-        text_pair=row.text_pair,
+        text_pair=row.text_pair if row.source is None else _decoded(row.labels, tokenizer),
         temperature=temperature,
         exact=exact,
         positions=tuple(positions),
@@ -416,7 +416,11 @@ def _text(row: Row, tokenizer: Any) -> str:
         return row.text
     if row.words is not None:
         return " ".join(row.words)
-    return str(tokenizer.decode(row.input_ids.tolist(), clean_up_tokenization_spaces=False))
+    return _decoded(row.input_ids if row.source is None else row.source, tokenizer)
+
+
+def _decoded(ids: np.ndarray, tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
 
 def _token_text(tokenizer: Any) -> Any:

@@ -95,7 +95,7 @@ class SamplePass:
         self.seconds = 0.0
 
     def _batches(self, tokens: int) -> list[list[int]]:
-        return list(batches([len(row.input_ids) for row in self.sample.rows], tokens))
+        return list(batches([row.sizes for row in self.sample.rows], tokens))
 
     def _places(self, row: Row) -> np.ndarray:
         return row.places(self.prepared.spec.task)
@@ -185,7 +185,7 @@ class SamplePass:
                 lambda: self._try(self._batches(tokens)[0]), self.teacher.gpus
             ),
             most,
-            max(len(row.input_ids) for row in self.rows),
+            max(sum(row.sizes) for row in self.rows),
         )
 
     def _try(self, batch: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ class PredictOptions(RecordOptions, InferenceOptions):
     """What `kdcache predict` takes: fields have the names of its options."""
 
     student: str = option(
-        help="folder of a run or of a classifier, or hub id.",
+        help="folder of a run, of a classifier or of a sequence-to-sequence model, or hub id.",
         metavar="RUN_OR_DIR",
     )
     corpus: tuple[str, ...] = option(
@@ -33,6 +33,28 @@ class PredictOptions(RecordOptions, InferenceOptions):
         help="of several labels a text: probability from which a class is one of them.",
         above=0,
         below=1,
+    )
+
+    source_column: str = option(
+        "source", help="seq2seq: column of the text that the encoder reads.", metavar="NAME"
+    )
+    max_length: int = option(
+        128, help="seq2seq: tokens of the longest target that is written.", at_least=1
+    )
+    max_source_length: int | None = option(
+        None,
+        help="seq2seq: tokens of the longest source. Default: what the model reads.",
+        metavar="TOKENS",
+        at_least=1,
+    )
+    beams: int = option(1, help="seq2seq: beams of the search; 1 is greedy.", at_least=1)
+    source_lang: str | None = option(
+        None,
+        help="seq2seq: language of the sources, for tokenizers that mark it, such as `en_XX`.",
+        metavar="CODE",
+    )
+    target_lang: str | None = option(
+        None, help="seq2seq: language of the targets, likewise.", metavar="CODE"
     )
 
     def conflicts(self) -> list[str]:

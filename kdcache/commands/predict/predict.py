@@ -26,11 +26,13 @@ from torch import Tensor
 
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.tags import sentence_of, tagged
+from kdcache.commands.predict.targets import Writer
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.files import full_disk, local_path, output_errors, whole_file
 from kdcache.humanize import printable
 from kdcache.rows.batches import batches
+from kdcache.rows.text import checked_text
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 
@@ -47,7 +49,8 @@ class PredictResult:
         records: lines written.
         skipped: records that could not be read.
         seconds: wall time, loading the model included.
-        cut: words without a tag, being beyond what the model reads.
+        cut: words without a tag, being beyond what the model reads; of sources, how many were cut.
+        unfinished: targets that were not at their end at the longest.
     """
 
     out: str | None
@@ -55,6 +58,7 @@ class PredictResult:
     skipped: int
     seconds: float
     cut: int = 0
+    unfinished: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Prediction:
 def predict(
     options: PredictOptions, *, lines: Iterable[str] | None = None, output: TextIO | None = None
 ) -> PredictResult:
-    """Classify texts, score them, or tag sentences.
+    """Classify texts, score them, tag sentences, or write targets.
 
     Args:
         options: what to do.
@@ -104,14 +108,18 @@ def predict(
         local_path(options.out)
     saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)
     task = options.task or saved.task or SEQUENCE_CLASSIFICATION
-    if TASKS[task].over_ids:
+    if TASKS[task].over_ids and not TASKS[task].source:
         raise UsageError(
-            f"student {options.student} is a {TASKS[task].noun}; predict is for classifiers and "
-            "scorers. Use transformers, and judge it with `kdcache evaluate`."
+            f"student {options.student} is a {TASKS[task].noun}; predict is for classifiers, "
+            "scorers and sequence-to-sequence models. Use transformers, and judge it with `kdcache "
+            "evaluate`."
         )
     device = pick_device(options.device)
     stats = ReadStats()
     written = cut = 0
+    if TASKS[task].source:
+        with _sink(options.out, output) as sink:
+            return _written(options, saved, task, device, stats, lines, sink, begin)
     with _sink(options.out, output) as sink:
         model = saved.load(task, len(saved.label_names), dtype=options.dtype, device=device)
         budget = options.batch_tokens or (4096 if device == "cpu" else 32768)
@@ -134,6 +142,62 @@ def predict(
             sink.flush()
             written += len(some)
     return PredictResult(options.out, written, stats.skipped, time.perf_counter() - begin)
+
+
+def _written(
+    options: PredictOptions,
+    saved: SavedModel,
+    task: str,
+    device: str,
+    stats: ReadStats,
+    lines: Iterable[str] | None,
+    sink: TextIO,
+    begin: float,
+) -> PredictResult:
+    """Write the targets of sources to a sink."""
+    writer = Writer(
+        saved,
+        task=task,
+        dtype=options.dtype,
+        device=device,
+        max_length=options.max_length,
+        max_source_length=options.max_source_length,
+        beams=options.beams,
+        source_lang=options.source_lang,
+        target_lang=options.target_lang,
+    )
+    budget = options.batch_tokens or (8192 if device == "cpu" else 65536)
+    sources, window = _sources(options, stats, lines)
+    written = unfinished = 0
+    while part := list(islice(sources, window)):
+        for target in writer.write(part, batch_tokens=budget):
+            sink.write(target.to_json() + "\n")
+            unfinished += not target.finished
+        sink.flush()
+        written += len(part)
+    seconds = time.perf_counter() - begin
+    return PredictResult(options.out, written, stats.skipped, seconds, writer.cut, unfinished)
+
+
+def _sources(
+    options: PredictOptions, stats: ReadStats, lines: Iterable[str] | None
+) -> tuple[Iterator[str], int]:
+    """The sources in order, and how many to take at a time."""
+    if options.corpus == ("-",):
+        texts, window = _texts(options, stats, lines)
+        return (text for text, _ in texts), window
+    column = options.source_column
+
+    def read() -> Iterator[str]:
+        for record in _records(options, stats, column):
+            if column not in record.values:
+                raise record.missing([column], "--source-column")
+            try:
+                yield checked_text(record.values[column], column)
+            except RecordError as problem:
+                stats.reject(options.on_error, record.file, record.location, problem)
+
+    return read(), _WINDOW
 
 
 @torch.inference_mode()

@@ -20,9 +20,11 @@ def cross_problems(
 ) -> list[str]:
     """Why these caches are not for students of another tokenizer: a line each."""
     task = TASKS[caches[0].spec.task]
-    if not task.causal:
+    if not task.causal or task.source:
         instead = (
-            "The masks of this cache are its teacher's tokens: name a student with these."
+            "A student of this cache writes with its teacher's tokens: name one that does."
+            if task.source
+            else "The masks of this cache are its teacher's tokens: name a student with these."
             if task.over_ids
             else "A classifier reads the texts of the cache by its own tokenizer without it."
         )

@@ -70,6 +70,7 @@ from kdcache.student.documents import check_documents
 from kdcache.student.earlier import begin_from
 from kdcache.student.figures import FIGURES
 from kdcache.student.padding import check_rows
+from kdcache.student.pairs import check_pairs
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer, soft_name
 from kdcache.student.words import unknown_share
@@ -115,7 +116,8 @@ class Run:
             trainer = _trainer(plan, computing, student, stream, tokenize, on_progress, report)
             trial = _trial_batch(plan, tokenize)
             if plan.options.batch_size > 1:
-                check_rows(plan.options.student, student, trial)
+                check = check_pairs if "decoder_input_ids" in trial else check_rows
+                check(plan.options.student, student, trial)
             if any(cache.spec.apart for cache in (*plan.caches, *plan.eval_caches)):
                 check_documents(student.student, trial["input_ids"])
         computing.begin()
@@ -232,6 +234,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         texts=_texts(plan.caches) if task.rereads else None,
         tokenizer=tokenizer,
         seed=options.seed,
+        decoder_start=spec.rows.get("decoder_start"),
     )
     own = own_tokenizer(options) if options.cross_tokenizer is not None else None
     cross = None

@@ -142,11 +142,11 @@ def recheck(
     )
     with closing(Teacher(options, spec.vocab_size)) as teacher:
         teacher.probe(chosen.rows)
-        lengths = [len(row.input_ids) for row in chosen.rows]
-        budget = max(_BATCH_TOKENS[device], 2 * max(lengths))
+        sizes = [row.sizes for row in chosen.rows]
+        budget = max(_BATCH_TOKENS[device], 2 * max(map(sum, sizes)))
         codec = cache.codec()
-        alone = _live(teacher, codec, chosen, [[i] for i in range(len(lengths))])
-        together = _live(teacher, codec, chosen, list(batches(lengths, budget)))
+        alone = _live(teacher, codec, chosen, [[i] for i in range(len(sizes))])
+        together = _live(teacher, codec, chosen, list(batches(sizes, budget)))
     result = _compare(cache, chosen, files, alone, together, rng)
     if teacher.layer is not None and not teacher.layer.same(cache.output_layer):
         problem = (

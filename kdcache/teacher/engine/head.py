@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.rows import Row
 from kdcache.targets import OutputLayer
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.files import TeacherFiles, auto_class
+from kdcache.teacher.load import input_device
 from kdcache.teacher.output_layer import find_layer
 from kdcache.teacher.quiet import quiet_transformers
 
@@ -75,9 +75,9 @@ def read_head(files: TeacherFiles, dtype: str) -> Head:
             f"{_INSTEAD}"
         )
     columns = int(model.config.get_text_config().vocab_size)
-    row = Row(_IDS % columns, _IDS % columns)
+    ids = torch.from_numpy(_IDS % columns).long()[None].to(input_device(model))
     try:
-        layer = find_layer(model, files.name, row, columns)
+        layer = find_layer(model, files.name, {"input_ids": ids}, columns)
     except (
         UsageError,
         AttributeError,

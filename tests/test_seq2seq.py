@@ -1,0 +1,641 @@
+"""Sequence-to-sequence models through every command: a student of a cache learns what one beside
+its teacher would, whatever its decoder reads first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    FSMTConfig,
+    GPT2Config,
+    MarianConfig,
+    MBartConfig,
+    T5Config,
+)
+from zoo import SEQ2SEQ, Species
+
+import kdcache
+from kdcache.cli.main import cli
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.transcode.options import TranscodeOptions
+from kdcache.commands.verify.options import VerifyOptions
+from kdcache.errors import UsageError
+from kdcache.loss import distillation_loss
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.rows.spec import LAST_LABEL
+from kdcache.targets import DenseTargets
+from kdcache.tasks import IGNORE
+from kdcache.teacher.model import TeacherModel
+
+TASK = "seq2seq-lm"
+WORDPIECE = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
+IDS = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+T5 = {
+    **IDS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+    "dropout_rate": 0.0, "decoder_start_token_id": 0, "initializer_factor": 3.0,
+}  # fmt: skip
+BART = {
+    **IDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "max_position_embeddings": 98, "init_std": 0.3, "dropout": 0.0, "decoder_start_token_id": 3,
+    "forced_eos_token_id": None,
+}  # fmt: skip
+Make = Callable[..., BuildOptions]
+
+
+def save(folder: Path, config: Any, auto: Any = AutoModelForSeq2SeqLM, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = auto.from_config(config)
+    for weight in model.parameters():  # biases and norms that are left out shall show
+        if weight.ndim == 1:
+            weight.data += 0.2 * torch.randn_like(weight)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias += torch.randn_like(model.final_logits_bias)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(WORDPIECE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("teacher"), T5Config(**T5))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of another architecture, and with another start."""
+    return save(tmp_path_factory.mktemp("student"), BartConfig(**BART), seed=7)
+
+
+@pytest.fixture(scope="module")
+def pairs(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with file.open("w") as out:
+        for i, text in enumerate(corpus_texts[:40]):
+            words = text.split()[: 3 + i % 7]
+            record = {"source": " ".join(words), "target": " ".join(words[::-1][: 2 + i % 5])}
+            out.write(json.dumps(record) + "\n")
+    return file
+
+
+@pytest.fixture
+def options(teacher: Path, pairs: Path, tmp_path: Path) -> Make:
+    """A build of short rows in several shards."""
+
+    def make(name: str = "cache", **more: Any) -> BuildOptions:
+        given = {"codec": "dense", "max_length": 48, "workers": 0, "shard_tokens": 256, **more}
+        return BuildOptions(
+            teacher=(str(given.pop("teacher", teacher)),),
+            corpus=(str(given.pop("corpus", pairs)),),
+            out=str(tmp_path / name),
+            task=TASK,
+            **given,
+        )
+
+    return make
+
+
+def built(options: BuildOptions) -> kdcache.Cache:
+    kdcache.build(options)
+    return kdcache.Cache.open(options.out)
+
+
+def rows_of(cache: kdcache.Cache) -> list[tuple[Row, Any]]:
+    found = []
+    for span in range(cache.spec.spans):
+        data = cache.read(span)
+        for i in range(len(data)):
+            places = np.arange(*data.position_offsets[i : i + 2])
+            found.append((data.row(i), data.targets.take(places)))
+    return found
+
+
+def own(model: Any, row: Row) -> torch.Tensor:
+    """Logits of a row alone by the model's own forward on its labels."""
+    assert row.source is not None
+    source, labels = (torch.from_numpy(ids).long()[None] for ids in (row.source, row.labels))
+    return model(input_ids=source, labels=labels).logits[0]
+
+
+def labels_of(rows: list[Row]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([row.labels for row in rows])).long()
+
+
+def random_rows(seed: int = 0) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for source, target in ((9, 7), (5, 12), (12, 3), (7, 7), (1, 1)):
+        labels = rng.integers(5, 290, target).astype(np.int32)
+        decoder = np.concatenate([[2], labels[:-1]]).astype(np.int32)
+        rows.append(Row(decoder, labels, source=rng.integers(5, 290, source).astype(np.int32)))
+    return rows
+
+
+@pytest.mark.parametrize("species", SEQ2SEQ, ids=str)
+def test_every_architecture_gives_its_own_numbers(species: Species) -> None:
+    """A teacher's slices are the logits of its own forward on labels; a student's fused loss and
+    its gradients are those of a reference in float64 on its own logits.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(species.config()).eval()
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.data += 0.2 * torch.randn_like(weight)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias += torch.randn_like(model.final_logits_bias)
+    rows = random_rows()
+    one = TeacherModel(model, str(species), task=TASK, vocab_size=300)
+    with torch.inference_mode():
+        one.probe(rows)
+        got = torch.cat([piece.logits for piece in one.slices(rows)])
+        want = torch.cat([own(model, row) for row in rows])[:, :300]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    plain = species.model_type != "prophetnet"  # whose logits are of several streams
+    assert one.direct is plain
+
+    targets = DenseTargets(2 * torch.randn(len(want), 300).double(), 2.0)
+    labels = labels_of(rows)
+    logits = torch.cat([own(model, row) for row in rows])[:, :300]
+    reference = distillation_loss(logits.double(), labels, targets, alpha=0.3)
+    reference.total.backward()
+    wanted = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+    model.zero_grad()
+    distilled = kdcache.DistilledStudent(model, TASK, alpha=0.3, vocab_size=300).eval()
+    total = 0.0
+    for row, first in zip(rows, np.cumsum([0, *(len(r.labels) for r in rows)]), strict=False):
+        assert row.source is not None
+        part = DenseTargets(targets.logits[first : first + len(row.labels)].float(), 2.0)
+        loss = distilled(
+            input_ids=torch.from_numpy(row.source).long()[None],
+            decoder_input_ids=torch.from_numpy(row.input_ids).long()[None],
+            labels=torch.from_numpy(row.labels).long()[None],
+            targets=part,
+            count=float(len(labels)),
+        ).loss
+        loss.backward()
+        total += float(loss.detach())
+    assert (distilled._projection is not None and distilled._projection.layer is not None) is plain
+    assert total == pytest.approx(float(reference.total.detach()), rel=1e-4)
+    for name, grad in wanted.items():
+        mine = dict(model.named_parameters())[name].grad
+        assert mine is not None
+        torch.testing.assert_close(mine, grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_student_learns_what_it_would_beside_its_teacher(
+    options: Make, teacher: Path, student: Path
+) -> None:
+    """Loss and gradients of a padded batch, the teacher running on the same rows."""
+    cache = built(options())
+    assert cache.spec.spans > 1
+    rows = [row for row, _ in rows_of(cache)][:12]
+    assert len({len(row.source) for row in rows if row.source is not None}) > 3
+    beside = AutoModelForSeq2SeqLM.from_pretrained(teacher).eval()
+    model = AutoModelForSeq2SeqLM.from_pretrained(student).eval()
+    with torch.inference_mode():
+        targets = torch.cat([own(beside, row) for row in rows])
+    reference = distillation_loss(
+        torch.cat([own(model, row) for row in rows]).double(),
+        labels_of(rows),
+        DenseTargets(targets.clone().double(), 2.0),
+        alpha=0.3,
+    )
+    reference.total.backward()
+    want = {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
+    model.zero_grad()
+    batch_of = kdcache.Collator(pad_id=0, temperature=2.0)
+    dataset = kdcache.TargetDataset([cache])
+    batch = batch_of([dataset[i] for i in range(12)])
+    distilled = kdcache.DistilledStudent(model, TASK, alpha=0.3, vocab_size=259).eval()
+    distilled(**batch)  # measures what the logits are made of
+    made: list[int] = []
+    layer = model.get_output_embeddings()
+    layer.register_forward_hook(lambda _module, _inputs, out: made.append(out.numel()))
+    got = distilled(**batch).loss
+    got.backward()
+    assert made == [1], "one number stands for the logits of all places"
+    assert float(got.detach()) == pytest.approx(float(reference.total.detach()), abs=1e-5)
+    for name, weight in model.named_parameters():
+        if name in want:
+            torch.testing.assert_close(weight.grad, want[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_rows_of_a_stream_come_once_and_whole(options: Make) -> None:
+    cache = built(options(codec="sample:5"))
+    want = sorted(
+        (tuple(row.source), tuple(row.labels))
+        for row, _ in rows_of(cache)
+        if row.source is not None
+    )
+    found = []
+    for rank in range(2):
+        stream = kdcache.TargetStream(
+            cache, batch_size=6, rank=rank, world_size=2, streams=2, accumulation=2,
+            sum_over=lambda count: count,
+        )  # fmt: skip
+        for batch in stream:
+            for ids, mask, labels, decoder in zip(
+                *(batch[k] for k in ("input_ids", "attention_mask", "labels", "decoder_input_ids")),
+                strict=True,
+            ):
+                real = labels[labels != IGNORE]
+                assert decoder[: len(real)].tolist() == [0, *real[:-1].tolist()]
+                if torch.isfinite(batch["count"]):
+                    found.append((tuple(ids[mask.bool()].tolist()), tuple(real.tolist())))
+    assert sorted(found) == want
+
+
+def test_hidden_states_and_every_other_codec_give_the_same_distribution(options: Make) -> None:
+    dense = built(options("dense"))
+    hidden = built(options("hidden", codec="hidden:float16"))
+    for (row, want), (same, got) in zip(rows_of(dense), rows_of(hidden), strict=True):
+        assert np.array_equal(row.input_ids, same.input_ids)
+        p, q = want.at(1.0).logits.softmax(-1), got.at(1.0).dense().logits.softmax(-1)
+        torch.testing.assert_close(p, q, rtol=0, atol=5e-3)
+    for codec in ("sample:5", "anchored:5", "topk:8"):
+        direct = built(options(codec.replace(":", ""), codec=codec))
+        again = TranscodeOptions(dense.url, codec=codec, out=f"{direct.url}-again", workers=0)
+        kdcache.transcode(again)
+        copy = kdcache.Cache.open(again.out)
+        for span in range(direct.spec.spans):
+            a, b = direct.read(span), copy.read(span)
+            for name in ("labels", "input_ids", "source", "source_offsets", "label_logprob"):
+                assert np.array_equal(getattr(a, name), getattr(b, name)), name
+            for name, column in a.targets.columns.items():
+                assert np.array_equal(column, b.targets.columns[name]), (codec, name)
+
+
+def test_parts_in_any_order_and_a_resumed_build_give_the_same_bytes(options: Make) -> None:
+    whole = built(options("whole", codec="sample:5"))
+    for part in ("2/3", "3/3"):
+        kdcache.build(options("parts", codec="sample:5", part=part))
+    parts = built(options("parts", codec="sample:5"))
+    assert parts.spec.fingerprint == whole.spec.fingerprint
+    assert parts.digest == whole.digest
+    with pytest.raises(UsageError, match=r"rows\.max_source_length: 1024 -> 8"):
+        kdcache.build(options("whole", codec="sample:5", max_source_length=8))
+
+
+@pytest.mark.end_to_end
+def test_two_workers_make_the_bytes_of_one(options: Make, ray: None) -> None:
+    one = built(options("one", codec="sample:5"))
+    two = built(options("two", codec="sample:5", workers=2))
+    assert one.digest == two.digest
+
+
+def test_cached_targets_are_found_to_be_the_teachers(options: Make, student: Path) -> None:
+    chosen = options(codec="sample:5")
+    kdcache.build(chosen)
+    good = kdcache.verify(VerifyOptions(chosen.out, teacher=chosen.teacher))
+    assert good.problems == ()
+    assert good.recheck is not None
+    assert good.recheck.problems == ()
+    other = kdcache.verify(VerifyOptions(chosen.out, teacher=(str(student),)))
+    assert other.recheck is not None
+    assert "not those of this teacher" in other.recheck.problems[0]
+
+
+def test_finetune_makes_a_teacher_and_predict_writes_what_it_generates(
+    options: Make, teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """And what it writes is a corpus."""
+    out = tmp_path / "tuned"
+    made = kdcache.finetune(
+        FinetuneOptions(
+            str(teacher), (str(pairs),), str(out), (str(pairs),), task=TASK, epochs=2,
+            batch_size=8, learning_rate=1e-3, max_length=48,
+        )
+    )  # fmt: skip
+    model = AutoModelForSeq2SeqLM.from_pretrained(out).eval()
+    rows = [row for row, _ in rows_of(built(options(teacher=out)))]
+    with torch.inference_mode():
+        logits = torch.cat([own(model, row) for row in rows])
+    labels = labels_of(rows)
+    hard = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert made.cross_entropy == pytest.approx(hard, rel=1e-4)
+    assert made.accuracy == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
+    assert made.rows == len(rows)
+    before = AutoModelForSeq2SeqLM.from_pretrained(teacher).eval()
+    with torch.inference_mode():
+        worse = torch.cat([own(before, row) for row in rows])
+    assert hard < float(torch.nn.functional.cross_entropy(worse, labels)) - 0.5
+
+    for beams in (1, 3):
+        file = tmp_path / f"written-{beams}.jsonl"
+        done = kdcache.predict(
+            PredictOptions(str(out), (str(pairs),), str(file), max_length=9, beams=beams)
+        )
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        sources = [json.loads(line)["source"] for line in pairs.read_text().splitlines()]
+        assert [line["source"] for line in lines] == sources
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        ends = 0
+        for line in lines:
+            ids = torch.tensor([tokenizer(line["source"])["input_ids"]])
+            want = model.generate(ids, max_new_tokens=9, num_beams=beams, do_sample=False)[0]
+            ends += 3 in want[1:]
+            assert line["target"] == tokenizer.decode(want, skip_special_tokens=True).strip()
+        assert (done.records, done.unfinished) == (len(sources), len(sources) - ends)
+    assert kdcache.predict(
+        PredictOptions(str(out), ("-",), max_length=4), lines=["a b\n", "\n"], output=io.StringIO()
+    ).records == 2  # fmt: skip
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(f"{json.dumps(line)}\n" for line in lines if line["target"]))
+    assert built(options("of-its-own", corpus=kept, teacher=out)).manifest.rows > 0
+
+
+def test_an_adapter_is_trained_and_evaluated(
+    options: Make, student: Path, pairs: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    cache = built(options(codec="sample:5"))
+    run = str(tmp_path / "run")
+    kdcache.train(
+        TrainOptions(
+            cache=(cache.url,), student=str(student), out=run, batch_size=8, max_steps=3,
+            lora="r=2", report_to="none", precision="float32",
+        )
+    )  # fmt: skip
+    assert not (tmp_path / "run" / "config.json").exists()
+    found = kdcache.evaluate(EvaluateOptions(student=(run,), cache=cache.url))
+    assert found.task == TASK
+
+
+class Stop(Exception):  # noqa: N818 - not an error
+    """Ends a training."""
+
+
+def test_a_training_resumes_to_the_bit(options: Make, student: Path, tmp_path: Path) -> None:
+    cache = built(options(codec="sample:5"))
+    plan = TrainOptions(
+        cache=(cache.url,), student=str(student), out=str(tmp_path / "whole"), batch_size=4,
+        max_steps=8, save_steps=3, report_to="none", precision="float32",
+    )  # fmt: skip
+    kdcache.train(plan)
+    halves = dataclasses.replace(plan, out=str(tmp_path / "halves"))
+
+    def stop(now: Any) -> None:
+        if now.step >= 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        kdcache.train(halves, on_progress=stop)
+    kdcache.train(halves)
+    whole, again = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")
+    )
+    assert whole == again
+
+
+def test_evaluation_has_the_figures_of_the_targets(
+    options: Make, teacher: Path, student: Path, pairs: Path
+) -> None:
+    cache = built(options())
+    rows = [row for row, _ in rows_of(cache)]
+    models = [AutoModelForSeq2SeqLM.from_pretrained(f).eval() for f in (teacher, student)]
+    with torch.inference_mode():
+        p, q = (torch.cat([own(m, row) for row in rows]).double() for m in models)
+    labels = labels_of(rows)
+    hard = torch.nn.functional.cross_entropy(q, labels)
+    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
+    same = (q.argmax(-1) == p.argmax(-1)).double().mean()
+    cached = kdcache.evaluate(EvaluateOptions(student=(str(student),), cache=cache.url))
+    live = kdcache.evaluate(
+        EvaluateOptions(
+            student=(str(student),), teacher=str(teacher), corpus=(str(pairs),), max_length=48
+        )
+    )
+    for found in (cached, live):
+        assert found.task == TASK
+        scores = found.models[1]
+        assert scores.cross_entropy == pytest.approx(float(hard), rel=1e-5)
+        assert scores.perplexity == pytest.approx(float(hard.exp()), rel=1e-4)
+        assert scores.kl == pytest.approx(float(kl), rel=1e-4)
+        assert scores.accuracy == pytest.approx(float((q.argmax(-1) == labels).double().mean()))
+        assert scores.agreement == pytest.approx(float(same))
+    shown = CliRunner().invoke(cli, ["evaluate", "--student", str(student), "--cache", cache.url])
+    assert "perplexity" in shown.output
+
+
+def test_rows_are_shown_exported_and_planned(
+    options: Make, teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    cache = built(options(codec="topk:4"))
+    (row, _), *_ = rows_of(cache)
+    first = json.loads(pairs.read_text().splitlines()[0])
+    run = CliRunner().invoke
+    assert run(cli, ["inspect", cache.url, "--row", "0"]).exit_code == 0
+    view = kdcache.inspect(InspectOptions(cache.url, row=0)).row
+    assert view is not None
+    assert view.text.removeprefix("[CLS] ").split()[0] == first["source"].lower().split()[0]
+    assert view.text_pair is not None
+    assert view.text_pair.startswith("[CLS]")
+    assert [p.label for p in view.positions] == row.labels.tolist()
+    out = str(tmp_path / "table")
+    assert run(cli, ["export", cache.url, "--out", out]).exit_code == 0
+    table = pq.read_table(out).slice(0, 1).to_pylist()[0]  # type: ignore[no-untyped-call]
+    assert row.source is not None
+    assert table["source_ids"] == row.source.tolist()
+    assert table["input_ids"] == row.input_ids.tolist()
+    assert table["labels"] == row.labels.tolist()
+    page = str(tmp_path / "page.html")
+    assert run(cli, ["report", cache.url, "--out", page]).exit_code == 0
+    planned = ["plan", "--teacher", str(teacher), "--corpus", str(pairs)]
+    result = run(cli, [*planned, "--task", TASK, "--max-length", "48", "--rows", "8"])
+    assert result.exit_code == 0, result.output
+    build = ["build", "--teacher", str(teacher), "--corpus", str(pairs), "--dry-run"]
+    result = run(cli, [*build, "--task", TASK, "--out", str(tmp_path / "no")])
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_run_is_a_model_of_transformers(options: Make, tmp_path: Path) -> None:
+    """From a configuration alone, which takes the ids of the cache."""
+    cache = built(options(codec="sample:5"))
+    config = tmp_path / "student.json"
+    sizes = {k: v for k, v in BART.items() if k not in IDS and "token" not in k}
+    config.write_text(json.dumps({"model_type": "bart", **sizes, "encoder_layers": 1}))
+    run = str(tmp_path / "run")
+    result = kdcache.train(
+        TrainOptions(
+            cache=(cache.url,), student=str(config), out=run, batch_size=8, max_steps=3,
+            eval_cache=(cache.url,), report_to="none",
+        )
+    )  # fmt: skip
+    assert result.eval
+    saved = AutoModelForSeq2SeqLM.from_pretrained(run)
+    assert type(saved).__name__ == "BartForConditionalGeneration"
+    assert saved.config.decoder_start_token_id == 0
+    assert saved.config.forced_eos_token_id is None
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "text2text-generation" in card
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in card
+    assert kdcache.load_student(run) is not None
+    again = EvaluateOptions(student=(run,), corpus=options().corpus, teacher=options().teacher[0])
+    assert kdcache.evaluate(again).task == TASK
+
+
+def test_an_ensemble_of_other_starts_is_the_mean_of_its_members(
+    options: Make, teacher: Path, student: Path
+) -> None:
+    chosen = options(teacher=teacher, codec="dense")
+    both = dataclasses.replace(chosen, teacher=(str(teacher), str(student)))
+    models = [AutoModelForSeq2SeqLM.from_pretrained(f).eval() for f in (teacher, student)]
+    for row, targets in rows_of(built(both))[:10]:
+        with torch.inference_mode():
+            want = sum(own(m, row).softmax(-1) for m in models) / 2
+        got = targets.at(1.0).logits.softmax(-1)
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
+
+
+def test_long_rows_are_cut_and_counted_and_others_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(WORDPIECE)
+    texts = [("a b c d e f", "c b"), ("a b", "a b c d e f g"), ("a", "b"), ("", " ")]
+
+    def encoded(**more: Any) -> tuple[Any, list[Row]]:
+        spec = RowSpec(
+            TASK, packing=more.pop("packing", "none"), max_length=6, max_source_length=6,
+            decoder_start=more.pop("start", 9), **more,
+        )  # fmt: skip
+        encoder = make_encoder(spec, tokenizer)
+        records = [
+            kdcache.corpus.Record({"source": s, "target": t}, "f", i)
+            for i, (s, t) in enumerate(texts)
+        ]
+        return encoder, list(encoder.encode(records))
+
+    encoder, rows = encoded()
+    assert (encoder.truncated, encoder.empty, len(rows)) == (2, 1, 3)
+    whole = tokenizer("a b c d e f g")["input_ids"]
+    assert rows[0].source is not None
+    assert rows[0].source.tolist() == [*tokenizer("a b c d e f")["input_ids"][:5], 3]
+    assert rows[1].labels.tolist() == whole[:6]
+    assert rows[1].input_ids.tolist() == [9, *whole[:5]]
+    _, rows = encoded(start=LAST_LABEL)
+    assert rows[1].labels.tolist() == [*whole[:5], 3]
+    assert rows[1].input_ids.tolist() == [3, *whole[:5]]
+    encoder, rows = encoded(packing="whole", on_error="skip")
+    assert (encoder.skipped, len(rows)) == (2, 1)
+    with pytest.raises(UsageError, match="its source has 8 tokens, --max-source-length is 6"):
+        encoded(packing="whole")
+
+
+def test_wrong_input_is_refused_in_one_line(
+    options: Make, teacher: Path, student: Path, pairs: Path, tmp_path: Path
+) -> None:
+    gpt2 = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    causal = save(tmp_path / "gpt2", gpt2, AutoModelForCausalLM)
+    fsmt = FSMTConfig(
+        langs=["a", "b"], src_vocab_size=259, tgt_vocab_size=259, d_model=32,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        max_position_embeddings=66,
+    )  # fmt: skip
+    unshifted = save(tmp_path / "fsmt", fsmt)
+    sides = MarianConfig(
+        **{**BART, "share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
+    )
+    two = save(tmp_path / "two", sides)
+    lost = save(tmp_path / "lost", T5Config(**{**T5, "decoder_start_token_id": 4000}))
+    mbart = save(tmp_path / "mbart", MBartConfig(**{**BART, "decoder_start_token_id": None}))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
+    foreign = save(tmp_path / "foreign", BartConfig(**BART))
+    tokenizer = AutoTokenizer.from_pretrained(WORDPIECE)
+    vocab = tokenizer.get_vocab()
+    state = json.loads((foreign / "tokenizer.json").read_text())
+    words = sorted(vocab, key=vocab.__getitem__)
+    turned = [*words[:10], *words[10:][::-1]]
+    state["model"]["vocab"] = {word: i for i, word in enumerate(turned)}
+    (foreign / "tokenizer.json").write_text(json.dumps(state))
+    cache = built(options())
+
+    def corpus(name: str, record: dict[str, Any]) -> Path:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps(record) + "\n")
+        return file
+
+    def train(name: Any, **more: Any) -> None:
+        kdcache.train(
+            TrainOptions(
+                cache=(cache.url,), student=str(name), out=str(tmp_path / "run"), max_steps=1,
+                report_to="none", **more,
+            )
+        )  # fmt: skip
+
+    def build(name: str, **more: Any) -> None:
+        kdcache.build(options(name, **more))
+
+    cases: list[tuple[Callable[[], Any], str]] = [
+        (lambda: build("a", teacher=causal), "no model for seq2seq-lm"),
+        (lambda: build("b", teacher=unshifted), "its forward on labels fails"),
+        (lambda: build("b2", teacher=two), "has a vocabulary for each side"),
+        (lambda: build("c", teacher=lost), "gives its decoder [4000,"),
+        (
+            lambda: build("d", corpus=corpus("d", {"source": "a", "target": ""})),
+            "column 'target' is empty",
+        ),
+        (lambda: build("e", corpus=corpus("e", {"source": "a"})), "--target-column"),
+        (
+            lambda: build("f", corpus=corpus("f", {"source": "a", "target": 7})),
+            "column 'target' holds a int where text was expected",
+        ),
+        (lambda: build("g", packing="concat"), "seq2seq-lm has a row for each record"),
+        (lambda: build("h", engine="vllm"), "not with --task seq2seq-lm"),
+        (lambda: build("i", teacher=student, max_length=100), "reads at most 98 tokens"),
+        (
+            lambda: build("j", teacher=student, max_source_length=100),
+            "--max-source-length is 100, but teacher",
+        ),
+        (lambda: build("k", target_lang="de_DE"), "marks no languages"),
+        (
+            lambda: kdcache.build(dataclasses.replace(options("l"), task="causal-lm")),
+            "no model for causal-lm",
+        ),
+        (
+            lambda: kdcache.build(
+                dataclasses.replace(options("m", max_source_length=9), task="masked-lm")
+            ),
+            "no model for masked-lm",
+        ),
+        (lambda: train(other), "not a seq2seq-lm architecture"),
+        (lambda: train(causal), "cannot be loaded as a seq2seq-lm model"),
+        (lambda: train(foreign), "has another vocabulary"),
+        (lambda: train("bilstm"), "bilstm is a classifier; for seq2seq-lm give"),
+        (
+            lambda: train(student, cross_tokenizer="likelihood"),
+            "--cross-tokenizer is for causal language models. A student of this cache",
+        ),
+        (
+            lambda: kdcache.evaluate(EvaluateOptions(student=(str(causal),), cache=cache.url)),
+            "was saved for causal-lm, but seq2seq-lm is asked for",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(UsageError) as error:
+            call()
+        assert message in str(error.value), str(error.value)
+        assert "\n" not in str(error.value), str(error.value)
+    # A start that is the last label of each row, as a code of the language is.
+    for row, _ in rows_of(built(options("last", teacher=mbart))):
+        assert row.input_ids[0] == row.labels[-1]
