@@ -179,6 +179,7 @@ def desk(
     encoder |= {"num_attention_heads": 4, "vocab_size": 259, "max_position_embeddings": 512}
     (tmp_path / "student-modernbert.json").write_text(json.dumps(encoder))
     _masked_model(encoder, tmp_path / "answerdotai/ModernBERT-base")
+    _pairs(tmp_path)
     file = tmp_path / "HuggingFaceTB/SmolLM2-135M/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 8192}))
     header, *labelled = labelled_corpus.read_text().splitlines()
@@ -208,6 +209,30 @@ def _masked_model(config: dict[str, Any], folder: Path) -> None:
     AutoModelForMaskedLM.from_config(made).save_pretrained(folder)
     pieces = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
     AutoTokenizer.from_pretrained(pieces).save_pretrained(folder)
+
+
+def _pairs(desk: Path) -> None:
+    """A tiny T5, a smaller one, and pairs of texts."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
+
+    config = json.loads((ROOT / "examples" / "config" / "student-t5.json").read_text())
+    config |= {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    (desk / "student-t5.json").write_text(json.dumps(config))
+    ids = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    given = {key: value for key, value in config.items() if key != "model_type"}
+    folder = desk / "google" / "flan-t5-small"
+    AutoModelForSeq2SeqLM.from_config(T5Config(**given, **ids)).save_pretrained(folder)
+    pieces = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
+    AutoTokenizer.from_pretrained(pieces).save_pretrained(folder)
+    for name, first in (("pairs", 0), ("held-out-pairs", 8), ("sources", 16)):
+        records = [
+            {"source": f"{'ab' * i} the", "target": f"the {'b' * i}"}
+            for i in range(first + 1, first + 9)
+        ]
+        if name == "sources":
+            records = [{"source": record["source"]} for record in records]
+        lines = "".join(f"{json.dumps(record)}\n" for record in records)
+        (desk / f"{name}.jsonl").write_text(lines)
 
 
 Run = Callable[..., str]
@@ -304,6 +329,14 @@ def test_guide_masked_language_model(run: Run, desk: Path) -> None:
     printed = run("bash", "-euo", "pipefail", "-c", _block("docs/guide.md", "masked"))
     assert "pseudo-perplexity" in printed
     assert (desk / "runs" / "masked" / "model.safetensors").is_file()
+
+
+@pytest.mark.end_to_end
+def test_guide_sequence_to_sequence(run: Run, desk: Path) -> None:
+    printed = run("bash", "-euo", "pipefail", "-c", _block("docs/guide.md", "pairs"))
+    assert "perplexity" in printed
+    assert (desk / "runs" / "pairs" / "model.safetensors").is_file()
+    assert len((desk / "written.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.end_to_end

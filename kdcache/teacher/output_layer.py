@@ -5,7 +5,7 @@ with random numbers from 0.01 to 500, so a soft-cap, a scale or a bias that real
 show is found. What it names is kept; a model that does anything else is refused. Then the kept
 layer is applied to the states of real rows and compared with the logits that the teacher gives.
 
-Cost: two forwards over 8 tokens, and one of the rows.
+Cost: four forwards over 8 tokens, and one of the rows.
 Guarantee: `OutputLayer.logits(states)` are the teacher's own logits, up to the rounding of its
 dtype.
 """

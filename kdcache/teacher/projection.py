@@ -13,7 +13,7 @@ config names (Gemma 2), or these plus numbers that are the same at each token an
 learn (the biases of Marian), and no parameter may have a part in what follows the layer: a bias
 that is zero today is learnt tomorrow.
 
-Cost: two forward passes over 8 tokens of the first batch; no global random numbers are drawn.
+Cost: four forward passes over 8 tokens of the first batch; no global random numbers are drawn.
 Guarantee: where this says so, `layer(states) * scale`, capped, are the model's own logits. A model
 that it does not understand has no projection: its own logits are right.
 """
