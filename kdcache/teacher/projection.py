@@ -9,9 +9,8 @@ What the model does to the logits afterwards is measured once, at the first batc
 with random numbers from 0.01 to 500, large and small because soft-capping leaves small logits alone
 and a bias leaves large ones alone. The model must return just these numbers, or all of them times a
 constant that its config names (Cohere, Granite, Falcon-H1), or these capped by a constant that its
-config names (Gemma 2), or these plus numbers that are the same at each token and that it does not
-learn (the biases of Marian), and no parameter may have a part in what follows the layer: a bias
-that is zero today is learnt tomorrow.
+config names (Gemma 2), or these plus a buffer of the model (the biases of Marian), and no parameter
+may have a part in what follows the layer: a bias that is zero today is learnt tomorrow.
 
 Cost: four forward passes over 8 tokens of the first batch; no global random numbers are drawn.
 Guarantee: where this says so, `layer(states) * scale`, capped, are the model's own logits. A model
@@ -42,7 +41,7 @@ class Projection:
     Attributes:
         scale: what the model multiplies its projected states by; None if they are not its logits.
         cap: the logits are then ``cap * tanh(x / cap)`` of these numbers x; None: x itself.
-        offset: float [V], what is added to the logits of an uncapped model; None for nothing.
+        offset: float [V], a buffer that an uncapped model adds to its logits; None for nothing.
         thin: whether what follows the layer makes a column as wide as the vocabulary again, so that
             one number a batch stands for it.
     """
@@ -132,7 +131,7 @@ class Projection:
         return True
 
     def _added(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor | None:
-        """What a model makes of an output layer that gives zeros, the same at each token."""
+        """A buffer of the model that it adds to its logits at each token, float [V]."""
 
         def answer(states: Tensor) -> Tensor:
             return states.new_zeros((*states.shape[:-1], layer.out_features))
@@ -142,7 +141,8 @@ class Projection:
         flat = added.reshape(-1, added.shape[-1])
         if not flat.any() or not torch.equal(flat, flat[:1].expand_as(flat)):
             return None
-        return flat[0].detach().clone()
+        buffers = (values.detach().reshape(-1) for values in self.student.buffers())
+        return next((b for b in buffers if torch.equal(b.to(flat), flat[0])), None)
 
     def _named(self, own: Tensor, given: Tensor, eps: float) -> tuple[float, float | None] | None:
         """Scale and cap between two tensors, 1 and none or what the config names, if there are."""
