@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -220,7 +221,9 @@ def test_layers_that_are_not_there_cannot_be_frozen(options: Make) -> None:
         first_tensors(shared, list(shared.parameters()), 1)
 
 
-def test_patience_ends_the_epochs(options: Make, folder: Path) -> None:
+def test_patience_ends_the_epochs(
+    options: Make, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tests = str(folder / "test.jsonl")
     chosen = options(eval_corpus=tests, epochs=9, patience=2, learning_rate=1e-12)
     result = finetune(chosen)
@@ -228,6 +231,15 @@ def test_patience_ends_the_epochs(options: Make, folder: Path) -> None:
     lines = [json.loads(x) for x in Path(result.out, "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [15, 30, 45]
     assert all("step" in line for line in lines)
+    # One that is killed after its last step takes no further one.
+    again = dataclasses.replace(chosen, out=str(tmp_path / "again"))
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune_module, "whole_folder", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(IncompleteError, match="continues from step 45"):
+            finetune(again)
+    assert same(finetune(again), result)
+    more = [json.loads(x) for x in Path(again.out, "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in more] == [line["step"] for line in lines]
     with pytest.raises(UsageError, match="--patience waits for a better epoch on --eval-corpus"):
         options(patience=2)
 

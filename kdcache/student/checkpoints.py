@@ -125,6 +125,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """The batches of one step; none where a resumed run has nothing left to do."""
+        if self.control.should_training_stop:
+            return [], None
+        samples, count = super().get_batch_samples(*args)
+        return samples, count
+
     def checkpoint_facts(self) -> dict[str, Any]:
         """What a checkpoint's seal says beside its files; for subclasses."""
         return {}

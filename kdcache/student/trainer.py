@@ -160,7 +160,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if not self.streams:
             samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
             return samples, count
-        if self.control.should_training_stop:  # before the first step: nothing is left to do
+        if self.control.should_training_stop:
             return [], None
         slices = [b for b in (next(epoch_iterator, None) for _ in range(num_batches)) if b]
         return slices, slices[0]["count"] if slices else None

@@ -30,6 +30,7 @@ class Patience(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
+        self._over = False  # before this sitting
 
     def _worse(self, state: TrainerState) -> int:
         """Evaluations since the best one."""
@@ -40,7 +41,14 @@ class Patience(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Take no step where patience ran out in an earlier sitting."""
-        control.should_training_stop = self._worse(state) >= self._patience
+        self._over = control.should_training_stop = self._worse(state) >= self._patience
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluate and save nothing again where no step was taken."""
+        if self._over:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_evaluate(
         self,
