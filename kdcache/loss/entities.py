@@ -3,8 +3,9 @@
 A tag is a prefix and a type: B begins an entity, I goes on with it, E ends one, S is one by itself,
 O is none. BIO, IO, IOE and IOBES need no telling apart: an entity begins at B and S, where the type
 changes, and at an I or E with no entity before it; it ends before the next such tag, at O, E and S.
-The prefixes of BILOU and BMES are read as those of IOBES. An entity is right if its first word, its
-last one and its type are.
+The prefixes of BILOU and BMES are read as those of IOBES. Where all entities are of one type, tags
+may be prefixes alone, as in B, I, O of key phrases and B, M, E, S of words. An entity is right if
+its first word, its last one and its type are.
 
 Cost: some numpy calls a batch. Guarantee: counts of parts add up to those of the whole, as long as
 no sequence is divided.
@@ -23,14 +24,21 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_TAG = re.compile(r"([BIESLUM])-(.+)")
+_TAG = re.compile(r"([BIESLUM])(?:-(.+))?")
 _O, _B, _I, _E, _S = range(5)
 _CODES = {"B": _B, "I": _I, "M": _I, "E": _E, "L": _E, "S": _S, "U": _S}
 
 
 def are_entities(names: Sequence[str]) -> bool:
-    """Whether classes are the tags of entities: O, and a prefix with a type, such as B-PER."""
-    return len(names) > 1 and all(name == "O" or _TAG.fullmatch(name) for name in names)
+    """Whether classes are the tags of entities: O, and a prefix with a type, such as B-PER.
+
+    Or prefixes alone, with B and an end of them: other letters may be sizes, or parts of speech.
+    """
+    tags = [_TAG.fullmatch(name) for name in names if name != "O"]
+    if len(names) < 2 or not all(tags):
+        return False
+    bare = [name for name in names if "-" not in name]
+    return set(bare) <= {"O"} or ("B" in bare and bool({"O", "E", "L"} & set(bare)))
 
 
 @dataclass
@@ -51,9 +59,9 @@ class Entities:
 
     def __post_init__(self) -> None:
         tags = [_TAG.fullmatch(name) for name in self.names]
-        types = sorted({tag[2] for tag in tags if tag})
+        types = sorted({tag[2] or "" for tag in tags if tag})
         self._codes = np.array([_CODES[tag[1]] if tag else _O for tag in tags])
-        self._types = np.array([1 + types.index(tag[2]) if tag else 0 for tag in tags])
+        self._types = np.array([1 + types.index(tag[2] or "") if tag else 0 for tag in tags])
 
     def add(self, labels: Array, predictions: Array, lengths: Array) -> None:
         """Count the entities of some sequences.
