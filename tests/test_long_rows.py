@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    RobertaConfig,
+    RobertaModel,
+)
+from zoo import make
 
 from kdcache.cache import Cache
 from kdcache.commands.build.build import build
@@ -21,7 +29,10 @@ from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
+from kdcache.student.reach import reach_of
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import TeacherFiles
 
@@ -104,6 +115,54 @@ def test_positions_that_are_scaled_reach_further(
     config.save_pretrained(folder)
     files = TeacherFiles.find(str(folder), trust_remote_code=False, weights=False)
     assert files.reach(CAUSAL_LM) == reach
+
+
+@pytest.mark.parametrize(
+    "species",
+    ["bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "esm",
+     "gpt2", "layoutlm", "llama", "modernbert", "mpnet", "openai-gpt", "opt", "roberta",
+     "xlm", "xlm-roberta"],
+)  # fmt: skip
+def test_a_student_reads_as_far_as_its_table_of_positions(species: str) -> None:
+    """Its own forward agrees: so many tokens, and not one more; or any number."""
+    model = AutoModel.from_config(make(species).config()).eval()
+    reach = reach_of(model)
+
+    def read(length: int) -> Any:
+        with torch.inference_mode():
+            return model(input_ids=torch.full((1, length), 5))
+
+    read(reach or 140)
+    if reach is not None:
+        assert reach in (128, 126)  # the latter where positions begin behind the padding's id
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            read(reach + 1)
+
+
+def test_students_that_read_less_than_a_row_are_refused_or_read_its_beginning(
+    tag_caches: dict[str, str], class_cache: str, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "tiny_tokenizers" / "bytes")
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=14, **shape
+    )
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    bert = {"model_type": "bert", "num_hidden_layers": 1, "max_position_embeddings": 10, **shape}
+    (tmp_path / "bert.json").write_text(json.dumps(bert))
+
+    def run(cache: str, student: str, **more: Any) -> Any:
+        given = {"max_steps": 2, "batch_size": 1, "report_to": "none", **more}
+        out = str(tmp_path / "run")
+        return train(TrainOptions((cache,), student=str(tmp_path / student), out=out, **given))
+
+    for student, most in (("roberta", 12), ("bert.json", 10)):  # its words, the teacher's tokens
+        with pytest.raises(UsageError, match=rf"reads at most {most} tokens, and a row has \d\d"):
+            run(tag_caches["first"], student)
+    with pytest.raises(UsageError, match=r"--max-length is 13, but student .* at most 12 tokens"):
+        run(class_cache, "roberta", max_length=13)
+    assert run(class_cache, "roberta").steps == 2
 
 
 def test_a_row_of_4096_tokens(

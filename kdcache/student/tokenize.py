@@ -18,6 +18,7 @@ from kdcache.rows import WordReader
 from kdcache.rows.batches import padded
 from kdcache.rows.words import ReadWords
 from kdcache.student.info import StudentInfo
+from kdcache.student.reach import reach_of
 from kdcache.tasks import TASKS
 
 _NO_BOUND = 1 << 20  # tokenizers without a longest row have a model_max_length beyond it
@@ -49,9 +50,10 @@ def student_tokenize(
     tokenizer = getattr(student, "tokenizer", None) or tokenizer_of(name, trust_remote_code)
     if tokenizer is None or same_tokenizer(tokenizer, info.tokenizer):
         return None
+    reach = reach_of(student) or _NO_BOUND
     if TASKS[info.task].words:
-        return WordTokenize(tokenizer)
-    return HfTokenize(tokenizer, info.max_length)
+        return WordTokenize(tokenizer, reach)
+    return HfTokenize(tokenizer, min(info.max_length, reach))
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ class WordTokenize:
 
     Attributes:
         tokenizer: a fast one.
+        reach: most tokens that the student reads.
     """
 
     tokenizer: Any
+    reach: int = _NO_BOUND
 
     @cached_property
     def _reader(self) -> WordReader:
@@ -106,13 +110,14 @@ class WordTokenize:
             UsageError: a word has no token, or a row is longer than the model's longest.
         """
         found: list[ReadWords] = []
+        most = min(self.reach, self.tokenizer.model_max_length)
         for words, one in zip(sentences, self._reader.read(sentences), strict=True):
             if isinstance(one, str):
                 raise UsageError(f"the student cannot read {words[:20]}: {one}.")
-            if len(one.ids) > min(_NO_BOUND, self.tokenizer.model_max_length):
+            if len(one.ids) > most:
                 raise UsageError(
-                    f"the student reads at most {self.tokenizer.model_max_length} tokens, and a "
-                    f"row has {len(one.ids)} of its tokens. Build with a smaller --max-length."
+                    f"the student reads at most {most} tokens, and a row has {len(one.ids)} of its "
+                    "tokens. Build with a smaller --max-length."
                 )
             found.append(one)
         return found

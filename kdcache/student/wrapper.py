@@ -40,6 +40,7 @@ from kdcache.loss import (
     sliced_linear_distillation,
 )
 from kdcache.student.documents import check_documents, in_one_row
+from kdcache.student.reach import reach_of
 from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
@@ -132,6 +133,7 @@ class DistilledStudent(nn.Module):
         self.tail = tail
         self.vocab_size = vocab_size
         self.needs_mask = True
+        self.reach = reach_of(student)
         self._projection: Projection | None = None
         self._checked: list[nn.Module] = []  # a list: a module here would be another child
         self.start: int | None = None
@@ -208,6 +210,24 @@ class DistilledStudent(nn.Module):
         )
         save_model(self.student, str(folder / "model.safetensors"))
 
+    def check_reach(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse rows beyond the student's table of positions.
+
+        Args:
+            inputs: the student's, of a batch.
+
+        Raises:
+            UsageError: a row is longer than it reads.
+        """
+        ids = inputs.get("input_ids")
+        if self.reach is None or ids is None or "position_ids" in inputs:
+            return
+        if ids.shape[-1] > self.reach:
+            raise UsageError(
+                f"the student reads at most {self.reach} tokens, and a row has {ids.shape[-1]}. "
+                "Build with a smaller --max-length, or name a student that reads more."
+            )
+
     def forward(
         self,
         labels: Tensor | None = None,
@@ -252,6 +272,7 @@ class DistilledStudent(nn.Module):
         """
         if labels is None:
             raise UsageError("the batch has no labels; give -100 for rows without one.")
+        self.check_reach(inputs)
         alpha = self.alpha if alpha is None else alpha
         count = count if num_items_in_batch is None else num_items_in_batch
         if isinstance(alpha, Tensor) and alpha.numel() != 1:

@@ -72,16 +72,6 @@ def own_tokenizer(options: TrainOptions) -> Any:
         ) from error
 
 
-def reach_of(student: Any) -> int | None:
-    """The most tokens that a student can read: of a table of positions; None of all others."""
-    config = getattr(getattr(student, "config", None), "get_text_config", lambda: None)()
-    known = {} if config is None else config.to_dict()
-    if any(name.startswith("rope_") for name in known):
-        return None
-    length = known.get("max_position_embeddings") or known.get("n_positions")
-    return None if length is None else int(length)
-
-
 def cross_tokenizer(options: TrainOptions, cache: Cache, tokenizer: Any) -> CrossTokenizer:
     """What reads the cache for this student.
 

@@ -35,7 +35,7 @@ from kdcache.cache import Cache
 from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.cache.shard import ShardData
 from kdcache.commands.train.card import CARD_FILE, model_card
-from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer, reach_of
+from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer
 from kdcache.commands.train.log import (
     MetricsCallback,
     OwnWandb,
@@ -72,6 +72,7 @@ from kdcache.student.figures import FIGURES
 from kdcache.student.padding import check_rows
 from kdcache.student.pairs import check_pairs
 from kdcache.student.precision import Computing, use_one_gpu
+from kdcache.student.reach import reach_of
 from kdcache.student.trainer import DistillationTrainer, soft_name
 from kdcache.student.words import unknown_share
 from kdcache.targets import SoftTargets
@@ -115,6 +116,7 @@ class Run:
             caching = getattr(student.config, "use_cache", None)
             trainer = _trainer(plan, computing, student, stream, tokenize, on_progress, report)
             trial = _trial_batch(plan, tokenize)
+            student.check_reach(trial)
             if plan.options.batch_size > 1:
                 check = check_pairs if "decoder_input_ids" in trial else check_rows
                 check(plan.options.student, student, trial)
@@ -260,8 +262,9 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         tokenize = cross or student_tokenize(
             inner, options.student, info, trust_remote_code=options.trust_remote_code
         )
+        reach = reach_of(inner)
         if cross is not None and cross.aligner.max_length is None:
-            cross.aligner.max_length = reach_of(inner)
+            cross.aligner.max_length = reach
         if options.init_from is not None:
             begin_from(
                 inner,
@@ -281,6 +284,11 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         raise UsageError(
             f"--max-length is {options.max_length}, and a student of words reads each word of a "
             "row, since each has a target. Leave it out, or build with a smaller --max-length."
+        )
+    if task.texts and reach is not None and (options.max_length or 0) > reach:
+        raise UsageError(
+            f"--max-length is {options.max_length}, but student {options.student} reads at most "
+            f"{reach} tokens. Give at most that."
         )
     if options.fsdp and not getattr(inner, "_no_split_modules", None):
         raise UsageError(
