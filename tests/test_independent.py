@@ -24,6 +24,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from kdcache.cache import Cache
@@ -51,6 +53,7 @@ from kdcache.loss.rank_metrics import macro_average_precision, micro_f1, pearson
 from kdcache.stream import TargetStream
 from kdcache.student import DistilledStudent, load_student
 from kdcache.tasks import IGNORE
+from kdcache.teacher.adapter import quiet_peft
 
 NAMES = ("blue", "green", "red")  # as finetune sorts them
 MANY, SCORE = "multi-label-classification", "regression"
@@ -431,6 +434,15 @@ def test_an_ensemble_is_the_mean_of_its_answers(
         np.testing.assert_allclose(sigmoid(found / 2), want, atol=1e-5)
         with pytest.raises(UsageError, match="temperature"):
             cache.codec().check_temperature(1.0)
+        # Where the mean decides at T = 1 is known at 1/2 alone.
+        for threshold in (0.5, 0.4):
+            result = evaluate(EvaluateOptions((bench / "teacher",), cache.url, threshold=threshold))
+            agreed = ((want >= 0.5) == (z[0] >= 0)).mean()
+            assert result.models[1].agreement == (
+                pytest.approx(agreed) if threshold == 0.5 else None
+            )
+            told = any("Agreement is not known" in note for note in result.notes)
+            assert told == (threshold != 0.5)
     else:
         np.testing.assert_allclose(found, 0.75 * z[0] + 0.25 * z[1], atol=1e-5)
 
@@ -545,6 +557,60 @@ def test_students_with_another_head_are_refused(
     # A head of the same task is trained further; without a problem_type it is taken at its word.
     train(bench.train(tmp_path / "further", student=bench / "teacher", max_steps=1))
     train(bench.train(tmp_path / "plain", student=heads(problem_type=None), max_steps=1))
+
+
+def test_an_adapter_teaches_students_with_words_and_tokens_of_their_own(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """`finetune --lora`, a build of the adapter, word vectors, and a tokenizer of bytes."""
+    peft = pytest.importorskip("peft", reason="the extra lora")
+    adapter, corpus = str(tmp_path / "adapter"), (bench / "test.jsonl",)
+    given: dict[str, Any] = {"task": bench.task, "lora": "r=4", "learning_rate": 0.02}
+    made = finetune(FinetuneOptions(bench / "encoder", corpus, adapter, epochs=1, **given))
+    assert made.trained < made.parameters / 2
+    cache = str(tmp_path / "cache")
+    build(dataclasses.replace(build_options(bench, corpus, cache), teacher=(adapter,)))
+    classes = 3 if bench.many else 1
+    with quiet_peft():
+        alone = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+            adapter, num_labels=classes
+        )
+    tokenizer, texts = AutoTokenizer.from_pretrained(adapter), bench.records("test")
+    with torch.inference_mode():
+        want = [alone(**tokenizer(one["text"], return_tensors="pt")).logits for one in texts]
+    data = [Cache.open(cache).read(span) for span in range(Cache.open(cache).spec.spans)]
+    cached = np.concatenate([part.targets.columns["logits"] for part in data])
+    np.testing.assert_allclose(cached, torch.cat(want), atol=1e-5)
+
+    known = len({word for one in texts for word in one["text"].split()})
+    words = tmp_path / "vectors.txt"
+    words.write_text("".join(f"w{i} {i} 0.5 -{i}\n" for i in range(4, 64)))
+    bytes_ = AutoTokenizer.from_pretrained(Path(__file__).parent / "tiny_tokenizers" / "bytes")
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    RobertaModel(
+        RobertaConfig(
+            vocab_size=len(bytes_), num_hidden_layers=1, max_position_embeddings=130, **shape
+        )
+    ).save_pretrained(tmp_path / "roberta")
+    bytes_.save_pretrained(tmp_path / "roberta")
+    students: dict[str, dict[str, Any]] = {
+        "bilstm": {"embeddings": str(words), "hidden_size": 6},
+        str(tmp_path / "roberta"): {},
+    }
+    runs = [str(tmp_path / f"run-{number}") for number in range(2)]
+    for run, (student, options) in zip(runs, students.items(), strict=True):
+        result = train(TrainOptions((cache,), student=student, out=run, max_steps=2, **options))
+        assert result.pretrained == (known if options else None)
+    for run, found in zip(
+        runs, evaluate(EvaluateOptions(tuple(runs), cache)).models[1:], strict=True
+    ):
+        z, t = bench.logits(run, "test"), cached.astype(np.float64)
+        if bench.many:
+            p, q = sigmoid(t), sigmoid(z)
+            kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+            assert found.kl == pytest.approx(kl.mean(), abs=1e-6)
+        else:
+            assert found.teacher_mse == pytest.approx(np.mean((z - t) ** 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("head_width", [None, 8])

@@ -456,7 +456,7 @@ def test_wrong_models_are_refused_in_one_line(
             lambda: train(student, cross_tokenizer="likelihood"),
             "--cross-tokenizer is for causal language models. The masks",
         ),
-        (lambda: train(student, lora="r=4"), "--lora is for causal-lm and"),
+        (lambda: train(student, lora="r=4"), "--lora is for causal-lm, "),
         (
             lambda: kdcache.predict(
                 PredictOptions(student=str(student), corpus=(str(text_corpus),))

@@ -21,6 +21,8 @@ from transformers import (
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.export.export import export
@@ -35,11 +37,14 @@ from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.predict import predict
 from kdcache.commands.report.options import ReportOptions
 from kdcache.commands.report.report import report
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.train import train
 from kdcache.commands.transcode.options import TranscodeOptions
 from kdcache.commands.transcode.transcode import transcode
 from kdcache.commands.verify.options import VerifyOptions
 from kdcache.commands.verify.verify import verify
 from kdcache.errors import UsageError
+from kdcache.teacher.adapter import quiet_peft
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +94,37 @@ def test_an_encoder_becomes_a_tagger(tagger: Any, conll: Path) -> None:
     assert (found.entity_f1, found.accuracy) == (1.0, 1.0)
     model = AutoModelForTokenClassification.from_pretrained(tagger.out)
     assert model.config.id2label == {0: "B-LOC", 1: "B-PER", 2: "I-LOC", 3: "O"}
+
+
+def test_an_adapter_teaches_a_student_with_word_vectors(
+    encoder: Path, conll: Path, tmp_path: Path
+) -> None:
+    """`finetune --lora`, a build of the adapter, and vectors of lower-cased text."""
+    peft = pytest.importorskip("peft", reason="the extra lora")
+    adapter, cache, run = (str(tmp_path / name) for name in ("adapter", "cache", "run"))
+    given: dict[str, Any] = {"task": "token-classification", "corpus": (str(conll),)}
+    finetune(
+        FinetuneOptions(model=str(encoder), out=adapter, lora="r=4", learning_rate=0.02, **given)
+    )
+    build(BuildOptions(teacher=(adapter,), out=cache, workers=0, **given))
+    with quiet_peft():
+        alone = peft.AutoPeftModelForTokenClassification.from_pretrained(adapter, num_labels=4)
+    data, tokenizer = Cache.open(cache).read(0), AutoTokenizer.from_pretrained(adapter)
+    assert data.words is not None
+    encoded = tokenizer(list(data.words[0]), is_split_into_words=True, return_tensors="pt")
+    with torch.inference_mode():
+        want = alone(**encoded).logits[0]
+    ids = encoded.word_ids()
+    first = [ids.index(i) for i in range(len(data.words[0]))]
+    got = torch.from_numpy(data.targets.columns["logits"][: len(first)])
+    torch.testing.assert_close(got, want[first], rtol=0, atol=1e-5)
+
+    (tmp_path / "vectors.txt").write_text("new 1 2\nyork 3 4\nthe 5 6\nNEW 7 8\n")
+    options: dict[str, Any] = {"embeddings": str(tmp_path / "vectors.txt"), "hidden_size": 4}
+    result = train(TrainOptions((cache,), student="bilstm", out=run, max_steps=2, **options))
+    assert result.pretrained == 3  # New, York, the; Smith and the full stop have none
+    (teacher, student) = evaluate(EvaluateOptions((run,), cache)).models
+    assert (teacher.accuracy, student.kl) > (0.5, 0)  # type: ignore[operator]
 
 
 def test_balanced_classes_and_rows_without_tags(

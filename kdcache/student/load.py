@@ -114,7 +114,7 @@ def load_student(
             f"sizes and embeddings are options of a new bilstm, not of student {name}."
         )
     if lora is not None and info.task not in PEFT_TASKS:
-        raise UsageError(f"--lora is for {' and '.join(PEFT_TASKS)}; train {info.task} without it.")
+        raise UsageError(f"--lora is for {', '.join(PEFT_TASKS)}; train {info.task} without it.")
     with _seeded(info.seed):
         if new_bilstm:
             student: nn.Module = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)

@@ -72,7 +72,15 @@ class Figures:
             yield ModelScores(name, "teacher", None if live is None else live.parameters, **own)
         for model, tally in zip(self.students, students, strict=True):
             own = tally.figures(soft=self.soft)
+            if self.soft and not self._decides(tally):
+                own["agreement"] = None
             yield ModelScores(model.saved.name, "student", model.saved.parameters, **own)
+
+    def _decides(self, tally: IndependentTally) -> bool:
+        """Whether the teacher's decisions are known: of a mean of probabilities at another
+        temperature only those at 1/2, where the temperature does not matter.
+        """
+        return self.teacher is not None or self.rows.logits_known or tally.logit == 0
 
     def _student_scores(self, counts: Counts) -> list[ModelScores]:
         """In the order in which the students were named."""
@@ -161,6 +169,11 @@ class Figures:
             yield (
                 f"The teacher gives {counts.impossible:,} labels no probability: its "
                 "cross-entropy leaves them out."
+            )
+        if self.soft and counts.independent and not self._decides(counts.independent[0]):
+            yield (
+                "Agreement is not known: the cache holds a mean of probabilities at "
+                f"T = {self.rows.temperature:g}, which decides at T = 1 for --threshold 0.5 alone."
             )
         if counts.in_bytes is not None:
             yield from counts.in_bytes.notes(self.soft)
