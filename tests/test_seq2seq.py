@@ -541,6 +541,24 @@ def test_long_rows_are_cut_and_counted_and_others_refused() -> None:
     assert rows[1].input_ids.tolist() == [3, *whole[:5]]
     encoder, rows = encoded(packing="whole", on_error="skip")
     assert (encoder.skipped, len(rows)) == (2, 1)
+    texts = [("a b", "b")]
+    _, want = encoded()
+    spec = RowSpec(
+        TASK, packing="none", decoder_start=9, source_column="of.en", target_column="of.de"
+    )
+    assert spec.columns == ("of.en", "of", "of.de")
+    nested = kdcache.corpus.Record({"of": {"en": "a b", "de": "b"}}, "f", 0)
+    (row,) = make_encoder(spec, tokenizer).encode([nested])
+    assert row.source is not None
+    assert row.source.tolist() == tokenizer("a b")["input_ids"]
+    assert np.array_equal(row.labels, want[0].labels)
+    with pytest.raises(UsageError, match="--target-column"):
+        list(
+            make_encoder(spec, tokenizer).encode(
+                [dataclasses.replace(nested, values={"of": {"en": "a"}})]
+            )
+        )
+    texts = [("a b c d e f", "c b")]
     with pytest.raises(UsageError, match="its source has 8 tokens, --max-source-length is 6"):
         encoded(packing="whole")
 

@@ -24,7 +24,10 @@ class PairRowOptions(RowOptions):
     heading = "Corpus"
 
     source_column: str = option(
-        "source", help="seq2seq: column of the text that the encoder reads.", metavar="NAME"
+        "source",
+        help="seq2seq: column of the text that the encoder reads; `translation.en` is the field "
+        "`en` of the column `translation`.",
+        metavar="NAME",
     )
     target_column: str = option(
         "target", help="seq2seq: column of the text that the decoder writes.", metavar="NAME"

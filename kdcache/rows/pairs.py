@@ -75,9 +75,7 @@ class PairEncoder(Encoder):
         texts = []
         columns = self.spec.source_column, self.spec.target_column
         for column, flag in zip(columns, ("--source-column", "--target-column"), strict=True):
-            if column not in record.values:
-                raise record.missing([column], flag, self.spec.columns)
-            texts.append(checked_text(record.values[column], column))
+            texts.append(text_of(record, column, flag, self.spec.columns))
         blank = [name for name, text in zip(columns, texts, strict=True) if not text.strip()]
         if len(blank) == 1:
             raise RecordError(
@@ -100,6 +98,28 @@ class PairEncoder(Encoder):
             cause = f"{' and '.join(over)} (--packing none cuts it)"
             self.stats.reject(self.spec.on_error, record.file, record.location, cause)
         return not over
+
+
+def text_of(record: Record, column: str, flag: str, columns: Sequence[str]) -> str:
+    """The text of a column, or of a field of one: `translation.en`; missing is empty.
+
+    Args:
+        record: where it is.
+        column: its name.
+        flag: option that names it, for messages.
+        columns: that were read.
+
+    Raises:
+        UsageError: there is no such column or field.
+        RecordError: it does not hold a text.
+    """
+    outer, _, inner = column.partition(".")
+    if column in record.values:
+        return checked_text(record.values[column], column)
+    fields = record.values.get(outer) if inner else None
+    if not isinstance(fields, dict) or inner not in fields:
+        raise record.missing([column], flag, columns)
+    return checked_text(fields[inner], column)
 
 
 def target_ids(

@@ -257,6 +257,8 @@ class RowSpec:
                 return [f"{names} are for {SEQ2SEQ_LM}, leave them out for {self.task}"]
             return []
         wrong = []
+        if self.source_column == self.target_column:
+            wrong.append(f"source_column and target_column are both {self.source_column!r}")
         if self.packing not in ("none", "whole"):
             wrong.append(f"packing is {self.packing!r}; {self.task} has a row for each record")
         if (self.max_source_length or 0) < 1:
@@ -267,7 +269,10 @@ class RowSpec:
     def columns(self) -> tuple[str, ...]:
         """Columns that the encoder uses; a table is read only in these."""
         if TASKS[self.task].source:
-            return (self.source_column, self.target_column)
+            named = (self.source_column, self.target_column)
+            # `translation.en` may be the field `en` of the column `translation`.
+            both = ((name, name.partition(".")[0]) for name in named)
+            return tuple(dict.fromkeys(sum(both, ())))
         if TASKS[self.task].words:
             defaults = TASKS[self.task].label_columns
             chosen = defaults if self.label_column == DEFAULT_LABEL_COLUMN else (self.label_column,)

@@ -32,7 +32,7 @@ from kdcache.errors import UsageError
 from kdcache.files import full_disk, local_path, output_errors, whole_file
 from kdcache.humanize import printable
 from kdcache.rows.batches import batches
-from kdcache.rows.text import checked_text
+from kdcache.rows.pairs import text_of
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 
@@ -189,11 +189,10 @@ def _sources(
     column = options.source_column
 
     def read() -> Iterator[str]:
-        for record in _records(options, stats, column):
-            if column not in record.values:
-                raise record.missing([column], "--source-column")
+        columns = (column, column.partition(".")[0])
+        for record in _records(options, stats, *columns):
             try:
-                yield checked_text(record.values[column], column)
+                yield text_of(record, column, "--source-column", columns)
             except RecordError as problem:
                 stats.reject(options.on_error, record.file, record.location, problem)
 
