@@ -525,6 +525,21 @@ def test_wrong_input_is_refused_in_a_line(bench: Bench, tmp_path: Path, wrong: W
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_evaluation_that_selects_no_epoch_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """Without a single class average precision is not defined; a squared error always is."""
+    lines = [{"text": "w4 w5", "labels": []} if bench.many else {"text": "w4", "score": 1.0}]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in 2 * lines))
+    corpora = (bench / "train.jsonl",), str(tmp_path / "out"), (str(tmp_path / "dev.jsonl"),)
+    options = FinetuneOptions(bench / "encoder", *corpora, task=bench.task, epochs=1)  # type: ignore[arg-type]
+    if bench.many:
+        with pytest.raises(UsageError, match="no row of --eval-corpus .* has a class"):
+            finetune(options)
+    else:
+        found = finetune(options)
+        assert found.mse is not None
+        assert found.pearson is None
+
+
 @pytest.fixture
 def heads(bench: Bench, tmp_path: Path) -> Callable[..., str]:
     """Copies of the teacher whose configuration says something else."""

@@ -172,6 +172,7 @@ def _finetune(
         names = options.label_names or label_names_of(options)
         rows, unlabelled, truncated = labelled_rows(options, options.corpus, names, files)
         tests, _, _ = labelled_rows(options, options.eval_corpus, names, files)
+        _check_best(options, tests)
         report("loading the model")
         model = _model(options, files, names)
         if options.adapter is None:
@@ -271,10 +272,15 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
     return None
 
 
-# Data
-
-
-# Model
+def _check_best(options: FinetuneOptions, tests: Sequence[Row]) -> None:
+    """Refuse rows on which the figure that selects the best epoch is never defined."""
+    if TASKS[options.task].answers != "labels" or not tests:
+        return
+    if not any((row.labels == 1).any() for row in tests):
+        raise UsageError(
+            f"no row of --eval-corpus {' '.join(options.eval_corpus)} has a class, so its average "
+            "precision, which selects the best epoch, is not defined. Name rows that have some."
+        )
 
 
 def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]) -> Any:
