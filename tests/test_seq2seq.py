@@ -43,8 +43,10 @@ from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.spec import LAST_LABEL
+from kdcache.student.saved import SavedModel
 from kdcache.targets import DenseTargets
 from kdcache.tasks import IGNORE
+from kdcache.teacher import TeacherFiles
 from kdcache.teacher.model import TeacherModel
 
 TASK = "seq2seq-lm"
@@ -511,6 +513,18 @@ def test_an_ensemble_of_other_starts_is_the_mean_of_its_members(
             want = sum(own(m, row).softmax(-1) for m in models) / 2
         got = targets.at(1.0).logits.softmax(-1)
         torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
+
+
+def test_what_a_model_reads_is_bounded_by_its_tables_alone(tmp_path: Path) -> None:
+    def reach(**config: Any) -> int | None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", **config}))
+        return SavedModel("m", TeacherFiles("m", tmp_path)).reach
+
+    buckets = {"relative_attention_num_buckets": 32}
+    assert reach(n_positions=512, **buckets) is None
+    assert reach(max_position_embeddings=514, **buckets) == 514  # as MPNet, which adds them
+    assert reach(n_positions=512) == 512
+    assert reach(max_encoder_position_embeddings=64, max_decoder_position_embeddings=32) == 32
 
 
 def test_long_rows_are_cut_and_counted_and_others_refused() -> None:

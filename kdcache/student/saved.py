@@ -153,11 +153,13 @@ class SavedModel:
         """The most tokens that the model can read, or None if unbounded."""
         config = self.raw_config.get("encoder", self.raw_config)
         # Rotary positions continue beyond the trained ones; a table of positions ends.
-        if any(name.startswith(("rope_", "relative_attention_")) for name in config):
+        if any(name.startswith("rope_") for name in config):
             return None
-        length = config.get("max_position_embeddings") or config.get("n_positions")
+        length = config.get("max_position_embeddings")
         length = config.get("max_decoder_position_embeddings") or length
-        return None if length is None else int(length)
+        if not length and "relative_attention_num_buckets" not in config:
+            length = config.get("n_positions")  # which a T5 names, and has no table of
+        return None if not length else int(length)
 
     @cached_property
     def parameters(self) -> int:
