@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from results import keep, machine, table
+from results import keep, machine, memory_mib, table
 
 
 def child(options: argparse.Namespace) -> dict[str, float]:
@@ -97,7 +96,7 @@ def child(options: argparse.Namespace) -> dict[str, float]:
 
 def own_peak() -> float:
     """Peak resident MiB of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return memory_mib()
 
 
 def largest(name: str) -> float:

@@ -16,7 +16,6 @@ import argparse
 import gzip
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from results import keep, machine, table
+from results import keep, machine, memory_mib, table
 from transformers import AutoTokenizer
 
 from kdcache.commands.build.ranks import count_ranks
@@ -68,7 +67,7 @@ def plan(folder: str, tokenizer_folder: str) -> dict[str, float]:
     """Plan a corpus in this process: seconds of each step, spans, MiB above what it had before."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     cpu = time.process_time()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mib(most=False)
     times = [time.perf_counter()]
     corpus = Corpus.open([folder], span_bytes=SPAN_BYTES)
     times.append(time.perf_counter())
@@ -80,7 +79,7 @@ def plan(folder: str, tokenizer_folder: str) -> dict[str, float]:
     for span in range(len(corpus.spans)):
         queue.append(span)
     times.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = memory_mib()
     listed, tagged, ranked, queued = (b - a for a, b in pairwise(times))
     return {
         "spans": len(corpus.spans),
@@ -89,7 +88,7 @@ def plan(folder: str, tokenizer_folder: str) -> dict[str, float]:
         "ranked": ranked,
         "queued": queued,
         "cpu": time.process_time() - cpu,
-        "memory": (peak - before) / 1024,
+        "memory": max(0.0, peak - before),
     }
 
 

@@ -45,6 +45,15 @@ def machine() -> str:
     )
 
 
+def memory_mib(most: bool = True) -> float:
+    """Resident memory of this process (Linux): the most that it ever had, or what it has now.
+
+    Not `ru_maxrss`, which begins with the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:" if most else "VmRSS:")[1].split()[0]) / 1024
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]

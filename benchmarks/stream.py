@@ -40,7 +40,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from results import keep, machine, table
+from results import keep, machine, memory_mib, table
 from torch import Tensor
 
 from kdcache.cache import Cache, CacheSpec
@@ -213,23 +213,14 @@ def watch(url: str, options: argparse.Namespace) -> dict[str, float]:
 
 def watched(options: argparse.Namespace) -> dict[str, float]:
     """Seconds to the first batch, wall and CPU; peak memory before it and after some, MiB."""
-    before = peak_memory()
+    before = memory_mib()
     wall, cpu = time.perf_counter(), time.process_time()
     batches = iter(TargetStream(options.watch, batch_size=options.batch))
     next(batches)
     found = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     for _ in range(options.batches):
         next(batches, None)
-    return found | {"before": before, "peak": peak_memory()}
-
-
-def peak_memory() -> float:
-    """Largest resident memory of this process so far, MiB.
-
-    Not from `getrusage`: what it says of a new process begins with its parent's peak.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return found | {"before": before, "peak": memory_mib()}
 
 
 def speed(ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
@@ -295,7 +286,7 @@ def scale(ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
 
 def ranked(options: argparse.Namespace) -> dict[str, float]:
     """What one rank costs, in this process: its first batch, and some batches after the first."""
-    before = peak_memory()
+    before = memory_mib()
     wall, cpu = time.perf_counter(), time.process_time()
     world = options.world
     stream = TargetStream(
@@ -322,7 +313,7 @@ def ranked(options: argparse.Namespace) -> dict[str, float]:
         costs.append((time.process_time() - cpu) / positions)
     found["position"] = min(costs)
     batches.close()  # type: ignore[attr-defined]
-    found |= {"before": before, "peak": peak_memory()}
+    found |= {"before": before, "peak": memory_mib()}
     rows, touched = [entry.rows for entry in entries], 0
     some = range(0, world, world // 16 + 1)
     for stretch in some:

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.nn.functional as F
 import transformers
-from results import keep, machine
+from results import keep, machine, memory_mib
 from torch import Tensor
 
 from kdcache.student import DistilledStudent
@@ -164,7 +163,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
         if options.device == "cuda":
             return dict(measure_cuda(step, options))
         step()
-        return {"gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        return {"gib": memory_mib() / 1024}
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
 
