@@ -25,6 +25,7 @@ from transformers import (
     GPT2Config,
     MarianConfig,
     MBartConfig,
+    MBartTokenizer,
     T5Config,
 )
 from zoo import SEQ2SEQ, Species
@@ -513,6 +514,24 @@ def test_an_ensemble_of_other_starts_is_the_mean_of_its_members(
             want = sum(own(m, row).softmax(-1) for m in models) / 2
         got = targets.at(1.0).logits.softmax(-1)
         torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
+
+
+def test_languages_are_marked_as_the_tokenizer_does() -> None:
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "\u2581a", "\u2581b", "\u2581", "a", "b"]
+    tokenizer = MBartTokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)])
+    spec = RowSpec(
+        TASK, packing="none", decoder_start=LAST_LABEL, source_lang="fr_XX", target_lang="ro_RO"
+    )
+    record = kdcache.corpus.Record({"source": "a b", "target": "b"}, "f", 0)
+    (row,) = make_encoder(spec, tokenizer).encode([record])
+    assert row.source is not None
+    shown = tokenizer.convert_ids_to_tokens
+    assert shown(row.source.tolist()) == ["\u2581a", "\u2581b", "</s>", "fr_XX"]
+    assert shown(row.labels.tolist()) == ["\u2581b", "</s>", "ro_RO"]
+    assert shown(row.input_ids.tolist()) == ["ro_RO", "\u2581b", "</s>"]
+    for wrong in ({"source_lang": "xx"}, {"target_lang": "french"}):
+        with pytest.raises(UsageError, match="which MBartTokenizer does not know"):
+            make_encoder(dataclasses.replace(spec, **wrong), tokenizer)
 
 
 def test_what_a_model_reads_is_bounded_by_its_tables_alone(tmp_path: Path) -> None:

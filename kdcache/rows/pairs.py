@@ -170,9 +170,9 @@ def set_languages(tokenizer: Any, source: str | None, target: str | None) -> Non
     Raises:
         UsageError: it marks none, or does not know one.
     """
-    for name, flag, language in (
-        ("src_lang", "--source-lang", source),
-        ("tgt_lang", "--target-lang", target),
+    for name, flag, language, is_target in (
+        ("src_lang", "--source-lang", source, False),
+        ("tgt_lang", "--target-lang", target, True),
     ):
         if language is None:
             continue
@@ -183,10 +183,10 @@ def set_languages(tokenizer: Any, source: str | None, target: str | None) -> Non
             )
         try:
             setattr(tokenizer, name, language)
-            known = tokenizer(text_target="a")["input_ids"]  # which sets the target's, too
+            marks = frame(tokenizer, target=is_target)
         except KeyError:
-            known = None
-        if known is None or tokenizer.unk_token_id in frame(tokenizer, target=True)[0]:
+            marks = None
+        if marks is None or tokenizer.unk_token_id in (*marks[0], *marks[1]):
             raise UsageError(
                 f"{flag} is {language}, which {type(tokenizer).__name__} does not know. Use one of "
                 "its codes, such as en_XX."
