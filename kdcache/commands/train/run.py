@@ -76,7 +76,7 @@ from kdcache.student.reach import reach_of
 from kdcache.student.trainer import DistillationTrainer, soft_name
 from kdcache.student.words import unknown_share
 from kdcache.targets import SoftTargets
-from kdcache.tasks import TASKS
+from kdcache.tasks import CAUSAL_LM, TASKS
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
 
@@ -386,7 +386,7 @@ def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
 
 def _text(caches: list[Cache], tokenize: Any) -> Callable[[ShardData], TextChunks] | None:
     """What makes the figures in bytes; None for other tasks, and of tokens that lose bytes."""
-    if not TASKS[caches[0].spec.task].causal:
+    if caches[0].spec.task != CAUSAL_LM:
         return None
     if isinstance(tokenize, CrossTokenizer):
         return tokenize.text
