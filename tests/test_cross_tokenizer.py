@@ -472,7 +472,7 @@ def test_what_does_not_go_together_is_refused(options: Make) -> None:
 
 
 def test_caches_and_students_that_do_not_suit_are_refused(
-    options: Make, folder: Path, tmp_path: Path
+    options: Make, folder: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     make_cache(tmp_path / "old", [6], task=CAUSAL, codec="topk:4")
     with pytest.raises(UsageError, match="no log-probabilities of its labels.*Build it again"):
@@ -490,6 +490,18 @@ def test_caches_and_students_that_do_not_suit_are_refused(
     base = tmp_path / "base"
     LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=320)).save_pretrained(base)
     AutoTokenizer.from_pretrained(folder / "own").save_pretrained(base)
+    with pytest.raises(UsageError, match="was trained with another tokenizer than --student-tok"):
+        train(options(student=str(base), student_tokenizer=str(tiny_tokenizer)))
+    for size, problem in ((300, "a vocabulary of 300, its tokenizer one of 320"), (9000, "")):
+        LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=size)).save_pretrained(tmp_path / "odd")
+        with pytest.raises(UsageError, match=r"no usable tokenizer at .*--student-tokenizer"):
+            train(options(student=str(tmp_path / "odd"), student_tokenizer=None))
+        odd = options(student=str(tmp_path / "odd"), max_steps=1, out=str(tmp_path / "odd-run"))
+        if problem:
+            with pytest.raises(UsageError, match=problem):
+                train(odd)
+        else:
+            assert train(odd).vocabulary == 320
     plain = {"student": str(base), "student_tokenizer": None, "cross_tokenizer": None}
     with pytest.raises(UsageError, match="add --cross-tokenizer likelihood or hybrid"):
         train(options(**plain))

@@ -27,6 +27,7 @@ class StudentInfo:
         max_length: longest row, in tokens.
         texts: training texts for a word vocabulary; read once.
         tokenizer: the cache's tokenizer, to compare with a student's own.
+        across: whether vocabulary and tokenizer are the student's and not the cache's.
         seed: of random weights.
         decoder_start: of a sequence-to-sequence cache: what its teacher's decoder reads first.
     """
@@ -41,6 +42,7 @@ class StudentInfo:
     max_length: int = 512
     texts: Iterable[str] | None = None
     tokenizer: Any = None
+    across: bool = False
     seed: int = 0
     decoder_start: int | None = None
 

@@ -440,6 +440,9 @@ def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> Non
             )
         return
     size = _rows(student, "get_output_embeddings")
+    if info.across:
+        _check_own(name, size, info, trust)
+        return
     cure = (
         f"A {info.task} student must have the teacher's vocabulary: take one of its family, or a "
         "config.json with this vocab_size."
@@ -452,15 +455,36 @@ def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> Non
         )
     tokenizer = tokenizer_of(name, trust)
     if tokenizer is not None and info.tokenizer is not None:
-        cached, own = (
-            {i: t for t, i in x.get_vocab().items()} for x in (info.tokenizer, tokenizer)
-        )
-        differ = sum(own[i] != cached[i] for i in cached.keys() & own.keys())
+        differ = _differ(info.tokenizer, tokenizer)
         if differ:
+            own, cached = (len(x.get_vocab()) for x in (tokenizer, info.tokenizer))
             raise UsageError(
-                f"student {name} has another vocabulary ({len(own)} tokens, the cache's "
-                f"tokenizer {len(cached)}; {differ} ids mean different tokens). {cure}"
+                f"student {name} has another vocabulary ({own} tokens, the cache's "
+                f"tokenizer {cached}; {differ} ids mean different tokens). {cure}"
             )
+
+
+def _check_own(name: str, size: int | None, info: StudentInfo, trust: bool) -> None:
+    """Compare a student's weights with its own tokenizer; how far it pads them is its affair."""
+    if size is not None and size < info.vocab_size:
+        raise UsageError(
+            f"student {name} has a vocabulary of {size}, its tokenizer one of {info.vocab_size}. "
+            "Give the tokenizer that it was trained with."
+        )
+    tokenizer = tokenizer_of(name, trust)
+    differ = 0 if tokenizer is None else _differ(info.tokenizer, tokenizer)
+    if differ:
+        raise UsageError(
+            f"student {name} was trained with another tokenizer than --student-tokenizer: {differ} "
+            "ids mean different tokens. Leave --student-tokenizer out, or begin with random "
+            "weights: a config.json."
+        )
+
+
+def _differ(one: Any, other: Any) -> int:
+    """Ids that mean different tokens in two tokenizers."""
+    ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (one, other))
+    return sum(ours[i] != theirs[i] for i in ours.keys() & theirs.keys())
 
 
 def _rows(student: nn.Module, getter: str) -> int | None:

@@ -66,10 +66,9 @@ def own_tokenizer(options: TrainOptions) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UsageError(
-            f"--student-tokenizer: there is no usable tokenizer at {name} ({reason})."
-        ) from error
+        reason = str(error).strip().split("\n")[0].rstrip(".: ")
+        whose = "" if options.student_tokenizer else " Name the student's with --student-tokenizer."
+        raise UsageError(f"there is no usable tokenizer at {name} ({reason}).{whose}") from error
 
 
 def cross_tokenizer(options: TrainOptions, cache: Cache, tokenizer: Any) -> CrossTokenizer:

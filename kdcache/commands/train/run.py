@@ -249,6 +249,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
             bos_id=own.bos_token_id,
             eos_id=own.eos_token_id,
             tokenizer=own,
+            across=True,
         )
     with quiet_transformers():
         inner = load_student(
