@@ -1,7 +1,7 @@
 """Does a teacher help a student that has another tokenizer?
 
     python benchmarks/cross_tokenizer.py --corpus novels.jsonl.gz --out WORK_DIR [--quick]
-        [--seeds 0 1 2] [--markdown]
+        [--pieces DIR] [--large DIR] [--seeds 0 1 2] [--tune] [--markdown]
 
 The teacher is a Llama of 1.3 M parameters with 2,048 ids of a byte-level BPE, trained once over 3.6
 million characters of novels. Its cache (`topk:64`) is of other passages, 800,000 characters, on
@@ -10,11 +10,16 @@ which its students learn: a Llama of a third of its width with random weights, w
 * a BPE of its own, 2,048 ids of the students' passages;
 * single bytes, 257 ids;
 * SentencePiece pieces, the 512 ids of another model's tokenizer (`--pieces`);
+* a large vocabulary: 49,152 ids of another model's tokenizer (`--large`), the first seed alone;
 * the teacher's own ids: what can be reached, distilled as usual.
 
-Each learns from its hard labels alone (alpha = 1), hybrid, and by likelihood (alpha = 0.5), the
-last one on hard labels and by `topk:64`. All runs are `kdcache train` with the same rows, order,
-number of steps and schedule; the seed is that of order and weights.
+Each learns from its hard labels alone (alpha = 1), hybrid, and by likelihood, the last one on hard
+labels and by `topk:64`. All runs are `kdcache train` with the same rows, order, number of steps and
+schedule; the seed is that of order and weights.
+
+`--tune` tries settings, on other passages and with another seed than the runs that are reported:
+learning rates for hard labels, and alpha and the likelihoods' temperature for the other two. The
+constant CHOSEN has what the reported runs take.
 
 Measured on held-out passages in the same rows: bits per byte of the chunks that student and teacher
 share, summed and divided by their bytes, which are nearly all for each. *Distance closed* is the
@@ -35,7 +40,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +63,13 @@ from kdcache.teacher import quiet_transformers
 
 LENGTH, ROWS = 128, 8
 TEACHER_IDS, OWN_IDS = 2048, 2048
-PARTS = {"held-out": 150_000, "train": 800_000, "teacher": 3_600_000}  # characters
+PARTS = {  # characters
+    "held-out": 150_000, "train": 800_000, "teacher": 3_600_000,
+    "tuning held-out": 100_000, "tuning": 800_000,
+}  # fmt: skip
 HARD, LIKELIHOOD, HYBRID, USUAL = "hard labels", "likelihood", "hybrid", "`topk:64`, as usual"
-OWN, BYTES, PIECES, SAME = "another BPE", "bytes", "SentencePiece", "the teacher's"
+OWN, BYTES, PIECES, LARGE = "another BPE", "bytes", "SentencePiece", "SmolLM2's BPE"
+SAME = "the teacher's"
 STUDENT = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
@@ -80,10 +89,35 @@ class Student:
     method: str
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a run takes, and `--tune` tries.
+
+    Attributes:
+        rate: of learning.
+        alpha: weight of the hard labels.
+        tau: `--likelihood-temperature`.
+    """
+
+    rate: float = 4e-3
+    alpha: float = 0.5
+    tau: float = 10.0
+
+
 STUDENTS = [
     *(Student(OWN, m) for m in (HARD, HYBRID, LIKELIHOOD)),
     *(Student(SAME, m) for m in (HARD, USUAL)),
-    *(Student(t, m) for t in (BYTES, PIECES) for m in (HARD, HYBRID, LIKELIHOOD)),
+    *(Student(t, m) for t in (PIECES, BYTES, LARGE) for m in (HARD, HYBRID, LIKELIHOOD)),
+]
+CHOSEN = {HARD: Setting(alpha=1.0), USUAL: Setting(), HYBRID: Setting(), LIKELIHOOD: Setting()}
+TUNING_SEED = 100
+TRIED = [
+    *((HARD, Setting(rate, 1.0)) for rate in (1e-3, 2e-3, 4e-3)),
+    *(
+        (method, replace(CHOSEN[method], alpha=alpha, tau=tau))
+        for method in (HYBRID, LIKELIHOOD)
+        for alpha, tau in ((0.5, 10.0), (0.2, 10.0), (0.5, 1.0), (0.5, 100.0))
+    ),
 ]
 
 
@@ -93,15 +127,14 @@ class Work:
     Args:
         out: the folder.
         corpus: novels.
-        pieces: folder of a SentencePiece tokenizer; None leaves it out.
+        more: folders of further tokenizers.
         quick: little text.
     """
 
-    def __init__(self, out: Path, corpus: str, pieces: str | None, *, quick: bool) -> None:
+    def __init__(self, out: Path, corpus: str, more: dict[str, Path], *, quick: bool) -> None:
         self.out, self.corpus, self.quick = out, corpus, quick
         self.tokenizers = {SAME: out / "tokenizer", OWN: out / "bpe", BYTES: out / "bytes"}
-        if pieces is not None:
-            self.tokenizers[PIECES] = Path(pieces)
+        self.tokenizers |= more
         out.mkdir(parents=True, exist_ok=True)
 
     def prepare(self) -> None:
@@ -133,7 +166,7 @@ class Work:
                 ),
             )
         write_text(self.out / "student.json", json.dumps(STUDENT))
-        for name in ("train", "held-out"):
+        for name in set(PARTS) - {"teacher"}:
             build(
                 BuildOptions(
                     teacher=(str(self.out / "teacher"),),
@@ -145,9 +178,16 @@ class Work:
                 )
             )
 
-    def run(self, student: Student, seed: int, *, kept: bool) -> dict[str, Any] | None:
-        """Train and measure one student, unless it was done before; see `recovery.py`."""
-        name = "".join(c if c.isalnum() else "-" for c in f"{student.tokens} {student.method}")
+    def run(
+        self, student: Student, setting: Setting, seed: int, *, kept: bool = False
+    ) -> dict[str, Any] | None:
+        """Train and measure one student, unless it was done before; see `recovery.py`.
+
+        The seed of tuning has passages of its own.
+        """
+        tuning = "tuning" if seed == TUNING_SEED else ""
+        named = f"{student.tokens} {student.method} {setting.rate} {setting.alpha} {setting.tau}"
+        name = "".join(c if c.isalnum() else "-" for c in named)
         path = self.out / "runs" / f"{name}-{seed}.json"
         if path.exists():
             return json.loads(path.read_text())  # type: ignore[no-any-return]
@@ -161,13 +201,14 @@ class Work:
             method = student.method if student.method in (LIKELIHOOD, HYBRID) else LIKELIHOOD
             options["cross_tokenizer"] = method
             options["student_tokenizer"] = str(self.tokenizers[student.tokens])
+            options["likelihood_temperature"] = setting.tau
         result = train(
             TrainOptions(
-                cache=(str(self.out / "caches" / "train"),),
+                cache=(str(self.out / "caches" / (tuning or "train")),),
                 student=str(config),
                 out=str(self.out / "students" / f"{name}-{seed}"),
-                alpha=1.0 if student.method == HARD else 0.5,
-                learning_rate=4e-3,
+                alpha=setting.alpha,
+                learning_rate=setting.rate,
                 lr_scheduler="cosine",
                 warmup=0.05,
                 batch_size=ROWS,
@@ -181,7 +222,8 @@ class Work:
             "tokens": student.tokens,
             "method": student.method,
             "seed": seed,
-            "bits": self.measure(Path(result.out), student.tokens),
+            "setting": vars(setting),
+            "bits": self.measure(Path(result.out), student.tokens, f"{tuning} held-out".strip()),
             "steps": result.steps,
             "cpu_seconds": round(time.process_time() - begin, 1),
         }
@@ -190,9 +232,9 @@ class Work:
         return found
 
     @torch.no_grad()
-    def measure(self, folder: Path, tokens: str) -> float:
+    def measure(self, folder: Path, tokens: str, part: str = "held-out") -> float:
         """Bits per byte of the held-out chunks."""
-        cache = Cache.open(str(self.out / "caches" / "held-out"))
+        cache = Cache.open(str(self.out / "caches" / part))
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         own = TokenBytes(AutoTokenizer.from_pretrained(self.tokenizers[tokens]))
         aligner = Aligner(TokenBytes(cache.tokenizer()), own)
@@ -254,14 +296,34 @@ def report(options: argparse.Namespace, runs: Runs, teacher: float) -> str:
     header = ["tokens of the student", "learns from", "seeds", "bits per byte", "gained"]
     header.append("distance closed")
     command = f"python benchmarks/cross_tokenizer.py{' --quick' * options.quick}"
+    chosen = "; ".join(
+        f"{method} alpha {s.alpha:g}, likelihood temperature {s.tau:g}"
+        for method, s in CHOSEN.items()
+        if method in (HYBRID, LIKELIHOOD)
+    )
     return "\n\n".join(
         [
             f"`{command}`; {machine()}.",
-            f"{steps} steps of {ROWS} rows; the teacher itself: {teacher:.4f} bits per byte. Mean "
-            "± standard error over seeds; differences seed by seed.",
+            f"{steps} steps of {ROWS} rows, learning rate {CHOSEN[HARD].rate:g}; {chosen}. The "
+            f"teacher itself: {teacher:.4f} bits per byte. Mean ± standard error over seeds; "
+            "differences seed by seed.",
             table(header, rows),
         ]
     )
+
+
+def tune(work: Work, *, kept: bool) -> str:
+    """Runs on the passages for tuning, as a table."""
+    rows = []
+    for method, setting in TRIED:
+        found = work.run(Student(OWN, method), setting, TUNING_SEED, kept=kept)
+        if found:
+            values = [f"{setting.rate:g}", f"{setting.alpha:g}", f"{setting.tau:g}"]
+            rows.append([method, *values, f"{found['bits']:.4f}"])
+    if not rows:
+        return ""
+    header = ["learns from", "learning rate", "alpha", "temperature", "bits per byte"]
+    return f"Tuning, on other passages and with another seed:\n\n{table(header, rows)}"
 
 
 def main() -> None:
@@ -270,7 +332,9 @@ def main() -> None:
     )
     parser.add_argument("--corpus", required=True, help="JSONL of passages with a `text`")
     parser.add_argument("--out", type=Path, required=True, help="work folder")
-    parser.add_argument("--pieces", help="folder of a SentencePiece tokenizer")
+    parser.add_argument("--pieces", type=Path, help="folder of a SentencePiece tokenizer")
+    parser.add_argument("--large", type=Path, help="folder of SmolLM2's tokenizer")
+    parser.add_argument("--tune", action="store_true", help="try settings, and nothing else")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", nargs="+", help="only students with these (default: all)")
     parser.add_argument("--quick", action="store_true", help="does it work? One seed, little text")
@@ -280,17 +344,27 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    more = {PIECES: options.pieces, LARGE: options.large}
+    more = {tokens: folder for tokens, folder in more.items() if folder is not None}
     with quiet_transformers():
-        work = Work(options.out, options.corpus, options.pieces, quick=options.quick)
+        work = Work(options.out, options.corpus, more, quick=options.quick)
         work.prepare()
+        if options.tune:
+            print(tune(work, kept=options.kept))
+            return
         runs: Runs = {}
         seeds = options.seeds[:1] if options.quick else options.seeds
-        for seed, student in itertools.product(seeds, STUDENTS):
-            if student.tokens in (options.tokens or work.tokenizers):
-                found = work.run(student, seed, kept=options.kept)
-                if found:
-                    runs.setdefault(student, {})[seed] = found
+        for student, seed in itertools.product(STUDENTS, seeds):
+            if student.tokens not in (options.tokens or work.tokenizers):
+                continue
+            if student.tokens == LARGE and seed != seeds[0]:
+                continue  # its output layer takes ten times the rest
+            found = work.run(student, CHOSEN[student.method], seed, kept=options.kept)
+            if found:
+                runs.setdefault(student, {})[seed] = found
         text = report(options, runs, work.measure(options.out / "teacher", SAME))
+        tried = tune(work, kept=True)
+        text += f"\n\n{tried}" if tried else ""
     print(text)
     if options.markdown:
         keep("cross-tokenizer", text)
