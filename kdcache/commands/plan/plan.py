@@ -16,6 +16,7 @@ from kdcache.commands.plan.result import PlanResult
 from kdcache.commands.plan.sample import sample_rows
 from kdcache.errors import UsageError
 from kdcache.extras import needs
+from kdcache.humanize import counted
 from kdcache.storage import redact
 from kdcache.targets import Codec
 
@@ -98,4 +99,4 @@ def _grid(options: PlanOptions, vocab: int) -> list[Codec]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
