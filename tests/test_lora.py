@@ -29,7 +29,8 @@ from transformers import (
 import kdcache
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.run import Run, make_student
+from kdcache.commands.train.run import Run
+from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.lora import Lora

@@ -551,7 +551,7 @@ def test_a_sample_reaches_no_divergence_that_it_does_not_fit(kind: str, divergen
         ({"divergence": "kl"}, "forward-kl, reverse-kl, jsd, mse"),
         ({"tail": "drop"}, "bucket, renormalize"),
         ({"alpha": 1.5}, "from 0 to 1"),
-        ({"task": "translation"}, "expected one of causal-lm, masked-lm, sequence-classification"),
+        ({"task": "translation"}, "expected one of causal-lm, masked-lm, seq2seq-lm"),
     ],
 )
 def test_wrong_wrappers(options: dict[str, Any], message: str) -> None:

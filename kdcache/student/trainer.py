@@ -38,7 +38,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError
 from kdcache.loss import Anchor
-from kdcache.loss.entities import Entities, are_entities
 from kdcache.stream import Batch, Cursor, TargetStream
 from kdcache.student.adapter import is_adapted, trained_weights
 from kdcache.student.checkpoints import (
@@ -47,18 +46,15 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.figures import SUMS, figure, figure_sums, hard_labels
-from kdcache.student.in_bytes import SUMS as TEXT_SUMS
-from kdcache.student.in_bytes import text_figures, text_sums
+from kdcache.student.evaluation import Totals, parts_of, soft_name
+from kdcache.student.figures import hard_labels
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import keep_inputs_and_loss
 from kdcache.student.record import recorded
 from kdcache.student.wrapper import DistilledStudent, host_places
-from kdcache.targets import Targets
-from kdcache.tasks import TASKS, labelled, positions
+from kdcache.tasks import labelled, positions
 
 WEIGHTS_FILE = "model.safetensors"
-_SUMS = 8 + SUMS
 
 
 class DistillationTrainer(CheckpointingTrainer):
@@ -247,7 +243,7 @@ class DistillationTrainer(CheckpointingTrainer):
             self._soft_name = soft_name(inputs["targets"])
         outputs = model(**inputs)
         if model.training:
-            self._parts[:2] += _stack(outputs.hard_loss, outputs.soft_loss)
+            self._parts[:2] += parts_of(outputs.hard_loss, outputs.soft_loss)
             self._parts[2:] += _counts(inputs, self.train_dataset.task)
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
@@ -307,31 +303,23 @@ class DistillationTrainer(CheckpointingTrainer):
         model = self.model
         was_training = model.training
         model.eval()
-        sums = torch.zeros(
-            len(parts), _SUMS + TEXT_SUMS, dtype=torch.float64, device=self.args.device
-        )
+        totals = Totals.zeros(len(parts), self.args.device)
         soft_known = ""
-        for part, own in zip(parts.values(), sums, strict=True):
-            soft_known = self._add_up(part, own) or soft_known
+        for part, own in zip(parts.values(), totals, strict=True):
+            soft_known = self._add_up(part, Totals(own)) or soft_known
         model.train(was_training)
-        reduced = self.accelerator.reduce(sums, "sum").cpu()
-        found = self._figures(stream, reduced.sum(0), soft_known)
+        reduced = self.accelerator.reduce(totals, "sum").cpu()
+        alpha = float(self._final_alpha()) if soft_known else 1.0
+        found = Totals(reduced.sum(0)).figures(stream, alpha, soft_known)
         for domain, own in zip(parts, reduced, strict=True):
             if domain is not None:
-                figures = self._figures(stream, own, soft_known)
+                figures = Totals(own).figures(stream, alpha, soft_known)
                 found |= {f"{name}/{domain}": value for name, value in figures.items()}
         return found
 
-    def _add_up(self, stream: TargetStream, sums: Tensor) -> str:
-        """Add what the figures of a stream's rows are made of; returns the soft loss's name.
-
-        Args:
-            stream: the rows.
-            sums: float64 [_SUMS + TEXT_SUMS]: hard and soft loss, positions, those with labels,
-                what the hard loss is a mean over; those of entities; those of the task's figure;
-                then those of chunks of text.
-        """
-        task, soft_known = stream.task, ""
+    def _add_up(self, stream: TargetStream, totals: Totals) -> str:
+        """Add a stream's rows; returns the soft loss's name."""
+        soft_known = ""
         for batch in stream:
             count, text = float(batch["count"]), batch.pop("text", None)
             inputs = self._prepare_inputs(batch)
@@ -341,33 +329,9 @@ class DistillationTrainer(CheckpointingTrainer):
             )
             if not math.isfinite(count):
                 continue  # a rank without rows only keeps the others company
-            labels = inputs["labels"]
             soft_known = soft_name(inputs["targets"]) if "targets" in inputs else ""
-            sums[:2] += _stack(outputs.hard_loss, outputs.soft_loss) * count
-            sums[2] += positions(labels, task).sum()
-            sums[3] += labelled(labels, task).sum()
-            sums[4] += hard_labels(task, labels)
-            sums[5:8] += _entities(stream, inputs, outputs.logits)
-            sums[8:_SUMS] += figure_sums(task, outputs.logits, labels)
-            if text is not None:
-                sums[_SUMS:] += text_sums(text, outputs.logprobs)
+            totals.add(stream, inputs, outputs, count, text)
         return soft_known
-
-    def _figures(self, stream: TargetStream, sums: Tensor, soft_known: str) -> dict[str, float]:
-        """Losses and figure by name, of sums over all ranks: see `_add_up`."""
-        hard, soft, counted, labelled_rows, known, *entities = sums[:8].tolist()
-        alpha = float(self._final_alpha()) if soft_known else 1.0
-        # The same weighting as in training: mean over positions of the weighted sum.
-        whole = max(counted if soft_known else labelled_rows, 1)
-        found = {"loss": (alpha * hard + (1 - alpha) * soft) / whole}
-        if labelled_rows:
-            found["hard_loss"] = hard / known
-            found |= figure(stream.task, sums[8:_SUMS])
-            if _tags(stream) is not None:
-                found["f1"] = 2 * entities[2] / max(entities[0] + entities[1], 1)
-        if soft_known:
-            found[soft_known] = soft / max(counted, 1)
-        return found | text_figures(sums[_SUMS:], across=stream.cross is not None)
 
     def _final_alpha(self) -> float | Tensor:
         if self.alpha is None:
@@ -533,11 +497,6 @@ class _CursorCallback(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
 
 
-def soft_name(targets: Targets) -> str:
-    """What the soft part of a loss on these targets is called in logs."""
-    return "soft_loss" if targets.exact else "soft_cross_entropy"
-
-
 def _counts(inputs: Mapping[str, Any], task: str) -> Tensor:
     """Positions that a slice's losses are divided by, and labels among them: float64 [2]."""
     labels = inputs["labels"]
@@ -545,31 +504,3 @@ def _counts(inputs: Mapping[str, Any], task: str) -> Tensor:
     # A rank without rows only keeps the others company.
     alive: Tensor = inputs["count"].isfinite()
     return torch.stack([counted.double(), hard_labels(task, labels).double()]) * alive
-
-
-def _tags(stream: TargetStream) -> tuple[str, ...] | None:
-    """The classes of a stream of words, if they are the tags of entities."""
-    names = stream.caches[0].spec.label_names if TASKS[stream.task].words else None
-    return names if names is not None and are_entities(names) else None
-
-
-def _entities(stream: TargetStream, inputs: Mapping[str, Any], logits: Tensor | None) -> Tensor:
-    """Entities of the labels of a batch, of its predictions, and of both: float64 [3]."""
-    names, labels = _tags(stream), inputs["labels"]
-    if names is None or logits is None:
-        return torch.zeros((), dtype=torch.float64, device=labels.device)
-    at = positions(labels, stream.task)
-    keep = labelled(labels, stream.task)
-    if "first_tokens" in inputs:  # words count, not their tokens
-        keep[at] &= inputs["first_tokens"]
-    found = Entities(names)
-    ours, theirs = (tags[keep].cpu().numpy() for tags in (labels, logits.argmax(-1)))
-    found.add(ours, theirs, keep.sum(-1).cpu().numpy())
-    counts = (found.true, found.predicted, found.right)
-    return torch.tensor(counts, dtype=torch.float64, device=labels.device)
-
-
-def _stack(hard: Tensor | None, soft: Tensor | None) -> Tensor:
-    assert hard is not None, "the model returns the parts of its loss"
-    zero = torch.zeros_like(hard)
-    return torch.stack([hard.detach(), (zero if soft is None else soft).detach()]).double()

@@ -33,7 +33,7 @@ from kdcache.commands.train.log import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import LOSS_PARTS, TrainResult
-from kdcache.commands.train.run import make_student
+from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.files import LOCK_FILE, alone, local_path, write_json

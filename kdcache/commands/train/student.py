@@ -1,0 +1,156 @@
+"""The student of a training run: what it is made of, how it reads, and the rows it is tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kdcache.cache import Cache
+from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer
+from kdcache.commands.train.prepare import RunPlan
+from kdcache.errors import UsageError
+from kdcache.stream import Collator, CrossTokenizer, TargetDataset
+from kdcache.stream.aligned import undivided
+from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
+from kdcache.student.earlier import begin_from
+from kdcache.student.reach import reach_of
+from kdcache.tasks import TASKS
+from kdcache.teacher import quiet_transformers
+
+_WORDS_LENGTH = 512
+
+
+def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
+    """The student of a run with its loss, and how it reads what the caches hold.
+
+    Returns:
+        The student, and None if it takes the cached ids; what turns texts into tensors for a
+        classifier with its own tokenizer, and a `CrossTokenizer` for such a language model.
+
+    Raises:
+        UsageError: there is no such student, or it does not fit the caches.
+    """
+    options, spec = plan.options, plan.caches[0].spec
+    task = TASKS[spec.task]
+    tokenizer = plan.caches[0].tokenizer()
+    length = options.max_length if task.texts else spec.max_length
+    info = StudentInfo(
+        task=spec.task,
+        # For classification the cache's own vocabulary size is that of the classes.
+        vocab_size=spec.vocab_size if task.over_ids else max(tokenizer.get_vocab().values()) + 1,
+        num_labels=spec.num_labels,
+        label_names=spec.label_names,
+        pad_id=spec.pad_id,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=spec.eos_id,
+        max_length=length or _WORDS_LENGTH,
+        texts=texts_of(plan.caches) if task.rereads else None,
+        tokenizer=tokenizer,
+        seed=options.seed,
+        decoder_start=spec.rows.get("decoder_start"),
+    )
+    own = own_tokenizer(options) if options.cross_tokenizer is not None else None
+    cross = None
+    if own is not None:
+        cross = cross_tokenizer(options, plan.caches[0], own)
+        info = replace(
+            info,
+            vocab_size=cross.vocab_size,
+            pad_id=cross.pad_id,
+            bos_id=own.bos_token_id,
+            eos_id=own.eos_token_id,
+            tokenizer=own,
+            across=True,
+        )
+    with quiet_transformers():
+        inner = load_student(
+            options.student,
+            info,
+            options=options.bilstm,
+            embeddings=options.embeddings,
+            lora=options.adapter,
+            trust_remote_code=options.trust_remote_code,
+        )
+        tokenize = cross or student_tokenize(
+            inner, options.student, info, trust_remote_code=options.trust_remote_code
+        )
+        reach = reach_of(inner)
+        if cross is not None and cross.aligner.max_length is None:
+            cross.aligner.max_length = reach
+        if options.init_from is not None:
+            begin_from(
+                inner,
+                tokenize,
+                options.init_from,
+                info,
+                lora=options.adapter,
+                trust_remote_code=options.trust_remote_code,
+            )
+    if tokenize is not None and any(c.spec.rows.get("label_tokens") == "all" for c in plan.caches):
+        raise UsageError(
+            f"student {options.student} reads the words by itself, and the cache has targets at "
+            "all of the teacher's tokens. Build with --label-tokens first, or name a student with "
+            "the teacher's tokenizer."
+        )
+    if task.words and options.max_length is not None:
+        raise UsageError(
+            f"--max-length is {options.max_length}, and a student of words reads each word of a "
+            "row, since each has a target. Leave it out, or build with a smaller --max-length."
+        )
+    if task.texts and reach is not None and (options.max_length or 0) > reach:
+        raise UsageError(
+            f"--max-length is {options.max_length}, but student {options.student} reads at most "
+            f"{reach} tokens. Give at most that."
+        )
+    if options.fsdp and not getattr(inner, "_no_split_modules", None):
+        raise UsageError(
+            f"--fsdp shards the layers of a Hugging Face student, which {options.student} is not. "
+            "Train it without --fsdp."
+        )
+    student = DistilledStudent(
+        inner,
+        spec.task,
+        alpha=options.alphas.start,
+        # Hard labels alone have no divergence, but the loss of a score is one.
+        divergence=None if options.hard_only and task.answers != "score" else options.divergence,
+        tail=options.tail,
+        vocab_size=info.vocab_size if cross is not None else spec.vocab_size,
+        anchor=options.theta,
+        huber_delta=options.huber_delta,
+    )
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    return student, tokenize
+
+
+_NOT_INPUTS = ("count", "label_logprob", "first_tokens")
+
+
+def trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
+    """Three of the first rows: the longest, the shortest, and one between."""
+    cross = tokenize if isinstance(tokenize, CrossTokenizer) else None
+    dataset = TargetDataset(plan.caches[:1], cross=cross)
+    rows = [dataset[i] for i in range(min(64, len(dataset)))]
+    rows.sort(key=lambda row: -len(row.input_ids))
+    chosen = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+    pad_id = plan.caches[0].spec.pad_id
+    # Documents are tried by themselves, see `check_documents`.
+    chosen = [undivided(row) for row in chosen]
+    tokenize = None if cross is not None else tokenize
+    collator = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize, cross=cross)
+    batch = collator(chosen)
+    return {k: value for k, value in batch.items() if k not in _NOT_INPUTS}
+
+
+def texts_of(caches: list[Cache]) -> Iterator[str]:
+    """The texts of caches of texts, or the words of those of words."""
+    for cache in caches:
+        for shard in range(cache.spec.spans):
+            data = cache.read(shard, targets=False)
+            yield from data.texts or []
+            yield from data.text_pairs or []
+            for words in data.words or []:
+                yield from words

@@ -1,0 +1,215 @@
+"""The streams of a training run, and its trainer with all settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import distributed, nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
+from kdcache.commands.train.log import MetricsCallback, OwnWandb, PlainTensorBoard, SlowSteps
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import RunPlan, steps_of
+from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.train.stop import Patience, StopOnSignal
+from kdcache.commands.train.store import StoreCallback
+from kdcache.errors import UsageError
+from kdcache.stream import CrossTokenizer, TargetStream
+from kdcache.stream.text import RowsText, TextChunks
+from kdcache.student import BiLstm, DistilledStudent
+from kdcache.student.adapter import is_adapted
+from kdcache.student.evaluation import soft_name
+from kdcache.student.figures import FIGURES
+from kdcache.student.precision import Computing, use_one_gpu
+from kdcache.student.trainer import DistillationTrainer
+from kdcache.targets import SoftTargets
+from kdcache.tasks import CAUSAL_LM
+
+
+def make_trainer(
+    plan: RunPlan,
+    computing: Computing,
+    student: DistilledStudent,
+    stream: TargetStream,
+    tokenize: Any,
+    on_progress: Callable[[TrainProgress], None] | None,
+    report: Callable[[str], None],
+) -> DistillationTrainer:
+    """The trainer of a run.
+
+    Args:
+        plan: the run.
+        computing: precision and devices.
+        student: with its loss.
+        stream: what it is trained on.
+        tokenize: how it reads what the caches hold: see `make_student`.
+        on_progress: called at each logged step.
+        report: called with what a user should know.
+    """
+    options = plan.options
+    steps = steps_of(options, stream)
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    evaluates = bool(plan.eval_caches)
+    every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
+    callbacks: list[TrainerCallback] = [
+        StopOnSignal(),
+        MetricsCallback(plan.out, on_progress),
+        SlowSteps(report),
+    ]
+    asked = {*options.report_to}
+    trackers = sorted(asked - {"auto", "none", "tensorboard", "wandb"})
+    if asked & {"auto", "tensorboard"} and is_tensorboard_available():
+        callbacks.append(PlainTensorBoard())
+    if "wandb" in asked:
+        callbacks.append(OwnWandb())
+    if plan.store is not None:
+        callbacks.append(StoreCallback(plan.store))
+    if options.patience is not None:
+        callbacks.append(Patience(options.patience))
+    arguments = TrainingArguments(
+        output_dir=str(plan.out),
+        run_name=plan.out.name,
+        max_steps=steps,
+        per_device_train_batch_size=max(1, options.batch_size // world),
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate or _learning_rate(options, student),
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,
+        lr_scheduler_type=options.lr_scheduler,
+        max_grad_norm=options.max_grad_norm,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,  # a diverged run should show
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every if evaluates else None,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=options.keep_checkpoints,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model=f"eval_{_best_metric(plan)}" if evaluates else None,
+        greater_is_better=options.best in ("f1", *FIGURES.values()) if evaluates else None,
+        seed=options.seed,
+        ddp_backend="gloo" if world > 1 and not computing.gpu else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        report_to=trackers or "none",
+        **computing.arguments(),
+        **(_sharding(student.student) if options.fsdp else {}),
+    )
+    use_one_gpu(arguments, "--num-workers {gpus} trains on all of them.")
+    constant = options.alphas.constant
+    trainer = DistillationTrainer(
+        model=student,
+        args=arguments,
+        train_dataset=stream,
+        eval_dataset=_eval_stream(plan, tokenize, computing.gpu) if evaluates else None,
+        callbacks=callbacks,
+        alpha=(lambda _: options.alphas.start)
+        if constant
+        else lambda step: options.alphas.at(step, steps),
+        identity=plan.identity,
+    )
+    if plan.store is not None:
+        trainer.bring_checkpoint = plan.store.bring_checkpoint
+    return trainer
+
+
+def _sharding(student: nn.Module) -> dict[str, Any]:
+    """Arguments for FSDP: a unit for each layer of a Hugging Face student, and the root, which
+    keeps the output projection and so lets the loss be fused (see `DistilledStudent`)."""
+    named = set(getattr(student, "_no_split_modules", None) or ())
+    layers = named & {type(module).__name__ for module in student.modules()}
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "state_dict_type": "FULL_STATE_DICT",
+            "transformer_layer_cls_to_wrap": sorted(layers),
+        },
+    }
+
+
+def _best_metric(plan: RunPlan) -> str:
+    """The name of the soft loss depends on the targets."""
+    codec = plan.eval_caches[0].codec()
+    if plan.options.cross_tokenizer == "likelihood":
+        return plan.options.best
+    soft = soft_name(SoftTargets.empty(codec).at(codec.temperatures[0]))
+    return soft if plan.options.best == "soft_loss" else plan.options.best
+
+
+def _learning_rate(options: TrainOptions, student: DistilledStudent) -> float:
+    if isinstance(student.student, BiLstm):
+        return 1e-3
+    if is_adapted(student.student):
+        return 2e-4
+    name = options.student
+    if options.init_from is not None:
+        return 5e-5
+    # Random weights take larger steps than trained ones.
+    return 5e-4 if name.endswith(".json") or (":" in name and not os.path.exists(name)) else 5e-5
+
+
+def train_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
+    """The rows that a run trains on; `tokenize` as for `make_trainer`."""
+    options, temperatures = plan.options, plan.options.temperatures
+    steps = 1  # until the stream's length is known
+    stream = TargetStream(
+        plan.caches,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        temperature=None
+        if options.hard_only
+        else temperatures.start
+        if temperatures.constant
+        else lambda step: temperatures.at(step, steps),
+        weights=options.weights,
+        streams=plan.streams,
+        group=options.shuffle_shards,
+        **_reading(tokenize),
+        prefetch=options.prefetch,
+        pin_memory=gpu,
+    )
+    steps = steps_of(options, stream)
+    return stream
+
+
+def _reading(tokenize: Any) -> dict[str, Any]:
+    """Arguments of a stream for what `make_student` gave."""
+    return {"cross" if isinstance(tokenize, CrossTokenizer) else "tokenize": tokenize}
+
+
+def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
+    options = plan.options
+    return TargetStream(
+        plan.eval_caches,
+        batch_size=options.eval_batch_size or options.batch_size,
+        temperature=None if options.hard_only else options.temperatures.end,
+        streams=plan.streams,
+        group=1,
+        shuffle=False,
+        **_reading(tokenize),
+        text=_text(plan.eval_caches, tokenize),
+        prefetch=options.prefetch,
+        pin_memory=gpu,
+    )
+
+
+def _text(caches: list[Cache], tokenize: Any) -> Callable[[ShardData], TextChunks] | None:
+    """What makes the figures in bytes; None for other tasks, and of tokens that lose bytes."""
+    if caches[0].spec.task != CAUSAL_LM:
+        return None
+    if isinstance(tokenize, CrossTokenizer):
+        return tokenize.text
+    try:
+        return RowsText(caches)
+    except UsageError:
+        return None
