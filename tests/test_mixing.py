@@ -355,15 +355,13 @@ def test_two_workers_take_the_steps_of_a_mix_and_evaluate_each_domain(
         single = run(name, name, streams=2)
         train(single)
         wanted = [
-            {"step": line["step"]}
-            | {
-                key: line[f"{key}/{name}"]
-                for key in ("eval_loss", "eval_hard_loss", "eval_soft_loss")
-            }
+            {key: line.get(f"{key}/{name}", line[key]) for key in line if "/" not in key}
             for line in found
         ]
         for mine, want in zip(evaluations(single), wanted, strict=True):
-            assert mine == pytest.approx(want, rel=1e-4)
+            # Stored logprobs are rounded at random by span: the teacher's bits differ a little.
+            assert mine == pytest.approx(want, rel=1e-3)
+    assert {"eval_hard_loss/web", "eval_soft_loss/web"} <= found[0].keys()
     assert result.eval["loss/web"] != pytest.approx(result.eval["loss/code"], rel=1e-3)
     shown = CliRunner().invoke(
         cli,
