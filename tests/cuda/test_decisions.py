@@ -27,7 +27,7 @@ from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.sweep.sweep import on_gpus
 from kdcache.commands.train import on_ray
-from kdcache.commands.train import run as run_module
+from kdcache.commands.train import trainer as trainer_module
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
@@ -268,7 +268,7 @@ class TestComputing:
         assert arguments._n_gpu == gpus
         assert not caplog.records
 
-    @pytest.mark.parametrize("command", [run_module, finetune_module])
+    @pytest.mark.parametrize("command", [trainer_module, finetune_module])
     def test_no_command_wraps_its_model_in_data_parallel(
         self, command: Any, class_cache: str, student_classifier: Path, labelled_corpus: Path,
         tmp_path: Path,
@@ -290,7 +290,7 @@ class TestComputing:
             mock.patch.object(Trainer, "train", stop),
             pytest.raises(UsageError, match="stopped"),
         ):
-            if command is run_module:
+            if command is trainer_module:
                 train(TrainOptions(cache=(class_cache,), student="bilstm", out=out))
             else:
                 corpus = (str(labelled_corpus),)
