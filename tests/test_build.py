@@ -46,6 +46,7 @@ from kdcache.commands.build.workers import Fault, Outcome, WorkerFigures, Worker
 from kdcache.commands.interrupt import interruptible
 from kdcache.corpus import InputFile, Span
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.rows import RowSpec
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE
@@ -285,8 +286,9 @@ def test_spans_are_many_enough_to_share_and_few_enough_to_list(
     options: BuildOptions, total: int
 ) -> None:
     options = dataclasses.replace(options, shard_tokens=None)
+    rows = RowSpec(task=options.task)
     for codec in ("sample:20", "topk:64"):
-        size = _span_bytes(options, Codec.parse(codec, (1.0,), 50_000), 0.0, total)
+        size = _span_bytes(options, Codec.parse(codec, (1.0,), 50_000), rows, 0.0, total)
         decoded = size / 4 * Codec.parse(codec, (1.0,), 50_000).bytes_per_position
         assert decoded <= 1 << 28, "a reader holds a shard in memory"
         assert total / size <= 100_000 or decoded > 0.9 * (1 << 28)
@@ -296,10 +298,10 @@ def test_spans_are_many_enough_to_share_and_few_enough_to_list(
 @pytest.mark.parametrize("total", [1 << 20, 1 << 30, 1 << 36, 1 << 40])
 def test_spans_of_a_slow_teacher_are_smaller(options: BuildOptions, total: int) -> None:
     options = dataclasses.replace(options, shard_tokens=None)
-    codec = Codec.parse("sample:20", (1.0,), 50_000)
-    usual, before = _span_bytes(options, codec, 0.0, total), 1 << 62
+    codec, rows = Codec.parse("sample:20", (1.0,), 50_000), RowSpec(task=options.task)
+    usual, before = _span_bytes(options, codec, rows, 0.0, total), 1 << 62
     for seconds in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0):
-        size = _span_bytes(options, codec, seconds, total)
+        size = _span_bytes(options, codec, rows, seconds, total)
         # Two minutes of the teacher, unless that made too small or too many of them.
         assert size / 4 * seconds <= 121 or size in (1 << 16, total // 400_000, usual)
         assert total / size <= 400_010 or size == usual
