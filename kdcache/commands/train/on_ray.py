@@ -152,8 +152,9 @@ def train_on_ray(
             if owns:
                 check_own_ray()
             elif trainer.controller is not None:  # else they end with this Ray
-                # The controller ends the workers, then itself: an answer is not what comes.
-                with suppress(ray.exceptions.ActorDiedError):
+                # The controller ends the workers, then itself: instead of an answer comes that it
+                # has died or, while it does, that it cannot be reached.
+                with suppress(ray.exceptions.RayActorError):
                     ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
             if follower.gave_up is not None:
                 raise follower.gave_up from None
