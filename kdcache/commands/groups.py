@@ -272,16 +272,7 @@ class RowOptions(RecordOptions):
         Raises:
             UsageError: a model reads less than the option says.
         """
-        bounds = [(tokens, name) for name, tokens in reach if tokens]
-        least, name = min(bounds, default=(default, ""))
-        if self.max_length is None:
-            return min(default, least)
-        if bounds and self.max_length > least:
-            raise UsageError(
-                f"--max-length is {self.max_length:,}, but {name} reads at most {least:,} tokens. "
-                f"Use --max-length {least}, or less."
-            )
-        return self.max_length
+        return longest("--max-length", self.max_length, reach, default)
 
     def row_spec(
         self, task: str, label_names: tuple[str, ...] | None, *, max_length: int
@@ -319,6 +310,32 @@ class RowOptions(RecordOptions):
             words_column=self.words_column,
             label_tokens=self.label_tokens,
         )
+
+
+def longest(
+    flag: str, asked: int | None, reach: Iterable[tuple[str, int | None]], default: int
+) -> int:
+    """Tokens of the longest row, or source, that every model reads.
+
+    Args:
+        flag: the option that says so, for messages.
+        asked: what it says; None if it is not given.
+        reach: each model, and the most tokens that it reads; None for no bound.
+        default: where the option is not given, and no model reads less.
+
+    Raises:
+        UsageError: a model reads less than the option says.
+    """
+    bounds = [(tokens, name) for name, tokens in reach if tokens]
+    least, name = min(bounds, default=(default, ""))
+    if asked is None:
+        return min(default, least)
+    if bounds and asked > least:
+        raise UsageError(
+            f"{flag} is {asked:,}, but {name} reads at most {least:,} tokens. Use {flag} {least}, "
+            "or less."
+        )
+    return asked
 
 
 _OURS = {  # arguments of an engine that kdcache decides, and the option for them, if there is one

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdcache.commands.groups import RowOptions
-from kdcache.errors import UsageError
+from kdcache.commands.groups import RowOptions, longest
 from kdcache.options import option
 from kdcache.tasks import TASKS
 
@@ -69,16 +68,7 @@ class PairRowOptions(RowOptions):
         Raises:
             UsageError: a model reads less than the option says.
         """
-        bounds = [(tokens, name) for name, tokens in reach if tokens]
-        least, name = min(bounds, default=(_SOURCE_LENGTH, ""))
-        if self.max_source_length is None:
-            return min(_SOURCE_LENGTH, least)
-        if bounds and self.max_source_length > least:
-            raise UsageError(
-                f"--max-source-length is {self.max_source_length:,}, but {name} reads at most "
-                f"{least:,} tokens. Use --max-source-length {least}, or less."
-            )
-        return self.max_source_length
+        return longest("--max-source-length", self.max_source_length, reach, _SOURCE_LENGTH)
 
     def of_pairs(self, spec: RowSpec, models: Sequence[Any], role: str) -> RowSpec:
         """A spec with what rows of a source and a target have besides; others as they are.

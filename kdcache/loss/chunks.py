@@ -93,6 +93,19 @@ def binary_divergence(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
     return tau * (p.exp() * (p - q) + torch.where(certain, 0, rest))
 
 
+def compared(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over chunks: of the KL between "this text" and "any other", and of the chunks on whose
+    more probable outcome both agree.
+
+    Args:
+        teacher: log-likelihoods, at most 0, finite.
+        student: likewise; may be minus infinity.
+    """
+    half = -math.log(2)
+    agreed = (teacher > half) == (student > half)
+    return binary_divergence(teacher, student, 1.0).sum(), agreed.sum()
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """``log(1 - exp(x))`` of x below 0, exact near both ends (Mächler 2012, "Accurately computing
     log(1 - exp(-|a|))").

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdcache.loss.chunks import binary_divergence
+from kdcache.loss.chunks import compared
 from kdcache.stream.text import TextChunks
 
 SUMS = 6
@@ -35,16 +35,9 @@ def text_sums(text: TextChunks, logprobs: Tensor) -> Tensor:
     theirs = torch.from_numpy(text.likelihood).to(mine)
     kept = theirs.isfinite()
     mine, theirs, sizes = mine[kept], theirs[kept], sizes[kept]
-    half = -math.log(2)
-    sums = (
-        mine.sum(),
-        sizes.sum(),
-        torch.ones_like(mine).sum(),
-        binary_divergence(theirs, mine, 1.0).sum(),
-        ((theirs > half) == (mine > half)).sum().to(mine),
-        theirs.sum(),
-    )
-    return torch.stack(sums)
+    kl, agreed = compared(theirs, mine)
+    number = torch.ones_like(mine).sum()
+    return torch.stack([mine.sum(), sizes.sum(), number, kl, agreed.to(mine), theirs.sum()])
 
 
 def text_figures(sums: Tensor, *, across: bool) -> dict[str, float]:

@@ -13,7 +13,8 @@ Cost: six forwards of at most three rows of 256 tokens; later one look at each b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from kdcache.errors import UsageError
 from kdcache.student.wrapper import DistilledStudent
 from kdcache.tasks import TASKS
 from kdcache.teacher.probe import TOLERANCES, distance
+from kdcache.teacher.projection import quiet
 
-_TOKENS = 256
+TOKENS = 256  # of a row that is tried
 
 
 @torch.no_grad()
@@ -47,7 +49,7 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
         return
     task = TASKS[student.task]
     device = next(student.parameters()).device
-    lengths = mask.sum(-1).clamp_max(_TOKENS if task.per_token else mask.shape[1]).tolist()
+    lengths = mask.sum(-1).clamp_max(TOKENS if task.per_token else mask.shape[1]).tolist()
     if task.per_token and len(lengths) > 1 and min(lengths) == max(lengths) > 1:
         lengths[-1] //= 2
         inputs["attention_mask"] = mask.clone()
@@ -70,23 +72,16 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
             return distance(list(padded[:, None]), [row[None] for row in alone])
         return distance([row[:n] for row, n in zip(padded, lengths, strict=True)], alone)
 
-    modes = [(module, module.training) for module in student.modules()]
-    student.eval()
-    try:
-        try:
+    with quiet(student):
+        with readable(name, student):
             alone = [logits(slice(i, i + 1), n)[0] for i, n in enumerate(lengths)]
-        except (ValueError, IndexError) as error:
-            if not type(student.student).__module__.startswith("transformers."):
-                raise  # whoever wrote the model wants to see where
-            reason = " ".join(str(error).split())
-            raise UsageError(f"student {name} cannot read a row of the cache: {reason}") from error
         moved = apart(logits(slice(None), max(lengths)))
         if task.causal:
             ids = inputs["input_ids"][:1].clone()
             half = lengths[0] // 2
             ids[:, half : lengths[0]] = ids[:, : lengths[0] - half].flip(1)
             other = logits(slice(0, 1), lengths[0], input_ids=ids)[0]
-            _refuse_beyond(
+            refuse_beyond(
                 distance([other[:half]], [alone[0][:half]]),
                 f"student {name} is not a causal language model: its logits at a position depend "
                 "on later tokens, and so on the labels. Name a causal one.",
@@ -102,7 +97,7 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
                     f"student {name} is not a masked language model: its logits at a position do "
                     "not depend on later tokens. Name a masked one."
                 )
-        _refuse_beyond(
+        refuse_beyond(
             moved,
             f"student {name} gives other logits where its batch is padded, so its loss would be "
             "wrong. Use --batch-size 1, or a student that masks padding.",
@@ -113,9 +108,6 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
                 return  # it cannot do without
             student.needs_mask = bare > TOLERANCES["float32"]
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def without_mask(student: DistilledStudent, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +125,21 @@ def without_mask(student: DistilledStudent, inputs: dict[str, Any]) -> dict[str,
     return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
-def _refuse_beyond(moved: float, message: str) -> None:
+@contextmanager
+def readable(name: str, student: DistilledStudent) -> Iterator[None]:
+    """What a Hugging Face student says of a row that it cannot read is a `UsageError`; whoever
+    wrote another one wants to see where.
+    """
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        if not type(student.student).__module__.startswith("transformers."):
+            raise
+        reason = " ".join(str(error).split())
+        raise UsageError(f"student {name} cannot read a row of the cache: {reason}") from error
+
+
+def refuse_beyond(moved: float, message: str) -> None:
+    """Refuse logits that have moved by more than rounding does."""
     if moved > TOLERANCES["float32"]:
         raise UsageError(f"{message} (They differ by {moved:.2g} of their spread.)")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
+from kdcache.student.padding import TOKENS, readable, refuse_beyond
 from kdcache.student.wrapper import DistilledStudent
 from kdcache.tasks import IGNORE
-from kdcache.teacher.probe import TOLERANCES, distance
-
-_TOKENS = 256
+from kdcache.teacher.probe import distance
+from kdcache.teacher.projection import quiet
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor
     source, decoder = batch["input_ids"], batch["decoder_input_ids"]
     labels = batch["labels"]
     sizes = [
-        (min(int(s), _TOKENS), min(int(t), _TOKENS))
+        (min(int(s), TOKENS), min(int(t), TOKENS))
         for s, t in zip(batch["attention_mask"].sum(1), (labels != IGNORE).sum(1), strict=True)
     ]
     lengths, widths = (_different(part) for part in map(list, zip(*sizes, strict=True)))
@@ -60,17 +60,10 @@ def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor
         assert found is not None
         return [row[: widths[i]].float().cpu() for row, i in zip(found, rows, strict=True)]
 
-    modes = [(module, module.training) for module in student.modules()]
-    student.eval()
-    try:
+    with quiet(student):
         every = list(range(len(labels)))
-        try:
+        with readable(name, student):
             alone = [logits([i])[0] for i in every]
-        except (ValueError, IndexError) as error:
-            if not type(student.student).__module__.startswith("transformers."):
-                raise  # whoever wrote the model wants to see where
-            reason = " ".join(str(error).split())
-            raise UsageError(f"student {name} cannot read a row of the cache: {reason}") from error
         moved = distance(logits(every), alone)
         half = widths[0] // 2
         written = decoder.clone()
@@ -79,23 +72,16 @@ def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor
         other = source.clone()
         other[0, : lengths[0] // 2 + 1] = decoder[0, widths[0] - 1]
         unread = not torch.equal(other, source) and torch.equal(logits([0], ids=other)[0], alone[0])
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    for found, message in (
-        (
-            ahead if half else 0.0,
-            "'s logits at a position depend on later tokens, and so on the labels. Name another.",
-        ),
-        (
-            moved,
-            " gives other logits where its batch is padded, so its loss would be wrong. Use "
-            "--batch-size 1, or a student that masks padding.",
-        ),
-    ):
-        if found > TOLERANCES["float32"]:
-            spread = f"(They differ by {found:.2g} of their spread.)"
-            raise UsageError(f"student {name}{message} {spread}")
+    refuse_beyond(
+        ahead if half else 0.0,
+        f"student {name}'s logits at a position depend on later tokens, and so on the labels. Name "
+        "another.",
+    )
+    refuse_beyond(
+        moved,
+        f"student {name} gives other logits where its batch is padded, so its loss would be wrong. "
+        "Use --batch-size 1, or a student that masks padding.",
+    )
     if unread:
         raise UsageError(
             f"student {name} gives the same logits for another source: it does not read it. Name "

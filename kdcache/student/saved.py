@@ -253,14 +253,18 @@ class SavedModel:
             student = load_student(str(self.files.folder), info, trust_remote_code=trust)
             tokenize = getattr(student, "tokenize", None)
             return LoadedModel(self, _own_forward(student, task, tokenize, device, vocab_size))
-        options = TeacherOptions(
+        options = self.loading(task, dtype=dtype, device=device)
+        return LoadedModel(self, Teacher(options, vocab_size).logits)
+
+    def loading(self, task: str, *, dtype: str, device: str) -> TeacherOptions:
+        """How its weights are loaded, see `load`, by whatever loads those of teachers."""
+        return TeacherOptions(
             names=(str(self.files.folder),),
             task=task,
             dtype=dtype,
             device=device,
             trust_remote_code=self.files.trust_remote_code,
         )
-        return LoadedModel(self, Teacher(options, vocab_size).logits)
 
 
 @dataclass(frozen=True)

@@ -153,11 +153,9 @@ class DistillationTrainer(CheckpointingTrainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
         """The slices of one step, and the count its loss is divided by."""
-        if not self.streams:
+        if not self.streams or self.control.should_training_stop:
             samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
             return samples, count
-        if self.control.should_training_stop:
-            return [], None
         slices = [b for b in (next(epoch_iterator, None) for _ in range(num_batches)) if b]
         return slices, slices[0]["count"] if slices else None
 

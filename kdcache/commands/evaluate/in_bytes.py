@@ -29,7 +29,7 @@ from torch import Tensor
 from kdcache import loss
 from kdcache.align import Aligner, CachedRow, TokenBytes, label_bytes
 from kdcache.commands.evaluate.scores import ModelScores
-from kdcache.loss.chunks import binary_divergence
+from kdcache.loss.chunks import compared
 from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
 from kdcache.student.saved import LoadedModel
@@ -140,10 +140,9 @@ class InBytes:
             mine = _sums(values, over)[kept]
             sums.nats -= float(mine.sum())
             if theirs is not None and len(mine):
-                p, q = torch.from_numpy(theirs), torch.from_numpy(mine)
-                sums.kl += float(binary_divergence(p, q, 1.0).sum())
-                half = -math.log(2)
-                sums.agreed += int(((theirs > half) == (mine > half)).sum())
+                kl, agreed = compared(torch.from_numpy(theirs), torch.from_numpy(mine))
+                sums.kl += float(kl)
+                sums.agreed += int(agreed)
 
     def empty(self) -> InBytes:
         """The same of no rows."""

@@ -28,7 +28,6 @@ from kdcache.rows.spec import LAST_LABEL, Row
 from kdcache.rows.text import frame
 from kdcache.rows.tokens import tokens_of
 from kdcache.student.saved import SavedModel
-from kdcache.teacher import TeacherOptions
 from kdcache.teacher.load import load_models
 from kdcache.teacher.model import TeacherModel
 
@@ -93,14 +92,7 @@ class Writer:
             )
         self.saved, self.tokenizer, self.task = saved, saved.tokenizer, task
         set_languages(self.tokenizer, source_lang, target_lang)
-        options = TeacherOptions(
-            names=(str(saved.files.folder),),
-            task=task,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=saved.files.trust_remote_code,
-        )
-        (self.model,) = load_models(options)
+        (self.model,) = load_models(saved.loading(task, dtype=dtype, device=device))
         width = saved.vocab_size(task)
         name = f"{saved.role} {saved.name}"
         self._probe = TeacherModel(self.model, name, task=task, vocab_size=width, dtype=dtype)
