@@ -15,6 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from promises import (
+    Make,
+    built,
+    check_codecs,
+    check_parts,
+    check_resume,
+    check_verify,
+    rows_of,
+    with_telling_weights,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,8 +45,6 @@ from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.verify.options import VerifyOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.rows import Row, RowSpec
@@ -55,15 +63,11 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
     "pad_token_id": 0,
 }
-Make = Callable[..., BuildOptions]
 
 
 def save(folder: Path, config: Any, auto: Any = AutoModelForMaskedLM, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    model = auto.from_config(config)
-    for weight in model.parameters():  # biases and norms that are left out shall show
-        if weight.ndim == 1:
-            weight.data += 0.2 * torch.randn_like(weight)
+    model = with_telling_weights(auto.from_config(config))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(WORDPIECE).save_pretrained(folder)
     return folder
@@ -97,21 +101,6 @@ def options(teacher: Path, text_corpus: Path, tmp_path: Path) -> Make:
         )
 
     return make
-
-
-def built(options: BuildOptions) -> kdcache.Cache:
-    kdcache.build(options)
-    return kdcache.Cache.open(options.out)
-
-
-def rows_of(cache: kdcache.Cache) -> list[tuple[Row, Any]]:
-    found = []
-    for span in range(cache.spec.spans):
-        data = cache.read(span)
-        for i in range(len(data)):
-            places = np.arange(*data.position_offsets[i : i + 2])
-            found.append((data.row(i), data.targets.take(places)))
-    return found
 
 
 def own(model: Any, row: Row) -> torch.Tensor:
@@ -240,38 +229,12 @@ def test_logits_are_made_at_the_masked_places_alone(
     assert float(loss) == pytest.approx(float(reference.total), rel=1e-4, abs=1e-5)
 
 
-def test_hidden_states_and_every_other_codec_give_the_same_distribution(
-    options: Make, student: Path
-) -> None:
-    dense = built(options("dense"))
-    hidden = built(options("hidden", codec="hidden:float16"))
-    for (row, want), (same, got) in zip(rows_of(dense), rows_of(hidden), strict=True):
-        assert np.array_equal(row.input_ids, same.input_ids)
-        p, q = (
-            (t.at(1.0) if name == "p" else t.at(1.0).dense()).logits.softmax(-1)
-            for name, t in (("p", want), ("q", got))
-        )
-        torch.testing.assert_close(p, q, rtol=0, atol=5e-3)
-    for codec in ("sample:5", "anchored:5", "topk:8"):
-        direct = built(options(codec.replace(":", ""), codec=codec))
-        again = TranscodeOptions(dense.url, codec=codec, out=f"{direct.url}-again", workers=0)
-        kdcache.transcode(again)
-        copy = kdcache.Cache.open(again.out)
-        for span in range(direct.spec.spans):
-            a, b = direct.read(span), copy.read(span)
-            assert np.array_equal(a.labels, b.labels)
-            assert a.label_logprob is not None
-            for name, column in a.targets.columns.items():
-                assert np.array_equal(column, b.targets.columns[name]), (codec, name)
+def test_hidden_states_and_every_other_codec_give_the_same_distribution(options: Make) -> None:
+    check_codecs(options)
 
 
 def test_parts_in_any_order_and_a_resumed_build_give_the_same_bytes(options: Make) -> None:
-    whole = built(options("whole", codec="sample:5"))
-    for part in ("2/3", "3/3"):
-        kdcache.build(options("parts", codec="sample:5", part=part, batch_tokens=100))
-    parts = built(options("parts", codec="sample:5"))
-    assert parts.spec.fingerprint == whole.spec.fingerprint
-    assert parts.digest == whole.digest
+    check_parts(options, batch_tokens=100)
     with pytest.raises(UsageError, match=r"rows\.mask_seed: null -> 1"):
         kdcache.build(options("whole", codec="sample:5", mask_seed=1))
 
@@ -284,41 +247,11 @@ def test_two_workers_make_the_bytes_of_one(options: Make, ray: None) -> None:
 
 
 def test_cached_targets_are_found_to_be_the_teachers(options: Make, student: Path) -> None:
-    chosen = options(codec="sample:5")
-    kdcache.build(chosen)
-    good = kdcache.verify(VerifyOptions(chosen.out, teacher=chosen.teacher))
-    assert good.problems == ()
-    assert good.recheck is not None
-    assert good.recheck.problems == ()
-    other = kdcache.verify(VerifyOptions(chosen.out, teacher=(str(student),)))
-    assert other.recheck is not None
-    assert "not those of this teacher" in other.recheck.problems[0]
-
-
-class Stop(Exception):  # noqa: N818 - not an error
-    """Ends a training."""
+    check_verify(options, student)
 
 
 def test_a_training_resumes_to_the_bit(options: Make, student: Path, tmp_path: Path) -> None:
-    cache = built(options(codec="sample:5"))
-    plan = TrainOptions(
-        cache=(cache.url,), student=str(student), out=str(tmp_path / "whole"), batch_size=4,
-        max_steps=8, save_steps=3, report_to="none", precision="float32",
-    )  # fmt: skip
-    kdcache.train(plan)
-    halves = dataclasses.replace(plan, out=str(tmp_path / "halves"))
-
-    def stop(now: Any) -> None:
-        if now.step >= 5:
-            raise Stop
-
-    with pytest.raises(Stop):
-        kdcache.train(halves, on_progress=stop)
-    kdcache.train(halves)
-    whole, again = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")
-    )
-    assert whole == again
+    check_resume(built(options(codec="sample:5")), student, tmp_path)
 
 
 def test_evaluation_has_the_figures_of_the_masked_places(

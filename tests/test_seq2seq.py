@@ -16,6 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from promises import (
+    Make,
+    built,
+    check_codecs,
+    check_parts,
+    check_resume,
+    check_verify,
+    rows_of,
+    with_telling_weights,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -38,8 +48,6 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.verify.options import VerifyOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.rows import Row, RowSpec, make_encoder
@@ -63,15 +71,11 @@ BART = {
     "max_position_embeddings": 98, "init_std": 0.3, "dropout": 0.0, "decoder_start_token_id": 3,
     "forced_eos_token_id": None,
 }  # fmt: skip
-Make = Callable[..., BuildOptions]
 
 
 def save(folder: Path, config: Any, auto: Any = AutoModelForSeq2SeqLM, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    model = auto.from_config(config)
-    for weight in model.parameters():  # biases and norms that are left out shall show
-        if weight.ndim == 1:
-            weight.data += 0.2 * torch.randn_like(weight)
+    model = with_telling_weights(auto.from_config(config))
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias += torch.randn_like(model.final_logits_bias)
     model.save_pretrained(folder)
@@ -116,21 +120,6 @@ def options(teacher: Path, pairs: Path, tmp_path: Path) -> Make:
         )
 
     return make
-
-
-def built(options: BuildOptions) -> kdcache.Cache:
-    kdcache.build(options)
-    return kdcache.Cache.open(options.out)
-
-
-def rows_of(cache: kdcache.Cache) -> list[tuple[Row, Any]]:
-    found = []
-    for span in range(cache.spec.spans):
-        data = cache.read(span)
-        for i in range(len(data)):
-            places = np.arange(*data.position_offsets[i : i + 2])
-            found.append((data.row(i), data.targets.take(places)))
-    return found
 
 
 def own(model: Any, row: Row) -> torch.Tensor:
@@ -269,32 +258,11 @@ def test_rows_of_a_stream_come_once_and_whole(options: Make) -> None:
 
 
 def test_hidden_states_and_every_other_codec_give_the_same_distribution(options: Make) -> None:
-    dense = built(options("dense"))
-    hidden = built(options("hidden", codec="hidden:float16"))
-    for (row, want), (same, got) in zip(rows_of(dense), rows_of(hidden), strict=True):
-        assert np.array_equal(row.input_ids, same.input_ids)
-        p, q = want.at(1.0).logits.softmax(-1), got.at(1.0).dense().logits.softmax(-1)
-        torch.testing.assert_close(p, q, rtol=0, atol=5e-3)
-    for codec in ("sample:5", "anchored:5", "topk:8"):
-        direct = built(options(codec.replace(":", ""), codec=codec))
-        again = TranscodeOptions(dense.url, codec=codec, out=f"{direct.url}-again", workers=0)
-        kdcache.transcode(again)
-        copy = kdcache.Cache.open(again.out)
-        for span in range(direct.spec.spans):
-            a, b = direct.read(span), copy.read(span)
-            for name in ("labels", "input_ids", "source", "source_offsets", "label_logprob"):
-                assert np.array_equal(getattr(a, name), getattr(b, name)), name
-            for name, column in a.targets.columns.items():
-                assert np.array_equal(column, b.targets.columns[name]), (codec, name)
+    check_codecs(options)
 
 
 def test_parts_in_any_order_and_a_resumed_build_give_the_same_bytes(options: Make) -> None:
-    whole = built(options("whole", codec="sample:5"))
-    for part in ("2/3", "3/3"):
-        kdcache.build(options("parts", codec="sample:5", part=part))
-    parts = built(options("parts", codec="sample:5"))
-    assert parts.spec.fingerprint == whole.spec.fingerprint
-    assert parts.digest == whole.digest
+    check_parts(options)
     with pytest.raises(UsageError, match=r"rows\.max_source_length: 1024 -> 8"):
         kdcache.build(options("whole", codec="sample:5", max_source_length=8))
 
@@ -307,15 +275,7 @@ def test_two_workers_make_the_bytes_of_one(options: Make, ray: None) -> None:
 
 
 def test_cached_targets_are_found_to_be_the_teachers(options: Make, student: Path) -> None:
-    chosen = options(codec="sample:5")
-    kdcache.build(chosen)
-    good = kdcache.verify(VerifyOptions(chosen.out, teacher=chosen.teacher))
-    assert good.problems == ()
-    assert good.recheck is not None
-    assert good.recheck.problems == ()
-    other = kdcache.verify(VerifyOptions(chosen.out, teacher=(str(student),)))
-    assert other.recheck is not None
-    assert "not those of this teacher" in other.recheck.problems[0]
+    check_verify(options, student)
 
 
 def test_finetune_makes_a_teacher_and_predict_writes_what_it_generates(
@@ -389,30 +349,8 @@ def test_an_adapter_is_trained_and_evaluated(
     assert found.task == TASK
 
 
-class Stop(Exception):  # noqa: N818 - not an error
-    """Ends a training."""
-
-
 def test_a_training_resumes_to_the_bit(options: Make, student: Path, tmp_path: Path) -> None:
-    cache = built(options(codec="sample:5"))
-    plan = TrainOptions(
-        cache=(cache.url,), student=str(student), out=str(tmp_path / "whole"), batch_size=4,
-        max_steps=8, save_steps=3, report_to="none", precision="float32",
-    )  # fmt: skip
-    kdcache.train(plan)
-    halves = dataclasses.replace(plan, out=str(tmp_path / "halves"))
-
-    def stop(now: Any) -> None:
-        if now.step >= 5:
-            raise Stop
-
-    with pytest.raises(Stop):
-        kdcache.train(halves, on_progress=stop)
-    kdcache.train(halves)
-    whole, again = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")
-    )
-    assert whole == again
+    check_resume(built(options(codec="sample:5")), student, tmp_path)
 
 
 def test_evaluation_has_the_figures_of_the_targets(

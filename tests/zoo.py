@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from promises import with_telling_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 300
@@ -88,10 +89,7 @@ class Species:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = auto.from_config(self.config(**more)).eval()
-            for weight in model.parameters():
-                if weight.ndim == 1:
-                    weight.data += 0.2 * torch.randn_like(weight)
+            model = with_telling_weights(auto.from_config(self.config(**more)).eval())
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdcache.commands.groups import RowOptions, longest
+from kdcache.commands.rows import RowOptions, longest
 from kdcache.options import option
 from kdcache.tasks import TASKS
 
