@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from environment import never_move_the_environment
 
 if TYPE_CHECKING:
     from kdcache.commands.build.options import BuildOptions
 
+never_move_the_environment()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests compute little at a time: threads that wait for each other take four times as long on two
