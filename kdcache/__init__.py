@@ -13,7 +13,6 @@ transformers: `AutoModelForSequenceClassification.from_pretrained(RUN)` loads th
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -151,7 +150,7 @@ def __dir__() -> list[str]:
 _TABLE = "transformers.models.auto.configuration_auto"
 
 
-class _Registration(importlib.abc.MetaPathFinder):
+class _Registration:
     """Registers `kdcache.models` right after transformers' table of configurations is loaded."""
 
     def find_spec(

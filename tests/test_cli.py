@@ -34,7 +34,7 @@ def words(tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path) -> list[
 
 
 LIBRARIES = ("accelerate", "fsspec", "h5py", "matplotlib", "numpy", "pyarrow", "ray", "tokenizers")
-LIBRARIES += ("torch", "transformers")
+LIBRARIES += ("torch", "transformers", "rich", "kdcache.storage.remote")
 
 
 def test_help_lists_every_command_and_no_help_or_wrong_option_loads_a_library() -> None:
@@ -69,6 +69,19 @@ def test_each_command_explains_each_of_its_options(name: str) -> None:
             assert "`" not in param.help
             words = (param.metavar or "").split("|")
             assert not [word for word in words if f"--{word} " in param.help], "a word to choose"
+            assert not re.search(rf"{param.opts[0]}\b", param.help), "an option explained by itself"
+
+
+def test_helps_say_what_is_required_and_name_columns_as_they_are() -> None:
+    def shown(name: str) -> str:
+        command = load(name)
+        return " ".join(command.get_help(click.Context(command, info_name=name)).split())
+
+    assert "Folder or URL of the cache. [required]" in shown("build")
+    assert "Seed of the noise of sample and anchored. [default: 0]" in shown("build")
+    assert "for words tags, ner_tags or labels, a list." in shown("build")
+    assert "GRID.yaml YAML file: options of kdcache train, and under grid those" in shown("sweep")
+    assert "Arguments: CACHE" in shown("inspect")
 
 
 def test_build_says_what_it_made_and_then_that_nothing_is_left(words: list[str]) -> None:

@@ -37,9 +37,13 @@ class OptionsCommand(click.Command):
     """A command whose help lists its options under the headings of their groups."""
 
     groups: dict[str, str]  # name of a parameter to its heading
+    arguments: list[tuple[str, str]]  # each argument without a name, and its help
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each group."""
+        """Write the arguments, then one section for each group."""
+        if self.arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl(self.arguments)
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -100,9 +104,20 @@ def options_command(
             epilog="\n".join(["\b", "Examples:", *(f"  {line}" for line in examples)]),
         )
         command.groups = {option.name: option.group for option in options}
+        command.arguments = [
+            (option.metavar or "", _help(option, names)) for option in options if option.positional
+        ]
         return command
 
     return decorate
+
+
+def _help(option: Option, names: Sequence[str]) -> str:
+    text = option.help[:1].upper() + option.help[1:]
+    # A help speaks of other fields, which are options here; a word to choose is no field.
+    for name in set(names) - {option.name, *option.choices}:
+        text = text.replace(f"`{name}`", f"--{name.rstrip('_').replace('_', '-')}")
+    return text.replace("`", "")
 
 
 def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
@@ -110,14 +125,12 @@ def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
         count = -1 if option.several else 1
         metavar = f"{option.metavar}..." if option.several else option.metavar
         return click.Argument([option.name], metavar=metavar, nargs=count, required=True)
-    text = option.help[:1].upper() + option.help[1:]
-    # A help speaks of fields, which are options here; a word to choose is no field.
-    for name in set(names) - set(option.choices or ()):
-        text = text.replace(f"`{name}`", f"--{name.rstrip('_').replace('_', '-')}")
-    text = text.replace("`", "")
+    text = _help(option, names)
     if option.type is bool:
         return click.Option([option.flag, option.name], is_flag=True, default=False, help=text)
-    if not option.required and option.default not in (None, ()):
+    if option.required:
+        text += "  [required]"
+    elif option.default not in (None, ()):
         several = option.default if option.several else (option.default,)
         shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in several)
         text = f"{text}  [default: {shown}]"

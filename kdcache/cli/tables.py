@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import click
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console, JustifyMethod
-from rich.table import Table
-from rich.text import Text
 
 from kdcache.cli.volume import is_quiet
 from kdcache.humanize import printable
+
+if TYPE_CHECKING:  # rich costs a quarter of a help's time
+    from rich.console import Console, JustifyMethod
+
+
+def terminal() -> Console:
+    """Where tables of a command are printed: standard output."""
+    from rich.console import Console
+
+    return Console()
 
 
 def print_table(
@@ -40,6 +46,11 @@ def print_table(
         left: how many of the first columns are texts, aligned to the left; the others are numbers.
         title: a line above it.
     """
+    from rich import box
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
     if title:
         print_line(console, title, style="bold")
     header = [printable(name) for name in header]
@@ -64,6 +75,8 @@ def print_table(
 
 
 def _plain(lines: Sequence[Sequence[str]], left: int) -> Iterator[str]:
+    from rich.cells import cell_len
+
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = []
@@ -75,6 +88,8 @@ def _plain(lines: Sequence[Sequence[str]], left: int) -> Iterator[str]:
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
     """Print one line of text as it is: no markup, no colours guessed from its content."""
+    from rich.text import Text
+
     console.print(Text(printable(text), style=style or ""), soft_wrap=True)
 
 

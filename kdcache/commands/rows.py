@@ -30,8 +30,8 @@ class RowOptions(RecordOptions):
         "label",
         help="column of the class, the classes or the score; with commas between, one column for "
         "each of several classes. `none` reads no hard labels, even where the column exists. By "
-        "default for several classes `labels` too, for scores `score`; for words `tags`, "
-        "`ner_tags` or `labels`, a list.",
+        "default for several classes labels too, for scores score; for words tags, "
+        "ner_tags or labels, a list.",
         metavar="NAME",
     )
     label_tokens: LabelTokens = option(

@@ -6,10 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
-from kdcache.cli.tables import echo, echo_next, tell
+from kdcache.cli.tables import echo, echo_next, tell, terminal
 from kdcache.humanize import counted, duration, size
 from kdcache.tasks import TASKS
 
@@ -59,7 +58,7 @@ def _dry_run(options: BuildOptions, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    render_dry_run(result, Console())
+    render_dry_run(result, terminal())
     same = dataclasses.replace(options, codec=result.codec)
     echo_next("kdcache", "plan", *as_words(same, PlanOptions))
 
@@ -99,7 +98,7 @@ def _report_made(result: BuildResult, worker: str = "teacher") -> None:
     if result.domains:
         from kdcache.cli.view_domains import render_domains
 
-        render_domains(result.domains, Console())
+        render_domains(result.domains, terminal())
 
 
 def _transcode() -> click.Command:
@@ -197,6 +196,6 @@ def _plan() -> click.Command:
         if as_json:
             print_json(result)
         else:
-            render_plan(result, Console(), details=options.all)
+            render_plan(result, terminal(), details=options.all)
 
     return command

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
-from kdcache.cli.tables import echo, print_table, tell
+from kdcache.cli.tables import echo, print_table, tell, terminal
 from kdcache.humanize import counted, size
 
 
@@ -30,7 +29,7 @@ def _inspect() -> click.Command:
         if as_json:
             print_json(result)
         else:
-            render_inspection(result, Console())
+            render_inspection(result, terminal())
 
     return command
 
@@ -166,7 +165,7 @@ def _env() -> click.Command:
         facts["machine"] = f"{result.cores} cores{memory}"
         facts["GPUs"] = "; ".join(result.gpus)
         facts |= {name: version or "not installed" for name, version in result.packages.items()}
-        print_table(Console(), ("", ""), list({**facts, **result.settings}.items()), left=2)
+        print_table(terminal(), ("", ""), list({**facts, **result.settings}.items()), left=2)
 
     return command
 
@@ -176,7 +175,7 @@ def _demo() -> click.Command:
 
     @options_command(
         DemoOptions,
-        "kdcache demo --out demo",
+        "kdcache demo",
     )
     def command(options: DemoOptions, as_json: bool) -> None:
         from kdcache.cli.view_demo import render_demo
@@ -186,6 +185,6 @@ def _demo() -> click.Command:
         if as_json:
             print_json(result)
         else:
-            render_demo(result, Console())
+            render_demo(result, terminal())
 
     return command

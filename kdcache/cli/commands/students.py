@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 
 from kdcache.cli.options import options_command, print_json
-from kdcache.cli.tables import echo, echo_next, number
+from kdcache.cli.tables import echo, echo_next, number, terminal
 from kdcache.humanize import counted, duration
 from kdcache.tasks import TASKS
 
@@ -72,7 +71,7 @@ def _train() -> click.Command:
             + teacher
             + "."
         )
-        render_figures(result.eval, Console())
+        render_figures(result.eval, terminal())
         test = (options.eval_cache or ("TEST_CACHE",))[0]
         echo_next("kdcache", "evaluate", "--student", options.out, "--cache", test)
 
@@ -105,7 +104,7 @@ def _sweep() -> click.Command:
         if as_json:
             print_json(result)
         else:
-            render_sweep(result, Console())
+            render_sweep(result, terminal())
 
     return command
 
@@ -178,7 +177,7 @@ def _evaluate() -> click.Command:
         if as_json:
             print_json(result)
         else:
-            render_evaluation(result, Console())
+            render_evaluation(result, terminal())
 
     return command
 
