@@ -224,6 +224,21 @@ def test_what_a_build_waits_for_is_said_every_30_seconds(
     assert str(caught.value).endswith("Run the same command to continue.")
 
 
+def test_workers_of_this_machine_that_load_lack_no_room(
+    fake_ray: FakeRay,
+    clock: list[float],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    fake_ray.up.append({"CPU": 2.0})
+    workers = RayWorkers(JOB, workers=2, gpus=0, address=None, wait_minutes=1)
+    with pytest.raises(IncompleteError, match="--workers 0 starts none"):
+        go_on(workers, clock, 100)
+    state = "2 workers started, loading libraries and the teacher"
+    assert caplog.messages == [f"waiting for workers: {state} (30 s)"]
+
+
 def test_a_worker_that_is_ready_ends_the_wait(fake_ray: FakeRay, clock: list[float]) -> None:
     workers = RayWorkers(JOB, workers=2, gpus=1, address="auto", wait_minutes=1)
     go_on(workers, clock, 50)

@@ -42,6 +42,7 @@ from kdcache.commands.build.workers import (
     arrived,
 )
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.humanize import counted
 from kdcache.teacher import TeacherDied
 
 logger = logging.getLogger(__name__)
@@ -239,14 +240,20 @@ class RayWorkers(Workers):
         seconds = self._wait.due(self._now)
         if seconds is None:
             return
-        state = (
-            f"{len(self._actors)} requested, none ready. A worker needs {self._need}; "
-            f"{describe(self._nodes(), self._ray.available_resources())}"
-        )
-        if self._grows and (pending := launching()):
-            state += f"; pending nodes: {pending}"
+        if self._grows:
+            state = (
+                f"{len(self._actors)} requested, none ready. A worker needs {self._need}; "
+                f"{describe(self._nodes(), self._ray.available_resources())}"
+            )
+            if pending := launching():
+                state += f"; pending nodes: {pending}"
+            cure = "Start nodes, or change --gpus-per-worker and --cpus-per-worker."
+        else:  # A Ray of this process has room for all: they are at work.
+            state = (
+                f"{counted(len(self._actors), 'worker')} started, loading libraries and the teacher"
+            )
+            cure = "Is this machine busy with other work? --workers 0 starts none."
         self._tell("waiting for workers", seconds=round(seconds), state=state)
-        cure = "Start nodes, or change --gpus-per-worker and --cpus-per-worker."
         self._wait.report(seconds, state, cure)
 
     def _when_answered(self, ref: Any, handler: Any, *facts: Any) -> None:
