@@ -21,6 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests compute little at a time: threads that wait for each other take four times as long on two
 # cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its workers what other processes leave of a core, and here others always compute.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # The same suite on every machine: only `make test-gpu` sees a GPU.
 if os.environ.get("KDCACHE_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
