@@ -21,15 +21,18 @@ from make_caches import CAUSAL, make_cache
 
 from kdcache.cli.main import cli
 from kdcache.commands.inspect.inspect import Guess, PositionView, RowView
+from kdcache.commands.report import of_cache
 from kdcache.commands.report.charts import Curve, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
-from kdcache.commands.report.html import Html, element, text
+from kdcache.commands.report.html import Html, element, join, text
+from kdcache.commands.report.of_runs import run_section
 from kdcache.commands.report.options import ReportOptions
 from kdcache.commands.report.page import MOST_BYTES, render_page
 from kdcache.commands.report.report import report
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
+from kdcache.tasks import TASKS
 
 HOSTILE = "</style></td><script>alert(1)</script>&lt;\"'\x00\x1b[2J\u202e\ud800\uffff]]><!--"
 
@@ -111,7 +114,7 @@ def test_a_page_shows_caches_runs_and_sweeps(paths: dict[str, str], tmp_path: Pa
         "The teacher's surprise at the labels",
         "Not finished: the same command continues",
         "Finished after 4 steps",
-        "2 runs of 1 settings, best first by accuracy",
+        "2 runs of 1 setting, best first by accuracy",
         "0.7500 ± 0.0100",
         "digests of the caches",
         "fingerprint",
@@ -122,6 +125,49 @@ def test_a_page_shows_caches_runs_and_sweeps(paths: dict[str, str], tmp_path: Pa
     assert f"{result['eval']['accuracy']:.4f}" in shown
     assert len(list(page.iter("polyline"))) >= 4
     assert {f"t s{i}" for i in range(6)} & {node.get("class") for node in page.iter("span")}
+
+
+def rows_of(task: str, *positions: PositionView, read: tuple[str, ...] = ()) -> tuple[str, str]:
+    """Text and tables of a row of a task, as a page has them."""
+    row = RowView(0, 0, 4, "an old text", None, 1.0, True, positions, read=read)
+    tree = ElementTree.fromstring(f"<div>{join(of_cache._rows([row], TASKS[task]))}</div>")
+    text = next(node for node in tree.iter("p") if node.get("class") == "row")
+    return words_of(tree), words_of(text)
+
+
+def test_a_tagged_row_is_its_words_and_a_masked_one_what_was_masked() -> None:
+    guesses = (Guess(1, "B-X", 0.5), Guess(0, "O", 0.5))
+    word = PositionView(1, "otter", 1, "B-X", None, guesses, 0.0)
+    all_of_it, text = rows_of("token-classification", word, read=("[CLS]", "otter"))
+    assert text == "[CLS] otter"
+    assert "how surprised the teacher was by a word's label" in all_of_it
+    assert "\u2018B-X\u2019 0.69" in all_of_it  # label and -log 0.5
+    masked = PositionView(1, "[MASK]", 7, "otter", -0.5, (), 0.5)
+    assert rows_of("masked-lm", masked, read=("[CLS]", "[MASK]"))[1] == "[CLS] otter"
+
+
+def test_rows_have_the_columns_and_colours_that_their_task_has() -> None:
+    several = PositionView(0, None, None, "a, b", None, (Guess(0, "a", 0.9),), 0.0)
+    shown, text = rows_of("multi-label-classification", several)
+    assert text == "an old text"
+    assert "labels teacher's probabilities a, b a 0.900" in shown
+    score = PositionView(0, None, None, "4.5", None, (), 0.0, 4.25)
+    shown_score, _ = rows_of("regression", score)
+    assert "score teacher's 4.5 4.25" in shown_score
+    for page in (shown, shown_score):
+        assert "Colour" not in page
+        assert "nats" not in page
+        assert "rest" not in page
+    one = PositionView(0, None, 1, "b", None, (Guess(1, "b", 1.0),), 0.0)
+    shown, _ = rows_of("sequence-classification", one)
+    assert "Colour: how surprised the teacher was by a label, in nats." in shown
+
+
+def test_a_run_shows_what_was_left_to_its_default() -> None:
+    options = {"student": "bilstm", "temperature": 1.0, "learning_rate": None}
+    part = RunPart("r", True, options, {}, {"hard_loss": 0.5}, ())
+    shown = words_of(ElementTree.fromstring(f"<div>{run_section(part)}</div>"))
+    assert "temperature 1 learning rate default hard loss, training 0.5000" in shown
 
 
 def test_a_page_asks_for_nothing_and_runs_nothing(paths: dict[str, str], tmp_path: Path) -> None:

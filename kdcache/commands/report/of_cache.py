@@ -10,7 +10,7 @@ from kdcache.commands.report.charts import histogram
 from kdcache.commands.report.gather import CachePart, TargetFigures
 from kdcache.commands.report.html import Html, details, element, facts, join, table
 from kdcache.humanize import size
-from kdcache.tasks import OUTPUTS, TASKS
+from kdcache.tasks import OUTPUTS, TASKS, TaskType
 
 _TEXT = 20_000  # characters of a row's text
 _TOKENS = 1024  # of a row as text
@@ -31,14 +31,14 @@ def cache_section(part: CachePart) -> Html:
             element("p", _sentence(found), class_="lead"),
             facts(_facts(found)),
             _domains(found),
-            _figures(part.figures, part.positions),
+            _figures(part.figures, part.positions, TASKS[found.task]),
             histogram(
                 "The teacher's surprise at the labels",
                 "nats: minus its log-probability of the label at T = 1",
                 part.surprise,
             ),
             _columns(found),
-            *(_rows(part.rows) if part.rows else ()),
+            *(_rows(part.rows, TASKS[found.task]) if part.rows else ()),
             details("Where it comes from", facts(_provenance(part)), _corpus(found)),
         ]
     )
@@ -102,7 +102,7 @@ def _domains(found: InspectResult) -> Html | None:
     return table("Domains", header, rows)
 
 
-def _figures(figures: Sequence[TargetFigures], positions: int) -> Html | None:
+def _figures(figures: Sequence[TargetFigures], positions: int, task: TaskType) -> Html | None:
     if not figures:
         return None
 
@@ -122,7 +122,7 @@ def _figures(figures: Sequence[TargetFigures], positions: int) -> Html | None:
         [
             table(
                 f"Targets, means over {positions:,} positions",
-                ("T", "entropy, nats", "best id", "mass stored", "entries"),
+                ("T", "entropy, nats", f"best {_one(task)}", "mass stored", "entries"),
                 [
                     (
                         f"{f.temperature:g}",
@@ -137,6 +137,11 @@ def _figures(figures: Sequence[TargetFigures], positions: int) -> Html | None:
             *(element("p", note, class_="note") for note in notes),
         ]
     )
+
+
+def _one(task: TaskType) -> str:
+    """What one answer is called."""
+    return "id" if task.over_ids else "class"
 
 
 def _columns(found: InspectResult) -> Html | None:
@@ -187,16 +192,21 @@ def _corpus(found: InspectResult) -> Html | None:
 # Rows
 
 
-def _rows(rows: Sequence[RowView]) -> list[Html]:
+def _rows(rows: Sequence[RowView], task: TaskType) -> list[Html]:
+    shown = [element("h3", "Rows as text"), *(_row(row, task) for row in rows)]
+    coloured = any(_nats(p, _is_exact(row)) is not None for row in rows for p in row.positions)
+    if not coloured:
+        return shown
     legend = [
         element("li", element("span", "abc", class_=f"t s{i}"), f" {_range(i)}")
         for i in range(len(LEVELS) + 1)
     ]
+    what = "a token" if task.over_ids else "a word's label" if task.per_token else "a label"
     return [
-        element("h3", "Rows as text"),
-        element("p", "Colour: how surprised the teacher was by a token or label, in nats."),
+        shown[0],
+        element("p", f"Colour: how surprised the teacher was by {what}, in nats."),
         element("ul", *legend, class_="keys"),
-        *(_row(row) for row in rows),
+        *shown[1:],
     ]
 
 
@@ -210,13 +220,13 @@ def _range(level: int) -> str:
     )
 
 
-def _row(row: RowView) -> Html:
-    per_token = any(position.token is not None for position in row.positions)
+def _row(row: RowView, task: TaskType) -> Html:
+    per_token = task.per_token
     about = "" if row.exact else ", unbiased sample"
     of = f" of {row.domain}" if row.domain else ""
     title = f"Row {row.row}{of}: {row.tokens:,} tokens, T = {row.temperature:g}{about}"
     texts = (
-        [_tokens(row)]
+        [_tokens(row, task)]
         if per_token
         else [
             element("p", _cut(text, _TEXT), class_="row")
@@ -225,27 +235,35 @@ def _row(row: RowView) -> Html:
         ]
     )
     shown = row.positions[:_POSITIONS]
-    lines = [_line(position, per_token, _is_exact(row)) for position in shown]
-    head = (*row.heads, "nats") if per_token else ("label", "nats")
-    header = (
-        ("place", *head, "teacher's best guesses", "rest")
-        if per_token
-        else (*head, "teacher's probabilities", "rest")
-    )
-    caption = f"Row {row.row}, position by position"
+    cells = [_cells(position, per_token, _is_exact(row)) for position in shown]
+    header = _headings(row, task)
+    lines = [[cell[name] for name in header.values()] for cell in cells]
+    caption = f"Row {row.row}, position by position" if per_token else f"Row {row.row}: its answer"
     if len(shown) < len(row.positions):
         caption += f": the first {len(shown)} of {len(row.positions):,}"
-    if any(position.score is not None for position in shown):
-        header, lines = ("score", "teacher's"), [_score(position) for position in shown]
-    inner = table(caption, header, lines, texts=(1, 2, 4) if per_token else (0, 2))
+    left = [i for i, name in enumerate(header.values()) if name in ("after", "label", "guesses")]
+    inner = table(caption, tuple(header), lines, texts=left)
     opened = inner if not per_token else details("Position by position", inner)
     return element("article", element("h4", title), *texts, opened)
 
 
-def _tokens(row: RowView) -> Html:
-    """The tokens in order, each coloured by the teacher's surprise at it."""
+def _headings(row: RowView, task: TaskType) -> dict[str, str]:
+    """The headings of a row's table, each with the cell below it: see `_cells`."""
+    if task.per_token:
+        after, label = row.heads
+        head = {"place": "place", after: "after", label: "label", "nats": "nats"}
+        return {**head, "teacher's best guesses": "guesses", "rest": "rest"}
+    if task.answers == "score":
+        return {"score": "label", "teacher's": "score"}
+    if task.answers == "labels":  # whose probabilities have no sum, and so no rest
+        return {"labels": "label", "teacher's probabilities": "guesses"}
+    return {"label": "label", "nats": "nats", "teacher's probabilities": "guesses", "rest": "rest"}
+
+
+def _tokens(row: RowView, task: TaskType) -> Html:
+    """The tokens in order, each coloured by the teacher's surprise at it, or at its label."""
     if row.read:
-        return _read_tokens(row)
+        return _read_tokens(row, task)
     parts: list[Html] = []
     first = row.positions[0]
     if first.token is not None:
@@ -271,25 +289,26 @@ def _tokens(row: RowView) -> Html:
     return element("p", *parts, class_="row")
 
 
-def _read_tokens(row: RowView) -> Html:
-    """All tokens of a row that is read whole, with their labels where they have one."""
+def _read_tokens(row: RowView, task: TaskType) -> Html:
+    """All tokens of a row that is read whole; in place of those that were masked their labels."""
     labels = {position.place: position for position in row.positions}
     parts: list[Html] = []
     for place, token in enumerate(row.read[:_TOKENS]):
         position = labels.get(place)
         text, level = token, ""
         if position is not None and position.label_text is not None:
-            text, level = position.label_text, _level(_nats(position, _is_exact(row)))
+            text = position.label_text if task.over_ids else token
+            level = _level(_nats(position, _is_exact(row)))
         parts += [element("span", _cut(text, _TOKEN), class_=f"t {level}".strip()), Html(" ")]
     if len(row.read) > _TOKENS:
         parts.append(element("span", " …", class_="gap"))
     return element("p", *parts, class_="row")
 
 
-def _line(position: PositionView, per_token: bool, exact: bool) -> tuple[str, ...]:
+def _cells(position: PositionView, per_token: bool, exact: bool) -> dict[str, str]:
+    """All that a table may show of a position."""
     nats = _nats(position, exact)
     quote = _quoted if per_token else str
-    cell = element("span", "-" if nats is None else f"{nats:.2f}", class_=f"t {_level(nats)}")
     guesses = element(
         "ul",
         *(
@@ -298,16 +317,16 @@ def _line(position: PositionView, per_token: bool, exact: bool) -> tuple[str, ..
         ),
         class_="guesses",
     )
-    label = "-" if position.label_text is None else quote(_cut(position.label_text, _TOKEN))
-    rest = f"{position.rest:.3f}"
-    if per_token:
-        after = quote(_cut(position.token or "", _TOKEN))
-        return (str(position.place), after, label, cell, guesses, rest)
-    return (label, cell, guesses, rest)
-
-
-def _score(position: PositionView) -> tuple[str, ...]:
-    return (position.label_text or "-", f"{position.score:.6g}")
+    label = position.label_text
+    return {
+        "place": str(position.place),
+        "after": quote(_cut(position.token or "", _TOKEN)),
+        "label": "-" if label is None else quote(_cut(label, _TOKEN)),
+        "nats": element("span", "-" if nats is None else f"{nats:.2f}", class_=f"t {_level(nats)}"),
+        "guesses": guesses,
+        "rest": f"{position.rest:.3f}",
+        "score": "-" if position.score is None else f"{position.score:.6g}",
+    }
 
 
 def _nats(position: PositionView, exact: bool) -> float | None:

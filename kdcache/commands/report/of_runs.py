@@ -9,7 +9,7 @@ from typing import Any
 from kdcache.commands.report.charts import COLOURS, Curve, curves
 from kdcache.commands.report.gather import RunPart, SweepPart, number
 from kdcache.commands.report.html import Html, details, element, facts, join, table
-from kdcache.humanize import duration
+from kdcache.humanize import counted, duration
 from kdcache.storage import redact
 from kdcache.student.figures import FIGURES, figure_of
 from kdcache.tasks import CAUSAL_LM, TASKS
@@ -104,9 +104,13 @@ def run_section(run: RunPart) -> Html:
         curve = Curve(shown.lower(), _points(run, f"eval_{name}"))
         unit = "correlation" if name == "pearson" else "share"
         charts.append(curves(f"{shown} on the evaluation caches", "step", unit, [curve]))
-    pairs = [(name, _plain(run.options[name])) for name in _OPTIONS if name in run.options]
+    pairs = [
+        (_words(name), "default" if run.options[name] is None else _plain(run.options[name]))
+        for name in _OPTIONS
+        if name in run.options
+    ]
     pairs += [
-        (name.replace("_", " "), _figure(result[name]))
+        (f"{_words(name)}, training", _figure(result[name]))
         for name in _SCORES
         if number(result.get(name)) is not None
     ]
@@ -129,7 +133,7 @@ def run_section(run: RunPart) -> Html:
 def _evaluation(figures: object) -> Html | None:
     if not isinstance(figures, dict) or not figures:
         return None
-    rows = [(_plain(name), _figure(value)) for name, value in figures.items()]
+    rows = [(_words(_plain(name)), _figure(value)) for name, value in figures.items()]
     return table("On the evaluation caches", ("figure", "value"), rows[:_LINES])
 
 
@@ -145,7 +149,7 @@ def _log(run: RunPart) -> Html | None:
         (_count(line.get("step")), *(_figure(line.get(name)) for name in names))
         for line in [*lines[:-1][::step], lines[-1]]
     ]
-    header = ("step", *(name.replace("_", " ") for name in names))
+    header = ("step", *map(_words, names))
     return details("Curves as numbers", table("Curves as numbers", header, rows))
 
 
@@ -189,8 +193,8 @@ def sweep_section(sweep: SweepPart) -> Html:
         [
             element(
                 "p",
-                f"{len(runs):,} runs of {len(settings):,} settings, best first by "
-                f"{_NAMES.get(ranked, ranked)}; figures of {where}.",
+                f"{counted(len(runs), 'run')} of {counted(len(settings), 'setting')}, best first "
+                f"by {_NAMES.get(ranked, ranked)}; figures of {where}.",
                 class_="lead",
             ),
             table("Settings, means over seeds", header, rows, texts=range(max(1, len(crossed)))),
@@ -232,9 +236,14 @@ def _count(value: object) -> str:
 
 def _plain(value: object) -> str:
     """A value of an options file, cut where it is long."""
-    shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    values = value if isinstance(value, list) else [value]
+    shown = ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values)
     shown = "-" if value is None else redact(shown)
     return shown if len(shown) <= 300 else f"{shown[:300]}…"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _short(path: str) -> str:

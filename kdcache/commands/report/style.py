@@ -22,7 +22,7 @@ font-size:.9rem}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.5rem 1.2rem;
 margin:1em 0}dt{color:var(--dim);font-size:.85rem}dd{margin:0;unicode-bidi:isolate}
 .scroll{overflow-x:auto;margin:1em 0;scrollbar-width:thin}
-table{border-collapse:collapse;font-size:.92rem;
+table{border-collapse:collapse;font-size:.92rem;min-width:min(18rem,100%);
 font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:.3em 0}
 th,td{padding:.3em .7em;border-bottom:1px solid var(--line);vertical-align:top;text-align:left;
@@ -41,6 +41,7 @@ color:var(--dim)}.key{width:28px;height:12px;vertical-align:middle}
 figure{margin:1.2em 0;max-width:44rem}figcaption{font-weight:600}
 .chart{width:100%;height:auto;display:block}.chart text{fill:var(--dim);font:13px system-ui,
 sans-serif}.grid{stroke:var(--line)}.bar{fill:var(--c0)}.curve{fill:none;stroke-width:2}
+.chart circle{stroke-dasharray:none}
 .c0{stroke:var(--c0)}.c1{stroke:var(--c1);stroke-dasharray:7 3}
 .c2{stroke:var(--c2);stroke-dasharray:2 3}.c3{stroke:var(--c3);stroke-dasharray:9 3 2 3}
 .c4{stroke:var(--c4);stroke-dasharray:12 4}.c5{stroke:var(--c5);stroke-dasharray:4 4}
