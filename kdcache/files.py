@@ -151,6 +151,36 @@ def write_json(path: Path, document: Any) -> None:
 # Folders
 
 
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as `parse_yaml`.
+    """
+    return parse_yaml(Path(path).read_bytes())
+
+
+def parse_yaml(data: bytes) -> Any:
+    """What a YAML document holds.
+
+    Raises:
+        ValueError: it is none; the text is one line: what is wrong, and where.
+    """
+    import yaml  # which few need
+
+    try:
+        return yaml.safe_load(data.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem or error.context}{where}") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # dates are parsed too
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name, and the place of an older one, at the end.

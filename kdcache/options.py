@@ -156,10 +156,10 @@ class Option:
 
     def wrong(self, value: Any) -> str:
         """What is wrong with a value of the right type, as one sentence; empty if nothing is."""
-        shown = value if self.type is not str else repr(value)
         for one in value if self.several and value is not None else (value,):
             if one is None:
                 continue
+            shown = str(one).removesuffix(".0")  # 1.0 was written 1
             if self.choices and one not in self.choices:
                 return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."
             if self.type in (int, float) and isinstance(one, (int, float)) and not self._fits(one):

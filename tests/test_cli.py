@@ -115,8 +115,19 @@ def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: P
     wrong = run("build", "--config", str(config))
     assert wrong.exit_code == 2
     assert "there is no option limitt. Did you mean limit?" in wrong.output
-    config.write_text("a: [1\n")
-    assert "not valid YAML" in run("build", "--config", str(config)).output
+    for content, why in (
+        (b"a: [1\nb: {", "expected ',' or ']', but got ':' in line 2, column 2."),
+        (b"a: 1\n\tb: 2", "in line 2, column 1."),
+        (b"a: \xff", "byte 3 is not UTF-8."),
+        (b"a: 2020-99-99", "month must be in 1..12"),
+        (b"a: \0", "special characters are not allowed"),
+    ):
+        config.write_bytes(content)
+        wrong = run("build", "--config", str(config))
+        assert wrong.exit_code == 2
+        (line,) = [line for line in wrong.output.splitlines() if line.startswith("Error: ")]
+        assert f"{config} is not valid YAML: " in line
+        assert why in line
 
 
 @pytest.mark.parametrize(

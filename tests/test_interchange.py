@@ -142,6 +142,8 @@ def test_an_export_goes_on_and_refuses_another_one(
         kdcache.export(replace(options, temperature=3.0, out=str(tmp_path / "t3")))
     with pytest.raises(UsageError, match="would be biased"):
         kdcache.export(ExportOptions(lm_caches["sample:20"], str(tmp_path / "s"), top=3))
+    with pytest.raises(UsageError, match="is a cache. Name another folder"):
+        kdcache.export(replace(options, out=options.cache))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.parquet").write_bytes(b"")
     with pytest.raises(UsageError, match="holds other Parquet files"):

@@ -176,6 +176,28 @@ def test_trust_lets_it_run(way: Callable[[Path], None], model: Path, tmp_path: P
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("length", [0, 4, 200, -1])
+def test_weights_that_are_cut_off_are_named(length: int, model: Path, tmp_path: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    (tmp_path / "corpus.tsv").write_text("text\tlabel\na\tb\nc\td\n")
+    corpus, folder = (str(tmp_path / "corpus.tsv"),), str(model)
+    for use in (
+        lambda: TeacherFiles.find(folder),
+        lambda: finetune(FinetuneOptions(folder, corpus, out=str(tmp_path / "tuned"))),
+        lambda: predict(PredictOptions(folder, corpus=corpus)),
+    ):
+        with pytest.raises(UsageError, match=r"model\.safetensors is cut off or damaged"):
+            use()
+
+
+def test_weights_that_an_index_names_and_nobody_fetched_are_named(model: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"lacks model-2\.safetensors, which its index names"):
+        TeacherFiles.find(str(model))
+
+
 def test_a_function_on_the_command_line_is_the_users_own_word(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must return a torch"):
         run_train("got_payload:make", tmp_path)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import yaml
 
 from kdcache.cli.volume import volume_options
+from kdcache.files import read_yaml
 from kdcache.options import Option, options_of, parse_values
 
 Kind = TypeVar("Kind")
@@ -156,9 +155,9 @@ def _load(kind: type[Any], ctx: click.Context, path: str | None) -> None:
     if path is None:
         return
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise click.UsageError(f"{path} is not valid YAML: {error}") from error
+        values = read_yaml(path)
+    except ValueError as error:
+        raise click.UsageError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(values, dict):
         raise click.UsageError(f"{path} holds no options: expected lines like `max-length: 512`.")
     found, wrong = parse_values(kind, values)

@@ -2,14 +2,15 @@
 
 Refused:
 
-* weights that are not safetensors, also if an index of safetensors names them;
+* weights that are not safetensors, also if an index of safetensors names them, and those that are
+  missing or cut off;
 * without `--trust-remote-code`: a Python function that makes the model (`kdcache-factory`), Python
   files of the folder (`auto_map`) if transformers has no such architecture, and attention kernels
   (`attn_implementation` with a `/`), which are compiled code from the hub.
 
 transformers itself refuses any other `auto_map` without that flag, runs chat templates in a
 sandbox, and reads the state of a resumed run as tensors and numbers only (`weights_only`).
-Cost: two small files are read.
+Cost: two small files and the headers of the weights are read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from kdcache.errors import UsageError
@@ -41,7 +43,8 @@ def check_folder(
     Raises:
         UsageError: names the file and the reason.
     """
-    weights = [*elsewhere, *(path.name for path in folder.glob("*.safetensors"))]
+    remote = set(elsewhere)
+    weights = [*remote, *(path.name for path in folder.glob("*.safetensors"))]
     if (folder / _INDEX).is_file():
         weights += map(str, read_json(who, folder / _INDEX).get("weight_map", {}).values())
     if "kdcache_head.safetensors" in weights:
@@ -54,8 +57,27 @@ def check_folder(
         others += [path.name for path in folder.glob("*.bin")]
         pickled = f" ({others[0]} is not loaded: convert it)" if others else ""
         raise UsageError(f"{who} has no weights: expected *.safetensors in it{pickled}.")
+    for name in sorted(set(weights) - remote):
+        check_weights(who, folder / name)
     config = read_json(who, folder / "config.json")
     check_config(who, config, trust_remote_code=trust_remote_code)
+
+
+def check_weights(who: str, path: Path) -> None:
+    """Refuse a file of weights that is missing, cut off or something else.
+
+    Raises:
+        UsageError: names the file.
+    """
+    if not path.is_file():
+        raise UsageError(f"{who} lacks {path.name}, which its index names. Fetch the model again.")
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise UsageError(
+            f"{who}: {path.name} is cut off or damaged ({error}). Fetch it, or make it, again."
+        ) from error
 
 
 def check_config(who: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:

@@ -116,6 +116,8 @@ def export(
 def _refuse_others(folder: Path, about: dict[str, Any]) -> None:
     """Refuse a folder whose files are not of this export."""
     note = folder / _ABOUT
+    if (folder / "spec.json").is_file():
+        raise UsageError(f"--out {folder} is a cache. Name another folder.")
     if note.is_file():
         if json.loads(note.read_text()) != about:
             raise UsageError(

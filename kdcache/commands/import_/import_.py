@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.commands.build.driver import Progress
@@ -31,6 +30,7 @@ from kdcache.commands.import_.options import ImportOptions
 from kdcache.corpus import Corpus, ReadStats, RecordError, named
 from kdcache.corpus.files import open_bytes
 from kdcache.errors import UsageError
+from kdcache.files import parse_yaml
 from kdcache.rows import RowSpec
 from kdcache.rows.ids import load_tokenizer
 from kdcache.storage import redact
@@ -169,9 +169,10 @@ def _compression(options: ImportOptions, corpus: Corpus) -> Compression | None:
     with stream:
         text = stream.read(_MOST_CONFIG)
     try:
-        return Compression.parse(yaml.safe_load(text), redact(place))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{redact(place)} is not valid YAML: {error}") from None
+        document = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{redact(place)} is not valid YAML: {error}.") from None
+    return Compression.parse(document, redact(place))
 
 
 def _about(options: ImportOptions, corpus: Corpus) -> dict[str, Any]:

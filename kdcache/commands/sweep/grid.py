@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdcache.cache import Cache
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.errors import UsageError
+from kdcache.files import read_yaml
 from kdcache.options import parse_values
 from kdcache.storage import redact
 from kdcache.stream import open_caches
@@ -140,11 +139,11 @@ def nothing_started(path: str | Path, wrong: Sequence[str]) -> UsageError:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], list[str]]:
     """Options with one value, those with several (names with `_`), and the problems."""
     try:
-        document = yaml.safe_load(path.read_text())
+        document = read_yaml(path)
     except OSError as error:
         raise UsageError(f"grid {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"grid {path} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"grid {path} is not valid YAML: {error}.") from error
     if not isinstance(document, dict):
         raise UsageError(f"grid {path} holds no options: expected lines like `epochs: 1`.")
     grid = document.pop(_GRID, None)
