@@ -113,7 +113,25 @@ def local_path(name: str, option: str = "--out") -> Path:
             f"{option} is {name}, expected a folder or file on this machine: only caches and "
             "trainings can be written to an object store."
         )
-    return Path(name).expanduser().absolute()
+    # Of Path, expanduser fails for a user that does not exist.
+    return Path(os.path.expanduser(name)).absolute()
+
+
+def file_problems(name: str | None, option: str) -> list[str]:
+    """What is wrong with the name of a file to write, before the work that it is for.
+
+    Args:
+        name: of the file; None for none.
+        option: that names it.
+    """
+    if name is None:
+        return []
+    path = Path(os.path.expanduser(name.removeprefix("file://"))).absolute()
+    if path.is_dir():
+        return [f"{option} is {name}, a folder. Name a file."]
+    if "://" not in name and not path.parent.is_dir():
+        return [f"{option}: there is no folder {path.parent}."]
+    return []
 
 
 # Files

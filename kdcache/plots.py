@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.files import whole_file
+from kdcache.files import local_path, output_errors, whole_file
 
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito 2008
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -381,5 +381,5 @@ def _style(axes: Any) -> None:
 
 def _save(figure: Any, path: str | Path) -> None:
     """Write a PNG that appears whole."""
-    with whole_file(Path(path)) as file:
+    with output_errors(path), whole_file(local_path(str(path), "--plot")) as file:
         figure.savefig(file, format="png")

@@ -276,3 +276,29 @@ def test_env_says_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch) -> No
     report = json.loads(run("env", "--json").stdout)
     assert report["packages"]["h5py"] == h5py.__version__
     assert report["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "x", "--out"),
+        ("plan", "--teacher", "x", "--corpus", "x", "--plot"),
+        ("evaluate", "--student", "x", "--cache", "x", "--plot"),
+        ("train", "--student", "x", "--cache", "x", "--out", "y", "--plot"),
+        ("predict", "--student", "x", "--corpus", "x", "--out"),
+    ],
+)
+def test_a_file_to_write_that_is_a_folder_is_refused_before_the_work(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a folder").mkdir()
+    for name in (f"{tmp_path}/a folder", "~/a folder"):
+        result = run(*words, name)
+        assert result.exit_code == 2
+        assert f"{words[-1]} is {name}, a folder. Name a file." in result.output
+    if words[0] != "predict":  # which makes the folder
+        result = run(*words, "~/none/x")
+        assert f"{words[-1]}: there is no folder {tmp_path}/none." in result.output
+        assert "there is no folder" not in run(*words, "~/x").output
+    assert "Traceback" not in run(*words, "~nobody-of-that-name/x").output

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.choices import (
@@ -25,6 +24,7 @@ from kdcache.choices import (
 )
 from kdcache.domains import Named
 from kdcache.extras import needs
+from kdcache.files import file_problems
 from kdcache.options import Options, option
 from kdcache.tasks import TASKS
 
@@ -293,8 +293,7 @@ class PlotOptions(Options):
 
     def plot_problems(self) -> list[str]:
         """What is wrong with the file."""
-        folder = Path(self.plot).parent if self.plot else Path()
-        return [] if folder.is_dir() else [f"--plot: there is no folder {folder}."]
+        return file_problems(self.plot, "--plot")
 
     def check_plot(self) -> None:
         """Refuse a plot that cannot be drawn, before the work that it is to show.

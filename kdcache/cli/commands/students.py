@@ -105,6 +105,7 @@ def _sweep() -> click.Command:
             print_json(result)
         else:
             render_sweep(result, terminal())
+            echo_next("kdcache", "report", options.out)
 
     return command
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.groups import TeacherRunOptions
 from kdcache.commands.masks import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.errors import UsageError
+from kdcache.files import file_problems
 from kdcache.options import option
 from kdcache.tasks import CAUSAL_LM, TASKS, Task
 
@@ -59,9 +59,7 @@ class PlanOptions(MaskedRowOptions, TeacherRunOptions):
                 f"--temperatures are {given}, expected positive numbers, "
                 "several of one set with commas: --temperatures 1 --temperatures 1,2."
             )
-        folder = Path(self.plot).parent if self.plot else Path()
-        if not folder.is_dir():
-            problems.append(f"--plot: there is no folder {folder}.")
+        problems += file_problems(self.plot, "--plot")
         try:
             self.build_options()
         except UsageError as error:

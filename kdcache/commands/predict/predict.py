@@ -104,8 +104,8 @@ def predict(
         UsageError: the model is not a classifier or cannot read texts, or the input is unreadable.
     """
     begin = time.perf_counter()
-    if options.out is not None:
-        local_path(options.out)
+    if options.out is not None and local_path(options.out).is_dir():
+        raise UsageError(f"--out is {options.out}, a folder. Name a file.")
     saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)
     task = options.task or saved.task or SEQUENCE_CLASSIFICATION
     if TASKS[task].over_ids and not TASKS[task].source:

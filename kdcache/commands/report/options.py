@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 
+from kdcache.files import file_problems
 from kdcache.options import Options, option
 
 _MOST_PATHS = 200
@@ -30,6 +30,4 @@ class ReportOptions(Options):
         problems = []
         if not 0 < len(self.paths) <= _MOST_PATHS:
             problems.append(f"{len(self.paths)} paths, expected 1 to {_MOST_PATHS}.")
-        if not Path(self.out).absolute().parent.is_dir():
-            problems.append(f"--out: there is no folder {Path(self.out).parent}.")
-        return problems
+        return [*problems, *file_problems(self.out, "--out")]
