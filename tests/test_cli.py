@@ -80,6 +80,10 @@ def test_helps_say_what_is_required_and_name_columns_as_they_are() -> None:
     assert "Folder or URL of the cache. [required]" in shown("build")
     assert "Seed of the noise of sample and anchored. [default: 0]" in shown("build")
     assert "for words tags, ner_tags or labels, a list." in shown("build")
+    for name in COMMANDS:
+        assert "or --labels" not in shown(name), "a column, not an option"
+    tasks = "sequence-classification|multi-label-classification|regression|"
+    assert f"--task {tasks}token-classification|seq2seq-lm The task" in shown("finetune")
     assert "GRID.yaml YAML file: options of kdcache train, and under grid those" in shown("sweep")
     assert "Arguments: CACHE" in shown("inspect")
 

@@ -33,15 +33,16 @@ class FinetuneOptions(PairRowOptions, LearningOptions):
     _: KW_ONLY
     task: Task = option(
         SEQUENCE_CLASSIFICATION,
-        help="the task: `sequence-classification`, `multi-label-classification`, `regression`, "
-        "`token-classification` or `seq2seq-lm`.",
+        help="the task: what the teacher predicts.",
+        metavar="sequence-classification|multi-label-classification|regression|"
+        "token-classification|seq2seq-lm",
     )
     label_column: str = option(
         "label",
         help="column of the class, as a number or a name; of several a text (a list of names, or "
         "one column for each class, with commas between); of the score; for words a list of "
-        "classes. Default: `label`; for several labels `labels`, for scores `score` as well; for "
-        "words `tags`, `ner_tags` or `labels`.",
+        "classes. By default for several labels labels too, for scores score; for words tags, "
+        "ner_tags or labels.",
         metavar="NAME",
     )
     label_names: tuple[str, ...] | None = option(
