@@ -33,10 +33,12 @@ class Structure:
             one.
         prefix: where the tokenizer puts a space that the text lacks: `never`, at the `first` token
             of a text, or `always`: behind each added token within it too.
+        doubles: whether it puts one before a text that begins with a space, too.
     """
 
     mark: str | None
     prefix: Prefix
+    doubles: bool = False
 
     @property
     def byte_level(self) -> bool:
@@ -73,11 +75,12 @@ def structure_of(state: Mapping[str, Any], name: str) -> Structure:
     byte_level = False
     mark: str | None = None
     prefix: Prefix = "never"
+    doubles = False
     for node in nodes(state.get("normalizer")):
         if node["type"] == "ByteLevel":
             byte_level = True
         elif node["type"] == "Prepend":
-            mark, prefix = node["prepend"], "always"
+            mark, prefix, doubles = node["prepend"], "always", True
         elif node["type"] == "Replace" and node["pattern"] == {"String": " "}:
             mark = node["content"]
         elif node["type"] != "NFC" and (
@@ -98,7 +101,7 @@ def structure_of(state: Mapping[str, Any], name: str) -> Structure:
         raise refuse("has no tokens for single bytes")
     if not byte_level and mark is None:
         mark = " "  # written as it is
-    return Structure(mark, prefix)
+    return Structure(mark, prefix, doubles)
 
 
 def faithful(state: Mapping[str, Any], *, prefix: bool) -> State:

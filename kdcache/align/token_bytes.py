@@ -198,8 +198,22 @@ class TokenBytes:
         if self.structure.prefix == "always":
             first[1:] |= np.isin(ids[:-1], list(self._added))
         for place in np.flatnonzero(first):
-            first[place] = self.tokens[ids[place]][:1] == b" "
+            first[place] = self._own_space(ids[place : place + 2])
         return first
+
+    def _own_space(self, ids: Ids) -> bool:
+        """Whether the first of some tokens, with which a text begins, has a space before the text.
+
+        Most tokenizers put none before a text that begins with a space. So two spaces are the
+        text's, and so is one with nothing behind it. One before a letter can be either's, since
+        both texts have the same tokens.
+        """
+        begin = self.tokens[ids[0]]
+        if begin[:1] != b" " or self.structure.doubles:
+            return begin[:1] == b" "
+        if len(begin) > 1 or len(ids) == 1:
+            return begin[1:2] != b" "
+        return int(ids[1]) not in self._added and self.tokens[ids[1]][:1] != b" "
 
     def check(self, ids: Ids) -> None:
         """Refuse ids that are no token's.
