@@ -517,6 +517,42 @@ def test_marks_of_a_chat_become_their_like_or_nothing() -> None:
     assert (found.chunk_bytes == 0).sum() == 2
 
 
+def test_within_a_single_document_an_end_of_text_begins_no_other() -> None:
+    """Chat templates like Mistral's end each turn with it, and text has the marks between."""
+    teacher, student = table("first"), table("bytes")
+    turns = [teacher.tokenise([text], opens=False)[0] for text in ("[ASK] the cat", " a boat")]
+    ids = np.concatenate([turns[0], [teacher.eos_id], turns[1], [teacher.eos_id]])
+    (found,) = Aligner(teacher, student).align([cached(ids, opens=True, single=True)])
+    special = [i for i in [*found.input_ids, found.labels[-1]] if student.special[i]]
+    assert special == [*student.opening, student.eos_id, student.eos_id]
+    # The space behind it is the text's: the tokenizer puts one before the whole text alone.
+    assert student.decode(found.input_ids, np.zeros(len(found.input_ids), bool))[0] == (
+        b"[ASK] the cat a boat"
+    )
+    (joined,) = Aligner(teacher, student).align([cached(ids, opens=True)])
+    special = [i for i in [*joined.input_ids, joined.labels[-1]] if student.special[i]]
+    assert special == [*student.opening, student.eos_id] * 2
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_mark_that_becomes_what_opens_a_text_is_enough(divided: bool) -> None:
+    """A template may write it though the tokenizer puts none before a text."""
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "pieces")
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None}
+    plain = fast(Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>")
+    teacher, student = TokenBytes(plain), table("pieces")
+    assert teacher.opening == []
+    (opening,) = student.opening
+    assert teacher.marks["<s>"] == opening
+    (body,) = teacher.tokenise(["the boat"], opens=False)
+    ids = np.array([opening, *body, teacher.eos_id] * 2)
+    starts = np.array(ids == opening)[:-1] if divided else None
+    (found,) = Aligner(teacher, student).align([cached(ids, starts=starts, opens=True)])
+    own = [int(i) for i in [*found.input_ids, found.labels[-1]] if student.special[i]]
+    assert own == [opening, student.eos_id] * 2
+    assert found.starts is None or found.input_ids[found.starts].tolist() == [opening] * 2
+
+
 def test_a_row_that_would_be_too_long_is_cut_and_counted() -> None:
     teacher, student = table("pieces"), table("bytes")
     ids, _ = row_of(teacher, ["\u4f60" * 30])

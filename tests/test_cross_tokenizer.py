@@ -294,6 +294,36 @@ def test_of_a_chat_only_the_answers_have_labels(
     assert student(257)(**batch).loss.isfinite()
 
 
+def test_an_end_of_text_within_a_conversation_begins_no_document(
+    folder: Path, tiny_lm: Path, tmp_path: Path
+) -> None:
+    """Where a row is one conversation. Rows of ids may be several documents."""
+    turns = [("user", "Where?"), ("assistant", "Here."), ("user", "Who?"), ("assistant", "Me.")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}[ASK] {{ m.content }} [/ASK]{% else %}"
+        "{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    usual: dict[str, Any] = {"teacher": (str(tiny_lm),), "codec": "topk:8", "workers": 0}
+    chats, ids = str(tmp_path / "chats"), str(tmp_path / "ids")
+    corpus = (str(tmp_path / "chats.jsonl"),)
+    build(
+        BuildOptions(corpus=corpus, out=chats, packing="none", chat_template=str(template), **usual)
+    )
+    data = Cache.open(chats).read(0)
+    row = [*data.row(0).input_ids.tolist(), int(data.row(0).labels[-1])]
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": row}) + "\n")
+    corpus = (str(tmp_path / "ids.jsonl"),)
+    build(BuildOptions(corpus=corpus, out=ids, record_form="ids", tokenizer=str(tiny_lm), **usual))
+    opened = AutoTokenizer.from_pretrained(Path(__file__).parent / "tiny_tokenizers" / "bytes")
+    for cache, number in ((chats, 1), (ids, 2)):
+        over = CrossTokenizer(Cache.open(cache), opened, "likelihood")
+        batch = next(iter(TargetStream(cache, batch_size=1, shuffle=False, cross=over)))
+        assert batch["input_ids"].tolist()[0].count(opened.bos_token_id) == number
+
+
 # Runs
 
 

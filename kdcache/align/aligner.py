@@ -50,12 +50,15 @@ class CachedRow:
         labels: integers [L], aligned with the logits, `IGNORE` where there is none.
         starts: bool [L], where documents begin that do not attend to each other, or None.
         opens: whether the row's first token begins a text, and does not continue one.
+        single: whether the row is of one document alone: an end-of-text within it, such as that of
+            a chat's turn, begins no other.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     starts: np.ndarray | None = None
     opens: bool = False
+    single: bool = False
 
 
 @dataclass
@@ -224,7 +227,9 @@ class Aligner:
     def _open(self, own: _Own, line: _Line, at: int) -> None:
         """What the student needs before a document."""
         own.divide = own.divide or bool(line.divides[at])
-        if line.fresh[at] and not line.opener[at]:
+        # The mark that it begins with may be this, as in a chat template that writes one.
+        written = np.array_equal(self._likes.get(int(line.ids[at]), []), self._opening)
+        if line.fresh[at] and not line.opener[at] and not written:
             unit = np.full(len(self._opening), line.ends[at])
             own.add(self._opening, unit, unit, asked=False, inserted=True)
 
@@ -359,7 +364,7 @@ def _line(teacher: TokenBytes, row: CachedRow) -> _Line:
     if row.starts is not None:
         divides[: len(row.starts)] = row.starts
         fresh[1:] = divides[1:]
-    elif not (special & ~opener & (ids != teacher.eos_id)).any():
+    elif not row.single and not (special & ~opener & (ids != teacher.eos_id)).any():
         # Where there are other marks this is a chat, whose messages may end with it too.
         fresh = after_end
     fresh[:1] = row.opens

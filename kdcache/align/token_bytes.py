@@ -208,12 +208,13 @@ class TokenBytes:
         text's, and so is one with nothing behind it. One before a letter can be either's, since
         both texts have the same tokens.
         """
-        begin = self.tokens[ids[0]]
+        begin = self.tokens[int(ids[0])]
         if begin[:1] != b" " or self.structure.doubles:
             return begin[:1] == b" "
         if len(begin) > 1 or len(ids) == 1:
             return begin[1:2] != b" "
-        return int(ids[1]) not in self._added and self.tokens[ids[1]][:1] != b" "
+        following = int(ids[1])
+        return following not in self._added and self.tokens[following][:1] != b" "
 
     def check(self, ids: Ids) -> None:
         """Refuse ids that are no token's.

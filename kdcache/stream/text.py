@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kdcache.align import CachedRow, TokenBytes, label_bytes
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.stream.cached_rows import OPEN_ROWS
+from kdcache.stream.cached_rows import RowKind
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 
@@ -55,7 +55,7 @@ class RowsText:
             UsageError: a tokenizer that loses bytes of a text.
         """
         self._tokens = TokenBytes(caches[0].tokenizer(), "the cache's tokenizer")
-        self._opens = caches[0].spec.packing in OPEN_ROWS
+        self._kind = RowKind.of_cache(caches[0])
 
     def __call__(self, data: ShardData) -> TextChunks:
         """The chunks of some rows.
@@ -65,7 +65,7 @@ class RowsText:
         """
         rows = (data.row(index) for index in range(len(data)))
         found = [
-            label_bytes(self._tokens, CachedRow(row.input_ids, row.labels, row.starts, self._opens))
+            label_bytes(self._tokens, CachedRow(row.input_ids, row.labels, row.starts, *self._kind))
             for row in rows
         ]
         sizes = np.concatenate([size for size, _ in found])

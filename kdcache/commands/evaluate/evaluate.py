@@ -150,7 +150,7 @@ class _Evaluation:
             self.why_no_bytes = str(error)
             return None
         same = [Sums() for _ in self.students]
-        return InBytes(reader, with_aligners(reader, others), self.rows.opens, self._budget, same)
+        return InBytes(reader, with_aligners(reader, others), self.rows.kind, self._budget, same)
 
     @property
     def _budget(self) -> int:

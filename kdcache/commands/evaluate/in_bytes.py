@@ -32,6 +32,7 @@ from kdcache.commands.evaluate.scores import ModelScores
 from kdcache.loss.chunks import compared
 from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
+from kdcache.stream.cached_rows import RowKind
 from kdcache.student.saved import LoadedModel
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
@@ -66,7 +67,7 @@ class InBytes:
     Attributes:
         reader: the tokenizer that made the rows.
         others: students with a tokenizer of their own, and how their rows are made.
-        opens: whether each row begins with a document.
+        kind: what the rows hold.
         budget: tokens of a batch.
         teacher: its sums; None where what it thinks of the labels is not known.
         same: sums of the students that read the rows as they are.
@@ -81,7 +82,7 @@ class InBytes:
 
     reader: TokenBytes
     others: Sequence[tuple[LoadedModel, Aligner]]
-    opens: bool
+    kind: RowKind
     budget: int
     same: list[Sums]
     teacher: Sums | None = field(default_factory=Sums)
@@ -105,7 +106,7 @@ class InBytes:
                 in order; None where it is not known.
             same: likewise of each student that reads the rows as they are.
         """
-        cached = [CachedRow(row.input_ids, row.labels, row.starts, self.opens) for row in rows]
+        cached = [CachedRow(row.input_ids, row.labels, row.starts, *self.kind) for row in rows]
         found = [label_bytes(self.reader, row) for row in cached]
         sizes = np.concatenate([size for size, _ in found])
         is_text = np.concatenate([text for _, text in found])
@@ -147,7 +148,7 @@ class InBytes:
     def empty(self) -> InBytes:
         """The same of no rows."""
         same = [Sums() for _ in self.same]
-        return InBytes(self.reader, self.others, self.opens, self.budget, same)
+        return InBytes(self.reader, self.others, self.kind, self.budget, same)
 
     def merge(self, other: InBytes) -> None:
         """Add the sums over other rows."""

@@ -20,7 +20,7 @@ from kdcache.commands.inspect.inspect import default_temperature
 from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.stream.cached_rows import OPEN_ROWS
+from kdcache.stream.cached_rows import RowKind
 from kdcache.student.saved import SavedModel, word_reader
 from kdcache.tasks import TASKS
 
@@ -135,9 +135,11 @@ class EvaluationRows:
         return self.options.of_pairs(spec, self.saved, "model")
 
     @property
-    def opens(self) -> bool:
-        """Whether a row may begin and end within a document."""
-        return (self.spec if self.cache is None else self.cache.spec).packing in OPEN_ROWS
+    def kind(self) -> RowKind:
+        """What the rows hold."""
+        if self.cache is not None:
+            return RowKind.of_cache(self.cache)
+        return RowKind.of(self.spec.packing, self.spec.record_form)
 
     @property
     def dense(self) -> bool:
