@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes, same_bytes
+from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes, label_bytes, same_bytes
 from kdcache.align.aligner import settled, texts_in
 from kdcache.cache import Cache
 from kdcache.errors import UsageError
@@ -586,6 +586,24 @@ def test_odd_rows() -> None:
     assert Aligner(teacher, student).align([]) == []
     with pytest.raises(UsageError, match="a row holds 448, which is not the id of a token"):
         Aligner(teacher, student).align([CachedRow(np.array([448]), np.array([5]))])
+
+
+def test_an_id_without_a_token_is_no_text() -> None:
+    """Vocabularies have gaps, and corpora of ids may use them: a model reads these as others."""
+    state = json.loads((HERE / "bytes" / "tokenizer.json").read_text())
+    state["model"]["vocab"]["of_its_own"] = 460
+    tokens = TokenBytes(fast(Tokenizer.from_str(json.dumps(state)), eos_token="<|end|>"))
+    gap = 455
+    assert not tokens.known[gap]
+    (body,) = tokens.tokenise(["the boat"], opens=True)
+    for stray in (gap, len(tokens) + 7):
+        row = cached(np.array([stray, *body, stray, *body, stray], np.int64), opens=True)
+        sizes, is_text = label_bytes(tokens, row)
+        assert sizes.sum() == 2 * len("the boat")
+        assert is_text.tolist() == (row.labels != stray).tolist()
+        assert (sizes[~is_text] == 0).all()
+        with pytest.raises(UsageError, match=f"a row holds {stray}, which .* without such rows"):
+            Aligner(tokens, table("bytes")).align([row])
 
 
 def test_ids_with_the_same_bytes() -> None:

@@ -14,6 +14,7 @@ import pytest
 import small_runs
 import torch
 from click.testing import CliRunner
+from conftest import make_tiny_lm
 from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
@@ -29,6 +30,7 @@ from kdcache.errors import UsageError
 from kdcache.loss import chunk_loss, distillation_loss
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream, cross
 from kdcache.stream.cross import paths_of
+from kdcache.stream.text import RowsText
 from kdcache.student import DistilledStudent
 from kdcache.targets import ChunkTargets, SparseTargets
 from kdcache.targets.label_logprob import decode_logprobs
@@ -292,6 +294,29 @@ def test_of_a_chat_only_the_answers_have_labels(
         text = own.decode(labels[labels != IGNORE])
         assert text in (answer[1:] + "<|end|>", answer + "<|end|>")
     assert student(257)(**batch).loss.isfinite()
+
+
+def test_a_space_of_the_tokenizers_own_is_text_of_no_bytes(tmp_path: Path) -> None:
+    """A student of the teacher's tokenizer has the same text, however its rows are read."""
+    tokens = Path(__file__).parent / "tiny_tokenizers" / "pieces"
+    teacher = make_tiny_lm(tokens, tmp_path / "lm", vocab_size=448)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "\u4f60 and a cat"}) + "\n")
+    out = str(tmp_path / "cache")
+    build(
+        BuildOptions(
+            teacher=(str(teacher),), corpus=(str(tmp_path / "text.jsonl"),), out=out,
+            codec="topk:8", packing="none", workers=0,
+        )
+    )  # fmt: skip
+    cache = Cache.open(out)
+    over = CrossTokenizer(cache, AutoTokenizer.from_pretrained(tokens), "likelihood")
+    assert over.needless
+    data = cache.read(0)
+    whole = RowsText([cache])(data)
+    assert whole.sizes.tolist()[:2] == [0, 1]
+    found = over.text(TargetDataset(cache, cross=over)[0])
+    for name in ("begin", "end", "sizes", "likelihood"):
+        np.testing.assert_allclose(getattr(found, name), getattr(whole, name))
 
 
 def test_an_end_of_text_within_a_conversation_begins_no_document(

@@ -336,23 +336,30 @@ def label_bytes(tokens: TokenBytes, row: CachedRow) -> tuple[Ints, Mask]:
         row: of a cache.
 
     Returns:
-        By positions, int64, the bytes of text, and bool, whether it is text and no special token.
-        A space of the tokenizer's own is text of 0 bytes.
+        By positions, int64, the bytes of text, and bool, whether it is text: not a special token,
+        nor an id that is no token's. A space of the tokenizer's own is text of 0 bytes.
     """
-    line = _line(tokens, row)
+    line = _line(tokens, row, strict=False)
     is_text = ~line.special[line.asked]
     return np.diff(line.ends)[line.asked] * is_text, is_text
 
 
-def _line(teacher: TokenBytes, row: CachedRow) -> _Line:
-    """Lay a row on its line of units."""
+def _line(teacher: TokenBytes, row: CachedRow, *, strict: bool = True) -> _Line:
+    """Lay a row on its line of units.
+
+    Args:
+        teacher: the row's tokenizer.
+        row: of a cache.
+        strict: refuse ids that are no token's; otherwise they are special tokens.
+    """
     last = row.labels[-1:]
     ids = np.concatenate([row.input_ids, last[last != IGNORE]]).astype(np.int64)
-    teacher.check(ids)
+    if strict:
+        teacher.check(ids)
     n = len(ids)
     asked, divides, fresh = np.zeros((3, n), np.bool_)
     asked[1:] = (row.labels != IGNORE)[: n - 1]
-    special = teacher.special[ids]
+    special = ~teacher.is_text(ids)
     opener = np.isin(ids, teacher.opening)
     after_end = np.zeros(n, np.bool_)
     after_end[1:] = ids[:-1] == teacher.eos_id
@@ -371,7 +378,7 @@ def _line(teacher: TokenBytes, row: CachedRow) -> _Line:
     begins = fresh.copy()
     begins[1:] |= opener[:-1]
     begins &= ~special
-    data, places = teacher.decode(ids, begins)
+    data, places = teacher.decode(np.where(special, teacher.filler, ids), begins)
     ends = places.copy()
     ends[1:] += np.cumsum(special)
     return _Line(ids, asked, special, opener, fresh, begins, divides, ends, data, places)

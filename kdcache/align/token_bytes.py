@@ -222,14 +222,31 @@ class TokenBytes:
         Raises:
             UsageError: there is one.
         """
-        outside = (ids < 0) | (ids >= len(self))
-        if not outside.any():
-            outside = ~self.known[ids]
+        outside = ~self._known(ids)
         if outside.any():
             raise UsageError(
                 f"a row holds {int(ids[outside][0])}, which is not the id of a token of "
-                f"{self.name}: its text can't be read."
+                f"{self.name}: its text can't be read. Students of other tokenizers need a cache "
+                "without such rows."
             )
+
+    def is_text(self, ids: Ids) -> Mask:
+        """Which ids are text: not a special token, nor an id that is no token's.
+
+        Args:
+            ids: int64 [L].
+
+        Returns:
+            bool [L].
+        """
+        found = self._known(ids)
+        found[found] = ~self.special[ids[found]]
+        return found
+
+    def _known(self, ids: Ids) -> Mask:
+        inside: Mask = (ids >= 0) & (ids < len(self))
+        inside[inside] = self.known[ids[inside]]
+        return inside
 
     def tokenise(self, texts: Sequence[str], *, opens: bool) -> list[Ids]:
         """Tokens of texts, without special ones: what looks like one in a text is text.

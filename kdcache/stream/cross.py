@@ -212,8 +212,11 @@ class CrossTokenizer:
         """
         own = data.aligned if isinstance(data, AlignedShard) else None
         assert own is not None, "a stream with another tokenizer aligns all its rows"
-        is_text = own.chunk_bytes > 0
-        spans = _spans(data, own)[is_text]
+        spans = _spans(data, own)
+        labels = data.labels[data.labels != IGNORE].astype(np.int64)
+        # A space of the tokenizer's own is text of 0 bytes, a special token none.
+        is_text = (own.chunk_bytes > 0) | self.aligner.teacher.is_text(labels[spans[:, 0]])
+        spans = spans[is_text]
         codes = data.label_logprob
         known = None if codes is None else _likelihood(codes, spans)
         return TextChunks(
