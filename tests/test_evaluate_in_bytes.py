@@ -286,7 +286,7 @@ def test_a_tokenizer_of_rows_that_loses_bytes_has_no_bits(
     result = evaluate(options)
     assert result.models[0].cross_entropy is not None
     assert result.models[0].bits_per_byte is None
-    assert any("no bits per byte: the tokenizer of" in note for note in result.notes)
+    assert any(f"no bits per byte: the tokenizer of student {folder}" in n for n in result.notes)
     with pytest.raises(UsageError, match="normalises text"):
         evaluate(replace(options, student=(str(folder), str(pieces_lm))))
 

@@ -143,7 +143,7 @@ class _Evaluation:
         if self.task != CAUSAL_LM:
             return None
         try:
-            reader = TokenBytes(self.rows.tokenizer(), f"the tokenizer of {self.rows.source}")
+            reader = TokenBytes(self.rows.tokenizer(), f"the tokenizer of {self.rows.reader}")
         except UsageError as error:
             if others:
                 raise

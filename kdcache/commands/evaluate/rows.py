@@ -43,6 +43,7 @@ class EvaluationRows:
     Attributes:
         cache: whose rows they are; None for those of a corpus.
         source: its name, for messages.
+        reader: whose tokenizer made the rows, for messages.
         task: of the models.
         label_names: the classes, or None.
         vocab_size: width of the logits that are compared.
@@ -83,7 +84,7 @@ class EvaluationRows:
         self.task, self.vocab_size, self.label_names = spec.task, spec.vocab_size, spec.label_names
         self.tokenizer_sha256: str | None = spec.tokenizer
         self.max_length = spec.max_length
-        self.source = cache.url
+        self.source = self.reader = cache.url
         for model in saved:
             model.check_task(self.task)
         if self.options.temperature is None:
@@ -109,6 +110,7 @@ class EvaluationRows:
             (f"{model.role} {model.name}", model.reach) for model in saved
         )
         self.source = ", ".join(map(str, options.corpus))
+        self.reader = f"{first.role} {first.name}"
         self.encoder_tokenizer = first.tokenizer
         if self.encoder_tokenizer is not None:
             options.set_chat_template(self.encoder_tokenizer)
