@@ -126,10 +126,13 @@ def file_problems(name: str | None, option: str) -> list[str]:
     """
     if name is None:
         return []
-    path = Path(os.path.expanduser(name.removeprefix("file://"))).absolute()
+    try:
+        path = local_path(name, option)
+    except UsageError as error:
+        return [str(error)]
     if path.is_dir():
         return [f"{option} is {name}, a folder. Name a file."]
-    if "://" not in name and not path.parent.is_dir():
+    if not path.parent.is_dir():
         return [f"{option}: there is no folder {path.parent}."]
     return []
 
@@ -166,9 +169,6 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=1) + "\n")
 
 
-# Folders
-
-
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds.
 
@@ -197,6 +197,9 @@ def parse_yaml(data: bytes) -> Any:
         raise ValueError(f"{error.problem or error.context}{where}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # dates are parsed too
         raise ValueError(" ".join(str(error).split())) from error
+
+
+# Folders
 
 
 @contextlib.contextmanager

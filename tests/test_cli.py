@@ -301,6 +301,9 @@ def test_a_file_to_write_that_is_a_folder_is_refused_before_the_work(
         result = run(*words, name)
         assert result.exit_code == 2
         assert f"{words[-1]} is {name}, a folder. Name a file." in result.output
+    result = run(*words, "s3://bucket/x")
+    assert result.exit_code == 2
+    assert f"{words[-1]} is s3://bucket/x, expected a folder or file on this" in result.output
     if words[0] != "predict":  # which makes the folder
         result = run(*words, "~/none/x")
         assert f"{words[-1]}: there is no folder {tmp_path}/none." in result.output
