@@ -77,6 +77,7 @@ def test_small_demo_then_again(tmp_path: Path) -> None:
              "5/6 hard labels (Llama)", "5/6 distilled (Llama)", "5/6 distilled (GPT-NeoX)",
              "6/6 evaluation")  # fmt: skip
     assert all(any(line.startswith(step) for line in lines) for step in steps)
+    assert all(Path(folder).is_dir() for folder in result.folders)
     assert not result.reused
     assert [m.architecture for m in result.models] == ["llama", "llama", "llama", "gpt_neox"]
     teacher, hard, distilled, other = result.models

@@ -105,7 +105,8 @@ def test_train_refuses_a_flipped_bit_in_any_file(golden: Path, tmp_path: Path) -
 def test_verify_names_each_file_on_a_line_and_train_refuses(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", [4, 4, 4], temperatures=(1.0,))
     good = run("verify", str(tmp_path / "cache"))
-    assert (good.exit_code, good.stderr) == (0, "")
+    assert good.exit_code == 0
+    assert [line[:19] for line in good.stderr.splitlines()] == ["Next: kdcache train"]
     assert "3 shards, 12 rows: all good" in good.stdout
     shards = sorted((tmp_path / "cache" / "shards").iterdir())
     flip(shards[0], 8 * 4000)  # in no column
@@ -115,7 +116,8 @@ def test_verify_names_each_file_on_a_line_and_train_refuses(tmp_path: Path) -> N
     shutil.copy(shards[2], tmp_path / "cache" / "shards" / "00002-0123456789abcdef.h5")
     bad = run("verify", str(tmp_path / "cache"))
     assert bad.exit_code == 1
-    lines = bad.stderr.splitlines()
+    *lines, then = bad.stderr.splitlines()
+    assert then == f"Next: kdcache repair {tmp_path / 'cache'}"
     wanted = ("notes.txt", "00002-0123456789abcdef.h5", "tokenizer.json", *(s.name for s in shards))
     for line, name in zip(lines, wanted[:-1], strict=True):
         assert name in line

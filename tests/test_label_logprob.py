@@ -288,7 +288,7 @@ def test_inspect_shows_it_beside_each_token(lm_caches: dict[str, str], tiny_lm: 
     assert result.teacher_cross_entropy == pytest.approx(-want.mean(), abs=2e-3)
     assert result.teacher_perplexity == pytest.approx(math.exp(-want.mean()), rel=2e-3)
     assert result.impossible_labels == 0
-    shown = run("inspect", folder, "--row", "0").output
+    shown = run("inspect", folder, "--row", "0").stdout
     assert f"{result.teacher_cross_entropy:.4f} nats a position (perplexity " in shown
     lines = shown[shown.index("logprob  teacher's predictions") :].splitlines()[1:]
     assert len(lines) == len(got)

@@ -452,7 +452,9 @@ def test_the_other_process_is_bounded_and_brings_no_strange_code(tmp_path: Path)
         check=False,
     )
     assert done.returncode == 1
-    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == [
+    *lines, then = done.stderr.splitlines()
+    assert then == "Next: kdcache repair ."
+    assert [line.split(" ")[0] for line in lines] == [
         "h5py.py",
         "json.py",
         "kdcache.py",

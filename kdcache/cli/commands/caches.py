@@ -42,6 +42,8 @@ def _build() -> click.Command:
             print_json(result)
             return
         _report_made(result)
+        if result.missing:  # of other parts, whose commands are the user's
+            return
         student = "CONFIG_OR_MODEL" if TASKS[options.task].over_ids else "bilstm"
         echo_next("kdcache", "train", "--cache", options.out, "--student", student, "--out", "RUN")
 
@@ -148,6 +150,8 @@ def _export() -> click.Command:
                 "made now in "
                 f"{duration(result.seconds)}."
             )
+            words = ("--corpus", options.out, "--tokenizer", "TEACHER", "--out", "CACHE")
+            echo_next("kdcache", "import", *words)
 
     return command
 
@@ -190,12 +194,24 @@ def _plan() -> click.Command:
     )
     def command(options: PlanOptions, as_json: bool) -> None:
         from kdcache.cli.view_plan import render_plan
+        from kdcache.commands.build.options import BuildOptions
+        from kdcache.commands.plan.advice import recommended
         from kdcache.commands.plan.plan import plan
+        from kdcache.options import as_words
 
         result = plan(options, report=tell)
         if as_json:
             print_json(result)
         else:
             render_plan(result, terminal(), details=options.all)
+            take, _ = recommended(result.caches)[0]
+            same = dataclasses.replace(
+                options.build_options(),
+                codec=take.codec,
+                temperatures=take.temperatures,
+                out="CACHE",
+                workers=None,
+            )
+            echo_next("kdcache", "build", *as_words(same, BuildOptions))
 
     return command

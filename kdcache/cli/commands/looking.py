@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from kdcache.cli.options import options_command, print_json
-from kdcache.cli.tables import echo, print_table, tell, terminal
+from kdcache.cli.tables import echo, echo_next, print_table, tell, terminal
 from kdcache.humanize import counted, size
 
 
@@ -30,6 +30,10 @@ def _inspect() -> click.Command:
             print_json(result)
         else:
             render_inspection(result, terminal())
+            if options.row is None and result.rows:
+                echo_next("kdcache", "inspect", options.cache, "--row", "0")
+            else:
+                echo_next("kdcache", "report", options.cache, "--out", "report.html")
 
     return command
 
@@ -65,9 +69,12 @@ def _verify() -> click.Command:
                     "The teacher's configuration or weights are not identical to those of the "
                     "build."
                 )
+        for problem in result.problems:
+            echo(problem, err=True)
+        if not as_json:
+            words = ("train", "--cache", options.cache, "--student", "STUDENT", "--out", "RUN")
+            echo_next("kdcache", *(("repair", options.cache) if result.problems else words))
         if result.problems:
-            for problem in result.problems:
-                echo(problem, err=True)
             raise click.exceptions.Exit(1)
 
     return command
@@ -98,6 +105,8 @@ def _repair() -> click.Command:
             echo(f"{result.cache}: nothing is broken.")
         if result.old_digest is not None:
             echo(f"The digest was {result.old_digest} and is {result.digest} now.")
+        if not (result.removed or result.missing):
+            echo_next("kdcache", "inspect", options.cache)
 
     return command
 
@@ -123,6 +132,7 @@ def _gc() -> click.Command:
         count = len(result.removed)
         files = counted(count, "file")
         echo(f"{files} {verb}, {size(result.bytes)}{young}.")
+        echo_next("kdcache", "gc" if result.dry_run and count else "inspect", options.cache)
 
     return command
 
@@ -166,6 +176,7 @@ def _env() -> click.Command:
         facts["GPUs"] = "; ".join(result.gpus)
         facts |= {name: version or "not installed" for name, version in result.packages.items()}
         print_table(terminal(), ("", ""), list({**facts, **result.settings}.items()), left=2)
+        echo_next("kdcache", "demo")
 
     return command
 
@@ -186,5 +197,6 @@ def _demo() -> click.Command:
             print_json(result)
         else:
             render_demo(result, terminal())
+            echo_next("kdcache", "report", *result.folders, "--out", "report.html")
 
     return command

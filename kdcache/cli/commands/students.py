@@ -179,6 +179,7 @@ def _evaluate() -> click.Command:
             print_json(result)
         else:
             render_evaluation(result, terminal())
+            echo_next("kdcache", "predict", "--student", options.student[0], "--corpus", "TEXTS")
 
     return command
 
@@ -215,5 +216,8 @@ def _predict() -> click.Command:
                         else ""
                     )
                 )
+        if not as_json:
+            labelled = ("--student", options.student, "--corpus", "LABELLED_TEXTS")
+            echo_next("kdcache", "evaluate", *labelled)
 
     return command

@@ -347,6 +347,7 @@ class _Demo:
             teacher_seconds=a_pass,
             seconds=dict(self.state["seconds"]),
             reused=tuple(self.reused),
+            folders=tuple(map(self._path, ("train-cache", *(s.folder for s in _STUDENTS)))),
         )
 
     def _scores(

@@ -38,6 +38,7 @@ class DemoResult:
 
     Attributes:
         out: its folder.
+        folders: in it, the training cache and the students.
         plot: the PNG of the held-out losses; None without matplotlib.
         models: the teacher, then the students.
         positions: positions in the training cache.
@@ -55,3 +56,4 @@ class DemoResult:
     teacher_seconds: float
     seconds: dict[str, float] = field(default_factory=dict)
     reused: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
