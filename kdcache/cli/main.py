@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import logging
 import os
 import sys
@@ -149,4 +150,7 @@ def _tell_fault(
 def main() -> None:
     """Entry point of the `kdcache` program."""
     sys.excepthook = _tell_fault
-    cli()
+    try:
+        cli()
+    finally:  # Python's last search for cycles takes a second among the objects of torch
+        gc.freeze()
