@@ -22,6 +22,7 @@ import click
 import numpy as np
 import pytest
 import yaml
+from forked_program import forked_program
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
@@ -238,15 +239,33 @@ def _pairs(desk: Path) -> None:
 Run = Callable[..., str]
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of a `kdcache` that has loaded its libraries."""
+    with forked_program(tmp_path_factory.mktemp("loaded")) as folder:
+        yield folder
+
+
 @pytest.fixture
-def run(desk: Path) -> Run:
+def run(desk: Path, loaded: Path) -> Run:
     """Run a program at the desk, as a user would; returns what it printed."""
+    return _runner(desk, loaded)
+
+
+@pytest.fixture
+def run_anew(desk: Path) -> Run:
+    """The same, and each `kdcache` loads its own libraries."""
+    return _runner(desk)
+
+
+def _runner(desk: Path, *first: Path) -> Run:
+    # `kdcache` is the one beside this interpreter, if it is not in `first`.
+    places = (*first, Path(sys.executable).parent, os.environ["PATH"])
 
     def call(*command: str, **variables: str) -> str:
         environment = {
             **os.environ,
-            # `kdcache` is the one beside this interpreter.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(map(str, places)),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             **variables,
@@ -265,13 +284,13 @@ def _predictions(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.end_to_end
-def test_readme_classifier(run: Run, desk: Path) -> None:
-    printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "classifier"))
+def test_readme_classifier(run_anew: Run, desk: Path) -> None:
+    printed = run_anew("bash", "-euo", "pipefail", "-c", _block("README.md", "classifier"))
     assert "accuracy" in printed
     predictions = _predictions(desk / "predictions.jsonl")
     assert len(predictions) == 50
     assert {p["label"] for p in predictions} <= {"bad", "neutral", "good"}
-    assert "tensor" in run(sys.executable, "-c", _block("docs/guide.md", "load"))
+    assert "tensor" in run_anew(sys.executable, "-c", _block("docs/guide.md", "load"))
 
 
 @pytest.mark.end_to_end
@@ -295,8 +314,8 @@ def test_howto_of_labels_and_scores(run: Run, desk: Path, tiny_classifier: Path)
 
 
 @pytest.mark.end_to_end
-def test_readme_language_model(run: Run, desk: Path) -> None:
-    printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
+def test_readme_language_model(run_anew: Run, desk: Path) -> None:
+    printed = run_anew("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
     assert "all good" in printed
     assert (desk / "runs" / "distilled" / "model.safetensors").is_file()
 
