@@ -50,6 +50,7 @@ from kdcache.student.words import read_embeddings, word_tokenizer
 from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import ADAPTER_CONFIG, PEFT_TASKS
+from kdcache.teacher.lengths import forget_lengths
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -127,6 +128,7 @@ def load_student(
         else:
             student = _from_weights(name, info, dtype, trust_remote_code, lora)
     _check(student, name, info, trust_remote_code)
+    forget_lengths(student)
     return student.train(not trained)
 
 

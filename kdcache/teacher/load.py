@@ -22,6 +22,7 @@ from kdcache.errors import UsageError
 from kdcache.targets.device import compiles
 from kdcache.tasks import TASKS
 from kdcache.teacher.files import TeacherFiles, auto_class
+from kdcache.teacher.lengths import forget_lengths
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.teacher.options import TeacherOptions
 from kdcache.teacher.quiet import quiet_transformers
@@ -79,6 +80,7 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
         settings["device_map"] = {"": 0}  # from the files to the GPU, not through the host's memory
     with quiet_transformers():
         model = _with_attention(files, options, settings)
+    forget_lengths(model)
     if not TASKS[options.task].per_token:
         set_pad_id(model.config, files)
     if room is None:

@@ -31,6 +31,7 @@ from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE, TASKS, positions
 from kdcache.teacher.decoder_start import decoder_start, with_start
+from kdcache.teacher.lengths import length_class
 from kdcache.teacher.load import input_device, kept_loaded
 from kdcache.teacher.output_layer import find_layer, prove_layer
 from kdcache.teacher.probe import (
@@ -86,6 +87,7 @@ class TeacherModel:
             states: whether slices carry the output layer's input too.
         """
         self.model, self.name, self.task, self.task_name = model, name, TASKS[task], task
+        self._length_class = length_class(model)
         self.vocab_size = vocab_size
         self.device = input_device(model)
         self.direct = False
@@ -106,13 +108,25 @@ class TeacherModel:
     def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
         """All positions of a batch, a slice at a time, row by row."""
         if self.batching == "padded":
-            yield from self._slices(rows)
+            for some in self._together(rows):
+                yield from self._slices(some)
         elif self.batching == "equal lengths":
             for _, alike in groupby(rows, lambda row: row.sizes):
                 yield from self._slices(list(alike))
         else:
             for row in rows:
                 yield from self._slices([row])
+
+    def _together(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """The rows in order, cut where a padded batch would change what a row has alone: a probe's
+        rows are too short to show it.
+        """
+        if self._length_class is None:
+            yield rows
+            return
+        classify = self._length_class
+        for _, alike in groupby(rows, lambda row: [classify(size) for size in row.sizes]):
+            yield list(alike)
 
     def probe(self, rows: Sequence[Row]) -> None:
         """Find the fastest way that gives what the model's own forward gives on a row alone.
