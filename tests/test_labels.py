@@ -27,6 +27,7 @@ from kdcache.loss.rank_metrics import (
     spearman,
 )
 from kdcache.rows import RowSpec, make_encoder
+from kdcache.rows.classes import Classes
 from kdcache.rows.labels import make_reader, no_label
 from kdcache.student.figures import figure, figure_sums
 from kdcache.targets import DenseTargets, SparseTargets
@@ -104,6 +105,56 @@ def test_labels_that_mean_nothing_or_two_things_are_refused_in_a_line(
         read(value, names=names)
     assert "rows.jsonl" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+STARS, FACTS = ("1.0", "2.0", "3.0"), ("True", "False")
+
+
+@pytest.mark.parametrize(
+    ("value", "names", "want"),
+    [
+        (1.0, STARS, 0),
+        (3, STARS, 2),
+        ("2", STARS, 1),
+        (0.5, ("0.0", "0.5", "1.0"), 1),
+        (1, ("-1", "+1"), 1),
+        (1, ("01", "02"), 0),
+        ("1.0", ("1", "2"), 0),
+        (True, FACTS, 0),
+        (np.False_, FACTS, 1),
+        ("True", FACTS, 0),
+        (False, ("true", "maybe", "false"), 2),
+        (True, ("no", "yes"), 1),
+        (True, ("0", "1"), 1),
+    ],
+)
+def test_a_class_is_found_however_a_table_writes_its_name(
+    value: Any, names: tuple[str, ...], want: int
+) -> None:
+    record = Record({"label": value}, "rows.jsonl", "line 3")
+    assert Classes(names).index(value, record) == want
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [(0, STARS), (4.0, STARS), (True, ("false", "maybe")), (1, ("1.0", "1.00")), ("1_0", STARS)],
+)
+def test_a_class_that_no_name_says_is_refused(value: Any, names: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="which is not one of the teacher's classes"):
+        Classes(names).index(value, Record({"label": value}, "rows.jsonl", "line 3"))
+
+
+@pytest.mark.parametrize(
+    ("task", "column"),
+    [("sequence-classification", " label"), (MANY, "Labels"), (SCORE, "Score "), (SCORE, "LABEL")],
+)
+def test_a_column_that_is_almost_that_of_labels_is_no_transfer_set(task: Task, column: str) -> None:
+    record = Record({"text": "a", column: "1"}, "rows.csv", "line 3")
+    names = None if task == SCORE else ("0", "1")
+    with pytest.raises(UsageError, match="has no column 'label.*Name the right one"):
+        make_reader(RowSpec(task=task, label_names=names)).read(record)
+    spec = RowSpec(task=task, label_names=names, text_column=column)
+    np.testing.assert_array_equal(make_reader(spec).read(record), no_label(task, 2))
 
 
 def test_a_column_of_each_class_is_read_in_the_order_of_the_classes() -> None:

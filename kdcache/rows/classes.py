@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.tasks import IGNORE
+
+_NUMBER = re.compile(r"[+-]?\d{1,18}(\.\d{1,18})?", re.ASCII)
 
 
 class Classes:
@@ -30,8 +33,11 @@ class Classes:
         self._noun = noun
         self._index = {name: i for i, name in enumerate(names or ())}
         # One rule for all formats: 1 is the class named "1" if any class's name is a number, and
-        # the second class if none is.
-        self.numbers_are_names = any(whole(name) is not None for name in self._index)
+        # the second class if none is. A class may also be named as a table of floats or of truth
+        # values writes it: "1.0", "True".
+        self._numbers = _unambiguous({name: _number(name) for name in self._index})
+        self._truths = _unambiguous({name: _truth(name) for name in self._index})
+        self.numbers_are_names = any(_number(name) is not None for name in self._index)
 
     def index(self, value: Any, record: Record) -> int:
         """The class that a value names, or `IGNORE` where it is empty.
@@ -50,8 +56,16 @@ class Classes:
         if value is None or value == "" or value != value:  # NaN is pandas' null
             return IGNORE
         number = whole(value)
-        if self.numbers_are_names and str(number) in self._index:
-            return self._index[str(number)]
+        if isinstance(value, (bool, np.bool_)) and self._truths:
+            if bool(value) not in self._truths:
+                raise self._unknown(value, record)
+            return self._index[self._truths[bool(value)]]
+        if self.numbers_are_names:
+            if str(number) in self._index:
+                return self._index[str(number)]
+            worth = _number(value)
+            if worth is not None and worth in self._numbers:
+                return self._index[self._numbers[worth]]
         if number == IGNORE:
             return IGNORE
         known = (
@@ -75,6 +89,29 @@ class Classes:
             f"classes: {known}. "
             f"Correct it; leave it empty (null in JSON) where a record has no label."
         )
+
+
+def _number(value: Any) -> float | None:
+    """What a number, or a text that is one, is worth; None of anything else."""
+    if isinstance(value, str):
+        return float(value) if _NUMBER.fullmatch(value) else None
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def _truth(name: str) -> bool | None:
+    return {"true": True, "false": False}.get(name.lower())
+
+
+def _unambiguous(worths: dict[str, Any]) -> dict[Any, str]:
+    """The names by what each is worth, without those that share it."""
+    values = list(worths.values())
+    return {
+        worth: name
+        for name, worth in worths.items()
+        if worth is not None and values.count(worth) == 1
+    }
 
 
 def whole(value: Any) -> int | None:

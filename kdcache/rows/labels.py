@@ -67,10 +67,12 @@ class LabelReader(ABC):
         """What the record says; None where it says nothing."""
         there = filled_column(record, self.spec.label_columns)
         if there is None:
-            if self.spec.label_column is None or self.spec.label_by_default:
+            missing = list(self.spec.label_columns)
+            if self.spec.label_column is None:
                 return None
             # A name that the user chose and that is not there is a slip, not a transfer set.
-            missing = list(self.spec.label_columns)
+            if self.spec.label_by_default and not almost_there(record, self.spec, missing):
+                return None
             raise record.missing(missing, "--label-column", self.spec.columns)
         value = record.values[there]
         return None if _missing(value) else value
@@ -203,6 +205,12 @@ def filled_column(record: Record, names: Sequence[str]) -> str | None:
             "right one with --label-column."
         )
     return next(iter([*filled, *there]), None)
+
+
+def almost_there(record: Record, spec: RowSpec, names: Sequence[str]) -> bool:
+    """Whether a record has a column with one of some names but for case and blanks: ` Label`."""
+    read = (spec.text_column, spec.pair_column, spec.words_column)
+    return any(one.strip().lower() in names for one in record.columns if one not in read)
 
 
 def names_in(record: Record, text: str) -> list[Any]:

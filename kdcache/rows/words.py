@@ -27,7 +27,7 @@ from kdcache.corpus import Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.rows.classes import Classes
 from kdcache.rows.encoder import Encoder
-from kdcache.rows.labels import filled_column
+from kdcache.rows.labels import almost_there, filled_column
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.text import checked_text
 from kdcache.tasks import IGNORE, TASKS, UNLABELLED
@@ -258,7 +258,10 @@ def label_column(record: Record, spec: RowSpec) -> str | None:
     if column not in ("label", *defaults):
         # A name that the user chose and that is not there is a slip, not a transfer set.
         raise record.missing([column], "--label-column", spec.columns)
-    return filled_column(record, defaults)
+    found = filled_column(record, defaults)
+    if found is None and almost_there(record, spec, defaults):
+        raise record.missing(list(defaults), "--label-column", spec.columns)
+    return found
 
 
 def _kind(value: Any) -> str:
