@@ -493,6 +493,16 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
             read_all(Corpus.open([str(path)], span_bytes=100))
 
 
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array([0]), pa.array([1])]
+    table = pa.Table.from_arrays(columns, ["text", "x", "x"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    (span,) = Corpus.open([str(tmp_path / "a.parquet")], span_bytes=1 << 20).spans
+    assert [r.values for r in Corpus.read(span, columns=["text"])] == [{"text": "a"}]
+    with pytest.raises(UsageError, match="several columns named 'x'"):
+        list(Corpus.read(span, columns=["text", "x"]))
+
+
 def test_invalid_utf8_in_a_parquet_value(tmp_path: Path) -> None:
     bad = pa.array([b"good", b"\xff", b"fine"]).view(pa.string())
     pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")

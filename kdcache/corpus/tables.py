@@ -17,6 +17,8 @@ from kdcache.corpus.deal import Deal, Progress, dealt
 from kdcache.corpus.files import ARROW_FILE_MAGIC, is_remote, open_bytes
 from kdcache.corpus.formats import Format, Raw, not_utf8
 from kdcache.corpus.records import FileColumns, RecordError
+from kdcache.errors import UsageError
+from kdcache.storage import redact
 
 _BATCH_ROWS = 1024
 _BLOCK_ROWS, _BLOCK_BYTES = 16, 1 << 23  # rows of each part, or bytes of all, dealt at a time
@@ -30,6 +32,12 @@ class _Table(Format):
     def _take_schema(self, schema: Any, columns: Sequence[str] | None) -> None:
         self.source = FileColumns(tuple(schema.names))
         self._names = [name for name in schema.names if columns is None or name in columns]
+        twice = sorted({name for name in self._names if self._names.count(name) > 1})
+        if twice:
+            raise UsageError(
+                f"{redact(self._span.file.url)} has several columns named "
+                f"{', '.join(map(repr, twice))}. Rename all but one of each."
+            )
 
     def _payloads(self, batch: Any) -> Iterator[Any]:
         """Rows of an Arrow batch as payloads."""
