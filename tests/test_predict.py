@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -98,6 +99,32 @@ def test_a_text_without_tokens_gets_its_line(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         want = model(torch.tensor([[3, 4]])).logits.softmax(-1)[0]
     assert list(found[1]["probabilities"].values()) == pytest.approx(want.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("value", ["half \ud800", 5, float("nan"), ["a"]])
+def test_what_is_no_text_is_refused_or_counted(
+    value: Any, student_classifier: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", value, None)))
+    options = PredictOptions(str(student_classifier), (str(file),))
+    with pytest.raises(UsageError, match=r"rows.jsonl: line 2: column 'text' holds"):
+        predict(options, output=io.StringIO())
+    output = io.StringIO()
+    result = predict(dataclasses.replace(options, on_error="skip"), output=output)
+    assert (result.records, result.skipped) == (2, 1)
+    assert [record["text"] for record in lines_of(output.getvalue())] == ["a", ""]
+
+
+def test_standard_input_that_is_no_text_is_refused(
+    student_classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = PredictOptions(str(student_classifier), ("-",))
+    with pytest.raises(UsageError, match="standard input: line 2: column 'text' holds half"):
+        predict(options, lines=["a\n", "\udcff\n"], output=io.StringIO())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n"), "utf-8"))
+    with pytest.raises(UsageError, match=r"standard input is not text in utf-8 \(byte 0xff\)"):
+        predict(options, output=io.StringIO())
 
 
 def test_prediction_streams(student_classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from kdcache.files import full_disk, local_path, output_errors, whole_file
 from kdcache.humanize import printable
 from kdcache.rows.batches import batches
 from kdcache.rows.pairs import text_of
+from kdcache.rows.text import checked_text
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 
@@ -273,12 +274,40 @@ def _texts(
 ) -> tuple[Iterator[tuple[str, str | None]], int]:
     """The texts in order, and how many to take at a time."""
     if options.corpus == ("-",):
-        source = sys.stdin if lines is None else lines
+        source = _typed() if lines is None else lines
         # Someone who types wants an answer to each line.
         window = 1 if lines is None and sys.stdin.isatty() else _WINDOW
-        plain = ((line.rstrip("\r\n"), None) for line in source)
-        return islice(plain, options.limit), window
-    return (_columns(record, options) for record in _records(options, stats)), _WINDOW
+        return _lines(islice(source, options.limit), options, stats), window
+
+    def read() -> Iterator[tuple[str, str | None]]:
+        for record in _records(options, stats):
+            try:
+                yield _columns(record, options)
+            except RecordError as problem:
+                stats.reject(options.on_error, record.file, record.location, problem)
+
+    return read(), _WINDOW
+
+
+def _typed() -> Iterator[str]:
+    """Lines of standard input."""
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#04x}"
+        raise UsageError(
+            f"standard input is not text in {error.encoding} (byte {byte}). Convert it to UTF-8."
+        ) from None
+
+
+def _lines(
+    source: Iterable[str], options: PredictOptions, stats: ReadStats
+) -> Iterator[tuple[str, None]]:
+    for number, line in enumerate(source, 1):
+        try:
+            yield checked_text(line.rstrip("\r\n"), "text"), None
+        except RecordError as problem:
+            stats.reject(options.on_error, "standard input", f"line {number}", problem)
 
 
 def _records(options: PredictOptions, stats: ReadStats, *columns: str) -> Iterator[Record]:
@@ -298,8 +327,7 @@ def _columns(record: Record, options: PredictOptions) -> tuple[str, str | None]:
             continue
         if name not in record.values:
             raise record.missing([name], flag)
-        value = record.values[name]
-        found.append("" if value is None else str(value))
+        found.append(checked_text(record.values[name], name))
     return found[0], found[1] if len(found) == 2 else None
 
 

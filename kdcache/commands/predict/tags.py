@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdcache.corpus import Record, RecordError
+from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.humanize import printable
 from kdcache.rows import WordReader
 from kdcache.rows.batches import batches
+from kdcache.rows.text import checked_text
 from kdcache.rows.words import tagged_row, words_of
 from kdcache.student.saved import LoadedModel
 from kdcache.tasks import UNLABELLED
@@ -52,10 +53,7 @@ def sentence_of(record: Record, words_column: str, text_column: str) -> tuple[st
         RecordError: the column holds something else.
     """
     if words_column not in record.values and text_column in record.values:
-        text = record.values[text_column]
-        if text is not None and not isinstance(text, str):
-            raise RecordError(f"column {text_column!r} does not hold a text")
-        return tuple((text or "").split())
+        return tuple(checked_text(record.values[text_column], text_column).split())
     return tuple(words_of(record, words_column))
 
 
