@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from make_caches import word_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -399,6 +400,17 @@ def test_another_tokenizer_is_found_though_sizes_agree(tmp_path: Path) -> None:
 
 
 # --- classification ---
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused_in_a_line(tmp_path: Path) -> None:
+    for name, content in word_tokenizer().items():
+        (tmp_path / name).write_bytes(content)
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    own.pad_token = None
+    own.save_pretrained(tmp_path)
+    info = StudentInfo("sequence-classification", 64, 2)
+    with pytest.raises(UsageError, match="has no padding token, which batches of texts need"):
+        student_tokenize(nn.Linear(1, 1), str(tmp_path), info)
 
 
 @pytest.mark.parametrize(

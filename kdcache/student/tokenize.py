@@ -53,6 +53,11 @@ def student_tokenize(
     reach = reach_of(student) or _NO_BOUND
     if TASKS[info.task].words:
         return WordTokenize(tokenizer, reach)
+    if tokenizer.pad_token_id is None:
+        raise UsageError(
+            f"the tokenizer of student {name} has no padding token, which batches of texts need. "
+            "Set pad_token in its tokenizer_config.json, and pad_token_id in config.json."
+        )
     return HfTokenize(tokenizer, min(info.max_length, reach))
 
 
