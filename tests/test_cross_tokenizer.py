@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -30,6 +31,7 @@ from kdcache.errors import UsageError
 from kdcache.loss import chunk_loss, distillation_loss
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream, cross
 from kdcache.stream.cross import paths_of
+from kdcache.stream.shard_rows import ShardRows
 from kdcache.stream.text import RowsText
 from kdcache.student import DistilledStudent
 from kdcache.targets import ChunkTargets, SparseTargets
@@ -312,11 +314,50 @@ def test_a_space_of_the_tokenizers_own_is_text_of_no_bytes(tmp_path: Path) -> No
     over = CrossTokenizer(cache, AutoTokenizer.from_pretrained(tokens), "likelihood")
     assert over.needless
     data = cache.read(0)
-    whole = RowsText([cache])(data)
+    text = RowsText(cache)
+    sizes = text.label_bytes(cache, data)
+    whole = text(ShardRows([data], label_bytes=[sizes]).take(np.arange(len(data))))
     assert whole.sizes.tolist()[:2] == [0, 1]
     found = over.text(TargetDataset(cache, cross=over)[0])
     for name in ("begin", "end", "sizes", "likelihood"):
         np.testing.assert_allclose(getattr(found, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_caches_of_several_packings_have_the_bytes_of_their_texts(
+    corpus_texts: list[str], tmp_path: Path, shuffle: bool
+) -> None:
+    """Whatever cache comes first, and where batches have rows of several; against the texts.
+
+    The tokenizer begins each text with a space of its own, and no token tells where that is.
+    """
+    shutil.copytree(Path(__file__).parent / "tiny_tokenizers" / "pieces", tmp_path / "tokens")
+    state = json.loads((tmp_path / "tokens" / "tokenizer.json").read_text())
+    state["post_processor"] = None
+    (tmp_path / "tokens" / "tokenizer.json").write_text(json.dumps(state))
+    teacher = make_tiny_lm(tmp_path / "tokens", tmp_path / "lm", vocab_size=448)
+    texts = [text[:30] for text in corpus_texts[:24]]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "text.jsonl").write_text(lines)
+    kinds = {
+        "joined": {"packing": "concat"},
+        "apart": {"packing": "concat", "attend": "document"},
+        "alone": {"packing": "none"},
+    }
+    for name, more in kinds.items():
+        values: dict[str, Any] = {"codec": "topk:8", "max_length": 64, "workers": 0, **more}
+        corpus = (str(tmp_path / "text.jsonl"),)
+        build(BuildOptions((str(teacher),), corpus, str(tmp_path / name), **values))
+    whole = [len(text.encode()) for text in texts]
+    own = AutoTokenizer.from_pretrained(teacher)
+    # The first token of what is read together has no label.
+    first = [len(own.tokenize(text)[0].removeprefix("\u2581").encode()) for text in texts]
+    expected = 3 * sum(whole) - first[0] - 2 * sum(first)
+    for names in itertools.permutations(kinds):
+        caches = [Cache.open(str(tmp_path / name)) for name in names]
+        text = RowsText(caches[0])
+        stream = TargetStream(caches, batch_size=5, shuffle=shuffle, text=text)
+        assert sum(int(batch["text"].sizes.sum()) for batch in stream) == expected
 
 
 def test_an_end_of_text_within_a_conversation_begins_no_document(

@@ -18,6 +18,7 @@ from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
 from kdcache.stream.aligned import AlignedRows, AlignedShard
 from kdcache.stream.shard_rows import positions_of, starts_of, types_of
+from kdcache.stream.text import TextShard
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
@@ -56,7 +57,10 @@ def join(parts: Sequence[ShardData]) -> ShardData:
         source_offsets=np.cumsum([0, *np.concatenate(of_sources)]) if sources else None,
     )
     aligned = [p.aligned for p in parts if isinstance(p, AlignedShard) and p.aligned is not None]
-    return AlignedShard(**vars(data), aligned=AlignedRows.concat(aligned)) if aligned else data
+    if aligned:
+        return AlignedShard(**vars(data), aligned=AlignedRows.concat(aligned))
+    sizes = [p.label_bytes for p in parts if isinstance(p, TextShard) and p.label_bytes is not None]
+    return TextShard(**vars(data), label_bytes=np.concatenate(sizes)) if sizes else data
 
 
 def _join_texts(texts: Sequence[list[str] | None], rows: Sequence[int]) -> list[str] | None:

@@ -53,7 +53,7 @@ from kdcache.stream.order import (
 )
 from kdcache.stream.ranks import SumOverRanks
 from kdcache.stream.shard_rows import ShardRows
-from kdcache.stream.text import TextChunks
+from kdcache.stream.text import RowsText, TextChunks
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3
@@ -438,11 +438,15 @@ class TargetStream(IterableDataset[Batch]):
         shards, cross = self._shards(pairs), self.cross
         soft = self.temperature is not None and (cross is None or cross.method == "hybrid")
         parts = [self.caches[c].read(s, targets=soft) for c, s in shards]
-        aligned = None
+        aligned = sizes = None
+        each = [(self.caches[c], s, part) for (c, s), part in zip(shards, parts, strict=True)]
         if cross is not None:
-            each = zip(shards, parts, strict=True)
-            aligned = [cross.rows(self.caches[c], s, part) for (c, s), part in each]
-        pool = ShardRows(parts, soft=soft, labels=self.label_logprob, aligned=aligned)
+            aligned = [cross.rows(cache, shard, part) for cache, shard, part in each]
+        elif isinstance(self.text, RowsText):
+            sizes = [self.text.label_bytes(cache, part) for cache, _, part in each]
+        pool = ShardRows(
+            parts, soft=soft, labels=self.label_logprob, aligned=aligned, label_bytes=sizes
+        )
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
             if source.rows != source.stored:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kdcache.cache.shard import ShardData
 from kdcache.stream.aligned import AlignedRows, AlignedShard
+from kdcache.stream.text import TextShard
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled
 
@@ -36,6 +37,7 @@ class ShardRows:
         soft: bool = True,
         labels: bool = True,
         aligned: Sequence[AlignedRows] | None = None,
+        label_bytes: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Number the rows; no column is copied.
 
@@ -44,6 +46,7 @@ class ShardRows:
             soft: False leaves the soft targets out of every pick.
             labels: False leaves `label_logprob` out of every pick.
             aligned: the rows of each shard as a student of another tokenizer reads them.
+            label_bytes: of each shard what its picks have of it as a `TextShard`.
         """
         if soft:
             alike = SoftTargets.alike([part.targets for part in parts])
@@ -53,7 +56,7 @@ class ShardRows:
             ]
         self._parts, self._soft, self._labels = parts, soft, labels
         self.first = np.cumsum([0, *(len(part) for part in parts)])
-        self._aligned = aligned
+        self._aligned, self._label_bytes = aligned, label_bytes
         self.positions = (
             np.concatenate([positions_of(part, soft=soft) for part in parts])
             if aligned is None
@@ -130,6 +133,8 @@ class ShardRows:
             source=pick(sources, "source") if sources else None,
             source_offsets=of_sources,
         )
+        if self._label_bytes is not None:
+            return TextShard(**vars(data), label_bytes=pick(self._label_bytes, "position"))
         if self._aligned is None:
             return data
         chosen = [self._aligned[part].take(row) for part, row, _ in runs["row"]]

@@ -6,16 +6,15 @@ student that reads the cached rows as they are, one token; special tokens are in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.align import CachedRow, TokenBytes, label_bytes
+from kdcache.align import TokenBytes, label_bytes
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.stream.cached_rows import RowKind
+from kdcache.stream.cached_rows import cached_rows
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 
@@ -42,20 +41,45 @@ class TextChunks:
         return self
 
 
-class RowsText:
-    """The text of rows whose student has the cache's tokenizer."""
+@dataclass
+class TextShard(ShardData):
+    """Rows of a cache beside the text of their labels.
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
+    Attributes:
+        label_bytes: int64 [positions], bytes of text of each label, -1 of one that is no text.
+    """
+
+    label_bytes: npt.NDArray[np.int64] | None = None
+
+
+class RowsText:
+    """The text of rows whose student has the caches' tokenizer."""
+
+    def __init__(self, cache: Cache) -> None:
         """Read the tokenizer.
 
         Args:
-            caches: of one tokenizer; what begins a text is as in the first one's packing.
+            cache: one of a stream's, which all have its tokenizer.
 
         Raises:
             UsageError: a tokenizer that loses bytes of a text.
         """
-        self._tokens = TokenBytes(caches[0].tokenizer(), "the cache's tokenizer")
-        self._kind = RowKind.of_cache(caches[0])
+        self._tokens = TokenBytes(cache.tokenizer(), "the cache's tokenizer")
+
+    def label_bytes(self, cache: Cache, data: ShardData) -> npt.NDArray[np.int64]:
+        """What a `TextShard` has of a shard; caches of a stream may differ in what rows hold.
+
+        Args:
+            cache: whose shard it is.
+            data: its rows.
+        """
+        found = [label_bytes(self._tokens, row) for row in cached_rows(cache, data)]
+        sizes = [np.where(is_text, size, -1) for size, is_text in found]
+        joined = np.concatenate([np.zeros(0, np.int64), *sizes])
+        assert len(joined) == np.count_nonzero(data.labels != IGNORE), (
+            "a label has bytes or is none"
+        )
+        return joined
 
     def __call__(self, data: ShardData) -> TextChunks:
         """The chunks of some rows.
@@ -63,15 +87,10 @@ class RowsText:
         Args:
             data: rows of a batch, in order.
         """
-        rows = (data.row(index) for index in range(len(data)))
-        found = [
-            label_bytes(self._tokens, CachedRow(row.input_ids, row.labels, row.starts, *self._kind))
-            for row in rows
-        ]
-        sizes = np.concatenate([size for size, _ in found])
-        at = np.flatnonzero(np.concatenate([text for _, text in found]))
+        sizes = data.label_bytes if isinstance(data, TextShard) else None
+        assert sizes is not None, "a stream with text knows the bytes of all its labels"
+        at = np.flatnonzero(sizes >= 0)
         known = None
         if data.label_logprob is not None:
             known = decode_logprobs(data.label_logprob).astype(np.float64)[at]
-        assert len(sizes) == np.count_nonzero(data.labels != IGNORE), "a label has bytes or is none"
         return TextChunks(at, at + 1, sizes[at], known)

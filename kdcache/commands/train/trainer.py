@@ -210,6 +210,6 @@ def _text(caches: list[Cache], tokenize: Any) -> Callable[[ShardData], TextChunk
     if isinstance(tokenize, CrossTokenizer):
         return tokenize.text
     try:
-        return RowsText(caches)
+        return RowsText(caches[0])
     except UsageError:
         return None
