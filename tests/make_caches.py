@@ -95,6 +95,7 @@ def make_cache(
     labelled: bool = True,
     label_logprob: bool = False,
     domains: Sequence[str] = (),
+    teachers: int = 1,
 ) -> Cache:
     """A sealed cache with one shard for each number of rows; rows are numbered from `first` on.
 
@@ -103,7 +104,7 @@ def make_cache(
     width = vocab if task == CAUSAL else classes
     spec = CacheSpec(
         task=task,
-        teachers=({"sha256": "0", "weight": 1.0},),
+        teachers=tuple({"sha256": f"{i}", "weight": 1 / teachers} for i in range(teachers)),
         ensemble="mean-probs",
         dtype="float32",
         tokenizer=tokenizer,

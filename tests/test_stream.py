@@ -494,6 +494,18 @@ def test_caches_that_do_not_fit_are_refused_with_every_reason(tmp_path: Path) ->
         assert word in message
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_cache_of_an_ensemble_binds_a_mix_to_its_temperatures(tmp_path: Path, first: int) -> None:
+    """Whichever cache comes first: the logits of one teacher are right at any."""
+    caches = [make_cache(tmp_path / f"{n}", [6], teachers=n, first=6 * n) for n in (1, 2)]
+    mixed = [caches[first], caches[1 - first]]
+    for temperature in (lambda step: 1.0 + step, lambda step: 1.0 + step / 2):
+        stream = TargetStream(mixed, batch_size=4, temperature=temperature)
+        with pytest.raises(UsageError, match=r"temperature (1\.5|3) is not declared"):
+            list(stream)
+    assert len(list(TargetStream(mixed, batch_size=4, temperature=2.0))) == 3
+
+
 def test_a_group_holds_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_cache(tmp_path / "a", [6] * 24)
     size = cache.manifest.bytes / 24

@@ -168,6 +168,16 @@ def test_caches_are_checked_before_anything_is_written(options: Make, folder: Pa
     assert not Path(wrong.out).exists()
 
 
+def test_a_schedule_of_temperatures_suits_every_cache(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    """Also those behind the first: logits of an ensemble's mean are of the declared ones alone."""
+    make_cache(tmp_path / "several", [8], first=300, teachers=2)
+    both = (str(folder / "classes"), str(tmp_path / "several"))
+    with pytest.raises(UsageError, match="dense cache of one teacher: .*several has the mean"):
+        train(options(cache=both, temperature="1:2"))
+
+
 def test_shards_are_grouped_as_the_stream_groups_them(options: Make, folder: Path) -> None:
     usual = TargetStream(str(folder / "classes"), batch_size=8).group
     assert Run.prepare(RunPlan.make(options())).stream.group == usual != 2

@@ -97,7 +97,7 @@ class ShardRows:
             return [column[row] if column else none for column, row in chosen]
 
         parts = self._parts
-        targets = SoftTargets.empty(parts[0].targets.codec)
+        targets = SoftTargets.empty(SoftTargets.codec_of([part.targets for part in parts]))
         if self._soft:
             for column in targets.codec.columns:
                 targets.columns[column.name] = pick(

@@ -85,6 +85,11 @@ class SoftTargets:
         return cls(codec, {c.name: np.zeros((0, *c.shape), c.dtype) for c in codec.columns})
 
     @staticmethod
+    def codec_of(parts: Sequence[SoftTargets]) -> Codec:
+        """The codec of parts together: what binds one to its temperatures binds them all."""
+        return min((part.codec for part in parts), key=lambda codec: codec.any_temperature)
+
+    @staticmethod
     def alike(parts: Sequence[SoftTargets]) -> list[SoftTargets]:
         """Parts whose ids mean the same: those of different rank tables lose their ranks."""
         if all(_same(part.rank_to_id, parts[0].rank_to_id) for part in parts):
@@ -102,13 +107,12 @@ class SoftTargets:
             raise ValueError("nothing to join: at least one part is needed")
         if any(part.codec != parts[0].codec for part in parts):
             raise ValueError(f"parts differ: {sorted({str(part.codec) for part in parts})}")
-        parts = SoftTargets.alike(parts)
-        first = parts[0]
+        codec, parts = SoftTargets.codec_of(parts), SoftTargets.alike(parts)
         columns = {
             column.name: np.concatenate([part.columns[column.name] for part in parts])
-            for column in first.codec.columns
+            for column in codec.columns
         }
-        return cls(first.codec, columns, first.rank_to_id)
+        return cls(codec, columns, parts[0].rank_to_id)
 
 
 def _same(one: Array | None, other: Array | None) -> bool:

@@ -74,17 +74,15 @@ class RunPlan:
         task = TASKS[first.spec.task]
         if options.divergence is None:
             options = dataclasses.replace(options, divergence=task.divergences[0])
-        codec, temperatures = first.codec(), []
+        temperatures: list[float] = []
         if options.cross_tokenizer is not None:
             problems += cross_problems(options, caches, eval_caches)
             temperatures = [1.0] if options.cross_tokenizer == "hybrid" else []
             temperatures = [] if options.hard_only or problems else temperatures
         elif not options.hard_only:
             schedule = options.temperatures
-            if not schedule.constant and not codec.any_temperature:
-                problems.append(
-                    f"a schedule of temperatures ({schedule}) needs a dense cache, not {codec}."
-                )
+            if not schedule.constant:
+                problems += _wrong_schedule(options, caches)
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
             for cache in (first, *eval_caches):  # equal problems are reported once
                 problems += _wrong_loss(options, cache, temperatures)
@@ -322,6 +320,20 @@ def _labelled(caches: Sequence[Cache]) -> bool:
 def _wrong_loss(options: TrainOptions, cache: Cache, temperatures: Sequence[float]) -> list[str]:
     """Why the loss is undefined for the targets of a cache: a line each."""
     wrong, codec = [], cache.codec()
+def _wrong_schedule(options: TrainOptions, caches: Sequence[Cache]) -> list[str]:
+    """Why caches do not know the targets at all temperatures of a schedule: a line each."""
+    wrong, needs = [], f"a schedule of temperatures ({options.temperatures}) needs a dense cache"
+    for cache in caches:
+        codec = cache.codec()
+        if codec.any_temperature:
+            continue
+        if codec.keeps_logits and len(cache.spec.teachers) > 1:
+            wrong.append(f"{needs} of one teacher: {cache.url} has the mean of several.")
+        else:
+            wrong.append(f"{needs}, not {codec}.")
+    return wrong
+
+
     divergence = options.divergence or ""
     answers = TASKS[cache.spec.task].answers
     none = SoftTargets.empty(codec).at(codec.temperatures[0])
