@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_PLACE = {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EISDIR}
+# ENOENT is of a folder in which nothing can be made, such as /proc.
+_NO_PLACE = {
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EISDIR),
+    errno.ENOENT,
+}
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # in bytes, on Linux
 # torch and safetensors report a failed write as errors of their own.
 _FULL_WORDS = re.compile(
     r"No space left on device|File too large|Disk quota exceeded|PytorchStreamWriter failed"
@@ -117,14 +122,37 @@ def local_path(name: str, option: str = "--out") -> Path:
     return Path(os.path.expanduser(name)).absolute()
 
 
+def place_problem(name: str, option: str) -> str:
+    """Why nothing can be made under a name, as far as looking tells: a sentence, or nothing.
+
+    Args:
+        name: path or URL of an output.
+        option: that names it.
+    """
+    name = name.removeprefix("file://")
+    if "://" in name:
+        return ""
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > _LONGEST_NAME or len(os.fsencode(path)) > _LONGEST_PATH:
+        return (
+            f"{option} is {name[:40]}\u2026, whose name has {longest} bytes, expected at most "
+            f"{_LONGEST_NAME}. Choose a shorter one."
+        )
+    there = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not os.path.isdir(there):
+        return f"{option} is {name}, but {there} is not a folder. Choose another place."
+    return ""
+
+
 def file_problems(name: str | None, option: str) -> list[str]:
-    """What is wrong with the name of a file to write, before the work that it is for.
+    """What is wrong with the name of a file to write into a folder that is there.
 
     Args:
         name: of the file; None for none.
         option: that names it.
     """
-    if name is None:
+    if name is None or place_problem(name, option):  # which the option's own check says
         return []
     try:
         path = local_path(name, option)
@@ -133,8 +161,31 @@ def file_problems(name: str | None, option: str) -> list[str]:
     if path.is_dir():
         return [f"{option} is {name}, a folder. Name a file."]
     if not path.parent.is_dir():
-        return [f"{option}: there is no folder {path.parent}."]
+        return [f"{option} is {name}: there is no folder {path.parent}."]
     return []
+
+
+def try_place(name: str, option: str = "--out") -> None:
+    """Make sure that an output can be written, before the work that it is for; leaves nothing.
+
+    Args:
+        name: of a file, or of a folder, which is only tried where it is not there yet; of a URL
+            nothing is tried.
+        option: that names it.
+
+    Raises:
+        UsageError: nothing can be made there.
+    """
+    if "://" in name.removeprefix("file://"):
+        return
+    path = local_path(name, option)
+    if path.is_dir():
+        return
+    with output_errors(f"{name} ({option})"):
+        there = next(parent for parent in path.parents if parent.is_dir())
+        scratch = there / f".{uuid.uuid4().hex}.tmp"
+        scratch.mkdir()
+        scratch.rmdir()
 
 
 # Files
@@ -295,7 +346,7 @@ def alone(folder: Path, work: str) -> Iterator[None]:
     path = folder / LOCK_FILE
     with contextlib.ExitStack() as held:
         while True:
-            with output_errors(folder):
+            with output_errors(f"{folder} (--out)"):
                 folder.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context(open(path, "ab"))
             try:

@@ -29,6 +29,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from kdcache.domains import Named
 from kdcache.errors import UsageError
+from kdcache.files import place_problem
 
 Decides = Literal["nothing", "run", "student"]
 _KEY = "kdcache.option"
@@ -47,6 +48,7 @@ def option(
     auto: bool = False,
     positional: bool = False,
     named: bool = False,
+    output: bool = False,
     decides: Decides = "run",
 ) -> Any:
     """A field of an options dataclass.
@@ -64,13 +66,14 @@ def option(
         positional: on the command line it stands without its name.
         named: its values may have names: `NAME=VALUE`, or in Python and YAML a mapping of names to
             one value or several.
+        output: it names a file or folder to write.
         decides: what changes with it. A `"run"` may not go on with another value; an option
             that decides the `"student"` decides the run, too.
     """
     declared = {
         "help": help, "metavar": metavar, "at_least": at_least, "above": above, "at_most": at_most,
         "below": below, "comma": comma, "auto": auto, "positional": positional, "named": named,
-        "decides": decides,
+        "output": output, "decides": decides,
     }  # fmt: skip
     if isinstance(default, list):
         raise TypeError("the default of an option is not a list: take a tuple")
@@ -106,6 +109,7 @@ class Option:
     auto: bool
     positional: bool
     named: bool
+    output: bool
     decides: Decides
 
     @property
@@ -159,6 +163,8 @@ class Option:
         for one in value if self.several and value is not None else (value,):
             if one is None:
                 continue
+            if self.output and (problem := place_problem(str(one), self.flag)):
+                return problem
             shown = str(one).removesuffix(".0")  # 1.0 was written 1
             if self.choices and one not in self.choices:
                 return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."

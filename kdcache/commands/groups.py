@@ -24,7 +24,7 @@ from kdcache.choices import (
 )
 from kdcache.domains import Named
 from kdcache.extras import needs
-from kdcache.files import file_problems
+from kdcache.files import file_problems, try_place
 from kdcache.options import Options, option
 from kdcache.tasks import TASKS
 
@@ -288,6 +288,7 @@ class PlotOptions(Options):
         None,
         help="PNG file for a plot of the figures (optional; extra `plot`).",
         metavar="FILE.png",
+        output=True,
         decides="nothing",
     )
 
@@ -299,9 +300,10 @@ class PlotOptions(Options):
         """Refuse a plot that cannot be drawn, before the work that it is to show.
 
         Raises:
-            UsageError: matplotlib is not installed.
+            UsageError: matplotlib is not installed, or its file cannot be written.
         """
         if self.plot is not None:
+            try_place(self.plot, "--plot")
             with needs("plot", "--plot"):
                 importlib.import_module("matplotlib")
 

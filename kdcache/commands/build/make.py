@@ -30,6 +30,7 @@ from kdcache.commands.build.worker import Job
 from kdcache.commands.build.workers import Workers
 from kdcache.commands.interrupt import Interrupt, interruptible
 from kdcache.errors import IncompleteError, UsageError
+from kdcache.files import try_place
 from kdcache.humanize import counted, size
 from kdcache.storage import redact
 from kdcache.version import __version__
@@ -152,6 +153,7 @@ def _begin(
     interrupt: Interrupt,
 ) -> BuildResult:
     begin = time.perf_counter()
+    try_place(out)
     report("reading what the options name")
     plan = make_plan()
     cache = Cache.create_or_resume(

@@ -100,7 +100,7 @@ class BuildOptions(MaskedRowOptions, TeacherRunOptions, WorkerOptions):
         metavar="[NAME=]PATH_OR_URL_OR_GLOB",
         named=True,
     )
-    out: str = option(help="folder or URL of the cache.", metavar="CACHE")
+    out: str = option(help="folder or URL of the cache.", metavar="CACHE", output=True)
     task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")
     codec: str | None = option(
         None,

@@ -49,7 +49,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.extras import installed
-from kdcache.files import local_path, refuse_links, write_json
+from kdcache.files import local_path, refuse_links, try_place, write_json
 from kdcache.humanize import counted, duration, size
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
@@ -127,6 +127,7 @@ class _Demo:
         self.options = options
         self.report = report
         self.out = local_path(options.out)
+        try_place(options.out)
         self.reused: list[str] = []
         self.train_texts, self.held_out_texts = documents(options.documents)
         self.state = self._open()

@@ -11,7 +11,9 @@ from kdcache.options import Options, option
 class DemoOptions(Options):
     """What `kdcache demo` takes: fields have the names of its options."""
 
-    out: str = option("kdcache-demo", help="folder of everything the demo makes.", metavar="DIR")
+    out: str = option(
+        "kdcache-demo", help="folder of everything the demo makes.", metavar="DIR", output=True
+    )
     workers: int = option(2, help="Ray workers that run the teacher.", at_least=0)
     codec: str = option(
         "sample:20",

@@ -13,7 +13,7 @@ class ExportOptions(Options):
     """What `kdcache export` takes: fields have the names of its options."""
 
     cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
-    out: str = option(help="folder of the files.", metavar="DIR")
+    out: str = option(help="folder of the files.", metavar="DIR", output=True)
     to: Literal["parquet"] = option("parquet", help="the format of the files.")
     temperature: float | None = option(
         None,

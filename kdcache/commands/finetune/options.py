@@ -24,7 +24,7 @@ class FinetuneOptions(PairRowOptions, LearningOptions):
     corpus: tuple[str, ...] = option(
         help="files, folders, globs or URLs with texts and labels.", metavar="PATH_OR_URL_OR_GLOB"
     )
-    out: str = option(help="folder of the teacher.", metavar="TEACHER")
+    out: str = option(help="folder of the teacher.", metavar="TEACHER", output=True)
     eval_corpus: tuple[str, ...] = option(
         (),
         help="files to evaluate on after each epoch; the best epoch becomes the teacher.",

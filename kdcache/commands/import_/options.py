@@ -27,7 +27,7 @@ class ImportOptions(WorkerOptions):
     tokenizer: str = option(
         help="the tokenizer of the ids, that of the teacher.", metavar="DIR_OR_HUB_ID"
     )
-    out: str = option(help="folder or URL of the cache.", metavar="CACHE")
+    out: str = option(help="folder or URL of the cache.", metavar="CACHE", output=True)
     from_: Literal["parquet", "arrow", "jsonl"] = option("parquet", help="the format of the files.")
     layout: Layout = option(
         "kdcache",

@@ -45,7 +45,10 @@ class PlanOptions(MaskedRowOptions, TeacherRunOptions):
     rows: int = option(64, help="rows of the sample.", at_least=1)
     all: bool = option(False, help="print all figures, with what they mean.")
     plot: str | None = option(
-        None, help="PNG file for a plot of fidelity against bytes (optional).", metavar="FILE.png"
+        None,
+        help="PNG file for a plot of fidelity against bytes (optional).",
+        metavar="FILE.png",
+        output=True,
     )
 
     def conflicts(self) -> Sequence[str]:

@@ -16,6 +16,7 @@ from kdcache.commands.plan.result import PlanResult
 from kdcache.commands.plan.sample import sample_rows
 from kdcache.errors import UsageError
 from kdcache.extras import needs
+from kdcache.files import try_place
 from kdcache.humanize import counted
 from kdcache.storage import redact
 from kdcache.targets import Codec
@@ -33,6 +34,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
     """
     report = report or (lambda line: None)
     if options.plot is not None:
+        try_place(options.plot, "--plot")
         with needs("plot", "--plot"):
             import_module("matplotlib")
     prepared = prepare(options.build_options())

@@ -22,7 +22,10 @@ class PredictOptions(RecordOptions, InferenceOptions):
         metavar="PATH_OR_URL_OR_GLOB|-",
     )
     out: str | None = option(
-        None, help="file for the JSON lines. Default: standard output.", metavar="FILE"
+        None,
+        help="file for the JSON lines. Default: standard output.",
+        metavar="FILE",
+        output=True,
     )
 
     task: Task | None = option(

@@ -21,7 +21,7 @@ class ReportOptions(Options):
         positional=True,
     )
     _: KW_ONLY
-    out: str = option("report.html", help="the page.", metavar="FILE.html")
+    out: str = option("report.html", help="the page.", metavar="FILE.html", output=True)
     rows: int = option(3, help="rows of each cache to show as text.", at_least=0, at_most=20)
     top: int = option(3, help="predictions to show at each position.", at_least=1, at_most=20)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kdcache.commands.report.gather import CachePart, Part, RunPart, SweepPart, gather
 from kdcache.commands.report.options import ReportOptions
 from kdcache.commands.report.page import render_page
-from kdcache.files import local_path, output_errors, write_text
+from kdcache.files import local_path, output_errors, try_place, write_text
 from kdcache.storage import redact
 
 
@@ -45,6 +45,7 @@ def report(
         CorruptCacheError: a cache is damaged.
     """
     out = local_path(options.out)
+    try_place(options.out)
     parts: list[Part] = []
     for path in options.paths:
         report(f"reading {redact(path)}")

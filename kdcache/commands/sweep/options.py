@@ -16,7 +16,7 @@ class SweepOptions(Options):
         metavar="GRID.yaml",
         positional=True,
     )
-    out: str = option(help="folder of the sweep.", metavar="SWEEP")
+    out: str = option(help="folder of the sweep.", metavar="SWEEP", output=True)
     workers: int | None = option(
         None,
         help="number of runs at once on Ray; `auto` for as many as fit, 0 for one after another "

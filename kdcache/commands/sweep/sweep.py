@@ -36,7 +36,7 @@ from kdcache.commands.train.result import LOSS_PARTS, TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
-from kdcache.files import LOCK_FILE, alone, local_path, write_json
+from kdcache.files import LOCK_FILE, alone, local_path, try_place, write_json
 from kdcache.options import options_of
 from kdcache.version import __version__
 
@@ -136,6 +136,7 @@ class _Sweep:
     def train(self) -> None:
         """Train the missing runs."""
         missing = self.missing()
+        try_place(self.options.out)
         pool = _pool(self.options, len(missing))
         try:
             self._check_students(pool, missing)

@@ -152,6 +152,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
     out: str = option(
         help="folder or URL of the run: checkpoints, logs and the finished student.",
         metavar="RUN",
+        output=True,
         decides="nothing",
     )
     lora: str | None = option(

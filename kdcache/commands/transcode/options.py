@@ -22,7 +22,7 @@ class TranscodeOptions(WorkerOptions):
         "from `topk:K` only one of fewer ids.",
         metavar="CODEC",
     )
-    out: str = option(help="folder or URL of the new cache.", metavar="CACHE")
+    out: str = option(help="folder or URL of the new cache.", metavar="CACHE", output=True)
     temperatures: tuple[float, ...] = option(
         (),
         help="the temperatures a student may train at. Default: those of CACHE.",
