@@ -502,7 +502,7 @@ WRONG = [
     Wrong(_train(divergence="forward-kl", alpha=1.0), None, "this cache holds scores. Train with"),
     Wrong(_train(divergence="huber"), "huber compares scores", None),
     Wrong(_train(divergence="mse", temperature=2.0), "has no temperature", "no temperature"),
-    Wrong(_train(eval_cache=("?",), best="accuracy"), "not a kdcache cache", "not a kdcache cache"),
+    Wrong(_train(eval_cache=("?",), best="accuracy"), "there is no folder", "there is no folder"),
     Wrong(_build({"labels": ["mauve"]}), "'mauve', which is not one of the teacher's", None),
     Wrong(_build({"labels": [True, False]}), "or 3 values of true and false", None),
     Wrong(_build({"score": "good"}), None, "the score is 'good', expected a finite number"),

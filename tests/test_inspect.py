@@ -199,7 +199,7 @@ def test_wrong_inspections(tmp_path: Path, lm_caches: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="not a kdcache cache"):
         inspect(InspectOptions(str(tmp_path)))
     (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(UsageError, match="a run: `kdcache report` shows"):
+    with pytest.raises(UsageError, match="is the folder of a model, not of a cache"):
         inspect(InspectOptions(str(tmp_path)))
     rows = Cache.open(lm_caches["topk:8"]).manifest.rows
     with pytest.raises(UsageError, match=f"the cache has {rows} rows, numbered from 0"):

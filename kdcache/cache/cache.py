@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from kdcache.cache.absent import no_cache
 from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.layer_file import layer_name, open_layer, read_layer
 from kdcache.cache.manifest import (
@@ -140,7 +141,7 @@ class Cache:
         """
         storage = open_storage(url)
         if not storage.exists("spec.json"):
-            raise UsageError(f"{redact(url)} is not a kdcache cache: it has no spec.json.")
+            raise no_cache(storage)
         cache = cls._read(storage)
         if cache.manifest_or_none is None:
             done = len(cache.committed())

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from kdcache.cache.absent import no_cache
 from kdcache.cache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import SHARD_NAME, Manifest
@@ -190,6 +191,8 @@ def gc(url: str, *, dry_run: bool = False) -> GcResult:
         CorruptCacheError: its spec or manifest cannot be read.
     """
     storage = _open(url)
+    if not storage.exists("spec.json"):
+        raise no_cache(storage)
     cache = Cache.resume(url)
     removed, young = [], 0
     for found in (_second_copies(cache), _scratch(storage), _uploads(storage)):
@@ -255,7 +258,7 @@ def _open(url: str) -> Storage:
     """The storage of a cache whose folders are its own: what is removed must be the cache's."""
     storage = open_storage(url)
     if not storage.exists("spec.json") and not storage.exists("manifest.json"):
-        raise UsageError(f"{redact(url)} is not a kdcache cache: it has no spec.json.")
+        raise no_cache(storage)
     if isinstance(storage, LocalStorage):
         for name in ("shards", "tmp", "tokenizer"):
             if (storage.root / name).is_symlink():

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, CacheSpec, ShardEntry
+from kdcache.cache.absent import no_cache
 from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.manifest import filtered_records, label_sums
 from kdcache.cache.sandbox import Sandbox
@@ -29,7 +30,7 @@ from kdcache.commands.inspect.options import InspectOptions
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import perplexity
 from kdcache.rows import Row
-from kdcache.storage import open_storage, redact
+from kdcache.storage import open_storage
 from kdcache.targets import DenseTargets, SoftTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import TASKS, labelled
@@ -192,12 +193,7 @@ def inspect(options: InspectOptions) -> InspectResult:
     """
     storage = open_storage(options.cache)
     if not storage.exists("spec.json"):
-        models = ("config.json", "adapter_config.json", "metrics.jsonl")
-        model = any(storage.exists(name) for name in models)
-        raise UsageError(
-            f"{redact(options.cache)} is not a kdcache cache: it has no spec.json."
-            + (" It holds a model or a run: `kdcache report` shows those." if model else "")
-        )
+        raise no_cache(storage)
     cache = Cache.resume(options.cache)
     with Sandbox() as sandbox:
         shards = cache.manifest.shards if cache.sealed else _committed(cache, sandbox)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache
+from kdcache.cache.absent import is_missing
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData
 from kdcache.commands.finetune.finetune import RESULT_FILE as TEACHER_FILE
@@ -117,8 +118,13 @@ def gather(path: str, options: ReportOptions) -> Part:
         UsageError: nothing is there that a report knows, or it is damaged.
         CorruptCacheError: a cache's files contradict each other.
     """
-    if open_storage(path).exists("spec.json"):
+    storage = open_storage(path)
+    if storage.exists("spec.json"):
         return _cache(path, options)
+    if is_missing(storage):
+        raise UsageError(
+            f"there is no folder {redact(path)}: expected a cache, run or sweep. Check the path."
+        )
     folder = local_path(path, "PATH")
     if any((folder / name).is_file() for name in (RESULT_FILE, TEACHER_FILE, METRICS_FILE)):
         return _run(folder)
