@@ -486,12 +486,31 @@ def test_several_caches_are_mixed_and_weighted(tmp_path: Path) -> None:
 
 def test_caches_that_do_not_fit_are_refused_with_every_reason(tmp_path: Path) -> None:
     a = make_cache(tmp_path / "a", [2], task=CAUSAL, codec="topk:4")
-    b = make_cache(tmp_path / "b", [2], tokenizer="other", codec="dense")
+    causal: dict[str, Any] = {"task": CAUSAL}
+    others = [
+        make_cache(tmp_path / "b", [2], tokenizer="other", codec="dense"),
+        make_cache(tmp_path / "c", [2], tokenizer="other", codec="topk:4", **causal),
+        make_cache(tmp_path / "d", [2], vocab=65, codec="topk:4", **causal),
+        make_cache(tmp_path / "e", [2], codec="sample:4", **causal),
+    ]
     with pytest.raises(UsageError) as error:
-        TargetStream([a, b], batch_size=0, temperature=3.0)
-    message = str(error.value)
-    for word in ("batch_size is 0", "task of", "tokenizer of", "codec of", "temperature 3"):
-        assert word in message
+        TargetStream([a, *others], batch_size=0, temperature=3.0)
+    lines = str(error.value).splitlines()
+    expected = [
+        *("batch_size is 0", "temperature 3", f"the task of {others[0].url}"),
+        *(f"the tokenizer of {others[1].url}", f"the vocabulary of {others[2].url} is 65 ids"),
+        *(f"codec of {others[3].url}", f"{others[3].url}: temperature 3"),
+    ]
+    assert len(lines) == len(expected), lines
+    for line, word in zip(lines, expected, strict=True):
+        assert word in line
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_caches_of_other_classes_are_refused_by_name(tmp_path: Path, classes: int) -> None:
+    a, b = make_cache(tmp_path / "a", [2]), make_cache(tmp_path / "b", [2], classes=classes)
+    with pytest.raises(UsageError, match=r"the classes of .*b is c0, c1.*has c0, c1, c2\. Name"):
+        TargetStream([a, b], batch_size=2)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -178,6 +178,27 @@ def test_a_schedule_of_temperatures_suits_every_cache(
         train(options(cache=both, temperature="1:2"))
 
 
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({}, "the task of .* is sequence-classification, but .* has causal-lm. Name a cache"),
+        ({"task": CAUSAL, "vocab": 70}, "the vocabulary of .* is 70 ids, but .* has 64 ids. Name"),
+        ({"task": CAUSAL, "tokenizer": "u"}, "the tokenizer of .* is SHA-256 u, but .* has SHA"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"best": "soft_loss", "divergence": "reverse-kl"}])
+def test_an_eval_cache_of_something_else_is_one_line(
+    options: Make, folder: Path, tmp_path: Path, values: dict[str, Any], more: Any, match: str
+) -> None:
+    """Not also what follows from it: its codec, its labels, its temperatures."""
+    held = make_cache(tmp_path / "held", [9], temperatures=(3.0,), labelled=False, **values)
+    wrong = options(cache=str(folder / "causal"), eval_cache=held.url, **more)
+    with pytest.raises(UsageError, match=f"^--eval-cache: {match}.*$") as error:
+        train(wrong)
+    assert len(str(error.value).splitlines()) == 1
+    assert "None" not in str(error.value)
+
+
 def test_shards_are_grouped_as_the_stream_groups_them(options: Make, folder: Path) -> None:
     usual = TargetStream(str(folder / "classes"), batch_size=8).group
     assert Run.prepare(RunPlan.make(options())).stream.group == usual != 2

@@ -39,7 +39,9 @@ def check_caches(
     """
     found, temperatures = list(problems), list(temperatures)
     for together, cache in [(group, cache) for group in (caches, beside) for cache in group]:
-        found += _differences(cache, caches[0], ("task", "vocab_size", "label_names", "tokenizer"))
+        if problem := unlike(cache, caches[0]):
+            found.append(problem if together is caches else f"--eval-cache: {problem}")
+            continue  # whatever else differs follows from that
         found += _differences(cache, together[0], ("codec", "temperatures", "output_layer"))
         for temperature in temperatures:
             try:
@@ -48,6 +50,32 @@ def check_caches(
                 found.append(f"{cache.url}: {error}")
     if found:
         raise UsageError("\n".join(dict.fromkeys(found)))
+
+
+def unlike(cache: Cache, other: Cache) -> str:
+    """Why one student cannot learn from two caches, or be evaluated on one of them.
+
+    Returns:
+        A sentence with its cure; empty where it can.
+    """
+    mine, theirs = cache.spec, other.spec
+    pairs = {
+        "task": (mine.task, theirs.task),
+        "classes": (_names(mine.label_names), _names(theirs.label_names)),
+        "vocabulary": (f"{mine.vocab_size:,} ids", f"{theirs.vocab_size:,} ids"),
+        "tokenizer": (f"SHA-256 {mine.tokenizer[:12]}", f"SHA-256 {theirs.tokenizer[:12]}"),
+    }
+    for name, (own, wanted) in pairs.items():
+        if own != wanted:
+            return (
+                f"the {name} of {cache.url} is {own}, but {other.url} has {wanted}. Name a cache "
+                f"of the same {name}."
+            )
+    return ""
+
+
+def _names(names: Sequence[str] | None) -> str:
+    return "unnamed" if names is None else ", ".join(names)
 
 
 def checked_weights(weights: Any, caches: Sequence[Cache], problems: list[str]) -> Weights:

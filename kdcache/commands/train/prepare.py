@@ -24,6 +24,7 @@ from kdcache.loss import check_loss
 from kdcache.loss.entities import are_entities
 from kdcache.storage import is_remote
 from kdcache.stream import TargetStream, check_caches, open_caches
+from kdcache.stream.checks import unlike
 from kdcache.student.checkpoints import (
     check_identity,
     continues,
@@ -72,11 +73,13 @@ class RunPlan:
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
         first, problems = caches[0], wrong_trackers(options.report_to)
         task = TASKS[first.spec.task]
+        # Of another task or vocabulary nothing else is worth a line: see `check_caches`.
+        alike = [cache for cache in eval_caches if not unlike(cache, first)]
         if options.divergence is None:
             options = dataclasses.replace(options, divergence=task.divergences[0])
         temperatures: list[float] = []
         if options.cross_tokenizer is not None:
-            problems += cross_problems(options, caches, eval_caches)
+            problems += cross_problems(options, caches, alike)
             temperatures = [1.0] if options.cross_tokenizer == "hybrid" else []
             temperatures = [] if options.hard_only or problems else temperatures
         elif not options.hard_only:
@@ -84,7 +87,7 @@ class RunPlan:
             if not schedule.constant:
                 problems += _wrong_schedule(options, caches)
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
-            for cache in (first, *eval_caches):  # equal problems are reported once
+            for cache in (first, *alike):  # equal problems are reported once
                 problems += _wrong_loss(options, cache, temperatures)
         elif task.answers == "score":  # whose hard loss is that of the divergence, too
             problems += _wrong_loss(options, first, [1.0])
@@ -108,7 +111,7 @@ class RunPlan:
                 "best is soft_loss, but alpha 1 trains and evaluates on hard labels alone."
             )
         problems += options.weights.problems([cache.spec.domain_names for cache in caches])
-        problems += _missing_labels(options, caches, eval_caches)
+        problems += _missing_labels(options, caches, alike)
         if task.answers == "score":
             temperatures = []  # which it has not, as the loss has said
         check_caches(caches, temperatures, problems, beside=eval_caches)
@@ -317,9 +320,6 @@ def _labelled(caches: Sequence[Cache]) -> bool:
     )
 
 
-def _wrong_loss(options: TrainOptions, cache: Cache, temperatures: Sequence[float]) -> list[str]:
-    """Why the loss is undefined for the targets of a cache: a line each."""
-    wrong, codec = [], cache.codec()
 def _wrong_schedule(options: TrainOptions, caches: Sequence[Cache]) -> list[str]:
     """Why caches do not know the targets at all temperatures of a schedule: a line each."""
     wrong, needs = [], f"a schedule of temperatures ({options.temperatures}) needs a dense cache"
@@ -334,6 +334,9 @@ def _wrong_schedule(options: TrainOptions, caches: Sequence[Cache]) -> list[str]
     return wrong
 
 
+def _wrong_loss(options: TrainOptions, cache: Cache, temperatures: Sequence[float]) -> list[str]:
+    """Why the loss is undefined for the targets of a cache: a line each."""
+    wrong, codec = [], cache.codec()
     divergence = options.divergence or ""
     answers = TASKS[cache.spec.task].answers
     none = SoftTargets.empty(codec).at(codec.temperatures[0])
