@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from make_caches import CAUSAL, make_cache
+from transformers import AutoTokenizer
 
 from kdcache.cli.main import cli
-from kdcache.commands.inspect.inspect import Guess, PositionView, RowView
+from kdcache.commands.inspect.inspect import Guess, PositionView, RowView, _read
 from kdcache.commands.report import of_cache
 from kdcache.commands.report.charts import Curve, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
@@ -32,7 +34,10 @@ from kdcache.commands.report.report import report
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
+from kdcache.rows import Row
 from kdcache.tasks import TASKS
+
+TOKENIZERS = Path(__file__).parent / "tiny_tokenizers"
 
 HOSTILE = "</style></td><script>alert(1)</script>&lt;\"'\x00\x1b[2J\u202e\ud800\uffff]]><!--"
 
@@ -127,9 +132,12 @@ def test_a_page_shows_caches_runs_and_sweeps(paths: dict[str, str], tmp_path: Pa
     assert {f"t s{i}" for i in range(6)} & {node.get("class") for node in page.iter("span")}
 
 
-def rows_of(task: str, *positions: PositionView, read: tuple[str, ...] = ()) -> tuple[str, str]:
+def rows_of(
+    task: str, *positions: PositionView, read: tuple[str, ...] = (), between: str = " "
+) -> tuple[str, str]:
     """Text and tables of a row of a task, as a page has them."""
-    row = RowView(0, 0, 4, "an old text", None, 1.0, True, positions, read=read)
+    whole = {"read": read, "between": between}
+    row = RowView(0, 0, 4, "an old text", None, 1.0, True, positions, **whole)
     tree = ElementTree.fromstring(f"<div>{join(of_cache._rows([row], TASKS[task]))}</div>")
     text = next(node for node in tree.iter("p") if node.get("class") == "row")
     return words_of(tree), words_of(text)
@@ -144,6 +152,19 @@ def test_a_tagged_row_is_its_words_and_a_masked_one_what_was_masked() -> None:
     assert "\u2018B-X\u2019 0.69" in all_of_it  # label and -log 0.5
     masked = PositionView(1, "[MASK]", 7, "otter", -0.5, (), 0.5)
     assert rows_of("masked-lm", masked, read=("[CLS]", "[MASK]"))[1] == "[CLS] otter"
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces", "wordpiece"])
+def test_a_row_that_is_read_whole_reads_as_the_text(name: str) -> None:
+    """Tokens with a space of their own get no second one, parts of a word get none."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    text = "the unhappy otters are swimming down the river"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > 8
+    whole = _read(Row(np.array(ids, np.int32), np.array(ids, np.int32)), tokenizer)
+    row = RowView(0, 0, len(ids), "", None, 1.0, True, (), **whole)
+    tree = ElementTree.fromstring(str(of_cache._read_tokens(row, TASKS["masked-lm"])))
+    assert "".join(tree.itertext()).removeprefix(" ") == text
 
 
 def test_rows_have_the_columns_and_colours_that_their_task_has() -> None:

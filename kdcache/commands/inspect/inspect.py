@@ -93,6 +93,8 @@ class RowView:
         domain: name of its corpus; None where corpora have no names.
         heads: what stands over `token` and `label`.
         read: all its tokens, where the teacher read them all before each answer.
+        between: what its tokenizer puts between two tokens that are not parts of a word: a blank,
+            or nothing where tokens have their own.
     """
 
     row: int
@@ -106,6 +108,7 @@ class RowView:
     domain: str | None = None
     heads: tuple[str, str] = ("after", "next")
     read: tuple[str, ...] = ()
+    between: str = ""
 
 
 @dataclass(frozen=True)
@@ -335,9 +338,7 @@ def _row(
         exact=exact,
         positions=tuple(positions),
         heads=task.heads,
-        read=tuple(map(token, row.input_ids.tolist()))
-        if task.per_token and not task.causal
-        else (),
+        **(_read(row, tokenizer) if task.per_token and not task.causal else {}),
     )
 
 
@@ -417,6 +418,13 @@ def _text(row: Row, tokenizer: Any) -> str:
 
 def _decoded(ids: np.ndarray, tokenizer: Any) -> str:
     return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+
+def _read(row: Row, tokenizer: Any) -> dict[str, Any]:
+    """Fields of a row that is read whole."""
+    apart = " " in str(tokenizer.convert_tokens_to_string(["a", "b"])).strip()
+    tokens = map(_token_text(tokenizer), row.input_ids.tolist())
+    return {"read": tuple(tokens), "between": " " if apart else ""}
 
 
 def _token_text(tokenizer: Any) -> Any:

@@ -18,6 +18,7 @@ _POSITIONS = 128  # of a row in a table
 _TOKEN = 80  # characters of a token
 _FILES = 50
 _NEW_LINE = "\u21b5"
+_GOES_ON = "##"  # begins a token that goes on with a word, where blanks are between tokens
 
 LEVELS = (0.5, 1.0, 2.0, 4.0, 6.0)
 """Nats of surprise from which on a token has the next colour."""
@@ -299,7 +300,11 @@ def _read_tokens(row: RowView, task: TaskType) -> Html:
         if position is not None and position.label_text is not None:
             text = position.label_text if task.over_ids else token
             level = _level(_nats(position, _is_exact(row)))
-        parts += [element("span", _cut(text, _TOKEN), class_=f"t {level}".strip()), Html(" ")]
+        if row.between:
+            goes_on = text.startswith(_GOES_ON) and text != _GOES_ON
+            text = text.removeprefix(_GOES_ON) if goes_on else text
+            parts += [] if goes_on or not parts else [Html(row.between)]
+        parts.append(element("span", _cut(text, _TOKEN), class_=f"t {level}".strip()))
     if len(row.read) > _TOKENS:
         parts.append(element("span", " …", class_="gap"))
     return element("p", *parts, class_="row")
