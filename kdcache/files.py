@@ -161,7 +161,7 @@ def file_problems(name: str | None, option: str) -> list[str]:
     if path.is_dir():
         return [f"{option} is {name}, a folder. Name a file."]
     if not path.parent.is_dir():
-        return [f"{option} is {name}: there is no folder {path.parent}."]
+        return [f"{option}: there is no folder {path.parent}."]
     return []
 
 

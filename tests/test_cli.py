@@ -307,5 +307,5 @@ def test_a_file_to_write_that_is_a_folder_is_refused_before_the_work(
     if words[0] != "predict":  # which makes the folder
         result = run(*words, "~/none/x")
         assert f"{words[-1]}: there is no folder {tmp_path}/none." in result.output
-        assert "there is no folder" not in run(*words, "~/x").output
+        assert f"{words[-1]}: there is no folder" not in run(*words, "~/x").output
     assert "Traceback" not in run(*words, "~nobody-of-that-name/x").output

@@ -195,6 +195,10 @@ def test_values_are_told_apart_by_short_names(here: Path) -> None:
             ["task of", "(1 of 2 combinations, first temperature=3 seed=0)"],
         ),
         (
+            "student: tiny.json\ngrid: {cache: [causal, classes]}",
+            ["for causal-lm and sequence-classification, and runs of several tasks"],
+        ),
+        (
             "cache: causal\ngrid: {student: [bilstm, tiny.json, nowhere/x, 'm:f']}",
             ["bilstm is a classifier", "nowhere/x", "No module named 'm'"],
         ),

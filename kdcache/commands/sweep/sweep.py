@@ -119,6 +119,12 @@ class _Sweep:
         self.plans = {
             key: run.at(self.out / _RUNS / self.names[key]) for key, run in self.runs.items()
         }
+        tasks = sorted({plan.caches[0].spec.task for plan in self.plans.values()})
+        if len(tasks) > 1:
+            raise UsageError(
+                f"the caches of the grid are for {' and '.join(tasks)}, and runs of several tasks "
+                "have no figure to be compared by. Make a sweep of each task."
+            )
         self.finished: dict[str, TrainResult] = {}
         for key, plan in self.plans.items():
             result = plan.finished()
