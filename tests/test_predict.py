@@ -187,7 +187,7 @@ def test_wrong_prediction_input_leaves_nothing(
             output=io.StringIO(),
         )
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(UsageError, match="file is not a folder"):
         predict(
             PredictOptions(str(student_classifier), ("-",), str(tmp_path / "file" / "o")), lines=[]
         )
