@@ -25,6 +25,7 @@ from kdcache.commands.finetune.rows import label_names_of
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.rows import Row, RowSpec, WordReader, make_encoder
+from kdcache.rows.words import ReadWords
 from kdcache.student import word_tokenizer
 from kdcache.targets import Codec, TargetWriter
 from kdcache.tasks import IGNORE, TOKEN_CLASSIFICATION, UNLABELLED
@@ -70,6 +71,19 @@ def test_each_word_that_is_kept_has_its_own_label(kind: str, words: list[str], l
     owner = np.cumsum(row.first)[inside] - 1
     assert every.labels[inside].tolist() == [want[i] for i in owner]
     assert set(np.flatnonzero(row.first)) <= set(inside)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_that_cuts_texts_on_the_left_keeps_the_first_words(kind: str) -> None:
+    left = AutoTokenizer.from_pretrained(TOKENIZERS / kind, truncation_side="left")
+    sentence = [f"w{i}" for i in range(30)]
+    (read,) = WordReader(left).read([sentence], 12)
+    (want,) = WordReader(tokenizer(kind)).read([sentence], 12)
+    assert isinstance(read, ReadWords)
+    assert isinstance(want, ReadWords)
+    assert read.ids.tolist() == want.ids.tolist()
+    assert read.word_of[read.first][0] == 0
+    assert left.truncation_side == "left"
 
 
 def test_all_tokens_of_a_word_have_its_label_and_the_tokenizers_own_have_none() -> None:

@@ -107,6 +107,14 @@ class WordReader:
         return found
 
     def _encode(self, sentences: Sequence[Sequence[str]], max_length: int | None) -> Sequence[Any]:
+        # Whatever side a tokenizer cuts texts on: words and their labels count from the first.
+        side, self._tokenizer.truncation_side = self._tokenizer.truncation_side, "right"
+        try:
+            return self._encoded(sentences, max_length)
+        finally:
+            self._tokenizer.truncation_side = side
+
+    def _encoded(self, sentences: Sequence[Sequence[str]], max_length: int | None) -> Sequence[Any]:
         encoded = self._tokenizer(
             [[self._prefix + word for word in words] for words in sentences],
             is_split_into_words=True,
