@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import make_caches
 import pytest
 import torch
 from test_projection import Around, PromptTuned, llama
 from test_student import causal_batch, causal_model
 from torch import Tensor
-from transformers import BartConfig, BartForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    FNetConfig,
+    FNetForSequenceClassification,
+)
 
+from kdcache.commands.train.student import trial_batch
 from kdcache.errors import UsageError
+from kdcache.rows import Row
 from kdcache.student import DistilledStudent
 from kdcache.student.padding import check_rows, without_mask
 from kdcache.student.trainer import DistillationTrainer
@@ -86,6 +99,32 @@ def test_a_language_model_that_padding_disturbs_is_refused(lengths: tuple[int, .
     student = DistilledStudent(ReadsPadding(llama()), "causal-lm")
     with pytest.raises(UsageError, match="other logits where its batch is padded"):
         check_rows("it", student, rows(lengths))
+
+
+def test_texts_cut_to_one_length_are_tried_beside_a_shorter_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_caches.make_rows
+
+    def even(task: str, numbers: Any, *sizes: int) -> list[Row]:
+        found = (row for row in made(task, range(400), *sizes) if len(row.input_ids) == 6)
+        return list(islice(found, len(numbers)))
+
+    monkeypatch.setattr(make_caches, "make_rows", even)
+    cache = make_caches.make_cache(tmp_path, [5])
+    batch = trial_batch(SimpleNamespace(caches=[cache]), None)  # type: ignore[arg-type]
+    assert batch["attention_mask"].sum(-1).tolist() == [6, 6, 3]
+    ids = cache.read(0).row(4).input_ids.tolist()
+    assert batch["input_ids"][-1].tolist() == [*ids[:2], ids[-1], 0, 0, 0]
+    sizes = {"vocab_size": 80, "hidden_size": 16, "num_labels": 3, "initializer_range": 0.3}
+    mixing = FNetConfig(
+        **sizes, num_hidden_layers=1, intermediate_size=16, max_position_embeddings=16
+    )
+    masking = BertConfig(**sizes, num_hidden_layers=1, intermediate_size=16, num_attention_heads=2)
+    task = "sequence-classification"
+    check_rows("it", DistilledStudent(BertForSequenceClassification(masking), task), batch)
+    with pytest.raises(UsageError, match="its batch is padded"):
+        check_rows("it", DistilledStudent(FNetForSequenceClassification(mixing), task), batch)
 
 
 def test_loss_and_gradients_are_the_same_without_a_mask() -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
 from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.errors import UsageError
@@ -126,6 +128,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
     return student, tokenize
 
 
+_SHORT = 20  # characters
 _NOT_INPUTS = ("count", "label_logprob", "first_tokens")
 
 
@@ -142,7 +145,31 @@ def trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
     tokenize = None if cross is not None else tokenize
     collator = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize, cross=cross)
     batch = collator(chosen)
+    mask = batch.get("attention_mask")
+    if mask is not None and chosen[-1].texts is not None and bool(mask.all()) and len(chosen) > 1:
+        # Rows that are all cut to one length have no padding, and others may have some.
+        batch = collator([*chosen[:-1], _beginning(chosen[-1])])
     return {k: value for k, value in batch.items() if k not in _NOT_INPUTS}
+
+
+def _beginning(row: ShardData) -> ShardData:
+    """The beginning of a row of text, and its last token: some classifiers look for it."""
+    half = max(1, len(row.input_ids) // 2)
+
+    def cut(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values[: half - 1], values[-1:]])
+
+    def short(texts: list[str] | None) -> list[str] | None:
+        return None if texts is None else [text[:_SHORT] for text in texts]
+
+    return replace(
+        row,
+        offsets=np.array([0, half]),
+        input_ids=cut(row.input_ids),
+        type_ids=None if row.type_ids is None else cut(row.type_ids),
+        texts=short(row.texts),
+        text_pairs=short(row.text_pairs),
+    )
 
 
 def texts_of(caches: list[Cache]) -> Iterator[str]:
