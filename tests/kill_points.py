@@ -6,13 +6,14 @@ folder that is made, each rename, link and removal, in the order in which they c
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from loaded import CONTEXT
 
 _CHANGES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.truncate")
 
@@ -23,10 +24,8 @@ def killed_at(step: int | None, folder: Path, work: Callable[[Any], Any], option
     Raises:
         AssertionError: it ended otherwise.
     """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["kill_points"])
-    receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=_run, args=(step, str(folder), work, options, sender))
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_run, args=(step, str(folder), work, options, sender))
     process.start()
     sender.close()
     process.join()

@@ -1,12 +1,7 @@
-"""Several processes of one training, as torchrun or srun starts them.
-
-They come from a server that has imported torch and transformers once and forks, so a process costs
-milliseconds instead of seconds.
-"""
+"""Several processes of one training, as torchrun or srun starts them."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +10,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from loaded import CONTEXT
+
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress, TrainResult
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["kdcache.commands.train.together", "s3fs"])
 _DEADLINE = 120.0
 
 Look = Callable[[TrainProgress], None]
@@ -90,12 +85,12 @@ def launch(
     port, started = free_port(), []
     for rank in range(world):
         own = options if isinstance(options, TrainOptions) else options[rank]
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        ours, theirs = CONTEXT.Pipe(duplex=False)
         # The server's own environment is that of the first call.
         environment = {**os.environ, **by(rank, world, port)}
         environment |= environments[rank] if environments else {}
         here = Path.cwd() if folders is None else folders[rank]
-        process = _CONTEXT.Process(
+        process = CONTEXT.Process(
             target=_work, args=(own.to_dict(), environment, here, look, theirs)
         )
         process.start()
