@@ -4,6 +4,7 @@ on the spot, a small build of them, and a Ray.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ if os.environ.get("KDCACHE_TEST_GPU") != "1":
 
 CLASSES = ("bad", "neutral", "good")
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not look at a million objects of libraries: every training calls it."""
+    gc.freeze()
 
 
 def _asset(*parts: str) -> Path:

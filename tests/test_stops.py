@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,7 @@ def test_a_training_process_that_is_ended_goes_on(
     )
     run = Path(chosen.out)
     while process.poll() is None and not last_checkpoint(run):
-        pass
+        time.sleep(0.02)
     process.send_signal(sign)
     _, errors = process.communicate(timeout=120)
     if sign != signal.SIGKILL:
