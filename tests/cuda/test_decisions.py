@@ -416,7 +416,7 @@ def test_weights_go_straight_to_where_they_are_used(
 ) -> None:
     """Not through the host's memory, which a large teacher may not fit."""
     options = TeacherOptions((str(tiny_lm),), "causal-lm", device=device)
-    model = mock.Mock(hf_device_map={})
+    model = mock.MagicMock(hf_device_map={})
     with (
         mock.patch.object(load, "_from_pretrained", return_value=model) as asked,
         mock.patch.object(torch.cuda, "mem_get_info", return_value=(free, free)),
