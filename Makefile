@@ -1,10 +1,11 @@
 # One command each: `make demo`, `make test`, `make lint`. Each sets up its virtual environment first.
 # Variables: PYTHON (3.10-3.13), TORCH (e.g. TORCH=torch==2.13.0 or a CPU build), VENV, PYTEST_ARGS,
-# JOBS (processes of `make test`: files of tests are dealt to them; 0 for none but pytest's own).
+# JOBS (processes of `make test`, to which files of tests are dealt: one more than cores, since tests wait
+# for processes; 0 for none but pytest's own).
 PYTHON ?= python3
 TORCH ?= torch>=2.6
 VENV ?= .venv
-JOBS ?= 2
+JOBS ?= 3
 VLLM_VENV ?= .vllm
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1

@@ -26,6 +26,7 @@ import numpy as np
 from kdcache.cache.hdf5 import attribute, columns_of, open_file, write_text
 from kdcache.cache.hdf5 import read_column as _read
 from kdcache.cache.hdf5 import write_column as _write
+from kdcache.cache.labels import join_rows, label_columns, narrow, read_labels, write_labels
 from kdcache.cache.texts import read_texts, read_words, write_texts, write_words
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import Row
@@ -34,9 +35,6 @@ from kdcache.tasks import IGNORE, TASKS, positions
 
 FORMAT = 1
 _REQUIRED = ("lengths", "input_ids")
-_NEXT_IDS = ("has_label", "next_ids")  # labels that are the next token, but for the last of a row
-_PLACES = ("has_label", "label_ids")  # labels that are ids, at some of the tokens
-_LABELS = ("labels",)
 _TEXTS = ("text_bytes", "text")
 _WORDS = ("first_tokens", "words_bytes", "words")
 _OPTIONAL = ("type_ids", "text_pair_bytes", "text_pair")
@@ -47,8 +45,6 @@ _MEMORY = 1 << 30  # that reading any shard may take
 _MEMORY_PER_BYTE = 64  # of the file, for those that need more; real ones take at most 27
 _U1, _U2, _U4, _I4 = ("|u1",), ("<u2",), ("<u4",), ("<i4",)
 _IDS = (*_U1, *_U2, *_U4)
-_LABEL_TYPES = {"ids": "<i4", "classes": "<i4", "labels": "|u1", "score": "<f4"}
-_NOT_KNOWN = 255  # whether a class of several is one of a row's labels
 
 
 @dataclass
@@ -106,7 +102,7 @@ class ShardData:
             task=task,
             offsets=_offsets(lengths),
             input_ids=_concatenate([row.input_ids for row in rows], np.int32),
-            labels=_join_rows([row.labels for row in rows], task, targets.codec.vocab_size),
+            labels=join_rows([row.labels for row in rows], task, targets.codec.vocab_size),
             targets=targets,
             label_logprob=label_logprob,
         )
@@ -216,26 +212,13 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
         file.attrs["positions"] = len(data.targets)
         rows = file.create_group("rows")
         _write(rows, "lengths", np.diff(data.offsets).astype(np.uint32))
-        _write(rows, "input_ids", _narrow(data.input_ids))
+        _write(rows, "input_ids", narrow(data.input_ids))
         if data.type_ids is not None:
             _write(rows, "type_ids", data.type_ids)
         if data.source is not None and data.source_offsets is not None:
             _write(rows, "source_lengths", np.diff(data.source_offsets).astype(np.uint32))
-            _write(rows, "source_ids", _narrow(data.source))
-        kind = TASKS[data.task]
-        if kind.causal:
-            has_label, next_ids = _split_labels(data)
-            _write(rows, "has_label", has_label)
-            _write(rows, "next_ids", next_ids)
-        elif TASKS[data.task].over_ids:
-            has_label = data.labels != IGNORE
-            _write(rows, "has_label", has_label.astype(np.uint8))
-            _write(rows, "label_ids", _narrow(data.labels[has_label]))
-        else:
-            labels = data.labels
-            if kind.answers == "labels":
-                labels = np.where(labels == IGNORE, _NOT_KNOWN, labels)
-            _write(rows, "labels", labels.astype(_LABEL_TYPES[kind.answers]))
+            _write(rows, "source_ids", narrow(data.source))
+        write_labels(rows, data.task, data.labels, data.offsets, data.input_ids)
         if data.label_logprob is not None:
             _write(rows, "label_logprob", data.label_logprob)
         if data.starts is not None:
@@ -280,9 +263,8 @@ def read_shard(
         n, task = _check_head(path, file, codec, counts)
         _check_memory(path, file, n)
         kind = TASKS[task]
-        of_labels = _NEXT_IDS if kind.causal else _PLACES if kind.over_ids else _LABELS
         required = (
-            *(_REQUIRED + of_labels + _TEXTS * kind.texts),
+            *(_REQUIRED + label_columns(task) + _TEXTS * kind.texts),
             *(_WORDS * kind.words + _SOURCES * kind.source),
             *(_LABEL_LOGPROB * label_logprob + _STARTS * starts),
         )
@@ -294,27 +276,7 @@ def read_shard(
         if kind.per_token and not lengths.all():
             raise CorruptCacheError(f"{path}: it has rows without tokens.")
         input_ids = _read(path, rows, "input_ids", _IDS, n.tokens).astype(np.int32)
-        if kind.causal:
-            labels = _join_labels(
-                offsets,
-                input_ids,
-                _read(path, rows, "has_label", _U1, n.tokens),
-                _read(path, rows, "next_ids", _I4, n.rows),
-            )
-        elif kind.over_ids:
-            labels = _spread_labels(
-                path,
-                _read(path, rows, "has_label", _U1, n.tokens),
-                _read(path, rows, "label_ids", _IDS, n.positions),
-            )
-        else:
-            stored = (_LABEL_TYPES[kind.answers],)
-            width = (codec.vocab_size,) if kind.answers == "labels" else ()
-            count = n.tokens if kind.per_token else n.rows
-            labels = _read(path, rows, "labels", stored, count, *width)
-            labels = labels.astype(label_type(task), copy=False)
-            if kind.answers == "labels":
-                labels[labels == _NOT_KNOWN] = IGNORE
+        labels = read_labels(path, rows, task, offsets, input_ids, n.positions, codec.vocab_size)
         logprobs = None
         if label_logprob:
             logprobs = _read(path, rows, "label_logprob", _U2, n.positions)
@@ -450,46 +412,6 @@ def _check_items(path: Path, data: ShardData) -> None:
             )
 
 
-def _split_labels(data: ShardData) -> tuple[np.ndarray, np.ndarray]:
-    """Causal labels repeat the input ids one token later: store where they are and each row's
-    last.
-    """
-    has_label = data.labels != IGNORE
-    last = data.offsets[1:] - 1
-    inner = has_label.copy()
-    inner[last] = False
-    where = np.flatnonzero(inner)
-    assert np.array_equal(data.labels[where], data.input_ids[where + 1]), "labels are the next ids"
-    return has_label.astype(np.uint8), data.labels[last].astype(np.int32)
-
-
-def _join_labels(
-    offsets: np.ndarray, input_ids: np.ndarray, has_label: np.ndarray, next_ids: np.ndarray
-) -> np.ndarray:
-    labels = np.full(len(input_ids), IGNORE, np.int32)
-    labels[:-1] = input_ids[1:]
-    labels[offsets[1:] - 1] = next_ids
-    labels[has_label == 0] = IGNORE
-    return labels
-
-
-def _spread_labels(path: Path, has_label: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
-    """int32 [tokens], from where labels are and what they are."""
-    there = has_label != 0
-    if there.sum() != len(label_ids):
-        raise CorruptCacheError(
-            f"{path}: {there.sum()} of its tokens have a label, but it has {len(label_ids)} labels."
-        )
-    labels = np.full(len(has_label), IGNORE, np.int32)
-    labels[there] = label_ids
-    return labels
-
-
-def _narrow(ids: np.ndarray) -> np.ndarray:
-    """Ids in the smallest unsigned type that holds them."""
-    return ids.astype(np.min_scalar_type(int(ids.max(initial=0))))
-
-
 def _read_starts(path: Path, rows: Any, offsets: np.ndarray, labels: np.ndarray) -> np.ndarray:
     flags = _read(path, rows, "starts", _U1, len(labels))
     if flags.max(initial=0) > 1 or not flags[offsets[:-1]].all():
@@ -514,17 +436,6 @@ def _read_source(path: Path, rows: Any, count: int) -> tuple[np.ndarray, np.ndar
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def label_type(task: str) -> type:
-    """The type of a task's labels in memory."""
-    return np.float32 if TASKS[task].answers == "score" else np.int32
-
-
-def _join_rows(labels: list[np.ndarray], task: str, width: int) -> np.ndarray:
-    """The labels of rows, one after another; [rows, classes] where there are several a row."""
-    empty = np.zeros((0, width) if TASKS[task].answers == "labels" else 0)
-    return np.concatenate([empty, *labels]).astype(label_type(task))
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

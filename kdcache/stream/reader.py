@@ -25,7 +25,6 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -42,6 +41,7 @@ from kdcache.stream.background import Background
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, check_mix, checked_weights, open_caches
 from kdcache.stream.cross import CrossTokenizer
+from kdcache.stream.groups import Group, Made, Parts, Walk
 from kdcache.stream.order import (
     Cursor,
     EpochShard,
@@ -57,78 +57,6 @@ from kdcache.stream.text import RowsText, TextChunks
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3
-
-
-@dataclass
-class _Group:
-    """Decoded shards of one group of a stream.
-
-    Attributes:
-        stream: whose.
-        first: row of the stream that the first of `rows` is.
-        rows: rows of `pool` in the stream's order, all of one epoch.
-        pool: the shards.
-    """
-
-    stream: int
-    first: int
-    rows: np.ndarray
-    pool: ShardRows
-
-    @property
-    def end(self) -> int:
-        """Row of the stream after the last."""
-        return self.first + len(self.rows)
-
-
-@dataclass
-class _Made:
-    """A batch of a slice, and what the thread that takes it does with it.
-
-    Attributes:
-        batch: without the count of all workers, where that has to be summed.
-        positions: what this worker adds to the count; None where the batch has its count.
-        empty: whether its one row has the weight zero.
-        first: whether it is the first slice of its step.
-        after: the cursor after it; None unless it is the last slice of its step.
-    """
-
-    batch: Batch
-    positions: int | None
-    empty: bool
-    first: bool
-    after: Cursor | None
-
-
-@dataclass
-class _Walk:
-    """How far the groups of a stream have been planned."""
-
-    groups: Iterator[np.ndarray]
-    end: int
-
-
-@dataclass
-class _Parts:
-    """Rows of one step as they are read: the slices of this worker, and the positions of all."""
-
-    bounds: np.ndarray
-    slices: list[list[ShardData]] = field(init=False)
-    done: int = 0
-    positions: int = 0
-
-    def __post_init__(self) -> None:
-        self.slices = [[] for _ in self.bounds[1:]]
-
-    def add(self, pool: ShardRows, rows: np.ndarray) -> None:
-        """Take in the next rows, and pick those that are in a slice."""
-        self.positions += int(pool.positions[rows].sum())
-        bounds = np.maximum(self.bounds - self.done, 0)
-        for i, part in enumerate(self.slices):
-            mine = rows[bounds[i] : bounds[i + 1]]
-            if len(mine):
-                part.append(pool.take(mine))
-        self.done += len(rows)
 
 
 class TargetStream(IterableDataset[Batch]):
@@ -375,7 +303,7 @@ class TargetStream(IterableDataset[Batch]):
             yield cursor, size, mine
             cursor = self._after(cursor, size)
 
-    def _groups(self, cursor: Cursor, epochs: int) -> Iterator[_Group]:
+    def _groups(self, cursor: Cursor, epochs: int) -> Iterator[Group]:
         coming: deque[tuple[int, int, np.ndarray, int]] = deque()
         plan = self._plan(cursor, epochs)
         while True:
@@ -388,7 +316,7 @@ class TargetStream(IterableDataset[Batch]):
             for index, cache in enumerate(self.caches):
                 cache.prefetch(dict.fromkeys(s for c, s in shards if c == index))
             stream, first, pairs, epoch = coming.popleft()
-            yield _Group(stream, first, *self._decode(pairs, epoch))
+            yield Group(stream, first, *self._decode(pairs, epoch))
 
     def _plan(self, cursor: Cursor, epochs: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
         """The groups this rank reads, in the order in which its batches need them.
@@ -397,7 +325,7 @@ class TargetStream(IterableDataset[Batch]):
             The stream, the row of it that comes first, (source, row) of each row, and the epoch.
         """
         sizes = [source.rows for source in self._sources]
-        walks: dict[int, _Walk] = {}
+        walks: dict[int, Walk] = {}
         epoch = cursor.epoch
         for now, _, mine in self._steps(cursor, epochs):
             if now.epoch != epoch:
@@ -414,7 +342,7 @@ class TargetStream(IterableDataset[Batch]):
                         streams=self.streams,
                         stream=stream,
                     )
-                    walks[stream] = _Walk(groups, low)
+                    walks[stream] = Walk(groups, low)
                 walk = walks[stream]
                 while walk.end < high:
                     pairs, first = next(walk.groups), walk.end
@@ -455,14 +383,14 @@ class TargetStream(IterableDataset[Batch]):
         rows += pool.first[[shards[c.cache, c.shard] for c in chosen]][which]
         return rows, pool
 
-    def _collated(self, groups: Iterator[_Group], cursor: Cursor, epochs: int) -> Iterator[_Made]:
-        held: dict[int, _Group] = {}
+    def _collated(self, groups: Iterator[Group], cursor: Cursor, epochs: int) -> Iterator[Made]:
+        held: dict[int, Group] = {}
         spare: ShardData | None = None
         epoch = cursor.epoch
         for now, size, mine in self._steps(cursor, epochs):
             if now.epoch != epoch:
                 epoch, held = now.epoch, {}
-            parts = _Parts(mine.bounds)
+            parts = Parts(mine.bounds)
             for read in mine.reads:
                 self._take(parts, read, held, groups)
             slices, count = parts.slices, max(parts.positions, 1)
@@ -475,15 +403,15 @@ class TargetStream(IterableDataset[Batch]):
                 batch = self._collate(data, now.step, count if part else math.inf)
                 after = self._after(now, size) if i == len(slices) - 1 else None
                 summed = parts.positions if self._summed else None
-                yield _Made(batch, summed, not part, i == 0, after)
+                yield Made(batch, summed, not part, i == 0, after)
             del parts, slices, part, data, batch  # their memory goes before more is waited for
 
     @staticmethod
     def _take(
-        parts: _Parts,
+        parts: Parts,
         read: tuple[int, int, int],
-        held: dict[int, _Group],
-        groups: Iterator[_Group],
+        held: dict[int, Group],
+        groups: Iterator[Group],
     ) -> None:
         """Rows of one stream, which other groups may follow; a group goes when it is used up."""
         stream, low, high = read
@@ -500,7 +428,7 @@ class TargetStream(IterableDataset[Batch]):
                 del held[stream]
             del group
 
-    def _spare(self, held: Mapping[int, _Group], epoch: int) -> ShardData:
+    def _spare(self, held: Mapping[int, Group], epoch: int) -> ShardData:
         """Any row, for slices without one."""
         for group in held.values():
             return group.pool.take(group.rows[:1])

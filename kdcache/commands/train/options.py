@@ -1,4 +1,4 @@
-"""The options of `train`, which check themselves, and schedules."""
+"""The options of `train`, which check themselves."""
 
 from __future__ import annotations
 
@@ -9,128 +9,18 @@ from typing import Any, Literal
 
 from kdcache.choices import CrossMethod, Divergence, Tail
 from kdcache.commands.groups import LearningOptions, PlotOptions
+from kdcache.commands.train.bilstm import WORDS, BiLstmOptions
 from kdcache.commands.train.place import Place
+from kdcache.commands.train.schedule import Schedule
 from kdcache.domains import Named, Weights
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
-from kdcache.options import Options, option, options_of
+from kdcache.options import option, options_of
 from kdcache.storage import redact
 
 Best = Literal["loss", "hard_loss", "soft_loss", "accuracy", "f1", "micro_f1", "pearson"]
 
-_WORDS = ("words", "teacher")
 _HOTTEST = 1000.0  # temperature: times T² the rounding of float32 is 0.3 % of a loss there
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A number that may change linearly over a run.
-
-    Attributes:
-        start: value at the first step.
-        end: value at the last step.
-    """
-
-    start: float
-    end: float
-
-    @classmethod
-    def parse(cls, value: float | str | Schedule, name: str) -> Schedule:
-        """Read `0.5` or `0.9:0.1`.
-
-        Raises:
-            UsageError: not one or two numbers.
-        """
-        if isinstance(value, Schedule):
-            return value
-        first, _, last = str(value).partition(":")
-        try:
-            start = float(first)
-            end = float(last) if last else start
-        except ValueError as error:
-            raise UsageError(
-                f"{name} is {value!r}, expected a number, or two as start:end of a linear schedule."
-            ) from error
-        return cls(start, end)
-
-    def at(self, step: int, steps: int) -> float:
-        """Value at step `step` (from 0) of a run of `steps`."""
-        share = min(1.0, step / max(1, steps - 1))
-        return self.start + (self.end - self.start) * share
-
-    @property
-    def constant(self) -> bool:
-        """Whether it never changes."""
-        return self.start == self.end
-
-    def __str__(self) -> str:
-        return f"{self.start:g}" if self.constant else f"{self.start:g}:{self.end:g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BiLstmOptions(Options):
-    """The built-in biLSTM, and students that read texts themselves."""
-
-    heading = "biLSTM"
-
-    student_tokenizer: str | None = option(
-        None,
-        help=(
-            "what a biLSTM reads: `words` of a vocabulary of its own, or the `teacher`'s tokens "
-            "(default: words). With `cross_tokenizer`, the student's tokenizer (default: the one "
-            "in its folder)."
-        ),
-        metavar="words|teacher|DIR_OR_HUB_ID",
-        decides="student",
-    )
-    max_length: int | None = option(
-        None,
-        help="maximum tokens of a row, if the student has words or its own tokenizer.",
-        at_least=1,
-        decides="student",
-    )
-    embeddings: str | None = option(
-        None,
-        help="GloVe or word2vec text file (`.gz` too) for the biLSTM.",
-        metavar="FILE",
-        decides="student",
-    )
-    freeze_embeddings: bool = option(
-        False, help="leave the biLSTM's word vectors as they were loaded.", decides="student"
-    )
-    embedding_size: int | None = option(
-        None,
-        help="width of the biLSTM's word vectors. Default, here and below: its own.",
-        decides="student",
-    )
-    hidden_size: int | None = option(None, help="width of the LSTM, each way.", decides="student")
-    layers: int | None = option(None, help="LSTM layers.", decides="student")
-    dense_size: int | None = option(None, help="width of the ReLU layer.", decides="student")
-    dropout: float | None = option(None, help="dropout.", decides="student")
-    pooling: Literal["last", "max"] | None = option(
-        None, help="how its states are pooled into one.", decides="student"
-    )
-    min_count: int | None = option(
-        None, help="words that occur less often are unknown to the biLSTM.", decides="student"
-    )
-    max_words: int | None = option(None, help="maximum size of its vocabulary.", decides="student")
-
-    @property
-    def bilstm(self) -> dict[str, Any]:
-        """Options of the built-in student that were given."""
-        values = {
-            "tokenizer": self.student_tokenizer if self.student_tokenizer in _WORDS else None,
-            "freeze_embeddings": self.freeze_embeddings or None,
-            "embedding_size": self.embedding_size,
-            "hidden_size": self.hidden_size,
-            "layers": self.layers,
-            "dense_size": self.dense_size,
-            "dropout": self.dropout,
-            "pooling": self.pooling,
-            "min_count": self.min_count,
-            "max_words": self.max_words,
-        }
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -425,14 +315,14 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         """What does not go with another tokenizer, or asks for one without saying how."""
         own = self.student_tokenizer
         if self.cross_tokenizer is None:
-            if own is None or own in _WORDS:
+            if own is None or own in WORDS:
                 return []
             return [
                 f"--student-tokenizer {own} is for a language model with a tokenizer of its own. "
                 "Add --cross-tokenizer likelihood or hybrid; a biLSTM has words or teacher."
             ]
         wrong = []
-        if own in _WORDS:
+        if own in WORDS:
             wrong.append(
                 f"--student-tokenizer is {own}, which is for a biLSTM. With --cross-tokenizer name "
                 "the folder or hub id of a tokenizer."
