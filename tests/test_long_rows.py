@@ -32,9 +32,9 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
-from kdcache.student.reach import reach_of
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import TeacherFiles
+from kdcache.teacher.reach import reach_of
 
 
 def changed(model: Path, folder: Path, **values: Any) -> Path:

@@ -151,6 +151,12 @@ class SavedModel:
     @property
     def reach(self) -> int | None:
         """The most tokens that the model can read, or None if unbounded."""
+        bounds = [self._named_length, None if self.is_factory else self.files.table]
+        return min((bound for bound in bounds if bound), default=None)
+
+    @property
+    def _named_length(self) -> int | None:
+        """The length that the configuration names, unless positions continue beyond it."""
         config = self.raw_config.get("encoder", self.raw_config)
         # Rotary positions continue beyond the trained ones; a table of positions ends.
         if any(name.startswith("rope_") for name in config):

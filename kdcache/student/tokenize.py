@@ -18,8 +18,8 @@ from kdcache.rows import WordReader
 from kdcache.rows.batches import padded
 from kdcache.rows.words import ReadWords
 from kdcache.student.info import StudentInfo
-from kdcache.student.reach import reach_of
 from kdcache.tasks import TASKS
+from kdcache.teacher.reach import reach_of
 
 _NO_BOUND = 1 << 20  # tokenizers without a longest row have a model_max_length beyond it
 

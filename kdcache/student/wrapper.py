@@ -40,13 +40,13 @@ from kdcache.loss import (
     sliced_linear_distillation,
 )
 from kdcache.student.documents import check_documents, in_one_row
-from kdcache.student.reach import reach_of
 from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.decoder_start import decoder_start, with_start
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
+from kdcache.teacher.reach import reach_of
 from kdcache.teacher.trust import FACTORY_TYPE
 
 
@@ -134,6 +134,7 @@ class DistilledStudent(nn.Module):
         self.vocab_size = vocab_size
         self.needs_mask = True
         self.reach = reach_of(student)
+        self.source_reach = reach_of(student, "encoder") if TASKS[task].source else None
         self._projection: Projection | None = None
         self._checked: list[nn.Module] = []  # a list: a module here would be another child
         self.start: int | None = None
@@ -219,14 +220,22 @@ class DistilledStudent(nn.Module):
         Raises:
             UsageError: a row is longer than it reads.
         """
-        ids = inputs.get("input_ids")
-        if self.reach is None or ids is None or "position_ids" in inputs:
-            return
-        if ids.shape[-1] > self.reach:
-            raise UsageError(
-                f"the student reads at most {self.reach} tokens, and a row has {ids.shape[-1]}. "
-                "Build with a smaller --max-length, or name a student that reads more."
-            )
+        ids, decoder = inputs.get("input_ids"), inputs.get("decoder_input_ids")
+        if ids is not None and "position_ids" not in inputs:
+            sources = 0 if decoder is None else ids.shape[-1]
+            self.check_lengths((ids if decoder is None else decoder).shape[-1], sources)
+
+    def check_lengths(self, tokens: int, sources: int = 0) -> None:
+        """The same of the longest row and the longest source."""
+        for length, reach, what, flag in (
+            (tokens, self.reach, "row", "--max-length"),
+            (sources, self.source_reach, "source", "--max-source-length"),
+        ):
+            if reach is not None and length > reach:
+                raise UsageError(
+                    f"the student reads at most {reach} tokens, and a {what} has {length}. "
+                    f"Build with a smaller {flag}, or name a student that reads more."
+                )
 
     def forward(
         self,

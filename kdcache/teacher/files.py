@@ -28,6 +28,7 @@ from kdcache.storage import redact, sha256_file
 from kdcache.storage.remote import Facts
 from kdcache.tasks import REGRESSION, TASKS, task_of
 from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
+from kdcache.teacher.reach import reach_of_config
 from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
 from kdcache.teacher.trust import check_folder, read_json
 
@@ -311,12 +312,15 @@ class TeacherFiles:
         positions = getattr(config, "max_position_embeddings", None)
         if TASKS[task].source:  # the decoder's; see `source_reach`
             positions = getattr(config, "max_decoder_position_embeddings", positions)
-        bounds = [_stretched(config, positions)]
+        bounds = [_stretched(config, positions), self.table]
         if not TASKS[task].causal:
-            # RoBERTa and similar models count positions from the padding's id on: they reach two
-            # less than their configuration says, and their tokenizers know it.
             bounds.append(int(self.tokenizer.model_max_length))
         return min((bound for bound in bounds if bound), default=None)
+
+    @cached_property
+    def table(self) -> int | None:
+        """The most tokens that its table of positions has places for; None without one."""
+        return reach_of_config(self.config, trust_remote_code=self.trust_remote_code)
 
     @property
     def source_reach(self) -> int | None:

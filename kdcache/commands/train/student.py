@@ -18,11 +18,12 @@ from kdcache.stream import Collator, CrossTokenizer, TargetDataset
 from kdcache.stream.aligned import undivided
 from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
 from kdcache.student.earlier import begin_from
-from kdcache.student.reach import reach_of
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
+from kdcache.teacher.reach import reach_of
 
 _WORDS_LENGTH = 512
+_NO_BOUND = 1 << 62
 
 
 def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
@@ -38,7 +39,8 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
     options, spec = plan.options, plan.caches[0].spec
     task = TASKS[spec.task]
     tokenizer = plan.caches[0].tokenizer()
-    length = options.max_length if task.texts else spec.max_length
+    caches = (*plan.caches, *plan.eval_caches)
+    length = options.max_length if task.texts else max(c.spec.max_length for c in caches)
     info = StudentInfo(
         task=spec.task,
         # For classification the cache's own vocabulary size is that of the classes.
@@ -150,6 +152,27 @@ def trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
         # Rows that are all cut to one length have no padding, and others may have some.
         batch = collator([*chosen[:-1], _beginning(chosen[-1])])
     return {k: value for k, value in batch.items() if k not in _NOT_INPUTS}
+
+
+def check_lengths(plan: RunPlan, student: DistilledStudent) -> None:
+    """Refuse rows of any cache beyond what a student of their tokens reads.
+
+    Shards are read only where their cache may have such rows.
+
+    Raises:
+        UsageError: there is one.
+    """
+    reach, source_reach = student.reach or _NO_BOUND, student.source_reach or _NO_BOUND
+    for cache in (*plan.caches, *plan.eval_caches):
+        bound = cache.spec.rows.get("max_source_length") or _NO_BOUND
+        of_sources = TASKS[cache.spec.task].source and bound > source_reach
+        if cache.spec.apart or (cache.spec.max_length <= reach and not of_sources):
+            continue  # where documents are apart, positions begin anew in each
+        for shard, entry in enumerate(cache.manifest.shards):
+            if entry.rows:
+                data = cache.read(shard, targets=False)
+                sources = [0] if data.source_offsets is None else np.diff(data.source_offsets)
+                student.check_lengths(int(np.diff(data.offsets).max()), int(max(sources)))
 
 
 def _beginning(row: ShardData) -> ShardData:
