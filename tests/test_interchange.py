@@ -228,6 +228,22 @@ def test_what_cannot_become_topk_at_one_is_refused(
             take_in(tmp_path / name, tmp_path / "cache")
 
 
+def test_each_file_of_an_export_is_looked_at_and_not_the_first_alone(
+    lm_caches: dict[str, str], tiny_lm: Path, tmp_path: Path
+) -> None:
+    export(lm_caches["topk:8"], tmp_path / "a")
+    for name, codec, options, message in (
+        ("hotter", "topk:8", {"temperature": 2.0}, "b/part.*at T = 2"),
+        ("drawn", "sample:20", {}, r"b/part.*holds draws \(sample:20\)"),
+    ):
+        export(lm_caches[codec], tmp_path / name / "b", **options)
+        corpus = (str(tmp_path / "a"), str(tmp_path / name / "b"))
+        with pytest.raises(UsageError, match=message):
+            take_in(tmp_path, tmp_path / "cache", corpus=corpus, tokenizer=str(tiny_lm))
+    with pytest.raises(UsageError, match="a cache of another tokenizer than"):
+        take_in(tmp_path / "a", tmp_path / "cache")
+
+
 # -- what others write ---------------------------------------------------------------------------
 
 IDS = [5, 6, 7, 8]
@@ -342,6 +358,26 @@ class TestLayouts:
         folder = write(tmp_path / "raw", columns)
         check(take_in(folder, tmp_path / "cache", layout="distillkit", teacher="big"))
         assert Cache.open(str(tmp_path / "cache")).notes["teachers"] == ["big"]
+
+
+def test_the_probabilities_of_all_ids_are_one_or_refused(tmp_path: Path) -> None:
+    """No id is left that a tail could stand for."""
+    size = len(AutoTokenizer.from_pretrained(TOKENIZER))
+    for name, mass in (("rounded", 0.99), ("part", 0.3)):
+        probs = [[mass / size] * size] * 3
+        columns = {
+            "input_ids": pa.array([IDS], pa.list_(pa.int32())),
+            "target_ids": nested([[list(range(size))] * 3], pa.int32()),
+            "target_probs": nested([probs], pa.float64()),
+        }
+        write(tmp_path / name, columns)
+    options: dict[str, Any] = {"layout": "plain", "targets": "next", "labels": "none"}
+    for top in (None, 5):
+        cache = take_in(tmp_path / "rounded", tmp_path / f"{top}", top=top, **options)
+        for weights in decoded(cache):
+            assert list(weights.values()) == pytest.approx([1 / size] * (top or size), rel=1e-3)
+    with pytest.raises(UsageError, match=f"of all {size} ids sum to 0.3, expected 1"):
+        take_in(tmp_path / "part", tmp_path / "cache", **options)
 
 
 class TestCompression:

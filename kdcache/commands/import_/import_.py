@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -42,6 +43,7 @@ _SPAN_BYTES = 1 << 25
 _MOST_SPANS = 100_000
 _MOST_CONFIG = 1 << 20
 _ABOUT = b"kdcache"
+_FOOTERS = 16  # read at a time
 _VERSIONS = "events/corpus.json"
 
 
@@ -68,7 +70,7 @@ def import_(
 def _plan(options: ImportOptions) -> CachePlan:
     tokenizer = load_tokenizer(options.tokenizer)
     corpus = _open(options)
-    about = _about(options, corpus)
+    about = _about(options, corpus, tokenizer_sha256(tokenizer))
     source = _source(options, corpus)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     k, columns = _first(options, corpus, source, tokenizer)
@@ -175,23 +177,34 @@ def _compression(options: ImportOptions, corpus: Corpus) -> Compression | None:
     return Compression.parse(document, redact(place))
 
 
-def _about(options: ImportOptions, corpus: Corpus) -> dict[str, Any]:
-    """What files of `kdcache export` say of themselves; others say nothing.
+def _about(options: ImportOptions, corpus: Corpus, tokenizer: str) -> dict[str, Any]:
+    """What files of `kdcache export` say of themselves, of the first one; others say nothing.
 
     Raises:
-        UsageError: their targets are not what an import takes.
+        UsageError: the targets of one are not what an import takes.
     """
     if options.from_ != "parquet":
         return {}
-    with open_bytes(corpus.files[0].url) as stream:
+    names = [file.url for file in corpus.files]
+    with ThreadPoolExecutor(_FOOTERS) as pool:
+        abouts = list(pool.map(_about_one, names))
+    for name, about in zip(names, abouts, strict=True):
+        if about:
+            _refuse_about(redact(name), about, tokenizer)
+    return abouts[0]
+
+
+def _about_one(url: str) -> dict[str, Any]:
+    with open_bytes(url) as stream:
         metadata = pq.ParquetFile(stream).schema_arrow.metadata or {}
     try:
         about = json.loads(metadata.get(_ABOUT, b"{}"))
     except ValueError:
-        about = {}
-    if not isinstance(about, dict) or not about:
         return {}
-    name = redact(corpus.files[0].url)
+    return about if isinstance(about, dict) else {}
+
+
+def _refuse_about(name: str, about: dict[str, Any], tokenizer: str) -> None:
     if about.get("task") != CAUSAL_LM:
         raise UsageError(
             f"{name} holds a classifier's targets; an import is of a language model's."
@@ -206,7 +219,11 @@ def _about(options: ImportOptions, corpus: Corpus) -> dict[str, Any]:
             f"{name} holds draws ({about['codec']}), not the most probable ids: they cannot become "
             "top-k targets."
         )
-    return about
+    if about.get("tokenizer", tokenizer) != tokenizer:
+        raise UsageError(
+            f"{name} was exported from a cache of another tokenizer than --tokenizer names: its "
+            "ids would be other tokens. Name the tokenizer of that cache's teacher."
+        )
 
 
 def _first(

@@ -30,6 +30,7 @@ from kdcache.targets import TopK
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _ROUNDING = 1e-3  # by which 16-bit log-probabilities may sum to more than 1
+_LEAST = 0.95  # what all ids together sum to at least: bfloat16 log-probabilities may lose some
 _SLICE = 1 << 16  # positions packed at a time
 
 
@@ -227,6 +228,11 @@ class RowReader:
                 f"the probabilities of a position sum to {mass.max():.4g} (--excess clip scales "
                 "them to 1)"
             )
+        whole = counts >= width  # nothing is left for a tail
+        if (mass < _LEAST)[whole].any():
+            raise RecordError(
+                f"the probabilities of all {width} ids sum to {mass[whole].min():.4g}, expected 1"
+            )
         # An id without probability may be what fills a list up, but not among the best.
         slots = np.argsort(-logprobs, axis=1, kind="stable")
         ids, logprobs = (np.take_along_axis(values, slots, 1) for values in (ids, logprobs))
@@ -239,10 +245,10 @@ class RowReader:
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise RecordError("a target names an id twice")
         ids, logprobs = ids[:, :k], logprobs[:, :k]
-        logprobs = logprobs - np.log(np.maximum(mass, 1))[:, None]
-        tail = np.clip(1 - np.exp(logprobs).sum(1), 0, 1)
         if not np.isfinite(logprobs[:, 0]).all():
             raise RecordError("a position has no probability on any of its ids")
+        logprobs = logprobs - np.log(np.where(whole, mass, np.maximum(mass, 1)))[:, None]
+        tail = np.clip(1 - np.exp(logprobs).sum(1), 0, 1)
         return {
             "ids": ids.astype(np.int32),
             "logprobs": logprobs.astype(np.float32),
