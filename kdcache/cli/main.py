@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from kdcache.cli.volume import Volume, set_volume, volume_options
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, UsageError
 from kdcache.files import no_space
 from kdcache.humanize import printable
 from kdcache.storage import redact
@@ -138,6 +138,12 @@ def cli() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[_Log()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_volume(Volume.NORMAL)
+    try:  # libraries ask where they are while they load
+        os.getcwd()
+    except OSError:
+        raise UsageError(
+            "the folder that this shell is in was removed. Go to another one (`cd`)."
+        ) from None
 
 
 def _tell_fault(
