@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_caches import CAUSAL, make_cache, make_rows, teacher_logits
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from kdcache.cli.main import cli
 from kdcache.cli.view_sweep import render_sweep
@@ -155,6 +156,26 @@ def test_a_changed_config_is_another_student(here: Path) -> None:
     Path("own.json").write_text(json.dumps(LLAMA | {"hidden_size": 12}))
     (after,) = Grid.read(path).runs
     assert before.key != after.key
+
+
+def test_changed_weights_below_one_name_are_another_student_of_sweep_and_train(here: Path) -> None:
+    """Of a grid read in another working folder, too, a finished run is not the answer."""
+    train(TrainOptions(("causal",), "tiny.json", "own", report_to="none"))
+    path = write("g.yaml", {"seed": [0]}, student="own")
+    options = TrainOptions(("causal",), "own", "run", report_to="none")
+    (before,) = Grid.read(path).runs
+    assert (train(options).made, train(options).made) == (True, False)
+    weights = load_file("own/model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, "own/model.safetensors", {"format": "pt"})
+    (after,) = Grid.read(path).runs
+    assert before.key != after.key
+    with pytest.raises(
+        UsageError, match=r"other caches or options:\n  student_files: \w+ -> \w+\n"
+    ):
+        train(options)
+    Path("own").rename("elsewhere")  # as on a machine of a cluster that has no student
+    assert train(options).made is False
 
 
 def test_values_are_told_apart_by_short_names(here: Path) -> None:

@@ -10,8 +10,8 @@
 
 Two combinations are one run if nothing that a student depends on differs: values given twice,
 options that only change speed or logging, and at alpha 1 or with mse the temperature. A run's key
-is a hash of what its student depends on (caches by their digests, a config file by its content), so
-it does not change when the grid around it does.
+is a hash of what its student depends on (caches by their digests, the files that it begins from by
+their content), so it does not change when the grid around it does.
 """
 
 from __future__ import annotations
@@ -209,13 +209,10 @@ def _without_idle(
 
 def _key(plan: RunPlan) -> str:
     options = plan.options
-    student = Path(options.student)
     facts = {
         **plan.finished_identity,
         "eval_steps": options.eval_steps,
         "patience": options.patience,
-        # Two configs under one name are two students.
-        "config": hashlib.sha256(student.read_bytes()).hexdigest() if student.is_file() else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -25,6 +25,7 @@ from kdcache.loss.entities import are_entities
 from kdcache.storage import is_remote
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.stream.checks import unlike
+from kdcache.student.begin import files_sha256
 from kdcache.student.checkpoints import (
     check_identity,
     continues,
@@ -157,10 +158,15 @@ class RunPlan:
 
     @functools.cached_property
     def weights(self) -> dict[str, str]:
-        """Identities of what checkpoints do not hold: the base of an adapter, the earlier student
-        that a run begins with, a tokenizer of the student's own."""
+        """Identities of what a run begins from: the files of its student and of its embeddings,
+        where this machine has them, the base of an adapter, an earlier student, a tokenizer of the
+        student's own."""
         options, found = self.options, {}
         trust = options.trust_remote_code
+        for name, place in (("student", options.student), ("embeddings", options.embeddings)):
+            digest = files_sha256(place) if place is not None else None
+            if digest is not None:
+                found[f"{name}_files"] = digest
         if options.lora is not None and is_model(options.student):
             base = find_files(options.student, "student", trust_remote_code=trust)
             found["base_sha256"] = base.sha256
