@@ -126,6 +126,11 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
         raise UsageError(
             f"teacher {files.name} needs a library that is missing: {reason}"
         ) from error
+    except ValueError as error:  # such as what its generation_config.json says
+        if "attn_implementation" in settings:
+            raise
+        reason = " ".join(str(error).split())
+        raise UsageError(f"teacher {files.name} cannot be loaded: {reason}") from error
     brought = {} if files.adapter is None else files.adapter.shapes()
     lost = sorted(set(info["missing_keys"]) - brought.keys())
     if lost:

@@ -6,7 +6,8 @@ that the teacher would write itself (sequence-level distillation, Kim and Rush 2
 Cost: the model's own `generate`, on batches of sources of about one length.
 Guarantee: a target is what `generate` writes of its source alone, up to rounding: the model is
 probed first, and one whose logits move with the padding of a batch is given sources of one length,
-or one by one.
+or one by one. The search is that of the options, greedy or of beams, and never samples; what else
+the model's `generation_config.json` says of the tokens of a target holds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from kdcache.rows.tokens import tokens_of
 from kdcache.student.saved import SavedModel
 from kdcache.teacher.load import load_models
 from kdcache.teacher.model import TeacherModel
+
+# Of a model's `generation_config.json`: what would give several targets a source or none as ids,
+# need code or a tokenizer that `generate` does not have here, or end a target by the clock.
+_SEARCH = (
+    *("num_return_sequences", "return_dict_in_generate", "num_beam_groups", "diversity_penalty"),
+    *("penalty_alpha", "force_words_ids", "constraints", "dola_layers", "low_memory"),
+    *("assistant_early_exit", "prompt_lookup_num_tokens", "guidance_scale", "token_healing"),
+    *("cache_implementation", "cache_config", "max_time", "use_cache"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,10 @@ class Writer:
         self.saved, self.tokenizer, self.task = saved, saved.tokenizer, task
         set_languages(self.tokenizer, source_lang, target_lang)
         (self.model,) = load_models(saved.loading(task, dtype=dtype, device=device))
+        says = self.model.generation_config
+        plain = type(says)()
+        for setting in filter(says.to_dict().__contains__, _SEARCH):
+            setattr(says, setting, getattr(plain, setting, None))
         width = saved.vocab_size(task)
         name = f"{saved.role} {saved.name}"
         self._probe = TeacherModel(self.model, name, task=task, vocab_size=width, dtype=dtype)
@@ -174,7 +188,14 @@ class Writer:
             name: self._probe.to_device(torch.from_numpy(batch[name]))
             for name in ("input_ids", "attention_mask")
         }
-        written = self.model.generate(**given, **self._how)
+        try:
+            written = self.model.generate(**given, **self._how, tokenizer=self.tokenizer)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"{self.saved.role} {self.saved.name} cannot write targets as its "
+                f"generation_config.json says: {reason}"
+            ) from error
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         for ids in written.tolist():
