@@ -369,6 +369,28 @@ def test_an_interrupted_one_continues_from_its_checkpoint(
     assert not finetune(chosen).made
 
 
+def test_a_finished_one_is_not_that_of_another_corpus_or_model_under_the_same_names(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "bert", tmp_path / "bert")
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    corpus = tmp_path / "train.jsonl"
+    corpus.write_text("".join(lines[:8]))
+    chosen = FinetuneOptions(
+        model=str(tmp_path / "bert"), corpus=(str(corpus),), out=str(tmp_path / "teacher"), epochs=1
+    )
+    assert [finetune(chosen).made for _ in range(2)] == [True, False]
+    corpus.write_text("".join(lines[1:9]))
+    with pytest.raises(UsageError, match="other options:\n  the files of corpus have changed\n"):
+        finetune(chosen)
+    corpus.unlink()
+    assert not finetune(chosen).made
+    weights = tmp_path / "bert" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UsageError, match="other options:\n  the files of model have changed\n"):
+        finetune(chosen)
+
+
 def test_one_that_is_stopped_at_the_end_or_the_beginning(
     folder: Path, tmp_path: Path, whole: FinetuneResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 # Known only on machines that have these files.
-_WHERE_THEY_ARE = ("student_files", "embeddings_files")
+_WHERE_THEY_ARE = ("student_files", "embeddings_files", "model_files")
 
 
 def checkpoint_name(step: int) -> str:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.finetune.rows import label_names_of, labelled_rows
+from kdcache.commands.finetune.rows import files_of, label_names_of, labelled_rows
 from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_loss
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.train.log import METRICS_FILE
@@ -168,7 +168,7 @@ def _finetune(
         set_seed(options.seed)
         files = find_files(options.model, "model", trust_remote_code=options.trust_remote_code)
         files.check_whole("fine-tuning")
-        tokenizer = files.tokenizer
+        tokenizer, begun = files.tokenizer, files_of(options)
         names = options.label_names or label_names_of(options)
         rows, unlabelled, truncated = labelled_rows(options, options.corpus, names, files)
         tests, _, _ = labelled_rows(options, options.eval_corpus, names, files)
@@ -188,6 +188,7 @@ def _finetune(
             },
             "rows": _digest(rows),
             "tests": _digest(tests),
+            "model_files": begun["model"],
         }
         if options.adapter is not None:  # whose checkpoints are differences from the base
             trainer.identity["base"] = model.kdcache_adapter["base_sha256"]
@@ -217,7 +218,9 @@ def _finetune(
             if options.adapter is not None:
                 complete_adapter(folder, model.kdcache_adapter)
             tokenizer.save_pretrained(str(folder))
-            document = {"options": _plain(options), "result": dataclasses.asdict(result)}
+            document = {
+                "options": _plain(options), "files": begun, "result": dataclasses.asdict(result)
+            }  # fmt: skip
             lines = (json.dumps(line) for line in trainer.state.log_history)
             write_text(folder / METRICS_FILE, "".join(f"{line}\n" for line in lines))
             write_json(folder / RESULT_FILE, document)
@@ -255,6 +258,12 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
             f"{name}: {then.get(name)} -> {value}"
             for name, value in now.items()
             if then.get(name, _LATER.get(name)) != value and name not in _MAY_CHANGE
+        ]
+        then = document.get("files", {})
+        changed += [
+            f"the files of {name} have changed"
+            for name, value in files_of(options).items()
+            if None not in (value, then.get(name)) and value != then[name]
         ]
         if changed:
             raise UsageError(

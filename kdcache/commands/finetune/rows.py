@@ -17,6 +17,7 @@ from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import pad_rows, padded
 from kdcache.rows.labels import filled_column, names_in
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN
+from kdcache.student.begin import files_sha256
 from kdcache.tasks import IGNORE, TASKS, labelled
 from kdcache.teacher import TeacherFiles
 
@@ -31,6 +32,19 @@ def _records(
     reading = options if patterns is options.corpus else replace(options, limit=None)
     for span in reading.open_corpus(patterns, span_bytes=_SPAN_BYTES).spans:
         yield from Corpus.read(span, columns=columns, on_error=options.on_error)
+
+
+def files_of(options: FinetuneOptions) -> dict[str, Any]:
+    """What model and corpora are by their bytes; None for those that are not there (any more)."""
+    found: dict[str, Any] = {"model": files_sha256(options.model)}
+    for name in ("corpus", "eval_corpus"):
+        patterns = getattr(options, name)
+        try:
+            opened = options.open_corpus(patterns, span_bytes=_SPAN_BYTES) if patterns else None
+            found[name] = None if opened is None else opened.identity()
+        except (UsageError, OSError):
+            found[name] = None
+    return found
 
 
 def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
