@@ -10,6 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from kdcache.commands.build.build import build
+from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.train import train
 from kdcache.rows import Row
 from kdcache.student import StudentInfo, load_student
 from kdcache.teacher import Teacher, TeacherOptions
@@ -130,3 +136,64 @@ def test_few_batches_are_cut(folder: Path) -> None:
     assert classify(1) == classify(ORIGINAL) != classify(ORIGINAL + 1)
     dynamic = "llama" in AutoConfig.from_pretrained(folder).model_type
     assert (classify(40) != classify(50)) == dynamic
+
+
+@pytest.fixture
+def caches(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of rows that are all of one side, and of both."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w1"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="w2", pad_token="w0", unk_token="w1"
+    ).save_pretrained(folder)
+    out = tmp_path_factory.mktemp("caches")
+    for name, lengths in (("short", [20, 20]), ("both", [20, 50])):
+        lines = [" ".join(f"w{3 + (i + n) % 50}" for i in range(n)) for n in lengths]
+        (out / f"{name}.jsonl").write_text("".join(f'{{"text": "{x}"}}\n' for x in lines))
+        options = BuildOptions(
+            (str(folder),),
+            (str(out / f"{name}.jsonl"),),
+            str(out / name),
+            codec="dense",
+            packing="none",
+            max_length=LONG,
+            workers=0,
+        )
+        build(options)
+    return [str(out / "short"), str(out / "both")]
+
+
+def test_train_says_that_long_rows_change_how_short_ones_are_read(
+    folder: Path,
+    caches: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the rows that a student is tried on are too short to show it: else it is refused."""
+    monkeypatch.setattr("kdcache.student.padding.TOKENS", 16)
+    out = tmp_path_factory.mktemp("runs")
+    for cache, size, said in ((caches[0], 2, 0), (caches[1], 2, 1), (caches[1], 1, 0)):
+        lines: list[str] = []
+        options = TrainOptions(
+            cache=(cache,),
+            student=str(folder),
+            out=str(out / f"{len(list(out.iterdir()))}"),
+            batch_size=size,
+            max_steps=1,
+            report_to="none",
+        )
+        train(options, report=lines.append)
+        assert sum("otherwise in a batch with longer ones" in line for line in lines) == said
+
+
+def test_figures_of_a_student_do_not_depend_on_its_batches(folder: Path, caches: list[str]) -> None:
+    found = []
+    for budget in (1, 10_000):
+        options = EvaluateOptions(student=(str(folder),), cache=caches[1], batch_tokens=budget)
+        found += [one.kl for one in evaluate(options).models if one.role == "student"]
+    assert found == pytest.approx([0, 0], abs=1e-5)

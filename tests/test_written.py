@@ -14,7 +14,9 @@ from zoo import make
 
 import kdcache
 from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.predict.targets import Writer
 from kdcache.errors import UsageError
+from kdcache.student.saved import SavedModel
 
 SEARCHES: list[dict[str, Any]] = [
     {"num_beams": 4, "num_return_sequences": 4},
@@ -82,3 +84,21 @@ def test_one_that_transformers_refuses_is_one_line(model: Path) -> None:
     with pytest.raises(UsageError, match="num_return_sequences") as error:
         written(model, 1)
     assert "\n" not in str(error.value)
+
+
+def test_sources_beyond_a_model_s_original_length_share_no_batch(model: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    sparse = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+    species = make("bigbird_pegasus", decoder_start_token_id=1, **sparse)
+    folder = species.save(model.parent / "sparse", AutoModelForSeq2SeqLM, tokenizer)
+    writer = Writer(
+        SavedModel.find(str(folder)),
+        task="seq2seq-lm",
+        dtype="float32",
+        device="cpu",
+        max_length=8,
+        max_source_length=None,
+    )
+    texts = ["a b c " * 30, "a b c " * 20, "a b", "a"]
+    assert len(writer.write(texts)) == 4
+    assert list(writer._together(range(4), writer._rows(texts))) == [[0], [1], [2, 3]]

@@ -63,6 +63,7 @@ class TeacherModel:
         clipped_mass: float32 scalar, probability outside the vocabulary so far, summed.
         pad_id: that fills rows up.
         start: of a sequence-to-sequence model, what its decoder reads first; None of others.
+        length_class: what tells rows apart that must not share a padded batch; None if all may.
         layer: what makes its logits of its states, once it is probed; None unless asked for.
     """
 
@@ -87,7 +88,7 @@ class TeacherModel:
             states: whether slices carry the output layer's input too.
         """
         self.model, self.name, self.task, self.task_name = model, name, TASKS[task], task
-        self._length_class = length_class(model)
+        self.length_class = length_class(model)
         self.vocab_size = vocab_size
         self.device = input_device(model)
         self.direct = False
@@ -121,10 +122,10 @@ class TeacherModel:
         """The rows in order, cut where a padded batch would change what a row has alone: a probe's
         rows are too short to show it.
         """
-        if self._length_class is None:
+        if self.length_class is None:
             yield rows
             return
-        classify = self._length_class
+        classify = self.length_class
         for _, alike in groupby(rows, lambda row: [classify(size) for size in row.sizes]):
             yield list(alike)
 

@@ -173,8 +173,12 @@ class Writer:
 
     def _together(self, chosen: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
         """Which rows of a batch are run at once."""
+        classify = self._probe.length_class
         if self._probe.batching == "padded":
-            yield list(chosen)
+            for _, alike in groupby(
+                chosen, lambda i: None if classify is None else classify(len(_source(rows[i])))
+            ):
+                yield list(alike)
         elif self._probe.batching == "equal lengths":
             for _, alike in groupby(chosen, lambda i: len(_source(rows[i]))):
                 yield list(alike)

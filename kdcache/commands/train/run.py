@@ -28,7 +28,13 @@ from kdcache.commands.train.card import CARD_FILE, model_card
 from kdcache.commands.train.log import cut_metrics, seconds_before
 from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan
 from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
-from kdcache.commands.train.student import check_lengths, make_student, texts_of, trial_batch
+from kdcache.commands.train.student import (
+    check_lengths,
+    lengths_warning,
+    make_student,
+    texts_of,
+    trial_batch,
+)
 from kdcache.commands.train.trainer import make_trainer, train_stream
 from kdcache.files import filled_folder, write_json, write_text
 from kdcache.humanize import shares
@@ -81,6 +87,8 @@ class Run:
             student.check_reach(trial)
             if tokenize is None:
                 check_lengths(plan, student)
+                if plan.options.batch_size > 1 and (warning := lengths_warning(plan, student)):
+                    report(warning)
             if plan.options.batch_size > 1:
                 check = check_pairs if "decoder_input_ids" in trial else check_rows
                 check(plan.options.student, student, trial)

@@ -20,6 +20,7 @@ from kdcache.student import DistilledStudent, StudentInfo, load_student, student
 from kdcache.student.earlier import begin_from
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
+from kdcache.teacher.lengths import length_class
 from kdcache.teacher.reach import reach_of
 
 _WORDS_LENGTH = 512
@@ -173,6 +174,32 @@ def check_lengths(plan: RunPlan, student: DistilledStudent) -> None:
                 data = cache.read(shard, targets=False)
                 sources = [0] if data.source_offsets is None else np.diff(data.source_offsets)
                 student.check_lengths(int(np.diff(data.offsets).max()), int(max(sources)))
+
+
+def lengths_warning(plan: RunPlan, student: DistilledStudent) -> str | None:
+    """What to say of a student that reads short rows otherwise beside longer ones; None of others.
+
+    Args:
+        plan: of the run; the first shard of each cache is looked at.
+        student: that reads the cached ids, before its first forward.
+    """
+    classify = length_class(student.student)
+    if classify is None or all(classify(c.spec.max_length) == classify(1) for c in plan.caches):
+        return None
+    found: set[tuple[int, ...]] = set()
+    for cache in plan.caches:
+        entries = cache.manifest.shards
+        shard = next((i for i, entry in enumerate(entries) if entry.rows), None)
+        if shard is not None:
+            data = cache.read(shard, targets=False)
+            found |= {classify(int(n)) for n in np.diff(data.offsets)}
+    if len(found) < 2:
+        return None
+    return (
+        f"student {plan.options.student} reads a row otherwise in a batch with longer ones "
+        "(longrope, dynamic positions or BigBird), as in any trainer; --batch-size 1 reads each "
+        "alone"
+    )
 
 
 def _beginning(row: ShardData) -> ShardData:
