@@ -183,3 +183,20 @@ def test_a_long_target_is_refused_before_training(tokenizer: Any, tmp_path: Path
                     report_to="none",
                 )
             )
+
+
+@pytest.mark.parametrize("says", [{"return_dict": False}, {"output_attentions": True}], ids=str)
+def test_what_a_model_gives_besides_logits_is_not_its_configuration_s_choice(
+    says: dict[str, bool], tokenizer: Any, corpus: Path, tmp_path: Path
+) -> None:
+    folder = make("gpt2").save(tmp_path / "model", auto_of(CAUSAL_LM), tokenizer)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **says}))
+    cache = build(CAUSAL_LM, folder, corpus, tmp_path / "cache", max_length=32)
+    out = tmp_path / "run"
+    kdcache.train(
+        TrainOptions(
+            cache=(cache.url,), student=str(folder), out=str(out), max_steps=1, report_to="none"
+        )
+    )
+    assert (out / "train.json").exists()

@@ -51,6 +51,7 @@ from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import ADAPTER_CONFIG, PEFT_TASKS
 from kdcache.teacher.lengths import forget_lengths
+from kdcache.teacher.load import name_outputs
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -129,6 +130,7 @@ def load_student(
             student = _from_weights(name, info, dtype, trust_remote_code, lora)
     _check(student, name, info, trust_remote_code)
     forget_lengths(student)
+    name_outputs(student)
     return student.train(not trained)
 
 

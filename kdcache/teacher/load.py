@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from kdcache.errors import UsageError
 from kdcache.targets.device import compiles
@@ -140,7 +141,19 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
             f"teacher {files.name} has no weights for {missing}: it was not trained for "
             f"{options.task}. Fine-tune it first (`kdcache finetune`), or name another."
         )
+    name_outputs(model)
     return files.merged(model)
+
+
+def name_outputs(model: Any) -> None:
+    """Have a model name its outputs, and give no states or attentions that its configuration asks
+    for: sdpa has none, and transformers would not save it.
+    """
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config.return_dict = True
+            config.output_hidden_states = config.output_attentions = False
 
 
 def set_pad_id(config: Any, files: TeacherFiles) -> None:
