@@ -1,4 +1,6 @@
-"""Teachers that read a row otherwise beside a longer one: rotary positions, and BigBird."""
+"""Models that read a row otherwise beside a longer one, or after other batches: rotary positions,
+BigBird, NLLB-MoE, RWKV.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
@@ -128,6 +135,59 @@ def test_a_student_forgets_the_length_of_earlier_batches(folder: Path) -> None:
         ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
         with torch.no_grad():
             torch.testing.assert_close(student(input_ids=ids).logits[0], alone(folder, row))
+
+
+def test_a_student_is_saved_in_the_scale_in_which_it_is_trained(tmp_path: Path) -> None:
+    """RWKV divides weights in evaluation: a run that evaluated last saved another student."""
+    config = AutoConfig.for_model(
+        "rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=4, rescale_every=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    student = load_student(str(tmp_path / "model"), StudentInfo("causal-lm", 64))
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    (row,) = rows_of(9)
+    ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+    with torch.no_grad():
+        evaluated = student.eval()(input_ids=ids, use_cache=False).logits[0]
+    torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        want = own(input_ids=ids, use_cache=False).logits[0]
+    torch.testing.assert_close(evaluated, want, rtol=1e-3, atol=1e-4)
+
+
+def test_an_evaluation_leaves_the_capacity_of_experts_alone(tmp_path: Path) -> None:
+    """NLLB-MoE went on to train with the capacity of the last batch that was evaluated."""
+    sizes = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 32)
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sparse = {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_experts": 4}
+    still = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    still |= dict.fromkeys(("moe_token_dropout", "encoder_layerdrop", "decoder_layerdrop"), 0.0)
+    config = AutoConfig.for_model(
+        "nllb-moe",
+        vocab_size=64,
+        max_position_embeddings=64,
+        decoder_start_token_id=2,
+        init_std=0.3,
+        **{**sizes, **layers, **heads, **sparse, **still},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "model")
+    student = load_student(str(tmp_path / "model"), StudentInfo("seq2seq-lm", 64))
+
+    def logits(length: int) -> torch.Tensor:
+        (row,) = rows_of(length)
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            return student(input_ids=ids, decoder_input_ids=ids).logits  # type: ignore[no-any-return]
+
+    want = logits(30)
+    student.eval()
+    logits(2)
+    student.train()
+    torch.testing.assert_close(logits(30), want, rtol=0, atol=1e-5)
 
 
 def test_few_batches_are_cut(folder: Path) -> None:

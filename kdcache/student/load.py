@@ -129,7 +129,7 @@ def load_student(
         else:
             student = _from_weights(name, info, dtype, trust_remote_code, lora)
     _check(student, name, info, trust_remote_code)
-    forget_lengths(student)
+    forget_lengths(student, to_train=not trained)
     name_outputs(student)
     return student.train(not trained)
 

@@ -1,4 +1,4 @@
-"""Parts of models that follow the length of the batch that a model is given.
+"""Parts of models that follow the length of the batch that a model is given, or the batches before.
 
 Rotary positions of two kinds of `rope_type` do so. `longrope` (Phi-3) has one table of frequencies
 for inputs of at most its original length and one for longer ones. `dynamic` computes them anew for
@@ -6,6 +6,10 @@ each length beyond the original, and keeps those of the longest input so far. Bi
 tokens of a short input and to some blocks of a long one, counted from both ends of the batch; after
 a short input it attends to all tokens of every later one. So the logits of a row depend on the
 longest row of its batch, padding included, and on the batches before.
+
+The routers of NLLB-MoE keep how many tokens an expert may take of the last batch that was
+evaluated, also in training. RWKV divides weights in place at its first forward in evaluation, and
+multiplies them in the next in training, so a student that was saved in between was another one.
 
 Cost: none where a model has none of these; else some batches are cut in two, and those beyond the
 length of `dynamic` and BigBird into rows of one length.
@@ -25,9 +29,19 @@ LengthClass = Callable[[int], tuple[int, ...]]
 _SPARSE = "block_sparse"
 
 
-def forget_lengths(model: nn.Module) -> None:
-    """Have a model begin each forward as if it were its first."""
+def forget_lengths(model: nn.Module, *, to_train: bool = False) -> None:
+    """Have a model begin each forward as if it were its first.
+
+    Args:
+        model: before its first forward.
+        to_train: whether it is one to train, whose weights stay in the scale in which they are
+            trained and saved; only float16 needs another.
+    """
     for module in model.modules():
+        if hasattr(module, "moe_eval_capacity_token_fraction"):
+            module.register_forward_pre_hook(_forget_capacity(module.expert_capacity))
+        if to_train and hasattr(module, "layers_are_rescaled"):
+            module._rescale_layers = _leave_scale  # type: ignore[assignment]
         if any("dynamic" in kind for kind, _ in _kinds(module)):
             module.register_forward_pre_hook(_forget_frequencies)
     for module in _sparse(model):
@@ -83,6 +97,17 @@ def _forget_frequencies(module: Any, _: Any) -> None:
             first = getattr(module, f"{prefix}original_inv_freq").to(now.device)
             module.register_buffer(f"{prefix}inv_freq", first, persistent=False)
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _forget_capacity(own: Any) -> Callable[[Any, Any], None]:
+    def forget(router: Any, _: Any) -> None:
+        router.expert_capacity = own
+
+    return forget
+
+
+def _leave_scale() -> None:
+    """In place of RWKV's `_rescale_layers`."""
 
 
 def _sparse(model: nn.Module) -> list[Any]:
