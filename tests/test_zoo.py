@@ -103,7 +103,7 @@ class Den:
         (logits,) = model(input_ids=torch.from_numpy(row.input_ids).long()[None], **options).logits
         if not self.per_token:
             return logits[None]
-        return logits[torch.from_numpy(row.labels != IGNORE)][:, :width]
+        return logits[: len(row.labels)][torch.from_numpy(row.labels != IGNORE)][:, :width]
 
 
 def _build_options(task: str, corpus: Path, teacher: Path, out: Path, **more: Any) -> BuildOptions:
@@ -383,6 +383,35 @@ def test_a_classifier_that_padding_disturbs_gets_none(
     check_evaluation(classroom, folder, model)
     with pytest.raises(UsageError, match="other logits where its batch is padded"):
         train(classroom, folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "species",
+    [
+        make("xlnet", max_position_embeddings=None, d_head=8),  # names -1 as its bound
+        make("canine", num_hash_buckets=64, local_transformer_stride=16),  # embeds no ids
+    ],
+    ids=str,
+)
+def test_one_without_a_bound_or_a_table_of_ids_is_a_teacher_and_refused_as_student(
+    species: Species, classroom: Den, tmp_path: Path
+) -> None:
+    folder = classroom.save(species, tmp_path / "model")
+    model = load(classroom, folder)
+    check_teacher(classroom, folder, model, tmp_path / "cache")
+    check_evaluation(classroom, folder, model)
+    with pytest.raises(UsageError, match="other logits where its batch is padded"):
+        train(classroom, folder, tmp_path / "run")
+
+
+def test_a_perceiver_answers_at_more_places_than_it_reads(garden: Den, tmp_path: Path) -> None:
+    latents = {"num_latents": 4, "d_latents": 32, "num_self_attends_per_block": 1}
+    heads = {"num_self_attention_heads": 2, "num_cross_attention_heads": 2}
+    folder = garden.save(make("perceiver", **latents, **heads), tmp_path / "model")
+    model = load(garden, folder)
+    check_teacher(garden, folder, model, tmp_path / "cache")
+    loss = check_student(garden, model)
+    assert train(garden, folder, tmp_path / "run").loss == pytest.approx(loss, rel=1e-3)
 
 
 def test_it_has_enough_of_each() -> None:

@@ -22,7 +22,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
@@ -493,6 +490,8 @@ def _differ(one: Any, other: Any) -> int:
 
 def _rows(student: nn.Module, getter: str) -> int | None:
     """Rows of an embedding matrix of a Hugging Face model."""
-    module = getattr(student, getter, lambda: None)()
+    module = None
+    with suppress(NotImplementedError):  # CANINE
+        module = getattr(student, getter, lambda: None)()
     weight = getattr(module, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else None

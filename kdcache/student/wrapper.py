@@ -338,12 +338,12 @@ class DistilledStudent(nn.Module):
             logits = logits_of(call(self.student, self._padded_its_way(inputs)))
             parts = plain(logits, flat)
         elif projection is None or layer is None:
-            logits = _last(logits_of(call(self.student, inputs)), labels)
+            logits = self._of_tokens(logits_of(call(self.student, inputs)), labels)
             parts = plain(_pick(logits, places), flat[places])
             if return_logprobs:
                 logprobs = label_logprobs(_pick(logits, places)[:, :width], flat[places])
         else:
-            states = _last(projection.states(layer, inputs), labels)
+            states = self._of_tokens(projection.states(layer, inputs), labels)
             linear: Any = sliced_linear_distillation
             if divergence == "forward-kl":
                 linear = functools.partial(fused_linear_distillation, anchor=anchor)
@@ -416,6 +416,21 @@ class DistilledStudent(nn.Module):
         given = in_one_row(self.student, inputs)
         return given, labels.reshape(given["position_ids"].shape)
 
+    def _of_tokens(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Values [B, L', ...] of the labels' tokens: prompt tuning puts L' - L tokens before them,
+        and a Perceiver answers at all its places, whatever it reads.
+        """
+        tokens = labels.shape[1]
+        extra = values.shape[1] - tokens
+        if extra < 0:
+            raise UsageError(
+                f"the student gives logits of {values.shape[1]} tokens a row, the labels are for "
+                f"{tokens}. Its forward must return those of all tokens."
+            )
+        return (
+            values[:, :tokens] if isinstance(self.student, PreTrainedModel) else values[:, extra:]
+        )
+
     def _project(self, inputs: Mapping[str, Any]) -> Projection:
         """What the student's logits are made of, measured at its first batch."""
         if self._projection is None or self._projection.student is not self.student:
@@ -429,17 +444,6 @@ def _check_number(targets: Targets | ChunkTargets, n: int) -> None:
             f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
             "are not of the same rows."
         )
-
-
-def _last(values: Tensor, labels: Tensor) -> Tensor:
-    """Values [B, L', ...] of the labels' tokens: prompt tuning puts L' - L tokens before them."""
-    extra = values.shape[1] - labels.shape[1]
-    if extra < 0:
-        raise UsageError(
-            f"the student gives logits of {values.shape[1]} tokens a row, the labels are for "
-            f"{labels.shape[1]}. Its forward must return those of all tokens."
-        )
-    return values[:, extra:]
 
 
 def host_places(labels: Tensor, task: str) -> Tensor | None:

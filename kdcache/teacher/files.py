@@ -315,7 +315,8 @@ class TeacherFiles:
         bounds = [_stretched(config, positions), self.table]
         if not TASKS[task].causal:
             bounds.append(int(self.tokenizer.model_max_length))
-        return min((bound for bound in bounds if bound), default=None)
+        # XLNet names -1, since it has no bound.
+        return min((bound for bound in bounds if bound and bound > 0), default=None)
 
     @cached_property
     def table(self) -> int | None:
