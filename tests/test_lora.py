@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     DistilBertConfig,
     GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
     RobertaConfig,
 )
 
@@ -483,3 +485,32 @@ def test_words_of_an_earlier_student_must_be_the_same(folder: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="reads other tokens than the student"):
         train(TrainOptions(out=str(tmp_path / "three"), init_from=str(tmp_path / "one"),
                            min_count=5, **common))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")  # PEFT has advice of its own
+@pytest.mark.parametrize("changed", ["embed_tokens", "lm_head", "embed_tokens lm_head", ""])
+def test_an_adapter_of_one_of_two_tied_layers_leaves_the_other_alone(
+    changed: str, tmp_path: Path
+) -> None:
+    import peft
+
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True, initializer_range=0.3)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    targets, kept = ["q_proj", *changed.split()], None if changed else ["embed_tokens"]
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig("CAUSAL_LM", r=2, target_modules=targets, modules_to_save=kept),
+    ).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            weight.data += 0.2 * torch.randn_like(weight)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        want = adapted(input_ids=ids).logits
+        merged = load_student(str(tmp_path / "adapter"), StudentInfo("causal-lm", 64)).eval()
+        torch.testing.assert_close(merged(input_ids=ids).logits, want, rtol=0, atol=1e-4)
+        merged.save_pretrained(tmp_path / "whole")  # type: ignore[operator]
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+        torch.testing.assert_close(whole(input_ids=ids).logits, want, rtol=0, atol=1e-4)

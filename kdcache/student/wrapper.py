@@ -427,9 +427,8 @@ class DistilledStudent(nn.Module):
                 f"the student gives logits of {values.shape[1]} tokens a row, the labels are for "
                 f"{tokens}. Its forward must return those of all tokens."
             )
-        return (
-            values[:, :tokens] if isinstance(self.student, PreTrainedModel) else values[:, extra:]
-        )
+        prompted = not type(self.student).__module__.startswith("transformers.")
+        return values[:, extra:] if prompted else values[:, :tokens]
 
     def _project(self, inputs: Mapping[str, Any]) -> Projection:
         """What the student's logits are made of, measured at its first batch."""

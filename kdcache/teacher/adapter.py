@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from kdcache.errors import UsageError
 from kdcache.extras import needs
@@ -178,9 +180,15 @@ class AdapterFolder:
                     f"{self.who} is an adapter of kind {config.peft_type.value}, which adds "
                     "tokens and cannot be merged into its base. Use a LoRA, or a whole model."
                 )
+            apart = _untied(model)
             adapted = get_peft_model(model, config)
             self.fill(adapted)
-            return adapted.merge_and_unload()
+            _untie(adapted)
+            merged = adapted.merge_and_unload()
+            if _untied(merged) and not apart:  # saved as tied, one of the two would be lost
+                merged.config.get_text_config().tie_word_embeddings = False
+                merged.config.tie_word_embeddings = False
+            return merged
 
     def fill(self, adapted: Any) -> None:
         """Put the adapter's weights into a PEFT model.
@@ -235,6 +243,29 @@ def complete_adapter(folder: Path, facts: Mapping[str, Any]) -> None:
         if isinstance(config.get(name), list):
             config[name] = sorted(set(config[name]))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _untie(adapted: Any) -> None:
+    """Give adapted layers weights of their own: merged into one that embedding and output layer
+    share, an adapter of one would change the other, too.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer  # which keeps both alike
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = Counter(id(p) for _, p in adapted.named_parameters(remove_duplicate=False))
+    for layer in list(adapted.modules()):
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
+            base = layer.get_base_layer()
+            weight = getattr(base, "weight", None)
+            if isinstance(weight, nn.Parameter) and names[id(weight)] > 1:
+                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+
+
+def _untied(model: Any) -> bool:
+    """Whether a language model has an output layer with weights of its own."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(output, "weight", None)
+    return isinstance(weight, Tensor) and weight is not model.get_input_embeddings().weight
 
 
 @contextmanager
