@@ -514,3 +514,27 @@ def test_an_adapter_of_one_of_two_tied_layers_leaves_the_other_alone(
         merged.save_pretrained(tmp_path / "whole")  # type: ignore[operator]
         whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
         torch.testing.assert_close(whole(input_ids=ids).logits, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("given", [{"target_modules": ["shared"]}, {"target_modules": ["lm_head"]},
+                                   {"modules_to_save": ["lm_head"]}])  # fmt: skip
+def test_an_adapter_of_a_tied_layer_of_a_sequence_to_sequence_model_is_refused(
+    given: dict[str, list[str]], tmp_path: Path
+) -> None:
+    import peft
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    config = T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(base)
+    for changed, refused in ((given, True), ({"target_modules": ["q"]}, False)):
+        lora = peft.LoraConfig("SEQ_2_SEQ_LM", r=2, **({"target_modules": ["q"]} | changed))
+        whole = AutoModelForSeq2SeqLM.from_pretrained(base)
+        peft.get_peft_model(whole, lora).save_pretrained(adapter)
+        if refused:
+            with pytest.raises(UsageError, match="whose weight other layers share"):
+                load_student(str(adapter), StudentInfo("seq2seq-lm", 64))
+        else:
+            load_student(str(adapter), StudentInfo("seq2seq-lm", 64))

@@ -183,7 +183,12 @@ class AdapterFolder:
             apart = _untied(model)
             adapted = get_peft_model(model, config)
             self.fill(adapted)
-            _untie(adapted)
+            if _untie(adapted) and model.config.is_encoder_decoder:
+                raise UsageError(
+                    f"{self.who} is an adapter of an embedding or output layer whose weight other "
+                    "layers share; of a sequence-to-sequence model such a one cannot be merged. "
+                    "Adapt other layers, or use a whole model."
+                )
             merged = adapted.merge_and_unload()
             if _untied(merged) and not apart:  # saved as tied, one of the two would be lost
                 merged.config.get_text_config().tie_word_embeddings = False
@@ -245,13 +250,15 @@ def complete_adapter(folder: Path, facts: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _untie(adapted: Any) -> None:
+def _untie(adapted: Any) -> bool:
     """Give adapted layers weights of their own: merged into one that embedding and output layer
-    share, an adapter of one would change the other, too.
+    share, an adapter of one would change the other, too. Returns whether any was shared.
     """
     from peft.tuners.trainable_tokens import TrainableTokensLayer  # which keeps both alike
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper  # has weights of its own
 
+    shared = False
     names = Counter(id(p) for _, p in adapted.named_parameters(remove_duplicate=False))
     for layer in list(adapted.modules()):
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
@@ -259,6 +266,11 @@ def _untie(adapted: Any) -> None:
             weight = getattr(base, "weight", None)
             if isinstance(weight, nn.Parameter) and names[id(weight)] > 1:
                 base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                shared = True
+        elif isinstance(layer, ModulesToSaveWrapper):
+            weight = getattr(layer.original_module, "weight", None)
+            shared = shared or names[id(weight)] > 1
+    return shared
 
 
 def _untied(model: Any) -> bool:
