@@ -112,14 +112,20 @@ def local_path(name: str, option: str = "--out") -> Path:
     Raises:
         UsageError: it is a URL, which would become a folder named `s3:`.
     """
-    name = name.removeprefix("file://")
-    if "://" in name:
+    path = _here(name)
+    if path is None:
         raise UsageError(
             f"{option} is {name}, expected a folder or file on this machine: only caches and "
             "trainings can be written to an object store."
         )
+    return path
+
+
+def _here(name: str) -> Path | None:
+    """The absolute path of a name on this machine; None of a URL of another place."""
+    name = name.removeprefix("file://")
     # Of Path, expanduser fails for a user that does not exist.
-    return Path(os.path.expanduser(name)).absolute()
+    return None if "://" in name else Path(os.path.expanduser(name)).absolute()
 
 
 def place_problem(name: str, option: str) -> str:
@@ -129,10 +135,10 @@ def place_problem(name: str, option: str) -> str:
         name: path or URL of an output.
         option: that names it.
     """
-    name = name.removeprefix("file://")
-    if "://" in name:
+    path = _here(name)
+    if path is None:
         return ""
-    path = Path(os.path.abspath(os.path.expanduser(name)))
+    path = Path(os.path.abspath(path))
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > _LONGEST_NAME or len(os.fsencode(path)) > _LONGEST_PATH:
         return (
@@ -176,10 +182,8 @@ def try_place(name: str, option: str = "--out") -> None:
     Raises:
         UsageError: nothing can be made there.
     """
-    if "://" in name.removeprefix("file://"):
-        return
-    path = local_path(name, option)
-    if path.is_dir():
+    path = _here(name)
+    if path is None or path.is_dir():
         return
     with output_errors(f"{name} ({option})"):
         there = next(parent for parent in path.parents if parent.is_dir())
