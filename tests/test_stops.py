@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from small_runs import metrics
 from kdcache.cli.main import cli
 from kdcache.commands.train import run as run_module
 from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.files import LOCK_FILE
+from kdcache.files import LOCK_FILE, alone
 from kdcache.student.checkpoints import last_checkpoint, step_of
 
 SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
@@ -379,6 +382,26 @@ def test_a_second_training_on_one_folder_is_refused(options: Make) -> None:
     train(options(max_steps=2), on_progress=second)
     assert tried
     assert not train(options(max_steps=2)).made
+
+
+def test_a_folder_in_which_another_process_begins_and_gives_up_is_no_strange_one(
+    options: Make,
+) -> None:
+    plan, over = RunPlan.make(options()), threading.Event()
+
+    def begin() -> None:
+        while not over.is_set():
+            with alone(plan.out, "training"):
+                pass
+
+    with futures.ThreadPoolExecutor() as pool:
+        other = pool.submit(begin)
+        try:
+            for _ in range(1000):
+                assert plan.finished() is None
+        finally:
+            over.set()
+        other.result()
 
 
 def test_wrong_students_leave_no_folder(options: Make, tmp_path: Path) -> None:

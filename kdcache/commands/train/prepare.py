@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,26 +215,29 @@ class RunPlan:
                 )
             check_identity(document, self.finished_identity, f"the finished run in {self.shown}")
             return TrainResult(**{**document["result"], "out": self.shown, "made": False})
-        if self.store is not None:
-            entries = self.store.entries()
-            begun = any(name.startswith("checkpoint-") for name in entries)
-            ours = {name for pattern in _OURS for name in fnmatch.filter(entries, pattern)}
-            if {*entries} - ours and not begun:
-                raise UsageError(
-                    f"{self.shown} is not empty and not a run of kdcache. Choose another --out."
-                )
-            return None
-        if self.out.is_file():
+        if self.store is None and self.out.is_file():
             raise UsageError(f"{self.out} is a file. Choose another --out.")
-        if self.out.is_dir():
-            known = {p for pattern in _OURS for p in self.out.glob(pattern)}
-            # A run that was killed while its model's files moved has some of them.
-            run = (self.out / SCRATCH).is_dir() or last_checkpoint(self.out) is not None
-            if set(self.out.iterdir()) - known and not run:
-                raise UsageError(
-                    f"{self.out} is not empty and not a run of kdcache. Choose another --out."
-                )
+        if self._is_strange():
+            raise UsageError(
+                f"{self.shown} is not empty and not a run of kdcache. Choose another --out."
+            )
         return None
+
+    def _is_strange(self) -> bool:
+        """Whether the folder holds what no run writes, and no run."""
+        names: list[str] = []
+        if self.store is not None:
+            names = self.store.entries()
+        else:  # listed once: another process may begin a run meanwhile, or give it up
+            with contextlib.suppress(FileNotFoundError):
+                names = os.listdir(self.out)
+        ours = {name for pattern in _OURS for name in fnmatch.filter(names, pattern)}
+        if not {*names} - ours:
+            return False
+        if self.store is not None:
+            return not any(name.startswith("checkpoint-") for name in names)
+        # A run that was killed while its model's files moved has some of them.
+        return not (self.out / SCRATCH).is_dir() and last_checkpoint(self.out) is None
 
     def announce(self, report: Callable[[str], None]) -> None:
         """Report the checkpoint that the run continues from, if there is one."""

@@ -77,9 +77,11 @@ def train_in_group(
         with _shared() as share:
             plan = RunPlan.make(options)
         share({})
-        with _shared() as share:
-            finished = plan.finished()
-            if finished is None and distributed.get_rank() == 0:
+        first = distributed.get_rank() == 0
+        with _shared() as share:  # nobody looks into the folder while the first begins in it
+            if first:
+                finished = plan.finished()
+            if first and finished is None:
                 if not locked:
                     held.enter_context(alone(plan.out, "training"))
                     finished = plan.finished()  # by the process that was at work here
@@ -87,6 +89,8 @@ def train_in_group(
                     plan.begin(owner)
         share({})
         with _shared() as share:
+            if not first:
+                finished = plan.finished()
             if finished is None and plan.store is not None:
                 plan.store.bring()
             facts = {**options.shown(), **_facts(plan), "finished": finished is not None}
