@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -351,8 +352,7 @@ def alone(folder: Path, work: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         while True:
             with output_errors(f"{folder} (--out)"):
-                folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(open(path, "ab"))
+                file = held.enter_context(_lock_file(path))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -371,8 +371,33 @@ def alone(folder: Path, work: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if folder.is_dir() and os.listdir(folder) == [LOCK_FILE]:  # nothing was begun
-                shutil.rmtree(folder)
+            with contextlib.suppress(FileNotFoundError):
+                if os.listdir(folder) == [LOCK_FILE]:  # nothing was begun
+                    path.unlink()
+                    with contextlib.suppress(OSError):  # another process has begun since
+                        folder.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Empty a folder in which this process is alone; `alone` removes the lock and the folder."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
+
+
+def _lock_file(path: Path) -> BinaryIO:
+    """The lock of a folder that other processes may make and remove at the same time."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # a folder that is gone again
+                if not stat.S_ISDIR(path.parent.lstat().st_mode):
+                    raise
+        with contextlib.suppress(FileNotFoundError):  # the folder is gone again
+            return open(path, "ab")
 
 
 # Sealed folders

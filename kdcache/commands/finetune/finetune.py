@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import (
     alone,
+    clear,
     full_disk,
     local_path,
     sync_folder,
@@ -228,7 +228,7 @@ def _finetune(
         out.rmdir()  # known to be empty
     (run / "teacher").replace(out)
     sync_folder(out.parent)
-    shutil.rmtree(run)
+    clear(run)
     return result
 
 
