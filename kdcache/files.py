@@ -387,6 +387,21 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
+def listed(folder: Path) -> set[str]:
+    """Names in a folder at one moment; none where there is no such folder.
+
+    Another process may begin or end its work there: two looks, one after the other, may contradict
+    each other.
+
+    Raises:
+        NotADirectoryError: it is a file.
+    """
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
+
+
 def _lock_file(path: Path) -> BinaryIO:
     """The lock of a folder that other processes may make and remove at the same time."""
     while True:

@@ -5,13 +5,27 @@ Whatever moment of the first it is at which the second runs: see `at_once`.
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from at_once import at_each_moment
+from make_caches import CLASSES, make_cache
 
+from kdcache.commands.export.export import ExportResult, export
+from kdcache.commands.export.options import ExportOptions
+from kdcache.commands.finetune.finetune import FinetuneResult, finetune
+from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.sweep.sweep import SWEEP_FILE
+from kdcache.commands.sweep.sweep import _read_manifest as read_sweep
+from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan
+from kdcache.commands.train.result import TrainResult
 from kdcache.errors import UsageError
-from kdcache.files import LOCK_FILE, alone, clear
+from kdcache.files import LOCK_FILE, alone, clear, filled_folder, write_json
+
+finetune_module = sys.modules[finetune.__module__]
 
 
 @pytest.fixture
@@ -62,3 +76,89 @@ def test_who_begins_keeps_the_folder_that_another_gives_up(place: Path) -> None:
             assert is_refused(both.second, "training"), both
             assert not found, both
     assert worked >= 2
+
+
+def test_two_exports_into_one_folder(place: Path, tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", [2, 2])
+    options = ExportOptions(str(tmp_path / "cache"), str(place / "out"))
+
+    refused = 0
+    for both in at_each_moment(place, lambda: export(options), lambda: export(options)):
+        assert isinstance(both.first, ExportResult), both
+        assert isinstance(both.second, ExportResult) or is_refused(both.second, "export"), both
+        assert len(list(place.glob("out/*.parquet"))) == 2, both
+        refused += is_refused(both.second, "export")
+    assert refused >= 2
+
+
+def test_a_sweep_is_looked_at_while_another_one_begins(place: Path) -> None:
+    def begin() -> None:
+        with alone(place / "out", "sweep"):
+            (place / "out" / "runs").mkdir()
+            write_json(place / "out" / SWEEP_FILE, {"runs": {"key": "run"}})
+
+    def look() -> object:
+        return read_sweep(place / "out")
+
+    for both in at_each_moment(place, look, begin):
+        assert both.first in ({}, {"key": "run"}), both
+    for both in at_each_moment(place, begin, look):
+        assert both.second in ({}, {"key": "run"}), both
+
+
+def test_a_teacher_is_looked_for_while_another_fine_tuning_ends(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "w7", "label": "a"}\n')
+    options = FinetuneOptions(
+        model=str(tmp_path), corpus=str(tmp_path / "text.jsonl"), out=str(place / "teacher")
+    )
+    result = FinetuneResult(options.out, ("a", "b"), 1, 0, 1, 1, 1, 0.5)
+    document = {"options": finetune_module._plain(options), "result": asdict(result)}
+
+    def prepare() -> None:
+        (place / "ready").mkdir()
+        write_json(place / "ready" / finetune_module.RESULT_FILE, document)
+
+    def look() -> object:
+        return finetune_module._finished(options, place / "teacher")
+
+    def end() -> None:
+        (place / "ready").rename(place / "teacher")
+
+    for both in at_each_moment(place, look, end, prepare):
+        assert both.first is None or both.first.loss == 0.5, both
+
+
+def test_a_run_is_looked_at_while_it_ends(place: Path, tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", [9])
+    options = TrainOptions(
+        cache=str(tmp_path / "cache"), student="bilstm", out=str(place / "run"), max_steps=1,
+        report_to="none", embedding_size=4, hidden_size=4, dense_size=4,
+    )  # fmt: skip
+    plan = RunPlan.make(options)
+    result = TrainResult(
+        task=CLASSES, out=str(plan.out), steps=1, epochs=1.0, rows=9, loss=0.5, eval={},
+        best_step=None, seconds=1.0, parameters=1, trained=1,
+    )  # fmt: skip
+
+    def write(folder: Path) -> None:
+        write_json(folder / "config.json", {})
+        write_json(
+            folder / RESULT_FILE,
+            {"identity": plan.finished_identity, "result": asdict(result)},
+        )
+
+    def end() -> None:
+        with filled_folder(plan.out, SCRATCH, last=RESULT_FILE) as folder:
+            write(folder)
+
+    def begun() -> None:
+        (plan.out / SCRATCH).mkdir(parents=True)
+        write(plan.out / SCRATCH)
+        (plan.out / SCRATCH / "config.json").rename(plan.out / "config.json")
+
+    for both in at_each_moment(place, plan.finished, end, begun):
+        assert both.first is None or both.first.loss == 0.5, both
+    for both in at_each_moment(place, end, plan.finished, begun):
+        assert both.second is None or both.second.loss == 0.5, both

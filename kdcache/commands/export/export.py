@@ -21,6 +21,7 @@ options are refused, and so is a second export into the folder at the same time.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.export.options import ExportOptions
 from kdcache.errors import UsageError
-from kdcache.files import alone, local_path, output_errors, whole_file, write_json
+from kdcache.files import alone, listed, local_path, output_errors, whole_file, write_json
 from kdcache.targets import SoftTargets
 from kdcache.targets.decoded import DenseTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
@@ -115,16 +116,17 @@ def export(
 
 def _refuse_others(folder: Path, about: dict[str, Any]) -> None:
     """Refuse a folder whose files are not of this export."""
-    note = folder / _ABOUT
-    if (folder / "spec.json").is_file():
+    with output_errors(folder):
+        names = listed(folder)
+    if "spec.json" in names:
         raise UsageError(f"--out {folder} is a cache. Name another folder.")
-    if note.is_file():
-        if json.loads(note.read_text()) != about:
+    if _ABOUT in names:
+        if json.loads((folder / _ABOUT).read_text()) != about:
             raise UsageError(
                 f"--out {folder} holds files of another cache or of other options (see {_ABOUT}). "
                 "Name another folder."
             )
-    elif any(folder.glob("*.parquet")):
+    elif fnmatch.filter(names, "*.parquet"):
         raise UsageError(f"--out {folder} holds other Parquet files. Name another folder.")
 
 

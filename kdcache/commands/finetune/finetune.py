@@ -41,6 +41,7 @@ from kdcache.files import (
     alone,
     clear,
     full_disk,
+    listed,
     local_path,
     sync_folder,
     whole_folder,
@@ -250,9 +251,9 @@ def _plain(options: FinetuneOptions) -> dict[str, Any]:
 
 
 def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
-    path = out / RESULT_FILE
-    if path.is_file():
-        document = json.loads(path.read_text())
+    names = {out.name} if out.is_file() else listed(out)
+    if RESULT_FILE in names:
+        document = json.loads((out / RESULT_FILE).read_text())
         now, then = _plain(options), document["options"]
         changed = [
             f"{name}: {then.get(name)} -> {value}"
@@ -274,7 +275,7 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
         result = {**document["result"], "out": str(out), "made": False}
         result["label_names"] = tuple(result["label_names"])
         return FinetuneResult(**result)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if names:
         raise UsageError(
             f"{out} exists and was not made by kdcache finetune. Choose another --out."
         )

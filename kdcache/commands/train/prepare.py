@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.store import RunStore
 from kdcache.errors import UsageError
-from kdcache.files import LOCK_FILE, local_path
+from kdcache.files import LOCK_FILE, listed, local_path
 from kdcache.loss import check_loss
 from kdcache.loss.entities import are_entities
 from kdcache.storage import is_remote
@@ -225,19 +223,15 @@ class RunPlan:
 
     def _is_strange(self) -> bool:
         """Whether the folder holds what no run writes, and no run."""
-        names: list[str] = []
-        if self.store is not None:
-            names = self.store.entries()
-        else:  # listed once: another process may begin a run meanwhile, or give it up
-            with contextlib.suppress(FileNotFoundError):
-                names = os.listdir(self.out)
+        # Looked at once: another process may begin a run meanwhile, give it up, or finish it.
+        names = listed(self.out) if self.store is None else {*self.store.entries()}
         ours = {name for pattern in _OURS for name in fnmatch.filter(names, pattern)}
-        if not {*names} - ours:
+        if not names - ours or RESULT_FILE in names:
             return False
         if self.store is not None:
             return not any(name.startswith("checkpoint-") for name in names)
         # A run that was killed while its model's files moved has some of them.
-        return not (self.out / SCRATCH).is_dir() and last_checkpoint(self.out) is None
+        return SCRATCH not in names and last_checkpoint(self.out) is None
 
     def announce(self, report: Callable[[str], None]) -> None:
         """Report the checkpoint that the run continues from, if there is one."""
