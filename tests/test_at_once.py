@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from at_once import at_each_moment
-from make_caches import CLASSES, make_cache
+from make_caches import CLASSES, make_cache, make_rows, make_shard, word_tokenizer
 
+from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.sealing import shard_entry
 from kdcache.commands.export.export import ExportResult, export
 from kdcache.commands.export.options import ExportOptions
 from kdcache.commands.finetune.finetune import FinetuneResult, finetune
@@ -76,6 +78,60 @@ def test_who_begins_keeps_the_folder_that_another_gives_up(place: Path) -> None:
             assert is_refused(both.second, "training"), both
             assert not found, both
     assert worked >= 2
+
+
+def spec_of(codec: str, spans: int = 2) -> CacheSpec:
+    """A cache of classes with this codec."""
+    return CacheSpec(
+        task=CLASSES, teachers=({"sha256": "0", "weight": 1.0},), ensemble="mean-probs",
+        dtype="float32", tokenizer="t", vocab_size=3, pad_id=0, eos_id=None,
+        label_names=("c0", "c1", "c2"), corpus=({"name": "c", "size": 1, "tag": "x"},),
+        rows={"max_length": 16, "packing": "none"}, reading={}, spans=spans, codec=codec,
+        temperatures=(1.0,), seed=0,
+    )  # fmt: skip
+
+
+def begin(url: Path, codec: str, files: dict[str, bytes], commits: int = 0) -> Cache:
+    """A build that begins, commits some shards, and is interrupted."""
+    spec = spec_of(codec)
+    cache = Cache.create_or_resume(str(url), spec, tokenizer_files=files)
+    try:
+        for span in range(commits):
+            rows = make_rows(CLASSES, range(span, span + 2), 64, 3)
+            cache.commit(span, make_shard(CLASSES, rows, spec.make_codec(), 3))
+    finally:
+        cache.release()
+    return cache
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+def test_a_cache_that_nobody_uses_is_begun_anew_by_one(place: Path, commits: int) -> None:
+    words = word_tokenizer()
+    others = {**words, "vocab.json": b"{}"}
+
+    def look() -> str:
+        """Which cache it is, once all that it names has been found right."""
+        cache = Cache.resume(str(place / "cache"))
+        for name in cache.files:
+            cache.check_beside(name)
+        for span, name in cache.committed().items():
+            shard_entry(cache, span, name)
+        return cache.spec.codec
+
+    begun: list[str] = []
+    for both in at_each_moment(
+        place,
+        lambda: begin(place / "cache", "topk:2", words),
+        lambda: begin(place / "cache", "dense", others, commits),
+        prepare=lambda: begin(place / "cache", "topk:1", others),
+    ):
+        codec = look()
+        assert codec == "topk:2" or "other options" in str(both.first), both
+        if commits:  # else the first may begin anew once the second has ended
+            refused = both.second is None or "other options" in str(both.second)
+            assert codec == "dense" or refused, both
+        begun.append(codec)
+    assert set(begun) == {"topk:2", "dense"}
 
 
 def test_two_exports_into_one_folder(place: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from at_once import at_each_moment
 from fsspec.implementations.memory import MemoryFileSystem
 
 from kdcache.errors import IncompleteError, UsageError
@@ -159,6 +160,26 @@ def test_writers_that_share_the_scratch_folder_do_not_disturb_each_other(tmp_pat
     assert not problems
     assert len(storage.names("shards")) == 600
     assert storage.entries() == ["shards"]
+
+
+def test_a_file_that_is_replaced_meanwhile_is_shared_as_it_is_then(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "place")
+
+    def replace(data: bytes = b"new") -> bool:
+        return storage.replace_unshared("spec.json", data, lambda: True)
+
+    replaced = 0
+    for both in at_each_moment(
+        storage.root,
+        lambda: storage.share("spec.json"),
+        replace,
+        prepare=lambda: storage.write("spec.json", b"old"),
+    ):
+        assert not replace(b"newer"), both
+        assert storage.read("spec.json") == (b"new" if both.second else b"old"), both
+        replaced += both.second
+        both.first.close()
+    assert replaced >= 2
 
 
 def test_ranges_are_asked_for_together_where_the_client_would_not(

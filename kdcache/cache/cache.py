@@ -104,17 +104,28 @@ class Cache:
                 )
             at_work = storage.create_shared("spec.json", to_text(document))
         cache = cls._read(storage)
-        unused = bool(cache.spec.differences(spec)) and not cache.sealed and not cache.committed()
+        unused = bool(cache.spec.differences(spec)) and not cache.in_use
         if unused:
             if at_work is not None:
                 at_work.close()
-            if storage.replace_unshared("spec.json", to_text(document)):
-                for name in (*cache.files.keys() - files.keys(), _OF_THE_CORPUS):
+
+            def clear() -> bool:
+                """Drop what the old spec alone names, unless a build has committed something."""
+                old = cls._read(storage)
+                if old.in_use:
+                    return False
+                for name in (*old.files.keys() - files.keys(), _OF_THE_CORPUS):
                     storage.remove(name)
+                return True
+
+            storage.replace_unshared("spec.json", to_text(document), clear)
             at_work = storage.share("spec.json")
             cache = cls._read(storage)
+            unused = not cache.in_use
         changed = cache.spec.differences(spec)
         if changed:
+            if at_work is not None:  # a kept error would keep the lock
+                at_work.close()
             raise UsageError(
                 f"{redact(url)} was begun with other options:\n  "
                 + "\n  ".join(changed)
@@ -251,6 +262,11 @@ class Cache:
     def sealed(self) -> bool:
         """Whether the manifest is there."""
         return self.manifest_or_none is not None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is committed."""
+        return self.sealed or bool(self.committed())
 
     def commit(
         self,

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -118,8 +118,14 @@ class Storage(ABC):
         self.create(name, data)
         return self.share(name)
 
-    def replace_unshared(self, name: str, data: bytes) -> bool:
-        """Replace a file that no process shares; False if one does, or if it can't be known."""
+    def replace_unshared(self, name: str, data: bytes, prepare: Callable[[], bool]) -> bool:
+        """Replace a file that no process shares; False if one does, or if it can't be known.
+
+        Args:
+            name: of the file.
+            data: its new content.
+            prepare: called before, while nobody can share it; whether to replace it.
+        """
         return False
 
     @abstractmethod

@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -138,18 +138,23 @@ class LocalStorage(Storage):
 
     def share(self, name: str) -> Share | None:
         """See `Storage.share`."""
-        try:
-            handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        lock = Share(handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH)
-        except OSError:  # some network file systems have no locks
-            return None
-        return lock
+        path = self.root / name
+        while True:
+            try:
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                return None
+            lock = Share(handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            except OSError:  # some network file systems have no locks
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return lock
+            lock.close()  # it was replaced while this process waited
 
-    def replace_unshared(self, name: str, data: bytes) -> bool:
+    def replace_unshared(self, name: str, data: bytes, prepare: Callable[[], bool]) -> bool:
         """See `Storage.replace_unshared`."""
         path = self.root / name
         with contextlib.ExitStack() as opened:
@@ -159,9 +164,10 @@ class LocalStorage(Storage):
                 same = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except OSError:  # shared, or no locks, or not writable
                 return False
-            if same:
-                self.write(name, data)
-            return same
+            if not same or not prepare():
+                return False
+            self.write(name, data)
+            return True
 
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
         """See `Storage.prefetch`."""
