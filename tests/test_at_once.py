@@ -5,6 +5,8 @@ Whatever moment of the first it is at which the second runs: see `at_once`.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +16,7 @@ from at_once import at_each_moment
 from make_caches import CLASSES, make_cache, make_rows, make_shard, word_tokenizer
 
 from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.repair import gc, repair
 from kdcache.cache.sealing import shard_entry
 from kdcache.commands.export.export import ExportResult, export
 from kdcache.commands.export.options import ExportOptions
@@ -24,8 +27,9 @@ from kdcache.commands.sweep.sweep import _read_manifest as read_sweep
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan
 from kdcache.commands.train.result import TrainResult
-from kdcache.errors import UsageError
+from kdcache.errors import KdcacheError, UsageError
 from kdcache.files import LOCK_FILE, alone, clear, filled_folder, write_json
+from kdcache.storage import LocalStorage
 
 finetune_module = sys.modules[finetune.__module__]
 
@@ -132,6 +136,59 @@ def test_a_cache_that_nobody_uses_is_begun_anew_by_one(place: Path, commits: int
             assert codec == "dense" or refused, both
         begun.append(codec)
     assert set(begun) == {"topk:2", "dense"}
+
+
+@pytest.mark.parametrize("removed", ["spec.json", "manifest.json", "shards"])
+def test_what_a_repair_removes_while_it_is_read_is_missing(
+    place: Path, tmp_path: Path, removed: str
+) -> None:
+    make_cache(tmp_path / "cache", [2, 2])
+
+    def read() -> int:
+        cache = Cache.open(str(place / "cache"))
+        return sum(len(cache.read(span)) for span in range(cache.spec.spans))
+
+    def remove() -> None:
+        storage = LocalStorage(place / "cache")
+        names = [f"shards/{name}" for name in storage.names("shards")]
+        for name in names if removed == "shards" else [removed]:
+            storage.remove(name)
+
+    outcomes = [
+        both.first
+        for both in at_each_moment(
+            place, read, remove, lambda: shutil.copytree(tmp_path / "cache", place / "cache")
+        )
+    ]
+    assert isinstance(outcomes[0], KdcacheError)
+    assert all(outcome == 4 or isinstance(outcome, KdcacheError) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_two_remove_what_is_left_over(place: Path, tmp_path: Path, sealed: bool) -> None:
+    cache = make_cache(tmp_path / "cache", [2, 2])
+
+    def prepare() -> None:
+        shutil.copytree(tmp_path / "cache", place / "cache")
+        scratch = place / "cache" / "tmp" / f"{0:032x}.tmp"
+        scratch.parent.mkdir()
+        scratch.touch()
+        os.utime(scratch, (0, 0))
+        name = cache.manifest.shards[0].name
+        if sealed:
+            (place / "cache" / "shards" / f"{name[:5]}-{0:016x}.h5").touch()
+        else:
+            (place / "cache" / "manifest.json").unlink()
+            (place / "cache" / "shards" / name).write_bytes(b"broken")
+
+    def work() -> object:
+        return (gc(str(place / "cache")), None if sealed else repair(str(place / "cache")))
+
+    for both in at_each_moment(place, work, work, prepare):
+        assert isinstance(both.first, tuple), both
+        assert isinstance(both.second, tuple), both
+        assert len(list(place.glob("cache/shards/*"))) == 1 + sealed, both
+        assert not list(place.glob("cache/tmp/*")), both
 
 
 def test_two_exports_into_one_folder(place: Path, tmp_path: Path) -> None:

@@ -171,7 +171,8 @@ class Cache:
     def _read(cls, storage: Storage) -> Cache:
         cache = cls.read_spec(storage)
         if storage.exists("manifest.json"):
-            cache.manifest_or_none = cache.read_manifest()
+            with contextlib.suppress(FileNotFoundError):  # a repair has removed it since
+                cache.manifest_or_none = cache.read_manifest()
         return cache
 
     @classmethod
@@ -179,10 +180,14 @@ class Cache:
         """A cache by its `spec.json` alone, finished or not.
 
         Raises:
+            UsageError: there is none.
             CorruptCacheError: the file was changed or truncated, or is not a spec.
         """
         name = f"{redact(storage.url)}/spec.json"
-        document = from_text(storage.read("spec.json"), name)
+        try:
+            document = from_text(storage.read("spec.json"), name)
+        except FileNotFoundError:  # a repair has removed it
+            raise no_cache(storage) from None
         try:
             spec, files = CacheSpec.from_dict(document["spec"]), check_files(document["files"])
             notes = dict(document["notes"])

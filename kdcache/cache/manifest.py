@@ -67,16 +67,21 @@ class ShardEntry:
             CorruptCacheError: it is missing, or its size or hash is another.
         """
         shard = f"shard {self.span}: {self.name}"
+        missing = CorruptCacheError(
+            f"{shard} is missing. Run the same build again: only this shard is made again."
+        )
         if path is None or not path.exists():
-            raise CorruptCacheError(
-                f"{shard} is missing. Run the same build again: only this shard is made again."
-            )
-        size = path.stat().st_size
+            raise missing
+        try:
+            size = path.stat().st_size
+            # With the right size it is a file, and has an end.
+            found = sha256_file(path) if size == self.bytes else ""
+        except FileNotFoundError:  # a repair has removed it since
+            raise missing from None
         if size != self.bytes:
             raise CorruptCacheError(
                 f"{shard} has {size} bytes, the manifest says {self.bytes}. {_CURE}"
             )
-        found = sha256_file(path)  # with a size it is a file, and has an end
         if found != self.sha256:
             raise CorruptCacheError(
                 f"{shard}: sha256 is {found[:16]}…, the manifest says {self.sha256[:16]}…. {_CURE}"

@@ -130,6 +130,8 @@ def _remove_documents(storage: Storage) -> Iterator[str]:
                 parse()
         except CorruptCacheError:
             broken.append(name)
+        except (FileNotFoundError, UsageError):  # another repair has removed it since
+            pass
     if not any(storage.exists(name) and name not in broken for name in parsers):
         raise CorruptCacheError(
             f"{redact(storage.url)}: neither spec.json nor manifest.json can be read, and one of "
@@ -221,7 +223,11 @@ def _second_copies(cache: Cache) -> _Found:
         if match and name not in named and int(match.group(1)) in here:
             full = f"shards/{name}"
             remove = functools.partial(cache.storage.remove, full)
-            yield Leftover(full, cache.storage.size(full)), YOUNG, remove
+            try:
+                size = cache.storage.size(full)
+            except FileNotFoundError:  # another gc has just removed it
+                continue
+            yield Leftover(full, size), YOUNG, remove
 
 
 def _scratch(storage: Storage) -> _Found:
@@ -230,7 +236,10 @@ def _scratch(storage: Storage) -> _Found:
     for name in storage.names("tmp"):
         path = storage.root / "tmp" / name
         if _SCRATCH.fullmatch(name) and not path.is_symlink():
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # a build has just given it its name
+                continue
             remove = functools.partial(storage.remove, f"tmp/{name}")
             yield Leftover(f"tmp/{name}", stat.st_size), time.time() - stat.st_mtime, remove
 

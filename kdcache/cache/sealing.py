@@ -7,6 +7,7 @@ read and hashed whole.
 from __future__ import annotations
 
 import concurrent.futures as futures
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 
@@ -52,7 +53,8 @@ def prepare_manifest(cache: Cache, entries: Iterable[ShardEntry] = ()) -> Manife
         known |= matching(read_receipts(cache.storage), left.values(), sizes)
         left = {s: n for s, n in left.items() if n not in known}
         if left and cache.storage.exists("manifest.json"):  # whose seal removed the receipts
-            return cache.read_manifest()
+            with contextlib.suppress(FileNotFoundError):
+                return cache.read_manifest()
         known |= _look_into(cache, left)
     shards = tuple(known[committed[span]] for span in range(cache.spec.spans))
     return Manifest(cache.spec.fingerprint, shards, cache.files)
@@ -76,7 +78,12 @@ def shard_entry(cache: Cache, span: int, name: str) -> ShardEntry:
         CorruptCacheError: its bytes are not what its name says, or of another build.
     """
     with cache.storage.hold(f"shards/{name}") as path:
-        sha256, size = sha256_file(path), path.stat().st_size
+        try:
+            sha256, size = sha256_file(path), path.stat().st_size
+        except FileNotFoundError:  # a repair has removed it since it was listed
+            raise CorruptCacheError(
+                f"{name} is missing. Run the same build again: only this shard is made again."
+            ) from None
         if not name.endswith(f"-{sha256[:16]}.h5"):
             raise CorruptCacheError(
                 f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the "

@@ -68,8 +68,8 @@ class Verified:
             if locked and self._has(note):  # another process hashed it meanwhile
                 return
             check()
-            if locked and _note_of(path, sha256)[0] == note:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if locked and _note_of(path, sha256)[0] == note:
                     self._write(note)
 
     def _has(self, note: bytes) -> bool:
