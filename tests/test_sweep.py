@@ -43,6 +43,8 @@ from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.plots import Level, draw_charts
 
+sweep_module = sys.modules[sweep.__module__]
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 8,
@@ -506,6 +508,26 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_runs_of_a_sweep_that_ended_meanwhile_are_kept(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = classifiers("one.yaml", {"alpha": [0.5, 1.0]})
+    other = classifiers("other.yaml", {"alpha": [1.0, 0.2]})
+    check, ended = sweep_module._Sweep._check_students, []
+
+    def check_while_another_ends(self: Any, *rest: Any) -> None:
+        check(self, *rest)
+        if not ended:
+            ended.append(0)
+            ended.append(sweep(local(other)).made)
+
+    monkeypatch.setattr(sweep_module._Sweep, "_check_students", check_while_another_ends)
+    assert sweep(local(one)).made == 1
+    assert ended[1] == 2
+    known = json.loads(Path("out/sweep.json").read_text())["runs"]
+    assert sorted(run["setting"]["alpha"] for run in known.values()) == ["0.2", "0.5", "1"]
 
 
 @pytest.mark.end_to_end

@@ -112,14 +112,7 @@ class _Sweep:
         self.out = local_path(options.out)
         self.grid = Grid.read(options.grid)
         self.runs = {run.key: run for run in self.grid.runs}
-        self.known = _read_manifest(self.out)
-        self.names = {
-            key: self.known[key]["name"] if key in self.known else run.name
-            for key, run in self.runs.items()
-        }
-        self.plans = {
-            key: run.at(self.out / _RUNS / self.names[key]) for key, run in self.runs.items()
-        }
+        self._name_runs()
         tasks = sorted({plan.caches[0].spec.task for plan in self.plans.values()})
         if len(tasks) > 1:
             raise UsageError(
@@ -136,6 +129,17 @@ class _Sweep:
         self._steps: dict[str, int] = {}
         self._before, self._begun = 0, 0.0
 
+    def _name_runs(self) -> None:
+        """Give each run its folder: the one that it had in earlier grids, or a new one."""
+        self.known = _read_manifest(self.out)
+        self.names = {
+            key: self.known[key]["name"] if key in self.known else run.name
+            for key, run in self.runs.items()
+        }
+        self.plans = {
+            key: run.at(self.out / _RUNS / self.names[key]) for key, run in self.runs.items()
+        }
+
     def missing(self) -> list[str]:
         """Keys of the missing runs."""
         return [key for key in self.runs if key not in self.finished]
@@ -148,6 +152,7 @@ class _Sweep:
         try:
             self._check_students(pool, missing)
             with alone(self.out, "sweep"):
+                self._name_runs()  # another sweep may have ended here since
                 (self.out / _RUNS).mkdir(exist_ok=True)
                 self._write_manifest()
                 self._steps = {key: plan.steps for key, plan in self.plans.items()}
@@ -180,7 +185,7 @@ class _Sweep:
     def _settle(self, key: str, outcome: Any) -> None:
         if isinstance(outcome, TrainResult):
             self.finished[key] = outcome
-            self.made += 1
+            self.made += outcome.made  # a run may have been finished by another sweep
             return
         self.failed[key] = outcome
         if not isinstance(outcome, KdcacheError):
