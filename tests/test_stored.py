@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from at_once import at_each_moment
 
 import kdcache
 from kdcache.cache import Cache
@@ -60,6 +61,20 @@ def test_rows_are_written_in_files_of_a_size_and_only_when_they_change(
     assert stored([FakeDataset(rows(7))], out) == patterns
     assert read(patterns) == rows(7)
     assert sorted(path.name for path in (tmp_path / "cache.corpus").iterdir()) == ["0", "1"]
+
+
+def test_parts_that_begin_at_once_find_the_same_files(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+
+    def write() -> object:
+        return stored([FakeDataset(rows(3))], str(place / "cache"))
+
+    waited = 0
+    for both in at_each_moment(place, write, write):
+        assert read(both.first) == rows(3), both
+        assert both.second in (None, both.first), both
+        waited += both.second is None
+    assert waited >= 2
 
 
 def test_a_pass_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

@@ -5,15 +5,18 @@ Workers on other machines read files, and a cache names what it was built of. So
 selection, shuffle, mapping or renaming of columns.
 
 Cost: one pass over the dataset in each run. Guarantee: the same rows leave the files of an earlier
-run as they are, times of change included, so that a build resumes; files appear whole.
+run as they are, times of change included, so that a build resumes; files appear whole. Parts of a
+build that begin at once write them one after the other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import filecmp
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +53,24 @@ def stored(corpus: Sequence[Any], out: str) -> tuple[str | Named, ...]:
                 "on this machine. Save the dataset to files (dataset.to_parquet) and name them."
             )
         folder = Path(f"{out.rstrip('/')}.corpus").expanduser().absolute() / str(number)
-        with output_errors(folder):
+        with output_errors(folder), _turn(folder.parent):
             _write(one, folder)
         there = str(folder)
         patterns.append(Named(given.name, there) if isinstance(given, Named) else there)
     return tuple(patterns)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Make a folder, and let one process at a time write there: the next finds the same files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check(one: Any) -> None:
