@@ -11,6 +11,7 @@ from kdcache.commands.demo.demo import demo
 from kdcache.commands.demo.options import DemoOptions
 from kdcache.commands.demo.teacher import documents
 from kdcache.errors import UsageError
+from kdcache.files import alone
 from kdcache.plots import Curve, Level, plot_curves
 
 
@@ -64,6 +65,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         demo(DemoOptions(str(tmp_path)))
 
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_demo_in_one_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        alone(tmp_path / "demo", "demo"),
+        pytest.raises(UsageError, match="another demo is running"),
+    ):
+        demo(DemoOptions(str(tmp_path / "demo")))
 
 
 @pytest.mark.end_to_end

@@ -15,6 +15,7 @@ steps are kept: the same command resumes after the last of them.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
@@ -49,7 +50,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.extras import installed
-from kdcache.files import local_path, refuse_links, try_place, write_json
+from kdcache.files import LOCK_FILE, alone, listed, local_path, try_place, write_json
 from kdcache.humanize import counted, duration, size
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
@@ -108,7 +109,8 @@ def demo(options: DemoOptions, report: Report = lambda line: None) -> DemoResult
         report: called with a line of text as the steps go.
 
     Raises:
-        UsageError: the folder holds something else, or a demo with other options.
+        UsageError: the folder holds something else, a demo with other options, or another one
+            is at work in it.
         IncompleteError: the build was interrupted; the same call resumes.
     """
     threads = torch.get_num_threads()
@@ -117,7 +119,9 @@ def demo(options: DemoOptions, report: Report = lambda line: None) -> DemoResult
     torch.set_num_threads(1)
     try:
         with quiet_transformers():
-            return _Demo(options, report).run()
+            job = _Demo(options, report)
+            with alone(job.out, "demo"):
+                return job.run()
     finally:
         torch.set_num_threads(threads)
 
@@ -133,15 +137,15 @@ class _Demo:
         self.state = self._open()
 
     def _open(self) -> dict[str, Any]:
-        """Begin a folder, or resume one that was made for the same options and corpus.
+        """The state of a folder that was made for the same options and corpus, or a new one.
 
         The corpus counts as well: it changes with the version of Python.
         """
         wanted = {k: v for k, v in asdict(self.options).items() if k not in ("out", "workers")}
         wanted["characters"] = sum(map(len, self.train_texts + self.held_out_texts))
-        path = self.out / _STATE_FILE
-        if path.is_file():
-            state: dict[str, Any] = json.loads(path.read_text())
+        names = {self.out.name} if self.out.is_file() else listed(self.out)
+        if _STATE_FILE in names:
+            state: dict[str, Any] = json.loads((self.out / _STATE_FILE).read_text())
             then = state["options"]
             changed = [f"{k} {then.get(k)} -> {v}" for k, v in wanted.items() if then.get(k) != v]
             if changed:
@@ -150,13 +154,9 @@ class _Demo:
                     "Use the same ones to continue, or another --out."
                 )
             return state
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if names - {LOCK_FILE, *fnmatch.filter(names, ".*.tmp")}:
             raise UsageError(f"{self.out} is not empty and not a demo. Choose another --out.")
-        refuse_links(self.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.state = {"options": wanted, "seconds": {}, "teacher_seconds": 0.0}
-        self._save()
-        return self.state
+        return {"options": wanted, "seconds": {}, "teacher_seconds": 0.0}
 
     def _save(self) -> None:
         write_json(self.out / _STATE_FILE, self.state)
@@ -181,6 +181,8 @@ class _Demo:
         self.report(f"{step}/6 {name}: {text} ({took})")
 
     def run(self) -> DemoResult:
+        self.state = self._open()  # another demo may have ended here since
+        self._save()
         self._corpus()
         self._tokenizer()
         self._teacher()
