@@ -21,7 +21,7 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.teacher_source import TeacherSource
-from kdcache.commands.build.worker import SpanReport
+from kdcache.commands.build.worker import SpanReport, SpanWorker
 from kdcache.commands.build.workers import WorkerFigures
 from kdcache.commands.train.log import SlowSteps
 from kdcache.commands.train.options import TrainOptions
@@ -81,6 +81,24 @@ def test_a_batch_that_is_divided_counts_what_is_left() -> None:
     steps.batch(10)
     steps.begin(6)  # memory ran out: the three that are left became six
     assert steps.figures(2.0) == SpanFigures(7, 1, 7, 1, 10, 2.0)
+
+
+def test_a_heartbeat_is_read_while_a_span_begins_to_wait() -> None:
+    class Waiting(Steps):
+        """A span that waits for its turn as soon as it was looked at."""
+
+        @property
+        def last(self) -> float | None:  # type: ignore[override]
+            seen, self.seen = self.seen, None
+            return seen
+
+        @last.setter
+        def last(self, now: float | None) -> None:
+            self.seen = now
+
+    worker = SpanWorker.__new__(SpanWorker)
+    worker._counted, worker._steps = 0.0, {3: Waiting(3, lambda: None)}
+    assert worker.pulse().spans == (SpanFigures(3),)
 
 
 def test_a_build_shows_its_work_before_the_first_shard(small_build: BuildOptions) -> None:

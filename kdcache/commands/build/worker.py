@@ -116,7 +116,8 @@ class SpanWorker:
             figures.append(steps.figures(max(0.0, seconds - begin)))
             if steps.answering is not None:  # what another one spends meanwhile is the same time
                 counted = seconds
-        last = [steps.last for steps in spans if steps.last is not None]
+        # Looked at once: the span's own thread may begin to wait.
+        last = [at for steps in spans if (at := steps.last) is not None]
         return Pulse(max(0.0, now - min(last, default=now)), tuple(figures))
 
     def _check(self) -> None:
