@@ -58,12 +58,14 @@ def test_nothing_is_shown_as_zero_while_there_is_work(at_work: tuple[SpanFigures
         assert f"span {span.span}: {what}" in shown
 
 
-def test_what_is_answered_of_a_span_counts() -> None:
+def test_what_is_answered_of_a_span_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     half = SpanFigures(0, records=28, batches=10, batches_done=5, positions=500, teacher_seconds=9)
-    now = progress_of(worker(half))
-    assert now.positions_per_second == pytest.approx(50, rel=0.01)
-    assert now.teacher_busy == pytest.approx(0.9, rel=0.01)
-    assert now.seconds_left == pytest.approx(3.5 * 1000 / 50, rel=0.01)
+    begun = progress_of(worker(half))
+    assert begun.positions_per_second == pytest.approx(50, rel=0.01)
+    assert begun.teacher_busy == pytest.approx(0.9, rel=0.01)
+    assert begun.seconds_left == pytest.approx(3.5 * 1000 / 50, rel=0.01)
     # Once it is committed it counts once.
     done = worker(half)
     done.book(SpanReport(ShardEntry(0, "x", 1, 1, 1000, 1, "0" * 64), 1.0, 9.5))

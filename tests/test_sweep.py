@@ -459,7 +459,10 @@ class Moody(torch.nn.Module):
         if self.odd and Path("bad-weather").exists():
             raise ValueError("it rains")
         deadline = time.monotonic() + 100
-        while Path("hold").exists() and list(Path("out").glob("runs/*/checkpoint-*/kdcache*")):
+        while (hold := Path("hold")).exists():
+            saved = Path("out").glob("runs/*/checkpoint-*/kdcache*")
+            if len({path.parent.parent for path in saved}) < int(hold.read_text() or 1):
+                break
             assert time.monotonic() < deadline
             time.sleep(0.02)
         return self.head(input_ids.float().sum(-1, keepdim=True) / 64)
@@ -468,8 +471,8 @@ class Moody(torch.nn.Module):
 
 @pytest.fixture
 def moods(here: Path) -> str:
-    """A student that fails if its seed is odd and there is bad weather, and that holds from the
-    first checkpoint on while there is a file `hold`."""
+    """A student that fails if its seed is odd and there is bad weather, and that holds while there
+    is a file `hold` and as many runs as it says (1 where it is empty) have a checkpoint."""
     (here / "moods.py").write_text(MOODS)
     return "moods:Moody"
 
@@ -531,10 +534,12 @@ def test_runs_of_a_sweep_that_ended_meanwhile_are_kept(
 
 
 @pytest.mark.end_to_end
-def test_a_stopped_and_a_killed_sweep_go_on(here: Path) -> None:
+def test_a_stopped_and_a_killed_sweep_go_on(here: Path, moods: str) -> None:
     more = {"epochs": 4, "eval-steps": 6, "logging-steps": 3}
-    grid = classifiers("g.yaml", {"alpha": [0.5, 1.0, 0.2]}, **more)
+    grid = classifiers("g.yaml", {"alpha": [0.5, 1.0, 0.2]}, student=moods, **more)
     whole = sweep(local(grid, "whole"))
+    hold = Path("hold")
+    hold.touch()
 
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "kdcache", "sweep", grid, "--out", "out", "--workers", "0"]
@@ -543,8 +548,8 @@ def test_a_stopped_and_a_killed_sweep_go_on(here: Path) -> None:
         )
 
     def saved(runs: int) -> bool:
-        """Whether so many runs have got to a checkpoint."""
-        begun = {path.parent for path in here.glob("out/runs/*/checkpoint-*")}
+        """Whether so many runs have got to a checkpoint, at which the last one waits."""
+        begun = {path.parent.parent for path in here.glob("out/runs/*/checkpoint-*/kdcache*")}
         return len(begun) >= runs
 
     with start() as process:
@@ -554,12 +559,14 @@ def test_a_stopped_and_a_killed_sweep_go_on(here: Path) -> None:
         assert process.returncode == 3, errors
         assert "interrupted: 0 of 3 runs are finished" in errors
         assert "To continue: kdcache sweep g.yaml --out out --workers 0" in errors
+    hold.write_text("3")
     with start() as process:
         wait_until(lambda: saved(3), process)
         process.kill()
         process.communicate(timeout=60)
     finished = {path.parent.name for path in here.glob("out/runs/*/train.json")}
     assert len(finished) == 2
+    hold.unlink()
     result = sweep(local(grid))
     assert result.made == 1
     assert logged(here / "out") == logged(here / "whole")

@@ -413,8 +413,16 @@ def read_all(path, honest=sandbox.read_all):
 sandbox.read_all = read_all
 sandbox.serve()
 """
+    begin = sandbox.Sandbox._start
+
+    def patiently(self: sandbox.Sandbox) -> object:  # imports take long on a busy machine
+        monkeypatch.setattr(sandbox, "_PATIENCE", 60.0)
+        process = begin(self)
+        monkeypatch.setattr(sandbox, "_PATIENCE", 5.0)
+        return process
+
     monkeypatch.setattr(sandbox, "_START", start)
-    monkeypatch.setattr(sandbox, "_PATIENCE", 5.0)
+    monkeypatch.setattr(sandbox.Sandbox, "_start", patiently)
 
 
 def test_a_shard_that_kills_its_reader_is_that_shards_problem(
