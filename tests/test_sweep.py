@@ -8,6 +8,7 @@ import fcntl
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import statistics
@@ -33,7 +34,7 @@ from kdcache.cli.main import cli
 from kdcache.cli.view_sweep import render_sweep
 from kdcache.commands.sweep.grid import Grid
 from kdcache.commands.sweep.options import SweepOptions
-from kdcache.commands.sweep.plot import charts_of
+from kdcache.commands.sweep.plot import charts_of, plot_sweep
 from kdcache.commands.sweep.pool import RayPool
 from kdcache.commands.sweep.results import RunScore, SweepResult
 from kdcache.commands.sweep.sweep import SweepProgress, sweep
@@ -439,6 +440,31 @@ def test_a_plot_of_settings_without_an_option_and_of_seeds_alone() -> None:
 
 
 # What goes wrong
+
+
+@pytest.mark.parametrize("figure", ["hard_loss", "accuracy"])
+def test_a_run_that_diverged_comes_last_and_hides_no_other(figure: str, tmp_path: Path) -> None:
+    """Its figures are not numbers, which compare with nothing."""
+    runs = []
+    for alpha, values in {"0.5": (0.6, 0.7), "0.1": (math.nan, 0.8), "1": (0.4, 0.5)}.items():
+        for seed, value in enumerate(values):
+            setting, figures = {"alpha": alpha}, {figure: value, "loss": value}
+            runs.append(RunScore("", "", setting, str(seed), figures, 1, 1, None, 1.0))
+    result = SweepResult.of(tmp_path, runs, made=1, combinations=6, evaluated=True)
+    order = ["1", "0.5"] if figure == "hard_loss" else ["0.5", "1"]
+    assert [setting.setting["alpha"] for setting in result.settings] == [*order, "0.1"]
+    first, second, last = result.settings
+    want = {"1": (0.45, statistics.stdev((0.4, 0.5))), "0.5": (0.65, statistics.stdev((0.6, 0.7)))}
+    for setting in (first, second):
+        found = setting.mean[figure], setting.deviation[figure]
+        assert found == pytest.approx(want[setting.setting["alpha"]])
+    assert math.isnan(last.mean[figure])
+    assert math.isnan(last.deviation[figure])
+    console = Console(file=io.StringIO(), width=200)
+    render_sweep(result, console)
+    result.write(tmp_path)
+    plot_sweep(tmp_path / "results.png", result)
+    assert (tmp_path / "results.png").is_file()
 
 
 MOODS = """

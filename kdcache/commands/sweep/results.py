@@ -5,7 +5,7 @@ seeds, with the sample standard deviation for two or more.
 
 Settings are ranked by the figure of their task (`kdcache.student.figures`), such as accuracy, or by
 the loss with hard labels where there is none: these compare between all students. `loss` does not:
-it is weighted by the alpha and T of its own run.
+it is weighted by the alpha and T of its own run. A setting with a run that diverged comes last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,9 @@ class SweepResult:
         settings = [_together(group) for group in groups.values()]
         rank = next(name for name in _NAMES if all(name in s.mean for s in settings))
         sign = -1 if rank in HIGHER else 1
-        settings.sort(key=lambda s: (sign * s.mean[rank], s.mean.get("hard_loss", 0.0)))
+        settings.sort(
+            key=lambda s: (_last(sign * s.mean[rank]), _last(s.mean.get("hard_loss", 0.0)))
+        )
         groups_of = (tuple(settings), tuple(runs), dict(teacher), task)
         return cls(str(out), made, combinations, evaluated, rank, *groups_of)
 
@@ -184,7 +187,17 @@ def _together(runs: Sequence[RunScore]) -> SettingScore:
         setting=runs[0].setting,
         runs=tuple(run.name for run in runs),
         mean={name: statistics.fmean(v) for name, v in values.items()},
-        deviation={name: statistics.stdev(v) for name, v in values.items() if len(v) > 1},
+        deviation={name: _deviation(v) for name, v in values.items() if len(v) > 1},
         parameters=runs[0].parameters,
         seconds=statistics.fmean(run.seconds for run in runs),
     )
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN where a run diverged, on which `statistics` fails."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _last(value: float) -> float:
+    """A key to sort by, with NaN, which compares with nothing, behind all numbers."""
+    return math.inf if math.isnan(value) else value
