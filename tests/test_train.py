@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
-from kdcache.student import DistilledStudent, HfTokenize, StudentInfo, load_student
+from kdcache.student import DistilledStudent, HfTokenize, StudentInfo, evaluation, load_student
 from kdcache.student.saved import SavedModel
 from kdcache.student.trainer import DistillationTrainer
 
@@ -289,6 +290,37 @@ def test_the_hard_loss_is_the_mean_over_the_labelled_rows(
     assert len(unlabelled) > 1
     assert logged["hard_loss"] == pytest.approx(evaluated["eval_hard_loss"], rel=1e-5)
     assert logged["soft_loss"] == pytest.approx(evaluated["eval_soft_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("undefined", "patience"), [({2}, None), ({2, 4, 6}, None), ({2, 4}, 2)])
+def test_an_evaluation_whose_figure_is_not_defined_is_never_the_best(
+    options: Make,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undefined: set[int],
+    patience: int | None,
+) -> None:
+    """As the correlation of equal scores, and the F1 where no class is a label or predicted."""
+    steps, figure = itertools.count(2, 2), evaluation.figure
+    monkeypatch.setattr(
+        evaluation, "figure", lambda *given: {} if next(steps) in undefined else figure(*given)
+    )
+    result = train(
+        options(
+            student="bilstm", eval_cache=str(folder / "held"), best="accuracy", eval_steps=2,
+            max_steps=6, patience=patience, keep_checkpoints=3, **SMALL,
+        )
+    )  # fmt: skip
+    found = {x["step"]: x for x in metrics(result.out) if "eval_loss" in x}
+    assert {step for step, line in found.items() if "eval_accuracy" not in line} == undefined
+    assert result.steps == (4 if patience else 6)
+    known = {step: x["eval_accuracy"] for step, x in found.items() if "eval_accuracy" in x}
+    assert result.best_step == (max(known, key=known.__getitem__) if known else None)
+    chosen = result.best_step or result.steps
+    assert result.eval["loss"] == found[chosen]["eval_loss"]
+    kept = load_file(Path(result.out, f"checkpoint-{chosen}", "model.safetensors"))
+    for name, weight in weights(result.out).items():
+        assert torch.equal(weight, kept[f"student.{name}"])
 
 
 def test_without_labels_there_is_no_hard_loss(options: Make, tmp_path: Path) -> None:

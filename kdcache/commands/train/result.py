@@ -43,7 +43,8 @@ class TrainResult:
         soft_cross_entropy: on sampled targets: its T^2 times the cross-entropy with the teacher,
             which is KL plus the teacher's entropy.
         eval: metrics of the student on the evaluation caches.
-        best_step: step of the checkpoint that became the student, where there were evaluations.
+        best_step: step of the checkpoint that became the student, where there were evaluations;
+            None where the figure that selects it was defined in none: it is then the last one.
         seconds: wall time of training, over all sittings.
         parameters: parameters of the student.
         trained: how many of them training changes; None in runs of earlier versions.

@@ -121,7 +121,7 @@ class Run:
             rows=_rows(self.stream),
             loss=logs[-1]["loss"],
             **{name: logs[-1].get(name) for name in LOSS_PARTS},
-            eval=_evaluation(state, best),
+            eval=_evaluation(state, best or state.global_step),
             best_step=best,
             seconds=seconds,
             parameters=sum(p.numel() for p in self.student.parameters()),
@@ -178,9 +178,10 @@ def _rows(stream: TargetStream) -> int:
     return cursor.epoch * epoch + cursor.rows_seen
 
 
-def _evaluation(state: TrainerState, best: int | None) -> dict[str, float]:
+def _evaluation(state: TrainerState, step: int) -> dict[str, float]:
+    """The figures of the evaluation at a step, if there was one."""
     for line in state.log_history:
-        if line["step"] == best and "eval_loss" in line:
+        if line["step"] == step and "eval_loss" in line:
             return {
                 name.removeprefix("eval_"): value
                 for name, value in line.items()

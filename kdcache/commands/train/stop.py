@@ -59,7 +59,9 @@ class Patience(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Look at the evaluation just logged, which is not yet compared with the best."""
-        value, sign = metrics[str(args.metric_for_best_model)], 1 if args.greater_is_better else -1
+        # A figure that is not defined is no better than any.
+        value = metrics.get(str(args.metric_for_best_model), math.nan)
+        sign = 1 if args.greater_is_better else -1
         best = -math.inf if state.best_metric is None else sign * state.best_metric
         if not sign * value > best and self._worse(state) >= self._patience:
             control.should_training_stop = True
