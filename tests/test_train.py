@@ -292,6 +292,25 @@ def test_the_hard_loss_is_the_mean_over_the_labelled_rows(
     assert logged["soft_loss"] == pytest.approx(evaluated["eval_soft_loss"], rel=1e-5)
 
 
+def test_a_short_batch_counts_in_the_hard_loss_by_its_labels(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"student": "bilstm", "learning_rate": 1e-30, "dropout": 0.0}
+    for name, every in (("each", 1), ("whole", 100)):
+        out = str(tmp_path / name)
+        train(options(out=out, logging_steps=every, epochs=1, batch_size=8, **common, **SMALL))
+    each = [line["hard_loss"] for line in metrics(tmp_path / "each")]
+    stream = TargetStream(str(folder / "classes"), batch_size=8)  # 45 rows: the last five are alone
+    known = [(batch["labels"] != -100).double() for batch in stream]
+    shares = [float(labels.mean()) for labels in known]
+    summed = sum(loss * share for loss, share in zip(each, shares, strict=True))
+    rows, labelled = len(torch.cat(known)), int(torch.cat(known).sum())
+    (line,) = metrics(tmp_path / "whole")
+    assert line["hard_loss"] == pytest.approx(summed / sum(shares), rel=1e-5)
+    assert line["hard_loss"] != pytest.approx(summed / len(each) * rows / labelled, rel=1e-4)
+    assert min(each) < line["hard_loss"] < max(each)
+
+
 @pytest.mark.parametrize(("undefined", "patience"), [({2}, None), ({2, 4, 6}, None), ({2, 4}, 2)])
 def test_an_evaluation_whose_figure_is_not_defined_is_never_the_best(
     options: Make,

@@ -52,7 +52,6 @@ from kdcache.student.padding import without_mask
 from kdcache.student.precision import keep_inputs_and_loss
 from kdcache.student.record import recorded
 from kdcache.student.wrapper import DistilledStudent, host_places
-from kdcache.tasks import labelled, positions
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -92,8 +91,8 @@ class DistillationTrainer(CheckpointingTrainer):
             self.model_accepts_loss_kwargs = True
         self.alpha = alpha
         self.identity = dict(identity or {})
-        # Sums over steps: hard and soft loss, what they are divided by, labels among that.
-        self._parts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        # Sums over steps: hard and soft loss, and the share of labels in what they are a mean over.
+        self._parts = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         self._parts_steps = 0
         self._window: dict[str, Any] = {}
         self._soft_name = ""
@@ -196,7 +195,8 @@ class DistillationTrainer(CheckpointingTrainer):
             state = read_state(Path(str(resume_from_checkpoint)))
             self.train_dataset.load_state_dict(state["cursor"])
             check_identity(state, self._identity(), str(resume_from_checkpoint))
-            self._window = state.get("window", {})
+            window = state.get("window", {})
+            self._window = window if "sums" in window else {}  # not of an earlier version
             anchor = state.get("anchor")
         else:
             anchor = Anchor().state_dict()
@@ -242,22 +242,24 @@ class DistillationTrainer(CheckpointingTrainer):
         outputs = model(**inputs)
         if model.training:
             self._parts[:2] += parts_of(outputs.hard_loss, outputs.soft_loss)
-            self._parts[2:] += _counts(inputs, self.train_dataset.task)
+            known = hard_labels(self.train_dataset.task, inputs["labels"]).double()
+            self._parts[2] += known / inputs["count"]  # infinite on a rank without rows
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer; a line of the training loss also has its two parts, alpha, T and theta.
 
-        `hard_loss` is the mean over what has a label, and missing where nothing has. The soft part,
-        a mean over all positions with its T^2, is `soft_loss`; or `soft_cross_entropy` for sampled
-        targets: the divergence plus the teacher's entropy, which a sample does not know.
+        `hard_loss` is the mean over what has a label, and missing where nothing has; each step
+        counts alike. The soft part, a mean over all positions with its T^2, is `soft_loss`; or
+        `soft_cross_entropy` for sampled targets: the divergence plus the teacher's entropy, which a
+        sample does not know.
         """
         if self.streams and "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts.clone(), "sum")
-            hard, soft, counted, known = parts.tolist()
+            hard, soft, known = parts.tolist()
             if known:  # else there is no such mean
-                logs["hard_loss"] = hard / self._parts_steps * (counted / known)
+                logs["hard_loss"] = hard / known
             if "temperature" in self._last:
                 logs[self._soft_name] = soft / self._parts_steps
             logs.update(self._last)
@@ -434,7 +436,7 @@ class DistillationTrainer(CheckpointingTrainer):
         return {
             "steps": self._parts_steps,
             "loss": reduce(self._tr_loss.clone(), "mean").item(),
-            "parts": reduce(self._parts.clone(), "sum").tolist(),
+            "sums": reduce(self._parts.clone(), "sum").tolist(),
         }
 
     def begin_window(self) -> None:
@@ -445,7 +447,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if self._parts_steps:
             self._tr_loss += self._window["loss"]  # every rank has the mean, whose mean it is
             if self.is_world_process_zero():
-                self._parts += self._parts.new_tensor(self._window["parts"])
+                self._parts += self._parts.new_tensor(self._window["sums"])
 
 
 class _StreamLoader:
@@ -500,12 +502,3 @@ class _CursorCallback(TrainerCallback):  # type: ignore[misc]
         state.epoch = cursor.epoch + cursor.rows_seen / rows
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-def _counts(inputs: Mapping[str, Any], task: str) -> Tensor:
-    """Positions that a slice's losses are divided by, and labels among them: float64 [2]."""
-    labels = inputs["labels"]
-    counted = (positions if "targets" in inputs else labelled)(labels, task).sum()
-    # A rank without rows only keeps the others company.
-    alive: Tensor = inputs["count"].isfinite()
-    return torch.stack([counted.double(), hard_labels(task, labels).double()]) * alive
