@@ -27,7 +27,7 @@ from kdcache.commands.report import of_cache
 from kdcache.commands.report.charts import Curve, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
 from kdcache.commands.report.html import Html, element, join, text
-from kdcache.commands.report.of_runs import run_section
+from kdcache.commands.report.of_runs import run_section, sweep_section
 from kdcache.commands.report.options import ReportOptions
 from kdcache.commands.report.page import MOST_BYTES, render_page
 from kdcache.commands.report.report import report
@@ -189,6 +189,21 @@ def test_a_run_shows_what_was_left_to_its_default() -> None:
     part = RunPart("r", True, options, {}, {"hard_loss": 0.5}, ())
     shown = words_of(ElementTree.fromstring(f"<div>{run_section(part)}</div>"))
     assert "temperature 1 learning rate default hard loss, training 0.5000" in shown
+
+
+@pytest.mark.parametrize("task", [*TASKS, None, ["odd"]])
+def test_the_hard_loss_has_the_name_of_the_task_in_runs_and_sweeps(task: Any) -> None:
+    """Scores have an error, and no cross-entropy."""
+    log = ({"step": 1.0, "loss": 0.5, "hard_loss": 0.5},)
+    run = run_section(RunPart("r", True, {}, {}, {"task": task}, log))
+    setting = {"setting": {"alpha": "1"}, "mean": {"micro_f1": 0.5, "hard_loss": 0.25}}
+    table = {"settings": [setting], "ranked_by": "hard_loss", "task": task}
+    shown = words_of(ElementTree.fromstring(element("div", sweep_section(SweepPart("s", table)))))
+    name = TASKS[task].hard[0] if task in tuple(TASKS) else "cross-entropy"
+    assert f"best first by {name};" in shown
+    assert f" micro f1 {name} " in shown
+    for other in {"error", "cross-entropy"} - {name}:
+        assert other not in run + shown
 
 
 def test_a_page_asks_for_nothing_and_runs_nothing(paths: dict[str, str], tmp_path: Path) -> None:

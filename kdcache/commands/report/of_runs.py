@@ -39,7 +39,7 @@ _OPTIONS = (
 def compare(runs: Sequence[RunPart]) -> Html:
     """Students beside their teachers: a table, and their curves in one pair of axes."""
     rows = [_student(run) for run in runs]
-    tasks = {str(task) for run in runs if (task := run.result.get("task")) in TASKS}
+    tasks = {task for run in runs if (task := str(run.result.get("task"))) in TASKS}
     hard = {TASKS[task].hard for task in tasks} or {TASKS[CAUSAL_LM].hard}
     loss, unit = next(iter(hard)) if len(hard) == 1 else ("hard loss", "of its task")
     of_tasks = sorted({name for task in tasks if (name := figure_of(task))}) or ["accuracy"]
@@ -93,8 +93,7 @@ def _student(run: RunPart) -> tuple[str, ...]:
 def run_section(run: RunPart) -> Html:
     """All about a run."""
     result, charts = run.result, []
-    task = run.result.get("task")
-    names = {**_NAMES, "hard_loss": TASKS[str(task)].hard[0]} if task in TASKS else _NAMES
+    names = _names(run.result.get("task"))
     series = [Curve(title, _points(run, name)) for name, title in names.items()]
     charts.append(curves("Training", "step", "loss", series))
     series = [Curve(title, _points(run, f"eval_{name}")) for name, title in names.items()]
@@ -172,7 +171,7 @@ def _provenance(run: RunPart) -> list[tuple[str, str]]:
 def sweep_section(sweep: SweepPart) -> Html:
     """All about a sweep: its settings, best first."""
     settings = [s for s in _list(sweep.results.get("settings")) if isinstance(s, dict)]
-    ranked = _plain(sweep.results.get("ranked_by"))
+    ranked, names = _plain(sweep.results.get("ranked_by")), _names(sweep.results.get("task"))
     evaluated = sweep.results.get("evaluated")
     where = "the evaluation caches" if evaluated else "training, as last logged"
     crossed = list(dict.fromkeys(k for s in settings for k in _dict(s.get("setting"))))
@@ -186,7 +185,7 @@ def sweep_section(sweep: SweepPart) -> Html:
         count = f"{len(_list(setting.get('runs'))):,}"
         rows.append((*words, count, *cells, _count(setting.get("parameters"))))
     header = [*(str(name) for name in crossed), "runs"] if crossed else ["setting", "runs"]
-    header += [_NAMES.get(name, name) for name in figures] + ["parameters"]
+    header += [names.get(name, _words(name)) for name in figures] + ["parameters"]
     runs = _list(sweep.results.get("runs"))
     more = len(settings) - len(rows)
     return join(
@@ -194,7 +193,7 @@ def sweep_section(sweep: SweepPart) -> Html:
             element(
                 "p",
                 f"{counted(len(runs), 'run')} of {counted(len(settings), 'setting')}, best first "
-                f"by {_NAMES.get(ranked, ranked)}; figures of {where}.",
+                f"by {names.get(ranked, _words(ranked))}; figures of {where}.",
                 class_="lead",
             ),
             table("Settings, means over seeds", header, rows, texts=range(max(1, len(crossed)))),
@@ -205,6 +204,12 @@ def sweep_section(sweep: SweepPart) -> Html:
 
 
 # Values of files, as text
+
+
+def _names(task: object) -> dict[str, str]:
+    """What the losses of a task are called: that of scores with their labels is no entropy."""
+    hard = {"hard_loss": TASKS[str(task)].hard[0]} if str(task) in TASKS else {}
+    return {**_NAMES, **hard}
 
 
 def _points(run: RunPart, name: str) -> tuple[tuple[float, float], ...]:
