@@ -351,6 +351,11 @@ def test_a_chart_draws_what_is_finite() -> None:
             assert 0 <= float(circle.get("cy", "nan")) <= height
     bars = histogram("t", "x", [0.0] * 99 + [1000.0])
     assert bars is not None
+    # Of an even number of values the median is between the two in the middle.
+    for values, want in (([7.0], "1 position, median 7."), ([0.0, 5.0], "median 2.5.")):
+        few = histogram("t", "x", values)
+        assert few is not None
+        assert want in few
     tall = [float(bar.get("height", "nan")) for bar in ElementTree.fromstring(bars).iter("rect")]
     assert max(tall) > 100
 

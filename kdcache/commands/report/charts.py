@@ -7,10 +7,12 @@ curves apart without them.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdcache.commands.report.html import Html, element
+from kdcache.humanize import counted
 
 _WIDTH, _HEIGHT = 520, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 12, 12, 46
@@ -91,8 +93,8 @@ def histogram(title: str, x_label: str, values: Sequence[float], bins: int = 24)
                 class_="bar",
             )
         )
-    middle = finite[len(finite) // 2]
-    about = f"{title}: {len(finite):,} positions, median {middle:.3g}."
+    number, median = counted(len(finite), "position"), statistics.median(finite)
+    about = f"{title}: {number}, median {median:.3g}."
     picture = _figure(about, x_label, "% of positions", xs, ys, bars)
     return element("figure", element("figcaption", about), picture)
 
