@@ -337,6 +337,15 @@ def test_a_page_is_bounded(paths: dict[str, str]) -> None:
         ReportOptions(("x",) * 201)
 
 
+def test_steps_beyond_a_million_are_shown_to_the_last_digit() -> None:
+    chart = curves("t", "step", "y", [Curve("a", ((0.0, 1.0), (1_234_567.0, 0.5)))])
+    assert chart is not None
+    shown = words_of(ElementTree.fromstring(chart))
+    assert "a: 0.5 at 1,234,567" in shown
+    assert " 1,250,000 " in shown
+    assert "e+0" not in shown
+
+
 def test_a_chart_draws_what_is_finite() -> None:
     nan = float("nan")
     assert curves("t", "x", "y", [Curve("a", ()), Curve("b", ((nan, 1.0), (1.0, nan)))]) is None

@@ -57,7 +57,7 @@ def curves(title: str, x_label: str, y_label: str, given: Sequence[Curve]) -> Ht
                 class_="key",
                 aria_hidden="true",
             ),
-            f" {c.name}: {c.points[-1][1]:.4g} at {c.points[-1][0]:,.6g}",
+            f" {c.name}: {c.points[-1][1]:.4g} at {c.points[-1][0]:,.10g}",
         )
         for i, c in enumerate(drawn)
     ]
@@ -149,7 +149,7 @@ def _figure(
     for i, tick in enumerate(xs):
         anchor = "end" if i == len(xs) - 1 else "middle"
         x = f"{_x(tick, xs):.1f}"
-        parts.append(element("text", f"{tick:,.6g}", x=x, y=bottom + 18, text_anchor=anchor))
+        parts.append(element("text", f"{tick:,.10g}", x=x, y=bottom + 18, text_anchor=anchor))
     middle = (_LEFT + right) / 2
     parts.append(element("text", x_label, x=middle, y=_HEIGHT - 6, text_anchor="middle"))
     turn = f"translate(13 {(_TOP + bottom) / 2:.0f}) rotate(-90)"
