@@ -184,6 +184,15 @@ def test_rows_have_the_columns_and_colours_that_their_task_has() -> None:
     assert "Colour: how surprised the teacher was by a label, in nats." in shown
 
 
+def test_a_cross_entropy_whose_perplexity_no_float_holds_is_shown(paths: dict[str, str]) -> None:
+    part = gather(paths["lm"], ReportOptions((paths["lm"],), rows=1))
+    assert isinstance(part, CachePart)
+    assert part.facts.teacher_perplexity is not None
+    far = dataclasses.replace(part.facts, teacher_cross_entropy=800.0, teacher_perplexity=None)
+    shown = words_of(tree_of(render_page([dataclasses.replace(part, facts=far)])))
+    assert "800.0000 nats (perplexity -)" in shown
+
+
 def test_a_run_shows_what_was_left_to_its_default() -> None:
     options = {"student": "bilstm", "temperature": 1.0, "learning_rate": None}
     part = RunPart("r", True, options, {}, {"hard_loss": 0.5}, ())

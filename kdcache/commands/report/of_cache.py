@@ -73,7 +73,9 @@ def _facts(found: InspectResult) -> list[tuple[str, str]]:
         pairs.append(("soft targets alone", f"{found.target_bytes_per_position:.2f} B a position"))
     if found.teacher_cross_entropy is not None:
         name = TASKS[found.task].perplexity
-        nats = f"{found.teacher_cross_entropy:.4f} nats ({name} {found.teacher_perplexity:.2f})"
+        perplexity = found.teacher_perplexity
+        shown = "-" if perplexity is None else f"{perplexity:.2f}"  # beyond what a float holds
+        nats = f"{found.teacher_cross_entropy:.4f} nats ({name} {shown})"
         pairs.append(("teacher's cross-entropy", nats))
     if found.clipped_mass:
         pairs.append(("mass outside the vocabulary", f"{found.clipped_mass:.3%}"))
