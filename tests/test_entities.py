@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.loss.entities import Entities, are_entities
+from kdcache.student.evaluation import Totals
+from kdcache.tasks import TOKEN_CLASSIFICATION
 
 SCHEMES = {
     "BIO": ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"],
@@ -103,6 +108,22 @@ def test_a_known_case() -> None:
     labels = [[0, 0, 0, 1, 2, 2, 0], [3, 4, 0]]
     predictions = [[0, 0, 1, 2, 2, 2, 0], [3, 4, 0]]
     assert counted(names, labels, predictions).f1 == 0.5
+
+
+@pytest.mark.parametrize(
+    ("counts", "want"), [((0, 0, 0), None), ((0, 2, 0), 0.0), ((2, 1, 1), 2 / 3)]
+)
+def test_a_training_has_no_f1_where_there_is_no_entity(
+    counts: tuple[int, int, int], want: float | None
+) -> None:
+    """As `evaluate`; where some were found, all of them wrong, it is 0."""
+    spec = SimpleNamespace(label_names=("O", "B-A", "I-A"))
+    caches = [SimpleNamespace(spec=spec)]
+    stream: Any = SimpleNamespace(task=TOKEN_CLASSIFICATION, caches=caches, cross=None)
+    (values,) = Totals.zeros(1, torch.device("cpu"))
+    values[2:5] = 4.0  # words
+    values[5:8] = torch.tensor(counts)
+    assert Totals(values).figures(stream, 1.0, "").get("f1") == want
 
 
 @pytest.mark.parametrize("names", SCHEMES.values())

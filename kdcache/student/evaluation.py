@@ -85,7 +85,8 @@ class Totals:
             found |= figure(stream.task, values[_TASK])
             if _tags(stream) is not None:
                 true, predicted, right = values[_ENTITIES].tolist()
-                found["f1"] = 2 * right / max(true + predicted, 1)
+                if true + predicted:  # else there is no such figure
+                    found["f1"] = 2 * right / (true + predicted)
         if soft:
             found[soft] = soft_loss / max(counted, 1)
         return found | text_figures(values[_TEXT], across=stream.cross is not None)
