@@ -22,7 +22,8 @@ from make_caches import CAUSAL, make_cache
 from transformers import AutoTokenizer
 
 from kdcache.cli.main import cli
-from kdcache.commands.inspect.inspect import Guess, PositionView, RowView, _read
+from kdcache.commands.inspect.inspect import Guess, PositionView, RowView, _read, inspect
+from kdcache.commands.inspect.options import InspectOptions
 from kdcache.commands.report import of_cache
 from kdcache.commands.report.charts import Curve, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
@@ -182,6 +183,18 @@ def test_rows_have_the_columns_and_colours_that_their_task_has() -> None:
     one = PositionView(0, None, 1, "b", None, (Guess(1, "b", 1.0),), 0.0)
     shown, _ = rows_of("sequence-classification", one)
     assert "Colour: how surprised the teacher was by a label, in nats." in shown
+
+
+def test_a_row_without_a_position_is_shown_as_its_text(tmp_path: Path) -> None:
+    """Builds leave such rows out, the format does not."""
+    cache = make_cache(tmp_path / "lm", [60], task=CAUSAL, codec="topk:4")
+    data = cache.read(0)
+    bare = int(np.flatnonzero(np.diff(data.position_offsets) == 0)[0])
+    found = inspect(InspectOptions(str(tmp_path / "lm"), row=bare)).row
+    assert found is not None
+    assert not found.positions
+    page = of_cache._row(found, TASKS[CAUSAL])
+    assert found.text in words_of(ElementTree.fromstring(page))
 
 
 def test_a_cross_entropy_whose_perplexity_no_float_holds_is_shown(paths: dict[str, str]) -> None:

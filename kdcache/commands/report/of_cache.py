@@ -267,6 +267,8 @@ def _tokens(row: RowView, task: TaskType) -> Html:
     """The tokens in order, each coloured by the teacher's surprise at it, or at its label."""
     if row.read:
         return _read_tokens(row, task)
+    if not row.positions:  # of another program's cache
+        return element("p", _cut(row.text, _TEXT), class_="row")
     parts: list[Html] = []
     first = row.positions[0]
     if first.token is not None:
