@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from broken_caches import files
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from kdcache import (
     BuildOptions,
@@ -23,6 +25,7 @@ from kdcache import (
     train,
 )
 from kdcache.cli.main import cli
+from kdcache.errors import UsageError
 from kdcache.targets import DenseTargets
 
 pytestmark = pytest.mark.end_to_end
@@ -58,6 +61,18 @@ def test_two_workers_make_the_same_cache_as_none(
     alone = options_of(tiny_lm, text_corpus, tmp_path / "alone")
     build(BuildOptions(**{**vars(alone), "workers": 0}))
     assert files(tmp_path / "ray") == files(tmp_path / "alone")
+
+
+def test_what_a_worker_says_of_its_teacher_ends_the_build(
+    ray: None, tiny_lm: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_lm, teacher)
+    weights = load_file(teacher / "model.safetensors")
+    renamed = {name.replace("layers.1", "layers.7"): weights[name] for name in weights}
+    save_file(renamed, teacher / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=rf"^teacher {teacher} has no weights for .*layers\.1"):
+        build(options_of(teacher, text_corpus, tmp_path / "cache"))
 
 
 def test_three_students_of_one_cache(

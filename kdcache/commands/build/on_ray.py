@@ -465,4 +465,6 @@ def _call_at_home(folder: str, function: Any, arguments: Any) -> Any:
 
 
 def _cause(error: BaseException) -> BaseException:
-    return getattr(error, "cause", None) or error
+    """What a task raised, or a worker while it began: Ray has that in the error's arguments."""
+    causes = (getattr(one, "cause", None) for one in (error, *error.args))
+    return next((cause for cause in causes if isinstance(cause, BaseException)), error)
