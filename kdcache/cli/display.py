@@ -142,6 +142,12 @@ class TrainDisplay(_Display):
         self.show(state.step, state.steps, (self._losses, times), now=evaluated)
 
 
+class FinetuneDisplay(TrainDisplay):
+    """Shows the progress of a fine-tuning."""
+
+    name = "finetune"
+
+
 class SweepDisplay(_Display):
     """Shows the progress of a sweep."""
 

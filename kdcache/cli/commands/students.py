@@ -121,9 +121,9 @@ def _finetune() -> click.Command:
         "kdcache finetune --model t5-small --task seq2seq-lm --corpus pairs.jsonl --out teacher",
     )
     def command(options: FinetuneOptions, as_json: bool) -> None:
-        from kdcache.cli.display import TrainDisplay
+        from kdcache.cli.display import FinetuneDisplay
 
-        with TrainDisplay(quiet=as_json) as display:
+        with FinetuneDisplay(quiet=as_json) as display:
             from kdcache.commands.finetune.finetune import finetune
 
             result = finetune(options, on_progress=display, report=display.report)
