@@ -5,6 +5,14 @@ Any other exception is a fault of kdcache and keeps its traceback.
 
 from __future__ import annotations
 
+_SHOWN = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, in one line of bounded length and without a full stop."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said[:_SHOWN].rstrip(".: ")
+
 
 class KdcacheError(Exception):
     """Base of all errors for the user: what is wrong, what was expected, what to do.

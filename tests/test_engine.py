@@ -148,7 +148,7 @@ def test_a_build_goes_on_with_the_same_engine_only(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("refuses", r"vLLM 0\.1 refuses .*: head size 8 is not supported$"),
+        ("refuses", r"vLLM 0\.1 refuses .*: head size 8 is not supported\.$"),
         ("not normed", "not those after the final norm"),
         ("not causal", "is not a causal language model"),
         ("random", "is random at inference"),

@@ -25,6 +25,7 @@ GROUND = {
     "models",
     "tasks",
     "options",
+    "pretrained",
     "cluster",
     "files",
     "plots",

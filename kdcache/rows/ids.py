@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer
 
 from kdcache.corpus import Record, RecordError
 from kdcache.errors import UsageError
+from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.rows.spec import ID_COLUMNS, RowSpec
 from kdcache.tasks import IGNORE
 
@@ -226,11 +226,11 @@ def load_tokenizer(name: str) -> Any:
         UsageError: It can't be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return read_tokenizer(name)
+    except UnreadableError as error:
         raise UsageError(
             f"--tokenizer {name} is neither a folder with a tokenizer nor one that the hub gives "
-            f"({type(error).__name__}). Check the path or the id."
+            f"({error}). Check the path or the id."
         ) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.extras import needs
 from kdcache.lora import ALL_LINEAR, Lora
 from kdcache.student.info import StudentInfo, label_config
@@ -99,8 +99,8 @@ def with_lora(
         with quiet_peft():
             adapted = get_peft_model(student, config)
     except (AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"--lora {lora} cannot adapt {role} {name}: {reason}.") from error
+        said = reason_of(error)
+        raise UsageError(f"--lora {lora} cannot adapt {role} {name}: {said}.") from error
     local = Path(name).expanduser()
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else files.name
     # PEFT would ask the hub whether embeddings are the base's.

@@ -21,7 +21,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -32,9 +32,10 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.lora import Lora
 from kdcache.models import BILSTM, BiLstmConfig
+from kdcache.pretrained import UnreadableError, unreadable
 from kdcache.student.adapter import refuse_second, with_lora
 from kdcache.student.bilstm import (
     BiLstm,
@@ -308,13 +309,12 @@ def _from_config(
     if TASKS[info.task].source:
         given = _with_start(given, info)
     try:
-        config = AutoConfig.for_model(raw["model_type"], **given)
-        kind = auto_class(info.task, config)
-        student = kind.from_config(config, dtype=dtype, trust_remote_code=trust)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"student {name}: not a {info.task} architecture ({_first_line(error)})."
-        ) from error
+        with unreadable():
+            config = AutoConfig.for_model(raw["model_type"], **given)
+            kind = auto_class(info.task, config)
+            student = kind.from_config(config, dtype=dtype, trust_remote_code=trust)
+    except UnreadableError as error:
+        raise UsageError(f"student {name}: not a {info.task} architecture ({error}).") from error
     return student  # type: ignore[no-any-return]
 
 
@@ -340,13 +340,19 @@ def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles
             f"{role} {name} is a run of an earlier version of kdcache, which kept the model in a "
             f"folder of its own. Name {inner}, or train again."
         )
-    try:
-        found = TeacherFiles.find(name, trust_remote_code=trust_remote_code)
-    except UsageError as error:
-        raise UsageError(str(error).replace("teacher", role, 1)) from error
-    if found.adapter is not None:
-        found.adapter.who = f"{role} {name}"
-    return found
+    return TeacherFiles.find(name, trust_remote_code=trust_remote_code, role=role)
+
+
+def lost_of_encoder(model: Any, missing: Iterable[str]) -> list[str]:
+    """The weights that no files may lack: a plain encoder gets a new head, and a new pooler if it
+    has none; nothing else may be random.
+
+    Args:
+        model: an encoder, with or without a head.
+        missing: names of weights that were not loaded.
+    """
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return sorted(key for key in missing if key.startswith(body) and "pooler" not in key)
 
 
 def _from_weights(
@@ -374,7 +380,7 @@ def _from_weights(
                 config.pad_token_id = info.pad_id
             for key, value in label_config(info).items():
                 setattr(config, key, value)
-        with quiet_transformers():  # what is missing is judged below
+        with unreadable(), quiet_transformers():  # what is missing is judged below
             student, found = auto_class(info.task, config).from_pretrained(
                 files.whole,
                 config=config,
@@ -383,9 +389,9 @@ def _from_weights(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, UnreadableError) as error:
         raise UsageError(
-            f"student {name} cannot be loaded as a {info.task} model ({_first_line(error)})."
+            f"student {name} cannot be loaded as a {info.task} model ({reason_of(error)})."
         ) from error
     kept = student.config
     if not trust and type(kept) not in auto_class(info.task, kept)._model_mapping:
@@ -393,14 +399,9 @@ def _from_weights(
             f"student {name} would be saved as {kept.model_type}, its text model, which "
             "transformers could not load again. Name another student."
         )
-    # A plain encoder gets a new head, and a new pooler if it has none; nothing else may be random.
-    body = f"{student.base_model_prefix}."
     brought = {} if files.adapter is None else files.adapter.shapes()
-    lost = sorted(
-        key
-        for key in set(found["missing_keys"]) - brought.keys()
-        if trained or (key.startswith(body) and "pooler" not in key)
-    )
+    missing = set(found["missing_keys"]) - brought.keys()
+    lost = sorted(missing) if trained else lost_of_encoder(student, missing)
     if lost:
         raise UsageError(
             f"student {name} has no weights for {', '.join(lost[:3])}, and a {info.task} model "
@@ -414,10 +415,6 @@ def _from_weights(
     if files.adapter is not None:
         student = files.merged(student).requires_grad_(True)
     return student  # type: ignore[no-any-return]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.student.wrapper import DistilledStudent
 from kdcache.tasks import TASKS
 from kdcache.teacher.probe import TOLERANCES, distance
@@ -135,8 +135,9 @@ def readable(name: str, student: DistilledStudent) -> Iterator[None]:
     except (ValueError, IndexError) as error:
         if not type(student.student).__module__.startswith("transformers."):
             raise
-        reason = " ".join(str(error).split())
-        raise UsageError(f"student {name} cannot read a row of the cache: {reason}") from error
+        raise UsageError(
+            f"student {name} cannot read a row of the cache: {reason_of(error)}."
+        ) from error
 
 
 def refuse_beyond(moved: float, message: str) -> None:

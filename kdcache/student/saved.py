@@ -100,10 +100,7 @@ class SavedModel:
                 f"Name a model for {task}."
             )
         if not self.is_factory:
-            try:
-                self.files.check_task(task)
-            except UsageError as error:
-                raise UsageError(str(error).replace("teacher", self.role, 1)) from error
+            self.files.check_task(task)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -270,6 +267,7 @@ class SavedModel:
             dtype=dtype,
             device=device,
             trust_remote_code=self.files.trust_remote_code,
+            role=self.role,
         )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from kdcache.errors import UsageError
+from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.rows import WordReader
 from kdcache.rows.batches import padded
 from kdcache.rows.words import ReadWords
@@ -155,10 +155,9 @@ def tokenizer_of(name: str, trust: bool) -> Any:
     ):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UsageError(f"student {name} has no usable tokenizer: {reason}.") from error
+        return read_tokenizer(name, trust_remote_code=trust)
+    except UnreadableError as error:
+        raise UsageError(f"student {name} has no usable tokenizer: {error}.") from error
 
 
 def same_tokenizer(a: Any, b: Any) -> bool:

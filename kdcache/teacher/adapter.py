@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.extras import needs
 from kdcache.tasks import (
     CAUSAL_LM,
@@ -227,9 +227,9 @@ class AdapterFolder:
             *(AttributeError, KeyError, NotImplementedError, OSError, RuntimeError),
             *(SafetensorError, TypeError, ValueError),
         ) as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UsageError(
-                f"{self.who} is an adapter that does not fit its base {self.base}: {reason}."
+                f"{self.who} is an adapter that does not fit its base {self.base}: "
+                f"{reason_of(error)}."
             ) from error
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.rows.spec import LAST_LABEL
 from kdcache.tasks import IGNORE, SEQ2SEQ_LM
 from kdcache.teacher.quiet import quiet_transformers
@@ -153,8 +153,7 @@ def _decoder_input(model: Any, labels: list[list[int]]) -> list[list[int]]:
 
 
 def _refused(name: str, error: Exception) -> UsageError:
-    reason = " ".join(str(error).split()).rstrip(".")
     return UsageError(
-        f"{name} cannot be used for {SEQ2SEQ_LM}: its forward on labels fails ({reason}). Name "
-        "another model."
+        f"{name} cannot be used for {SEQ2SEQ_LM}: its forward on labels fails "
+        f"({reason_of(error)}). Name another model."
     )

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kdcache.errors import UsageError
+from kdcache.pretrained import UnreadableError, read_config, read_tokenizer
 from kdcache.storage import redact, sha256_file
 from kdcache.storage.remote import Facts
 from kdcache.tasks import REGRESSION, TASKS, task_of
@@ -67,6 +68,7 @@ class TeacherFiles:
         remote: the files at a URL, which it keeps on this machine.
         adapter: of an adapter, its own files.
         base: of an adapter, the files of the model that it changes.
+        role: what the model is in messages: a student's files are found and loaded as well.
     """
 
     name: str
@@ -76,10 +78,21 @@ class TeacherFiles:
     remote: RemoteModel | None = field(default=None, repr=False)
     adapter: AdapterFolder | None = field(default=None, repr=False)
     base: TeacherFiles | None = field(default=None, repr=False)
+    role: str = "teacher"
+
+    @property
+    def who(self) -> str:
+        """The model in messages."""
+        return f"{self.role} {self.name}"
 
     @classmethod
     def find(
-        cls, name: str, *, trust_remote_code: bool = False, weights: bool = True
+        cls,
+        name: str,
+        *,
+        trust_remote_code: bool = False,
+        weights: bool = True,
+        role: str = "teacher",
     ) -> TeacherFiles:
         """Locate a teacher's files; those at a URL or on the hub are fetched unless this machine
         has them.
@@ -88,17 +101,18 @@ class TeacherFiles:
             name: folder, URL or hub id.
             trust_remote_code: whether code that ships with the model may run.
             weights: whether the weights will be read; without them their identity is still known.
+            role: what the model is in messages.
 
         Raises:
             UsageError: no such model, no safetensors weights, or code that is not trusted.
         """
-        found = _locate(name, weights=weights)
+        found = _locate(name, role, weights=weights)
         if not (found.folder / ADAPTER_CONFIG).is_file():
             found.check(trust_remote_code)
             return replace(found, trust_remote_code=trust_remote_code)
         if found.listed:  # those of an adapter are small, and tell its classes
-            found = _locate(name, weights=True)
-        adapter = AdapterFolder(f"teacher {found.name}", found.folder)
+            found = _locate(name, role, weights=True)
+        adapter = AdapterFolder(found.who, found.folder)
         base = _base(adapter, trust_remote_code=trust_remote_code, weights=weights)
         return replace(found, trust_remote_code=trust_remote_code, adapter=adapter, base=base)
 
@@ -106,10 +120,10 @@ class TeacherFiles:
         """Refuse a folder that is not a whole model, or brings code that is not trusted."""
         if not (self.folder / "config.json").is_file():
             raise UsageError(
-                f"teacher {self.name} has no config.json: it is not a Hugging Face model folder."
+                f"{self.who} has no config.json: it is not a Hugging Face model folder."
             )
         check_folder(
-            f"teacher {self.name}",
+            self.who,
             self.folder,
             trust_remote_code=trust_remote_code,
             elsewhere=self.listed or (),
@@ -161,7 +175,7 @@ class TeacherFiles:
         """
         if self._known and (self.base is None or self.base._known) and self.sha256 != sha256:
             raise UsageError(
-                f"teacher {self.name} was changed since this build began. Restore it and run the "
+                f"{self.who} was changed since this build began. Restore it and run the "
                 "same command again, or build another cache."
             )
 
@@ -186,7 +200,7 @@ class TeacherFiles:
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """`config.json` as it is, with what an adapter changes in that of its base."""
-        raw = read_json(f"teacher {self.name}", self.whole / "config.json")
+        raw = read_json(self.who, self.whole / "config.json")
         if self.adapter is None:
             return raw
         if self.adapter.task is not None:
@@ -195,11 +209,20 @@ class TeacherFiles:
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration."""
+        """The model's configuration.
+
+        Raises:
+            UsageError: this transformers does not know such a model, or the file is broken.
+        """
         changes = {} if self.adapter is None else self.adapter.changes()
-        return AutoConfig.from_pretrained(
-            self.whole, trust_remote_code=self.trust_remote_code, **changes
-        )
+        trust = self.trust_remote_code
+        try:
+            return read_config(self.whole, trust_remote_code=trust, **changes)
+        except UnreadableError as error:
+            raise UsageError(
+                f"{self.who} cannot be used: {error}. Upgrade transformers if it is older than the "
+                "model, or name another."
+            ) from error
 
     def check_whole(self, what: str) -> None:
         """Refuse an adapter.
@@ -209,7 +232,7 @@ class TeacherFiles:
         """
         if self.adapter is not None:
             raise UsageError(
-                f"teacher {self.name} is an adapter of {self.adapter.base}, and {what} needs a "
+                f"{self.who} is an adapter of {self.adapter.base}, and {what} needs a "
                 "whole model. Merge it first: PEFT's merge_and_unload(), then save_pretrained()."
             )
 
@@ -231,11 +254,9 @@ class TeacherFiles:
         if self.base is not None and not self._own_tokenizer:
             return self.base.tokenizer
         try:
-            return AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise UsageError(f"teacher {self.name} has no usable tokenizer: {error}") from error
+            return read_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        except UnreadableError as error:
+            raise UsageError(f"{self.who} has no usable tokenizer: {error}.") from error
 
     @property
     def has_tokenizer(self) -> bool:
@@ -264,14 +285,14 @@ class TeacherFiles:
         own_code = self.trust_remote_code and getattr(config, "auto_map", None)
         if type(config) not in known._model_mapping and not own_code:
             raise UsageError(
-                f"teacher {self.name} is of type {config.model_type}, for which transformers has "
-                f"no model for {task}. Name another teacher, or another --task."
+                f"{self.who} is of type {config.model_type}, for which transformers has "
+                f"no model for {task}. Name another {self.role}, or another --task."
             )
         named = task_of(self.raw_config)
         if TASKS[task].words and named not in (None, task):
             # Heads of other tasks may have the names and shapes of its own.
             raise UsageError(
-                f"teacher {self.name} is a {TASKS[named].noun}: it was not trained for {task}. "
+                f"{self.who} is a {TASKS[named].noun}: it was not trained for {task}. "
                 "Fine-tune it first (`kdcache finetune`), or name another."
             )
         kind, outputs = TASKS[task], len(self.label_names)
@@ -286,14 +307,14 @@ class TeacherFiles:
             others = [name for name, one in TASKS.items() if one.problem == problem]
             cure = f"Use --task {others[0]}, or name" if others else "Name"
             raise UsageError(
-                f"teacher {self.name} is not a model for {task}: its head of {outputs} outputs is "
+                f"{self.who} is not a model for {task}: its head of {outputs} outputs is "
                 f"for {problem} (problem_type of its config.json). {cure} a {kind.noun}."
             )
         if (kind.answers == "classes" and outputs < 2) or (kind.answers == "score" and outputs > 1):
             wanted = "one output" if kind.answers == "score" else "two classes or more"
             raise UsageError(
-                f"teacher {self.name} has {outputs} outputs, and a {kind.noun} has {wanted}. Name "
-                "another teacher, or another --task."
+                f"{self.who} has {outputs} outputs, and a {kind.noun} has {wanted}. Name "
+                f"another {self.role}, or another --task."
             )
 
     def _check_saved_for(self, task: str) -> None:
@@ -302,7 +323,7 @@ class TeacherFiles:
         if saved not in (None, task):
             name = self.raw_config["architectures"][0]
             raise UsageError(
-                f"teacher {self.name} is not a {TASKS[task].noun}: it was saved as {name}. Use "
+                f"{self.who} is not a {TASKS[task].noun}: it was saved as {name}. Use "
                 f"--task {saved}, or name another."
             )
 
@@ -336,8 +357,7 @@ class TeacherFiles:
         """What the decoder reads first; see `kdcache.teacher.decoder_start`."""
         from kdcache.teacher.decoder_start import decoder_start_of
 
-        who = f"teacher {self.name}"
-        return decoder_start_of(self.config, who, trust_remote_code=self.trust_remote_code)
+        return decoder_start_of(self.config, self.who, trust_remote_code=self.trust_remote_code)
 
     def vocab_size(self, task: str) -> int:
         """Width of a soft target: the classes, or the ids that tokenizer and output layer share."""
@@ -392,12 +412,13 @@ def _base(adapter: AdapterFolder, *, trust_remote_code: bool, weights: bool) -> 
         UsageError: it is not where the adapter says, or is an adapter itself.
     """
     try:
-        base = _locate(adapter.base, weights=weights, revision=adapter.config.get("revision"))
+        revision = adapter.config.get("revision")
+        base = _locate(adapter.base, "model", weights=weights, revision=revision)
         if (base.folder / ADAPTER_CONFIG).is_file():
             raise UsageError("it is an adapter, too, and must be merged first.")
         base.check(trust_remote_code)
     except UsageError as error:
-        reason = str(error).removeprefix("teacher ")
+        reason = str(error).removeprefix("model ")
         raise UsageError(
             f"{adapter.who} is an adapter, and its base {adapter.base} cannot be used: {reason} "
             f"(Its {ADAPTER_CONFIG} names the base.)"
@@ -405,20 +426,21 @@ def _base(adapter: AdapterFolder, *, trust_remote_code: bool, weights: bool) -> 
     return replace(base, trust_remote_code=trust_remote_code)
 
 
-def _locate(name: str, *, weights: bool, revision: str | None = None) -> TeacherFiles:
+def _locate(name: str, role: str, *, weights: bool, revision: str | None = None) -> TeacherFiles:
     """The folder of a model, fetched if it is elsewhere; nothing in it has been checked."""
     folder = Path(name).expanduser()
     if is_url(name):
-        remote = RemoteModel(name, weights=weights)
-        return TeacherFiles(redact(name), remote.folder, listed=remote.weights, remote=remote)
+        remote = RemoteModel(name, role, weights=weights)
+        listed: Mapping[str, Facts] | None = remote.weights
+        return TeacherFiles(redact(name), remote.folder, listed=listed, remote=remote, role=role)
     if folder.is_dir():
-        return TeacherFiles(name, folder)
-    folder, listed = _download(name, weights=weights, revision=revision)
-    return TeacherFiles(name, folder, listed=listed)
+        return TeacherFiles(name, folder, role=role)
+    folder, listed = _download(name, role, weights=weights, revision=revision)
+    return TeacherFiles(name, folder, listed=listed, role=role)
 
 
 def _download(
-    name: str, *, weights: bool, revision: str | None
+    name: str, role: str, *, weights: bool, revision: str | None
 ) -> tuple[Path, Mapping[str, Facts] | None]:
     """The hub's files of a model; without its weights also what the hub lists of them."""
     from huggingface_hub import snapshot_download
@@ -435,7 +457,7 @@ def _download(
         return Path(folder), listed
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise UsageError(
-            f"teacher {name} is neither a folder here nor a model that the hub gives "
+            f"{role} {name} is neither a folder here nor a model that the hub gives "
             f"({type(error).__name__}). Check the path or the id."
         ) from error
 

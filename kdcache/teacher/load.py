@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
+from kdcache.pretrained import UnreadableError, unreadable
 from kdcache.targets.device import compiles
 from kdcache.tasks import TASKS
 from kdcache.teacher.files import TeacherFiles, auto_class
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 def load_models(options: TeacherOptions) -> list[Any]:
     """Load each model on the one device, or spread over all if they do not fit it together."""
     files = [
-        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
+        TeacherFiles.find(name, trust_remote_code=options.trust_remote_code, role=options.role)
         for name in options.names
     ]
     for one, sha256 in zip(files, options.identities, strict=False):
@@ -88,7 +89,7 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
         model.to("cuda" if options.device == "auto" else options.device)
     elif "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         raise UsageError(
-            f"teacher {files.name} does not fit the GPUs and the memory of a worker together. Use "
+            f"{files.who} does not fit the GPUs and the memory of a worker together. Use "
             "more --gpus-per-worker, or a machine with more memory."
         )
     return model.eval().requires_grad_(False)
@@ -107,9 +108,8 @@ def _with_attention(files: TeacherFiles, options: TeacherOptions, settings: dict
         settings = {**settings, "attn_implementation": options.attention}
         return _from_pretrained(files, options, settings)
     except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise UsageError(
-            f"teacher {files.name} cannot run with --attention {options.attention}: {reason} "
+            f"{files.who} cannot run with --attention {options.attention}: {reason_of(error)}. "
             "Use --attention auto."
         ) from error
 
@@ -119,26 +119,25 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
     try:
         if files.adapter is not None:  # which may have other classes than its base
             settings = {**settings, "config": files.config}
-        model, info = kind.from_pretrained(files.whole, output_loading_info=True, **settings)
+        with unreadable():
+            model, info = kind.from_pretrained(files.whole, output_loading_info=True, **settings)
     except ImportError as error:
         if "attn_implementation" in settings:
             raise  # tried with another one, or refused with the option's name
-        reason = " ".join(str(error).split())
         raise UsageError(
-            f"teacher {files.name} needs a library that is missing: {reason}"
+            f"{files.who} needs a library that is missing: {reason_of(error)}."
         ) from error
-    except ValueError as error:  # such as what its generation_config.json says
+    except UnreadableError as error:
         if "attn_implementation" in settings:
             raise
-        reason = " ".join(str(error).split())
-        raise UsageError(f"teacher {files.name} cannot be loaded: {reason}") from error
+        raise UsageError(f"{files.who} cannot be loaded: {error}.") from error
     brought = {} if files.adapter is None else files.adapter.shapes()
     lost = sorted(set(info["missing_keys"]) - brought.keys())
     if lost:
         # Transformers would fill them at random: a teacher that knows nothing.
         missing = ", ".join(lost[:3])
         raise UsageError(
-            f"teacher {files.name} has no weights for {missing}: it was not trained for "
+            f"{files.who} has no weights for {missing}: it was not trained for "
             f"{options.task}. Fine-tune it first (`kdcache finetune`), or name another."
         )
     name_outputs(model)

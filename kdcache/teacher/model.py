@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
 from kdcache.targets import OutputLayer
@@ -141,9 +141,8 @@ class TeacherModel:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, IndexError, AssertionError) as error:
-            reason = " ".join(str(error).split())
             raise UsageError(
-                f"model {self.name} cannot read a row of the corpus: {reason}"
+                f"model {self.name} cannot read a row of the corpus: {reason_of(error)}."
             ) from error
         check_steady(self.name, want, self._tolerance)
         if self.task.causal:

@@ -59,6 +59,7 @@ class TeacherOptions:
         states: whether slices carry the output layer's input beside the logits (one language
             model only).
         engine: how vLLM runs the one language model; None for transformers.
+        role: what the models are in messages.
 
     Raises:
         UsageError: an attention that the device or the dtype rules out, or states that there are
@@ -78,6 +79,7 @@ class TeacherOptions:
     identities: tuple[str, ...] = ()
     states: bool = False
     engine: EngineOptions | None = None
+    role: str = "teacher"
 
     def __post_init__(self) -> None:
         if self.states:

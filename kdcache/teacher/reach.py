@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from kdcache.pretrained import UnreadableError, unreadable
 from kdcache.teacher.quiet import quiet_transformers
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
@@ -70,9 +71,9 @@ def reach_of_config(config: Any, *, trust_remote_code: bool = False) -> int | No
     if _length(config.get_text_config().to_dict(), "decoder") is None:
         return None
     try:
-        with quiet_transformers(), torch.device("meta"):
+        with unreadable(), quiet_transformers(), torch.device("meta"):
             model: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError):
+    except (UnreadableError, ImportError, OSError):
         return None  # whoever loads it says why
     return reach_of(model)
 

@@ -41,11 +41,12 @@ class RemoteModel:
         weights: size and checksum of each weight file, by name.
     """
 
-    def __init__(self, url: str, *, weights: bool) -> None:
+    def __init__(self, url: str, role: str, *, weights: bool) -> None:
         """Fetch what this machine does not have.
 
         Args:
             url: of the folder.
+            role: what the model is in messages.
             weights: whether the weights are needed, too.
 
         Raises:
@@ -57,7 +58,7 @@ class RemoteModel:
         files = {n: f for n, f in listed.items() if any(fnmatch.fnmatch(n, p) for p in PATTERNS)}
         if "config.json" not in files and "adapter_config.json" not in files:
             raise UsageError(
-                f"teacher {redact(url)} has no config.json: it is not a Hugging Face model folder. "
+                f"{role} {redact(url)} has no config.json: it is not a Hugging Face model folder. "
                 "Name the folder that directly holds the model's files."
             )
         self.weights = {n: f for n, f in files.items() if fnmatch.fnmatch(n, WEIGHTS)}

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     set_seed,
 )
@@ -36,7 +35,7 @@ from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_lo
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.train.log import METRICS_FILE
 from kdcache.commands.train.result import TrainProgress
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.errors import IncompleteError, UsageError, reason_of
 from kdcache.files import (
     alone,
     clear,
@@ -49,6 +48,7 @@ from kdcache.files import (
     write_text,
 )
 from kdcache.models import HeadedConfig
+from kdcache.pretrained import UnreadableError, read_config, unreadable
 from kdcache.rows import Row
 from kdcache.student.adapter import with_lora
 from kdcache.student.checkpoints import (
@@ -58,7 +58,7 @@ from kdcache.student.checkpoints import (
     read_state,
 )
 from kdcache.student.info import StudentInfo
-from kdcache.student.load import find_files
+from kdcache.student.load import find_files, lost_of_encoder
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import complete_adapter
@@ -305,35 +305,40 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
     if over_ids:
         classes = {}
     try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust, **classes)
+        config = read_config(files.folder, trust_remote_code=trust, **classes)
         set_pad_id(config, files)
         kind = AutoModel if options.head_width else auto_class(options.task, config)
-        model, found = kind.from_pretrained(
-            files.folder,
-            output_loading_info=True,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust,
-            # A head of other classes is replaced by a new one.
-            ignore_mismatched_sizes=not over_ids,
-        )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        with unreadable():
+            model, found = kind.from_pretrained(
+                files.folder,
+                output_loading_info=True,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust,
+                # A head of other classes is replaced by a new one.
+                ignore_mismatched_sizes=not over_ids,
+            )
+    except (OSError, UnreadableError) as error:
         raise UsageError(
             f"model {options.model} cannot be loaded as "
             f"{'a ' + TASKS[options.task].noun if over_ids else 'an encoder'} (safetensors weights "
-            f"only): {first}"
+            f"only): {reason_of(error)}."
         ) from error
     if over_ids and found["missing_keys"]:
         raise UsageError(
             f"model {options.model} has no weights for {min(found['missing_keys'])}: it is not a "
             f"{TASKS[options.task].noun}. Name another."
         )
+    new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    if not over_ids and (lost := lost_of_encoder(model, new)):
+        raise UsageError(
+            f"model {options.model} has no weights of the right shape for {', '.join(lost[:3])}: "
+            "its encoder would begin at random. Name another."
+        )
     if options.adapter is not None:
         pad = getattr(config, "pad_token_id", None) or 0
         info = StudentInfo(options.task, 0, len(outputs), names or None, pad)
-        new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         return with_lora(model, options.adapter, options.model, files, info, new, role="model")
     if options.head_width is None:
         return model

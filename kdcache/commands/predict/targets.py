@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.humanize import printable
 from kdcache.rows.batches import batches, pad_rows
 from kdcache.rows.pairs import pair_row, set_languages, target_ids
@@ -195,10 +195,9 @@ class Writer:
         try:
             written = self.model.generate(**given, **self._how, tokenizer=self.tokenizer)
         except ValueError as error:
-            reason = " ".join(str(error).split())
             raise UsageError(
                 f"{self.saved.role} {self.saved.name} cannot write targets as its "
-                f"generation_config.json says: {reason}"
+                f"generation_config.json says: {reason_of(error)}."
             ) from error
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from kdcache.cache import Cache
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
+from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.stream import CrossTokenizer
 from kdcache.student.load import is_model
 from kdcache.tasks import TASKS
@@ -64,11 +63,10 @@ def own_tokenizer(options: TrainOptions) -> Any:
                 "Name the folder or hub id of a tokenizer with --student-tokenizer."
             )
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".: ")
+        return read_tokenizer(name, trust_remote_code=options.trust_remote_code)
+    except UnreadableError as error:
         whose = "" if options.student_tokenizer else " Name the student's with --student-tokenizer."
-        raise UsageError(f"there is no usable tokenizer at {name} ({reason}).{whose}") from error
+        raise UsageError(f"there is no usable tokenizer at {name} ({error}).{whose}") from error
 
 
 def cross_tokenizer(options: TrainOptions, cache: Cache, tokenizer: Any) -> CrossTokenizer:

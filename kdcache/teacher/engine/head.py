@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, reason_of
 from kdcache.targets import OutputLayer
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.files import TeacherFiles, auto_class
@@ -71,8 +71,7 @@ def read_head(files: TeacherFiles, dtype: str) -> Head:
     odd = [] if stem is None else [key for key in others if stem in key]
     if odd:
         raise UsageError(
-            f"teacher {files.name}: its output layer is stored as {min(odd)}, which is not read. "
-            f"{_INSTEAD}"
+            f"{files.who}: its output layer is stored as {min(odd)}, which is not read. {_INSTEAD}"
         )
     columns = int(model.config.get_text_config().vocab_size)
     ids = torch.from_numpy(_IDS % columns).long()[None].to(input_device(model))
@@ -86,7 +85,7 @@ def read_head(files: TeacherFiles, dtype: str) -> Head:
         ArithmeticError,
     ) as error:
         raise UsageError(
-            f"teacher {files.name}: what it makes of its hidden states cannot be measured without "
+            f"{files.who}: what it makes of its hidden states cannot be measured without "
             f"its layers, so an engine that gives states cannot stand for it. {_INSTEAD}"
         ) from error
     return Head(layer, _norm(model, layer.width))
@@ -115,15 +114,14 @@ def _without_layers(files: TeacherFiles, dtype: str) -> tuple[Any, list[str]]:
                 output_loading_info=True,
             )
     except (AttributeError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
         raise UsageError(
-            f"teacher {files.name} cannot be read without its layers ({reason}), so its output "
+            f"{files.who} cannot be read without its layers ({reason_of(error)}), so its output "
             f"layer is unknown. {_INSTEAD}"
         ) from error
     lacking = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if lacking:
         raise UsageError(
-            f"teacher {files.name} has no weights for {', '.join(lacking[:3])}, which its output "
+            f"{files.who} has no weights for {', '.join(lacking[:3])}, which its output "
             f"layer may need. {_INSTEAD}"
         )
     return model.eval().requires_grad_(False), list(info["unexpected_keys"])

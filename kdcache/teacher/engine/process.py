@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.errors import IncompleteError, UsageError, reason_of
 from kdcache.teacher.engine.guard import Guard
 from kdcache.teacher.engine.installed import engine_version
 from kdcache.teacher.options import EngineOptions
@@ -94,8 +94,9 @@ class Engine:
             ).result()
         except (ValueError, TypeError, NotImplementedError) as error:
             self.close()
-            reason = " ".join(str(error).split())
-            raise UsageError(f"vLLM {version} refuses {folder.name}: {reason}") from error
+            raise UsageError(
+                f"vLLM {version} refuses {folder.name}: {reason_of(error)}."
+            ) from error
         except RuntimeError as error:
             self.close()
             raise TeacherDied(
