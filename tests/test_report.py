@@ -35,6 +35,7 @@ from kdcache.commands.report.report import report
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
+from kdcache.humanize import printable
 from kdcache.rows import Row
 from kdcache.tasks import TASKS
 
@@ -87,10 +88,26 @@ def words_of(node: ElementTree.Element) -> str:
 def test_a_text_stays_a_text(value: str) -> None:
     node = ElementTree.fromstring(element("p", value, title=value))
     assert not list(node)
-    bad = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+    bad = re.compile(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+    )
     want = bad.sub(lambda found: f"\\u{ord(found.group()):04x}", value)
     assert (node.text or "") == want
     assert node.attrib["title"].split() == want.split()
+
+
+@pytest.mark.parametrize("name", ["good\u202e", "\u2067good", "\u05d8\u05d5\u05d1"])
+def test_a_name_turns_no_figure_behind_it(name: str) -> None:
+    """A class that ends in an override of the direction made 0.467 read 764.0."""
+    guess = Guess(0, name, 0.467)
+    position = PositionView(0, None, 0, name, None, (guess,), 0.0)
+    cell = of_cache._cells(position, per_token=False, exact=True)["guesses"]
+    (item,) = ElementTree.fromstring(cell).iter("li")
+    isolated, figure = item
+    assert (isolated.tag, figure.tag, figure.text) == ("bdi", "b", "0.467")
+    shown = "".join(item.itertext())
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", shown)
+    assert printable(name) in shown
 
 
 def test_markup_is_marked_as_such_alone() -> None:
@@ -301,7 +318,7 @@ def test_hostile_texts_become_no_markup(paths: dict[str, str]) -> None:
     clean = tree_of(render_page([]))
     kinds = {node.tag for node in page.iter()} - {node.tag for node in clean.iter()}
     known = "article b caption dd details div dl dt figcaption figure h3 h4 line rect section span"
-    known += " h2 li p summary svg table tbody td text th thead title tr ul a"
+    known += " bdi h2 li p summary svg table tbody td text th thead title tr ul a"
     assert kinds <= set(known.split())
 
 

@@ -321,7 +321,12 @@ def _cells(position: PositionView, per_token: bool, exact: bool) -> dict[str, st
     guesses = element(
         "ul",
         *(
-            element("li", f"{quote(_cut(g.text, _TOKEN))} ", element("b", f"{g.probability:.3f}"))
+            element(
+                "li",
+                element("bdi", quote(_cut(g.text, _TOKEN))),  # or Arabic would turn the figure, too
+                " ",
+                element("b", f"{g.probability:.3f}"),
+            )
             for g in position.guesses
         ),
         class_="guesses",
