@@ -167,9 +167,13 @@ def draw_clouds(panels: Sequence[Panel], *, title: str, x_label: str) -> Any:
                 linewidth=1.2,
                 label=cloud.label,
             )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
+        known = any(map(_shown, panel.clouds))
+        if not known:  # as of scores, whose mean gradient has the full one's direction
+            axes.text(0.5, 0.5, "all are 0", transform=axes.transAxes, ha="center", color=_INK)
+        else:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis) if known else ():
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())

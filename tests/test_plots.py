@@ -21,6 +21,15 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.plots import Cloud, Level, Panel, draw_clouds
 
 
+def test_a_panel_of_zeros_alone_says_so() -> None:
+    """A plan of scores, or of `dense` alone: a logarithmic axis has no place for any of them."""
+    zeros, some = (Cloud("dense", ((4.0, y, "dense"), (2.0, y, "float16"))) for y in (0.0, 0.5))
+    panels = [Panel("one", "y", [some]), Panel("two", "y", [zeros])]
+    one, two = draw_clouds(panels, title="t", x_label="x").axes
+    assert {text.get_text() for text in one.texts} == {"dense", "float16"}
+    assert [text.get_text() for text in two.texts] == ["all are 0"]
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_no_name_in_a_plot_covers_another_or_a_point(together: bool) -> None:
     numbers = np.random.default_rng(0)
