@@ -374,6 +374,10 @@ def test_adapters_that_do_not_fit_are_refused(folder: Path, adapters: Path, tmp_
     refused(adapter(adapters, tmp_path / "e", base_model_name_or_path=""), "names no base")
     refused(adapter(adapters, tmp_path / "m", megatron_config={"a": 1}), "for Megatron")
     refused(adapter(adapters, tmp_path / "k", peft_type="NO_SUCH"), "does not fit its base")
+    drawn = adapter(adapters, tmp_path / "drawn", init_lora_weights="pissa_niter_4")
+    refused(drawn, "pissa_niter_4.* random")
+    exact = adapter(adapters, tmp_path / "exact", init_lora_weights="pissa")
+    kdcache.load_student(str(exact))  # takes the same from its base each time
     config = json.loads((adapters / "llama" / "adapter_config.json").read_text())
     prompt = adapter(adapters, tmp_path / "prompt")
     kept = {k: config[k] for k in ("base_model_name_or_path", "task_type")}

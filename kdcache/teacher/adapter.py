@@ -71,7 +71,8 @@ class AdapterFolder:
             folder: with `adapter_config.json`.
 
         Raises:
-            UsageError: it has no safetensors weights, names no base, or would import a module.
+            UsageError: it has no safetensors weights, names no base, would import a module, or was
+                trained beside weights that nobody knows.
         """
         self.who, self.folder = who, folder
         self.config = read_json(who, folder / ADAPTER_CONFIG)
@@ -102,6 +103,14 @@ class AdapterFolder:
             )
         if self.config.get("megatron_config"):  # which would import a module by its name
             raise UsageError(f"{who} is an adapter for Megatron; merge it there first.")
+        init = str(self.config.get("init_lora_weights"))
+        if init.startswith("pissa_niter"):
+            raise UsageError(
+                f"{who} is an adapter with init_lora_weights {init}: what it was trained beside is "
+                "the rest of a random decomposition of its base, which differs at each loading. "
+                "Convert it to a usual LoRA: PEFT's save_pretrained() with "
+                "path_initial_model_for_weight_conversion."
+            )
 
     @property
     def base(self) -> str:
