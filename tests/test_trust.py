@@ -198,6 +198,27 @@ def test_weights_that_an_index_names_and_nobody_fetched_are_named(model: Path) -
         TeacherFiles.find(str(model))
 
 
+def another_name(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+
+
+def an_index_of_nothing(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+
+
+@pytest.mark.parametrize("way", [another_name, an_index_of_nothing])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_weights_that_cannot_be_found_are_one_line(
+    way: Callable[[Path], None], command: Callable[..., None], model: Path, tmp_path: Path
+) -> None:
+    rows = '{"text": "w3", "label": 1}\n{"text": "w4", "label": 0}\n'
+    (tmp_path / "rows.jsonl").write_text(rows)
+    way(model)
+    with pytest.raises(UsageError, match=str(model)) as told:
+        command(str(model), tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_a_function_on_the_command_line_is_the_users_own_word(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must return a torch"):
         run_train("got_payload:make", tmp_path)

@@ -131,6 +131,10 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
         if "attn_implementation" in settings:
             raise
         raise UsageError(f"{files.who} cannot be loaded: {error}.") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise  # of the disk
+        raise UsageError(f"{files.who} cannot be loaded: {reason_of(error)}.") from error
     brought = {} if files.adapter is None else files.adapter.shapes()
     lost = sorted(set(info["missing_keys"]) - brought.keys())
     if lost:

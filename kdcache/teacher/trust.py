@@ -46,7 +46,10 @@ def check_folder(
     remote = set(elsewhere)
     weights = [*remote, *(path.name for path in folder.glob("*.safetensors"))]
     if (folder / _INDEX).is_file():
-        weights += map(str, read_json(who, folder / _INDEX).get("weight_map", {}).values())
+        parts = read_json(who, folder / _INDEX).get("weight_map")
+        if not isinstance(parts, dict):
+            raise UsageError(f"{who}: {_INDEX} has no weight_map. Fetch the model again.")
+        weights += map(str, parts.values())
     if "kdcache_head.safetensors" in weights:
         raise UsageError(
             f"{who} was fine-tuned by an earlier version of kdcache, whose head is not read. "
