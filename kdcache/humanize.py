@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
 # Those that turn the direction of what follows, too: figures behind a name would read backwards.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -21,6 +23,14 @@ def counted(number: float, thing: str) -> str:
     """A number of things as text: `1 shard`, `2,000 shards`, `0.5 GPUs`."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{shown} {thing}{'' if number == 1 else 's'}"
+
+
+def score(value: float) -> str:
+    """A float32 as text, to the last digit that it has: `1234567.2`, `0.1`, `2`."""
+    exact = np.float32(value)
+    if 1e-4 <= abs(exact) < 1e9 or exact == 0:
+        return np.format_float_positional(exact, trim="-")
+    return str(exact)
 
 
 def duration(seconds: float) -> str:

@@ -197,6 +197,8 @@ def test_rows_have_the_columns_and_colours_that_their_task_has() -> None:
         assert "Colour" not in page
         assert "nats" not in page
         assert "rest" not in page
+    large = PositionView(0, None, None, "4.5", None, (), 0.0, float(np.float32(1234567.3)))
+    assert "4.5 1234567.2" in rows_of("regression", large)[0]  # the nearest that a float32 has
     one = PositionView(0, None, 1, "b", None, (Guess(1, "b", 1.0),), 0.0)
     shown, _ = rows_of("sequence-classification", one)
     assert "Colour: how surprised the teacher was by a label, in nats." in shown

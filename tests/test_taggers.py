@@ -140,6 +140,18 @@ def test_balanced_classes_and_rows_without_tags(
     assert (result.rows, result.unlabelled, result.label_names) == (rows, 90 - rows, TAGS)
 
 
+def test_an_evaluation_without_entities_selects_no_epoch(
+    encoder: Path, conll: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dev.conll").write_text("the NN O\n. NN O\n\n")
+    options = FinetuneOptions(
+        model=str(encoder), corpus=(str(conll),), eval_corpus=(str(tmp_path / "dev.conll"),),
+        out=str(tmp_path / "t"), task="token-classification", label_names=("B-LOC", "B-PER", "I-LOC", "O"),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="no row of --eval-corpus .* has an entity, so its F1"):
+        finetune(options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

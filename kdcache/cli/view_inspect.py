@@ -7,7 +7,7 @@ from rich.console import Console
 from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.cli.view_domains import render_domains
 from kdcache.commands.inspect.inspect import InspectResult, RowView
-from kdcache.humanize import counted, size
+from kdcache.humanize import counted, score, size
 from kdcache.tasks import OUTPUTS, TASKS, Answers
 
 
@@ -104,7 +104,7 @@ def _render_row(row: RowView, answers: Answers, console: Console) -> None:
             place = str(position.place)
             lines.append((place, repr(position.token), label, logprob, guesses, rest))
         elif position.score is not None:
-            lines.append((label, f"{position.score:.6g}"))
+            lines.append((label, score(position.score)))
         elif answers == "labels":  # whose probabilities have no sum, and so no rest
             lines.append((label, guesses))
         else:

@@ -47,6 +47,7 @@ from kdcache.files import (
     write_json,
     write_text,
 )
+from kdcache.loss.entities import are_entities
 from kdcache.models import HeadedConfig
 from kdcache.pretrained import UnreadableError, read_config, unreadable
 from kdcache.rows import Row
@@ -173,7 +174,7 @@ def _finetune(
         names = options.label_names or label_names_of(options)
         rows, unlabelled, truncated = labelled_rows(options, options.corpus, names, files)
         tests, _, _ = labelled_rows(options, options.eval_corpus, names, files)
-        _check_best(options, tests)
+        _check_best(options, names, tests)
         report("loading the model")
         model = _model(options, files, names)
         if options.adapter is None:
@@ -282,14 +283,21 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
     return None
 
 
-def _check_best(options: FinetuneOptions, tests: Sequence[Row]) -> None:
+def _check_best(options: FinetuneOptions, names: Sequence[str], tests: Sequence[Row]) -> None:
     """Refuse rows on which the figure that selects the best epoch is never defined."""
-    if TASKS[options.task].answers != "labels" or not tests:
-        return
-    if not any((row.labels == 1).any() for row in tests):
+    task = TASKS[options.task]
+    lacking, figure = "", ""
+    if task.answers == "labels" and not any((row.labels == 1).any() for row in tests):
+        lacking, figure = "a class", "average precision"
+    if task.words and are_entities(names):
+        outside = [i for i, name in enumerate(names) if name == "O"]
+        tags = (row.labels[row.labels >= 0] for row in tests)
+        if all(np.isin(of_row, outside).all() for of_row in tags):
+            lacking, figure = "an entity", "F1"
+    if lacking and tests:
         raise UsageError(
-            f"no row of --eval-corpus {' '.join(options.eval_corpus)} has a class, so its average "
-            "precision, which selects the best epoch, is not defined. Name rows that have some."
+            f"no row of --eval-corpus {' '.join(options.eval_corpus)} has {lacking}, so its "
+            f"{figure}, which selects the best epoch, is not defined. Name rows that have some."
         )
 
 

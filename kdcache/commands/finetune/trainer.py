@@ -220,7 +220,7 @@ def _scorer(
             keep = (ours[: len(row.first)] >= 0) & row.first
             mine, other = (tags[: len(row.first)][keep] for tags in (ours, theirs))
             counts.add(mine, other, np.array([keep.sum()]))
-        return {"accuracy": accuracy(table), "f1": counts.f1 if counts.true else 0.0}
+        return {"accuracy": accuracy(table), "f1": counts.f1}
 
     return scores
 

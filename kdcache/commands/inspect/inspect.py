@@ -28,6 +28,7 @@ from kdcache.cache.sealing import shard_entry
 from kdcache.cache.shard import column_bytes
 from kdcache.commands.inspect.options import InspectOptions
 from kdcache.errors import UsageError
+from kdcache.humanize import score
 from kdcache.loss.metrics import perplexity
 from kdcache.rows import Row
 from kdcache.storage import open_storage
@@ -350,7 +351,7 @@ def _independent(
     assert isinstance(found, DenseTargets), "their targets are dense"
     there = bool(labelled(row.labels, spec.task).item())
     if spec.label_names is None:
-        text = f"{float(row.labels[0]):g}" if there else None
+        text = score(float(row.labels[0])) if there else None
         return PositionView(0, None, None, text, None, (), 0.0, float(found.logits[0, 0]))
     names = spec.label_names
     chosen = [names[i] for i in np.flatnonzero(row.labels[0] == 1)]

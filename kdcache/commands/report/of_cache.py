@@ -9,7 +9,7 @@ from kdcache.commands.inspect.inspect import InspectResult, PositionView, RowVie
 from kdcache.commands.report.charts import histogram
 from kdcache.commands.report.gather import CachePart, TargetFigures
 from kdcache.commands.report.html import Html, details, element, facts, join, table
-from kdcache.humanize import size
+from kdcache.humanize import score, size
 from kdcache.tasks import OUTPUTS, TASKS, TaskType
 
 _TEXT = 20_000  # characters of a row's text
@@ -339,16 +339,16 @@ def _cells(position: PositionView, per_token: bool, exact: bool) -> dict[str, st
         "nats": element("span", "-" if nats is None else f"{nats:.2f}", class_=f"t {_level(nats)}"),
         "guesses": guesses,
         "rest": f"{position.rest:.3f}",
-        "score": "-" if position.score is None else f"{position.score:.6g}",
+        "score": "-" if position.score is None else score(position.score),
     }
 
 
 def _nats(position: PositionView, exact: bool) -> float | None:
     """The surprise at the label: kept by the cache, or of an `exact` guess at T = 1."""
     if position.label_logprob is not None:
-        return -position.label_logprob
+        return 0.0 - position.label_logprob  # or 0 would be shown as -0
     known = [g.probability for g in position.guesses if g.id == position.label and exact]
-    return -math.log(known[0]) if known and known[0] > 0 else None
+    return math.log(1 / known[0]) if known and known[0] > 0 else None
 
 
 def _is_exact(row: RowView) -> bool:
