@@ -1,4 +1,4 @@
-"""Configurations and tokenizers as transformers reads them, and in one line why it cannot.
+"""What transformers reads of others' files, in one line why it cannot, and what it leaves out.
 
 What is wrong with files of others ends there in errors of any class: a tokenizer's in a bare
 `Exception`, a configuration's in that of whatever its values are first used for.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kdcache.errors import reason_of
 
+logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 # What a device says when it is lost; older versions of torch have no class for it.
 _LOST = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
 
@@ -78,3 +83,39 @@ def read_config(folder: Path, *, trust_remote_code: bool = False, **changes: Any
         else:
             reason = f"its config.json is refused by transformers: {reason_of(error)}"
         raise UnreadableError(reason) from error
+
+
+def left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Weights in the files of a model that it has no place for, but has one for others like them:
+    those of further layers, and a bias where the layer has none. Without them it computes something
+    else than what was trained. Heads and towers for other uses, and buffers that older versions
+    saved, are no such weights.
+
+    Args:
+        model: as it was loaded.
+        unexpected: names of weights that were found in its files and not loaded.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    kinds = {_LAYER.sub("#", name) for name in own}
+    prefix = f"{model.base_model_prefix}."
+
+    def is_one(key: str) -> bool:
+        layer, _, part = key.rpartition(".")
+        biased = part == "bias" and f"{layer}.weight" in own
+        return biased or _LAYER.sub("#", key) in kinds
+
+    return sorted(
+        key
+        for key in unexpected
+        if any(map(is_one, (key, prefix + key, key.removeprefix(prefix))))  # with or without a head
+    )
+
+
+def warn_of_left_out(who: str, model: Any, unexpected: Iterable[str]) -> None:
+    """Warn of such weights where a model is only begun from, and may well have fewer layers."""
+    spare = left_out(model, unexpected)
+    if spare:
+        logger.warning(
+            "%s begins without the weights that its config.json has no layer for (%s; %d in all)",
+            who, ", ".join(spare[:3]), len(spare),
+        )  # fmt: skip

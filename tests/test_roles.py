@@ -13,9 +13,11 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from kdcache.cli.commands import load
 from kdcache.errors import UsageError
+from kdcache.pretrained import left_out
 
 WORDS = {
     "predict": "--student {} --corpus {corpus}",
@@ -67,6 +69,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "a word for a number": configured(hidden_size="wide"),
     "no heads": configured(num_attention_heads=0),
     "an unknown type of numbers": configured(dtype="float7"),
+    "fewer layers than weights": configured(num_hidden_layers=1),
     "no head": with_weights(lambda of: {n: of[n] for n in of if "classifier" not in n}),
     "a layer less": with_weights(lambda of: {n: of[n] for n in of if ".layer.1." not in n}),
     "other names": with_weights(lambda of: {f"other.{n}": of[n] for n in of}),
@@ -86,6 +89,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 # A new head or a tokenizer of its own is what some of them are for.
 FITS = {
     *(("train", "no head"), ("train", "no tokenizer"), ("train", "another task")),
+    *(("train", "fewer layers than weights"), ("finetune", "fewer layers than weights")),
     *(("finetune", "no head"), ("finetune", "another task"), ("predict", "another task")),
 }
 
@@ -112,3 +116,36 @@ def test_a_model_that_cannot_be_used_is_called_what_it_was_given_as(
     assert re.match(rf"(--student: )?{role} {folder}\b", said), said
     others = {"teacher", "student"} - {role}
     assert not others & {*re.findall(r"\w+", said.replace(str(folder), ""))}, said
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_a_model_may_begin_with_a_part_of_its_layers(
+    command: str, tmp_path: Path, tiny_classifier: Path, class_cache: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    corpus = tmp_path / "rows.jsonl"
+    corpus.write_text('{"text": "a house", "label": 1}\n' * 4)
+    folder = tmp_path / "given"
+    shutil.copytree(tiny_classifier, folder)
+    BROKEN["fewer layers than weights"](folder)
+    words = WORDS[command].format(folder, corpus=corpus, cache=class_cache, out=tmp_path)
+    result = CliRunner().invoke(load(command), [*words.split(), "--epochs", "1"])
+    assert result.exception is None, result.output
+    assert f"{ROLES[command]} {folder} begins without the weights" in caplog.text
+    assert "bert.encoder.layer.1." in caplog.text
+
+
+def test_weights_for_other_uses_are_not_missed(tiny_lm: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    assert left_out(model, [name for name, _ in model.named_parameters()]) != []
+    others = [
+        *("score.weight", "score.bias", "visual.blocks.0.attn.qkv.weight", "mtp.layers.0.weight"),
+        *("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.masked_bias"),
+        *("model.embed_tokens.position_ids", "model.layers.0.self_attn.bias"),
+    ]
+    assert left_out(model, others) == []
+    kept = [
+        *("layers.9.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"),
+        "model.layers.9.input_layernorm.weight",
+    ]
+    assert left_out(model, [*others, *kept]) == sorted(kept)

@@ -146,7 +146,8 @@ def test_an_evaluation_without_entities_selects_no_epoch(
     (tmp_path / "dev.conll").write_text("the NN O\n. NN O\n\n")
     options = FinetuneOptions(
         model=str(encoder), corpus=(str(conll),), eval_corpus=(str(tmp_path / "dev.conll"),),
-        out=str(tmp_path / "t"), task="token-classification", label_names=("B-LOC", "B-PER", "I-LOC", "O"),
+        out=str(tmp_path / "t"), task="token-classification",
+        label_names=("B-LOC", "B-PER", "I-LOC", "O"),
     )  # fmt: skip
     with pytest.raises(UsageError, match="no row of --eval-corpus .* has an entity, so its F1"):
         finetune(options)

@@ -35,7 +35,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from kdcache.errors import UsageError, reason_of
 from kdcache.lora import Lora
 from kdcache.models import BILSTM, BiLstmConfig
-from kdcache.pretrained import UnreadableError, unreadable
+from kdcache.pretrained import UnreadableError, unreadable, warn_of_left_out
 from kdcache.student.adapter import refuse_second, with_lora
 from kdcache.student.bilstm import (
     BiLstm,
@@ -393,6 +393,7 @@ def _from_weights(
         raise UsageError(
             f"student {name} cannot be loaded as a {info.task} model ({reason_of(error)})."
         ) from error
+    warn_of_left_out(f"student {name}", student, found["unexpected_keys"])
     kept = student.config
     if not trust and type(kept) not in auto_class(info.task, kept)._model_mapping:
         raise UsageError(

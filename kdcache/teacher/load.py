@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.pretrained import UnreadableError, unreadable
+from kdcache.pretrained import UnreadableError, left_out, unreadable
 from kdcache.targets.device import compiles
 from kdcache.tasks import TASKS
 from kdcache.teacher.files import TeacherFiles, auto_class
@@ -135,6 +135,13 @@ def _from_pretrained(files: TeacherFiles, options: TeacherOptions, settings: dic
         if error.errno is not None:
             raise  # of the disk
         raise UsageError(f"{files.who} cannot be loaded: {reason_of(error)}.") from error
+    if spare := left_out(model, info["unexpected_keys"]):
+        raise UsageError(
+            f"{files.who} has weights that its config.json has no layer for ("
+            f"{', '.join(spare[:3])}; {len(spare)} in all): it would compute something else than "
+            "what was trained. Use the config.json that belongs to the weights, or, to do without "
+            "them, save the model again with transformers."
+        )
     brought = {} if files.adapter is None else files.adapter.shapes()
     lost = sorted(set(info["missing_keys"]) - brought.keys())
     if lost:

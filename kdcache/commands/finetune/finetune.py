@@ -49,7 +49,7 @@ from kdcache.files import (
 )
 from kdcache.loss.entities import are_entities
 from kdcache.models import HeadedConfig
-from kdcache.pretrained import UnreadableError, read_config, unreadable
+from kdcache.pretrained import UnreadableError, read_config, unreadable, warn_of_left_out
 from kdcache.rows import Row
 from kdcache.student.adapter import with_lora
 from kdcache.student.checkpoints import (
@@ -333,6 +333,7 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
             f"{'a ' + TASKS[options.task].noun if over_ids else 'an encoder'} (safetensors weights "
             f"only): {reason_of(error)}."
         ) from error
+    warn_of_left_out(f"model {options.model}", model, found["unexpected_keys"])
     if over_ids and found["missing_keys"]:
         raise UsageError(
             f"model {options.model} has no weights for {min(found['missing_keys'])}: it is not a "
