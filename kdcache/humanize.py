@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import numpy as np
-
 # Those that turn the direction of what follows, too: figures behind a name would read backwards.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -27,6 +25,8 @@ def counted(number: float, thing: str) -> str:
 
 def score(value: float) -> str:
     """A float32 as text, to the last digit that it has: `1234567.2`, `0.1`, `2`."""
+    import numpy as np  # not needed by commands that only answer wrong options
+
     exact = np.float32(value)
     if 1e-4 <= abs(exact) < 1e9 or exact == 0:
         return np.format_float_positional(exact, trim="-")
