@@ -24,6 +24,7 @@ from kdcache.errors import reason_of
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+_AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")  # in configurations
 # What a device says when it is lost; older versions of torch have no class for it.
 _LOST = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
 
@@ -88,8 +89,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False, **changes: Any
 def left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
     """Weights in the files of a model that it has no place for, but has one for others like them:
     those of further layers, and a bias where the layer has none. Without them it computes something
-    else than what was trained. Heads and towers for other uses, and buffers that older versions
-    saved, are no such weights.
+    else than what was trained. Heads and towers for other uses, layers behind the last that
+    predict further tokens, and buffers that older versions saved, are no such weights.
 
     Args:
         model: as it was loaded.
@@ -98,8 +99,13 @@ def left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
     own = {name for name, _ in model.named_parameters()}
     kinds = {_LAYER.sub("#", name) for name in own}
     prefix = f"{model.base_model_prefix}."
+    config = model.config.get_text_config()
+    last = getattr(config, "num_hidden_layers", None) or 0
+    ahead = {str(last + i) for i in range(max(getattr(config, name, 0) or 0 for name in _AHEAD))}
 
     def is_one(key: str) -> bool:
+        if ahead & {*_LAYER.findall(key)[:1]}:
+            return False
         layer, _, part = key.rpartition(".")
         biased = part == "bias" and f"{layer}.weight" in own
         return biased or _LAYER.sub("#", key) in kinds

@@ -149,3 +149,6 @@ def test_weights_for_other_uses_are_not_missed(tiny_lm: Path) -> None:
         "model.layers.9.input_layernorm.weight",
     ]
     assert left_out(model, [*others, *kept]) == sorted(kept)
+    model.config.num_nextn_predict_layers = 1
+    ahead = "model.layers.2.mlp.up_proj.weight"  # behind the two that it has
+    assert left_out(model, [ahead, *kept]) == sorted(kept)
