@@ -26,6 +26,9 @@ class AlignedRows:
         chunks: int32 [chunks, 4]: the first position of the teacher in the cached row and the one
             after its last, and the student's two in its row.
         chunk_bytes: int32 [chunks], bytes of text of each; 0 of special tokens.
+        lost: int32 [rows], stretches of text of each row that have no labels, because the student's
+            tokens do not give their bytes.
+        cut: int32 [rows], labels left out of each row, because it would be too long.
     """
 
     offsets: np.ndarray
@@ -35,6 +38,8 @@ class AlignedRows:
     chunk_offsets: np.ndarray
     chunks: np.ndarray
     chunk_bytes: np.ndarray
+    lost: np.ndarray
+    cut: np.ndarray
 
     @classmethod
     def of(cls, rows: Sequence[Alignment]) -> AlignedRows:
@@ -49,6 +54,8 @@ class AlignedRows:
             offsets_of([len(row.teacher_spans) for row in rows]),
             np.concatenate([np.zeros((0, 4)), *chunks]).astype(np.int32),
             _joined([row.chunk_bytes for row in rows], np.int32),
+            np.array([row.lost for row in rows], np.int32),
+            np.array([row.cut for row in rows], np.int32),
         )
 
     def __len__(self) -> int:
@@ -79,6 +86,8 @@ class AlignedRows:
             self.chunk_offsets[row : row + 2] - self.chunk_offsets[row],
             self.chunks[chunks],
             self.chunk_bytes[chunks],
+            self.lost[row : row + 1],
+            self.cut[row : row + 1],
         )
 
     @classmethod
@@ -93,6 +102,8 @@ class AlignedRows:
             offsets_of(np.concatenate([np.diff(part.chunk_offsets) for part in parts])),
             np.concatenate([part.chunks for part in parts]),
             np.concatenate([part.chunk_bytes for part in parts]),
+            np.concatenate([part.lost for part in parts]),
+            np.concatenate([part.cut for part in parts]),
         )
 
     @property

@@ -48,9 +48,6 @@ class CrossTokenizer:
         vocab_size: ids of the student's tokenizer.
         pad_id: fills up the student's rows.
         groups: of ids, for `hybrid`.
-        lost: stretches of text in the rows so far that have no labels, because the student's
-            tokens do not give their bytes.
-        cut: labels left out of the rows so far, because the student's rows would be too long.
     """
 
     def __init__(
@@ -88,7 +85,6 @@ class CrossTokenizer:
             self.groups = Groups.single(cache.spec.vocab_size, len(student))
         elif method == "hybrid":
             self.groups = groups_of(self.aligner, cache.spec.vocab_size)
-        self.lost = self.cut = 0
         self._kept: OrderedDict[tuple[str, int], AlignedRows] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -128,8 +124,6 @@ class CrossTokenizer:
             rows = self.aligner.align(cached)
         made = AlignedRows.of(rows)
         with self._lock:
-            self.lost += sum(row.lost for row in rows)
-            self.cut += sum(row.cut for row in rows)
             self._kept[key] = made
             while len(self._kept) > 1 and sum(k.bytes for k in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)

@@ -45,6 +45,7 @@ class Made:
         empty: whether its one row has the weight zero.
         first: whether it is the first slice of its step.
         after: the cursor after it; None unless it is the last slice of its step.
+        left_out: int64 [2], see `TargetStream.left_out`, of its rows.
     """
 
     batch: Batch
@@ -52,6 +53,7 @@ class Made:
     empty: bool
     first: bool
     after: Cursor | None
+    left_out: np.ndarray
 
 
 @dataclass

@@ -66,6 +66,11 @@ class TargetStream(IterableDataset[Batch]):
     `for epoch in range(3): for batch in stream: ...` trains three epochs. It is a loader itself,
     with the protocol of torchdata's `StatefulDataLoader`: `state_dict` after a step is where to go
     on. A `DataLoader` around it, without worker processes, adds nothing and keeps no state.
+
+    Attributes:
+        left_out: int64 [2], of the rows of the batches that were handed out, for a student of
+            another tokenizer: stretches of text that have no labels, because its tokens do not give
+            their bytes, and labels left out, because its rows would be too long.
     """
 
     def __init__(
@@ -137,6 +142,7 @@ class TargetStream(IterableDataset[Batch]):
         self._sum_over = sum_over
         self.cursor = cursor if isinstance(cursor, Cursor) else Cursor()
         self.start = self.cursor  # where it was set to begin, however far it has been read
+        self.left_out = np.zeros(2, np.int64)
         problems: list[str] = []
         self.weights = checked_weights(weights, self.caches, problems)
         least = {
@@ -272,6 +278,7 @@ class TargetStream(IterableDataset[Batch]):
                     made.batch["count"] = torch.tensor(math.inf) if made.empty else count
                 if made.after is not None:
                     self.cursor = made.after
+                self.left_out = self.left_out + made.left_out
                 yield made.batch
         finally:
             # The reader first: the thread that collates may be waiting for it.
@@ -403,7 +410,7 @@ class TargetStream(IterableDataset[Batch]):
                 batch = self._collate(data, now.step, count if part else math.inf)
                 after = self._after(now, size) if i == len(slices) - 1 else None
                 summed = parts.positions if self._summed else None
-                yield Made(batch, summed, not part, i == 0, after)
+                yield Made(batch, summed, not part, i == 0, after, _left_out(part))
             del parts, slices, part, data, batch  # their memory goes before more is waited for
 
     @staticmethod
@@ -462,3 +469,9 @@ class TargetStream(IterableDataset[Batch]):
         if self.text is not None:
             batch["text"] = self.text(data)
         return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
+
+
+def _left_out(parts: Sequence[ShardData]) -> np.ndarray:
+    """int64 [2], of some rows: see `TargetStream.left_out`."""
+    rows = [p.aligned for p in parts if isinstance(p, AlignedShard) and p.aligned is not None]
+    return np.array([sum(int(r.lost.sum()) for r in rows), sum(int(r.cut.sum()) for r in rows)])

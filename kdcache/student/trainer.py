@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate import PartialState
@@ -188,6 +189,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if not self.streams:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         self.args.ignore_data_skip = True  # the cursor says where to resume
+        self.train_dataset.left_out = np.zeros(2, np.int64)
         if resume_from_checkpoint is True:
             found = last_checkpoint(Path(self.args.output_dir))
             resume_from_checkpoint = str(found) if found else None
@@ -437,13 +439,21 @@ class DistillationTrainer(CheckpointingTrainer):
             "steps": self._parts_steps,
             "loss": reduce(self._tr_loss.clone(), "mean").item(),
             "sums": reduce(self._parts.clone(), "sum").tolist(),
+            "left_out": self.left_out().tolist(),
         }
+
+    def left_out(self) -> np.ndarray:
+        """`TargetStream.left_out` of all workers, over all sittings."""
+        mine = torch.from_numpy(self.train_dataset.left_out).to(self.args.device)
+        return np.asarray(self.accelerator.reduce(mine, "sum").cpu())
 
     def begin_window(self) -> None:
         """Go on with the window that the checkpoint was taken in."""
         self._parts.zero_()
         self._parts_steps = self._window.get("steps", 0)
         self._globalstep_last_logged -= self._parts_steps
+        if self.is_world_process_zero():
+            self.train_dataset.left_out = np.array(self._window.get("left_out", [0, 0]))
         if self._parts_steps:
             self._tr_loss += self._window["loss"]  # every rank has the mean, whose mean it is
             if self.is_world_process_zero():

@@ -56,10 +56,10 @@ class TrainResult:
         teacher_cross_entropy: the teacher's, with the hard labels of the training caches at T = 1,
             as `hard_loss` is the student's; None where they do not keep it (`label_logprob`).
         eval_teacher_cross_entropy: the same of the evaluation caches.
-        lost: stretches of text that a student's own tokens do not give back, so without labels;
-            None where there were none.
-        cut: labels left out because the student's rows would be longer than it reads, or than
-            asked for; None where there were none.
+        lost: stretches of text, in the rows trained on, that a student's own tokens do not give
+            back, so without labels; None where there were none.
+        cut: labels left out of the rows trained on because the student's rows would be longer than
+            it reads, or than asked for; None where there were none.
         epoch_rows: rows that an epoch has of each domain, and of each cache without names; None
             where no cache has names.
         task: of the caches; None in runs of earlier versions.

@@ -127,7 +127,7 @@ class Run:
             parameters=sum(p.numel() for p in self.student.parameters()),
             trained=sum(p.numel() for p in self.student.parameters() if p.requires_grad),
             **_teacher(plan),
-            **_unread(self.tokenize),
+            **_unread(self.tokenize, trainer),
             epoch_rows=plan.mix(self.stream),
             **_vocabulary(plan, self.tokenize),
             pretrained=getattr(self.student.student, "pretrained", None),
@@ -152,12 +152,12 @@ def _teacher(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _unread(tokenize: Any) -> dict[str, Any]:
+def _unread(tokenize: Any, trainer: DistillationTrainer) -> dict[str, Any]:
     """What of the rows a student of another tokenizer had no labels for, where there is any."""
     if not isinstance(tokenize, CrossTokenizer):
         return {}
-    left_out = {"lost": tokenize.lost or None, "cut": tokenize.cut or None}
-    return {"vocabulary": tokenize.vocab_size, **left_out}
+    lost, cut = trainer.left_out().tolist()
+    return {"vocabulary": tokenize.vocab_size, "lost": lost or None, "cut": cut or None}
 
 
 def _vocabulary(plan: RunPlan, tokenize: Any) -> dict[str, Any]:
