@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from make_caches import CAUSAL, make_cache
 from transformers import AutoTokenizer
 
 import kdcache
@@ -24,6 +25,7 @@ from kdcache.commands.import_.compressed import Compression
 from kdcache.commands.import_.options import ImportOptions
 from kdcache.corpus import RecordError
 from kdcache.errors import UsageError
+from kdcache.targets import SoftTargets
 from kdcache.targets.decoded import SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
@@ -148,6 +150,31 @@ def test_an_export_goes_on_and_refuses_another_one(
     (tmp_path / "other" / "x.parquet").write_bytes(b"")
     with pytest.raises(UsageError, match="holds other Parquet files"):
         kdcache.export(replace(options, out=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    ("codec", "top"), [("dense", 5), ("dense", None), ("topk:200", None), ("sample:150", None)]
+)
+def test_memory_is_bounded_by_what_the_codec_decodes(
+    codec: str, top: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by what is kept of it, and not by a guess: `hidden` with --top 64 decodes all ids."""
+    make_cache(tmp_path / "cache", [9], task=CAUSAL, codec=codec, vocab=400)
+    cache, most, blocks = str(tmp_path / "cache"), 2000, []
+    whole = export(cache, tmp_path / "whole", top=top)
+    at = SoftTargets.at
+
+    def noted(targets: SoftTargets, temperature: float) -> Any:
+        found = at(targets, temperature)
+        tensor = found.weights if isinstance(found, SparseTargets) else found.logits
+        blocks.append(tensor.numel())
+        return found
+
+    monkeypatch.setattr(SoftTargets, "at", noted)
+    monkeypatch.setattr("kdcache.commands.export.export._ENTRIES", most)
+    parts = export(cache, tmp_path / "parts", top=top)
+    assert max(blocks) <= most < sum(blocks)
+    pd.testing.assert_frame_equal(parts, whole)
 
 
 # -- round trip ----------------------------------------------------------------------------------

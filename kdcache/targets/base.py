@@ -102,6 +102,11 @@ class Codec(ABC):
         """Rough size of a position on disk, for planning; real teachers need 50 % more or less."""
 
     @property
+    def most_entries(self) -> int:
+        """Numbers that a decoded position can have, at most."""
+        return self.vocab_size
+
+    @property
     def any_temperature(self) -> bool:
         """Whether targets are right at undeclared temperatures too."""
         return False

@@ -174,6 +174,11 @@ class Sample(Codec):
         return 3.0 + 0.75 * self.draws + 2.3 * self.draws * (len(self.temperatures) - 1)
 
     @property
+    def most_entries(self) -> int:
+        """One for each draw, and one more."""
+        return self.rule.slots(self.vocab_size)
+
+    @property
     def uses_ranks(self) -> bool:
         """Beyond one byte."""
         return ranks_pay(self.vocab_size)

@@ -84,6 +84,11 @@ class TopK(Codec):
         return 2.4 * self.k + 4.0 * len(self.temperatures)
 
     @property
+    def most_entries(self) -> int:
+        """K."""
+        return self.k
+
+    @property
     def uses_ranks(self) -> bool:
         """Beyond one byte."""
         return ranks_pay(self.vocab_size)

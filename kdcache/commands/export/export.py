@@ -147,7 +147,7 @@ class _Writer:
         declared = codec.temperatures
         self.temperature = options.temperature or (1.0 if 1.0 in declared else declared[0])
         codec.check_temperature(self.temperature)
-        self.top = options.top
+        self.top, self.most = options.top, codec.most_entries
         if codec.keeps_logits and self.top is None and spec.vocab_size > _MOST_IDS:
             raise UsageError(
                 f"{codec} targets name all {spec.vocab_size:,} ids of each position. Keep the best "
@@ -186,7 +186,7 @@ class _Writer:
 
     def _blocks(self, data: ShardData) -> Iterator[range]:
         """Stretches of rows with about as many entries; one without rows where there are none."""
-        most = self.top or (data.targets.codec.vocab_size if data.targets.codec.keeps_logits else 0)
+        most = min(self.top or self.most, self.most)
         room = max(1, _ENTRIES // max(most, 64))
         start, offsets = 0, data.position_offsets
         while True:
@@ -206,9 +206,7 @@ class _Writer:
         there = positions(labels, data.task)
         values: dict[str, pa.Array] = {}
         if TASKS[data.task].answers in ("ids", "classes"):
-            counts, ids, probs, tail = self._entries(
-                data.targets.take(np.arange(places.start, places.stop))
-            )
+            counts, ids, probs, tail = self._decoded(data.targets, places.start, places.stop)
             per = np.zeros(len(labels), np.int64)
             per[there] = counts
             values = {
@@ -265,6 +263,17 @@ class _Writer:
         ends = np.arange(len(labels) + 1) * labels.shape[1]
         probs = _list_of(ends, pa.array(p.reshape(-1), pa.float32()))
         return {"labels": _list_of(ends, flat)}, {"target_probs": probs}
+
+    def _decoded(self, targets: SoftTargets, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """Of the positions [start, stop) what `_entries` gives, decoded some at a time: a block has
+        whole rows, and --top keeps a part of what is decoded.
+        """
+        step = max(1, _ENTRIES // self.most)
+        parts = [
+            self._entries(targets.take(np.arange(first, min(first + step, stop))))
+            for first in range(start, max(stop, start + 1), step)
+        ]
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
     def _entries(self, targets: SoftTargets) -> tuple[np.ndarray, ...]:
         """Of all positions, one after another: how many ids, ids, probabilities; and the tail."""
