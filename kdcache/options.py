@@ -21,9 +21,12 @@ import dataclasses
 import difflib
 import inspect
 import json
+import numbers
+import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -32,6 +35,13 @@ from kdcache.errors import UsageError
 from kdcache.files import place_problem
 
 Decides = Literal["nothing", "run", "student"]
+# By the type of a value: what is one (numpy's numbers are, too), and in words.
+_TYPES: dict[type, tuple[type, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+}
 _KEY = "kdcache.option"
 
 
@@ -86,7 +96,9 @@ class Option:
 
     Attributes:
         name: of the field.
-        type: of one value: `str`, `int`, `float` or `bool`.
+        types: that one value may have in Python; empty where any.
+        type: of one value on the command line: `str`, `int`, `float` or `bool`.
+        nullable: whether None is a value.
         choices: the words that are allowed; empty where all are.
         several: whether its value is a tuple.
         default: `dataclasses.MISSING` where it is required.
@@ -94,7 +106,9 @@ class Option:
     """
 
     name: str
+    types: tuple[type, ...]
     type: type
+    nullable: bool
     choices: tuple[str, ...]
     several: bool
     default: Any
@@ -143,9 +157,9 @@ class Option:
             return None
         if isinstance(value, Named):  # of a mapping
             return value
-        expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(self.type)
-        if expected is None:
+        if self.type is str:
             return str(value)
+        _, expected = _TYPES[self.type]
         if self.type is bool or isinstance(value, bool):
             words = {"true": True, "false": False}
             if self.type is bool and str(value).lower() in words:
@@ -158,6 +172,18 @@ class Option:
             each = ", several with commas" if self.comma else ""
             raise ValueError(f"{value!r}, expected {expected}{also}{each}") from None
 
+    def unlike(self, value: Any) -> str:
+        """What is wrong with the type of a value or with a word, as one sentence; else empty."""
+        if value is None and self.nullable:
+            return ""
+        for one in value if self.several and value is not None else (value,):
+            if self.choices and one not in self.choices:
+                return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."
+            if self.types and not any(map(partial(_is_a, one), self.types)):
+                expected = " or ".join(_TYPES[kind][1] for kind in self.types)
+                return f"{self.flag} is {one!r}, expected {expected}."
+        return ""
+
     def wrong(self, value: Any) -> str:
         """What is wrong with a value of the right type, as one sentence; empty if nothing is."""
         for one in value if self.several and value is not None else (value,):
@@ -166,9 +192,7 @@ class Option:
             if self.output and (problem := place_problem(str(one), self.flag)):
                 return problem
             shown = str(one).removesuffix(".0")  # 1.0 was written 1
-            if self.choices and one not in self.choices:
-                return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."
-            if self.type in (int, float) and isinstance(one, (int, float)) and not self._fits(one):
+            if self.type in (int, float) and not self._fits(one):
                 return f"{self.flag} is {shown}, expected {self._bounds()}."
         return ""
 
@@ -219,25 +243,60 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every value, those of a tuple's type given as a list or one text included."""
-        problems = []
+        problems, alike = [], True
         for one in options_of(type(self)):
-            value = getattr(self, one.name)
-            if one.several and value is not None and not isinstance(value, tuple):
-                # A dataset of the library `datasets` is one value, not its rows.
-                one_value = isinstance(value, (str, int, float)) or hasattr(value, "column_names")
-                if one.named and isinstance(value, Mapping) and not one_value:
-                    value = pairs_of(value)
-                value = (value,) if one_value else tuple(value)
-                object.__setattr__(self, one.name, value)
-            absent = one.required and value in (None, (), "")
-            problems.append(f"{one.flag} is missing." if absent else one.wrong(value))
-        lines = "\n".join(filter(None, [*problems, *self.conflicts()])).splitlines()
+            value = _given(one, getattr(self, one.name))
+            object.__setattr__(self, one.name, value)
+            absent = one.required and (value is None or value in ((), ""))
+            unlike = one.unlike(value)
+            alike = alike and not unlike
+            missing = f"{one.flag} is missing." if absent else ""
+            problems.append(missing or unlike or one.wrong(value))
+        if alike:
+            problems += self.conflicts()
+        lines = "\n".join(filter(None, problems)).splitlines()
         if lines:
             raise UsageError("\n".join(dict.fromkeys(lines)))
 
     def conflicts(self) -> Sequence[str]:
         """What is wrong with values beside each other, a sentence each. Their types are right."""
         return ()
+
+
+def _given(one: Option, value: Any) -> Any:
+    """A value as its field has it: several as a tuple, paths as texts, numbers as Python's own."""
+    if not one.several or value is None:
+        return _plain(value)
+    if one.comma and isinstance(value, str):
+        try:
+            value = one.parse(value)
+        except ValueError:
+            value = value.split(",")  # which the check of its types refuses
+    elif one.named and isinstance(value, Mapping):
+        value = pairs_of(value)
+    # A dataset of the library `datasets` is one value, not its rows.
+    elif (
+        isinstance(value, (str, bytes))
+        or hasattr(value, "column_names")
+        or not isinstance(value, Iterable)
+    ):
+        value = (value,)
+    return tuple(map(_plain, value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (int, float)):  # a truth value is one, too
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a value is of the type of an option; a truth value is no number."""
+    return isinstance(value, _TYPES[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 
 def pairs_of(values: Mapping[str, Any]) -> tuple[Named, ...]:
@@ -300,14 +359,18 @@ def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
     several = any(get_origin(member) is tuple for member in members)
     inner = get_args(members[0])[0] if several else members[0]
     choices: tuple[str, ...] = ()
-    if Named in get_args(inner):
+    anything = Named in get_args(inner)  # a dataset, too
+    if anything:
         inner = str
     if get_origin(inner) is Literal:
         choices, inner = get_args(inner), str
     kind = inner if len(members) == 1 else str  # what may be a number or a text is checked later
+    types = (inner,) if len(members) == 1 else tuple(members)
     return Option(
         name=field.name,
         type=kind,
+        types=() if anything else types,
+        nullable=type(None) in get_args(hint),
         choices=choices,
         several=several,
         default=field.default,

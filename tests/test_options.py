@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -108,6 +111,53 @@ def test_values_of_a_file_are_read_like_those_of_a_command_line() -> None:
 def test_lists_and_single_values_become_tuples() -> None:
     assert Shout("a", ["b"]).to == ("b",)  # type: ignore[arg-type]
     assert Shout("a", "b").to == ("b",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"echo": "false"}, "--echo is 'false', expected true or false."),
+        ({"times": "3"}, "--times is '3', expected a whole number."),
+        ({"times": 2.5}, "--times is 2.5, expected a whole number."),
+        ({"times": True}, "--times is True, expected a whole number."),
+        ({"volume": "loud"}, "--volume is 'loud', expected a number."),
+        ({"volume": None}, "--volume is None, expected a number."),
+        ({"pauses": "1,two"}, "--pauses is '1', expected a number."),
+        ({"pauses": object}, "--pauses is <class 'object'>, expected a number."),
+        ({"pauses": (None,)}, "--pauses is None, expected a number."),
+        ({"to": (3,)}, "--to is 3, expected a text."),
+        ({"text": ["hey"]}, "--text is ['hey'], expected a text."),
+        ({"tone": {}}, "--tone is {}, expected one of high, low."),
+    ],
+)
+def test_values_of_another_type_are_refused_in_python_too(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError) as told:
+        Shout(**{"text": "hey", **values})
+    assert str(told.value) == message
+
+
+def test_values_are_read_in_python_as_on_a_command_line() -> None:
+    given: dict[str, Any] = {"times": np.int64(3), "pauses": "1, 2.5", "to": Path("a")}
+    options = Shout(Path("hey"), volume=np.float32(2), **given)  # type: ignore[arg-type]
+    assert options == Shout("hey", ("a",), 3, (1.0, 2.5), volume=2.0)
+    assert [type(value) for value in (options.times, options.volume)] == [int, float]
+    assert type(options.text) is str
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_no_value_of_another_type_ends_in_a_traceback(name: str) -> None:
+    """Nor does a text stand for yes: `trust_remote_code="false"` let code run."""
+    kind = getattr(kdcache, f"{name.capitalize()}Options")
+    least = {one.name: ("x",) if one.several else "x" for one in options_of(kind) if one.required}
+    odd = ("abc", "1,2", 1.5, -3, True, [], ["a", 1], {"a": 1}, object(), b"x", (None,), None)
+    for one in options_of(kind):
+        for value in odd:
+            with contextlib.suppress(UsageError):
+                kind(**{**least, one.name: value})
+                assert one.type is not bool or value is True, one.flag
+                assert one.type is not int or type(value) in (int, type(None)), one.flag
 
 
 def test_help_has_the_groups_under_their_headings_and_names_options_as_options() -> None:
