@@ -43,6 +43,7 @@ from kdcache.commands.finetune.trainer import _weighted_loss as weighted_loss
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.rows import Row
+from kdcache.tasks import IGNORE
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.adapter import quiet_peft
 from kdcache.teacher.headed import HeadedForSequenceClassification
@@ -251,12 +252,23 @@ def test_balanced_classes_count_the_same(options: Make) -> None:
     weights = class_weights(rows, 4)
     want = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=classes)
     assert weights.tolist() == pytest.approx([want[0], want[1], 0, want[2]])
-    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, 0, 1, 3, 1])
-    each = -logits.double().log_softmax(-1)[torch.arange(5), labels]
-    reference = (weights.double()[labels] * each).sum() / weights.double()[labels].sum()
-    loss = weighted_loss(weights)({"logits": logits}, labels)
-    assert float(loss) == pytest.approx(float(reference))
+    # Whatever the batches: in those of one row too, where a mean by weight has no weights left.
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.from_numpy(classes)
+    each = -logits.double().log_softmax(-1)[torch.arange(16), labels]
+    reference = torch.stack([each[labels == c].mean() for c in (0, 1, 3)]).mean()
+    for size in (16, 4, 1):
+        losses = [
+            weighted_loss(weights)({"logits": z}, y)
+            for z, y in zip(logits.split(size), labels.split(size), strict=True)
+        ]
+        assert float(torch.stack(losses).mean()) == pytest.approx(float(reference))
+    words = torch.tensor([[0, IGNORE, 1], [IGNORE, IGNORE, 3]])
+    loss = weighted_loss(weights)({"logits": logits[:6].reshape(2, 3, 4)}, words)
+    nats = -logits.double().log_softmax(-1)[[0, 2, 5], [0, 1, 3]]
+    assert float(loss) == pytest.approx(float((weights[[0, 1, 3]] * nats).sum() / 3))
+    nothing = weighted_loss(weights)({"logits": logits[:2]}, torch.full((2,), IGNORE))
+    assert float(nothing) == 0
     equal, balanced = (
         finetune(options(class_weights=kind, out=str(Path(options().out) / kind)))
         for kind in ("equal", "balanced")

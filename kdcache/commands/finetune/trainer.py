@@ -130,14 +130,18 @@ class FinetuneTrainer(CheckpointingTrainer):
 
 
 def _weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
-    """The weighted mean of the cross-entropies of a batch, as the Trainer calls it."""
+    """The mean of the weighted cross-entropies of a batch's labels, as the Trainer calls it.
+
+    Divided by the labels and not by their weights, which would be 1 again in a batch of one class.
+    """
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         logits = outputs["logits"].float()
         flat = logits.reshape(-1, logits.shape[-1])
-        return torch.nn.functional.cross_entropy(
-            flat, labels.reshape(-1), weights.to(logits.device)
+        total = torch.nn.functional.cross_entropy(
+            flat, labels.reshape(-1), weights.to(logits.device), reduction="sum"
         )
+        return total / (labels >= 0).sum().clamp_min(1)
 
     return loss
 
