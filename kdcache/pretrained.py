@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kdcache.errors import reason_of
@@ -74,7 +74,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False, **changes: Any
         UnreadableError: transformers does not know such a model, or the file is broken.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **changes)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **changes)
+        if not isinstance(config.get_text_config(), PreTrainedConfig):
+            raise ValueError(f"a {config.model_type} has no part for its text")
+        return config
     except Exception as error:
         named = json.loads((folder / "config.json").read_bytes()).get("model_type")
         if not isinstance(named, str):

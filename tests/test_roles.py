@@ -67,6 +67,8 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "a kind that transformers lacks": configured(model_type="no"),
     "a kind that is no name": configured(model_type=["bert"]),
     "a word for a number": configured(hidden_size="wide"),
+    "a part that its kind has not": configured(text_config={"model_type": "bert"}),
+    "two parts of text": configured(text_config={}, decoder={}),
     "no heads": configured(num_attention_heads=0),
     "an unknown type of numbers": configured(dtype="float7"),
     "fewer layers than weights": configured(num_hidden_layers=1),
