@@ -249,10 +249,29 @@ def test_what_cannot_become_topk_at_one_is_refused(
     for name, message in (
         ("t2", "at T = 2"),
         ("draws", r"holds draws \(sample:20\)"),
-        ("classes", "a classifier's targets"),
+        ("classes", "holds the targets of a sequence classifier; .* of a causal language model"),
     ):
         with pytest.raises(UsageError, match=message):
             take_in(tmp_path / name, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("task", "noun"),
+    [
+        ("masked-lm", "a masked language model"),
+        ("seq2seq-lm", "a sequence-to-sequence model"),
+        ("telepathy", "'telepathy'"),
+        ([], r"'\[\]'"),
+    ],
+)
+def test_an_export_of_another_task_is_refused_as_what_it_is(
+    task: Any, noun: str, tmp_path: Path
+) -> None:
+    table = pa.table({"input_ids": [[1, 2]]})
+    about = {"kdcache": json.dumps({"task": task, "temperature": 1.0})}
+    pq.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=f"holds the targets of {noun}; an import is of a causal"):
+        take_in(tmp_path, tmp_path / "cache")
 
 
 def test_each_file_of_an_export_is_looked_at_and_not_the_first_alone(

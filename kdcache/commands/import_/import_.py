@@ -36,7 +36,7 @@ from kdcache.rows import RowSpec
 from kdcache.rows.ids import load_tokenizer
 from kdcache.storage import redact
 from kdcache.targets import Codec
-from kdcache.tasks import CAUSAL_LM
+from kdcache.tasks import CAUSAL_LM, TASKS
 from kdcache.teacher import tokenizer_files, tokenizer_sha256
 
 _SPAN_BYTES = 1 << 25
@@ -205,9 +205,12 @@ def _about_one(url: str) -> dict[str, Any]:
 
 
 def _refuse_about(name: str, about: dict[str, Any], tokenizer: str) -> None:
-    if about.get("task") != CAUSAL_LM:
+    task = str(about.get("task"))
+    if task != CAUSAL_LM:
+        whose = f"a {TASKS[task].noun}" if task in TASKS else repr(task)
         raise UsageError(
-            f"{name} holds a classifier's targets; an import is of a language model's."
+            f"{name} holds the targets of {whose}; an import is of a causal language model's. "
+            "Train on the cache that it was exported from."
         )
     if about.get("temperature") != 1:
         raise UsageError(
