@@ -31,8 +31,10 @@ from kdcache.commands.repair.options import RepairOptions
 from kdcache.commands.repair.repair import repair
 from kdcache.commands.verify.recheck import Recheck, recheck
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
+from kdcache.models import HeadedConfig
 from kdcache.stream import TargetStream
 from kdcache.targets import SoftTargets
+from kdcache.teacher.headed import HeadedForSequenceClassification
 
 
 @pytest.fixture
@@ -281,6 +283,28 @@ def test_a_teacher_with_other_ids_or_classes_is_told_so(
     classes = make_cache(tmp_path / "classes", [5])
     with pytest.raises(UsageError, match="has the classes"):
         recheck(classes, [str(tiny_classifier)])
+
+
+def test_a_teacher_with_a_head_of_its_own_width_is_run_again(
+    tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModel
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_classifier, teacher)
+    encoder = AutoModel.from_pretrained(tiny_classifier)
+    names = json.loads((teacher / "config.json").read_text())["id2label"]
+    config = HeadedConfig(encoder.config, 4, id2label=names)
+    HeadedForSequenceClassification(config, encoder).save_pretrained(teacher)
+    built = BuildOptions(
+        (str(teacher),), (str(labelled_corpus),), str(tmp_path / "cache"), limit=5, workers=0,
+        task="sequence-classification",
+    )  # fmt: skip
+    build(built)
+    assert recheck(Cache.open(built.out), [str(teacher)]).problems == ()
+    words = make_cache(tmp_path / "words", [5], task="causal-lm")
+    with pytest.raises(UsageError, match="no model for causal-lm"):
+        recheck(words, [str(teacher)])
 
 
 # Repair

@@ -170,8 +170,11 @@ def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
                 f"teacher {one.name} has the classes {one.label_names}, {cache.url} has "
                 f"{spec.label_names}: it is not the teacher of this cache."
             )
+        one.check_task(spec.task)
+        if not TASKS[spec.task].over_ids:
+            continue
         width = int(one.config.get_text_config().vocab_size)
-        if TASKS[spec.task].over_ids and width < spec.vocab_size:
+        if width < spec.vocab_size:
             raise UsageError(
                 f"teacher {one.name} has {width} ids, the targets of {cache.url} have "
                 f"{spec.vocab_size}: it is not the teacher of this cache."
