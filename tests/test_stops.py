@@ -182,6 +182,25 @@ def test_a_checkpoint_that_lacks_a_byte_is_passed_over(options: Make, tmp_path: 
     assert step_of(last_checkpoint(six.parent) or six) == 4
 
 
+def test_a_checkpoint_with_a_damaged_byte_is_refused(options: Make) -> None:
+    """Of weights it was trained on, others than were saved; of the rest most were tracebacks."""
+    with pytest.raises(StopError):
+        train(options(), on_progress=lambda now: stop() if now.step == 7 else None)
+    six = Path(options().out, "checkpoint-6")
+    names = {path.name for path in six.iterdir()} - {"kdcache_state.json"}
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} < names
+    for name in sorted(names):
+        content = (six / name).read_bytes()
+        damaged = bytearray(content)
+        damaged[len(content) // 2] ^= 1
+        (six / name).write_bytes(damaged)
+        for resume in ("auto", str(six)):
+            with pytest.raises(UsageError, match=f"checkpoint-6 has a damaged {name}"):
+                train(options(resume=resume))
+        (six / name).write_bytes(content)
+    assert train(options()).steps == 12
+
+
 def test_going_back_forgets_what_came_later(options: Make, tmp_path: Path) -> None:
     whole = options(out=str(tmp_path / "whole"))
     train(whole)

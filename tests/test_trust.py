@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -250,7 +251,8 @@ def test_the_state_of_a_resumed_run_is_data(name: str, model: Path, tmp_path: Pa
     checkpoint = tmp_path / "one" / "checkpoint-1"
     (checkpoint / name).write_bytes(pickle.dumps(Touch(str(tmp_path / "ran"))))
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    state["files"][name] = (checkpoint / name).stat().st_size  # as its author could
+    content = (checkpoint / name).read_bytes()  # of which its author could make the seal
+    state["files"][name], state["crc32"][name] = len(content), zlib.crc32(content)
     (checkpoint / STATE_FILE).write_text(json.dumps(state))
     with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
         train(TrainOptions(out=str(tmp_path / "two"), resume=str(checkpoint), **options))

@@ -4,7 +4,8 @@ A checkpoint's `kdcache_state.json` is its seal (`kdcache.files`): written when 
 on the disk, removed before any of them. The Trainer itself overwrites files, and deletes the oldest
 checkpoint before the newest is complete; here the newest is sealed first.
 
-Guarantee: a run that was killed at any moment resumes from a checkpoint exactly as it was saved.
+Guarantee: a run that was killed at any moment resumes from a checkpoint exactly as it was saved; of
+one whose bytes were changed since, it is refused. Cost: saving and resuming read its files once.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ STATE_FILE = "kdcache_state.json"
 _PREFIX = "checkpoint-"
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path, *, contents: bool = False) -> dict[str, Any]:
     """What the seal of a checkpoint says: cursor and identity of the run.
+
+    Args:
+        checkpoint: its folder.
+        contents: compare the bytes of its files with what was written, before they are loaded.
 
     Raises:
         UsageError: it is not a whole checkpoint.
     """
     try:
-        return read_seal(checkpoint, STATE_FILE)
+        return read_seal(checkpoint, STATE_FILE, contents=contents)
     except ValueError as error:
         raise UsageError(
-            f"{checkpoint} {error}: it is not a whole checkpoint of kdcache. Name another one, or "
-            "start over with another --out."
+            f"{checkpoint} {error}: it is not a whole checkpoint of kdcache. Name another one, "
+            "delete it to continue from the one before, or start over with another --out."
         ) from error
 
 
@@ -191,5 +196,5 @@ class _BestCallback(TrainerCallback):  # type: ignore[misc]
         here = Path(args.output_dir, checkpoint_name(state.best_global_step))
         noted = Path(state.best_model_checkpoint or here)
         best = here if here.is_dir() else noted
-        read_state(best)
+        read_state(best, contents=True)
         state.best_model_checkpoint = str(best)

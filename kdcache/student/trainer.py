@@ -194,7 +194,7 @@ class DistillationTrainer(CheckpointingTrainer):
             found = last_checkpoint(Path(self.args.output_dir))
             resume_from_checkpoint = str(found) if found else None
         if resume_from_checkpoint:
-            state = read_state(Path(str(resume_from_checkpoint)))
+            state = read_state(Path(str(resume_from_checkpoint)), contents=True)
             self.train_dataset.load_state_dict(state["cursor"])
             check_identity(state, self._identity(), str(resume_from_checkpoint))
             window = state.get("window", {})

@@ -196,7 +196,7 @@ def _finetune(
             trainer.identity["base"] = model.kdcache_adapter["base_sha256"]
         resume = last_checkpoint(run)
         if resume is not None:
-            state = read_state(resume)
+            state = read_state(resume, contents=True)
             trainer.before = state["seconds"]
             check_identity(state, trainer.identity, f"{resume} (delete {run} to start over)")
             report(f"resuming from {resume}")
