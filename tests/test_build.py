@@ -468,7 +468,12 @@ def test_what_is_left_out_is_counted_in_the_manifest_and_told(
     assert sum(e.get("skipped", 0) for e in spans) == result.skipped
     assert sum(e.get("truncated", 0) for e in spans) == result.truncated
     told = " ".join(reason for e in spans for reason in e.get("reasons", ()))
-    for words in ("not valid JSON", "not valid UTF-8", "holds a int", "the gz stream is cut short"):
+    for words in (
+        "not valid JSON",
+        "not valid UTF-8",
+        "holds a number",
+        "the gz stream is cut short",
+    ):
         assert words in told
         assert words in caplog.text
 

@@ -298,7 +298,7 @@ def test_variables_of_a_template() -> None:
     ("value", "message"),
     [
         ({"tools": "{"}, "column 'tools' holds text that is not JSON"),
-        ({"tools": "3"}, "column 'tools' holds a int where a list of tools"),
+        ({"tools": "3"}, "column 'tools' holds a number where a list of objects, the tools"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": ["x"]}]}, "a call of a tool that"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ from fake_hub import DATASET, GATED, fake_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdcache.corpus import Corpus, ReadStats, Record
+from kdcache.corpus import Corpus, ReadStats, Record, kind_of
 from kdcache.errors import UsageError
 
 PATIENT = settings(
@@ -429,7 +430,7 @@ BAD_LINES = [
     ),
     ("a.jsonl", b'{"text": "\xff"}\n', r"line 2: not valid UTF-8 \(byte 0xff in column 11\)"),
     ("a.jsonl", b"[1, 2]\n", "line 2: a JSON list where one object a line"),
-    ("a.jsonl", b"7\n", "line 2: a JSON int where an object"),
+    ("a.jsonl", b"7\n", "line 2: a number where a JSON object"),
     ("a.jsonl", b"[" * 100_000 + b"\n", "line 2: a JSON list"),
     ("a.jsonl", b'{"a":' * 100_000 + b"\n", "line 2: not "),
     ("a.txt", b"\xc3\x28\n", "line 2: not valid UTF-8"),
@@ -461,6 +462,20 @@ def test_a_bad_record_is_named_or_skipped_and_counted(
     assert left[-1].values["text"] == "good"
     assert stats.skipped == len(stats.reasons) == 1
     assert stats.records == len(left)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, "null"), (True, "true or false"), (3, "a number"), (0.5, "a number"),
+        ("x", "text"), ([1], "a list"), (np.zeros(2), "a list"), ({}, "an object"),
+        (b"x", "a value of type bytes"),
+    ],
+)  # fmt: skip
+def test_messages_name_a_value_in_words_and_not_by_its_type_in_python(
+    value: object, kind: str
+) -> None:
+    assert kind_of(value) == kind
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.csv.gz"])

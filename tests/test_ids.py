@@ -286,7 +286,7 @@ class TestWrongRecords:
             ({"input_ids": [1, None]}, "input_ids holds something else than whole numbers"),
             ({"input_ids": [[1, 2]]}, "input_ids holds something else than whole numbers"),
             ({"input_ids": [[1], [2, 3]]}, "input_ids holds something else than whole numbers"),
-            ({"input_ids": "1 2"}, "input_ids holds a str where a list"),
+            ({"input_ids": "1 2"}, "input_ids holds text where a list"),
             ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers for 2 input_ids"),
             ({"input_ids": [1, 2], "labels": [1, -5]}, "labels holds -5, which is not an id"),
             ({"input_ids": [1, 2], "loss_mask": [1, 7]}, "loss_mask holds other numbers"),

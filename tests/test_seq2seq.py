@@ -592,7 +592,7 @@ def test_wrong_input_is_refused_in_one_line(
         (lambda: build("e", corpus=corpus("e", {"source": "a"})), "--target-column"),
         (
             lambda: build("f", corpus=corpus("f", {"source": "a", "target": 7})),
-            "column 'target' holds a int where text was expected",
+            "column 'target' holds a number where text was expected",
         ),
         (lambda: build("g", packing="concat"), "seq2seq-lm has a row for each record"),
         (lambda: build("h", engine="vllm"), "not with --task seq2seq-lm"),

@@ -319,7 +319,7 @@ def test_hard_labels_alone_leave_words_without_a_label_out(
     [
         ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "1 tags in column 'ner_tags' for 2 words"),
         ({"tokens": ["a"], "ner_tags": ["B-ORG"]}, "'B-ORG', which is not one of the teacher's"),
-        ({"tokens": ["a"], "ner_tags": "O"}, "'ner_tags' holds a text where a list of tags"),
+        ({"tokens": ["a"], "ner_tags": "O"}, "'ner_tags' holds text where a list of tags"),
         ({"text": "a b c"}, "has no column 'tokens'"),
     ],
 )

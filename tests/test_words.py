@@ -141,10 +141,10 @@ def test_what_is_cut_is_counted_and_records_without_words_are_empty() -> None:
     ("values", "message"),
     [
         ({"tokens": ["a", "b"], "tags": ["O"]}, r"1 tags in column 'tags' for 2 words in column"),
-        ({"tokens": ["a"], "tags": "O"}, "column 'tags' holds a text where a list of tags was"),
+        ({"tokens": ["a"], "tags": "O"}, "column 'tags' holds text where a list of tags was"),
         ({"tokens": ["a"], "tags": ["B-ORG"]}, r"'B-ORG', .* of the teacher's classes: 0 \(O\)"),
         ({"tokens": ["a"], "tags": [4]}, "a tag is 4, which is not one of"),
-        ({"tokens": "a b", "tags": ["O"]}, "column 'tokens' holds a text where a list of words"),
+        ({"tokens": "a b", "tags": ["O"]}, "column 'tokens' holds text where a list of words"),
         ({"tokens": ["a", 3], "tags": [0, 0]}, "column 'tokens' holds a number where a word was"),
         ({"text": "a b"}, "has no column 'tokens'; its columns are 'text'. Name .* --words-column"),
         ({"tokens": ["a"], "tags": [0], "ner_tags": [1]}, "in the columns tags and ner_tags"),

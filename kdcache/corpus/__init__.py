@@ -24,7 +24,7 @@ from __future__ import annotations
 from kdcache.corpus.corpus import Corpus
 from kdcache.corpus.files import InputFile
 from kdcache.corpus.named import named
-from kdcache.corpus.records import FileColumns, LineAt, ReadStats, Record, RecordError
+from kdcache.corpus.records import FileColumns, LineAt, ReadStats, Record, RecordError, kind_of
 from kdcache.corpus.sample import SpanSample, sample_records, sample_spans
 from kdcache.corpus.span import Reading, Span
 
@@ -39,6 +39,7 @@ __all__ = [
     "RecordError",
     "Span",
     "SpanSample",
+    "kind_of",
     "named",
     "sample_records",
     "sample_spans",

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from kdcache.choices import OnError
 from kdcache.corpus.files import open_bytes
 from kdcache.errors import UsageError
@@ -168,6 +170,22 @@ class ReadStats:
             # Not the line's number: finding it may mean reading gigabytes, time and again.
             rough = f"byte {location.offset}" if isinstance(location, LineAt) else location
             self.reasons.append(f"{file}: {rough}: {problem}")
+
+
+def kind_of(value: object) -> str:
+    """What a value of a record is, in a message's words: `text`, `a number`, `a list`, `null`."""
+    if value is None:
+        return "null"
+    # First true and false, which are whole numbers to Python.
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "true or false": bool,
+        "a number": (int, float),
+        "text": str,
+        "a list": (list, tuple, np.ndarray),
+        "an object": dict,
+    }
+    found = (name for name, types in kinds.items() if isinstance(value, types))
+    return next(found, f"a value of type {type(value).__name__}")
 
 
 def shorten(text: object, width: int = 40) -> str:

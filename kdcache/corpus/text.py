@@ -16,7 +16,15 @@ from typing import Any, BinaryIO
 from kdcache.corpus.deal import Deal, Progress, dealt
 from kdcache.corpus.files import open_plain
 from kdcache.corpus.formats import DECOMPRESSION_ERRORS, Format, Raw, not_utf8
-from kdcache.corpus.records import FileColumns, LineAt, Location, Record, RecordError, shorten
+from kdcache.corpus.records import (
+    FileColumns,
+    LineAt,
+    Location,
+    Record,
+    RecordError,
+    kind_of,
+    shorten,
+)
 from kdcache.errors import UsageError
 
 _BOM = b"\xef\xbb\xbf"
@@ -164,7 +172,7 @@ class JsonLines(_Text):
             raise RecordError(f"not JSON that can be read ({shorten(error)})") from None
         if not isinstance(values, dict):
             raise RecordError(
-                f"a JSON {type(values).__name__} where an object was expected (one object a line)"
+                f"{kind_of(values)} where a JSON object was expected (one object a line)"
             )
         return values
 

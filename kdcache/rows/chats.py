@@ -22,7 +22,7 @@ from typing import Any
 
 import jinja2
 
-from kdcache.corpus import RecordError
+from kdcache.corpus import RecordError, kind_of
 from kdcache.corpus.records import shorten
 from kdcache.errors import UsageError
 from kdcache.rows.spec import RowSpec
@@ -268,8 +268,7 @@ def _messages(messages: Any, column: str) -> list[Message]:
     """
     if not isinstance(messages, list):
         raise RecordError(
-            f"column {column!r} holds a {type(messages).__name__} where a list of messages was "
-            f"expected"
+            f"column {column!r} holds {kind_of(messages)} where a list of messages was expected"
         )
     out = []
     for message in messages:
@@ -342,7 +341,8 @@ def _tools(tools: Any, column: str) -> list[Any] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError(
-            f"column {column!r} holds a {type(tools).__name__} where a list of tools was expected"
+            f"column {column!r} holds {kind_of(tools)} where a list of objects, the tools, was "
+            "expected"
         )
     return [_filled(tool) for tool in tools]
 

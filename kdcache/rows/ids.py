@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.corpus import Record, RecordError
+from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
 from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.rows.spec import ID_COLUMNS, RowSpec
@@ -158,8 +158,9 @@ def _numbers(value: Any, column: str) -> Numbers:
     if value is None:
         return np.zeros(0, np.int64)
     if not isinstance(value, (list, np.ndarray)):
-        kind = type(value).__name__
-        raise RecordError(f"{column} holds a {kind} where a list of whole numbers was expected")
+        raise RecordError(
+            f"{column} holds {kind_of(value)} where a list of whole numbers was expected"
+        )
     try:
         array = np.asarray(value) if len(value) else np.zeros(0, np.int64)
     except ValueError:  # lists of different lengths

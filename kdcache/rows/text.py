@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdcache.corpus import RecordError
+from kdcache.corpus import RecordError, kind_of
 from kdcache.errors import UsageError
 
 
@@ -37,8 +37,7 @@ def checked_text(value: Any, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise RecordError(f"column {column!r} holds a {kind} where text was expected")
+        raise RecordError(f"column {column!r} holds {kind_of(value)} where text was expected")
     if not value.isascii():
         try:
             value.encode("utf-8")

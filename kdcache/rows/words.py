@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.corpus import Record, RecordError
+from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
 from kdcache.rows.classes import Classes
 from kdcache.rows.encoder import Encoder
@@ -200,8 +200,8 @@ class TokenClassificationEncoder(Encoder):
             return np.full(words, UNLABELLED, np.int32)
         if not isinstance(tags, (list, np.ndarray)):
             raise RecordError(
-                f"column {column!r} holds {_kind(tags)} where a list of tags was expected, one for "
-                "each word"
+                f"column {column!r} holds {kind_of(tags)} where a list of tags was expected, one "
+                "for each word"
             )
         if len(tags) != words:
             raise RecordError(
@@ -245,11 +245,11 @@ def words_of(record: Record, column: str) -> list[str]:
         return []
     if not isinstance(words, (list, np.ndarray)):
         raise RecordError(
-            f"column {column!r} holds {_kind(words)} where a list of words was expected"
+            f"column {column!r} holds {kind_of(words)} where a list of words was expected"
         )
     odd = next((word for word in words if not isinstance(word, str)), None)
     if odd is not None or any(word is None for word in words):
-        raise RecordError(f"column {column!r} holds {_kind(odd)} where a word was expected")
+        raise RecordError(f"column {column!r} holds {kind_of(odd)} where a word was expected")
     return [checked_text(word, column) for word in words]
 
 
@@ -270,8 +270,3 @@ def label_column(record: Record, spec: RowSpec) -> str | None:
     if found is None and almost_there(record, spec, defaults):
         raise record.missing(list(defaults), "--label-column", spec.columns)
     return found
-
-
-def _kind(value: Any) -> str:
-    names = {"str": "a text", "int": "a number", "float": "a number", "NoneType": "null"}
-    return names.get(type(value).__name__, f"a {type(value).__name__}")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.commands.import_.compressed import Compression
-from kdcache.corpus import Record, RecordError
+from kdcache.corpus import Record, RecordError, kind_of
 
 COMPRESSED = ("bytepacked_indices", "compressed_logprobs")
 LOGPROB = "teacher_logprob"
@@ -132,7 +132,7 @@ def read_entries(record: Record, columns: Columns, compression: Compression | No
 def _ragged(cell: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """How many numbers each item of a list has, and all of them; a missing item has none."""
     if not isinstance(cell, (list, np.ndarray)):
-        raise RecordError(f"{name} holds a {type(cell).__name__} where lists were expected")
+        raise RecordError(f"{name} holds {kind_of(cell)} where lists were expected")
     try:
         items = [np.asarray(() if item is None else item) for item in cell]
     except ValueError:

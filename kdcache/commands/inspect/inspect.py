@@ -445,6 +445,3 @@ def _token_text(tokenizer: Any) -> Any:
 def _class_name(names: Sequence[str] | None) -> Any:
     assert names is not None, "a classification cache names its classes"
     return lambda index: names[index]
-
-
-# Rendering
