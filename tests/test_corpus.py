@@ -416,6 +416,22 @@ def test_what_can_not_be_planned(
         Corpus.open([path], **{"span_bytes": 100, **options})
 
 
+@pytest.mark.parametrize(("delimiter", "shown"), [(";", "';'"), ("\t", r"$'\t'"), ("|", "'|'")])
+def test_csv_of_another_delimiter_is_refused_with_the_option_that_names_it(
+    tmp_path: Path, delimiter: str, shown: str
+) -> None:
+    path = tmp_path / "a.csv"
+    rows = ["text", "label"], ["good", "1"], ["fair, in parts", "0"]
+    path.write_text("\n".join(map(delimiter.join, rows)))
+    with pytest.raises(UsageError, match="line 3: 2 fields where the header names 1") as of_fields:
+        read_all(Corpus.open([str(path)], span_bytes=1 << 30))
+    assert f"--delimiter {shown}" in str(of_fields.value)
+    (first,) = read_all(Corpus.open([str(path)], span_bytes=1 << 30), on_error="skip")
+    assert f"--delimiter {shown}." in str(first.missing(["text"], "--text-column"))
+    read = read_all(Corpus.open([str(path)], span_bytes=1 << 30, delimiter=delimiter))
+    assert [record.values["text"] for record in read] == ["good", "fair, in parts"]
+
+
 def test_no_corpus_at_all() -> None:
     with pytest.raises(UsageError, match="no corpus was given"):
         Corpus.open([], span_bytes=100)

@@ -54,10 +54,13 @@ class FileColumns:
         columns: Names of all columns of the file, read or not; empty where each record has its own
             keys.
         header: True if `columns` was taken from the file's first line.
+        delimiter: What probably separates the fields, where the header has it and was read as a
+            single name.
     """
 
     columns: tuple[str, ...] = ()
     header: bool = False
+    delimiter: str | None = None
 
 
 _OWN_KEYS = FileColumns()
@@ -123,6 +126,11 @@ class Record:
             there += f" and {len(self.columns) - _SHOWN_NAMES} more"
         what = " or ".join(repr(name) for name in wanted)
         message = f"{self.place} has no column {what}; its columns are {there}."
+        if self.source.delimiter is not None:
+            return UsageError(
+                f"{message} Its fields seem to be separated by another character: name it with "
+                f"--delimiter {shown_delimiter(self.source.delimiter)}."
+            )
         if self.source.header:
             proposal = list(named or wanted)[: len(self.columns)]
             proposal += [f"column{i + 1}" for i in range(len(proposal), len(self.columns))]
@@ -170,6 +178,11 @@ class ReadStats:
             # Not the line's number: finding it may mean reading gigabytes, time and again.
             rough = f"byte {location.offset}" if isinstance(location, LineAt) else location
             self.reasons.append(f"{file}: {rough}: {problem}")
+
+
+def shown_delimiter(character: str) -> str:
+    """A delimiter as a shell takes it."""
+    return "$'\\t'" if character == "\t" else f"'{character}'"
 
 
 def kind_of(value: object) -> str:

@@ -24,11 +24,13 @@ from kdcache.corpus.records import (
     RecordError,
     kind_of,
     shorten,
+    shown_delimiter,
 )
 from kdcache.errors import UsageError
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 16
+_DELIMITERS = ",;\t|"
 
 
 class _Text(Format):
@@ -125,10 +127,13 @@ class _Text(Format):
         source = self.source
         if len(fields) != len(source.columns):
             named = "the header names" if source.header else "--columns names"
-            raise RecordError(
+            problem = (
                 f"{len(fields)} fields where {named} {len(source.columns)} "
                 f"({shorten(', '.join(source.columns))})"
             )
+            if source.delimiter is not None:
+                problem += f"; perhaps --delimiter {shown_delimiter(source.delimiter)} is missing"
+            raise RecordError(problem)
         return dict(zip(source.columns, fields, strict=True))
 
 
@@ -331,6 +336,9 @@ class Csv(_Text):
                 f"{self._span.file.url}: line 1: {error}. The header must be valid CSV in UTF-8."
             ) from None
         self.source = self._named(fields)
+        if len(fields) == 1:
+            other = next((c for c in _DELIMITERS if c in fields[0]), None)
+            self.source = replace(self.source, delimiter=other)
 
     def _rows(self) -> Iterator[Raw]:
         while True:
