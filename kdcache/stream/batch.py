@@ -108,9 +108,8 @@ def collate(
 
     per_token = TASKS[data.task].per_token
     labels = data.labels
-    if (
-        temperature is None and per_token
-    ):  # without soft targets no place has one: the loss has hard labels alone
+    if temperature is None and per_token:
+        # Without soft targets, a token without a hard label is no position.
         labels = np.where(labelled(labels, data.task), labels, IGNORE)
     if tokenize is not None and data.words is not None and data.first is not None:
         batch: Batch = {name: torch.as_tensor(v) for name, v in tokenize(data.words, None).items()}
