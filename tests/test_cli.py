@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from kdcache.cli.commands import load
 from kdcache.cli.main import COMMANDS, cli
+from kdcache.models import BiLstmConfig
 
 
 def run(*words: str) -> Result:
@@ -86,6 +87,15 @@ def test_helps_say_what_is_required_and_name_columns_as_they_are() -> None:
     assert f"--task {tasks}token-classification|seq2seq-lm The task" in shown("finetune")
     assert "GRID.yaml YAML file: options of kdcache train, and under grid those" in shown("sweep")
     assert "Arguments: CACHE" in shown("inspect")
+    for name in ("build", "sweep"):
+        assert re.search(r"--workers auto\|N [^\[]*\[default: auto\]", shown(name))
+    sizes = BiLstmConfig()
+    for option in ("hidden_size", "layers", "dense_size", "dropout", "pooling"):
+        default = getattr(sizes, option)
+        says = f"Default: {default:g}." if isinstance(default, float) else f"Default: {default}."
+        flag = re.escape(f"--{option.replace('_', '-')} ")
+        assert re.search(rf"{flag}(?:(?! --).)*{re.escape(says)}", shown("train")), option
+    assert f"else {sizes.embedding_size}." in shown("train")
 
 
 def test_build_says_what_it_made_and_then_that_nothing_is_left(words: list[str]) -> None:

@@ -133,6 +133,8 @@ def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
         several = option.default if option.several else (option.default,)
         shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in several)
         text = f"{text}  [default: {shown}]"
+    elif option.auto and option.default is None:
+        text += "  [default: auto]"
     return click.Option(
         [option.flag, option.name],
         type=_Value(option),

@@ -44,20 +44,37 @@ class BiLstmOptions(Options):
     )
     embedding_size: int | None = option(
         None,
-        help="width of the biLSTM's word vectors. Default, here and below: its own.",
+        help="width of the biLSTM's word vectors. Default: that of `embeddings`, else 300.",
         decides="student",
     )
-    hidden_size: int | None = option(None, help="width of the LSTM, each way.", decides="student")
-    layers: int | None = option(None, help="LSTM layers.", decides="student")
-    dense_size: int | None = option(None, help="width of the ReLU layer.", decides="student")
-    dropout: float | None = option(None, help="dropout.", decides="student")
+    hidden_size: int | None = option(
+        None, help="width of the LSTM in each direction. Default: 256.", decides="student"
+    )
+    layers: int | None = option(None, help="LSTM layers. Default: 1.", decides="student")
+    dense_size: int | None = option(
+        None, help="width of the ReLU layer. Default: 128.", decides="student"
+    )
+    dropout: float | None = option(
+        None,
+        help="probability of dropping an output of the biLSTM's layers in training. Default: 0.",
+        decides="student",
+    )
     pooling: Literal["last", "max"] | None = option(
-        None, help="how its states are pooled into one.", decides="student"
+        None,
+        help="what represents a text: the last states of both directions, or the maximum over its "
+        "words. Default: last.",
+        decides="student",
     )
     min_count: int | None = option(
-        None, help="words that occur less often are unknown to the biLSTM.", decides="student"
+        None,
+        help="words that occur less often are unknown to the biLSTM. Default: 1.",
+        decides="student",
     )
-    max_words: int | None = option(None, help="maximum size of its vocabulary.", decides="student")
+    max_words: int | None = option(
+        None,
+        help="words of the biLSTM's vocabulary at most, special ones included. Default: no bound.",
+        decides="student",
+    )
 
     @property
     def bilstm(self) -> dict[str, Any]:
