@@ -352,8 +352,14 @@ def test_without_labels_there_is_no_hard_loss(options: Make, tmp_path: Path) -> 
     with pytest.raises(UsageError, match=r"evaluation caches have no hard labels"):
         train(options(eval_cache=bare, alpha=1))
     assert not Path(options().out).exists()
-    result = train(options(cache=bare, eval_cache=bare))
+    lines: list[str] = []
+    result = train(options(cache=bare, eval_cache=bare), report=lines.append)
     assert result.hard_loss is None
+    told = "no row of the caches has a hard label: whatever --alpha says"
+    assert [line for line in lines if line.startswith(told)]
+    lines.clear()
+    train(options(cache=bare, alpha=0, out=str(tmp_path / "soft")), report=lines.append)
+    assert not [line for line in lines if line.startswith(told)]
     lines = metrics(result.out)
     assert not any("hard_loss" in line or "eval_hard_loss" in line for line in lines)
     assert result.soft_loss is not None

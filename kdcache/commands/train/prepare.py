@@ -17,6 +17,7 @@ from kdcache.commands.train.cross import cross_problems, own_tokenizer
 from kdcache.commands.train.log import METRICS_FILE, wrong_trackers
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
+from kdcache.commands.train.schedule import Schedule
 from kdcache.commands.train.store import RunStore
 from kdcache.errors import UsageError
 from kdcache.files import LOCK_FILE, listed, local_path
@@ -234,7 +235,12 @@ class RunPlan:
         return SCRATCH not in names and last_checkpoint(self.out) is None
 
     def announce(self, report: Callable[[str], None]) -> None:
-        """Report the checkpoint that the run continues from, if there is one."""
+        """Report the checkpoint that the run continues from, and labels that it will not find."""
+        if self.options.alphas != Schedule(0.0, 0.0) and not _labelled(self.caches):
+            report(
+                "no row of the caches has a hard label: whatever --alpha says, the student learns "
+                "from the teacher alone. Labels are read by build (--label-column)."
+            )
         resume = self.checkpoint()
         if resume is not None:
             step = read_state(resume)["cursor"]["step"]
