@@ -173,14 +173,13 @@ class Option:
             raise ValueError(f"{value!r}, expected {expected}{also}{each}") from None
 
     def unlike(self, value: Any) -> str:
-        """What is wrong with the type of a value or with a word, as one sentence; else empty."""
+        """What is wrong with the type of a value, as one sentence; empty if nothing is."""
         if value is None and self.nullable:
             return ""
         for one in value if self.several and value is not None else (value,):
-            if self.choices and one not in self.choices:
-                return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."
             if self.types and not any(map(partial(_is_a, one), self.types)):
                 expected = " or ".join(_TYPES[kind][1] for kind in self.types)
+                expected = f"one of {', '.join(self.choices)}" if self.choices else expected
                 return f"{self.flag} is {one!r}, expected {expected}."
         return ""
 
@@ -191,6 +190,8 @@ class Option:
                 continue
             if self.output and (problem := place_problem(str(one), self.flag)):
                 return problem
+            if self.choices and one not in self.choices:
+                return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."
             shown = str(one).removesuffix(".0")  # 1.0 was written 1
             if self.type in (int, float) and not self._fits(one):
                 return f"{self.flag} is {shown}, expected {self._bounds()}."
@@ -243,16 +244,17 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every value, those of a tuple's type given as a list or one text included."""
-        problems, alike = [], True
+        problems, judged = [], True
         for one in options_of(type(self)):
             value = _given(one, getattr(self, one.name))
             object.__setattr__(self, one.name, value)
             absent = one.required and (value is None or value in ((), ""))
             unlike = one.unlike(value)
-            alike = alike and not unlike
-            missing = f"{one.flag} is missing." if absent else ""
-            problems.append(missing or unlike or one.wrong(value))
-        if alike:
+            wrong = "" if unlike else one.wrong(value)
+            problems.append(f"{one.flag} is missing." if absent else unlike or wrong)
+            # Of values of a wrong type, or an unknown task, conflicts cannot be told.
+            judged = judged and not unlike and not (one.name == "task" and wrong)
+        if judged:
             problems += self.conflicts()
         lines = "\n".join(filter(None, problems)).splitlines()
         if lines:
