@@ -69,7 +69,7 @@ def test_what_a_worker_says_of_its_teacher_ends_the_build(
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny_lm, teacher)
     weights = load_file(teacher / "model.safetensors")
-    renamed = {name.replace("layers.1", "layers.7"): weights[name] for name in weights}
+    renamed = {name.replace("layers.1.", "others.1."): weights[name] for name in weights}
     save_file(renamed, teacher / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=rf"^teacher {teacher} has no weights for .*layers\.1"):
         build(options_of(teacher, text_corpus, tmp_path / "cache"))
