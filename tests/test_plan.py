@@ -166,6 +166,37 @@ def test_gradients_by_hand() -> None:
     assert got.missed == pytest.approx(float((p * ~top).sum() / 7), rel=0.01)
 
 
+@pytest.mark.parametrize("t", [0.3, 0.05, 0.001])
+def test_gradients_that_vanish_have_their_angle_or_none(options: PlanOptions, t: float) -> None:
+    """Squares of float32 vanish before the gradients do; where these have, there is no angle."""
+    logits = torch.tensor([[9.0, -9.0, 0.0], [-8.0, 9.0, 1.0]])
+    full, near = (
+        FullGradient(logits, t, torch.Generator().manual_seed(1), student)
+        for student in ((0.5, 0.1), (1.0, 0.1))
+    )
+    codec = Codec.parse("dense", (t,), 3)
+    raw = {k: v.numpy() for k, v in codec.encode(logits).items()}
+    meter = FidelityMeter(drawn=False)
+    meter.add(full, near, codec.at(codec.pack(raw), t))
+    got = meter.result()
+    sure = [bool((one.gradient == 0).all()) for one in (full, near)]
+    assert sure == {0.3: [False, False], 0.05: [False, True], 0.001: [True, True]}[t]
+    assert [got.angle, got.near_angle] == [None if one else 0 for one in sure]
+    if sure[0]:
+        assert [got.mean_angle, got.norm_ratio] == [None, None]
+    else:
+        assert [got.mean_angle, got.norm_ratio] == pytest.approx([0, 1], abs=1e-4)
+    json.loads(json.dumps(dataclasses.asdict(got), allow_nan=False))
+    result = plan(options)
+    caches = tuple(dataclasses.replace(one, fidelity=(got,)) for one in result.caches)
+    out = io.StringIO()
+    for details in (False, True):
+        render_plan(dataclasses.replace(result, caches=caches), Console(file=out), details=details)
+    assert "nan°" not in out.getvalue()
+    assert sum(line.split()[-1:] == ["-"] for line in out.getvalue().splitlines()) >= sure[1]
+    assert advice(caches).startswith("Take ")
+
+
 @pytest.mark.parametrize(("centre", "spread", "keeps"), [(0.5, 0.2, True), (2000.0, 3.0, False)])
 def test_scores_are_rounded_by_a_share_of_their_spread(
     centre: float, spread: float, keeps: bool, options: PlanOptions

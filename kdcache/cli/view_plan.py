@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from rich.console import Console
 
@@ -54,7 +55,7 @@ def _print_short(result: PlanResult, console: Console) -> None:
             duration(3600 * cache.hours["1"]),
             "never" if cache.break_even is None else f"{max(1, math.ceil(cache.break_even)):,}",
             percent(max(f.missed for f in cache.fidelity), 1),
-            f"{max(f.mean_angle for f in cache.fidelity):.1f}°",
+            _degrees(_largest(f.mean_angle for f in cache.fidelity)),
         )
         for cache in result.caches
     ]
@@ -112,11 +113,11 @@ def _print_fidelity(result: PlanResult, console: Console) -> None:
             _small(f.bias),
             percent(f.missed, 1),
             percent(f.mass, 1),
-            f"{f.angle:.1f}°",
+            _degrees(f.angle),
             number(f.norm_ratio, 2),
-            f"{f.mean_angle:.1f}°",
+            _degrees(f.mean_angle),
             number(f.mean_norm_ratio, 2),
-            f"{f.near_angle:.1f}°",
+            _degrees(f.near_angle),
         )
         for cache in result.caches
         for f in cache.fidelity
@@ -158,6 +159,14 @@ def _warnings(result: PlanResult) -> list[str]:
     if result.plot is not None:
         lines.append(f"Plot: {result.plot}")
     return lines
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _degrees(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}°"
 
 
 def _small(value: float) -> str:

@@ -79,7 +79,7 @@ def _kind(cache: PlannedCache) -> str:
 
 def _rank(cache: PlannedCache) -> tuple[float, float]:
     """How far from good enough, then bytes: the smallest is the one to take."""
-    longer = max(f.norm_ratio for f in cache.fidelity) - _LONGER
+    longer = max(f.norm_ratio or 0.0 for f in cache.fidelity) - _LONGER
     missed = max(f.missed for f in cache.fidelity) - _MISSED
     by_kind = {"anchored": longer, "sample": longer, "topk": missed, "dense": missed}
     lacks = by_kind.get(_kind(cache), 0.0)

@@ -48,6 +48,9 @@ FAR, NEAR = (0.5, 1.0), (1.0, 0.25)
 class Fidelity:
     """Targets against the full distribution at one temperature; means over positions.
 
+    Angles and ratios are None where a gradient that they compare is 0: where teacher and student
+    are sure of the same id at every position, as at a low temperature.
+
     Attributes:
         temperature: T.
         noise: E ||t - p||^2.
@@ -67,12 +70,12 @@ class Fidelity:
     bias: float
     mass: float
     missed: float
-    angle: float
-    norm_ratio: float
-    mean_angle: float
-    mean_norm_ratio: float
+    angle: float | None
+    norm_ratio: float | None
+    mean_angle: float | None
+    mean_norm_ratio: float | None
     near_noise: float
-    near_angle: float
+    near_angle: float | None
 
 
 class FullGradient:
@@ -163,21 +166,24 @@ class FidelityMeter:
             named = torch.ones(len(full.p))
         if full.answers == "score":
             self._scores = _with_spread(self._scores, full.p.double())
+        # Squares of small gradients are below what float32 holds.
+        one, other = gradient.double(), full.gradient.double()
+        near_one, near_other = nearer.double(), near.gradient.double()
         sums = torch.stack(
             [
-                error.square().sum(),
-                named.sum(),
-                error.abs().sum(),
-                (gradient * full.gradient).sum(),
-                gradient.square().sum(),
-                full.gradient.square().sum(),
-                near_error.square().sum(),
-                (nearer * near.gradient).sum(),
-                nearer.square().sum(),
-                near.gradient.square().sum(),
+                error.double().square().sum(),
+                named.double().sum(),
+                error.double().abs().sum(),
+                (one * other).sum(),
+                one.square().sum(),
+                other.square().sum(),
+                near_error.double().square().sum(),
+                (near_one * near_other).sum(),
+                near_one.square().sum(),
+                near_other.square().sum(),
             ]
         )
-        self._sums += sums.double().cpu()
+        self._sums += sums.cpu()
         self._positions += len(full.p)
         self._temperature = full.temperature
         means = (gradient.sum(0).double(), full.gradient.sum(0).double())
@@ -228,11 +234,11 @@ def _named(p: Tensor, targets: SparseTargets) -> Tensor:
     return torch.where(weights > 0, p, 0)
 
 
-def _degrees(dot: float, one: float, other: float) -> float:
+def _degrees(dot: float, one: float, other: float) -> float | None:
     if one <= 0 or other <= 0:
-        return math.nan
-    return math.degrees(math.acos(max(-1.0, min(1.0, dot / math.sqrt(one * other)))))
+        return None
+    return math.degrees(math.acos(max(-1.0, min(1.0, dot / math.sqrt(one) / math.sqrt(other)))))
 
 
-def _ratio(one: float, other: float) -> float:
-    return math.sqrt(one / other) if other > 0 else math.nan
+def _ratio(one: float, other: float) -> float | None:
+    return math.sqrt(one) / math.sqrt(other) if other > 0 else None

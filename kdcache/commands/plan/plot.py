@@ -45,7 +45,7 @@ def _clouds(caches: Sequence[PlannedCache], name: str) -> list[Cloud]:
             declared = f" of {{{_set(cache)}}}" if len(cache.temperatures) > 1 else ""
             biased = kind == "topk"
             label = f"{kind}{' (biased)' if biased else ''}, T = {fidelity.temperature:g}{declared}"
-            point = (cache.bytes_per_position, getattr(fidelity, name), argument or kind)
+            point = (cache.bytes_per_position, getattr(fidelity, name) or 0.0, argument or kind)
             clouds.setdefault((label, biased), []).append(point)
     return [Cloud(label, tuple(points), hollow) for (label, hollow), points in clouds.items()]
 
