@@ -32,7 +32,7 @@ from kdcache.cache import Cache
 from kdcache.cli.view_evaluate import render_evaluation
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import DomainScores, EvaluateResult, ModelScores
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.student import DistilledStudent, StudentInfo, load_student
 from kdcache.tasks import IGNORE
@@ -453,3 +453,45 @@ def test_the_table_is_plain_lines_in_a_file_and_the_result_is_json(
     out = io.StringIO()
     render_evaluation(result, Console(file=out, force_terminal=True, width=120))
     assert "\x1b[1m" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("task", "known", "hidden"),
+    [
+        ("regression", ("pearson", "spearman", "mse", "teacher_mse"), ()),
+        (
+            "multi-label-classification",
+            (
+                *("micro_f1", "macro_f1", "micro_average_precision", "macro_average_precision"),
+                *("cross_entropy", "kl", "agreement"),
+            ),
+            (),
+        ),
+        ("token-classification", ("accuracy", "entity_f1", "cross_entropy", "kl"), ("f1",)),
+        ("sequence-classification", ("accuracy", "f1", "cross_entropy", "kl", "agreement"), ()),
+    ],
+)
+def test_the_figures_of_each_domain_have_their_tables(
+    task: str, known: tuple[str, ...], hidden: tuple[str, ...]
+) -> None:
+    """Scores had no table of domains at all, taggers none of F1, though the JSON has them."""
+
+    def scores(first: float) -> tuple[ModelScores, ...]:
+        values = {name: first + i / 1000 for i, name in enumerate((*known, *hidden))}
+        return (ModelScores("run", "student", 10, **values),)
+
+    domains = tuple(
+        DomainScores(name, 5, 5, 5, scores(first)) for name, first in (("web", 0.2), ("code", 0.4))
+    )
+    result = EvaluateResult(
+        *("cache", task, ("no", "yes", "O"), 10, 10, 10, 1.0, 10, 15, 0, 0, scores(0.3), ()),
+        domains=domains,
+        threshold=0.5,
+    )
+    tables = plain(render_evaluation, result).partition("by domain")[2]
+    for domain in domains:
+        (model,) = domain.models
+        for name in (*known, *hidden):
+            value = getattr(model, name)
+            cells = (f"{value:.4f}", f"{100 * value:.2f} %")
+            assert any(cell in tables for cell in cells) == (name in known), name

@@ -33,15 +33,29 @@ def render_evaluation(result: EvaluateResult, console: Console) -> None:
 def _render_domains(result: EvaluateResult, console: Console) -> None:
     """Print a table for each figure that is known: a line a domain, a column a model."""
     at = f"T = {result.temperature:g}"
+    nats = "nats a class" if TASKS[result.task].answers == "labels" else "nats"
     header = ("domain", "rows", "positions", *(_heading(model) for model in result.models))
+    entities = any(model.entity_f1 is not None for model in result.models)
     for title, figure, shown in (
-        ("Cross-entropy (nats)", "cross_entropy", number),
+        (f"Cross-entropy ({nats})", "cross_entropy", number),
         ("Bits per byte", "bits_per_byte", number),
-        (f"KL to the teacher (nats, {at})", "kl", number),
+        (f"KL to the teacher ({nats}, {at})", "kl", number),
         (f"Soft cross-entropy (nats, {at})", "soft_cross_entropy", number),
         ("Accuracy", "accuracy", percent),
+        ("Entity F1", "entity_f1", percent),
+        (_f1_of(result), "f1", percent),
+        ("Micro F1", "micro_f1", percent),
+        ("Macro F1", "macro_f1", percent),
+        ("Micro average precision", "micro_average_precision", percent),
+        ("Macro average precision", "macro_average_precision", percent),
+        ("Pearson correlation", "pearson", number),
+        ("Spearman correlation", "spearman", number),
+        ("Mean squared error", "mse", number),
+        ("Mean squared difference from the teacher", "teacher_mse", number),
         ("Agreement with the teacher", "agreement", percent),
     ):
+        if figure == "f1" and entities:
+            continue  # as in the table of all rows
         if all(getattr(model, figure) is None for model in result.models):
             continue
         rows = [
@@ -64,14 +78,12 @@ def _of_distributions(result: EvaluateResult) -> Figures:
     if perplexity is not None:
         figures.append((perplexity, [number(m.perplexity, 2) for m in models]))
     elif result.label_names is not None:
-        binary = len(result.label_names) == 2
-        name = f"F1 of {result.label_names[1]}" if binary else "macro F1"
         if any(m.entity_f1 is not None for m in models):
             for part in ("f1", "precision", "recall"):
                 shares = [percent(getattr(m, f"entity_{part}")) for m in models]
                 figures.append((f"entity {part.replace('f1', 'F1')}", shares))
         else:
-            figures.append((name, [percent(m.f1) for m in models]))
+            figures.append((_f1_of(result), [percent(m.f1) for m in models]))
     figures.append(("cross-entropy (nats)", [number(m.cross_entropy) for m in models]))
     if any(m.soft_cross_entropy is not None for m in models):
         soft = [number(m.soft_cross_entropy) for m in models]
@@ -115,6 +127,11 @@ def _of_scores(result: EvaluateResult) -> Figures:
 
 
 _FIGURES = {"labels": _of_labels, "score": _of_scores}
+
+
+def _f1_of(result: EvaluateResult) -> str:
+    names = result.label_names or ()
+    return f"F1 of {names[1]}" if len(names) == 2 else "macro F1"
 
 
 def _heading(model: ModelScores) -> str:
