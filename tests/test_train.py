@@ -40,8 +40,10 @@ from kdcache.commands.train.schedule import Schedule
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
+from kdcache.files import seal
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.student import DistilledStudent, HfTokenize, StudentInfo, evaluation, load_student
+from kdcache.student.checkpoints import STATE_FILE
 from kdcache.student.saved import SavedModel
 from kdcache.student.trainer import DistillationTrainer
 
@@ -641,6 +643,15 @@ def test_a_changed_cache_or_option_is_refused(options: Make, folder: Path, tmp_p
     with pytest.raises(UsageError, match=r"no kdcache_state\.json"):
         train(options(resume=str(tmp_path)))
     assert train(options(save_steps=2, logging_steps=5)).steps == 12
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(options: Make, tmp_path: Path) -> None:
+    """Those of finetune have a seal of the same name, and no cursor."""
+    other = tmp_path / "checkpoint-6"
+    other.mkdir()
+    seal(other, STATE_FILE, {"seconds": 1.0, "identity": {}})
+    with pytest.raises(UsageError, match="checkpoint-6 is not a checkpoint of `kdcache train`"):
+        train(options(resume=str(other)))
 
 
 def test_several_caches_are_weighted(options: Make, folder: Path) -> None:

@@ -272,7 +272,11 @@ class RunPlan:
         """
         resume = self.options.resume
         if resume not in ("auto", "never"):
-            read_state(Path(resume))
+            if not {"cursor", "identity"} <= read_state(Path(resume)).keys():
+                raise UsageError(
+                    f"{resume} is not a checkpoint of `kdcache train`, but of another trainer. "
+                    "Name one of a run, or that model as --student."
+                )
             return Path(resume)
         found = last_checkpoint(self.out)
         if found is not None and resume == "never":
