@@ -21,6 +21,8 @@ from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.inspect.inspect import inspect
+from kdcache.commands.inspect.options import InspectOptions
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.predict import predict
 from kdcache.commands.train.options import TrainOptions
@@ -218,6 +220,23 @@ def test_weights_that_cannot_be_found_are_one_line(
     with pytest.raises(UsageError, match=str(model)) as told:
         command(str(model), tmp_path)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["evil.EvilTokenizer"] * 2}, 3])
+def test_a_cache_brings_no_code(
+    auto_map: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every hash of it is right, and what needs its tokenizer ends in one line."""
+    change(model / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=auto_map)
+    files = {*word_tokenizer(), "evil.py"}
+    evil = {name: (model / name).read_bytes() for name in files}
+    monkeypatch.setattr("make_caches.word_tokenizer", lambda vocab: evil)
+    cache = make_cache(tmp_path / "cache", [4], task="causal-lm")
+    assert "tokenizer/evil.py" in cache.files
+    with pytest.raises(UsageError, match="cache: its tokenizer cannot be loaded") as told:
+        inspect(InspectOptions(cache.url, row=0))
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_function_on_the_command_line_is_the_users_own_word(model: Path, tmp_path: Path) -> None:

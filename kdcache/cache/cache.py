@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kdcache.cache.absent import no_cache
 from kdcache.cache.hashed_json import from_text, to_text
@@ -31,6 +31,7 @@ from kdcache.cache.manifest import (
 from kdcache.cache.shard import ShardData, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.storage import Share, Storage, open_storage, redact
 from kdcache.storage.verified import verified_here
 from kdcache.targets import Codec, Hidden, OutputLayer
@@ -478,11 +479,24 @@ class Cache:
             self.read_beside(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, from the files kept in the cache."""
+        """The teacher's tokenizer, from the files kept in the cache.
+
+        Raises:
+            CorruptCacheError: they are missing or changed.
+            UsageError: they are no tokenizer here, or one that needs code of its own, which a cache
+                never brings.
+        """
         with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
             for name in self._tokenizer_files():
                 Path(folder, name).write_bytes(self.read_beside(f"tokenizer/{name}"))
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            try:
+                return read_tokenizer(folder)
+            except UnreadableError as error:
+                reason = str(error).replace(folder, "tokenizer").split(". ")[0]
+                raise UsageError(
+                    f"{self.url}: its tokenizer cannot be loaded ({reason}). Code of a "
+                    "tokenizer is never run from a cache: build with a teacher that needs none."
+                ) from error
 
     def _tokenizer_files(self) -> list[str]:
         named = [name for name in self.files if name.startswith("tokenizer/")]
