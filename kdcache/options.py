@@ -274,15 +274,16 @@ def _given(one: Option, value: Any) -> Any:
             value = one.parse(value)
         except ValueError:
             value = value.split(",")  # which the check of its types refuses
-    elif one.named and isinstance(value, Mapping):
-        value = pairs_of(value)
-    # A dataset of the library `datasets` is one value, not its rows.
+    # A dataset of the library `datasets` is one value, not its rows; so are several in a mapping,
+    # which are refused later.
     elif (
         isinstance(value, (str, bytes))
         or hasattr(value, "column_names")
         or not isinstance(value, Iterable)
     ):
         value = (value,)
+    elif one.named and isinstance(value, Mapping):
+        value = pairs_of(value)
     return tuple(map(_plain, value))
 
 
