@@ -344,6 +344,26 @@ def test_an_evaluation_whose_figure_is_not_defined_is_never_the_best(
         assert torch.equal(weight, kept[f"student.{name}"])
 
 
+def test_a_loss_of_routers_that_is_asked_for_is_told_to_be_left_out(
+    options: Make, folder: Path, tmp_path: Path
+) -> None:
+    experts = {**LLAMA, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    (tmp_path / "plain.json").write_text(json.dumps(experts))
+    (tmp_path / "asks.json").write_text(json.dumps({**experts, "output_router_logits": True}))
+    told, found = {}, {}
+    for name in ("plain", "asks"):
+        lines: list[str] = []
+        made = options(
+            cache=str(folder / "causal"), student=str(tmp_path / f"{name}.json"), max_steps=2,
+            out=str(tmp_path / name),
+        )  # fmt: skip
+        train(made, report=lines.append)
+        told[name] = [line for line in lines if "output_router_logits" in line]
+        found[name] = losses(tmp_path / name)
+    assert (len(told["plain"]), len(told["asks"])) == (0, 1)
+    assert found["plain"] == found["asks"]
+
+
 def test_without_labels_there_is_no_hard_loss(options: Make, tmp_path: Path) -> None:
     make_cache(tmp_path / "bare", [9], labelled=False)
     bare = str(tmp_path / "bare")

@@ -81,6 +81,11 @@ class Run:
             stream = train_stream(plan, tokenize, computing.gpu)
             if (mix := plan.mix(stream)) is not None:
                 report(f"rows of an epoch: {shares(mix)}")
+            if getattr(student.config, "output_router_logits", False):
+                report(
+                    "the student's config.json asks for the loss by which its routers are balanced "
+                    "(output_router_logits); it is no part of this training's loss"
+                )
             caching = getattr(student.config, "use_cache", None)
             trainer = make_trainer(plan, computing, student, stream, tokenize, on_progress, report)
             trial = trial_batch(plan, tokenize)
