@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ import shutil
 import stat
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -401,6 +402,25 @@ def listed(folder: Path) -> set[str]:
         return set(os.listdir(folder))
     except FileNotFoundError:
         return set()
+
+
+def found_at(path: Path) -> set[str]:
+    """What a command that makes a folder finds in its place: names as `listed`, or a file's own."""
+    try:
+        return listed(path)
+    except NotADirectoryError:
+        return {path.name}
+
+
+def strange(names: Set[str], ours: Iterable[str] = ()) -> set[str]:
+    """The names in a folder that are of no work of kdcache there.
+
+    Args:
+        names: see `listed` and `found_at`.
+        ours: patterns of what that work writes, beside its lock and files under temporary names.
+    """
+    known = (fnmatch.filter(names, pattern) for pattern in (LOCK_FILE, ".*.tmp", *ours))
+    return set(names).difference(*known)
 
 
 def _lock_file(path: Path) -> BinaryIO:

@@ -15,7 +15,6 @@ steps are kept: the same command resumes after the last of them.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -50,7 +49,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.extras import installed
-from kdcache.files import LOCK_FILE, alone, listed, local_path, try_place, write_json
+from kdcache.files import alone, found_at, local_path, strange, try_place, write_json
 from kdcache.humanize import counted, duration, size
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
@@ -143,7 +142,7 @@ class _Demo:
         """
         wanted = {k: v for k, v in asdict(self.options).items() if k not in ("out", "workers")}
         wanted["characters"] = sum(map(len, self.train_texts + self.held_out_texts))
-        names = {self.out.name} if self.out.is_file() else listed(self.out)
+        names = found_at(self.out)
         if _STATE_FILE in names:
             state: dict[str, Any] = json.loads((self.out / _STATE_FILE).read_text())
             then = state["options"]
@@ -154,7 +153,7 @@ class _Demo:
                     "Use the same ones to continue, or another --out."
                 )
             return state
-        if names - {LOCK_FILE, *fnmatch.filter(names, ".*.tmp")}:
+        if strange(names):
             raise UsageError(f"{self.out} is not empty and not a demo. Choose another --out.")
         return {"options": wanted, "seconds": {}, "teacher_seconds": 0.0}
 

@@ -39,8 +39,8 @@ from kdcache.errors import IncompleteError, UsageError, reason_of
 from kdcache.files import (
     alone,
     clear,
+    found_at,
     full_disk,
-    listed,
     local_path,
     sync_folder,
     whole_folder,
@@ -252,7 +252,7 @@ def _plain(options: FinetuneOptions) -> dict[str, Any]:
 
 
 def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
-    names = {out.name} if out.is_file() else listed(out)
+    names = found_at(out)
     if RESULT_FILE in names:
         document = json.loads((out / RESULT_FILE).read_text())
         now, then = _plain(options), document["options"]

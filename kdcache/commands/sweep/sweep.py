@@ -13,7 +13,6 @@ their last checkpoint, and a changed grid only adds runs. A failed run does not 
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import shlex
@@ -37,7 +36,7 @@ from kdcache.commands.train.result import LOSS_PARTS, TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
-from kdcache.files import LOCK_FILE, alone, listed, local_path, try_place, write_json
+from kdcache.files import alone, found_at, local_path, strange, try_place, write_json
 from kdcache.options import options_of
 from kdcache.version import __version__
 
@@ -295,10 +294,10 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder is not a sweep's.
     """
-    names = {out.name} if out.is_file() else listed(out)
+    names = found_at(out)
     if SWEEP_FILE in names:
         return dict(json.loads((out / SWEEP_FILE).read_text())["runs"])
-    if names - {_RUNS, LOCK_FILE, *fnmatch.filter(names, ".*.tmp")}:
+    if strange(names, (_RUNS,)):
         raise UsageError(f"{out} is not empty and not a sweep of kdcache. Choose another --out.")
     return {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import json
 import math
@@ -20,7 +19,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.schedule import Schedule
 from kdcache.commands.train.store import RunStore
 from kdcache.errors import UsageError
-from kdcache.files import LOCK_FILE, listed, local_path
+from kdcache.files import listed, local_path, strange
 from kdcache.loss import check_loss
 from kdcache.loss.entities import are_entities
 from kdcache.storage import is_remote
@@ -44,7 +43,7 @@ from kdcache.teacher.adapter import ADAPTER_CONFIG
 RESULT_FILE = "train.json"
 _AUTO = "--resume auto"
 SCRATCH = "student.tmp"
-_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray", LOCK_FILE, ".*.tmp")
+_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray")
 
 
 @dataclass(frozen=True)
@@ -226,8 +225,7 @@ class RunPlan:
         """Whether the folder holds what no run writes, and no run."""
         # Looked at once: another process may begin a run meanwhile, give it up, or finish it.
         names = listed(self.out) if self.store is None else {*self.store.entries()}
-        ours = {name for pattern in _OURS for name in fnmatch.filter(names, pattern)}
-        if not names - ours or RESULT_FILE in names:
+        if not strange(names, _OURS) or RESULT_FILE in names:
             return False
         if self.store is not None:
             return not any(name.startswith("checkpoint-") for name in names)
