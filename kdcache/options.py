@@ -97,7 +97,6 @@ class Option:
     Attributes:
         name: of the field.
         types: that one value may have in Python; empty where any.
-        type: of one value on the command line: `str`, `int`, `float` or `bool`.
         nullable: whether None is a value.
         choices: the words that are allowed; empty where all are.
         several: whether its value is a tuple.
@@ -107,7 +106,6 @@ class Option:
 
     name: str
     types: tuple[type, ...]
-    type: type
     nullable: bool
     choices: tuple[str, ...]
     several: bool
@@ -125,6 +123,14 @@ class Option:
     named: bool
     output: bool
     decides: Decides
+
+    @property
+    def type(self) -> type:
+        """Of one value on the command line: `str`, `int`, `float` or `bool`.
+
+        What may be a number or a text is a text, which is checked later.
+        """
+        return self.types[0] if len(self.types) == 1 else str
 
     @property
     def words(self) -> str:
@@ -362,17 +368,14 @@ def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
     several = any(get_origin(member) is tuple for member in members)
     inner = get_args(members[0])[0] if several else members[0]
     choices: tuple[str, ...] = ()
-    anything = Named in get_args(inner)  # a dataset, too
-    if anything:
-        inner = str
-    if get_origin(inner) is Literal:
-        choices, inner = get_args(inner), str
-    kind = inner if len(members) == 1 else str  # what may be a number or a text is checked later
     types = (inner,) if len(members) == 1 else tuple(members)
+    if Named in get_args(inner):  # or a dataset
+        types = ()
+    elif get_origin(inner) is Literal:
+        choices, types = get_args(inner), (str,)
     return Option(
         name=field.name,
-        type=kind,
-        types=() if anything else types,
+        types=types,
         nullable=type(None) in get_args(hint),
         choices=choices,
         several=several,
