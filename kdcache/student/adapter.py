@@ -54,7 +54,6 @@ def with_lora(
     files: TeacherFiles,
     info: StudentInfo,
     new: Collection[str] = (),
-    role: str = "student",
 ) -> nn.Module:
     """Freeze a Hugging Face student but for a new adapter, and the head of a classifier.
 
@@ -67,7 +66,6 @@ def with_lora(
         files: of the student.
         info: the cache's side.
         new: names of the student's weights that its files lack.
-        role: what the model is in messages.
 
     Returns:
         The PEFT model.
@@ -81,12 +79,12 @@ def with_lora(
     loose = sorted(n for n in new if "." not in n)
     if loose:
         raise UsageError(
-            f"--lora cannot adapt {role} {name}: its files lack {loose[0]}, which belongs to no "
+            f"--lora cannot adapt {files.who}: its files lack {loose[0]}, which belongs to no "
             "layer and would not be saved. Train without --lora."
         )
     saved = sorted({*([] if over_ids else _heads(student)), *(n.rpartition(".")[0] for n in new)})
     saved = [one for one in saved if not any(one.startswith(f"{other}.") for other in saved)]
-    targets = _targets(student, lora, f"{role} {name}", saved, over_ids)
+    targets = _targets(student, lora, files.who, saved, over_ids)
     config = LoraConfig(
         task_type=TaskType[PEFT_TASKS[info.task]],
         r=lora.r,
@@ -100,7 +98,7 @@ def with_lora(
             adapted = get_peft_model(student, config)
     except (AttributeError, TypeError, ValueError) as error:
         said = reason_of(error)
-        raise UsageError(f"--lora {lora} cannot adapt {role} {name}: {said}.") from error
+        raise UsageError(f"--lora {lora} cannot adapt {files.who}: {said}.") from error
     local = Path(name).expanduser()
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else files.name
     # PEFT would ask the hub whether embeddings are the base's.

@@ -393,7 +393,7 @@ def _from_weights(
         raise UsageError(
             f"student {name} cannot be loaded as a {info.task} model ({reason_of(error)})."
         ) from error
-    warn_of_left_out(f"student {name}", student, found["unexpected_keys"])
+    warn_of_left_out(files.who, student, found["unexpected_keys"])
     kept = student.config
     if not trust and type(kept) not in auto_class(info.task, kept)._model_mapping:
         raise UsageError(

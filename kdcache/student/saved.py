@@ -57,12 +57,20 @@ class SavedModel:
     Attributes:
         name: as the user gave it.
         files: where they are.
-        role: `student` or `teacher`, for messages.
     """
 
     name: str
     files: TeacherFiles
-    role: str = "student"
+
+    @property
+    def role(self) -> str:
+        """`student` or `teacher`."""
+        return self.files.role
+
+    @property
+    def who(self) -> str:
+        """The model in messages."""
+        return self.files.who
 
     @classmethod
     def find(
@@ -74,7 +82,7 @@ class SavedModel:
             UsageError: there is none, or it has no safetensors weights.
         """
         files = find_files(name, role, trust_remote_code=trust_remote_code)
-        return cls(name, files, role)
+        return cls(name, files)
 
     @property
     def raw_config(self) -> dict[str, Any]:
@@ -96,7 +104,7 @@ class SavedModel:
         other = self.task not in (None, task)
         if other and (self.is_factory or not could_be(self.raw_config, task)):
             raise UsageError(
-                f"{self.role} {self.name} was saved for {self.task}, but {task} is asked for. "
+                f"{self.who} was saved for {self.task}, but {task} is asked for. "
                 f"Name a model for {task}."
             )
         if not self.is_factory:
@@ -129,7 +137,7 @@ class SavedModel:
         if wide < wanted or (not over_ids and wide > wanted):
             what = "ids" if over_ids else "classes" if TASKS[task].named else "outputs"
             raise UsageError(
-                f"{self.role} {self.name} knows {wide} {what}, the targets are over {wanted}. "
+                f"{self.who} knows {wide} {what}, the targets are over {wanted}. "
                 "Both must share one vocabulary or one set of classes."
             )
 
@@ -185,7 +193,7 @@ class SavedModel:
             own = word_reader()  # it tokenises by itself, if at all: only the lengths count
         if own is None:
             raise UsageError(
-                f"{self.role} {self.name} has no tokenizer: it reads the teacher's ids. "
+                f"{self.who} has no tokenizer: it reads the teacher's ids. "
                 "Copy the teacher's tokenizer files into its folder."
             )
         bounds = [n for n in (max_length, self.reach, own.model_max_length) if n is not None]
@@ -227,7 +235,7 @@ class SavedModel:
         """
         if self.tokenizer is None:
             raise UsageError(
-                f"{self.role} {self.name} has no tokenizer: it reads the teacher's ids. "
+                f"{self.who} has no tokenizer: it reads the teacher's ids. "
                 "Copy the teacher's tokenizer files into its folder."
             )
         read = WordTokenize(self.tokenizer).read(sentences)
@@ -316,14 +324,14 @@ class LoadedModel:
         longest = max(len(row.input_ids) for row in rows)
         if saved.reach is not None and longest > saved.reach:
             raise UsageError(
-                f"{saved.role} {saved.name} reads at most {saved.reach} tokens, but a row has "
+                f"{saved.who} reads at most {saved.reach} tokens, but a row has "
                 f"{longest}. Use a cache or a --max-length of at most {saved.reach}."
             )
         longest = max(0 if row.source is None else len(row.source) for row in rows)
         most = saved.files.source_reach if longest and not saved.is_factory else None
         if most is not None and longest > most:
             raise UsageError(
-                f"{saved.role} {saved.name} reads at most {most} tokens of a source, but a row has "
+                f"{saved.who} reads at most {most} tokens of a source, but a row has "
                 f"{longest}. Use a cache or a --max-source-length of at most {most}."
             )
         for piece in self.run(rows):
@@ -336,7 +344,7 @@ def _at_words(
     """Words and labels of rows, for a model with a tokenizer of its own."""
     if any((row.labels[~_first(row)] != IGNORE).any() for row in rows):
         raise UsageError(
-            f"{saved.role} {saved.name} has a tokenizer of its own, and the rows have targets at "
+            f"{saved.who} has a tokenizer of its own, and the rows have targets at "
             "all tokens of a word (--label-tokens all). Use rows with those of the first alone."
         )
     return [row.words or () for row in rows], [row.labels[_first(row)] for row in rows]

@@ -107,7 +107,7 @@ def prepare(options: BuildOptions) -> Prepared:
     check_answers(options.codec or task.codec, options.temperatures, options.task)
     codec = Codec.parse(options.codec or task.codec, options.temperatures, vocab_size)
     check_ensemble(codec, options)
-    reach = ((f"teacher {teacher.name}", teacher.reach(options.task)) for teacher in teachers)
+    reach = ((teacher.who, teacher.reach(options.task)) for teacher in teachers)
     rows = options.row_spec(
         options.task, teachers[0].label_names, max_length=options.row_length(reach)
     )

@@ -39,7 +39,7 @@ def other_tokenizers(saved: Sequence[SavedModel], rows: EvaluationRows) -> list[
         other[i] = differ > 0
         if other[i] and (model.role == "teacher" or rows.task != CAUSAL_LM):
             raise UsageError(
-                f"{model.role} {model.name} has another vocabulary than {rows.source}: {differ:,} "
+                f"{model.who} has another vocabulary than {rows.source}: {differ:,} "
                 "tokens have other ids or none. Evaluate on a cache built for this vocabulary."
             )
     return other

@@ -97,8 +97,7 @@ class EvaluationRows:
         task = options.task or first.task
         if task is None:
             raise UsageError(
-                f"{first.role} {first.name} does not say which task it was saved for. Name it "
-                "with --task."
+                f"{first.who} does not say which task it was saved for. Name it with --task."
             )
         self.task, self.label_names = task, None
         for model in saved:
@@ -106,11 +105,9 @@ class EvaluationRows:
         if TASKS[task].named:
             self.label_names = first.label_names
         self.vocab_size = first.vocab_size(task)
-        self.max_length = options.row_length(
-            (f"{model.role} {model.name}", model.reach) for model in saved
-        )
+        self.max_length = options.row_length((model.who, model.reach) for model in saved)
         self.source = ", ".join(map(str, options.corpus))
-        self.reader = f"{first.role} {first.name}"
+        self.reader = first.who
         self.encoder_tokenizer = first.tokenizer
         if self.encoder_tokenizer is not None:
             options.set_chat_template(self.encoder_tokenizer)
@@ -122,7 +119,7 @@ class EvaluationRows:
         if without or self.encoder_tokenizer is None:
             lacking = (without or [first])[0]
             raise UsageError(
-                f"{lacking.role} {lacking.name} has no tokenizer to read the corpus with. Copy its "
+                f"{lacking.who} has no tokenizer to read the corpus with. Copy its "
                 "tokenizer's files into its folder, or evaluate on a --cache."
             )
 

@@ -329,26 +329,26 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
             )
     except (OSError, UnreadableError) as error:
         raise UsageError(
-            f"model {options.model} cannot be loaded as "
+            f"{files.who} cannot be loaded as "
             f"{'a ' + TASKS[options.task].noun if over_ids else 'an encoder'} (safetensors weights "
             f"only): {reason_of(error)}."
         ) from error
-    warn_of_left_out(f"model {options.model}", model, found["unexpected_keys"])
+    warn_of_left_out(files.who, model, found["unexpected_keys"])
     if over_ids and found["missing_keys"]:
         raise UsageError(
-            f"model {options.model} has no weights for {min(found['missing_keys'])}: it is not a "
+            f"{files.who} has no weights for {min(found['missing_keys'])}: it is not a "
             f"{TASKS[options.task].noun}. Name another."
         )
     new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
     if not over_ids and (lost := lost_of_encoder(model, new)):
         raise UsageError(
-            f"model {options.model} has no weights of the right shape for {', '.join(lost[:3])}: "
+            f"{files.who} has no weights of the right shape for {', '.join(lost[:3])}: "
             "its encoder would begin at random. Name another."
         )
     if options.adapter is not None:
         pad = getattr(config, "pad_token_id", None) or 0
         info = StudentInfo(options.task, 0, len(outputs), names or None, pad)
-        return with_lora(model, options.adapter, options.model, files, info, new, role="model")
+        return with_lora(model, options.adapter, options.model, files, info, new)
     if options.head_width is None:
         return model
     head = HeadedConfig(

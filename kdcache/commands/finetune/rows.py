@@ -115,7 +115,7 @@ def labelled_rows(
     """Labelled rows, how many had no label, and how many texts of both were cut."""
     if not patterns:
         return [], 0, 0
-    reach = [(f"model {model.name}", model.reach(options.task))]
+    reach = [(model.who, model.reach(options.task))]
     length = options.row_length(reach, _LENGTH)
     spec = options.row_spec(options.task, names, max_length=length)
     spec = options.of_pairs(spec, [model], "model")

@@ -69,7 +69,7 @@ def tagged(
     saved = model.saved
     if saved.tokenizer is None:
         raise UsageError(
-            f"{saved.role} {saved.name} has no tokenizer to read words with. Copy its tokenizer's "
+            f"{saved.who} has no tokenizer to read words with. Copy its tokenizer's "
             "files into its folder."
         )
     names = saved.label_names
@@ -79,7 +79,7 @@ def tagged(
     rows = []
     for i, one in zip(filled, read, strict=True):
         if isinstance(one, str):
-            raise UsageError(f"{saved.role} {saved.name} cannot read {sentences[i][:20]}: {one}.")
+            raise UsageError(f"{saved.who} cannot read {sentences[i][:20]}: {one}.")
         labels = np.full(len(sentences[i]), UNLABELLED, np.int32)
         rows.append(tagged_row(sentences[i], labels, one))
     found = [TaggedSentence(tuple(words), (), ()) for words in sentences]

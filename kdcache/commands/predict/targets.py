@@ -97,7 +97,7 @@ class Writer:
         saved.check_task(task)
         if saved.is_factory or saved.tokenizer is None:
             raise UsageError(
-                f"{saved.role} {saved.name} has no tokenizer, or no way to write texts. Copy its "
+                f"{saved.who} has no tokenizer, or no way to write texts. Copy its "
                 "tokenizer's files into its folder, or name a model of transformers."
             )
         self.saved, self.tokenizer, self.task = saved, saved.tokenizer, task
@@ -108,7 +108,7 @@ class Writer:
         for setting in filter(says.to_dict().__contains__, _SEARCH):
             setattr(says, setting, getattr(plain, setting, None))
         width = saved.vocab_size(task)
-        name = f"{saved.role} {saved.name}"
+        name = saved.who
         self._probe = TeacherModel(self.model, name, task=task, vocab_size=width, dtype=dtype)
         self._probed = False
         bounds = [max_source_length, saved.files.source_reach]
@@ -196,7 +196,7 @@ class Writer:
             written = self.model.generate(**given, **self._how, tokenizer=self.tokenizer)
         except ValueError as error:
             raise UsageError(
-                f"{self.saved.role} {self.saved.name} cannot write targets as its "
+                f"{self.saved.who} cannot write targets as its "
                 f"generation_config.json says: {reason_of(error)}."
             ) from error
         ends = self.model.generation_config.eos_token_id

@@ -167,7 +167,7 @@ def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
     for one in files:
         if TASKS[spec.task].named and one.label_names != spec.label_names:
             raise UsageError(
-                f"teacher {one.name} has the classes {one.label_names}, {cache.url} has "
+                f"{one.who} has the classes {one.label_names}, {cache.url} has "
                 f"{spec.label_names}: it is not the teacher of this cache."
             )
         one.check_task(spec.task)
@@ -176,7 +176,7 @@ def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
         width = int(one.config.get_text_config().vocab_size)
         if width < spec.vocab_size:
             raise UsageError(
-                f"teacher {one.name} has {width} ids, the targets of {cache.url} have "
+                f"{one.who} has {width} ids, the targets of {cache.url} have "
                 f"{spec.vocab_size}: it is not the teacher of this cache."
             )
 
