@@ -67,9 +67,7 @@ class ShardEntry:
             CorruptCacheError: it is missing, or its size or hash is another.
         """
         shard = f"shard {self.span}: {self.name}"
-        missing = CorruptCacheError(
-            f"{shard} is missing. Run the same build again: only this shard is made again."
-        )
+        missing = missing_shard(shard)
         if path is None or not path.exists():
             raise missing
         try:
@@ -211,6 +209,13 @@ class Manifest:
                     f"{values[name]}."
                 )
         return manifest
+
+
+def missing_shard(shard: str) -> CorruptCacheError:
+    """The error of a shard that is listed and not there."""
+    return CorruptCacheError(
+        f"{shard} is missing. Run the same build again: only this shard is made again."
+    )
 
 
 def label_sums(shards: Iterable[ShardEntry]) -> tuple[float, int, int] | None:

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterable, Mapping
 
 from kdcache.cache.cache import Cache
-from kdcache.cache.manifest import SPAN_FACTS, Manifest, ShardEntry
+from kdcache.cache.manifest import SPAN_FACTS, Manifest, ShardEntry, missing_shard
 from kdcache.cache.receipts import matching, read_receipts
 from kdcache.cache.shard import read_counts
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError
@@ -81,9 +81,7 @@ def shard_entry(cache: Cache, span: int, name: str) -> ShardEntry:
         try:
             sha256, size = sha256_file(path), path.stat().st_size
         except FileNotFoundError:  # a repair has removed it since it was listed
-            raise CorruptCacheError(
-                f"{name} is missing. Run the same build again: only this shard is made again."
-            ) from None
+            raise missing_shard(name) from None
         if not name.endswith(f"-{sha256[:16]}.h5"):
             raise CorruptCacheError(
                 f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the "
