@@ -377,7 +377,7 @@ def test_without_labels_there_is_no_hard_loss(options: Make, tmp_path: Path) -> 
     lines: list[str] = []
     result = train(options(cache=bare, eval_cache=bare), report=lines.append)
     assert result.hard_loss is None
-    told = "no row of the caches has a hard label: whatever --alpha says"
+    told = "no row of the caches' first shards has a hard label: whatever --alpha says"
     assert [line for line in lines if line.startswith(told)]
     lines.clear()
     train(options(cache=bare, alpha=0, out=str(tmp_path / "soft")), report=lines.append)

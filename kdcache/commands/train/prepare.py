@@ -234,10 +234,11 @@ class RunPlan:
 
     def announce(self, report: Callable[[str], None]) -> None:
         """Report the checkpoint that the run continues from, and labels that it will not find."""
-        if self.options.alphas != Schedule(0.0, 0.0) and not _labelled(self.caches):
+        if self.options.alphas != Schedule(0.0, 0.0) and not _labelled(self.caches, shards=1):
             report(
-                "no row of the caches has a hard label: whatever --alpha says, the student learns "
-                "from the teacher alone. Labels are read by build (--label-column)."
+                "no row of the caches' first shards has a hard label: whatever --alpha says, the "
+                "student learns of such rows from the teacher alone. Labels are read by build "
+                "(--label-column)."
             )
         resume = self.checkpoint()
         if resume is not None:
@@ -323,13 +324,18 @@ def _missing_labels(
     return wrong
 
 
-def _labelled(caches: Sequence[Cache]) -> bool:
-    """Whether any row has a hard label; the rows of a language model have by their nature."""
+def _labelled(caches: Sequence[Cache], shards: int | None = None) -> bool:
+    """Whether any row has a hard label; the rows of a language model have by their nature.
+
+    Args:
+        caches: the caches.
+        shards: how many of each are read at most, where there is no label; all by default.
+    """
     if any(TASKS[cache.spec.task].over_ids for cache in caches):
         return True
-    shards = ((cache, shard) for cache in caches for shard in range(cache.spec.spans))
+    some = ((cache, shard) for cache in caches for shard in range(cache.spec.spans)[:shards])
     return any(
-        labelled(c.read(shard, targets=False).labels, c.spec.task).any() for c, shard in shards
+        labelled(c.read(shard, targets=False).labels, c.spec.task).any() for c, shard in some
     )
 
 
