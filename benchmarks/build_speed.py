@@ -48,11 +48,10 @@ from results import keep, machine, table
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData, shard_bytes
-from kdcache.commands.build.local import LocalWorkers
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
-from kdcache.commands.build.teacher_source import TeacherSource, TeacherSourceOptions
-from kdcache.commands.build.worker import Job
+from kdcache.commands.build.source import TeacherSource, TeacherSourceOptions
+from kdcache.commands.build.workers import Job, LocalWorkers
 from kdcache.corpus import Corpus, Span
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches

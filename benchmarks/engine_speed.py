@@ -49,11 +49,10 @@ from build_speed import bare_forward, batches_of, load, run
 from results import keep, machine, table
 
 from kdcache.cache import Cache
-from kdcache.commands.build.local import LocalWorkers
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
-from kdcache.commands.build.teacher_source import TeacherSourceOptions
-from kdcache.commands.build.worker import Job
+from kdcache.commands.build.source import TeacherSourceOptions
+from kdcache.commands.build.workers import Job, LocalWorkers
 from kdcache.rows import Row
 from kdcache.tasks import IGNORE
 from kdcache.teacher import tokenizer_files

@@ -43,7 +43,7 @@ from kdcache.corpus import Corpus
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets, SparseTargets, TargetWriter, TopK, position_uniform
-from kdcache.targets.ranks import read_ranks
+from kdcache.targets.soft import read_ranks
 from kdcache.teacher import Teacher
 
 ROW = 256

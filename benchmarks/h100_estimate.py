@@ -24,7 +24,7 @@ from fake import fake_cuda
 from inductor import Code, written_for_h100
 
 from kdcache.targets import Codec
-from kdcache.targets.device import BLOCK, Rule, blocked_sample, outside, topk
+from kdcache.targets.device import BLOCK, Rule, blocked_sample, run, topk
 
 BANDWIDTH = 0.85 * 3.35e12
 LAUNCH = 3e-6
@@ -76,7 +76,7 @@ def main() -> None:
         rows.append(row(name, code, k, n, ids, GOALS.get((text, temperatures))))
     with fake_cuda(symbolic=True):
         logits = torch.empty(6912, wide, device="cuda", dtype=torch.bfloat16)
-        code = written_for_h100(outside._outside_by_blocks, logits, wide - 271)
+        code = written_for_h100(run._outside_by_blocks, logits, wide - 271)
     rows.append(row("mass of 271 padded columns, 151,936 in all", code, 0, 6912, wide, None))
     head = ["encode", "launches a slice", "bytes a logit", "µs a position, estimated", "goal, µs"]
     text = (

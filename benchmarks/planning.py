@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 from results import keep, machine, memory_mib, table
 from transformers import AutoTokenizer
 
-from kdcache.commands.build.ranks import count_ranks
-from kdcache.commands.build.spans_left import SpansLeft
+from kdcache.commands.build.driver import SpansLeft
+from kdcache.commands.build.prepare import count_ranks
 from kdcache.corpus import Corpus
 from kdcache.rows import RowSpec
 

@@ -49,7 +49,7 @@ from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
 from kdcache.stream import ShardRows, TargetStream, order
 from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
-from kdcache.targets.ranks import read_ranks
+from kdcache.targets.soft import read_ranks
 
 CODECS = (("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)), ("topk:64", (1.0,)))
 ROW = 1024

@@ -28,47 +28,47 @@ if TYPE_CHECKING:
     from kdcache.commands.build.dry_run import DryRun, dry_run
     from kdcache.commands.build.make import BuildResult
     from kdcache.commands.build.options import BuildOptions
-    from kdcache.commands.demo.demo import demo
-    from kdcache.commands.demo.options import DemoOptions
-    from kdcache.commands.demo.result import DemoResult
-    from kdcache.commands.env.env import EnvResult, env
-    from kdcache.commands.env.options import EnvOptions
+    from kdcache.commands.demo.demo import DemoResult, demo
+    from kdcache.commands.env import EnvResult, env
     from kdcache.commands.evaluate.evaluate import evaluate
     from kdcache.commands.evaluate.options import EvaluateOptions
     from kdcache.commands.evaluate.scores import EvaluateResult
-    from kdcache.commands.export.export import ExportResult, export
-    from kdcache.commands.export.options import ExportOptions
+    from kdcache.commands.export import ExportResult, export
     from kdcache.commands.finetune.finetune import FinetuneResult, finetune
     from kdcache.commands.finetune.options import FinetuneOptions
-    from kdcache.commands.gc.gc import gc
-    from kdcache.commands.gc.options import GcOptions
     from kdcache.commands.import_.import_ import import_
     from kdcache.commands.import_.options import ImportOptions
-    from kdcache.commands.inspect.inspect import InspectResult, inspect
-    from kdcache.commands.inspect.options import InspectOptions
+    from kdcache.commands.inspect import InspectResult, inspect
+    from kdcache.commands.options import (
+        DemoOptions,
+        EnvOptions,
+        ExportOptions,
+        GcOptions,
+        InspectOptions,
+        RepairOptions,
+        ReportOptions,
+        SweepOptions,
+        TranscodeOptions,
+        VerifyOptions,
+    )
     from kdcache.commands.plan.options import PlanOptions
     from kdcache.commands.plan.plan import plan
     from kdcache.commands.plan.result import PlanResult
     from kdcache.commands.predict.options import PredictOptions
     from kdcache.commands.predict.predict import PredictResult, predict
-    from kdcache.commands.repair.options import RepairOptions
-    from kdcache.commands.repair.repair import repair
-    from kdcache.commands.report.options import ReportOptions
     from kdcache.commands.report.report import ReportResult, report
-    from kdcache.commands.sweep.options import SweepOptions
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.sweep.sweep import sweep
     from kdcache.commands.train.options import TrainOptions
     from kdcache.commands.train.result import TrainResult
     from kdcache.commands.train.train import train
-    from kdcache.commands.transcode.options import TranscodeOptions
-    from kdcache.commands.transcode.transcode import transcode
-    from kdcache.commands.verify.options import VerifyOptions
-    from kdcache.commands.verify.verify import VerifyResult, verify
+    from kdcache.commands.transcode import transcode
+    from kdcache.commands.upkeep import gc, repair
+    from kdcache.commands.verify import VerifyResult, verify
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation
     from kdcache.stream import Collator, CrossTokenizer, SumOverRanks, TargetDataset, TargetStream
-    from kdcache.stream.cached_rows import cached_rows
+    from kdcache.stream.shard_rows import cached_rows
     from kdcache.student import DistilledStudent, load_student
     from kdcache.student.trainer import DistillationTrainer
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
@@ -79,45 +79,45 @@ _HOMES = {
     "kdcache.cache": ("Cache",),
     "kdcache.cache.repair": ("GcResult", "RepairResult"),
     "kdcache.commands.build.build": ("build",),
-    "kdcache.commands.build.dry_run": ("DryRun", "dry_run"),
+    "kdcache.commands.build.dry_run": ("dry_run", "DryRun"),
     "kdcache.commands.build.make": ("BuildResult",),
     "kdcache.commands.build.options": ("BuildOptions",),
-    "kdcache.commands.demo.demo": ("demo",),
-    "kdcache.commands.demo.options": ("DemoOptions",),
-    "kdcache.commands.demo.result": ("DemoResult",),
-    "kdcache.commands.env.env": ("EnvResult", "env"),
-    "kdcache.commands.env.options": ("EnvOptions",),
+    "kdcache.commands.demo.demo": ("demo", "DemoResult"),
+    "kdcache.commands.env": ("env", "EnvResult"),
     "kdcache.commands.evaluate.evaluate": ("evaluate",),
     "kdcache.commands.evaluate.options": ("EvaluateOptions",),
-    "kdcache.commands.export.export": ("ExportResult", "export"),
-    "kdcache.commands.export.options": ("ExportOptions",),
-    "kdcache.commands.finetune.finetune": ("FinetuneOptions", "FinetuneResult", "finetune"),
-    "kdcache.commands.gc.gc": ("gc",),
-    "kdcache.commands.gc.options": ("GcOptions",),
+    "kdcache.commands.evaluate.scores": ("EvaluateResult",),
+    "kdcache.commands.export": ("export", "ExportResult"),
+    "kdcache.commands.finetune.finetune": ("finetune", "FinetuneOptions", "FinetuneResult"),
     "kdcache.commands.import_.import_": ("import_",),
     "kdcache.commands.import_.options": ("ImportOptions",),
-    "kdcache.commands.inspect.inspect": ("InspectResult", "inspect"),
-    "kdcache.commands.inspect.options": ("InspectOptions",),
+    "kdcache.commands.inspect": ("inspect", "InspectResult"),
+    "kdcache.commands.options": (
+        "DemoOptions",
+        "EnvOptions",
+        "ExportOptions",
+        "GcOptions",
+        "InspectOptions",
+        "RepairOptions",
+        "ReportOptions",
+        "SweepOptions",
+        "TranscodeOptions",
+        "VerifyOptions",
+    ),
     "kdcache.commands.plan.options": ("PlanOptions",),
     "kdcache.commands.plan.plan": ("plan",),
     "kdcache.commands.plan.result": ("PlanResult",),
-    "kdcache.commands.predict.predict": ("PredictResult", "predict"),
     "kdcache.commands.predict.options": ("PredictOptions",),
-    "kdcache.commands.repair.repair": ("repair",),
-    "kdcache.commands.repair.options": ("RepairOptions",),
-    "kdcache.commands.report.options": ("ReportOptions",),
-    "kdcache.commands.report.report": ("ReportResult", "report"),
-    "kdcache.commands.evaluate.scores": ("EvaluateResult",),
+    "kdcache.commands.predict.predict": ("predict", "PredictResult"),
+    "kdcache.commands.report.report": ("report", "ReportResult"),
     "kdcache.commands.sweep.results": ("SweepResult",),
     "kdcache.commands.sweep.sweep": ("sweep",),
-    "kdcache.commands.sweep.options": ("SweepOptions",),
     "kdcache.commands.train.options": ("TrainOptions",),
     "kdcache.commands.train.result": ("TrainResult",),
     "kdcache.commands.train.train": ("train",),
-    "kdcache.commands.transcode.options": ("TranscodeOptions",),
-    "kdcache.commands.transcode.transcode": ("transcode",),
-    "kdcache.commands.verify.verify": ("VerifyResult", "verify"),
-    "kdcache.commands.verify.options": ("VerifyOptions",),
+    "kdcache.commands.transcode": ("transcode",),
+    "kdcache.commands.upkeep": ("gc", "repair"),
+    "kdcache.commands.verify": ("verify", "VerifyResult"),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
     "kdcache.stream": (
@@ -127,7 +127,7 @@ _HOMES = {
         "TargetDataset",
         "TargetStream",
     ),
-    "kdcache.stream.cached_rows": ("cached_rows",),
+    "kdcache.stream.shard_rows": ("cached_rows",),
     "kdcache.student": ("DistilledStudent", "load_student"),
     "kdcache.student.trainer": ("DistillationTrainer",),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),

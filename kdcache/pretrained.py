@@ -2,6 +2,8 @@
 
 What is wrong with files of others ends there in errors of any class: a tokenizer's in a bare
 `Exception`, a configuration's in that of whatever its values are first used for.
+
+Silences transformers' own progress bars and advice.
 """
 
 from __future__ import annotations
@@ -128,3 +130,21 @@ def warn_of_left_out(who: str, model: Any, unexpected: Iterable[str]) -> None:
             "%s begins without the weights that its config.json has no layer for (%s; %d in all)",
             who, ", ".join(spare[:3]), len(spare),
         )  # fmt: skip
+
+
+class quiet_transformers:  # noqa: N801 - used like a function
+    """Context without transformers' progress bars and loading reports."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf
+
+        self._bars, self._level = hf.is_progress_bar_enabled(), hf.get_verbosity()
+        hf.disable_progress_bar()
+        hf.set_verbosity_error()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf
+
+        if self._bars:
+            hf.enable_progress_bar()
+        hf.set_verbosity(self._level)

@@ -6,6 +6,11 @@ what an answer is over, and never which task it has before it.
 
 The single place also for the label that means "none" and for the rule that decides where a soft
 target is. Imports nothing heavy: options and their help read it.
+
+The words that an option lets one choose from, and limits that code and command line share.
+
+Beside `kdcache.tasks` the only place where they are written. It imports nothing, so that the help
+of a command needs none of the libraries that do its work.
 """
 
 from __future__ import annotations
@@ -14,8 +19,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-from kdcache.choices import Divergence
 from kdcache.errors import UsageError
+
+Attend = Literal["row", "document"]
+Documents = Literal["file", "paragraph", "line"]
+Form = Literal["auto", "text", "messages", "prompt", "ids"]
+Labels = Literal["token", "next", "none"]
+LabelTokens = Literal["first", "all"]
+MaskUnit = Literal["token", "word"]
+OnError = Literal["fail", "skip"]
+Reasoning = Literal["learn", "read"]
+Packing = Literal["concat", "none", "split", "whole"]
+MAX_RECORD_BYTES: Final = 64 << 20
+
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Engine = Literal["transformers", "vllm"]
+Ensemble = Literal["mean-probs", "mean-logits"]
+
+ClassWeights = Literal["equal", "balanced"]
+CrossMethod = Literal["likelihood", "hybrid"]
+Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse", "huber"]
+Precision = Literal["auto", "bf16", "fp16", "float32"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+Tail = Literal["bucket", "renormalize"]
+
 
 Task = Literal[
     "causal-lm",
@@ -233,10 +262,10 @@ OUTPUTS: Final[Mapping[Answers, str]] = {
 }
 """What a model has an output for, by what its answers are over."""
 
-Labels = TypeVar("Labels", bound=Any)
+_Labels = TypeVar("_Labels", bound=Any)
 
 
-def labelled(labels: Labels, task: str) -> Labels:
+def labelled(labels: _Labels, task: str) -> _Labels:
     """Which labels are there.
 
     Args:
@@ -254,11 +283,11 @@ def labelled(labels: Labels, task: str) -> Labels:
         there: Any = labels == labels
     else:
         there = (labels != IGNORE) & (labels != UNLABELLED)
-    found: Labels = there.any(-1) if answers == "labels" else there
+    found: _Labels = there.any(-1) if answers == "labels" else there
     return found
 
 
-def positions(labels: Labels, task: str) -> Labels:
+def positions(labels: _Labels, task: str) -> _Labels:
     """Which labels have a soft target.
 
     Args:
@@ -270,7 +299,7 @@ def positions(labels: Labels, task: str) -> Labels:
         positions; of rows all are. Either way a transfer set has soft targets without hard labels.
     """
     found: Any = labels != IGNORE if TASKS[task].per_token else labelled(labels, task) | True
-    every: Labels = found
+    every: _Labels = found
     return every
 
 

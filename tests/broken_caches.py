@@ -14,8 +14,8 @@ from kdcache.cache import Cache
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.cli.main import cli
-from kdcache.commands.verify.options import VerifyOptions
-from kdcache.commands.verify.verify import verify
+from kdcache.commands.options import VerifyOptions
+from kdcache.commands.verify import verify
 from kdcache.errors import CorruptCacheError
 
 GOLDEN = Path(__file__).parent / "golden"

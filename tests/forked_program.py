@@ -53,10 +53,10 @@ def forked_program(folder: Path) -> Iterator[Path]:
 
 def _serve(address: str) -> None:
     """Answer each connection with the exit status of the command that it asks for."""
-    from importlib import import_module
+    import kdcache
 
     for name in COMMANDS:
-        import_module(f"kdcache.commands.{name}.{name}")
+        getattr(kdcache, name)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen()

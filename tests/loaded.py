@@ -13,7 +13,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "kdcache.commands.train.together",
-        "kdcache.commands.export.export",
+        "kdcache.commands.export",
         "kdcache.commands.import_.import_",
         "s3fs",
     ]

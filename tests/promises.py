@@ -13,9 +13,8 @@ import torch
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.options import TranscodeOptions, VerifyOptions
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.verify.options import VerifyOptions
 from kdcache.rows import Row
 
 Make = Callable[..., BuildOptions]

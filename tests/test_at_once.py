@@ -18,10 +18,10 @@ from make_caches import CLASSES, make_cache, make_rows, make_shard, word_tokeniz
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.repair import gc, repair
 from kdcache.cache.sealing import shard_entry
-from kdcache.commands.export.export import ExportResult, export
-from kdcache.commands.export.options import ExportOptions
+from kdcache.commands.export import ExportResult, export
 from kdcache.commands.finetune.finetune import FinetuneResult, finetune
 from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.options import ExportOptions
 from kdcache.commands.sweep.sweep import SWEEP_FILE
 from kdcache.commands.sweep.sweep import _read_manifest as read_sweep
 from kdcache.commands.train.options import TrainOptions

@@ -29,14 +29,13 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.options import TranscodeOptions, VerifyOptions
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
-from kdcache.commands.verify.options import VerifyOptions
-from kdcache.commands.verify.verify import verify
+from kdcache.commands.transcode import transcode
+from kdcache.commands.verify import verify
 from kdcache.corpus import Record
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.loss import distillation_loss

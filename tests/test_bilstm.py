@@ -22,7 +22,7 @@ from kdcache.student import (
     student_tokenize,
     word_tokenizer,
 )
-from kdcache.student.words import unknown_share
+from kdcache.student.tokens import unknown_share
 
 V = 40
 TEXTS = ["A fine film, isn't it?", "A dull film.", "Fine!"]

@@ -33,16 +33,15 @@ from transformers import (
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
-from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.manifest import ShardEntry
+from kdcache.cache.spec import from_text, to_text
 from kdcache.cli.display import BuildDisplay
 from kdcache.commands.build import make
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import _span_bytes, prepare
-from kdcache.commands.build.worker import SpanReport
-from kdcache.commands.build.workers import Fault, Outcome, WorkerFigures, Workers
+from kdcache.commands.build.workers import Fault, Outcome, SpanReport, WorkerFigures, Workers
 from kdcache.commands.interrupt import interruptible
 from kdcache.corpus import InputFile, Span
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdcache.loss import chunk_loss, chunk_pass, distillation_loss, fused_linear_distillation
+from kdcache.loss import chunk_loss, chunks, distillation_loss, fused_linear_distillation
 from kdcache.loss.chunks import binary_divergence, log1mexp
 from kdcache.loss.reference import soft_capped
 from kdcache.targets import ChunkTargets, Groups, SparseTargets
@@ -149,7 +149,7 @@ def test_the_fused_loss_is_the_reference(
 def way(listed: bool) -> Iterator[None]:
     """Have the loss take the ids of listed groups one by one, or all ids of a position at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_pass, "_FEW", 0.001 if listed else 1e9)
+        patch.setattr(chunks, "_FEW", 0.001 if listed else 1e9)
         yield
 
 

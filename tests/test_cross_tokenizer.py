@@ -32,12 +32,11 @@ from kdcache.errors import UsageError
 from kdcache.loss import chunk_loss, distillation_loss
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream, cross
 from kdcache.stream.cross import paths_of
-from kdcache.stream.shard_rows import ShardRows
-from kdcache.stream.text import RowsText
+from kdcache.stream.shard_rows import RowsText, ShardRows
 from kdcache.student import DistilledStudent
 from kdcache.targets import ChunkTargets, SparseTargets
+from kdcache.targets.chunks import within
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.targets.within import within
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 LLAMA = small_runs.LLAMA | {"max_position_embeddings": 256}

@@ -20,11 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.commands.build.build import build
-from kdcache.commands.build.driver import Progress
+from kdcache.commands.build.driver import Progress, SpansLeft
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
-from kdcache.commands.build.spans_left import SpansLeft
-from kdcache.commands.build.worker import Stopped
+from kdcache.commands.build.workers import Stopped
 from kdcache.corpus import Corpus, ReadStats, Span, deal, files, tables, text
 from kdcache.errors import IncompleteError, UsageError
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdcache.cli.view_demo import render_demo
+from kdcache.cli.views import render_demo
 from kdcache.commands.demo.demo import demo
-from kdcache.commands.demo.options import DemoOptions
 from kdcache.commands.demo.teacher import documents
+from kdcache.commands.options import DemoOptions
 from kdcache.errors import UsageError
 from kdcache.files import alone
 from kdcache.plots import Curve, Level, plot_curves

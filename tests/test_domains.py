@@ -28,16 +28,13 @@ from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.dry_run import dry_run
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
-from kdcache.commands.export.export import export
-from kdcache.commands.export.options import ExportOptions
-from kdcache.commands.inspect.inspect import inspect
-from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.export import export
+from kdcache.commands.inspect import inspect
+from kdcache.commands.options import ExportOptions, InspectOptions, ReportOptions, TranscodeOptions
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.report.options import ReportOptions
 from kdcache.commands.report.report import report
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
+from kdcache.commands.transcode import transcode
 from kdcache.corpus import Corpus, named
 from kdcache.domains import Named
 from kdcache.errors import CorruptCacheError, UsageError

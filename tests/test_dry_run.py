@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdcache.cli.main import cli
-from kdcache.commands.build import teacher_source
+from kdcache.commands.build import source
 from kdcache.commands.build.build import build
 from kdcache.commands.build.dry_run import dry_run
 from kdcache.commands.build.options import BuildOptions
@@ -31,7 +31,7 @@ def test_a_dry_run_describes_the_build_that_follows(
 ) -> None:
     options = dataclasses.replace(small_build, max_length=32, codec="topk:4", shard_tokens=1024)
     before = sorted(tmp_path.rglob("*"))
-    with mock.patch.object(teacher_source, "Teacher", side_effect=AssertionError("loaded")):
+    with mock.patch.object(source, "Teacher", side_effect=AssertionError("loaded")):
         told = dry_run(options)
     assert sorted(tmp_path.rglob("*")) == before
     assert (told.state, told.done, told.seconds > 0) == ("nothing", 0, True)

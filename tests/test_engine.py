@@ -28,16 +28,16 @@ from kdcache.cache import Cache
 from kdcache.commands.build import prepare
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.options import VerifyOptions
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.verify.options import VerifyOptions
-from kdcache.commands.verify.verify import verify
+from kdcache.commands.verify import verify
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.targets import DenseTargets
 from kdcache.teacher import TeacherFiles
-from kdcache.teacher.engine import guard
+from kdcache.teacher.engine import process
 from kdcache.teacher.engine.head import read_head
-from kdcache.teacher.output_layer import find_layer
+from kdcache.teacher.probe import find_layer
 
 FAKE = Path(__file__).parent / "fake_vllm"
 SPECIES = {str(one): one for one in CAUSAL}
@@ -62,7 +62,7 @@ def options(small_build: BuildOptions) -> BuildOptions:
 def test_without_vllm_one_line_names_the_extra(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.teacher.engine.installed.installed", lambda _: False)
+    monkeypatch.setattr("kdcache.teacher.engine.process.installed", lambda _: False)
     with pytest.raises(UsageError, match=r"^--engine vllm needs vllm, .*'kdcache\[vllm\]'\.$"):
         build(options)
 
@@ -329,7 +329,7 @@ input()
 @pytest.mark.parametrize("when", ["up", "starting"])
 def test_no_process_of_an_engine_outlives_a_killed_worker(when: str) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, when, guard.__file__],
+        [sys.executable, "-c", _PARENT, when, process.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -346,7 +346,7 @@ def test_no_process_of_an_engine_outlives_a_killed_worker(when: str) -> None:
 
 def test_a_guard_leaves_other_processes_alone() -> None:
     before = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    watching = guard.Guard()
+    watching = process.Guard()
     during = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     watching.started()
     after = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

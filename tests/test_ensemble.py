@@ -19,13 +19,13 @@ from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.verify.recheck import recheck
+from kdcache.commands.verify import recheck
 from kdcache.errors import UsageError
 from kdcache.stream import TargetDataset
 from kdcache.stream.checks import check_caches
 from kdcache.targets import DenseTargets
 from kdcache.tasks import IGNORE
-from kdcache.teacher import slices
+from kdcache.teacher import memory
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_mean_of_teachers_is_exact_at_each_declared_temperature(
     temperatures: tuple[float, ...],
     tolerance: float,
 ) -> None:
-    monkeypatch.setitem(slices._SLICE_BYTES, "cpu", 4 * 300 * 7)
+    monkeypatch.setitem(memory._SLICE_BYTES, "cpu", 4 * 300 * 7)
     both = ensemble(options, tiny_tokenizer, tmp_path, codec=codec, temperatures=temperatures)
     build(both)
     dataset = TargetDataset(both.out)

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.loss.entities import Entities, are_entities
-from kdcache.student.evaluation import Totals
+from kdcache.loss.metrics import Entities, are_entities
+from kdcache.student.figures import Totals
 from kdcache.tasks import TOKEN_CLASSIFICATION
 
 SCHEMES = {

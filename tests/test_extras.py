@@ -9,19 +9,18 @@ import pytest
 
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.sweep import plot
+from kdcache.commands.sweep import results
 from kdcache.commands.sweep.results import RunScore, SweepResult
 from kdcache.commands.train import on_ray
 from kdcache.commands.train.options import TrainOptions
-from kdcache.errors import UsageError
-from kdcache.extras import installed
+from kdcache.errors import UsageError, installed
 
 
 def test_a_plan_without_matplotlib_says_so_before_it_runs_a_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    options = PlanOptions(teacher=("nowhere",), corpus=("nowhere",), plot="plan.png")
+    options = PlanOptions(teacher=("nowhere",), corpus=("nowhere",), results="plan.png")
     with pytest.raises(UsageError, match=r"--plot needs matplotlib, .*'kdcache\[plot\]'"):
         plan(options)
 
@@ -36,11 +35,11 @@ def test_workers_without_ray_train_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_a_sweep_without_matplotlib_keeps_its_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(plot, "installed", lambda module: module != "matplotlib")
+    monkeypatch.setattr(results, "installed", lambda module: module != "matplotlib")
     run = RunScore("a", "runs/a", {"alpha": "0.1"}, None, {"hard_loss": 1.0}, 10, 2, None, 0.5)
     result = SweepResult.of(tmp_path, [run], made=1, combinations=1, evaluated=False)
     result.write(tmp_path)
-    plot.plot_sweep(tmp_path / "results.png", result)
+    results.plot_sweep(tmp_path / "results.png", result)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
     assert "kdcache[plot]" in caplog.text
 

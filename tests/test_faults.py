@@ -31,10 +31,9 @@ from kdcache.cache.check import problems
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.repair.options import RepairOptions
-from kdcache.commands.repair.repair import repair
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
+from kdcache.commands.options import RepairOptions, TranscodeOptions
+from kdcache.commands.transcode import transcode
+from kdcache.commands.upkeep import repair
 from kdcache.errors import IncompleteError, UsageError
 
 pytestmark = pytest.mark.end_to_end

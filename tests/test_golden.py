@@ -19,11 +19,9 @@ import torch
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import label_sums
-from kdcache.commands.export.export import export
-from kdcache.commands.export.options import ExportOptions
-from kdcache.commands.inspect.inspect import inspect
-from kdcache.commands.inspect.options import InspectOptions
-from kdcache.commands.report.options import ReportOptions
+from kdcache.commands.export import export
+from kdcache.commands.inspect import inspect
+from kdcache.commands.options import ExportOptions, InspectOptions, ReportOptions
 from kdcache.commands.report.report import report
 from kdcache.errors import UsageError
 from kdcache.stream import TargetStream

@@ -20,11 +20,11 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.options import TranscodeOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
-from kdcache.commands.verify.recheck import recheck
+from kdcache.commands.transcode import transcode
+from kdcache.commands.verify import recheck
 from kdcache.errors import CorruptCacheError, KdcacheError, UsageError
 from kdcache.loss import (
     DIVERGENCES,

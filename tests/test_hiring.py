@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from kdcache.cluster import Need, describe, share_of_cpus
 from kdcache.commands.build import on_ray
 from kdcache.commands.build.on_ray import RayWorkers
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.build.room import Need, describe, share_of_cpus
-from kdcache.commands.build.teacher_source import TeacherSourceOptions
-from kdcache.commands.build.worker import Job
+from kdcache.commands.build.source import TeacherSourceOptions
+from kdcache.commands.build.workers import Job
 from kdcache.corpus import InputFile, Span
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.rows import RowSpec

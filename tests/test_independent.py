@@ -35,21 +35,19 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.export.export import export
-from kdcache.commands.export.options import ExportOptions
+from kdcache.commands.export import export
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
+from kdcache.commands.options import ExportOptions, SweepOptions, TranscodeOptions
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.predict import predict
-from kdcache.commands.sweep.options import SweepOptions
 from kdcache.commands.sweep.sweep import sweep
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
-from kdcache.commands.verify.recheck import recheck
+from kdcache.commands.transcode import transcode
+from kdcache.commands.verify import recheck
 from kdcache.errors import UsageError
-from kdcache.loss.rank_metrics import macro_average_precision, micro_f1, pearson, spearman
+from kdcache.loss.metrics import macro_average_precision, micro_f1, pearson, spearman
 from kdcache.stream import TargetStream
 from kdcache.student import DistilledStudent, load_student
 from kdcache.tasks import IGNORE

@@ -20,8 +20,8 @@ from kdcache.cache import cache as cache_module
 from kdcache.cli.view_inspect import render_inspection
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.inspect.inspect import inspect
-from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.inspect import inspect
+from kdcache.commands.options import InspectOptions
 from kdcache.errors import UsageError
 from kdcache.storage.disk import DiskCache
 from kdcache.tasks import IGNORE

@@ -20,16 +20,14 @@ from make_caches import CAUSAL, make_cache
 from kdcache.cache import Cache
 from kdcache.cache import repair as cache_repair
 from kdcache.cache.check import problems
-from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
+from kdcache.cache.spec import from_text, to_text
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.gc.gc import gc
-from kdcache.commands.gc.options import GcOptions
-from kdcache.commands.repair.options import RepairOptions
-from kdcache.commands.repair.repair import repair
-from kdcache.commands.verify.recheck import Recheck, recheck
+from kdcache.commands.options import GcOptions, RepairOptions
+from kdcache.commands.upkeep import gc, repair
+from kdcache.commands.verify import Recheck, recheck
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.models import HeadedConfig
 from kdcache.stream import TargetStream

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer
 import kdcache
 from kdcache.cache import Cache
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.export.options import ExportOptions
-from kdcache.commands.import_.compressed import Compression
+from kdcache.commands.import_.layouts import Compression
 from kdcache.commands.import_.options import ImportOptions
+from kdcache.commands.options import ExportOptions
 from kdcache.corpus import RecordError
 from kdcache.errors import UsageError
 from kdcache.targets import SoftTargets
@@ -171,7 +171,7 @@ def test_memory_is_bounded_by_what_the_codec_decodes(
         return found
 
     monkeypatch.setattr(SoftTargets, "at", noted)
-    monkeypatch.setattr("kdcache.commands.export.export._ENTRIES", most)
+    monkeypatch.setattr("kdcache.commands.export._ENTRIES", most)
     parts = export(cache, tmp_path / "parts", top=top)
     assert max(blocks) <= most < sum(blocks)
     pd.testing.assert_frame_equal(parts, whole)

@@ -15,8 +15,8 @@ from kill_points import killed_at
 import kdcache
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.export.options import ExportOptions
 from kdcache.commands.import_.options import ImportOptions
+from kdcache.commands.options import ExportOptions
 from kdcache.errors import UsageError
 from kdcache.files import alone
 

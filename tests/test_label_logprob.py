@@ -28,15 +28,16 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.inspect.inspect import inspect
-from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.inspect import inspect
+from kdcache.commands.options import InspectOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.domains import Weights
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
 from kdcache.targets import Codec
-from kdcache.targets.device import label, label_logprobs
+from kdcache.targets.device import label_logprobs
+from kdcache.targets.device import run as device_run
 from kdcache.targets.label_logprob import (
     IMPOSSIBLE,
     decode_logprobs,
@@ -102,8 +103,8 @@ def test_it_is_the_log_softmax_whatever_the_codec_has_read(
     )
     found = label_logprobs(logits, labels, encoded)
     fresh = label_logprobs(logits[:, None], labels)
-    blocks = label._sums_by_blocks(logits)  # as on CUDA
-    other = label._logprobs(logits, labels, blocks["peak"], blocks["normalizer"])["logprobs"]
+    blocks = device_run._sums_by_blocks(logits)  # as on CUDA
+    other = device_run._logprobs(logits, labels, blocks["peak"], blocks["normalizer"])["logprobs"]
     masked = torch.isinf(want)
     for got in (found, fresh, other):
         assert got.dtype == torch.float32

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.loss import check_loss, label_loss, score_loss
-from kdcache.loss.rank_metrics import (
+from kdcache.loss.metrics import (
     average_precision,
     macro_average_precision,
     macro_f1,
@@ -27,8 +27,7 @@ from kdcache.loss.rank_metrics import (
     spearman,
 )
 from kdcache.rows import RowSpec, make_encoder
-from kdcache.rows.classes import Classes
-from kdcache.rows.labels import make_reader, no_label
+from kdcache.rows.labels import Classes, make_reader, no_label
 from kdcache.student.figures import figure, figure_sums
 from kdcache.targets import DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE, Task

@@ -17,10 +17,8 @@ LAYERS = (
 )
 RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in layer}  # ground: 0
 GROUND = {
-    "choices",
     "domains",
     "errors",
-    "extras",
     "lora",
     "models",
     "tasks",
@@ -42,9 +40,8 @@ ONLY = {  # a library, and where alone it may be imported
 }
 EXCEPTIONS: dict[str, set[str]] = {}
 PURE = {
-    "kdcache.choices",
-    "kdcache.errors",
     "kdcache.tasks",
+    "kdcache.errors",
 }  # what targets and loss may import, beside these
 LIGHT = {"numpy", "torch", *sys.stdlib_module_names}
 ONCE = (  # one definition of each

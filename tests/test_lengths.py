@@ -26,7 +26,7 @@ from kdcache.commands.train.train import train
 from kdcache.rows import Row
 from kdcache.student import StudentInfo, load_student
 from kdcache.teacher import Teacher, TeacherOptions
-from kdcache.teacher.lengths import length_class
+from kdcache.teacher.quirks import length_class
 
 ORIGINAL = 32
 SHORT, LONG = [20] * 4, 60

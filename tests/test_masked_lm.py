@@ -42,7 +42,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import _SHARD_BYTES, _span_bytes
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.options import InspectOptions
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError

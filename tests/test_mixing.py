@@ -26,7 +26,7 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.sweep.grid import Grid
-from kdcache.commands.train.log import read_metrics
+from kdcache.commands.train.callbacks import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from kdcache.cli.main import COMMANDS, cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.demo.result import DemoResult
+from kdcache.commands.demo.demo import DemoResult
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -18,7 +18,7 @@ from kdcache.targets import OutputLayer
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import Slice, TeacherOptions
 from kdcache.teacher.model import TeacherModel
-from kdcache.teacher.output_layer import prove_layer
+from kdcache.teacher.probe import prove_layer
 
 SPECIES = {str(one): one for one in CAUSAL}
 KEPT = {  # plain, wider than its vocabulary, biased, scaled, own forward, soft-capped

@@ -25,11 +25,10 @@ from kdcache.cli.main import cli
 from kdcache.cli.view_plan import render_plan
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.plan.advice import advice, recommended
 from kdcache.commands.plan.fidelity import NEAR, Fidelity, FidelityMeter, FullGradient
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.plan.result import PlannedCache, PlanResult, break_even
+from kdcache.commands.plan.result import PlannedCache, PlanResult, advice, break_even, recommended
 from kdcache.commands.plan.sample import sample_rows
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError

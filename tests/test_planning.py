@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_ids import write_indexed
 
-from kdcache.commands.build.spans_left import SpansLeft
+from kdcache.commands.build.driver import SpansLeft
 from kdcache.corpus import Corpus
 
 SYSTEM = {"stat", "lstat", "open", "scandir", "listdir", "readlink"}

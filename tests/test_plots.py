@@ -15,8 +15,8 @@ from matplotlib.transforms import Bbox
 from kdcache.commands.evaluate.plot import charts_of as evaluation_charts
 from kdcache.commands.evaluate.plot import plot_evaluation
 from kdcache.commands.evaluate.scores import Bin, EvaluateResult, ModelScores
-from kdcache.commands.train.plot import charts_of as run_charts
-from kdcache.commands.train.plot import plot_run
+from kdcache.commands.train.card import charts_of as run_charts
+from kdcache.commands.train.card import plot_run
 from kdcache.commands.train.result import TrainResult
 from kdcache.plots import Cloud, Level, Panel, draw_clouds
 

@@ -16,14 +16,13 @@ from make_caches import make_cache
 
 from kdcache.cache import ShardEntry
 from kdcache.cli.display import BuildDisplay, TrainDisplay, _facts
-from kdcache.commands.build.activity import SpanFigures, Steps
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.build.teacher_source import TeacherSource
-from kdcache.commands.build.worker import SpanReport, SpanWorker
-from kdcache.commands.build.workers import WorkerFigures
-from kdcache.commands.train.log import SlowSteps
+from kdcache.commands.build.packer import SpanFigures, Steps
+from kdcache.commands.build.source import TeacherSource
+from kdcache.commands.build.workers import SpanReport, SpanWorker, WorkerFigures
+from kdcache.commands.train.callbacks import SlowSteps
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError
@@ -199,7 +198,7 @@ def test_slow_steps_are_reported_between_the_lines_of_the_log() -> None:
     said: list[str] = []
     now = [0.0]
     state = mock.Mock(global_step=4, max_steps=10)
-    clock = "kdcache.commands.train.log.time.perf_counter"
+    clock = "kdcache.commands.train.callbacks.time.perf_counter"
     with mock.patch(clock, side_effect=lambda: now[0]):
         callback = SlowSteps(said.append, every=10.0)
         callback.on_train_begin(None, state, None)

@@ -16,13 +16,13 @@ from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.build.ranks import count_ranks
+from kdcache.commands.build.prepare import count_ranks
 from kdcache.corpus import Corpus
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.rows import RowSpec
 from kdcache.stream import TargetStream
 from kdcache.targets import AnchoredTargets, Codec, SoftTargets, SparseTargets, position_uniform
-from kdcache.targets.ranks import ranks_of_ids, read_ranks
+from kdcache.targets.soft import ranks_of_ids, read_ranks
 
 
 def dense(targets: SoftTargets, temperature: float) -> Tensor:

@@ -21,7 +21,7 @@ from kdcache.errors import UsageError
 from kdcache.student.saved import SavedModel
 from kdcache.tasks import CAUSAL_LM, MASKED_LM, SEQ2SEQ_LM, TASKS
 from kdcache.teacher import TeacherFiles
-from kdcache.teacher.reach import reach_of, reach_of_config
+from kdcache.teacher.quirks import reach_of, reach_of_config
 
 pytestmark = pytest.mark.filterwarnings("default")  # architectures have warnings of their own
 ZOO = {

@@ -14,8 +14,7 @@ from broken_caches import files, flip
 from make_caches import CLASSES, make_cache
 
 from kdcache.cache import Cache, ShardEntry, sealing
-from kdcache.cache.receipts import Receipts, read_receipts, remove_receipts
-from kdcache.cache.sealing import prepare_manifest
+from kdcache.cache.sealing import Receipts, prepare_manifest, read_receipts, remove_receipts
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions

@@ -22,16 +22,13 @@ from make_caches import CAUSAL, make_cache
 from transformers import AutoTokenizer
 
 from kdcache.cli.main import cli
-from kdcache.commands.inspect.inspect import Guess, PositionView, RowView, _read, inspect
-from kdcache.commands.inspect.options import InspectOptions
-from kdcache.commands.report import of_cache
-from kdcache.commands.report.charts import Curve, curves, histogram
+from kdcache.commands.inspect import Guess, PositionView, RowView, _read, inspect
+from kdcache.commands.options import InspectOptions, ReportOptions
+from kdcache.commands.report import sections
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
-from kdcache.commands.report.html import Html, element, join, text
-from kdcache.commands.report.of_runs import run_section, sweep_section
-from kdcache.commands.report.options import ReportOptions
-from kdcache.commands.report.page import MOST_BYTES, render_page
-from kdcache.commands.report.report import report
+from kdcache.commands.report.html import Curve, Html, curves, element, histogram, join, text
+from kdcache.commands.report.report import MOST_BYTES, render_page, report
+from kdcache.commands.report.sections import run_section, sweep_section
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
@@ -101,7 +98,7 @@ def test_a_name_turns_no_figure_behind_it(name: str) -> None:
     """A class that ends in an override of the direction made 0.467 read 764.0."""
     guess = Guess(0, name, 0.467)
     position = PositionView(0, None, 0, name, None, (guess,), 0.0)
-    cell = of_cache._cells(position, per_token=False, exact=True)["guesses"]
+    cell = sections._cells(position, per_token=False, exact=True)["guesses"]
     (item,) = ElementTree.fromstring(cell).iter("li")
     isolated, figure = item
     assert (isolated.tag, figure.tag, figure.text) == ("bdi", "b", "0.467")
@@ -156,7 +153,7 @@ def rows_of(
     """Text and tables of a row of a task, as a page has them."""
     whole = {"read": read, "between": between}
     row = RowView(0, 0, 4, "an old text", None, 1.0, True, positions, **whole)
-    tree = ElementTree.fromstring(f"<div>{join(of_cache._rows([row], TASKS[task]))}</div>")
+    tree = ElementTree.fromstring(f"<div>{join(sections._rows([row], TASKS[task]))}</div>")
     text = next(node for node in tree.iter("p") if node.get("class") == "row")
     return words_of(tree), words_of(text)
 
@@ -181,7 +178,7 @@ def test_a_row_that_is_read_whole_reads_as_the_text(name: str) -> None:
     assert len(ids) > 8
     whole = _read(Row(np.array(ids, np.int32), np.array(ids, np.int32)), tokenizer)
     row = RowView(0, 0, len(ids), "", None, 1.0, True, (), **whole)
-    tree = ElementTree.fromstring(str(of_cache._read_tokens(row, TASKS["masked-lm"])))
+    tree = ElementTree.fromstring(str(sections._read_tokens(row, TASKS["masked-lm"])))
     assert "".join(tree.itertext()).removeprefix(" ") == text
 
 
@@ -212,7 +209,7 @@ def test_a_row_without_a_position_is_shown_as_its_text(tmp_path: Path) -> None:
     found = inspect(InspectOptions(str(tmp_path / "lm"), row=bare)).row
     assert found is not None
     assert not found.positions
-    page = of_cache._row(found, TASKS[CAUSAL])
+    page = sections._row(found, TASKS[CAUSAL])
     assert found.text in words_of(ElementTree.fromstring(page))
 
 
@@ -460,7 +457,7 @@ def test_a_browser_shows_the_page_without_sideways_scrolling(
     )
     found = json.loads(done.stdout.split("FOUND")[1].split("END")[0])
     assert [width for width, *_ in found] == [360, 1200]
-    for width, needed, sections, scripts, colour in found:
+    for width, needed, count, scripts, colour in found:
         assert needed <= width
-        assert (sections, scripts) == (6, 0)
+        assert (count, scripts) == (6, 0)
         assert colour.startswith("rgb(")

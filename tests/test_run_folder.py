@@ -25,7 +25,7 @@ import kdcache
 from kdcache.cache import Cache
 from kdcache.commands.train.card import CARD_FILE
 from kdcache.errors import UsageError
-from kdcache.student.record import recorded
+from kdcache.student.trainer import recorded
 
 BERT = {
     "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.cache.chunk import fletcher32
-from kdcache.cache.hdf5 import write_column
+from kdcache.cache.hdf5 import fletcher32, write_column
 from kdcache.cache.shard import (
     ShardCounts,
     ShardData,

@@ -20,7 +20,7 @@ import yaml
 from make_caches import make_cache
 
 from kdcache.commands.interrupt import interruptible
-from kdcache.commands.sweep.options import SweepOptions
+from kdcache.commands.options import SweepOptions
 from kdcache.commands.sweep.sweep import SweepProgress, sweep
 from kdcache.commands.train import on_ray
 from kdcache.commands.train.options import TrainOptions

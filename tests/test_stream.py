@@ -36,7 +36,7 @@ from kdcache.stream import (
     reader,
     share,
 )
-from kdcache.stream.background import Background
+from kdcache.stream.parallel import Background
 from kdcache.targets import (
     Codec,
     DenseTargets,

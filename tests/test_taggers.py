@@ -25,24 +25,26 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.export.export import export
-from kdcache.commands.export.options import ExportOptions
+from kdcache.commands.export import export
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.inspect.inspect import inspect
-from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.inspect import inspect
+from kdcache.commands.options import (
+    ExportOptions,
+    InspectOptions,
+    ReportOptions,
+    TranscodeOptions,
+    VerifyOptions,
+)
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.predict import predict
-from kdcache.commands.report.options import ReportOptions
 from kdcache.commands.report.report import report
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
-from kdcache.commands.verify.options import VerifyOptions
-from kdcache.commands.verify.verify import verify
+from kdcache.commands.transcode import transcode
+from kdcache.commands.verify import verify
 from kdcache.errors import UsageError
 from kdcache.teacher.adapter import quiet_peft
 

@@ -23,7 +23,7 @@ from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.loss.entities import Entities
+from kdcache.loss.metrics import Entities
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows
 from kdcache.stream import TargetStream

@@ -22,13 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.cache import Cache
-from kdcache.commands.build import teacher_source
-from kdcache.commands.build.activity import Steps
+from kdcache.commands.build import source
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.build.packer import Packer
-from kdcache.commands.build.teacher_source import TaughtRows, TeacherSource
-from kdcache.commands.build.worker import SpanWorker
+from kdcache.commands.build.packer import Packer, Steps
+from kdcache.commands.build.source import TaughtRows, TeacherSource
+from kdcache.commands.build.workers import SpanWorker
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import DenseTargets
@@ -330,7 +329,7 @@ class TestBatchSize:
             found.append(1)
             raise UsageError("looked")
 
-        monkeypatch.setattr(teacher_source, "Teacher", OnGpu)
+        monkeypatch.setattr(source, "Teacher", OnGpu)
         monkeypatch.setattr(TeacherSource, "_find_batch_tokens", look)
         monkeypatch.setattr(SpanWorker, "run", lambda *_: (_ for _ in ()).throw(UsageError("ran")))
         with pytest.raises(UsageError, match="ran" if given else "looked"):

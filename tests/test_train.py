@@ -32,17 +32,16 @@ from transformers.integrations import (
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
-from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.run import Run
-from kdcache.commands.train.schedule import Schedule
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.files import seal
 from kdcache.stream import Collator, TargetDataset, TargetStream
-from kdcache.student import DistilledStudent, HfTokenize, StudentInfo, evaluation, load_student
+from kdcache.student import DistilledStudent, HfTokenize, StudentInfo, figures, load_student
 from kdcache.student.checkpoints import STATE_FILE
 from kdcache.student.saved import SavedModel
 from kdcache.student.trainer import DistillationTrainer
@@ -322,9 +321,9 @@ def test_an_evaluation_whose_figure_is_not_defined_is_never_the_best(
     patience: int | None,
 ) -> None:
     """As the correlation of equal scores, and the F1 where no class is a label or predicted."""
-    steps, figure = itertools.count(2, 2), evaluation.figure
+    steps, figure = itertools.count(2, 2), figures.figure
     monkeypatch.setattr(
-        evaluation, "figure", lambda *given: {} if next(steps) in undefined else figure(*given)
+        figures, "figure", lambda *given: {} if next(steps) in undefined else figure(*given)
     )
     result = train(
         options(

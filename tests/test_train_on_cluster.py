@@ -13,8 +13,8 @@ import pytest
 from make_caches import make_cache
 from test_launched import BILSTM
 
-from kdcache.commands.build import room
-from kdcache.commands.build.room import Need
+from kdcache import cluster as kdcache_cluster
+from kdcache.cluster import Need
 from kdcache.commands.train import on_ray
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
@@ -131,7 +131,7 @@ def test_a_training_waits_for_room_and_outlives_a_worker(
 
     other = Other.remote()
     ray.get(other.ready.remote())
-    monkeypatch.setattr(room, "_WAITING_EVERY", 0.5)
+    monkeypatch.setattr(kdcache_cluster, "_WAITING_EVERY", 0.5)
     make_cache(tmp_path / "classes", [20, 14, 11])
     said: list[str] = []
     freed: list[str] = []

@@ -25,9 +25,8 @@ from kdcache.cache.check import problems
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.transcode import cache_source
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
+from kdcache.commands.options import TranscodeOptions
+from kdcache.commands.transcode import CacheSource, transcode
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.targets import DenseTargets, Targets
 
@@ -299,8 +298,8 @@ def test_killed_at_every_change_of_its_folder_it_goes_on(tmp_path: Path) -> None
 KILLING = """
 import os, signal, sys
 from pathlib import Path
-from kdcache.commands.transcode.options import TranscodeOptions
-from kdcache.commands.transcode.transcode import transcode
+from kdcache.commands.options import TranscodeOptions
+from kdcache.commands.transcode import CacheSource, transcode
 
 cache, out = sys.argv[1:]
 changes = ("open", "os.mkdir", "os.remove", "os.rename", "os.link")
@@ -391,7 +390,7 @@ def test_a_span_that_fails_is_tried_again_and_named(
     dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = options(dense, "sample:6", tmp_path / "new")
-    answer, failed = cache_source.CacheSource.answer, []
+    answer, failed = CacheSource.answer, []
 
     def fail(self: Any, rows: Any, packer: Any, move: Any) -> Any:
         if packer.span == 1 and len(failed) < 3:
@@ -399,7 +398,7 @@ def test_a_span_that_fails_is_tried_again_and_named(
             raise RuntimeError("a faulty memory")
         return answer(self, rows, packer, move)
 
-    monkeypatch.setattr(cache_source.CacheSource, "answer", fail)
+    monkeypatch.setattr(CacheSource, "answer", fail)
     with pytest.raises(IncompleteError, match=r"span 1 \(.*dense.*: shard 00001-"):
         transcode(again)
     assert transcode(again).made == 1

@@ -21,8 +21,8 @@ from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.inspect.inspect import inspect
-from kdcache.commands.inspect.options import InspectOptions
+from kdcache.commands.inspect import inspect
+from kdcache.commands.options import InspectOptions
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.predict import predict
 from kdcache.commands.train.options import TrainOptions

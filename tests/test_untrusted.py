@@ -21,13 +21,13 @@ from make_caches import CAUSAL, make_cache
 
 from kdcache.cache import Cache, sandbox
 from kdcache.cache.check import problems
-from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.hdf5 import write_text
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import read_shard
+from kdcache.cache.spec import from_text, to_text
 from kdcache.errors import CorruptCacheError
 from kdcache.targets import Codec
-from kdcache.targets.ranks import read_ranks
+from kdcache.targets.soft import read_ranks
 
 PACKAGE = Path(__file__).parent.parent / "kdcache"
 
@@ -364,7 +364,7 @@ import resource
 from pathlib import Path
 from kdcache.cache import Cache
 from kdcache.errors import CorruptCacheError
-from kdcache.targets.ranks import read_ranks
+from kdcache.targets.soft import read_ranks
 from kdcache.cache.hdf5 import read_all
 from kdcache.cache.shard import ShardCounts, read_shard
 from kdcache.targets import Codec

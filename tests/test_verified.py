@@ -12,9 +12,9 @@ from make_caches import make_cache
 
 from kdcache.cache import Cache
 from kdcache.cache.manifest import ShardEntry
-from kdcache.commands.verify.options import VerifyOptions
+from kdcache.commands.options import VerifyOptions
 from kdcache.errors import CorruptCacheError
-from kdcache.storage.verified import Verified
+from kdcache.storage.disk import Verified
 
 SHARDS = 3
 
@@ -83,7 +83,7 @@ def test_a_shard_that_changed_is_hashed_again(cache: Path, hashed: list[int]) ->
 def test_a_shard_written_just_now_gets_no_note(
     cache: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.storage.verified._SETTLED_SECONDS", 3600.0)  # however slow this is
+    monkeypatch.setattr("kdcache.storage.disk._SETTLED_SECONDS", 3600.0)  # however slow this is
     for path in shards_of(cache):
         os.utime(path)
     read_all(cache)
@@ -108,7 +108,7 @@ def test_readers_that_come_together_hash_once(cache: Path, hashed: list[int]) ->
 
 
 def test_verify_hashes_all_the_same(cache: Path) -> None:
-    from kdcache.commands.verify.verify import verify
+    from kdcache.commands.verify import verify
 
     read_all(cache)
     flip(shards_of(cache)[1], 1, 1e9)  # a change that keeps size and time

@@ -8,8 +8,7 @@ is a sum on both sides.
 
 from __future__ import annotations
 
-from kdcache.align.aligner import Aligner, CachedRow, label_bytes, like_marks, unchanged
-from kdcache.align.alignment import Alignment
+from kdcache.align.aligner import Aligner, Alignment, CachedRow, label_bytes, like_marks, unchanged
 from kdcache.align.token_bytes import TokenBytes, same_bytes
 
 __all__ = [

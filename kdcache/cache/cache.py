@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kdcache.cache.absent import no_cache
-from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.layer_file import layer_name, open_layer, read_layer
 from kdcache.cache.manifest import (
     SHARD_NAME,
@@ -29,14 +27,14 @@ from kdcache.cache.manifest import (
     check_files,
 )
 from kdcache.cache.shard import ShardData, read_shard, shard_bytes
-from kdcache.cache.spec import CacheSpec
+from kdcache.cache.spec import CacheSpec, from_text, no_cache, to_text
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.storage import Share, Storage, open_storage, redact
-from kdcache.storage.verified import verified_here
+from kdcache.storage.disk import verified_here
 from kdcache.targets import Codec, Hidden, OutputLayer
 from kdcache.targets.label_logprob import sum_logprobs
-from kdcache.targets.ranks import read_ranks
+from kdcache.targets.soft import read_ranks
 
 _LEFTOVER = re.compile(r"tmp|tokenizer|ranks\.u32|output_layer-.*")  # of a start that crashed
 _OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.hashed_json import from_text, to_text
 from kdcache.cache.hdf5 import DEFLATE_LIMIT
 from kdcache.cache.shard import ShardCounts
-from kdcache.cache.spec import FORMAT
+from kdcache.cache.spec import FORMAT, from_text, to_text
 from kdcache.domains import is_name
 from kdcache.errors import CorruptCacheError
 from kdcache.storage import Storage, sha256_file

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from kdcache.cache.absent import no_cache
 from kdcache.cache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import SHARD_NAME, Manifest
 from kdcache.cache.sealing import shard_entry
+from kdcache.cache.spec import no_cache
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.storage import LocalStorage, Storage, open_storage, redact
 from kdcache.storage.filesystem import FileSystem

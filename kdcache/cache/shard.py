@@ -23,11 +23,20 @@ from typing import Any
 import h5py
 import numpy as np
 
+from kdcache.cache.columns import (
+    join_rows,
+    label_columns,
+    narrow,
+    read_labels,
+    read_texts,
+    read_words,
+    write_labels,
+    write_texts,
+    write_words,
+)
 from kdcache.cache.hdf5 import attribute, columns_of, open_file, write_text
 from kdcache.cache.hdf5 import read_column as _read
 from kdcache.cache.hdf5 import write_column as _write
-from kdcache.cache.labels import join_rows, label_columns, narrow, read_labels, write_labels
-from kdcache.cache.texts import read_texts, read_words, write_texts, write_words
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets

@@ -18,8 +18,8 @@ from kdcache.cli.volume import is_quiet
 from kdcache.humanize import counted, duration, printable, size
 
 if TYPE_CHECKING:  # a display is there before what it shows is loaded
-    from kdcache.commands.build.activity import SpanFigures
     from kdcache.commands.build.driver import Progress
+    from kdcache.commands.build.packer import SpanFigures
     from kdcache.commands.build.workers import WorkerFigures
     from kdcache.commands.sweep.sweep import SweepProgress
     from kdcache.commands.train.result import TrainProgress

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.cli.view_domains import render_domains
-from kdcache.commands.inspect.inspect import InspectResult, RowView
+from kdcache.cli.views import render_domains
+from kdcache.commands.inspect import InspectResult, RowView
 from kdcache.humanize import counted, score, size
 from kdcache.tasks import OUTPUTS, TASKS, Answers
 

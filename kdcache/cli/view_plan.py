@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.cli.view_domains import render_estimates
-from kdcache.commands.plan.plot import _set
-from kdcache.commands.plan.result import WORKERS, PlanResult
+from kdcache.cli.views import render_estimates
+from kdcache.commands.plan.result import WORKERS, PlanResult, _set
 from kdcache.humanize import counted, duration, size
 from kdcache.tasks import TASKS
 

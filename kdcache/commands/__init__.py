@@ -1,5 +1,5 @@
-"""The commands: `kdcache NAME` is the function NAME of `NAME/NAME.py`.
+"""The commands: `kdcache NAME` is the function NAME of `NAME.py` or `NAME/NAME.py`.
 
-Each takes an options value, whose class is in `NAME/options.py`, and returns a JSON-able result,
-which the command line prints.
+Each takes an options value, whose class is in `options.py` here or in its folder, and returns a
+JSON-able result, which the command line prints.
 """

@@ -9,8 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from kdcache.choices import (
+from kdcache.domains import Named
+from kdcache.errors import needs
+from kdcache.files import file_problems, try_place
+from kdcache.options import Options, option
+from kdcache.tasks import (
     MAX_RECORD_BYTES,
+    TASKS,
     Attention,
     Device,
     Documents,
@@ -22,11 +27,6 @@ from kdcache.choices import (
     Precision,
     Scheduler,
 )
-from kdcache.domains import Named
-from kdcache.extras import needs
-from kdcache.files import file_problems, try_place
-from kdcache.options import Options, option
-from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
     from kdcache.corpus import Corpus

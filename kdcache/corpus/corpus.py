@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any, overload
 
-from kdcache.choices import MAX_RECORD_BYTES, Documents, OnError
-from kdcache.corpus.conll import Conll, ConllU
 from kdcache.corpus.files import (
     LINE_KINDS,
     InputFile,
@@ -22,18 +20,34 @@ from kdcache.corpus.files import (
     names,
     tags,
 )
-from kdcache.corpus.filter import parse_filters, passes
-from kdcache.corpus.formats import Format
+from kdcache.corpus.formats import Format, Reading, Span
 from kdcache.corpus.indexed import IndexedIds
 from kdcache.corpus.listing import expand
-from kdcache.corpus.records import LineAt, Location, ReadStats, Record, RecordError
-from kdcache.corpus.span import Reading, Span
+from kdcache.corpus.records import (
+    LineAt,
+    Location,
+    ReadStats,
+    Record,
+    RecordError,
+    parse_filters,
+    passes,
+)
 from kdcache.corpus.tables import Arrow, Parquet
-from kdcache.corpus.text import Csv, JsonLines, TextFiles, TextLines, TextParagraphs, Tsv
+from kdcache.corpus.text import (
+    Conll,
+    ConllU,
+    Csv,
+    JsonLines,
+    TextFiles,
+    TextLines,
+    TextParagraphs,
+    Tsv,
+)
 from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.humanize import counted
 from kdcache.storage import redact
+from kdcache.tasks import MAX_RECORD_BYTES, Documents, OnError
 
 _FORMATS: dict[str, type[Format]] = {
     "jsonl": JsonLines,

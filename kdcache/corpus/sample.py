@@ -18,10 +18,10 @@ from itertools import islice
 
 import numpy as np
 
-from kdcache.choices import OnError
 from kdcache.corpus.corpus import Corpus
+from kdcache.corpus.formats import Span
 from kdcache.corpus.records import ReadStats, Record
-from kdcache.corpus.span import Span
+from kdcache.tasks import OnError
 
 _CHARACTERS_AN_ID = 4
 

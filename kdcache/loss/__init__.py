@@ -32,7 +32,6 @@ from kdcache.loss.anchor import Anchor
 from kdcache.loss.chunks import chunk_loss
 from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.independent import label_loss, score_loss
-from kdcache.loss.logprobs import label_logprobs, linear_logprobs
 from kdcache.loss.reference import (
     DIVERGENCES,
     TAILS,
@@ -40,6 +39,8 @@ from kdcache.loss.reference import (
     check_loss,
     check_names,
     distillation_loss,
+    label_logprobs,
+    linear_logprobs,
     sliced_linear_distillation,
 )
 

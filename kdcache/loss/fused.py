@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import FIGURES, Anchor, applied
-from kdcache.loss.chunk_pass import chunk_gradient_
+from kdcache.loss.chunks import chunk_gradient_
 from kdcache.loss.passes import (
     Pass,
     anchored_pass,

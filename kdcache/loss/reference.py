@@ -2,6 +2,8 @@
 
 Cost: several [positions, vocabulary] float32 copies. For large vocabularies see
 `kdcache.loss.fused`, which is tested against this file.
+
+Log-probabilities of labels, from logits or from the states below a linear head.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.choices import Divergence, Tail
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import Anchor, applied, control, weighted
 from kdcache.targets import (
@@ -24,7 +25,7 @@ from kdcache.targets import (
     Targets,
 )
 from kdcache.targets.chunks import ChunkTargets
-from kdcache.tasks import Answers
+from kdcache.tasks import Answers, Divergence, Tail
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 TAILS: tuple[str, ...] = get_args(Tail)
@@ -372,3 +373,50 @@ def student_width(columns: int, targets: Targets | ChunkTargets, vocab_size: int
 def _dense(targets: Targets) -> DenseTargets:
     assert isinstance(targets, DenseTargets), "check_loss let sparse targets through"
     return targets
+
+
+_SLICE = 1 << 22  # logits at once
+
+
+@torch.no_grad()
+def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """float64 [n]: log-probabilities of labels; 0 where there is none.
+
+    Args:
+        logits: [n, V].
+        labels: int [n]; below 0 where there is none.
+    """
+    wide = logits.dtype == torch.float64 or logits.shape[-1] <= 4096
+    z = logits.double() if wide else logits.float()
+    number = labels.long().clamp_min(0)[:, None]
+    found = z.gather(1, number)[:, 0].double() - z.logsumexp(-1).double()
+    return found.clamp_max(0).masked_fill(labels < 0, 0)
+
+
+@torch.no_grad()
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    cap: float | None = None,
+) -> Tensor:
+    """`label_logprobs` of ``hidden @ weight.T + bias``, a slice of logits at a time.
+
+    Args:
+        hidden: [n, H].
+        weight: [V, H].
+        bias: [V'], of which V are used, or None.
+        labels: int [n].
+        cap: the logits are ``cap * tanh(x / cap)`` of the layer's x.
+    """
+    rows = max(_SLICE // len(weight), 1)
+    bias = None if bias is None else bias[: len(weight)]
+    found = [
+        label_logprobs(
+            soft_capped(torch.nn.functional.linear(some, weight.to(some), bias), cap), of_some
+        )
+        for some, of_some in zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
+    ]
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float64)

@@ -19,8 +19,7 @@ from kdcache.rows.labels import Labels, make_reader
 from kdcache.rows.masked import MaskedEncoder
 from kdcache.rows.pairs import PairEncoder
 from kdcache.rows.spec import Row, RowSpec
-from kdcache.rows.text import Document, checked_text, frame
-from kdcache.rows.tokens import encoded, tokens_of
+from kdcache.rows.tokens import Document, checked_text, encoded, frame, tokens_of
 from kdcache.rows.words import TokenClassificationEncoder
 from kdcache.tasks import IGNORE, MASKED_LM, TASKS
 

@@ -31,8 +31,7 @@ from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.spec import Row, RowSpec
-from kdcache.rows.text import checked_text, frame, need_offsets
-from kdcache.rows.tokens import encoded
+from kdcache.rows.tokens import checked_text, encoded, frame, need_offsets
 from kdcache.targets import position_uniform
 from kdcache.tasks import IGNORE
 

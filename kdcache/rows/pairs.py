@@ -7,7 +7,7 @@ too, is predicted, and a row with n labels has n positions.
 The tokenizer frames both: what it puts around a text around the source, what it puts around a
 target (`text_target`) around the target. A target ends with the end-of-sequence token, also where
 the tokenizer adds none. What the decoder reads first is the model's own affair
-(`kdcache.teacher.decoder_start`); models of one cache may differ in it, and each reads its own.
+(`kdcache.teacher.quirks`); models of one cache may differ in it, and each reads its own.
 
 A source longer than `max_source_length` is cut, and keeps the tokenizer's own tokens. A target
 longer than `max_length` is cut without an end: that would be a lie. Where the decoder begins with
@@ -29,8 +29,7 @@ from kdcache.corpus import Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.spec import LAST_LABEL, Row, RowSpec
-from kdcache.rows.text import checked_text, frame
-from kdcache.rows.tokens import tokens_of
+from kdcache.rows.tokens import checked_text, frame, tokens_of
 
 Pair = tuple[Record, str, str]
 

@@ -10,7 +10,11 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.choices import (
+from kdcache.errors import UsageError
+from kdcache.tasks import (
+    MASKED_LM,
+    SEQ2SEQ_LM,
+    TASKS,
     Attend,
     Form,
     Labels,
@@ -19,9 +23,10 @@ from kdcache.choices import (
     OnError,
     Packing,
     Reasoning,
+    Task,
+    check_task,
+    positions,
 )
-from kdcache.errors import UsageError
-from kdcache.tasks import MASKED_LM, SEQ2SEQ_LM, TASKS, Task, check_task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
 MASK_SHARE = 0.15  # of BERT
@@ -146,7 +151,7 @@ class RowSpec:
         source_lang: Sequence to sequence: language of the sources, for tokenizers that mark it.
         target_lang: Sequence to sequence: that of the targets.
         decoder_start: Sequence to sequence: id that the decoder reads first, `LAST_LABEL` where it
-            is the last label; None for other tasks. See `kdcache.teacher.decoder_start`.
+            is the last label; None for other tasks. See `kdcache.teacher.quirks`.
 
     Raises:
         UsageError: Options that can't be; all of them in one message.

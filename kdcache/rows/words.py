@@ -25,11 +25,10 @@ import numpy.typing as npt
 
 from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
-from kdcache.rows.classes import Classes
 from kdcache.rows.encoder import Encoder
-from kdcache.rows.labels import almost_there, filled_column
+from kdcache.rows.labels import Classes, almost_there, filled_column
 from kdcache.rows.spec import Row, RowSpec
-from kdcache.rows.text import checked_text
+from kdcache.rows.tokens import checked_text
 from kdcache.tasks import IGNORE, TASKS, UNLABELLED
 
 _PROBE = "the"

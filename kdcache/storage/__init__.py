@@ -7,9 +7,8 @@ folder is therefore the only state: what is listed is committed.
 
 from __future__ import annotations
 
-from kdcache.storage.base import Share, Storage, sha256_file
+from kdcache.storage.base import Share, Storage, is_remote, redact, sha256_file
 from kdcache.storage.local import LocalStorage
-from kdcache.storage.urls import is_remote, redact
 
 __all__ = ["LocalStorage", "Share", "Storage", "is_remote", "open_storage", "redact", "sha256_file"]
 

@@ -1,4 +1,7 @@
-"""The interface of a storage, and what all storages share."""
+"""The interface of a storage, and what all storages share.
+
+URLs without the secrets that they may carry.
+"""
 
 from __future__ import annotations
 
@@ -161,3 +164,19 @@ def hash_in(name: str) -> str | None:
     """The first 16 digits of the file's SHA-256, where its name carries them."""
     found = _HASHED_NAME.search(name)
     return found.group(1) if found else None
+
+
+# `user:password@` of an address, and a secret pasted with slashes in it, which the standard would
+# take for a port and a path.
+_USER = re.compile(r"(?<=://)(?:[^/@?\s]*|[^/@?:\s]+:(?!\d*(?:/|$))\S*)@")
+_QUERY = re.compile(r"(?<=://)([^?\s]*)\?\S*")
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is a URL, and not of a file on this machine."""
+    return "://" in name and not name.startswith("file://")
+
+
+def redact(text: str) -> str:
+    """A URL, or a text with URLs in it, without user names, passwords and query strings."""
+    return _QUERY.sub(r"\1", _USER.sub("", text))

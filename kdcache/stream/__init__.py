@@ -7,7 +7,7 @@ from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order, share
-from kdcache.stream.ranks import SumOverRanks
+from kdcache.stream.parallel import SumOverRanks
 from kdcache.stream.reader import TargetStream
 from kdcache.stream.shard_rows import ShardRows
 

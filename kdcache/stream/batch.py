@@ -16,9 +16,14 @@ from torch import Tensor
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
-from kdcache.stream.aligned import AlignedRows, AlignedShard
-from kdcache.stream.shard_rows import positions_of, starts_of, types_of
-from kdcache.stream.text import TextShard
+from kdcache.stream.shard_rows import (
+    AlignedRows,
+    AlignedShard,
+    TextShard,
+    positions_of,
+    starts_of,
+    types_of,
+)
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE, TASKS, labelled, positions

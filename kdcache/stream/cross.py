@@ -22,17 +22,13 @@ import torch
 from kdcache.align import Aligner, TokenBytes, like_marks, unchanged
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.choices import CrossMethod
 from kdcache.rows.batches import padded
-from kdcache.stream.aligned import AlignedRows, AlignedShard, offsets_of
 from kdcache.stream.batch import position_ids
-from kdcache.stream.cached_rows import cached_rows
-from kdcache.stream.text import TextChunks
+from kdcache.stream.shard_rows import AlignedRows, AlignedShard, TextChunks, cached_rows, offsets_of
 from kdcache.targets import SparseTargets
-from kdcache.targets.chunks import ChunkTargets, Groups
+from kdcache.targets.chunks import ChunkTargets, Groups, within
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
-from kdcache.targets.within import within
-from kdcache.tasks import IGNORE
+from kdcache.tasks import IGNORE, CrossMethod
 from kdcache.teacher import tokenizer_sha256
 
 _KEPT_BYTES = 1 << 28

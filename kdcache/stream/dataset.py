@@ -11,11 +11,10 @@ from torch.utils.data import Dataset
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.stream.aligned import AlignedShard
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.cross import CrossTokenizer
-from kdcache.stream.shard_rows import ShardRows
+from kdcache.stream.shard_rows import AlignedShard, ShardRows
 
 
 class TargetDataset(Dataset[ShardData]):

@@ -36,24 +36,24 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.domains import Weights
 from kdcache.errors import UsageError
-from kdcache.stream.aligned import AlignedShard
-from kdcache.stream.background import Background
 from kdcache.stream.batch import Batch, Tokenize, collate, join
 from kdcache.stream.checks import check_caches, check_mix, checked_weights, open_caches
 from kdcache.stream.cross import CrossTokenizer
-from kdcache.stream.groups import Group, Made, Parts, Walk
 from kdcache.stream.order import (
     Cursor,
     EpochShard,
+    Group,
+    Made,
+    Parts,
     Share,
+    Walk,
     order,
     rows_by_domain,
     share,
     sources,
 )
-from kdcache.stream.ranks import SumOverRanks
-from kdcache.stream.shard_rows import ShardRows
-from kdcache.stream.text import RowsText, TextChunks
+from kdcache.stream.parallel import Background, SumOverRanks
+from kdcache.stream.shard_rows import AlignedShard, RowsText, ShardRows, TextChunks
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3

@@ -8,10 +8,15 @@ from kdcache.student.bilstm import (
     BiLstmForSequenceClassification,
     BiLstmForTokenClassification,
 )
-from kdcache.student.info import StudentInfo
 from kdcache.student.load import load_student
-from kdcache.student.tokenize import HfTokenize, WordTokenize, student_tokenize
-from kdcache.student.words import read_embeddings, word_tokenizer
+from kdcache.student.tokens import (
+    HfTokenize,
+    StudentInfo,
+    WordTokenize,
+    read_embeddings,
+    student_tokenize,
+    word_tokenizer,
+)
 from kdcache.student.wrapper import DistillationOutput, DistilledStudent
 
 __all__ = [

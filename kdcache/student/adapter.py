@@ -17,10 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kdcache.errors import UsageError, reason_of
-from kdcache.extras import needs
+from kdcache.errors import UsageError, needs, reason_of
 from kdcache.lora import ALL_LINEAR, Lora
-from kdcache.student.info import StudentInfo, label_config
+from kdcache.student.tokens import StudentInfo, label_config
 from kdcache.tasks import TASKS
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.adapter import PEFT_TASKS, quiet_peft

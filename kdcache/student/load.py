@@ -42,14 +42,19 @@ from kdcache.student.bilstm import (
     BiLstmForSequenceClassification,
     BiLstmForTokenClassification,
 )
-from kdcache.student.info import StudentInfo, label_config
-from kdcache.student.tokenize import student_tokenize, tokenizer_of
-from kdcache.student.words import read_embeddings, word_tokenizer
+from kdcache.student.tokens import (
+    StudentInfo,
+    label_config,
+    read_embeddings,
+    student_tokenize,
+    tokenizer_of,
+    word_tokenizer,
+)
 from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import ADAPTER_CONFIG, PEFT_TASKS
-from kdcache.teacher.lengths import forget_lengths
 from kdcache.teacher.load import name_outputs
+from kdcache.teacher.quirks import forget_lengths
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

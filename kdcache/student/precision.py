@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from kdcache.choices import Precision
 from kdcache.errors import UsageError
+from kdcache.tasks import Precision
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from kdcache.student import (
     word_tokenizer,
 )
 from kdcache.student.load import find_files
-from kdcache.student.tokenize import Tokenize, WordTokenize
+from kdcache.student.tokens import Tokenize, WordTokenize
 from kdcache.tasks import (
     IGNORE,
     SEQUENCE_CLASSIFICATION,

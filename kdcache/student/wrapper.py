@@ -44,9 +44,8 @@ from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.adapter import complete_adapter
-from kdcache.teacher.decoder_start import decoder_start, with_start
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
-from kdcache.teacher.reach import reach_of
+from kdcache.teacher.quirks import decoder_start, reach_of, with_start
 from kdcache.teacher.trust import FACTORY_TYPE
 
 

@@ -33,7 +33,7 @@ from kdcache.targets.decoded import (
 from kdcache.targets.dense import Dense
 from kdcache.targets.device import check_finite
 from kdcache.targets.hidden import Hidden
-from kdcache.targets.noise import position_uniform
+from kdcache.targets.label_logprob import position_uniform
 from kdcache.targets.output_layer import OutputLayer
 from kdcache.targets.sample import Anchored, Sample
 from kdcache.targets.soft import SoftTargets, TargetWriter

@@ -6,7 +6,7 @@ A cache that keeps hidden states keeps this once. The weight has a row for each 
 vocabulary: a teacher's padding beyond it is cut off before it is stored.
 
 Cost: one matrix product [n, D] x [D, V]. Guarantee: none about where the numbers come from; see
-`kdcache.teacher.output_layer`, which proves them on the teacher's own forward.
+`kdcache.teacher.probe`, which proves them on the teacher's own forward.
 """
 
 from __future__ import annotations

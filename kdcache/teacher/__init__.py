@@ -7,12 +7,11 @@ classes); the driver of a build needs no more. `Teacher` holds the models of one
 
 from __future__ import annotations
 
+from kdcache.pretrained import quiet_transformers
 from kdcache.teacher.engine import TeacherDied, engine_version
 from kdcache.teacher.files import TeacherFiles, auto_class, tokenizer_files, tokenizer_sha256
-from kdcache.teacher.memory import find_batch_tokens, peak_share
+from kdcache.teacher.memory import Slice, find_batch_tokens, peak_share
 from kdcache.teacher.options import EngineOptions, TeacherOptions
-from kdcache.teacher.quiet import quiet_transformers
-from kdcache.teacher.slices import Slice
 from kdcache.teacher.teacher import Teacher, aligned, logits_at
 
 __all__ = [

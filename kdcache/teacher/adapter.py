@@ -25,8 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdcache.errors import UsageError, reason_of
-from kdcache.extras import needs
+from kdcache.errors import UsageError, needs, reason_of
 from kdcache.tasks import (
     CAUSAL_LM,
     MULTI_LABEL_CLASSIFICATION,

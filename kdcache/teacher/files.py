@@ -29,7 +29,7 @@ from kdcache.storage import redact, sha256_file
 from kdcache.storage.remote import Facts
 from kdcache.tasks import REGRESSION, TASKS, task_of
 from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
-from kdcache.teacher.reach import reach_of_config
+from kdcache.teacher.quirks import reach_of_config
 from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
 from kdcache.teacher.trust import check_folder, read_json
 
@@ -354,8 +354,8 @@ class TeacherFiles:
 
     @cached_property
     def decoder_start(self) -> int:
-        """What the decoder reads first; see `kdcache.teacher.decoder_start`."""
-        from kdcache.teacher.decoder_start import decoder_start_of
+        """What the decoder reads first; see `kdcache.teacher.quirks`."""
+        from kdcache.teacher.quirks import decoder_start_of
 
         return decoder_start_of(self.config, self.who, trust_remote_code=self.trust_remote_code)
 

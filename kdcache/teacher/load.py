@@ -20,14 +20,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.pretrained import UnreadableError, left_out, unreadable
+from kdcache.pretrained import UnreadableError, left_out, quiet_transformers, unreadable
 from kdcache.targets.device import compiles
 from kdcache.tasks import TASKS
 from kdcache.teacher.files import TeacherFiles, auto_class
-from kdcache.teacher.lengths import forget_lengths
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.teacher.options import TeacherOptions
-from kdcache.teacher.quiet import quiet_transformers
+from kdcache.teacher.quirks import forget_lengths
 
 logger = logging.getLogger(__name__)
 

@@ -30,10 +30,8 @@ from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE, TASKS, positions
-from kdcache.teacher.decoder_start import decoder_start, with_start
-from kdcache.teacher.lengths import length_class
 from kdcache.teacher.load import input_device, kept_loaded
-from kdcache.teacher.output_layer import find_layer, prove_layer
+from kdcache.teacher.memory import Slice, slice_positions
 from kdcache.teacher.probe import (
     TOLERANCES,
     check_bidirectional,
@@ -41,11 +39,13 @@ from kdcache.teacher.probe import (
     check_source,
     check_steady,
     distance,
+    find_layer,
     head_of,
     probe_rows,
+    prove_layer,
 )
 from kdcache.teacher.projection import Projection, call, layer_input
-from kdcache.teacher.slices import Slice, slice_positions
+from kdcache.teacher.quirks import decoder_start, length_class, with_start
 
 logger = logging.getLogger(__name__)
 

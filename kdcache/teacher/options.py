@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from kdcache.choices import Attention
 from kdcache.errors import UsageError
-from kdcache.tasks import TASKS
+from kdcache.tasks import TASKS, Attention
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from kdcache.targets import OutputLayer
 from kdcache.tasks import TASKS
 from kdcache.teacher.engine.model import EngineModel
 from kdcache.teacher.load import compile_layers, load_models
-from kdcache.teacher.memory import gpus_of
+from kdcache.teacher.memory import Slice, gpus_of
 from kdcache.teacher.model import TeacherModel
 from kdcache.teacher.options import TeacherOptions
-from kdcache.teacher.slices import Slice
 
 
 class Teacher:

@@ -37,8 +37,7 @@ from kdcache.student.precision import Computing, keep_inputs_and_loss, use_one_g
 from kdcache.targets import Codec, TargetWriter
 from kdcache.targets.device import compiles, run
 from kdcache.teacher import Slice, Teacher, TeacherOptions, load, peak_share
-from kdcache.teacher.memory import gpus_of
-from kdcache.teacher.slices import slice_positions
+from kdcache.teacher.memory import gpus_of, slice_positions
 
 
 def test_the_suite_hides_gpus() -> None:

@@ -323,7 +323,7 @@ def test_the_count_of_all_workers_is_summed_without_a_wait() -> None:
     distributed.get_backend_config.return_value = "cuda:nccl"
     with (
         fake_cuda(),
-        mock.patch("kdcache.stream.ranks.distributed", distributed),
+        mock.patch("kdcache.stream.parallel.distributed", distributed),
         mock.patch("torch.accelerator.current_accelerator", return_value=torch.device("cuda")),
         Waits() as waits,
     ):

@@ -20,15 +20,7 @@ from torch import Tensor
 
 from kdcache.loss import fused, passes
 from kdcache.targets import Anchored, Codec
-from kdcache.targets.device import (
-    Rule,
-    blocked_sample,
-    label,
-    label_logprobs,
-    outside,
-    run,
-    topk,
-)
+from kdcache.targets.device import Rule, blocked_sample, label_logprobs, run, topk
 
 pytest.importorskip("triton", reason="Triton is missing: pip install 'kdcache[cuda-tests]'")
 
@@ -153,7 +145,7 @@ def test_the_best_entries_read_the_logits_once() -> None:
 def test_the_mass_outside_a_vocabulary_reads_the_logits_once() -> None:
     with fake_cuda(symbolic=True):
         logits = fake(POSITIONS, IDS + 64, dtype=torch.bfloat16)
-        code = written_for_h100(outside._outside_by_blocks, logits, IDS)
+        code = written_for_h100(run._outside_by_blocks, logits, IDS)
     assert len(code.launches) <= 4
     assert not code.library_calls
     whole = code.argument(POSITIONS, IDS + 64)
@@ -165,8 +157,8 @@ def test_the_labels_logprobs_take_one_kernel_or_one_pass() -> None:
     with fake_cuda(symbolic=True):
         logits = fake(POSITIONS, IDS, dtype=torch.bfloat16)
         labels, sums = fake(POSITIONS, dtype=torch.int64), fake(POSITIONS)
-        after_the_codec = written_for_h100(label._logprobs, logits, labels, sums, sums)
-        alone = written_for_h100(label._sums_by_blocks, logits)
+        after_the_codec = written_for_h100(run._logprobs, logits, labels, sums, sums)
+        alone = written_for_h100(run._sums_by_blocks, logits)
     assert len(after_the_codec.launches) == 1
     assert not after_the_codec.passes(after_the_codec.argument(POSITIONS, IDS), POSITIONS + 1)
     assert len(alone.launches) <= 4
@@ -178,7 +170,7 @@ def test_the_labels_logprobs_take_one_kernel_or_one_pass() -> None:
 def test_both_ways_to_the_mass_outside_agree() -> None:
     logits = hard_logits(WORDS)[[0, 1, 4]]
     want = torch.softmax(logits.double(), -1)[:, 700:].sum(-1)
-    for way in (outside._outside, outside._outside_by_blocks):
+    for way in (run._outside, run._outside_by_blocks):
         torch.testing.assert_close(way(logits, 700)["mass"].double(), want, rtol=1e-5, atol=1e-30)
 
 

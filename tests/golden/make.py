@@ -43,7 +43,7 @@ from kdcache.targets import (
 )
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import encode_logprobs
-from kdcache.targets.ranks import ranks_of_ids, read_ranks
+from kdcache.targets.soft import ranks_of_ids, read_ranks
 from kdcache.tasks import IGNORE, UNLABELLED
 from kdcache.teacher import tokenizer_files
 

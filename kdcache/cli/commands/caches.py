@@ -51,7 +51,7 @@ def _build() -> click.Command:
 
 
 def _dry_run(options: BuildOptions, as_json: bool) -> None:
-    from kdcache.cli.view_dry_run import render_dry_run
+    from kdcache.cli.views import render_dry_run
     from kdcache.commands.build.dry_run import dry_run
     from kdcache.commands.plan.options import PlanOptions
     from kdcache.options import as_words
@@ -98,13 +98,13 @@ def _report_made(result: BuildResult, worker: str = "teacher") -> None:
                 "the cache."
             )
     if result.domains:
-        from kdcache.cli.view_domains import render_domains
+        from kdcache.cli.views import render_domains
 
         render_domains(result.domains, terminal())
 
 
 def _transcode() -> click.Command:
-    from kdcache.commands.transcode.options import TranscodeOptions
+    from kdcache.commands.options import TranscodeOptions
 
     @options_command(
         TranscodeOptions,
@@ -116,7 +116,7 @@ def _transcode() -> click.Command:
         from kdcache.cli.display import TranscodeDisplay
 
         with TranscodeDisplay(quiet=as_json) as display:
-            from kdcache.commands.transcode.transcode import transcode
+            from kdcache.commands.transcode import transcode
 
             result = transcode(options, on_progress=display, report=display.report)
         if as_json:
@@ -129,7 +129,7 @@ def _transcode() -> click.Command:
 
 
 def _export() -> click.Command:
-    from kdcache.commands.export.options import ExportOptions
+    from kdcache.commands.options import ExportOptions
 
     @options_command(
         ExportOptions,
@@ -138,7 +138,7 @@ def _export() -> click.Command:
         "Run the same command again to continue where it stopped.",
     )
     def command(options: ExportOptions, as_json: bool) -> None:
-        from kdcache.commands.export.export import export
+        from kdcache.commands.export import export
 
         result = export(options, report=tell)
         if as_json:
@@ -195,8 +195,8 @@ def _plan() -> click.Command:
     def command(options: PlanOptions, as_json: bool) -> None:
         from kdcache.cli.view_plan import render_plan
         from kdcache.commands.build.options import BuildOptions
-        from kdcache.commands.plan.advice import recommended
         from kdcache.commands.plan.plan import plan
+        from kdcache.commands.plan.result import recommended
         from kdcache.options import as_words
 
         result = plan(options, report=tell)

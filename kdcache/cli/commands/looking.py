@@ -14,7 +14,7 @@ def _several(count: int, word: str) -> str:
 
 
 def _inspect() -> click.Command:
-    from kdcache.commands.inspect.options import InspectOptions
+    from kdcache.commands.options import InspectOptions
 
     @options_command(
         InspectOptions,
@@ -23,7 +23,7 @@ def _inspect() -> click.Command:
     )
     def command(options: InspectOptions, as_json: bool) -> None:
         from kdcache.cli.view_inspect import render_inspection
-        from kdcache.commands.inspect.inspect import inspect
+        from kdcache.commands.inspect import inspect
 
         result = inspect(options)
         if as_json:
@@ -39,7 +39,7 @@ def _inspect() -> click.Command:
 
 
 def _verify() -> click.Command:
-    from kdcache.commands.verify.options import VerifyOptions
+    from kdcache.commands.options import VerifyOptions
 
     @options_command(
         VerifyOptions,
@@ -47,7 +47,7 @@ def _verify() -> click.Command:
         "kdcache verify cache --teacher SmolLM2-135M --sample 64",
     )
     def command(options: VerifyOptions, as_json: bool) -> None:
-        from kdcache.commands.verify.verify import verify
+        from kdcache.commands.verify import verify
 
         result = verify(options)
         if as_json:
@@ -81,7 +81,7 @@ def _verify() -> click.Command:
 
 
 def _repair() -> click.Command:
-    from kdcache.commands.repair.options import RepairOptions
+    from kdcache.commands.options import RepairOptions
 
     @options_command(
         RepairOptions,
@@ -89,7 +89,7 @@ def _repair() -> click.Command:
         "Then run the same `kdcache build` command to make what was removed.",
     )
     def command(options: RepairOptions, as_json: bool) -> None:
-        from kdcache.commands.repair.repair import repair
+        from kdcache.commands.upkeep import repair
 
         result = repair(options)
         if as_json:
@@ -112,14 +112,14 @@ def _repair() -> click.Command:
 
 
 def _gc() -> click.Command:
-    from kdcache.commands.gc.options import GcOptions
+    from kdcache.commands.options import GcOptions
 
     @options_command(
         GcOptions,
         "kdcache gc cache --dry-run",
     )
     def command(options: GcOptions, as_json: bool) -> None:
-        from kdcache.commands.gc.gc import gc
+        from kdcache.commands.upkeep import gc
 
         result = gc(options)
         if as_json:
@@ -138,7 +138,7 @@ def _gc() -> click.Command:
 
 
 def _report() -> click.Command:
-    from kdcache.commands.report.options import ReportOptions
+    from kdcache.commands.options import ReportOptions
 
     @options_command(
         ReportOptions,
@@ -160,11 +160,11 @@ def _report() -> click.Command:
 
 
 def _env() -> click.Command:
-    from kdcache.commands.env.options import EnvOptions
+    from kdcache.commands.options import EnvOptions
 
     @options_command(EnvOptions, "kdcache env --json")
     def command(options: EnvOptions, as_json: bool) -> None:
-        from kdcache.commands.env.env import env
+        from kdcache.commands.env import env
 
         result = env(options)
         if as_json:
@@ -182,14 +182,14 @@ def _env() -> click.Command:
 
 
 def _demo() -> click.Command:
-    from kdcache.commands.demo.options import DemoOptions
+    from kdcache.commands.options import DemoOptions
 
     @options_command(
         DemoOptions,
         "kdcache demo",
     )
     def command(options: DemoOptions, as_json: bool) -> None:
-        from kdcache.cli.view_demo import render_demo
+        from kdcache.cli.views import render_demo
         from kdcache.commands.demo.demo import demo
 
         result = demo(options, report=tell)

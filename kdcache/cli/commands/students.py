@@ -25,7 +25,7 @@ def _train() -> click.Command:
 
         silent = options.place is not None and options.place.rank > 0  # the first one reports
         with TrainDisplay(quiet=as_json or silent) as display:
-            from kdcache.cli.view_domains import render_figures
+            from kdcache.cli.views import render_figures
             from kdcache.commands.train.train import train
             from kdcache.loss.metrics import perplexity
 
@@ -79,7 +79,7 @@ def _train() -> click.Command:
 
 
 def _sweep() -> click.Command:
-    from kdcache.commands.sweep.options import SweepOptions
+    from kdcache.commands.options import SweepOptions
 
     @options_command(
         SweepOptions,
@@ -95,7 +95,7 @@ def _sweep() -> click.Command:
     )
     def command(options: SweepOptions, as_json: bool) -> None:
         from kdcache.cli.display import SweepDisplay
-        from kdcache.cli.view_sweep import render_sweep
+        from kdcache.cli.views import render_sweep
 
         with SweepDisplay(quiet=as_json) as display:
             from kdcache.commands.sweep.sweep import sweep

@@ -1,25 +1,217 @@
 """`kdcache build`: runs the teacher over a corpus once and seals the cache.
 
 options -> spans of the corpus -> teacher's identity -> CacheSpec -> `make_cache`
+
+Resume: checks that the shards of an earlier run belong to the corpus as it is now.
+
+The first run of a build records the version of every file (its time of change, or its ETag) in
+`events/corpus.json`, which is no part of the cache: the same corpus makes the same cache wherever
+it is. If a later run finds another version, but the same size and ends, the file was copied or its
+middle was edited. A shard holds its rows, so the records of each span are read and encoded again
+and compared with them, without the teacher.
+
+Cost: none while no file has changed; otherwise reading and tokenising the committed spans of those
+that have.
+
+The teacher's output layer, for targets that are hidden states: made once, before the first span.
+
+The teacher is loaded once more for it: in this process, or on a node of the cluster where the build
+runs on one. Its layer is found and proved (`kdcache.teacher.probe`), and for `hidden:int8`
+the means and deviations of its states' channels are measured on a sample of the corpus. Then all
+workers read the layer from the cache: the bytes of a cache do not depend on them.
+
+Cost: loading the teacher, and some 8,000 tokens for `int8`. A build that is resumed takes the layer
+that is there.
+Guarantee: on one kind of machine the layer is a pure function of the teacher, the corpus and the
+row options. On another kind the measured means may differ in their last digits; that makes another
+cache, and never a mixed one, since the spec has the hash of the file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 
+import numpy as np
+import torch
+
+from kdcache.cache import Cache, sealing
+from kdcache.cache.layer_file import layer_bytes
+from kdcache.cluster import cluster_address
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.layer import with_layer
 from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
+from kdcache.commands.build.on_ray import run_once
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.build.prepare import prepare
-from kdcache.commands.build.resume import check_made
-from kdcache.commands.build.teacher_source import TeacherSourceOptions
+from kdcache.commands.build.prepare import Prepared, prepare, sampled_rows
+from kdcache.commands.build.source import TeacherSourceOptions
+from kdcache.corpus import Corpus, Span
 from kdcache.corpus.stored import stored
 from kdcache.errors import UsageError
-from kdcache.storage import redact
-from kdcache.teacher import tokenizer_files
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.rows.batches import batches
+from kdcache.storage import open_storage, redact
+from kdcache.targets import Hidden, OutputLayer
+from kdcache.tasks import TASKS
+from kdcache.teacher import Teacher, TeacherOptions, tokenizer_files
+
+logger = logging.getLogger(__name__)
+
+
+_FILE = "events/corpus.json"
+
+
+def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
+    """Compare the committed shards of files that were written to since the cache was begun.
+
+    Args:
+        cache: begun, not sealed.
+        corpus: what it is built from, as it is now.
+        rows: how its records become rows.
+
+    Raises:
+        UsageError: a shard has other rows than its span has now.
+    """
+    now = json.dumps([file.versions for file in corpus.files]).encode()
+    if cache.sealed or cache.storage.create(_FILE, now):
+        return
+    noted = json.loads(cache.storage.read(_FILE))
+    then = zip(corpus.files, noted, strict=True)
+    changed = {file.url for file, version in then if file.versions != version}
+    made = cache.committed() if changed else {}
+    spans = [
+        span for span in map(corpus.spans.__getitem__, sorted(made)) if span.file.url in changed
+    ]
+    if spans:
+        logger.warning(
+            "%d files were written to since this build began: comparing %d shards with them",
+            len(changed),
+            len(spans),
+        )
+    tokenizer = cache.tokenizer() if spans else None
+    for span in spans:
+        records = Corpus.read(span, columns=rows.columns, on_error=rows.on_error)
+        try:
+            found = list(make_encoder(rows, tokenizer).encode(records, span=span.index))
+            same = _same(cache, span, made[span.index], found)
+        except UsageError:  # such records were never made into a shard
+            same = False
+        if not same:
+            raise UsageError(
+                f"{redact(span.file.url)}: the file was changed since this build began: shard "
+                f"{span.index} was made of other text. Restore the file and run the same command "
+                "again, or build the new corpus in another folder."
+            )
+
+
+def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
+    entry = sealing.shard_entry(cache, span.index, name)
+    with cache.hold(entry) as path:
+        data = cache.parse(path, entry, targets=False)
+    return len(data) == len(rows) and all(
+        np.array_equal(mine, theirs)
+        for i, row in enumerate(rows)
+        for mine, theirs in (
+            (row.input_ids, data.row(i).input_ids),
+            (row.labels, data.row(i).labels),
+            (_starts(row), _starts(data.row(i))),
+            (_source(row), _source(data.row(i))),
+        )
+    )
+
+
+def _source(row: Row) -> np.ndarray:
+    return np.zeros(0) if row.source is None else row.source
+
+
+def _starts(row: Row) -> np.ndarray:
+    return np.zeros(0) if row.starts is None else row.starts
+
+
+_TOKENS = 1 << 13
+
+
+def with_layer(options: BuildOptions, plan: Prepared) -> Prepared:
+    """A build's plan with the output layer, where its codec needs one.
+
+    Raises:
+        UsageError: the teacher's logits are not its output layer's alone.
+    """
+    codec = plan.spec.make_codec()
+    if not isinstance(codec, Hidden):
+        return plan
+    adopted = _layer_there(options.out, plan)
+    if adopted is not None:
+        return dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, output_layer=adopted))
+    rows = _sample(plan) if codec.needs_channels else []
+    arguments = (plan.teacher, plan.spec.vocab_size, rows, plan.batch_tokens)
+    if options.workers != 0 and cluster_address(options.address):
+        made = run_once(make_layer, *arguments, gpus=plan.gpus, address=options.address)
+    else:
+        made = make_layer(*arguments)
+        torch.cuda.empty_cache()  # the workers' teachers need the room
+    sha256 = hashlib.sha256(made).hexdigest()
+    spec = dataclasses.replace(plan.spec, output_layer=sha256)
+    return dataclasses.replace(plan, spec=spec, output_layer=made)
+
+
+def make_layer(
+    teacher: TeacherOptions, vocab_size: int, rows: Sequence[Row], batch_tokens: int
+) -> bytes:
+    """The file of a teacher's output layer.
+
+    Args:
+        teacher: which teacher; asked for its states.
+        vocab_size: V.
+        rows: by which to measure the channels; none to leave that out.
+        batch_tokens: padded tokens of a batch, at most.
+    """
+    ids = np.arange(16, dtype=np.int32) % vocab_size
+    with closing(Teacher(teacher, vocab_size)) as one:
+        source = ids if TASKS[teacher.task].source else None
+        one.probe(rows or [Row(ids, ids, source=source)])
+        assert one.layer is not None, "states are asked for"
+        return layer_bytes(measured(one, one.layer, rows, batch_tokens) if rows else one.layer)
+
+
+def measured(
+    teacher: Teacher, layer: OutputLayer, rows: Sequence[Row], batch_tokens: int
+) -> OutputLayer:
+    """A layer with the means and units of its channels, by the states of some rows."""
+    count, sums = 0, torch.zeros(2, layer.width, dtype=torch.float64)
+    for batch in batches([row.sizes for row in rows], batch_tokens):
+        for _, states in teacher.slices([rows[i] for i in batch]):
+            assert states is not None, "they are asked for"
+            x = states.double()
+            sums += torch.stack([x.sum(0), x.square().sum(0)]).cpu()
+            count += len(x)
+    mean, square = sums / max(count, 1)
+    return layer.with_channels(mean, (square - mean.square()).clamp_min(0).sqrt())
+
+
+def _layer_there(out: str, plan: Prepared) -> str | None:
+    """Hash of the layer of a cache that this build resumes, if there is one."""
+    storage = open_storage(out)
+    if not storage.exists("spec.json"):
+        return None
+    cache = Cache.read_spec(storage)
+    sha256 = cache.spec.output_layer
+    same = not cache.spec.differences(dataclasses.replace(plan.spec, output_layer=sha256))
+    here = sha256 is not None and storage.exists(f"output_layer-{sha256[:16]}.safetensors")
+    return sha256 if same and here else None
+
+
+def _sample(plan: Prepared) -> list[Row]:
+    """Rows from all over the corpus, of some 8,000 tokens together."""
+    rows = list(sampled_rows(plan.corpus, plan.rows, plan.tokenizer))
+    tokens = sum(sum(row.sizes) for row in rows)
+    wanted = min(len(rows), max(1, len(rows) * _TOKENS // max(tokens, 1)))
+    return [rows[i * len(rows) // wanted] for i in range(wanted)]
 
 
 def build(

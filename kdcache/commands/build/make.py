@@ -18,16 +18,13 @@ from dataclasses import dataclass
 from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.manifest import filtered_records
-from kdcache.cache.receipts import Receipts, remove_receipts
-from kdcache.cache.sealing import prepare_manifest, seal
+from kdcache.cache.sealing import Receipts, prepare_manifest, remove_receipts, seal
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
 from kdcache.commands.build.events import EventLog, EventSink
-from kdcache.commands.build.local import LocalWorkers
 from kdcache.commands.build.on_ray import RayWorkers
 from kdcache.commands.build.options import WorkerOptions
 from kdcache.commands.build.source import SourceOptions, Work
-from kdcache.commands.build.worker import Job
-from kdcache.commands.build.workers import Workers
+from kdcache.commands.build.workers import Job, LocalWorkers, Workers
 from kdcache.commands.interrupt import Interrupt, interruptible
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import try_place

@@ -22,21 +22,26 @@ from functools import partial
 from typing import Any
 
 from kdcache.cluster import (
+    Need,
+    Wait,
     at_home,
     check_own_ray,
     cluster_address,
     connect,
+    describe,
     launching,
     reason,
+    share_of_cpus,
 )
 from kdcache.commands.build.events import EventSink, ignore_events
-from kdcache.commands.build.room import Need, Wait, describe, share_of_cpus
 from kdcache.commands.build.source import Work
-from kdcache.commands.build.worker import Job, SpanReport, SpanWorker
 from kdcache.commands.build.workers import (
     IN_FLIGHT,
     Fault,
+    Job,
     Outcome,
+    SpanReport,
+    SpanWorker,
     WorkerFigures,
     Workers,
     arrived,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdcache.commands.groups import TeacherRunOptions, form_problems
-from kdcache.commands.masks import MaskedRowOptions
+from kdcache.commands.row_options import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.options import Options, option
 from kdcache.tasks import CAUSAL_LM, Task

@@ -1,26 +1,47 @@
 """What a span worker asks of its source: the rows of a span, then their targets.
 
-A build's source is a corpus and a teacher (`kdcache.commands.build.teacher_source`); that of
-`kdcache transcode` is another cache (`kdcache.commands.transcode.cache_source`). All else of a
+A build's source is a corpus and a teacher (`kdcache.commands.build.source`); that of
+`kdcache transcode` is another cache (`kdcache.commands.transcode`). All else of a
 worker, and all of driver, Ray, faults, resume and seal, is the same for both.
+
+The source of a build: a corpus, and the teacher that answers its rows.
+
+A teacher in an engine is given the rows of both spans of a worker, some batches ahead, so it always
+has rows to compute; a lock admits one span to the output layer and the codec, a batch at a time.
+
+Cost: the teacher in memory, and one slice of its logits; of an engine, the states of six batches.
 """
 
 from __future__ import annotations
 
 import concurrent.futures as futures
+import itertools
+import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.build.activity import Steps
-from kdcache.commands.build.packer import Packed, Packer
-from kdcache.targets import SoftTargets
+from kdcache.commands.build.packer import Packed, Packer, Places, Steps
+from kdcache.corpus import Corpus, ReadStats, Record, Span
+from kdcache.errors import UsageError
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.rows.batches import batches, documents_of
+from kdcache.rows.labels import no_label
+from kdcache.targets import Hidden, SoftTargets
+from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import Codes
+from kdcache.tasks import TASKS
+from kdcache.teacher import Slice, Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
 
 
 class Work(Protocol):
@@ -110,3 +131,217 @@ class SourceOptions(Protocol):
 
     def open(self, cache: Cache) -> Source[Any, Any]:
         """The source, for the codec of this cache."""
+
+
+logger = logging.getLogger(__name__)
+
+_AHEAD = 2  # batches of a span that an engine is given beside the one that is awaited
+
+
+@dataclass(frozen=True)
+class TeacherSourceOptions:
+    """A corpus and its teacher.
+
+    Attributes:
+        rows: how records become rows.
+        teacher: which models to load, and how.
+        batch_tokens: padded tokens of a batch, at most (one row may be longer).
+        find_batch: whether such a batch is tried first, and halved until it fits the GPU.
+    """
+
+    rows: RowSpec
+    teacher: TeacherOptions
+    batch_tokens: int
+    find_batch: bool = False
+
+    def open(self, cache: Cache) -> TeacherSource:
+        """Load the teacher."""
+        return TeacherSource(self, cache)
+
+
+@dataclass
+class TaughtRows(SpanRows):
+    """The rows of a span, for a teacher."""
+
+    rows: Sequence[Row] = ()
+
+
+class TeacherSource(Source[Span, TaughtRows]):
+    """A loaded teacher that answers the rows of a corpus."""
+
+    def __init__(self, options: TeacherSourceOptions, cache: Cache) -> None:
+        self.options, self.spec = options, cache.spec
+        self.codec = cache.codec()
+        self.tokenizer = cache.tokenizer()
+        self.teacher = Teacher(options.teacher, self.spec.vocab_size)
+        self.device = self.teacher.device.type
+        self.takes_turns = self.teacher.takes_turns
+        self._turn = threading.Lock()
+        self._probed = False  # on rows of the corpus
+        self.batch_tokens = options.batch_tokens
+        if options.find_batch and self.device == "cuda":
+            self.batch_tokens = self._find_batch_tokens()
+        elif options.teacher.compile:
+            self._try_batch(self.batch_tokens)  # compiles before the first span
+
+    def _find_batch_tokens(self) -> int:
+        found = find_batch_tokens(
+            lambda tokens: peak_share(lambda: self._try_batch(tokens), self.teacher.gpus),
+            self.options.batch_tokens,
+            self.options.rows.max_length + (self.options.rows.max_source_length or 0),
+        )
+        logger.info("batches have %d tokens", found)
+        return found
+
+    def _try_batch(self, tokens: int) -> None:
+        """Run teacher and codec over a batch of the longest rows."""
+        ids = np.arange(self.options.rows.max_length, dtype=np.int32) % self.spec.vocab_size
+        each = TASKS[self.spec.task].per_token
+        row = Row(ids, ids if each else no_label(self.spec.task, self.spec.vocab_size))
+        if TASKS[self.spec.task].source:
+            longest = self.options.rows.max_source_length or 1
+            row = replace(row, source=np.arange(longest, dtype=np.int32) % self.spec.vocab_size)
+        for piece in self.teacher.slices([row] * max(1, tokens // sum(row.sizes))):
+            zeros = torch.zeros(len(piece.logits), dtype=torch.float64)
+            self._encode(piece, zeros, zeros.long())
+        self.teacher.take_clipped_mass()
+
+    def read(self, work: Span, steps: Steps) -> TaughtRows:
+        """See `Source.read`."""
+        how = self.options.rows
+        stats = ReadStats()
+        encoder = make_encoder(how, self.tokenizer)
+        records = Corpus.read(
+            work, columns=how.columns, on_error=how.on_error, stats=stats, progress=steps
+        )
+        rows = list(encoder.encode(_counted(records, steps), span=work.index))
+        return TaughtRows(
+            partial(ShardData.from_rows, self.options.teacher.task, rows),
+            skipped=stats.skipped + encoder.skipped + encoder.empty,
+            filtered=stats.filtered if work.reading.filters else None,
+            truncated=encoder.truncated,
+            reasons=(*stats.reasons, *encoder.stats.reasons),
+            rows=rows,
+        )
+
+    def answer(self, rows: TaughtRows, packer: Packer, steps: Steps) -> Answers:
+        """See `Source.answer`."""
+        with self._turn:
+            if rows.rows and not self._probed:
+                self._probe(rows.rows)
+        parts = documents_of(rows.rows)
+        try:
+            return self._ask(parts, Places.of(rows.rows, self.spec.task), packer, steps)
+        finally:
+            self.teacher.forget(parts)
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self.teacher.close()
+
+    def _probe(self, rows: Sequence[Row]) -> None:
+        """Probe the teacher, and compare its output layer with the one that the cache keeps."""
+        self.teacher.probe(rows)
+        if isinstance(self.codec, Hidden):
+            mine, kept = self.teacher.layer, self.codec.layer
+            if mine is None or kept is None or not mine.same(kept):
+                raise UsageError(
+                    "the output layer that this cache keeps is not this teacher's. Build with "
+                    "another --out."
+                )
+        self._probed = True
+
+    def _ask(self, rows: Sequence[Row], every: Places, packer: Packer, steps: Steps) -> Answers:
+        """Run all rows of a span through the teacher, or their documents.
+
+        Args:
+            rows: what the teacher reads at a time, in order.
+            every: the positions of the span, which are theirs one after another.
+            packer: takes what is made.
+            steps: see `Source.answer`.
+        """
+        counts = [len(row.places(self.spec.task)) for row in rows]
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        packed: list[futures.Future[Packed]] = []
+        places: list[np.ndarray] = []
+        sizes = [row.sizes for row in rows]
+        waiting = deque(batches(sizes, self.batch_tokens))
+        while waiting:
+            steps.begin(len(waiting))
+            for ahead in itertools.islice(waiting, 1 + _AHEAD):
+                self.teacher.expect([rows[i] for i in ahead])
+            batch = waiting.popleft()
+            self.teacher.wait([rows[i] for i in batch])
+            here = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
+            try:
+                parts = self._run([rows[i] for i in batch], every.take(here), packer)
+            except torch.OutOfMemoryError as error:
+                self.teacher.take_clipped_mass()  # all of this batch is asked again
+                self._shrink([sum(sizes[i]) for i in batch], error)
+                left = [i for rows_of in (batch, *waiting) for i in rows_of]
+                cut = batches([sizes[i] for i in left], self.batch_tokens)
+                waiting = deque([left[i] for i in smaller] for smaller in cut)
+                continue
+            steps.batch(len(here))
+            packed.extend(parts)
+            places.append(here)
+        return packed, places
+
+    def _run(
+        self, rows: Sequence[Row], place: Places, packer: Packer
+    ) -> list[futures.Future[Packed]]:
+        """One batch through teacher and codec."""
+        uniform, labels = (
+            self.teacher.to_device(torch.from_numpy(numbers))
+            for numbers in (place.noise(packer.seed, packer.span), place.labels)
+        )
+        parts = []
+        done = 0
+        with self._turn:
+            for piece in self.teacher.slices(rows):
+                end = done + len(piece.logits)
+                encoded = self._encode(piece, uniform[done:end], labels[done:end])
+                parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
+                done = end
+        assert done == len(place.rows), "the teacher answers every position"
+        return parts
+
+    def _encode(self, piece: Slice, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What is kept of some positions, on their device.
+
+        Args:
+            piece: as the teacher yields it.
+            u: float64 [n], the codec's noise.
+            labels: int64 [n], hard labels.
+
+        Returns:
+            What the codec gives, and "label_logprob" float32 [n] if the cache keeps that.
+        """
+        made_for = self.options.teacher.temperatures
+        values = logits_at(piece.read_by(self.codec), made_for, self.codec.temperatures)
+        encoded = self.codec.encode(values, u)
+        if self.spec.label_logprob:
+            at_one = logits_at(piece.logits, made_for, (1.0,))
+            read_before = encoded if piece.logits.ndim == 2 else None
+            logprobs = label_logprobs(at_one, labels, read_before)
+            encoded["label_logprob"] = logprobs
+            if self.codec.reads_states:  # which may be finite where the logits are not
+                encoded["finite"] = encoded["finite"] & ~logprobs.isnan()
+        return encoded
+
+    def _shrink(self, lengths: Sequence[int], error: torch.OutOfMemoryError) -> None:
+        """Remember half the size of a batch that did not fit, for this span and later ones."""
+        if len(lengths) == 1:
+            raise UsageError(
+                f"one row of {lengths[0]} tokens does not fit the device together with the "
+                "teacher. Use a smaller --max-length, or more --gpus-per-worker."
+            ) from error
+        torch.cuda.empty_cache()
+        self.batch_tokens = min(self.batch_tokens, len(lengths) * max(lengths)) // 2
+        logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
+
+
+def _counted(records: Iterator[Record], steps: Steps) -> Iterator[Record]:
+    for record in records:
+        steps.record()
+        yield record

@@ -11,6 +11,8 @@ Cost: a few minutes on one core (two while building), half of it the teacher's t
 Guarantee: the three students see the same rows in the same order for as many steps, and each is its
 best evaluation by held-out cross-entropy; the first two also begin with the same weights. Finished
 steps are kept: the same command resumes after the last of them.
+
+The result of a demo.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,6 @@ import torch
 from kdcache.commands.build.build import build
 from kdcache.commands.build.make import BuildResult
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.demo.options import DemoOptions
-from kdcache.commands.demo.result import DemoResult, StudentScores
 from kdcache.commands.demo.teacher import (
     TeacherSizes,
     documents,
@@ -43,16 +43,71 @@ from kdcache.commands.demo.teacher import (
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
-from kdcache.commands.train.log import METRICS_FILE
+from kdcache.commands.options import DemoOptions
+from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
-from kdcache.errors import UsageError
-from kdcache.extras import installed
+from kdcache.errors import UsageError, installed
 from kdcache.files import alone, found_at, local_path, strange, try_place, write_json
 from kdcache.humanize import counted, duration, size
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
+
+
+@dataclass(frozen=True)
+class StudentScores:
+    """One line of the demo's table.
+
+    Attributes:
+        name: what it was trained on, and its architecture.
+        architecture: the model type of its config.
+        parameters: numbers in its weights.
+        cross_entropy: held out, nats per position.
+        perplexity: its exponential.
+        kl: KL(teacher || student) held out, nats per position, exact.
+        steps: steps of its training; None for the teacher.
+        train_seconds: wall time of its training.
+        teacher_seconds: cost of running the teacher during its training, at the speed of the build.
+    """
+
+    name: str
+    architecture: str
+    parameters: int
+    cross_entropy: float
+    perplexity: float
+    kl: float | None
+    steps: int | None
+    train_seconds: float
+    teacher_seconds: float | None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The outcome of a demo.
+
+    Attributes:
+        out: its folder.
+        folders: in it, the training cache and the students.
+        plot: the PNG of the held-out losses; None without matplotlib.
+        models: the teacher, then the students.
+        positions: positions in the training cache.
+        bytes_per_position: of its shards, rows included.
+        teacher_seconds: what the build spent in the teacher, summed over workers: paid once.
+        seconds: wall time of each step when it was made, by name.
+        reused: names of the steps that were there already.
+    """
+
+    out: str
+    plot: str | None
+    models: tuple[StudentScores, ...]
+    positions: int
+    bytes_per_position: float
+    teacher_seconds: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+
 
 Report = Callable[[str], None]
 

@@ -28,18 +28,20 @@ from torch import Tensor
 
 from kdcache.align import TokenBytes
 from kdcache.cache.shard import ShardData
-from kdcache.commands.evaluate.counts import Counts
-from kdcache.commands.evaluate.figures import Figures, tally_of
-from kdcache.commands.evaluate.in_bytes import InBytes, Sums, label_logprobs
-from kdcache.commands.evaluate.independent import IndependentTally
+from kdcache.commands.evaluate.in_bytes import (
+    InBytes,
+    Sums,
+    label_logprobs,
+    other_tokenizers,
+    with_aligners,
+)
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.evaluate.own_tokens import other_tokenizers, with_aligners
 from kdcache.commands.evaluate.rows import EvaluationRows
 from kdcache.commands.evaluate.scores import EvaluateResult
+from kdcache.commands.evaluate.tally import Counts, Figures, IndependentTally, tally_of
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
-from kdcache.loss.entities import Entities, are_entities
-from kdcache.loss.metrics import BINS, Tally
+from kdcache.loss.metrics import BINS, Entities, Tally, are_entities
 from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device

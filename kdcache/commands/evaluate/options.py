@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from kdcache.commands.groups import InferenceOptions, PlotOptions, form_problems
-from kdcache.commands.masks import MaskedRowOptions
+from kdcache.commands.row_options import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.options import option
 from kdcache.tasks import Task

@@ -16,11 +16,11 @@ from typing import Any
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.inspect.inspect import default_temperature
+from kdcache.commands.inspect import default_temperature
 from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.stream.cached_rows import RowKind
+from kdcache.stream.shard_rows import RowKind
 from kdcache.student.saved import SavedModel, word_reader
 from kdcache.tasks import TASKS
 

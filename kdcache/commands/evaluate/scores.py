@@ -49,7 +49,7 @@ class ModelScores:
         spearman: the correlation of their ranks.
         teacher_mse: mean squared difference from the teacher's scores.
         calibration: the bins that it is made of, those with predictions; empty where not known.
-        entity_f1: micro F1 of entities (tags of entities only, see `kdcache.loss.entities`).
+        entity_f1: micro F1 of entities (tags of entities only, see `kdcache.loss.metrics`).
         entity_precision: share of the entities found that are right.
         entity_recall: share of the true entities that were found.
         bits_per_byte: minus the log2 of its probability of the text, a byte of text (causal LM

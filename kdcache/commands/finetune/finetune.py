@@ -33,7 +33,7 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import files_of, label_names_of, labelled_rows
 from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_loss
 from kdcache.commands.interrupt import interruptible
-from kdcache.commands.train.log import METRICS_FILE
+from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError, reason_of
 from kdcache.files import (
@@ -47,7 +47,7 @@ from kdcache.files import (
     write_json,
     write_text,
 )
-from kdcache.loss.entities import are_entities
+from kdcache.loss.metrics import are_entities
 from kdcache.models import HeadedConfig
 from kdcache.pretrained import UnreadableError, read_config, unreadable, warn_of_left_out
 from kdcache.rows import Row
@@ -58,8 +58,8 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.info import StudentInfo
 from kdcache.student.load import find_files, lost_of_encoder
+from kdcache.student.tokens import StudentInfo
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import complete_adapter

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from kdcache.choices import ClassWeights
 from kdcache.commands.groups import LearningOptions, form_problems
-from kdcache.commands.pairs import PairRowOptions
+from kdcache.commands.row_options import PairRowOptions
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
 from kdcache.options import option
-from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, Task
+from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, ClassWeights, Task
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import PadRows, class_weights
-from kdcache.commands.train.log import SlowSteps
+from kdcache.commands.train.callbacks import Patience, SlowSteps, StopOnSignal
 from kdcache.commands.train.result import TrainProgress
-from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.loss import label_loss, score_loss
-from kdcache.loss.entities import Entities, are_entities
-from kdcache.loss.metrics import accuracy, confusion_matrix, f1
-from kdcache.loss.rank_metrics import micro_average_precision, micro_f1, pearson, spearman
+from kdcache.loss.metrics import (
+    Entities,
+    accuracy,
+    are_entities,
+    confusion_matrix,
+    f1,
+    micro_average_precision,
+    micro_f1,
+    pearson,
+    spearman,
+)
 from kdcache.rows import Row
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,

@@ -23,10 +23,9 @@ import pyarrow.parquet as pq
 from kdcache.cache import Cache, CacheSpec
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
-from kdcache.commands.build.ranks import count_ranks
-from kdcache.commands.import_.compressed import Compression
+from kdcache.commands.build.prepare import count_ranks
 from kdcache.commands.import_.import_source import ImportSourceOptions, RowReader
-from kdcache.commands.import_.layouts import COMPRESSED, LAYOUTS
+from kdcache.commands.import_.layouts import COMPRESSED, LAYOUTS, Compression
 from kdcache.commands.import_.options import ImportOptions
 from kdcache.corpus import Corpus, ReadStats, RecordError, named
 from kdcache.corpus.files import open_bytes

@@ -18,11 +18,9 @@ import torch
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.build.activity import Steps
-from kdcache.commands.build.packer import Packer, Places
+from kdcache.commands.build.packer import Packer, Places, Steps
 from kdcache.commands.build.source import Answers, Source, SpanRows
-from kdcache.commands.import_.compressed import Compression
-from kdcache.commands.import_.layouts import LAYOUTS, Columns, Entries, read_entries
+from kdcache.commands.import_.layouts import LAYOUTS, Columns, Compression, Entries, read_entries
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError, Span
 from kdcache.rows import Row, RowSpec
 from kdcache.rows.ids import SequenceMaker, own_ids

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kdcache.choices import MAX_RECORD_BYTES, Attend, Labels, OnError
 from kdcache.commands.build.options import WorkerOptions
 from kdcache.domains import Named
 from kdcache.options import option
+from kdcache.tasks import MAX_RECORD_BYTES, Attend, Labels, OnError
 
 Layout = Literal["kdcache", "axolotl", "distillkit", "open-instruct", "plain"]
 

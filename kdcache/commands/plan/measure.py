@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
-from kdcache.commands.build.layer import measured
+from kdcache.commands.build.build import measured
 from kdcache.commands.build.prepare import Prepared
 from kdcache.commands.plan.fidelity import FAR, NEAR, FidelityMeter, FullGradient
 from kdcache.commands.plan.result import WORKERS, PlannedCache, break_even
@@ -25,7 +25,7 @@ from kdcache.rows.batches import batches
 from kdcache.targets import Codec, Hidden, SoftTargets, TargetWriter, position_uniform
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import encode_logprobs
-from kdcache.targets.ranks import read_ranks
+from kdcache.targets.soft import read_ranks
 from kdcache.tasks import TASKS
 from kdcache.teacher import Slice, Teacher, find_batch_tokens, logits_at, peak_share
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.groups import TeacherRunOptions
-from kdcache.commands.masks import MaskedRowOptions
+from kdcache.commands.row_options import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.files import file_problems

@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 
 from kdcache.commands.build.prepare import check_answers, check_ensemble, prepare
-from kdcache.commands.plan.advice import advice
 from kdcache.commands.plan.measure import Report, SamplePass
 from kdcache.commands.plan.options import PlanOptions
-from kdcache.commands.plan.result import PlanResult
+from kdcache.commands.plan.result import PlanResult, advice
 from kdcache.commands.plan.sample import sample_rows
-from kdcache.errors import UsageError
-from kdcache.extras import needs
+from kdcache.errors import UsageError, needs
 from kdcache.files import try_place
 from kdcache.humanize import counted
 from kdcache.storage import redact
@@ -47,7 +45,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
         caches = tuple(run.cache(trial, Path(folder) / "shard.h5") for trial in run.trials)
     if options.plot is not None:
-        from kdcache.commands.plan.plot import plot_plan
+        from kdcache.commands.plan.result import plot_plan
 
         names = ", ".join(Path(redact(name)).name for name in options.teacher)
         plot_plan(

@@ -26,8 +26,7 @@ from kdcache.humanize import printable
 from kdcache.rows.batches import batches, pad_rows
 from kdcache.rows.pairs import pair_row, set_languages, target_ids
 from kdcache.rows.spec import LAST_LABEL, Row
-from kdcache.rows.text import frame
-from kdcache.rows.tokens import tokens_of
+from kdcache.rows.tokens import frame, tokens_of
 from kdcache.student.saved import SavedModel
 from kdcache.teacher.load import load_models
 from kdcache.teacher.model import TeacherModel

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache
-from kdcache.cache.absent import is_missing
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData
+from kdcache.cache.spec import is_missing
 from kdcache.commands.finetune.finetune import RESULT_FILE as TEACHER_FILE
-from kdcache.commands.inspect.inspect import InspectResult, RowView, default_temperature, inspect
-from kdcache.commands.inspect.options import InspectOptions
-from kdcache.commands.report.options import ReportOptions
-from kdcache.commands.train.log import METRICS_FILE, read_metrics
+from kdcache.commands.inspect import InspectResult, RowView, default_temperature, inspect
+from kdcache.commands.options import InspectOptions, ReportOptions
+from kdcache.commands.train.callbacks import METRICS_FILE, read_metrics
 from kdcache.commands.train.prepare import RESULT_FILE
 from kdcache.errors import UsageError
 from kdcache.files import local_path

@@ -23,13 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.commands.interrupt import interruptible
+from kdcache.commands.options import SweepOptions
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
-from kdcache.commands.sweep.options import SweepOptions
-from kdcache.commands.sweep.plot import plot_sweep
 from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
-from kdcache.commands.sweep.results import SEED, RunScore, SweepResult
-from kdcache.commands.sweep.teacher import teacher_figures
-from kdcache.commands.train.log import last_metrics
+from kdcache.commands.sweep.results import SEED, RunScore, SweepResult, plot_sweep, teacher_figures
+from kdcache.commands.train.callbacks import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import LOSS_PARTS, TrainResult

@@ -24,22 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cluster import (
+    Need,
+    Wait,
     at_home,
     check_own_ray,
     cluster_address,
     connect,
+    describe,
     launching,
     nodes_up,
     reason,
+    share_of_cpus,
 )
-from kdcache.commands.build.room import Need, Wait, describe, share_of_cpus
-from kdcache.commands.train.log import parse_metrics, read_metrics
+from kdcache.commands.train.callbacks import parse_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.together import SharedError, train_in_group
-from kdcache.errors import IncompleteError, KdcacheError, UsageError
-from kdcache.extras import needs
+from kdcache.errors import IncompleteError, KdcacheError, UsageError, needs
 from kdcache.files import no_space, write_text
 from kdcache.storage import is_remote, open_storage
 

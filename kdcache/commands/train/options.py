@@ -1,4 +1,7 @@
-"""The options of `train`, which check themselves."""
+"""The options of `train`, which check themselves.
+
+Options of `train` that may change over a run: `--alpha 0.9:0.1`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,61 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-from kdcache.choices import CrossMethod, Divergence, Tail
 from kdcache.commands.groups import LearningOptions, PlotOptions
 from kdcache.commands.train.bilstm import WORDS, BiLstmOptions
 from kdcache.commands.train.place import Place
-from kdcache.commands.train.schedule import Schedule
 from kdcache.domains import Named, Weights
 from kdcache.errors import UsageError
 from kdcache.lora import Lora
 from kdcache.options import option, options_of
 from kdcache.storage import redact
+from kdcache.tasks import CrossMethod, Divergence, Tail
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number that may change linearly over a run.
+
+    Attributes:
+        start: value at the first step.
+        end: value at the last step.
+    """
+
+    start: float
+    end: float
+
+    @classmethod
+    def parse(cls, value: float | str | Schedule, name: str) -> Schedule:
+        """Read `0.5` or `0.9:0.1`.
+
+        Raises:
+            UsageError: not one or two numbers.
+        """
+        if isinstance(value, Schedule):
+            return value
+        first, _, last = str(value).partition(":")
+        try:
+            start = float(first)
+            end = float(last) if last else start
+        except ValueError as error:
+            raise UsageError(
+                f"{name} is {value!r}, expected a number, or two as start:end of a linear schedule."
+            ) from error
+        return cls(start, end)
+
+    def at(self, step: int, steps: int) -> float:
+        """Value at step `step` (from 0) of a run of `steps`."""
+        share = min(1.0, step / max(1, steps - 1))
+        return self.start + (self.end - self.start) * share
+
+    @property
+    def constant(self) -> bool:
+        """Whether it never changes."""
+        return self.start == self.end
+
+    def __str__(self) -> str:
+        return f"{self.start:g}" if self.constant else f"{self.start:g}:{self.end:g}"
+
 
 Best = Literal["loss", "hard_loss", "soft_loss", "accuracy", "f1", "micro_f1", "pearson"]
 

@@ -24,8 +24,8 @@ from typing import Any
 from transformers import TrainerState
 
 from kdcache.cache.figures import teacher_cross_entropy
+from kdcache.commands.train.callbacks import cut_metrics, seconds_before
 from kdcache.commands.train.card import CARD_FILE, model_card
-from kdcache.commands.train.log import cut_metrics, seconds_before
 from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan
 from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
 from kdcache.commands.train.student import (
@@ -42,11 +42,10 @@ from kdcache.stream import CrossTokenizer, TargetStream
 from kdcache.student import DistilledStudent, HfTokenize, WordTokenize
 from kdcache.student.checkpoints import read_state
 from kdcache.student.documents import check_documents
-from kdcache.student.padding import check_rows
-from kdcache.student.pairs import check_pairs
+from kdcache.student.padding import check_pairs, check_rows
 from kdcache.student.precision import Computing
+from kdcache.student.tokens import unknown_share
 from kdcache.student.trainer import DistillationTrainer
-from kdcache.student.words import unknown_share
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
 

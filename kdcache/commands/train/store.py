@@ -28,7 +28,7 @@ from typing import Any
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdcache.commands.train.log import METRICS_FILE
+from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.files import LOCK_FILE, write_json, write_text
 from kdcache.storage import redact, sha256_file

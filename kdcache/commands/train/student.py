@@ -11,17 +11,15 @@ import torch
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.train.cross import cross_tokenizer, own_tokenizer
-from kdcache.commands.train.prepare import RunPlan
+from kdcache.commands.train.prepare import RunPlan, cross_tokenizer, own_tokenizer
 from kdcache.errors import UsageError
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset
-from kdcache.stream.aligned import undivided
+from kdcache.stream.shard_rows import undivided
 from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
-from kdcache.student.earlier import begin_from
+from kdcache.student.begin import begin_from
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
-from kdcache.teacher.lengths import length_class
-from kdcache.teacher.reach import reach_of
+from kdcache.teacher.quirks import length_class, reach_of
 
 _WORDS_LENGTH = 512
 _NO_BOUND = 1 << 62

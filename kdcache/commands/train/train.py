@@ -51,7 +51,7 @@ def train(
         except KeyboardInterrupt:
             raise IncompleteError(f"interrupted. {RunPlan.go_on(options)}") from None
     if options.plot is not None and (options.place is None or options.place.rank == 0):
-        from kdcache.commands.train.plot import plot_run
+        from kdcache.commands.train.card import plot_run
 
         plot_run(options.plot, result)
     return result

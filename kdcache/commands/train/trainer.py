@@ -12,19 +12,24 @@ from transformers.integrations import is_tensorboard_available
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.train.log import MetricsCallback, OwnWandb, PlainTensorBoard, SlowSteps
+from kdcache.commands.train.callbacks import (
+    MetricsCallback,
+    OwnWandb,
+    Patience,
+    PlainTensorBoard,
+    SlowSteps,
+    StopOnSignal,
+)
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, steps_of
 from kdcache.commands.train.result import TrainProgress
-from kdcache.commands.train.stop import Patience, StopOnSignal
 from kdcache.commands.train.store import StoreCallback
 from kdcache.errors import UsageError
 from kdcache.stream import CrossTokenizer, TargetStream
-from kdcache.stream.text import RowsText, TextChunks
+from kdcache.stream.shard_rows import RowsText, TextChunks
 from kdcache.student import BiLstm, DistilledStudent
 from kdcache.student.adapter import is_adapted
-from kdcache.student.evaluation import soft_name
-from kdcache.student.figures import FIGURES
+from kdcache.student.figures import FIGURES, soft_name
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.targets import SoftTargets

@@ -1,15 +1,31 @@
-"""How an encoding runs: compiled on CUDA, a slice of the positions at a time on a CPU."""
+"""How an encoding runs: compiled on CUDA, a slice of the positions at a time on a CPU.
+
+Finds positions with unusable logits: NaN, plus infinity, or nothing but minus infinity.
+
+Probability on the columns of a padded output layer that are not ids.
+
+Cost: one read of the logits on CUDA, by the blocks that sampling uses; plain operations would move
+30 bytes a logit.
+
+Log-probabilities of the hard labels, on the device that made the logits.
+
+Cost: nothing but a few numbers a position where the codec has read all logits at T = 1, as `topk`
+does always and `sample` where it declares that temperature. Otherwise a pass over the logits of its
+own: on CUDA one read of them, 0.2 ms for 2,048 positions of 128k ids in bfloat16 at an H100's rate.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kdcache.targets.device.blocks import read_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -71,3 +87,90 @@ def _compiler_works() -> bool:
 @cache
 def _compiled(run: Encoding) -> Encoding:
     return torch.compile(run)
+
+
+def check_finite(values: Tensor) -> Tensor:
+    """Find the first non-finite position, without synchronising with the host.
+
+    Args:
+        values: logits [n, ...], or the flags "finite" [n] that every codec's `encode` returns
+            (those cost nothing more).
+
+    Returns:
+        int64 scalar on the same device: the index of the first bad position, or -1.
+    """
+    good = values if values.dtype == torch.bool else values.isfinite().flatten(1).all(-1)
+    bad = ~good.flatten()
+    if bad.numel() == 0:
+        return torch.full((), -1, dtype=torch.int64, device=values.device)
+    return torch.where(bad.any(), bad.int().argmax(), -1)
+
+
+def all_finite(peak: Tensor, normalizer: Tensor) -> Tensor:
+    """The flags "finite" [n], from what is computed anyway.
+
+    NaN and plus infinity spread to the peak or the sums; minus infinity everywhere makes the peak
+    minus infinity.
+    """
+    return (peak.isfinite() & normalizer.isfinite()).all(-1)
+
+
+def outside_mass(logits: Tensor, width: int) -> Tensor:
+    """Probability of the columns from `width` on: float32 [n] for logits [n, V]."""
+    run = _outside_by_blocks if logits.is_cuda else _outside
+    return run_encoding(run, (logits,), width)["mass"]
+
+
+def _outside(logits: Tensor, width: int) -> dict[str, Tensor]:
+    z = logits.float()
+    return {"mass": (torch.logsumexp(z[:, width:], -1) - torch.logsumexp(z, -1)).exp()}
+
+
+def _outside_by_blocks(logits: Tensor, width: int) -> dict[str, Tensor]:
+    blocks = read_blocks(logits, (1.0,))
+    outside = (logits[:, width:].float() - blocks.peak).exp().sum(-1)
+    return {"mass": outside / blocks.normalizer[:, 0]}
+
+
+def label_logprobs(
+    logits: Tensor, labels: Tensor, encoded: MutableMapping[str, Tensor] | None = None
+) -> Tensor:
+    """Log-probability of each position's label at T = 1, without synchronising with the host.
+
+    Args:
+        logits: [n, V], or [n, 1, V] where that is the only temperature.
+        labels: int64 [n], on any device. Ids from V on have no probability.
+        encoded: what `Codec.encode` gave of the same logits. Its "peak", the largest logit, and
+            "normalizer", the sum of exp(z - peak), are taken out if they are there: no codec packs
+            them.
+
+    Returns:
+        float32 [n], 0 at most but for rounding; minus infinity where there is no probability. NaN
+        only where `encode` calls the position not finite.
+    """
+    logits = logits[:, 0] if logits.ndim == 3 else logits
+    labels = labels.to(logits.device)
+    sums = encoded
+    if sums is None or "normalizer" not in sums:
+        sums = run_encoding(_sums_by_blocks if logits.is_cuda else _sums, (logits,))
+    tensors = logits, labels, sums.pop("peak"), sums.pop("normalizer")
+    return run_encoding(_logprobs, tensors)["logprobs"]
+
+
+def _sums(logits: Tensor) -> dict[str, Tensor]:
+    z = logits.float()
+    peak = z.amax(-1)
+    return {"peak": peak, "normalizer": (z - peak[:, None]).exp_().sum(-1)}
+
+
+def _sums_by_blocks(logits: Tensor) -> dict[str, Tensor]:
+    blocks = read_blocks(logits, (1.0,))
+    return {"peak": blocks.peak[:, 0], "normalizer": blocks.normalizer[:, 0]}
+
+
+def _logprobs(
+    logits: Tensor, labels: Tensor, peak: Tensor, normalizer: Tensor
+) -> dict[str, Tensor]:
+    last = logits.shape[-1] - 1
+    z = logits.gather(1, labels.clamp(0, last)[:, None])[:, 0].float()
+    return {"logprobs": torch.where(labels <= last, z - peak - normalizer.log(), -torch.inf)}

@@ -67,8 +67,7 @@ from kdcache.targets.device.blocks import (
     probabilities,
     read_blocks,
 )
-from kdcache.targets.device.finite import all_finite
-from kdcache.targets.device.run import run_encoding
+from kdcache.targets.device.run import all_finite, run_encoding
 
 _SLACK = 1e-5
 """Relative rounding error allowed in float32 sums of sizes: S / tau = 20.0000002 is 20 draws."""

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kdcache.targets.device.blocks import BLOCK, find_largest, largest, probabilities, read_blocks
-from kdcache.targets.device.finite import all_finite
-from kdcache.targets.device.run import run_encoding
+from kdcache.targets.device.run import all_finite, run_encoding
 
 
 def top_entries(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:

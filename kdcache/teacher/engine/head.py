@@ -2,7 +2,7 @@
 
 The model's own class is loaded without its layers: embedding, final norm and output layer are all
 that is read, by the names that transformers knows, tied or not. What the class's own forward then
-makes of the layer's answers is measured as for any teacher (`kdcache.teacher.output_layer`).
+makes of the layer's answers is measured as for any teacher (`kdcache.teacher.probe`).
 
 Cost: reading the embedding and the output layer. Guarantee: the logits of a state are those that
 transformers would make of it; a model for which this cannot be shown is refused.
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError, reason_of
+from kdcache.pretrained import quiet_transformers
 from kdcache.targets import OutputLayer
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.files import TeacherFiles, auto_class
 from kdcache.teacher.load import input_device
-from kdcache.teacher.output_layer import find_layer
-from kdcache.teacher.quiet import quiet_transformers
+from kdcache.teacher.probe import find_layer
 
 _INSTEAD = "Use --engine transformers for this teacher."
 _IDS = np.arange(8, dtype=np.int32)

@@ -28,9 +28,9 @@ from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.engine.head import check_normed, read_head
 from kdcache.teacher.engine.process import Engine
 from kdcache.teacher.files import TeacherFiles
+from kdcache.teacher.memory import Slice, slice_positions
 from kdcache.teacher.options import TeacherOptions
 from kdcache.teacher.probe import TOLERANCES, check_causal, check_steady, distance, probe_rows
-from kdcache.teacher.slices import Slice, slice_positions
 
 
 class EngineModel:

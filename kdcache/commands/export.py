@@ -1,0 +1,319 @@
+"""`kdcache export`: a cache as Parquet files that any tool for tables reads.
+
+One file a shard, one row a sequence. The columns of a language model's cache are lists with an item
+for each token: `input_ids`; `labels`, the id to predict after each token or -100; `target_ids` and
+`target_probs`, lists of the ids that the teacher names there and of their probabilities at the
+temperature, most probable first, empty where there is no label; `target_tail`, its probability of
+all other ids (0 for samples, whose weights stand for all); and `teacher_logprob`, its
+log-probability of the label at T = 1, where the cache keeps that. `segment_ids` numbers documents
+that share a row and do not attend to each other, where a cache has such. A classifier's cache has
+one target a row, and `label`, `text` and `text_pair`. Where a row has several labels each by
+itself, `labels` is a list of 1 and 0 (null: not known) and `target_probs` of the teacher's
+probabilities, both in the order of the classes, which the metadata name; of scores `label` and
+`target_score` are numbers. `domain` names the row's corpus, where corpora have names. Each file's
+metadata say under the key `kdcache` what it was made of.
+
+Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
+Guarantee: a file appears whole. The same command makes only the files that are missing, with the
+same bytes, and removes what a killed one left half written; files of another cache or of other
+options are refused, and so is a second export into the folder at the same time.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
+from kdcache.commands.options import ExportOptions
+from kdcache.errors import UsageError
+from kdcache.files import alone, listed, local_path, output_errors, whole_file, write_json
+from kdcache.targets import SoftTargets
+from kdcache.targets.decoded import DenseTargets, SparseTargets, with_logits
+from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.tasks import IGNORE, TASKS, labelled, positions
+
+_ABOUT = "_kdcache.json"  # tools for tables pass such names by
+_MOST_IDS = 4096  # of targets that name them all
+_ENTRIES = 1 << 22  # of a block of positions, about
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The outcome of an export.
+
+    Attributes:
+        out: folder of the files.
+        files: how many it has.
+        made: how many of them this run made.
+        rows: in all files.
+        positions: in all files.
+        bytes: of all files.
+        seconds: wall time of this run.
+    """
+
+    out: str
+    files: int
+    made: int
+    rows: int
+    positions: int
+    bytes: int
+    seconds: float
+
+
+def export(
+    options: ExportOptions, *, report: Callable[[str], None] = lambda _: None
+) -> ExportResult:
+    """Write a cache's rows and targets at one temperature, or finish an interrupted export.
+
+    Args:
+        options: what to write.
+        report: told of each file.
+
+    Raises:
+        UsageError: wrong options, a temperature that the cache does not declare, or a folder with
+            something else.
+        IncompleteError: the cache is not finished, or no space is left.
+    """
+    begin = time.perf_counter()
+    cache = Cache.open(options.cache)
+    writer = _Writer(cache, options)
+    folder = local_path(options.out)
+    _refuse_others(folder, writer.about)
+    with (
+        output_errors(folder, "the files that are written stay valid"),
+        alone(folder, "export"),
+    ):
+        _begin(folder, writer.about)
+        shards = cache.manifest.shards
+        names = [f"part-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
+        missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
+        cache.prefetch(missing)
+        for i in missing:
+            writer.write(cache.read(i), folder / names[i], shards[i].domain)
+            report(f"{names[i]}: {shards[i].rows:,} rows")
+    return ExportResult(
+        out=str(folder),
+        files=len(names),
+        made=len(missing),
+        rows=cache.manifest.rows,
+        positions=cache.manifest.positions,
+        bytes=sum((folder / name).stat().st_size for name in names),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _refuse_others(folder: Path, about: dict[str, Any]) -> None:
+    """Refuse a folder whose files are not of this export."""
+    with output_errors(folder):
+        names = listed(folder)
+    if "spec.json" in names:
+        raise UsageError(f"--out {folder} is a cache. Name another folder.")
+    if _ABOUT in names:
+        if json.loads((folder / _ABOUT).read_text()) != about:
+            raise UsageError(
+                f"--out {folder} holds files of another cache or of other options (see {_ABOUT}). "
+                "Name another folder."
+            )
+    elif fnmatch.filter(names, "*.parquet"):
+        raise UsageError(f"--out {folder} holds other Parquet files. Name another folder.")
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Note what a folder's files are of; remove what a killed export was writing."""
+    _refuse_others(folder, about)  # none has begun there since
+    for left in folder.glob(".*.tmp"):
+        left.unlink()
+    if not (folder / _ABOUT).is_file():
+        write_json(folder / _ABOUT, about)
+
+
+class _Writer:
+    """Writes shards of one cache as files."""
+
+    def __init__(self, cache: Cache, options: ExportOptions) -> None:
+        codec, spec = cache.codec(), cache.spec
+        declared = codec.temperatures
+        self.temperature = options.temperature or (1.0 if 1.0 in declared else declared[0])
+        codec.check_temperature(self.temperature)
+        self.top, self.most = options.top, codec.most_entries
+        if codec.keeps_logits and self.top is None and spec.vocab_size > _MOST_IDS:
+            raise UsageError(
+                f"{codec} targets name all {spec.vocab_size:,} ids of each position. Keep the best "
+                "with --top, such as --top 64."
+            )
+        if codec.needs_noise and self.top is not None:
+            raise UsageError(
+                f"{codec} targets are right on average over all their ids: the largest would "
+                "be biased. Leave --top out."
+            )
+        if self.top is not None and TASKS[spec.task].answers in ("labels", "score"):
+            raise UsageError(f"--top keeps a part of a distribution. Leave it out for {spec.task}.")
+        self.about = {
+            "cache": cache.digest,
+            "codec": spec.codec,
+            "task": spec.task,
+            "temperature": self.temperature,
+            "top": self.top,
+            "vocab_size": spec.vocab_size,
+            "tokenizer": spec.tokenizer,
+            "labels": "next",
+            "teachers": list(cache.notes.get("teachers", ())),
+        }
+        if TASKS[spec.task].answers == "labels":
+            self.about["classes"] = list(spec.label_names or ())
+
+    def write(self, data: ShardData, path: Path, domain: str | None) -> None:
+        """Write one shard of a domain, whole."""
+        with whole_file(path) as file:
+            writer: Any = None
+            for rows in self._blocks(data):
+                table = self._table(data, rows, domain)
+                writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+                writer.write_table(table)
+            writer.close()
+
+    def _blocks(self, data: ShardData) -> Iterator[range]:
+        """Stretches of rows with about as many entries; one without rows where there are none."""
+        most = min(self.top or self.most, self.most)
+        room = max(1, _ENTRIES // max(most, 64))
+        start, offsets = 0, data.position_offsets
+        while True:
+            stop = int(np.searchsorted(offsets, offsets[start] + room, "right")) - 1
+            stop = min(max(stop, start + 1), len(data))
+            yield range(start, stop)
+            start = stop
+            if start >= len(data):
+                return
+
+    def _table(self, data: ShardData, rows: range, domain: str | None) -> pa.Table:
+        per_token = TASKS[data.task].per_token
+        tokens = slice(data.offsets[rows.start], data.offsets[rows.stop])
+        places = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
+        ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
+        labels = data.labels[tokens] if per_token else data.labels[rows.start : rows.stop]
+        there = positions(labels, data.task)
+        values: dict[str, pa.Array] = {}
+        if TASKS[data.task].answers in ("ids", "classes"):
+            counts, ids, probs, tail = self._decoded(data.targets, places.start, places.stop)
+            per = np.zeros(len(labels), np.int64)
+            per[there] = counts
+            values = {
+                "target_ids": _lists(per, pa.array(ids, pa.int32())),
+                "target_probs": _lists(per, pa.array(probs, pa.float32())),
+                "target_tail": _spread(tail, there),
+            }
+        if data.label_logprob is not None:
+            values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
+        columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
+        if per_token:
+            hard = np.where(labelled(labels, data.task), labels, IGNORE)
+            columns["labels"] = _list_of(ends, pa.array(hard, pa.int32()))
+            columns |= {name: _list_of(ends, column) for name, column in values.items()}
+            if data.starts is not None:
+                segments = pa.array(np.cumsum(data.starts[tokens]), pa.int32())
+                columns["segment_ids"] = _list_of(ends, segments)
+            if data.source is not None and data.source_offsets is not None:
+                bounds = data.source_offsets[rows.start : rows.stop + 1]
+                ids = pa.array(data.source[bounds[0] : bounds[-1]], pa.int32())
+                columns["source_ids"] = _list_of(bounds - bounds[0], ids)
+            if data.words is not None and data.first is not None:
+                columns["first_tokens"] = _list_of(ends, pa.array(data.first[tokens]))
+                columns["words"] = pa.array(
+                    data.words[rows.start : rows.stop], pa.list_(pa.string())
+                )
+        else:
+            if TASKS[data.task].answers in ("labels", "score"):
+                found, values = self._independent(labels, data, places)
+                columns |= found
+            else:
+                columns["label"] = pa.array(labels, pa.int32(), mask=labels == IGNORE)
+            for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
+                if texts is not None:
+                    columns[name] = pa.array(texts[rows.start : rows.stop], pa.string())
+            columns |= values
+        if domain is not None:
+            columns["domain"] = pa.array([domain] * len(rows), pa.string())
+        return pa.table(columns).replace_schema_metadata({"kdcache": json.dumps(self.about)})
+
+    def _independent(
+        self, labels: np.ndarray, data: ShardData, places: slice
+    ) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
+        """Columns of labels and of targets where answers are no distribution."""
+        taken = data.targets.take(np.arange(places.start, places.stop)).at(self.temperature)
+        assert isinstance(taken, DenseTargets), "their targets are dense"
+        there = labelled(labels, data.task)
+        if TASKS[data.task].answers == "score":
+            scores = pa.array(taken.logits[:, 0].numpy(), pa.float32())
+            hard = pa.array(labels, pa.float32(), mask=~there)
+            return {"label": hard}, {"target_score": scores}
+        p = torch.sigmoid(taken.logits.double() / self.temperature).float().numpy()
+        flat = pa.array(labels.reshape(-1), pa.int8(), mask=labels.reshape(-1) == IGNORE)
+        ends = np.arange(len(labels) + 1) * labels.shape[1]
+        probs = _list_of(ends, pa.array(p.reshape(-1), pa.float32()))
+        return {"labels": _list_of(ends, flat)}, {"target_probs": probs}
+
+    def _decoded(self, targets: SoftTargets, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """Of the positions [start, stop) what `_entries` gives, decoded some at a time: a block has
+        whole rows, and --top keeps a part of what is decoded.
+        """
+        step = max(1, _ENTRIES // self.most)
+        parts = [
+            self._entries(targets.take(np.arange(first, min(first + step, stop))))
+            for first in range(start, max(stop, start + 1), step)
+        ]
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+    def _entries(self, targets: SoftTargets) -> tuple[np.ndarray, ...]:
+        """Of all positions, one after another: how many ids, ids, probabilities; and the tail."""
+        found = with_logits(targets.at(self.temperature))
+        if isinstance(found, SparseTargets):
+            weights = found.weights.double().numpy()
+            tail = found.tail.double().numpy()
+            place, slot = np.nonzero(weights)
+            ids, probs = found.ids.numpy()[place, slot], weights[place, slot]
+            if not found.exact:  # an id that was drawn twice has two entries
+                width = targets.codec.vocab_size
+                keys, which = np.unique(place * width + ids, return_inverse=True)
+                probs = np.bincount(which, probs, len(keys))
+                place, ids = np.divmod(keys, width)
+        else:
+            probs = (found.logits.double() / self.temperature).softmax(-1).numpy()
+            place, ids = np.indices(probs.shape).reshape(2, -1)
+            probs, tail = probs.reshape(-1), np.zeros(len(targets))
+        order = np.lexsort((ids, -probs, place))
+        place, ids, probs = place[order], ids[order], probs[order]
+        counts = np.bincount(place, minlength=len(targets))
+        if self.top is not None:
+            rank = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+            kept = rank < self.top
+            tail = tail + np.bincount(place[~kept], probs[~kept], len(targets))
+            ids, probs, counts = ids[kept], probs[kept], np.minimum(counts, self.top)
+        return counts, ids, probs, tail
+
+
+def _list_of(ends: np.ndarray, values: pa.Array) -> pa.Array:
+    """Lists that lie one after another, by where each begins and the last ends."""
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values)
+
+
+def _lists(counts: np.ndarray, values: pa.Array) -> pa.Array:
+    return _list_of(np.concatenate([[0], np.cumsum(counts)]), values)
+
+
+def _spread(values: np.ndarray, there: np.ndarray) -> pa.Array:
+    """A value for each token or row, null where it has no target."""
+    out = np.zeros(len(there), np.float32)
+    out[there] = values
+    return pa.array(out, pa.float32(), mask=~there)

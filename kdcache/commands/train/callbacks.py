@@ -1,0 +1,257 @@
+"""`metrics.jsonl`: one line for everything a run logs, written by a callback of the HF Trainer.
+
+Guarantee: only whole lines are read, so an interrupted or running writer does no harm.
+
+Ends a training before its last step: after a signal, or when patience has run out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
+
+from kdcache.commands.interrupt import check
+from kdcache.commands.train.result import TrainProgress
+from kdcache.files import write_text
+from kdcache.humanize import duration
+
+METRICS_FILE = "metrics.jsonl"
+_QUIET_SECONDS = 10.0
+_TAIL = 2**16  # bytes that hold at least one whole line
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run logged so far: `step`, `seconds` (of training, over all its sittings), `epoch`,
+    and losses or the metrics of an evaluation (`eval_...`).
+
+    Args:
+        run: folder of the run; nothing need be there.
+    """
+    path = run / METRICS_FILE
+    return parse_metrics(path.read_text() if path.is_file() else "")
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """As `read_metrics`, of the content of the file."""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def last_metrics(run: Path) -> dict[str, Any] | None:
+    """The last of `read_metrics`, found from the end of the file; None where nothing was logged."""
+    path = run / METRICS_FILE
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().rpartition(b"\n")[0].splitlines()
+    return dict(json.loads(lines[-1])) if lines else None
+
+
+def cut_metrics(run: Path, last: int) -> None:
+    """Drop what was logged after step `last`: the resumed run will log it again."""
+    lines = [line for line in read_metrics(run) if line["step"] <= last]
+    if lines or (run / METRICS_FILE).is_file():
+        write_text(run / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def seconds_before(run: Path) -> float:
+    """Training time of the earlier, interrupted runs, as far as they count."""
+    last = last_metrics(run)
+    return float(last["seconds"]) if last else 0.0
+
+
+class MetricsCallback(TrainerCallback):  # type: ignore[misc]
+    """Appends a line for everything logged and reports to the caller."""
+
+    def __init__(self, run: Path, on_progress: Callable[[TrainProgress], None] | None) -> None:
+        self._run, self._on_progress = run, on_progress
+        self._begun, self._before = time.perf_counter(), 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock where the previous run of the command stopped it."""
+        self._begun, self._before = time.perf_counter(), seconds_before(self._run)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        seconds = self._before + time.perf_counter() - self._begun
+        line = {"step": state.global_step, **logs, "seconds": round(seconds, 3)}
+        with (self._run / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._on_progress is not None:
+            progress = TrainProgress(
+                state.global_step, state.max_steps, float(state.epoch or 0.0), seconds, dict(logs)
+            )
+            self._on_progress(progress)
+
+
+class SlowSteps(TrainerCallback):  # type: ignore[misc]
+    """Reports the steps themselves where nothing was logged for a while."""
+
+    def __init__(self, report: Callable[[str], None], every: float = _QUIET_SECONDS) -> None:
+        """Report at the first step, and then after `every` seconds without a log."""
+        self._report, self._every = report, every
+        self._told = self._begun = time.perf_counter()
+        self._first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Say how many steps there are."""
+        self._told = self._begun = time.perf_counter()
+        self._first = state.global_step
+        self._report(f"{state.max_steps - self._first:,} steps to do")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Report a step, with what one takes."""
+        now = time.perf_counter()
+        if now - self._told >= self._every:
+            self._told = now
+            seconds = (now - self._begun) / max(1, state.global_step - self._first)
+            done = f"step {state.global_step:,} of {state.max_steps:,}"
+            left = duration(seconds * (state.max_steps - state.global_step))
+            self._report(f"{done}, {duration(seconds)} a step, {left} left")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A line was shown."""
+        self._told = time.perf_counter()
+
+
+def wrong_trackers(names: Sequence[str]) -> list[str]:
+    """The problems of the requested trackers: a line each."""
+    here, wrong = get_available_reporting_integrations(), []
+    for name in names:
+        if name in ("auto", "none", *here):
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            wrong.append(
+                f"report_to is {name}, which is not installed. Install it or leave it out."
+            )
+        else:
+            known = ", ".join(["auto", "none", *sorted(INTEGRATION_TO_CALLBACK)])
+            wrong.append(f"report_to is {name!r}, expected one of {known}.")
+    return wrong
+
+
+class PlainTensorBoard(TensorBoardCallback):  # type: ignore[misc]
+    """HF's own callback, without a model: a student need not have an HF config."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the log."""
+        kwargs.pop("model", None)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
+class OwnWandb(WandbCallback):  # type: ignore[misc]
+    """HF's own callback, with a run of Weights & Biases for each training.
+
+    HF leaves it open, and the next training of the process would continue it.
+    """
+
+    _ours: ClassVar[Any] = None  # the run open now, unless the caller made it
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open a run, unless the caller has one open."""
+        self._close()  # that of a training that failed
+        theirs = self._wandb.run
+        super().on_train_begin(args, state, control, **kwargs)
+        OwnWandb._ours = None if self._wandb.run is theirs else self._wandb.run
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close it."""
+        super().on_train_end(args, state, control, **kwargs)
+        self._close()
+
+    def _close(self) -> None:
+        if OwnWandb._ours is not None and OwnWandb._ours is self._wandb.run:
+            self._wandb.finish()
+        OwnWandb._ours = None
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Raises KeyboardInterrupt at the next step or evaluation batch after a signal that a library
+    swallowed.
+    """
+
+    def _check(self, *_: Any, **__: Any) -> None:
+        check()
+
+    on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_evaluate = _check
+
+
+class Patience(TrainerCallback):  # type: ignore[misc]
+    """Stops after so many evaluations without a better one.
+
+    It counts them in the run's own history, so a resumed run stops where the first sitting did,
+    or would have with the patience that is asked for now.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self._over = False  # before this sitting
+
+    def _worse(self, state: TrainerState) -> int:
+        """Evaluations since the best one."""
+        best = state.best_global_step or 0
+        return sum("eval_loss" in line and line["step"] > best for line in state.log_history)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take no step where patience ran out in an earlier sitting."""
+        self._over = control.should_training_stop = self._worse(state) >= self._patience
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluate and save nothing again where no step was taken."""
+        if self._over:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Look at the evaluation just logged, which is not yet compared with the best."""
+        # A figure that is not defined is no better than any.
+        value = metrics.get(str(args.metric_for_best_model), math.nan)
+        sign = 1 if args.greater_is_better else -1
+        best = -math.inf if state.best_metric is None else sign * state.best_metric
+        if not sign * value > best and self._worse(state) >= self._patience:
+            control.should_training_stop = True
