@@ -20,7 +20,7 @@ def test_a_plan_without_matplotlib_says_so_before_it_runs_a_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    options = PlanOptions(teacher=("nowhere",), corpus=("nowhere",), results="plan.png")
+    options = PlanOptions(teacher=("nowhere",), corpus=("nowhere",), plot="plan.png")
     with pytest.raises(UsageError, match=r"--plot needs matplotlib, .*'kdcache\[plot\]'"):
         plan(options)
 
