@@ -7,17 +7,19 @@ TORCH ?= torch>=2.6
 VENV ?= .venv
 JOBS ?= 3
 VLLM_VENV ?= .vllm
+LEFT_OUT ?= or exhaustive
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help docs install demo test test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast lint format clean
+.PHONY: help docs install demo test test-all test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
-	@echo "make test       all tests that need no GPU, with or without one"
+	@echo "make test       all tests that need no GPU, with or without one, but for exhaustive ones"
+	@echo "make test-all   those too: every architecture, every moment of a kill (before a release)"
 	@echo "make test-gpu   those that need one"
 	@echo "make test-vllm  those of --engine vllm, with its CPU build in $(VLLM_VENV) (4 GB)"
-	@echo "make test-fast  unit tests only, under a minute"
+	@echo "make test-fast  unit tests only, two minutes"
 	@echo "make lint       ruff and strict types"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make format     let ruff rewrite the code"
@@ -45,16 +47,19 @@ test: install
 	@$(MAKE) --no-print-directory -j 2 test-generated test-most
 	@$(MAKE) --no-print-directory test-alone
 
+test-all:
+	@$(MAKE) --no-print-directory test LEFT_OUT=
+
 test-generated: install
 	@mkdir -p build
-	@$(BIN)/python -m pytest -m "not gpu" tests/cuda $(PYTEST_ARGS) > build/generated.log 2>&1; \
+	@$(BIN)/python -m pytest -m "not (gpu $(LEFT_OUT))" tests/cuda $(PYTEST_ARGS) > build/generated.log 2>&1; \
 		status=$$?; cat build/generated.log; [ $$status -eq 0 ] || [ $$status -eq 5 ]
 
 test-most: install
-	$(BIN)/python -m pytest -m "not gpu and not alone" --ignore tests/cuda -n $(JOBS) --dist loadfile --max-worker-restart 0 $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not (gpu or alone $(LEFT_OUT))" --ignore tests/cuda -n $(JOBS) --dist loadfile --max-worker-restart 0 $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-alone: install
-	$(BIN)/python -m pytest -m "alone and not gpu" tests/test_cluster.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "alone and not (gpu $(LEFT_OUT))" tests/test_cluster.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-gpu: install
 	KDCACHE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -67,7 +72,7 @@ test-vllm: vllm-venv
 	$(VLLM_VENV)/bin/python -m pytest -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not end_to_end and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not (end_to_end or gpu or exhaustive)" -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from zoo import CAUSAL, Species
+from zoo import CAUSAL, Species, forms
 
 import kdcache
 from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
@@ -213,7 +213,7 @@ def alone(model: Any, data: ShardData | list[Row]) -> Tensor:
 
 @torch.inference_mode()
 @pytest.mark.filterwarnings("default")  # architectures have warnings of their own
-@pytest.mark.parametrize("species", CAUSAL, ids=str)
+@pytest.mark.parametrize("species", forms(CAUSAL, CAUSAL_LM))
 def test_a_student_keeps_documents_apart_or_is_refused(species: Species) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
-from zoo import CAUSAL, CLASSIFIERS, MASKED, PAD, SEQ2SEQ, TAGGERS, UNPADDED, Species, make
+from zoo import CAUSAL, CLASSIFIERS, MASKED, PAD, SEQ2SEQ, TAGGERS, UNPADDED, Species, forms, make
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
@@ -30,7 +30,11 @@ ZOO = {
     "sequence-classification": CLASSIFIERS + UNPADDED,
     "token-classification": TAGGERS,
 }
-ANIMALS = [pytest.param(task, s, id=f"{task}-{s}") for task, some in ZOO.items() for s in some]
+ANIMALS = [
+    pytest.param(task, *one.values, id=f"{task}-{one.id}", marks=one.marks)
+    for task, some in ZOO.items()
+    for one in forms(some, task)
+]
 LONGER = 140  # than any table here but whisper's
 
 
@@ -65,7 +69,7 @@ def test_a_model_reads_as_far_as_is_said_and_no_further(task: str, species: Spec
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("species", SEQ2SEQ, ids=str)
+@pytest.mark.parametrize("species", forms(SEQ2SEQ, SEQ2SEQ_LM))
 def test_both_sides_of_a_model_read_as_far_as_is_said(species: Species) -> None:
     model = auto_of(SEQ2SEQ_LM).from_config(species.config()).eval()
 

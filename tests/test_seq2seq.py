@@ -38,7 +38,7 @@ from transformers import (
     MBartTokenizer,
     T5Config,
 )
-from zoo import SEQ2SEQ, Species
+from zoo import SEQ2SEQ, Species, forms
 
 import kdcache
 from kdcache.cli.main import cli
@@ -143,7 +143,7 @@ def random_rows(seed: int = 0) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("species", SEQ2SEQ, ids=str)
+@pytest.mark.parametrize("species", forms(SEQ2SEQ, TASK))
 def test_every_architecture_gives_its_own_numbers(species: Species) -> None:
     """A teacher's slices are the logits of its own forward on labels; a student's fused loss and
     its gradients are those of a reference in float64 on its own logits.

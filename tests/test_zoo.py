@@ -24,9 +24,12 @@ from zoo import (
     CLASSIFIERS,
     MASKED,
     PAD,
+    SEQ2SEQ,
     TAGGERS,
+    TYPICAL,
     UNPADDED,
     Species,
+    forms,
     make,
 )
 
@@ -43,6 +46,7 @@ from kdcache.tasks import (
     CAUSAL_LM,
     IGNORE,
     MASKED_LM,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TASKS,
     TOKEN_CLASSIFICATION,
@@ -296,7 +300,7 @@ def load(den: Den, folder: Path) -> Any:
     return den.auto.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("species", CAUSAL, ids=str)
+@pytest.mark.parametrize("species", forms(CAUSAL, CAUSAL_LM))
 def test_a_language_model_gives_its_own_numbers(
     species: Species, field: Den, tmp_path: Path
 ) -> None:
@@ -310,7 +314,7 @@ def test_a_language_model_gives_its_own_numbers(
     check_evaluation(field, tmp_path / "run", load(field, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("species", CLASSIFIERS, ids=str)
+@pytest.mark.parametrize("species", forms(CLASSIFIERS, SEQUENCE_CLASSIFICATION))
 def test_a_classifier_gives_its_own_numbers(
     species: Species, classroom: Den, tmp_path: Path
 ) -> None:
@@ -324,7 +328,7 @@ def test_a_classifier_gives_its_own_numbers(
     check_prediction(classroom, tmp_path / "run", tmp_path / "predictions.jsonl")
 
 
-@pytest.mark.parametrize("species", TAGGERS, ids=str)
+@pytest.mark.parametrize("species", forms(TAGGERS, TOKEN_CLASSIFICATION))
 def test_a_tagger_gives_its_own_numbers(species: Species, library: Den, tmp_path: Path) -> None:
     # Decoders have a dropout before this head by default.
     folder = library.save(species, tmp_path / "model", classifier_dropout=0.0)
@@ -336,7 +340,7 @@ def test_a_tagger_gives_its_own_numbers(species: Species, library: Den, tmp_path
     assert result.loss == pytest.approx(loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("species", [one for one in UNPADDED if one.model_type != "fnet"], ids=str)
+@pytest.mark.parametrize("species", forms([UNPADDED[0], *UNPADDED[2:]], TOKEN_CLASSIFICATION))
 def test_a_tagger_that_padding_disturbs_gets_none(
     species: Species, library: Den, tmp_path: Path
 ) -> None:
@@ -347,7 +351,7 @@ def test_a_tagger_that_padding_disturbs_gets_none(
         train(library, folder, tmp_path / "run")
 
 
-@pytest.mark.parametrize("species", MASKED, ids=str)
+@pytest.mark.parametrize("species", forms(MASKED, MASKED_LM))
 def test_a_masked_language_model_gives_its_own_numbers(
     species: Species, garden: Den, tmp_path: Path
 ) -> None:
@@ -361,7 +365,7 @@ def test_a_masked_language_model_gives_its_own_numbers(
     check_evaluation(garden, tmp_path / "run", load(garden, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("species", BIDIRECTIONAL, ids=str)
+@pytest.mark.parametrize("species", forms(BIDIRECTIONAL, SEQUENCE_CLASSIFICATION))
 def test_a_masked_language_model_is_refused(species: Species, field: Den, tmp_path: Path) -> None:
     folder = field.save(species, tmp_path / "model")
     with pytest.raises(UsageError, match="is not a causal language model") as error:
@@ -380,7 +384,7 @@ UNBOUND = [
 ]
 
 
-@pytest.mark.parametrize("species", [*UNPADDED, *UNBOUND], ids=str)
+@pytest.mark.parametrize("species", forms([*UNPADDED, *UNBOUND], SEQUENCE_CLASSIFICATION))
 def test_a_classifier_that_padding_disturbs_gets_none(
     species: Species, classroom: Den, tmp_path: Path
 ) -> None:
@@ -406,3 +410,7 @@ def test_it_has_enough_of_each() -> None:
     assert len({one.model_type for one in CAUSAL}) >= 100
     assert len({one.model_type for one in CLASSIFIERS}) >= 80
     assert len({one.model_type for one in MASKED}) >= 30
+    herds = (CAUSAL, [*CLASSIFIERS, *UNPADDED, *UNBOUND], [*TAGGERS, *UNPADDED], MASKED, SEQ2SEQ)
+    tasks = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, MASKED_LM, SEQ2SEQ_LM)
+    for task, herd in zip(tasks, herds, strict=True):
+        assert {*TYPICAL[task]} <= {*map(str, herd)}

@@ -10,7 +10,7 @@ import test_zoo as zoo_tests
 import torch
 from test_zoo import Den, check_evaluation, check_student, check_teacher, train
 from transformers import AutoModelForImageTextToText
-from zoo import BLIP2, MLLAMA, SEEING, Species
+from zoo import BLIP2, MLLAMA, SEEING, Species, forms
 
 import kdcache
 from kdcache.errors import UsageError
@@ -31,7 +31,7 @@ def _load(folder: Path) -> Any:
     return auto_class("causal-lm", config).from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("species", SEEING, ids=str)
+@pytest.mark.parametrize("species", forms(SEEING, "images"))
 def test_one_that_reads_images_gives_its_own_numbers(
     species: Species, field: Den, tmp_path: Path
 ) -> None:

@@ -3,14 +3,18 @@
 `SIZES` are the sizes that most configurations share; a species names only what it needs besides.
 Weights are drawn wide, biases and norms are moved from 0 and 1, so that one that is left out moves
 the logits. Dropout is off, so that a training step can be computed again.
+
+`make test` takes those that are `TYPICAL` of a mechanism, `make test-all` every one (`forms`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from promises import with_telling_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -365,6 +369,46 @@ UNPADDED = [make("convbert"), make("fnet"), make("nystromformer"), make("yoso")]
 
 BIDIRECTIONAL = [*map(make, ("bert", "bert-generation", "big_bird", "rembert", "roberta", "xlm"))]
 """What `AutoModelForCausalLM` loads and is none."""
+
+TYPICAL = {
+    "causal-lm": _words(
+        """
+        llama llama-padded llama-tied gpt2-scaled-attention gptj-untied gpt_neo bloom mpt-no-alibi
+        falcon-alibi opt-projection mistral-narrow-window mixtral gpt_oss deepseek_v3 qwen3_next
+        mamba rwkv falcon_h1 jamba lfm2 minimax cohere-scaled granite-scaled gemma2-strong-capping
+        ctrl biogpt bart bigbird_pegasus whisper trocr bert-decoder hrm_text llama4_text
+        """
+    ),
+    "sequence-classification": _words(
+        """
+        bert distilbert roberta deberta-v2 modernbert xlm big_bird longformer mobilebert tapas gpt2
+        llama-padding-of-its-own qwen3_next jamba bart mt5 fnet convbert canine
+        """
+    ),
+    "token-classification": _words(
+        "bert deberta-v2 roberta xlm big_bird gpt2 mistral llama-padding-of-its-own convbert"
+    ),
+    "masked-lm": _words(
+        "albert bert-untied distilbert deberta-v2 electra modernbert roberta-padded xlm longformer"
+    ),
+    "seq2seq-lm": _words("t5 t5-untied bart bart-padded marian mbart pegasus_x led prophetnet"),
+    "images": _words("gemma3 llama4 llava qwen2_5_vl"),
+    "heads": _words("roberta bart gpt2"),
+}
+"""One architecture or more for each way in which models differ, by the task that they have: output
+layers (tied, untied, biased, padded, scaled, capped, projected), positions (learnt, from an offset,
+rotary, slopes, none), attention (windows, blocks, chunks, latent, linear), states instead of it,
+experts, decoders of other models, and what padding does."""
+
+
+def forms(species: Iterable[Species], task: str) -> list[Any]:
+    """Parameters of a test: what is typical always, the rest where every form is asked for."""
+    rest = pytest.mark.exhaustive
+    return [
+        pytest.param(one, id=str(one), marks=() if str(one) in TYPICAL[task] else rest)
+        for one in species
+    ]
+
 
 ABSENT = {
     "canine": "reads characters, with a tokenizer of its own",
