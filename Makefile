@@ -72,7 +72,7 @@ test-vllm: vllm-venv
 	$(VLLM_VENV)/bin/python -m pytest -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not (end_to_end or gpu or exhaustive)" -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not (end_to_end or gpu or exhaustive)" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
