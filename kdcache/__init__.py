@@ -18,6 +18,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cli.commands import public_names
 from kdcache.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -74,65 +75,20 @@ if TYPE_CHECKING:
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
 
 
-_HOMES = {
+_HOMES = {  # of public names, beside those of commands
     "kdcache.align": ("Aligner", "Alignment", "CachedRow", "TokenBytes"),
     "kdcache.cache": ("Cache",),
-    "kdcache.cache.repair": ("GcResult", "RepairResult"),
-    "kdcache.commands.build.build": ("build",),
-    "kdcache.commands.build.dry_run": ("dry_run", "DryRun"),
-    "kdcache.commands.build.make": ("BuildResult",),
-    "kdcache.commands.build.options": ("BuildOptions",),
-    "kdcache.commands.demo.demo": ("demo", "DemoResult"),
-    "kdcache.commands.env": ("env", "EnvResult"),
-    "kdcache.commands.evaluate.evaluate": ("evaluate",),
-    "kdcache.commands.evaluate.options": ("EvaluateOptions",),
-    "kdcache.commands.evaluate.scores": ("EvaluateResult",),
-    "kdcache.commands.export": ("export", "ExportResult"),
-    "kdcache.commands.finetune.finetune": ("finetune", "FinetuneOptions", "FinetuneResult"),
-    "kdcache.commands.import_.import_": ("import_",),
-    "kdcache.commands.import_.options": ("ImportOptions",),
-    "kdcache.commands.inspect": ("inspect", "InspectResult"),
-    "kdcache.commands.options": (
-        "DemoOptions",
-        "EnvOptions",
-        "ExportOptions",
-        "GcOptions",
-        "InspectOptions",
-        "RepairOptions",
-        "ReportOptions",
-        "SweepOptions",
-        "TranscodeOptions",
-        "VerifyOptions",
-    ),
-    "kdcache.commands.plan.options": ("PlanOptions",),
-    "kdcache.commands.plan.plan": ("plan",),
-    "kdcache.commands.plan.result": ("PlanResult",),
-    "kdcache.commands.predict.options": ("PredictOptions",),
-    "kdcache.commands.predict.predict": ("predict", "PredictResult"),
-    "kdcache.commands.report.report": ("report", "ReportResult"),
-    "kdcache.commands.sweep.results": ("SweepResult",),
-    "kdcache.commands.sweep.sweep": ("sweep",),
-    "kdcache.commands.train.options": ("TrainOptions",),
-    "kdcache.commands.train.result": ("TrainResult",),
-    "kdcache.commands.train.train": ("train",),
-    "kdcache.commands.transcode": ("transcode",),
-    "kdcache.commands.upkeep": ("gc", "repair"),
-    "kdcache.commands.verify": ("verify", "VerifyResult"),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
     "kdcache.stream": (
-        "Collator",
-        "CrossTokenizer",
-        "SumOverRanks",
-        "TargetDataset",
-        "TargetStream",
+        *("Collator", "CrossTokenizer", "SumOverRanks", "TargetDataset", "TargetStream"),
     ),
     "kdcache.stream.shard_rows": ("cached_rows",),
     "kdcache.student": ("DistilledStudent", "load_student"),
     "kdcache.student.trainer": ("DistillationTrainer",),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),
 }
-_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names} | public_names()
 
 __all__ = sorted(_WHERE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import string
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ import h5py
 import pytest
 from click.testing import CliRunner, Result
 
-from kdcache.cli.commands import load
-from kdcache.cli.main import COMMANDS, cli
+from kdcache.cli import display, printers
+from kdcache.cli.commands import COMMANDS, _find, load
+from kdcache.cli.main import cli
 from kdcache.models import BiLstmConfig
+from kdcache.options import options_of
 
 
 def run(*words: str) -> Result:
@@ -42,7 +45,8 @@ def test_help_lists_every_command_and_no_help_or_wrong_option_loads_a_library() 
     code = f"""if True:
         import sys
         from click.testing import CliRunner
-        from kdcache.cli.main import COMMANDS, cli
+        from kdcache.cli.commands import COMMANDS
+        from kdcache.cli.main import cli
         def ask(*words):
             result = CliRunner().invoke(cli, words)
             print(result.output)
@@ -71,6 +75,18 @@ def test_each_command_explains_each_of_its_options(name: str) -> None:
             words = (param.metavar or "").split("|")
             assert not [word for word in words if f"--{word} " in param.help], "a word to choose"
             assert not re.search(rf"{param.opts[0]}\b", param.help), "an option explained by itself"
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_what_a_row_of_the_table_names_is_there(name: str) -> None:
+    for row in filter(None, (COMMANDS[name], COMMANDS[name].dry_run)):
+        assert callable(getattr(printers, row.printer))
+        assert not row.display or callable(getattr(display, row.display))
+        fields = {one.name for one in options_of(_find(row.options))}
+        named = {field for _, field, _, _ in string.Formatter().parse(row.next) if field}
+        assert {field.partition("[")[0] for field in named} <= fields
+        next_command, *_ = row.next.split() or [name]
+        assert next_command in COMMANDS
 
 
 def test_helps_say_what_is_required_and_name_columns_as_they_are() -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
-from kdcache.cli.main import COMMANDS
+from kdcache.cli.commands import COMMANDS
 from kdcache.cluster import _keep_token_private
 
 ROOT = Path(__file__).resolve().parent.parent

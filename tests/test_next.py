@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 from click.testing import CliRunner
 
-from kdcache.cli.main import COMMANDS, cli
+from kdcache.cli.commands import COMMANDS
+from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.demo.demo import DemoResult

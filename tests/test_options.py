@@ -14,8 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import kdcache
-from kdcache.cli.commands import load
-from kdcache.cli.main import COMMANDS
+from kdcache.cli.commands import COMMANDS, load
 from kdcache.cli.options import options_command
 from kdcache.errors import UsageError
 from kdcache.options import Options, option, options_of, parse_values

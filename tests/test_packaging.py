@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import kdcache
-from kdcache.cli.main import COMMANDS
+from kdcache.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -85,6 +85,13 @@ for _ in range(3):
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_type_checkers_find_each_public_name_where_it_is() -> None:
+    tree = ast.parse(Path(kdcache.__file__).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and "TYPE" in ast.unparse(n.test))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert {name.name: node.module for node in imports for name in node.names} == kdcache._WHERE
 
 
 def test_every_dependency_says_why_it_is_there() -> None:

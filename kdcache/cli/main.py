@@ -2,8 +2,7 @@
 
 Exit codes: 0 done; 2 wrong usage or input; 3 incomplete (run the same command again); 1 any other.
 
-The commands themselves are in `kdcache.cli.commands`, loaded on first use; the list of them is
-available at once.
+The commands are a table, `kdcache.cli.commands`; what they need is loaded on first use.
 """
 
 from __future__ import annotations
@@ -20,32 +19,13 @@ from typing import Any
 
 import click
 
+from kdcache.cli.commands import COMMANDS, load
 from kdcache.cli.volume import Volume, set_volume, volume_options
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.files import no_space
 from kdcache.humanize import printable
 from kdcache.storage import redact
 from kdcache.version import __version__
-
-COMMANDS = {
-    "plan": "Measure what a cache would cost and how good it would be, on a sample.",
-    "build": "Run the teacher over a corpus once and cache its soft targets.",
-    "transcode": "Make a cache of another codec or temperatures from a cache, without the teacher.",
-    "export": "Write the rows and targets of a cache as Parquet files.",
-    "import": "Make a cache of top-k log-probabilities that another program wrote.",
-    "train": "Train a student on the hard labels and soft targets of a cache.",
-    "sweep": "Train many students on the same caches and compare them.",
-    "finetune": "Fine-tune a teacher: a classifier, tagger, scorer or sequence-to-sequence model.",
-    "evaluate": "Compare students with their teacher.",
-    "predict": "Label, score or tag texts, or write their targets, as JSON lines.",
-    "inspect": "Show what is in a cache: spec, sizes, rows with the teacher's predictions.",
-    "report": "Write one page about caches, runs and sweeps, to look at in a browser.",
-    "verify": "Check every file of a cache, and its targets against the teacher if one is named.",
-    "repair": "Remove damaged files from a cache, so that the same build makes only these again.",
-    "gc": "Remove what crashed builds have left in a cache's folder.",
-    "demo": "Run the whole workflow on text and models that need no download.",
-    "env": "Describe this machine and what is installed, for a bug report.",
-}
 
 
 def _safe(text: str) -> str:
@@ -58,13 +38,7 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        from kdcache.cli import commands
-
-        command = commands.load(name)
-        command.name, command.help = name, COMMANDS[name]
-        return command
+        return load(name) if name in COMMANDS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -78,7 +52,7 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, row.help) for name, row in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -1,0 +1,311 @@
+"""What a command prints of its outcome on a terminal: one function each, without logic.
+
+A function takes the options and the outcome. It may return the next command, as words; `()` for
+none. Without, it is that of the command's row in `kdcache.cli.commands`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kdcache.cli.tables import echo, number, print_table, terminal
+from kdcache.humanize import counted, duration, size
+from kdcache.options import as_words
+from kdcache.tasks import TASKS
+
+if TYPE_CHECKING:
+    from kdcache.cache.repair import GcResult, RepairResult
+    from kdcache.commands.build.dry_run import DryRun
+    from kdcache.commands.build.make import BuildResult
+    from kdcache.commands.build.options import BuildOptions
+    from kdcache.commands.demo.demo import DemoResult
+    from kdcache.commands.env import EnvResult
+    from kdcache.commands.evaluate.scores import EvaluateResult
+    from kdcache.commands.export import ExportResult
+    from kdcache.commands.finetune.finetune import FinetuneResult
+    from kdcache.commands.finetune.options import FinetuneOptions
+    from kdcache.commands.inspect import InspectResult
+    from kdcache.commands.options import GcOptions, InspectOptions, RepairOptions, VerifyOptions
+    from kdcache.commands.plan.options import PlanOptions
+    from kdcache.commands.plan.result import PlanResult
+    from kdcache.commands.predict.options import PredictOptions
+    from kdcache.commands.predict.predict import PredictResult
+    from kdcache.commands.report.report import ReportResult
+    from kdcache.commands.sweep.results import SweepResult
+    from kdcache.commands.train.options import TrainOptions
+    from kdcache.commands.train.result import TrainResult
+    from kdcache.commands.verify import VerifyResult
+    from kdcache.options import Options
+
+Next = Sequence[str] | None
+
+
+def planned(options: PlanOptions, result: PlanResult) -> Next:
+    """Print a plan."""
+    from kdcache.cli.view_plan import render_plan
+    from kdcache.commands.build.options import BuildOptions
+    from kdcache.commands.plan.result import recommended
+
+    render_plan(result, terminal(), details=options.all)
+    take, _ = recommended(result.caches)[0]
+    same = dataclasses.replace(
+        options.build_options(),
+        codec=take.codec,
+        temperatures=take.temperatures,
+        out="CACHE",
+        workers=None,
+    )
+    return ("build", *as_words(same, BuildOptions))
+
+
+def built_dry(options: BuildOptions, result: DryRun) -> Next:
+    """Print what a build would make."""
+    from kdcache.cli.views import render_dry_run
+    from kdcache.commands.plan.options import PlanOptions
+
+    render_dry_run(result, terminal())
+    return ("plan", *as_words(dataclasses.replace(options, codec=result.codec), PlanOptions))
+
+
+def built(options: BuildOptions, result: BuildResult) -> Next:
+    """Print what a build has made."""
+    _made(result, "teacher")
+    if result.missing:  # of other parts, whose commands are the user's
+        return ()
+    student = "CONFIG_OR_MODEL" if TASKS[options.task].over_ids else "bilstm"
+    return ("train", "--cache", options.out, "--student", student, "--out", "RUN")
+
+
+def transcoded(_: Options, result: BuildResult) -> None:
+    """Print what a transcoding has made."""
+    _made(result, "codec")
+
+
+def imported(_: Options, result: BuildResult) -> None:
+    """Print what an import has made."""
+    _made(result, "reading")
+
+
+def _made(result: BuildResult, worker: str) -> None:
+    if not result.made:
+        echo(f"{result.cache} is complete: {counted(result.positions, 'position')}. Nothing to do.")
+    else:
+        losses = ""
+        if result.skipped:
+            losses += f"; {counted(result.skipped, 'record')} left out (empty or broken)"
+        if result.filtered is not None:
+            losses += f"; {counted(result.filtered, 'record')} left out by --filter"
+        if result.truncated:
+            losses += f"; {counted(result.truncated, 'document')} cut at --max-length"
+        if result.clipped_mass > 1e-3:
+            losses += f"; {result.clipped_mass:.1%} of the teacher's probability is on ids "
+            losses += "outside its tokenizer's vocabulary"
+        if result.workers_lost:
+            losses += f"; {counted(result.workers_lost, 'worker')} lost, "
+            losses += f"{counted(result.redone, 'attempt')} repeated"
+        echo(
+            f"{result.cache}: {counted(result.rows, 'row')}, "
+            f"{counted(result.positions, 'position')}, "
+            f"{size(result.bytes)} ({result.bytes_per_position:.1f} B per position, rows "
+            f"included) in {duration(result.seconds)}, "
+            f"{worker} {duration(result.teacher_seconds)}; "
+            f"{result.made:,} of {counted(result.spans, 'shard')} made now{losses}."
+        )
+        if result.missing:
+            echo(
+                f"This part is made. {counted(result.missing, 'shard')} of other parts "
+                f"{'is' if result.missing == 1 else 'are'} missing; the part that ends last seals "
+                "the cache."
+            )
+    if result.domains:
+        from kdcache.cli.views import render_domains
+
+        render_domains(result.domains, terminal())
+
+
+def exported(_: Options, result: ExportResult) -> None:
+    """Print what an export has written."""
+    echo(
+        f"{result.out}: {counted(result.files, 'file')}, {counted(result.rows, 'row')}, "
+        f"{counted(result.positions, 'position')}, {size(result.bytes)}; {result.made} made now in "
+        f"{duration(result.seconds)}."
+    )
+
+
+def trained(options: TrainOptions, result: TrainResult) -> Next:
+    """Print the outcome of a training."""
+    from kdcache.cli.views import render_figures
+    from kdcache.loss.metrics import perplexity
+
+    whole = {name: value for name, value in result.eval.items() if "/" not in name}
+    measured = "  ".join(f"{name} {value:.4g}" for name, value in whole.items())
+    if not result.made:
+        echo(f"{result.out} is complete: {result.steps} steps. Nothing to do. {measured}")
+        return ()
+    nats = result.eval_teacher_cross_entropy if result.eval else result.teacher_cross_entropy
+    shown = number(perplexity(nats), 2)
+    teacher = "" if nats is None else f"; teacher's cross-entropy {nats:.4f} ({shown})"
+    best = f" (best: step {result.best_step})" if result.best_step is not None else ""
+    words = ""
+    if result.vocabulary is not None:
+        words = f"; vocabulary of {result.vocabulary:,}"
+    if result.unknown is not None:
+        words += f" (unknown: {result.unknown:.1%} of the words"
+        if result.eval_unknown is not None:
+            words += f", {result.eval_unknown:.1%} in evaluation"
+        words += ")"
+    if result.pretrained is not None:
+        words += f"; word vectors for {result.pretrained:,} of them"
+    if result.cut:
+        words += f"; {result.cut:,} labels beyond the longest row left out"
+    if result.lost:
+        words += f"; {result.lost:,} stretches of text without labels"
+    adapted = ""
+    if options.lora is not None:
+        adapted = f"; an adapter of {result.trained:,} of {result.parameters:,} parameters"
+    evaluation = f"; evaluation: {measured}" if measured else ""
+    echo(
+        f"{result.out}: {counted(result.steps, 'step')}{best}, {counted(result.rows, 'row')}, loss "
+        f"{result.loss:.4f} in {duration(result.seconds)}{words}{adapted}{evaluation}{teacher}."
+    )
+    render_figures(result.eval, terminal())
+    test = (options.eval_cache or ("TEST_CACHE",))[0]
+    return ("evaluate", "--student", options.out, "--cache", test)
+
+
+def swept(_: Options, result: SweepResult) -> None:
+    """Print the outcome of a sweep."""
+    from kdcache.cli.views import render_sweep
+
+    render_sweep(result, terminal())
+
+
+def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
+    """Print the outcome of a fine-tuning."""
+    figures = {
+        "accuracy": result.accuracy,
+        "F1": result.f1,
+        "micro F1": result.micro_f1,
+        "average precision": result.average_precision,
+        "Pearson": result.pearson,
+        "Spearman": result.spearman,
+        "mean squared error": result.mse,
+        "cross-entropy": result.cross_entropy,
+    }
+    known = {name: value for name, value in figures.items() if value is not None}
+    scores = "".join(f", {name} {value:.4f}" for name, value in known.items())
+    if not result.made:
+        echo(f"{result.out} is complete{scores}. Nothing to do.")
+        return ()
+    if result.truncated:
+        shown = f"{result.truncated:,} texts were cut at --max-length {options.max_length}"
+        if TASKS[options.task].source:
+            shown = f"{result.truncated:,} records were cut at --max-length"
+            shown += " or --max-source-length"
+        echo(f"{shown}: the teacher does not see the rest.", err=True)
+    echo(
+        f"{result.out}: {counted(result.rows, 'row')}, {result.trained:,} of "
+        f"{result.parameters:,} parameters trained in {duration(result.seconds)}{scores}."
+    )
+    return None
+
+
+def evaluated(_: Options, result: EvaluateResult) -> None:
+    """Print the figures of students."""
+    from kdcache.cli.view_evaluate import render_evaluation
+
+    render_evaluation(result, terminal())
+
+
+def predicted(options: PredictOptions, result: PredictResult) -> None:
+    """Print what was predicted into a file; else the predictions were printed themselves."""
+    if options.out is None:
+        return
+    line = f"{result.out}: {counted(result.records, 'record')} in {duration(result.seconds)}"
+    line += f", {result.skipped} skipped." if result.skipped else "."
+    if result.cut:
+        line += f" {result.cut:,} words or sources are beyond what it reads."
+    if result.unfinished:
+        line += f" {result.unfinished:,} targets were not finished at --max-length "
+        line += f"{options.max_length}."
+    echo(line)
+
+
+def inspected(options: InspectOptions, result: InspectResult) -> Next:
+    """Print what is in a cache."""
+    from kdcache.cli.view_inspect import render_inspection
+
+    render_inspection(result, terminal())
+    if options.row is None and result.rows:
+        return ("inspect", options.cache, "--row", "0")
+    return None
+
+
+def reported(_: Options, result: ReportResult) -> None:
+    """Print what is on a page."""
+    counts = {"cache": result.caches, "run": result.runs, "sweep": result.sweeps}
+    shown = [f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items() if count]
+    echo(f"{result.out}: {', '.join(shown)}, {size(result.bytes)}. Open it in a browser.")
+
+
+def verified(options: VerifyOptions, result: VerifyResult) -> Next:
+    """Print what was checked; the problems are printed by every command that has some."""
+    if not result.problems:
+        echo(
+            f"{result.cache}: {counted(result.shards, 'shard')}, "
+            f"{counted(result.rows, 'row')}: all good."
+        )
+    if (check := result.recheck) is not None:
+        echo(
+            f"{counted(check.rows, 'row')}, {counted(check.positions, 'position')} run again: "
+            f"cached and live targets differ by {check.cached:.2g}, two live runs by "
+            f"{check.live:.2g}; rounding explains {check.allowed:.2g}."
+        )
+        if not check.same_teacher and not check.problems:
+            echo("The teacher's configuration or weights are not identical to those of the build.")
+    return ("repair", options.cache) if result.problems else None
+
+
+def repaired(_: RepairOptions, result: RepairResult) -> Next:
+    """Print what was removed."""
+    for name in result.removed:
+        echo(f"{name}: broken, removed")
+    for name in result.missing:
+        echo(f"{name}: missing")
+    if result.removed or result.missing:
+        echo("Run the same `kdcache build` command again: it makes only these.")
+    elif result.old_digest is None:
+        echo(f"{result.cache}: nothing is broken.")
+    if result.old_digest is not None:
+        echo(f"The digest was {result.old_digest} and is {result.digest} now.")
+    return () if result.removed or result.missing else None
+
+
+def collected(options: GcOptions, result: GcResult) -> Next:
+    """Print what crashed builds had left."""
+    for leftover in result.removed:
+        echo(f"{leftover.name}: {size(leftover.bytes)}")
+    verb = "would be removed" if result.dry_run else "removed"
+    young = f"; {result.young} younger than an hour were kept" if result.young else ""
+    echo(f"{counted(len(result.removed), 'file')} {verb}, {size(result.bytes)}{young}.")
+    return ("gc", options.cache) if result.dry_run and result.removed else None
+
+
+def shown(_: Options, result: DemoResult) -> Next:
+    """Print the outcome of the demo."""
+    from kdcache.cli.views import render_demo
+
+    render_demo(result, terminal())
+    return ("report", *result.folders, "--out", "report.html")
+
+
+def described(_: Options, result: EnvResult) -> None:
+    """Print what is installed."""
+    facts = {"kdcache": result.kdcache, "Python": result.python, "system": result.system}
+    memory = "" if result.memory_bytes is None else f", {size(result.memory_bytes)}"
+    facts["machine"] = f"{result.cores} cores{memory}"
+    facts["GPUs"] = "; ".join(result.gpus)
+    facts |= {name: version or "not installed" for name, version in result.packages.items()}
+    print_table(terminal(), ("", ""), list({**facts, **result.settings}.items()), left=2)
