@@ -41,6 +41,7 @@ from typing import BinaryIO
 
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import no_space
+from kdcache.storage.base import sha256_file
 
 _MOST = 32 << 30
 _PART = ".part"
@@ -374,6 +375,31 @@ def verified_here() -> Verified | None:
         return Verified.in_folder(DiskCache.of_environment().folder / ".verified")
     except (UsageError, RuntimeError):  # a wrong bound; no home folder
         return None
+
+
+def once_here(path: Path, sha256: str, check: Callable[[], None]) -> None:
+    """`Verified.once` with the notes of this machine; without these `check` is called each time."""
+    notes = verified_here()
+    if notes is None:
+        check()
+    else:
+        notes.once(path, sha256, check, ours=False)
+
+
+def sha256_here(path: Path) -> str:
+    """A file's SHA-256. Whether it is the name of the file, as in the hub's cache, is read once by
+    all processes of this machine."""
+    name = path.resolve().name
+    found = [name]
+
+    def check() -> None:
+        found[0] = sha256_file(path)
+        if found[0] != name:
+            raise ValueError
+
+    with contextlib.suppress(ValueError):
+        once_here(path, name, check)
+    return found[0]
 
 
 def _note_of(path: Path, sha256: str) -> tuple[bytes, float]:

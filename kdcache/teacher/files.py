@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kdcache.errors import UsageError
 from kdcache.pretrained import UnreadableError, read_config, read_tokenizer
-from kdcache.storage import redact, sha256_file
+from kdcache.storage import redact
+from kdcache.storage.disk import once_here, sha256_here
 from kdcache.storage.remote import Facts
 from kdcache.tasks import REGRESSION, TASKS, task_of
 from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
@@ -150,39 +150,38 @@ class TeacherFiles:
         digest.update(json.dumps(config, sort_keys=True).encode())
         for name in self._weights():
             digest.update(name.encode())
-            digest.update((self._checksum(name) or sha256_file(self.folder / name)).encode())
+            digest.update(self._checksum(name).encode())
         return digest.hexdigest()
 
     def _weights(self) -> list[str]:
         """Names of the weight files, here or listed."""
         return sorted({path.name for path in self.folder.glob(WEIGHTS)} | set(self.listed or ()))
 
-    def _checksum(self, name: str) -> str | None:
-        """A weight file's SHA-256, or size and checksum, where it is known without reading it."""
+    def _checksum(self, name: str) -> str:
+        """A weight file's SHA-256; or its size and checksum, where a store lists these."""
         facts = (self.listed or {}).get(name)
-        if facts is not None and facts.checksum:
-            kind, _, checksum = facts.checksum.partition(":")
-            return checksum if kind == "sha256" else f"{facts.size} {facts.checksum}"
-        # The hub's cache names a blob by its SHA-256: no need to read 100 GB for it.
-        target = (self.folder / name).resolve().name
-        return target if re.fullmatch("[0-9a-f]{64}", target) else None
+        if facts is None or not facts.checksum:
+            return sha256_here(self.folder / name)
+        kind, _, checksum = facts.checksum.partition(":")
+        return checksum if kind == "sha256" else f"{facts.size} {facts.checksum}"
 
     def check_same(self, sha256: str) -> None:
-        """Refuse another model than a build began with, where that is known without reading it.
+        """Refuse another model than a build began with. Its files are read once a machine.
 
         Raises:
             UsageError: it has another identity.
         """
-        if self._known and (self.base is None or self.base._known) and self.sha256 != sha256:
-            raise UsageError(
-                f"{self.who} was changed since this build began. Restore it and run the "
-                "same command again, or build another cache."
-            )
 
-    @property
-    def _known(self) -> bool:
-        """Whether the checksums of all weights are known without reading them."""
-        return all(map(self._checksum, self._weights()))
+        def check() -> None:
+            if self.sha256 != sha256:
+                raise UsageError(
+                    f"{self.who} was changed since this build began. Restore it and run the "
+                    "same command again, or build another cache."
+                )
+
+        for folder in {self.folder, self.whole}:
+            for path in (*folder.glob("*config.json"), *folder.glob(WEIGHTS)):
+                once_here(path, sha256, check)
 
     @property
     def weight_bytes(self) -> int:
