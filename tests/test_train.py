@@ -334,7 +334,11 @@ def test_an_evaluation_whose_figure_is_not_defined_is_never_the_best(
     found = {x["step"]: x for x in metrics(result.out) if "eval_loss" in x}
     assert {step for step, line in found.items() if "eval_accuracy" not in line} == undefined
     assert result.steps == (4 if patience else 6)
-    known = {step: x["eval_accuracy"] for step, x in found.items() if "eval_accuracy" in x}
+    known = {
+        step: (x["eval_accuracy"], -x["eval_loss"])
+        for step, x in found.items()
+        if "eval_accuracy" in x
+    }
     assert result.best_step == (max(known, key=known.__getitem__) if known else None)
     chosen = result.best_step or result.steps
     assert result.eval["loss"] == found[chosen]["eval_loss"]

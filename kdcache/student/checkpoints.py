@@ -11,6 +11,7 @@ one whose bytes were changed since, it is refused. Cost: saving and resuming rea
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,26 @@ def checkpoints(out: Path) -> list[Path]:
     return [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
 
 
+def better(line: Mapping[str, Any], args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether an evaluation is better than the best one so far. Where both are equally good, the
+    lower loss decides; a figure that is not defined, such as the correlation of equal scores, is
+    no better than any.
+
+    Args:
+        line: its figures.
+        args: with the name of the figure, and whether it rises.
+        state: with all figures that were logged, and the step of the best.
+    """
+    name = str(args.metric_for_best_model)
+
+    def rank(found: Mapping[str, Any]) -> tuple[float, float]:
+        value = found.get(name, math.nan)
+        return value if args.greater_is_better else -value, -found.get("eval_loss", math.nan)
+
+    best = [x for x in state.log_history if name in x and x["step"] == state.best_global_step]
+    return rank(line) > (rank(best[0]) if best else (-math.inf, 0.0))
+
+
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     """The HF Trainer with checkpoints that are whole or not there.
 
@@ -145,6 +166,13 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     def checkpoint_facts(self) -> dict[str, Any]:
         """What a checkpoint's seal says beside its files; for subclasses."""
         return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        found = better(metrics, self.args, self.state)
+        if found:
+            self.state.best_metric = metrics[str(self.args.metric_for_best_model)]
+            self.state.best_global_step = self.state.global_step
+        return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         out = Path(self._get_output_dir(trial=trial))

@@ -344,13 +344,6 @@ class DistillationTrainer(CheckpointingTrainer):
         )
         return metrics
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As the Trainer; a figure that is not defined, such as the correlation of equal scores, is
-        never the best.
-        """
-        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
-        return bool(super()._determine_best_metric({name: math.nan, **metrics}, trial))
-
     @torch.no_grad()
     def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:
         parts = self._place(stream, 1).by_domain()

@@ -58,6 +58,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
+from kdcache.student.figures import warn_of_one_answer
 from kdcache.student.load import find_files, lost_of_encoder
 from kdcache.student.tokens import StudentInfo
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
@@ -202,6 +203,9 @@ def _finetune(
             report(f"resuming from {resume}")
         outcome = trainer.train(str(resume) if resume else None)
         scores = best_scores(trainer.state, options)
+        if tests:
+            labels = np.concatenate([row.labels for row in tests])
+            warn_of_one_answer(options.task, labels, {**scores, "hard_loss": scores.get("mse")})
         result = FinetuneResult(
             out=str(out),
             label_names=names,

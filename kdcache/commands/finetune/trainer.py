@@ -254,11 +254,8 @@ def _falls(options: FinetuneOptions) -> bool:
 def best_scores(state: TrainerState, options: FinetuneOptions) -> dict[str, float]:
     """Figures of the best evaluation by their names; empty without any."""
     name = f"eval_{_best(options)}"
-    evaluations = [line for line in state.log_history if name in line]
-    if not evaluations:
-        return {}
-    choose = min if _falls(options) else max
-    best = choose(evaluations, key=lambda line: line[name])
+    at, lines = state.best_global_step, state.log_history
+    best: dict[str, float] = next((x for x in lines if name in x and x["step"] == at), {})
     # A correlation of constant scores is not a number.
     return {n: best[f"eval_{n}"] for n in _FIGURES if not isnan(best.get(f"eval_{n}", nan))}
 

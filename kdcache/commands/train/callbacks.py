@@ -8,7 +8,6 @@ Ends a training before its last step: after a signal, or when patience has run o
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from kdcache.commands.interrupt import check
 from kdcache.commands.train.result import TrainProgress
 from kdcache.files import write_text
 from kdcache.humanize import duration
+from kdcache.student.checkpoints import better
 
 METRICS_FILE = "metrics.jsonl"
 _QUIET_SECONDS = 10.0
@@ -249,9 +249,5 @@ class Patience(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Look at the evaluation just logged, which is not yet compared with the best."""
-        # A figure that is not defined is no better than any.
-        value = metrics.get(str(args.metric_for_best_model), math.nan)
-        sign = 1 if args.greater_is_better else -1
-        best = -math.inf if state.best_metric is None else sign * state.best_metric
-        if not sign * value > best and self._worse(state) >= self._patience:
+        if not better(metrics, args, state) and self._worse(state) >= self._patience:
             control.should_training_stop = True

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerState
 
 from kdcache.cache.figures import teacher_cross_entropy
@@ -42,6 +43,7 @@ from kdcache.stream import CrossTokenizer, TargetStream
 from kdcache.student import DistilledStudent, HfTokenize, WordTokenize
 from kdcache.student.checkpoints import read_state
 from kdcache.student.documents import check_documents
+from kdcache.student.figures import figure_of, warn_of_one_answer
 from kdcache.student.padding import check_pairs, check_rows
 from kdcache.student.precision import Computing
 from kdcache.student.tokens import unknown_share
@@ -136,6 +138,11 @@ class Run:
             **_vocabulary(plan, self.tokenize),
             pretrained=getattr(self.student.student, "pretrained", None),
         )
+        held, student = plan.eval_caches, self.student
+        if held and trainer.is_world_process_zero() and figure_of(student.task):
+            every = [c.read(i, targets=False).labels for c in held for i in range(c.spec.spans)]
+            how = {"divergence": student.divergence, "huber_delta": student.huber_delta}
+            warn_of_one_answer(student.task, np.concatenate(every), result.eval, **how)
         with quiet_transformers():
             _save(plan, trainer, self.tokenize, result)
         if plan.store is not None:
