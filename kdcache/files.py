@@ -245,8 +245,20 @@ def parse_yaml(data: bytes) -> Any:
     """
     import yaml  # which few need
 
+    class Once(yaml.SafeLoader):
+        """Refuses a key that is given twice, of which the last would count."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            for key, _ in node.value:
+                if names.count(key.value) > 1:
+                    raise yaml.MarkedYAMLError(
+                        None, None, f"{key.value} is given twice", key.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(data.decode())
+        return yaml.load(data.decode(), Once)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     except yaml.MarkedYAMLError as error:

@@ -405,6 +405,8 @@ def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
             near = difflib.get_close_matches(name, known, 1)
             meant = f" Did you mean {known[near[0]].words}?" if near else ""
             wrong.append(f"there is no option {name.replace('_', '-')}.{meant}")
+        elif one.name in found:
+            wrong.append(f"{one.words} is given twice.")
         elif isinstance(value, dict) and one.named:
             found[one.name] = pairs_of(value)
         elif isinstance(value, dict) or (isinstance(value, list) and not one.several):

@@ -38,6 +38,15 @@ class OptionsCommand(click.Command):
     groups: dict[str, str]  # name of a parameter to its heading
     arguments: list[tuple[str, str]]  # each argument without a name, and its help
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an option that is given twice and takes one value: one of them would be lost."""
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for param in given:
+            one = isinstance(param, click.Option) and not (param.multiple or param.is_flag)
+            if one and given.count(param) > 1:
+                raise click.UsageError(f"{param.opts[0]} is given twice: it takes one value.", ctx)
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments, then one section for each group."""
         if self.arguments:
