@@ -24,10 +24,11 @@ from transformers import AutoTokenizer
 from kdcache.cli.main import cli
 from kdcache.commands.inspect import Guess, PositionView, RowView, _read, inspect
 from kdcache.commands.options import InspectOptions, ReportOptions
-from kdcache.commands.report import sections
+from kdcache.commands.report import rows as report_rows
+from kdcache.commands.report.blocks import Table
+from kdcache.commands.report.charts import Curve, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
-from kdcache.commands.report.html import Curve, Html, curves, element, histogram, join, text
-from kdcache.commands.report.report import MOST_BYTES, render_page, report
+from kdcache.commands.report.report import MOST_BYTES, environment, markup, render_page, report
 from kdcache.commands.report.sections import run_section, sweep_section
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
@@ -77,13 +78,18 @@ def tree_of(page: str) -> ElementTree.Element:
     return ElementTree.fromstring(rest)
 
 
+def tree_of_blocks(*blocks: Any) -> ElementTree.Element:
+    return ElementTree.fromstring(f"<div>{markup(blocks)}</div>")
+
+
 def words_of(node: ElementTree.Element) -> str:
     return " ".join(" ".join(node.itertext()).split())
 
 
 @given(st.text())
 def test_a_text_stays_a_text(value: str) -> None:
-    node = ElementTree.fromstring(element("p", value, title=value))
+    made = environment().from_string('<p title="{{ it }}">{{ it }}</p>').render(it=value)
+    node = ElementTree.fromstring(made)
     assert not list(node)
     bad = re.compile(
         "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
@@ -98,20 +104,13 @@ def test_a_name_turns_no_figure_behind_it(name: str) -> None:
     """A class that ends in an override of the direction made 0.467 read 764.0."""
     guess = Guess(0, name, 0.467)
     position = PositionView(0, None, 0, name, None, (guess,), 0.0)
-    cell = sections._cells(position, per_token=False, exact=True)["guesses"]
-    (item,) = ElementTree.fromstring(cell).iter("li")
+    cell = report_rows._cells(position, per_token=False, exact=True)["guesses"]
+    (item,) = tree_of_blocks(Table("answers", ("label", "guesses"), [["x", cell]])).iter("li")
     isolated, figure = item
     assert (isolated.tag, figure.tag, figure.text) == ("bdi", "b", "0.467")
     shown = "".join(item.itertext())
     assert not re.search("[\u202a-\u202e\u2066-\u2069]", shown)
     assert printable(name) in shown
-
-
-def test_markup_is_marked_as_such_alone() -> None:
-    assert element("b", "<i>") == "<b>&lt;i&gt;</b>"
-    assert element("b", element("i", "x"), None, "&") == "<b><i>x</i>&amp;</b>"
-    assert isinstance(text("x"), Html)
-    assert not isinstance(Html("<b>") + "x", Html)  # a sum of both is escaped again
 
 
 def test_a_page_shows_caches_runs_and_sweeps(paths: dict[str, str], tmp_path: Path) -> None:
@@ -153,7 +152,7 @@ def rows_of(
     """Text and tables of a row of a task, as a page has them."""
     whole = {"read": read, "between": between}
     row = RowView(0, 0, 4, "an old text", None, 1.0, True, positions, **whole)
-    tree = ElementTree.fromstring(f"<div>{join(sections._rows([row], TASKS[task]))}</div>")
+    tree = tree_of_blocks(*report_rows.rows_as_text([row], TASKS[task]))
     text = next(node for node in tree.iter("p") if node.get("class") == "row")
     return words_of(tree), words_of(text)
 
@@ -178,7 +177,7 @@ def test_a_row_that_is_read_whole_reads_as_the_text(name: str) -> None:
     assert len(ids) > 8
     whole = _read(Row(np.array(ids, np.int32), np.array(ids, np.int32)), tokenizer)
     row = RowView(0, 0, len(ids), "", None, 1.0, True, (), **whole)
-    tree = ElementTree.fromstring(str(sections._read_tokens(row, TASKS["masked-lm"])))
+    (tree,) = tree_of_blocks(report_rows._read_tokens(row, TASKS["masked-lm"])).iter("p")
     assert "".join(tree.itertext()).removeprefix(" ") == text
 
 
@@ -209,8 +208,7 @@ def test_a_row_without_a_position_is_shown_as_its_text(tmp_path: Path) -> None:
     found = inspect(InspectOptions(str(tmp_path / "lm"), row=bare)).row
     assert found is not None
     assert not found.positions
-    page = sections._row(found, TASKS[CAUSAL])
-    assert found.text in words_of(ElementTree.fromstring(page))
+    assert found.text in words_of(tree_of_blocks(report_rows._row(found, TASKS[CAUSAL])))
 
 
 def test_a_cross_entropy_whose_perplexity_no_float_holds_is_shown(paths: dict[str, str]) -> None:
@@ -225,7 +223,7 @@ def test_a_cross_entropy_whose_perplexity_no_float_holds_is_shown(paths: dict[st
 def test_a_run_shows_what_was_left_to_its_default() -> None:
     options = {"student": "bilstm", "temperature": 1.0, "learning_rate": None}
     part = RunPart("r", True, options, {}, {"hard_loss": 0.5}, ())
-    shown = words_of(ElementTree.fromstring(f"<div>{run_section(part)}</div>"))
+    shown = words_of(tree_of_blocks(*run_section(part)))
     assert "temperature 1 learning rate default hard loss, training 0.5000" in shown
 
 
@@ -233,10 +231,10 @@ def test_a_run_shows_what_was_left_to_its_default() -> None:
 def test_the_hard_loss_has_the_name_of_the_task_in_runs_and_sweeps(task: Any) -> None:
     """Scores have an error, and no cross-entropy."""
     log = ({"step": 1.0, "loss": 0.5, "hard_loss": 0.5},)
-    run = run_section(RunPart("r", True, {}, {}, {"task": task}, log))
+    run = words_of(tree_of_blocks(*run_section(RunPart("r", True, {}, {}, {"task": task}, log))))
     setting = {"setting": {"alpha": "1"}, "mean": {"micro_f1": 0.5, "hard_loss": 0.25}}
     table = {"settings": [setting], "ranked_by": "hard_loss", "task": task}
-    shown = words_of(ElementTree.fromstring(element("div", sweep_section(SweepPart("s", table)))))
+    shown = words_of(tree_of_blocks(*sweep_section(SweepPart("s", table))))
     name = TASKS[task].hard[0] if task in tuple(TASKS) else "cross-entropy"
     assert f"best first by {name};" in shown
     assert f" micro f1 {name} " in shown
@@ -378,7 +376,7 @@ def test_a_page_is_bounded(paths: dict[str, str]) -> None:
 def test_steps_beyond_a_million_are_shown_to_the_last_digit() -> None:
     chart = curves("t", "step", "y", [Curve("a", ((0.0, 1.0), (1_234_567.0, 0.5)))])
     assert chart is not None
-    shown = words_of(ElementTree.fromstring(chart))
+    shown = words_of(tree_of_blocks(chart))
     assert "a: 0.5 at 1,234,567" in shown
     assert " 1,250,000 " in shown
     assert "e+0" not in shown
@@ -391,7 +389,7 @@ def test_a_chart_draws_what_is_finite() -> None:
     for points in (((1.0, 5.0),), ((0.0, 1e-9), (1.0, 1e-9)), ((0.0, -1e30), (1e6, 1e30))):
         chart = curves("t", "x", "y", [Curve("a", points)])
         assert chart is not None
-        node = ElementTree.fromstring(chart)
+        node = tree_of_blocks(chart)
         _, _, width, height = map(float, next(node.iter("svg")).get("viewBox", "").split())
         for circle in node.iter("circle"):
             assert 0 <= float(circle.get("cx", "nan")) <= width
@@ -402,8 +400,8 @@ def test_a_chart_draws_what_is_finite() -> None:
     for values, want in (([7.0], "1 position, median 7."), ([0.0, 5.0], "median 2.5.")):
         few = histogram("t", "x", values)
         assert few is not None
-        assert want in few
-    tall = [float(bar.get("height", "nan")) for bar in ElementTree.fromstring(bars).iter("rect")]
+        assert want in few.about
+    tall = [float(bar.get("height", "nan")) for bar in tree_of_blocks(bars).iter("rect")]
     assert max(tall) > 100
 
 
