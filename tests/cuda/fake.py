@@ -101,6 +101,7 @@ def fake_cuda(devices: int = 1, *, symbolic: bool = False) -> Iterator[FakeTenso
         "torch.cuda.get_device_properties": lambda *_: H100,
         "torch.cuda.get_device_capability": lambda *_: (9, 0),
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+        "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.is_initialized": lambda: False,
         "torch.cuda.get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "torch.cuda.set_rng_state": lambda *_, **__: None,

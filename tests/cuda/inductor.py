@@ -37,10 +37,12 @@ class Code:
     Attributes:
         text: the whole module.
         inputs: names of the arguments of `call`, in its order: those of the function.
+        shapes: of the arguments and of the result of each operation, by name.
     """
 
     text: str
     inputs: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -68,16 +70,9 @@ class Code:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Elements of each tensor: arguments, allocated buffers, results of libraries."""
-        made = r"(\w+) = (?:empty_strided_cuda\(|reinterpret_tensor\(\w+, )\((.*?)\), \("
-        shapes = re.findall(made, self._call)
-        shapes += re.findall(r"assert_size_stride\((\w+), \((.*?)\), \(", self._call)
-        sizes = {
-            name: math.prod(int(n) for n in shape.split(",") if n.strip()) for name, shape in shapes
-        }
-        for new, old in re.findall(r"(buf\d+) = ((?:buf|arg)\w+)(?:;|  #)", self._call):
-            sizes[new] = sizes[old]
-        return sizes
+        """Elements of each tensor that has a name in `call`: those of fused operations have none."""
+        named = set(re.findall(r"\w+", self._call))
+        return {name: math.prod(shape) for name, shape in self.shapes.items() if name in named}
 
     @property
     def largest_buffer(self) -> int:
@@ -111,10 +106,11 @@ class Code:
 
     def argument(self, *shape: int) -> str:
         """Name of the argument of a shape."""
-        size = ", ".join(map(str, shape))
-        found = re.findall(rf"assert_size_stride\((arg\w+), \({size},?\)", self._call)
-        assert found, f"no argument {size}"
-        return str(found[0])
+        found = [
+            name for name in self.shapes if name.startswith("arg") and self.shapes[name] == shape
+        ]
+        assert found, f"no argument of shape {shape}"
+        return found[0]
 
 
 def _range(arguments: list[str]) -> int:
@@ -129,10 +125,14 @@ def written_for_h100(function: Callable[..., Any], *arguments: Any) -> Code:
     """
     taken: list[str] = []
     inputs: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def stop(graph: GraphLowering) -> None:
         found = graph.codegen()[0]
         taken.append(getattr(found, "value", found))
+        for name, one in (*graph.graph_inputs.items(), *graph.name_to_buffer.items()):
+            if (size := one.maybe_get_size()) is not None:
+                shapes[name] = tuple(map(int, size))
         raise _Stop
 
     def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
@@ -151,7 +151,7 @@ def written_for_h100(function: Callable[..., Any], *arguments: Any) -> Code:
             raise
     finally:
         torch._dynamo.reset()
-    return Code(taken[0], tuple(inputs))
+    return Code(taken[0], tuple(inputs), shapes)
 
 
 @dataclass(frozen=True)
