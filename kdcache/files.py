@@ -39,6 +39,7 @@ _NO_PLACE = {
     *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EISDIR),
     errno.ENOENT,
 }
+_SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of `whole_file`
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # in bytes, on Linux
 # torch and safetensors report a failed write as errors of their own.
 _FULL_WORDS = re.compile(
@@ -305,6 +306,7 @@ def filled_folder(path: Path, name: str, last: str) -> Iterator[Path]:
     """
     scratch = path / name
     scratch.mkdir(parents=True, exist_ok=True)
+    clear(scratch)
     yield scratch
     sync_tree(scratch)
     for part in sorted(scratch.iterdir(), key=lambda part: (part.name == last, part.name)):
@@ -380,6 +382,8 @@ def alone(folder: Path, work: str) -> Iterator[None]:
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    for left in filter(_SCRATCH.fullmatch, os.listdir(folder)):
+                        (folder / left).unlink(missing_ok=True)  # of a process that was killed
                     break
             file.close()  # whoever held it has removed the folder: look again
         try:

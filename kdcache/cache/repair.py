@@ -13,10 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from kdcache.cache.cache import Cache
@@ -29,7 +28,7 @@ from kdcache.storage import LocalStorage, Storage, open_storage, redact
 from kdcache.storage.filesystem import FileSystem
 
 YOUNG = 3600.0
-"""Seconds: what was begun so recently may be the work of a build that runs."""
+"""Seconds by the clock of an object store: an upload begun so recently may still go on."""
 
 _SCRATCH = re.compile(r"[0-9a-f]{32}\.tmp")
 
@@ -181,8 +180,9 @@ def _reseal(cache: Cache) -> Cache:
 def gc(url: str, *, dry_run: bool = False) -> GcResult:
     """Remove what crashed builds left, and nothing that is part of the cache.
 
-    That is: temporary files and unfinished uploads that are older than an hour and, in a finished
-    cache, second shards of a span.
+    That is: temporary files, unless a build is at work (its lock says so, not a clock; nor where
+    there are no locks), unfinished uploads that are older than an hour for the object store and, in
+    a finished cache, second shards of a span.
 
     Args:
         url: of the cache, finished or not.
@@ -197,19 +197,20 @@ def gc(url: str, *, dry_run: bool = False) -> GcResult:
         raise no_cache(storage)
     cache = Cache.resume(url)
     removed, young = [], 0
-    for found in (_second_copies(cache), _scratch(storage), _uploads(storage)):
-        for leftover, age, remove in found:
-            if age < YOUNG:
-                young += 1
-                continue
-            if not dry_run:
-                remove()
-            removed.append(leftover)
+    with storage.unshared("spec.json") as idle:
+        for found in (_second_copies(cache), _scratch(storage, idle), _uploads(storage)):
+            for leftover, left, remove in found:
+                if not left:
+                    young += 1
+                    continue
+                if not dry_run:
+                    remove()
+                removed.append(leftover)
     return GcResult(redact(url), tuple(removed), young, dry_run)
 
 
-# A leftover, its age in seconds, and what removes it.
-_Found = Iterator[tuple[Leftover, float, Callable[[], Any]]]
+# A file, whether nobody works on it any more, and what removes it.
+_Found = Iterator[tuple[Leftover, bool, Callable[[], Any]]]
 
 
 def _second_copies(cache: Cache) -> _Found:
@@ -227,21 +228,21 @@ def _second_copies(cache: Cache) -> _Found:
                 size = cache.storage.size(full)
             except FileNotFoundError:  # another gc has just removed it
                 continue
-            yield Leftover(full, size), YOUNG, remove
+            yield Leftover(full, size), True, remove
 
 
-def _scratch(storage: Storage) -> _Found:
+def _scratch(storage: Storage, idle: bool) -> _Found:
     if not isinstance(storage, LocalStorage):
         return
     for name in storage.names("tmp"):
         path = storage.root / "tmp" / name
         if _SCRATCH.fullmatch(name) and not path.is_symlink():
             try:
-                stat = path.stat()
+                size = path.stat().st_size
             except FileNotFoundError:  # a build has just given it its name
                 continue
             remove = functools.partial(storage.remove, f"tmp/{name}")
-            yield Leftover(f"tmp/{name}", stat.st_size), time.time() - stat.st_mtime, remove
+            yield Leftover(f"tmp/{name}", size), idle, remove
 
 
 def _uploads(storage: Storage) -> _Found:
@@ -253,14 +254,16 @@ def _uploads(storage: Storage) -> _Found:
         return
     bucket, prefix, _ = store.fs.split_path(store.path)
     where = {"Bucket": bucket, "Prefix": f"{prefix}/"}
-    for upload in store.ask("call_s3", "list_multipart_uploads", **where).get("Uploads", []):
+    listed = store.ask("call_s3", "list_multipart_uploads", **where)
+    now = parsedate_to_datetime(listed["ResponseMetadata"]["HTTPHeaders"]["date"])
+    for upload in listed.get("Uploads", []):
         one = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
         parts = store.ask("call_s3", "list_parts", **one).get("Parts", [])
         name = upload["Key"].removeprefix(f"{prefix}/")
         leftover = Leftover(name, sum(part["Size"] for part in parts))
-        age = (datetime.now(timezone.utc) - upload["Initiated"]).total_seconds()
+        age = (now - upload["Initiated"]).total_seconds()
         remove = functools.partial(store.ask, "call_s3", "abort_multipart_upload", **one)
-        yield leftover, age, remove
+        yield leftover, age >= YOUNG, remove
 
 
 def _open(url: str) -> Storage:

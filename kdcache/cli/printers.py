@@ -288,7 +288,7 @@ def collected(options: GcOptions, result: GcResult) -> Next:
     for leftover in result.removed:
         echo(f"{leftover.name}: {size(leftover.bytes)}")
     verb = "would be removed" if result.dry_run else "removed"
-    young = f"; {result.young} younger than an hour were kept" if result.young else ""
+    young = f"; {result.young} kept, since a build may be at work" if result.young else ""
     echo(f"{counted(len(result.removed), 'file')} {verb}, {size(result.bytes)}{young}.")
     return ("gc", options.cache) if result.dry_run and result.removed else None
 

@@ -5,11 +5,12 @@ URLs without the secrets that they may carry.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -112,7 +113,7 @@ class Storage(ABC):
         """
 
     def share(self, name: str) -> Share | None:
-        """A lock that keeps others from `replace_unshared`, until it is closed or this
+        """A lock that keeps others from `unshared`, until it is closed or this
         process ends; None where there are no such locks."""
         return None
 
@@ -120,6 +121,12 @@ class Storage(ABC):
         """`create`, then `share`, with no moment between in which another could replace it."""
         self.create(name, data)
         return self.share(name)
+
+    @contextlib.contextmanager
+    def unshared(self, name: str) -> Iterator[bool]:
+        """Keeps others from `share`; whether no process shares the file, False if that can't be
+        known."""
+        yield False
 
     def replace_unshared(self, name: str, data: bytes, prepare: Callable[[], bool]) -> bool:
         """Replace a file that no process shares; False if one does, or if it can't be known.
@@ -129,7 +136,10 @@ class Storage(ABC):
             data: its new content.
             prepare: called before, while nobody can share it; whether to replace it.
         """
-        return False
+        with self.unshared(name) as free:
+            if replaced := free and prepare():
+                self.write(name, data)
+        return replaced
 
     @abstractmethod
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -154,20 +154,16 @@ class LocalStorage(Storage):
                     return lock
             lock.close()  # it was replaced while this process waited
 
-    def replace_unshared(self, name: str, data: bytes, prepare: Callable[[], bool]) -> bool:
-        """See `Storage.replace_unshared`."""
-        path = self.root / name
+    @contextlib.contextmanager
+    def unshared(self, name: str) -> Iterator[bool]:
+        """See `Storage.unshared`."""
+        path, free = self.root / name, False
         with contextlib.ExitStack() as opened:
-            try:
+            with contextlib.suppress(OSError):  # shared, or no locks, or not writable
                 file = opened.enter_context(open(path, "r+b"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except OSError:  # shared, or no locks, or not writable
-                return False
-            if not same or not prepare():
-                return False
-            self.write(name, data)
-            return True
+                free = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            yield free
 
     def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
         """See `Storage.prefetch`."""

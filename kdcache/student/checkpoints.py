@@ -146,7 +146,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer."""
         super().__init__(*args, **kwargs)
-        self.add_callback(_BestCallback())
+        self.add_callback(_FolderCallback(self))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not Path(checkpoint, "scheduler.pt").is_file():
@@ -197,24 +197,32 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
             self._rotate(out, keep)
 
     def _rotate(self, out: Path, keep: int) -> None:
-        """Delete the oldest checkpoints but `keep`, the best and the newest being among these; and
-        any later than now, which an earlier sitting took before this one went back."""
-        now, best = self.state.global_step, self.state.best_global_step
-        steps = {step_of(path): path for path in checkpoints(out)}
-        kept = {now, best} & steps.keys()
-        for step in sorted((s for s in steps if s < now), reverse=True):
-            if len(kept) < keep:
-                kept.add(step)
-        for step, path in steps.items():
-            if step not in kept:
-                discard(path, STATE_FILE)
+        """Delete the oldest checkpoints but `keep`, the best and the newest being among these; what
+        a killed sitting half wrote or half deleted; and any later than now, which an earlier
+        sitting took before this one went back."""
+        now, found = self.state.global_step, {step_of(path): path for path in checkpoints(out)}
+        sealed = {step for step, path in found.items() if (path / STATE_FILE).is_file()}
+        kept = sealed & {now, self.state.best_global_step}
+        others = sorted((s for s in sealed - kept if s < now), reverse=True)
+        kept.update(others[: max(0, keep - len(kept))])
+        for step in found.keys() - kept:
+            discard(found[step], STATE_FILE)
 
 
-class _BestCallback(TrainerCallback):  # type: ignore[misc]
-    """Finds the best checkpoint again where a run's folder has moved.
+class _FolderCallback(TrainerCallback):  # type: ignore[misc]
+    """Finds the best checkpoint again where a run's folder has moved, and leaves it tidy.
 
     The Trainer notes an absolute path, and where that is gone it ends with the last weights.
     """
+
+    def __init__(self, trainer: CheckpointingTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if args.should_save and args.save_total_limit:
+            self._trainer._rotate(Path(args.output_dir), args.save_total_limit)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
