@@ -1,7 +1,10 @@
-"""Ray: which cluster is meant, and joining or starting it.
+"""Processes beside this one: a Ray, joined or started, and Pythons for a single task.
 
-Guarantee: a Ray that is started here listens on the loopback interface alone and asks for a token
-that only this user can read. A cluster that is joined is as open as its owner made it.
+Guarantee: all of them find their modules where this process does; the folder where a command was
+given, which may hold anybody's files, is none of these places. A Ray that is started here listens
+on the loopback interface alone, asks for a token that only this user can read, and has its sockets
+and files in a folder that only this user can enter. A cluster that is joined is as open as its
+owner made it.
 
 Room for workers: what one needs, how many a node holds, and how many CPUs each has there.
 
@@ -12,11 +15,16 @@ reserves little, what decides where it can run, and counts its CPUs on the node 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import secrets
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +37,23 @@ from kdcache.humanize import counted
 logger = logging.getLogger(__name__)
 
 _MAIN_PROCESSES = {"raylet", "gcs_server"}
+_FIRST_MINUTES = 5.0  # that a Ray of our own may take to start a worker
+_LONGEST_FOLDER = 41  # bytes: a socket's whole name has 107, of which Ray's own part takes 66
+_PYTHON = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1))\n"
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def python(code: str, *words: str, **more: Any) -> subprocess.Popen[bytes]:
+    """Start a Python beside this one, isolated, with pipes for its input and its output.
+
+    Args:
+        code: what it runs.
+        words: its arguments.
+        more: further arguments of `subprocess.Popen`.
+    """
+    here = json.dumps([place for place in sys.path if place])  # an empty one is the current folder
+    command = [sys.executable, "-I", "-c", _PYTHON + code, here, *words]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **more)
 
 
 def cluster_address(address: str | None) -> str | None:
@@ -39,10 +64,11 @@ def cluster_address(address: str | None) -> str | None:
 
 
 def connect(address: str | None) -> bool:
-    """Join or start a Ray; whether this call started it, so that `stop` ends it.
+    """Join or start a Ray; whether this call started it, so that `leave` ends it.
 
     Raises:
         UsageError: no cluster answers at the address, or it wants another token.
+        IncompleteError: a Ray that was started starts no worker.
     """
     # What a cluster reports of dead workers Ray prints on standard output, where a command's
     # outcome belongs; our own log says it too.
@@ -53,16 +79,21 @@ def connect(address: str | None) -> bool:
         return False
     # Without an address Ray would join any cluster it finds running on this machine.
     address = cluster_address(address) or "local"
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    given: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     private: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if address == "local":
-        quiet["include_dashboard"] = False
+        given |= {"include_dashboard": False, "_temp_dir": _own_folder()}
         private = _private_ray()
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with private:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, job_config=_job(), **given)
+        if address == "local":
+            _try_worker()
+    except IncompleteError:
+        leave()
+        raise
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UsageError(
             f"cannot join the Ray cluster at {address}: no answer, or not with this token. Check "
@@ -73,6 +104,60 @@ def connect(address: str | None) -> bool:
         if main:  # Ray's own handler ends the process on the spot
             signal.signal(signal.SIGTERM, handler)
     return True
+
+
+def leave() -> None:
+    """End the Ray that `connect` started, and remove its files."""
+    import ray
+
+    ray.shutdown()
+    while _folders:
+        _folders.pop().cleanup()
+
+
+def _job() -> Any:
+    """What Ray is told of this process.
+
+    By itself it puts the current folder in front of all modules of its workers.
+    """
+    from ray.job_config import JobConfig
+
+    class Job(JobConfig):  # type: ignore[misc]
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True  # so that Ray adds no folder of its own choice
+
+    return Job(_py_driver_sys_path=[place for place in sys.path[:1] if place])
+
+
+def _own_folder() -> str:
+    """A new folder for the files of a Ray, which opens its own to everybody: in one of this user's.
+
+    Short enough for its sockets.
+    """
+    base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(base)) > _LONGEST_FOLDER - len("/kdc-01234567/r"):
+        base = "/tmp"
+    _folders.append(
+        tempfile.TemporaryDirectory(prefix="kdc-", dir=base, ignore_cleanup_errors=True)
+    )
+    return f"{_folders[-1].name}/r"
+
+
+def _try_worker() -> None:
+    """Wait for the first worker of a Ray of our own.
+
+    Raises:
+        IncompleteError: it starts none.
+    """
+    import ray
+
+    wait, begin = Wait(_FIRST_MINUTES, option=""), time.monotonic()
+    answer = ray.remote(num_cpus=0)(lambda: None).remote()
+    while not ray.wait([answer], timeout=1.0)[0]:
+        check_own_ray()
+        seconds = wait.due(time.monotonic() - begin)
+        if seconds is not None:
+            wait.report(seconds, "Ray on this machine has started none", "Is it busy?")
 
 
 def check_own_ray() -> None:
@@ -231,11 +316,13 @@ class Wait:
         minutes: after so many it is over; None waits for ever.
         since: when it began.
         told: when a line about it was due last.
+        option: that sets the minutes.
     """
 
     minutes: float | None
     since: float = 0.0
     told: float = 0.0
+    option: str = " (--wait-minutes)"
 
     def end(self, now: float) -> None:
         """There is a worker."""
@@ -257,7 +344,7 @@ class Wait:
         """
         if self.minutes is not None and seconds >= 60 * self.minutes:
             raise IncompleteError(
-                f"no worker was ready for {seconds / 60:g} minutes (--wait-minutes): {state}. "
+                f"no worker was ready for {seconds / 60:g} minutes{self.option}: {state}. "
                 f"{cure} Run the same command to continue."
             )
         logger.warning("waiting for workers: %s (%.0f s)", state, seconds)

@@ -41,11 +41,34 @@ _NO_PLACE = {
 }
 _SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of `whole_file`
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # in bytes, on Linux
+# An empty part, `.` or `..`; so an absolute name too. Or what no name of ours holds.
+_OUTSIDE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
 # torch and safetensors report a failed write as errors of their own.
 _FULL_WORDS = re.compile(
     r"No space left on device|File too large|Disk quota exceeded|PytorchStreamWriter failed"
     r"|unexpected pos \d+ vs \d+|basic_ios::clear: iostream error"
 )
+
+
+class OutsideError(KdcacheError, ValueError):
+    """A name that came with a file means nothing below the folder that it is for."""
+
+
+def inner(name: object) -> str:
+    """A name from a file or a store, for something below a folder; the folder may be a prefix.
+
+    Every such name goes through this function before it is joined: what was written elsewhere must
+    not choose a place on this machine.
+
+    Raises:
+        OutsideError: it is absolute, has a part that is empty, `.` or `..`, or is not a name.
+    """
+    if not isinstance(name, str) or _OUTSIDE.search(name):
+        raise OutsideError(
+            f"the name {name!r} leads outside of its folder or means none. It came with the files: "
+            "restore them from a copy, and use them only if you trust who made them."
+        )
+    return name
 
 
 def no_space(error: BaseException) -> bool:
@@ -483,13 +506,12 @@ def read_seal(folder: Path, name: str, *, contents: bool = False) -> dict[str, A
         raise ValueError(f"has a {name} without a list of files")
     sums = document.pop("crc32", {})
     for file, size in document.pop("files").items():
-        try:
-            found = (folder / file).stat().st_size
-        except FileNotFoundError:
-            raise ValueError(f"lacks {file}") from None
-        if found != size:
+        path = folder / inner(file)
+        if not path.is_file():  # a device, to which a link may lead, has no end
+            raise ValueError(f"lacks {file}")
+        if (found := path.stat().st_size) != size:
             raise ValueError(f"has {found} bytes of {file} instead of {size}")
-        if contents and file in sums and _crc(folder / file) != sums[file]:
+        if contents and file in sums and _crc(path) != sums[file]:
             raise ValueError(f"has a damaged {file}: its bytes are not those that were written")
     return dict(document)
 

@@ -400,7 +400,7 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for faults of HDF5: a file whose name says so kills or holds up who reads it."""
     start = """
 import os, signal, sys, time
-sys.path[:] = sys.argv[1:]
+
 from kdcache.cache import sandbox
 def read_all(path, honest=sandbox.read_all):
     if "00001" in path.name:

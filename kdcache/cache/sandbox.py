@@ -21,9 +21,10 @@ import sys
 from pathlib import Path
 
 from kdcache.cache.hdf5 import read_all
+from kdcache.cluster import python
 from kdcache.errors import CorruptCacheError
 
-_START = "import sys; sys.path[:] = sys.argv[1:]; from kdcache.cache.sandbox import serve; serve()"
+_START = "from kdcache.cache.sandbox import serve; serve()"
 _MEMORY = 1 << 30  # above what the process has when it starts: a chunk at a time is read
 _PATIENCE = 60.0  # seconds, and one more for each of these bytes
 _SLOWEST = 1 << 20
@@ -71,11 +72,7 @@ class Sandbox:
             raise CorruptCacheError(str(found))
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # The same modules as here, and not those of the folder that we happen to be in.
-        words = [sys.executable, "-c", _START, *sys.path]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        self._process = process
+        self._process = process = python(_START, stderr=subprocess.DEVNULL)
         if not _answer(process, _PATIENCE):
             raise RuntimeError(
                 f"the sandboxed process did not start: {self._end(process) or 'no answer'}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.files import output_errors, sync_folder
+from kdcache.files import inner, output_errors, sync_folder
 from kdcache.storage.base import SMALL_FILE, Share, Storage, too_large
 
 _SCRATCH = "tmp"
@@ -35,6 +35,9 @@ class LocalStorage(Storage):
             raise UsageError(f"{self.root}: {error.strerror}. Choose another path.") from error
         if is_file:
             raise UsageError(f"{self.root} is a file; a cache is a folder. Choose another path.")
+
+    def _path(self, name: str) -> Path:
+        return self.root / inner(name)
 
     def names(self, folder: str = "") -> list[str]:
         """See `Storage.names`."""
@@ -61,15 +64,15 @@ class LocalStorage(Storage):
 
     def exists(self, name: str) -> bool:
         """See `Storage.exists`."""
-        return (self.root / name).is_file()
+        return self._path(name).is_file()
 
     def size(self, name: str) -> int:
         """See `Storage.size`."""
-        return (self.root / name).stat().st_size
+        return self._path(name).stat().st_size
 
     def read(self, name: str, limit: int = SMALL_FILE) -> bytes:
         """See `Storage.read`."""
-        path = self.root / name
+        path = self._path(name)
         self._refuse_links(path)
         # A fifo would wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -134,11 +137,11 @@ class LocalStorage(Storage):
     @contextlib.contextmanager
     def hold(self, name: str, *, fresh: bool = False) -> Iterator[Path]:
         """See `Storage.hold`."""
-        yield self.root / name
+        yield self._path(name)
 
     def share(self, name: str) -> Share | None:
         """See `Storage.share`."""
-        path = self.root / name
+        path = self._path(name)
         while True:
             try:
                 handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -157,7 +160,7 @@ class LocalStorage(Storage):
     @contextlib.contextmanager
     def unshared(self, name: str) -> Iterator[bool]:
         """See `Storage.unshared`."""
-        path, free = self.root / name, False
+        path, free = self._path(name), False
         with contextlib.ExitStack() as opened:
             with contextlib.suppress(OSError):  # shared, or no locks, or not writable
                 file = opened.enter_context(open(path, "r+b"))
@@ -170,7 +173,7 @@ class LocalStorage(Storage):
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""
-        path = self.root / name
+        path = self._path(name)
         self._refuse_links(path.parent)
         with output_errors(self.url):
             path.unlink(missing_ok=True)
@@ -182,7 +185,7 @@ class LocalStorage(Storage):
             OSError: it cannot be written, or is a link.
             CorruptCacheError: its folder is a link.
         """
-        path = self.root / name
+        path = self._path(name)
         self._refuse_links(path.parent)
         path.parent.mkdir(exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -207,7 +210,7 @@ class LocalStorage(Storage):
                     path.parent.rmdir()
 
     def _target(self, name: str) -> Path:
-        target = self.root / name
+        target = self._path(name)
         self._refuse_links(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         return target

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.files import inner
 from kdcache.storage.base import SMALL_FILE, Storage, hash_in, too_large
 from kdcache.storage.disk import DiskCache
 from kdcache.storage.filesystem import FileSystem
@@ -84,7 +85,7 @@ class RemoteStorage(Storage):
         return RemoteStorage, (self.url, self.disk)  # locks and connections stay in their process
 
     def _path(self, name: str) -> str:
-        return f"{self._store.path}/{name}" if name else self._store.path
+        return f"{self._store.path}/{inner(name)}" if name else self._store.path
 
     def _list(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
         """Last part of the name, and what the store says, of a folder's contents."""
@@ -211,7 +212,7 @@ class RemoteStorage(Storage):
     def _key(self, name: str, version: str = "") -> str:
         """The name of a file's copy: its own name, after a hash of the whole address."""
         address = hashlib.sha256(f"{self.url}/{name}{version}".encode()).hexdigest()
-        return f"{address[:16]}-{name.rsplit('/', 1)[-1]}"
+        return f"{address[:16]}-{inner(name).rsplit('/', 1)[-1]}"
 
     def _bring(self, name: str) -> None:
         self.disk.bring(self._key(name), self._download(name))

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kdcache.files import inner
 from kdcache.targets import Codec
 
 _WEIGHTS_SHARE = 0.8
@@ -43,7 +44,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(map(inner, json.loads(index.read_bytes())["weight_map"].values())))
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from kdcache.errors import UsageError
+from kdcache.files import inner
 
 FACTORY_TYPE = "kdcache-factory"
 _INDEX = "model.safetensors.index.json"
@@ -49,7 +50,7 @@ def check_folder(
         parts = read_json(who, folder / _INDEX).get("weight_map")
         if not isinstance(parts, dict):
             raise UsageError(f"{who}: {_INDEX} has no weight_map. Fetch the model again.")
-        weights += map(str, parts.values())
+        weights += map(inner, parts.values())
     if "kdcache_head.safetensors" in weights:
         raise UsageError(
             f"{who} was fine-tuned by an earlier version of kdcache, whose head is not read. "

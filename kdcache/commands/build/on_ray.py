@@ -30,6 +30,7 @@ from kdcache.cluster import (
     connect,
     describe,
     launching,
+    leave,
     reason,
     share_of_cpus,
 )
@@ -435,7 +436,7 @@ class RayWorkers(Workers):
         for actor in self._actors:
             self._ray.kill(actor.handle)
         if self._owns:
-            self._ray.shutdown()
+            leave()
 
     def figures(self) -> Sequence[WorkerFigures]:
         """See `Workers.figures`."""
@@ -461,7 +462,7 @@ def run_once(function: Any, *arguments: Any, gpus: float, address: str | None) -
         raise _cause(error) from error
     finally:
         if owns:
-            ray.shutdown()
+            leave()
 
 
 def _call_at_home(folder: str, function: Any, arguments: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdcache.cluster import at_home, check_own_ray, cluster_address, connect
+from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, leave
 from kdcache.commands.interrupt import check
 from kdcache.errors import KdcacheError, UsageError
 
@@ -140,7 +140,7 @@ class RayPool:
             self._ray.cancel(ref, force=True)
         self._running.clear()
         if self._owns:
-            self._ray.shutdown()
+            leave()
 
 
 def _call(folder: str, threads: int, function: Function, item: Any) -> Any:

@@ -34,7 +34,7 @@ from kdcache.commands.train.result import LOSS_PARTS, TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
-from kdcache.files import alone, found_at, local_path, strange, try_place, write_json
+from kdcache.files import alone, found_at, inner, local_path, strange, try_place, write_json
 from kdcache.options import options_of
 from kdcache.version import __version__
 
@@ -130,7 +130,7 @@ class _Sweep:
         """Give each run its folder: the one that it had in earlier grids, or a new one."""
         self.known = _read_manifest(self.out)
         self.names = {
-            key: self.known[key]["name"] if key in self.known else run.name
+            key: inner(self.known[key]["name"]) if key in self.known else run.name
             for key, run in self.runs.items()
         }
         self.plans = {

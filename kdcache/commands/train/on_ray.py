@@ -32,6 +32,7 @@ from kdcache.cluster import (
     connect,
     describe,
     launching,
+    leave,
     nodes_up,
     reason,
     share_of_cpus,
@@ -180,7 +181,7 @@ def train_on_ray(
             shutil.rmtree(own, ignore_errors=True)
     finally:
         if owns:
-            ray.shutdown()
+            leave()
         if private is not None:
             shutil.rmtree(private, ignore_errors=True)
         if follower is not None:

@@ -30,7 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.files import LOCK_FILE, write_json, write_text
+from kdcache.files import LOCK_FILE, inner, write_json, write_text
 from kdcache.storage import redact, sha256_file
 from kdcache.storage.disk import DiskCache
 from kdcache.storage.remote import RemoteStorage
@@ -175,7 +175,7 @@ class RunStore:
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         for file in seal["files"]:
-            path = folder / file
+            path = folder / inner(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._storage.download(f"{name}/{file}", path)
             found = sha256_file(path)

@@ -26,8 +26,6 @@ import atexit
 import itertools
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -37,6 +35,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kdcache.cluster import python
 from kdcache.errors import IncompleteError, UsageError, installed, needs, reason_of
 from kdcache.teacher.options import EngineOptions
 
@@ -71,12 +70,8 @@ class Guard:
     """Watches this process and the children that it starts until `started`."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the build
-        )
+        # In a session of its own: Ctrl-C is for the build.
+        self._process = python(_SCRIPT, str(os.getpid()), start_new_session=True)
         assert self._process.stdin is not None, "it has a pipe"
         assert self._process.stdout is not None, "it has a pipe"
         self._pipe, self._answers = self._process.stdin, self._process.stdout
@@ -118,6 +113,7 @@ def engine_version() -> str:
 logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = {  # unless the user's own says otherwise
+    "PYTHONSAFEPATH": "1",  # its processes look for no module in the current folder (Python 3.11)
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
