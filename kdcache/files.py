@@ -282,7 +282,7 @@ def parse_yaml(data: bytes) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(data.decode(), Once)
+        return Once(data.decode()).get_single_data()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     except yaml.MarkedYAMLError as error:
