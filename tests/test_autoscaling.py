@@ -162,6 +162,7 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         head.wait(10)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_a_build_from_zero_nodes_to_done_and_back_to_zero(
     cluster: FakeCluster, tiny_lm: Path, text_corpus: Path, tmp_path: Path

@@ -202,6 +202,7 @@ def test_a_worker_that_hangs_is_replaced(cluster: Any, faults: Path, options: Bu
 # Nodes
 
 
+@pytest.mark.exhaustive
 def test_nodes_go_and_come(cluster: Any, faults: Path, options: BuildOptions) -> None:
     """The workers of `auto` follow the nodes, and a span that was on a lost one is not blamed."""
     old = list(cluster.worker_nodes)
@@ -298,7 +299,9 @@ def gone(processes: list[psutil.Process]) -> bool:
     ("workers", "signals", "committed"),
     [
         (1, [signal.SIGINT], 4),  # the two spans in flight are finished
-        (1, [signal.SIGTERM, signal.SIGTERM], 2),  # a second signal does not wait for them
+        pytest.param(  # a second signal does not wait for them
+            *(1, [signal.SIGTERM, signal.SIGTERM], 2), marks=pytest.mark.exhaustive
+        ),
         (0, [signal.SIGTERM, signal.SIGINT], 2),  # not even for threads that hang
         (1, [signal.SIGKILL], 2),
     ],

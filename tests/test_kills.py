@@ -22,7 +22,7 @@ from kdcache.files import alone
 
 pytestmark = pytest.mark.end_to_end
 
-POINTS = 4
+POINTS = [3, pytest.param(20, marks=pytest.mark.exhaustive)]
 
 
 def kept(folder: Path, *, scratch: bool = True) -> dict[str, bytes]:
@@ -60,6 +60,7 @@ def check(
     work: Callable[[Any], Any],
     options: Callable[[Path], Any],
     least: int,
+    points: int,
     *,
     scratch: bool,
 ) -> None:
@@ -69,12 +70,13 @@ def check(
         work: the command.
         options: its options for an output.
         least: steps that it takes at least.
+        points: at how many of them it is killed.
         scratch: whether the second run removes what was half written (else `kdcache gc` does).
     """
     steps = killed_at(None, tmp_path / "whole", work, options(tmp_path / "whole"))
     expected = kept(tmp_path / "whole")
     assert steps > least
-    for step in np.unique(np.linspace(0, steps - 1, POINTS).astype(int)).tolist():
+    for step in np.unique(np.linspace(0, steps - 1, points).astype(int)).tolist():
         folder = tmp_path / str(step)
         killed_at(step, folder, work, options(folder))
         if folder.exists():  # nothing that is there is half
@@ -83,8 +85,12 @@ def check(
         assert kept(folder, scratch=scratch) == expected, f"killed before step {step} of {steps}"
 
 
-def test_an_export(cache: str, tmp_path: Path) -> None:
-    check(tmp_path, kdcache.export, lambda out: ExportOptions(cache, str(out)), 10, scratch=True)
+@pytest.mark.parametrize("points", POINTS)
+def test_an_export(cache: str, tmp_path: Path, points: int) -> None:
+    def options_of(out: Path) -> ExportOptions:
+        return ExportOptions(cache, str(out))
+
+    check(tmp_path, kdcache.export, options_of, 10, points, scratch=True)
     # A file that is there is whole, whatever was killed beside it.
     options = ExportOptions(cache, str(tmp_path / "half"))
     steps = killed_at(None, tmp_path / "half", kdcache.export, options)
@@ -99,7 +105,8 @@ def test_an_export(cache: str, tmp_path: Path) -> None:
         kdcache.export(options)
 
 
-def test_an_import(cache: str, tiny_lm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("points", POINTS)
+def test_an_import(cache: str, tiny_lm: Path, tmp_path: Path, points: int) -> None:
     exported = tmp_path / "exported"
     kdcache.export(ExportOptions(cache, str(exported)))
 
@@ -108,4 +115,4 @@ def test_an_import(cache: str, tiny_lm: Path, tmp_path: Path) -> None:
             corpus=(str(exported),), out=str(out), tokenizer=str(tiny_lm), workers=0
         )
 
-    check(tmp_path, kdcache.import_, options, 15, scratch=False)
+    check(tmp_path, kdcache.import_, options, 15, points, scratch=False)

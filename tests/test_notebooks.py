@@ -92,6 +92,7 @@ def test_a_classifier(desk: Path) -> None:
     assert (desk / "notebook/runs/mse/model.safetensors").is_file()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_a_language_model_and_its_cache(desk: Path) -> None:
     pytest.importorskip("matplotlib", reason="the notebook draws curves")

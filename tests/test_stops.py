@@ -122,8 +122,10 @@ def watch(watcher: Watch) -> Iterator[Watch]:
 # Killed
 
 
-def test_killed_at_every_moment_of_saving_and_rotation(
-    options: Make, tmp_path: Path, watch: Watch
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_killed_at_moments_of_saving_and_rotation(
+    options: Make, tmp_path: Path, watch: Watch, every: bool
 ) -> None:
     """What a kill leaves is the folder as it was at that moment: it is copied there."""
     whole = options(out=str(tmp_path / "whole"), keep_checkpoints=99)
@@ -153,7 +155,7 @@ def test_killed_at_every_moment_of_saving_and_rotation(
     assert {*steps} == {0, 2, 4, 6, 8, 10, 12}
     # Of the moments with each checkpoint: the first and the last, with the next one half there.
     picked = {step: i for i, step in enumerate(steps)} | {-s: steps.index(s) for s in (4, 12)}
-    for i in picked.values():
+    for i in picked.values() if every else (picked[-4], picked[8], picked[12]):
         result = train(options(out=str(moments[i])))
         assert same(moments[i], whole.out)
         assert result.steps == 12
@@ -350,11 +352,22 @@ def refuse_writes(watch: Watch, place: str, count: int) -> None:
     watch.act, watch.place = act, place
 
 
-def test_a_disk_that_is_full_at_any_write(options: Make, tmp_path: Path, watch: Watch) -> None:
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    "counts",
+    [
+        (1, 19, 46, 64, 73, 999),
+        pytest.param((*range(1, 60, 9), *range(60, 90, 3)), marks=pytest.mark.exhaustive),
+    ],
+    ids=["some", "every"],
+)
+def test_a_disk_that_is_full_at_any_write(
+    options: Make, tmp_path: Path, watch: Watch, counts: tuple[int, ...]
+) -> None:
     whole = options(out=str(tmp_path / "whole"))
     train(whole)
-    run, count = Path(options().out), 1
-    for count in (*range(1, 60, 9), *range(60, 90, 3)):
+    run = Path(options().out)
+    for count in counts:
         refuse_writes(watch, str(run), count)
         told = ""
         try:

@@ -52,7 +52,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("student", ["bilstm", "bert.json"])
+@pytest.mark.parametrize(
+    "student", ["bilstm", pytest.param("bert.json", marks=pytest.mark.exhaustive)]
+)
 def test_relative_paths_mean_the_same_on_workers(
     ray: None, desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str
 ) -> None:
@@ -160,9 +162,9 @@ cli(sys.argv[3:])
 @pytest.mark.parametrize(
     ("command", "victim", "when"),
     [
-        ("build", "raylet", "ray::RayWorker"),
+        pytest.param("build", "raylet", "ray::RayWorker", marks=pytest.mark.exhaustive),
         ("train", "raylet", "ray::TrainController"),
-        ("sweep", "raylet", "ray::_call"),
+        pytest.param("sweep", "raylet", "ray::_call", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_ray_of_its_own_that_dies_ends_the_command(

@@ -407,7 +407,7 @@ def test_a_samples_soft_part_is_called_a_cross_entropy(
     assert not any("soft_loss" in name for line in metrics(result.out) for name in line)
 
 
-@pytest.mark.parametrize("accumulation", [2, 5])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.exhaustive), 5])
 def test_accumulation_takes_the_same_steps(
     options: Make, tmp_path: Path, folder: Path, accumulation: int
 ) -> None:
@@ -979,7 +979,7 @@ def same_metrics(
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("classes", {}),
+        pytest.param("classes", {}, marks=pytest.mark.exhaustive),
         ("causal", {"lora": "r=2", "gradient_checkpointing": True}),
         ("anchored", {"fsdp": True, "gradient_checkpointing": True}),
     ],
@@ -1025,7 +1025,7 @@ def test_two_workers_take_the_steps_of_one(
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_another_number_of_workers_goes_on(
     options: Make, folder: Path, tmp_path: Path, first: int
 ) -> None:

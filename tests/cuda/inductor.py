@@ -70,7 +70,7 @@ class Code:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Elements of each tensor that has a name in `call`: those of fused operations have none."""
+        """Elements of each tensor with a name in `call`: those of fused operations have none."""
         named = set(re.findall(r"\w+", self._call))
         return {name: math.prod(shape) for name, shape in self.shapes.items() if name in named}
 
