@@ -8,10 +8,11 @@ VENV ?= .venv
 JOBS ?= 3
 VLLM_VENV ?= .vllm
 LEFT_OUT ?= or exhaustive
+BESIDE := end_to_end or gpu or exhaustive or alone
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help docs install demo test test-all test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast lint format clean
+.PHONY: help docs install demo test test-all test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast test-in-process lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
@@ -20,6 +21,7 @@ help:
 	@echo "make test-gpu   those that need one"
 	@echo "make test-vllm  those of --engine vllm, with its CPU build in $(VLLM_VENV) (4 GB)"
 	@echo "make test-fast  unit tests only, two minutes"
+	@echo "make test-in-process  those and what trains or builds in one process: no Ray"
 	@echo "make lint       ruff and strict types"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make format     let ruff rewrite the code"
@@ -72,7 +74,10 @@ test-vllm: vllm-venv
 	$(VLLM_VENV)/bin/python -m pytest -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not (end_to_end or gpu or exhaustive)" -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not (slow or $(BESIDE))" -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-in-process: install
+	$(BIN)/python -m pytest -m "not ($(BESIDE))" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

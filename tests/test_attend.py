@@ -211,6 +211,7 @@ def alone(model: Any, data: ShardData | list[Row]) -> Tensor:
     return torch.cat(parts)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.filterwarnings("default")  # architectures have warnings of their own
 @pytest.mark.parametrize("species", forms(CAUSAL, CAUSAL_LM))
@@ -325,6 +326,7 @@ def shards_of(url: str) -> Iterator[ShardData]:
     yield from map(cache.read, range(cache.spec.spans))
 
 
+@pytest.mark.slow
 def test_a_teacher_answers_each_document_alone(
     documents: BuildOptions, tiny_lm: Path, tmp_path: Path
 ) -> None:
@@ -353,6 +355,7 @@ def test_a_teacher_answers_each_document_alone(
         assert all(same)
 
 
+@pytest.mark.slow
 def test_two_teachers_do_too(documents: BuildOptions, tiny_lm: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "cache")
     build(
@@ -366,6 +369,7 @@ def test_two_teachers_do_too(documents: BuildOptions, tiny_lm: Path, tmp_path: P
         )
 
 
+@pytest.mark.slow
 def test_an_engine_is_given_documents(
     documents: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,11 +388,13 @@ def test_an_engine_is_given_documents(
         )
 
 
+@pytest.mark.slow
 def test_other_rows_are_another_cache(documents: BuildOptions) -> None:
     with pytest.raises(UsageError, match=r'rows.attend: "document" -> null'):
         build(dataclasses.replace(documents, attend="row"))
 
 
+@pytest.mark.slow
 def test_transcoding_keeps_them(documents: BuildOptions, tmp_path: Path) -> None:
     out = str(tmp_path / "topk")
     transcode(TranscodeOptions(cache=documents.out, codec="topk:8", out=out, workers=0))
@@ -397,6 +403,7 @@ def test_transcoding_keeps_them(documents: BuildOptions, tmp_path: Path) -> None
         assert np.array_equal(mine.starts, theirs.starts)
 
 
+@pytest.mark.slow
 def test_plan_measures_them(documents: BuildOptions) -> None:
     figures = plan(
         PlanOptions(
@@ -418,6 +425,7 @@ def measured(model: Any, rows: list[Row]) -> tuple[float, int]:
     return float(nn.functional.cross_entropy(alone(model, rows), labels.long())), len(labels)
 
 
+@pytest.mark.slow
 def test_a_student_trains_and_is_measured_on_them(
     documents: BuildOptions, tiny_lm: Path, tmp_path: Path
 ) -> None:
@@ -455,6 +463,7 @@ def test_a_student_trains_and_is_measured_on_them(
     assert found == [pytest.approx(want, rel=1e-5)] * 2
 
 
+@pytest.mark.slow
 def test_a_student_that_mixes_them_is_refused_before_it_trains(
     documents: BuildOptions, tmp_path: Path
 ) -> None:
@@ -473,6 +482,7 @@ def test_a_student_that_mixes_them_is_refused_before_it_trains(
             )
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_divided_are_one_document_beside_others(
     documents: BuildOptions, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_patience_and_the_figures_of_a_teacher_follow_that_choice() -> None:
     assert best_scores(state, options) == {"f1": 0.0}  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_whose_figure_stays_at_nothing_ends_with_its_lowest_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

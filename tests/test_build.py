@@ -51,6 +51,8 @@ from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE
 from kdcache.teacher import TeacherFiles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def options(small_build: BuildOptions) -> BuildOptions:

@@ -21,6 +21,8 @@ from kdcache.commands.build.prepare import prepare
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.tasks import IGNORE
 
+pytestmark = pytest.mark.slow
+
 
 def labels(cache: str) -> list[int]:
     """The labels of all rows, in order: for text that is joined, its tokens but the first ones."""

@@ -347,6 +347,7 @@ def test_a_thought_that_began_in_the_question_ends_in_the_answer() -> None:
         assert text[stop:] == "Yes. </think> No."
 
 
+@pytest.mark.slow
 def test_a_template_from_a_file_is_kept_with_the_cache(
     small_build: BuildOptions, tmp_path: Path
 ) -> None:

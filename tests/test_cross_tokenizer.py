@@ -39,6 +39,8 @@ from kdcache.targets.chunks import within
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
+pytestmark = pytest.mark.slow
+
 LLAMA = small_runs.LLAMA | {"max_position_embeddings": 256}
 METHODS = ("likelihood", "hybrid")
 

@@ -251,6 +251,7 @@ def gz_corpus(folder: Path, texts: list[str], count: int) -> tuple[str, int]:
     return str(folder), size
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_decompresses_once_more_and_makes_the_same_bytes(
     small_build: BuildOptions,
     corpus_texts: list[str],

@@ -436,6 +436,7 @@ def plain_reader() -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codec", "temperatures"),
     [
@@ -475,6 +476,7 @@ def test_format_of_a_language_model(
     _same_as_library(plain_reader, Cache.open(out), out)
 
 
+@pytest.mark.slow
 def test_format_of_a_classifier(
     plain_reader: dict[str, Any], tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
 ) -> None:

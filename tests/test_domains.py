@@ -195,6 +195,7 @@ def test_a_file_in_two_domains_and_an_empty_one_are_refused(lines: Lines, tmp_pa
         Corpus.open(named(["lang=en/*.jsonl"]), span_bytes=1 << 20)
 
 
+@pytest.mark.slow
 def test_options_take_mappings(lines: Lines, tmp_path: Path) -> None:
     one, other = lines("a.jsonl", 0, 5), lines("b.jsonl", 5, 9)
     short = {"teacher": "t", "out": "c"}
@@ -224,6 +225,7 @@ def test_options_take_mappings(lines: Lines, tmp_path: Path) -> None:
 # Builds
 
 
+@pytest.mark.slow
 def test_each_shard_keeps_its_name_everywhere(mixed: BuildOptions, tmp_path: Path) -> None:
     made = build(mixed)
     cache = Cache.open(mixed.out)
@@ -271,6 +273,7 @@ def test_each_shard_keeps_its_name_everywhere(mixed: BuildOptions, tmp_path: Pat
     assert row.split()[1:3] == [f"{code.rows:,}", f"{code.positions:,}"]
 
 
+@pytest.mark.slow
 def test_plans_and_dry_runs_know_the_domains(mixed: BuildOptions, tmp_path: Path) -> None:
     told = dry_run(mixed)
     made = build(mixed)
@@ -305,6 +308,7 @@ class StopError(Exception):
     """Ends a build from its progress."""
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_with_its_domains_and_no_others(
     mixed: BuildOptions, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +343,7 @@ def test_a_killed_build_goes_on_with_its_domains_and_no_others(
     )
 
 
+@pytest.mark.slow
 def test_repair_and_gc_keep_the_names(mixed: BuildOptions) -> None:
     build(mixed)
     cache = Cache.open(mixed.out)
@@ -353,6 +358,7 @@ def test_repair_and_gc_keep_the_names(mixed: BuildOptions) -> None:
     assert not list(problems(Cache.open(mixed.out)))
 
 
+@pytest.mark.slow
 def test_a_domain_without_rows_is_told(
     mixed: BuildOptions, lines: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -366,6 +372,7 @@ def test_a_domain_without_rows_is_told(
     assert not list(problems(Cache.open(mixed.out)))
 
 
+@pytest.mark.slow
 def test_a_dataset_may_be_a_domain(mixed: BuildOptions, corpus_texts: list[str]) -> None:
     data = FakeDataset([{"text": text} for text in corpus_texts[100:110]])
     corpora: Any = {"rows": data, "web": mixed.corpus[0].partition("=")[2]}
@@ -428,6 +435,7 @@ def test_a_shard_of_another_domain_is_found(tmp_path: Path) -> None:
 # Filters
 
 
+@pytest.mark.slow
 def test_what_a_filter_leaves_out_is_counted(
     mixed: BuildOptions, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from kdcache.commands.plan.options import PlanOptions
 from kdcache.errors import UsageError
 from kdcache.options import as_words
 
+pytestmark = pytest.mark.slow
+
 
 def words(options: BuildOptions) -> list[str]:
     given = {"--teacher": options.teacher[0], "--corpus": options.corpus[0], "--out": options.out}

@@ -39,6 +39,8 @@ from kdcache.teacher.engine import process
 from kdcache.teacher.engine.head import read_head
 from kdcache.teacher.probe import find_layer
 
+pytestmark = pytest.mark.slow
+
 FAKE = Path(__file__).parent / "fake_vllm"
 SPECIES = {str(one): one for one in CAUSAL}
 

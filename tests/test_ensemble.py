@@ -27,6 +27,8 @@ from kdcache.targets import DenseTargets
 from kdcache.tasks import IGNORE
 from kdcache.teacher import memory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def options(small_build: BuildOptions) -> BuildOptions:

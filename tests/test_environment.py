@@ -16,6 +16,7 @@ def _array() -> int | None:
     return ctypes.c_void_p.in_dll(libc, "environ").value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(libc, "gnu_get_libc_version"), reason="not the GNU C library")
 def test_new_names_do_not_move_what_other_threads_read(monkeypatch: pytest.MonkeyPatch) -> None:
     libc.getenv.restype = ctypes.c_char_p

@@ -37,6 +37,8 @@ from kdcache.errors import IncompleteError, UsageError
 from kdcache.student import DistilledStudent, StudentInfo, load_student
 from kdcache.tasks import IGNORE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def student_lm(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

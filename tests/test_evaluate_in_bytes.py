@@ -30,6 +30,8 @@ from kdcache.errors import UsageError
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 TOKENIZERS = HERE / "tiny_tokenizers"
 

@@ -16,6 +16,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError, installed
 
 
+@pytest.mark.slow
 def test_a_plan_without_matplotlib_says_so_before_it_runs_a_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

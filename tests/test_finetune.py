@@ -48,6 +48,8 @@ from kdcache.teacher import TeacherFiles
 from kdcache.teacher.adapter import quiet_peft
 from kdcache.teacher.headed import HeadedForSequenceClassification
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., FinetuneOptions]
 finetune_module = sys.modules[finetune.__module__]
 

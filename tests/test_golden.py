@@ -83,6 +83,7 @@ def test_golden_rows_are_read(name: str) -> None:
             assert (None if row.source is None else row.source.tolist()) == want.get("source")
 
 
+@pytest.mark.slow
 def test_every_command_that_reads_caches_reads_them(name: str, tmp_path: Path) -> None:
     url = str(GOLDEN / name)
     assert inspect(InspectOptions(url, row=0)).row is not None

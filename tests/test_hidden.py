@@ -332,6 +332,7 @@ def caches(
     return {path.name: Cache.open(str(path)) for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cache_rebuilds_the_teachers_logits(caches: dict[str, Cache], dtype: str) -> None:
     cache, dense = caches[f"hidden:{dtype}"], caches["dense"]
@@ -348,6 +349,7 @@ def test_a_cache_rebuilds_the_teachers_logits(caches: dict[str, Cache], dtype: s
         assert float(torch.cat(found).mean()) <= allowed
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_takes_the_layer_that_is_there(
     caches: dict[str, Cache], tiny_lm: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -370,6 +372,7 @@ def test_an_interrupted_build_takes_the_layer_that_is_there(
     assert layer.is_file()
 
 
+@pytest.mark.slow
 def test_a_layer_travels_between_processes_as_an_address(caches: dict[str, Cache]) -> None:
     cache = caches["hidden:int8"]
     targets = cache.read(0).targets.at(1.0)
@@ -449,6 +452,7 @@ def test_a_transcoded_sample_is_the_teachers_own(
             transcode(TranscodeOptions(cache=url, codec=codec, out=str(tmp_path / "no"), workers=0))
 
 
+@pytest.mark.slow
 def test_caches_of_one_layer_are_mixed_and_no_others(
     caches: dict[str, Cache], tiny_lm: Path, tmp_path: Path
 ) -> None:
@@ -467,6 +471,7 @@ def test_caches_of_one_layer_are_mixed_and_no_others(
         assert len(layers) == 1
 
 
+@pytest.mark.slow
 def test_ensembles_and_classifiers_are_refused(
     tiny_lm: Path, tiny_classifier: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -483,6 +488,7 @@ def test_ensembles_and_classifiers_are_refused(
 # Hostile caches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -524,6 +530,7 @@ def test_layers_of_hostile_caches(
     assert replace(cache.spec, output_layer="0" * 64).fingerprint != cache.spec.fingerprint
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_not_the_specs_is_found(caches: dict[str, Cache], tmp_path: Path) -> None:
     import shutil
 

@@ -92,6 +92,7 @@ def rows_of_nothing(file: Any) -> tuple[int, int, int]:
 BOMBS = {"tokens of one row": (tokens_of_one_row, CAUSAL), "rows": (rows_of_nothing, CLASSES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_small_shard_takes_no_large_memory(what: str, tmp_path: Path) -> None:
     fill, task = BOMBS[what]

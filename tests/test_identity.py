@@ -66,6 +66,7 @@ def test_a_blob_is_read_once(
     assert TeacherFiles.find(str(snapshot)).sha256 == first
 
 
+@pytest.mark.slow
 def test_weights_exchanged_between_two_sittings_are_refused(
     tiny_lm: Path, text_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_weights_exchanged_between_two_sittings_are_refused(
         build(options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_weights_exchanged_before_a_worker_loads_them_are_refused(
     tiny_lm: Path,

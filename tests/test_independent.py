@@ -53,6 +53,8 @@ from kdcache.student import DistilledStudent, load_student
 from kdcache.tasks import IGNORE
 from kdcache.teacher.adapter import quiet_peft
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("blue", "green", "red")  # as finetune sorts them
 MANY, SCORE = "multi-label-classification", "regression"
 

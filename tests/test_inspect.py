@@ -159,6 +159,7 @@ def many_shards(tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path) ->
     return cache
 
 
+@pytest.mark.slow
 def test_rows_are_found_across_shards(many_shards: Cache, class_cache: str) -> None:
     texts = Cache.open(class_cache).read(0).texts
     assert texts is not None
@@ -170,6 +171,7 @@ def test_rows_are_found_across_shards(many_shards: Cache, class_cache: str) -> N
         assert (view.shard == 0) == (number < first)
 
 
+@pytest.mark.slow
 def test_an_unfinished_cache_shows_what_it_has(many_shards: Cache) -> None:
     url, shards = many_shards.url, many_shards.manifest.shards
     gone = shards[1]
@@ -214,6 +216,7 @@ def test_wrong_inspections(tmp_path: Path, lm_caches: dict[str, str]) -> None:
         InspectOptions("c", temperature=0.0)
 
 
+@pytest.mark.slow
 def test_stories_read_as_they_are_written(stories260k: Path, tmp_path: Path) -> None:
     """A SentencePiece vocabulary: the spaces between words are shown."""
     (tmp_path / "story.txt").write_text("Once upon a time, there was a little girl named Lily.\n")

@@ -173,6 +173,7 @@ def other_lm(tiny_tokenizer: Path, folder: Path) -> str:
     return str(make_tiny_lm(tiny_tokenizer, folder, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("codec", ["dense", "dense:float16", "topk:8", "sample:8"])
 def test_the_right_teacher_passes_and_another_fails(
@@ -195,6 +196,7 @@ def test_the_right_teacher_passes_and_another_fails(
     assert wrong.cached > 2 * wrong.allowed
 
 
+@pytest.mark.slow
 def test_a_coarser_dtype_than_the_specs_is_found(options: BuildOptions, tmp_path: Path) -> None:
     for codec in ("dense", "topk:8", "sample:8", "anchored:8"):
         out = str(tmp_path / f"coarse-{codec}")
@@ -205,6 +207,7 @@ def test_a_coarser_dtype_than_the_specs_is_found(options: BuildOptions, tmp_path
         assert "so the cache is wrong" in problem
 
 
+@pytest.mark.slow
 def test_targets_of_another_row_are_found(options: BuildOptions, tmp_path: Path) -> None:
     for codec in ("dense", "topk:8", "sample:8", "anchored:8"):
         out = str(tmp_path / f"right-{codec}")
@@ -231,6 +234,7 @@ def test_targets_of_another_row_are_found(options: BuildOptions, tmp_path: Path)
         assert "not those of" in problem
 
 
+@pytest.mark.slow
 def test_classifiers_and_ensembles_are_run_again(
     tiny_classifier: Path, labelled_corpus: Path, options: BuildOptions, tmp_path: Path
 ) -> None:
@@ -270,6 +274,7 @@ def other_classifier(like: Path, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_ids_or_classes_is_told_so(
     options: BuildOptions, tiny_classifier: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -282,6 +287,7 @@ def test_a_teacher_with_other_ids_or_classes_is_told_so(
         recheck(classes, [str(tiny_classifier)])
 
 
+@pytest.mark.slow
 def test_a_teacher_with_a_head_of_its_own_width_is_run_again(
     tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
 ) -> None:
@@ -307,6 +313,7 @@ def test_a_teacher_with_a_head_of_its_own_width_is_run_again(
 # Repair
 
 
+@pytest.mark.slow
 def test_what_is_broken_is_removed_and_the_same_build_makes_only_that_anew(
     options: BuildOptions,
 ) -> None:
@@ -347,6 +354,7 @@ def test_what_is_broken_is_removed_and_the_same_build_makes_only_that_anew(
     assert Cache.open(options.out).digest == digest
 
 
+@pytest.mark.slow
 def test_an_unfinished_cache_is_repaired_too(options: BuildOptions) -> None:
     build(options)
     whole = files(Path(options.out))

@@ -30,6 +30,8 @@ from kdcache.targets.decoded import SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = Path(__file__).resolve().parent / "tiny_tokenizers" / "bytes"
 
 

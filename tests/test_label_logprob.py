@@ -147,6 +147,7 @@ def test_a_classifiers_cache_keeps_none(class_cache: str) -> None:
     assert inspect(InspectOptions(class_cache)).teacher_cross_entropy is None
 
 
+@pytest.mark.slow
 def test_it_does_not_depend_on_the_batches(small_build: BuildOptions, tmp_path: Path) -> None:
     alone = dataclasses.replace(small_build, out=str(tmp_path / "alone"), batch_tokens=1)
     for options in (small_build, alone):
@@ -156,6 +157,7 @@ def test_it_does_not_depend_on_the_batches(small_build: BuildOptions, tmp_path: 
     assert (one == two).mean() > 0.99  # rounding in the model may move a few
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_vocabulary_take_nothing_from_it(
     small_build: BuildOptions, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +169,7 @@ def test_ids_beyond_the_vocabulary_take_nothing_from_it(
     assert (abs(kept(Cache.open(options.out)) - want) <= bound(want)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ensemble", "codec", "temperatures"),
     [
@@ -213,6 +216,7 @@ def test_of_an_ensemble_it_is_the_means(
         assert (abs(decode_logprobs(data.label_logprob) - want) <= bound(want)).all()
 
 
+@pytest.mark.slow
 def test_it_takes_little_more_than_a_byte(stories260k: Path, novels: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "cache")
     build(
@@ -296,6 +300,7 @@ def test_inspect_shows_it_beside_each_token(lm_caches: dict[str, str], tiny_lm: 
     assert all(f"  {logprob:.2f}  " in line for logprob, line in zip(got, lines, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["topk:8", "sample:20"])
 @pytest.mark.parametrize("limit", [None, 7])
 def test_evaluate_reports_the_teachers_cross_entropy_without_it(
@@ -348,6 +353,7 @@ def test_the_column_is_there_exactly_if_the_spec_says_so(cache: Cache, tmp_path:
         forge(plain, tmp_path / "more", lambda _: cache.read(0), spans=1)
 
 
+@pytest.mark.slow
 def test_a_build_of_an_earlier_version_is_not_continued(
     small_build: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,7 @@ def caches(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(out / "short"), str(out / "both")]
 
 
+@pytest.mark.slow
 def test_train_says_that_long_rows_change_how_short_ones_are_read(
     folder: Path,
     caches: list[str],
@@ -251,6 +252,7 @@ def test_train_says_that_long_rows_change_how_short_ones_are_read(
         assert sum("otherwise in a batch with longer ones" in line for line in lines) == said
 
 
+@pytest.mark.slow
 def test_figures_of_a_student_do_not_depend_on_its_batches(folder: Path, caches: list[str]) -> None:
     found = []
     for budget in (1, 10_000):

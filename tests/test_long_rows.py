@@ -61,6 +61,7 @@ def test_more_than_a_teacher_reads_is_refused_and_not_lowered(
         prepare(dataclasses.replace(both, max_length=100))
 
 
+@pytest.mark.slow
 def test_a_classifier_and_its_tokenizer_bound_a_row(
     small_build: BuildOptions, tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_student_reads_as_far_as_its_table_of_positions(species: str) -> None:
             read(reach + 1)
 
 
+@pytest.mark.slow
 def test_students_that_read_less_than_a_row_are_refused_or_read_its_beginning(
     tag_caches: dict[str, str], class_cache: str, tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ def test_students_that_read_less_than_a_row_are_refused_or_read_its_beginning(
     assert run(class_cache, "roberta").steps == 2
 
 
+@pytest.mark.slow
 def test_a_row_of_4096_tokens(
     small_build: BuildOptions, tiny_lm: Path, text_corpus: Path, tmp_path: Path
 ) -> None:

@@ -44,6 +44,8 @@ from kdcache.teacher import TeacherFiles
 
 pytest.importorskip("peft", reason="peft is optional")
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "vocab_size": 64, "max_position_embeddings": 32, "pad_token_id": 0,

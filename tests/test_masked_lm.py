@@ -52,6 +52,8 @@ from kdcache.targets import Codec, DenseTargets
 from kdcache.tasks import IGNORE
 from kdcache.teacher.model import TeacherModel
 
+pytestmark = pytest.mark.slow
+
 WORDPIECE = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
 SIZES: dict[str, Any] = {
     "vocab_size": 259,

@@ -271,6 +271,7 @@ class StopError(Exception):
     """Ends a run from its progress."""
 
 
+@pytest.mark.slow
 def test_a_run_is_weighted_by_domain_and_says_so(
     options: TrainOptions, built: dict[str, str], tmp_path: Path
 ) -> None:
@@ -302,6 +303,7 @@ def test_a_run_is_weighted_by_domain_and_says_so(
         train(dataclasses.replace(options, out=str(tmp_path / "x"), cache_weight=("books=1",)))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_mix(options: TrainOptions, tmp_path: Path) -> None:
     options = dataclasses.replace(options, save_steps=3, logging_steps=1)
     calm = train(dataclasses.replace(options, out=str(tmp_path / "calm")))
@@ -372,6 +374,7 @@ def test_two_workers_take_the_steps_of_a_mix_and_evaluate_each_domain(
     assert [line.split()[0] for line in lines[:3]] == ["domain", "web", "code"]
 
 
+@pytest.mark.slow
 def test_files_of_options_and_grids_take_mappings(
     options: TrainOptions, tmp_path: Path, tiny_lm: Path
 ) -> None:
@@ -399,6 +402,7 @@ def test_files_of_options_and_grids_take_mappings(
 # Evaluation
 
 
+@pytest.mark.slow
 def test_each_domain_has_the_figures_of_a_cache_of_its_own(
     built: dict[str, str], tiny_lm: Path, student: Path
 ) -> None:
@@ -433,6 +437,7 @@ def test_each_domain_has_the_figures_of_a_cache_of_its_own(
     assert both.models[0].cross_entropy == pytest.approx(own)
 
 
+@pytest.mark.slow
 def test_a_corpus_with_names_is_evaluated_by_domain(
     built: dict[str, str], corpora: dict[str, str], tiny_lm: Path, student: Path
 ) -> None:
@@ -457,6 +462,7 @@ def test_a_corpus_with_names_is_evaluated_by_domain(
     assert "Soft cross-entropy" not in shown.output
 
 
+@pytest.mark.slow
 def test_a_domain_without_rows_has_no_figures(student_classes: str, tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", [9, 0, 8], task=CLASSES, domains=["a", "none", "b"])
     result = evaluate(EvaluateOptions((student_classes,), cache=cache.storage.url))

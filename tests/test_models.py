@@ -17,6 +17,8 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.teacher import tokenizer_files
 
+pytestmark = pytest.mark.slow
+
 LOAD = """
 auto = AutoModelForSequenceClassification
 bilstm, headed = (auto.from_pretrained(run) for run in sys.argv[1:3])

@@ -80,6 +80,7 @@ def test_from_a_broken_cache_to_a_page(tmp_path: Path) -> None:
     assert page.stdout.endswith("Open it in a browser.\n")
 
 
+@pytest.mark.slow
 def test_from_cache_to_table_and_back(small_build: BuildOptions, tmp_path: Path) -> None:
     cache, copy, table, back = (str(tmp_path / name) for name in ("cache", "copy", "table", "back"))
     build(dataclasses.replace(small_build, out=cache, codec="topk:4"))

@@ -45,6 +45,8 @@ from kdcache.errors import CorruptCacheError, IncompleteError, UsageError  # noq
 from kdcache.storage import Storage, filesystem, open_storage  # noqa: E402
 from kdcache.stream import TargetStream  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "kdcache-tests"
 DEADLINE = 60.0
 

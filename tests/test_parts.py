@@ -50,6 +50,7 @@ def shards(options: BuildOptions) -> list[int]:
     return sorted(int(p.name[:5]) for p in Path(options.out, "shards").iterdir())
 
 
+@pytest.mark.slow
 def test_parts_share_the_spans_in_any_number_and_order(options: BuildOptions) -> None:
     for n in (1, 2, 3, 7, 20):
         shares = [dataclasses.replace(options, part=f"{i}/{n}").share for i in range(1, n + 1)]
@@ -70,6 +71,7 @@ def test_parts_share_the_spans_in_any_number_and_order(options: BuildOptions) ->
     assert (done.made, done.missing, done.rows) == (0, 0, last.rows)
 
 
+@pytest.mark.slow
 def test_progress_counts_the_share(options: BuildOptions) -> None:
     seen: list[tuple[int, int]] = []
     build(

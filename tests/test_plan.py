@@ -35,6 +35,8 @@ from kdcache.errors import UsageError
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec, position_uniform
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def options(tiny_lm: Path, text_corpus: Path) -> PlanOptions:

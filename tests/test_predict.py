@@ -24,6 +24,8 @@ from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.predict import predict
 from kdcache.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 def lines_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]

@@ -194,6 +194,7 @@ def refused(teacher: Path, task: str, small_build: BuildOptions, match: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_heads_that_are_no_distribution(
     tiny_tokenizer: Path, small_build: BuildOptions, tmp_path: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_heads_that_are_no_distribution(
         refused(folder, SEQUENCE_CLASSIFICATION, small_build, "^teacher .*for regression")
 
 
+@pytest.mark.slow
 def test_encoder_decoders(tiny_tokenizer: Path, small_build: BuildOptions, tmp_path: Path) -> None:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     config = T5Config(vocab_size=300, decoder_start_token_id=0, **sizes)
@@ -215,6 +217,7 @@ def test_encoder_decoders(tiny_tokenizer: Path, small_build: BuildOptions, tmp_p
     refused(folder, CAUSAL_LM, small_build, match)
 
 
+@pytest.mark.slow
 def test_a_library_of_quantisation_that_is_missing(
     tiny_lm: Path, small_build: BuildOptions, tmp_path: Path
 ) -> None:
@@ -234,6 +237,7 @@ def test_a_library_of_quantisation_that_is_missing(
 # ------------------------------------------------------------------------- the id that pads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_config", [None, 7])
 def test_a_decoder_that_classifies_reads_its_last_token(
     tmp_path: Path, corpus_texts: list[str], labelled_corpus: Path, in_config: int | None

@@ -102,6 +102,7 @@ def test_a_heartbeat_is_read_while_a_span_begins_to_wait() -> None:
     assert worker.pulse().spans == (SpanFigures(3),)
 
 
+@pytest.mark.slow
 def test_a_build_shows_its_work_before_the_first_shard(small_build: BuildOptions) -> None:
     """The teacher goes on after two batches only once the work so far was shown."""
     shown = threading.Event()
@@ -137,6 +138,7 @@ def test_a_build_shows_its_work_before_the_first_shard(small_build: BuildOptions
     assert result.made == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_build_names_what_is_there(
     small_build: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_resumed_build_names_what_is_there(
     assert f"build: {result.spans}/{result.spans} spans  1 worker  " in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_names_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

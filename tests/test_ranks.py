@@ -24,6 +24,8 @@ from kdcache.stream import TargetStream
 from kdcache.targets import AnchoredTargets, Codec, SoftTargets, SparseTargets, position_uniform
 from kdcache.targets.soft import ranks_of_ids, read_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def dense(targets: SoftTargets, temperature: float) -> Tensor:
     """Weights of all ids, [positions, V]."""

@@ -23,7 +23,10 @@ from kdcache.tasks import CAUSAL_LM, MASKED_LM, SEQ2SEQ_LM, TASKS
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.quirks import reach_of, reach_of_config
 
-pytestmark = pytest.mark.filterwarnings("default")  # architectures have warnings of their own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]  # architectures have warnings of their own
 ZOO = {
     CAUSAL_LM: CAUSAL,
     MASKED_LM: MASKED,

@@ -113,6 +113,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_logs_and_tracebacks_of_the_program_are_redacted() -> None:
     code, said = python(LEAK, "build")
     assert code == 1

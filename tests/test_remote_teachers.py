@@ -53,6 +53,7 @@ def options(small_build: BuildOptions, url: str, tiny_lm: Path) -> BuildOptions:
     return dataclasses.replace(small_build, teacher=(url,), max_length=32, codec="dense", limit=20)
 
 
+@pytest.mark.slow
 def test_a_teacher_in_s3_gives_what_a_local_one_gives(
     options: BuildOptions, tiny_lm: Path, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_name_turns_no_figure_behind_it(name: str) -> None:
     assert printable(name) in shown
 
 
+@pytest.mark.slow
 def test_a_page_shows_caches_runs_and_sweeps(paths: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     names = ["lm", "sampled", "classes", "run", "begun", "sweep"]
@@ -211,6 +212,7 @@ def test_a_row_without_a_position_is_shown_as_its_text(tmp_path: Path) -> None:
     assert found.text in words_of(tree_of_blocks(report_rows._row(found, TASKS[CAUSAL])))
 
 
+@pytest.mark.slow
 def test_a_cross_entropy_whose_perplexity_no_float_holds_is_shown(paths: dict[str, str]) -> None:
     part = gather(paths["lm"], ReportOptions((paths["lm"],), rows=1))
     assert isinstance(part, CachePart)
@@ -242,6 +244,7 @@ def test_the_hard_loss_has_the_name_of_the_task_in_runs_and_sweeps(task: Any) ->
         assert other not in run + shown
 
 
+@pytest.mark.slow
 def test_a_page_asks_for_nothing_and_runs_nothing(paths: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     report(ReportOptions((paths["lm"], paths["run"]), out=str(out)))
@@ -257,6 +260,7 @@ def test_a_page_asks_for_nothing_and_runs_nothing(paths: dict[str, str], tmp_pat
     assert policy.get("content") == "default-src 'none'; style-src 'unsafe-inline'"
 
 
+@pytest.mark.slow
 def test_a_page_can_be_read_without_eyes_or_mouse(paths: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     report(ReportOptions((paths["lm"], paths["run"], paths["sweep"]), out=str(out)))
@@ -307,6 +311,7 @@ def hostile_parts(paths: dict[str, str]) -> list[CachePart | RunPart | SweepPart
     ]
 
 
+@pytest.mark.slow
 def test_hostile_texts_become_no_markup(paths: dict[str, str]) -> None:
     page = tree_of(render_page(hostile_parts(paths)))
     assert not list(page.iter("script"))
@@ -358,6 +363,7 @@ def test_a_log_with_odd_lines_is_read_as_far_as_it_is_numbers(tmp_path: Path) ->
     tree_of(render_page([part]))
 
 
+@pytest.mark.slow
 def test_a_page_is_bounded(paths: dict[str, str]) -> None:
     part = hostile_parts(paths)[0]
     assert isinstance(part, CachePart)

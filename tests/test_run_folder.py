@@ -67,6 +67,7 @@ def load_as_the_card_says(card: str) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "cache"),
     [

@@ -29,6 +29,8 @@ from kdcache.commands.train.train import train
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.storage import filesystem, open_storage
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainOptions]
 
 

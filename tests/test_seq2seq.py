@@ -58,6 +58,8 @@ from kdcache.tasks import IGNORE
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.model import TeacherModel
 
+pytestmark = pytest.mark.slow
+
 TASK = "seq2seq-lm"
 WORDPIECE = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
 IDS = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}

@@ -35,6 +35,8 @@ from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import LOCK_FILE, alone
 from kdcache.student.checkpoints import last_checkpoint, step_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 Make = Callable[..., TrainOptions]
 

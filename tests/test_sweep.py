@@ -160,6 +160,7 @@ def test_a_changed_config_is_another_student(here: Path) -> None:
     assert before.key != after.key
 
 
+@pytest.mark.slow
 def test_changed_weights_below_one_name_are_another_student_of_sweep_and_train(here: Path) -> None:
     """Of a grid read in another working folder, too, a finished run is not the answer."""
     train(TrainOptions(("causal",), "tiny.json", "own", report_to="none"))
@@ -256,6 +257,7 @@ def test_an_unfinished_cache_is_exit_code_3(here: Path) -> None:
 # What comes out
 
 
+@pytest.mark.slow
 def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
     crossed = {"alpha": [0.5, 1.0], "temperature": [1, 2], "seed": [0, 1]}
     grid = classifiers("g.yaml", crossed, epochs=2)
@@ -334,6 +336,7 @@ def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
     assert outcome["runs"] == document["runs"]
 
 
+@pytest.mark.slow
 def test_a_changed_grid_only_adds_runs(here: Path) -> None:
     common = {"learning-rate": 1e-3, "max-steps": 2}
     first = sweep(local(write("g.yaml", {"alpha": [0.1, 0.5]}, **common)))
@@ -357,6 +360,7 @@ def test_a_changed_grid_only_adds_runs(here: Path) -> None:
     assert "No eval-cache was given" in run("g.yaml", "--out", "out").stdout
 
 
+@pytest.mark.slow
 def test_runs_of_one_process_may_differ_in_precision(here: Path) -> None:
     result = sweep(
         local(write("g.yaml", {"precision": ["float32", "bf16", "float32"]}, **{"max-steps": 2}))
@@ -373,6 +377,7 @@ def test_another_folder_is_not_taken_over(here: Path) -> None:
         sweep(local(write("g.yaml", {"seed": [0]})))
 
 
+@pytest.mark.slow
 def test_two_sweeps_do_not_share_a_folder(here: Path) -> None:
     grid = write("g.yaml", {"seed": [0]})
     (here / "out").mkdir()
@@ -502,6 +507,7 @@ def moods(here: Path) -> str:
     return "moods:Moody"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(
     here: Path, moods: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -522,6 +528,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert [r.seed for r in again.runs] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_all_runs_may_fail(here: Path, moods: str) -> None:
     grid = classifiers("g.yaml", {"seed": [1]}, student=moods)
     Path("bad-weather").touch()
@@ -538,6 +545,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_that_ended_meanwhile_are_kept(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,8 @@ from kdcache.commands.verify import verify
 from kdcache.errors import UsageError
 from kdcache.teacher.adapter import quiet_peft
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -30,6 +30,8 @@ from kdcache.stream import TargetStream
 from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
 from kdcache.tasks import IGNORE, TOKEN_CLASSIFICATION, UNLABELLED, labelled
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "model_type": "distilbert", "dim": 16, "n_heads": 2, "n_layers": 1, "hidden_dim": 32,
     "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0,

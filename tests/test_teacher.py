@@ -80,10 +80,12 @@ class TestAttention:
         want = logits_of(Teacher(lm, 300), rows)
         torch.testing.assert_close(logits_of(one, rows), want, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
     def test_it_may_change_between_runs_of_one_build(self, options: BuildOptions) -> None:
         build(options)
         assert build(dataclasses.replace(options, attention="eager")).made == 0
 
+    @pytest.mark.slow
     def test_what_cannot_be_is_one_line(self, options: BuildOptions, lm: TeacherOptions) -> None:
         with pytest.raises(UsageError, match=r"--attention is 'flash', expected one of auto, sdpa"):
             dataclasses.replace(options, attention="flash")  # type: ignore[arg-type]
@@ -155,6 +157,7 @@ class TestCompile:
         # One for all layers and shapes; a batch of one row and odd lengths may take one more each.
         assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
+    @pytest.mark.slow
     def test_it_begins_before_the_first_span_and_is_no_part_of_the_spec(
         self, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -299,6 +302,7 @@ class TestBatchSize:
     def test_rows_longer_than_the_largest_batch_are_one_each(self) -> None:
         assert find_batch_tokens(lambda _tokens: 1 / 0, 65536, 100_000) == 100_000
 
+    @pytest.mark.slow
     def test_a_batch_that_is_tried_is_full_of_the_longest_rows(
         self, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -314,6 +318,7 @@ class TestBatchSize:
         build(dataclasses.replace(options, compile=True, batch_tokens=300))
         assert shapes[0] == (4, 64)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("given", [None, 512])
     def test_only_a_size_that_was_not_given_is_looked_for(
         self, options: BuildOptions, monkeypatch: pytest.MonkeyPatch, given: int | None
@@ -336,6 +341,7 @@ class TestBatchSize:
             build(dataclasses.replace(options, batch_tokens=given))
         assert bool(found) == (given is None)
 
+    @pytest.mark.slow
     def test_memory_that_runs_out_halves_the_batch_and_loses_no_row(
         self, options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -365,6 +371,7 @@ class TestBatchSize:
             torch.testing.assert_close(left.logits, right.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_teacher_goes_on_while_a_span_is_packed(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +409,7 @@ class TestOnGpu:
         assert peak_share(take(1.5), [gpu]) is None
         assert torch.cuda.memory_allocated() < 0.01 * free, "nothing of it is left"
 
+    @pytest.mark.slow
     def test_a_batch_size_is_found_and_used(self, options: BuildOptions) -> None:
         sizes: list[int] = []
         own = TeacherSource._find_batch_tokens

@@ -84,6 +84,7 @@ class StopError(Exception):
     """An end in the middle."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 12])
 def test_a_run_that_was_killed_leaves_what_one_does_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int

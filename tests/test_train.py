@@ -46,6 +46,8 @@ from kdcache.student.checkpoints import STATE_FILE
 from kdcache.student.saved import SavedModel
 from kdcache.student.trainer import DistillationTrainer
 
+pytestmark = pytest.mark.slow
+
 BERT = {
     "model_type": "bert",
     "hidden_size": 16,

@@ -30,6 +30,8 @@ from kdcache.commands.transcode import CacheSource, transcode
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.targets import DenseTargets, Targets
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"max_length": 48, "limit": 60, "shard_tokens": 600, "workers": 0}
 
 

@@ -160,6 +160,7 @@ def test_no_folder_runs_code(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [factory, own_architecture])
 def test_a_single_configuration_runs_no_code(
     way: Callable[[Path], None], model: Path, tmp_path: Path
@@ -170,6 +171,7 @@ def test_a_single_configuration_runs_no_code(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [factory, own_architecture, own_tokenizer])
 def test_trust_lets_it_run(way: Callable[[Path], None], model: Path, tmp_path: Path) -> None:
     """So the payloads above are alive; what some of them make is no model."""
@@ -179,6 +181,7 @@ def test_trust_lets_it_run(way: Callable[[Path], None], model: Path, tmp_path: P
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 4, 200, -1])
 def test_weights_that_are_cut_off_are_named(length: int, model: Path, tmp_path: Path) -> None:
     weights = model / "model.safetensors"
@@ -239,6 +242,7 @@ def test_a_cache_brings_no_code(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_function_on_the_command_line_is_the_users_own_word(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must return a torch"):
         run_train("got_payload:make", tmp_path)
@@ -257,6 +261,7 @@ def test_a_chat_template_stays_in_its_sandbox(model: Path, tmp_path: Path) -> No
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
 def test_the_state_of_a_resumed_run_is_data(name: str, model: Path, tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", [4])

@@ -338,6 +338,7 @@ def test_attributes_are_plain_too(shard: Path) -> None:
         read_shard(shard, CODEC)
 
 
+@pytest.mark.slow
 def test_claims_take_no_memory(shard: Path, golden: Path) -> None:
     """All of them in one process that has little, beyond what its libraries take."""
     with h5py.File(shard, "a", locking=False) as file:
@@ -448,6 +449,7 @@ def test_inspect_survives_it_too(fragile: None, tmp_path: Path) -> None:
     assert "SIGSEGV" in run("inspect", str(tmp_path / "cache")).stderr
 
 
+@pytest.mark.slow
 def test_the_other_process_is_bounded_and_brings_no_strange_code(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", [4])
     for name in ("h5py", "numpy", "json", "kdcache"):

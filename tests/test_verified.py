@@ -107,6 +107,7 @@ def test_readers_that_come_together_hash_once(cache: Path, hashed: list[int]) ->
     assert hashed == [0]
 
 
+@pytest.mark.slow
 def test_verify_hashes_all_the_same(cache: Path) -> None:
     from kdcache.commands.verify import verify
 

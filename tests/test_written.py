@@ -18,6 +18,8 @@ from kdcache.commands.predict.targets import Writer
 from kdcache.errors import UsageError
 from kdcache.student.saved import SavedModel
 
+pytestmark = pytest.mark.slow
+
 SEARCHES: list[dict[str, Any]] = [
     {"num_beams": 4, "num_return_sequences": 4},
     {"return_dict_in_generate": True, "output_scores": True},
