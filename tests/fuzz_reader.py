@@ -83,7 +83,7 @@ class Shards:
             self.spec.make_codec(),
             counts=self.counts,
             ranks=self.ranks,
-            label_logprob=self.spec.label_logprob,
+            kept=self.spec.kept,
         )
         check_values(shard, self.spec)
         return summary(shard)

@@ -153,7 +153,7 @@ def test_a_shard_keeps_them_in_few_bytes(tmp_path: Path) -> None:
     sizes = [[1, 3], *(rng.integers(5, 40, 40).tolist() for _ in range(200))]
     data = divided(sizes)
     write_shard(tmp_path / "shard.h5", data, attributes={})
-    again = read_shard(tmp_path / "shard.h5", data.targets.codec, starts=True)
+    again = read_shard(tmp_path / "shard.h5", data.targets.codec, kept={"starts"})
     assert again.starts is not None
     assert data.starts is not None
     assert np.array_equal(again.starts, data.starts)
@@ -187,7 +187,7 @@ def test_a_shard_whose_documents_cannot_be_is_refused(
             "starts", data=flags, chunks=flags.shape, shuffle=True, compression=4, fletcher32=True
         )
     with pytest.raises(CorruptCacheError, match=message):
-        read_shard(path, data.targets.codec, starts=True)
+        read_shard(path, data.targets.codec, kept={"starts"})
 
 
 def test_a_batch_has_positions_that_begin_again_and_no_mask() -> None:

@@ -77,6 +77,11 @@ class Alignment:
     lost: int = 0
     cut: int = 0
 
+    @property
+    def chunks(self) -> Ints:
+        """int64 [C, 4]: both spans of each chunk, the teacher's first."""
+        return np.concatenate([self.teacher_spans, self.student_spans], 1)
+
 
 # The last word of a text with the space around it; in scripts without spaces, 16 characters.
 _LAST_WORD = re.compile(r"\s*\S{0,16}\s*\Z")

@@ -395,8 +395,7 @@ class Cache:
             self.codec(),
             counts=entry.counts,
             ranks=self.rank_to_id if targets else None,
-            label_logprob=self.spec.label_logprob,
-            starts=self.spec.apart,
+            kept=self.spec.kept,
             with_targets=targets,
         )
 

@@ -1,34 +1,356 @@
-"""How a shard stores the labels of its rows.
+"""Columns of rows, each declared once: `Annotated[type, Column]` at a field of a dataclass.
 
-Labels of a causal language model are the next ids of the row: of each token whether it has one, and
-of each row that of its last token. Other labels that are ids stand at some of the tokens. Classes,
-several labels of a row and scores are stored as they are.
+A column says what it has a value for each of (its axis), where a row of the encoder has it, how a
+shard's file stores it, and what stands for it in a part of rows without it. Gathering rows into
+columns, writing and reading a file, and picking rows of several parts (`kdcache.stream.shard_rows`)
+are loops over these declarations.
 
-Columns of what was tokenised: the text of each row, or its words.
+Labels of a causal language model are stored as the next ids of the row: of each token whether it
+has one, and of each row that of its last token. Other labels that are ids stand at some of the
+tokens. Classes, several labels of a row and scores are stored as they are.
 
-A text is bytes of UTF-8, one after another, and their number in a column of its own. Words are the
-same, one for each first token of a row.
+A text is stored as bytes of UTF-8, one after another, and their number in a column of its own.
+Words are the same, one for each first token of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from kdcache.cache.hdf5 import read_column, write_column
 from kdcache.errors import CorruptCacheError
-from kdcache.tasks import IGNORE, TASKS
+from kdcache.tasks import IGNORE, TASKS, TaskType
+
+IDS = ("|u1", "<u2", "<u4")
+"""Types of ids in a file: the smallest that holds them."""
 
 _NEXT_IDS = ("has_label", "next_ids")
 _PLACES = ("has_label", "label_ids")
 _LABELS = ("labels",)
 _TYPES = {"ids": "<i4", "classes": "<i4", "labels": "|u1", "score": "<f4"}
 _NOT_KNOWN = 255  # whether a class of several is one of a row's labels
-_U1, _I4, _IDS = ("|u1",), ("<i4",), ("|u1", "<u2", "<u4")
+_U1, _U4, _I4 = ("|u1",), ("<u4",), ("<i4",)
+
+
+@dataclass(frozen=True)
+class OpenRows:
+    """The rows of a shard's file, while their columns are read.
+
+    Attributes:
+        path: of the file.
+        group: of its columns.
+        task: of the rows.
+        width: classes of a row that may have several labels.
+        items: how many each axis has, as far as that is known.
+        found: the columns read so far.
+    """
+
+    path: Path
+    group: Any
+    task: str
+    width: int
+    items: dict[str, int]
+    found: dict[str, Any]
+
+    def read(self, name: str, kinds: Sequence[str], axis: str, *shape: int) -> np.ndarray:
+        """A column of as many values of a shape as the axis has; see `read_column`."""
+        return read_column(self.path, self.group, name, kinds, self.items[axis], *shape)
+
+
+@dataclass(frozen=True)
+class Column:
+    """How rows have a column.
+
+    Attributes:
+        axis: what it has a value for each of: `row`, `token` or another that a column of `Offsets`
+            divides among the rows, or one that the dataclass knows (`Columns.ends`).
+        row: the attribute of a single row that has its values.
+        name: in a file; None where it is not stored.
+        when: whether files have it: True if all do, None if each decides for itself; or the name of
+            what decides that, an attribute of the task or one of the columns that a cache keeps.
+        absent: stands for each value in a part that lacks the column, beside parts that have it; or
+            a function from that part to all of them. None: rows of such parts together lack it.
+    """
+
+    axis: str
+    row: str | None = None
+    name: str | None = None
+    when: bool | str | None = True
+    absent: Any = None
+
+    def wanted(self, kind: TaskType, kept: Collection[str] | None = None) -> bool | None:
+        """Whether rows have it; None if they may.
+
+        Args:
+            kind: what their task is.
+            kept: the columns that their cache keeps; None where that is open.
+        """
+        if not isinstance(self.when, str):
+            return self.when
+        if hasattr(kind, self.when):
+            return bool(getattr(kind, self.when))
+        return None if kept is None else self.when in kept
+
+    def of_rows(self, rows: Sequence[Any], task: str, width: int) -> Any:
+        """The values of rows as their encoder made them; None if they have none."""
+        values = [getattr(row, str(self.row)) for row in rows]
+        wanted = self.wanted(TASKS[task])
+        if wanted is None:
+            wanted = any(value is not None for value in values)
+        return self.of_values(values) if wanted else None
+
+    def of_values(self, values: Sequence[Any]) -> Any:
+        """The column, from what each row has of it."""
+        return [self.absent if value is None else value for value in values]
+
+    def of_absent(self, part: Columns) -> Any:
+        """What stands for it in a part that lacks it."""
+        return self.absent(part) if callable(self.absent) else [self.absent] * len(part)
+
+    def joined(self, pieces: Sequence[Any]) -> Any:
+        """The column, from slices of it."""
+        return [value for piece in pieces for value in piece]
+
+    def names(self, task: str) -> tuple[str, ...]:
+        """Of the columns in a file that store it."""
+        return () if self.name is None else (self.name,)
+
+    def write(self, group: Any, data: Any, values: Any) -> None:
+        """Store it.
+
+        Args:
+            group: of a file.
+            data: a `ShardData`.
+            values: its values in it.
+        """
+        raise NotImplementedError
+
+    def read(self, rows: OpenRows) -> Any:
+        """Read what `write` stored.
+
+        Raises:
+            CorruptCacheError: it does not fit the columns that were read before.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Numbers(Column):
+    """A column of numbers.
+
+    Attributes:
+        dtype: numpy name of their type in memory.
+        shape: of each value.
+        kinds: the types they may have in a file; the smallest of several is written. Empty for the
+            type in memory.
+        check: refuses values that were read.
+    """
+
+    dtype: str = "int32"
+    shape: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
+    check: Callable[[OpenRows, np.ndarray], None] | None = None
+
+    def of_values(self, values: Sequence[Any]) -> np.ndarray:
+        """See `Column.of_values`."""
+        there = [np.atleast_1d(value) for value in values if value is not None]
+        assert len(there) in (0, len(values)), f"either every row has {self.row} or none"
+        return np.concatenate([np.zeros((0, *self.shape), self.dtype), *there]).astype(self.dtype)
+
+    def of_absent(self, part: Columns) -> np.ndarray:
+        """See `Column.of_absent`."""
+        if callable(self.absent):
+            return np.asarray(self.absent(part))
+        return np.full(int(part.ends(self.axis)[-1]), self.absent, self.dtype)
+
+    def joined(self, pieces: Sequence[Any]) -> np.ndarray:
+        """See `Column.joined`."""
+        return np.concatenate(pieces)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return self.kinds or (np.dtype(self.dtype).str.replace("|b1", "|u1"),)
+
+    def write(self, group: Any, data: Any, values: np.ndarray) -> None:
+        """See `Column.write`."""
+        kinds = self._kinds
+        stored = narrow(values) if len(kinds) > 1 else values.astype(kinds[0], copy=False)
+        write_column(group, str(self.name), stored)
+
+    def read(self, rows: OpenRows) -> np.ndarray:
+        """See `Column.read`."""
+        values = rows.read(str(self.name), self._kinds, self.axis)
+        if self.check is not None:
+            self.check(rows, values)
+        return values.astype(self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Offsets(Column):
+    """Where each row begins on the axis, int64 [rows + 1]; files have the length of each row.
+
+    Attributes:
+        noun: what a row without any lacks, for messages.
+    """
+
+    noun: str = "tokens"
+
+    def of_values(self, values: Sequence[Any]) -> np.ndarray:
+        """See `Column.of_values`."""
+        return offsets_of([len(value) for value in values])
+
+    def write(self, group: Any, data: Any, values: np.ndarray) -> None:
+        """See `Column.write`."""
+        write_column(group, str(self.name), np.diff(values).astype(np.uint32))
+
+    def read(self, rows: OpenRows) -> np.ndarray:
+        """See `Column.read`."""
+        lengths = rows.read(str(self.name), _U4, "row")
+        offsets = offsets_of(lengths)
+        total = int(offsets[-1])
+        expected = rows.items.setdefault(self.axis, total)
+        if total != expected:
+            raise CorruptCacheError(f"{rows.path}: row lengths add up to {total}, not {expected}.")
+        if TASKS[rows.task].per_token and not lengths.all():
+            raise CorruptCacheError(f"{rows.path}: it has rows without {self.noun}.")
+        return offsets
+
+
+@dataclass(frozen=True)
+class LabelColumn(Numbers):
+    """The labels of a task, whose type, shape and columns in a file are the task's."""
+
+    def of_rows(self, rows: Sequence[Any], task: str, width: int) -> np.ndarray:
+        """See `Column.of_rows`."""
+        return join_rows([row.labels for row in rows], task, width)
+
+    def names(self, task: str) -> tuple[str, ...]:
+        """See `Column.names`."""
+        return label_columns(task)
+
+    def write(self, group: Any, data: Any, values: np.ndarray) -> None:
+        """See `Column.write`."""
+        write_labels(group, data.task, values, data.offsets, data.input_ids)
+
+    def read(self, rows: OpenRows) -> np.ndarray:
+        """See `Column.read`."""
+        return read_labels(rows)
+
+
+@dataclass(frozen=True)
+class Texts(Column):
+    """A text of each row."""
+
+    def names(self, task: str) -> tuple[str, ...]:
+        """See `Column.names`."""
+        return f"{self.name}_bytes", str(self.name)
+
+    def write(self, group: Any, data: Any, values: Sequence[Any]) -> None:
+        """See `Column.write`."""
+        encoded = [text.encode() for text in values]
+        lengths = np.array([len(text) for text in encoded], np.uint32)
+        write_column(group, f"{self.name}_bytes", lengths)
+        write_column(group, str(self.name), np.frombuffer(b"".join(encoded), np.uint8))
+
+    def read(self, rows: OpenRows) -> list[Any]:
+        """See `Column.read`."""
+        return self._texts(rows, rows.items["row"])
+
+    def _texts(self, rows: OpenRows, count: int) -> list[str]:
+        path, group = rows.path, rows.group
+        lengths = read_column(path, group, f"{self.name}_bytes", _U4, count)
+        ends = offsets_of(lengths).tolist()
+        blob = read_column(path, group, str(self.name), _U1, ends[-1]).tobytes()
+        return [blob[a:b].decode() for a, b in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Words(Texts):
+    """The words of each row, one for each of its first tokens."""
+
+    def write(self, group: Any, data: Any, values: Sequence[Any]) -> None:
+        """See `Column.write`."""
+        super().write(group, data, [word for row in values for word in row])
+
+    def read(self, rows: OpenRows) -> list[Any]:
+        """See `Column.read`."""
+        before = offsets_of(rows.found["first"])
+        texts = self._texts(rows, int(before[-1]))
+        ends = before[rows.found["offsets"]].tolist()
+        return [tuple(texts[a:b]) for a, b in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Nested(Column):
+    """The same rows read in another way, as `Columns` of their own."""
+
+
+class Columns:
+    """Base of dataclasses whose fields declare columns of rows."""
+
+    offsets: np.ndarray
+
+    @classmethod
+    @functools.cache
+    def columns(cls) -> dict[str, Column]:
+        """The declared columns by their fields, in the order of the fields."""
+        hints = get_type_hints(cls, include_extras=True)
+        marked = ((name, getattr(hint, "__metadata__", ())) for name, hint in hints.items())
+        return {n: mark for n, marks in marked for mark in marks if isinstance(mark, Column)}
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Any], task: str, width: int = 0) -> dict[str, Any]:
+        """Columns of single rows, by field.
+
+        Args:
+            rows: with the attributes that the columns name.
+            task: one of `kdcache.tasks.TASKS`.
+            width: classes of a row that may have several labels.
+        """
+        named = {name: column for name, column in cls.columns().items() if column.row is not None}
+        return {name: column.of_rows(rows, task, width) for name, column in named.items()}
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def ends(self, axis: str) -> np.ndarray:
+        """int64 [rows + 1]: where each row begins on an axis."""
+        if axis == "row":
+            return self._each
+        found = (n for n, c in self.columns().items() if c.axis == axis and isinstance(c, Offsets))
+        return np.asarray(getattr(self, next(found)))
+
+    @cached_property
+    def _each(self) -> np.ndarray:
+        return np.arange(len(self) + 1)
+
+    def present(self) -> Iterator[tuple[str, Column, Any]]:
+        """Name, declaration and values of each column that is there."""
+        for name, column in self.columns().items():
+            if (values := getattr(self, name)) is not None:
+                yield name, column, values
+
+
+def first_of_rows(part: Any) -> np.ndarray:
+    """bool [tokens]: the first token of each row, where the one document of a row begins."""
+    starts = np.zeros(len(part.input_ids), np.bool_)
+    starts[part.offsets[:-1]] = True
+    return starts
+
+
+def offsets_of(sizes: Any) -> np.ndarray:
+    """int64 [n + 1]: the sum of the sizes before each, and of all."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
 
 
 def label_columns(task: str) -> tuple[str, ...]:
@@ -72,41 +394,23 @@ def write_labels(
         write_column(rows, "labels", labels.astype(_TYPES[kind.answers]))
 
 
-def read_labels(
-    path: Path,
-    rows: Any,
-    task: str,
-    offsets: np.ndarray,
-    input_ids: np.ndarray,
-    positions: int,
-    width: int,
-) -> np.ndarray:
+def read_labels(rows: OpenRows) -> np.ndarray:
     """The labels as `ShardData` has them.
-
-    Args:
-        path: of the shard.
-        rows: its group.
-        task: one of `kdcache.tasks.TASKS`.
-        offsets: int64 [rows + 1], where each row's tokens begin.
-        input_ids: int32 [tokens].
-        positions: those with a soft target.
-        width: classes of a row that may have several labels.
 
     Raises:
         CorruptCacheError: the columns do not fit each other.
     """
-    kind, tokens, count = TASKS[task], len(input_ids), len(offsets) - 1
+    kind = TASKS[rows.task]
     if kind.causal:
-        has_label = read_column(path, rows, "has_label", _U1, tokens)
-        last = read_column(path, rows, "next_ids", _I4, count)
-        return _join(offsets, input_ids, has_label, last)
+        has_label, last = rows.read("has_label", _U1, "token"), rows.read("next_ids", _I4, "row")
+        return _join(rows.found["offsets"], rows.found["input_ids"], has_label, last)
     if kind.over_ids:
-        has_label = read_column(path, rows, "has_label", _U1, tokens)
-        return _spread(path, has_label, read_column(path, rows, "label_ids", _IDS, positions))
-    shape = (width,) if kind.answers == "labels" else ()
-    length = tokens if kind.per_token else count
-    labels = read_column(path, rows, "labels", (_TYPES[kind.answers],), length, *shape)
-    labels = labels.astype(label_type(task), copy=False)
+        has_label = rows.read("has_label", _U1, "token")
+        return _spread(rows.path, has_label, rows.read("label_ids", IDS, "position"))
+    shape = (rows.width,) if kind.answers == "labels" else ()
+    axis = "token" if kind.per_token else "row"
+    labels = rows.read("labels", (_TYPES[kind.answers],), axis, *shape)
+    labels = labels.astype(label_type(rows.task), copy=False)
     if kind.answers == "labels":
         labels[labels == _NOT_KNOWN] = IGNORE
     return labels
@@ -145,57 +449,3 @@ def _spread(path: Path, has_label: np.ndarray, label_ids: np.ndarray) -> np.ndar
     labels = np.full(len(has_label), IGNORE, np.int32)
     labels[there] = label_ids
     return labels
-
-
-_U4 = ("<u4",)
-
-
-def write_texts(rows: Any, name: str, texts: Sequence[str]) -> None:
-    """Write texts as the columns `name` and `name_bytes`."""
-    encoded = [text.encode() for text in texts]
-    write_column(rows, f"{name}_bytes", np.array([len(text) for text in encoded], np.uint32))
-    write_column(rows, name, np.frombuffer(b"".join(encoded), np.uint8))
-
-
-def read_texts(path: Path, rows: Any, name: str, count: int) -> list[str] | None:
-    """Read `count` texts; None where there is no such column.
-
-    Raises:
-        CorruptCacheError: the columns do not fit each other.
-    """
-    if name not in rows and f"{name}_bytes" not in rows:
-        return None
-    lengths = read_column(path, rows, f"{name}_bytes", _U4, count)
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
-    blob = read_column(path, rows, name, _U1, ends[-1]).tobytes()
-    return [blob[a:b].decode() for a, b in pairwise(ends)]
-
-
-def write_words(rows: Any, words: Sequence[Sequence[str]], first: np.ndarray) -> None:
-    """Write the words of rows.
-
-    Args:
-        rows: group of the file.
-        words: of each row.
-        first: bool [tokens], the first token of each.
-    """
-    write_column(rows, "first_tokens", first.astype(np.uint8))
-    write_texts(rows, "words", [word for row in words for word in row])
-
-
-def read_words(
-    path: Path, rows: Any, offsets: np.ndarray, labels: np.ndarray
-) -> tuple[list[tuple[str, ...]], np.ndarray]:
-    """Words of each row, and bool [tokens], the first token of each.
-
-    Raises:
-        CorruptCacheError: the columns do not fit each other, or a first token is no position.
-    """
-    flags = read_column(path, rows, "first_tokens", _U1, len(labels))
-    first = flags.astype(np.bool_)
-    if flags.max(initial=0) > 1 or (labels[first] == IGNORE).any():
-        raise CorruptCacheError(f"{path}: a first token of column first_tokens has no label.")
-    before = np.concatenate([[0], np.cumsum(first)])
-    texts = read_texts(path, rows, "words", int(before[-1])) or []
-    ends = before[offsets].tolist()
-    return [tuple(texts[a:b]) for a, b in pairwise(ends)], first

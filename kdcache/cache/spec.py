@@ -169,6 +169,12 @@ class CacheSpec:
         return self.rows.get("attend") == "document"
 
     @property
+    def kept(self) -> set[str]:
+        """The columns of rows that its shards have besides those of their task."""
+        chosen = {"label_logprob": self.label_logprob, "starts": self.apart}
+        return {name for name, is_kept in chosen.items() if is_kept}
+
+    @property
     def num_labels(self) -> int | None:
         """Outputs of a classifier: its classes, 1 of a score; None where answers are over ids."""
         return None if TASKS[self.task].over_ids else self.vocab_size

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from kdcache.stream.batch import Batch, Tokenize, collate, join
+from kdcache.stream.batch import Batch, Tokenize, collate
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order, share
 from kdcache.stream.parallel import SumOverRanks
 from kdcache.stream.reader import TargetStream
-from kdcache.stream.shard_rows import ShardRows
+from kdcache.stream.shard_rows import ShardRows, join
 
 __all__ = [
     "Batch",

@@ -6,7 +6,7 @@ Guarantee: positions of a batch keep the row-major order of its labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,15 +16,7 @@ from torch import Tensor
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
-from kdcache.stream.shard_rows import (
-    AlignedRows,
-    AlignedShard,
-    TextShard,
-    positions_of,
-    starts_of,
-    types_of,
-)
-from kdcache.targets import SoftTargets
+from kdcache.stream.shard_rows import positions_of
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
@@ -32,46 +24,6 @@ Batch: TypeAlias = dict[str, Any]
 """Tensors by name, and under `targets` the soft targets: see `collate`."""
 
 Tokenize: TypeAlias = Callable[[list[Any], "list[str] | None"], Mapping[str, Tensor]]
-
-
-def join(parts: Sequence[ShardData]) -> ShardData:
-    """One shard's worth of columns from several."""
-    if len(parts) == 1:
-        return parts[0]
-    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    typed = any(part.type_ids is not None for part in parts)
-    divided = any(part.starts is not None for part in parts)
-    kept = [part.label_logprob for part in parts if part.label_logprob is not None]
-    firsts = [part.first for part in parts if part.first is not None]
-    sources = [part.source for part in parts if part.source is not None]
-    of_sources = [np.diff(p.source_offsets) for p in parts if p.source_offsets is not None]
-    data = ShardData(
-        task=parts[0].task,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        input_ids=np.concatenate([p.input_ids for p in parts]),
-        labels=np.concatenate([p.labels for p in parts]),
-        targets=SoftTargets.concat([p.targets for p in parts]),
-        type_ids=np.concatenate([types_of(p) for p in parts]) if typed else None,
-        texts=_join_texts([p.texts for p in parts], [len(p) for p in parts]),
-        text_pairs=_join_texts([p.text_pairs for p in parts], [len(p) for p in parts]),
-        label_logprob=np.concatenate(kept) if len(kept) == len(parts) else None,
-        starts=np.concatenate([starts_of(p) for p in parts]) if divided else None,
-        words=None if parts[0].words is None else [row for p in parts for row in p.words or ()],
-        first=np.concatenate(firsts) if firsts else None,
-        source=np.concatenate(sources) if sources else None,
-        source_offsets=np.cumsum([0, *np.concatenate(of_sources)]) if sources else None,
-    )
-    aligned = [p.aligned for p in parts if isinstance(p, AlignedShard) and p.aligned is not None]
-    if aligned:
-        return AlignedShard(**vars(data), aligned=AlignedRows.concat(aligned))
-    sizes = [p.label_bytes for p in parts if isinstance(p, TextShard) and p.label_bytes is not None]
-    return TextShard(**vars(data), label_bytes=np.concatenate(sizes)) if sizes else data
-
-
-def _join_texts(texts: Sequence[list[str] | None], rows: Sequence[int]) -> list[str] | None:
-    if all(t is None for t in texts):
-        return None
-    return [text for part, n in zip(texts, rows, strict=True) for text in part or [""] * n]
 
 
 def collate(

@@ -21,14 +21,15 @@ import torch
 
 from kdcache.align import Aligner, TokenBytes, like_marks, unchanged
 from kdcache.cache import Cache
+from kdcache.cache.columns import offsets_of
 from kdcache.cache.shard import ShardData
 from kdcache.rows.batches import padded
 from kdcache.stream.batch import position_ids
-from kdcache.stream.shard_rows import AlignedRows, AlignedShard, TextChunks, cached_rows, offsets_of
+from kdcache.stream.shard_rows import AlignedRows, AlignedShard, TextChunks, cached_rows
 from kdcache.targets import SparseTargets
 from kdcache.targets.chunks import ChunkTargets, Groups, within
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
-from kdcache.tasks import IGNORE, CrossMethod
+from kdcache.tasks import CAUSAL_LM, IGNORE, CrossMethod
 from kdcache.teacher import tokenizer_sha256
 
 _KEPT_BYTES = 1 << 28
@@ -99,14 +100,17 @@ class CrossTokenizer:
             "tokenizer": tokenizer_sha256(self.tokenizer),
         }
 
-    def rows(self, cache: Cache, shard: int, data: ShardData) -> AlignedRows:
-        """The rows of a shard as the student reads them.
+    def rows(self, cache: Cache, shard: int, data: ShardData) -> AlignedShard:
+        """The rows of a shard beside the same as the student reads them.
 
         Args:
             cache: whose shard it is.
             shard: its number.
             data: its rows.
         """
+        return AlignedShard.of(data, self._aligned(cache, shard, data))
+
+    def _aligned(self, cache: Cache, shard: int, data: ShardData) -> AlignedRows:
         key = (cache.digest, shard)
         with self._lock:
             if key in self._kept:
@@ -118,7 +122,7 @@ class CrossTokenizer:
             rows = [unchanged(self.aligner.teacher, row) for row in cached]
         else:
             rows = self.aligner.align(cached)
-        made = AlignedRows.of(rows)
+        made = AlignedRows(**AlignedRows.of_rows(rows, CAUSAL_LM))
         with self._lock:
             self._kept[key] = made
             while len(self._kept) > 1 and sum(k.bytes for k in self._kept.values()) > _KEPT_BYTES:

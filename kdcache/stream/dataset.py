@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.stream.batch import Batch, Tokenize, collate, join
+from kdcache.stream.batch import Batch, Tokenize, collate
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.cross import CrossTokenizer
-from kdcache.stream.shard_rows import AlignedShard, ShardRows
+from kdcache.stream.shard_rows import AlignedShard, ShardRows, join
 
 
 class TargetDataset(Dataset[ShardData]):
@@ -61,9 +61,12 @@ class TargetDataset(Dataset[ShardData]):
         pool = self._recent.pop(slot, None)
         if pool is None:
             cache, shard = self._shards[slot]
-            data, cross = self.caches[cache].read(shard), self.cross
-            aligned = None if cross is None else [cross.rows(self.caches[cache], shard, data)]
-            pool = ShardRows([data], labels=self.label_logprob, aligned=aligned)
+            data = self.caches[cache].read(shard)
+            if not self.label_logprob:
+                data = replace(data, label_logprob=None)
+            if self.cross is not None:
+                data = self.cross.rows(self.caches[cache], shard, data)
+            pool = ShardRows([data])
         self._recent[slot] = pool
         if len(self._recent) > self._keep:
             self._recent.popitem(last=False)

@@ -25,6 +25,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -36,7 +37,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.domains import Weights
 from kdcache.errors import UsageError
-from kdcache.stream.batch import Batch, Tokenize, collate, join
+from kdcache.stream.batch import Batch, Tokenize, collate
 from kdcache.stream.checks import check_caches, check_mix, checked_weights, open_caches
 from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.order import (
@@ -53,7 +54,7 @@ from kdcache.stream.order import (
     sources,
 )
 from kdcache.stream.parallel import Background, SumOverRanks
-from kdcache.stream.shard_rows import AlignedShard, RowsText, ShardRows, TextChunks
+from kdcache.stream.shard_rows import AlignedShard, RowsText, ShardRows, TextChunks, join
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3
@@ -372,16 +373,7 @@ class TargetStream(IterableDataset[Batch]):
         chosen = [self._sources[member] for member in members]
         shards, cross = self._shards(pairs), self.cross
         soft = self.temperature is not None and (cross is None or cross.method == "hybrid")
-        parts = [self.caches[c].read(s, targets=soft) for c, s in shards]
-        aligned = sizes = None
-        each = [(self.caches[c], s, part) for (c, s), part in zip(shards, parts, strict=True)]
-        if cross is not None:
-            aligned = [cross.rows(cache, shard, part) for cache, shard, part in each]
-        elif isinstance(self.text, RowsText):
-            sizes = [self.text.label_bytes(cache, part) for cache, _, part in each]
-        pool = ShardRows(
-            parts, soft=soft, labels=self.label_logprob, aligned=aligned, label_bytes=sizes
-        )
+        pool = ShardRows([self._part(*shard, soft) for shard in shards], soft=soft)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
             if source.rows != source.stored:
@@ -389,6 +381,18 @@ class TargetStream(IterableDataset[Batch]):
                 rows[here] = source.keep(self.seed, epoch, rows[here])
         rows += pool.first[[shards[c.cache, c.shard] for c in chosen]][which]
         return rows, pool
+
+    def _part(self, number: int, shard: int, soft: bool) -> ShardData:
+        """A shard with the columns that batches are made of."""
+        cache = self.caches[number]
+        data = cache.read(shard, targets=soft)
+        if not self.label_logprob:
+            data = replace(data, label_logprob=None)
+        if self.cross is not None:
+            return self.cross.rows(cache, shard, data)
+        if isinstance(self.text, RowsText):
+            return replace(data, label_bytes=self.text.label_bytes(cache, data))
+        return data
 
     def _collated(self, groups: Iterator[Group], cursor: Cursor, epochs: int) -> Iterator[Made]:
         held: dict[int, Group] = {}

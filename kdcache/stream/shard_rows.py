@@ -1,7 +1,7 @@
 """Rows of some shards, to be picked in any order.
 
-Cost: a row is a stretch of each column, and a pick copies stretches: long rows cost what copying
-their memory costs, short ones some microseconds each.
+Cost: a pick copies one stretch of each column for each run of neighbouring rows: long rows cost
+what copying their memory costs, short ones some microseconds each.
 Guarantee: a pick has the columns of a shard, its positions in the order of its rows.
 
 Rows of a cache as a student of another tokenizer reads them, columnar.
@@ -16,23 +16,33 @@ Rows of a shard as `kdcache.align` takes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from functools import cached_property
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.align import Alignment, CachedRow, TokenBytes, label_bytes
+from kdcache.align import CachedRow, TokenBytes, label_bytes
 from kdcache.cache import Cache
+from kdcache.cache.columns import (
+    Column,
+    Columns,
+    Nested,
+    Numbers,
+    Offsets,
+    first_of_rows,
+    offsets_of,
+)
 from kdcache.cache.shard import ShardData
 from kdcache.targets import SoftTargets
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE, TASKS, labelled
 
 
-@dataclass
-class AlignedRows:
+@dataclass(kw_only=True)
+class AlignedRows(Columns):
     """Rows as the student reads them, columnar.
 
     Attributes:
@@ -49,91 +59,31 @@ class AlignedRows:
         cut: int32 [rows], labels left out of each row, because it would be too long.
     """
 
-    offsets: np.ndarray
-    input_ids: np.ndarray
-    labels: np.ndarray
-    starts: np.ndarray | None
-    chunk_offsets: np.ndarray
-    chunks: np.ndarray
-    chunk_bytes: np.ndarray
-    lost: np.ndarray
-    cut: np.ndarray
-
-    @classmethod
-    def of(cls, rows: Sequence[Alignment]) -> AlignedRows:
-        """Gather rows."""
-        divided = [row.starts for row in rows if row.starts is not None]
-        chunks = [np.concatenate([row.teacher_spans, row.student_spans], 1) for row in rows]
-        return cls(
-            offsets_of([len(row.input_ids) for row in rows]),
-            _joined([row.input_ids for row in rows], np.int32),
-            _joined([row.labels for row in rows], np.int32),
-            _joined(divided, np.bool_) if divided else None,
-            offsets_of([len(row.teacher_spans) for row in rows]),
-            np.concatenate([np.zeros((0, 4)), *chunks]).astype(np.int32),
-            _joined([row.chunk_bytes for row in rows], np.int32),
-            np.array([row.lost for row in rows], np.int32),
-            np.array([row.cut for row in rows], np.int32),
-        )
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    offsets: Annotated[np.ndarray, Offsets("token", "input_ids")]
+    input_ids: Annotated[np.ndarray, Numbers("token", "input_ids")]
+    labels: Annotated[np.ndarray, Numbers("token", "labels")]
+    starts: Annotated[
+        np.ndarray | None,
+        Numbers("token", "starts", when=None, absent=first_of_rows, dtype="bool"),
+    ] = None
+    chunk_offsets: Annotated[np.ndarray, Offsets("chunk", "chunks")]
+    chunks: Annotated[np.ndarray, Numbers("chunk", "chunks", shape=(4,))]
+    chunk_bytes: Annotated[np.ndarray, Numbers("chunk", "chunk_bytes")]
+    lost: Annotated[np.ndarray, Numbers("row", "lost")]
+    cut: Annotated[np.ndarray, Numbers("row", "cut")]
 
     @property
     def positions(self) -> np.ndarray:
         """int64 [rows]: labels of each row."""
-        before = np.zeros(len(self.labels) + 1, np.int64)
-        np.cumsum(self.labels != IGNORE, out=before[1:])
-        return np.asarray(np.diff(before[self.offsets]))
+        return np.asarray(np.diff(offsets_of(self.labels != IGNORE)[self.offsets]))
 
     @property
     def bytes(self) -> int:
         """What they take in memory."""
-        columns = (getattr(self, field.name) for field in fields(self))
-        return sum(column.nbytes for column in columns if column is not None)
-
-    def take(self, row: int) -> AlignedRows:
-        """One row, as views."""
-        tokens = slice(self.offsets[row], self.offsets[row + 1])
-        chunks = slice(self.chunk_offsets[row], self.chunk_offsets[row + 1])
-        return AlignedRows(
-            self.offsets[row : row + 2] - self.offsets[row],
-            self.input_ids[tokens],
-            self.labels[tokens],
-            None if self.starts is None else self.starts[tokens],
-            self.chunk_offsets[row : row + 2] - self.chunk_offsets[row],
-            self.chunks[chunks],
-            self.chunk_bytes[chunks],
-            self.lost[row : row + 1],
-            self.cut[row : row + 1],
-        )
-
-    @classmethod
-    def concat(cls, parts: Sequence[AlignedRows]) -> AlignedRows:
-        """Join rows of one or several caches."""
-        divided = any(part.starts is not None for part in parts)
-        return cls(
-            offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
-            np.concatenate([part.input_ids for part in parts]),
-            np.concatenate([part.labels for part in parts]),
-            np.concatenate([part._starts for part in parts]) if divided else None,
-            offsets_of(np.concatenate([np.diff(part.chunk_offsets) for part in parts])),
-            np.concatenate([part.chunks for part in parts]),
-            np.concatenate([part.chunk_bytes for part in parts]),
-            np.concatenate([part.lost for part in parts]),
-            np.concatenate([part.cut for part in parts]),
-        )
-
-    @property
-    def _starts(self) -> np.ndarray:
-        if self.starts is not None:
-            return self.starts
-        starts = np.zeros(len(self.input_ids), np.bool_)
-        starts[self.offsets[:-1]] = True
-        return starts
+        return sum(values.nbytes for _, _, values in self.present())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AlignedShard(ShardData):
     """Rows of a cache beside the same rows as the student reads them.
 
@@ -141,7 +91,13 @@ class AlignedShard(ShardData):
         aligned: the same rows, in this order.
     """
 
-    aligned: AlignedRows | None = None
+    aligned: Annotated[AlignedRows | None, Nested("row", when=False)] = None
+
+    @classmethod
+    def of(cls, data: ShardData, aligned: AlignedRows) -> AlignedShard:
+        """Rows of a cache, and as the student reads them."""
+        known = {field.name: getattr(data, field.name) for field in fields(data)}
+        return cls(**known, aligned=aligned)
 
 
 def undivided(data: ShardData) -> ShardData:
@@ -150,17 +106,6 @@ def undivided(data: ShardData) -> ShardData:
     if isinstance(data, AlignedShard) and data.aligned is not None:
         changed["aligned"] = replace(data.aligned, starts=None)
     return replace(data, **changed)
-
-
-def offsets_of(sizes: Any) -> np.ndarray:
-    """int64 [n + 1]: the sum of the sizes before each, and of all."""
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
-
-
-def _joined(columns: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *columns]).astype(dtype)
 
 
 class RowKind(NamedTuple):
@@ -224,17 +169,6 @@ class TextChunks:
         return self
 
 
-@dataclass
-class TextShard(ShardData):
-    """Rows of a cache beside the text of their labels.
-
-    Attributes:
-        label_bytes: int64 [positions], bytes of text of each label, -1 of one that is no text.
-    """
-
-    label_bytes: npt.NDArray[np.int64] | None = None
-
-
 class RowsText:
     """The text of rows whose student has the caches' tokenizer."""
 
@@ -250,7 +184,7 @@ class RowsText:
         self._tokens = TokenBytes(cache.tokenizer(), "the cache's tokenizer")
 
     def label_bytes(self, cache: Cache, data: ShardData) -> npt.NDArray[np.int64]:
-        """What a `TextShard` has of a shard; caches of a stream may differ in what rows hold.
+        """`ShardData.label_bytes` of a shard; caches of a stream may differ in what rows hold.
 
         Args:
             cache: whose shard it is.
@@ -270,7 +204,7 @@ class RowsText:
         Args:
             data: rows of a batch, in order.
         """
-        sizes = data.label_bytes if isinstance(data, TextShard) else None
+        sizes = data.label_bytes
         assert sizes is not None, "a stream with text knows the bytes of all its labels"
         at = np.flatnonzero(sizes >= 0)
         known = None
@@ -279,126 +213,152 @@ class RowsText:
         return TextChunks(at, at + 1, sizes[at], known)
 
 
-Text = TypeVar("Text")
+Part = TypeVar("Part", bound=Columns)
 
 
-class ShardRows:
-    """Rows of some shards, numbered one shard after another.
+class RowPool(Generic[Part]):
+    """Rows of some parts, numbered one part after another, to be picked in any order.
 
     Attributes:
-        first: int64 [shards + 1], the number of each shard's first row.
-        positions: int64 [rows], what the loss of each row is a sum over; see `positions_of`.
+        parts: of one class.
+        first: int64 [parts + 1], the number of each part's first row.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[ShardData],
-        *,
-        soft: bool = True,
-        labels: bool = True,
-        aligned: Sequence[AlignedRows] | None = None,
-        label_bytes: Sequence[np.ndarray] | None = None,
-    ) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Number the rows; no column is copied."""
+        self.parts = parts
+        self.first = np.cumsum([0, *map(len, parts)])
+        self._columns: dict[str, tuple[Column, Any]] = {}
+        self._ends: dict[str, np.ndarray] = {}
+        for name, column in parts[0].columns().items():
+            values = [getattr(part, name) for part in parts]
+            there = sum(value is not None for value in values)
+            if there == len(parts) or (there and column.absent is not None):
+                pairs = zip(parts, values, strict=True)
+                self._add(name, column, [column.of_absent(p) if v is None else v for p, v in pairs])
+            else:
+                self._columns[name] = column, None
+
+    def _add(self, name: str, column: Column, values: list[Any]) -> None:
+        nested = isinstance(column, Nested)
+        self._columns[name] = column, RowPool(values) if nested else values
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def gather(self, rows: np.ndarray | None) -> dict[str, Any]:
+        """Columns of some rows, in the given order; repetition is fine.
+
+        Args:
+            rows: int64 [n], n being 1 or more; None for all.
+        """
+        picked = _Whole(self) if rows is None else _Picked(self, rows)
+        found: dict[str, Any] = {}
+        for name, (column, values) in self._columns.items():
+            if values is None:
+                found[name] = None
+            elif isinstance(values, RowPool):
+                found[name] = type(values.parts[0])(**values.gather(rows))
+            elif isinstance(column, Offsets):
+                found[name] = offsets_of(picked.sizes(column.axis))
+            else:
+                stretches = picked.stretches(column.axis)
+                found[name] = column.joined([values[part][a:b] for part, a, b in stretches])
+        return found
+
+    def ends(self, axis: str) -> np.ndarray:
+        """Where rows begin on an axis, part after part; each part has one end more than rows."""
+        if axis not in self._ends:
+            self._ends[axis] = np.concatenate([part.ends(axis) for part in self.parts])
+        return self._ends[axis]
+
+
+class _Whole:
+    """All rows of a pool."""
+
+    def __init__(self, pool: RowPool[Any]) -> None:
+        self._parts = pool.parts
+
+    def sizes(self, axis: str) -> np.ndarray:
+        """How many items of an axis each row has."""
+        return np.concatenate([np.diff(part.ends(axis)) for part in self._parts])
+
+    def stretches(self, axis: str) -> Iterable[tuple[int, int | None, int | None]]:
+        """Where these items are: part, begin, end."""
+        return ((part, None, None) for part in range(len(self._parts)))
+
+
+class _Picked:
+    """Some rows of a pool. Those that follow each other in a part are one stretch."""
+
+    def __init__(self, pool: RowPool[Any], rows: np.ndarray) -> None:
+        part = np.searchsorted(pool.first, rows, "right") - 1
+        self._pool, self._at = pool, rows + part  # where each row begins, among the ends of all
+        begins, stops = np.ones(len(rows), np.bool_), np.ones(len(rows), np.bool_)
+        begins[1:] = stops[:-1] = self._at[1:] != self._at[:-1] + 1
+        self._parts = part[begins].tolist()
+        self._begin, self._end = self._at[begins], self._at[stops] + 1
+        self._known: dict[str, list[tuple[int, int, int]]] = {}
+
+    def sizes(self, axis: str) -> np.ndarray:
+        """How many items of an axis each row has."""
+        ends = self._pool.ends(axis)
+        return np.asarray(ends[self._at + 1] - ends[self._at])
+
+    def stretches(self, axis: str) -> Iterable[tuple[int, int | None, int | None]]:
+        """Where these items are: part, begin, end."""
+        if axis not in self._known:
+            ends = self._pool.ends(axis)
+            bounds = ends[self._begin].tolist(), ends[self._end].tolist()
+            self._known[axis] = list(zip(self._parts, *bounds, strict=True))
+        return self._known[axis]
+
+
+class ShardRows(RowPool[ShardData]):
+    """Rows of some shards of one task and codec, in whatever order a pick has them."""
+
+    def __init__(self, parts: Sequence[ShardData], *, soft: bool = True) -> None:
         """Number the rows; no column is copied.
 
         Args:
             parts: shards of one task and codec.
             soft: False leaves the soft targets out of every pick.
-            labels: False leaves `label_logprob` out of every pick.
-            aligned: the rows of each shard as a student of another tokenizer reads them.
-            label_bytes: of each shard what its picks have of it as a `TextShard`.
         """
-        if soft:
-            alike = SoftTargets.alike([part.targets for part in parts])
-            parts = [
-                part if targets is part.targets else replace(part, targets=targets)
-                for part, targets in zip(parts, alike, strict=True)
-            ]
-        self._parts, self._soft, self._labels = parts, soft, labels
-        self.first = np.cumsum([0, *(len(part) for part in parts)])
-        self._aligned, self._label_bytes = aligned, label_bytes
-        self.positions = (
-            np.concatenate([positions_of(part, soft=soft) for part in parts])
-            if aligned is None
-            else np.concatenate([rows.positions for rows in aligned])
+        self._soft, self._codec = soft, SoftTargets.codec_of([part.targets for part in parts])
+        targets = (
+            SoftTargets.alike([part.targets for part in parts])
+            if soft
+            else [SoftTargets.empty(self._codec)] * len(parts)
         )
-        self._owner = np.repeat(np.arange(len(parts)), np.diff(self.first))
-        offsets = [
-            {"token": part.offsets, "row": np.arange(len(part) + 1)}
-            | ({} if part.source_offsets is None else {"source": part.source_offsets})
-            | (part.item_offsets if soft else {"position": part.position_offsets})
-            for part in parts
+        parts = [
+            part if mine is part.targets else replace(part, targets=mine)
+            for part, mine in zip(parts, targets, strict=True)
         ]
-        self._begin = {a: np.concatenate([o[a][:-1] for o in offsets]) for a in offsets[0]}
-        self._end = {a: np.concatenate([o[a][1:] for o in offsets]) for a in offsets[0]}
+        super().__init__(parts)
+        for column in self._codec.columns:
+            values = [part.targets.columns[column.name] for part in parts]
+            self._add(f"targets/{column.name}", Numbers(f"targets/{column.per}"), values)
 
-    def __len__(self) -> int:
-        return len(self._owner)
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """int64 [rows]: what the loss of each row is a sum over; see `positions_of`."""
+        return np.concatenate([positions_of(part, soft=self._soft) for part in self.parts])
 
-    def take(self, rows: np.ndarray) -> ShardData:
+    def take(self, rows: np.ndarray | None = None) -> ShardData:
         """Some rows, in the given order; repetition is fine.
 
         Args:
-            rows: int64 [n], n being 1 or more.
+            rows: int64 [n], n being 1 or more; None for all.
         """
-        owner = self._owner[rows].tolist()
-        runs = {
-            axis: list(zip(owner, begin[rows].tolist(), end[rows].tolist(), strict=True))
-            for (axis, begin), end in zip(self._begin.items(), self._end.values(), strict=True)
-        }
+        part, found = self.parts[0], self.gather(rows)
+        columns = {c.name: found.pop(f"targets/{c.name}") for c in self._codec.columns}
+        targets = SoftTargets(self._codec, columns, part.targets.rank_to_id)
+        return type(part)(task=part.task, targets=targets, **found)
 
-        def pick(columns: Sequence[np.ndarray], axis: str) -> np.ndarray:
-            return np.concatenate([columns[part][a:b] for part, a, b in runs[axis]])
 
-        def pick_texts(columns: Sequence[list[Text] | None], none: Text) -> list[Text] | None:
-            if all(column is None for column in columns):
-                return None
-            chosen = ((columns[part], row) for part, row, _ in runs["row"])
-            return [column[row] if column else none for column, row in chosen]
-
-        parts = self._parts
-        targets = SoftTargets.empty(SoftTargets.codec_of([part.targets for part in parts]))
-        if self._soft:
-            for column in targets.codec.columns:
-                targets.columns[column.name] = pick(
-                    [part.targets.columns[column.name] for part in parts], column.per
-                )
-            targets.rank_to_id = parts[0].targets.rank_to_id
-        typed = any(part.type_ids is not None for part in parts)
-        divided = any(part.starts is not None for part in parts)
-        kept = [part.label_logprob for part in parts if part.label_logprob is not None]
-        firsts = [part.first for part in parts if part.first is not None]
-        keeps = self._labels and len(kept) == len(parts)
-        sources = [part.source for part in parts if part.source is not None]
-        of_sources = None
-        if sources:
-            of_sources = np.cumsum([0, *(self._end["source"][rows] - self._begin["source"][rows])])
-        lengths = self._end["token"][rows] - self._begin["token"][rows]
-        data = ShardData(
-            task=parts[0].task,
-            offsets=np.concatenate([[0], np.cumsum(lengths)]),
-            input_ids=pick([part.input_ids for part in parts], "token"),
-            labels=pick(
-                [part.labels for part in parts],
-                "token" if TASKS[parts[0].task].per_token else "row",
-            ),
-            targets=targets,
-            type_ids=pick([types_of(part) for part in parts], "token") if typed else None,
-            texts=pick_texts([part.texts for part in parts], ""),
-            text_pairs=pick_texts([part.text_pairs for part in parts], ""),
-            label_logprob=pick(kept, "position") if keeps else None,
-            starts=pick([starts_of(part) for part in parts], "token") if divided else None,
-            words=pick_texts([part.words for part in parts], ()),
-            first=pick(firsts, "token") if firsts else None,
-            source=pick(sources, "source") if sources else None,
-            source_offsets=of_sources,
-        )
-        if self._label_bytes is not None:
-            return TextShard(**vars(data), label_bytes=pick(self._label_bytes, "position"))
-        if self._aligned is None:
-            return data
-        chosen = [self._aligned[part].take(row) for part, row, _ in runs["row"]]
-        return AlignedShard(**vars(data), aligned=AlignedRows.concat(chosen))
+def join(parts: Sequence[ShardData]) -> ShardData:
+    """One shard's worth of columns from several."""
+    return parts[0] if len(parts) == 1 else ShardRows(parts).take()
 
 
 def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
@@ -407,26 +367,11 @@ def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
     Returns:
         int64 [rows].
     """
+    if isinstance(data, AlignedShard) and data.aligned is not None:
+        return data.aligned.positions
     there = labelled(data.labels, data.task)
     if not TASKS[data.task].per_token:
         return np.ones(len(data), np.int64) if soft else there.astype(np.int64)
     if soft or TASKS[data.task].causal:
         return np.diff(data.position_offsets)
-    before = np.concatenate([[0], np.cumsum(there)])
-    return np.asarray(np.diff(before[data.offsets]))
-
-
-def types_of(data: ShardData) -> np.ndarray:
-    """uint8 [tokens]: sentence A or B, all A if the shard has no types."""
-    if data.type_ids is None:
-        return np.zeros(len(data.input_ids), np.uint8)
-    return data.type_ids
-
-
-def starts_of(data: ShardData) -> np.ndarray:
-    """bool [tokens]: where documents begin, at the first token of each row if it is not divided."""
-    if data.starts is not None:
-        return data.starts
-    starts = np.zeros(len(data.input_ids), np.bool_)
-    starts[data.offsets[:-1]] = True
-    return starts
+    return np.asarray(np.diff(offsets_of(there)[data.offsets]))

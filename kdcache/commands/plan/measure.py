@@ -244,8 +244,7 @@ class SamplePass:
             path,
             trial.codec,
             ranks=targets.rank_to_id,
-            label_logprob=self.labels,
-            starts=self.prepared.spec.apart,
+            kept=self.prepared.spec.kept,
         ).targets.at(trial.codec.temperatures[0])
         read = (time.perf_counter() - begin) / self.positions
         teacher = self.seconds / self.positions
