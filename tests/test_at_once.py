@@ -24,8 +24,9 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.options import ExportOptions
 from kdcache.commands.sweep.sweep import SWEEP_FILE
 from kdcache.commands.sweep.sweep import _read_manifest as read_sweep
+from kdcache.commands.train.folder import RESULT_FILE, SCRATCH
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.files import LOCK_FILE, alone, clear, filled_folder, write_json

@@ -44,12 +44,13 @@ from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
 from kdcache.commands.options import DemoOptions
+from kdcache.commands.run_folder import RunFolder
 from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError, installed
-from kdcache.files import alone, found_at, local_path, strange, try_place, write_json
+from kdcache.files import alone, local_path, try_place, write_json
 from kdcache.humanize import counted, duration, size
 from kdcache.plots import Curve, Level, plot_curves
 from kdcache.teacher import quiet_transformers
@@ -197,9 +198,8 @@ class _Demo:
         """
         wanted = {k: v for k, v in asdict(self.options).items() if k not in ("out", "workers")}
         wanted["characters"] = sum(map(len, self.train_texts + self.held_out_texts))
-        names = found_at(self.out)
-        if _STATE_FILE in names:
-            state: dict[str, Any] = json.loads((self.out / _STATE_FILE).read_text())
+        state = RunFolder(self.out, _STATE_FILE, "a demo").document()
+        if state is not None:
             then = state["options"]
             changed = [f"{k} {then.get(k)} -> {v}" for k, v in wanted.items() if then.get(k) != v]
             if changed:
@@ -208,8 +208,6 @@ class _Demo:
                     "Use the same ones to continue, or another --out."
                 )
             return state
-        if strange(names):
-            raise UsageError(f"{self.out} is not empty and not a demo. Choose another --out.")
         return {"options": wanted, "seconds": {}, "teacher_seconds": 0.0}
 
     def _save(self) -> None:

@@ -33,13 +33,13 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import files_of, label_names_of, labelled_rows
 from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_loss
 from kdcache.commands.interrupt import interruptible
+from kdcache.commands.run_folder import RunFolder
 from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import IncompleteError, UsageError, reason_of
 from kdcache.files import (
     alone,
     clear,
-    found_at,
     full_disk,
     local_path,
     sync_folder,
@@ -256,9 +256,8 @@ def _plain(options: FinetuneOptions) -> dict[str, Any]:
 
 
 def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
-    names = found_at(out)
-    if RESULT_FILE in names:
-        document = json.loads((out / RESULT_FILE).read_text())
+    document = RunFolder(out, RESULT_FILE, "a teacher of kdcache finetune").document()
+    if document is not None:
         now, then = _plain(options), document["options"]
         changed = [
             f"{name}: {then.get(name)} -> {value}"
@@ -280,10 +279,6 @@ def _finished(options: FinetuneOptions, out: Path) -> FinetuneResult | None:
         result = {**document["result"], "out": str(out), "made": False}
         result["label_names"] = tuple(result["label_names"])
         return FinetuneResult(**result)
-    if names:
-        raise UsageError(
-            f"{out} exists and was not made by kdcache finetune. Choose another --out."
-        )
     return None
 
 

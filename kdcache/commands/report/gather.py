@@ -24,7 +24,7 @@ from kdcache.commands.finetune.finetune import RESULT_FILE as TEACHER_FILE
 from kdcache.commands.inspect import InspectResult, RowView, default_temperature, inspect
 from kdcache.commands.options import InspectOptions, ReportOptions
 from kdcache.commands.train.callbacks import METRICS_FILE, read_metrics
-from kdcache.commands.train.prepare import RESULT_FILE
+from kdcache.commands.train.folder import RESULT_FILE
 from kdcache.errors import UsageError
 from kdcache.files import local_path
 from kdcache.storage import open_storage, redact

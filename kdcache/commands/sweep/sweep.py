@@ -13,7 +13,6 @@ their last checkpoint, and a changed grid only adds runs. A failed run does not 
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.options import SweepOptions
+from kdcache.commands.run_folder import RunFolder
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
 from kdcache.commands.sweep.pool import LocalPool, Pool, RayPool, Tick
 from kdcache.commands.sweep.results import SEED, RunScore, SweepResult, plot_sweep, teacher_figures
@@ -34,7 +34,7 @@ from kdcache.commands.train.result import LOSS_PARTS, TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
-from kdcache.files import alone, found_at, inner, local_path, strange, try_place, write_json
+from kdcache.files import alone, inner, local_path, try_place, write_json
 from kdcache.options import options_of
 from kdcache.version import __version__
 
@@ -292,12 +292,8 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder is not a sweep's.
     """
-    names = found_at(out)
-    if SWEEP_FILE in names:
-        return dict(json.loads((out / SWEEP_FILE).read_text())["runs"])
-    if strange(names, (_RUNS,)):
-        raise UsageError(f"{out} is not empty and not a sweep of kdcache. Choose another --out.")
-    return {}
+    document = RunFolder(out, SWEEP_FILE, "a sweep of kdcache", (_RUNS,)).document()
+    return {} if document is None else dict(document["runs"])
 
 
 def _score(run: GridRun, result: TrainResult) -> RunScore:

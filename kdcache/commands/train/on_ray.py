@@ -37,22 +37,20 @@ from kdcache.cluster import (
     reason,
     share_of_cpus,
 )
-from kdcache.commands.train.callbacks import parse_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import RunPlan
+from kdcache.commands.train.prepare import RunPlan, train_folder
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.together import SharedError, train_in_group
 from kdcache.errors import IncompleteError, KdcacheError, UsageError, needs
-from kdcache.files import no_space, write_text
-from kdcache.storage import is_remote, open_storage
+from kdcache.files import no_space
+from kdcache.storage import is_remote
 
 logger = logging.getLogger(__name__)
 
-_RAY, _WRONG, _FAILURES = ".ray", "wrong.txt", "failures.txt"
+_WRONG, _FAILURES = "wrong.txt", "failures.txt"
 _GROW_EVERY = 300.0  # seconds between two looks for room for more: growing costs the last steps
 _ANSWER_SECONDS = 5.0  # that the controller may take to say what it does
 _LOOK_EVERY = 0.5
-_ASK_EVERY = 10.0  # seconds between two looks into an object store
 _ABORT_SECONDS = 30.0
 _WAKE_EVERY = 10.0
 _END_SECONDS = 60.0  # that a command may take to end once its own Ray is lost
@@ -86,9 +84,8 @@ def train_on_ray(
 
     plan, follower = RunPlan.make(options), None
     fewest, most = options.workers
-    where = {"out": str(plan.out)} if plan.store is None else {}
-    # Ray's own notes: not in a folder that a worker removes at the end.
-    own = plan.out / _RAY if plan.store is None else plan.out.parent / _RAY
+    where = {} if is_remote(options.out) else {"out": str(plan.out)}
+    own = plan.folder.ray
     owns = connect(options.address)
     here = owns and cluster_address(options.address) is None
     grows = cluster_address(options.address) is not None
@@ -113,13 +110,12 @@ def train_on_ray(
                 with open(own / _FAILURES, "a") as file:
                     file.write(reason(first) + "\n")
 
-        if plan.store is not None:
-            plan.store.claim()
+        plan.folder.claim()
         trainer = Trainer(
             _work,
             train_loop_config={
                 "options": {**options.to_dict(), **where, "gpus_per_worker": need.gpus},
-                "owner": "" if plan.store is None else plan.store.owner,
+                "owner": plan.folder.owner,
                 "need": need,
                 "folder": str(Path.cwd()),
             },
@@ -177,7 +173,7 @@ def train_on_ray(
             ) from error
         finally:
             follower.stop()
-            wrong = _read_wrong(plan)
+            wrong = plan.folder.take_note(_WRONG)  # of why the workers cannot train
             shutil.rmtree(own, ignore_errors=True)
     finally:
         if owns:
@@ -188,7 +184,7 @@ def train_on_ray(
             follower.ended()
     if wrong:
         raise UsageError(wrong)
-    document = plan.result()
+    document = plan.folder.result()
     assert document is not None, "the workers have finished"
     return TrainResult(**document["result"])
 
@@ -286,18 +282,7 @@ def _work(config: dict[str, Any]) -> None:
     except SharedError as shared:
         if distributed.get_rank() == 0:
             # Not raised: Ray would try again, and the same mistake would be the outcome.
-            if is_remote(options.out):
-                open_storage(options.out).write(f"{_RAY}/{_WRONG}", str(shared).encode())
-            else:
-                write_text(Path(options.out, _RAY, _WRONG), str(shared))
-
-
-def _read_wrong(plan: RunPlan) -> str:
-    """Why the workers cannot train, as the first one has written it; empty if they could."""
-    if plan.store is not None:
-        return plan.store.take(f"{_RAY}/{_WRONG}")
-    told = plan.out / _RAY / _WRONG
-    return told.read_text() if told.is_file() else ""
+            train_folder(options.out).note(_WRONG, str(shared))
 
 
 class _Waiting:
@@ -419,13 +404,10 @@ class _Follower:
     def _look(self) -> None:
         if self._on_progress is None:
             return
-        if self._plan.store is None:
-            lines = read_metrics(self._plan.out)
-        elif time.monotonic() < self._next and not self._done.is_set():
+        if time.monotonic() < self._next and not self._done.is_set():
             return
-        else:
-            self._next = time.monotonic() + _ASK_EVERY
-            lines = parse_metrics(self._plan.store.read_metrics())
+        self._next = time.monotonic() + self._plan.folder.ask_every
+        lines = self._plan.folder.read_metrics()
         told = min(self._told, len(lines))  # workers that restart cut lines off
         self._told = len(lines)
         for logs in lines[told:]:

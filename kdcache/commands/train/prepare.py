@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache import Cache
-from kdcache.commands.train.callbacks import METRICS_FILE, wrong_trackers
+from kdcache.commands.train.callbacks import wrong_trackers
+from kdcache.commands.train.folder import TrainFolder
 from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.result import TrainResult
-from kdcache.commands.train.store import RunStore
 from kdcache.errors import UsageError
-from kdcache.files import listed, local_path, strange
+from kdcache.files import local_path
 from kdcache.loss import check_loss
 from kdcache.loss.metrics import are_entities
 from kdcache.pretrained import UnreadableError, read_tokenizer
@@ -28,13 +28,7 @@ from kdcache.storage import is_remote
 from kdcache.stream import CrossTokenizer, TargetStream, check_caches, open_caches
 from kdcache.stream.checks import unlike
 from kdcache.student.begin import files_sha256
-from kdcache.student.checkpoints import (
-    check_identity,
-    continues,
-    continues_from,
-    last_checkpoint,
-    read_state,
-)
+from kdcache.student.checkpoints import check_identity, last_checkpoint, read_state
 from kdcache.student.figures import FIGURES, figure_of
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import SoftTargets
@@ -119,10 +113,7 @@ def cross_tokenizer(options: TrainOptions, cache: Cache, tokenizer: Any) -> Cros
     )
 
 
-RESULT_FILE = "train.json"
 _AUTO = "--resume auto"
-SCRATCH = "student.tmp"
-_OURS = ("checkpoint-*", METRICS_FILE, "runs", ".ray")
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ class RunPlan:
     options: TrainOptions
     caches: list[Cache]
     eval_caches: list[Cache]
-    store: RunStore | None = None
+    folder: TrainFolder
 
     @classmethod
     def make(
@@ -148,7 +139,7 @@ class RunPlan:
             UsageError: lists everything that is wrong.
             IncompleteError: a cache's build is unfinished.
         """
-        store = RunStore(options.out) if is_remote(options.out) else None
+        folder = train_folder(options.out)
         caches = opened(options.cache)
         eval_caches = opened(options.eval_cache) if options.eval_cache else []
         first, problems = caches[0], wrong_trackers(options.report_to)
@@ -195,17 +186,17 @@ class RunPlan:
         if task.answers == "score":
             temperatures = []  # which it has not, as the loss has said
         check_caches(caches, temperatures, problems, beside=eval_caches)
-        return cls(options, caches, eval_caches, store)
+        return cls(options, caches, eval_caches, folder)
 
     @property
     def out(self) -> Path:
         """Folder of the run; of one in an object store, where this machine works on it."""
-        return local_path(self.options.out) if self.store is None else self.store.folder
+        return self.folder.path
 
     @property
     def shown(self) -> str:
         """The run's folder, for people."""
-        return str(self.out) if self.store is None else self.store.shown
+        return self.folder.shown
 
     @property
     def steps(self) -> int:
@@ -262,7 +253,7 @@ class RunPlan:
         if self.options.streams is not None:
             return self.options.streams
         begun: dict[str, Any] = {}
-        if (document := self.result()) is not None:
+        if (document := self.folder.result()) is not None:
             begun = document.get("identity", {})
         elif (checkpoint := self.checkpoint()) is not None:
             begun = read_state(checkpoint)["identity"]
@@ -282,34 +273,15 @@ class RunPlan:
         Raises:
             UsageError: the folder holds a finished run with other options, or something else.
         """
-        document = self.result()
-        if document is not None:
-            if self.store is None and not any(
-                (self.out / name).is_file() for name in ("config.json", ADAPTER_CONFIG)
-            ):
-                raise UsageError(
-                    f"{self.out} is a run of an earlier version of kdcache. Choose another --out."
-                )
-            check_identity(document, self.finished_identity, f"the finished run in {self.shown}")
-            return TrainResult(**{**document["result"], "out": self.shown, "made": False})
-        if self.store is None and self.out.is_file():
-            raise UsageError(f"{self.out} is a file. Choose another --out.")
-        if self._is_strange():
+        document = self.folder.document()
+        if document is None:
+            return None
+        if not {"config.json", ADAPTER_CONFIG} & self.folder.names():
             raise UsageError(
-                f"{self.shown} is not empty and not a run of kdcache. Choose another --out."
+                f"{self.shown} is a run of an earlier version of kdcache. Choose another --out."
             )
-        return None
-
-    def _is_strange(self) -> bool:
-        """Whether the folder holds what no run writes, and no run."""
-        # Looked at once: another process may begin a run meanwhile, give it up, or finish it.
-        names = listed(self.out) if self.store is None else {*self.store.entries()}
-        if not strange(names, _OURS) or RESULT_FILE in names:
-            return False
-        if self.store is not None:
-            return not any(name.startswith("checkpoint-") for name in names)
-        # A run that was killed while its model's files moved has some of them.
-        return SCRATCH not in names and last_checkpoint(self.out) is None
+        check_identity(document, self.finished_identity, f"the finished run in {self.shown}")
+        return TrainResult(**{**document["result"], "out": self.shown, "made": False})
 
     def announce(self, report: Callable[[str], None]) -> None:
         """Report the checkpoint that the run continues from, and labels that it will not find."""
@@ -324,13 +296,6 @@ class RunPlan:
             step = read_state(resume)["cursor"]["step"]
             report(f"resuming from {resume}: step {step:,} of {self.steps:,}")
 
-    def result(self) -> dict[str, Any] | None:
-        """`train.json`; None where the run is not finished."""
-        if self.store is not None:
-            return self.store.document(RESULT_FILE)
-        path = self.out / RESULT_FILE
-        return dict(json.loads(path.read_text())) if path.is_file() else None
-
     def begin(self, owner: str = "") -> None:
         """In the process that writes the folder, once it is locked: own a run in an object store,
         and bring what it resumes from.
@@ -338,9 +303,8 @@ class RunPlan:
         Args:
             owner: of a run that the caller of this process owns.
         """
-        if self.store is not None:
-            self.store.claim(owner)
-            self.store.bring()
+        self.folder.claim(owner)
+        self.folder.bring()
 
     def checkpoint(self) -> Path | None:
         """Where to resume.
@@ -369,14 +333,24 @@ class RunPlan:
         """How to resume a stopped run, and from where."""
         if options.resume not in ("auto", "never"):
             return f"The same command starts again at {options.resume}."
-        if is_remote(options.out):
-            text = continues_from(RunStore(options.out).last())
-        else:
-            text = continues(local_path(options.out))
-        if "no checkpoint" in text:
-            often = "--save-steps, or --eval-steps with an --eval-cache, takes them more often."
-            return f"{text} {often}"
+        text = train_folder(options.out).continues()
         return text if options.resume == "auto" else text.replace("The same command", _AUTO)
+
+
+def train_folder(out: str) -> TrainFolder:
+    """The folder of a run.
+
+    Args:
+        out: path or URL.
+
+    Raises:
+        UsageError: a URL that cannot be opened.
+    """
+    if not is_remote(out):
+        return TrainFolder(local_path(out))
+    from kdcache.commands.train.store import RunStore
+
+    return RunStore(out)
 
 
 def steps_of(options: TrainOptions, stream: TargetStream) -> int:

@@ -27,7 +27,8 @@ from transformers import TrainerState
 from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.commands.train.callbacks import cut_metrics, seconds_before
 from kdcache.commands.train.card import CARD_FILE, model_card
-from kdcache.commands.train.prepare import RESULT_FILE, SCRATCH, RunPlan
+from kdcache.commands.train.folder import RESULT_FILE, SCRATCH
+from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
 from kdcache.commands.train.student import (
     check_lengths,
@@ -145,11 +146,9 @@ class Run:
             warn_of_one_answer(student.task, np.concatenate(every), result.eval, **how)
         with quiet_transformers():
             _save(plan, trainer, self.tokenize, result)
-        if plan.store is not None:
-            if trainer.is_world_process_zero():
-                plan.store.finish(last=RESULT_FILE)
-            trainer.accelerator.wait_for_everyone()
-            plan.store.clear()
+        if trainer.is_world_process_zero():
+            plan.folder.finish()
+        plan.folder.clear()
         return result
 
 

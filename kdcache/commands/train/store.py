@@ -20,7 +20,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from typing import Any
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdcache.commands.train.callbacks import METRICS_FILE
+from kdcache.commands.train.callbacks import METRICS_FILE, parse_metrics
+from kdcache.commands.train.folder import RAY, RESULT_FILE, TrainFolder
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.files import LOCK_FILE, inner, write_json, write_text
 from kdcache.storage import redact, sha256_file
@@ -49,8 +50,10 @@ _LOGS = "runs"  # of TensorBoard
 _METRICS_EVERY = 30.0  # seconds between two uploads of what was logged since
 
 
-class RunStore:
+class RunStore(TrainFolder):
     """A run's folder in an object store, and the folder in which this machine works on it."""
+
+    ask_every = 10.0
 
     def __init__(self, url: str) -> None:
         """Find the store; sends no request yet.
@@ -62,61 +65,75 @@ class RunStore:
             UsageError: a URL that cannot be opened.
         """
         self.url = url.rstrip("/")
-        self.shown = redact(self.url)
-        self.owner = ""
         self._storage = RemoteStorage(self.url)
         disk = DiskCache.of_environment().folder
         key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.folder = disk.with_name(f"{disk.name}-runs") / key / self.url.rsplit("/", 1)[-1]
+        super().__init__(disk.with_name(f"{disk.name}-runs") / key / self.url.rsplit("/", 1)[-1])
+        self.ray = self.path.parent / RAY
 
     # What is there
 
-    def entries(self) -> list[str]:
-        """Names of the files and folders at the top."""
-        return [name for name in self._storage.entries() if name != _OWNER]
+    @property
+    def shown(self) -> str:
+        """See `TrainFolder.shown`."""
+        return redact(self.url)
 
-    def document(self, name: str) -> dict[str, Any] | None:
-        """A JSON file; None where there is none."""
-        try:
-            return dict(json.loads(self._storage.read(name)))
-        except FileNotFoundError:
-            return None
+    def names(self) -> set[str]:
+        """See `TrainFolder.names`."""
+        return {*self._storage.entries()} - {_OWNER}
 
-    def take(self, name: str) -> str:
-        """Read a small text and remove it; empty where there is none."""
-        try:
-            text = self._storage.read(name).decode()
-        except FileNotFoundError:
-            return ""
-        self._storage.remove(name)
+    def result(self) -> dict[str, Any] | None:
+        """See `TrainFolder.result`."""
+        return self._json(RESULT_FILE)
+
+    def _is_strange(self, names: Set[str]) -> bool:
+        begun = any(name.startswith("checkpoint-") for name in names)
+        return super()._is_strange(names) and not begun
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """See `TrainFolder.read_metrics`."""
+        return parse_metrics(self._text(METRICS_FILE))
+
+    def note(self, name: str, text: str) -> None:
+        """See `TrainFolder.note`."""
+        self._storage.write(f"{RAY}/{name}", text.encode())
+
+    def take_note(self, name: str) -> str:
+        """See `TrainFolder.take_note`."""
+        text = self._text(f"{RAY}/{name}")
+        self._storage.remove(f"{RAY}/{name}")
         return text
 
-    def read_metrics(self) -> str:
-        """The log, as far as it was uploaded."""
+    def _text(self, name: str) -> str:
+        """A small file; empty where there is none."""
         try:
-            return self._storage.read(METRICS_FILE).decode()
+            return self._storage.read(name).decode()
         except FileNotFoundError:
             return ""
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        text = self._text(name)
+        return dict(json.loads(text)) if text else None
 
     def steps(self) -> dict[int, dict[str, Any]]:
         """Steps and seals of the whole checkpoints."""
         found = {}
         for name in self._storage.entries():
             if name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal():
-                seal, sizes = self.document(f"{name}/{STATE_FILE}"), self._storage.tree(name)
+                seal, sizes = self._json(f"{name}/{STATE_FILE}"), self._storage.tree(name)
                 if seal is not None and all(sizes.get(n) == b for n, b in seal["files"].items()):
                     found[step_of(Path(name))] = seal
         return found
 
     def last(self) -> str | None:
-        """Address of the last whole checkpoint, without credentials."""
+        """See `TrainFolder.last`."""
         steps = self.steps()
         return f"{self.shown}/{checkpoint_name(max(steps))}" if steps else None
 
     # Ownership
 
     def claim(self, owner: str = "") -> None:
-        """Become the training that owns the run, or a process of the one that does."""
+        """See `TrainFolder.claim`."""
         self.owner = owner or uuid.uuid4().hex
         if owner:
             self.check_claim()
@@ -129,7 +146,7 @@ class RunStore:
         Raises:
             UsageError: another training has begun since.
         """
-        owner = (self.document(_OWNER) or {}).get("id")
+        owner = (self._json(_OWNER) or {}).get("id")
         if owner != self.owner:
             raise UsageError(
                 f"another training has begun in {self.shown} and continues the run: this one ends. "
@@ -152,24 +169,24 @@ class RunStore:
                 wanted = {max(steps), *({best} & steps.keys())}
                 for step in sorted(wanted):
                     self._fetch(step, steps[step])
-            for folder in checkpoints(self.folder):
+            for folder in checkpoints(self.path):
                 if step_of(folder) not in wanted:
                     shutil.rmtree(folder)
-            for path in self.folder.iterdir():
+            for path in self.path.iterdir():
                 if path.is_file() and path.name != LOCK_FILE:
                     path.unlink()
-            if text := self.read_metrics():
-                write_text(self.folder / METRICS_FILE, text)
+            if text := self._text(METRICS_FILE):
+                write_text(self.path / METRICS_FILE, text)
 
     def bring_checkpoint(self, step: int) -> None:
-        """Bring a checkpoint to this machine, unless it is there."""
+        """See `TrainFolder.bring_checkpoint`."""
         with self._turn():
             self._fetch(step, self.steps()[step])
 
     def _fetch(self, step: int, seal: dict[str, Any]) -> Path:
         """A checkpoint on this machine's disk; nothing is downloaded where it is there."""
         name = checkpoint_name(step)
-        folder = self.folder / name
+        folder = self.path / name
         here = folder / STATE_FILE
         if here.is_file() and json.loads(here.read_text()) == seal and is_whole(folder):
             return folder
@@ -189,8 +206,8 @@ class RunStore:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(self.folder.parent / LOCK_FILE, "ab") as file:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self.path.parent / LOCK_FILE, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -200,17 +217,17 @@ class RunStore:
         """Upload a sealed checkpoint, then remove those that this machine has no longer."""
         self.check_claim()
         name = checkpoint_name(step)
-        seal = json.loads((self.folder / name / STATE_FILE).read_text())
+        seal = json.loads((self.path / name / STATE_FILE).read_text())
         self._storage.remove(f"{name}/{STATE_FILE}")  # of a sitting that was killed
         sums = {file: self._upload(f"{name}/{file}") for file in seal["files"]}
         others = self._storage.tree(name)  # of workers on other machines
         seal["files"] = {**{n: b for n, b in others.items() if n not in sums}, **seal["files"]}
         document = {**seal, "sha256": sums}
-        write_json(self.folder / name / STATE_FILE, document)
+        write_json(self.path / name / STATE_FILE, document)
         self.check_claim()
         self._upload(f"{name}/{STATE_FILE}")
         self.upload_log()
-        kept = {path.name for path in checkpoints(self.folder)}
+        kept = {path.name for path in checkpoints(self.path)}
         for entry in self._storage.entries():
             if entry.startswith("checkpoint-") and entry not in kept:
                 self._storage.remove(f"{entry}/{STATE_FILE}")
@@ -220,42 +237,44 @@ class RunStore:
     def upload_own(self, step: int) -> None:
         """Upload what a worker on another machine than the first one's has of a checkpoint."""
         name = checkpoint_name(step)
-        if (self.folder / name / STATE_FILE).is_file() or not (self.folder / name).is_dir():
+        if (self.path / name / STATE_FILE).is_file() or not (self.path / name).is_dir():
             return
-        for path in (self.folder / name).rglob("*"):
+        for path in (self.path / name).rglob("*"):
             if path.is_file():
-                self._upload(f"{name}/{path.relative_to(self.folder / name)}")
-        shutil.rmtree(self.folder / name)
+                self._upload(f"{name}/{path.relative_to(self.path / name)}")
+        shutil.rmtree(self.path / name)
 
     def upload_log(self) -> None:
         """Upload `metrics.jsonl` and the logs of trackers."""
-        logs = [self.folder / METRICS_FILE, *(self.folder / _LOGS).rglob("*")]
+        logs = [self.path / METRICS_FILE, *(self.path / _LOGS).rglob("*")]
         for path in logs:
             if path.is_file():
-                self._upload(str(path.relative_to(self.folder)))
+                self._upload(str(path.relative_to(self.path)))
 
-    def finish(self, last: str) -> None:
-        """Upload the finished student.
+    def callbacks(self) -> list[TrainerCallback]:
+        """See `TrainFolder.callbacks`."""
+        return [StoreCallback(self)]
 
-        Args:
-            last: name of the file that is uploaded last.
-        """
+    def finish(self) -> None:
+        """See `TrainFolder.finish`."""
         self.check_claim()
         self.upload_log()
-        names = {path.name for path in self.folder.iterdir() if path.is_file()}
-        for name in sorted(names - {LOCK_FILE, METRICS_FILE, last}):
+        names = {path.name for path in self.path.iterdir() if path.is_file()}
+        for name in sorted(names - {LOCK_FILE, METRICS_FILE, RESULT_FILE}):
             self._upload(name)
-        self._upload(last)
+        self._upload(RESULT_FILE)
         self._storage.remove(_OWNER)
 
     def clear(self) -> None:
-        """Remove the folder of this machine."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """See `TrainFolder.clear`; all processes are done with it then."""
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _upload(self, name: str) -> str:
         """Upload one file; its SHA-256."""
-        self._storage.upload(name, self.folder / name)
-        return sha256_file(self.folder / name)
+        self._storage.upload(name, self.path / name)
+        return sha256_file(self.path / name)
 
 
 class StoreCallback(TrainerCallback):  # type: ignore[misc]

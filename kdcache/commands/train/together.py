@@ -91,8 +91,8 @@ def train_in_group(
         with _shared() as share:
             if not first:
                 finished = plan.finished()
-            if finished is None and plan.store is not None:
-                plan.store.bring()
+            if finished is None:
+                plan.folder.bring()
             facts = {**options.shown(), **_facts(plan), "finished": finished is not None}
         share(facts)
         if finished is not None:

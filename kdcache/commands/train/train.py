@@ -12,6 +12,7 @@ from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import alone, full_disk
+from kdcache.storage import is_remote
 
 
 def train(
@@ -75,7 +76,7 @@ def train_one(
         if options.workers[1] > 1:
             from kdcache.commands.train.on_ray import train_on_ray
 
-            if plan.store is None:
+            if not is_remote(options.out):
                 plan.announce(report)  # errors of its checkpoint are reported before workers start
             report(f"starting {options.num_workers} workers on Ray")
             return train_on_ray(options, on_progress)

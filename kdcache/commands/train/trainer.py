@@ -23,7 +23,6 @@ from kdcache.commands.train.callbacks import (
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, steps_of
 from kdcache.commands.train.result import TrainProgress
-from kdcache.commands.train.store import StoreCallback
 from kdcache.errors import UsageError
 from kdcache.stream import CrossTokenizer, TargetStream
 from kdcache.stream.shard_rows import RowsText, TextChunks
@@ -65,6 +64,7 @@ def make_trainer(
         StopOnSignal(),
         MetricsCallback(plan.out, on_progress),
         SlowSteps(report),
+        *plan.folder.callbacks(),
     ]
     asked = {*options.report_to}
     trackers = sorted(asked - {"auto", "none", "tensorboard", "wandb"})
@@ -72,8 +72,6 @@ def make_trainer(
         callbacks.append(PlainTensorBoard())
     if "wandb" in asked:
         callbacks.append(OwnWandb())
-    if plan.store is not None:
-        callbacks.append(StoreCallback(plan.store))
     if options.patience is not None:
         callbacks.append(Patience(options.patience))
     arguments = TrainingArguments(
@@ -122,8 +120,7 @@ def make_trainer(
         else lambda step: options.alphas.at(step, steps),
         identity=plan.identity,
     )
-    if plan.store is not None:
-        trainer.bring_checkpoint = plan.store.bring_checkpoint
+    trainer.bring_checkpoint = plan.folder.bring_checkpoint
     return trainer
 
 
