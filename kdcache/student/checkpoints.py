@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdcache.errors import UsageError
 from kdcache.files import discard, read_seal, seal
+from kdcache.targets import check_finite
 
 STATE_FILE = "kdcache_state.json"
 _PREFIX = "checkpoint-"
@@ -134,8 +138,51 @@ def better(line: Mapping[str, Any], args: TrainingArguments, state: TrainerState
     return rank(line) > (rank(best[0]) if best else (-math.inf, 0.0))
 
 
+_NAMES = 1 << 20  # more than a model has parameters
+
+
+class Watch:
+    """Finds the first step whose loss or gradients are not finite; the host never waits for it.
+
+    Cost: a pass over the gradients a step, in a few launches.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin with a step that is good."""
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._names: list[str] = []
+
+    def look(self, step: int, loss: Tensor, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take note of a step.
+
+        Args:
+            step: its number, from 1.
+            loss: of its last batch.
+            parameters: names and parameters, with the gradients of the whole step.
+        """
+        grads = {name: p.grad for name, p in parameters if p.grad is not None}
+        local = {name: getattr(g, "_local_tensor", g) for name, g in grads.items()}
+        local = {name: g for name, g in local.items() if g.numel()}  # a shard may have nothing
+        self._names = ["", *local]
+        sizes = [loss.detach(), *torch._foreach_norm(list(local.values()), math.inf)]
+        flags = torch.stack([size.to(loss.device, torch.float32) for size in sizes]).isfinite()
+        index = check_finite(flags)
+        new = (index >= 0) & (self._first < 0)
+        self._first = torch.where(new, index + step * _NAMES, self._first)
+
+    def found(self, gather: Callable[[Tensor], Tensor]) -> tuple[int, str] | None:
+        """The step and the name of its first parameter, empty if the loss is not finite either;
+        None where all is well. The host waits.
+
+        Args:
+            gather: the values of all processes, from those of this one.
+        """
+        bad = [one for one in gather(self._first[None]).tolist() if one >= 0]
+        return (min(bad) // _NAMES, self._names[min(bad) % _NAMES]) if bad else None
+
+
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]
-    """The HF Trainer with checkpoints that are whole or not there.
+    """The HF Trainer with checkpoints that are whole or not there, and whose weights are finite.
 
     Attributes:
         bring_checkpoint: brings the checkpoint of a step to this machine, where it may be missing.
@@ -147,6 +194,44 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         """As the Trainer."""
         super().__init__(*args, **kwargs)
         self.add_callback(_FolderCallback(self))
+        self._watch = Watch(self.args.device)
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer; the scaler of fp16 finds overflowing gradients and skips their step."""
+        loss: Tensor = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            self._watch.look(self.state.global_step + 1, loss, model.named_parameters())
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer, of a training that goes well."""
+        self._check_finite()
+        super().log(logs, *args, **kwargs)
+
+    def rows_of(self, step: int) -> str:
+        """Which rows a step was of, for messages; for subclasses."""
+        return ""
+
+    def _check_finite(self) -> None:
+        """End a training whose loss or gradients were not finite.
+
+        Raises:
+            UsageError: names the step, its rows, and the first parameter.
+        """
+        found = self._watch.found(self.accelerator.gather)
+        if found is None:
+            return
+        step, name = found
+        name = re.sub(r"^(module\.|_orig_mod\.|student\.)+", "", name)
+        good = last_checkpoint(Path(self.args.output_dir))
+        raise UsageError(
+            f"training diverged at step {step}{self.rows_of(step)}: "
+            + (f"the gradient of {name}" if name else "the loss")
+            + " is not finite. Nothing was saved after it; "
+            + (f"{good} is whole. " if good else "no checkpoint was taken before. ")
+            + "Use another --out with a lower --learning-rate, or --precision float32; where it is "
+            "at the first steps already, --batch-size 1 or another model."
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not Path(checkpoint, "scheduler.pt").is_file():
@@ -175,6 +260,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_finite()
         out = Path(self._get_output_dir(trial=trial))
         folder = out / checkpoint_name(self.state.global_step)
         if self.args.should_save:
@@ -227,6 +313,7 @@ class _FolderCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self._trainer._watch = Watch(args.device)
         if not (args.load_best_model_at_end and state.best_global_step):
             return
         here = Path(args.output_dir, checkpoint_name(state.best_global_step))

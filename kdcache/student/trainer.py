@@ -265,6 +265,16 @@ class DistillationTrainer(CheckpointingTrainer):
             if self._loader is not None:
                 self._loader.close()
 
+    def rows_of(self, step: int) -> str:
+        """Which rows of its epoch a step was of, in the order of the stream."""
+        if not self.streams:
+            return ""
+        stream = self.train_dataset
+        epoch, first = divmod(step - 1, stream.steps)
+        first *= stream.batch_size
+        last = min(first + stream.batch_size, stream.rows)
+        return f" (rows {first + 1:,} to {last:,} of epoch {epoch + 1})"
+
     def run_facts(self) -> dict[str, Any]:
         """What trackers record of the distillation, by name."""
         stream = self._place(self.train_dataset, self.args.gradient_accumulation_steps)

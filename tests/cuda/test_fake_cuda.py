@@ -17,6 +17,7 @@ from kdcache.loss import Anchor, fused, fused_linear_distillation
 from kdcache.rows import Row
 from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
+from kdcache.student.checkpoints import Watch
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_places
 from kdcache.targets import (
@@ -365,3 +366,16 @@ def test_a_wait_is_noticed() -> None:
     assert "index by a mask" in kinds
     assert "copy cuda -> cpu" in kinds
     assert "item" in kinds
+
+
+def test_whether_gradients_are_finite_is_found_without_a_wait() -> None:
+    with fake_cuda(), every_wait_is_seen():
+        model = fake_llama(64, BFLOAT16)
+        watch = Watch(torch.device("cuda"))
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        loss = torch.ones((), device="cuda")
+        with Waits() as waits:
+            for step in range(2):
+                watch.look(step, loss, model.named_parameters())
+    assert waits.found == []
