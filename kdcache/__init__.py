@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation
     from kdcache.stream import Collator, CrossTokenizer, SumOverRanks, TargetDataset, TargetStream
-    from kdcache.stream.shard_rows import cached_rows
+    from kdcache.stream.text import cached_rows
     from kdcache.student import DistilledStudent, load_student
     from kdcache.student.trainer import DistillationTrainer
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
@@ -83,7 +83,7 @@ _HOMES = {  # of public names, beside those of commands
     "kdcache.stream": (
         *("Collator", "CrossTokenizer", "SumOverRanks", "TargetDataset", "TargetStream"),
     ),
-    "kdcache.stream.shard_rows": ("cached_rows",),
+    "kdcache.stream.text": ("cached_rows",),
     "kdcache.student": ("DistilledStudent", "load_student"),
     "kdcache.student.trainer": ("DistillationTrainer",),
     "kdcache.targets": ("Codec", "DenseTargets", "SoftTargets", "SparseTargets"),

@@ -21,7 +21,7 @@ from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes, label_bytes
 from kdcache.align.aligner import settled, texts_in
 from kdcache.cache import Cache
 from kdcache.errors import UsageError
-from kdcache.stream.shard_rows import cached_rows
+from kdcache.stream.text import cached_rows
 from kdcache.tasks import IGNORE
 
 HERE = Path(__file__).parent / "tiny_tokenizers"

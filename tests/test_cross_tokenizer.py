@@ -32,8 +32,9 @@ from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import UsageError
 from kdcache.loss import chunk_loss, distillation_loss
 from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream, cross
+from kdcache.stream.batch import CachedIds
 from kdcache.stream.cross import paths_of
-from kdcache.stream.shard_rows import RowsText
+from kdcache.stream.text import RowsText
 from kdcache.student import DistilledStudent
 from kdcache.targets import ChunkTargets, SparseTargets
 from kdcache.targets.chunks import within
@@ -357,8 +358,8 @@ def test_caches_of_several_packings_have_the_bytes_of_their_texts(
     expected = 3 * sum(whole) - first[0] - 2 * sum(first)
     for names in itertools.permutations(kinds):
         caches = [Cache.open(str(tmp_path / name)) for name in names]
-        text = RowsText(caches[0])
-        stream = TargetStream(caches, batch_size=5, shuffle=shuffle, text=text)
+        reading = CachedIds(caches[0].spec.pad_id).with_text(caches[0])
+        stream = TargetStream(caches, batch_size=5, shuffle=shuffle, cross=reading)
         assert sum(int(batch["text"].sizes.sum()) for batch in stream) == expected
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.loss.metrics import Entities, are_entities
+from kdcache.stream.batch import Reading
 from kdcache.student.figures import Totals
 from kdcache.tasks import TOKEN_CLASSIFICATION
 
@@ -119,7 +120,7 @@ def test_a_training_has_no_f1_where_there_is_no_entity(
     """As `evaluate`; where some were found, all of them wrong, it is 0."""
     spec = SimpleNamespace(label_names=("O", "B-A", "I-A"))
     caches = [SimpleNamespace(spec=spec)]
-    stream: Any = SimpleNamespace(task=TOKEN_CLASSIFICATION, caches=caches, cross=None)
+    stream: Any = SimpleNamespace(task=TOKEN_CLASSIFICATION, caches=caches, reading=Reading())
     (values,) = Totals.zeros(1, torch.device("cpu"))
     values[2:5] = 4.0  # words
     values[5:8] = torch.tensor(counts)

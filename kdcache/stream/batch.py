@@ -6,13 +6,16 @@ Guarantee: positions of a batch keep the row-major order of its labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
@@ -20,10 +23,185 @@ from kdcache.stream.shard_rows import positions_of
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
+if TYPE_CHECKING:
+    from kdcache.stream.text import RowsText
+
 Batch: TypeAlias = dict[str, Any]
 """Tensors by name, and under `targets` the soft targets: see `collate`."""
 
 Tokenize: TypeAlias = Callable[[list[Any], "list[str] | None"], Mapping[str, Tensor]]
+
+
+class Reading:
+    """How a student reads rows of caches, and what it must share to read the same.
+
+    Attributes:
+        tokenizer: the student's own, to be saved with it; None where there is none.
+        vocab_size: ids of the student's tokenizer, where its labels are these and not the caches'.
+        needless: whether it reads as `CachedIds` would.
+        reads_targets: whether its soft targets are made of those of the caches.
+        settings: what a log shows of it.
+    """
+
+    tokenizer: Any = None
+    vocab_size: int | None = None
+    needless = False
+    reads_targets = True
+    settings: Mapping[str, Any] = {}
+    _text: RowsText | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the batches of two streams must share to be the same, besides their caches."""
+        return {}
+
+    def rows(self, cache: Cache, shard: int, data: ShardData) -> ShardData:
+        """The rows of a shard with all columns that its batches are made of.
+
+        Args:
+            cache: whose shard it is.
+            shard: its number.
+            data: its rows.
+        """
+        if self._text is None:
+            return data
+        return replace(data, label_bytes=self._text.label_bytes(cache, data))
+
+    def with_text(self, cache: Cache) -> Reading:
+        """The same, whose batches have their chunks of text (`TextChunks`) under `text`.
+
+        Args:
+            cache: one of those it reads, which all have one tokenizer.
+
+        Raises:
+            UsageError: a tokenizer that loses bytes of a text.
+        """
+        from kdcache.stream.text import RowsText
+
+        found = copy.copy(self)
+        found._text = RowsText(cache)
+        return found
+
+    def collate(
+        self, data: ShardData, *, temperature: float | None, count: float | None = None
+    ) -> Batch:
+        """A batch of tensors from some rows; see the function `collate`."""
+        labels = data.labels
+        if temperature is None and TASKS[data.task].per_token:
+            # Without soft targets, a token without a hard label is no position.
+            labels = np.where(labelled(labels, data.task), labels, IGNORE)
+        batch = self.inputs(data, labels)
+        if temperature is not None:
+            batch["targets"] = data.targets.at(temperature)
+        if data.label_logprob is not None:
+            batch["label_logprob"] = torch.from_numpy(decode_logprobs(data.label_logprob))
+        batch["count"] = self.count(data, temperature, count)
+        if self._text is not None:
+            batch["text"] = self._text(data)
+        return batch
+
+    @staticmethod
+    def count(data: ShardData, temperature: float | None, count: float | None) -> Tensor:
+        """What a batch's loss is divided by, float32 []."""
+        if count is None:
+            count = int(positions_of(data, soft=temperature is not None).sum())
+        return torch.tensor(count, dtype=torch.float32)
+
+    def inputs(self, data: ShardData, labels: np.ndarray) -> Batch:
+        """What the student reads, and the labels where its logits have them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def left_out(parts: Sequence[ShardData]) -> np.ndarray:
+        """int64 [2], of some rows: see `TargetStream.left_out`."""
+        return np.zeros(2, np.int64)
+
+    def saved_tokenizer(self, cache: Cache) -> Any:
+        """The tokenizer that belongs beside the trained student, if any."""
+        return self.tokenizer
+
+
+class CachedIds(Reading):
+    """A student that has the tokenizer of the caches reads their ids."""
+
+    def __init__(self, pad_id: int) -> None:
+        """`pad_id` fills rows up on the right."""
+        self.pad_id = pad_id
+
+    def inputs(self, data: ShardData, labels: np.ndarray) -> Batch:
+        """See `Reading.inputs`."""
+        lengths = np.diff(data.offsets)
+
+        def pad(values: np.ndarray, fill: int) -> Tensor:
+            return torch.from_numpy(padded(values, lengths, fill))
+
+        if data.source is not None and data.source_offsets is not None:
+            sizes = np.diff(data.source_offsets)
+            ones = np.ones(len(data.source), np.int64)
+            batch = {
+                "input_ids": torch.from_numpy(padded(data.source, sizes, self.pad_id)),
+                "attention_mask": torch.from_numpy(padded(ones, sizes, 0)),
+                "decoder_input_ids": pad(data.input_ids, self.pad_id),
+            }
+        else:
+            batch = {"input_ids": pad(data.input_ids, self.pad_id)}
+            batch |= divided(len(data.input_ids), data.starts, lengths)
+            if data.type_ids is not None:
+                batch["token_type_ids"] = pad(data.type_ids, 0)
+        own = _widest(labels)
+        per_token = TASKS[data.task].per_token
+        batch["labels"] = pad(own, IGNORE) if per_token else torch.from_numpy(own)
+        if data.first is not None:
+            marked = positions(labels, data.task)
+            if not data.first[marked].all():  # else each position is the first of a word
+                batch["first_tokens"] = torch.from_numpy(data.first[marked])
+        return batch
+
+    def saved_tokenizer(self, cache: Cache) -> Any:
+        """See `Reading.saved_tokenizer`."""
+        return cache.tokenizer()
+
+
+class OwnTokens(Reading):
+    """A classifier with a tokenizer of its own reads the texts or the words of the rows."""
+
+    def __init__(self, tokenize: Tokenize, tokenizer: Any = None) -> None:
+        """How it reads.
+
+        Args:
+            tokenize: texts, or words, to tensors; see `collate`.
+            tokenizer: the one that it does that with, if that can be saved.
+        """
+        self.tokenize, self.tokenizer = tokenize, tokenizer
+
+    def inputs(self, data: ShardData, labels: np.ndarray) -> Batch:
+        """See `Reading.inputs`."""
+        words = data.words if data.first is not None else None
+        read = data.texts if words is None else words
+        if read is None:
+            raise UsageError(
+                "the cache holds no texts: this student must use the teacher's tokenizer."
+            )
+        found = self.tokenize(read, data.text_pairs if words is None else None)
+        batch: Batch = {name: torch.as_tensor(values) for name, values in found.items()}
+        if words is not None:
+            batch["labels"] = _at_words(batch.pop("first_tokens"), data, labels)
+        elif "labels" not in batch:
+            batch["labels"] = torch.from_numpy(_widest(labels))
+        return batch
+
+
+def reading_of(pad_id: int, tokenize: Tokenize | None, reading: Reading | None) -> Reading:
+    """How a student reads, by its tokenizer.
+
+    Args:
+        pad_id: of the caches.
+        tokenize: of a classifier with a tokenizer of its own, or None.
+        reading: given, nothing else counts.
+    """
+    if reading is None:
+        return CachedIds(pad_id) if tokenize is None else OwnTokens(tokenize)
+    return reading
 
 
 def collate(
@@ -58,58 +236,8 @@ def collate(
         says which are. `count` is the number of positions the loss is a mean of (without targets:
         of hard labels); infinity gives the batch the weight zero.
     """
-    lengths = np.diff(data.offsets)
-
-    def pad(values: np.ndarray, fill: int) -> Tensor:
-        return torch.from_numpy(padded(values, lengths, fill))
-
-    per_token = TASKS[data.task].per_token
-    labels = data.labels
-    if temperature is None and per_token:
-        # Without soft targets, a token without a hard label is no position.
-        labels = np.where(labelled(labels, data.task), labels, IGNORE)
-    if tokenize is not None and data.words is not None and data.first is not None:
-        batch: Batch = {name: torch.as_tensor(v) for name, v in tokenize(data.words, None).items()}
-        batch["labels"] = _at_words(batch.pop("first_tokens"), data, labels)
-    elif tokenize is not None:
-        if data.texts is None:
-            raise UsageError(
-                "the cache holds no texts: this student must use the teacher's tokenizer."
-            )
-        batch = {
-            name: torch.as_tensor(v) for name, v in tokenize(data.texts, data.text_pairs).items()
-        }
-    elif data.source is not None and data.source_offsets is not None:
-        sizes = np.diff(data.source_offsets)
-        ones = np.ones(len(data.source), np.int64)
-        batch = {
-            "input_ids": torch.from_numpy(padded(data.source, sizes, pad_id)),
-            "attention_mask": torch.from_numpy(padded(ones, sizes, 0)),
-            "decoder_input_ids": pad(data.input_ids, pad_id),
-        }
-    else:
-        batch = {"input_ids": pad(data.input_ids, pad_id)}
-        if data.starts is None:
-            batch["attention_mask"] = pad(np.ones(len(data.input_ids), np.int64), 0)
-        else:
-            batch["position_ids"] = position_ids(data.starts, lengths)
-        if data.type_ids is not None:
-            batch["token_type_ids"] = pad(data.type_ids, 0)
-    if "labels" not in batch:
-        own = _widest(labels)
-        batch["labels"] = pad(own, IGNORE) if per_token else torch.from_numpy(own)
-    if data.first is not None and tokenize is None:
-        marked = positions(labels, data.task)
-        if not data.first[marked].all():  # else each position is the first of a word
-            batch["first_tokens"] = torch.from_numpy(data.first[marked])
-    if temperature is not None:
-        batch["targets"] = data.targets.at(temperature)
-    if data.label_logprob is not None:
-        batch["label_logprob"] = torch.from_numpy(decode_logprobs(data.label_logprob))
-    if count is None:
-        count = int(positions_of(data, soft=temperature is not None).sum())
-    batch["count"] = torch.tensor(count, dtype=torch.float32)
-    return batch
+    reading = reading_of(pad_id, tokenize, None)
+    return reading.collate(data, temperature=temperature, count=count)
 
 
 def _at_words(first: Tensor, data: ShardData, labels: np.ndarray) -> Tensor:
@@ -135,6 +263,19 @@ def _at_words(first: Tensor, data: ShardData, labels: np.ndarray) -> Tensor:
 def _widest(labels: np.ndarray) -> np.ndarray:
     """Labels as torch's losses take them: whole numbers as int64."""
     return labels.astype(np.int64 if labels.dtype.kind == "i" else labels.dtype)
+
+
+def divided(tokens: int, starts: np.ndarray | None, lengths: np.ndarray) -> Batch:
+    """What tells a model which tokens belong together, [B, L]: a mask, or positions in documents.
+
+    Args:
+        tokens: of all rows.
+        starts: bool [tokens], where documents begin, or None where rows are not divided.
+        lengths: int64 [B], of the rows.
+    """
+    if starts is not None:
+        return {"position_ids": position_ids(starts, lengths)}
+    return {"attention_mask": torch.from_numpy(padded(np.ones(tokens, np.int64), lengths, 0))}
 
 
 def position_ids(starts: np.ndarray, lengths: np.ndarray) -> Tensor:

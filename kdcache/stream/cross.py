@@ -11,8 +11,10 @@ Guarantee: all that is made of a row depends on the row and on the two tokenizer
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +26,9 @@ from kdcache.cache import Cache
 from kdcache.cache.columns import offsets_of
 from kdcache.cache.shard import ShardData
 from kdcache.rows.batches import padded
-from kdcache.stream.batch import position_ids
-from kdcache.stream.shard_rows import AlignedRows, AlignedShard, TextChunks, cached_rows
+from kdcache.stream.batch import Batch, Reading, divided
+from kdcache.stream.shard_rows import AlignedRows, AlignedShard
+from kdcache.stream.text import TextChunks, cached_rows
 from kdcache.targets import SparseTargets
 from kdcache.targets.chunks import ChunkTargets, Groups, within
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
@@ -35,8 +38,8 @@ from kdcache.teacher import tokenizer_sha256
 _KEPT_BYTES = 1 << 28
 
 
-class CrossTokenizer:
-    """What a stream needs for a student of another tokenizer.
+class CrossTokenizer(Reading):
+    """A language model with a tokenizer of its own reads the text of the rows.
 
     Attributes:
         tokenizer: the student's.
@@ -46,6 +49,8 @@ class CrossTokenizer:
         pad_id: fills up the student's rows.
         groups: of ids, for `hybrid`.
     """
+
+    vocab_size: int
 
     def __init__(
         self,
@@ -69,30 +74,27 @@ class CrossTokenizer:
             UsageError: a tokenizer that loses bytes of a text.
         """
         self.tokenizer, self.method, self.tau = tokenizer, method, tau
+        self.reads_targets = method == "hybrid"
+        self.settings = {"cross_tokenizer": method, "likelihood_tau": tau}
         student = TokenBytes(tokenizer, "the student's tokenizer")
         teacher = TokenBytes(cache.tokenizer(), "the cache's tokenizer")
         self.aligner = Aligner(teacher, student, max_length)
         self.vocab_size = len(student)
         self._teacher_ids = cache.spec.vocab_size
-        self._same = tokenizer_sha256(cache.tokenizer()) == tokenizer_sha256(tokenizer)
+        self.needless = tokenizer_sha256(cache.tokenizer()) == tokenizer_sha256(tokenizer)
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = next(number for number in ends if number is not None)
         self.groups = None
-        if method == "hybrid" and self._same:
+        if method == "hybrid" and self.needless:
             self.groups = Groups.single(cache.spec.vocab_size, len(student))
         elif method == "hybrid":
             self.groups = groups_of(self.aligner, cache.spec.vocab_size)
         self._kept: OrderedDict[tuple[str, int], AlignedRows] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def needless(self) -> bool:
-        """Whether the student has the teacher's tokenizer; it then reads the rows as they are."""
-        return self._same
+        self._lock, self._counts_text = threading.Lock(), False
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the batches of two streams must share to be the same."""
+        """See `Reading.identity`."""
         return {
             "method": self.method,
             "tau": self.tau,
@@ -108,9 +110,9 @@ class CrossTokenizer:
             shard: its number.
             data: its rows.
         """
-        return AlignedShard.of(data, self._aligned(cache, shard, data))
+        return AlignedShard.of(data, self._own(cache, shard, data))
 
-    def _aligned(self, cache: Cache, shard: int, data: ShardData) -> AlignedRows:
+    def _own(self, cache: Cache, shard: int, data: ShardData) -> AlignedRows:
         key = (cache.digest, shard)
         with self._lock:
             if key in self._kept:
@@ -129,43 +131,42 @@ class CrossTokenizer:
                 self._kept.popitem(last=False)
         return made
 
+    def with_text(self, cache: Cache) -> CrossTokenizer:
+        """See `Reading.with_text`."""
+        found = copy.copy(self)
+        found._counts_text = True
+        return found
+
     def collate(
-        self, data: AlignedShard, *, soft: bool, count: float | None = None
-    ) -> dict[str, Any]:
-        """A batch of the student's tensors; see `kdcache.stream.batch.collate`.
-
-        Args:
-            data: rows of a batch.
-            soft: whether it has targets.
-            count: divisor of the loss; None for the batch's own.
-        """
-        own = data.aligned
-        assert own is not None, "a stream with another tokenizer aligns all its rows"
+        self, data: ShardData, *, temperature: float | None, count: float | None = None
+    ) -> Batch:
+        """A batch of the student's tensors; see `kdcache.stream.batch.collate`."""
+        own = _aligned(data)
         lengths = np.diff(own.offsets)
-
-        def pad(values: np.ndarray, fill: int) -> torch.Tensor:
-            return torch.from_numpy(padded(values, lengths, fill))
-
-        batch: dict[str, Any] = {"input_ids": pad(own.input_ids, self.pad_id)}
-        if own.starts is None:
-            batch["attention_mask"] = pad(np.ones(len(own.input_ids), np.int64), 0)
-        else:
-            batch["position_ids"] = position_ids(own.starts, lengths)
-        batch["labels"] = pad(own.labels, IGNORE)
-        if soft:
+        batch: Batch = {
+            "input_ids": torch.from_numpy(padded(own.input_ids, lengths, self.pad_id)),
+            **divided(len(own.input_ids), own.starts, lengths),
+            "labels": torch.from_numpy(padded(own.labels, lengths, IGNORE)),
+        }
+        if temperature is not None:
             batch["targets"] = self.targets(data)
-        if count is None:
-            count = int(own.positions.sum())
-        batch["count"] = torch.tensor(count, dtype=torch.float32)
+        batch["count"] = self.count(data, temperature, count)
+        if self._counts_text:
+            batch["text"] = self.text(data)
         return batch
 
-    def targets(self, data: AlignedShard) -> ChunkTargets:
+    @staticmethod
+    def left_out(parts: Sequence[ShardData]) -> np.ndarray:
+        """See `Reading.left_out`."""
+        rows = [_aligned(part) for part in parts]
+        return np.array([sum(int(getattr(r, n).sum()) for r in rows) for n in ("lost", "cut")])
+
+    def targets(self, data: ShardData) -> ChunkTargets:
         """The teacher's answers about the chunks of some rows.
 
         Chunks with a label that the teacher gives no probability are left out.
         """
-        own, codes = data.aligned, data.label_logprob
-        assert own is not None, "a stream with another tokenizer aligns all its rows"
+        own, codes = _aligned(data), data.label_logprob
         assert codes is not None, "refused before: no label_logprob"
         spans = _spans(data, own)
         likelihood = _likelihood(codes, spans)
@@ -204,8 +205,7 @@ class CrossTokenizer:
         Args:
             data: rows of a batch.
         """
-        own = data.aligned if isinstance(data, AlignedShard) else None
-        assert own is not None, "a stream with another tokenizer aligns all its rows"
+        own = _aligned(data)
         spans = _spans(data, own)
         labels = data.labels[data.labels != IGNORE].astype(np.int64)
         # A space of the tokenizer's own is text of 0 bytes, a special token none.
@@ -220,6 +220,13 @@ class CrossTokenizer:
     @cached_property
     def _paths(self) -> np.ndarray:
         return paths_of(self.aligner, self._teacher_ids)
+
+
+def _aligned(data: ShardData) -> AlignedRows:
+    """Rows as the student reads them."""
+    own = data.aligned if isinstance(data, AlignedShard) else None
+    assert own is not None, "a stream with another tokenizer aligns all its rows"
+    return own
 
 
 def _spans(data: ShardData, own: AlignedRows) -> np.ndarray:

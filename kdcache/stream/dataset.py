@@ -11,10 +11,9 @@ from torch.utils.data import Dataset
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.stream.batch import Batch, Tokenize, collate
+from kdcache.stream.batch import Batch, Reading, Tokenize, reading_of
 from kdcache.stream.checks import check_caches, open_caches
-from kdcache.stream.cross import CrossTokenizer
-from kdcache.stream.shard_rows import AlignedShard, ShardRows, join
+from kdcache.stream.shard_rows import ShardRows, join
 
 
 class TargetDataset(Dataset[ShardData]):
@@ -30,14 +29,15 @@ class TargetDataset(Dataset[ShardData]):
         caches: Cache | str | Sequence[Cache | str],
         *,
         keep: int = 4,
-        cross: CrossTokenizer | None = None,
+        cross: Reading | None = None,
     ) -> None:
         """Open the caches.
 
         Args:
             caches: sealed caches, opened or by URL.
             keep: decoded shards held in memory (by each process).
-            cross: for language models with a tokenizer of their own; the `Collator` needs it, too.
+            cross: how the student reads, such as a `CrossTokenizer` for language models with a
+                tokenizer of their own; the `Collator` needs it, too.
         """
         self.cross = cross
         self.caches = open_caches(caches)
@@ -82,20 +82,15 @@ class Collator:
         pad_id: id that fills rows up (`cache.spec.pad_id`).
         temperature: of the soft targets, or None to leave them out.
         tokenize: text to tensors, for classifiers with a tokenizer of their own.
-        cross: that of the dataset, for language models with a tokenizer of their own.
+        cross: that of the dataset, such as a `CrossTokenizer`.
     """
 
     pad_id: int
     temperature: float | None = 1.0
     tokenize: Tokenize | None = field(default=None, repr=False)
-    cross: CrossTokenizer | None = field(default=None, repr=False)
+    cross: Reading | None = field(default=None, repr=False)
 
     def __call__(self, rows: Sequence[ShardData]) -> Batch:
         """Collate items of the dataset; see `collate` for the keys of a batch."""
-        if self.cross is not None:
-            data = join(rows)
-            assert isinstance(data, AlignedShard), "the dataset has the same `cross`"
-            return self.cross.collate(data, soft=self.temperature is not None)
-        return collate(
-            join(rows), pad_id=self.pad_id, temperature=self.temperature, tokenize=self.tokenize
-        )
+        reading = reading_of(self.pad_id, self.tokenize, self.cross)
+        return reading.collate(join(rows), temperature=self.temperature)

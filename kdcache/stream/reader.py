@@ -37,9 +37,8 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.domains import Weights
 from kdcache.errors import UsageError
-from kdcache.stream.batch import Batch, Tokenize, collate
+from kdcache.stream.batch import Batch, Reading, Tokenize, reading_of
 from kdcache.stream.checks import check_caches, check_mix, checked_weights, open_caches
-from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.order import (
     Cursor,
     EpochShard,
@@ -54,7 +53,7 @@ from kdcache.stream.order import (
     sources,
 )
 from kdcache.stream.parallel import Background, SumOverRanks
-from kdcache.stream.shard_rows import AlignedShard, RowsText, ShardRows, TextChunks, join
+from kdcache.stream.shard_rows import ShardRows, join
 
 _GROUP_BYTES = 1 << 25
 _GROUP_SHARDS = 3
@@ -92,8 +91,7 @@ class TargetStream(IterableDataset[Batch]):
         drop_last: bool = False,
         cursor: Cursor | Mapping[str, int] | None = None,
         tokenize: Tokenize | None = None,
-        cross: CrossTokenizer | None = None,
-        text: Callable[[ShardData], TextChunks] | None = None,
+        cross: Reading | None = None,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
@@ -123,8 +121,8 @@ class TargetStream(IterableDataset[Batch]):
             drop_last: leave a shorter last batch of an epoch out.
             cursor: where to begin.
             tokenize: text to tensors, for classifiers with a tokenizer of their own.
-            cross: for language models with a tokenizer of their own.
-            text: rows of a batch to its chunks of text, which batches then have under `text`.
+            cross: how the student reads, such as a `CrossTokenizer` for language models with a
+                tokenizer of their own. Default: by `tokenize`, or else the cached ids.
             prefetch: batches ready in advance.
             pin_memory: put batches in page-locked memory, for copies to a GPU that do not wait.
 
@@ -137,8 +135,8 @@ class TargetStream(IterableDataset[Batch]):
         self.batch_size, self.seed, self.temperature = batch_size, seed, temperature
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.tokenize, self.prefetch, self.pin_memory = tokenize, prefetch, pin_memory
-        self.cross, self.text = cross, text
+        self.prefetch, self.pin_memory = prefetch, pin_memory
+        self.reading = reading_of(self.caches[0].spec.pad_id, tokenize, cross)
         self._streams, self._group = streams, group
         self._sum_over = sum_over
         self.cursor = cursor if isinstance(cursor, Cursor) else Cursor()
@@ -163,8 +161,7 @@ class TargetStream(IterableDataset[Batch]):
             problems.append(f"rank {rank} is not one of {world_size} ranks.")
         tried = temperature(0) if callable(temperature) else temperature
         asked = () if tried is None else (tried,)
-        unread = cross is not None and cross.method == "likelihood"
-        check_caches(self.caches, () if unread else asked, problems)
+        check_caches(self.caches, asked if self.reading.reads_targets else (), problems)
         check_mix(self.weights, self.caches, self.domain_rows)
         if self.rows == 0 or len(self) == 0:
             raise UsageError(
@@ -371,8 +368,8 @@ class TargetStream(IterableDataset[Batch]):
         """Rows of an epoch, (source, row), as rows of a pool of their shards."""
         members, which = np.unique(pairs[:, 0], return_inverse=True)
         chosen = [self._sources[member] for member in members]
-        shards, cross = self._shards(pairs), self.cross
-        soft = self.temperature is not None and (cross is None or cross.method == "hybrid")
+        shards = self._shards(pairs)
+        soft = self.temperature is not None and self.reading.reads_targets
         pool = ShardRows([self._part(*shard, soft) for shard in shards], soft=soft)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
@@ -388,11 +385,7 @@ class TargetStream(IterableDataset[Batch]):
         data = cache.read(shard, targets=soft)
         if not self.label_logprob:
             data = replace(data, label_logprob=None)
-        if self.cross is not None:
-            return self.cross.rows(cache, shard, data)
-        if isinstance(self.text, RowsText):
-            return replace(data, label_bytes=self.text.label_bytes(cache, data))
-        return data
+        return self.reading.rows(cache, shard, data)
 
     def _collated(self, groups: Iterator[Group], cursor: Cursor, epochs: int) -> Iterator[Made]:
         held: dict[int, Group] = {}
@@ -414,7 +407,7 @@ class TargetStream(IterableDataset[Batch]):
                 batch = self._collate(data, now.step, count if part else math.inf)
                 after = self._after(now, size) if i == len(slices) - 1 else None
                 summed = parts.positions if self._summed else None
-                yield Made(batch, summed, not part, i == 0, after, _left_out(part))
+                yield Made(batch, summed, not part, i == 0, after, self.reading.left_out(part))
             del parts, slices, part, data, batch  # their memory goes before more is waited for
 
     @staticmethod
@@ -459,23 +452,5 @@ class TargetStream(IterableDataset[Batch]):
 
     def _collate(self, data: ShardData, step: int, count: float) -> Batch:
         temperature = self.temperature(step) if callable(self.temperature) else self.temperature
-        if self.cross is not None:
-            assert isinstance(data, AlignedShard), "all rows of the stream are aligned"
-            batch = self.cross.collate(data, soft=temperature is not None, count=count)
-        else:
-            batch = collate(
-                data,
-                pad_id=self.caches[0].spec.pad_id,
-                temperature=temperature,
-                count=count,
-                tokenize=self.tokenize,
-            )
-        if self.text is not None:
-            batch["text"] = self.text(data)
+        batch = self.reading.collate(data, temperature=temperature, count=count)
         return {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
-
-
-def _left_out(parts: Sequence[ShardData]) -> np.ndarray:
-    """int64 [2], of some rows: see `TargetStream.left_out`."""
-    rows = [p.aligned for p in parts if isinstance(p, AlignedShard) and p.aligned is not None]
-    return np.array([sum(int(r.lost.sum()) for r in rows), sum(int(r.cut.sum()) for r in rows)])

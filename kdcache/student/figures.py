@@ -34,7 +34,7 @@ from kdcache.loss import score_loss
 from kdcache.loss.chunks import compared
 from kdcache.loss.metrics import Entities, are_entities
 from kdcache.stream import TargetStream
-from kdcache.stream.shard_rows import TextChunks
+from kdcache.stream.text import TextChunks
 from kdcache.targets import Targets
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
@@ -261,7 +261,7 @@ class Totals:
                     found["f1"] = 2 * right / (true + predicted)
         if soft:
             found[soft] = soft_loss / max(counted, 1)
-        return found | text_figures(values[_TEXT], across=stream.cross is not None)
+        return found | text_figures(values[_TEXT], across=stream.reading.vocab_size is not None)
 
 
 def soft_name(targets: Targets) -> str:

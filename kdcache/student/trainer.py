@@ -84,8 +84,7 @@ def recorded(
     anchor = getattr(model, "anchor", None)
     if spec.codec.startswith("anchored") and anchor is not None:
         facts["anchor"] = "estimated" if anchor.estimated else float(anchor.theta)
-    if stream.cross is not None:
-        facts |= {"cross_tokenizer": stream.cross.method, "likelihood_tau": stream.cross.tau}
+    facts |= stream.reading.settings
     if stream.weights.shown():
         facts["cache_weights"] = stream.weights.shown()
     facts |= {name: getattr(stream, name) for name in ("batch_size", "seed", "streams", "group")}
@@ -452,8 +451,8 @@ class DistillationTrainer(CheckpointingTrainer):
         order = {n: getattr(stream, n) for n in ("batch_size", "seed", "streams", "group")}
         weights = stream.weights.shown() or [1.0] * len(caches)
         facts = {**order, "weights": weights, **self.identity, "caches": caches}
-        if stream.cross is not None:
-            facts["cross"] = stream.cross.identity
+        if stream.reading.identity:
+            facts["cross"] = stream.reading.identity
         return dict(json.loads(json.dumps(facts)))
 
     def checkpoint_facts(self) -> dict[str, Any]:

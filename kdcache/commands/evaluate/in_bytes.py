@@ -37,7 +37,7 @@ from kdcache.errors import UsageError
 from kdcache.loss.chunks import compared
 from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
-from kdcache.stream.shard_rows import RowKind
+from kdcache.stream.text import RowKind
 from kdcache.student.saved import LoadedModel, SavedModel
 from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS
 

@@ -20,7 +20,7 @@ from kdcache.commands.inspect import default_temperature
 from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.stream.shard_rows import RowKind
+from kdcache.stream.text import RowKind
 from kdcache.student.saved import SavedModel, word_reader
 from kdcache.tasks import TASKS
 

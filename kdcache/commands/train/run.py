@@ -40,8 +40,9 @@ from kdcache.commands.train.student import (
 from kdcache.commands.train.trainer import make_trainer, train_stream
 from kdcache.files import filled_folder, write_json, write_text
 from kdcache.humanize import shares
-from kdcache.stream import CrossTokenizer, TargetStream
-from kdcache.student import DistilledStudent, HfTokenize, WordTokenize
+from kdcache.stream import TargetStream
+from kdcache.stream.batch import CachedIds, Reading
+from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import read_state
 from kdcache.student.documents import check_documents
 from kdcache.student.figures import figure_of, warn_of_one_answer
@@ -61,7 +62,7 @@ class Run:
     trainer: DistillationTrainer
     student: DistilledStudent
     stream: TargetStream
-    tokenize: Any
+    reading: Reading
     resume: Path | None
     caching: bool | None
 
@@ -76,11 +77,11 @@ class Run:
         torch.distributed is set up). For the callbacks see `train`.
         """
         computing = Computing.choose(plan.options.precision, plan.options.gpus_per_worker)
-        student, tokenize = make_student(plan)
-        if isinstance(tokenize, CrossTokenizer) and tokenize.needless:
+        student, reading = make_student(plan)
+        if reading.needless:
             report("the student has the teacher's tokenizer: it needs no --cross-tokenizer")
         with quiet_transformers():
-            stream = train_stream(plan, tokenize, computing.gpu)
+            stream = train_stream(plan, reading, computing.gpu)
             if (mix := plan.mix(stream)) is not None:
                 report(f"rows of an epoch: {shares(mix)}")
             if getattr(student.config, "output_router_logits", False):
@@ -89,10 +90,10 @@ class Run:
                     "(output_router_logits); it is no part of this training's loss"
                 )
             caching = getattr(student.config, "use_cache", None)
-            trainer = make_trainer(plan, computing, student, stream, tokenize, on_progress, report)
-            trial = trial_batch(plan, tokenize)
+            trainer = make_trainer(plan, computing, student, stream, reading, on_progress, report)
+            trial = trial_batch(plan, reading)
             student.check_reach(trial)
-            if tokenize is None:
+            if isinstance(reading, CachedIds):
                 check_lengths(plan, student)
                 if plan.options.batch_size > 1 and (warning := lengths_warning(plan, student)):
                     report(warning)
@@ -102,7 +103,7 @@ class Run:
             if any(cache.spec.apart for cache in (*plan.caches, *plan.eval_caches)):
                 check_documents(student.student, trial["input_ids"])
         computing.begin()
-        return cls(plan, trainer, student, stream, tokenize, plan.checkpoint(), caching)
+        return cls(plan, trainer, student, stream, reading, plan.checkpoint(), caching)
 
     def train(self) -> TrainResult:
         """Train to the end and write the student and the result."""
@@ -134,9 +135,8 @@ class Run:
             parameters=sum(p.numel() for p in self.student.parameters()),
             trained=sum(p.numel() for p in self.student.parameters() if p.requires_grad),
             **_teacher(plan),
-            **_unread(self.tokenize, trainer),
+            **_own_tokens(plan, self.reading, trainer),
             epoch_rows=plan.mix(self.stream),
-            **_vocabulary(plan, self.tokenize),
             pretrained=getattr(self.student.student, "pretrained", None),
         )
         held, student = plan.eval_caches, self.student
@@ -145,7 +145,7 @@ class Run:
             how = {"divergence": student.divergence, "huber_delta": student.huber_delta}
             warn_of_one_answer(student.task, np.concatenate(every), result.eval, **how)
         with quiet_transformers():
-            _save(plan, trainer, self.tokenize, result)
+            _save(plan, trainer, self.reading, result)
         if trainer.is_world_process_zero():
             plan.folder.finish()
         plan.folder.clear()
@@ -162,19 +162,14 @@ def _teacher(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _unread(tokenize: Any, trainer: DistillationTrainer) -> dict[str, Any]:
-    """What of the rows a student of another tokenizer had no labels for, where there is any."""
-    if not isinstance(tokenize, CrossTokenizer):
+def _own_tokens(plan: RunPlan, reading: Reading, trainer: DistillationTrainer) -> dict[str, Any]:
+    """Size of a student's own vocabulary, what it does not know, and what it had no labels for."""
+    own, held_out = reading.tokenizer, plan.eval_caches
+    if own is None:
         return {}
-    lost, cut = trainer.left_out().tolist()
-    return {"vocabulary": tokenize.vocab_size, "lost": lost or None, "cut": cut or None}
-
-
-def _vocabulary(plan: RunPlan, tokenize: Any) -> dict[str, Any]:
-    """Size of a student's own vocabulary, and what it does not know."""
-    if not isinstance(tokenize, HfTokenize | WordTokenize):
-        return {}
-    own, held_out = tokenize.tokenizer, plan.eval_caches
+    if reading.vocab_size is not None:
+        lost, cut = trainer.left_out().tolist()
+        return {"vocabulary": reading.vocab_size, "lost": lost or None, "cut": cut or None}
     return {
         "vocabulary": len(own),
         "unknown": unknown_share(own, texts_of(plan.caches)),
@@ -200,7 +195,9 @@ def _evaluation(state: TrainerState, step: int) -> dict[str, float]:
     return {}
 
 
-def _save(plan: RunPlan, trainer: DistillationTrainer, tokenize: Any, result: TrainResult) -> None:
+def _save(
+    plan: RunPlan, trainer: DistillationTrainer, reading: Reading, result: TrainResult
+) -> None:
     """Write the student, then the result: a folder with `train.json` is complete."""
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
@@ -216,10 +213,9 @@ def _save(plan: RunPlan, trainer: DistillationTrainer, tokenize: Any, result: Tr
         }
     with filled_folder(plan.out, SCRATCH, last=RESULT_FILE) as folder:
         student.save_pretrained(folder, **options)
-        if tokenize is None:
-            plan.caches[0].tokenizer().save_pretrained(str(folder))
-        elif isinstance(tokenize, HfTokenize | WordTokenize | CrossTokenizer):
-            tokenize.tokenizer.save_pretrained(str(folder))
+        tokenizer = reading.saved_tokenizer(plan.caches[0])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
         document = {
             "kdcache": __version__,
             "options": plan.options.shown(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +12,12 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.train.prepare import RunPlan, cross_tokenizer, own_tokenizer
 from kdcache.errors import UsageError
-from kdcache.stream import Collator, CrossTokenizer, TargetDataset
+from kdcache.stream import CrossTokenizer, TargetDataset, join
+from kdcache.stream.batch import CachedIds, OwnTokens, Reading
 from kdcache.stream.shard_rows import undivided
 from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
 from kdcache.student.begin import begin_from
+from kdcache.student.tokens import HfTokenize, WordTokenize
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
 from kdcache.teacher.quirks import length_class, reach_of
@@ -25,12 +26,12 @@ _WORDS_LENGTH = 512
 _NO_BOUND = 1 << 62
 
 
-def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
+def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
     """The student of a run with its loss, and how it reads what the caches hold.
 
     Returns:
-        The student, and None if it takes the cached ids; what turns texts into tensors for a
-        classifier with its own tokenizer, and a `CrossTokenizer` for such a language model.
+        The student, and its reading: of the cached ids, of its own tokens of texts or words, or of
+        text across tokenizers.
 
     Raises:
         UsageError: there is no such student, or it does not fit the caches.
@@ -56,7 +57,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
         decoder_start=spec.rows.get("decoder_start"),
     )
     own = own_tokenizer(options) if options.cross_tokenizer is not None else None
-    cross = None
+    cross: CrossTokenizer | None = None
     if own is not None:
         cross = cross_tokenizer(options, plan.caches[0], own)
         info = replace(
@@ -77,7 +78,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
             lora=options.adapter,
             trust_remote_code=options.trust_remote_code,
         )
-        tokenize = cross or student_tokenize(
+        tokenize = student_tokenize(
             inner, options.student, info, trust_remote_code=options.trust_remote_code
         )
         reach = reach_of(inner)
@@ -92,6 +93,10 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
                 lora=options.adapter,
                 trust_remote_code=options.trust_remote_code,
             )
+    reading: Reading = cross or CachedIds(spec.pad_id)
+    if tokenize is not None:
+        own = tokenize.tokenizer if isinstance(tokenize, HfTokenize | WordTokenize) else None
+        reading = OwnTokens(tokenize, own)
     if tokenize is not None and any(c.spec.rows.get("label_tokens") == "all" for c in plan.caches):
         raise UsageError(
             f"student {options.student} reads the words by itself, and the cache has targets at "
@@ -126,30 +131,26 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Any]:
     )
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
-    return student, tokenize
+    return student, reading
 
 
 _SHORT = 20  # characters
 _NOT_INPUTS = ("count", "label_logprob", "first_tokens")
 
 
-def trial_batch(plan: RunPlan, tokenize: Any) -> dict[str, torch.Tensor]:
+def trial_batch(plan: RunPlan, reading: Reading) -> dict[str, torch.Tensor]:
     """Three of the first rows: the longest, the shortest, and one between."""
-    cross = tokenize if isinstance(tokenize, CrossTokenizer) else None
-    dataset = TargetDataset(plan.caches[:1], cross=cross)
+    dataset = TargetDataset(plan.caches[:1], cross=reading)
     rows = [dataset[i] for i in range(min(64, len(dataset)))]
     rows.sort(key=lambda row: -len(row.input_ids))
     chosen = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
-    pad_id = plan.caches[0].spec.pad_id
     # Documents are tried by themselves, see `check_documents`.
     chosen = [undivided(row) for row in chosen]
-    tokenize = None if cross is not None else tokenize
-    collator = Collator(pad_id=pad_id, temperature=None, tokenize=tokenize, cross=cross)
-    batch = collator(chosen)
+    batch = reading.collate(join(chosen), temperature=None)
     mask = batch.get("attention_mask")
     if mask is not None and chosen[-1].texts is not None and bool(mask.all()) and len(chosen) > 1:
         # Rows that are all cut to one length have no padding, and others may have some.
-        batch = collator([*chosen[:-1], _beginning(chosen[-1])])
+        batch = reading.collate(join([*chosen[:-1], _beginning(chosen[-1])]), temperature=None)
     return {k: value for k, value in batch.items() if k not in _NOT_INPUTS}
 
 

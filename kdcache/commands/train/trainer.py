@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from kdcache.cache import Cache
-from kdcache.cache.shard import ShardData
 from kdcache.commands.train.callbacks import (
     MetricsCallback,
     OwnWandb,
@@ -24,8 +23,8 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, steps_of
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import UsageError
-from kdcache.stream import CrossTokenizer, TargetStream
-from kdcache.stream.shard_rows import RowsText, TextChunks
+from kdcache.stream import TargetStream
+from kdcache.stream.batch import Reading
 from kdcache.student import BiLstm, DistilledStudent
 from kdcache.student.adapter import is_adapted
 from kdcache.student.figures import FIGURES, soft_name
@@ -40,7 +39,7 @@ def make_trainer(
     computing: Computing,
     student: DistilledStudent,
     stream: TargetStream,
-    tokenize: Any,
+    reading: Reading,
     on_progress: Callable[[TrainProgress], None] | None,
     report: Callable[[str], None],
 ) -> DistillationTrainer:
@@ -51,7 +50,7 @@ def make_trainer(
         computing: precision and devices.
         student: with its loss.
         stream: what it is trained on.
-        tokenize: how it reads what the caches hold: see `make_student`.
+        reading: how it reads what the caches hold.
         on_progress: called at each logged step.
         report: called with what a user should know.
     """
@@ -113,7 +112,7 @@ def make_trainer(
         model=student,
         args=arguments,
         train_dataset=stream,
-        eval_dataset=_eval_stream(plan, tokenize, computing.gpu) if evaluates else None,
+        eval_dataset=_eval_stream(plan, reading, computing.gpu) if evaluates else None,
         callbacks=callbacks,
         alpha=(lambda _: options.alphas.start)
         if constant
@@ -160,8 +159,8 @@ def _learning_rate(options: TrainOptions, student: DistilledStudent) -> float:
     return 5e-4 if name.endswith(".json") or (":" in name and not os.path.exists(name)) else 5e-5
 
 
-def train_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
-    """The rows that a run trains on; `tokenize` as for `make_trainer`."""
+def train_stream(plan: RunPlan, reading: Reading, gpu: bool) -> TargetStream:
+    """The rows that a run trains on."""
     options, temperatures = plan.options, plan.options.temperatures
     steps = 1  # until the stream's length is known
     stream = TargetStream(
@@ -176,7 +175,7 @@ def train_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         weights=options.weights,
         streams=plan.streams,
         group=options.shuffle_shards,
-        **_reading(tokenize),
+        cross=reading,
         prefetch=options.prefetch,
         pin_memory=gpu,
     )
@@ -184,13 +183,11 @@ def train_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
     return stream
 
 
-def _reading(tokenize: Any) -> dict[str, Any]:
-    """Arguments of a stream for what `make_student` gave."""
-    return {"cross" if isinstance(tokenize, CrossTokenizer) else "tokenize": tokenize}
-
-
-def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
+def _eval_stream(plan: RunPlan, reading: Reading, gpu: bool) -> TargetStream:
     options = plan.options
+    if plan.eval_caches[0].spec.task == CAUSAL_LM:
+        with suppress(UsageError):  # of tokens that lose bytes, there are no figures in bytes
+            reading = reading.with_text(plan.eval_caches[0])
     return TargetStream(
         plan.eval_caches,
         batch_size=options.eval_batch_size or options.batch_size,
@@ -198,20 +195,7 @@ def _eval_stream(plan: RunPlan, tokenize: Any, gpu: bool) -> TargetStream:
         streams=plan.streams,
         group=1,
         shuffle=False,
-        **_reading(tokenize),
-        text=_text(plan.eval_caches, tokenize),
+        cross=reading,
         prefetch=options.prefetch,
         pin_memory=gpu,
     )
-
-
-def _text(caches: list[Cache], tokenize: Any) -> Callable[[ShardData], TextChunks] | None:
-    """What makes the figures in bytes; None for other tasks, and of tokens that lose bytes."""
-    if caches[0].spec.task != CAUSAL_LM:
-        return None
-    if isinstance(tokenize, CrossTokenizer):
-        return tokenize.text
-    try:
-        return RowsText(caches[0])
-    except UsageError:
-        return None
