@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths
 
@@ -65,8 +66,6 @@ def _load_guard() -> None:
     """Build and load the guard, once a process; skips the test where that is impossible."""
     if torch.cuda.is_available():
         pytest.skip("this process sees a GPU: fake devices would break the real one")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
-        pytest.skip(f"written for the internals of PyTorch 2.13; this is {torch.__version__}")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is missing: fake CUDA tensors need a few lines of C++")
@@ -76,6 +75,7 @@ def _load_guard() -> None:
         source.write_text(_GUARD)
         subprocess.run(
             [compiler, "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(built)]
+            + [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
             + [f"-I{path}" for path in include_paths()]
             + [f"-L{library}", "-lc10"],
             check=True,
@@ -103,6 +103,7 @@ def fake_cuda(devices: int = 1, *, symbolic: bool = False) -> Iterator[FakeTenso
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.is_initialized": lambda: False,
+        "torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None,
         "torch.cuda.get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "torch.cuda.set_rng_state": lambda *_, **__: None,
         "torch.cuda._lazy_init": lambda: None,
@@ -128,6 +129,8 @@ def fake_cuda(devices: int = 1, *, symbolic: bool = False) -> Iterator[FakeTenso
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(mock.patch(name, fake, create=True))
+        # Which of its kernels attention may take is asked of the driver.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
         yield stack.enter_context(mode)
 

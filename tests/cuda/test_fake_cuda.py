@@ -36,6 +36,7 @@ from kdcache.teacher.projection import Projection
 
 CODECS = ("dense", "dense:float16", "topk:64", "sample:20", "anchored:20")
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+MIXED = hasattr(torch.ops.aten.addmm, "dtype_out")  # from PyTorch 2.8
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +274,7 @@ def test_a_training_step_waits_for_transformers_alone(
 ) -> None:
     vocabulary, batch, length = 32_000, 4, 128
     weights = BFLOAT16 if autocast is None else FLOAT32
-    tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=True)
+    tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=MIXED)
     measured_before = mock.patch.object(Projection, "_measure", return_value=(1.0, None))
     with fake_cuda(), every_wait_is_seen(), tried_before, measured_before:
         model = fake_llama(vocabulary + 64, weights).train()
@@ -291,7 +292,7 @@ def test_a_training_step_waits_for_transformers_alone(
 
 def test_a_loop_of_ones_own_waits_once_more() -> None:
     vocabulary = 32_000
-    tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=True)
+    tried_before = mock.patch.object(fused, "_mixed_addmm", return_value=MIXED)
     measured_before = mock.patch.object(Projection, "_measure", return_value=(1.0, None))
     with fake_cuda(), every_wait_is_seen(), tried_before, measured_before:
         student = DistilledStudent(fake_llama(vocabulary, BFLOAT16), "causal-lm")
