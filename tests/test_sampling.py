@@ -326,6 +326,27 @@ def test_mean_of_many_draws_is_the_distribution(run: object, draws: int, means: 
         assert excess(drawn[..., i], torch.softmax(own.double() / t, -1)) < 4
 
 
+def test_ids_that_a_cold_temperature_nearly_excludes_are_right_on_average() -> None:
+    """Their shares are below 2^-16 of a unit: one in 70,000 draws must round up."""
+    n, ts = 400_000, (0.5, 4.0)
+    z = torch.full((12,), -8.028)
+    z[0] = 0
+    p = torch.stack([torch.softmax(z.double() / t, -1) for t in ts])
+    constants = rule(10, ts)
+    units = constants.share_units * p[0, 1] / p[:, 1].sum()
+    assert 0.8 < units * 2**16 < 1
+    met = weighed = 0
+    for u in torch.from_numpy(position_uniform(0, 1, np.arange(n), 0)).split(100_000):
+        out = reference_sample(z.expand(len(u), -1), u, constants)
+        slot = torch.arange(out["ids"].shape[1])
+        tail = (slot >= out["heads"][:, None]) & (slot < (out["heads"] + out["draws"])[:, None])
+        met += int(tail.sum())
+        weighed += int((out["values"][..., 0][tail] > 0).sum())
+    expected = float(met * units)
+    assert expected > 30
+    assert abs(weighed - expected) < 4 * expected**0.5
+
+
 def test_the_same_logits_at_each_temperature_are_those_of_one_teacher() -> None:
     z, u = logits_like_a_teacher(3000, 300), uniforms(3000)
     constants = rule(6, (1.0, 1.5, 2.0))

@@ -32,14 +32,16 @@ on average and adds U s_i / (M S); the mean of U / M over v is S, which makes it
 any n, even where rounding made n one larger than in step 1 and an id of size above S / n is met
 twice (it then takes two entries). With M >= |T| N, U / M < S + |T| / M costs at most one more draw:
 |T| N + 1 entries at most. The tail's shares p_i(T) / s_i become multiples of 1/R by the same
-rounding. u, v and the rounding of shares use separate bits of one 53-bit number.
+rounding. u, v and the rounding of shares use separate bits of one 53-bit number; shares, for which
+16 are left, have 8 more from a hash of u and the id.
 
 *Inverse inclusion probabilities* (for anchored samples). Given v, id i is met pi_i = n s_i / S
 times on average, so 1 / pi_i = S / (n s_i) is what an entry must weigh to count a function of the
 head and the student for each tail id once, on average. It is rounded to a neighbouring power of B,
-up or down at random, so that the mean over the rounding is 1 / pi_i itself. That takes a hash of
-the position's number and the id, which no other decision uses. float32 cannot place draws on ids
-that are met less than once in 2^24: there the inverse ends.
+up or down at random, so that the mean over the rounding is 1 / pi_i itself. That takes other bits
+of that hash. float32 places the borders between ids to a few millionths of a draw, so ids of a
+smaller pi_i are met so often only on average over positions, and inverses end at 2^24. Ids of size
+0 are never met: they have no inverse that could count them.
 
 Cost: the logits are read once (per-block maximum and masses, blocks of 128 ids); then only the
 blocks that can hold a head id or that a draw fell on are opened, 2 |T| N at most.
@@ -178,7 +180,8 @@ def _points(u: Tensor, heads: Tensor, draws: Tensor, slots: int, line: Tensor) -
 
 def _round_shares(p: Tensor, ids: Tensor, u: Tensor, units: int) -> Tensor:
     """Shares of the temperatures in each id's size p [n, K, m], in whole units, `units` in all."""
-    dither = (u * 2.0**37).frac().float()[:, None]  # bits 38 to 53
+    # Bits 38 to 53, and 8 more by hash: 16 alone give nothing to shares below 2^-16 of a unit.
+    dither = (u * 2.0**37).frac().float()[:, None] + (_hashed(u, ids) * 2.0**16).frac() / 2.0**16
     # A Weyl step per id, in whole numbers, keeps the entries of a position from rounding alike.
     step = ((ids * 40503) & 0xFFFF).float() / 0x10000
     share = p.cumsum(-1) / p.sum(-1, keepdim=True).clamp_min(1e-38)
