@@ -169,6 +169,50 @@ def test_ids_of_the_head_that_weigh_nothing_are_known() -> None:
     assert excess(target(student, dataclasses.replace(targets, ids=ids))[0], p) > 4
 
 
+def test_ids_that_cannot_be_drawn_keep_what_the_format_says() -> None:
+    """Of a student with mass on ids that the teacher excludes; no head, so that c is known."""
+    n, draws, p = 20_000, 4, torch.ones(20).double() / 20
+    p[5:9] *= torch.tensor([2.0, 0.0, 0.0, 2.0])
+    p[15:] *= 0.6
+    p /= p.sum()
+    q = torch.linspace(1, 2, 20).double() / 30
+    stored = drawn(Anchored(20, (1.0,), draws), p.log().float().expand(n, -1))
+    targets = stored.at(1.0)
+    assert isinstance(targets, AnchoredTargets)
+    assert not targets.heads.any()
+    c = q * min(1.0, 1.25 / (draws * float(q.max()))) ** 2
+    dead = p == 0
+    share = c[dead].sum() / c.sum()
+    want = torch.where(dead, c * (1 - share), p - c * share)
+    found, met = target(q.log(), targets)
+    assert excess(found, want, met | dead) < 4
+    assert excess(found, p, met | dead) > 4
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.006, 0.01])
+def test_theta_sees_mass_on_an_id_that_cannot_be_drawn(mass: float) -> None:
+    """Many steps' gradients, added up, are no farther from the full ones than those of samples."""
+    n, vocabulary = 128, 300
+    z = teacher(n, vocabulary)
+    z[:, -1] = -torch.inf
+    shaken = 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    q = (z.double() + shaken).softmax(-1) * (1 - mass)
+    q[:, -1] = max(mass, 1e-9)
+    full = q - z.double().softmax(-1)
+    anchor, codec, thetas = Anchor(), Anchored(vocabulary, (1.0,), 10), []
+    error, of_samples = torch.zeros(vocabulary).double(), 0.0
+    for step in range(100):
+        targets = draw(z, 5 + step, codec)
+        thetas.append(float(anchor.theta))
+        found, sample = (gradient(q.log(), targets, a) - full for a in (anchor, None))
+        anchor.update()
+        if step >= 50:
+            error += found.sum(0)
+            of_samples += float(sample.sum(0).square().sum())
+    assert error.square().sum() < (1.5 if mass else 0.1) * of_samples, thetas[::10]
+    assert mass or thetas[-1] > 0.9
+
+
 @pytest.mark.parametrize(("draws", "temperatures"), [(9, (1.0,)), (4, (1.0, 3.0))])
 @pytest.mark.parametrize("run", [reference_sample, blocked_sample])
 def test_inverses_count_each_id_once_whatever_the_heads_units(
@@ -315,7 +359,7 @@ def test_a_state_continues_exactly_and_an_overflow_is_forgotten() -> None:
             anchor.update()
         assert torch.equal(whole.theta, first.theta)
     before = whole.state_dict()
-    whole.add(torch.tensor([1.0, torch.inf, torch.nan, 1.0]), torch.tensor(1.0))
+    whole.add(torch.tensor([1.0, torch.inf, torch.nan, 1.0, 1.0]), torch.tensor(1.0))
     whole.update()
     assert 0 <= float(whole.theta) <= 1
     assert whole.state_dict()["past"] == pytest.approx([0.99 * x for x in before["past"]])
@@ -332,7 +376,7 @@ def test_a_state_of_an_earlier_version_keeps_theta_until_the_next_step_ends() ->
     gradient(z, draw(z, 0, Anchored(80, (1.0,), 6)), anchor)
     anchor.update()
     assert 0 < float(anchor.theta) <= 1
-    assert len(anchor.state_dict()["past"]) == 4
+    assert len(anchor.state_dict()["past"]) == 5
 
 
 @pytest.mark.parametrize("form", ["reference", "fused"])
@@ -365,7 +409,8 @@ def test_doubt_fades_with_the_draws_that_theta_rests_on() -> None:
     for draws in (1, 30, 3000, 300_000):
         anchor = Anchor()
         cost = 2.0
-        anchor.add(torch.tensor([0.8, cost, 0.0, cost**2 / draws]).double(), torch.tensor(1.0))
+        figures = torch.tensor([0.8, cost, 0.0, cost**2 / draws, 0.0]).double()
+        anchor.add(figures, torch.tensor(1.0))
         anchor.update()
         found.append(float(anchor.theta))
     assert found == sorted(found)

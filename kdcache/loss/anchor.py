@@ -25,7 +25,14 @@ no part in, so every target stays unbiased. theta = 0 is the sample as it is.
 A student that is sure of ids which are hardly ever drawn would be missed by B and C. Its share of c
 is known, D = o^2 f m_p, and what was drawn of it, sum c r, falls short of D. Where the shortfall
 over all past positions exceeds three of its standard deviations, its square, the least noise that
-it can stand for, joins C: the ids concerned were met less than once.
+it can stand for, joins C: the ids concerned were met less than once. The deviation comes from the
+squares of the positions' shortfalls. C would overstate it for a student near its teacher: the
+draws of a position are so many for certain, and c r is nearly the same for each.
+
+An id that cannot be drawn (p_i = 0) falls short in every draw. Nothing stored tells it from an id
+that was missed by chance, so no c can leave it out. With a share phi of D on such ids the mean of
+t_i is (1 - phi) c_i there, and p_i - phi c_i on the other ids of the tail: the student's mass there
+falls at 1 - (1 - phi) c_i / q_i of the rate of the full gradient.
 
 C is a sum with a heavy tail, and what matters most may never have been met. It rests on about
 k = C^2 / C2 draws, C2 being the sum of the squares of its terms (the effective size of a sample,
@@ -53,10 +60,10 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.targets import AnchoredTargets
 
-FIGURES = 4
-"""Figures that theta is estimated from: B, C, what the draws fell short of, and C2."""
+FIGURES = 5
+"""What theta is estimated from: B, C, what the draws fell short of, C2, squared shortfalls."""
 
-_POWERS = (2, 2, 1, 4)
+_POWERS = (2, 2, 1, 4, 2)
 """Powers of a position's weight in each: noise is a sum of squares, the shortfall one of c."""
 
 _KEPT = 0.99
@@ -98,7 +105,7 @@ class Anchor:
         """Count some positions of the present step.
 
         Args:
-            figures: [n, 4], or their sum [4].
+            figures: [n, 5], or their sum [5].
             count: what the loss of these positions is divided by; infinity counts nothing.
         """
         total = figures.reshape(-1, FIGURES).sum(0, dtype=torch.float64)
@@ -122,9 +129,9 @@ class Anchor:
         step = torch.where(step.isfinite().all(), step, 0)
         self._past = _KEPT * self._past + step
         self._step = torch.zeros_like(self._step)
-        gain, cost, short, squares = self._past
+        gain, cost, short, squares, spread = self._past
         tiny = torch.finfo(torch.float64).tiny
-        unmet = (short - _DEVIATIONS * cost.clamp_min(0).sqrt()).clamp_min(0)
+        unmet = (short - _DEVIATIONS * spread.sqrt()).clamp_min(0)
         theta = (gain / (cost + unmet.square()).clamp_min(tiny)).clamp(0, 1)
         draws = cost.square() / squares.clamp_min(tiny)
         doubt = _DOUBT / (1 + draws / _DRAWS)
@@ -147,7 +154,7 @@ class Anchor:
 
 
 def weighted(figures: Tensor, each: Tensor | None) -> Tensor:
-    """Figures [n, 4] of positions that weigh `each` [n] in the loss; None: 1."""
+    """Figures [n, 5] of positions that weigh `each` [n] in the loss; None: 1."""
     if each is None:
         return figures
     each = each.detach().to(figures)
@@ -170,7 +177,7 @@ def control(log_q: Tensor, targets: AnchoredTargets, theta: Tensor) -> tuple[Ten
         theta: scalar.
 
     Returns:
-        [n, V], to be added to the weights; and of each position [n, 4] what theta is estimated
+        [n, V], to be added to the weights; and of each position [n, 5] what theta is estimated
         from.
     """
     q = log_q.detach().exp()
@@ -220,7 +227,7 @@ def control_of_entries(
 
     Returns:
         [n, 1] what is added to the weight of each id outside the entries, as a multiple of its q;
-        [n, E] what is added to the entries' ids; and [n, 4] the figures.
+        [n, E] what is added to the entries' ids; and [n, 5] the figures.
     """
     r = F.pad(inverse, (0, 1))
     in_head = torch.arange(q.shape[1], device=q.device) < heads[:, None]
@@ -248,7 +255,7 @@ def _agreed(most: Tensor, m_p: Tensor, r: Tensor) -> Tensor:
 
 
 def _figures(w: Tensor, c: Tensor, r: Tensor, short: Tensor) -> Tensor:
-    """[n, 4] of entries with weights w, variates c at theta = 1 and inverses r, all [n, E]."""
+    """[n, 5] of entries with weights w, variates c at theta = 1 and inverses r, all [n, E]."""
     gain, cost = w * c * (r - 1) * (r > 0), c.square() * r * (r - 1)
     sums = [x.sum(-1, keepdim=True) for x in (gain, cost, cost.square())]
-    return torch.cat([*sums[:2], short, sums[2]], -1)
+    return torch.cat([*sums[:2], short, sums[2], short.square()], -1)

@@ -321,7 +321,7 @@ def _logits_to_gradient_(
     """Replace what the layer gives, [n, V], by the gradient of the summed loss with respect to it.
 
     Returns:
-        [2] hard and soft sums; with theta, of anchored targets, [6]: and an anchor's figures.
+        [2] hard and soft sums; with theta, of anchored targets, [7]: and an anchor's figures.
     """
     valid = labels >= 0
     ids = labels.long().masked_fill(~valid, 0)[:, None]

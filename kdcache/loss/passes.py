@@ -64,7 +64,7 @@ def sparse_pass(
         anchored: [n, E - 1] inverse inclusion probabilities, [n] entries of the head, and theta.
 
     Returns:
-        [2] summed hard and soft loss (anchored [6]: with an anchor's figures), and [n, E] gradient
+        [2] summed hard and soft loss (anchored [7]: with an anchor's figures), and [n, E] gradient
         of the entries.
     """
     w = F.pad(w, (0, 1))
