@@ -13,6 +13,10 @@ option (the command line, a YAML file, the identity of a run) reads the fields:
 
 Guarantee: a value is checked when the object is made, wherever it came from, and all that is wrong
 is reported at once.
+
+What was an option once and is now a KEY=VALUE of another one is declared with `instead`. It keeps
+its field, type and bounds: `--bilstm layers=2` sets the field `layers`. Its own flag, key of a YAML
+file and environment variable work for one more version, and no help shows them.
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ import json
 import numbers
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from kdcache.domains import Named
 from kdcache.errors import UsageError
@@ -48,7 +52,7 @@ _KEY = "kdcache.option"
 def option(
     default: Any = MISSING,
     *,
-    help: str,
+    help: str = "",
     metavar: str | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -60,6 +64,10 @@ def option(
     named: bool = False,
     output: bool = False,
     decides: Decides = "run",
+    instead: tuple[str, str] | None = None,
+    keys: bool = False,
+    hidden: bool = False,
+    later: bool = False,
 ) -> Any:
     """A field of an options dataclass.
 
@@ -79,14 +87,24 @@ def option(
         output: it names a file or folder to write.
         decides: what changes with it. A `"run"` may not go on with another value; an option
             that decides the `"student"` decides the run, too.
+        instead: the option, and the KEY of it, that say this one now. One of `columns` renames a
+            column as it is read: the value is then KEY, the name that the column gets.
+        keys: its values are `KEY=VALUE` with KEYs of other options' `instead`, and of no others.
+        hidden: it works, and no help shows it.
+        later: a field that came later: in an identity only where it is not the default.
     """
-    declared = {
-        "help": help, "metavar": metavar, "at_least": at_least, "above": above, "at_most": at_most,
-        "below": below, "comma": comma, "auto": auto, "positional": positional, "named": named,
-        "output": output, "decides": decides,
-    }  # fmt: skip
+    declared = dict(locals())
+    del declared["default"]
+    if instead is not None:
+        declared["help"], declared["hidden"] = f"now `{instead[0]}` {instead[1]}=...", True
     if isinstance(default, list):
         raise TypeError("the default of an option is not a list: take a tuple")
+    return dataclasses.field(default=default, metadata={_KEY: declared})
+
+
+def again(kind: type[Any], name: str, default: Any, **changed: Any) -> Any:
+    """The field `name` of `kind` for another class: with a default, and what else is `changed`."""
+    declared = {**kind.__dataclass_fields__[name].metadata[_KEY], **changed}
     return dataclasses.field(default=default, metadata={_KEY: declared})
 
 
@@ -123,6 +141,10 @@ class Option:
     named: bool
     output: bool
     decides: Decides
+    instead: tuple[str, str] | None
+    keys: bool
+    hidden: bool
+    later: bool
 
     @property
     def type(self) -> type:
@@ -141,6 +163,13 @@ class Option:
     def flag(self) -> str:
         """Its name on the command line: `--max-length`."""
         return f"--{self.words}"
+
+    @property
+    def said(self) -> str:
+        """How to say it on a command line: `--max-length`, or `--bilstm layers` of a KEY."""
+        if self.instead is None:
+            return self.flag
+        return f"--{self.instead[0].replace('_', '-')} {self.instead[1]}"
 
     @property
     def required(self) -> bool:
@@ -186,7 +215,7 @@ class Option:
             if self.types and not any(map(partial(_is_a, one), self.types)):
                 expected = " or ".join(_TYPES[kind][1] for kind in self.types)
                 expected = f"one of {', '.join(self.choices)}" if self.choices else expected
-                return f"{self.flag} is {one!r}, expected {expected}."
+                return f"{self.said} is {one!r}, expected {expected}."
         return ""
 
     def wrong(self, value: Any) -> str:
@@ -197,10 +226,10 @@ class Option:
             if self.output and (problem := place_problem(str(one), self.flag)):
                 return problem
             if self.choices and one not in self.choices:
-                return f"{self.flag} is {one!r}, expected one of {', '.join(self.choices)}."
+                return f"{self.said} is {one!r}, expected one of {', '.join(self.choices)}."
             shown = str(one).removesuffix(".0")  # 1.0 was written 1
             if self.type in (int, float) and not self._fits(one):
-                return f"{self.flag} is {shown}, expected {self._bounds()}."
+                return f"{self.said} is {shown}, expected {self._bounds()}."
         return ""
 
     def _fits(self, value: float) -> bool:
@@ -231,12 +260,16 @@ class Options:
 
     Class attributes:
         heading: for a class of options that several commands share: their heading in the help.
+        first: the options that a command's help shows first; empty for all of its own class.
+        unused: classes of options without effect on this command, which no help shows.
 
     Raises:
         UsageError: when an object is made whose values cannot be; a sentence each, one a line.
     """
 
     heading = ""
+    first: ClassVar[tuple[str, ...]] = ()
+    unused: ClassVar[tuple[type[Options], ...]] = ()
 
     def __init_subclass__(cls) -> None:
         """Tell readers of the class what its own fields are."""
@@ -250,10 +283,12 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every value, those of a tuple's type given as a list or one text included."""
-        problems, judged = [], True
-        for one in options_of(type(self)):
-            value = _given(one, getattr(self, one.name))
-            object.__setattr__(self, one.name, value)
+        options = options_of(type(self))
+        for one in options:
+            object.__setattr__(self, one.name, _given(one, getattr(self, one.name)))
+        problems, judged = self._take_keys(options), True
+        for one in options:
+            value = getattr(self, one.name)
             absent = one.required and (value is None or value in ((), ""))
             unlike = one.unlike(value)
             wrong = "" if unlike else one.wrong(value)
@@ -266,15 +301,65 @@ class Options:
         if lines:
             raise UsageError("\n".join(dict.fromkeys(lines)))
 
+    def _take_keys(self, options: Sequence[Option]) -> list[str]:
+        """Set the fields that others say as KEY=VALUE; what is wrong with these."""
+        problems = []
+        for one in options:
+            if one.instead is None:
+                continue
+            value, key = getattr(self, one.name), one.instead[1]
+            text = key_values(getattr(self, one.instead[0], ())).get(_key(key))
+            if text is None:
+                continue
+            try:
+                said = key if one.instead[0] == "columns" else one.parse(text)
+            except ValueError as error:
+                problems.append(f"{one.said} is {error}.")
+                continue
+            if text and value not in (one.default, said):
+                problems.append(f"{one.flag} and {one.said}={text} differ: give the latter alone.")
+            object.__setattr__(self, one.name, said)
+        for one in options:
+            known = [o.instead[1] for o in options if o.instead and o.instead[0] == one.name]
+            for item in getattr(self, one.name) or () if one.keys else ():
+                key, equals, _ = str(item).partition("=")
+                if not equals or _key(key) not in map(_key, known):
+                    keys = ", ".join(known)
+                    problems.append(f"{one.flag} is {item!r}, expected KEY=VALUE of {keys}.")
+        return problems
+
     def conflicts(self) -> Sequence[str]:
         """What is wrong with values beside each other, a sentence each. Their types are right."""
         return ()
+
+
+def problems_of(*reads: Callable[[], Any]) -> list[str]:
+    """What is wrong with options that are read in parts: the message of each that raises one."""
+    found = []
+    for read in reads:
+        try:
+            read()
+        except UsageError as error:
+            found.append(str(error))
+    return found
+
+
+def key_values(items: Any) -> dict[str, str]:
+    """The values of KEY=VALUE items by their keys, of which `-` and `_` are the same."""
+    texts = (item.partition("=") for item in items or () if isinstance(item, str))
+    return {_key(key): value.strip() for key, _, value in texts}
+
+
+def _key(text: str) -> str:
+    return text.strip().replace("-", "_")
 
 
 def _given(one: Option, value: Any) -> Any:
     """A value as its field has it: several as a tuple, paths as texts, numbers as Python's own."""
     if not one.several or value is None:
         return _plain(value)
+    if one.keys and isinstance(value, Mapping):
+        value = [f"{key}={each}" for key, each in value.items()]
     if one.comma and isinstance(value, str):
         try:
             value = one.parse(value)
@@ -329,36 +414,10 @@ def options_of(kind: type[Any]) -> tuple[Option, ...]:
         heading = "" if owner is kind else owner.heading
         for name in inspect.get_annotations(owner):
             field = kind.__dataclass_fields__.get(name)
-            if field is not None and name not in found:
-                found[name] = _read(field, hints[name], heading)
+            if field is not None and _KEY in field.metadata and name not in found:
+                one = _read(field, hints[name], heading)
+                found[name] = replace(one, hidden=True) if owner in kind.unused else one
     return tuple(found.values())
-
-
-def as_words(options: Options, kind: type[Options]) -> list[str]:
-    """How to type what two commands share: options as words for the command of another `kind`.
-
-    Defaults are left out; `kind` must read a value as its own command writes it.
-    """
-    known = {one.name for one in options_of(kind)}
-    found = []
-    for one in options_of(type(options)):
-        value = getattr(options, one.name)
-        if one.name not in known or value in (None, False) or value == one.default:
-            continue
-        if one.comma:
-            texts = [",".join(map(_shown, value))]
-        else:
-            texts = [_shown(item) for item in (value if one.several else (value,))]
-        for text in texts:
-            if value is True:
-                found.append(one.flag)
-            else:  # a word that begins with a hyphen would be another option
-                found += [f"{one.flag}={text}"] if text.startswith("-") else [one.flag, text]
-    return found
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
@@ -409,6 +468,8 @@ def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
             wrong.append(f"{one.words} is given twice.")
         elif isinstance(value, dict) and one.named:
             found[one.name] = pairs_of(value)
+        elif isinstance(value, dict) and one.keys:
+            found[one.name] = tuple(f"{key}={each}" for key, each in value.items())
         elif isinstance(value, dict) or (isinstance(value, list) and not one.several):
             wrong.append(f"{one.words} takes one value, not {json.dumps(value, default=str)}.")
         elif value is not None:

@@ -61,7 +61,8 @@ def _commands() -> dict[str, set[str]]:
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
         assert command is not None
-        options[name] = {o for p in command.params for o in p.opts if o.startswith("--")}
+        shown = [p for p in command.params if not getattr(p, "hidden", False)]
+        options[name] = {o for p in shown for o in p.opts if o.startswith("--")}
         options[name] |= {"--help"}
     return options
 

@@ -11,13 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from kdcache.cli.main import cli
+from kdcache.cli.printers import as_words
 from kdcache.commands.build import source
 from kdcache.commands.build.build import build
 from kdcache.commands.build.dry_run import dry_run
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.errors import UsageError
-from kdcache.options import as_words
 
 pytestmark = pytest.mark.slow
 

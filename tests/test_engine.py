@@ -217,7 +217,7 @@ def test_plan_and_verify_take_an_engine(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"engine": None, "tensor_parallel": 2}, "--engine vllm alone takes --tensor-parallel"),
+        ({"engine": None, "tensor_parallel": 2}, "--engine vllm alone takes --engine-arg"),
         ({"engine_arg": ("eager",)}, "--engine-arg is 'eager', expected KEY=VALUE"),
         ({"engine_arg": ("max-model-len=9",)}, "kdcache decides. Use --max-length"),
         ({"engine_arg": ("enable_prefix_caching=true",)}, "kdcache decides"),

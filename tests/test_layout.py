@@ -24,6 +24,7 @@ GROUND = {
     "tasks",
     "options",
     "pretrained",
+    "row_groups",
     "cluster",
     "files",
     "plots",

@@ -212,7 +212,7 @@ def test_what_cannot_be_masked_is_refused_in_one_line(tokenizer: Any) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (without, {}, "the tokenizer has no mask token"),
         (tokenizer, {"max_length": 2}, "adds 2 tokens. Set --max-length to 3 or more"),
-        (tokenizer, {"mask_share": 1.0}, "mask_share is 1, expected a number between 0 and 1"),
+        (tokenizer, {"mask_share": 1.0}, "mask_share is 1, expected more than 0 and less than 1"),
         (tokenizer, {"mask_unit": "phrase"}, "mask_unit is 'phrase', expected one of token, word"),
         (tokenizer, {"attend": "document"}, "attend is 'document', which is for packing 'concat'"),
         (tokenizer, {"record_form": "ids"}, "record_form is 'ids', but masked-lm reads texts"),

@@ -312,9 +312,9 @@ class TestColumns:
         assert [row.input_ids[0], *row.labels] == document(llama, "a")
 
     def test_unknown_column_names_those_there_are(self, llama: Any) -> None:
-        with pytest.raises(UsageError, match=r"line 1 has no column 'text'.*'body'.*--text-column"):
+        with pytest.raises(UsageError, match=r"1 has no column 'text'.*'body'.*--columns text="):
             encode(llama, [{"body": "a"}])
-        with pytest.raises(UsageError, match=r"no column 'completion'.*--completion-column"):
+        with pytest.raises(UsageError, match=r"no column 'completion'.*--columns completion="):
             encode(llama, [{"prompt": "a"}], record_form="prompt")
 
     @pytest.mark.parametrize("value", [7, ["a"], {"a": 1}, b"bytes", "\ud800"])

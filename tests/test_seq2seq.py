@@ -525,7 +525,7 @@ def test_long_rows_are_cut_and_counted_and_others_refused() -> None:
     assert row.source is not None
     assert row.source.tolist() == tokenizer("a b")["input_ids"]
     assert np.array_equal(row.labels, want[0].labels)
-    with pytest.raises(UsageError, match="--target-column"):
+    with pytest.raises(UsageError, match="--columns target=THEIRS"):
         list(
             make_encoder(spec, tokenizer).encode(
                 [dataclasses.replace(nested, values={"of": {"en": "a"}})]
@@ -591,7 +591,7 @@ def test_wrong_input_is_refused_in_one_line(
             lambda: build("d", corpus=corpus("d", {"source": "a", "target": ""})),
             "column 'target' is empty",
         ),
-        (lambda: build("e", corpus=corpus("e", {"source": "a"})), "--target-column"),
+        (lambda: build("e", corpus=corpus("e", {"source": "a"})), "--columns target=THEIRS"),
         (
             lambda: build("f", corpus=corpus("f", {"source": "a", "target": 7})),
             "column 'target' holds a number where text was expected",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def stop_at(step: int) -> Callable[[TrainProgress], None]:
 
 @given(start=st.floats(0, 1), end=st.floats(0, 1), steps=st.integers(1, 50))
 def test_a_schedule_is_linear_from_end_to_end(start: float, end: float, steps: int) -> None:
-    schedule = Schedule.parse(f"{start!r}:{end!r}", "alpha")
+    schedule = Schedule.parse(f"{start!r}:{end!r}", "alpha", "any", math.isfinite)
     assert schedule.at(0, steps) == start
     if steps > 1:
         assert schedule.at(steps - 1, steps) == pytest.approx(end, abs=1e-12)

@@ -146,7 +146,7 @@ def test_what_is_cut_is_counted_and_records_without_words_are_empty() -> None:
         ({"tokens": ["a"], "tags": [4]}, "a tag is 4, which is not one of"),
         ({"tokens": "a b", "tags": ["O"]}, "column 'tokens' holds text where a list of words"),
         ({"tokens": ["a", 3], "tags": [0, 0]}, "column 'tokens' holds a number where a word was"),
-        ({"text": "a b"}, "has no column 'tokens'; its columns are 'text'. Name .* --words-column"),
+        ({"text": "a b"}, "has no column 'tokens'; its columns are 'text'.* --columns tokens="),
         ({"tokens": ["a"], "tags": [0], "ner_tags": [1]}, "in the columns tags and ner_tags"),
         ({"tokens": ["\ud800"], "tags": [0]}, "column 'tokens' holds half of a surrogate pair"),
     ],

@@ -100,6 +100,7 @@ def _hyphens(word: str) -> str:
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": _hyphens,
         "auto_envvar_prefix": "KDCACHE",
+        "max_content_width": 100,
     },
     epilog="Every option can come from the environment too: KDCACHE_BUILD_OUT is --out of build.",
 )

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import click
 
+from kdcache.cli.tables import tell
 from kdcache.cli.volume import volume_options
 from kdcache.files import read_yaml
-from kdcache.options import Option, options_of, parse_values
+from kdcache.options import Option, Options, options_of, parse_values
 
-Kind = TypeVar("Kind")
+_ALWAYS = "Of every command"
+Kind = TypeVar("Kind", bound=Options)
 
 
 class _Value(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -36,6 +38,7 @@ class OptionsCommand(click.Command):
     """A command whose help lists its options under the headings of their groups."""
 
     groups: dict[str, str]  # name of a parameter to its heading
+    first: tuple[str, ...]  # names of those that come first
     arguments: list[tuple[str, str]]  # each argument without a name, and its help
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -48,19 +51,21 @@ class OptionsCommand(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the arguments, then one section for each group."""
+        """Write the arguments, the options that matter first, then a section for each group."""
         if self.arguments:
             with formatter.section("Arguments"):
                 formatter.write_dl(self.arguments)
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None and isinstance(param, click.Option):
-                heading = self.groups.get(str(param.name)) or "Options"
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        params = {str(param.name): param for param in self.get_params(ctx)}
+        for name in dict.fromkeys((*self.first, *params)):
+            record = params[name].get_help_record(ctx)
+            if record is not None and isinstance(params[name], click.Option):
+                heading = "Options" if name in self.first else self.groups.get(name, _ALWAYS)
                 sections.setdefault(heading, []).append(record)
-        for heading, records in sections.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+        for heading in dict.fromkeys(("Options", *self.groups.values(), _ALWAYS)):
+            if sections.get(heading):
+                with formatter.section(heading):
+                    formatter.write_dl(sections[heading])
 
 
 def options_command(
@@ -84,6 +89,10 @@ def options_command(
                     f"missing {', '.join(absent)} (a flag, or a key of --config)."
                 )
             given = {k: v for k, v in values.items() if v is not None and v != ()}
+            for o in options:
+                if o.hidden and given.get(o.name, False) not in (False, o.default):
+                    now = f" Say {o.said}=... instead." if o.instead else ""
+                    tell(f"{o.flag} goes with the next version.{now}")
             function(kind(**given), as_json)
 
         options = options_of(kind)
@@ -111,7 +120,8 @@ def options_command(
             callback=run,
             epilog="\n".join(["\b", "Examples:", *(f"  {line}" for line in examples)]),
         )
-        command.groups = {option.name: option.group for option in options}
+        command.first = kind.first or tuple(o.name for o in options if not o.group)
+        command.groups = {option.name: option.group or "More options" for option in options}
         command.arguments = [
             (option.metavar or "", _help(option, names)) for option in options if option.positional
         ]
@@ -135,7 +145,9 @@ def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
         return click.Argument([option.name], metavar=metavar, nargs=count, required=True)
     text = _help(option, names)
     if option.type is bool:
-        return click.Option([option.flag, option.name], is_flag=True, default=False, help=text)
+        return click.Option(
+            [option.flag, option.name], is_flag=True, default=False, help=text, hidden=option.hidden
+        )
     if option.required:
         text += "  [required]"
     elif option.default not in (None, ()):
@@ -150,6 +162,7 @@ def _parameter(option: Option, names: Sequence[str]) -> click.Parameter:
         multiple=option.several and not option.comma,
         help=text,
         metavar=_metavar(option),
+        hidden=option.hidden,
     )
 
 

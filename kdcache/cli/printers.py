@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.tables import echo, number, print_table, terminal
 from kdcache.humanize import counted, duration, size
-from kdcache.options import as_words
+from kdcache.options import Options, key_values, options_of
 from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from kdcache.commands.train.options import TrainOptions
     from kdcache.commands.train.result import TrainResult
     from kdcache.commands.verify import VerifyResult
-    from kdcache.options import Options
 
 Next = Sequence[str] | None
 
@@ -309,3 +308,33 @@ def described(_: Options, result: EnvResult) -> None:
     facts["GPUs"] = "; ".join(result.gpus)
     facts |= {name: version or "not installed" for name, version in result.packages.items()}
     print_table(terminal(), ("", ""), list({**facts, **result.settings}.items()), left=2)
+
+
+def as_words(options: Options, kind: type[Options]) -> list[str]:
+    """How to type what two commands share: options as words for the command of another `kind`.
+
+    Defaults are left out; `kind` must read a value as its own command writes it.
+    """
+    known = {one.name for one in options_of(kind)}
+    found = []
+    for one in options_of(type(options)):
+        value = getattr(options, one.name)
+        if one.name not in known or value in (None, False) or value == one.default:
+            continue
+        target, key = one.instead or ("", "")
+        if key.replace("-", "_") in key_values(getattr(options, target, ())):
+            continue
+        if one.comma:
+            texts = [",".join(map(_shown, value))]
+        else:
+            texts = [_shown(item) for item in (value if one.several else (value,))]
+        for text in texts:
+            if value is True:
+                found.append(one.flag)
+            else:  # a word that begins with a hyphen would be another option
+                found += [f"{one.flag}={text}"] if text.startswith("-") else [one.flag, text]
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

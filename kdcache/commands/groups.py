@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from kdcache.domains import Named
 from kdcache.errors import needs
 from kdcache.files import file_problems, try_place
-from kdcache.options import Options, option
+from kdcache.lora import Lora
+from kdcache.options import Options, key_values, option
+from kdcache.row_groups import TextGroup
 from kdcache.tasks import (
     MAX_RECORD_BYTES,
     TASKS,
@@ -23,7 +25,6 @@ from kdcache.tasks import (
     Engine,
     Ensemble,
     Form,
-    OnError,
     Precision,
     Scheduler,
 )
@@ -35,24 +36,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions(Options):
+class RecordOptions(TextGroup):
     """How the records of a corpus are read."""
 
     heading = "Corpus"
 
-    text_column: str = option("text", help="column of the text.", metavar="NAME")
-    pair_column: str | None = option(
-        None, help="column of a second text (optional).", metavar="NAME"
-    )
-    words_column: str = option(
-        "tokens", help="column of the words that each have a tag, a list.", metavar="NAME"
-    )
     columns: tuple[str, ...] | None = option(
         None,
-        help="names of the columns of files without a header; or new names for columns of any "
-        "file, such as `text=body`.",
+        help="names for columns that have others in the files, such as `text=review,label=stars`: "
+        "text, pair, label, tokens (words), messages, tools, prompt, completion, source, target, "
+        "input_ids. `source=translation.en` is the field `en` of a column. A `pair` is read where "
+        "it is named. Or all names of files without a header: `text,label`.",
         comma=True,
-        metavar="NAME",
+        metavar="NAME[=THEIRS]",
     )
     filter: tuple[str, ...] = option(
         (),
@@ -79,13 +75,6 @@ class RecordOptions(Options):
     max_record_bytes: int = option(
         MAX_RECORD_BYTES, help="longest record; a longer one cannot be read.", at_least=1
     )
-    record_form: Form = option(
-        "auto",
-        help="which columns make a record: the text, the messages of a chat, a prompt with its "
-        "completion, or ids (`input_ids`); `auto` decides among the first three by the columns "
-        "that are not empty. Classifiers read texts.",
-    )
-    on_error: OnError = option("fail", help="what to do with records that cannot be read.")
     limit: int | None = option(
         None,
         help="use only the first records of the corpus, or of each named one, counted before "
@@ -122,62 +111,43 @@ class RecordOptions(Options):
         return corpus
 
 
-_OURS = {  # arguments of an engine that kdcache decides, and the option for them, if there is one
+# Arguments of an engine that kdcache decides, and the option for them, if there is one.
+_OURS = {
     **dict.fromkeys(("model", "runner", "convert", "pooler_config", "enable_prefix_caching"), ""),
-    **{
-        "tensor_parallel_size": "--tensor-parallel",
-        "pipeline_parallel_size": "--pipeline-parallel",
-    },
-    **{"quantization": "--quantization", "dtype": "--dtype", "max_model_len": "--max-length"},
+    **{"dtype": "--dtype", "max_model_len": "--max-length"},
     **{"trust_remote_code": "--trust-remote-code"},
 }
+_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "quantization")  # fields of their own
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRunOptions(Options):
     """What runs the teacher."""
 
-    heading = "Engine"
+    heading = "Engine (language models that need several GPUs)"
 
     engine: Engine | None = option(
         None,
         help="what runs the teacher: `transformers`, or `vllm` for one causal LM of any size. "
         "Default: `transformers`; of `verify`, the one of the build.",
     )
-    tensor_parallel: int = option(
-        1, help="GPUs that share each layer (vLLM).", metavar="GPUS", at_least=1
-    )
-    pipeline_parallel: int = option(
-        1, help="groups of GPUs that share the layers (vLLM).", metavar="GROUPS", at_least=1
-    )
-    quantization: str | None = option(
-        None,
-        help="of the weights, as vLLM names it, such as `fp8`. Default: the checkpoint's own.",
-        metavar="NAME",
-    )
+    tensor_parallel: int = option(1, instead=("engine_arg", "tensor_parallel_size"), at_least=1)
+    pipeline_parallel: int = option(1, instead=("engine_arg", "pipeline_parallel_size"), at_least=1)
+    quantization: str | None = option(None, instead=("engine_arg", "quantization"))
     engine_arg: tuple[str, ...] = option(
         (),
-        help="a further argument of the engine, such as `gpu_memory_utilization=0.7` (vLLM).",
+        help="an argument of vLLM, such as `tensor_parallel_size=4` (GPUs that share each layer), "
+        "`pipeline_parallel_size=2` (groups of GPUs that share the layers), `quantization=fp8` "
+        "(default: the checkpoint's own) or `gpu_memory_utilization=0.7`.",
         metavar="KEY=VALUE",
     )
 
     def engine_conflicts(self, default: Engine = "transformers") -> list[str]:
         """What is wrong with the engine's options, where `default` runs without `engine`."""
-        given = [
-            flag
-            for flag, value in (
-                ("--tensor-parallel", self.tensor_parallel > 1),
-                ("--pipeline-parallel", self.pipeline_parallel > 1),
-                ("--quantization", self.quantization is not None),
-                ("--engine-arg", bool(self.engine_arg)),
-            )
-            if value
-        ]
         problems = []
-        if given and (self.engine or default) != "vllm":
-            problems.append(
-                f"--engine vllm alone takes {', '.join(given)}. Add it, or leave these."
-            )
+        fields = (self.tensor_parallel, self.pipeline_parallel, self.quantization)
+        if (self.engine or default) != "vllm" and (self.engine_arg or fields != (1, 1, None)):
+            problems.append("--engine vllm alone takes --engine-arg. Add it, or leave this out.")
         for arg in self.engine_arg:
             name, equals, _ = arg.partition("=")
             if not (name and equals):
@@ -189,14 +159,14 @@ class EngineRunOptions(Options):
 
     @property
     def engine_args(self) -> dict[str, Any]:
-        """The further arguments: numbers, true, false, null and JSON as such, others as text."""
+        """Those without a field: numbers, true, false, null and JSON as such, others as text."""
         found: dict[str, Any] = {}
-        for arg in self.engine_arg:
-            name, _, value = arg.partition("=")
-            try:
-                found[name.replace("-", "_")] = json.loads(value)
-            except ValueError:
-                found[name.replace("-", "_")] = value
+        for name, value in key_values(self.engine_arg).items():
+            if name not in _FIELDS:
+                try:
+                    found[name] = json.loads(value)
+                except ValueError:
+                    found[name] = value
         return found
 
 
@@ -245,6 +215,12 @@ class InferenceOptions(Options):
         "float32", help="compute type of all models."
     )
     device: Device = option("auto", help="where they run.")
+    threshold: float = option(
+        0.5,
+        help="of several labels a text: probability from which a class is one of them.",
+        above=0,
+        below=1,
+    )
     trust_remote_code: bool = option(False, help="let code that ships with a model run.")
 
 
@@ -281,6 +257,27 @@ class LearningOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraOptions(Options):
+    """What of a model is trained."""
+
+    heading = "Model"
+
+    lora: str | None = option(
+        None,
+        help="train only a low-rank adapter of a Hugging Face model, and the head of an encoder "
+        "(kdcache[lora]), such as `r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj`. Default: "
+        "alpha twice r, no dropout, targets all-linear.",
+        metavar="r=R[,alpha=A][,targets=NAMES]",
+        decides="student",
+    )
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The adapter that is trained; None trains all weights."""
+        return None if self.lora is None else Lora.parse(self.lora)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlotOptions(Options):
     """A picture of the outcome."""
 
@@ -314,6 +311,6 @@ def form_problems(record_form: Form, task: str | None) -> list[str]:
     if kind is not None and record_form not in ("auto", "text", *kind.forms):
         return [
             f"--record-form is '{record_form}': a {kind.noun} reads texts. Name their column with "
-            "--text-column."
+            "--columns text=THEIRS."
         ]
     return []

@@ -93,7 +93,7 @@ class ExportOptions(Options):
 
     cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
     out: str = option(help="folder of the files.", metavar="DIR", output=True)
-    to: Literal["parquet"] = option("parquet", help="the format of the files.")
+    to: Literal["parquet"] = option("parquet", help="the format of the files.", hidden=True)
     temperature: float | None = option(
         None,
         help="of the probabilities. Default: 1 where the cache declares it, else the first "
@@ -208,8 +208,10 @@ class DemoOptions(Options):
     alpha: float = option(
         0.1, help="weight of the hard loss of the distilled students.", at_least=0, below=1
     )
-    teacher_epochs: float = option(6.0, help="passes of the teacher over the corpus.", above=0)
-    student_epochs: float = option(3.0, help="passes of each student.", above=0)
+    teacher_epochs: float = option(
+        6.0, help="passes of the teacher over the corpus.", above=0, hidden=True
+    )
+    student_epochs: float = option(3.0, help="passes of each student.", above=0, hidden=True)
     documents: int | None = option(
         None, help="use only the first documents of the corpus. Default: all.", at_least=10
     )

@@ -1,22 +1,28 @@
-"""Options of how records become rows: the group that the commands share.
+"""Options of how records become rows, which the commands share, and the `RowSpec` of them.
 
-Options of the rows of a sequence-to-sequence model: the group that the commands share.
-
-Options of the rows of a masked language model: the group that `build`, `plan` and `evaluate`
-share.
+What decides rows is in `kdcache.row_groups`, with help, bounds and defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.commands.groups import RecordOptions
 from kdcache.errors import UsageError
 from kdcache.options import option
-from kdcache.tasks import TASKS, Attend, Labels, LabelTokens, MaskUnit, Packing, Reasoning
+from kdcache.row_groups import (
+    ChatGroup,
+    IdGroup,
+    LabelGroup,
+    LengthGroup,
+    MaskGroup,
+    PairGroup,
+    WordGroup,
+)
+from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
     from kdcache.rows import RowSpec
@@ -25,87 +31,50 @@ DEFAULT_LENGTH = 1024  # tokens of a row
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowOptions(RecordOptions):
-    """How the records of a corpus become rows of tokens with hard labels."""
+class ChatOptions(ChatGroup):
+    """Chats, and prompts with their completions."""
 
-    heading = "Corpus"
+    heading = ChatGroup.heading
 
-    label_column: str = option(
-        "label",
-        help="column of the class, the classes or the score; with commas between, one column for "
-        "each of several classes. `none` reads no hard labels, even where the column exists. By "
-        "default for several classes labels too, for scores score; for words tags, "
-        "ner_tags or labels, a list.",
-        metavar="NAME",
-    )
-    label_tokens: LabelTokens = option(
-        "first",
-        help="which tokens of a word have its tag, and a soft target: the `first`, or `all`.",
-    )
-    messages_column: str = option(
-        "messages",
-        help="column of chat messages; where a file has it, its chats become the rows.",
-        metavar="NAME",
-    )
-    tools_column: str = option(
-        "tools",
-        help="column of the tools that a chat may call, as JSON schemas (optional).",
-        metavar="NAME",
-    )
     chat_template: str | None = option(
         None,
         help="file with the chat template to use instead of the tokenizer's, and to keep with it.",
         metavar="FILE",
     )
-    chat_template_kwargs: str | None = option(
-        None,
-        help='more variables of the chat template, such as `{"enable_thinking": false}`.',
-        metavar="JSON",
-    )
-    learn: tuple[str, ...] = option(
-        ("assistant",),
-        help="roles of a chat whose messages have labels, such as `assistant,tool`.",
-        comma=True,
-        metavar="ROLE",
-    )
-    reasoning: Reasoning = option(
-        "learn",
-        help="what an assistant thinks before it speaks (`<think>` to `</think>`): `learn` it, or "
-        "only `read` it, without labels.",
-    )
-    prompt_column: str = option(
-        "prompt", help="column of the prompt, used with `completion_column`.", metavar="NAME"
-    )
-    completion_column: str = option("completion", help="column of the completion.", metavar="NAME")
-    max_length: int | None = option(
-        None,
-        help="tokens of the longest row, at most what the model reads. Default: 1024, or what the "
-        "model reads if that is less.",
-        metavar="TOKENS",
-        at_least=2,
-    )
-    packing: Packing | None = option(
-        None,
-        help="`concat` joins documents into full rows, `none` makes one row of each and cuts it "
-        "at the longest, `split` continues in further rows, `whole` refuses what does not fit one. "
-        "Default: `concat` for language models, `whole` for records of ids.",
-    )
-    attend: Attend = option(
-        "row",
-        help="what a token of a row of `concat` attends to: all before it in its `row`, or its own "
-        "`document` alone, for teacher and student alike.",
-    )
-    labels: Labels | None = option(
-        None,
-        help="records of ids: what the columns labels and loss_mask stand beside: the `token` that "
-        "they are about (transformers), or the one before it, whose `next` it is (Megatron); "
-        "`none` reads neither. Needed where a file has one.",
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdOptions(IdGroup):
+    """Rows that several documents share, and records of ids."""
+
+    heading = IdGroup.heading
+
     tokenizer: str | None = option(
         None,
         help="records of ids: the tokenizer that made them, which must be the teacher's.",
         metavar="DIR_OR_HUB_ID",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(MaskGroup):
+    """Which tokens of a masked language model's rows are masked."""
+
+    heading = MaskGroup.heading
+
+    mask: tuple[str, ...] = option(
+        (),
+        help="`share=0.15` of the tokens of a row that the model has to guess, each `unit=token` "
+        "by itself or all those of a `unit=word`, and the `seed=0` of their choice.",
+        comma=True,
+        keys=True,
+        metavar="KEY=VALUE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions, IdOptions):
+    """How the records of a corpus become rows of tokens with hard labels."""
 
     def ids_problems(self) -> list[str]:
         """What is wrong with the options for records of ids."""
@@ -179,30 +148,18 @@ class RowOptions(RecordOptions):
         """
         from kdcache.rows import RowSpec
 
-        kind = TASKS[task]
-        default = "whole" if self.record_form == "ids" else kind.packing
-        return RowSpec(
-            task=task,  # type: ignore[arg-type]  # RowSpec checks it
-            text_column=self.text_column,
-            pair_column=self.pair_column,
-            label_column=self.label_column,
-            label_names=label_names if kind.named else None,
-            max_length=max_length,
-            packing=self.packing or default,  # type: ignore[arg-type]
-            attend=self.attend,
-            messages_column=self.messages_column,
-            tools_column=self.tools_column,
-            chat_template_kwargs=self.chat_template_kwargs or "",
-            learn=self.learn,
-            reasoning=self.reasoning,
-            prompt_column=self.prompt_column,
-            completion_column=self.completion_column,
-            record_form=self.record_form,
-            on_error=self.on_error,
-            labels=self.labels,
-            words_column=self.words_column,
-            label_tokens=self.label_tokens,
-        )
+        kind, known = TASKS[task], {field.name for field in fields(self)}
+        given = {f.name: getattr(self, f.name) for f in fields(RowSpec) if f.name in known}
+        given |= {
+            "task": task,
+            "label_column": self.label_column or "none",
+            "label_names": label_names if kind.named else None,
+            "max_length": max_length,
+            "max_source_length": None,  # see `of_pairs`
+            "packing": self.packing or ("whole" if self.record_form == "ids" else kind.packing),
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return RowSpec(**given)
 
 
 def longest(
@@ -235,47 +192,8 @@ _SOURCE_LENGTH = 1024  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairRowOptions(RowOptions):
-    """How records become rows, and where the source and the target of one are."""
-
-    heading = "Corpus"
-
-    source_column: str = option(
-        "source",
-        help="seq2seq: column of the text that the encoder reads; `translation.en` is the field "
-        "`en` of the column `translation`.",
-        metavar="NAME",
-    )
-    target_column: str = option(
-        "target", help="seq2seq: column of the text that the decoder writes.", metavar="NAME"
-    )
-    max_source_length: int | None = option(
-        None,
-        help="seq2seq: tokens of the longest source; `max_length` is of the target. Default: 1024, "
-        "or what the model reads if that is less.",
-        metavar="TOKENS",
-        at_least=1,
-    )
-    source_lang: str | None = option(
-        None,
-        help="seq2seq: language of the sources, for tokenizers that mark it, such as `en_XX`.",
-        metavar="CODE",
-    )
-    target_lang: str | None = option(
-        None, help="seq2seq: language of the targets, likewise.", metavar="CODE"
-    )
-
-    def row_spec(
-        self, task: str, label_names: tuple[str, ...] | None, *, max_length: int
-    ) -> RowSpec:
-        """See `RowOptions.row_spec`."""
-        return replace(
-            super().row_spec(task, label_names, max_length=max_length),
-            source_column=self.source_column,
-            target_column=self.target_column,
-            source_lang=self.source_lang,
-            target_lang=self.target_lang,
-        )
+class PairRowOptions(RowOptions, PairGroup):
+    """How records become rows, sources and targets among them."""
 
     def source_length(self, reach: Sequence[tuple[str, int | None]]) -> int:
         """Tokens of the longest source.
@@ -307,29 +225,5 @@ class PairRowOptions(RowOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedRowOptions(PairRowOptions):
-    """How records become rows, and which tokens of a masked language model's are masked."""
-
-    heading = "Corpus"
-
-    mask_share: float | None = option(
-        None,
-        help="masked LM: share of the tokens of a row that it has to guess. Default: 0.15.",
-        metavar="SHARE",
-        above=0,
-        below=1,
-    )
-    mask_unit: MaskUnit = option(
-        "token", help="masked LM: choose each `token` by itself, or all those of a `word`."
-    )
-    mask_seed: int = option(
-        0, help="masked LM: seed of the choice, which is by span, row and place."
-    )
-
-    def row_spec(
-        self, task: str, label_names: tuple[str, ...] | None, *, max_length: int
-    ) -> RowSpec:
-        """See `RowOptions.row_spec`."""
-        spec = super().row_spec(task, label_names, max_length=max_length)
-        share = spec.mask_share if self.mask_share is None else self.mask_share
-        return replace(spec, mask_share=share, mask_unit=self.mask_unit, mask_seed=self.mask_seed)
+class MaskedRowOptions(PairRowOptions, MaskOptions):
+    """How records become rows of any kind."""

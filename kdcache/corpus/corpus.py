@@ -319,6 +319,7 @@ def _read(
     renames, filters = dict(span.reading.renames), span.reading.filters
     if columns is not None:
         columns = [renames.get(name, name) for name in (*columns, *(name for name, _ in filters))]
+        columns += [name.partition(".")[0] for name in columns if name in renames.values()]
     location: Location = "start"
     with open_span(span, columns) as reader:
         reader.progress = progress

@@ -107,14 +107,14 @@ class Record:
         """The record with some columns under other names.
 
         Args:
-            names: The names in its file, by the new ones. A column that has a new name already
-                gives way.
+            names: The names in its file, by the new ones, or those of fields: see `field_of`. A
+                column that has a new name already gives way.
         """
         if not names:
             return self
         old = set(names.values())
         values = {k: v for k, v in self.values.items() if k not in old and k not in names}
-        values |= {new: self.values[name] for new, name in names.items() if name in self.values}
+        values |= {new: one for new, name in names.items() for one in field_of(self.values, name)}
         return replace(self, values=values)
 
     def missing(self, wanted: Sequence[str], option: str, named: Sequence[str] = ()) -> UsageError:
@@ -146,6 +146,15 @@ class Record:
                 f"all its columns in order, such as --columns {','.join(proposal)}."
             )
         return UsageError(f"{message} Name the right one with {option}.")
+
+
+def field_of(values: Mapping[str, Any], name: str) -> list[Any]:
+    """The value of a column, or of a field of one: `translation.en`; none where it is missing."""
+    if name in values:
+        return [values[name]]
+    outer, _, inner = name.partition(".")
+    fields = values.get(outer)
+    return [fields[inner]] if isinstance(fields, dict) and inner in fields else []
 
 
 @dataclass

@@ -444,7 +444,7 @@ class DocumentMaker:
                 if column not in values:
                     completion = column == spec.completion_column
                     option = "completion" if completion else spec.record_form
-                    raise record.missing([column], f"--{option}-column")
+                    raise record.missing([column], f"--columns {option}=THEIRS")
             return spec.record_form
         there = self._there(tuple(values))
         if len(there) == 1:
@@ -463,7 +463,7 @@ class DocumentMaker:
                 "the rows, add --record-form ids."
             )
         alternatives = [spec.text_column, spec.messages_column, "+".join(columns["prompt"])]
-        raise record.missing(alternatives, "--text-column", [spec.text_column])
+        raise record.missing(alternatives, "--columns text=THEIRS", [spec.text_column])
 
 
 def _plain(value: Any, column: str) -> str:

@@ -313,11 +313,11 @@ class ClassificationEncoder(Encoder):
         spec = self.spec
         pair = ""
         if spec.text_column not in record.values:
-            raise record.missing([spec.text_column], "--text-column", spec.columns)
+            raise record.missing([spec.text_column], "--columns text=THEIRS", spec.columns)
         text = checked_text(record.values[spec.text_column], spec.text_column)
         if spec.pair_column is not None:
             if spec.pair_column not in record.values:
-                raise record.missing([spec.pair_column], "--pair-column", spec.columns)
+                raise record.missing([spec.pair_column], "--columns pair=THEIRS", spec.columns)
             pair = checked_text(record.values[spec.pair_column], spec.pair_column)
         label = self._labels.read(record)
         return (text, pair, label) if text.strip() or pair.strip() else None

@@ -99,7 +99,7 @@ class MaskedEncoder(Encoder):
     def _make(self, record: Record) -> tuple[Record, str] | None:
         column = self.spec.text_column
         if column not in record.values:
-            raise record.missing([column], "--text-column", self.spec.columns)
+            raise record.missing([column], "--columns text=THEIRS", self.spec.columns)
         text = checked_text(record.values[column], column)
         return (record, text) if text.strip() else None
 
@@ -200,12 +200,12 @@ class MaskedEncoder(Encoder):
         Raises:
             UsageError: it does not.
         """
-        need_offsets(self.tokenizer, "--mask-unit word")
+        need_offsets(self.tokenizer, "--mask unit=word")
         words = self.tokenizer(["one two three"], add_special_tokens=False).word_ids(0)
         if len({word for word in words if word is not None}) < 3:
             raise UsageError(
                 "the tokenizer does not divide a text into words before it divides words into "
-                "tokens, so whole words cannot be masked. Use --mask-unit token."
+                "tokens, so whole words cannot be masked. Use --mask unit=token."
             )
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.corpus import Record, RecordError
+from kdcache.corpus.records import field_of
 from kdcache.errors import UsageError
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.spec import LAST_LABEL, Row, RowSpec
@@ -73,8 +74,8 @@ class PairEncoder(Encoder):
     def _make(self, record: Record) -> Pair | None:
         texts = []
         columns = self.spec.source_column, self.spec.target_column
-        for column, flag in zip(columns, ("--source-column", "--target-column"), strict=True):
-            texts.append(text_of(record, column, flag, self.spec.columns))
+        for column, name in zip(columns, ("source", "target"), strict=True):
+            texts.append(text_of(record, column, name, self.spec.columns))
         blank = [name for name, text in zip(columns, texts, strict=True) if not text.strip()]
         if len(blank) == 1:
             raise RecordError(
@@ -99,26 +100,22 @@ class PairEncoder(Encoder):
         return not over
 
 
-def text_of(record: Record, column: str, flag: str, columns: Sequence[str]) -> str:
+def text_of(record: Record, column: str, name: str, columns: Sequence[str]) -> str:
     """The text of a column, or of a field of one: `translation.en`; missing is empty.
 
     Args:
         record: where it is.
         column: its name.
-        flag: option that names it, for messages.
+        name: of it in `--columns`, for messages.
         columns: that were read.
 
     Raises:
         UsageError: there is no such column or field.
         RecordError: it does not hold a text.
     """
-    outer, _, inner = column.partition(".")
-    if column in record.values:
-        return checked_text(record.values[column], column)
-    fields = record.values.get(outer) if inner else None
-    if not isinstance(fields, dict) or inner not in fields:
-        raise record.missing([column], flag, columns)
-    return checked_text(fields[inner], column)
+    for value in field_of(record.values, column):
+        return checked_text(value, column)
+    raise record.missing([column], f"--columns {name}=THEIRS", columns)
 
 
 def target_ids(

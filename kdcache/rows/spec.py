@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcache.errors import UsageError
-from kdcache.tasks import (
-    MASKED_LM,
-    SEQ2SEQ_LM,
-    TASKS,
-    Attend,
-    Form,
-    Labels,
-    LabelTokens,
-    MaskUnit,
-    OnError,
-    Packing,
-    Reasoning,
-    Task,
-    check_task,
-    positions,
+from kdcache.options import again, option, options_of
+from kdcache.row_groups import (
+    ChatGroup,
+    IdGroup,
+    LabelGroup,
+    LengthGroup,
+    MaskGroup,
+    PairGroup,
+    TextGroup,
+    WordGroup,
 )
+from kdcache.tasks import MASKED_LM, SEQ2SEQ_LM, TASKS, Packing, Task, check_task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
 MASK_SHARE = 0.15  # of BERT
@@ -36,14 +32,14 @@ ID_COLUMNS = (
     *("input_ids", "labels", "loss_mask"),
     *("attention_mask", "position_ids", "segment_ids"),
 )
-# Fields that came later: in an identity only where they decide something.
-_LATER = {
-    "labels": None, "attend": "row", "tools_column": "tools", "chat_template_kwargs": "",
-    "learn": ("assistant",), "reasoning": "learn", "words_column": "tokens",
-    "label_tokens": "first", "mask_share": None, "mask_unit": "token", "mask_seed": 0,
-    "source_column": "source", "target_column": "target", "max_source_length": None,
-    "source_lang": None, "target_lang": None, "decoder_start": None,
-}  # fmt: skip
+# The order of fields in a spec.json; others follow as they are declared.
+_ORDER = (
+    *("task", "text_column", "pair_column", "label_column", "label_names", "max_length", "packing"),
+    *("attend", "messages_column", "tools_column", "chat_template_kwargs", "learn", "reasoning"),
+    *("prompt_column", "completion_column", "record_form", "on_error", "labels", "words_column"),
+    *("label_tokens", "mask_share", "mask_unit", "mask_seed", "source_column", "target_column"),
+    *("max_source_length", "source_lang", "target_lang", "decoder_start"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,89 +99,31 @@ class Row:
 
 
 @dataclass(frozen=True)
-class RowSpec:
-    """How records become rows.
+class RowSpec(
+    MaskGroup, PairGroup, WordGroup, IdGroup, ChatGroup, LengthGroup, LabelGroup, TextGroup
+):
+    """How records become rows: the options of `kdcache.row_groups`, for one task and model.
 
-    Attributes:
-        task: one of `kdcache.tasks.TASKS`.
-        text_column: Column with the text.
-        pair_column: Classification: column with the second text, if any.
-        label_column: Classification: column with the label. The default stands for the
-            `label_columns` of the task, which may be missing (a transfer set); another name must
-            be there. Several with commas between: of several labels a text, one for each class.
-            `none` or None: no hard labels, whatever the columns.
-        label_names: Classification: the teacher's class names in order; None takes any class
-            number.
-        max_length: Most tokens of a row.
-        packing: Language models: `concat` joins documents into full rows; `none` makes one row of
-            a document and truncates it; `split` continues it in further rows; `whole` makes one row
-            and refuses a document that does not fit.
-        attend: Of `concat`: whether a token attends to the whole `row` before it, or to its own
-            `document` alone, whose last token then has no label.
-        messages_column: Causal LM: column with a conversation, a list of `{"role", "content"}`.
-        tools_column: Causal LM: column with the descriptions of the tools of a conversation; it
-            may be missing.
-        chat_template_kwargs: Causal LM: a JSON object of more variables for the chat template.
-        learn: Causal LM: the roles whose messages have labels.
-        reasoning: Causal LM: whether what an assistant thinks before it speaks has labels
-            (`learn`) or is only `read`.
-        prompt_column: Causal LM: column with the part that is only read.
-        completion_column: Causal LM: column with the part that has labels.
-        record_form: Causal LM: which of these a record is; `auto` goes by the columns that hold
-            something, and refuses a record where more than one form does.
-        on_error: What a record that can't be encoded does: `fail`, or be `skip`-ped and
-            counted.
-        labels: Records of ids: what `labels` and `loss_mask` stand beside: the `token` that they
-            are about, or the one before it (`next`); `none` reads neither. None refuses records
-            that have them.
-        words_column: Token classification: column with the words, a list.
-        label_tokens: Token classification: which tokens of a word have its label: the `first`, or
-            `all`.
-        mask_share: Masked LM: share of a row's tokens that are masked; None for other tasks.
-        mask_unit: Masked LM: whether a `token` is masked by itself or with all of its `word`.
-        mask_seed: Masked LM: seed of the draw, which is by span, row and place.
-        source_column: Sequence to sequence: column with the text that the encoder reads.
-        target_column: Sequence to sequence: column with the text that the decoder writes.
-        max_source_length: Sequence to sequence: most tokens of a source; `max_length` is of the
-            target. Default: 1024; None for other tasks.
-        source_lang: Sequence to sequence: language of the sources, for tokenizers that mark it.
-        target_lang: Sequence to sequence: that of the targets.
-        decoder_start: Sequence to sequence: id that the decoder reads first, `LAST_LABEL` where it
-            is the last label; None for other tasks. See `kdcache.teacher.quirks`.
+    `label_column` None reads no hard labels. The default stands for the `label_columns` of the
+    task, which may be missing (a transfer set); another name must be there.
 
     Raises:
         UsageError: Options that can't be; all of them in one message.
     """
 
-    task: Task
-    text_column: str = "text"
-    pair_column: str | None = None
-    label_column: str | None = DEFAULT_LABEL_COLUMN
-    label_names: tuple[str, ...] | None = None
-    max_length: int = 1024
-    packing: Packing = "concat"
-    attend: Attend = "row"
-    messages_column: str = "messages"
-    tools_column: str = "tools"
-    chat_template_kwargs: str = ""
-    learn: tuple[str, ...] = ("assistant",)
-    reasoning: Reasoning = "learn"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    record_form: Form = "auto"
-    on_error: OnError = "fail"
-    labels: Labels | None = None
-    words_column: str = "tokens"
-    label_tokens: LabelTokens = "first"
-    mask_share: float | None = None
-    mask_unit: MaskUnit = "token"
-    mask_seed: int = 0
-    source_column: str = "source"
-    target_column: str = "target"
-    max_source_length: int | None = None
-    source_lang: str | None = None
-    target_lang: str | None = None
-    decoder_start: int | None = None
+    task: Task = option(help="one of `kdcache.tasks.TASKS`.")
+    _: KW_ONLY
+    label_names: tuple[str, ...] | None = option(
+        None, help="the teacher's class names in order; None takes any class number."
+    )
+    max_length: int = again(LengthGroup, "max_length", 1024)
+    packing: Packing = again(LengthGroup, "packing", "concat")
+    decoder_start: int | None = option(
+        None,
+        help="id that the decoder of a sequence-to-sequence model reads first, `LAST_LABEL` where "
+        "it is the last label. See `kdcache.teacher.quirks`.",
+        later=True,
+    )
 
     def __post_init__(self) -> None:
         if self.label_column == "none":
@@ -195,24 +133,13 @@ class RowSpec:
             object.__setattr__(self, "mask_share", MASK_SHARE)
         if TASKS[self.task].source and self.max_source_length is None:
             object.__setattr__(self, "max_source_length", SOURCE_LENGTH)
-        wrong = [
-            f"{name} is {value!r}, expected one of {', '.join(choices)}"
-            for name, value, choices in (
-                ("packing", self.packing, get_args(Packing)),
-                ("attend", self.attend, get_args(Attend)),
-                ("record_form", self.record_form, get_args(Form)),
-                ("reasoning", self.reasoning, get_args(Reasoning)),
-                ("on_error", self.on_error, get_args(OnError)),
-                ("labels", self.labels, (None, *get_args(Labels))),
-                ("label_tokens", self.label_tokens, get_args(LabelTokens)),
-                ("mask_unit", self.mask_unit, get_args(MaskUnit)),
-            )
-            if value not in choices
-        ]
-        if self.max_length < 2:
-            wrong.append(f"max_length is {self.max_length}, expected 2 or more tokens")
-        if self.mask_share is not None and not 0 < self.mask_share < 1:
-            wrong.append(f"mask_share is {self.mask_share:g}, expected a number between 0 and 1")
+        if self.chat_template_kwargs == "":
+            object.__setattr__(self, "chat_template_kwargs", None)
+        wrong = []
+        for one in options_of(type(self)):
+            value = getattr(self, one.name)
+            problem = one.unlike(value) or one.wrong(value)
+            wrong += [problem.replace(one.said, one.name).rstrip(".")] if problem else []
         masks = (self.mask_share, self.mask_unit, self.mask_seed)
         if self.task != MASKED_LM and masks != (None, "token", 0):
             given = "mask_share, mask_unit and mask_seed"
@@ -266,8 +193,6 @@ class RowSpec:
             wrong.append(f"source_column and target_column are both {self.source_column!r}")
         if self.packing not in ("none", "whole"):
             wrong.append(f"packing is {self.packing!r}; {self.task} has a row for each record")
-        if (self.max_source_length or 0) < 1:
-            wrong.append(f"max_source_length is {self.max_source_length}, expected 1 or more")
         return wrong
 
     @property
@@ -318,10 +243,13 @@ class RowSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values, for an identity: fields of later versions only where they count."""
-        return {k: v for k, v in asdict(self).items() if k not in _LATER or v != _LATER[k]}
+        later = {one.name: one.default for one in options_of(type(self)) if one.later}
+        values = asdict(self)
+        names = sorted(values, key=lambda n: _ORDER.index(n) if n in _ORDER else len(_ORDER))
+        return {n: values[n] for n in names if n not in later or values[n] != later[n]}
 
 
-def _is_object(text: str) -> bool:
+def _is_object(text: str | None) -> bool:
     """Whether a text is a JSON object, or empty."""
     try:
         return isinstance(json.loads(text or "{}"), dict)

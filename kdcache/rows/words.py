@@ -238,7 +238,7 @@ def words_of(record: Record, column: str) -> list[str]:
         RecordError: the column holds something else.
     """
     if column not in record.values:
-        raise record.missing([column], "--words-column")
+        raise record.missing([column], "--columns tokens=THEIRS")
     words = record.values[column]
     if words is None:
         return []

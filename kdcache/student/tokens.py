@@ -326,7 +326,7 @@ def word_tokenizer(
     if words.get_vocab_size() == len(SPECIAL):
         raise UsageError(
             f"no word occurs {min_count} times or more in the training texts, so there is no "
-            "vocabulary. Lower --min-count, or check that the cache holds the texts."
+            "vocabulary. Lower --bilstm min-count, or check that the cache holds the texts."
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -389,7 +389,7 @@ def read_embeddings(
                 if len(parts) - 1 < max(width, 1):
                     raise UsageError(
                         f"{path}, line {number}: {len(parts) - 1} numbers after the word, "
-                        f"expected {width}. Give --embedding-size as the file has it."
+                        f"expected {width}. Give --bilstm embedding-size as the file has it."
                     )
                 if size is None and width < 2:
                     raise UsageError(
@@ -412,7 +412,7 @@ def read_embeddings(
         width = 0 if vectors is None else vectors.shape[1]
         raise UsageError(
             f"embeddings {path}: none of the {len(words)} words of the vocabulary is in it with "
-            f"{width} numbers a word. Check the language, the case and --embedding-size."
+            f"{width} numbers a word. Check the language, the case and --bilstm embedding-size."
         )
     own = [i if found[i] else ids[word.lower()] for i, word in enumerate(words)]
     return found[own], vectors[own]

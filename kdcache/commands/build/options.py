@@ -17,7 +17,7 @@ from kdcache.tasks import CAUSAL_LM, Task
 class WorkerOptions(Options):
     """The workers of a build."""
 
-    heading = "Workers"
+    heading = "Workers (many processes or machines)"
 
     workers: int | None = option(
         None,
@@ -89,6 +89,11 @@ class WorkerOptions(Options):
 @dataclass(frozen=True)
 class BuildOptions(MaskedRowOptions, TeacherRunOptions, WorkerOptions):
     """What `kdcache build` takes: fields have the names of its options."""
+
+    first = (
+        *("teacher", "corpus", "out", "task", "codec", "temperatures", "max_length", "columns"),
+        *("workers", "dry_run"),
+    )
 
     teacher: tuple[str, ...] = option(
         help="folder, URL or hub id of each teacher; several make an ensemble.",

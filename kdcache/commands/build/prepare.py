@@ -393,7 +393,7 @@ def _gpus(options: BuildOptions) -> float:
     if options.gpus_per_worker not in (None, needed):
         raise UsageError(
             f"--gpus-per-worker is {options.gpus_per_worker:g}, the engine needs {needed} GPUs "
-            "(--tensor-parallel times --pipeline-parallel). Leave it out."
+            "(tensor_parallel_size times pipeline_parallel_size). Leave it out."
         )
     return float(needed)
 

@@ -15,6 +15,11 @@ from kdcache.tasks import Task
 class EvaluateOptions(MaskedRowOptions, InferenceOptions, PlotOptions):
     """What `kdcache evaluate` takes: fields have the names of its options."""
 
+    first = (
+        *("student", "cache", "corpus", "teacher", "task", "temperature", "limit", "threshold"),
+        *("batch_tokens", "plot"),
+    )
+
     student: tuple[str, ...] = option(
         help="folders of models or of runs, or hub ids.",
         metavar="RUN_OR_DIR",
@@ -50,12 +55,6 @@ class EvaluateOptions(MaskedRowOptions, InferenceOptions, PlotOptions):
         None,
         help="of KL. Default: 1 where the cache declares it, else the first declared.",
         above=0,
-    )
-    threshold: float = option(
-        0.5,
-        help="of several labels a row: probability from which a class is predicted.",
-        above=0,
-        below=1,
     )
 
     def conflicts(self) -> list[str]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from kdcache.commands.groups import LearningOptions, form_problems
-from kdcache.commands.row_options import PairRowOptions
-from kdcache.errors import UsageError
-from kdcache.lora import Lora
-from kdcache.options import option
+from kdcache.commands.groups import LearningOptions, LoraOptions, form_problems
+from kdcache.commands.row_options import ChatOptions, IdOptions, PairRowOptions
+from kdcache.options import again, option, problems_of
+from kdcache.row_groups import ChatGroup, IdGroup, LengthGroup
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, ClassWeights, Task
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(PairRowOptions, LearningOptions):
+class FinetuneOptions(LoraOptions, LearningOptions, PairRowOptions):
     """What a fine-tuning takes: fields have the names of the command's options."""
+
+    first = (
+        *("model", "corpus", "eval_corpus", "out", "task", "max_length", "epochs", "batch_size"),
+        *("learning_rate", "lora"),
+    )
+    unused = (ChatGroup, ChatOptions, IdGroup, IdOptions)  # of language models
 
     model: str = option(
         help="folder or hub id of the encoder, or of a sequence-to-sequence model.",
@@ -36,14 +41,6 @@ class FinetuneOptions(PairRowOptions, LearningOptions):
         metavar="sequence-classification|multi-label-classification|regression|"
         "token-classification|seq2seq-lm",
     )
-    label_column: str = option(
-        "label",
-        help="column of the class, as a number or a name; of several a text (a list of names, or "
-        "one column for each class, with commas between); of the score; for words a list of "
-        "classes. By default for several labels labels too, for scores score; for words tags, "
-        "ner_tags or labels.",
-        metavar="NAME",
-    )
     label_names: tuple[str, ...] | None = option(
         None,
         help="the classes in order. Default: as found in the corpus, numbers in their order, names "
@@ -51,24 +48,21 @@ class FinetuneOptions(PairRowOptions, LearningOptions):
         metavar="NAME",
         comma=True,
     )
-    max_length: int | None = option(
+    max_length: int | None = again(
+        LengthGroup,
+        "max_length",
         None,
         help="tokens of the longest row, at most what the model reads. Default: 128, or what the "
         "model reads if that is less.",
-        metavar="TOKENS",
-        at_least=2,
     )
-    epochs: float = option(3.0, help="passes over the corpus.", above=0)
-    learning_rate: float | None = option(
+    epochs: float = again(LearningOptions, "epochs", 3.0)
+    learning_rate: float | None = again(
+        LearningOptions,
+        "learning_rate",
         None,
         help="peak. Default: 5e-5, or 1e-3 with `train_last`, 2e-4 for an adapter.",
-        above=0,
     )
-    warmup: float = option(
-        0.1,
-        help="warm-up steps of the learning rate; below 1 a share of the run.",
-        at_least=0,
-    )
+    warmup: float = again(LearningOptions, "warmup", 0.1)
     patience: int | None = option(
         None,
         help="stop after so many epochs without a better one on `eval_corpus` (optional).",
@@ -89,13 +83,6 @@ class FinetuneOptions(PairRowOptions, LearningOptions):
         None,
         help="train only the head and this many of the encoder's last parameter tensors.",
         at_least=0,
-    )
-    lora: str | None = option(
-        None,
-        help="train only a low-rank adapter and the head (kdcache[lora]), such as "
-        "`r=16,alpha=32,dropout=0.05,targets=query+value`. Default: alpha twice r, no dropout, "
-        "targets all-linear.",
-        metavar="r=R[,alpha=A][,targets=NAMES]",
     )
     head_width: int | None = option(
         None,
@@ -138,10 +125,7 @@ class FinetuneOptions(PairRowOptions, LearningOptions):
             problems.append("--patience waits for a better epoch on --eval-corpus: name one.")
         if self.freeze is not None and self.train_last is not None:
             problems.append("--freeze and --train-last choose what is trained: give one of them.")
-        try:
-            _ = self.adapter
-        except UsageError as error:
-            problems.append(str(error))
+        problems += problems_of(lambda: self.adapter)
         if self.lora is not None and (self.freeze, self.train_last) != (None, None):
             problems.append("--lora freezes all of the encoder: leave out --freeze, --train-last.")
         if self.lora is not None and self.head_width is not None:
@@ -150,8 +134,3 @@ class FinetuneOptions(PairRowOptions, LearningOptions):
                 "it is: leave out --lora or --head-width."
             )
         return problems
-
-    @property
-    def adapter(self) -> Lora | None:
-        """The adapter that is trained; None trains the encoder itself."""
-        return None if self.lora is None else Lora.parse(self.lora)

@@ -52,7 +52,7 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
 
     None of a score. Of several labels a text they are those of its lists, or the columns of labels.
     """
-    column, task = options.label_column, TASKS[options.task]
+    column, task = options.label_column or "none", TASKS[options.task]
     if not task.named:
         return ()
     columns = tuple(name.strip() for name in column.split(","))

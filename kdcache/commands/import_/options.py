@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Literal
 
-from kdcache.commands.build.options import WorkerOptions
+from kdcache.commands.build.options import BuildOptions, WorkerOptions
+from kdcache.commands.groups import RecordOptions
 from kdcache.domains import Named
-from kdcache.options import option
+from kdcache.options import again, option
 from kdcache.tasks import MAX_RECORD_BYTES, Attend, Labels, OnError
 
 Layout = Literal["kdcache", "axolotl", "distillkit", "open-instruct", "plain"]
@@ -18,16 +19,16 @@ Layout = Literal["kdcache", "axolotl", "distillkit", "open-instruct", "plain"]
 class ImportOptions(WorkerOptions):
     """What `kdcache import` takes: fields have the names of its options."""
 
-    corpus: tuple[str | Named, ...] = option(
-        help="files, folders, globs or fsspec URLs; with a name in front of each, its rows are "
-        "one domain of the cache.",
-        metavar="[NAME=]PATH_OR_URL_OR_GLOB",
-        named=True,
+    first = (
+        *("corpus", "tokenizer", "out", "layout", "from_", "columns", "top", "targets", "labels"),
+        "workers",
     )
+
+    corpus: tuple[str | Named, ...] = again(BuildOptions, "corpus", MISSING)
     tokenizer: str = option(
         help="the tokenizer of the ids, that of the teacher.", metavar="DIR_OR_HUB_ID"
     )
-    out: str = option(help="folder or URL of the cache.", metavar="CACHE", output=True)
+    out: str = again(BuildOptions, "out", MISSING)
     from_: Literal["parquet", "arrow", "jsonl"] = option("parquet", help="the format of the files.")
     layout: Layout = option(
         "kdcache",
@@ -56,14 +57,8 @@ class ImportOptions(WorkerOptions):
         comma=True,
         metavar="NAME=THEIRS",
     )
-    filter: tuple[str, ...] = option(
-        (), help="keep only records whose column has this value.", metavar="COLUMN=VALUE"
-    )
-    split: str | None = option(
-        None,
-        help='split to read of folders that hold several, such as train; or "all" for every file.',
-        metavar="NAME",
-    )
+    filter: tuple[str, ...] = again(RecordOptions, "filter", ())
+    split: str | None = again(RecordOptions, "split", None)
     top: int | None = option(
         None,
         help="ids to keep of each position, the most probable ones. Default: as many as the first "
@@ -88,9 +83,7 @@ class ImportOptions(WorkerOptions):
     max_length: int = option(
         1 << 17, help="tokens of the longest row; a longer one is refused.", at_least=2
     )
-    max_record_bytes: int = option(
-        MAX_RECORD_BYTES, help="longest record; a longer one cannot be read.", at_least=1
-    )
+    max_record_bytes: int = again(RecordOptions, "max_record_bytes", MAX_RECORD_BYTES)
     on_error: OnError = option("fail", help="what to do with rows that cannot be used.")
     limit: int | None = option(None, help="use only the first rows.", metavar="ROWS", at_least=1)
 

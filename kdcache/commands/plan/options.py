@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.groups import TeacherRunOptions
+from kdcache.commands.groups import PlotOptions, TeacherRunOptions
 from kdcache.commands.row_options import MaskedRowOptions
 from kdcache.domains import Named
-from kdcache.errors import UsageError
-from kdcache.files import file_problems
-from kdcache.options import option
+from kdcache.options import again, option, problems_of
 from kdcache.tasks import CAUSAL_LM, TASKS, Task
 
 
 @dataclass(frozen=True)
-class PlanOptions(MaskedRowOptions, TeacherRunOptions):
+class PlanOptions(MaskedRowOptions, TeacherRunOptions, PlotOptions):
     """What `kdcache plan` takes: fields have the names of its options."""
 
-    teacher: tuple[str, ...] = option(
-        help="folder, URL or hub id of each teacher; several make an ensemble.",
-        metavar="DIR_OR_HUB_ID",
+    first = (
+        *("teacher", "corpus", "task", "codec", "temperatures", "rows", "max_length", "columns"),
+        *("plot", "all"),
     )
-    corpus: tuple[str | Named, ...] = option(
-        help="files, folders, globs or fsspec URLs; with a name in front of each, its rows are "
-        "one domain of the cache.",
-        metavar="[NAME=]PATH_OR_URL_OR_GLOB",
-        named=True,
-    )
-    task: Task = option(CAUSAL_LM, help="the task: what the teacher predicts.")
+
+    teacher: tuple[str, ...] = again(BuildOptions, "teacher", MISSING)
+    corpus: tuple[str | Named, ...] = again(BuildOptions, "corpus", MISSING)
+    task: Task = again(BuildOptions, "task", CAUSAL_LM)
     codec: tuple[str, ...] | None = option(
         None,
         help="codecs to compare. Default: `anchored:10`, `anchored:20`, `sample:10`, `sample:20`, "
@@ -44,12 +39,6 @@ class PlanOptions(MaskedRowOptions, TeacherRunOptions):
     )
     rows: int = option(64, help="rows of the sample.", at_least=1)
     all: bool = option(False, help="print all figures, with what they mean.")
-    plot: str | None = option(
-        None,
-        help="PNG file for a plot of fidelity against bytes (optional).",
-        metavar="FILE.png",
-        output=True,
-    )
 
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""
@@ -62,12 +51,8 @@ class PlanOptions(MaskedRowOptions, TeacherRunOptions):
                 f"--temperatures are {given}, expected positive numbers, "
                 "several of one set with commas: --temperatures 1 --temperatures 1,2."
             )
-        problems += file_problems(self.plot, "--plot")
-        try:
-            self.build_options()
-        except UsageError as error:
-            problems.append(str(error))
-        return problems
+        problems += self.plot_problems()
+        return [*problems, *problems_of(self.build_options)]
 
     @property
     def codecs(self) -> tuple[str, ...]:

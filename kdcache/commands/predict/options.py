@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from kdcache.commands.groups import InferenceOptions, RecordOptions, form_problems
-from kdcache.options import option
+from kdcache.options import again, option
+from kdcache.row_groups import SourceGroup
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)
-class PredictOptions(RecordOptions, InferenceOptions):
+class PredictOptions(SourceGroup, RecordOptions, InferenceOptions):
     """What `kdcache predict` takes: fields have the names of its options."""
+
+    first = (
+        *("student", "corpus", "out", "task", "columns", "threshold", "max_length", "beams"),
+        *("batch_tokens", "device"),
+    )
 
     student: str = option(
         help="folder of a run, of a classifier or of a sequence-to-sequence model, or hub id.",
@@ -31,33 +37,16 @@ class PredictOptions(RecordOptions, InferenceOptions):
     task: Task | None = option(
         None, help="the task of the model. Default: what its configuration says."
     )
-    threshold: float = option(
-        0.5,
-        help="of several labels a text: probability from which a class is one of them.",
-        above=0,
-        below=1,
-    )
-
-    source_column: str = option(
-        "source", help="seq2seq: column of the text that the encoder reads.", metavar="NAME"
-    )
     max_length: int = option(
         128, help="seq2seq: tokens of the longest target that is written.", at_least=1
     )
-    max_source_length: int | None = option(
-        None,
-        help="seq2seq: tokens of the longest source. Default: what the model reads.",
-        metavar="TOKENS",
-        at_least=1,
-    )
     beams: int = option(1, help="seq2seq: beams of the search; 1 is greedy.", at_least=1)
-    source_lang: str | None = option(
+    _: KW_ONLY
+    max_source_length: int | None = again(
+        SourceGroup,
+        "max_source_length",
         None,
-        help="seq2seq: language of the sources, for tokenizers that mark it, such as `en_XX`.",
-        metavar="CODE",
-    )
-    target_lang: str | None = option(
-        None, help="seq2seq: language of the targets, likewise.", metavar="CODE"
+        help="tokens of the longest source. Default: what the model reads.",
     )
 
     def conflicts(self) -> list[str]:
@@ -66,5 +55,5 @@ class PredictOptions(RecordOptions, InferenceOptions):
         if "-" in self.corpus and len(self.corpus) > 1:
             problems.append("--corpus - reads standard input and cannot be combined with files.")
         if "-" in self.corpus and self.pair_column is not None:
-            problems.append("--corpus - reads one text per line and has no --pair-column.")
+            problems.append("--corpus - reads one text per line and has no pair (--columns).")
         return problems

@@ -278,7 +278,7 @@ def _sources(
         columns = (column, column.partition(".")[0])
         for record in _records(options, stats, *columns):
             try:
-                yield text_of(record, column, "--source-column", columns)
+                yield text_of(record, column, "source", columns)
             except RecordError as problem:
                 stats.reject(options.on_error, record.file, record.location, problem)
 
@@ -404,14 +404,11 @@ def _records(options: PredictOptions, stats: ReadStats, *columns: str) -> Iterat
 
 def _columns(record: Record, options: PredictOptions) -> tuple[str, str | None]:
     found: list[str] = []
-    for name, flag in (
-        (options.text_column, "--text-column"),
-        (options.pair_column, "--pair-column"),
-    ):
+    for kind, name in (("text", options.text_column), ("pair", options.pair_column)):
         if name is None:
             continue
         if name not in record.values:
-            raise record.missing([name], flag)
+            raise record.missing([name], f"--columns {kind}=THEIRS")
         found.append(checked_text(record.values[name], name))
     return found[0], found[1] if len(found) == 2 else None
 

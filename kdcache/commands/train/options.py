@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any
 
-from kdcache.commands.groups import LearningOptions, PlotOptions
-from kdcache.commands.train.bilstm import WORDS, BiLstmOptions
+from kdcache.commands.groups import LearningOptions, LoraOptions, PlotOptions
+from kdcache.commands.train.groups import (
+    WORDS,
+    BiLstmOptions,
+    CheckpointOptions,
+    CrossOptions,
+    LossOptions,
+    ManyOptions,
+    MemoryOptions,
+)
 from kdcache.commands.train.place import Place
-from kdcache.domains import Named, Weights
+from kdcache.domains import Weights
 from kdcache.errors import UsageError
-from kdcache.lora import Lora
-from kdcache.options import option, options_of
+from kdcache.options import again, option, options_of, problems_of
 from kdcache.storage import redact
-from kdcache.tasks import CrossMethod, Divergence, Tail
 
 
 @dataclass(frozen=True)
@@ -34,23 +41,30 @@ class Schedule:
     end: float
 
     @classmethod
-    def parse(cls, value: float | str | Schedule, name: str) -> Schedule:
+    def parse(
+        cls, value: float | str, name: str, span: str, fits: Callable[[float], bool]
+    ) -> Schedule:
         """Read `0.5` or `0.9:0.1`.
 
+        Args:
+            value: one or two numbers.
+            name: of the option, for messages.
+            span: what is expected, for messages.
+            fits: whether a number is that.
+
         Raises:
-            UsageError: not one or two numbers.
+            UsageError: not one or two numbers, or others than expected.
         """
-        if isinstance(value, Schedule):
-            return value
         first, _, last = str(value).partition(":")
         try:
-            start = float(first)
-            end = float(last) if last else start
+            found = cls(float(first), float(last or first))
         except ValueError as error:
             raise UsageError(
                 f"{name} is {value!r}, expected a number, or two as start:end of a linear schedule."
             ) from error
-        return cls(start, end)
+        if not (fits(found.start) and fits(found.end)):
+            raise UsageError(f"{name} is {found}, expected {span}.")
+        return found
 
     def at(self, step: int, steps: int) -> float:
         """Value at step `step` (from 0) of a run of `steps`."""
@@ -66,14 +80,27 @@ class Schedule:
         return f"{self.start:g}" if self.constant else f"{self.start:g}:{self.end:g}"
 
 
-Best = Literal["loss", "hard_loss", "soft_loss", "accuracy", "f1", "micro_f1", "pearson"]
-
 _HOTTEST = 1000.0  # temperature: times T² the rounding of float32 is 0.3 % of a loss there
 
 
 @dataclass(frozen=True)
-class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
+class TrainOptions(
+    LoraOptions,
+    LearningOptions,
+    LossOptions,
+    BiLstmOptions,
+    CrossOptions,
+    CheckpointOptions,
+    PlotOptions,
+    ManyOptions,
+    MemoryOptions,
+):
     """What a training run takes: fields have the names of the command's options."""
+
+    first = (
+        *("cache", "student", "out", "alpha", "temperature", "epochs", "batch_size"),
+        *("learning_rate", "eval_cache", "num_workers"),
+    )
 
     cache: tuple[str, ...] = option(
         help="folder or URL of each cache; several are mixed row by row.",
@@ -82,7 +109,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
     )
     student: str = option(
         help=(
-            "HF folder or hub id, a `config.json` (random weights), `bilstm`, or `module:function`."
+            "HF folder or hub id, a `config.json` (random weights), bilstm, or `module:function`."
         ),
         metavar="DIR_OR_HUB_ID|CONFIG.json|bilstm|module:function",
         decides="student",
@@ -93,34 +120,7 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         output=True,
         decides="nothing",
     )
-    lora: str | None = option(
-        None,
-        help=(
-            "train only a low-rank adapter of a Hugging Face student (kdcache[lora]), such as "
-            "`r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj`. Default: alpha twice r, no "
-            "dropout, targets all-linear."
-        ),
-        metavar="r=R[,alpha=A][,targets=NAMES]",
-        decides="student",
-    )
-    init_from: str | None = option(
-        None,
-        help=(
-            "begin with the weights of this earlier student, which has the shape of `student`; "
-            "with `lora`, an adapter of the same size. Steps and optimizer begin anew."
-        ),
-        metavar="RUN",
-        decides="student",
-    )
-    cache_weight: tuple[str | Named, ...] = option(
-        (),
-        help=(
-            "how often an epoch uses rows: a number for each cache, or a domain's name and number, "
-            "such as `code=0.5`, for its rows in every cache; 0 leaves a domain out. Default: 1."
-        ),
-        metavar="[NAME=]WEIGHT",
-        named=True,
-    )
+    _: KW_ONLY
     alpha: float | str = option(
         0.5,
         help="weight of the hard loss, 0 to 1, or `start:end`; 1 trains on hard labels alone.",
@@ -131,50 +131,6 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         help="temperature of the soft loss, or `start:end` (`dense` and `hidden` caches).",
         metavar="T[:U]",
     )
-    divergence: Divergence | None = option(
-        None,
-        help="divergence of the student from the soft targets. Default: `forward-kl`, of scores "
-        "`mse`; `huber` is for scores alone, and then the hard loss too.",
-    )
-    huber_delta: float = option(
-        1.0,
-        help="error from which `--divergence huber` grows linearly, in units of the score.",
-        above=0,
-    )
-    tail: Tail = option(
-        "bucket", help="for top-k caches: how the ids that are not stored are represented."
-    )
-    cross_tokenizer: CrossMethod | None = option(
-        None,
-        help="train a language model that has another tokenizer than the teacher: `likelihood` "
-        "compares how likely the text between shared token boundaries is, `hybrid` also the "
-        "distributions of caches with `topk`, `sample` or `anchored` there.",
-        decides="student",
-    )
-    likelihood_temperature: float = option(
-        10.0,
-        help="with `cross_tokenizer`, likelihoods p are compared as p^(1/T).",
-        metavar="T",
-        above=0,
-    )
-    anchor: float | str = option(
-        "auto",
-        help="for anchored caches: how far the student's distribution is trusted to remove noise, "
-        "0 to 1. `auto` estimates it from past steps; `off` trains on plain samples.",
-        metavar="auto|off|THETA",
-    )
-    max_steps: int | None = option(
-        None, help="steps of the run, instead of `epochs`.", at_least=1, decides="nothing"
-    )
-    gradient_accumulation: int = option(
-        1,
-        help="slices into which each worker cuts its part of a batch: less memory, the same step.",
-        at_least=1,
-        decides="nothing",
-    )
-    max_grad_norm: float = option(
-        1.0, help="gradients are scaled down to this norm; 0 leaves them.", at_least=0
-    )
     eval_cache: tuple[str, ...] = option(
         (),
         help=(
@@ -183,54 +139,6 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         ),
         metavar="CACHE",
     )
-    eval_steps: int | None = option(
-        None, help="steps between evaluations. Default: an epoch.", at_least=1, decides="nothing"
-    )
-    eval_batch_size: int | None = option(
-        None,
-        help="rows of an evaluation batch. Default: `batch_size`.",
-        at_least=1,
-        decides="nothing",
-    )
-    best: Best = option(
-        "loss", help="figure that selects the best checkpoint; `f1` is that of entities."
-    )
-    patience: int | None = option(
-        None,
-        help="stop after this many evaluations without an improvement.",
-        at_least=1,
-        decides="nothing",
-    )
-    save_steps: int | None = option(
-        None,
-        help=(
-            "steps between checkpoints. Default: an epoch. With `eval_cache`, checkpoints are "
-            "taken at evaluations."
-        ),
-        at_least=1,
-        decides="nothing",
-    )
-    keep_checkpoints: int = option(
-        2,
-        help="checkpoints kept, 2 or more; the best one is always among them.",
-        at_least=2,
-        decides="nothing",
-    )
-    report_to: tuple[str, ...] = option(
-        ("auto",),
-        help="Hugging Face trackers such as `tensorboard` or `wandb`; `auto` is tensorboard if "
-        "installed.",
-        decides="nothing",
-    )
-    resume: str = option(
-        "auto",
-        help=(
-            "`auto` continues from the last checkpoint in `out`, `never` refuses to; or the "
-            "folder of a checkpoint."
-        ),
-        metavar="auto|never|PATH",
-        decides="nothing",
-    )
     num_workers: int | str = option(
         1,
         help="processes that train together, started through Ray Train; `4:16` is as many as there "
@@ -238,106 +146,44 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         decides="nothing",
         metavar="N|MIN:MAX",
     )
-    max_failures: int | None = option(
-        None,
-        help="how often workers may be lost or fail before a training on Ray gives up; announced "
-        "preemptions do not count. Default: 2, on a cluster 100.",
-        at_least=0,
-        decides="nothing",
-    )
-    wait_minutes: float | None = option(
-        None,
-        help="give up when no Ray worker of a cluster has run for this long. Default: wait for "
-        "nodes as long as it takes.",
-        above=0,
-        decides="nothing",
-        metavar="MINUTES",
-    )
-    gpus_per_worker: float | None = option(
-        None,
-        help="GPUs per worker, 0 or 1. Default: one where there are any.",
-        decides="nothing",
-        at_least=0,
-    )
-    address: str | None = option(
-        None,
-        help="Ray address. Default: a Ray of this process.",
-        decides="nothing",
-        metavar="RAY_ADDRESS",
-    )
-    fsdp: bool = option(
-        False,
-        help=(
-            "shard weights and optimizer over the workers, for Hugging Face students that need it."
-        ),
-    )
-    gradient_checkpointing: bool = option(
-        False,
-        help="recompute activations in the backward pass: less memory, more time.",
-        decides="nothing",
-    )
-    streams: int | None = option(
+    init_from: str | None = option(
         None,
         help=(
-            "stretches of the caches that are read side by side, each by its own worker where "
-            "there are as many. The order depends on them, so a run keeps them on any number of "
-            "workers. Default: the run's first number of workers, of `4:16` the larger."
+            "begin with the weights of this earlier student, which has the shape of `student`; "
+            "with `lora`, an adapter of the same size. Steps and optimizer begin anew."
         ),
-        at_least=1,
+        metavar="RUN",
+        decides="student",
     )
-    shuffle_shards: int | None = option(
-        None,
-        help=(
-            "shards of a stream whose rows are shuffled together. Default: as many as make 32 MiB "
-            "of stored bytes, but 3 at least; divided by the number of streams."
-        ),
-        at_least=1,
+    max_steps: int | None = option(
+        None, help="steps of the run, instead of `epochs`.", at_least=1, decides="nothing"
     )
-    prefetch: int = option(4, help="batches decoded ahead.", at_least=1, decides="nothing")
-    _: KW_ONLY
-    learning_rate: float | None = option(
+    max_grad_norm: float = option(
+        1.0, help="gradients are scaled down to this norm; 0 leaves them.", at_least=0
+    )
+    learning_rate: float | None = again(
+        LearningOptions,
+        "learning_rate",
         None,
         help="peak of the learning rate. Default: 1e-3 for the biLSTM, 5e-4 for random weights, "
         "2e-4 for an adapter, else 5e-5.",
-        above=0,
     )
 
     def conflicts(self) -> list[str]:
         """See `Options.conflicts`."""
-        wrong = [*super().conflicts(), *self.plot_problems()]
-        for name, low, high in (("alpha", 0.0, 1.0), ("temperature", 0.0, _HOTTEST)):
-            try:
-                schedule = Schedule.parse(getattr(self, name), f"--{name}")
-            except UsageError as error:
-                wrong.append(str(error))
-                continue
-            for value in (schedule.start, schedule.end):
-                inside = low <= value <= high if name == "alpha" else low < value <= high
-                if not inside:
-                    span = "0 to 1" if name == "alpha" else f"more than 0, {_HOTTEST:,.0f} at most"
-                    wrong.append(f"--{name} is {schedule}, expected {span}.")
-                    break
-        try:
-            _ = self.theta
-        except UsageError as error:
-            wrong.append(str(error))
-        try:
-            _ = self.adapter
-        except UsageError as error:
-            wrong.append(str(error))
+        wrong = [*super().conflicts(), *self.plot_problems(), *self._cross_conflicts()]
+        read = (lambda: self.alphas, lambda: self.temperatures, lambda: self.theta)
+        wrong += problems_of(*read, lambda: self.adapter)
         if self.lora is not None and self.fsdp:
             wrong.append(
                 "--fsdp shards all of a student's weights: with --lora train without it, the "
                 "optimizer is small."
             )
-        wrong += self._cross_conflicts()
-        try:
+        if not (unread := problems_of(lambda: self.weights)):
             given = len(self.weights.caches)
-        except UsageError as error:
-            wrong.append(str(error))
-        else:
             if given and given != len(self.cache):
                 wrong.append(f"{given} cache weights for {len(self.cache)} caches.")
+        wrong += unread
         if not self.eval_cache and (self.patience is not None or self.eval_steps is not None):
             wrong.append("--patience and --eval-steps need an --eval-cache to evaluate on.")
         if self.eval_cache and self.save_steps is not None:
@@ -349,15 +195,12 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
                 f"--gpus-per-worker is {self.gpus_per_worker:g}, expected 0 or 1: a worker trains "
                 "on one GPU, and workers cannot share one."
             )
-        try:
-            fewest = self.workers[0]
-        except UsageError as error:
-            return [*wrong, str(error)]
-        if self.fsdp and fewest == 1 and self.place is None:
+        unread = problems_of(lambda: self.workers)
+        if not unread and self.fsdp and self.workers[0] == 1 and self.place is None:
             wrong.append(
                 "--fsdp shards over workers: use it with --num-workers 2 or more, or torchrun."
             )
-        return wrong
+        return [*wrong, *unread]
 
     def _cross_conflicts(self) -> list[str]:
         """What does not go with another tokenizer, or asks for one without saying how."""
@@ -375,9 +218,10 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
                 f"--student-tokenizer is {own}, which is for a biLSTM. With --cross-tokenizer name "
                 "the folder or hub id of a tokenizer."
             )
+        temperature = str(self.temperature).removesuffix(".0")
         others = (
             (self.divergence not in (None, "forward-kl"), f"--divergence {self.divergence}"),
-            (self.temperatures != Schedule(1.0, 1.0), f"--temperature {self.temperatures}"),
+            (temperature != "1", f"--temperature {temperature}"),
             (self.tail != "bucket", f"--tail {self.tail}"),
             (str(self.anchor) != "auto", f"--anchor {self.anchor}"),
         )
@@ -412,12 +256,13 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
     @property
     def alphas(self) -> Schedule:
         """The schedule of alpha."""
-        return Schedule.parse(self.alpha, "--alpha")
+        return Schedule.parse(self.alpha, "--alpha", "0 to 1", lambda alpha: 0 <= alpha <= 1)
 
     @property
     def temperatures(self) -> Schedule:
         """The schedule of the temperature."""
-        return Schedule.parse(self.temperature, "--temperature")
+        span = f"more than 0, {_HOTTEST:,.0f} at most"
+        return Schedule.parse(self.temperature, "--temperature", span, lambda t: 0 < t <= _HOTTEST)
 
     @property
     def theta(self) -> float | None:
@@ -432,11 +277,6 @@ class TrainOptions(LearningOptions, BiLstmOptions, PlotOptions):
         if not 0 <= theta <= 1:
             raise UsageError(f"--anchor is {self.anchor}, expected auto, off, or 0 to 1.")
         return theta
-
-    @property
-    def adapter(self) -> Lora | None:
-        """The adapter that is trained; None trains all weights."""
-        return None if self.lora is None else Lora.parse(self.lora)
 
     @property
     def weights(self) -> Weights:

@@ -73,7 +73,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         inner = load_student(
             options.student,
             info,
-            options=options.bilstm,
+            options=options.bilstm_settings,
             embeddings=options.embeddings,
             lora=options.adapter,
             trust_remote_code=options.trust_remote_code,
