@@ -29,6 +29,7 @@ GROUND = {
     "files",
     "plots",
     "humanize",
+    "metrics",
     "version",
 }
 ONLY = {  # a library, and where alone it may be imported

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.tables import echo, number, print_table, terminal
 from kdcache.humanize import counted, duration, size
+from kdcache.metrics import METRICS
 from kdcache.options import Options, key_values, options_of
 from kdcache.tasks import TASKS
 
@@ -183,18 +184,8 @@ def swept(_: Options, result: SweepResult) -> None:
 
 def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
     """Print the outcome of a fine-tuning."""
-    figures = {
-        "accuracy": result.accuracy,
-        "F1": result.f1,
-        "micro F1": result.micro_f1,
-        "average precision": result.average_precision,
-        "Pearson": result.pearson,
-        "Spearman": result.spearman,
-        "mean squared error": result.mse,
-        "cross-entropy": result.cross_entropy,
-    }
-    known = {name: value for name, value in figures.items() if value is not None}
-    scores = "".join(f", {name} {value:.4f}" for name, value in known.items())
+    figures = ((METRICS[n].title, getattr(result, n, None)) for n in METRICS if n != "loss")
+    scores = "".join(f", {title} {value:.4f}" for title, value in figures if value is not None)
     if not result.made:
         echo(f"{result.out} is complete{scores}. Nothing to do.")
         return ()

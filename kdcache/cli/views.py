@@ -18,8 +18,9 @@ from kdcache.cli.tables import number, percent, print_line, print_table
 from kdcache.commands.build.dry_run import DryRun
 from kdcache.commands.demo.demo import DemoResult
 from kdcache.commands.plan.sample import DomainEstimate
-from kdcache.commands.sweep.results import _NAMES, SHARES, SettingScore, SweepResult
+from kdcache.commands.sweep.results import SettingScore, SweepResult
 from kdcache.humanize import counted, duration, size
+from kdcache.metrics import METRICS, RANKED
 
 
 def render_estimates(domains: Sequence[DomainEstimate], console: Console) -> None:
@@ -160,7 +161,7 @@ def render_sweep(result: SweepResult, console: Console) -> None:
     """Print the table of settings."""
     options = list(result.settings[0].setting)
     seeds = result.runs[0].seed is not None
-    known = [name for name in _NAMES if any(name in s.mean for s in result.settings)]
+    known = [name for name in RANKED if any(name in s.mean for s in result.settings)]
     if _mixed(result):
         known.remove("loss")
     header = [*(name.replace("_", "-") for name in options), *(["seeds"] if seeds else [])]
@@ -212,9 +213,9 @@ def _notes(result: SweepResult) -> Iterable[str]:
 
 def _figure(setting: SettingScore, name: str) -> str:
     value, deviation = setting.mean.get(name), setting.deviation.get(name)
-    shown = percent if name in SHARES else number
+    shown = percent if METRICS[name].share else number
     if value is None or deviation is None:
         return shown(value)
-    if name in SHARES:
+    if METRICS[name].share:
         return f"{100 * value:.2f}±{100 * deviation:.2f} %"
     return f"{shown(value)}±{deviation:.4f}"

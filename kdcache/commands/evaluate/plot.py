@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.metrics import METRICS
 from kdcache.plots import Chart, Line, plot_charts
 
 
@@ -29,19 +30,11 @@ def charts_of(result: EvaluateResult) -> list[Chart]:
         for name, model in zip(names, result.models, strict=True)
         if model.calibration
     ]
-    at = f"(nats, T = {result.temperature:g})"
     charts = []
     if curves:
         x_label = "probability of the predicted class (mean of a bin)"
         charts.append(Chart("", x_label, "share that is right", curves, diagonal=True))
-    for figure, y_label in (
-        ("cross_entropy", "cross-entropy with the labels (nats)"),
-        ("kl", f"KL from the teacher {at}"),
-        ("soft_cross_entropy", f"soft cross-entropy {at}"),
-        ("agreement", "agreement with the teacher"),
-        ("bits_per_byte", "bits per byte"),
-        ("chunk_kl", "chunk KL from the teacher (nats)"),
-    ):
+    for figure in (name for name, metric in METRICS.items() if metric.plotted):
         found = [
             (name, value)
             for name, model in zip(names, result.models, strict=True)
@@ -50,7 +43,7 @@ def charts_of(result: EvaluateResult) -> list[Chart]:
         if found:
             ticks = [name for name, _ in found]
             dots = [Line(name, [i], [value]) for i, (name, value) in enumerate(found)]
-            charts.append(Chart("", "", y_label, dots, ticks=ticks))
+            charts.append(Chart("", "", result.title(figure), dots, ticks=ticks))
     return charts
 
 

@@ -1,8 +1,12 @@
-"""The figures of an evaluation."""
+"""The figures of an evaluation, and what they are called."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from kdcache.metrics import METRICS
+from kdcache.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -145,3 +149,34 @@ class EvaluateResult:
     notes: tuple[str, ...]
     domains: tuple[DomainScores, ...] = ()
     threshold: float | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether any model has a figure."""
+        return any(getattr(model, name) is not None for model in self.models)
+
+    def shown(self) -> Sequence[str]:
+        """The figures that its table has, in their order."""
+        answers = TASKS[self.task].answers
+        of_task = [name for name, metric in METRICS.items() if answers in metric.answers]
+        known = [name for name in of_task if self.has(name) or not METRICS[name].optional]
+        replaced = {METRICS[name].replaces for name in known}
+        return [name for name in known if name not in replaced]
+
+    def title(self, name: str) -> str:
+        """A figure for people, with its unit, temperature or threshold."""
+        metric, task = METRICS[name], TASKS[self.task]
+        title, about = metric.title, metric.unit
+        if name == "perplexity" and task.perplexity is not None:
+            title = task.perplexity
+        if name == "f1":
+            names = self.label_names or ()
+            title = f"F1 of {names[1]}" if len(names) == 2 else "macro F1"
+        if task.answers == "labels" and about:
+            about += " a class"
+        if metric.at_temperature:
+            about += f", T = {self.temperature:g}"
+        if name in ("micro_f1", "macro_f1"):
+            about = f"from {self.threshold:g}"
+        if name == "calibration_error":
+            about = f"{self.calibration_bins} bins"
+        return f"{title} ({about})" if about else title

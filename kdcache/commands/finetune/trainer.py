@@ -35,6 +35,7 @@ from kdcache.loss.metrics import (
     pearson,
     spearman,
 )
+from kdcache.metrics import METRICS
 from kdcache.rows import Row
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
@@ -85,7 +86,7 @@ def make_trainer(
         save_total_limit=2,
         load_best_model_at_end=bool(tests),
         metric_for_best_model=f"eval_{_best(options)}" if tests else None,
-        greater_is_better=not _falls(options) if tests else None,
+        greater_is_better=METRICS[_best(options)].higher if tests else None,
         seed=options.seed,
         **computing.arguments(),
         dataloader_pin_memory=computing.gpu,
@@ -246,24 +247,14 @@ def _best(options: FinetuneOptions) -> str:
     return "f1" if kind.words else "accuracy"
 
 
-def _falls(options: FinetuneOptions) -> bool:
-    """Whether a smaller figure is a better one."""
-    return _best(options) in ("mse", "cross_entropy")
-
-
 def best_scores(state: TrainerState, options: FinetuneOptions) -> dict[str, float]:
     """Figures of the best evaluation by their names; empty without any."""
     name = f"eval_{_best(options)}"
     at, lines = state.best_global_step, state.log_history
     best: dict[str, float] = next((x for x in lines if name in x and x["step"] == at), {})
     # A correlation of constant scores is not a number.
-    return {n: best[f"eval_{n}"] for n in _FIGURES if not isnan(best.get(f"eval_{n}", nan))}
-
-
-_FIGURES = (
-    *("accuracy", "f1", "micro_f1", "average_precision", "pearson", "spearman", "mse"),
-    "cross_entropy",
-)
+    names = METRICS.keys() - {"loss"}
+    return {n: best[f"eval_{n}"] for n in names if not isnan(best.get(f"eval_{n}", nan))}
 
 
 def mean_loss(state: TrainerState) -> float:

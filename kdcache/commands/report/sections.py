@@ -16,6 +16,7 @@ from kdcache.commands.report.charts import COLOURS, Curve, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, TargetFigures, number
 from kdcache.commands.report.rows import rows_as_text
 from kdcache.humanize import counted, duration, size
+from kdcache.metrics import LOSS_PARTS, METRICS, RANKED, run_title
 from kdcache.storage import redact
 from kdcache.student.figures import FIGURES, figure_of
 from kdcache.tasks import CAUSAL_LM, OUTPUTS, TASKS, TaskType
@@ -182,14 +183,7 @@ def _corpus(found: InspectResult) -> Table:
     return Table(title, header, rows, (0, 1) if found.domains else (0,))
 
 
-_NAMES = {
-    "loss": "loss",
-    "hard_loss": "cross-entropy",
-    "soft_loss": "soft loss",
-    "soft_cross_entropy": "soft cross-entropy",
-}
-_SCORES = ("accuracy", "f1", "micro_f1", "pearson", *_NAMES)  # of a result
-_FIGURES = ("accuracy", "f1", "micro_f1", "pearson", "hard_loss", "soft_loss", "soft_cross_entropy")
+_LOSSES = ("loss", *LOSS_PARTS)
 _LINES = 20  # of a curve as a table
 _SETTINGS = 200
 _OPTIONS = (
@@ -259,14 +253,14 @@ def run_section(run: RunPart) -> Blocks:
     """All about a run."""
     result, charts = run.result, []
     names = _names(run.result.get("task"))
-    series = [Curve(title, _points(run, name)) for name, title in names.items()]
+    series = [Curve(names[name], _points(run, name)) for name in _LOSSES]
     charts.append(curves("Training", "step", "loss", series))
-    series = [Curve(title, _points(run, f"eval_{name}")) for name, title in names.items()]
+    series = [Curve(names[name], _points(run, f"eval_{name}")) for name in _LOSSES]
     charts.append(curves("Evaluation", "step", "loss", series))
     for name in (*FIGURES.values(), "f1"):
         shown = "F1 of entities" if name == "f1" else name.replace("_", " ").capitalize()
         curve = Curve(shown.lower(), _points(run, f"eval_{name}"))
-        unit = "correlation" if name == "pearson" else "share"
+        unit = "share" if METRICS[name].share else "correlation"
         charts.append(curves(f"{shown} on the evaluation caches", "step", unit, [curve]))
     pairs = [
         (_words(name), "default" if run.options[name] is None else _plain(run.options[name]))
@@ -275,7 +269,7 @@ def run_section(run: RunPart) -> Blocks:
     ]
     pairs += [
         (f"{_words(name)}, training", _figure(result[name]))
-        for name in _SCORES
+        for name in RANKED
         if number(result.get(name)) is not None
     ]
     seconds = number(result.get("seconds"))
@@ -305,7 +299,7 @@ def _log(run: RunPart) -> Details | None:
     if not lines:
         return None
     step = max(1, -(-len(lines) // _LINES))
-    known = (*_NAMES, *(f"eval_{name}" for name in (*_NAMES, *FIGURES.values())))
+    known = (*_LOSSES, *(f"eval_{name}" for name in (*_LOSSES, *FIGURES.values())))
     names = [name for name in known if any(name in line for line in lines)]
     rows = [
         (_count(line.get("step")), *(_figure(line.get(name)) for name in names))
@@ -338,7 +332,7 @@ def sweep_section(sweep: SweepPart) -> Blocks:
     evaluated = sweep.results.get("evaluated")
     where = "the evaluation caches" if evaluated else "training, as last logged"
     crossed = list(dict.fromkeys(k for s in settings for k in _dict(s.get("setting"))))
-    figures = [n for n in _FIGURES if any(n in _dict(s.get("mean")) for s in settings)]
+    figures = [n for n in RANKED[:-1] if any(n in _dict(s.get("mean")) for s in settings)]
     rows = []
     for setting in settings[:_SETTINGS]:
         values, mean = _dict(setting.get("setting")), _dict(setting.get("mean"))
@@ -367,9 +361,9 @@ def sweep_section(sweep: SweepPart) -> Blocks:
 
 
 def _names(task: object) -> dict[str, str]:
-    """What the losses of a task are called: that of scores with their labels is no entropy."""
-    hard = {"hard_loss": TASKS[str(task)].hard[0]} if str(task) in TASKS else {}
-    return {**_NAMES, **hard}
+    """What the figures of a task are called: the loss of scores with their labels is no entropy."""
+    known = str(task) if str(task) in TASKS else None
+    return {name: run_title(name, known) for name in RANKED}
 
 
 def _points(run: RunPart, name: str) -> tuple[tuple[float, float], ...]:

@@ -43,24 +43,13 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.errors import installed
 from kdcache.files import write_json, write_text
 from kdcache.loss import label_loss, score_loss
+from kdcache.metrics import METRICS, RANKED, run_title
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.student.figures import SUMS, figure, figure_sums, hard_labels
 from kdcache.targets import DenseTargets
-from kdcache.tasks import CAUSAL_LM, TASKS, labelled, positions
+from kdcache.tasks import TASKS, labelled, positions
 
 SEED = "seed"
-SHARES = ("accuracy", "f1", "micro_f1")  # figures from 0 to 1
-HIGHER = (*SHARES, "pearson")  # those of which more is better
-_NAMES = {
-    "accuracy": "accuracy",
-    "f1": "F1 of entities",
-    "micro_f1": "micro F1",
-    "pearson": "Pearson correlation",
-    "hard_loss": "cross-entropy",
-    "soft_loss": "soft loss",
-    "soft_cross_entropy": "soft cross-entropy",
-    "loss": "loss",
-}
 
 
 @dataclass(frozen=True)
@@ -156,8 +145,8 @@ class SweepResult:
         for run in runs:
             groups.setdefault(tuple(run.setting.values()), []).append(run)
         settings = [_together(group) for group in groups.values()]
-        rank = next(name for name in _NAMES if all(name in s.mean for s in settings))
-        sign = -1 if rank in HIGHER else 1
+        rank = next(name for name in RANKED if all(name in s.mean for s in settings))
+        sign = -1 if METRICS[rank].higher else 1
         settings.sort(
             key=lambda s: (_last(sign * s.mean[rank]), _last(s.mean.get("hard_loss", 0.0)))
         )
@@ -176,17 +165,16 @@ class SweepResult:
         if self.ranked_by == "hard_loss" and self.task is not None:
             name, unit = TASKS[self.task].hard
             return f"{name} ({unit} per position)"
-        return f"{_NAMES[self.ranked_by]}{unit}"
+        return f"{run_title(self.ranked_by)}{unit}"
 
     @property
     def higher(self) -> bool:
         """Whether more of that figure is better."""
-        return self.ranked_by in HIGHER
+        return METRICS[self.ranked_by].higher
 
     def name_of(self, figure: str) -> str:
         """A figure for people."""
-        hard = figure == "hard_loss" and self.task is not None
-        return TASKS[self.task or CAUSAL_LM].hard[0] if hard else _NAMES[figure]
+        return run_title(figure, self.task)
 
     @property
     def source(self) -> str:
@@ -198,7 +186,7 @@ class SweepResult:
         options = list(self.runs[0].setting)
         seeds = [SEED] if self.runs[0].seed is not None else []
         rest = ["parameters", "steps", "best_step", "seconds", "out"]
-        header = ["name", *options, *seeds, *_NAMES, *rest]
+        header = ["name", *options, *seeds, *RANKED, *rest]
         writer = csv.DictWriter(text, header, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for run in self.runs:
@@ -207,7 +195,7 @@ class SweepResult:
 
 
 def _together(runs: Sequence[RunScore]) -> SettingScore:
-    known = [name for name in _NAMES if all(name in run.figures for run in runs)]
+    known = [name for name in RANKED if all(name in run.figures for run in runs)]
     values = {name: [run.figures[name] for run in runs] for name in known}
     return SettingScore(
         setting=runs[0].setting,

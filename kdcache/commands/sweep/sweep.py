@@ -30,11 +30,12 @@ from kdcache.commands.sweep.results import SEED, RunScore, SweepResult, plot_swe
 from kdcache.commands.train.callbacks import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import LOSS_PARTS, TrainResult
+from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.files import alone, inner, local_path, try_place, write_json
+from kdcache.metrics import LOSS_PARTS
 from kdcache.options import options_of
 from kdcache.version import __version__
 

@@ -16,6 +16,7 @@ from kdcache.commands.train.callbacks import read_metrics
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
 from kdcache.humanize import shares
+from kdcache.metrics import RANKED, run_title
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.storage import redact
 from kdcache.tasks import CAUSAL_LM, TASKS
@@ -121,16 +122,12 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-_FIGURES = (  # of the log, as charts in their order
-    ("loss", "loss (what is minimised)"),
-    ("hard_loss", ""),
-    ("soft_loss", "divergence from the teacher, times T²"),
-    ("soft_cross_entropy", "cross-entropy with the teacher, times T²"),
-    ("accuracy", "accuracy"),
-    ("f1", "F1 of entities"),
-    ("micro_f1", "micro F1"),
-    ("pearson", "Pearson correlation"),
-)
+_LOSSES = {  # of the log, the first charts
+    "loss": "loss (what is minimised)",
+    "hard_loss": "",
+    "soft_loss": "divergence from the teacher, times T²",
+    "soft_cross_entropy": "cross-entropy with the teacher, times T²",
+}
 
 
 def plot_run(path: str, result: TrainResult) -> None:
@@ -153,7 +150,8 @@ def charts_of(lines: Sequence[dict[str, Any]], result: TrainResult) -> list[Char
     }
     charts = []
     hard, unit = TASKS[result.task or CAUSAL_LM].hard
-    for figure, said in _FIGURES:
+    for figure in dict.fromkeys((*_LOSSES, *RANKED)):
+        said = _LOSSES.get(figure, run_title(figure))
         y_label = said or f"{hard} with the labels ({unit})"
         drawn = [
             line

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LOSS_PARTS = ("hard_loss", "soft_loss", "soft_cross_entropy")
-
 
 @dataclass(frozen=True)
 class TrainProgress:

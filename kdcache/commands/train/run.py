@@ -29,7 +29,7 @@ from kdcache.commands.train.callbacks import cut_metrics, seconds_before
 from kdcache.commands.train.card import CARD_FILE, model_card
 from kdcache.commands.train.folder import RESULT_FILE, SCRATCH
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import LOSS_PARTS, TrainProgress, TrainResult
+from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.student import (
     check_lengths,
     lengths_warning,
@@ -40,6 +40,7 @@ from kdcache.commands.train.student import (
 from kdcache.commands.train.trainer import make_trainer, train_stream
 from kdcache.files import filled_folder, write_json, write_text
 from kdcache.humanize import shares
+from kdcache.metrics import LOSS_PARTS
 from kdcache.stream import TargetStream
 from kdcache.stream.batch import CachedIds, Reading
 from kdcache.student import DistilledStudent

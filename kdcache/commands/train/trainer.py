@@ -23,11 +23,12 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, steps_of
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import UsageError
+from kdcache.metrics import METRICS
 from kdcache.stream import TargetStream
 from kdcache.stream.batch import Reading
 from kdcache.student import BiLstm, DistilledStudent
 from kdcache.student.adapter import is_adapted
-from kdcache.student.figures import FIGURES, soft_name
+from kdcache.student.figures import soft_name
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.targets import SoftTargets
@@ -93,7 +94,7 @@ def make_trainer(
         save_total_limit=options.keep_checkpoints,
         load_best_model_at_end=evaluates,
         metric_for_best_model=f"eval_{_best_metric(plan)}" if evaluates else None,
-        greater_is_better=options.best in ("f1", *FIGURES.values()) if evaluates else None,
+        greater_is_better=METRICS[options.best].higher if evaluates else None,
         seed=options.seed,
         ddp_backend="gloo" if world > 1 and not computing.gpu else None,
         ddp_find_unused_parameters=False,
