@@ -239,7 +239,7 @@ def test_the_hard_loss_has_the_name_of_the_task_in_runs_and_sweeps(task: Any) ->
     shown = words_of(tree_of_blocks(*sweep_section(SweepPart("s", table))))
     name = TASKS[task].hard[0] if task in tuple(TASKS) else "cross-entropy"
     assert f"best first by {name};" in shown
-    assert f" micro f1 {name} " in shown
+    assert f" micro F1 {name} " in shown
     for other in {"error", "cross-entropy"} - {name}:
         assert other not in run + shown
 
