@@ -137,6 +137,8 @@ def test_ci_runs_the_script_that_runs_lint_and_tests() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^make lint$", script, re.M)
     assert re.search(r"^make test$", script, re.M)
+    as_the_readme_says = script.partition("make test\n")[0]
+    assert "TORCH" not in as_the_readme_says, "pip chooses the build of torch"
     lowest = re.search(r'requires-python = ">=([\d.]+)"', PYPROJECT)
     assert lowest
     assert lowest.group(1) == min(
