@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.humanize import counted
+from kdcache.humanize import counted, printable, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,6 @@ def connect(address: str | None) -> bool:
 
     Raises:
         UsageError: no cluster answers at the address, or it wants another token.
-        IncompleteError: a Ray that was started starts no worker.
     """
     # What a cluster reports of dead workers Ray prints on standard output, where a command's
     # outcome belongs; our own log says it too.
@@ -89,11 +88,6 @@ def connect(address: str | None) -> bool:
     try:
         with private:
             ray.init(address=address, job_config=_job(), **given)
-        if address == "local":
-            _try_worker()
-    except IncompleteError:
-        leave()
-        raise
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UsageError(
             f"cannot join the Ray cluster at {address}: no answer, or not with this token. Check "
@@ -143,21 +137,38 @@ def _own_folder() -> str:
     return f"{_folders[-1].name}/r"
 
 
-def _try_worker() -> None:
-    """Wait for the first worker of a Ray of our own.
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """A start of Ray inside that says every 30 s that it waits, and does not do so for ever.
 
-    Raises:
-        IncompleteError: it starts none.
+    Ray waits for its first workers in its own code, where nothing can interrupt it.
     """
-    import ray
+    done = threading.Event()
 
-    wait, begin = Wait(_FIRST_MINUTES, option=""), time.monotonic()
-    answer = ray.remote(num_cpus=0)(lambda: None).remote()
-    while not ray.wait([answer], timeout=1.0)[0]:
-        check_own_ray()
-        seconds = wait.due(time.monotonic() - begin)
-        if seconds is not None:
-            wait.report(seconds, "Ray on this machine has started none", "Is it busy?")
+    def watch() -> None:
+        wait, begin = Wait(_FIRST_MINUTES, option=""), time.monotonic()
+        while not done.wait(1.0):
+            seconds = wait.due(time.monotonic() - begin)
+            try:
+                if seconds is not None:
+                    wait.report(seconds, "Ray on this machine has started none", "Is it busy?")
+            except IncompleteError as error:
+                end(error)
+
+    threading.Thread(target=watch, name="kdcache-ray", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def end(error: IncompleteError) -> None:
+    """End this process, and its Ray with it, where the main thread is stuck in Ray."""
+    sys.stderr.write(f"Error: {printable(redacted(str(error)))}\n")
+    sys.stderr.flush()
+    while _folders:
+        _folders.pop().cleanup()
+    os._exit(error.exit_code)
 
 
 def check_own_ray() -> None:
@@ -231,7 +242,8 @@ def _private_ray() -> Iterator[None]:
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        yield
+        with _bounded():
+            yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.humanize import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -247,8 +248,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write or replace a JSON file, whole or not at all."""
-    write_text(path, json.dumps(document, indent=1) + "\n")
+    """Write or replace a JSON file, whole or not at all, without secrets."""
+    write_text(path, json.dumps(redacted(document), indent=1) + "\n")
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -1,12 +1,32 @@
-"""Figures as people write them: sizes, durations, counts; and texts that are safe to print."""
+"""Figures as people write them: sizes, durations, counts; and texts and values that are safe to
+print and to write: without secrets, and without characters that a reader would take for commands.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 # Those that turn the direction of what follows, too: figures behind a name would read backwards.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
+# `user:password@` of an address, and a secret pasted with slashes in it, which the standard would
+# take for a port and a path.
+_USER = re.compile(r"(?<=://)(?:[^/@?\s]*|[^/@?:\s]+:(?!\d*(?:/|$))\S*)@")
+_QUERY = re.compile(r"(?<=://)([^?\s]*)\?\S*")
+# Names of secrets, by their last word; a special token of a tokenizer is none.
+_KIND = (
+    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!image_)(?<!audio_)"
+    r"(?:token|passw(?:or)?d|secret|credentials?|authorization|(?:api|access|secret)[_-]?key)"
+)
+_SECRET = re.compile(rf"(?:^|[\W_]|auth|access){_KIND}$", re.IGNORECASE)
+_GIVEN = re.compile(
+    rf"(?<![\w-])((?:[\w-]{{0,60}}(?:[_-]|auth|access))?{_KIND}(?:=|[\"']\s?:\s?))"
+    r"(?:\"[^\"]*\"|'[^']*'|[^\s\"',;&)}\]]+)",
+    re.IGNORECASE,
+)
 
 
 def printable(text: str) -> str:
@@ -15,6 +35,30 @@ def printable(text: str) -> str:
     Line ends and tabs stay. Names, texts and errors may come from anybody's data.
     """
     return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def markdown(text: str) -> str:
+    """A text as one line of Markdown, in which nothing of it is markup."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(printable(redacted(text)).split()))
+
+
+def redact(text: str) -> str:
+    """A URL, or a text with URLs in it, without user names, passwords and query strings."""
+    return _QUERY.sub(r"\1", _USER.sub("", text))
+
+
+def redacted(value: Any) -> Any:
+    """A JSON-able value as it may be written: entries whose names are those of secrets are left
+    out, and texts, as by `redact`, lose what they give to such names too (`hf_token=***`).
+
+    All that is written goes through it: logs, events, notes, cards, results, and of a spec what an
+    engine was given. So the same work with another secret, or without one, is the same work.
+    """
+    if isinstance(value, str):
+        return _GIVEN.sub(r"\1***", redact(value))
+    if isinstance(value, Mapping):
+        return {k: redacted(v) for k, v in value.items() if not _SECRET.search(str(k))}
+    return [redacted(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def counted(number: float, thing: str) -> str:

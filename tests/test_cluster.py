@@ -68,17 +68,24 @@ def run(call: list[Any], environment: dict[str, str]) -> subprocess.CompletedPro
 
 
 LISTENING = """
-import psutil, ray
-from kdcache.cluster import connect
+import os, pathlib, psutil, ray
+from kdcache.cluster import connect, leave
 
 assert connect(None)
 actors = [ray.remote(num_cpus=0)(type("Actor", (), {"ping": lambda self: 1})).remote()] * 2
 ray.get([actor.ping.remote() for actor in actors])
 me = psutil.Process()
+sockets = {s.laddr for p in me.children(recursive=True) for s in p.net_connections("unix")}
+for place in filter(None, sockets):
+    if place.startswith("/"):
+        print("socket", place)
+        parents = [p for p in pathlib.Path(place).parents if p.stat().st_uid == os.getuid()]
+        assert any(p.stat().st_mode & 0o777 == 0o700 for p in parents), place
 for process in [me, *me.children(recursive=True)]:
     for port in process.net_connections("inet"):
         if not port.raddr:
             print("port", process.name(), port.laddr.ip)
+leave()
 """
 
 
@@ -87,10 +94,15 @@ def test_a_ray_of_our_own_listens_on_loopback_and_keeps_its_token_private(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     own = {k: v for k, v in environment.items() if k != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+    own |= {"TMPDIR": str(tmp_path / ("x" * 80))}  # too long for the name of a socket in it
+    Path(own["TMPDIR"]).mkdir()
     done = run([sys.executable, "-c", LISTENING], own)
     assert done.returncode == 0, done.stdout
     ports = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("port ")]
     assert {"gcs_server", "raylet"} <= {name for name, _ in ports}
+    sockets = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("socket ")]
+    assert {"raylet", "plasma_store"} <= {Path(socket).name for socket in sockets}
+    assert not any(Path(socket).parents[2].exists() for socket in sockets), "removed at the end"
     outside = [
         (name, ip)
         for name, ip in ports
@@ -100,6 +112,29 @@ def test_a_ray_of_our_own_listens_on_loopback_and_keeps_its_token_private(
     token = tmp_path / ".ray" / "auth_token"
     assert len(token.read_text()) == 64
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+ASLEEP = """
+import os, sys, time
+if any(word.endswith("default_worker.py") for word in sys.orig_argv):
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    sys.exit()
+"""
+
+
+@pytest.mark.end_to_end
+def test_a_ray_of_our_own_whose_workers_never_register_ends_by_itself(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ASLEEP)
+    start = "from kdcache import cluster; cluster._FIRST_MINUTES = 0.1; cluster.connect(None)"
+    here = {"PYTHONPATH": str(tmp_path), "TMPDIR": "/tmp"}
+    done = run([sys.executable, "-c", start], environment | here)
+    assert done.returncode == 3, done.stdout
+    assert "Error: no worker was ready for 0.1" in done.stdout
+    assert "Ray on this machine has started none" in done.stdout
 
 
 def test_only_one_module_starts_a_ray() -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from broken_caches import forge
 from conftest import make_tiny_lm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -212,6 +214,66 @@ def test_plan_and_verify_take_an_engine(
         if engines:
             told = vllm.MADE.pop()
             assert (told.quantization, told.kv_cache_dtype) == ("int8", "fp8")
+
+
+CODE = {
+    "worker_cls": "evil.Worker",
+    "kv_transfer_config": {"kv_connector_module_path": "evil"},
+    "kv_cache_dtype": "../evil",
+    "quantization": ["evil"],
+    "seed": {"evil": 1},
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_no_argument_of_a_cache_reaches_an_engine_unless_it_is_given_again(
+    options: BuildOptions, vllm: ModuleType, name: str, tmp_path: Path
+) -> None:
+    build(options)
+    vllm.MADE.clear()
+
+    cache = Cache.open(options.out)
+    engine = {**(cache.spec.engine or {}), "args": {"seed": 3}}
+    (engine if name == "quantization" else engine["args"])[name] = CODE[name]
+    teachers = ({**cache.spec.teachers[0], "engine": engine},)
+    forge(cache, tmp_path / "forged", lambda data: data, teachers=teachers)
+    asked = VerifyOptions(cache=str(tmp_path / "forged"), teacher=options.teacher, sample=4)
+    text = CODE[name] if isinstance(CODE[name], str) else json.dumps(CODE[name])
+    with pytest.raises(UsageError, match="may name code that runs") as refused:
+        verify(asked)
+    assert shlex.quote(f"{name}={text}") in str(refused.value)
+    assert vllm.MADE == []
+    if name == "kv_cache_dtype":  # the stand-in knows no other
+        verify(dataclasses.replace(asked, engine_arg=("kv_cache_dtype=auto", "seed=3")))
+        assert [told.kv_cache_dtype for told in vllm.MADE] == ["auto"]
+
+
+def test_no_secret_of_an_engine_is_written(
+    options: BuildOptions, vllm: ModuleType, tmp_path: Path
+) -> None:
+    """And the same build goes on with another token, or with none."""
+    given = ("hf_token=feedbeef", 'hf_overrides={"api_key": "feedbeef", "a": 1}')
+    address = "tokenizer=https://me:feedbeef@host/a?Signature=feedbeef"
+    options = dataclasses.replace(options, engine_arg=(*given, address))
+    assert build(options).made > 0
+    (told,) = vllm.MADE
+    assert (told.hf_token, told.hf_overrides["api_key"]) == ("feedbeef", "feedbeef")
+    spec = Cache.open(options.out).spec
+    assert spec.engine is not None
+    assert spec.engine["args"] == {"hf_overrides": {"a": 1}, "tokenizer": "https://host/a"}
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in written if b"feedbeef" in path.read_bytes()] == []
+    for others in (("hf_token=other", *given[1:]), given[1:]):
+        again = dataclasses.replace(options, engine_arg=(*others, address))
+        assert build(again).made == 0
+    # A cache of an earlier version holds one in clear: it is read, goes on, and shows none.
+    old = dataclasses.replace(
+        spec, teachers=({**spec.teachers[0], "engine": {"args": {"hf_token": "feedbeef"}}},)
+    )
+    none = dataclasses.replace(spec, teachers=({**spec.teachers[0], "engine": {"args": {}}},))
+    assert old.fingerprint != none.fingerprint
+    assert old.differences(none) == []
+    assert not any("feedbeef" in line for line in old.differences(spec))
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_key_of_a_file_reaches_no_terminal_raw(tmp_path: Path) -> None:
         ("build", "--config", str(options), "--workers", HOSTILE),
         (HOSTILE,),
         ("inspect", f"--{HOSTILE}"),
-        ("--config", HOSTILE),
+        (f"--{HOSTILE}",),
     ):
         result = run(*words)
         assert result.exit_code == 2

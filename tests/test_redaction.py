@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +19,11 @@ from click.testing import CliRunner
 from kdcache.cli.main import cli
 from kdcache.commands.build.events import EventLog
 from kdcache.corpus import Corpus
+from kdcache.errors import UsageError
+from kdcache.files import write_json
+from kdcache.humanize import redacted
 from kdcache.storage import open_storage
+from kdcache.student.checkpoints import check_identity
 
 DEADLINE = 60.0
 
@@ -98,8 +103,7 @@ def test_a_build_from_signed_addresses_keeps_no_signature(
 
 LEAK = """
 import click, logging
-from kdcache.cli import commands
-from kdcache.cli.main import main
+from kdcache.cli import main as program
 
 def leak(address="http://me:feedbeef@host/a?X-Amz-Signature=feedbeef"):
     try:
@@ -108,8 +112,8 @@ def leak(address="http://me:feedbeef@host/a?X-Amz-Signature=feedbeef"):
         logging.getLogger("aiohttp").warning("no answer: %s", address, exc_info=True)
         raise RuntimeError(f"nobody expects {address}") from error
 
-commands.load = lambda name: click.Command(name, callback=leak)
-main()
+program.load = lambda name: click.Command(name, callback=leak)
+program.main()
 """
 
 
@@ -120,6 +124,42 @@ def test_logs_and_tracebacks_of_the_program_are_redacted() -> None:
     assert "WARNING aiohttp: no answer: http://host/a\n" in said
     assert "RuntimeError: nobody expects http://host/a\n" in said
     assert "feedbeef" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("--engine-arg hf_token=feedbeef x", "--engine-arg hf_token=*** x"),
+        ("{'api_key': 'feed beef', 'n': 1}", "{'api_key': ***, 'n': 1}"),
+        ('"AWS_SECRET_ACCESS_KEY": "feed\\u0020beef"', '"AWS_SECRET_ACCESS_KEY": ***'),
+        ("my-password='feed beef'", "my-password=***"),
+        ("authToken=feedbeef&x=1", "authToken=***&x=1"),
+        *((same, same) for same in ("eos_token=</s>", "a token: 5", "tokens=5", "tokenizer=x")),
+        *((same, same) for same in ("max_num_batched_tokens=512", "broken=1", "pad_token_id=0")),
+    ],
+)
+def test_what_is_given_to_the_name_of_a_secret_is_one(text: str, left: str) -> None:
+    assert redacted(text) == left
+    assert redacted([text, {"x": text}]) == [left, {"x": left}]
+    begin = time.process_time()
+    redacted("a_auth-token" * 5000)  # of a corpus, in an error: no text may hold this up
+    assert time.process_time() - begin < 5
+
+
+def test_a_document_is_written_without_secrets(tmp_path: Path) -> None:
+    secret = {"hf_token": "feedbeef", "api-key": 5, "x": {"password": ["feedbeef"]}}
+    kept = {"eos_token": "</s>", "tokenizer": "a", "tokens": 3, "token_ids": [1.5, None, True]}
+    write_json(tmp_path / "a.json", {**secret, **kept})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": {}, **kept}
+
+
+def test_a_run_goes_on_with_another_signature_of_its_student() -> None:
+    student = "https://host/student?Signature="
+    here = {"identity": {"student": f"{student}feedbeef", "seed": 1}}
+    check_identity(here, {"student": f"{student}other", "seed": 1}, "x")
+    with pytest.raises(UsageError, match="seed: 1 -> 2") as refused:
+        check_identity(here, {"student": f"{student}other", "seed": 2}, "x")
+    assert "feedbeef" not in str(refused.value)
 
 
 def test_events_are_redacted(tmp_path: Path) -> None:

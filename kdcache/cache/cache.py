@@ -29,6 +29,7 @@ from kdcache.cache.manifest import (
 from kdcache.cache.shard import ShardData, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec, from_text, no_cache, to_text
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.humanize import redacted
 from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.storage import Share, Storage, open_storage, redact
 from kdcache.storage.disk import verified_here
@@ -83,14 +84,14 @@ class Cache:
         Raises:
             UsageError: the folder holds something else, or a cache with another spec.
         """
-        storage = open_storage(url)
+        storage, spec = open_storage(url), spec.without_secrets()
         beside = {f"tokenizer/{name}": data for name, data in tokenizer_files.items()}
         if ranks:
             beside["ranks.u32"] = ranks
         if output_layer:
             beside[layer_name(output_layer)] = output_layer
         files = {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()}
-        document = {"spec": spec.to_dict(), "notes": dict(notes or {}), "files": files}
+        document = {"spec": spec.to_dict(), "notes": redacted(notes or {}), "files": files}
         if storage.exists("spec.json"):
             at_work = storage.share("spec.json")
         else:

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from kdcache.domains import is_name
 from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.humanize import redacted
 from kdcache.storage import LocalStorage, Storage, redact
 from kdcache.targets import Codec, Dense
 from kdcache.tasks import TASKS
@@ -192,9 +193,13 @@ class CacheSpec:
         means = means or TASKS[self.task].answers == "score"  # which has no temperature
         return replace(codec, declared_only=True) if means and isinstance(codec, Dense) else codec
 
+    def without_secrets(self) -> CacheSpec:
+        """As it is written: with none of the secrets that an engine may have been given."""
+        return replace(self, teachers=tuple(redacted(self.teachers)))
+
     def differences(self, other: CacheSpec) -> list[str]:
         """One line a field in which `other` differs: `name: this -> other`."""
-        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        mine, theirs = (_flat(one.without_secrets().to_dict()) for one in (self, other))
         keys = [*mine, *(k for k in theirs if k not in mine)]
         return [
             f"{k}: {_short(mine.get(k))} -> {_short(theirs.get(k))}"

@@ -7,6 +7,7 @@ The commands are a table, `kdcache.cli.commands`; what they need is loaded on fi
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import gc
@@ -14,6 +15,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -23,14 +25,23 @@ from kdcache.cli.commands import COMMANDS, load
 from kdcache.cli.volume import Volume, set_volume, volume_options
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.files import no_space
-from kdcache.humanize import printable
-from kdcache.storage import redact
+from kdcache.humanize import printable, redacted
 from kdcache.version import __version__
 
 
 def _safe(text: str) -> str:
     """A text from anywhere, without secrets and control characters."""
-    return printable(redact(text))
+    return printable(redacted(text))
+
+
+@contextlib.contextmanager
+def _safely() -> Iterator[None]:
+    """What click says of arguments and files, as all that is printed."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = _safe(error.message)  # type: ignore[misc]
+        raise
 
 
 class _Commands(click.Group):
@@ -47,16 +58,21 @@ class _Commands(click.Group):
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(COMMANDS)}."
-            raise click.UsageError(f"there is no command {_safe(name)}.{hint}", ctx)
+            raise click.UsageError(f"there is no command {name}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, row.help) for name, row in COMMANDS.items()])
 
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        with _safely():
+            return super().make_context(*args, **more)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _safely():
+                return super().invoke(ctx)
         except KdcacheError as error:
             if not error.reported:
                 click.echo(f"Error: {_safe(str(error))}", err=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.tables import echo, number, print_table, terminal
-from kdcache.humanize import counted, duration, size
+from kdcache.humanize import counted, duration, redacted, size
 from kdcache.metrics import METRICS
 from kdcache.options import Options, key_values, options_of
 from kdcache.tasks import TASKS
@@ -302,7 +302,8 @@ def described(_: Options, result: EnvResult) -> None:
 
 
 def as_words(options: Options, kind: type[Options]) -> list[str]:
-    """How to type what two commands share: options as words for the command of another `kind`.
+    """How to type what two commands share: options as words for the command of another `kind`,
+    without secrets.
 
     Defaults are left out; `kind` must read a value as its own command writes it.
     """
@@ -324,7 +325,7 @@ def as_words(options: Options, kind: type[Options]) -> list[str]:
                 found.append(one.flag)
             else:  # a word that begins with a hyphen would be another option
                 found += [f"{one.flag}={text}"] if text.startswith("-") else [one.flag, text]
-    return found
+    return [str(redacted(word)) for word in found]
 
 
 def _shown(value: Any) -> str:

@@ -235,7 +235,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         target_bytes_per_position=sum(targets) if targets else None,
         columns=columns,
         sampled_shards=sampled,
-        spec=spec.to_dict(),
+        spec=spec.without_secrets().to_dict(),
         domains=domain_figures(spec, shards),
         filtered=filtered_records(shards),
         row=row,

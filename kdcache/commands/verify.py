@@ -24,6 +24,9 @@ than that of rounding.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -106,18 +109,45 @@ def verify(options: VerifyOptions) -> VerifyResult:
 
 
 def _engine(options: VerifyOptions, cache: Cache) -> EngineOptions | None:
-    """The engine that was asked for, else the one of the build with its arguments."""
+    """The engine that was asked for, else the one of the build, with its arguments where they are
+    harmless.
+
+    Raises:
+        UsageError: it was built with others, which the user does not give again.
+    """
     from kdcache.commands.build.prepare import engine_options
 
     built = cache.spec.engine or {}
     if options.engine == "transformers" or not (options.engine or built):
         return None
     asked = engine_options(options, cache.spec.max_length)
-    return dataclasses.replace(
-        asked,
-        quantization=asked.quantization or built.get("quantization"),
-        args={**built.get("args", {}), **asked.args},
-    )
+    args = {"quantization": built.get("quantization"), **built.get("args", {})}
+    harmless = {name: args.pop(name) for name in [*args] if _is_harmless(name, args[name])}
+    if others := sorted(args.keys() - asked.args.keys()):
+        given = " ".join(f"--engine-arg {shlex.quote(f'{n}={_text(args[n])}')}" for n in others)
+        raise UsageError(
+            f"{cache.url} was built with arguments of the engine that a cache cannot decide, since "
+            f"they may name code that runs: {', '.join(others)}. If you trust them, repeat them "
+            f"({given}), or give others; or use --engine transformers."
+        )
+    quantization = asked.quantization or harmless.pop("quantization")
+    return dataclasses.replace(asked, quantization=quantization, args={**harmless, **asked.args})
+
+
+def _is_harmless(name: str, value: object) -> bool:
+    """Whether an argument of an engine is a number or a word that chooses among its own ways."""
+    plain = value is None or isinstance(value, (bool, int, float))
+    return name in _HARMLESS and (plain or re.fullmatch(r"\w+", str(value)) is not None)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# That change what an engine computes, and are none of those that only decide its speed.
+_HARMLESS = {
+    *("quantization", "kv_cache_dtype", "calculate_kv_scales", "seed", "disable_sliding_window")
+}
 
 
 _LOGITS = 1 << 25  # numbers, of all positions that are compared

@@ -7,7 +7,8 @@ folder is therefore the only state: what is listed is committed.
 
 from __future__ import annotations
 
-from kdcache.storage.base import Share, Storage, is_remote, redact, sha256_file
+from kdcache.humanize import redact
+from kdcache.storage.base import Share, Storage, is_remote, sha256_file
 from kdcache.storage.local import LocalStorage
 
 __all__ = ["LocalStorage", "Share", "Storage", "is_remote", "open_storage", "redact", "sha256_file"]

@@ -30,7 +30,7 @@ from fsspec.asyn import AsyncFileSystem
 from huggingface_hub import constants
 
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.storage.base import redact
+from kdcache.humanize import redact
 
 logger = logging.getLogger(__name__)
 

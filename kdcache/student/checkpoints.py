@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from kdcache.errors import UsageError
 from kdcache.files import discard, read_seal, seal
+from kdcache.humanize import redacted
 from kdcache.targets import check_finite
 
 STATE_FILE = "kdcache_state.json"
@@ -92,7 +93,7 @@ def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where:
     Raises:
         UsageError: names what differs, then and now.
     """
-    then = state["identity"]
+    then, identity = redacted(state["identity"]), redacted(identity)
     changed = [
         f"{name}: {then.get(name)} -> {identity.get(name)}"
         for name in sorted({*then, *identity})

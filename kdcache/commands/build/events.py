@@ -17,7 +17,8 @@ import time
 import uuid
 from typing import Any, Protocol
 
-from kdcache.storage import LocalStorage, Storage, redact
+from kdcache.humanize import redacted
+from kdcache.storage import LocalStorage, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class EventLog:
 
     def __call__(self, event: str, /, **facts: Any) -> None:
         """Add one line."""
-        facts = {k: redact(v) if isinstance(v, str) else v for k, v in facts.items()}
-        line = json.dumps({"time": round(time.time(), 3), "run": self._run, "event": event} | facts)
+        told = {"time": round(time.time(), 3), "run": self._run, "event": event, **facts}
+        line = json.dumps(redacted(told))
         with self._lock:
             if self._local is None:
                 self._kept.append(line)

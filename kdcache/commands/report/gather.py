@@ -27,6 +27,7 @@ from kdcache.commands.train.callbacks import METRICS_FILE, read_metrics
 from kdcache.commands.train.folder import RESULT_FILE
 from kdcache.errors import UsageError
 from kdcache.files import local_path
+from kdcache.humanize import redacted
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
@@ -152,7 +153,7 @@ def _document(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not JSON ({error}). Restore it from a copy.") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} holds no object. Restore it from a copy.")
-    return found
+    return dict(redacted(found))
 
 
 def _run(folder: Path) -> RunPart:
@@ -191,7 +192,7 @@ def _cache(path: str, options: ReportOptions) -> CachePart:
     positions = 0
     if cache.sealed and TASKS[cache.spec.task].answers in ("ids", "classes"):
         figures, surprise, positions = _targets(cache)
-    return CachePart(facts, tuple(rows), figures, positions, surprise, dict(cache.notes))
+    return CachePart(facts, tuple(rows), figures, positions, surprise, redacted(cache.notes))
 
 
 def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...], int]:

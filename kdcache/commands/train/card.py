@@ -15,7 +15,7 @@ import yaml
 from kdcache.commands.train.callbacks import read_metrics
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
-from kdcache.humanize import shares
+from kdcache.humanize import markdown, shares
 from kdcache.metrics import RANKED, run_title
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.storage import redact
@@ -48,7 +48,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     if options.lora and not Path(options.student).exists():
         header["base_model"] = redact(options.student)
     teachers = dict.fromkeys(str(t) for c in plan.caches for t in c.notes.get("teachers", ()))
-    earlier = f"{redact(options.init_from or '')} (SHA-256 {plan.weights.get('init_sha256')})"
+    earlier = f"{options.init_from} (SHA-256 {plan.weights.get('init_sha256')})"
     trained = f"{result.parameters:,}"
     if options.lora:
         trained += f", of which {result.trained or 0:,} are trained"
@@ -63,11 +63,11 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
             f"alpha {options.alphas} on the hard labels, the rest {options.cross_tokenizer} across "
             f"tokenizers with T = {options.likelihood_temperature:g}"
         )
-    own = redact(options.student_tokenizer or options.student)
+    own = options.student_tokenizer or options.student
     facts = [
         ("task", spec.task),
         ("teacher", ", ".join(teachers) or "unknown"),
-        ("student began as", redact(options.student)),
+        ("student began as", options.student),
         *([("with the weights of", earlier)] if options.init_from else []),
         *([("adapter", f"LoRA, {options.adapter}")] if options.lora else []),
         *([("tokenizer", f"its own, of {own}")] if options.cross_tokenizer else []),
@@ -79,7 +79,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         ("kdcache", __version__),
     ]
     caches = [
-        (redact(url), cache.spec.codec, f"{cache.manifest.rows:,}", f"`{cache.digest}`", corpus)
+        (url, cache.spec.codec, f"{cache.manifest.rows:,}", cache.digest, corpus)
         for url, cache in zip(options.cache, plan.caches, strict=True)
         for corpus in (", ".join(str(f["name"]) for f in cache.spec.corpus[:3]),)
     ]
@@ -99,7 +99,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         "\n\n".join(
             [
                 f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-                f"# {name}",
+                f"# {markdown(name)}",
                 "A student that was trained on the cached answers of its teacher with kdcache.",
                 _table(("", ""), facts),
                 "## Data",
@@ -116,10 +116,9 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A markdown table; what would end a cell is escaped."""
+    """A table whose cells are texts from anywhere."""
     lines = [header, ("---",) * len(header), *rows]
-    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)
 
 
 _LOSSES = {  # of the log, the first charts

@@ -13,7 +13,6 @@ import secrets
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -31,6 +30,7 @@ from kdcache.cluster import (
     cluster_address,
     connect,
     describe,
+    end,
     launching,
     leave,
     nodes_up,
@@ -379,7 +379,7 @@ class _Follower:
         By a real signal: `_thread.interrupt_main` does not wake a thread that waits for a lock. A
         library may swallow the first one, so it is repeated. Where nothing helps the process ends.
         """
-        self._last_resort = threading.Timer(_END_SECONDS, _end, [error])
+        self._last_resort = threading.Timer(_END_SECONDS, end, [error])
         self._last_resort.daemon = True
         self._last_resort.start()
         main = threading.main_thread().ident
@@ -424,10 +424,3 @@ class _Follower:
         """Say that the command ends by itself: after a lost Ray it would be ended otherwise."""
         if self._last_resort is not None:
             self._last_resort.cancel()
-
-
-def _end(error: IncompleteError) -> None:
-    """End this process, whose main thread is stuck in a Ray that is gone."""
-    sys.stderr.write(f"Error: {error}\n")
-    sys.stderr.flush()
-    os._exit(error.exit_code)

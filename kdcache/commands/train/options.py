@@ -24,8 +24,8 @@ from kdcache.commands.train.groups import (
 from kdcache.commands.train.place import Place
 from kdcache.domains import Weights
 from kdcache.errors import UsageError
+from kdcache.humanize import redacted
 from kdcache.options import again, option, options_of, problems_of
-from kdcache.storage import redact
 
 
 @dataclass(frozen=True)
@@ -297,12 +297,8 @@ class TrainOptions(
         return {**values, "cache_weight": self.weights.shown()}
 
     def shown(self) -> dict[str, Any]:
-        """As `to_dict`, for people: without the credentials that URLs may hold."""
-        values = self.to_dict()
-        for name in ("cache", "eval_cache"):
-            values[name] = [redact(url) for url in values[name]]
-        values["out"] = redact(self.out)
-        return values
+        """As `to_dict`, for people: without secrets."""
+        return dict(redacted(self.to_dict()))
 
     def decisive(self) -> dict[str, Any]:
         """The options that a resumed run may not change; caches count by their digest instead."""

@@ -40,6 +40,10 @@ class AsyncEngineArgs:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 8
     kv_cache_dtype: str = "auto"
+    seed: int = 0
+    hf_token: str | None = None
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
 
 
 @dataclass
