@@ -1,9 +1,9 @@
 """Hooks of MkDocs: the site has more pages than docs/ has files.
 
 The documents are written to be read in a checkout, so their links name its files. Here README,
-CONTRIBUTING, CHANGELOG and the benchmarks become pages, and each link to a file leads to its page:
-an example to its place on the page of examples, any other file to a copy as plain text. The
-references of commands and Python are made from the code.
+CONTRIBUTING, SECURITY, CHANGELOG and the benchmarks become pages, and each link to a file leads to
+its page: an example to its place on the page of examples, any other file to a copy as plain text.
+The references of commands and Python are made from the code.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/RESULTS.md": "benchmarks.md",
     "examples/sst2/README.md": "sst2.md",
