@@ -53,12 +53,12 @@ from kdcache.commands.build.prepare import Prepared, prepare
 from kdcache.commands.build.source import TeacherSource, TeacherSourceOptions
 from kdcache.commands.build.workers import Job, LocalWorkers
 from kdcache.corpus import Corpus, Span
+from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, SoftTargets, TargetWriter
 from kdcache.targets.device import outside_mass
 from kdcache.tasks import IGNORE
-from kdcache.teacher import tokenizer_files
 
 CODECS = (("topk:64", (1.0,)), ("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)))
 SHAPES = {

@@ -53,9 +53,9 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare
 from kdcache.commands.build.source import TeacherSourceOptions
 from kdcache.commands.build.workers import Job, LocalWorkers
+from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row
 from kdcache.tasks import IGNORE
-from kdcache.teacher import tokenizer_files
 from kdcache.teacher.engine.process import Engine
 
 GOAL = 0.95

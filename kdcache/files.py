@@ -23,8 +23,7 @@ import re
 import shutil
 import stat
 import uuid
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -474,61 +473,3 @@ def _lock_file(path: Path) -> BinaryIO:
                     raise
         with contextlib.suppress(FileNotFoundError):  # the folder is gone again
             return open(path, "ab")
-
-
-# Sealed folders
-
-
-def seal(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
-    """Declare a folder whole: write its seal, with these facts and size and sum of every file."""
-    sync_tree(folder)
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    sums = {file: _crc(folder / file) for file in files}
-    write_json(folder / name, {**facts, "files": files, "crc32": sums})
-
-
-def read_seal(folder: Path, name: str, *, contents: bool = False) -> dict[str, Any]:
-    """The facts of a sealed folder.
-
-    Args:
-        folder: the folder.
-        name: of its seal.
-        contents: read every file, and compare its sum where the seal has one.
-
-    Raises:
-        ValueError: the folder is not whole; says what is wrong.
-    """
-    try:
-        document = json.loads((folder / name).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"has no {name}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
-        raise ValueError(f"has a {name} without a list of files")
-    sums = document.pop("crc32", {})
-    for file, size in document.pop("files").items():
-        path = folder / inner(file)
-        if not path.is_file():  # a device, to which a link may lead, has no end
-            raise ValueError(f"lacks {file}")
-        if (found := path.stat().st_size) != size:
-            raise ValueError(f"has {found} bytes of {file} instead of {size}")
-        if contents and file in sums and _crc(path) != sums[file]:
-            raise ValueError(f"has a damaged {file}: its bytes are not those that were written")
-    return dict(document)
-
-
-def _crc(path: Path) -> int:
-    """CRC-32 of a file, at the speed of a disk."""
-    found = 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found = zlib.crc32(part, found)
-    return found
-
-
-def discard(folder: Path, name: str) -> None:
-    """Remove a sealed folder, its seal first; no error where there is none."""
-    if folder.is_dir():
-        (folder / name).unlink(missing_ok=True)
-        sync_folder(folder)
-        shutil.rmtree(folder)

@@ -9,9 +9,11 @@ Silences transformers' own progress bars and advice.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,13 @@ from kdcache.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
+# Arguments of loading, which transformers saves with a tokenizer's own settings.
+_OF_LOADING = {
+    "_commit_hash", "_from_auto", "cache_dir", "force_download", "is_local", "local_files_only",
+    "name_or_path", "proxies", "revision", "subfolder", "token", "trust_remote_code",
+    "use_auth_token", "use_fast", "user_agent",
+}  # fmt: skip
+_OF_CALLS = {"padding", "truncation"}  # settings of the last call, in tokenizer.json
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")  # in configurations
 # What a device says when it is lost; older versions of torch have no class for it.
@@ -148,3 +157,35 @@ class quiet_transformers:  # noqa: N801 - used like a function
         if self._bars:
             hf.enable_progress_bar()
         hf.set_verbosity(self._level)
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Name and content of the files that rebuild a tokenizer.
+
+    They are a part of the cache, so they hold nothing of how and where the tokenizer was loaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        found = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
+    config, backend = "tokenizer_config.json", "tokenizer.json"
+    values = json.loads(found[config])
+    values = {name: value for name, value in values.items() if name not in _OF_LOADING}
+    found[config] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    state = json.loads(found.get(backend, b"{}"))
+    if any(state.get(name) for name in _OF_CALLS):
+        state |= dict.fromkeys(_OF_CALLS)
+        found[backend] = json.dumps(state, indent=2, ensure_ascii=False).encode()
+    return found
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identity of what a tokenizer does: its model, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        model: Any = {k: v for k, v in state.items() if k not in _OF_CALLS}
+    else:
+        model = sorted(tokenizer.get_vocab().items())
+    facts = [model, sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
+    facts.append(tokenizer.chat_template)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
+from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row
 from kdcache.targets import Codec, TargetWriter, position_uniform
 from kdcache.tasks import IGNORE
-from kdcache.teacher import tokenizer_files
 
 CAUSAL, CLASSES = "causal-lm", "sequence-classification"
 

@@ -15,7 +15,7 @@ from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
-from kdcache.teacher import tokenizer_files
+from kdcache.pretrained import tokenizer_files
 
 pytestmark = pytest.mark.slow
 

@@ -29,6 +29,7 @@ from kdcache.commands.build.packer import Packer, Steps
 from kdcache.commands.build.source import TaughtRows, TeacherSource
 from kdcache.commands.build.workers import SpanWorker
 from kdcache.errors import UsageError
+from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row
 from kdcache.targets import DenseTargets
 from kdcache.teacher import (
@@ -40,7 +41,6 @@ from kdcache.teacher import (
     model,
     peak_share,
     teacher,
-    tokenizer_files,
 )
 from kdcache.teacher.memory import fits_one_gpu, gpus_of, room_for_weights, weight_bytes
 

@@ -25,6 +25,7 @@ from kdcache.align import Aligner, TokenBytes, like_marks, unchanged
 from kdcache.cache import Cache
 from kdcache.cache.columns import offsets_of
 from kdcache.cache.shard import ShardData
+from kdcache.pretrained import tokenizer_sha256
 from kdcache.rows.batches import padded
 from kdcache.stream.batch import Batch, Reading, divided
 from kdcache.stream.shard_rows import AlignedRows, AlignedShard
@@ -33,7 +34,6 @@ from kdcache.targets import SparseTargets
 from kdcache.targets.chunks import ChunkTargets, Groups, within
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE, CrossMethod
-from kdcache.teacher import tokenizer_sha256
 
 _KEPT_BYTES = 1 << 28
 

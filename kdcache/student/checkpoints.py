@@ -1,6 +1,6 @@
 """Checkpoints of the HF Trainer that are whole or do not count.
 
-A checkpoint's `kdcache_state.json` is its seal (`kdcache.files`): written when all its files are
+A checkpoint's `kdcache_state.json` is its seal: written when all its files are
 on the disk, removed before any of them. The Trainer itself overwrites files, and deletes the oldest
 checkpoint before the newest is complete; here the newest is sealed first.
 
@@ -11,8 +11,11 @@ one whose bytes were changed since, it is refused. Cost: saving and resuming rea
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
+import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,66 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdcache.errors import UsageError
-from kdcache.files import discard, read_seal, seal
+from kdcache.files import inner, sync_folder, sync_tree, write_json
 from kdcache.humanize import redacted
 from kdcache.targets import check_finite
 
 STATE_FILE = "kdcache_state.json"
 _PREFIX = "checkpoint-"
+
+
+def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Declare a folder whole: write its seal, with these facts and size and sum of every file."""
+    sync_tree(folder)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    sums = {file: _crc(folder / file) for file in files}
+    write_json(folder / STATE_FILE, {**facts, "files": files, "crc32": sums})
+
+
+def _read_seal(folder: Path, *, contents: bool = False) -> dict[str, Any]:
+    """The facts of a sealed folder.
+
+    Args:
+        folder: the folder.
+        contents: read every file, and compare its sum where the seal has one.
+
+    Raises:
+        ValueError: the folder is not whole; says what is wrong.
+    """
+    try:
+        document = json.loads((folder / STATE_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"has no {STATE_FILE}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
+        raise ValueError(f"has a {STATE_FILE} without a list of files")
+    sums = document.pop("crc32", {})
+    for file, size in document.pop("files").items():
+        path = folder / inner(file)
+        if not path.is_file():  # a device, to which a link may lead, has no end
+            raise ValueError(f"lacks {file}")
+        if (found := path.stat().st_size) != size:
+            raise ValueError(f"has {found} bytes of {file} instead of {size}")
+        if contents and file in sums and _crc(path) != sums[file]:
+            raise ValueError(f"has a damaged {file}: its bytes are not those that were written")
+    return dict(document)
+
+
+def _crc(path: Path) -> int:
+    """CRC-32 of a file, at the speed of a disk."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found = zlib.crc32(part, found)
+    return found
+
+
+def _discard(folder: Path) -> None:
+    """Remove a sealed folder, its seal first; no error where there is none."""
+    if folder.is_dir():
+        (folder / STATE_FILE).unlink(missing_ok=True)
+        sync_folder(folder)
+        shutil.rmtree(folder)
 
 
 def read_state(checkpoint: Path, *, contents: bool = False) -> dict[str, Any]:
@@ -41,7 +98,7 @@ def read_state(checkpoint: Path, *, contents: bool = False) -> dict[str, Any]:
         UsageError: it is not a whole checkpoint.
     """
     try:
-        return read_seal(checkpoint, STATE_FILE, contents=contents)
+        return _read_seal(checkpoint, contents=contents)
     except ValueError as error:
         raise UsageError(
             f"{checkpoint} {error}: it is not a whole checkpoint of kdcache. Name another one, "
@@ -60,7 +117,7 @@ def last_checkpoint(out: Path) -> Path | None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint has its seal and every file that it lists."""
     try:
-        read_seal(checkpoint, STATE_FILE)
+        _read_seal(checkpoint)
     except ValueError:
         return False
     return True
@@ -265,18 +322,18 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         out = Path(self._get_output_dir(trial=trial))
         folder = out / checkpoint_name(self.state.global_step)
         if self.args.should_save:
-            discard(folder, STATE_FILE)  # of a sitting that was killed, with other files perhaps
+            _discard(folder)  # of a sitting that was killed, with other files perhaps
         self.accelerator.wait_for_everyone()
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                seal(folder, STATE_FILE, self.checkpoint_facts())
+                _seal(folder, self.checkpoint_facts())
         except Exception:
             if self.args.should_save:  # a full disk needs the room
                 with contextlib.suppress(OSError):
-                    discard(folder, STATE_FILE)
+                    _discard(folder)
             raise
         finally:
             self.args.save_total_limit = keep
@@ -293,7 +350,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         others = sorted((s for s in sealed - kept if s < now), reverse=True)
         kept.update(others[: max(0, keep - len(kept))])
         for step in found.keys() - kept:
-            discard(found[step], STATE_FILE)
+            _discard(found[step])
 
 
 class _FolderCallback(TrainerCallback):  # type: ignore[misc]

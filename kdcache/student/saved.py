@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
+from kdcache.pretrained import tokenizer_sha256
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
 from kdcache.rows.labels import no_label
@@ -39,7 +40,7 @@ from kdcache.tasks import (
     positions,
     task_of,
 )
-from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, tokenizer_sha256
+from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
 from kdcache.teacher.trust import FACTORY_TYPE
 
 

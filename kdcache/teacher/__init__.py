@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from kdcache.pretrained import quiet_transformers
 from kdcache.teacher.engine import TeacherDied, engine_version
-from kdcache.teacher.files import TeacherFiles, auto_class, tokenizer_files, tokenizer_sha256
+from kdcache.teacher.files import TeacherFiles, auto_class
 from kdcache.teacher.memory import Slice, find_batch_tokens, peak_share
 from kdcache.teacher.options import EngineOptions, TeacherOptions
 from kdcache.teacher.teacher import Teacher, aligned, logits_at
@@ -28,6 +28,4 @@ __all__ = [
     "logits_at",
     "peak_share",
     "quiet_transformers",
-    "tokenizer_files",
-    "tokenizer_sha256",
 ]

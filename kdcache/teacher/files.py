@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,17 +41,10 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-# Arguments of loading, which transformers saves with a tokenizer's own settings.
-_OF_LOADING = {
-    "_commit_hash", "_from_auto", "cache_dir", "force_download", "is_local", "local_files_only",
-    "name_or_path", "proxies", "revision", "subfolder", "token", "trust_remote_code",
-    "use_auth_token", "use_fast", "user_agent",
-}  # fmt: skip
 _OF_FILES = (
     *("_name_or_path", "transformers_version", "torch_dtype", "dtype"),
     *("base_model_name_or_path", "revision", "peft_version"),
 )
-_OF_CALLS = {"padding", "truncation"}  # settings of the last call, in tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -479,35 +471,3 @@ def _listed_by_hub(name: str, revision: str | None) -> Mapping[str, Facts] | Non
                 return None
             listed[one.rfilename] = Facts(int(one.size or 0), f"sha256:{one.lfs.sha256}", "")
     return listed or None
-
-
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Name and content of the files that rebuild a tokenizer.
-
-    They are a part of the cache, so they hold nothing of how and where the tokenizer was loaded.
-    """
-    with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
-        tokenizer.save_pretrained(folder)
-        found = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
-    config, backend = "tokenizer_config.json", "tokenizer.json"
-    values = json.loads(found[config])
-    values = {name: value for name, value in values.items() if name not in _OF_LOADING}
-    found[config] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
-    state = json.loads(found.get(backend, b"{}"))
-    if any(state.get(name) for name in _OF_CALLS):
-        state |= dict.fromkeys(_OF_CALLS)
-        found[backend] = json.dumps(state, indent=2, ensure_ascii=False).encode()
-    return found
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of what a tokenizer does: its model, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        model: Any = {k: v for k, v in state.items() if k not in _OF_CALLS}
-    else:
-        model = sorted(tokenizer.get_vocab().items())
-    facts = [model, sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
-    facts.append(tokenizer.chat_template)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -32,6 +32,7 @@ from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.layer_file import layer_bytes
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
+from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row
 from kdcache.targets import (
     AnchoredTargets,
@@ -45,7 +46,6 @@ from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.soft import ranks_of_ids, read_ranks
 from kdcache.tasks import IGNORE, UNLABELLED
-from kdcache.teacher import tokenizer_files
 
 VOCABULARY = 300
 CLASSES = ("bad", "neutral", "good")

@@ -53,12 +53,13 @@ from kdcache.commands.build.source import TeacherSourceOptions
 from kdcache.corpus import Corpus, Span
 from kdcache.corpus.stored import stored
 from kdcache.errors import UsageError
+from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.storage import open_storage, redact
 from kdcache.targets import Hidden, OutputLayer
 from kdcache.tasks import TASKS
-from kdcache.teacher import Teacher, TeacherOptions, tokenizer_files
+from kdcache.teacher import Teacher, TeacherOptions
 
 logger = logging.getLogger(__name__)
 

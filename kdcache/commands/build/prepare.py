@@ -32,17 +32,12 @@ from kdcache.corpus import Corpus, named, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
 from kdcache.errors import UsageError
 from kdcache.humanize import size
+from kdcache.pretrained import tokenizer_sha256
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.storage import redact
 from kdcache.targets import Codec
 from kdcache.tasks import TASKS
-from kdcache.teacher import (
-    EngineOptions,
-    TeacherFiles,
-    TeacherOptions,
-    engine_version,
-    tokenizer_sha256,
-)
+from kdcache.teacher import EngineOptions, TeacherFiles, TeacherOptions, engine_version
 from kdcache.teacher.options import check_states
 
 _SPANS = 16

@@ -31,12 +31,12 @@ from kdcache.corpus import Corpus, ReadStats, RecordError, named
 from kdcache.corpus.files import open_bytes
 from kdcache.errors import UsageError
 from kdcache.files import parse_yaml
+from kdcache.pretrained import tokenizer_files, tokenizer_sha256
 from kdcache.rows import RowSpec
 from kdcache.rows.ids import load_tokenizer
 from kdcache.storage import redact
 from kdcache.targets import Codec
 from kdcache.tasks import CAUSAL_LM, TASKS
-from kdcache.teacher import tokenizer_files, tokenizer_sha256
 
 _SPAN_BYTES = 1 << 25
 _MOST_SPANS = 100_000

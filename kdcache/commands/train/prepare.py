@@ -23,7 +23,7 @@ from kdcache.errors import UsageError
 from kdcache.files import local_path
 from kdcache.loss import check_loss
 from kdcache.loss.metrics import are_entities
-from kdcache.pretrained import UnreadableError, read_tokenizer
+from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_sha256
 from kdcache.storage import is_remote
 from kdcache.stream import CrossTokenizer, TargetStream, check_caches, open_caches
 from kdcache.stream.checks import unlike
@@ -33,7 +33,6 @@ from kdcache.student.figures import FIGURES, figure_of
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled
-from kdcache.teacher import tokenizer_sha256
 from kdcache.teacher.adapter import ADAPTER_CONFIG
 
 
