@@ -31,6 +31,7 @@ from kdcache.cluster import (
     describe,
     launching,
     leave,
+    nodes_up,
     reason,
     share_of_cpus,
 )
@@ -169,7 +170,7 @@ class RayWorkers(Workers):
         self._wait = Wait(wait_minutes)
         self._failed_starts = 0
         try:
-            self._need = share_of_cpus(gpus, workers, self._nodes())
+            self._need = share_of_cpus(gpus, workers, nodes_up())
             if cpus is not None:
                 self._need = Need(gpus, cpus, workers, exact=True)
             if not self._grows:
@@ -185,19 +186,15 @@ class RayWorkers(Workers):
 
     # Hiring
 
-    def _nodes(self) -> list[dict[str, float]]:
-        """Resources of each node of this moment, used or not."""
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-
     def _room(self) -> int:
         """How many workers the nodes of this moment hold."""
-        return sum(map(self._need.fit, self._nodes()))
+        return sum(map(self._need.fit, nodes_up()))
 
     def _refuse_too_many(self) -> None:
         room = self._room()
         if not room:
             raise UsageError(
-                f"a worker needs {self._need}; {describe(self._nodes())}. Use "
+                f"a worker needs {self._need}; {describe(nodes_up())}. Use "
                 "--gpus-per-worker 0, or fewer --cpus-per-worker."
             )
         if (self._workers or 1) > room:
@@ -249,7 +246,7 @@ class RayWorkers(Workers):
         if self._grows:
             state = (
                 f"{len(self._actors)} requested, none ready. A worker needs {self._need}; "
-                f"{describe(self._nodes(), self._ray.available_resources())}"
+                f"{describe(nodes_up(), self._ray.available_resources())}"
             )
             if pending := launching():
                 state += f"; pending nodes: {pending}"
