@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from kdcache.tasks import CAUSAL_LM, TASKS
 from kdcache.version import __version__
 
 CARD_FILE = "README.md"
+_DIGEST = re.compile("`[0-9a-f]{64}`")  # of a manifest
 _PER_TOKEN = (
     "Losses are per token of this model's tokenizer. Models of other tokenizers compare by bits "
     "per byte: `kdcache evaluate` gives those of all of them on the same bytes."
@@ -79,7 +81,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         ("kdcache", __version__),
     ]
     caches = [
-        (url, cache.spec.codec, f"{cache.manifest.rows:,}", cache.digest, corpus)
+        (url, cache.spec.codec, f"{cache.manifest.rows:,}", f"`{cache.digest}`", corpus)
         for url, cache in zip(options.cache, plan.caches, strict=True)
         for corpus in (", ".join(str(f["name"]) for f in cache.spec.corpus[:3]),)
     ]
@@ -118,7 +120,8 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table whose cells are texts from anywhere."""
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)
+    cells = ([c if _DIGEST.fullmatch(c) else markdown(c) for c in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 _LOSSES = {  # of the log, the first charts
