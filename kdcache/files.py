@@ -27,13 +27,12 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, UsageError, no_space
 from kdcache.humanize import redacted
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # ENOENT is of a folder in which nothing can be made, such as /proc.
 _NO_PLACE = {
     *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EISDIR),
@@ -43,11 +42,6 @@ _SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of `whole_file`
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # in bytes, on Linux
 # An empty part, `.` or `..`; so an absolute name too. Or what no name of ours holds.
 _OUTSIDE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
-# torch and safetensors report a failed write as errors of their own.
-_FULL_WORDS = re.compile(
-    r"No space left on device|File too large|Disk quota exceeded|PytorchStreamWriter failed"
-    r"|unexpected pos \d+ vs \d+|basic_ios::clear: iostream error"
-)
 
 
 class OutsideError(KdcacheError, ValueError):
@@ -69,13 +63,6 @@ def inner(name: object) -> str:
             "restore them from a copy, and use them only if you trust who made them."
         )
     return name
-
-
-def no_space(error: BaseException) -> bool:
-    """Whether an error means a full disk or quota."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _FULL
-    return bool(_FULL_WORDS.search(str(error)))
 
 
 @contextlib.contextmanager

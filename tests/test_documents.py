@@ -74,9 +74,8 @@ class TestDocuments:
         assert (whole.values["text"], whole.opens, whole.closes) == (text.rstrip("\n"), True, True)
         divided = Corpus.open([str(tmp_path)], span_bytes=span_bytes, divide=True)
         pieces = read(divided)
-        # Pieces of white space alone are no records.
         joined = "".join(piece.values["text"] for piece in pieces)
-        assert "".join(joined.split()) == "".join(text.split())
+        assert joined.rstrip() == text.rstrip()  # white space in the middle included
         assert [piece.opens for piece in pieces] == [True] + [False] * (len(pieces) - 1)
         assert [piece.closes for piece in pieces] == [False] * (len(pieces) - 1) + [True]
         if not packed and len(text.encode()) > 4 * span_bytes and len(pieces) > 1:

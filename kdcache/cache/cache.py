@@ -20,15 +20,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kdcache.cache.layer_file import layer_name, open_layer, read_layer
-from kdcache.cache.manifest import (
-    SHARD_NAME,
-    Manifest,
-    ShardEntry,
-    check_files,
-)
-from kdcache.cache.shard import ShardData, read_shard, shard_bytes
+from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
+from kdcache.cache.shard import ShardData, check_ids, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec, from_text, no_cache, to_text
-from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.errors import CorruptCacheError, IncompleteError, UsageError, doing
 from kdcache.humanize import redacted
 from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.storage import Share, Storage, open_storage, redact
@@ -36,6 +31,7 @@ from kdcache.storage.disk import verified_here
 from kdcache.targets import Codec, Hidden, OutputLayer
 from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.targets.soft import read_ranks
+from kdcache.tasks import TASKS
 
 _LEFTOVER = re.compile(r"tmp|tokenizer|ranks\.u32|output_layer-.*")  # of a start that crashed
 _OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it
@@ -377,7 +373,10 @@ class Cache:
             return self._read_shard(entry, targets, fresh=True)
 
     def _read_shard(self, entry: ShardEntry, targets: bool, *, fresh: bool = False) -> ShardData:
-        with self.hold(entry, fresh=fresh, noted=not fresh) as path:
+        with (
+            doing(f"reading {entry.name} of {self.url}"),
+            self.hold(entry, fresh=fresh, noted=not fresh) as path,
+        ):
             return self.parse(path, entry, targets=targets)
 
     def parse(self, path: Path, entry: ShardEntry, *, targets: bool = True) -> ShardData:
@@ -391,7 +390,7 @@ class Cache:
         Raises:
             CorruptCacheError: it is not such a shard, or a checksum fails.
         """
-        return read_shard(
+        data = read_shard(
             path,
             self.codec(),
             counts=entry.counts,
@@ -399,6 +398,23 @@ class Cache:
             kept=self.spec.kept,
             with_targets=targets,
         )
+        try:
+            over_ids = TASKS[self.spec.task].over_ids  # others are read by their texts, too
+            check_ids(data, self.spec, lambda: self.known_ids if over_ids else None)
+        except CorruptCacheError as error:
+            raise CorruptCacheError(f"shard {entry.span}: {entry.name}: {error}") from error
+        return data
+
+    @cached_property
+    def known_ids(self) -> int | None:
+        """How many ids the tokenizer has, or its language model can predict; None: not known."""
+        try:
+            tokenizer = self.tokenizer()
+        except (CorruptCacheError, UsageError):
+            return None
+        largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        predicted = self.spec.vocab_size if TASKS[self.spec.task].over_ids else 0
+        return max(largest + 1, len(tokenizer), predicted)
 
     @contextlib.contextmanager
     def hold(

@@ -20,12 +20,11 @@ import numpy as np
 from kdcache.cache.cache import Cache
 from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
 from kdcache.cache.sandbox import Sandbox
-from kdcache.cache.shard import ShardData, read_counts
+from kdcache.cache.shard import ShardData, check_ids, read_counts
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CorruptCacheError, KdcacheError
-from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets, SoftTargets
+from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
 from kdcache.targets.label_logprob import sum_logprobs
-from kdcache.tasks import IGNORE, TASKS, labelled
 
 _VALUES = 1 << 24  # decoded at a time
 _NOT_OURS = ("tmp", "events", "events.jsonl")  # scratch and logs, which nothing reads
@@ -68,34 +67,24 @@ def problems(cache: Cache) -> Iterator[Problem]:
         except CorruptCacheError as error:
             yield Problem(name, str(error))
             broken.add(name)
-    ids = None
     if not any(name.startswith("tokenizer/") for name in broken):
         try:
-            ids = known_ids(cache)
+            cache.tokenizer()
         except Exception as error:  # of whatever class reads these files
             yield Problem("tokenizer", f"the tokenizer cannot be loaded ({error}).")
     readable = all(name.startswith("tokenizer/") for name in broken)
     with Sandbox() as sandbox:
         for entry in cache.manifest.shards:
             try:
-                check_shard(cache, entry, sandbox, ids, values=readable)
+                check_shard(cache, entry, sandbox, values=readable)
             except KdcacheError as error:
                 yield Problem(f"shards/{entry.name}", _naming(entry, str(error)))
-
-
-def known_ids(cache: Cache) -> int:
-    """How many ids the tokenizer of a cache has, or its language model can predict."""
-    tokenizer = cache.tokenizer()
-    largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
-    predicted = cache.spec.vocab_size if TASKS[cache.spec.task].over_ids else 0
-    return max(largest + 1, len(tokenizer), predicted)
 
 
 def check_shard(
     cache: Cache,
     entry: ShardEntry,
     sandbox: Sandbox,
-    ids: int | None = None,
     *,
     values: bool = True,
 ) -> None:
@@ -105,7 +94,6 @@ def check_shard(
         cache: of the shard.
         entry: what the manifest says of it.
         sandbox: the process that opens it first.
-        ids: number of the tokenizer's ids, from `known_ids`; None where that is not known.
         values: False leaves the values out, where what is needed to read them is broken.
 
     Raises:
@@ -119,7 +107,8 @@ def check_shard(
             raise CorruptCacheError(f"it belongs to another cache ({facts}).")
         if values:
             data = cache.parse(path, entry)
-            check_values(data, cache.spec, ids)
+            check_ids(data, cache.spec, lambda: cache.known_ids)
+            check_values(data, cache.spec)
             codes = data.label_logprob
             sums = (None, None) if codes is None else sum_logprobs(codes)
             if sums != (entry.label_nats, entry.impossible_labels):
@@ -128,57 +117,26 @@ def check_shard(
                 )
 
 
-def check_values(data: ShardData, spec: CacheSpec, ids: int | None = None) -> None:
-    """Check the values of a shard that could be read.
+def check_values(data: ShardData, spec: CacheSpec) -> None:
+    """Check the targets of a shard that could be read.
 
     Cost: the targets are decoded once at each declared temperature, some positions at a time.
 
     Args:
         data: the shard.
         spec: of the cache.
-        ids: number of the tokenizer's ids, from `known_ids`; None where that is not known.
 
     Raises:
-        CorruptCacheError: an id, a class, a weight or a count is impossible.
+        CorruptCacheError: a logit or a weight is impossible.
     """
-    if data.task != spec.task:
-        raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
-    classes: int | None = 1
-    if TASKS[spec.task].answers == "score":
-        if np.isinf(data.labels).any():
-            raise CorruptCacheError("it has a score that is infinite.")
-        labels = np.zeros(0, np.int32)
-    elif TASKS[spec.task].answers == "labels":
-        labels, classes = data.labels[data.labels != IGNORE], 2  # whether each class is a label
-    else:
-        labels = data.labels[labelled(data.labels, data.task)]
-        classes = ids if TASKS[spec.task].over_ids else spec.num_labels or 0
-    columns = [("input id", data.input_ids, ids), ("label", labels, classes)]
-    if data.source is not None:
-        columns.append(("source id", data.source, ids))
-    for name, column, number in columns:
-        least, most = column.min(initial=0), column.max(initial=0)
-        if least < 0:
-            raise CorruptCacheError(f"it has the {name} {least}.")
-        if number is not None and most >= number:
-            raise CorruptCacheError(f"it has the {name} {most}, expected less than {number}.")
-    counts = data.targets.codec.counts(data.targets.columns)
-    if any(count.min(initial=0) < 0 for count in counts.values()):
-        raise CorruptCacheError("negative entry count.")
-    _check_targets(data.targets, spec)
-
-
-def _check_targets(targets: SoftTargets, spec: CacheSpec) -> None:
+    targets = data.targets
     counts = sum(targets.codec.counts(targets.columns).values(), np.zeros(len(targets), np.int64))
     width = max(1, int(counts.max(initial=0)))
     step = max(1, _VALUES // (spec.vocab_size if targets.codec.keeps_logits else width))
     for start in range(0, len(targets), step):
         some = targets.take(np.arange(start, min(start + step, len(targets))))
         for temperature in spec.temperatures:
-            try:
-                found = some.at(temperature)
-            except IndexError as error:  # a rank that no id has
-                raise CorruptCacheError("a rank is outside the vocabulary.") from error
+            found = some.at(temperature)
             if isinstance(found, HiddenTargets):
                 # States of finite numbers may still make logits beyond what float32 holds.
                 if not (found.states.isfinite().all() and found.dense().logits.isfinite().all()):
@@ -188,8 +146,6 @@ def _check_targets(targets: SoftTargets, spec: CacheSpec) -> None:
                 if not found.logits.isfinite().all():
                     raise CorruptCacheError("a logit is NaN or infinite.")
                 break
-            if found.ids.numel() and not 0 <= found.ids.min() <= found.ids.max() < spec.vocab_size:
-                raise CorruptCacheError(f"an id is outside the vocabulary of {spec.vocab_size}.")
             inverse = (found.inverse,) if isinstance(found, AnchoredTargets) else ()
             for numbers in (found.weights, found.tail, *inverse):
                 if not (numbers.isfinite().all() and (numbers >= 0).all()):

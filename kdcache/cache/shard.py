@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import h5py
 import numpy as np
@@ -41,7 +41,10 @@ from kdcache.cache.hdf5 import write_column as _write
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets
-from kdcache.tasks import IGNORE, TASKS, positions
+from kdcache.tasks import IGNORE, TASKS, labelled, positions
+
+if TYPE_CHECKING:
+    from kdcache.cache.spec import CacheSpec
 
 FORMAT = 1
 _MEMORY = 1 << 30  # that reading any shard may take
@@ -371,16 +374,59 @@ def _read_targets(path: Path, group: Any, codec: Codec, positions: int) -> dict[
 
 def _check_items(path: Path, data: ShardData) -> None:
     """Compare the ragged columns with the counts of the positions."""
+    codec, columns = data.targets.codec, data.targets.columns
     try:
         ends = {axis: int(offsets[-1]) for axis, offsets in data.item_offsets.items()}
     except IndexError as error:
         raise CorruptCacheError(
             f"{path}: the counts of its targets do not match the columns that they count."
         ) from error
-    for stored in data.targets.codec.columns:
-        found = len(data.targets.columns[stored.name])
+    for stored in codec.columns:
+        found = len(columns[stored.name])
         if found != ends[stored.per]:
             raise CorruptCacheError(
                 f"{path}: column {stored.name} has {found} values, expected {ends[stored.per]} by "
                 f"its counts."
             )
+    if any(count.min(initial=0) < 0 for count in codec.counts(columns).values()):
+        raise CorruptCacheError(f"{path}: negative entry count.")
+    if codec.largest_id(columns) >= codec.vocab_size:
+        raise CorruptCacheError(f"{path}: an id is outside the vocabulary of {codec.vocab_size}.")
+
+
+def check_ids(data: ShardData, spec: CacheSpec, known: Callable[[], int | None]) -> None:
+    """Check ids and labels of rows, with which readers index.
+
+    Cost: a pass over the rows' columns; the tokenizer is asked where it may have more ids than its
+    model can predict.
+
+    Args:
+        data: the shard.
+        spec: of the cache.
+        known: gives the number of the tokenizer's ids; None where that is not known.
+
+    Raises:
+        CorruptCacheError: an id or a class is impossible.
+    """
+    kind = TASKS[spec.task]
+    if data.task != spec.task:
+        raise CorruptCacheError(f"its rows are for {data.task}, the cache is for {spec.task}.")
+    columns: list[tuple[str, np.ndarray, int | None]] = [("input id", data.input_ids, None)]
+    if data.source is not None:
+        columns.append(("source id", data.source, None))
+    if kind.answers == "score":
+        if np.isinf(data.labels).any():
+            raise CorruptCacheError("it has a score that is infinite.")
+    elif kind.answers == "labels":  # whether each class is a label
+        columns.append(("label", data.labels[data.labels != IGNORE], 2))
+    else:
+        classes = None if kind.over_ids else spec.num_labels or 0
+        columns.append(("label", data.labels[labelled(data.labels, data.task)], classes))
+    for name, column, number in columns:
+        least, most = column.min(initial=0), column.max(initial=0)
+        if least < 0:
+            raise CorruptCacheError(f"it has the {name} {least}.")
+        if number is None and most >= (spec.vocab_size if kind.over_ids else 0):
+            number = known()
+        if number is not None and most >= number:
+            raise CorruptCacheError(f"it has the {name} {most}, expected less than {number}.")

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import gc
 import logging
 import os
 import sys
-import traceback
+import tempfile
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import click
 
 from kdcache.cli.commands import COMMANDS, load
 from kdcache.cli.volume import Volume, set_volume, volume_options
-from kdcache.errors import KdcacheError, UsageError
-from kdcache.files import no_space
+from kdcache.errors import KdcacheError, UnexpectedError, UsageError
 from kdcache.humanize import printable, redacted
 from kdcache.version import __version__
 
@@ -73,23 +70,33 @@ class _Commands(click.Group):
         try:
             with _safely():
                 return super().invoke(ctx)
-        except KdcacheError as error:
-            if not error.reported:
-                click.echo(f"Error: {_safe(str(error))}", err=True)
-            ctx.exit(error.exit_code)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
         except BrokenPipeError:
             # The reader of our output went away (`| head`): nothing is wrong.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
-        except OSError as error:
-            # A disk that refuses a command's output is for the user to correct.
-            full, closed = no_space(error), error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            if not (full or closed):
-                raise
-            cure = "Free some space and run" if full else "Make it writable and run"
-            place = _safe(str(error.filename or "the disk"))
-            click.echo(f"Error: {place}: {error.strerror}. {cure} the same command.", err=True)
-            ctx.exit(3 if full else 2)
+        except Exception as error:
+            known = error if isinstance(error, KdcacheError) else UnexpectedError.of(error)
+            if not known.reported:
+                more = f" {_keep(known.trace)}" if known.trace else ""
+                click.echo(f"Error: {_safe(str(known))}{more}", err=True)
+            ctx.exit(known.exit_code)
+
+
+def _keep(trace: str) -> str:
+    """Show a traceback with `-v`, or keep it in a file; returns where it is, in words."""
+    if logging.getLogger().isEnabledFor(logging.INFO):
+        click.echo(_safe(trace), err=True)
+        return "The traceback is above."
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="kdcache-", suffix=".txt", delete=False
+        ) as file:
+            file.write(_safe(trace))
+    except OSError:  # of the same full disk, perhaps
+        return "With -v it shows its traceback."
+    return f"The traceback is in {file.name}; -v shows it."
 
 
 class _Log(logging.Handler):
@@ -137,16 +144,8 @@ def cli() -> None:
         ) from None
 
 
-def _tell_fault(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """The traceback of an unexpected error, without secrets."""
-    sys.stderr.write(_safe("".join(traceback.format_exception(kind, error, trace))))
-
-
 def main() -> None:
     """Entry point of the `kdcache` program."""
-    sys.excepthook = _tell_fault
     try:
         cli()
     finally:  # Python's last search for cycles takes a second among the objects of torch

@@ -44,7 +44,7 @@ from kdcache.corpus.text import (
     Tsv,
 )
 from kdcache.domains import Named
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, doing
 from kdcache.humanize import counted
 from kdcache.storage import redact
 from kdcache.tasks import MAX_RECORD_BYTES, Documents, OnError
@@ -300,7 +300,8 @@ class Corpus:
         """
         try:
             stats = ReadStats() if stats is None else stats
-            yield from _read(span, columns, on_error, stats, progress)
+            with doing(f"reading {redact(span.file.url)}"):
+                yield from _read(span, columns, on_error, stats, progress)
         except Exception:
             # What is wrong with a file that was changed is that it was changed.
             check_unchanged(span.file)

@@ -94,6 +94,11 @@ class Record:
     closes: bool = True
 
     @property
+    def whole(self) -> bool:
+        """Whether it is all of its document, and not a piece of one."""
+        return self.opens and self.closes
+
+    @property
     def place(self) -> str:
         """File and location, to open a message with."""
         return f"{self.file}: {self.location}"

@@ -39,6 +39,12 @@ class _Table(Format):
                 f"{', '.join(map(repr, twice))}. Rename all but one of each."
             )
 
+    def damage(self, error: BaseException) -> bool:
+        """See `Format.damage`; of a local file Arrow may raise a plain OSError without a number."""
+        plain = type(error) is OSError and not is_remote(self._span.file.url)
+        damaged = isinstance(error, pa.ArrowException) or plain
+        return damaged and getattr(error, "errno", None) is None
+
     def _payloads(self, batch: Any) -> Iterator[Any]:
         """Rows of an Arrow batch as payloads."""
         if not self._names:
@@ -84,6 +90,16 @@ def _numeric_list(kind: Any) -> bool:
         return False
     inner = kind.value_type
     return bool(pa.types.is_integer(inner) or pa.types.is_floating(inner) or _numeric_list(inner))
+
+
+def _as_bytes(kind: Any) -> Any:
+    """A type with bytes in place of text."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = kind.value_field.with_type(_as_bytes(kind.value_type))
+        return pa.list_(inner) if pa.types.is_list(kind) else pa.large_list(inner)
+    return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(kind, kind)
 
 
 def _cells(column: Any) -> Iterator[Any]:
@@ -167,16 +183,23 @@ class Arrow(_Table):
         self._reader = (pa.ipc.open_file if self._indexed else pa.ipc.open_stream)(self._stream)
         self._take_schema(self._reader.schema, columns)
 
-    def damage(self, error: BaseException) -> bool:
-        """See `Format.damage`; of a local file that ends too early Arrow raises a plain OSError."""
-        cut = type(error) is OSError and error.errno is None
-        return super().damage(error) or (cut and not is_remote(self._span.file.url))
-
     def _batches(self) -> Iterator[Any]:
         if self._indexed:
-            count = self._reader.num_record_batches
-            return (self._reader.get_batch(i) for i in range(count))
-        return iter(self._reader)
+            return map(self._batch, range(self._reader.num_record_batches))
+        return map(self._checked, self._reader)
+
+    def _batch(self, index: int) -> Any:
+        return self._checked(self._reader.get_batch(index))
+
+    def _checked(self, batch: Any) -> Any:
+        """The wanted columns of a batch, none of whose offsets and indices leads out of its buffer.
+
+        Arrow would follow them. Text that is not UTF-8 is the matter of its own record.
+        """
+        batch = batch.select(list(self._names))
+        for column in batch.columns:
+            column.view(_as_bytes(column.type)).validate(full=True)
+        return batch
 
     def size(self, limit: int) -> tuple[int, int]:
         """See `Format.size`."""
@@ -206,7 +229,7 @@ class Arrow(_Table):
         for index in range(
             span.part * batches // span.parts, -(-(span.part + 1) * batches // span.parts)
         ):
-            batch = self._reader.get_batch(index)
+            batch = self._batch(index)
             if last_rows is not None and index == batches - 1:
                 batch = batch.slice(0, last_rows)
             lo, hi = (
@@ -245,7 +268,7 @@ class Arrow(_Table):
 
     def _batches_until_limit(self) -> Iterator[Any]:
         left = self._span.limit
-        for batch in self._reader:
+        for batch in self._batches():
             if left is not None:
                 batch = batch.slice(0, left)
                 left -= batch.num_rows
@@ -286,8 +309,8 @@ class Arrow(_Table):
                     raise
                 batch, damage = None, error  # the rows before it are good
             if batch is not None:
-                some.append(batch.select(list(self._names)))
-                rows, size = rows + batch.num_rows, size + some[-1].nbytes
+                some.append(batch)
+                rows, size = rows + batch.num_rows, size + batch.nbytes
             if some and (batch is None or rows >= _BLOCK_ROWS * parts or size >= _BLOCK_BYTES):
                 yield from _dealt_out(some, parts, first)
                 first, some, rows, size = first + rows, [], 0, 0

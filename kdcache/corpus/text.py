@@ -306,7 +306,7 @@ class TextFiles(TextLines):
         where = LineAt(span.file.url, begin) if begin else "the document"
         if len(data) > self._most:
             yield where, self._too_long()
-        elif data.strip():
+        elif data.strip() or not closes:  # a blank piece is part of its document
             yield where, (data.rstrip(b"\r\n") if closes else data, not begin, closes)
 
     def _blank_until_end(self) -> bool:

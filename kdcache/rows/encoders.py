@@ -163,7 +163,8 @@ class TextEncoder(SequenceEncoder):
         document = self._documents.make(record)
         if document.tokens is not None:
             return (record, document) if any(document.tokens[1]) else None
-        if not document.text or document.text.isspace() or document.loss_ranges == []:
+        blank = document.text.isspace() and record.whole
+        if not document.text or blank or document.loss_ranges == []:
             return None
         return record, document
 
@@ -182,8 +183,9 @@ class TextEncoder(SequenceEncoder):
             prefix = self._prefix if document.framed and record.opens else []
             end = self._end if document.framed and record.closes else []
             mark = _learnt(document, places, len(prefix), len(end))
-            if not body or (mark is not None and not mark.any()):
-                self.empty += 1
+            nothing = not (body if record.whole else prefix + body + end)
+            if nothing or (mark is not None and not mark.any()):
+                self.empty += record.whole
                 continue
             if mark is not None:
                 masked.append((total, mark))

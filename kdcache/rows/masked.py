@@ -101,14 +101,14 @@ class MaskedEncoder(Encoder):
         if column not in record.values:
             raise record.missing([column], "--columns text=THEIRS", self.spec.columns)
         text = checked_text(record.values[column], column)
-        return (record, text) if text.strip() else None
+        return (record, text) if text.strip() or not record.whole else None
 
     def _tokenise(self, batch: Sequence[tuple[Record, str]]) -> Iterator[_Text]:
         found = encoded(self.tokenizer, [text for _, text in batch])
         for i, (record, _) in enumerate(batch):
             ids = np.asarray(found["input_ids"][i], np.int32)
             if self._special[ids].all():
-                self.empty += 1
+                self.empty += record.whole
                 continue
             words = np.arange(len(ids))
             if self._words:

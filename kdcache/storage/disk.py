@@ -39,8 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from kdcache.errors import IncompleteError, UsageError
-from kdcache.files import no_space
+from kdcache.errors import IncompleteError, UsageError, no_space
 from kdcache.storage.base import sha256_file
 
 _MOST = 32 << 30

@@ -39,7 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, doing
 from kdcache.loss import Anchor
 from kdcache.stream import Batch, Cursor, TargetStream
 from kdcache.student.adapter import is_adapted, trained_weights
@@ -295,7 +295,8 @@ class DistillationTrainer(CheckpointingTrainer):
         if "targets" in inputs:
             self._last["temperature"] = inputs["targets"].temperature
             self._soft_name = soft_name(inputs["targets"])
-        outputs = model(**inputs)
+        with doing(f"running the student at step {self.state.global_step + 1}"):
+            outputs = model(**inputs)
         if model.training:
             self._parts[:2] += parts_of(outputs.hard_loss, outputs.soft_loss)
             known = hard_labels(self.train_dataset.task, inputs["labels"]).double()

@@ -96,6 +96,10 @@ class Codec(ABC):
         """Items of each position in the ragged columns: axis name to integers [positions]."""
         return {}
 
+    def largest_id(self, columns: Mapping[str, Array]) -> int:
+        """The largest id, or rank, of all entries; -1 where there is none. Columns are as read."""
+        return -1
+
     @property
     @abstractmethod
     def bytes_per_position(self) -> float:

@@ -155,6 +155,16 @@ class Sample(Codec):
         """Items of each position in the ragged columns, int32, by axis; see `Codec.counts`."""
         return self._lengths(columns)[0]
 
+    def largest_id(self, columns: Mapping[str, Array]) -> int:
+        """See `Codec.largest_id`: those of positions are the sums of their differences."""
+        largest = -1
+        for (axis, counts), base in zip(self.counts(columns).items(), (0, 0, _NEAR), strict=True):
+            before = np.concatenate([[0], running_sum(columns[f"{axis}_ids"])])
+            ends = running_sum(counts)[counts > 0]
+            last = before[ends] - before[ends - counts[counts > 0]]
+            largest = max(largest, base + int(last.max(initial=-1 - base)))
+        return largest
+
     def _lengths(self, columns: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
         """Items of each position by axis, and the units that its head leaves to the tail, int32."""
         m, units = len(self.temperatures), self.rule.units

@@ -114,6 +114,10 @@ class TopK(Codec):
             "tail": np.ascontiguousarray(encoded["tail"], np.float32),
         }
 
+    def largest_id(self, columns: Mapping[str, Array]) -> int:
+        """See `Codec.largest_id`."""
+        return int(columns["ids"].max(initial=0))
+
     def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
         """See `Codec.renumber`."""
         ids = rank_to_id[columns["ids"]].astype(id_dtype(self.vocab_size))

@@ -33,14 +33,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, NoReturn
 
 from kdcache.cache import ShardEntry
 from kdcache.commands.build.events import EventSink, ignore_events
 from kdcache.commands.build.source import Work
-from kdcache.commands.build.workers import Outcome, SpanReport, Stopped, WorkerFigures, Workers
+from kdcache.commands.build.workers import Outcome, SpanReport, WorkerFigures, Workers
 from kdcache.commands.interrupt import Interrupt
-from kdcache.errors import IncompleteError, KdcacheError
+from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError
 from kdcache.storage import redact
 
 
@@ -244,7 +245,7 @@ class Driver:
     _suspects: deque[int] = field(default_factory=deque)
     _in_flight: int = 0
     _before: int = 0
-    _failures: dict[int, int] = field(default_factory=dict)
+    _failures: dict[int, list[UnexpectedError]] = field(default_factory=dict)
     _set_aside: dict[int, str] = field(default_factory=dict)
     _told: float = 0.0
     _event_told: float = 0.0
@@ -347,11 +348,9 @@ class Driver:
             return
         span, error = outcome.span.index, outcome.error
         assert error is not None
-        if isinstance(error, (KdcacheError, Stopped)):
+        if isinstance(error, KdcacheError) and not isinstance(error, UnexpectedError):
             raise error
         self.redone += 1
-        if outcome.fault == "span":
-            logger.warning("span %d failed: %s", span, error, exc_info=error)
         if outcome.fault == "span" or (outcome.fault == "worker" and outcome.alone):
             self._fail(span, error)
         elif outcome.alone or outcome.fault == "worker":
@@ -386,15 +385,18 @@ class Driver:
 
     def _fail(self, span: int, error: BaseException) -> None:
         """Count a failure against a span, and set it aside at the third."""
-        self._failures[span] = self._failures.get(span, 0) + 1
-        reason = redact((str(error).strip().splitlines() or [type(error).__name__])[-1])
-        self.tell("span failed", span=span, tries=self._failures[span], error=reason)
+        found = UnexpectedError.of(error)
+        reason = redact(found.line)
+        logger.warning("span %d failed: %s", span, reason)
+        tries = self._failures.setdefault(span, [])
+        tries.append(found)
+        self.tell("span failed", span=span, tries=len(tries), error=reason)
         if len(self._failures) >= _FUSE and not self.made and not self._before:
-            raise IncompleteError(
+            self._end(
                 f"{len(self._failures)} spans failed and none succeeded; the last: {reason}. "
-                f"Correct the cause. {GO_ON}"
-            ) from error
-        if self._failures[span] < _TRIES:
+                "Correct the cause. "
+            )
+        if len(tries) < _TRIES:
             self._suspects.append(span)
             return
         self._set_aside[span] = reason
@@ -454,9 +456,30 @@ class Driver:
         ]
         if len(self._set_aside) > _NAMED:
             lines.append(f"  and {len(self._set_aside) - _NAMED} more, listed in the events")
-        raise IncompleteError(
+        self._end(
             f"{len(self._set_aside)} of {self._total} spans failed {_TRIES} times and were set "
-            "aside; the others are committed:\n"
-            + "\n".join(lines)
-            + "\nRun the same command to try them again."
+            "aside; the others are committed:\n" + "\n".join(lines) + "\n"
         )
+
+    def _end(self, text: str) -> NoReturn:
+        """Raise for spans that failed, and say whether it helps to run the same command again.
+
+        It does not where each try of each span ended in the same traceback, and in none of a
+        machine's own troubles.
+        """
+        tries = [self._failures[span] for span in self._set_aside or self._failures]
+        traces = dict.fromkeys(error.trace for errors in tries for error in errors)
+        same = all(
+            len({error.trace for error in errors}) == 1 and errors[0].exit_code == 1
+            for errors in tries
+        )
+        ended: KdcacheError
+        if same and self._set_aside:
+            ended = KdcacheError(
+                f"{text}Each of them ended in the same traceback {_TRIES} times: correct what it "
+                "names, the teacher or the record, then run the same command."
+            )
+        else:
+            ended = IncompleteError(f"{text}Run the same command to try them again.")
+        ended.trace = "\n".join(islice(traces, _EXPLAINED))
+        raise ended

@@ -48,7 +48,7 @@ from kdcache.commands.build.workers import (
     Workers,
     arrived,
 )
-from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, UsageError, as_worker
 from kdcache.humanize import counted
 from kdcache.teacher import TeacherDied
 
@@ -65,6 +65,7 @@ class RayWorker(SpanWorker):
     """A worker in its own process: reports where it is and whether it makes progress, and keeps the
     figures that Ray's dashboard shows."""
 
+    @as_worker()
     def __init__(self, job: Job, folder: str, need: Need) -> None:
         at_home(folder)
         import ray
@@ -276,12 +277,12 @@ class RayWorkers(Workers):
             self._tell("worker ready", worker=name, node=actor.node, batch_tokens=batch_tokens)
             return []
         cause = _cause(error)
-        if isinstance(cause, KdcacheError) and not isinstance(cause, TeacherDied):
+        if isinstance(cause, KdcacheError) and not isinstance(cause, TeacherDied | UnexpectedError):
             raise cause
         self._failed_starts += 1
         if self._failed_starts >= _START_TRIES * len(self._actors):
             if getattr(error, "actor_init_failed", False):
-                raise error
+                raise cause
             raise IncompleteError(
                 f"{self._failed_starts} workers in a row died before they were ready; the last: "
                 f"{reason(error)}. Is the teacher too large for their memory? Run the same "

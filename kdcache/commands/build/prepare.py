@@ -30,7 +30,7 @@ from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.groups import EngineRunOptions
 from kdcache.corpus import Corpus, named, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, doing
 from kdcache.humanize import size
 from kdcache.pretrained import tokenizer_sha256
 from kdcache.rows import Row, RowSpec, make_encoder
@@ -78,7 +78,8 @@ def sampled_rows(corpus: Corpus, rows: RowSpec, tokenizer: object) -> Iterator[R
             records=-(-_RECORDS // len(places)),
         )
         records = shortened(part.records, _CHARACTERS)
-        yield from make_encoder(rows, tokenizer).encode(records, span=span.index)
+        with doing(f"encoding {span.records}"):
+            yield from make_encoder(rows, tokenizer).encode(records, span=span.index)
 
 
 def ranks_by_count(counts: np.ndarray) -> bytes:

@@ -21,6 +21,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -33,7 +34,8 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.packer import Packed, Packer, Places, Steps
 from kdcache.corpus import Corpus, ReadStats, Record, Span
-from kdcache.errors import UsageError
+from kdcache.corpus.records import shorten
+from kdcache.errors import KdcacheError, UsageError, doing
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches, documents_of
 from kdcache.rows.labels import no_label
@@ -226,7 +228,7 @@ class TeacherSource(Source[Span, TaughtRows]):
 
     def answer(self, rows: TaughtRows, packer: Packer, steps: Steps) -> Answers:
         """See `Source.answer`."""
-        with self._turn:
+        with self._turn, self._naming(rows.rows):
             if rows.rows and not self._probed:
                 self._probe(rows.rows)
         parts = documents_of(rows.rows)
@@ -297,7 +299,7 @@ class TeacherSource(Source[Span, TaughtRows]):
         )
         parts = []
         done = 0
-        with self._turn:
+        with self._turn, self._naming(rows):
             for piece in self.teacher.slices(rows):
                 end = done + len(piece.logits)
                 encoded = self._encode(piece, uniform[done:end], labels[done:end])
@@ -305,6 +307,29 @@ class TeacherSource(Source[Span, TaughtRows]):
                 done = end
         assert done == len(place.rows), "the teacher answers every position"
         return parts
+
+    @contextmanager
+    def _naming(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Have an exception of the teacher's name the first row that it has by itself, too."""
+        try:
+            yield
+        except (KdcacheError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            self.teacher.take_clipped_mass()  # all of this batch is asked again
+            with doing(f"the teacher answered {self._failing(rows)}"):
+                raise
+
+    def _failing(self, rows: Sequence[Row]) -> str:
+        """The first row that the teacher cannot answer by itself, in words."""
+        for row in rows if self.takes_turns else ():
+            try:
+                deque(self.teacher.slices([row]), maxlen=0)
+            except Exception:
+                ids = row.input_ids if row.source is None else row.source
+                text = self.tokenizer.decode(ids) if row.text is None else row.text
+                return f"the row {shorten(text, 80)!r}"
+        return f"{len(rows)} rows, each of which it can answer"
 
     def _encode(self, piece: Slice, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What is kept of some positions, on their device.

@@ -40,6 +40,7 @@ from kdcache.commands.build.packer import (
     packing_threads,
 )
 from kdcache.commands.build.source import SourceOptions, Work
+from kdcache.errors import KdcacheError, as_worker
 from kdcache.targets import TargetWriter
 
 
@@ -78,13 +79,14 @@ class SpanReport:
     reasons: tuple[str, ...] = ()
 
 
-class Stopped(Exception):  # noqa: N818 - a requested outcome, not an error
+class Stopped(KdcacheError):  # noqa: N818 - a requested outcome, not an error
     """The worker was asked to stop before the span was committed."""
 
 
 class SpanWorker:
     """An open source whose spans become committed shards. Safe to call from two threads."""
 
+    @as_worker()
     def __init__(self, job: Job) -> None:
         """Open the cache and its source."""
         if job.threads is not None:
@@ -106,6 +108,7 @@ class SpanWorker:
         """End what the source runs beside this process."""
         self.source.close()
 
+    @as_worker()
     def run(self, span: Work) -> SpanReport:
         """Make one span's shard and commit it.
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, leave
 from kdcache.commands.interrupt import check
-from kdcache.errors import KdcacheError, UsageError
+from kdcache.errors import KdcacheError, UsageError, as_worker
 
 _TRIES = 3
 _MOST_CPUS = 8
@@ -58,8 +58,9 @@ class LocalPool:
         """See `Pool.map`."""
         for i, item in enumerate(items):
             try:
-                result = function(item, tick)
-            except Exception as error:
+                with as_worker():
+                    result = function(item, tick)
+            except KdcacheError as error:
                 result = error
             yield i, result
 
@@ -131,7 +132,6 @@ class RayPool:
                     yield i, self._ray.get(ref)
                 except self._ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None)
-                    # Ours say all themselves; with others goes the traceback of the worker.
                     yield i, cause if isinstance(cause, KdcacheError) else error
 
     def stop(self) -> None:
@@ -143,6 +143,7 @@ class RayPool:
             leave()
 
 
+@as_worker()
 def _call(folder: str, threads: int, function: Function, item: Any) -> Any:
     """Run on a worker, in the sweep's own working directory."""
     import torch

@@ -13,7 +13,6 @@ their last checkpoint, and a changed grid only adds runs. A failed run does not 
 
 from __future__ import annotations
 
-import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -33,13 +32,11 @@ from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
-from kdcache.errors import IncompleteError, KdcacheError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, UsageError
 from kdcache.files import alone, inner, local_path, try_place, write_json
 from kdcache.metrics import LOSS_PARTS
 from kdcache.options import options_of
 from kdcache.version import __version__
-
-logger = logging.getLogger(__name__)
 
 SWEEP_FILE = "sweep.json"
 _RUNS = "runs"
@@ -96,7 +93,7 @@ def sweep(
         result.write(job.out)
         plot_sweep(job.out / "results.png", result)
     if job.failed or result is None:
-        raise IncompleteError(job.failures())
+        raise job.failures()
     return result
 
 
@@ -122,7 +119,7 @@ class _Sweep:
             result = plan.finished()
             if result is not None:
                 self.finished[key] = result
-        self.failed: dict[str, BaseException] = {}
+        self.failed: dict[str, KdcacheError] = {}
         self.made = 0
         self._steps: dict[str, int] = {}
         self._before, self._begun = 0, 0.0
@@ -173,7 +170,7 @@ class _Sweep:
         wrong: dict[str, None] = {}
         items = [self.plans[key].options for key in keys]
         for _, outcome in pool.map(_try_student, items, lambda: None):
-            if isinstance(outcome, KdcacheError):
+            if isinstance(outcome, KdcacheError) and not isinstance(outcome, UnexpectedError):
                 wrong.update(dict.fromkeys(str(outcome).splitlines()))
             elif isinstance(outcome, BaseException):
                 raise outcome
@@ -185,9 +182,8 @@ class _Sweep:
             self.finished[key] = outcome
             self.made += outcome.made  # a run may have been finished by another sweep
             return
-        self.failed[key] = outcome
-        if not isinstance(outcome, KdcacheError):
-            logger.warning("run %s failed", self.names[key], exc_info=outcome)
+        known = isinstance(outcome, KdcacheError)
+        self.failed[key] = outcome if known else UnexpectedError.of(outcome)
 
     def _step(self) -> int:
         step = 0
@@ -255,15 +251,20 @@ class _Sweep:
             task=plans[0].caches[0].spec.task,
         )
 
-    def failures(self) -> str:
+    def failures(self) -> IncompleteError:
         """What failed and how to resume."""
-        lines = [f"  {self.names[key]}: {_reason(error)}" for key, error in self.failed.items()]
+        lines = [
+            f"  {self.names[key]}: {getattr(error, 'line', ' '.join(str(error).splitlines()))}"
+            for key, error in self.failed.items()
+        ]
         others = f"; the others are in {self.out}/results.csv" if self.finished else ""
-        return (
+        failed = IncompleteError(
             f"{len(self.failed)} of {len(self.runs)} runs failed{others}:\n"
             + "\n".join(lines)
             + f"\nTo try them again: {_command(self.options)}"
         )
+        failed.trace = "\n".join(error.trace for error in self.failed.values())
+        return failed
 
 
 def _pool(options: SweepOptions, items: int) -> Pool:
@@ -311,15 +312,6 @@ def _score(run: GridRun, result: TrainResult) -> RunScore:
         best_step=result.best_step,
         seconds=result.seconds,
     )
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, KdcacheError):
-        return " ".join(str(error).splitlines())
-    lines = str(error).strip().splitlines()
-    if hasattr(error, "cause") and lines:  # of a Ray task: a traceback, which ends in the error
-        return lines[-1]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _command(options: SweepOptions) -> str:

@@ -41,8 +41,15 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, train_folder
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.together import SharedError, train_in_group
-from kdcache.errors import IncompleteError, KdcacheError, UsageError, needs
-from kdcache.files import no_space
+from kdcache.errors import (
+    IncompleteError,
+    KdcacheError,
+    UnexpectedError,
+    UsageError,
+    as_worker,
+    needs,
+    no_space,
+)
 from kdcache.storage import is_remote
 
 logger = logging.getLogger(__name__)
@@ -167,6 +174,10 @@ def train_on_ray(
                 raise IncompleteError(
                     f"no space left on {plan.shown}. Free some. {RunPlan.go_on(options)}"
                 ) from error
+            for failure in getattr(error, "worker_failures", {}).values():
+                cause = getattr(failure, "_base_exc", failure)  # Ray's own adds its traceback
+                if isinstance(cause, UnexpectedError):
+                    raise cause from error
             raise KdcacheError(
                 f"the workers failed: {error} Run the same command to continue from the last "
                 "checkpoint."
@@ -266,6 +277,7 @@ def _talk_on_loopback() -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = names[0]
 
 
+@as_worker()
 def _work(config: dict[str, Any]) -> None:
     import ray
     import torch
