@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.errors import IncompleteError, UnexpectedError, UsageError
 from kdcache.humanize import counted, printable, redacted
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,18 @@ def connect(address: str | None) -> bool:
     try:
         with private:
             ray.init(address=address, job_config=_job(), **given)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+    except Exception as error:
+        if address == "local":
+            leave()
+            found = UnexpectedError.of(error)
+            failed = IncompleteError(
+                f"Ray did not start on this machine ({found.line}). Run the same command again; "
+                "--workers 0 needs no Ray."
+            )
+            failed.trace = found.trace
+            raise failed from error
+        if not isinstance(error, ConnectionError | ray.exceptions.AuthenticationError):
+            raise
         raise UsageError(
             f"cannot join the Ray cluster at {address}: no answer, or not with this token. Check "
             "the address. If the cluster asks for a token, set RAY_AUTH_MODE=token and put its "

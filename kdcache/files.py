@@ -36,10 +36,9 @@ LOCK_FILE = ".lock"
 # ENOENT is of a folder in which nothing can be made, such as /proc.
 _NO_PLACE = {
     *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EISDIR),
-    errno.ENOENT,
+    *(errno.ENOENT, errno.EROFS),
 }
 _SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of `whole_file`
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # in bytes, on Linux
 # An empty part, `.` or `..`; so an absolute name too. Or what no name of ours holds.
 _OUTSIDE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
 
@@ -86,16 +85,11 @@ def output_errors(place: str | Path, kept: str = "what is committed stays valid"
             ) from error
         if not isinstance(error, OSError):
             raise
-        if isinstance(error, PermissionError) or error.errno in _NO_PLACE:
-            raise UsageError(
-                f"cannot write to {place}: {error.strerror}. Make it writable, or choose another "
-                "place."
-            ) from error
-        if error.errno == errno.EROFS:
-            raise UsageError(
-                f"{place} is on a read-only file system. Make it writable, or choose another place."
-            ) from error
-        raise
+        if not (isinstance(error, PermissionError) or error.errno in _NO_PLACE):
+            raise
+        raise UsageError(
+            f"cannot write to {place}: {error.strerror}. Make it writable, or choose another place."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -153,12 +147,6 @@ def place_problem(name: str, option: str) -> str:
     if path is None:
         return ""
     path = Path(os.path.abspath(path))
-    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
-    if longest > _LONGEST_NAME or len(os.fsencode(path)) > _LONGEST_PATH:
-        return (
-            f"{option} is {name[:40]}\u2026, whose name has {longest} bytes, expected at most "
-            f"{_LONGEST_NAME}. Choose a shorter one."
-        )
     there = next(parent for parent in path.parents if os.path.lexists(parent))
     if not os.path.isdir(there):
         return f"{option} is {name}, but {there} is not a folder. Choose another place."

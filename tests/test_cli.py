@@ -191,20 +191,6 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_a_folder_that_was_removed_below_the_shell_is_named(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    result = run(*words)
-    assert result.exit_code == 2
-    assert result.stderr.strip().splitlines() == [
-        "Error: the folder that this shell is in was removed. Go to another one (`cd`)."
-    ]
-
-
 def test_missing_options_are_named() -> None:
     result = run("build")
     assert result.exit_code == 2

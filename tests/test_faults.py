@@ -395,20 +395,20 @@ def test_a_read_only_file_system(options: BuildOptions, mount: Callable[..., Pat
     place = mount("size=10m")
     options = dataclasses.replace(options, out=str(place / "cache"))
     mount("remount,ro")
-    refuse(options, UsageError, "read-only file system. Make it writable, or choose another place")
+    refuse(options, UsageError, "ead-only file system. Make it writable, or choose another place")
     mount("remount,rw")
 
     def freeze(progress: Progress) -> None:
         mount("remount,ro" if progress.done < FILES else "remount,rw")
 
-    with pytest.raises(UsageError, match="read-only"):
+    with pytest.raises(UsageError, match="ead-only"):
         build(options, on_progress=freeze)
     mount("remount,rw")
     build(options)
     assert same_as_undisturbed(options)
     flip(min(Path(options.out, "shards").iterdir()), 999)
     mount("remount,ro")
-    with pytest.raises(UsageError, match="read-only"):
+    with pytest.raises(UsageError, match="ead-only"):
         repair(RepairOptions(options.out))
     words = ["--cache", options.out, "--student", "bilstm", "--out", f"{place}/run"]
     trained = run("train", *words)

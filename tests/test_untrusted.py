@@ -107,27 +107,15 @@ FORGERIES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "a list for an object": ("spec.json", lambda v: v["spec"].update(rows=[])),
     "an object for a text": ("spec.json", lambda v: v["spec"].update(codec={})),
     "temperatures that are texts": ("spec.json", lambda v: v["spec"].update(temperatures=["1"])),
-    "half a surrogate pair": ("spec.json", lambda v: v["notes"].update(teachers=["\ud800"])),
     "notes that are a number": ("spec.json", lambda v: v.update(notes=5)),
     "no spec": ("spec.json", lambda v: v.pop("spec")),
-    "deep nesting": ("spec.json", lambda v: v["notes"].update(deep=nested(900))),
 }
-
-
-def nested(depth: int) -> list[Any]:
-    found: list[Any] = []
-    for _ in range(depth):
-        found = [found]
-    return found
 
 
 @pytest.mark.parametrize("what", FORGERIES)
 def test_a_document_that_claims_the_impossible_is_refused(what: str, golden: Path) -> None:
     name, change = FORGERIES[what]
     resealed(golden / name, change)
-    if what == "deep nesting":  # Python can write less than it is given to read
-        deep = (golden / name).read_bytes().replace(b"[" * 900, b"[" * 90_000)
-        (golden / name).write_bytes(summed(deep))
     with pytest.raises(CorruptCacheError, match=name.replace(".", r"\.")):
         Cache.open(str(golden))
     assert run("inspect", str(golden)).exit_code == 1

@@ -33,7 +33,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, passes
 
 _LEVEL = 4
 
@@ -108,6 +108,8 @@ def open_file(path: Path) -> Iterator[Any]:
             f"{path} is missing. Run the same build again to make it."
         ) from error
     except _ERRORS as error:
+        if passes(error):
+            raise  # of the disk, which says nothing about the file
         raise CorruptCacheError(
             f"{path} cannot be read ({error}). Delete the file and run the same build again: "
             "only this shard is made again."

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -296,9 +295,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
 def to_text(values: Mapping[str, Any]) -> bytes:
     """The text of an object whose values are JSON-able; one line a field, and one an inner item."""
     lines = (f" {json.dumps(name)}: {_value(value)},\n" for name, value in values.items())
@@ -324,9 +320,7 @@ def from_text(data: bytes, name: str) -> dict[str, Any]:
         )
     try:
         values = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse)
-        if _SURROGATE.search(data):
-            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is not text
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptCacheError(f"{name} cannot be read: {error}.") from error
     if not isinstance(values, dict):
         raise CorruptCacheError(f"{name} cannot be read: it is not a JSON object.")

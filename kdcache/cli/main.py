@@ -21,7 +21,7 @@ import click
 
 from kdcache.cli.commands import COMMANDS, load
 from kdcache.cli.volume import Volume, set_volume, volume_options
-from kdcache.errors import KdcacheError, UnexpectedError, UsageError
+from kdcache.errors import KdcacheError, UnexpectedError
 from kdcache.humanize import printable, redacted
 from kdcache.version import __version__
 
@@ -136,12 +136,6 @@ def cli() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[_Log()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_volume(Volume.NORMAL)
-    try:  # libraries ask where they are while they load
-        os.getcwd()
-    except OSError:
-        raise UsageError(
-            "the folder that this shell is in was removed. Go to another one (`cd`)."
-        ) from None
 
 
 def main() -> None:

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import pyarrow as pa
-
 from kdcache.corpus.files import LINE_KINDS, InputFile, is_stream
 from kdcache.corpus.records import FileColumns, Location, Record, RecordError, shorten
 from kdcache.errors import UsageError
@@ -204,9 +202,8 @@ class Format(ABC):
 
     def damage(self, error: BaseException) -> bool:
         """Whether an error says that the file is damaged; those of a disk have a number."""
-        compressed = bool(self._span.file.compression)
-        kinds = DECOMPRESSION_ERRORS if compressed else pa.ArrowInvalid
-        return isinstance(error, kinds) and getattr(error, "errno", None) is None
+        damaged = self._span.file.compression and isinstance(error, DECOMPRESSION_ERRORS)
+        return bool(damaged) and getattr(error, "errno", None) is None
 
     def unreadable(self, error: BaseException) -> UsageError:
         """The error for a file that is not what its name says."""

@@ -352,7 +352,7 @@ class Driver:
             raise error
         self.redone += 1
         if outcome.fault == "span" or (outcome.fault == "worker" and outcome.alone):
-            self._fail(span, error)
+            self._fail(span, error, raised=outcome.fault == "span")
         elif outcome.alone or outcome.fault == "worker":
             self._suspects.append(span)
         else:
@@ -383,9 +383,11 @@ class Driver:
             logger.warning("skipped: %s", reason)
             self._explained += 1
 
-    def _fail(self, span: int, error: BaseException) -> None:
-        """Count a failure against a span, and set it aside at the third."""
+    def _fail(self, span: int, error: BaseException, *, raised: bool = False) -> None:
+        """Count a failure against a span, which may have `raised` it; set it aside at the third."""
         found = UnexpectedError.of(error)
+        if not raised:
+            found.exit_code = IncompleteError.exit_code
         reason = redact(found.line)
         logger.warning("span %d failed: %s", span, reason)
         tries = self._failures.setdefault(span, [])
@@ -464,22 +466,18 @@ class Driver:
     def _end(self, text: str) -> NoReturn:
         """Raise for spans that failed, and say whether it helps to run the same command again.
 
-        It does not where each try of each span ended in the same traceback, and in none of a
-        machine's own troubles.
+        It does not where the last two tries of each, alone on a worker, ended in one traceback that
+        is not of the machine.
         """
         tries = [self._failures[span] for span in self._set_aside or self._failures]
-        traces = dict.fromkeys(error.trace for errors in tries for error in errors)
-        same = all(
-            len({error.trace for error in errors}) == 1 and errors[0].exit_code == 1
-            for errors in tries
-        )
-        ended: KdcacheError
+        same = all(one[-1].exit_code == 1 and one[-1].trace == one[-2:][0].trace for one in tries)
         if same and self._set_aside:
             ended = KdcacheError(
-                f"{text}Each of them ended in the same traceback {_TRIES} times: correct what it "
-                "names, the teacher or the record, then run the same command."
+                f"{text}Tried again, each ended in the same traceback. Correct what it names, the "
+                "teacher or the record; then the same command continues."
             )
         else:
             ended = IncompleteError(f"{text}Run the same command to try them again.")
+        traces = dict.fromkeys(one[-1].trace for one in tries)
         ended.trace = "\n".join(islice(traces, _EXPLAINED))
         raise ended

@@ -25,7 +25,7 @@ from kdcache.commands.inspect import InspectResult, RowView, default_temperature
 from kdcache.commands.options import InspectOptions, ReportOptions
 from kdcache.commands.train.callbacks import METRICS_FILE, read_metrics
 from kdcache.commands.train.folder import RESULT_FILE
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, doing
 from kdcache.files import local_path
 from kdcache.humanize import redacted
 from kdcache.storage import open_storage, redact
@@ -140,29 +140,19 @@ def number(value: object) -> float | None:
     """A finite number, or None for anything else that a file may hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond floats
-        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _document(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON ({error}). Restore it from a copy.") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} holds no object. Restore it from a copy.")
-    return dict(redacted(found))
+    with doing(f"reading {path}"):
+        return dict(redacted(dict(json.loads(path.read_text()))))
 
 
 def _run(folder: Path) -> RunPart:
     there = [folder / name for name in (RESULT_FILE, TEACHER_FILE) if (folder / name).is_file()]
     document = _document(there[0]) if there else {}
-    try:
+    with doing(f"reading {folder / METRICS_FILE}"):
         lines = read_metrics(folder)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{folder / METRICS_FILE} has a line that is not JSON: {error}") from error
     log = tuple(
         {str(k): n for k, v in line.items() if (n := number(v)) is not None}
         for line in lines

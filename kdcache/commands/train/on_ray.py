@@ -44,11 +44,9 @@ from kdcache.commands.train.together import SharedError, train_in_group
 from kdcache.errors import (
     IncompleteError,
     KdcacheError,
-    UnexpectedError,
     UsageError,
     as_worker,
     needs,
-    no_space,
 )
 from kdcache.storage import is_remote
 
@@ -170,18 +168,11 @@ def train_on_ray(
                 check_own_ray()
             raise
         except TrainingFailedError as error:
-            if no_space(error):
-                raise IncompleteError(
-                    f"no space left on {plan.shown}. Free some. {RunPlan.go_on(options)}"
-                ) from error
             for failure in getattr(error, "worker_failures", {}).values():
                 cause = getattr(failure, "_base_exc", failure)  # Ray's own adds its traceback
-                if isinstance(cause, UnexpectedError):
+                if isinstance(cause, KdcacheError):
                     raise cause from error
-            raise KdcacheError(
-                f"the workers failed: {error} Run the same command to continue from the last "
-                "checkpoint."
-            ) from error
+            raise
         finally:
             follower.stop()
             wrong = plan.folder.take_note(_WRONG)  # of why the workers cannot train
