@@ -44,7 +44,7 @@ from kdcache.commands.build.prepare import _span_bytes, prepare
 from kdcache.commands.build.workers import Fault, Outcome, SpanReport, WorkerFigures, Workers
 from kdcache.commands.interrupt import interruptible
 from kdcache.corpus import InputFile, Span
-from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
+from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
 from kdcache.rows import RowSpec
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, DenseTargets, SparseTargets
@@ -619,11 +619,13 @@ def test_a_span_that_always_fails_is_set_aside_and_the_rest_completes(
 ) -> None:
     workers = FailingWorkers({1: 99, 4: 99}, fault)
     with pytest.raises(
-        IncompleteError,
+        KdcacheError,
         match=r"2 of 6 spans failed 3 times(.|\n)*span 1 \(f: the lines that start in bytes 0-1\)"
         r"(.|\n)*span 4",
-    ):
+    ) as caught:
         drive(workers)
+    # A worker that dies may live another time; the same traceback thrice is the span's own.
+    assert isinstance(caught.value, IncompleteError) == (fault == "worker")
     assert len([1 for span, _ in workers.log if span == 1]) == tries
     assert len({span for span, _ in workers.log}) == 6
     assert workers.stopped
@@ -637,7 +639,7 @@ def test_a_build_in_which_everything_fails_ends_early() -> None:
     assert len(workers.log) < 25
     # One that succeeded shows that it is the spans.
     workers = FailingWorkers(dict.fromkeys(range(1, 50), 99), "span")
-    with pytest.raises(IncompleteError, match="49 of 50 spans failed 3 times(.|\n)*and 29 more"):
+    with pytest.raises(KdcacheError, match="49 of 50 spans failed 3 times(.|\n)*and 29 more"):
         drive(workers, count=50)
 
 

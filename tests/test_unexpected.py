@@ -12,19 +12,31 @@ import importlib
 import json
 import os
 import pickle
+import random
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from broken_caches import run
+from broken_caches import forge, run
 from click.testing import Result
+from make_caches import CAUSAL, CLASSES, make_cache
 from small_runs import LLAMA
+from transformers import AutoTokenizer
 
+from kdcache.cache import Cache
+from kdcache.cache.shard import ShardData
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
+from kdcache.corpus import Corpus, ReadStats, Record
 from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, UsageError, doing
+from kdcache.rows import RowSpec, make_encoder
+from kdcache.targets import SoftTargets
 
 POINTS = [
     ("build", "corpus.corpus:_read"),
@@ -36,7 +48,7 @@ POINTS = [
     ("build", "commands.build.prepare:Corpus.open"),
     ("build", "commands.build.make:prepare_manifest"),
     ("train", "cache.cache:Cache.parse"),
-    ("train", "stream.reader:collate"),
+    ("train", "stream.reader:TargetStream._collate"),
     ("train", "student.wrapper:DistilledStudent.forward"),
     ("train", "commands.train.run:model_card"),
     ("inspect", "cache.cache:Cache.parse"),
@@ -132,8 +144,6 @@ def test_an_exception_at_any_point_is_a_line_and_a_file(
 def test_the_traceback_is_shown_with_v_and_has_no_secret(
     words: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdcache.cache import Cache
-
     def fail(*_: Any, **__: Any) -> Any:
         raise KeyError("http://me:feedbeef@host/a")
 
@@ -238,8 +248,6 @@ def test_a_forward_that_fails_each_time_is_the_teachers(
 def test_errors_of_a_disk_are_tried_again_with_the_same_command(
     poisoned: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdcache.cache import Cache
-
     commit = Cache.commit
 
     def fails(self: Cache, span: int, *rest: Any, **more: Any) -> Any:
@@ -250,3 +258,168 @@ def test_errors_of_a_disk_are_tried_again_with_the_same_command(
     monkeypatch.setattr(Cache, "commit", fails)
     with pytest.raises(IncompleteError, match="Run the same command to try them again"):
         build(poisoned)
+
+
+# Caches whose hashes are right and whose ids are not
+
+
+def column(name: str, value: int) -> Callable[[ShardData], ShardData]:
+    """The last value of a column of the targets is another one."""
+
+    def change(data: ShardData) -> ShardData:
+        columns = {key: values.copy() for key, values in data.targets.columns.items()}
+        columns[name].reshape(-1)[-1] = value
+        targets = SoftTargets(data.targets.codec, columns, data.targets.rank_to_id)
+        return dataclasses.replace(data, targets=targets)
+
+    return change
+
+
+def first(name: str, value: int) -> Callable[[ShardData], ShardData]:
+    """The first value of a column of the rows is another one."""
+
+    def change(data: ShardData) -> ShardData:
+        values = getattr(data, name).copy()
+        values[0] = value
+        return dataclasses.replace(data, **{name: values})
+
+    return change
+
+
+FORGED = {
+    "an input id": (CAUSAL, "topk:3", first("input_ids", 900)),
+    "an entry of top-k": (CAUSAL, "topk:3", column("ids", 64)),
+    "an entry near": (CAUSAL, "sample:5", column("near_ids", 255)),
+    "an entry of a head": (CLASSES, "sample:5", column("head_ids", 900)),
+    "a class": (CLASSES, "dense", first("labels", 3)),
+    "a class below 0": (CLASSES, "dense", first("labels", -7)),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_readers_name_the_shard_whose_ids_cannot_be(what: str, tmp_path: Path) -> None:
+    task, codec, change = FORGED[what]
+    cache = make_cache(tmp_path / "good", [6, 6], task=task, codec=codec)
+    forged = forge(cache, tmp_path / "forged", change)
+    (tmp_path / "tiny.json").write_text(json.dumps(LLAMA))
+    student = str(tmp_path / "tiny.json") if task == CAUSAL else "bilstm"
+    url, out = str(tmp_path / "forged"), str(tmp_path / "out")
+    commands = [
+        ["verify", url],
+        ["train", "--cache", url, "--student", student, "--batch-size", "4", "--out", out],
+        ["inspect", url, "--row", "0"],
+        ["export", url, "--out", f"{out}.parquet"],
+        ["report", url, "--out", f"{out}.html"],
+    ]
+    for command in commands:
+        result = run(*command)
+        assert result.exit_code == 1, command
+        assert forged.manifest.shards[0].name in result.stderr, command
+        assert "The traceback is" not in result.stderr, command
+
+
+def test_a_shard_that_the_disk_does_not_give_is_not_called_damaged(
+    lm_caches: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache.open(lm_caches["topk:8"])
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "shards/x")
+
+    monkeypatch.setattr("h5py.File", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        cache.read(0)
+
+
+# Tables
+
+
+def arrow_file(path: Path, *, stream: bool) -> Path:
+    """Ten rows of two columns."""
+    table = pa.table({"text": [f"row {i}" for i in range(10)], "ids": [[i, i] for i in range(10)]})
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(path, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("offset", [5, -7, 1 << 30])
+@pytest.mark.parametrize("column", ["text", "ids"])
+def test_arrow_whose_offsets_are_wrong_is_refused_by_name(
+    column: str, offset: int, stream: bool, tmp_path: Path
+) -> None:
+    path = arrow_file(tmp_path / "a.arrow", stream=stream)
+    good = [record.values["text"] for record in read(path)]
+    assert good == [f"row {i}" for i in range(10)]
+    ends = [5 * i if column == "text" else 2 * i for i in range(11)]
+    old, new = (struct.pack("<11i", *e) for e in (ends, [*ends[:4], ends[4] + offset, *ends[5:]]))
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    if column == "text" and offset == 5:
+        # Rising still: other rows, which nothing in the file contradicts.
+        assert len(read(path)) == 10
+        return
+    with pytest.raises(UsageError, match=r"a\.arrow: can't be read as arrow"):
+        read(path)
+
+
+def test_text_of_arrow_that_is_not_utf8_is_the_matter_of_its_record(tmp_path: Path) -> None:
+    path = arrow_file(tmp_path / "a.arrow", stream=False)
+    path.write_bytes(path.read_bytes().replace(b"row 3", b"row \xff"))
+    stats = ReadStats()
+    (span,) = Corpus.open([str(path)], span_bytes=1 << 20).spans
+    assert len(list(Corpus.read(span, on_error="skip", stats=stats))) == 9
+    assert stats.skipped == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_footer_of_parquet_names_the_file(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(10)]}), path)
+    good, data = read(path), bytearray(path.read_bytes())
+    draw = random.Random(seed)
+    (size,) = struct.unpack("<i", data[-8:-4])
+    for at in draw.sample(range(len(data) - 8 - size, len(data) - 8), 8):
+        data[at] = draw.randrange(256)
+    path.write_bytes(data)
+    try:
+        found = read(path)
+    except UsageError as error:
+        assert "a.parquet: can't be read as parquet" in str(error)  # noqa: PT017
+    except Exception as error:
+        assert UnexpectedError.of(error).line.endswith(f"while reading {path}")  # noqa: PT017
+    else:
+        assert len(found) <= len(good)
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a file."""
+    return [
+        r for span in Corpus.open([str(path)], span_bytes=1 << 20).spans for r in Corpus.read(span)
+    ]
+
+
+# White space
+
+
+@pytest.mark.parametrize("task", ["causal", "masked"])
+def test_white_space_between_two_texts_is_part_of_the_rows(
+    task: str, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    text = "one\n" + "\n" * 400 + "two\n"
+    (tmp_path / "a.txt").write_text(text)
+    corpus = Corpus.open([str(tmp_path)], span_bytes=64, divide=True)
+    spec = RowSpec("causal-lm", max_length=64)
+    if task == "masked":
+        tokenizer.add_special_tokens({"mask_token": "<mask>"})
+        spec = RowSpec("masked-lm", max_length=64)
+    ids: list[int] = []
+    for span in corpus.spans:
+        encoder = make_encoder(spec, tokenizer)
+        for row in encoder.encode(Corpus.read(span), span=span.index):
+            known = np.where(row.labels >= 0, row.labels, row.input_ids)
+            ids += map(int, known if task == "masked" else [*row.input_ids[:1], *row.labels])
+        assert encoder.empty == 0
+    assert tokenizer.decode(ids).replace("<|end|>", "").rstrip("\n") == text.rstrip("\n")

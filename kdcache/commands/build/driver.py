@@ -351,6 +351,8 @@ class Driver:
         if isinstance(error, KdcacheError) and not isinstance(error, UnexpectedError):
             raise error
         self.redone += 1
+        if outcome.fault == "span":
+            logger.warning("span %d failed: %s", span, UnexpectedError.of(error).line)
         if outcome.fault == "span" or (outcome.fault == "worker" and outcome.alone):
             self._fail(span, error, raised=outcome.fault == "span")
         elif outcome.alone or outcome.fault == "worker":
@@ -386,10 +388,9 @@ class Driver:
     def _fail(self, span: int, error: BaseException, *, raised: bool = False) -> None:
         """Count a failure against a span, which may have `raised` it; set it aside at the third."""
         found = UnexpectedError.of(error)
-        if not raised:
+        if not raised:  # by a worker that died, or a listing
             found.exit_code = IncompleteError.exit_code
         reason = redact(found.line)
-        logger.warning("span %d failed: %s", span, reason)
         tries = self._failures.setdefault(span, [])
         tries.append(found)
         self.tell("span failed", span=span, tries=len(tries), error=reason)
