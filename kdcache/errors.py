@@ -93,17 +93,16 @@ class UnexpectedError(KdcacheError):
         if isinstance(error, cls):
             return error
         said = f"{type(error).__name__}: {reason_of(error)}"
-        closed = isinstance(error, OSError) and error.errno in _CLOSED
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
         if no_space(error):
             code, cure = 3, "Free some space and run the same command again."
-        elif closed:
+        elif getattr(error, "errno", None) in _CLOSED:
             code, cure = 2, "Make it writable and run the same command again."
         elif passes(error):
             code, cure = 3, "Run the same command again."
         else:
             code, cure = 1, "This was not expected: the same command would end the same way."
-        if isinstance(error, OSError) and error.filename:
-            said = f"{error.filename}: {error.strerror}"
         notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("while ")]
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         return cls(" ".join([said, *notes]), cure, trace, code)
@@ -111,15 +110,13 @@ class UnexpectedError(KdcacheError):
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Have exceptions of the block that nobody planned say what was being done.
+    """Have exceptions of the block say what was being done, if they turn out to be unplanned.
 
     Args:
         what: "reading a file", with its name; or of a shard, a row, a step.
     """
     try:
         yield
-    except KdcacheError:
-        raise
     except Exception as error:
         vars(error).setdefault("__notes__", []).append(f"while {what}")
         raise
@@ -148,13 +145,13 @@ def passes(error: BaseException) -> bool:
 
     Such are disks and networks that fail, too many open files, and a Ray that dies.
     """
-    code = getattr(error, "errno", None)
-    kind = type(error)
-    if code in _PASSING or isinstance(error, _PASSING_KINDS) or kind.__module__.startswith("ray."):
-        return True
-    cause = error.__cause__ or error.__context__
-    return bool(_DEVICE_LOST.search(f"{kind.__name__}: {error}")) or (
-        cause is not None and passes(cause)
+    kind, cause = type(error), error.__cause__ or error.__context__
+    return (
+        getattr(error, "errno", None) in _PASSING
+        or isinstance(error, _PASSING_KINDS)
+        or kind.__module__.startswith("ray.")
+        or bool(_DEVICE_LOST.search(f"{kind.__name__}: {error}"))
+        or (cause is not None and passes(cause))
     )
 
 

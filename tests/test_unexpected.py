@@ -15,6 +15,7 @@ import pickle
 import random
 import re
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,44 @@ def test_errors_of_a_disk_are_tried_again_with_the_same_command(
     monkeypatch.setattr(Cache, "commit", fails)
     with pytest.raises(IncompleteError, match="Run the same command to try them again"):
         build(poisoned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        "rows.encoders:TextEncoder.encode",
+        "teacher.teacher:load_models",
+        "teacher.model:TeacherModel._slices",
+        "cache.cache:Cache.commit",
+    ],
+)
+def test_an_exception_in_a_worker_on_ray_is_the_same_line(
+    point: str, words: Callable[[str], list[str]]
+) -> None:
+    import ray
+
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={
+            "worker_process_setup_hook": "unexpected_points.install",
+            "env_vars": {"PYTHONPATH": paths, "KDCACHE_TEST_POINT": point},
+        },
+    )
+    try:
+        job = words("build")
+        job[job.index("--workers") + 1] = "1"
+        result = run(*job)
+    finally:
+        ray.shutdown()
+    line = line_of(result)
+    assert result.exit_code == 1, line
+    assert "KeyError: 'injected'" in line
 
 
 # Caches whose hashes are right and whose ids are not
