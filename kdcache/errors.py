@@ -110,13 +110,15 @@ class UnexpectedError(KdcacheError):
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Have exceptions of the block say what was being done, if they turn out to be unplanned.
+    """Have exceptions of the block that nobody planned say what was being done.
 
     Args:
         what: "reading a file", with its name; or of a shard, a row, a step.
     """
     try:
         yield
+    except KdcacheError:
+        raise
     except Exception as error:
         vars(error).setdefault("__notes__", []).append(f"while {what}")
         raise
