@@ -410,9 +410,12 @@ def options_of(kind: type[Any]) -> tuple[Option, ...]:
     for heading in dict.fromkeys(group.heading for group in groups):
         classes += [group for group in reversed(groups) if group.heading == heading]
     found: dict[str, Option] = {}
+    shared = {name for group in groups for name in inspect.get_annotations(group)}
     for owner in classes:
         heading = "" if owner is kind else owner.heading
         for name in inspect.get_annotations(owner):
+            if owner is kind and name in shared:
+                continue  # of a group, with another default here
             field = kind.__dataclass_fields__.get(name)
             if field is not None and _KEY in field.metadata and name not in found:
                 one = _read(field, hints[name], heading)

@@ -640,6 +640,18 @@ class TestColumns:
             (record,) = read_all(corpus, columns=["text", "n"])
             assert (record.values["text"], record.values["n"]) == ("de", "t4")
 
+    def test_a_field_of_a_column_gets_a_name_of_its_own(self, tmp_path: Path) -> None:
+        rows = [{"id": i, "pair": {"en": f"e{i}", "de": f"d{i}"}} for i in range(3)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+        for name in ("a.jsonl", "b.parquet"):
+            corpus = Corpus.open(
+                [str(tmp_path / name)], span_bytes=100, columns=["source=pair.en", "target=pair.de"]
+            )
+            records = read_all(corpus, columns=["source", "target"])
+            found = [(record.values["source"], record.values["target"]) for record in records]
+            assert found == [("e0", "d0"), ("e1", "d1"), ("e2", "d2")]
+
     def test_wrong_words_are_refused(self, tmp_path: Path) -> None:
         path = str(self.files(tmp_path)[1])
         for options, message in (

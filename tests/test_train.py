@@ -751,7 +751,7 @@ def test_a_run_reports_its_words(options: Make, folder: Path) -> None:
         assert 0 < share < 1
     command = [
         *("train", "--cache", str(folder / "classes"), "--eval-cache", str(folder / "held")),
-        *("--student", "bilstm", "--hidden-size", "8", "--max-words", "40", "--max-steps", "1"),
+        *("--student", "bilstm", "--bilstm", "hidden-size=8,max-words=40", "--max-steps", "1"),
         *("--report-to", "none", "--out", options().out + "-printed"),
     ]
     line = f"vocabulary of 40 (unknown: {result.unknown:.1%} of the words, "
