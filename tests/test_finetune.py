@@ -553,3 +553,40 @@ def test_a_second_one_and_an_address_are_refused(folder: Path, tmp_path: Path) -
     assert tried
     with pytest.raises(UsageError, match="--out is s3://b/t, expected a folder"):
         finetune(dataclasses.replace(chosen, out="s3://b/t"))
+
+
+# The length at which a teacher was tuned
+
+
+@pytest.mark.parametrize("result", [None, {"max_length": 12}, {"max_length": None}, ["x"], 7])
+def test_a_folder_says_at_which_length_its_teacher_was_tuned(
+    options: Make, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, result: Any
+) -> None:
+    """Also one of an earlier version, and one whose file is anything."""
+    out = Path(shutil.copytree(folder / "bert", tmp_path / "teacher"))
+    document = {"options": {"max_length": 9}, "result": result}
+    (out / "finetune.json").write_text(json.dumps(document))
+    tuned = TeacherFiles.find(str(out)).tuned
+    known = result if isinstance(result, dict) else {"max_length": 9}
+    assert tuned == {name: n for name, n in known.items() if n is not None}
+    (out / "finetune.json").write_text(json.dumps({"options": {"max_length": "9"}, "result": None}))
+    assert TeacherFiles.find(str(out)).tuned == {}
+    assert TeacherFiles.find(str(folder / "bert")).tuned == {}
+
+
+def test_a_build_takes_that_length_or_says_the_difference(
+    options: Make, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = finetune(options(max_length=None))  # the model reads 32 tokens
+    assert finetune(options(out=str(tmp_path / "short"), max_length=6)).max_length == 6
+    assert made.max_length == 32
+    build_options = BuildOptions(
+        teacher=str(tmp_path / "short"), task="sequence-classification",
+        corpus=str(folder / "test.jsonl"), out=str(tmp_path / "cache"), workers=0, limit=4,
+    )  # fmt: skip
+    build(build_options)
+    assert Cache.open(build_options.out).spec.max_length == 6
+    assert "was fine-tuned at" not in caplog.text
+    build(dataclasses.replace(build_options, max_length=16, out=str(tmp_path / "long")))
+    assert Cache.open(str(tmp_path / "long")).spec.max_length == 16
+    assert "was fine-tuned at --max-length 6, and answers at 16 here" in caplog.text

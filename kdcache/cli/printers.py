@@ -190,7 +190,7 @@ def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
         echo(f"{result.out} is complete{scores}. Nothing to do.")
         return ()
     if result.truncated:
-        shown = f"{result.truncated:,} texts were cut at --max-length {options.max_length}"
+        shown = f"{result.truncated:,} texts were cut at --max-length {result.max_length}"
         if TASKS[options.task].source:
             shown = f"{result.truncated:,} records were cut at --max-length"
             shown += " or --max-source-length"

@@ -188,35 +188,32 @@ def longest(
     return asked
 
 
-_SOURCE_LENGTH = 1024  # tokens
+SOURCE_LENGTH = 1024  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairRowOptions(RowOptions, PairGroup):
     """How records become rows, sources and targets among them."""
 
-    def source_length(self, reach: Sequence[tuple[str, int | None]]) -> int:
-        """Tokens of the longest source.
-
-        Args:
-            reach: each model, and the most tokens that its encoder reads; None for no bound.
-
-        Raises:
-            UsageError: a model reads less than the option says.
-        """
-        return longest("--max-source-length", self.max_source_length, reach, _SOURCE_LENGTH)
-
-    def of_pairs(self, spec: RowSpec, models: Sequence[Any], role: str) -> RowSpec:
+    def of_pairs(
+        self, spec: RowSpec, models: Sequence[Any], role: str, default: int = SOURCE_LENGTH
+    ) -> RowSpec:
         """A spec with what rows of a source and a target have besides; others as they are.
 
         Args:
             spec: of the rows.
             models: `TeacherFiles`; the rows have the start of the first one's decoder.
             role: of these, for messages.
+            default: tokens of the longest source where the option is not given, and no model reads
+                less.
+
+        Raises:
+            UsageError: a model reads less than the option says.
         """
         if not TASKS[spec.task].source:
             return spec
-        length = self.source_length([(f"{role} {m.name}", m.source_reach) for m in models])
+        reach = [(f"{role} {m.name}", m.source_reach) for m in models]
+        length = longest("--max-source-length", self.max_source_length, reach, default)
         return replace(
             spec,
             max_source_length=length,

@@ -250,6 +250,17 @@ class TeacherFiles:
             raise UsageError(f"{self.who} has no usable tokenizer: {error}.") from error
 
     @property
+    def tuned(self) -> dict[str, int]:
+        """`max_length` and `max_source_length` of the rows that `finetune` gave it, if it did."""
+        path, known = self.folder / "finetune.json", dict[str, Any]()
+        document = read_json(self.who, path) if path.is_file() else {}
+        for part in ("options", "result"):  # of an earlier version the options alone say it
+            values = document.get(part)
+            known |= values if isinstance(values, dict) else {}
+        names = ("max_length", "max_source_length")
+        return {n: known[n] for n in names if type(known.get(n)) is int and known[n] > 1}
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether the folder, or that of an adapter's base, has files of a tokenizer."""
         return self._own_tokenizer or (self.base is not None and self.base.has_tokenizer)

@@ -28,6 +28,7 @@ from kdcache.cache import CacheSpec
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.groups import EngineRunOptions
+from kdcache.commands.row_options import DEFAULT_LENGTH, SOURCE_LENGTH
 from kdcache.corpus import Corpus, named, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
 from kdcache.errors import UsageError, doing
@@ -164,10 +165,11 @@ def prepare(options: BuildOptions) -> Prepared:
     codec = Codec.parse(options.codec or task.codec, options.temperatures, vocab_size)
     check_ensemble(codec, options)
     reach = ((teacher.who, teacher.reach(options.task)) for teacher in teachers)
-    rows = options.row_spec(
-        options.task, teachers[0].label_names, max_length=options.row_length(reach)
-    )
-    rows = options.of_pairs(rows, teachers, "teacher")
+    default = _tuned_at("max_length", options, teachers, DEFAULT_LENGTH)
+    length = options.row_length(reach, default)
+    rows = options.row_spec(options.task, teachers[0].label_names, max_length=length)
+    default = _tuned_at("max_source_length", options, teachers, SOURCE_LENGTH)
+    rows = options.of_pairs(rows, teachers, "teacher", default)
     gpus = _gpus(options)
     dtype = _dtype(options.dtype, gpus)
     weights = sum(teacher.weight_bytes for teacher in teachers)
@@ -222,6 +224,20 @@ def prepare(options: BuildOptions) -> Prepared:
         ranks=ranks,
         token_seconds=seconds if gpus else max(seconds, _CPU * weights),
     )
+
+
+def _tuned_at(
+    name: str, options: BuildOptions, teachers: Sequence[TeacherFiles], usual: int
+) -> int:
+    """The default of an option of length: what `finetune` gave the teachers, or the usual one."""
+    found = [(one.tuned[name], one.who) for one in teachers if name in one.tuned]
+    tokens, who = min(found, default=(usual, ""))
+    if found and getattr(options, name) not in (None, tokens):
+        logger.warning(
+            "%s was fine-tuned at --%s %d, and answers at %d here",
+            *(who, name.replace("_", "-"), tokens, getattr(options, name)),
+        )
+    return tokens
 
 
 def _warn_of_small_files(corpus: Corpus) -> None:

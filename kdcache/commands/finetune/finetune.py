@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.finetune.rows import files_of, label_names_of, labelled_rows
+from kdcache.commands.finetune.rows import files_of, label_names_of, labelled_rows, spec_of
 from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_loss
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.run_folder import RunFolder
@@ -104,6 +104,8 @@ class FinetuneResult:
         spearman: the same of their ranks.
         mse: mean squared error of scores.
         cross_entropy: of the tokens of targets, on the evaluation corpus, in nats.
+        max_length: tokens of the longest row, at which `build` lets the teacher answer.
+        max_source_length: likewise of a source.
         seconds: wall time of training.
         made: False where the folder was finished before and nothing was done.
     """
@@ -127,6 +129,8 @@ class FinetuneResult:
     spearman: float | None = None
     mse: float | None = None
     cross_entropy: float | None = None
+    max_length: int | None = None
+    max_source_length: int | None = None
 
 
 def finetune(
@@ -174,6 +178,7 @@ def _finetune(
         tokenizer, begun = files.tokenizer, files_of(options)
         names = options.label_names or label_names_of(options)
         rows, unlabelled, truncated = labelled_rows(options, options.corpus, names, files)
+        spec = spec_of(options, names, files)
         tests, _, _ = labelled_rows(options, options.eval_corpus, names, files)
         _check_best(options, names, tests)
         report("loading the model")
@@ -218,6 +223,8 @@ def _finetune(
             **scores,  # type: ignore[arg-type]
             seconds=trainer.seconds,
             truncated=truncated,
+            max_length=spec.max_length,
+            max_source_length=spec.max_source_length,
         )
         with whole_folder(run / "teacher") as folder:
             model.save_pretrained(folder)

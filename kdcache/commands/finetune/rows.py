@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import UsageError
-from kdcache.rows import Row, make_encoder
+from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import pad_rows, padded
 from kdcache.rows.labels import filled_column, names_in
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN
@@ -109,16 +109,20 @@ def _listed(record: Record, value: Any) -> set[str]:
     return {one.strip() for one in values}
 
 
+def spec_of(options: FinetuneOptions, names: tuple[str, ...], model: TeacherFiles) -> RowSpec:
+    """What decides the rows of a model."""
+    length = options.row_length([(model.who, model.reach(options.task))], _LENGTH)
+    spec = options.row_spec(options.task, names, max_length=length)
+    return options.of_pairs(spec, [model], "model")
+
+
 def labelled_rows(
     options: FinetuneOptions, patterns: Sequence[str], names: tuple[str, ...], model: TeacherFiles
 ) -> tuple[list[Row], int, int]:
     """Labelled rows, how many had no label, and how many texts of both were cut."""
     if not patterns:
         return [], 0, 0
-    reach = [(model.who, model.reach(options.task))]
-    length = options.row_length(reach, _LENGTH)
-    spec = options.row_spec(options.task, names, max_length=length)
-    spec = options.of_pairs(spec, [model], "model")
+    spec = spec_of(options, names, model)
     encoder = make_encoder(spec, model.tokenizer)
     rows = list(encoder.encode(_records(options, patterns)))
     if not rows and TASKS[options.task].source:
