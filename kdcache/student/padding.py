@@ -8,7 +8,11 @@ Causal attention never looks at the padding after a row, so most language models
 without a mask, and without one the fastest attention kernels apply. The mask is left out for a
 student that was tried both ways, from batches that are padded after their rows.
 
-Cost: six forwards of at most three rows of 256 tokens; later one look at each batch's mask.
+Gradients are compared as well: those of some models are not finite beside padding (Gemma 3n), where
+their logits are right.
+
+Cost: six forwards and two backwards of at most three rows of 256 tokens; later one look at each
+batch's mask.
 
 Checks that a sequence-to-sequence student's logits for a row depend neither on the padding of
 its batch, of sources or of targets, nor on later tokens, and that they depend on the source.
@@ -18,24 +22,31 @@ Cost: six forwards of at most three rows of 256 tokens each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.student.wrapper import DistilledStudent
+from kdcache.student.documents import tolerance
 from kdcache.tasks import IGNORE, TASKS
-from kdcache.teacher.probe import TOLERANCES, distance
+from kdcache.teacher.probe import distance
 from kdcache.teacher.projection import quiet
 
+DistilledStudent: TypeAlias = Any  # whose module imports this one
+
 TOKENS = 256  # of a row that is tried
+_BESIDE = 4  # tokens of padding beside a batch
 
 
 @torch.no_grad()
-def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]) -> None:
+def check_rows(
+    name: str, student: DistilledStudent, batch: Mapping[str, Tensor], *, trains: bool = True
+) -> None:
     """Refuse a student that reads padding or later tokens; set its `needs_mask`.
 
     Args:
@@ -44,9 +55,10 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
         batch: a few rows of different lengths, right-padded: `input_ids`, `attention_mask`,
             `labels`. Students with inputs of another kind are not checked. Of a language model's
             rows that are equally long one is cut.
+        trains: try its gradients, too.
 
     Raises:
-        UsageError: it cannot read a row, or names what its logits depend on.
+        UsageError: it cannot read a row, or names what its logits or gradients depend on.
     """
     mask, labels = batch.get("attention_mask"), batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -60,16 +72,19 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
         inputs["attention_mask"] = mask.clone()
         inputs["attention_mask"][-1, lengths[-1] :] = 0
 
-    def logits(rows: slice, stop: int, *, masked: bool = True, **changed: Tensor) -> Tensor:
-        """Logits [rows, stop, V] or [rows, classes]."""
+    def answer(rows: slice, stop: int, *, masked: bool = True, **changed: Tensor) -> Any:
+        """Logits [rows, stop, V] or [rows, classes], and a loss summed over all tokens."""
         given = {key: value[rows, :stop].to(device) for key, value in {**inputs, **changed}.items()}
         if not masked:
             del given["attention_mask"]
         # All places count, whether they have labels or not.
-        marks = torch.zeros_like(labels[rows, :stop] if task.per_token else labels[rows]).to(device)
-        found: Tensor | None = student(labels=marks, return_logits=True, **given).logits
-        assert found is not None
-        return found.float().cpu()
+        marks = torch.zeros_like(labels[rows, :stop] if task.per_token else labels[rows])
+        if task.per_token:
+            marks[inputs["attention_mask"][rows, :stop] == 0] = IGNORE
+        return _answer(student, {**given, "labels": marks.to(device)})
+
+    def logits(rows: slice, stop: int, **how: Any) -> Tensor:
+        return _plain(answer(rows, stop, **how).logits)
 
     def apart(padded: Tensor) -> float:
         """How far the rows of a padded batch are from each alone."""
@@ -78,15 +93,18 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
         return distance([row[:n] for row, n in zip(padded, lengths, strict=True)], alone)
 
     with quiet(student):
-        with readable(name, student):
-            alone = [logits(slice(i, i + 1), n)[0] for i, n in enumerate(lengths)]
-        moved = apart(logits(slice(None), max(lengths)))
+        with readable(name, student), torch.set_grad_enabled(trains):
+            each = [answer(slice(i, i + 1), n) for i, n in enumerate(lengths)]
+            whole = answer(slice(None), max(lengths) if task.per_token else mask.shape[1])
+        alone = [_plain(one.logits)[0] for one in each]
+        moved = apart(_plain(whole.logits))
         if task.causal:
             ids = inputs["input_ids"][:1].clone()
             half = lengths[0] // 2
             ids[:, half : lengths[0]] = ids[:, : lengths[0] - half].flip(1)
             other = logits(slice(0, 1), lengths[0], input_ids=ids)[0]
             refuse_beyond(
+                student,
                 distance([other[:half]], [alone[0][:half]]),
                 f"student {name} is not a causal language model: its logits at a position depend "
                 "on later tokens, and so on the labels. Name a causal one.",
@@ -103,16 +121,19 @@ def check_rows(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]
                     "not depend on later tokens. Name a masked one."
                 )
         refuse_beyond(
+            student,
             moved,
             f"student {name} gives other logits where its batch is padded, so its loss would be "
             "wrong. Use --batch-size 1, or a student that masks padding.",
         )
+        if trains:
+            _check_gradients(name, student, [one.loss for one in each], whole.loss)
         if task.causal and min(lengths) < max(lengths):
             try:
                 bare = apart(logits(slice(None), max(lengths), masked=False))
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
                 return  # it cannot do without
-            student.needs_mask = bare > TOLERANCES["float32"]
+            student.needs_mask = bare > tolerance(student)
 
 
 def without_mask(student: DistilledStudent, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -145,14 +166,100 @@ def readable(name: str, student: DistilledStudent) -> Iterator[None]:
         ) from error
 
 
-def refuse_beyond(moved: float, message: str) -> None:
+def _answer(student: DistilledStudent, batch: Mapping[str, Any]) -> Any:
+    """What a student returns for a batch. It may be at work in a forward of its own, with its
+    weights gathered: its hooks are left out."""
+    return student.forward(count=1.0, return_logits=True, **batch)
+
+
+def _plain(logits: Tensor) -> Tensor:
+    return logits.detach().float().cpu()
+
+
+@torch.enable_grad()
+def _check_gradients(
+    name: str, student: DistilledStudent, alone: Sequence[Tensor], padded: Tensor
+) -> None:
+    """Refuse a student whose gradients are not finite, or change where its batch is padded.
+
+    Args:
+        name: of the student, for messages.
+        student: whose losses they are.
+        alone: of each row by itself.
+        padded: of one batch of these rows.
+    """
+    if not (loss := torch.stack([*alone]).sum()).isfinite():
+        return
+    want, got = (_traces(student, one) for one in (loss, padded))
+    least = 1e-3 * max((size for size, _ in want.values()), default=0.0) + 1e-12
+    for key, (size, dot) in want.items():
+        moved = abs(got[key][1] - dot) / max(size, least)
+        if not math.isfinite(dot):
+            raise UsageError(
+                f"student {name} cannot be trained: its loss is finite, its gradient of {key} "
+                "is not, for rows of the cache by themselves. Name another student."
+            )
+        if not moved <= 10 * tolerance(student):
+            what = f"moves by {moved:.2g} of its size" if moved < math.inf else "is not finite"
+            raise UsageError(
+                f"student {name} has other gradients where its batch is padded: that of {key} "
+                f"{what}. Use --batch-size 1, or another student."
+            )
+
+
+def _traces(student: DistilledStudent, loss: Tensor) -> dict[str, tuple[float, float]]:
+    """Of each parameter the size of its gradient, and a product with numbers from -1 to 1, which
+    stands for all its entries: the gradients of all parameters are never held at once."""
+    found: dict[str, tuple[float, float]] = {}
+
+    def keep(key: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None, "it was just accumulated"
+        gradient, parameter.grad = parameter.grad.double().flatten(), None
+        numbers = torch.arange(len(gradient), device=gradient.device).double().sin()
+        found[key] = (float(gradient.norm()), float(gradient @ numbers))
+
+    with ExitStack() as hooks, torch.backends.cudnn.flags(enabled=False):  # no LSTM backward else
+        for key, parameter in student.student.named_parameters():
+            if parameter.requires_grad:
+                add: Any = parameter.register_post_accumulate_grad_hook
+                hooks.callback(add(partial(keep, key)).remove)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return found
+
+
+def check_first(student: DistilledStudent, labels: Tensor, inputs: Mapping[str, Any]) -> None:
+    """`check_rows` or `check_pairs` from within a student's own forward, on up to three rows of its
+    batch with padding beside them; gradients are not tried.
+
+    It takes as many forwards whatever is in the rows: weights that are sharded are gathered in each
+    by all processes at once.
+    """
+    mask = inputs["attention_mask"]
+    chosen = torch.tensor(sorted({0, len(labels) // 2, len(labels) - 1}), device=mask.device)
+    batch = {k: v[chosen] for k, v in {**inputs, "labels": labels}.items() if v is not None}
+    room = _BESIDE if student.reach is None else student.reach - mask.shape[1]
+    if not TASKS[student.task].per_token and room > 0:
+        beside = (0, min(_BESIDE, room))
+        batch |= {k: nn.functional.pad(batch[k], beside) for k in batch if k != "labels"}
+    needed, name = student.needs_mask, type(student.student).__name__
+    with torch.autocast(mask.device.type, enabled=False):
+        if "decoder_input_ids" in batch:
+            check_pairs(name, student, batch, trains=False)
+        else:
+            check_rows(name, student, batch, trains=False)
+    student.needs_mask = needed  # a resumed run takes the steps of one that was not stopped
+
+
+def refuse_beyond(student: DistilledStudent, moved: float, message: str) -> None:
     """Refuse logits that have moved by more than rounding does."""
-    if moved > TOLERANCES["float32"]:
+    if moved > tolerance(student):
         raise UsageError(f"{message} (They differ by {moved:.2g} of their spread.)")
 
 
 @torch.no_grad()
-def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor]) -> None:
+def check_pairs(
+    name: str, student: DistilledStudent, batch: Mapping[str, Tensor], *, trains: bool = True
+) -> None:
     """Refuse a student that reads padding or later tokens, or that does not read the source.
 
     Args:
@@ -160,9 +267,10 @@ def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor
         student: with its weights, on any device.
         batch: a few rows, right-padded: `input_ids`, `attention_mask`, `decoder_input_ids`,
             `labels`. Where all sources or all targets are equally long one is cut.
+        trains: try its gradients, too.
 
     Raises:
-        UsageError: it cannot read a row, or what its logits depend on.
+        UsageError: it cannot read a row, or what its logits or gradients depend on.
     """
     device = next(student.parameters()).device
     source, decoder = batch["input_ids"], batch["decoder_input_ids"]
@@ -173,8 +281,8 @@ def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor
     ]
     lengths, widths = (_different(part) for part in map(list, zip(*sizes, strict=True)))
 
-    def logits(rows: list[int], *, ids: Tensor = source, written: Tensor = decoder) -> list[Tensor]:
-        """Logits [target, V] of rows that share a batch."""
+    def answer(rows: list[int], *, ids: Tensor = source, written: Tensor = decoder) -> Any:
+        """Logits [rows, target, V] of rows that share a batch, and their loss."""
         long, wide = max(lengths[i] for i in rows), max(widths[i] for i in rows)
         mask = torch.zeros(len(rows), long, dtype=torch.long)
         marks = torch.full((len(rows), wide), IGNORE)
@@ -187,16 +295,21 @@ def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor
             "decoder_input_ids": written[rows, :wide],
             "labels": marks,
         }
-        given = {key: value.to(device) for key, value in given.items()}
-        found: Tensor | None = student(return_logits=True, **given).logits
-        assert found is not None
-        return [row[: widths[i]].float().cpu() for row, i in zip(found, rows, strict=True)]
+        return _answer(student, {key: value.to(device) for key, value in given.items()})
+
+    def logits(rows: list[int], **how: Tensor) -> list[Tensor]:
+        """Logits [target, V] of each."""
+        return of_rows(answer(rows, **how), rows)
+
+    def of_rows(found: Any, rows: list[int]) -> list[Tensor]:
+        return [row[: widths[i]] for row, i in zip(_plain(found.logits), rows, strict=True)]
 
     with quiet(student):
         every = list(range(len(labels)))
-        with readable(name, student):
-            alone = [logits([i])[0] for i in every]
-        moved = distance(logits(every), alone)
+        with readable(name, student), torch.set_grad_enabled(trains):
+            each, whole = [answer([i]) for i in every], answer(every)
+        alone = [of_rows(one, [i])[0] for i, one in enumerate(each)]
+        moved = distance(of_rows(whole, every), alone)
         half = widths[0] // 2
         written = decoder.clone()
         written[0, half : widths[0]] = decoder[0, : widths[0] - half].flip(0)
@@ -205,15 +318,20 @@ def check_pairs(name: str, student: DistilledStudent, batch: Mapping[str, Tensor
         other[0, : lengths[0] // 2 + 1] = decoder[0, widths[0] - 1]
         unread = not torch.equal(other, source) and torch.equal(logits([0], ids=other)[0], alone[0])
     refuse_beyond(
+        student,
         ahead if half else 0.0,
         f"student {name}'s logits at a position depend on later tokens, and so on the labels. Name "
         "another.",
     )
     refuse_beyond(
+        student,
         moved,
         f"student {name} gives other logits where its batch is padded, so its loss would be wrong. "
         "Use --batch-size 1, or a student that masks padding.",
     )
+    if trains:
+        with quiet(student):
+            _check_gradients(name, student, [one.loss for one in each], whole.loss)
     if unread:
         raise UsageError(
             f"student {name} gives the same logits for another source: it does not read it. Name "

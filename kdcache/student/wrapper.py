@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_model
@@ -40,6 +40,7 @@ from kdcache.loss import (
     sliced_linear_distillation,
 )
 from kdcache.student.documents import check_documents, in_one_row
+from kdcache.student.padding import check_first
 from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
@@ -88,6 +89,8 @@ class DistilledStudent(nn.Module):
             reads the rows as they are.
         needs_mask: whether a language model's logits of right-padded rows depend on the attention
             mask; True until `kdcache.student.padding.check_rows` has tried it without.
+        checks_padding: whether the next batch of several rows is first tried beside padding, and a
+            student refused whose logits change; False once that was done.
 
     Args:
         student: what `load_student` returns.
@@ -131,7 +134,7 @@ class DistilledStudent(nn.Module):
         self.divergence = divergence
         self.tail = tail
         self.vocab_size = vocab_size
-        self.needs_mask = True
+        self.needs_mask = self.checks_padding = True
         self.reach = reach_of(student)
         self.source_reach = reach_of(student, "encoder") if TASKS[task].source else None
         self._projection: Projection | None = None
@@ -276,11 +279,12 @@ class DistilledStudent(nn.Module):
 
         Raises:
             UsageError: no labels, targets of other positions, a divergence that the targets do not
-                fit, a student of another width.
+                fit, a student of another width, or one that reads padding.
         """
         if labels is None:
             raise UsageError("the batch has no labels; give -100 for rows without one.")
         self.check_reach(inputs)
+        raw = inputs
         alpha = self.alpha if alpha is None else alpha
         count = count if num_items_in_batch is None else num_items_in_batch
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
@@ -314,6 +318,7 @@ class DistilledStudent(nn.Module):
         else:
             check_loss(targets, divergence=divergence, tail=self.tail, answers=kind.answers)
         _check_number(targets, n)
+        self._check_padding(labels, raw)
         targets = targets.to(flat.device)
         width = self.vocab_size if over_ids else None
         options: dict[str, Any] = {
@@ -387,6 +392,7 @@ class DistilledStudent(nn.Module):
             targets = targets.to(labels.device)
         elif count is None:
             count = labelled(labels, self.task).sum().clamp_min(1)
+        self._check_padding(labels, inputs)
         logits = logits_of(call(self.student, self._padded_its_way(inputs)))
         given: Any = {"alpha": alpha, "divergence": self.divergence, "count": count}
         if TASKS[self.task].answers == "score":
@@ -404,6 +410,12 @@ class DistilledStudent(nn.Module):
         if pad_id is None or mask is None or ids is None:
             return inputs
         return {**inputs, "input_ids": torch.where(mask.bool(), ids, pad_id)}
+
+    def _check_padding(self, labels: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Try the first batch of several rows beside padding."""
+        if self.checks_padding and len(labels) > 1 and inputs.get("attention_mask") is not None:
+            self.checks_padding, eager = False, cast(Any, torch.compiler.disable)
+            eager(check_first)(self, labels, inputs)
 
     def _apart(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
         """Inputs and labels of documents that do not attend to each other, as the student keeps

@@ -101,6 +101,7 @@ class Run:
             if plan.options.batch_size > 1:
                 check = check_pairs if "decoder_input_ids" in trial else check_rows
                 check(plan.options.student, student, trial)
+            student.checks_padding = False
             if any(cache.spec.apart for cache in (*plan.caches, *plan.eval_caches)):
                 check_documents(student.student, trial["input_ids"])
         computing.begin()
