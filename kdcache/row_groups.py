@@ -56,7 +56,7 @@ class LengthGroup(Options):
     max_length: int | None = option(
         None,
         help="tokens of the longest row, at most what the model reads. Default: 1024, or what the "
-        "model reads if that is less.",
+        "model reads if that is less; of a teacher of `finetune` the length it was tuned at.",
         metavar="TOKENS",
         at_least=2,
     )
