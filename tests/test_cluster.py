@@ -202,6 +202,7 @@ def _listens(port: int) -> bool:
         return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_a_build_is_submitted_to_a_cluster_that_asks_for_a_token(
     head: tuple[str, int],

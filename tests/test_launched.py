@@ -157,6 +157,7 @@ def stop_at_9(now: TrainProgress) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_four_two_and_four_processes_take_the_steps_of_one(cache: Path, tmp_path: Path) -> None:
     options = TrainOptions(cache=str(cache), out=str(tmp_path / "run"), **BILSTM)

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
 from promises import (
     Make,
     built,
+    check_beside,
     check_codecs,
+    check_evaluation,
     check_parts,
+    check_refused,
     check_resume,
+    check_run,
+    check_shown,
     check_verify,
+    labels_of,
     rows_of,
     with_telling_weights,
 )
@@ -38,7 +42,6 @@ from transformers import (
 )
 
 import kdcache
-from kdcache.cli.main import cli
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import _SHARD_BYTES, _span_bytes
 from kdcache.commands.evaluate.options import EvaluateOptions
@@ -111,10 +114,6 @@ def own(model: Any, row: Row) -> torch.Tensor:
     return model(input_ids=ids).logits[0][torch.from_numpy(row.labels != IGNORE)]
 
 
-def labels_of(rows: list[Row]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([r.labels[r.labels != IGNORE] for r in rows])).long()
-
-
 @pytest.mark.parametrize("share", [0.1, 0.2, None])
 def test_a_shard_fills_its_memory_with_the_positions_that_it_has(
     options: Make, share: float | None
@@ -148,30 +147,7 @@ def test_the_teacher_reads_the_masked_row_whole(options: Make, teacher: Path, pa
 def test_a_student_learns_what_it_would_beside_its_teacher(
     options: Make, teacher: Path, student: Path
 ) -> None:
-    """Loss and gradients of a padded batch, the teacher running on the same masked rows."""
-    cache = built(options(packing="none"))
-    rows = [row for row, _ in rows_of(cache)][:12]
-    beside = AutoModelForMaskedLM.from_pretrained(teacher).eval()
-    model = AutoModelForMaskedLM.from_pretrained(student).eval()
-    with torch.inference_mode():
-        targets = torch.cat([own(beside, row) for row in rows])
-    reference = distillation_loss(
-        torch.cat([own(model, row) for row in rows]).double(),
-        labels_of(rows),
-        DenseTargets(targets.clone().double(), 2.0),
-        alpha=0.3,
-    )
-    reference.total.backward()
-    want = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.zero_grad()
-    dataset = kdcache.TargetDataset([cache])
-    batch = kdcache.Collator(pad_id=0, temperature=2.0)([dataset[i] for i in range(12)])
-    distilled = kdcache.DistilledStudent(model, "masked-lm", alpha=0.3, vocab_size=259).eval()
-    got = distilled(**batch).loss
-    got.backward()
-    assert float(got.detach()) == pytest.approx(float(reference.total.detach()), abs=1e-5)
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, want[name], rtol=1e-4, atol=1e-5, msg=name)
+    check_beside(built(options(packing="none")), teacher, student, own)
 
 
 def columns_made(model: Any) -> list[int]:
@@ -241,6 +217,7 @@ def test_parts_in_any_order_and_a_resumed_build_give_the_same_bytes(options: Mak
         kdcache.build(options("whole", codec="sample:5", mask_seed=1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_two_workers_make_the_bytes_of_one(options: Make, ray: None) -> None:
     one = built(options("one", codec="sample:5", mask_unit="word"))
@@ -259,87 +236,33 @@ def test_a_training_resumes_to_the_bit(options: Make, student: Path, tmp_path: P
 def test_evaluation_has_the_figures_of_the_masked_places(
     options: Make, teacher: Path, student: Path, text_corpus: Path
 ) -> None:
-    cache = built(options(mask_seed=3, mask_share=0.3))
-    rows = [row for row, _ in rows_of(cache)]
-    models = [AutoModelForMaskedLM.from_pretrained(f).eval() for f in (teacher, student)]
-    with torch.inference_mode():
-        p, q = (torch.cat([own(m, row) for row in rows]).double() for m in models)
-    labels = labels_of(rows)
-    hard = torch.nn.functional.cross_entropy(q, labels)
-    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
-    cached = kdcache.evaluate(EvaluateOptions(student=(str(student),), cache=cache.url))
-    live = kdcache.evaluate(
-        EvaluateOptions(
-            student=(str(student),), teacher=str(teacher), corpus=(str(text_corpus),),
-            limit=40, max_length=48, mask_share=0.3, mask_seed=3,
-        )
-    )  # fmt: skip
-    scores = cached.models[1]
-    assert scores.cross_entropy == pytest.approx(float(hard), rel=1e-5)
-    assert scores.perplexity == pytest.approx(float(hard.exp()), rel=1e-5)
-    assert scores.kl == pytest.approx(float(kl), rel=1e-4)
-    assert scores.accuracy == pytest.approx(float((q.argmax(-1) == labels).double().mean()))
-    same = (q.argmax(-1) == p.argmax(-1)).double().mean()
-    assert scores.agreement == pytest.approx(float(same))
+    masks = {"mask_seed": 3, "mask_share": 0.3}
     # A corpus is one span here and four in the cache, so its masks are others.
-    assert live.models[1].kl == pytest.approx(float(kl), rel=0.3)
-    assert live.task == "masked-lm"
-    shown = CliRunner().invoke(cli, ["evaluate", "--student", str(student), "--cache", cache.url])
-    assert "pseudo-perplexity" in shown.output
+    check_evaluation(
+        built(options(**masks)), (teacher, student), text_corpus, own, off=0.3, limit=40,
+        max_length=48, **masks,
+    )  # fmt: skip
 
 
 def test_rows_are_shown_exported_and_planned(
     options: Make, teacher: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
     cache = built(options(codec="topk:4"))
+    view, first, page = check_shown(cache, teacher, text_corpus, tmp_path)
+    assert "pseudo-perplexity" in page
     (row, _), *_ = rows_of(cache)
-    run = CliRunner().invoke
-    shown = run(cli, ["inspect", cache.url, "--row", "0"]).output
-    assert "[MASK]" in shown
-    assert "place  reads" in shown
-    view = kdcache.inspect(InspectOptions(cache.url, row=0)).row
-    assert view is not None
-    assert [p.place for p in view.positions] == np.flatnonzero(row.labels != IGNORE).tolist()
+    places = np.flatnonzero(row.labels != IGNORE)
     tokens = cache.tokenizer().convert_ids_to_tokens(row.input_ids.tolist())
-    assert [p.token for p in view.positions] == [tokens[p.place] for p in view.positions]
-    out = str(tmp_path / "table")
-    assert run(cli, ["export", cache.url, "--out", out]).exit_code == 0
-    first = pq.read_table(out).slice(0, 1).to_pylist()[0]  # type: ignore[no-untyped-call]
-    assert first["input_ids"] == row.input_ids.tolist()
-    assert first["labels"] == row.labels.tolist()
-    assert [bool(p) for p in first["target_probs"]] == (row.labels != IGNORE).tolist()
-    page = str(tmp_path / "page.html")
-    assert run(cli, ["report", cache.url, "--out", page]).exit_code == 0
-    assert "pseudo-perplexity" in Path(page).read_text()
-    planned = ["plan", "--teacher", str(teacher), "--corpus", str(text_corpus)]
-    result = run(cli, [*planned, "--task", "masked-lm", "--max-length", "48", "--rows", "8"])
-    assert result.exit_code == 0, result.output
-    build = ["build", "--teacher", str(teacher), "--corpus", str(text_corpus), "--dry-run"]
-    result = run(cli, [*build, "--task", "masked-lm", "--out", str(tmp_path / "no")])
-    assert result.exit_code == 0, result.output
-    assert not (tmp_path / "no").exists()
+    assert "[MASK]" in tokens
+    assert [(p.place, p.token) for p in view.positions] == [(n, tokens[n]) for n in places.tolist()]
+    assert np.flatnonzero([bool(p) for p in first["target_probs"]]).tolist() == places.tolist()
 
 
 def test_a_run_is_a_model_of_transformers(options: Make, tmp_path: Path) -> None:
-    cache = built(options(codec="sample:5"))
-    config = tmp_path / "student.json"
     sizes = {**SIZES, "hidden_size": 16, "num_hidden_layers": 1}
-    config.write_text(json.dumps({"model_type": "bert", **sizes}))
-    run = str(tmp_path / "run")
-    result = kdcache.train(
-        TrainOptions(
-            cache=(cache.url,), student=str(config), out=run, batch_size=8, max_steps=3,
-            eval_cache=(cache.url,), report_to="none",
-        )
-    )  # fmt: skip
-    assert result.eval
-    assert type(AutoModelForMaskedLM.from_pretrained(run)).__name__ == "BertForMaskedLM"
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "fill-mask" in card
-    assert "AutoModelForMaskedLM.from_pretrained" in card
-    assert kdcache.load_student(run) is not None
-    again = EvaluateOptions(student=(run,), corpus=options().corpus, teacher=options().teacher[0])
-    assert kdcache.evaluate(again).task == "masked-lm"
+    config = {"model_type": "bert", **sizes}
+    saved = check_run(options(codec="sample:5"), config, tmp_path, "fill-mask")
+    assert type(saved).__name__ == "BertForMaskedLM"
 
 
 def test_wrong_models_are_refused_in_one_line(
@@ -403,8 +326,4 @@ def test_wrong_models_are_refused_in_one_line(
             "was saved for causal-lm, but masked-lm is asked for",
         ),
     ]
-    for call, message in cases:
-        with pytest.raises(UsageError) as error:
-            call()
-        assert message in str(error.value), str(error.value)
-        assert "\n" not in str(error.value)
+    check_refused(cases)

@@ -101,6 +101,7 @@ def until(condition: Callable[[], Any], seconds: float = 240) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_an_array_of_tasks_of_which_one_is_killed(options: BuildOptions, tmp_path: Path) -> None:
     faults, site = tmp_path / "faults", tmp_path / "site"

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
 from promises import (
     Make,
     built,
+    check_beside,
     check_codecs,
+    check_evaluation,
     check_parts,
+    check_refused,
     check_resume,
+    check_run,
+    check_shown,
     check_verify,
+    labels_of,
     rows_of,
     with_telling_weights,
 )
@@ -41,11 +45,9 @@ from transformers import (
 from zoo import SEQ2SEQ, Species, forms
 
 import kdcache
-from kdcache.cli.main import cli
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.options import InspectOptions
 from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
@@ -131,10 +133,6 @@ def own(model: Any, row: Row) -> torch.Tensor:
     return model(input_ids=source, labels=labels).logits[0]
 
 
-def labels_of(rows: list[Row]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([row.labels for row in rows])).long()
-
-
 def random_rows(seed: int = 0) -> list[Row]:
     rng = np.random.default_rng(seed)
     rows = []
@@ -199,39 +197,15 @@ def test_every_architecture_gives_its_own_numbers(species: Species) -> None:
 def test_a_student_learns_what_it_would_beside_its_teacher(
     options: Make, teacher: Path, student: Path
 ) -> None:
-    """Loss and gradients of a padded batch, the teacher running on the same rows."""
     cache = built(options())
     assert cache.spec.spans > 1
-    rows = [row for row, _ in rows_of(cache)][:12]
-    assert len({len(row.source) for row in rows if row.source is not None}) > 3
-    beside = AutoModelForSeq2SeqLM.from_pretrained(teacher).eval()
-    model = AutoModelForSeq2SeqLM.from_pretrained(student).eval()
-    with torch.inference_mode():
-        targets = torch.cat([own(beside, row) for row in rows])
-    reference = distillation_loss(
-        torch.cat([own(model, row) for row in rows]).double(),
-        labels_of(rows),
-        DenseTargets(targets.clone().double(), 2.0),
-        alpha=0.3,
-    )
-    reference.total.backward()
-    want = {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
-    model.zero_grad()
-    batch_of = kdcache.Collator(pad_id=0, temperature=2.0)
-    dataset = kdcache.TargetDataset([cache])
-    batch = batch_of([dataset[i] for i in range(12)])
-    distilled = kdcache.DistilledStudent(model, TASK, alpha=0.3, vocab_size=259).eval()
-    distilled(**batch)  # measures what the logits are made of
+    assert len({row.sizes for row, _ in rows_of(cache)[:12]}) > 3
+    batch, distilled = check_beside(cache, teacher, student, own)
     made: list[int] = []
-    layer = model.get_output_embeddings()
+    layer = distilled.student.get_output_embeddings()
     layer.register_forward_hook(lambda _module, _inputs, out: made.append(out.numel()))
-    got = distilled(**batch).loss
-    got.backward()
+    distilled(**batch)
     assert made == [1], "one number stands for the logits of all places"
-    assert float(got.detach()) == pytest.approx(float(reference.total.detach()), abs=1e-5)
-    for name, weight in model.named_parameters():
-        if name in want:
-            torch.testing.assert_close(weight.grad, want[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_rows_of_a_stream_come_once_and_whole(options: Make) -> None:
@@ -269,6 +243,7 @@ def test_parts_in_any_order_and_a_resumed_build_give_the_same_bytes(options: Mak
         kdcache.build(options("whole", codec="sample:5", max_source_length=8))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_two_workers_make_the_bytes_of_one(options: Make, ray: None) -> None:
     one = built(options("one", codec="sample:5"))
@@ -358,89 +333,32 @@ def test_a_training_resumes_to_the_bit(options: Make, student: Path, tmp_path: P
 def test_evaluation_has_the_figures_of_the_targets(
     options: Make, teacher: Path, student: Path, pairs: Path
 ) -> None:
-    cache = built(options())
-    rows = [row for row, _ in rows_of(cache)]
-    models = [AutoModelForSeq2SeqLM.from_pretrained(f).eval() for f in (teacher, student)]
-    with torch.inference_mode():
-        p, q = (torch.cat([own(m, row) for row in rows]).double() for m in models)
-    labels = labels_of(rows)
-    hard = torch.nn.functional.cross_entropy(q, labels)
-    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
-    same = (q.argmax(-1) == p.argmax(-1)).double().mean()
-    cached = kdcache.evaluate(EvaluateOptions(student=(str(student),), cache=cache.url))
-    live = kdcache.evaluate(
-        EvaluateOptions(
-            student=(str(student),), teacher=str(teacher), corpus=(str(pairs),), max_length=48
-        )
-    )
-    for found in (cached, live):
-        assert found.task == TASK
-        scores = found.models[1]
-        assert scores.cross_entropy == pytest.approx(float(hard), rel=1e-5)
-        assert scores.perplexity == pytest.approx(float(hard.exp()), rel=1e-4)
-        assert scores.kl == pytest.approx(float(kl), rel=1e-4)
-        assert scores.accuracy == pytest.approx(float((q.argmax(-1) == labels).double().mean()))
-        assert scores.agreement == pytest.approx(float(same))
-    shown = CliRunner().invoke(cli, ["evaluate", "--student", str(student), "--cache", cache.url])
-    assert "perplexity" in shown.output
+    check_evaluation(built(options()), (teacher, student), pairs, own, off=1e-4, max_length=48)
 
 
 def test_rows_are_shown_exported_and_planned(
     options: Make, teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
     cache = built(options(codec="topk:4"))
+    view, table, _ = check_shown(cache, teacher, pairs, tmp_path)
     (row, _), *_ = rows_of(cache)
     first = json.loads(pairs.read_text().splitlines()[0])
-    run = CliRunner().invoke
-    assert run(cli, ["inspect", cache.url, "--row", "0"]).exit_code == 0
-    view = kdcache.inspect(InspectOptions(cache.url, row=0)).row
-    assert view is not None
     assert view.text.removeprefix("[CLS] ").split()[0] == first["source"].lower().split()[0]
     assert view.text_pair is not None
     assert view.text_pair.startswith("[CLS]")
     assert [p.label for p in view.positions] == row.labels.tolist()
-    out = str(tmp_path / "table")
-    assert run(cli, ["export", cache.url, "--out", out]).exit_code == 0
-    table = pq.read_table(out).slice(0, 1).to_pylist()[0]  # type: ignore[no-untyped-call]
     assert row.source is not None
     assert table["source_ids"] == row.source.tolist()
-    assert table["input_ids"] == row.input_ids.tolist()
-    assert table["labels"] == row.labels.tolist()
-    page = str(tmp_path / "page.html")
-    assert run(cli, ["report", cache.url, "--out", page]).exit_code == 0
-    planned = ["plan", "--teacher", str(teacher), "--corpus", str(pairs)]
-    result = run(cli, [*planned, "--task", TASK, "--max-length", "48", "--rows", "8"])
-    assert result.exit_code == 0, result.output
-    build = ["build", "--teacher", str(teacher), "--corpus", str(pairs), "--dry-run"]
-    result = run(cli, [*build, "--task", TASK, "--out", str(tmp_path / "no")])
-    assert result.exit_code == 0, result.output
-    assert not (tmp_path / "no").exists()
 
 
 def test_a_run_is_a_model_of_transformers(options: Make, tmp_path: Path) -> None:
     """From a configuration alone, which takes the ids of the cache."""
-    cache = built(options(codec="sample:5"))
-    config = tmp_path / "student.json"
     sizes = {k: v for k, v in BART.items() if k not in IDS and "token" not in k}
-    config.write_text(json.dumps({"model_type": "bart", **sizes, "encoder_layers": 1}))
-    run = str(tmp_path / "run")
-    result = kdcache.train(
-        TrainOptions(
-            cache=(cache.url,), student=str(config), out=run, batch_size=8, max_steps=3,
-            eval_cache=(cache.url,), report_to="none",
-        )
-    )  # fmt: skip
-    assert result.eval
-    saved = AutoModelForSeq2SeqLM.from_pretrained(run)
+    config = {"model_type": "bart", **sizes, "encoder_layers": 1}
+    saved = check_run(options(codec="sample:5"), config, tmp_path, "text2text-generation")
     assert type(saved).__name__ == "BartForConditionalGeneration"
     assert saved.config.decoder_start_token_id == 0
     assert saved.config.forced_eos_token_id is None
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "text2text-generation" in card
-    assert "AutoModelForSeq2SeqLM.from_pretrained" in card
-    assert kdcache.load_student(run) is not None
-    again = EvaluateOptions(student=(run,), corpus=options().corpus, teacher=options().teacher[0])
-    assert kdcache.evaluate(again).task == TASK
 
 
 def test_an_ensemble_of_other_starts_is_the_mean_of_its_members(
@@ -627,11 +545,7 @@ def test_wrong_input_is_refused_in_one_line(
             "was saved for causal-lm, but seq2seq-lm is asked for",
         ),
     ]
-    for call, message in cases:
-        with pytest.raises(UsageError) as error:
-            call()
-        assert message in str(error.value), str(error.value)
-        assert "\n" not in str(error.value), str(error.value)
+    check_refused(cases)
     # A start that is the last label of each row, as a code of the language is.
     for row, _ in rows_of(built(options("last", teacher=mbart))):
         assert row.input_ids[0] == row.labels[-1]

@@ -83,6 +83,7 @@ def test_rules_that_cannot_be(transfer: ModuleType, wrong: dict[str, float]) -> 
         transfer.Rules(**wrong)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_the_whole_example(
     example: ModuleType,

@@ -315,7 +315,9 @@ def command(options: TrainOptions) -> list[str]:
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)]
+)
 def test_a_training_process_that_is_ended_goes_on(
     options: Make, tmp_path: Path, sign: signal.Signals
 ) -> None:

@@ -108,7 +108,7 @@ def test_an_interrupted_training_leaves_no_worker_and_goes_on(
     assert min(seen, default=2) >= 2
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_sweep_notices_a_signal_that_a_library_swallowed(
     ray: None, desk: Path, tmp_path: Path, workers: int
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_loop_goes_on_where_it_stopped(script: Script) -> None:
     assert begun | resumed == whole
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_workers_take_the_steps_of_one_also_in_tensor_parallel_groups(
     script: Script, desk: Path
@@ -147,6 +148,7 @@ def test_lightning_goes_on_where_it_stopped(script: Script) -> None:
     assert whole == pytest.approx(script("plain-loop", "11"), abs=2e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 @pytest.mark.filterwarnings("ignore")  # Ray warns of what its own modules use
 def test_ray_train_takes_the_steps_of_a_loop(ray: None, script: Script, desk: Path) -> None:

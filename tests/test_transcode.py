@@ -406,16 +406,15 @@ def test_a_span_that_fails_is_tried_again_and_named(
     assert transcode(again).made == 1
 
 
-@pytest.mark.end_to_end
-def test_on_ray_and_by_command_it_is_the_same(dense: str, tmp_path: Path, ray: None) -> None:
+def test_by_command_it_is_the_same(dense: str, tmp_path: Path) -> None:
     plain = options(dense, "sample:6", tmp_path / "plain", 1.0, 2.0)
     transcode(plain)
     words = ["transcode", dense, "--codec", "sample:6", "--temperatures", "1,2"]
-    done = run(*words, "--out", str(tmp_path / "ray"), "--workers", "2", "--json")
+    done = run(*words, "--out", str(tmp_path / "new"), "--workers", "0", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])["made"] == Cache.open(dense).spec.spans
-    assert kept(tmp_path / "ray") == kept(tmp_path / "plain")
-    again = run(*words, "--out", str(tmp_path / "ray"), "--workers", "0")
+    assert kept(tmp_path / "new") == kept(tmp_path / "plain")
+    again = run(*words, "--out", str(tmp_path / "new"), "--workers", "0")
     assert "Nothing to do" in again.output
-    shown = run("inspect", str(tmp_path / "ray"))
+    shown = run("inspect", str(tmp_path / "new"))
     assert f"dense ({Cache.open(dense).digest})" in shown.output
