@@ -621,6 +621,7 @@ def test_ids_with_the_same_bytes() -> None:
     assert same_bytes(teacher, teacher)[2:].tolist() == list(range(2, len(teacher)))
 
 
+@pytest.mark.slow
 def test_rows_of_a_cache(lm_caches: dict[str, str]) -> None:
     """Every chunk has a likelihood, and the texts come back from a cache."""
     cache = Cache.open(lm_caches["topk:8"])

@@ -201,6 +201,7 @@ ray.get(ray.remote(look).remote(os.getcwd()))
     "what",
     [pytest.param(one, marks=[pytest.mark.end_to_end] if one == "Ray" else []) for one in START],
 )
+@pytest.mark.slow
 def test_a_process_that_is_started_takes_no_module_of_the_current_folder(
     what: str, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_no_bit_of_a_document_can_flip_unseen(name: str) -> None:
             from_text(whole[:length], name)
 
 
+@pytest.mark.slow
 def test_no_file_of_a_cache_can_have_a_flipped_bit(golden: Path) -> None:
     whole = files(golden)
     assert len(whole) == 6
@@ -469,6 +470,7 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
     assert list(problems(victim)) == []
 
 
+@pytest.mark.slow
 def test_unfinished_uploads_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("moto")
     s3fs = pytest.importorskip("s3fs")

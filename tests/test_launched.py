@@ -128,6 +128,7 @@ def test_torchrun_gives_the_run_of_one_process(cache: Path, tmp_path: Path) -> N
     assert losses(out) == pytest.approx(undisturbed(cache, tmp_path / "alone", 2), abs=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_the_processes_of_srun_train_together(cache: Path, tmp_path: Path) -> None:
     options = TrainOptions(cache=str(cache), out=str(tmp_path / "run"), **BILSTM)

@@ -640,6 +640,7 @@ def test_a_scheduled_alpha_may_be_a_tensor() -> None:
     compare(got, want, [case["hidden"], case["weight"]])
 
 
+@pytest.mark.slow
 def test_compiled_pass_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """One source for both; here the compiler's front end runs it (the back end is the GPU's)."""
     torch.manual_seed(11)

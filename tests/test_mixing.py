@@ -322,6 +322,7 @@ def test_a_killed_run_goes_on_with_its_mix(options: TrainOptions, tmp_path: Path
     assert Path(options.out, weights).read_bytes() == Path(calm.out, weights).read_bytes()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_two_workers_take_the_steps_of_a_mix_and_evaluate_each_domain(
     options: TrainOptions, built: dict[str, str], tmp_path: Path

@@ -37,6 +37,7 @@ def filled(line: str, **words: str) -> list[str]:
     return [words.get(word, word) for word in shlex.split(line)]
 
 
+@pytest.mark.slow
 def test_from_a_dry_run_to_labelled_texts(
     tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
 ) -> None:
@@ -60,6 +61,7 @@ def test_from_a_dry_run_to_labelled_texts(
     assert line == f"predict --student {out} --corpus TEXTS"
 
 
+@pytest.mark.slow
 def test_from_a_broken_cache_to_a_page(tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     shutil.copytree(GOLDEN / "sample-1", cache)

@@ -77,6 +77,7 @@ def test_links_of_a_notebook_lead_somewhere(path: Path) -> None:
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_a_classifier(desk: Path) -> None:
     printed = execute(desk, "classifier")

@@ -68,6 +68,7 @@ def test_a_teacher_in_s3_gives_what_a_local_one_gives(
     assert prepare(options).spec == there.spec
 
 
+@pytest.mark.slow
 def test_the_driver_reads_no_weights_and_a_node_fetches_them_once(
     options: BuildOptions, proxy: Proxy
 ) -> None:

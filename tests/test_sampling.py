@@ -370,6 +370,7 @@ def test_the_check_of_bias_can_fail() -> None:
 
 
 @pytest.mark.parametrize(("vocabulary", "temperatures"), [(300, (1.0,)), (9001, (1.0, 1.5))])
+@pytest.mark.slow
 def test_the_whole_of_it_is_one_graph(vocabulary: int, temperatures: tuple[float, ...]) -> None:
     # Nothing asks the host: `fullgraph` raises at such a place.
     z, u, constants = logits_like_a_teacher(8, vocabulary), uniforms(8), rule(4, temperatures)

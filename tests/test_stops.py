@@ -29,7 +29,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.train import run as run_module
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import LOCK_FILE, alone
@@ -50,19 +50,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def options_of(folder: Path, **changes: Any) -> TrainOptions:
+    """A small run with a checkpoint every two steps."""
+    values: dict[str, Any] = {
+        "cache": str(folder / "classes"), "eval_cache": str(folder / "held"), "eval_steps": 2,
+        "student": "bilstm", "batch_size": 8, "epochs": 2, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": "none", **SMALL,
+    }  # fmt: skip
+    return TrainOptions(**(values | changes))
+
+
 @pytest.fixture
 def options(folder: Path, tmp_path: Path) -> Make:
-    """Options of a small run with a checkpoint every two steps."""
+    """Options of that run in this test's own folder."""
+    return lambda **changes: options_of(folder, **{"out": str(tmp_path / "run"), **changes})
 
-    def make(**changes: Any) -> TrainOptions:
-        values: dict[str, Any] = {
-            "cache": str(folder / "classes"), "eval_cache": str(folder / "held"), "eval_steps": 2,
-            "student": "bilstm", "out": str(tmp_path / "run"), "batch_size": 8, "epochs": 2,
-            "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", **SMALL,
-        }  # fmt: skip
-        return TrainOptions(**(values | changes))
 
-    return make
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> TrainResult:
+    """That run, undisturbed, with all of its checkpoints."""
+    return train(options_of(folder, out=str(folder / "whole"), keep_checkpoints=99))
+
+
+EARLY = {"learning_rate": 0.5, "epochs": 40, "patience": 2}
+
+
+@pytest.fixture(scope="module")
+def early(folder: Path) -> TrainResult:
+    """One that stops early, undisturbed."""
+    return train(options_of(folder, out=str(folder / "early"), **EARLY))
 
 
 def same(run: str | Path, other: str | Path) -> bool:
@@ -127,11 +143,9 @@ def watch(watcher: Watch) -> Iterator[Watch]:
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_killed_at_moments_of_saving_and_rotation(
-    options: Make, tmp_path: Path, watch: Watch, every: bool
+    options: Make, whole: TrainResult, tmp_path: Path, watch: Watch, every: bool
 ) -> None:
     """What a kill leaves is the folder as it was at that moment: it is copied there."""
-    whole = options(out=str(tmp_path / "whole"), keep_checkpoints=99)
-    train(whole)
     moments: list[Path] = []
     copies = tmp_path / "copies"
     copies.mkdir()
@@ -205,9 +219,9 @@ def test_a_checkpoint_with_a_damaged_byte_is_refused(options: Make) -> None:
     assert train(options()).steps == 12
 
 
-def test_going_back_forgets_what_came_later(options: Make, tmp_path: Path) -> None:
-    whole = options(out=str(tmp_path / "whole"))
-    train(whole)
+def test_going_back_forgets_what_came_later(
+    options: Make, whole: TrainResult, tmp_path: Path
+) -> None:
     with pytest.raises(StopError):
         train(options(), on_progress=lambda now: stop() if now.step == 9 else None)
     back = options(resume=str(tmp_path / "run" / "checkpoint-6"))
@@ -218,46 +232,44 @@ def test_going_back_forgets_what_came_later(options: Make, tmp_path: Path) -> No
     assert same(tmp_path / "run", whole.out)
 
 
-def test_a_run_whose_folder_moved_ends_with_its_best_weights(options: Make, tmp_path: Path) -> None:
-    common = {"learning_rate": 0.5, "epochs": 40, "patience": 2}
-    whole = train(options(out=str(tmp_path / "whole"), **common))
-    assert whole.best_step == whole.steps - 4
-    last = whole.steps - 1
+def test_a_run_whose_folder_moved_ends_with_its_best_weights(
+    options: Make, early: TrainResult, tmp_path: Path
+) -> None:
+    assert early.best_step == early.steps - 4
+    last = early.steps - 1
     with pytest.raises(StopError):
-        train(options(**common), on_progress=lambda now: stop() if now.step == last else None)
+        train(options(**EARLY), on_progress=lambda now: stop() if now.step == last else None)
     (tmp_path / "run").rename(tmp_path / "moved")
-    moved = options(out=str(tmp_path / "moved"), **common)
-    assert train(moved).best_step == whole.best_step
-    assert same(moved.out, whole.out)
+    moved = options(out=str(tmp_path / "moved"), **EARLY)
+    assert train(moved).best_step == early.best_step
+    assert same(moved.out, early.out)
     (tmp_path / "moved" / "train.json").unlink()
-    shutil.rmtree(tmp_path / "moved" / f"checkpoint-{whole.best_step}")
-    with pytest.raises(UsageError, match=f"checkpoint-{whole.best_step} has no kdcache_state"):
+    shutil.rmtree(tmp_path / "moved" / f"checkpoint-{early.best_step}")
+    with pytest.raises(UsageError, match=f"checkpoint-{early.best_step} has no kdcache_state"):
         train(moved)
 
 
 @pytest.mark.parametrize("moment", ["checkpoint", "student"])
 def test_a_run_that_stopped_early_takes_no_step_more(
-    options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    options: Make, early: TrainResult, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    common = {"learning_rate": 0.5, "epochs": 40, "patience": 2}
-    whole = train(options(out=str(tmp_path / "whole"), **common))
-    assert whole.steps < 240
+    assert early.steps < 240
     with monkeypatch.context() as patched:
         if moment == "checkpoint":  # right after the last one
             patched.setattr(run_module.DistillationTrainer, "_load_best_model", stop)
         else:
             patched.setattr(run_module, "_save", stop)
         with pytest.raises(StopError):
-            train(options(**common))
+            train(options(**EARLY))
     seen: list[int] = []
-    result = train(options(**common), on_progress=lambda now: seen.append(now.step))
+    result = train(options(**EARLY), on_progress=lambda now: seen.append(now.step))
     assert not seen
-    assert (result.steps, result.best_step) == (whole.steps, whole.best_step)
-    assert (result.loss, result.eval) == (whole.loss, pytest.approx(whole.eval, abs=60))
-    assert same(result.out, whole.out)
+    assert (result.steps, result.best_step) == (early.steps, early.best_step)
+    assert (result.loss, result.eval) == (early.loss, pytest.approx(early.eval, abs=60))
+    assert same(result.out, early.out)
     # More patience is more steps.
     Path(result.out, "train.json").unlink()
-    assert train(options(**common | {"patience": 4})).steps > whole.steps
+    assert train(options(**EARLY | {"patience": 4})).steps > early.steps
 
 
 # Interrupted
@@ -266,11 +278,9 @@ def test_a_run_that_stopped_early_takes_no_step_more(
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_signal_ends_a_training_in_order(
-    options: Make, tmp_path: Path, sign: signal.Signals, lost: bool
+    options: Make, whole: TrainResult, tmp_path: Path, sign: signal.Signals, lost: bool
 ) -> None:
     """One that a library swallowed (its exception could not leave a callback) is found again."""
-    whole = options(out=str(tmp_path / "whole"))
-    train(whole)
     last: list[int] = []
 
     def strike(now: TrainProgress) -> None:
@@ -366,10 +376,8 @@ def refuse_writes(watch: Watch, place: str, count: int) -> None:
     ids=["some", "every"],
 )
 def test_a_disk_that_is_full_at_any_write(
-    options: Make, tmp_path: Path, watch: Watch, counts: tuple[int, ...]
+    options: Make, whole: TrainResult, watch: Watch, counts: tuple[int, ...]
 ) -> None:
-    whole = options(out=str(tmp_path / "whole"))
-    train(whole)
     run = Path(options().out)
     for count in counts:
         refuse_writes(watch, str(run), count)
@@ -389,10 +397,8 @@ def test_a_disk_that_is_full_at_any_write(
 
 
 @pytest.mark.parametrize("limit", [10_000, 20_000])
-def test_files_that_may_not_grow(options: Make, tmp_path: Path, limit: int) -> None:
+def test_files_that_may_not_grow(options: Make, whole: TrainResult, limit: int) -> None:
     """Errors of torch's and safetensors' own writers: weights and optimizer are larger."""
-    whole = options(out=str(tmp_path / "whole"))
-    train(whole)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

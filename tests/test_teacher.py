@@ -143,14 +143,26 @@ class TestCompile:
     @pytest.mark.end_to_end
     @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of PyTorch's own code
     @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "batches",
+        [
+            ([64] * 4, [33, 20, 7]),
+            pytest.param(
+                ([64] * 4, [64] * 3, [33, 20, 7], [50], [9], [128, 128], [31] * 9),
+                marks=pytest.mark.exhaustive,
+            ),
+        ],
+        ids=["some", "many"],
+    )
     def test_a_compiled_teacher_says_the_same_in_a_few_compilations(
-        self, lm: TeacherOptions, monkeypatch: pytest.MonkeyPatch
+        self, lm: TeacherOptions, monkeypatch: pytest.MonkeyPatch, batches: tuple[list[int], ...]
     ) -> None:
         monkeypatch.delenv("CXX", raising=False)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         plain, compiled = Teacher(lm, 300), Teacher(dataclasses.replace(lm, compile=True), 300)
-        for lengths in ([64] * 4, [64] * 3, [33, 20, 7], [50], [9], [128, 128], [31] * 9):
+        for lengths in batches:
             rows = lm_rows(*lengths)
             got, want = logits_of(compiled, rows), logits_of(plain, rows)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -31,7 +31,10 @@ if torch.__version__ < (2, 13):  # torch's version compares with tuples
 
 from inductor import Code, compiled_for_sm90, written_for_h100
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
 
 POSITIONS, IDS = 2048, 128_256
 ENTRIES = 17
