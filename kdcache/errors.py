@@ -14,10 +14,17 @@ import contextlib
 import errno
 import importlib.util
 import re
+import shlex
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 
 _SHOWN = 300
+# Each extra of this package, and a module that is there where it is installed.
+EXTRAS = {"cluster": "pandas", "gcs": "gcsfs", "lora": "peft", "plot": "matplotlib",
+          "s3": "s3fs", "tensorboard": "tensorboard", "vllm": "vllm"}  # fmt: skip
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 # torch and safetensors report a failed write as errors of their own.
@@ -157,26 +164,38 @@ def passes(error: BaseException) -> bool:
     )
 
 
-def installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
+def installed(extra: str) -> bool:
+    """Whether what an extra of this package brings can be imported, without importing it."""
+    return importlib.util.find_spec(EXTRAS[extra]) is not None
 
 
-@contextlib.contextmanager
-def needs(extra: str, what: str) -> Iterator[None]:
-    """Imports of optional packages go inside.
+def install_command(*extras: str) -> str:
+    """The command that adds extras to this Python.
+
+    It asks for the extras of the checkout from which kdcache runs. A copy of kdcache asks for what
+    they bring: where the copy came from may be gone, and need not be a package index.
+    """
+    checkout = Path(__file__).parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        wanted = ["-e", f"{checkout}[{','.join(extras)}]"]
+    else:
+        needs = [re.split(" *; *extra == ", need) for need in metadata.requires("kdcache") or ()]
+        wanted = [need[0] for need in needs if need[-1].strip("\"'") in extras]
+    pip = [sys.executable, "-m", "pip", "install"]
+    if not importlib.util.find_spec("pip"):  # as in the environments that uv makes
+        pip = ["uv", "pip", "install", "--python", sys.executable]
+    return shlex.join([*pip, *wanted])
+
+
+def require(asked: Mapping[str, str]) -> None:
+    """Refuse what needs extras that are not installed.
 
     Args:
-        extra: the extra of this package that installs them.
-        what: what the user asked for that needs them.
+        asked: extras of this package, each with what needs it.
 
     Raises:
-        UsageError: one is not installed; names the extra.
+        UsageError: says which are missing, and the command that installs them all.
     """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{what} needs {error.name}, which is not installed. Install it with "
-            f"pip install 'kdcache[{extra}]'."
-        ) from error
+    if missing := [extra for extra in asked if not installed(extra)]:
+        lines = [f"{asked[one]} needs the extra `{one}`, which is missing." for one in missing]
+        raise UsageError("\n".join([*lines, f"Install it: {install_command(*missing)}"]))

@@ -35,7 +35,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from kdcache.domains import Named
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, require
 from kdcache.files import place_problem
 
 Decides = Literal["nothing", "run", "student"]
@@ -63,6 +63,7 @@ def option(
     positional: bool = False,
     named: bool = False,
     output: bool = False,
+    extra: str = "",
     decides: Decides = "run",
     instead: tuple[str, str] | None = None,
     keys: bool = False,
@@ -85,6 +86,7 @@ def option(
         named: its values may have names: `NAME=VALUE`, or in Python and YAML a mapping of names to
             one value or several.
         output: it names a file or folder to write.
+        extra: of this package, which a value needs; of several choices, the one of that name.
         decides: what changes with it. A `"run"` may not go on with another value; an option
             that decides the `"student"` decides the run, too.
         instead: the option, and the KEY of it, that say this one now. One of `columns` renames a
@@ -140,6 +142,7 @@ class Option:
     positional: bool
     named: bool
     output: bool
+    extra: str
     decides: Decides
     instead: tuple[str, str] | None
     keys: bool
@@ -300,6 +303,7 @@ class Options:
         lines = "\n".join(filter(None, problems)).splitlines()
         if lines:
             raise UsageError("\n".join(dict.fromkeys(lines)))
+        require(self.extras())
 
     def _take_keys(self, options: Sequence[Option]) -> list[str]:
         """Set the fields that others say as KEY=VALUE; what is wrong with these."""
@@ -331,6 +335,11 @@ class Options:
     def conflicts(self) -> Sequence[str]:
         """What is wrong with values beside each other, a sentence each. Their types are right."""
         return ()
+
+    def extras(self) -> dict[str, str]:
+        """The extras of this package that the values need, each with its option."""
+        asked = [one for one in options_of(type(self)) if one.extra and getattr(self, one.name)]
+        return {o.extra: o.flag for o in asked if not o.choices or getattr(self, o.name) == o.extra}
 
 
 def problems_of(*reads: Callable[[], Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.domains import Named
-from kdcache.errors import needs
 from kdcache.files import file_problems, try_place
 from kdcache.lora import Lora
 from kdcache.options import Options, key_values, option
@@ -130,6 +128,7 @@ class EngineRunOptions(Options):
         None,
         help="what runs the teacher: `transformers`, or `vllm` for one causal LM of any size. "
         "Default: `transformers`; of `verify`, the one of the build.",
+        extra="vllm",
     )
     tensor_parallel: int = option(1, instead=("engine_arg", "tensor_parallel_size"), at_least=1)
     pipeline_parallel: int = option(1, instead=("engine_arg", "pipeline_parallel_size"), at_least=1)
@@ -268,6 +267,7 @@ class LoraOptions(Options):
         "(kdcache[lora]), such as `r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj`. Default: "
         "alpha twice r, no dropout, targets all-linear.",
         metavar="r=R[,alpha=A][,targets=NAMES]",
+        extra="lora",
         decides="student",
     )
 
@@ -286,6 +286,7 @@ class PlotOptions(Options):
         help="PNG file for a plot of the figures (optional; extra `plot`).",
         metavar="FILE.png",
         output=True,
+        extra="plot",
         decides="nothing",
     )
 
@@ -294,15 +295,13 @@ class PlotOptions(Options):
         return file_problems(self.plot, "--plot")
 
     def check_plot(self) -> None:
-        """Refuse a plot that cannot be drawn, before the work that it is to show.
+        """Refuse a plot whose file cannot be written, before the work that it is to show.
 
         Raises:
-            UsageError: matplotlib is not installed, or its file cannot be written.
+            UsageError: so it is.
         """
         if self.plot is not None:
             try_place(self.plot, "--plot")
-            with needs("plot", "--plot"):
-                importlib.import_module("matplotlib")
 
 
 def form_problems(record_form: Form, task: str | None) -> list[str]:

@@ -29,7 +29,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from huggingface_hub import constants
 
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.errors import IncompleteError, UsageError, require
 from kdcache.humanize import redact
 
 logger = logging.getLogger(__name__)
@@ -109,14 +109,14 @@ class FileSystem:
                 f"{self.shown}: HF_HUB_OFFLINE is set, so the hub is not asked. Unset it, or name "
                 "a copy of the dataset on this machine."
             )
+        require({extra: f"{protocol}://"} if extra else {})
         try:
             # Listings are the state of a cache: none may come from memory.
             self.fs, self.path = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            cure = f"pip install 'kdcache[{extra}]'" if extra else "install its fsspec package"
             raise UsageError(
                 f"{self.shown}: can't open {protocol}:// paths ({redact(str(error))}). To "
-                f"use them, {cure}."
+                "use them, install the package of fsspec for them."
             ) from None
 
     def ask(self, verb: str, *args: Any, volume: int = 0, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kdcache.errors import UsageError, needs, reason_of
+from kdcache.errors import UsageError, reason_of
 from kdcache.lora import ALL_LINEAR, Lora
 from kdcache.student.tokens import StudentInfo, label_config
 from kdcache.tasks import TASKS
@@ -70,10 +70,10 @@ def with_lora(
         The PEFT model.
 
     Raises:
-        UsageError: the student has no such layers, or PEFT is not installed.
+        UsageError: the student has no such layers.
     """
-    with needs("lora", "--lora"):
-        from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType, get_peft_model
+
     over_ids = TASKS[info.task].over_ids
     loose = sorted(n for n in new if "." not in n)
     if loose:

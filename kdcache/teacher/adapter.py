@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdcache.errors import UsageError, needs, reason_of
+from kdcache.errors import UsageError, reason_of
 from kdcache.tasks import (
     CAUSAL_LM,
     MULTI_LABEL_CLASSIFICATION,
@@ -178,8 +178,8 @@ class AdapterFolder:
         Raises:
             UsageError: the adapter is of another kind or another model.
         """
-        with needs("lora", f"{self.who}, an adapter,"):
-            from peft import PeftConfig, get_peft_model
+        from peft import PeftConfig, get_peft_model
+
         with self._fitting(), torch.random.fork_rng(devices=[]):
             config = PeftConfig.from_pretrained(str(self.folder))
             config.inference_mode = True

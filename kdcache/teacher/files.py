@@ -21,7 +21,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, require
 from kdcache.pretrained import UnreadableError, read_config, read_tokenizer
 from kdcache.storage import redact
 from kdcache.storage.disk import once_here, sha256_here
@@ -96,7 +96,8 @@ class TeacherFiles:
             role: what the model is in messages.
 
         Raises:
-            UsageError: no such model, no safetensors weights, or code that is not trusted.
+            UsageError: no such model, no safetensors weights, code that is not trusted, or an
+                adapter without PEFT.
         """
         found = _locate(name, role, weights=weights)
         if not (found.folder / ADAPTER_CONFIG).is_file():
@@ -104,6 +105,7 @@ class TeacherFiles:
             return replace(found, trust_remote_code=trust_remote_code)
         if found.listed:  # those of an adapter are small, and tell its classes
             found = _locate(name, role, weights=True)
+        require({"lora": f"{found.who}, an adapter,"} if weights else {})
         adapter = AdapterFolder(found.who, found.folder)
         base = _base(adapter, trust_remote_code=trust_remote_code, weights=weights)
         return replace(found, trust_remote_code=trust_remote_code, adapter=adapter, base=base)

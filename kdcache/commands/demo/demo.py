@@ -49,7 +49,7 @@ from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
-from kdcache.errors import UsageError, installed
+from kdcache.errors import UsageError, install_command, installed
 from kdcache.files import alone, local_path, try_place, write_json
 from kdcache.humanize import counted, duration, size
 from kdcache.plots import Curve, Level, plot_curves
@@ -388,10 +388,10 @@ class _Demo:
             models.append(self._scores(plan.name, architecture, found, run, run.seconds, beside))
         plot = self.out / "losses.png"
         drawn = f"plot in {plot}"
-        if installed("matplotlib"):
+        if installed("plot"):
             self._plot(plot, models[0].cross_entropy)
         else:
-            drawn = "no plot without matplotlib (pip install 'kdcache[plot]')"
+            drawn = f"no plot without matplotlib ({install_command('plot')})"
         self._tell(6, "evaluation", f"{result.positions:,} held-out positions, {drawn}")
         return DemoResult(
             out=str(self.out),

@@ -42,7 +42,7 @@ class PlanOptions(MaskedRowOptions, TeacherRunOptions, PlotOptions):
 
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""
-        problems = []
+        problems = self.plot_problems()
         try:
             _ = self.temperature_sets
         except ValueError:
@@ -51,7 +51,6 @@ class PlanOptions(MaskedRowOptions, TeacherRunOptions, PlotOptions):
                 f"--temperatures are {given}, expected positive numbers, "
                 "several of one set with commas: --temperatures 1 --temperatures 1,2."
             )
-        problems += self.plot_problems()
         return [*problems, *problems_of(self.build_options)]
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from kdcache.commands.plan.measure import Report, SamplePass
 from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.result import PlanResult, advice
 from kdcache.commands.plan.sample import sample_rows
-from kdcache.errors import UsageError, needs
-from kdcache.files import try_place
+from kdcache.errors import UsageError
 from kdcache.humanize import counted
 from kdcache.storage import redact
 from kdcache.targets import Codec
@@ -31,10 +29,7 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
         UsageError: wrong options or input, or a sample that does not fit the memory.
     """
     report = report or (lambda line: None)
-    if options.plot is not None:
-        try_place(options.plot, "--plot")
-        with needs("plot", "--plot"):
-            import_module("matplotlib")
+    options.check_plot()
     prepared = prepare(options.build_options())
     vocab = prepared.spec.vocab_size
     codecs = _grid(options, vocab)

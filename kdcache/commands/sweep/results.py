@@ -40,7 +40,7 @@ from torch.nn import functional
 
 from kdcache.cache import Cache
 from kdcache.commands.train.result import TrainResult
-from kdcache.errors import installed
+from kdcache.errors import install_command, installed
 from kdcache.files import write_json, write_text
 from kdcache.loss import label_loss, score_loss
 from kdcache.metrics import METRICS, RANKED, run_title
@@ -295,8 +295,8 @@ def plot_sweep(path: Path, result: SweepResult) -> None:
         path: the PNG file.
         result: of the sweep.
     """
-    if not installed("matplotlib"):
-        logger.warning("no %s: it needs matplotlib (pip install 'kdcache[plot]')", path.name)
+    if not installed("plot"):
+        logger.warning("no %s without matplotlib (%s)", path.name, install_command("plot"))
         return
     charts = charts_of(result)
     lines = [line for chart in charts for line in chart.lines]

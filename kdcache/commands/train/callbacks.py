@@ -23,6 +23,7 @@ from transformers.integrations import (
 
 from kdcache.commands.interrupt import check
 from kdcache.commands.train.result import TrainProgress
+from kdcache.errors import EXTRAS, install_command
 from kdcache.files import write_text
 from kdcache.humanize import duration
 from kdcache.student.checkpoints import better
@@ -150,8 +151,9 @@ def wrong_trackers(names: Sequence[str]) -> list[str]:
         if name in ("auto", "none", *here):
             continue
         if name in INTEGRATION_TO_CALLBACK:
+            how = f" ({install_command(name)})" if name in EXTRAS else ""
             wrong.append(
-                f"report_to is {name}, which is not installed. Install it or leave it out."
+                f"report_to is {name}, which is not installed. Install it{how} or leave it out."
             )
         else:
             known = ", ".join(["auto", "none", *sorted(INTEGRATION_TO_CALLBACK)])

@@ -41,13 +41,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, train_folder
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.together import SharedError, train_in_group
-from kdcache.errors import (
-    IncompleteError,
-    KdcacheError,
-    UsageError,
-    as_worker,
-    needs,
-)
+from kdcache.errors import IncompleteError, KdcacheError, UsageError, as_worker
 from kdcache.storage import is_remote
 
 logger = logging.getLogger(__name__)
@@ -76,20 +70,12 @@ def train_on_ray(
         KdcacheError: the workers failed for good.
     """
     import ray
-
-    with needs("cluster", "--num-workers"):
-        from ray.train import (
-            FailureConfig,
-            RunConfig,
-            ScalingConfig,
-            TrainingFailedError,
-            UserCallback,
-        )
-        from ray.train.torch import TorchTrainer
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+    from ray.train.torch import TorchTrainer
 
     plan, follower = RunPlan.make(options), None
     fewest, most = options.workers
-    where = {} if is_remote(options.out) else {"out": str(plan.out)}
+    where = {"plot": None} | ({} if is_remote(options.out) else {"out": str(plan.out)})
     own = plan.folder.ray
     owns = connect(options.address)
     here = owns and cluster_address(options.address) is None

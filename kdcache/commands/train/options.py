@@ -240,6 +240,10 @@ class TrainOptions(
         """
         return Place.find() if self.workers == (1, 1) and self.address is None else None
 
+    def extras(self) -> dict[str, str]:
+        """See `Options.extras`."""
+        return super().extras() | ({"cluster": "--num-workers"} if self.workers[1] > 1 else {})
+
     @property
     def workers(self) -> tuple[int, int]:
         """The smallest and the largest number of workers."""

