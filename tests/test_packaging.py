@@ -26,6 +26,7 @@ IMPORTED_AS = {"pyyaml": "yaml"}
 # Imported without being declared, because a declared dependency cannot do without them.
 CARRIED_BY = {
     "jinja2": "torch",
+    "markupsafe": "jinja2",
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
 }
