@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -115,3 +116,30 @@ def test_weights_exchanged_before_a_worker_loads_them_are_refused(
     )  # fmt: skip
     with pytest.raises(UsageError, match="was changed since this build began"):
         build(options)
+
+
+def test_a_worker_holds_one_lock_at_a_time(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notes of two files may share one: the other would be waited for without end."""
+    monkeypatch.setattr("kdcache.storage.disk._LOCKS", 1)
+    snapshot, _ = linked(tiny_lm, tmp_path)
+    aged(*(path.resolve() for path in snapshot.iterdir()))
+    files, locked, waits = TeacherFiles.find(str(snapshot)), [], []
+    own = fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        locked.append(file)
+        try:
+            own(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits.append(file)
+            raise
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for _ in range(2):
+        TeacherFiles.find(str(snapshot)).check_same(files.sha256)
+    with pytest.raises(UsageError, match="was changed since"):
+        files.check_same("0" * 64)
+    assert locked
+    assert waits == []

@@ -33,7 +33,9 @@ import functools
 import hashlib
 import os
 import random
+import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -283,6 +285,9 @@ _LOCKS = 64
 _SETTLED_SECONDS = 3.0
 
 
+_thread = threading.local()
+
+
 class Verified:
     """The notes of one folder, read as they grow."""
 
@@ -354,8 +359,14 @@ class Verified:
 
     @contextlib.contextmanager
     def _alone(self, note: bytes) -> Iterator[bool]:
-        """Let one process at a time hash a file; yields whether that was possible."""
+        """Let one process at a time hash a file; yields whether that was possible. A thread that
+        hashes others for it holds no second lock, for which it might wait for ever."""
+        if getattr(_thread, "holds", False):
+            yield True
+            return
         with contextlib.ExitStack() as held:
+            _thread.holds = True
+            held.callback(setattr, _thread, "holds", False)
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 path = self._folder / f"lock-{note[0] % _LOCKS}"
@@ -389,6 +400,8 @@ def sha256_here(path: Path) -> str:
     """A file's SHA-256. Whether it is the name of the file, as in the hub's cache, is read once by
     all processes of this machine."""
     name = path.resolve().name
+    if not re.fullmatch("[0-9a-f]{64}", name):
+        return sha256_file(path)
     found = [name]
 
     def check() -> None:
