@@ -125,7 +125,7 @@ def test_a_worker_holds_one_lock_at_a_time(
     monkeypatch.setattr("kdcache.storage.disk._LOCKS", 1)
     snapshot, _ = linked(tiny_lm, tmp_path)
     aged(*(path.resolve() for path in snapshot.iterdir()))
-    files, locked, waits = TeacherFiles.find(str(snapshot)), [], []
+    identity, locked, waits = TeacherFiles.find(str(tiny_lm)).sha256, [], []
     own = fcntl.flock
 
     def flock(file: int, how: int) -> None:
@@ -138,8 +138,8 @@ def test_a_worker_holds_one_lock_at_a_time(
 
     monkeypatch.setattr("fcntl.flock", flock)
     for _ in range(2):
-        TeacherFiles.find(str(snapshot)).check_same(files.sha256)
+        TeacherFiles.find(str(snapshot)).check_same(identity)
     with pytest.raises(UsageError, match="was changed since"):
-        files.check_same("0" * 64)
+        TeacherFiles.find(str(snapshot)).check_same("0" * 64)
     assert locked
     assert waits == []
