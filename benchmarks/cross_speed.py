@@ -78,8 +78,8 @@ def main() -> None:
     cache = Cache.open(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(options.student_tokenizer)
     streams = {side: stream_of(cache, tokenizer, side) for side in SIDES}
-    assert streams["hybrid"].cross is not None
-    size = streams["hybrid"].cross.vocab_size
+    size = streams["hybrid"].reading.vocab_size
+    assert size is not None
     with quiet_transformers():
         torch.manual_seed(0)
         config = LlamaConfig(

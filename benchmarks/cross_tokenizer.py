@@ -57,7 +57,7 @@ from kdcache.align import Aligner, TokenBytes
 from kdcache.commands.demo.teacher import TeacherSizes, make_teacher, make_tokenizer, write_jsonl
 from kdcache.corpus import Corpus
 from kdcache.files import write_text
-from kdcache.stream.shard_rows import cached_rows
+from kdcache.stream.text import cached_rows
 from kdcache.tasks import IGNORE
 from kdcache.teacher import quiet_transformers
 

@@ -68,7 +68,8 @@ if TYPE_CHECKING:
     from kdcache.commands.verify import VerifyResult, verify
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation
-    from kdcache.stream import Collator, CrossTokenizer, SumOverRanks, TargetDataset, TargetStream
+    from kdcache.stream import Collator, SumOverRanks, TargetDataset, TargetStream
+    from kdcache.stream.cross import CrossTokenizer
     from kdcache.stream.text import cached_rows
     from kdcache.student import DistilledStudent, load_student
     from kdcache.student.trainer import DistillationTrainer
@@ -80,9 +81,8 @@ _HOMES = {  # of public names, beside those of commands
     "kdcache.cache": ("Cache",),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
-    "kdcache.stream": (
-        *("Collator", "CrossTokenizer", "SumOverRanks", "TargetDataset", "TargetStream"),
-    ),
+    "kdcache.stream": (*("Collator", "SumOverRanks", "TargetDataset", "TargetStream"),),
+    "kdcache.stream.cross": ("CrossTokenizer",),
     "kdcache.stream.text": ("cached_rows",),
     "kdcache.student": ("DistilledStudent", "load_student"),
     "kdcache.student.trainer": ("DistillationTrainer",),

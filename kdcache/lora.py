@@ -1,4 +1,4 @@
-"""`--lora`: how large an adapter is and which layers it adapts.
+"""`--lora`: how large an adapter is and which layers it adapts; how adapters are known.
 
 It imports nothing heavy, since options check themselves with it.
 """
@@ -7,9 +7,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from kdcache.errors import UsageError
+from kdcache.tasks import (
+    CAUSAL_LM,
+    MULTI_LABEL_CLASSIFICATION,
+    REGRESSION,
+    SEQ2SEQ_LM,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_TASKS = {
+    CAUSAL_LM: "CAUSAL_LM",
+    SEQUENCE_CLASSIFICATION: "SEQ_CLS",
+    MULTI_LABEL_CLASSIFICATION: "SEQ_CLS",
+    REGRESSION: "SEQ_CLS",
+    TOKEN_CLASSIFICATION: "TOKEN_CLS",
+    SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
+}
 ALL_LINEAR = "all-linear"
 _KEYS = ("r", "alpha", "dropout", "targets")
 
@@ -64,3 +82,8 @@ class Lora:
     def __str__(self) -> str:
         dropout = f"dropout={self.dropout:g}," if self.dropout else ""
         return f"r={self.r},alpha={self.alpha:g},{dropout}targets={'+'.join(self.targets)}"
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model is one of PEFT, of which a part is trained."""
+    return getattr(model, "peft_config", None) is not None

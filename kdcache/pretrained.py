@@ -27,6 +27,10 @@ from kdcache.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
+PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+"""Names of the files of a model that are fetched."""
+WEIGHTS = "*.safetensors"
+
 # Arguments of loading, which transformers saves with a tokenizer's own settings.
 _OF_LOADING = {
     "_commit_hash", "_from_auto", "cache_dir", "force_download", "is_local", "local_files_only",

@@ -253,7 +253,8 @@ def word_student(class_cache: str, tmp_path_factory: pytest.TempPathFactory) -> 
     import torch
 
     from kdcache.cache import Cache
-    from kdcache.student import BiLstmConfig, BiLstmForSequenceClassification, word_tokenizer
+    from kdcache.student import BiLstmConfig, word_tokenizer
+    from kdcache.student.bilstm import BiLstmForSequenceClassification
 
     data = Cache.open(class_cache).read(0)
     assert data.texts is not None

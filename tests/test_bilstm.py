@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer
 from kdcache.errors import UsageError
 from kdcache.student import (
     BiLstmConfig,
-    BiLstmForSequenceClassification,
     DistilledStudent,
     StudentInfo,
     load_student,
@@ -22,6 +21,7 @@ from kdcache.student import (
     student_tokenize,
     word_tokenizer,
 )
+from kdcache.student.bilstm import BiLstmForSequenceClassification
 from kdcache.student.tokens import unknown_share
 
 V = 40

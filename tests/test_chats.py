@@ -24,7 +24,7 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.rows.documents import thoughts
+from kdcache.rows.chats import thoughts
 from kdcache.tasks import IGNORE
 
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

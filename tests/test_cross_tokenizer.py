@@ -31,9 +31,9 @@ from kdcache.commands.demo.teacher import make_tokenizer
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import UsageError
 from kdcache.loss import chunk_loss, distillation_loss
-from kdcache.stream import Collator, CrossTokenizer, TargetDataset, TargetStream, cross
+from kdcache.stream import Collator, TargetDataset, TargetStream, cross
 from kdcache.stream.batch import CachedIds
-from kdcache.stream.cross import paths_of
+from kdcache.stream.cross import CrossTokenizer, paths_of
 from kdcache.stream.text import RowsText
 from kdcache.student import DistilledStudent
 from kdcache.targets import ChunkTargets, SparseTargets

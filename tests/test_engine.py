@@ -142,7 +142,7 @@ def test_a_build_goes_on_with_the_same_engine_only(
     ):
         with pytest.raises(UsageError, match="engine"):
             build(other)
-    monkeypatch.setattr(prepare, "engine_version", lambda: "0.2")
+    monkeypatch.setattr("kdcache.teacher.engine.engine_version", lambda: "0.2")
     with pytest.raises(UsageError, match=r"version.*0\.1.*0\.2"):
         build(options)
     with pytest.raises(UsageError, match=r"worker has vLLM 0\.1, the build was planned with 0\.2"):

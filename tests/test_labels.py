@@ -27,7 +27,8 @@ from kdcache.loss.metrics import (
     spearman,
 )
 from kdcache.rows import RowSpec, make_encoder
-from kdcache.rows.labels import Classes, make_reader, no_label
+from kdcache.rows.labels import Classes, make_reader
+from kdcache.rows.spec import no_label
 from kdcache.student.figures import figure, figure_sums
 from kdcache.targets import DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE, Task

@@ -24,8 +24,8 @@ from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import label_names_of
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.rows import Row, RowSpec, WordReader, make_encoder
-from kdcache.rows.words import ReadWords
+from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.rows.words import ReadWords, WordReader
 from kdcache.student import word_tokenizer
 from kdcache.targets import Codec, TargetWriter
 from kdcache.tasks import IGNORE, TOKEN_CLASSIFICATION, UNLABELLED

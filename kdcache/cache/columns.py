@@ -32,9 +32,6 @@ from kdcache.tasks import IGNORE, TASKS, TaskType
 IDS = ("|u1", "<u2", "<u4")
 """Types of ids in a file: the smallest that holds them."""
 
-_NEXT_IDS = ("has_label", "next_ids")
-_PLACES = ("has_label", "label_ids")
-_LABELS = ("labels",)
 _TYPES = {"ids": "<i4", "classes": "<i4", "labels": "|u1", "score": "<f4"}
 _NOT_KNOWN = 255  # whether a class of several is one of a row's labels
 _U1, _U4, _I4 = ("|u1",), ("<u4",), ("<i4",)
@@ -229,20 +226,63 @@ class LabelColumn(Numbers):
     """The labels of a task, whose type, shape and columns in a file are the task's."""
 
     def of_rows(self, rows: Sequence[Any], task: str, width: int) -> np.ndarray:
-        """See `Column.of_rows`."""
-        return join_rows([row.labels for row in rows], task, width)
+        """See `Column.of_rows`; [rows, classes] where there are several a row."""
+        answers = TASKS[task].answers
+        empty = np.zeros((0, width) if answers == "labels" else 0)
+        labels = np.concatenate([empty, *(row.labels for row in rows)])
+        return labels.astype(np.float32 if answers == "score" else np.int32)
 
     def names(self, task: str) -> tuple[str, ...]:
         """See `Column.names`."""
-        return label_columns(task)
+        kind = TASKS[task]
+        if not kind.over_ids:
+            return ("labels",)
+        return "has_label", "next_ids" if kind.causal else "label_ids"
 
     def write(self, group: Any, data: Any, values: np.ndarray) -> None:
         """See `Column.write`."""
-        write_labels(group, data.task, values, data.offsets, data.input_ids)
+        kind, there = TASKS[data.task], values != IGNORE
+        if not kind.over_ids:
+            if kind.answers == "labels":
+                values = np.where(there, values, _NOT_KNOWN)
+            write_column(group, "labels", values.astype(_TYPES[kind.answers]))
+            return
+        write_column(group, "has_label", there.astype(np.uint8))
+        if not kind.causal:
+            write_column(group, "label_ids", narrow(values[there]))
+            return
+        last = data.offsets[1:] - 1
+        write_column(group, "next_ids", values[last].astype(np.int32))
+        there[last] = False
+        inner = np.flatnonzero(there)
+        assert np.array_equal(values[inner], data.input_ids[inner + 1]), "labels are the next ids"
 
     def read(self, rows: OpenRows) -> np.ndarray:
         """See `Column.read`."""
-        return read_labels(rows)
+        kind = TASKS[rows.task]
+        if not kind.over_ids:
+            several = kind.answers == "labels"
+            axis, shape = "token" if kind.per_token else "row", (rows.width,) if several else ()
+            stored = rows.read("labels", (_TYPES[kind.answers],), axis, *shape)
+            labels = stored.astype(stored.dtype if stored.dtype.kind == "f" else np.int32)
+            if several:
+                labels[labels == _NOT_KNOWN] = IGNORE
+            return labels
+        there = rows.read("has_label", _U1, "token") != 0
+        labels = np.full(len(there), IGNORE, np.int32)
+        if kind.causal:
+            labels[:-1] = rows.found["input_ids"][1:]
+            labels[rows.found["offsets"][1:] - 1] = rows.read("next_ids", _I4, "row")
+            labels[~there] = IGNORE
+            return labels
+        ids = rows.read("label_ids", IDS, "position")
+        if there.sum() != len(ids):
+            raise CorruptCacheError(
+                f"{rows.path}: {there.sum()} of its tokens have a label, but it has {len(ids)} "
+                "labels."
+            )
+        labels[there] = ids
+        return labels
 
 
 @dataclass(frozen=True)
@@ -353,99 +393,6 @@ def offsets_of(sizes: Any) -> np.ndarray:
     return offsets
 
 
-def label_columns(task: str) -> tuple[str, ...]:
-    """Names of the columns that hold a task's labels."""
-    kind = TASKS[task]
-    return _NEXT_IDS if kind.causal else _PLACES if kind.over_ids else _LABELS
-
-
-def label_type(task: str) -> type:
-    """The type of a task's labels in memory."""
-    return np.float32 if TASKS[task].answers == "score" else np.int32
-
-
-def join_rows(labels: list[np.ndarray], task: str, width: int) -> np.ndarray:
-    """The labels of rows, one after another; [rows, classes] where there are several a row."""
-    empty = np.zeros((0, width) if TASKS[task].answers == "labels" else 0)
-    return np.concatenate([empty, *labels]).astype(label_type(task))
-
-
 def narrow(ids: np.ndarray) -> np.ndarray:
     """Ids in the smallest unsigned type that holds them."""
     return ids.astype(np.min_scalar_type(int(ids.max(initial=0))))
-
-
-def write_labels(
-    rows: Any, task: str, labels: np.ndarray, offsets: np.ndarray, input_ids: np.ndarray
-) -> None:
-    """Write the columns of `label_columns` into the group `rows`; arrays as in `ShardData`."""
-    kind = TASKS[task]
-    if kind.causal:
-        has_label, last = _split(labels, offsets, input_ids)
-        write_column(rows, "has_label", has_label)
-        write_column(rows, "next_ids", last)
-    elif kind.over_ids:
-        there = labels != IGNORE
-        write_column(rows, "has_label", there.astype(np.uint8))
-        write_column(rows, "label_ids", narrow(labels[there]))
-    else:
-        if kind.answers == "labels":
-            labels = np.where(labels == IGNORE, _NOT_KNOWN, labels)
-        write_column(rows, "labels", labels.astype(_TYPES[kind.answers]))
-
-
-def read_labels(rows: OpenRows) -> np.ndarray:
-    """The labels as `ShardData` has them.
-
-    Raises:
-        CorruptCacheError: the columns do not fit each other.
-    """
-    kind = TASKS[rows.task]
-    if kind.causal:
-        has_label, last = rows.read("has_label", _U1, "token"), rows.read("next_ids", _I4, "row")
-        return _join(rows.found["offsets"], rows.found["input_ids"], has_label, last)
-    if kind.over_ids:
-        has_label = rows.read("has_label", _U1, "token")
-        return _spread(rows.path, has_label, rows.read("label_ids", IDS, "position"))
-    shape = (rows.width,) if kind.answers == "labels" else ()
-    axis = "token" if kind.per_token else "row"
-    labels = rows.read("labels", (_TYPES[kind.answers],), axis, *shape)
-    labels = labels.astype(label_type(rows.task), copy=False)
-    if kind.answers == "labels":
-        labels[labels == _NOT_KNOWN] = IGNORE
-    return labels
-
-
-def _split(
-    labels: np.ndarray, offsets: np.ndarray, input_ids: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each token has a label, and the label of each row's last token."""
-    has_label = labels != IGNORE
-    last = offsets[1:] - 1
-    inner = has_label.copy()
-    inner[last] = False
-    where = np.flatnonzero(inner)
-    assert np.array_equal(labels[where], input_ids[where + 1]), "labels are the next ids"
-    return has_label.astype(np.uint8), labels[last].astype(np.int32)
-
-
-def _join(
-    offsets: np.ndarray, input_ids: np.ndarray, has_label: np.ndarray, last: np.ndarray
-) -> np.ndarray:
-    labels = np.full(len(input_ids), IGNORE, np.int32)
-    labels[:-1] = input_ids[1:]
-    labels[offsets[1:] - 1] = last
-    labels[has_label == 0] = IGNORE
-    return labels
-
-
-def _spread(path: Path, has_label: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
-    """int32 [tokens], from where labels are and what they are."""
-    there = has_label != 0
-    if there.sum() != len(label_ids):
-        raise CorruptCacheError(
-            f"{path}: {there.sum()} of its tokens have a label, but it has {len(label_ids)} labels."
-        )
-    labels = np.full(len(has_label), IGNORE, np.int32)
-    labels[there] = label_ids
-    return labels

@@ -10,17 +10,20 @@ Prints tables of domains: of a corpus, of a cache, and of an evaluation during t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from kdcache.cache.figures import DomainFigures
 from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.commands.build.dry_run import DryRun
-from kdcache.commands.demo.demo import DemoResult
-from kdcache.commands.plan.sample import DomainEstimate
-from kdcache.commands.sweep.results import SettingScore, SweepResult
 from kdcache.humanize import counted, duration, size
 from kdcache.metrics import METRICS, RANKED
+
+if TYPE_CHECKING:
+    from kdcache.cache.figures import DomainFigures
+    from kdcache.commands.build.dry_run import DryRun
+    from kdcache.commands.demo.demo import DemoResult
+    from kdcache.commands.plan.sample import DomainEstimate
+    from kdcache.commands.sweep.results import SettingScore, SweepResult
 
 
 def render_estimates(domains: Sequence[DomainEstimate], console: Console) -> None:
@@ -159,6 +162,7 @@ def render_demo(result: DemoResult, console: Console) -> None:
 
 def render_sweep(result: SweepResult, console: Console) -> None:
     """Print the table of settings."""
+
     options = list(result.settings[0].setting)
     seeds = result.runs[0].seed is not None
     known = [name for name in RANKED if any(name in s.mean for s in result.settings)]
@@ -212,6 +216,7 @@ def _notes(result: SweepResult) -> Iterable[str]:
 
 
 def _figure(setting: SettingScore, name: str) -> str:
+
     value, deviation = setting.mean.get(name), setting.deviation.get(name)
     shown = percent if METRICS[name].share else number
     if value is None or deviation is None:

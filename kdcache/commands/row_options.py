@@ -104,9 +104,9 @@ class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions,
         Raises:
             UsageError: the named one cannot be loaded, or differs.
         """
-        from kdcache.rows.ids import check_tokenizer
-
         if self.record_form == "ids":
+            from kdcache.rows.ids import check_tokenizer
+
             check_tokenizer(self.tokenizer or "", teacher)
 
     def set_chat_template(self, tokenizer: Any) -> None:

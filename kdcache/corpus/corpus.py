@@ -5,6 +5,7 @@ Cost and guarantee: see `kdcache.corpus`.
 
 from __future__ import annotations
 
+import importlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,6 @@ from kdcache.corpus.files import (
     tags,
 )
 from kdcache.corpus.formats import Format, Reading, Span
-from kdcache.corpus.indexed import IndexedIds
 from kdcache.corpus.listing import expand
 from kdcache.corpus.records import (
     LineAt,
@@ -32,35 +32,26 @@ from kdcache.corpus.records import (
     parse_filters,
     passes,
 )
-from kdcache.corpus.tables import Arrow, Parquet
-from kdcache.corpus.text import (
-    Conll,
-    ConllU,
-    Csv,
-    JsonLines,
-    TextFiles,
-    TextLines,
-    TextParagraphs,
-    Tsv,
-)
+from kdcache.corpus.text import TextFiles
 from kdcache.domains import Named
 from kdcache.errors import UsageError, doing
 from kdcache.humanize import counted
 from kdcache.storage import redact
 from kdcache.tasks import MAX_RECORD_BYTES, Documents, OnError
 
-_FORMATS: dict[str, type[Format]] = {
-    "jsonl": JsonLines,
-    "csv": Csv,
-    "tsv": Tsv,
-    "conll": Conll,
-    "conllu": ConllU,
-    "parquet": Parquet,
-    "arrow": Arrow,
-    "bin": IndexedIds,
-    "txt file": TextFiles,
-    "txt paragraph": TextParagraphs,
-    "txt line": TextLines,
+# Module and class of each format, which are loaded when one of its files is read.
+_FORMATS = {
+    "jsonl": ("text", "JsonLines"),
+    "csv": ("text", "Csv"),
+    "tsv": ("text", "Tsv"),
+    "conll": ("text", "Conll"),
+    "conllu": ("text", "ConllU"),
+    "parquet": ("tables", "Parquet"),
+    "arrow": ("tables", "Arrow"),
+    "bin": ("indexed", "IndexedIds"),
+    "txt file": ("text", "TextFiles"),
+    "txt paragraph": ("text", "TextParagraphs"),
+    "txt line": ("text", "TextLines"),
 }
 # Where a file cannot be dealt (no disk), each part reads all of it.
 MAX_PARTS = 128
@@ -349,7 +340,9 @@ def _read(
 def open_span(span: Span, columns: Sequence[str] | None = None) -> Format:
     """Open a span's file for reading: see `Format`."""
     kind = span.file.kind
-    return _FORMATS[f"txt {span.reading.documents}" if kind == "txt" else kind](span, columns)
+    module, name = _FORMATS[f"txt {span.reading.documents}" if kind == "txt" else kind]
+    opened: type[Format] = getattr(importlib.import_module(f"kdcache.corpus.{module}"), name)
+    return opened(span, columns)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -24,7 +24,6 @@ import pyarrow as pa
 
 from kdcache.errors import UsageError
 from kdcache.storage import redact
-from kdcache.storage.filesystem import FileSystem, RemoteFile
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -153,6 +152,8 @@ def remote_version(info: Mapping[str, Any]) -> tuple[int, str]:
 def version_of(url: str) -> tuple[int, str]:
     """Size and version of a file; `FileNotFoundError` where a store has none."""
     if is_remote(url):
+        from kdcache.storage.filesystem import FileSystem
+
         store = FileSystem(url)
         return remote_version(store.ask("info", store.path))
     return local_version(url)
@@ -209,6 +210,8 @@ def open_bytes(url: str) -> BinaryIO:
     try:
         if not is_remote(url):
             return open(url, "rb")
+        from kdcache.storage.filesystem import RemoteFile
+
         return io.BufferedReader(RemoteFile(url), _BUFFER)
     except OSError as error:
         refuse(url, error)
@@ -321,6 +324,8 @@ def _remote_ends(files: Sequence[InputFile]) -> dict[str, list[bytes]]:
     ends: dict[str, list[bytes]] = {file.url: [] for file in files}
     for _, same_store in groupby(files, key=lambda file: file.url.split("://")[0]):
         wanted = [(file, *ends_of) for file in same_store for ends_of in _ranges(file.size)]
+        from kdcache.storage.filesystem import FileSystem
+
         store = FileSystem(wanted[0][0].url)
         # One call: stores with an async client fetch all ranges at the same time.
         blocks = store.read_all(

@@ -42,7 +42,6 @@ from kdcache.domains import Named
 from kdcache.errors import UsageError
 from kdcache.humanize import counted
 from kdcache.storage import redact
-from kdcache.storage.filesystem import FileSystem
 
 ALL = "all"
 DICTIONARY = "dataset_dict.json"  # what `DatasetDict.save_to_disk` leaves beside its splits
@@ -352,6 +351,8 @@ def _in_cache(folder: str) -> bool:
 
 
 def _remote(pattern: str, forced: str, split: str | None) -> tuple[Found, bool]:
+    from kdcache.storage.filesystem import FileSystem
+
     store = FileSystem(pattern)
     path = store.path
     # In a web address `?` starts a query; servers list nothing anyway.

@@ -17,22 +17,43 @@ label, so no trailing token without a label is computed.
 
 from __future__ import annotations
 
-from kdcache.rows.encoder import Encoder
-from kdcache.rows.encoders import ClassificationEncoder, TextEncoder, make_encoder
-from kdcache.rows.masked import MaskedEncoder
-from kdcache.rows.pairs import PairEncoder
-from kdcache.rows.spec import Row, RowSpec
-from kdcache.rows.words import TokenClassificationEncoder, WordReader
+import importlib
+from typing import Any
 
-__all__ = [
-    "ClassificationEncoder",
-    "Encoder",
-    "MaskedEncoder",
-    "PairEncoder",
-    "Row",
-    "RowSpec",
-    "TextEncoder",
-    "TokenClassificationEncoder",
-    "WordReader",
-    "make_encoder",
-]
+from kdcache.rows.encoder import Encoder
+from kdcache.rows.spec import Row, RowSpec
+from kdcache.tasks import TASKS
+
+__all__ = ["Encoder", "Row", "RowSpec", "make_encoder"]
+
+
+def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
+    """The encoder for a task.
+
+    Args:
+        spec: The options.
+        tokenizer: A Hugging Face tokenizer, the teacher's.
+
+    Returns:
+        An encoder; it may encode several spans one after the other and counts over all of them.
+
+    Raises:
+        UsageError: The tokenizer can't serve the spec.
+    """
+    module, name = _encoder(spec)
+    kind: type[Encoder] = getattr(importlib.import_module(f"kdcache.rows.{module}"), name)
+    return kind(spec, tokenizer)
+
+
+def _encoder(spec: RowSpec) -> tuple[str, str]:
+    """Module and name of an encoder: the others are not loaded."""
+    task = TASKS[spec.task]
+    if task.source:
+        return "pairs", "PairEncoder"
+    if task.words:
+        return "words", "TokenClassificationEncoder"
+    if not task.per_token:
+        return "labels", "ClassificationEncoder"
+    if not task.causal:
+        return "masked", "MaskedEncoder"
+    return ("ids", "IdsEncoder") if spec.record_form == "ids" else ("encoders", "TextEncoder")

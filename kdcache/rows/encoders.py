@@ -1,4 +1,4 @@
-"""Encoders of the tasks. See `kdcache.rows` for the algorithm and its cost."""
+"""Rows of causal language models. See `kdcache.rows` for the algorithm and its cost."""
 
 from __future__ import annotations
 
@@ -14,44 +14,15 @@ from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.rows.documents import DocumentMaker
 from kdcache.rows.encoder import Encoder
-from kdcache.rows.ids import IdSequence, SequenceMaker
-from kdcache.rows.labels import Labels, make_reader
-from kdcache.rows.masked import MaskedEncoder
-from kdcache.rows.pairs import PairEncoder
 from kdcache.rows.spec import Row, RowSpec
-from kdcache.rows.tokens import Document, checked_text, encoded, frame, tokens_of
-from kdcache.rows.words import TokenClassificationEncoder
-from kdcache.tasks import IGNORE, MASKED_LM, TASKS
+from kdcache.rows.tokens import Document, encoded, frame, tokens_of
+from kdcache.tasks import IGNORE
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 # Ids end to end, which of them are learnt, each sequence's record and length, and where documents
 # begin (None: with each sequence).
 Sequences = tuple[Ids, Mask, list[tuple[Record, int]], Mask | None]
-
-
-def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
-    """The encoder for a task.
-
-    Args:
-        spec: The options.
-        tokenizer: A Hugging Face tokenizer, the teacher's.
-
-    Returns:
-        An encoder; it may encode several spans one after the other and counts over all of them.
-
-    Raises:
-        UsageError: The tokenizer can't serve the spec.
-    """
-    if TASKS[spec.task].source:
-        return PairEncoder(spec, tokenizer)
-    if TASKS[spec.task].words:
-        return TokenClassificationEncoder(spec, tokenizer)
-    if not TASKS[spec.task].per_token:
-        return ClassificationEncoder(spec, tokenizer)
-    if spec.task == MASKED_LM:
-        return MaskedEncoder(spec, tokenizer)
-    return (IdsEncoder if spec.record_form == "ids" else TextEncoder)(spec, tokenizer)
 
 
 class SequenceEncoder(Encoder):
@@ -118,32 +89,6 @@ class SequenceEncoder(Encoder):
             )
             self.stats.reject(self.spec.on_error, record.file, record.location, cause)
         return size <= length + 1
-
-
-class IdsEncoder(SequenceEncoder):
-    """Causal LM: sequences that are ids already."""
-
-    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
-        super().__init__(spec, tokenizer)
-        self._sequences = SequenceMaker(spec, tokenizer)
-
-    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
-        """See `Encoder.encode`."""
-        batches = self._batches(records, self._make, lambda item: len(item[1].ids))
-        yield from self._rows(map(self._joined, batches))
-
-    def _make(self, record: Record) -> tuple[Record, IdSequence] | None:
-        found = self._sequences.make(record)
-        return None if found is None else (record, found)
-
-    def _joined(self, batch: Sequence[tuple[Record, IdSequence]]) -> Sequences:
-        whose = [(record, len(found.ids)) for record, found in batch]
-        ids = np.concatenate([found.ids for _, found in batch]).astype(np.int32)
-        mask, starts = (
-            np.concatenate([getattr(found, name) for _, found in batch])
-            for name in ("mask", "starts")
-        )
-        return ids, mask, whose, starts
 
 
 class TextEncoder(SequenceEncoder):
@@ -270,56 +215,3 @@ def _cut(ids: Ids, loss_mask: Mask, length: int, starts: Mask | None = None) -> 
             begins[0] = True  # what a document goes on with in a further row has nothing before it
             row = replace(row, starts=begins)
         yield row
-
-
-class ClassificationEncoder(Encoder):
-    """Tasks of whole texts: a text or a pair of texts, and what is said of it."""
-
-    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
-        super().__init__(spec, tokenizer)
-        pair = spec.pair_column is not None
-        special = int(tokenizer.num_special_tokens_to_add(pair=pair))
-        if spec.max_length < special + 1 + pair:
-            raise UsageError(
-                f"max_length is {spec.max_length}, but the tokenizer itself adds {special} tokens. "
-                f"Set --max-length to {special + 1 + pair} or more."
-            )
-        self._labels = make_reader(spec)
-
-    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
-        """See `Encoder.encode`."""
-        spec = self.spec
-        for batch in self._batches(records, self._make, lambda item: len(item[0]) + len(item[1])):
-            texts, pairs, labels = zip(*batch, strict=True)
-            found = tokens_of(
-                self.tokenizer,
-                texts,
-                pairs if spec.pair_column is not None else None,
-                add_special_tokens=True,
-                truncation=True,
-                max_length=spec.max_length,
-            )
-            for text, pair, label, (ids, types, cut) in zip(
-                texts, pairs, labels, found, strict=True
-            ):
-                self.truncated += cut
-                yield Row(
-                    np.array(ids, np.int32),
-                    label,
-                    None if types is None else np.array(types, np.uint8),
-                    text,
-                    pair if spec.pair_column is not None else None,
-                )
-
-    def _make(self, record: Record) -> tuple[str, str, Labels] | None:
-        spec = self.spec
-        pair = ""
-        if spec.text_column not in record.values:
-            raise record.missing([spec.text_column], "--columns text=THEIRS", spec.columns)
-        text = checked_text(record.values[spec.text_column], spec.text_column)
-        if spec.pair_column is not None:
-            if spec.pair_column not in record.values:
-                raise record.missing([spec.pair_column], "--columns pair=THEIRS", spec.columns)
-            pair = checked_text(record.values[spec.pair_column], spec.pair_column)
-        label = self._labels.read(record)
-        return (text, pair, label) if text.strip() or pair.strip() else None

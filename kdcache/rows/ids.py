@@ -11,6 +11,7 @@ Cost: a few numpy passes over the ids; those of tables come as arrays, without P
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy.typing as npt
 from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
 from kdcache.pretrained import UnreadableError, read_tokenizer
-from kdcache.rows.spec import ID_COLUMNS, RowSpec
+from kdcache.rows.encoders import SequenceEncoder, Sequences
+from kdcache.rows.spec import ID_COLUMNS, Row, RowSpec
 from kdcache.tasks import IGNORE
 
 _ATTENTION = "attention_mask"
@@ -265,3 +267,29 @@ def check_tokenizer(name: str, teacher: Any) -> None:
         f"--tokenizer {name} {what}: ids of one mean nothing to the other. Tokenise the corpus "
         "with the teacher's, or name the teacher whose ids these are."
     )
+
+
+class IdsEncoder(SequenceEncoder):
+    """Causal LM: sequences that are ids already."""
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        self._sequences = SequenceMaker(spec, tokenizer)
+
+    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
+        """See `Encoder.encode`."""
+        batches = self._batches(records, self._make, lambda item: len(item[1].ids))
+        yield from self._rows(map(self._joined, batches))
+
+    def _make(self, record: Record) -> tuple[Record, IdSequence] | None:
+        found = self._sequences.make(record)
+        return None if found is None else (record, found)
+
+    def _joined(self, batch: Sequence[tuple[Record, IdSequence]]) -> Sequences:
+        whose = [(record, len(found.ids)) for record, found in batch]
+        ids = np.concatenate([found.ids for _, found in batch]).astype(np.int32)
+        mask, starts = (
+            np.concatenate([getattr(found, name) for _, found in batch])
+            for name in ("mask", "starts")
+        )
+        return ids, mask, whose, starts

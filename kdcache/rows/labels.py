@@ -21,7 +21,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,7 +30,9 @@ import numpy.typing as npt
 
 from kdcache.corpus import Record
 from kdcache.errors import UsageError
-from kdcache.rows.spec import RowSpec
+from kdcache.rows.encoder import Encoder
+from kdcache.rows.spec import Row, RowSpec, no_label
+from kdcache.rows.tokens import checked_text, tokens_of
 from kdcache.tasks import IGNORE, TASKS
 
 _NUMBER = re.compile(r"[+-]?\d{1,18}(\.\d{1,18})?", re.ASCII)
@@ -148,19 +150,6 @@ def whole(value: Any) -> int | None:
 Labels = npt.NDArray[Any]
 
 _EMPTY = "leave it empty (null in JSON) where a record has no label"
-
-
-def no_label(task: str, width: int | None = None) -> Labels:
-    """The labels of a row that has none.
-
-    Args:
-        task: one whose labels belong to rows.
-        width: number of classes; of no effect but for `labels`.
-    """
-    answers = TASKS[task].answers
-    if answers == "score":
-        return np.array([np.nan], np.float32)
-    return np.full((1, width or 1) if answers == "labels" else 1, IGNORE, np.int32)
 
 
 class LabelReader(ABC):
@@ -370,3 +359,56 @@ def _flag(value: Any) -> int | None:
         return IGNORE
     number = whole(value)
     return number if number in (0, 1) else None
+
+
+class ClassificationEncoder(Encoder):
+    """Tasks of whole texts: a text or a pair of texts, and what is said of it."""
+
+    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+        super().__init__(spec, tokenizer)
+        pair = spec.pair_column is not None
+        special = int(tokenizer.num_special_tokens_to_add(pair=pair))
+        if spec.max_length < special + 1 + pair:
+            raise UsageError(
+                f"max_length is {spec.max_length}, but the tokenizer itself adds {special} tokens. "
+                f"Set --max-length to {special + 1 + pair} or more."
+            )
+        self._labels = make_reader(spec)
+
+    def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
+        """See `Encoder.encode`."""
+        spec = self.spec
+        for batch in self._batches(records, self._make, lambda item: len(item[0]) + len(item[1])):
+            texts, pairs, labels = zip(*batch, strict=True)
+            found = tokens_of(
+                self.tokenizer,
+                texts,
+                pairs if spec.pair_column is not None else None,
+                add_special_tokens=True,
+                truncation=True,
+                max_length=spec.max_length,
+            )
+            for text, pair, label, (ids, types, cut) in zip(
+                texts, pairs, labels, found, strict=True
+            ):
+                self.truncated += cut
+                yield Row(
+                    np.array(ids, np.int32),
+                    label,
+                    None if types is None else np.array(types, np.uint8),
+                    text,
+                    pair if spec.pair_column is not None else None,
+                )
+
+    def _make(self, record: Record) -> tuple[str, str, Labels] | None:
+        spec = self.spec
+        pair = ""
+        if spec.text_column not in record.values:
+            raise record.missing([spec.text_column], "--columns text=THEIRS", spec.columns)
+        text = checked_text(record.values[spec.text_column], spec.text_column)
+        if spec.pair_column is not None:
+            if spec.pair_column not in record.values:
+                raise record.missing([spec.pair_column], "--columns pair=THEIRS", spec.columns)
+            pair = checked_text(record.values[spec.pair_column], spec.pair_column)
+        label = self._labels.read(record)
+        return (text, pair, label) if text.strip() or pair.strip() else None

@@ -22,7 +22,7 @@ from kdcache.row_groups import (
     TextGroup,
     WordGroup,
 )
-from kdcache.tasks import MASKED_LM, SEQ2SEQ_LM, TASKS, Packing, Task, check_task, positions
+from kdcache.tasks import IGNORE, MASKED_LM, SEQ2SEQ_LM, TASKS, Packing, Task, check_task, positions
 
 DEFAULT_LABEL_COLUMN = "label"
 MASK_SHARE = 0.15  # of BERT
@@ -255,3 +255,16 @@ def _is_object(text: str | None) -> bool:
         return isinstance(json.loads(text or "{}"), dict)
     except ValueError:
         return False
+
+
+def no_label(task: str, width: int | None = None) -> npt.NDArray[Any]:
+    """The labels of a row that has none.
+
+    Args:
+        task: one whose labels belong to rows.
+        width: number of classes; of no effect but for `labels`.
+    """
+    answers = TASKS[task].answers
+    if answers == "score":
+        return np.array([np.nan], np.float32)
+    return np.full((1, width or 1) if answers == "labels" else 1, IGNORE, np.int32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kdcache.stream.batch import Batch, Tokenize, collate
 from kdcache.stream.checks import check_caches, open_caches
-from kdcache.stream.cross import CrossTokenizer
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order, share
 from kdcache.stream.parallel import SumOverRanks
@@ -14,7 +13,6 @@ from kdcache.stream.shard_rows import ShardRows, join
 __all__ = [
     "Batch",
     "Collator",
-    "CrossTokenizer",
     "Cursor",
     "ShardRows",
     "SumOverRanks",

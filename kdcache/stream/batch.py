@@ -55,6 +55,20 @@ class Reading:
         """What the batches of two streams must share to be the same, besides their caches."""
         return {}
 
+    def read(
+        self, cache: Cache, shard: int, *, targets: bool = True, label_logprob: bool = True
+    ) -> ShardData:
+        """A shard's rows with all columns that batches are made of, and no other.
+
+        Args:
+            cache: whose shard it is.
+            shard: its number.
+            targets: whether with soft targets.
+            label_logprob: False where other caches of a stream have none.
+        """
+        data = cache.read(shard, targets=targets)
+        return self.rows(cache, shard, data if label_logprob else replace(data, label_logprob=None))
+
     def rows(self, cache: Cache, shard: int, data: ShardData) -> ShardData:
         """The rows of a shard with all columns that its batches are made of.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -61,12 +61,9 @@ class TargetDataset(Dataset[ShardData]):
         pool = self._recent.pop(slot, None)
         if pool is None:
             cache, shard = self._shards[slot]
-            data = self.caches[cache].read(shard)
-            if not self.label_logprob:
-                data = replace(data, label_logprob=None)
-            if self.cross is not None:
-                data = self.cross.rows(self.caches[cache], shard, data)
-            pool = ShardRows([data])
+            kept = self.label_logprob
+            reading = reading_of(0, None, self.cross)
+            pool = ShardRows([reading.read(self.caches[cache], shard, label_logprob=kept)])
         self._recent[slot] = pool
         if len(self._recent) > self._keep:
             self._recent.popitem(last=False)

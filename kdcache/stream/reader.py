@@ -25,7 +25,6 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -144,19 +143,14 @@ class TargetStream(IterableDataset[Batch]):
         self.left_out = np.zeros(2, np.int64)
         problems: list[str] = []
         self.weights = checked_weights(weights, self.caches, problems)
-        least = {
-            "batch_size": 1,
-            "world_size": 1,
-            "accumulation": 1,
-            "prefetch": 1,
-            "seed": 0,
+        numbers = {"batch_size": batch_size, "world_size": world_size, "seed": seed}
+        numbers |= {"accumulation": accumulation, "prefetch": prefetch}
+        numbers |= {
+            name: n for name, n in (("group", group), ("streams", streams)) if n is not None
         }
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                problems.append(f"{name} is {getattr(self, name)}, expected at least {low}.")
-        for name, given in (("group", group), ("streams", streams)):
-            if given is not None and given < 1:
-                problems.append(f"{name} is {given}, expected at least 1.")
+        for name, number in numbers.items():
+            if number < (low := int(name != "seed")):
+                problems.append(f"{name} is {number}, expected at least {low}.")
         if not 0 <= rank < max(1, world_size):
             problems.append(f"rank {rank} is not one of {world_size} ranks.")
         tried = temperature(0) if callable(temperature) else temperature
@@ -370,7 +364,9 @@ class TargetStream(IterableDataset[Batch]):
         chosen = [self._sources[member] for member in members]
         shards = self._shards(pairs)
         soft = self.temperature is not None and self.reading.reads_targets
-        pool = ShardRows([self._part(*shard, soft) for shard in shards], soft=soft)
+        wanted = {"targets": soft, "label_logprob": self.label_logprob}
+        parts = [self.reading.read(self.caches[c], shard, **wanted) for c, shard in shards]
+        pool = ShardRows(parts, soft=soft)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
             if source.rows != source.stored:
@@ -378,14 +374,6 @@ class TargetStream(IterableDataset[Batch]):
                 rows[here] = source.keep(self.seed, epoch, rows[here])
         rows += pool.first[[shards[c.cache, c.shard] for c in chosen]][which]
         return rows, pool
-
-    def _part(self, number: int, shard: int, soft: bool) -> ShardData:
-        """A shard with the columns that batches are made of."""
-        cache = self.caches[number]
-        data = cache.read(shard, targets=soft)
-        if not self.label_logprob:
-            data = replace(data, label_logprob=None)
-        return self.reading.rows(cache, shard, data)
 
     def _collated(self, groups: Iterator[Group], cursor: Cursor, epochs: int) -> Iterator[Made]:
         held: dict[int, Group] = {}

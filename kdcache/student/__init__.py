@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 from kdcache.models import BiLstmConfig
-from kdcache.student.bilstm import (
-    BiLstm,
-    BiLstmForSequenceClassification,
-    BiLstmForTokenClassification,
-)
 from kdcache.student.load import load_student
 from kdcache.student.tokens import (
     HfTokenize,
@@ -20,10 +15,7 @@ from kdcache.student.tokens import (
 from kdcache.student.wrapper import DistillationOutput, DistilledStudent
 
 __all__ = [
-    "BiLstm",
     "BiLstmConfig",
-    "BiLstmForSequenceClassification",
-    "BiLstmForTokenClassification",
     "DistillationOutput",
     "DistilledStudent",
     "HfTokenize",

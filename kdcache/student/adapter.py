@@ -18,19 +18,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.lora import ALL_LINEAR, Lora
+from kdcache.lora import ALL_LINEAR, PEFT_TASKS, Lora
 from kdcache.student.tokens import StudentInfo, label_config
 from kdcache.tasks import TASKS
 from kdcache.teacher import TeacherFiles
-from kdcache.teacher.adapter import PEFT_TASKS, quiet_peft
+from kdcache.teacher.adapter import quiet_peft
 
 _PEFTS_HEADS = ("classifier", "score")  # that PEFT trains as a whole without being asked
 _SHOWN = 8
-
-
-def is_adapted(student: nn.Module) -> bool:
-    """Whether a student is a PEFT model, of which a part is trained."""
-    return getattr(student, "peft_config", None) is not None
 
 
 def refuse_second(name: str, files: TeacherFiles) -> None:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import UsageError
-from kdcache.lora import Lora
+from kdcache.lora import ADAPTER_CONFIG, Lora, is_adapted
 from kdcache.storage.base import sha256_file
-from kdcache.student.adapter import is_adapted
 from kdcache.student.load import find_files, load_student
 from kdcache.student.tokens import HfTokenize, StudentInfo, WordTokenize, student_tokenize
-from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
+
+if TYPE_CHECKING:
+    from kdcache.teacher.adapter import AdapterFolder
 
 _CONFIGS = ("config.json", ADAPTER_CONFIG)
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
-from kdcache.teacher.probe import TOLERANCES, distance
+from kdcache.student.padding import tolerance
+from kdcache.teacher.probe import distance
 from kdcache.teacher.projection import call, logits_of, quiet, text_config
 
 _TOKENS = 256
@@ -85,18 +86,3 @@ _ATTENTION = "_attn_implementation"
 def _logits(student: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     found = logits_of(call(student, inputs)).float().cpu()
     return found[:, found.shape[1] - inputs["input_ids"].shape[1] :]  # prompt tuning adds tokens
-
-
-def tolerance(student: nn.Module) -> float:
-    """How far rounding may move a student's logits, as its weights and the settings of torch are:
-    see `kdcache.teacher.probe.TOLERANCES`."""
-    weight = next(student.parameters())
-    dtype, device = weight.dtype, weight.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    if hasattr(weight, "device_mesh"):  # sharded, and gathered in whatever dtype
-        dtype = torch.bfloat16
-    rough = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    if rough and dtype == torch.float32:
-        dtype = torch.float16  # TF32 has as many digits
-    return TOLERANCES.get(str(dtype).removeprefix("torch."), TOLERANCES["bfloat16"])

@@ -24,7 +24,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,9 +34,11 @@ from kdcache.loss import score_loss
 from kdcache.loss.chunks import compared
 from kdcache.loss.metrics import Entities, are_entities
 from kdcache.stream import TargetStream
-from kdcache.stream.text import TextChunks
 from kdcache.targets import Targets
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
+
+if TYPE_CHECKING:
+    from kdcache.stream.text import TextChunks
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_model
@@ -33,15 +33,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.lora import Lora
+from kdcache.lora import ADAPTER_CONFIG, PEFT_TASKS, Lora
 from kdcache.models import BILSTM, BiLstmConfig
 from kdcache.pretrained import UnreadableError, unreadable, warn_of_left_out
-from kdcache.student.adapter import refuse_second, with_lora
-from kdcache.student.bilstm import (
-    BiLstm,
-    BiLstmForSequenceClassification,
-    BiLstmForTokenClassification,
-)
 from kdcache.student.tokens import (
     StudentInfo,
     label_config,
@@ -52,19 +46,17 @@ from kdcache.student.tokens import (
 )
 from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
-from kdcache.teacher.adapter import ADAPTER_CONFIG, PEFT_TASKS
 from kdcache.teacher.load import name_outputs
 from kdcache.teacher.quirks import forget_lengths
 from kdcache.teacher.trust import FACTORY_TYPE, check_config
+
+if TYPE_CHECKING:
+    from kdcache.student.bilstm import BiLstm
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # A student may pad its vocabulary, as models do for the speed of their last product, but not by
 # whole vocabularies.
 _MOST_PADDING = 1024
-_BILSTMS: dict[str, type[BiLstm]] = {
-    "AutoModelForSequenceClassification": BiLstmForSequenceClassification,
-    "AutoModelForTokenClassification": BiLstmForTokenClassification,
-}
 _WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
 
 
@@ -175,7 +167,10 @@ def _config_file(name: str) -> dict[str, Any] | None:
 
 
 def _bilstm(options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo) -> BiLstm:
-    kind = _BILSTMS.get(TASKS[info.task].auto)
+    from kdcache.student import bilstm
+
+    name = TASKS[info.task].auto.replace("AutoModel", "BiLstm")
+    kind: type[BiLstm] | None = getattr(bilstm, name, None)
     if kind is None:
         raise UsageError(
             f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
@@ -365,6 +360,8 @@ def _from_weights(
 ) -> nn.Module:
     files = find_files(name, "student", trust_remote_code=trust)
     if lora is not None:
+        from kdcache.student.adapter import refuse_second, with_lora
+
         refuse_second(name, files)
     trained = True
     try:

@@ -32,9 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.student.documents import tolerance
 from kdcache.tasks import IGNORE, TASKS
-from kdcache.teacher.probe import distance
+from kdcache.teacher.probe import TOLERANCES, distance
 from kdcache.teacher.projection import quiet
 
 DistilledStudent: TypeAlias = Any  # whose module imports this one
@@ -344,3 +343,18 @@ def _different(sizes: list[int]) -> list[int]:
     if len(sizes) > 1 and min(sizes) == max(sizes) > 1:
         sizes[-1] //= 2
     return sizes
+
+
+def tolerance(student: nn.Module) -> float:
+    """How far rounding may move a student's logits, as its weights and the settings of torch are:
+    see `kdcache.teacher.probe.TOLERANCES`."""
+    weight = next(student.parameters())
+    dtype, device = weight.dtype, weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if hasattr(weight, "device_mesh"):  # sharded, and gathered in whatever dtype
+        dtype = torch.bfloat16
+    rough = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    if rough and dtype == torch.float32:
+        dtype = torch.float16  # TF32 has as many digits
+    return TOLERANCES.get(str(dtype).removeprefix("torch."), TOLERANCES["bfloat16"])

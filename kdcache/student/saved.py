@@ -22,7 +22,7 @@ from kdcache.errors import UsageError
 from kdcache.pretrained import tokenizer_sha256
 from kdcache.rows import Row
 from kdcache.rows.batches import pad_rows, padded
-from kdcache.rows.labels import no_label
+from kdcache.rows.spec import no_label
 from kdcache.rows.words import tagged_row
 from kdcache.student import (
     DistilledStudent,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,12 +36,13 @@ from transformers import PreTrainedTokenizerFast
 
 from kdcache.errors import UsageError
 from kdcache.pretrained import UnreadableError, read_tokenizer
-from kdcache.rows import WordReader
 from kdcache.rows.batches import padded
-from kdcache.rows.words import ReadWords
 from kdcache.tasks import TASKS, check_task, task_of
 from kdcache.teacher.quirks import reach_of
 from kdcache.teacher.trust import FACTORY_TYPE
+
+if TYPE_CHECKING:
+    from kdcache.rows.words import ReadWords, WordReader
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,8 @@ class WordTokenize:
 
     @cached_property
     def _reader(self) -> WordReader:
+        from kdcache.rows.words import WordReader
+
         return WordReader(self.tokenizer)
 
     def read(self, sentences: Sequence[Sequence[str]]) -> list[ReadWords]:

@@ -40,9 +40,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError, doing
+from kdcache.lora import is_adapted
 from kdcache.loss import Anchor
 from kdcache.stream import Batch, Cursor, TargetStream
-from kdcache.student.adapter import is_adapted, trained_weights
 from kdcache.student.checkpoints import (
     CheckpointingTrainer,
     check_identity,
@@ -405,6 +405,8 @@ class DistillationTrainer(CheckpointingTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if self._adapted:
+            from kdcache.student.adapter import trained_weights
+
             own = {n: p.detach().contiguous() for n, p in trained_weights(self.model).items()}
             safetensors.torch.save_file(own, str(folder / WEIGHTS_FILE))
         elif state_dict is None:
@@ -426,6 +428,8 @@ class DistillationTrainer(CheckpointingTrainer):
         if not self._adapted:
             safetensors.torch.load_model(self.model, str(path))
             return
+        from kdcache.student.adapter import trained_weights
+
         found = safetensors.torch.load_file(path)
         lost = trained_weights(self.model).keys() - found.keys()
         try:

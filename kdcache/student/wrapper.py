@@ -39,12 +39,10 @@ from kdcache.loss import (
     score_loss,
     sliced_linear_distillation,
 )
-from kdcache.student.documents import check_documents, in_one_row
 from kdcache.student.padding import check_first
 from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
-from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.quirks import decoder_start, reach_of, with_start
 from kdcache.teacher.trust import FACTORY_TYPE
@@ -204,6 +202,8 @@ class DistilledStudent(nn.Module):
             save(save_directory, **options)
             adapter = getattr(self.student, "kdcache_adapter", None)
             if adapter is not None:
+                from kdcache.teacher.adapter import complete_adapter
+
                 complete_adapter(folder, adapter)
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -421,6 +421,8 @@ class DistilledStudent(nn.Module):
         """Inputs and labels of documents that do not attend to each other, as the student keeps
         them apart.
         """
+        from kdcache.student.documents import check_documents, in_one_row
+
         if self.student not in self._checked:
             check_documents(self.student, inputs["input_ids"])
             self._checked = [self.student]

@@ -8,7 +8,6 @@ classes); the driver of a build needs no more. `Teacher` holds the models of one
 from __future__ import annotations
 
 from kdcache.pretrained import quiet_transformers
-from kdcache.teacher.engine import TeacherDied, engine_version
 from kdcache.teacher.files import TeacherFiles, auto_class
 from kdcache.teacher.memory import Slice, find_batch_tokens, peak_share
 from kdcache.teacher.options import EngineOptions, TeacherOptions
@@ -18,12 +17,10 @@ __all__ = [
     "EngineOptions",
     "Slice",
     "Teacher",
-    "TeacherDied",
     "TeacherFiles",
     "TeacherOptions",
     "aligned",
     "auto_class",
-    "engine_version",
     "find_batch_tokens",
     "logits_at",
     "peak_share",

@@ -26,29 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.tasks import (
-    CAUSAL_LM,
-    MULTI_LABEL_CLASSIFICATION,
-    REGRESSION,
-    SEQ2SEQ_LM,
-    SEQUENCE_CLASSIFICATION,
-    TASKS,
-    TOKEN_CLASSIFICATION,
-)
+from kdcache.lora import ADAPTER_CONFIG, PEFT_TASKS
+from kdcache.tasks import TASKS
 from kdcache.teacher.trust import read_json
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FACTS = "kdcache_adapter.json"
 _PREFIX = "base_model.model."
-PEFT_TASKS = {
-    CAUSAL_LM: "CAUSAL_LM",
-    SEQUENCE_CLASSIFICATION: "SEQ_CLS",
-    MULTI_LABEL_CLASSIFICATION: "SEQ_CLS",
-    REGRESSION: "SEQ_CLS",
-    TOKEN_CLASSIFICATION: "TOKEN_CLS",
-    SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
-}
 _HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
 
 

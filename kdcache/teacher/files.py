@@ -16,21 +16,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from kdcache.errors import UsageError, require
-from kdcache.pretrained import UnreadableError, read_config, read_tokenizer
+from kdcache.lora import ADAPTER_CONFIG
+from kdcache.pretrained import PATTERNS, WEIGHTS, UnreadableError, read_config, read_tokenizer
 from kdcache.storage import redact
 from kdcache.storage.disk import once_here, sha256_here
-from kdcache.storage.remote import Facts
 from kdcache.tasks import REGRESSION, TASKS, task_of
-from kdcache.teacher.adapter import ADAPTER_CONFIG, AdapterFolder
 from kdcache.teacher.quirks import reach_of_config
-from kdcache.teacher.remote import PATTERNS, WEIGHTS, RemoteModel, is_url
 from kdcache.teacher.trust import check_folder, read_json
+
+if TYPE_CHECKING:
+    from kdcache.storage.remote import Facts
+    from kdcache.teacher.adapter import AdapterFolder
+    from kdcache.teacher.remote import RemoteModel
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +108,8 @@ class TeacherFiles:
             return replace(found, trust_remote_code=trust_remote_code)
         if found.listed:  # those of an adapter are small, and tell its classes
             found = _locate(name, role, weights=True)
+        from kdcache.teacher.adapter import AdapterFolder
+
         require({"lora": f"{found.who}, an adapter,"} if weights else {})
         adapter = AdapterFolder(found.who, found.folder)
         base = _base(adapter, trust_remote_code=trust_remote_code, weights=weights)
@@ -433,7 +438,9 @@ def _base(adapter: AdapterFolder, *, trust_remote_code: bool, weights: bool) -> 
 def _locate(name: str, role: str, *, weights: bool, revision: str | None = None) -> TeacherFiles:
     """The folder of a model, fetched if it is elsewhere; nothing in it has been checked."""
     folder = Path(name).expanduser()
-    if is_url(name):
+    if "://" in name:
+        from kdcache.teacher.remote import RemoteModel
+
         remote = RemoteModel(name, role, weights=weights)
         listed: Mapping[str, Facts] | None = remote.weights
         return TeacherFiles(redact(name), remote.folder, listed=listed, remote=remote, role=role)
@@ -469,6 +476,8 @@ def _download(
 def _listed_by_hub(name: str, revision: str | None) -> Mapping[str, Facts] | None:
     """Size and SHA-256 of each weight file of a model; None where the hub does not tell them."""
     from huggingface_hub import HfApi, constants
+
+    from kdcache.storage.remote import Facts
 
     if constants.HF_HUB_OFFLINE:
         return None

@@ -21,16 +21,9 @@ import weakref
 from pathlib import Path
 
 from kdcache.errors import UsageError
+from kdcache.pretrained import PATTERNS, WEIGHTS
 from kdcache.storage import open_storage, redact
 from kdcache.storage.remote import RemoteStorage
-
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
-WEIGHTS = "*.safetensors"
-
-
-def is_url(name: str) -> bool:
-    """Whether a model's name is the address of a folder elsewhere."""
-    return "://" in name
 
 
 class RemoteModel:

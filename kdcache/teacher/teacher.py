@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from kdcache.rows import Row
 from kdcache.rows.batches import documents_of, runs
 from kdcache.targets import OutputLayer
 from kdcache.tasks import TASKS
-from kdcache.teacher.engine.model import EngineModel
 from kdcache.teacher.load import compile_layers, load_models
 from kdcache.teacher.memory import Slice, gpus_of
 from kdcache.teacher.model import TeacherModel
 from kdcache.teacher.options import TeacherOptions
+
+if TYPE_CHECKING:
+    from kdcache.teacher.engine.model import EngineModel
 
 
 class Teacher:
@@ -44,7 +47,8 @@ class Teacher:
         self.options = options
         self.vocab_size = vocab_size
         self.models = list(_load(options, vocab_size))
-        self._engine = next((one for one in self.models if isinstance(one, EngineModel)), None)
+        # Of an engine there is one model, see `EngineModel`.
+        self._engine: Any = None if options.engine is None else self.models[0]
         self.device = self.models[0].device
         self.to_device = self.models[0].to_device
         self._probed = False
@@ -174,6 +178,8 @@ class Teacher:
 
 def _load(options: TeacherOptions, vocab_size: int) -> Iterator[TeacherModel | EngineModel]:
     if options.engine is not None:
+        from kdcache.teacher.engine.model import EngineModel
+
         yield EngineModel(options, vocab_size)
         return
     for model, name in zip(load_models(options), options.names, strict=True):

@@ -46,7 +46,6 @@ from kdcache.cache.layer_file import layer_bytes
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
-from kdcache.commands.build.on_ray import run_once
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare, sampled_rows
 from kdcache.commands.build.source import TeacherSourceOptions
@@ -152,6 +151,8 @@ def with_layer(options: BuildOptions, plan: Prepared) -> Prepared:
     rows = _sample(plan) if codec.needs_channels else []
     arguments = (plan.teacher, plan.spec.vocab_size, rows, plan.batch_tokens)
     if options.workers != 0 and cluster_address(options.address):
+        from kdcache.commands.build.on_ray import run_once
+
         made = run_once(make_layer, *arguments, gpus=plan.gpus, address=options.address)
     else:
         made = make_layer(*arguments)

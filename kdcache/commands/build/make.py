@@ -21,7 +21,6 @@ from kdcache.cache.manifest import filtered_records
 from kdcache.cache.sealing import Receipts, prepare_manifest, remove_receipts, seal
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
 from kdcache.commands.build.events import EventLog, EventSink
-from kdcache.commands.build.on_ray import RayWorkers
 from kdcache.commands.build.options import WorkerOptions
 from kdcache.commands.build.source import SourceOptions, Work
 from kdcache.commands.build.workers import Job, LocalWorkers, Workers
@@ -287,6 +286,8 @@ def start_workers(
     if options.workers == 0:
         report(plan.opening)
         return LocalWorkers(job)
+    from kdcache.commands.build.on_ray import RayWorkers
+
     report(f"starting workers on Ray, then {plan.opening}")
     return RayWorkers(
         job,

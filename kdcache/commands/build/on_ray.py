@@ -50,7 +50,7 @@ from kdcache.commands.build.workers import (
 )
 from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, UsageError, as_worker
 from kdcache.humanize import counted
-from kdcache.teacher import TeacherDied
+from kdcache.teacher.engine import TeacherDied
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.storage import redact
 from kdcache.targets import Codec
 from kdcache.tasks import TASKS
-from kdcache.teacher import EngineOptions, TeacherFiles, TeacherOptions, engine_version
+from kdcache.teacher import EngineOptions, TeacherFiles, TeacherOptions
 from kdcache.teacher.options import check_states
 
 _SPANS = 16
@@ -148,7 +148,11 @@ def prepare(options: BuildOptions) -> Prepared:
         UsageError: options or input that cannot be.
     """
     task = TASKS[options.task]
-    version = engine_version() if options.engine == "vllm" else None
+    version = None
+    if options.engine == "vllm":
+        from kdcache.teacher.engine import engine_version
+
+        version = engine_version()
     teachers = [
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code, weights=False)
         for name in options.teacher

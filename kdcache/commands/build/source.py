@@ -38,7 +38,7 @@ from kdcache.corpus.records import shorten
 from kdcache.errors import KdcacheError, UsageError, doing
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches, documents_of
-from kdcache.rows.labels import no_label
+from kdcache.rows.spec import no_label
 from kdcache.targets import Hidden, SoftTargets
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import Codes

@@ -33,11 +33,10 @@ from kdcache.corpus import Corpus, ReadStats, Record, RecordError
 from kdcache.errors import UsageError
 from kdcache.files import full_disk, local_path, output_errors, try_place, whole_file
 from kdcache.humanize import printable
-from kdcache.rows import WordReader
 from kdcache.rows.batches import batches
 from kdcache.rows.pairs import text_of
 from kdcache.rows.tokens import checked_text
-from kdcache.rows.words import tagged_row, words_of
+from kdcache.rows.words import WordReader, tagged_row, words_of
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS, UNLABELLED
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import Cache
 from kdcache.commands.train.callbacks import wrong_trackers
@@ -21,11 +21,12 @@ from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.errors import UsageError
 from kdcache.files import local_path
+from kdcache.lora import ADAPTER_CONFIG
 from kdcache.loss import check_loss
 from kdcache.loss.metrics import are_entities
 from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_sha256
 from kdcache.storage import is_remote
-from kdcache.stream import CrossTokenizer, TargetStream, check_caches, open_caches
+from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.stream.checks import unlike
 from kdcache.student.begin import files_sha256
 from kdcache.student.checkpoints import check_identity, last_checkpoint, read_state
@@ -33,7 +34,9 @@ from kdcache.student.figures import FIGURES, figure_of
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled
-from kdcache.teacher.adapter import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from kdcache.stream.cross import CrossTokenizer
 
 
 def cross_problems(
@@ -102,6 +105,8 @@ def cross_tokenizer(options: TrainOptions, cache: Cache, tokenizer: Any) -> Cros
     Raises:
         UsageError: one of the tokenizers loses bytes of a text.
     """
+    from kdcache.stream.cross import CrossTokenizer
+
     assert options.cross_tokenizer is not None, "the caller asked"
     return CrossTokenizer(
         cache,

@@ -45,7 +45,6 @@ from kdcache.stream import TargetStream
 from kdcache.stream.batch import CachedIds, Reading
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import read_state
-from kdcache.student.documents import check_documents
 from kdcache.student.figures import figure_of, warn_of_one_answer
 from kdcache.student.padding import check_pairs, check_rows
 from kdcache.student.precision import Computing
@@ -103,6 +102,8 @@ class Run:
                 check(plan.options.student, student, trial)
             student.checks_padding = False
             if any(cache.spec.apart for cache in (*plan.caches, *plan.eval_caches)):
+                from kdcache.student.documents import check_documents
+
                 check_documents(student.student, trial["input_ids"])
         computing.begin()
         return cls(plan, trainer, student, stream, reading, plan.checkpoint(), caching)

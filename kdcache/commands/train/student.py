@@ -12,11 +12,10 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.train.prepare import RunPlan, cross_tokenizer, own_tokenizer
 from kdcache.errors import UsageError
-from kdcache.stream import CrossTokenizer, TargetDataset, join
+from kdcache.stream import TargetDataset, join
 from kdcache.stream.batch import CachedIds, OwnTokens, Reading
 from kdcache.stream.shard_rows import undivided
 from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
-from kdcache.student.begin import begin_from
 from kdcache.student.tokens import HfTokenize, WordTokenize
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
@@ -57,7 +56,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         decoder_start=spec.rows.get("decoder_start"),
     )
     own = own_tokenizer(options) if options.cross_tokenizer is not None else None
-    cross: CrossTokenizer | None = None
+    cross = None
     if own is not None:
         cross = cross_tokenizer(options, plan.caches[0], own)
         info = replace(
@@ -85,6 +84,8 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         if cross is not None and cross.aligner.max_length is None:
             cross.aligner.max_length = reach
         if options.init_from is not None:
+            from kdcache.student.begin import begin_from
+
             begin_from(
                 inner,
                 tokenize,

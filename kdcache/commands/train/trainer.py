@@ -23,11 +23,12 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, steps_of
 from kdcache.commands.train.result import TrainProgress
 from kdcache.errors import UsageError
+from kdcache.lora import is_adapted
 from kdcache.metrics import METRICS
+from kdcache.models import BILSTM
 from kdcache.stream import TargetStream
 from kdcache.stream.batch import Reading
-from kdcache.student import BiLstm, DistilledStudent
-from kdcache.student.adapter import is_adapted
+from kdcache.student import DistilledStudent
 from kdcache.student.figures import soft_name
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.student.trainer import DistillationTrainer
@@ -149,7 +150,7 @@ def _best_metric(plan: RunPlan) -> str:
 
 
 def _learning_rate(options: TrainOptions, student: DistilledStudent) -> float:
-    if isinstance(student.student, BiLstm):
+    if getattr(student.config, "model_type", None) == BILSTM:
         return 1e-3
     if is_adapted(student.student):
         return 2e-4
