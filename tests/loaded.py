@@ -12,7 +12,7 @@ import multiprocessing
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "kdcache.commands.train.together",
+        "kdcache.commands.train.process_group",
         "kdcache.commands.export",
         "kdcache.commands.import_.import_",
         "s3fs",

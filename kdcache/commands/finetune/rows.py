@@ -17,7 +17,7 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import pad_rows, padded
 from kdcache.rows.labels import filled_column, names_in
 from kdcache.rows.spec import DEFAULT_LABEL_COLUMN
-from kdcache.student.begin import files_sha256
+from kdcache.student.initial_weights import files_sha256
 from kdcache.tasks import IGNORE, TASKS, labelled
 from kdcache.teacher import TeacherFiles
 

@@ -39,8 +39,8 @@ from kdcache.cluster import (
 )
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, train_folder
+from kdcache.commands.train.process_group import SharedError, train_in_group
 from kdcache.commands.train.result import TrainProgress, TrainResult
-from kdcache.commands.train.together import SharedError, train_in_group
 from kdcache.errors import IncompleteError, KdcacheError, UsageError, as_worker
 from kdcache.storage import is_remote
 

@@ -21,7 +21,7 @@ from kdcache.commands.train.groups import (
     ManyOptions,
     MemoryOptions,
 )
-from kdcache.commands.train.place import Place
+from kdcache.commands.train.launcher import Place
 from kdcache.domains import Weights
 from kdcache.errors import UsageError
 from kdcache.humanize import redacted

@@ -28,9 +28,9 @@ from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_sha256
 from kdcache.storage import is_remote
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.stream.checks import unlike
-from kdcache.student.begin import files_sha256
 from kdcache.student.checkpoints import check_identity, last_checkpoint, read_state
 from kdcache.student.figures import FIGURES, figure_of
+from kdcache.student.initial_weights import files_sha256
 from kdcache.student.load import find_files, is_model
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled

@@ -84,7 +84,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         if cross is not None and cross.aligner.max_length is None:
             cross.aligner.max_length = reach
         if options.init_from is not None:
-            from kdcache.student.begin import begin_from
+            from kdcache.student.initial_weights import begin_from
 
             begin_from(
                 inner,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kdcache.commands.interrupt import interruptible
+from kdcache.commands.train.launcher import Place
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.place import Place
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
@@ -44,7 +44,7 @@ def train(
     with interruptible():
         try:
             if options.place is not None:
-                from kdcache.commands.train.together import train_launched
+                from kdcache.commands.train.process_group import train_launched
 
                 result = train_launched(options, options.place, on_progress, report)
             else:

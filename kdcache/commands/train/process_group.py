@@ -23,8 +23,8 @@ import torch
 from torch import distributed
 
 from kdcache.commands.interrupt import check
+from kdcache.commands.train.launcher import Place
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.place import Place
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
