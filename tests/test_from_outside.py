@@ -26,10 +26,9 @@ from kdcache.commands.options import SweepOptions
 from kdcache.commands.sweep.grid import Grid
 from kdcache.commands.sweep.sweep import _Sweep
 from kdcache.commands.train.store import RunStore
-from kdcache.errors import KdcacheError
-from kdcache.files import read_seal
+from kdcache.errors import KdcacheError, UsageError
 from kdcache.storage import LocalStorage, open_storage
-from kdcache.student.checkpoints import STATE_FILE, is_whole
+from kdcache.student.checkpoints import STATE_FILE, is_whole, read_state
 from kdcache.teacher.memory import weight_bytes
 from kdcache.teacher.trust import check_folder
 
@@ -61,7 +60,7 @@ def _of_a_seal(folder: Path, name: str) -> None:
     checkpoint.mkdir(parents=True)
     _seal(checkpoint, name)
     assert not is_whole(checkpoint)
-    read_seal(checkpoint, STATE_FILE, contents=True)
+    read_state(checkpoint, contents=True)
 
 
 def _of_a_run_in_a_store(folder: Path, name: str) -> None:
@@ -161,8 +160,8 @@ def test_what_a_seal_names_is_a_file(tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_text(
         json.dumps({"files": {"weights": 0}, "crc32": {"weights": 1}})
     )
-    with pytest.raises(ValueError, match="lacks weights"):
-        read_seal(tmp_path, STATE_FILE, contents=True)
+    with pytest.raises(UsageError, match="lacks weights"):
+        read_state(tmp_path, contents=True)
 
 
 # Processes
