@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,21 @@ def read_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UnreadableError(reason_of(error)) from error
+
+
+def tokenizer_of(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+    """A tokenizer from the content of its files, by name; code that it names is never run.
+
+    Raises:
+        UnreadableError: they are none.
+    """
+    with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
+        for name, data in files.items():
+            Path(folder, name).write_bytes(data)
+        try:
+            return read_tokenizer(folder)
+        except UnreadableError as error:
+            raise UnreadableError(str(error).replace(folder, "tokenizer")) from error
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False, **changes: Any) -> Any:

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ from kdcache.cache.shard import ShardData, check_ids, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec, from_text, no_cache, to_text
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError, doing
 from kdcache.humanize import redacted
-from kdcache.pretrained import UnreadableError, read_tokenizer
+from kdcache.pretrained import UnreadableError, tokenizer_of
 from kdcache.storage import Share, Storage, open_storage, redact
 from kdcache.storage.disk import verified_here
 from kdcache.targets import Codec, Hidden, OutputLayer
@@ -36,7 +35,6 @@ from kdcache.tasks import TASKS
 _LEFTOVER = re.compile(r"tmp|tokenizer|ranks\.u32|output_layer-.*")  # of a start that crashed
 _OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it
 _UNUSED = "Nothing is committed there: if no build is running on it, delete its spec.json first."
-_READERS = 16  # shards of earlier runs that a seal reads at once
 
 
 @dataclass
@@ -93,8 +91,10 @@ class Cache:
         else:
             entries = set(storage.entries())
             others = {name for name in entries if not _LEFTOVER.fullmatch(name)}
-            strange = "spec.json" not in entries and others
-            if strange and not cls._lacks_spec(storage, spec, files):
+            strange = "spec.json" not in entries and bool(others)
+            if strange and "manifest.json" in entries:  # a sealed cache that lost its spec.json
+                strange = not Manifest.read(storage).fits(spec, files)
+            if strange:
                 raise UsageError(
                     f"{redact(url)} is not empty and not a kdcache cache. Choose another --out."
                 )
@@ -122,11 +122,10 @@ class Cache:
         if changed:
             if at_work is not None:  # a kept error would keep the lock
                 at_work.close()
+            listed, hint = "\n  ".join(changed), f" {_UNUSED}" if unused else ""
             raise UsageError(
-                f"{redact(url)} was begun with other options:\n  "
-                + "\n  ".join(changed)
-                + "\nUse the same options to continue, or another --out."
-                + (" " + _UNUSED if unused else "")
+                f"{redact(url)} was begun with other options:\n  {listed}\n"
+                f"Use the same options to continue, or another --out.{hint}"
             )
         cache.at_work = at_work
         cache._complete(beside)
@@ -198,27 +197,12 @@ class Cache:
             CorruptCacheError: it is not of this cache's spec.
         """
         manifest = Manifest.read(self.storage)
-        said = (manifest.fingerprint, len(manifest.shards), manifest.files)
-        kept = {shard.label_nats is not None for shard in manifest.shards}
-        domains = [shard.domain for shard in manifest.shards]
-        if (
-            said != (self.spec.fingerprint, self.spec.spans, self.files)
-            or kept - {self.spec.label_logprob}
-            or domains != [self.spec.domain_of(span) for span in range(len(domains))]
-        ):
+        if not manifest.fits(self.spec, self.files):
             raise CorruptCacheError(
                 f"{self.url}: manifest.json does not belong to spec.json. "
                 "Restore both from one build."
             )
         return manifest
-
-    @staticmethod
-    def _lacks_spec(storage: Storage, spec: CacheSpec, files: Mapping[str, str]) -> bool:
-        """Whether a sealed cache of this spec lacks nothing but `spec.json`."""
-        if not storage.exists("manifest.json"):
-            return False
-        manifest = Manifest.read(storage)
-        return (manifest.fingerprint, manifest.files) == (spec.fingerprint, files)
 
     def _complete(self, beside: Mapping[str, bytes]) -> None:
         """Write the spec's other files that are missing or differ from its hashes."""
@@ -233,8 +217,6 @@ class Cache:
                         f"begun with other versions of the libraries. Use those, or another --out."
                     ) from None
                 self.storage.write(name, data)
-
-    # Building
 
     def committed(self) -> dict[int, str]:
         """Span -> shard file name of the committed spans, from the listing alone.
@@ -256,8 +238,7 @@ class Cache:
 
     def missing(self) -> list[int]:
         """Spans without a committed shard, in order."""
-        done = self.committed()
-        return [span for span in range(self.spec.spans) if span not in done]
+        return sorted(set(range(self.spec.spans)) - self.committed().keys())
 
     @property
     def sealed(self) -> bool:
@@ -306,8 +287,6 @@ class Cache:
         counts = (len(data), len(data.input_ids), len(data.targets))
         return ShardEntry(span, name, *counts, len(content), sha256, **facts)
 
-    # Reading
-
     @property
     def manifest(self) -> Manifest:
         """The manifest of a sealed cache."""
@@ -331,10 +310,8 @@ class Cache:
             CorruptCacheError: targets are hidden states, and the output layer is not theirs.
         """
         codec = self.spec.make_codec()
-        if not isinstance(codec, Hidden):
-            return codec
         try:
-            return codec.with_layer(self.output_layer)
+            return codec.with_layer(self.output_layer) if isinstance(codec, Hidden) else codec
         except ValueError as error:
             raise CorruptCacheError(f"{self.url}: the output layer: {error}.") from error
 
@@ -345,9 +322,9 @@ class Cache:
         Raises:
             CorruptCacheError: its file is missing, or not the one of the spec.
         """
-        return open_layer(*self._layer_file())
+        return open_layer(*self._layer())
 
-    def _layer_file(self) -> tuple[str, str, str]:
+    def _layer(self) -> tuple[str, str, str]:
         sha256 = self.spec.output_layer
         if sha256 is None:
             raise CorruptCacheError(f"{self.url}: spec.json names no output layer.")
@@ -398,8 +375,8 @@ class Cache:
             kept=self.spec.kept,
             with_targets=targets,
         )
+        over_ids = TASKS[self.spec.task].over_ids  # others are read by their texts, too
         try:
-            over_ids = TASKS[self.spec.task].over_ids  # others are read by their texts, too
             check_ids(data, self.spec, lambda: self.known_ids if over_ids else None)
         except CorruptCacheError as error:
             raise CorruptCacheError(f"shard {entry.span}: {entry.name}: {error}") from error
@@ -408,13 +385,12 @@ class Cache:
     @cached_property
     def known_ids(self) -> int | None:
         """How many ids the tokenizer has, or its language model can predict; None: not known."""
-        try:
+        with contextlib.suppress(CorruptCacheError, UsageError):
             tokenizer = self.tokenizer()
-        except (CorruptCacheError, UsageError):
-            return None
-        largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
-        predicted = self.spec.vocab_size if TASKS[self.spec.task].over_ids else 0
-        return max(largest + 1, len(tokenizer), predicted)
+            largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+            predicted = self.spec.vocab_size if TASKS[self.spec.task].over_ids else 0
+            return max(largest + 1, len(tokenizer), predicted)
+        return None
 
     @contextlib.contextmanager
     def hold(
@@ -488,9 +464,19 @@ class Cache:
             CorruptCacheError: it is missing, or another one.
         """
         if name.startswith("output_layer-"):
-            read_layer(*self._layer_file())
+            read_layer(*self._layer())
         else:
             self.read_beside(name)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Name and content of each tokenizer file.
+
+        Raises:
+            CorruptCacheError: they are missing or changed.
+        """
+        named = [name for name in self.files if name.startswith("tokenizer/")]
+        every = named or [f"tokenizer/{name}" for name in self.storage.names("tokenizer")]
+        return {name.removeprefix("tokenizer/"): self.read_beside(name) for name in every}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, from the files kept in the cache.
@@ -500,18 +486,11 @@ class Cache:
             UsageError: they are no tokenizer here, or one that needs code of its own, which a cache
                 never brings.
         """
-        with tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-") as folder:
-            for name in self._tokenizer_files():
-                Path(folder, name).write_bytes(self.read_beside(f"tokenizer/{name}"))
-            try:
-                return read_tokenizer(folder)
-            except UnreadableError as error:
-                reason = str(error).replace(folder, "tokenizer").split(". ")[0]
-                raise UsageError(
-                    f"{self.url}: its tokenizer cannot be loaded ({reason}). Code of a "
-                    "tokenizer is never run from a cache: build with a teacher that needs none."
-                ) from error
-
-    def _tokenizer_files(self) -> list[str]:
-        named = [name for name in self.files if name.startswith("tokenizer/")]
-        return [n.split("/")[1] for n in named] or self.storage.names("tokenizer")
+        try:
+            return tokenizer_of(self.tokenizer_files())
+        except UnreadableError as error:
+            reason = str(error).split(". ")[0]
+            raise UsageError(
+                f"{self.url}: its tokenizer cannot be loaded ({reason}). Code of a tokenizer is "
+                "never run from a cache: build with a teacher that needs none."
+            ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from kdcache.cache.hdf5 import DEFLATE_LIMIT
 from kdcache.cache.shard import ShardCounts
-from kdcache.cache.spec import FORMAT, from_text, to_text
+from kdcache.cache.spec import FORMAT, CacheSpec, from_text, to_text
 from kdcache.domains import is_name
 from kdcache.errors import CorruptCacheError
 from kdcache.storage import Storage, sha256_file
@@ -158,6 +158,18 @@ class Manifest:
     def skipped(self) -> int:
         """Records left out of all spans (empty, or broken with `--on-error skip`)."""
         return sum(s.skipped for s in self.shards)
+
+    def fits(self, spec: CacheSpec, files: Mapping[str, str]) -> bool:
+        """Whether it is of a sealed cache of this spec.
+
+        Args:
+            spec: of the cache.
+            files: SHA-256 of each of its other files.
+        """
+        own = (self.fingerprint, self.files, [shard.domain for shard in self.shards])
+        kept = {shard.label_nats is not None for shard in self.shards}
+        domains = [spec.domain_of(span) for span in range(spec.spans)]
+        return own == (spec.fingerprint, files, domains) and not kept - {spec.label_logprob}
 
     def to_json(self) -> builtins.bytes:
         """Canonical text: the same cache has the same manifest, byte for byte."""

@@ -257,7 +257,7 @@ def _plan(options: TranscodeOptions) -> CachePlan:
             output_layer=None,
             source={"codec": spec.codec, "digest": digest},
         ),
-        _tokenizer_files(source),
+        source.tokenizer_files(),
         ranks,
         {**source.notes, "source": source.url},
         [
@@ -268,11 +268,6 @@ def _plan(options: TranscodeOptions) -> CachePlan:
         gpus,
         opening="opening the source",
     )
-
-
-def _tokenizer_files(source: Cache) -> dict[str, bytes]:
-    names = (name for name in source.files if name.startswith("tokenizer/"))
-    return {name.split("/")[1]: source.read_beside(name) for name in names}
 
 
 def _count_ranks(source: Cache) -> bytes:
