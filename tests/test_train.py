@@ -40,10 +40,15 @@ from kdcache.commands.train.run import Run
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
-from kdcache.files import seal
 from kdcache.stream import Collator, TargetDataset, TargetStream
-from kdcache.student import DistilledStudent, HfTokenize, StudentInfo, figures, load_student
-from kdcache.student.checkpoints import STATE_FILE
+from kdcache.student import (
+    DistilledStudent,
+    HfTokenize,
+    StudentInfo,
+    checkpoints,
+    figures,
+    load_student,
+)
 from kdcache.student.saved import SavedModel
 from kdcache.student.trainer import DistillationTrainer
 
@@ -675,7 +680,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(options: Make, tmp_path: Pat
     """Those of finetune have a seal of the same name, and no cursor."""
     other = tmp_path / "checkpoint-6"
     other.mkdir()
-    seal(other, STATE_FILE, {"seconds": 1.0, "identity": {}})
+    checkpoints._seal(other, {"seconds": 1.0, "identity": {}})
     with pytest.raises(UsageError, match="checkpoint-6 is not a checkpoint of `kdcache train`"):
         train(options(resume=str(other)))
 
