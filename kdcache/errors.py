@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 _SHOWN = 300
@@ -182,7 +183,7 @@ def install_command(*extras: str) -> str:
         needs = [re.split(" *; *extra == ", need) for need in metadata.requires("kdcache") or ()]
         wanted = [need[0] for need in needs if need[-1].strip("\"'") in extras]
     pip = [sys.executable, "-m", "pip", "install"]
-    if not importlib.util.find_spec("pip"):  # as in the environments that uv makes
+    if not PathFinder.find_spec("pip"):  # as in the environments that uv makes
         pip = ["uv", "pip", "install", "--python", sys.executable]
     return shlex.join([*pip, *wanted])
 

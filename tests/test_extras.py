@@ -129,7 +129,7 @@ def test_no_index_is_asked_for_kdcache() -> None:
 
 
 def test_an_environment_without_pip_is_one_of_uv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setattr(sys, "path", [])
     words = shlex.split(install_command("plot"))
     assert words[:5] == ["uv", "pip", "install", "--python", sys.executable]
 

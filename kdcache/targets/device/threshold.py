@@ -271,7 +271,7 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     ids = torch.where(head, top_ids, drawn)
     finite = all_finite(peak.flatten(1), normalizer)
     entries = _entries(ids, of(ids), head, units, left, draws, u, finite, rule)
-    return entries if z.ndim == 3 else entries | _at_one(peak, normalizer, temperatures)
+    return entries if z.ndim == 3 else {**entries, **_at_one(peak, normalizer, temperatures)}
 
 
 def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
@@ -318,7 +318,7 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     p = torch.stack(probabilities(z, peak, normalizer, temperatures), -1)
     finite = all_finite(peak, normalizer)
     entries = _entries(ids, p, head, units, left, draws, u, finite, rule)
-    return entries | _at_one(peak, normalizer, temperatures)
+    return {**entries, **_at_one(peak, normalizer, temperatures)}
 
 
 def _at_one(peak: Tensor, normalizer: Tensor, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
