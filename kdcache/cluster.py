@@ -1,15 +1,13 @@
-"""Processes beside this one: a Ray, joined or started, and Pythons for a single task.
+"""Other processes: a Ray, joined or started, Pythons for one task, and what resources they need.
 
-Guarantee: all of them find their modules where this process does; the folder where a command was
-given, which may hold anybody's files, is none of these places. A Ray that is started here listens
-on the loopback interface alone, asks for a token that only this user can read, and has its sockets
-and files in a folder that only this user can enter. A cluster that is joined is as open as its
-owner made it.
+The nodes of a cluster that grows on demand are unknown when workers are requested. So a worker
+reserves only what decides where it can run, and counts its CPUs on the node that it got.
 
-Room for workers: what one needs, how many a node holds, and how many CPUs each has there.
-
-The nodes of a cluster that grows on demand are unknown when the workers are requested. So a worker
-reserves little, what decides where it can run, and counts its CPUs on the node that it got.
+Guarantee: all processes find their modules where this process does, never in the folder where a
+command was given, which may hold anybody's files. A Ray that is started here listens on the
+loopback interface alone, asks for a token that only this user can read, and has its sockets and
+files in a folder that only this user can enter. A cluster that is joined is as open as its owner
+made it.
 """
 
 from __future__ import annotations

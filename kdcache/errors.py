@@ -1,11 +1,11 @@
 """The errors a user can cause or must act on. The command line maps each class to one exit code.
 
 Any other exception was not planned, and has one answer (`UnexpectedError`): a line about what was
-being done (`doing`) and what the exception says, its traceback as text, and the exit code that
-says whether the same command goes on. Workers make it of their exceptions, so that every process
+being done (`doing`) and the exception's message, its traceback as text, and the exit code for
+whether the same command can continue. Workers make it of their exceptions, so that every process
 can be sent it; the command line makes it of all others. An input that no user has needs no handler.
 
-Optional packages: what the program can do only where they are installed.
+A feature that needs an optional package raises an error with the command that installs it.
 """
 
 from __future__ import annotations

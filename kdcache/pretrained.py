@@ -1,9 +1,7 @@
-"""What transformers reads of others' files, in one line why it cannot, and what it leaves out.
+"""Reads tokenizers and configurations with transformers; a file it cannot read is a one-line error.
 
-What is wrong with files of others ends there in errors of any class: a tokenizer's in a bare
-`Exception`, a configuration's in that of whatever its values are first used for.
-
-Silences transformers' own progress bars and advice.
+Faulty files raise errors of any class: a tokenizer's a bare `Exception`, a configuration's that of
+whatever its values are first used for. Progress bars and advice of transformers are silenced.
 """
 
 from __future__ import annotations

@@ -1,16 +1,12 @@
-"""What a task of a teacher is: one table, which everything else reads.
+"""The table of a teacher's tasks, which everything else reads, and the choices of options.
 
 A new task is a line of `TASKS`, an encoder (`kdcache.rows`) that makes its rows, and its figures
 (`kdcache.commands.evaluate`). The rest of the package asks the table what a label belongs to and
-what an answer is over, and never which task it has before it.
+what an answer is over, never which task it has.
 
-The single place also for the label that means "none" and for the rule that decides where a soft
-target is. Imports nothing heavy: options and their help read it.
-
-The words that an option lets one choose from, and limits that code and command line share.
-
-Beside `kdcache.tasks` the only place where they are written. It imports nothing, so that the help
-of a command needs none of the libraries that do its work.
+The label that means "none", the rule for which positions have a soft target, the words that an
+option accepts, and limits shared by code and command line are defined here alone. Imports nothing
+heavy: options and their help read it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes, label_bytes, same_bytes
+from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes, label_bytes
 from kdcache.align.aligner import settled, texts_in
 from kdcache.cache import Cache
 from kdcache.errors import UsageError
@@ -607,18 +607,6 @@ def test_an_id_without_a_token_is_no_text() -> None:
         assert (sizes[~is_text] == 0).all()
         with pytest.raises(UsageError, match=f"a row holds {stray}, which .* without such rows"):
             Aligner(tokens, table("bytes")).align([row])
-
-
-def test_ids_with_the_same_bytes() -> None:
-    teacher, student = table("bytes"), table("pieces")
-    same = same_bytes(teacher, student)
-    for number, other in enumerate(same.tolist()):
-        assert other < 0 or teacher.tokens[number] == student.tokens[other]
-    assert student.tokens[same[teacher.tokens.index(b" the")]] == b" the"
-    assert (same[teacher.special] == -1).all()
-    # A letter is its piece, which text becomes, and not its byte.
-    assert same[teacher.tokens.index(b"a")] != student.byte_ids[ord("a")]
-    assert same_bytes(teacher, teacher)[2:].tolist() == list(range(2, len(teacher)))
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import TeacherFiles
-from kdcache.teacher.quirks import reach_of
+from kdcache.teacher.quirks import reach as reach_of
 
 
 def changed(model: Path, folder: Path, **values: Any) -> Path:

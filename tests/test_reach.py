@@ -21,7 +21,7 @@ from kdcache.errors import UsageError
 from kdcache.student.saved import SavedModel
 from kdcache.tasks import CAUSAL_LM, MASKED_LM, SEQ2SEQ_LM, TASKS
 from kdcache.teacher import TeacherFiles
-from kdcache.teacher.quirks import reach_of, reach_of_config
+from kdcache.teacher.quirks import reach as reach_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,9 +64,11 @@ def test_a_model_reads_as_far_as_is_said_and_no_further(task: str, species: Spec
 
     reach = reach_of(model)
     if species.model_type != "trocr":  # which has no model below its head
-        assert reach_of_config(config) == reach
+        assert reach_of(config) == reach
     assert read(reach or LONGER).isfinite().all()
-    if reach is not None and species.model_type != "tapas":  # whose last place is that of the rest
+    if (
+        reach is not None and species.model_type != "tapas"
+    ):  # whose last position is that of the rest
         with pytest.raises((IndexError, RuntimeError, ValueError)):
             read(reach + 1)
 

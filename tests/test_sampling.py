@@ -15,7 +15,6 @@ from kdcache.targets.device import (
     BLOCK,
     Rule,
     blocked_sample,
-    check_finite,
     largest,
     open_blocks,
     read_blocks,
@@ -93,17 +92,6 @@ def test_key_fields_are_not_interchangeable() -> None:
 
 
 # ------------------------------------------------------------------------------------------ checks
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_check_finite_names_the_first_bad_position(bad: float) -> None:
-    z = torch.zeros(9, 5)
-    assert check_finite(z).item() == -1
-    z[6, 1] = z[8, 0] = bad
-    assert check_finite(z).item() == 6
-    assert check_finite(z[:6]).item() == -1
-    assert check_finite(z[:0]).item() == -1
-    assert check_finite(z.isfinite().all(-1)).item() == 6
 
 
 @pytest.mark.parametrize("vocabulary", [40, 3000])

@@ -9,7 +9,7 @@ is a sum on both sides.
 from __future__ import annotations
 
 from kdcache.align.aligner import Aligner, Alignment, CachedRow, label_bytes, like_marks, unchanged
-from kdcache.align.token_bytes import TokenBytes, same_bytes
+from kdcache.align.token_bytes import TokenBytes
 
 __all__ = [
     "Aligner",
@@ -18,6 +18,5 @@ __all__ = [
     "TokenBytes",
     "label_bytes",
     "like_marks",
-    "same_bytes",
     "unchanged",
 ]

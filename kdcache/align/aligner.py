@@ -1,29 +1,24 @@
-"""Rows of a cache, tokenised anew for a student, and the chunks that both tokenizations share.
+"""Aligns rows of a cache with their tokens by a student's tokenizer, and finds the chunks of both.
 
 Algorithm: a row's tokens and its last label are laid on a line of *units*, one for each byte of
 text and one for each special token. Stretches of text between special tokens are tokenised by the
-student. A special token becomes the student's like or nothing: what opens a document becomes what
-the student's tokenizer puts before a text, the end-of-text the student's, any other one the
-special token of the same text. So each token of both sides covers some units, and everything
-follows from that:
+student. The special token that opens a document becomes what the student's tokenizer puts before a
+text, the end-of-text the student's, any other the special token of the same text, if there is one.
+So each token of both sides covers some units:
 
-- a student's token has a label if all units that it covers have labels in the cached row. So one
-  across the border of a prompt has none, nor has one that holds a byte of the row's first token,
-  which the teacher was not asked about;
-- boundaries that both sides share are the ends of chunks, where no unit between two of them is
-  missing on either side.
+- a student's token has a label if all its units have labels in the cached row. One across the
+  border of a prompt has none, nor has one with a byte of the row's first token, for which the
+  teacher gave no answer;
+- a chunk ends at each boundary that both sides share, if no unit up to it is missing on a side.
 
-Bytes that are no whole character, at the ends of a row that cuts one, become the student's tokens
-of single bytes: it reads them and is not asked about them. Nor is it asked about the last word of a
-row that stops within a document: with what follows, its tokens could be others.
+Incomplete characters at the ends of a row become the student's tokens of single bytes, without
+labels. The last word of a row that stops within a document has no labels either: with the text that
+follows, its tokens could be others.
 
 Cost: the student's tokenizer, in one call for all rows, and some numpy calls a row.
 Guarantee: the student's tokens have the bytes of the row's, in order, none lost and none twice; a
-stretch where they have not (a text that holds the tokenizer's own mark for a space) has no labels
-and is counted.
-
-What a student of another tokenizer reads in place of a cached row, and where both tokenizations
-meet.
+stretch where they differ (a text that holds the tokenizer's own mark for a space) has no labels and
+is counted.
 """
 
 from __future__ import annotations

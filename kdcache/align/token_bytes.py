@@ -1,13 +1,12 @@
 """The bytes of each token of a tokenizer, and the tokens of a text byte by byte.
 
 Algorithm: a token's bytes are read from the vocabulary and not from `decode`, which changes text:
-it drops bytes that are no whole character, joins spaces, and strips. Nothing depends on a token's
-neighbours but one space: SentencePiece and its like put one before a text, which `decode` takes off
-again.
+it drops incomplete characters, joins spaces, and strips. Only one space depends on a token's
+neighbours: SentencePiece and its like put one before a text, which `decode` takes off again.
 
 Cost: one pass over the vocabulary (a second for 256k ids); a row costs one join of its tokens.
-Guarantee: a tokenizer that may lose bytes is refused, by its structure and by a trial. What
-`tokenise` gives is not trusted either: its bytes are compared (see `kdcache.align.aligner`).
+Guarantee: a tokenizer that may lose bytes is refused, by its structure and by a trial. The bytes of
+`tokenise` are compared with the text as well (see `kdcache.align.aligner`).
 """
 
 from __future__ import annotations
@@ -278,22 +277,6 @@ class TokenBytes:
             widths[0] -= 1
             return widths
         return None
-
-
-def same_bytes(teacher: TokenBytes, student: TokenBytes) -> Ids:
-    """Ids of a student whose bytes are those of a teacher's ids.
-
-    Returns:
-        int64 [teacher's ids], -1 where the student has none; of special tokens, see
-        `kdcache.align.like_marks`, too. Of several with the same bytes (a letter and its byte
-        fallback) it is the one that text becomes: the first that is not a single byte's.
-    """
-    found: dict[bytes, int] = {}
-    fallback = set(student.byte_ids.tolist()) if not student.structure.byte_level else set()
-    for number, token in enumerate(student.tokens):
-        if token and (token not in found or found[token] in fallback):
-            found[token] = number
-    return np.array([found.get(token, -1) for token in teacher.tokens], np.int64)
 
 
 def _byte_level() -> dict[str, int]:

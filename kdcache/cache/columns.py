@@ -1,16 +1,14 @@
 """Columns of rows, each declared once: `Annotated[type, Column]` at a field of a dataclass.
 
-A column says what it has a value for each of (its axis), where a row of the encoder has it, how a
-shard's file stores it, and what stands for it in a part of rows without it. Gathering rows into
-columns, writing and reading a file, and picking rows of several parts (`kdcache.stream.shard_rows`)
-are loops over these declarations.
+A column declares its axis (what it has a value for each of), the encoder's field it comes from, how
+a shard's file stores it, and its value in rows without it. Gathering rows into columns, writing and
+reading a file, and picking rows of several parts (`kdcache.stream.shard_rows`) are loops over these
+declarations.
 
-Labels of a causal language model are stored as the next ids of the row: of each token whether it
-has one, and of each row that of its last token. Other labels that are ids stand at some of the
-tokens. Classes, several labels of a row and scores are stored as they are.
-
-A text is stored as bytes of UTF-8, one after another, and their number in a column of its own.
-Words are the same, one for each first token of a row.
+Labels of a causal language model are the row's next ids, so only whether a token has one, and each
+row's last label, are stored. Other labels that are ids are stored with the tokens that have one;
+classes, several labels of a row and scores as they are. Texts, and words of each first token, are
+UTF-8 bytes end to end with a column of their lengths.
 """
 
 from __future__ import annotations

@@ -1,23 +1,18 @@
-"""Checks that an untrusted HDF5 file holds plain columns only, before any value is read.
+"""Plain HDF5 columns: checks of untrusted files before a value is read, and how chunks are stored.
 
 HDF5 supports much that a shard never needs: links into other files, values kept in other files,
 types of any size, filters loaded from plug-ins. A file that uses any of it is refused. What remains
 is numbers in chunks, each behind shuffle, gzip and fletcher32. Offsets and sizes of the chunks are
-compared with the file's size and with each other before memory is allocated, so a small file that
-claims to be large is an error and does not fill the memory.
+compared with the file's size and with each other before memory is allocated.
 
-Cost: some microseconds a column and one a chunk. Guarantee: a column that passes has all its values
-in the file itself, and takes at most 1,100 times its stored bytes in memory.
+A chunk is deflated twice, and the smaller stream is kept: as HDF5 does it, and with Huffman codes
+alone. In columns of counts and codes, short repetitions cost more bits than codes of single symbols
+do. Every deflate reads both.
 
-The stored bytes of a chunk: shuffled, deflated and with a checksum, as HDF5's own filters do it.
-
-HDF5's deflate looks for repetitions always. In columns of counts and codes, whose symbols follow
-each other by chance, the short repetitions that it finds cost more bits than Huffman codes of
-single symbols take. A stream of Huffman codes alone is as valid, and every deflate reads it. So a
-chunk is deflated both ways, and the smaller stream is kept.
-
-Cost: the second way takes a quarter of the first one's time. Guarantee: the same values give the
-same bytes with the same zlib, never more than HDF5's filters would make of them.
+Cost: some microseconds a column and one a chunk; the second deflate takes a quarter of the first's
+time. Guarantee: a column that passes has all its values in the file itself, and takes at most 1,100
+times its stored bytes in memory. The same values give the same bytes with the same zlib, never more
+than HDF5's filters would make of them.
 """
 
 from __future__ import annotations

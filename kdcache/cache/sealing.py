@@ -1,19 +1,13 @@
-"""The end of a build: the manifest of all shards, and the seal.
+"""Seals a finished build with its manifest; receipts make the seal of a resumed build fast.
 
-Cost: receipts spare a resumed build from reading the shards of earlier runs; a shard without one is
-read and hashed whole.
+A receipt is a shard's manifest entry, which the driver notes when a worker reports the shard. A
+local cache has a file of one line a shard for each run; an object store cannot append, so there a
+run writes a file for every 64 shards, or every 30 s. Sealing removes the files.
 
-Receipts: the manifest entries of committed shards, kept while a build runs.
-
-The driver of a build notes the entry of each shard that its workers report, and the seal of a later
-run takes it from there instead of reading the shard. A local cache has a file of one line a shard
-for each run; an object store cannot append, so there a run writes a file for every 64 shards, or
-every 30 s. The files are removed once the cache is sealed.
-
-Cost: 300 bytes a shard. A driver that is killed loses 64 receipts at most.
-Guarantee: nothing depends on a receipt. Each line carries its own checksum, and it counts only for
-a shard that is listed with its size under its name, which holds a hash of its bytes. A shard
-without a receipt is read instead.
+Cost: 300 bytes a shard; a shard without a receipt is read and hashed whole. A driver that is killed
+loses 64 receipts at most.
+Guarantee: nothing depends on a receipt. Each line carries its own checksum, and counts only for a
+listed shard of the same size and name, which holds a hash of the shard's bytes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
 """The spec of a cache: a frozen, JSON-able statement of which bytes the cache should hold.
 
-JSON that ends in a hash of itself: the text of `spec.json` and `manifest.json`.
-
-The last field of the object, on a line of its own, is `sha256`: the hash of all bytes before this
-line. So a flipped bit anywhere in the file is detected before a value is used.
+`spec.json` and `manifest.json` are JSON objects whose last field, on a line of its own, is
+`sha256`: the hash of all bytes before this line. So a flipped bit anywhere in the file is detected
+before a value is used.
 
 Cost: a hash and a parse; one line an item, so that 100,000 shards take well under a second.
 Guarantee: what `from_text` returns was written whole by `to_text`, or forged on purpose. JSON with
 repeated names, NaN or unbounded numbers is refused; the caller checks types.
-
-What is at a place that was expected to be a cache and is none.
 """
 
 from __future__ import annotations

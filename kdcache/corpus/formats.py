@@ -1,14 +1,13 @@
 """Format: how the records of one span of one file are read; one class for each format.
 
-A format yields `(location, payload)` in file order, cheaply, and makes a `Record` of a payload or
-raises `RecordError` with the reason. The same records are counted for `limit`, so that both agree
-about what a record is: a line that is not blank, a paragraph, a text file that is not blank, a CSV
-row that is not empty, a sentence of CoNLL, a row of a table.
+A `Span` is a unit of work: a part of a file, and the options by which it is read. A format yields
+`(location, payload)` in file order, cheaply, and makes a `Record` of a payload or raises
+`RecordError` with the reason. `limit` counts the same records: a line that is not blank, a
+paragraph, a text file that is not blank, a CSV row that is not empty, a sentence of CoNLL, a row of
+a table.
 
 Cost: one pass; memory of one record, which is never longer than `Reading.max_record_bytes`, or of
 1,024 rows of a table, decoded only in the requested columns.
-
-Span: a unit of work, and the options by which its file is read.
 """
 
 from __future__ import annotations

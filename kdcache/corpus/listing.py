@@ -1,20 +1,15 @@
-"""Listing: which files the patterns of a corpus name.
-
-Cost: one listing per pattern.
-
-Guarantee: every file is a regular one with a printable name. What can't be read as data (a pipe, a
-broken or circular link, a folder that can't be listed) is refused by name, not skipped; the files
-of a kdcache cache in a folder are not input.
-
-Splits: which files of a dataset are its training, validation and test part, by their names.
+"""Lists the files that a corpus's patterns name, and separates the splits of a dataset.
 
 A folder in the layout of the Hugging Face hub (`data/train-00000-of-00002.parquet`, `test.jsonl`,
 `validation/0.json`) and a saved `DatasetDict` hold several splits, which should not be mixed in one
-corpus by accident.
+corpus by accident. A file's split is its folder in a saved `DatasetDict`. Otherwise it is the word
+for a split that is the name of one of its folders, or the first or last word of its own name
+without numbers. Among such files, one named `NAME-00000-of-00001` is of split NAME.
 
-A file's split is its folder in a saved `DatasetDict`. Otherwise it is the word for a split that is
-the name of one of its folders, or the first or last word of its own name without numbers. Among
-such files, one named `NAME-00000-of-00001` is of split NAME.
+Cost: one listing per pattern.
+Guarantee: every file is a regular one with a printable name. What can't be read as data (a pipe, a
+broken or circular link, a folder that can't be listed) is refused by name, not skipped; the files
+of a kdcache cache in a folder are not input.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Record: one item of a corpus, and the errors about it.
-
-Cost: a record's position in a file cut by bytes is kept as an offset. Its line number is counted
-only when a message needs it, by a pass over the file up to there.
-
-Filters: records are kept by the values of columns.
+"""Record: one item of a corpus, the errors about it, and filters by the values of columns.
 
 `lang=en` keeps records whose column `lang` holds `en`. Conditions on one column are alternatives;
 those on different columns must all hold. A value is compared as text, a number by its value (3 is
-3.0), true and false by these words, a missing one (null) as empty text. A list is none of these.
+3.0), true and false by these words, a missing one (null) as empty text. A list equals none of them.
+
+Cost: a record's position in a file cut by bytes is kept as an offset. Its line number is counted
+only when a message needs it, by a pass over the file up to there.
 """
 
 from __future__ import annotations

@@ -1,17 +1,12 @@
-"""Formats of text: JSON lines, TSV, CSV, and plain text by lines, paragraphs or files.
+"""Formats of text: JSON lines, TSV, CSV, CoNLL, and plain text by lines, paragraphs or files.
+
+A CoNLL file (Tjong Kim Sang and De Meulder 2003) has a line a word, with its tags in further
+columns, separated by tabs where a line has one, else by blanks, and an empty line after a sentence.
+`-DOCSTART-` lines are left out. CoNLL-U has ten columns and comments. A sentence belongs to the
+span in which its first line starts, as a paragraph does.
 
 Cost: memory of one record. The part of a record beyond its limit is read in small blocks and
 dropped.
-
-CoNLL files: a line a word, with its tags in further columns, and an empty line after a sentence.
-
-The shared tasks of CoNLL made the form (Tjong Kim Sang and De Meulder 2003); columns are separated
-by tabs where a line has one, else by blanks. Lines that begin with `-DOCSTART-` say where a
-document begins and are left out. CoNLL-U is that of Universal Dependencies, with ten columns and
-comments.
-
-Cost and cuts are those of paragraphs: a sentence belongs to the span in which its first line
-starts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hard labels of rows: what a record says of a text, as numbers.
+"""Hard labels of rows: from a record's values to numbers.
 
 =========  ================================  =============================================
 answers    a record                          labels of its row
@@ -9,10 +9,8 @@ labels     names, numbers, a vector of 0     int32 `[1, C]`, 1, 0 or `IGNORE` of
 score      a number                          float32 `[1]`, NaN where there is none
 =========  ================================  =============================================
 
-A record without a label (an empty value, null in JSON) belongs to a transfer set. Whatever could
-mean two things is refused.
-
-Classes: which class a hard label of a record is, by name or by number.
+A record without a label (an empty value, null in JSON) belongs to a transfer set. A value that
+could mean two things is refused.
 """
 
 from __future__ import annotations

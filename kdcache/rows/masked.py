@@ -1,4 +1,4 @@
-"""Masked LM: rows of text in which some places are hidden, and what stood there as labels.
+"""Masked LM: rows of text in which some positions are masked, with their own ids as labels.
 
 Algorithm: the rule of BERT (Devlin et al. 2019, section 3.1 and its code). Of the n tokens of a row
 that are not special, `round(mask_share · n)` are chosen, at least one. Of these 80 % become the
@@ -6,16 +6,15 @@ mask token, 10 % any id of the vocabulary, 10 % stay; each has its own id as lab
 (`mask_unit="word"`), whole words are chosen in random order as long as they fit that number, at
 least one; the fate of each of their tokens is its own.
 
-Rows are framed as in pre-training: what the tokenizer itself puts around one text (`[CLS] … [SEP]`,
+Rows are framed as in pre-training: what the tokenizer puts around one text (`[CLS] … [SEP]`,
 `<s> … </s>`) stands around each row, whatever the packing. Under `concat` documents share rows, and
-what the tokenizer puts behind a text stands between two of them (FULL-SENTENCES of Liu et al. 2019,
-section 4.2). Special tokens, also those that a text spells out, are never masked and never put in
-another's place: in RoBERTa a padding id inside a row would move all positions behind it.
+what the tokenizer puts after a text stands between two of them (FULL-SENTENCES of Liu et al. 2019,
+section 4.2). Special tokens, also those spelt out in a text, are never masked and never replace
+another: in RoBERTa a padding id inside a row would move all positions after it.
 
 Cost: the tokenizer's, and some numpy calls a row; by words a Python step a chosen word.
-Guarantee: what is masked is a pure function of (mask_seed, span, row of the span, place): neither
-batches nor workers nor the order of spans enter it. A row without a token that can be masked is
-left out.
+Guarantee: what is masked is a pure function of (mask_seed, span, row of the span, position), not of
+batches, workers or the order of spans. A row without a token that can be masked is left out.
 """
 
 from __future__ import annotations

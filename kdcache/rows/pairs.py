@@ -1,17 +1,16 @@
 """Sequence to sequence: a source that an encoder reads, and a target that a decoder writes.
 
-A row is that of a causal language model with a source beside it: the decoder reads its start and
-all labels but the last (`input_ids`), and the labels are the ids of the target. So the first label,
-too, is predicted, and a row with n labels has n positions.
+A row is that of a causal language model and a source: the decoder reads its start and all labels
+but the last (`input_ids`), and the labels are the ids of the target. So the first label is
+predicted, too, and a row with n labels has n positions.
 
-The tokenizer frames both: what it puts around a text around the source, what it puts around a
-target (`text_target`) around the target. A target ends with the end-of-sequence token, also where
-the tokenizer adds none. What the decoder reads first is the model's own affair
-(`kdcache.teacher.quirks`); models of one cache may differ in it, and each reads its own.
+The tokenizer frames both, the target as `text_target`. A target ends with the end-of-sequence
+token, also where the tokenizer adds none. What the decoder reads first depends on the model
+(`kdcache.teacher.quirks`); models of one cache may differ in it.
 
 A source longer than `max_source_length` is cut, and keeps the tokenizer's own tokens. A target
-longer than `max_length` is cut without an end: that would be a lie. Where the decoder begins with
-the last label, such as the code of a language, this label is kept as the last.
+longer than `max_length` is cut without an end, since it does not end there. Where the decoder
+begins with the last label, such as the code of a language, this label is kept as the last.
 
 Cost: the tokenizer's, and some numpy calls a row.
 Guarantee: one row a record that has both texts, in order.

@@ -1,15 +1,13 @@
 """Texts to ids: what a tokenizer's own call gives, at the rate of the library behind it.
 
-A call of a transformers tokenizer also has the library `tokenizers` find the characters of each
-token, and copies all that is known of each text into Python lists. Where ids are all that is wanted
-the library is asked itself, for ids alone. A call on one letter comes first: it sets truncation,
-padding and special tokens as the call on the texts would. A tokenizer whose class does more in its
-call is called as it is.
+A `Document` is a text to tokenise and the parts of it that have labels. A call of a transformers
+tokenizer also finds the characters of each token, and copies all of it into Python lists. Where
+only ids are wanted, the library `tokenizers` is called itself. A call on one letter comes first: it
+sets truncation, padding and special tokens as the call on the texts would. A tokenizer whose class
+does more in its call is called as it is.
 
 Cost: 1.0 to 1.1 times the library's; of a tokenizer without it, its own.
 Guarantee: the same ids either way.
-
-Document: a text to tokenise, and which parts of it have labels.
 """
 
 from __future__ import annotations

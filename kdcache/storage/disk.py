@@ -1,4 +1,4 @@
-"""Copies of remote files on this machine: a bounded folder, shared by all its processes.
+"""Copies of remote files on this machine in a bounded folder, and notes of which files were hashed.
 
 A copy is a file `<key>`; while it is downloaded it is `<key>.part`. Every use of either holds a
 kernel lock (flock) on it: exclusive while it is written or removed, shared while it is read. The
@@ -8,20 +8,16 @@ being downloaded waits for it. Space is reserved before a download begins: the `
 size from the start, and under the lock of the whole folder the least recently used copies are
 removed until it fits.
 
-Cost: one scan of the folder a download; two system calls and a stat a use. Guarantee: a key's file
-is whole and checked; the copies' sizes stay within the bound, except for those in use (which are
-never removed).
-
-Notes of which files on this machine have been hashed and found right, for all its processes.
-
 The ranks of a node read the same files, and again each epoch. The first that needs a file hashes it
-while the others wait; then a note tells all. A note is 32 bytes: the hash of what the file was
-(device, inode, size, time of its last change, and the SHA-256 that it had), appended in one write.
+while the others wait, and appends a note in one write: 32 bytes, the hash of device, inode, size,
+time of last change, and SHA-256.
 
-Guarantee: a file that was written to since has another time, so its note is not found, and a file
-changed within the last seconds gets none, since clocks of file systems are coarse. What a disk
-loses without a write, the checksums inside a shard find when it is read. Where the folder cannot be
-used, or is another user's, every read hashes.
+Cost: one scan of the folder a download; two system calls and a stat a use.
+Guarantee: a key's file is whole and checked; the copies' sizes stay within the bound, except for
+those in use, which are never removed. A file that was written to since its note has another time,
+and one changed within the last seconds gets no note, since clocks of file systems are coarse.
+Corruption of the disk is found by the checksums inside a shard. Where the folder cannot be used, or
+belongs to another user, every read hashes.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from kdcache.errors import UsageError
 from kdcache.files import inner, sync_folder, sync_tree, write_json
 from kdcache.humanize import redacted
-from kdcache.targets import check_finite
 
 STATE_FILE = "kdcache_state.json"
 _PREFIX = "checkpoint-"
@@ -223,10 +222,9 @@ class Watch:
         local = {name: g for name, g in local.items() if g.numel()}  # a shard may have nothing
         self._names = ["", *local]
         sizes = [loss.detach(), *torch._foreach_norm(list(local.values()), math.inf)]
-        flags = torch.stack([size.to(loss.device, torch.float32) for size in sizes]).isfinite()
-        index = check_finite(flags)
-        new = (index >= 0) & (self._first < 0)
-        self._first = torch.where(new, index + step * _NAMES, self._first)
+        bad = ~torch.stack([size.to(loss.device, torch.float32) for size in sizes]).isfinite()
+        new = bad.any() & (self._first < 0)  # a tensor: the host must not wait at every step
+        self._first = torch.where(new, bad.int().argmax() + step * _NAMES, self._first)
 
     def found(self, gather: Callable[[Tensor], Tensor]) -> tuple[int, str] | None:
         """The step and the name of its first parameter, empty if the loss is not finite either;

@@ -1,4 +1,4 @@
-"""The figure of an evaluation during training, beside its losses: sums over rows, of any worker.
+"""What an evaluation during training adds up over a stream's rows, and the figures made of it.
 
 =========  ==========  ================================================================
 answers    figure      of the rows with a hard label
@@ -8,14 +8,10 @@ labels     micro_f1    F1 over all rows and classes, predicted from a probabilit
 score      pearson     linear correlation with the labels
 =========  ==========  ================================================================
 
-Higher is better in each. Tasks over the ids of a vocabulary have none.
-
-What a training's evaluation adds up over the rows of a stream, and the figures made of it.
-
-Figures of an evaluation during training that no tokenizer enters: sums over chunks of text.
-
-The same as `kdcache evaluate` gives a single student of a cache, whose rows it reads as they are or
-in tokens of its own: see `kdcache.commands.evaluate.in_bytes`.
+Higher is better in each. A tagger of entities has their F1 as well. Language models have bits per
+byte, which do not depend on the tokenizer: sums over chunks of text, as `kdcache evaluate` computes
+them (`kdcache.commands.evaluate.in_bytes`). Sums of workers and domains are added before a figure
+is made.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""What a student begins from, as its files are: the same name may stand for others later.
+"""What a student begins from: the identity of its files, and `--init-from` an earlier student.
 
-`--init-from`: a student that begins with the weights of an earlier one.
-
-Guarantee: all of its weights are the earlier one's, which has the same shape and reads the same
-tokens; anything else is refused.
+Guarantee: all weights of a student begun so are the earlier one's, which has the same shape and
+reads the same tokens; anything else is refused.
 """
 
 from __future__ import annotations

@@ -1,23 +1,18 @@
-"""Checks that a student's logits for a row depend neither on the padding of its batch nor on later
-tokens, and finds whether a language model needs its attention mask for that.
+"""Checks that a student's logits for a row do not depend on its batch's padding or on later tokens.
 
-Some encoders mix padding into the rows (ConvBERT, FNet), and a masked language model reads the
-labels that it is to predict. Their loss would not be that of the rows.
+Some encoders mix padding into the rows (ConvBERT, FNet), and some masked language models read the
+labels that they are to predict: their loss would not be that of the rows. Of a sequence-to-sequence
+student, padding of sources and of targets is tried, and that the logits depend on the source.
 
 Causal attention never looks at the padding after a row, so most language models compute the same
 without a mask, and without one the fastest attention kernels apply. The mask is left out for a
 student that was tried both ways, from batches that are padded after their rows.
 
-Gradients are compared as well: those of some models are not finite beside padding (Gemma 3n), where
-their logits are right.
+Gradients are compared as well: those of some models are not finite next to padding (Gemma 3n),
+where their logits are right.
 
 Cost: six forwards and two backwards of at most three rows of 256 tokens; later one look at each
 batch's mask.
-
-Checks that a sequence-to-sequence student's logits for a row depend neither on the padding of
-its batch, of sources or of targets, nor on later tokens, and that they depend on the source.
-
-Cost: six forwards of at most three rows of 256 tokens each.
 """
 
 from __future__ import annotations

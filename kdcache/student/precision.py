@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kdcache.errors import UsageError
@@ -102,3 +105,25 @@ def keep_inputs_and_loss(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
     return dataclasses.replace(
         policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+
+
+def shard_over_ranks(accelerator: Accelerator, plugin_args: Mapping[str, Any]) -> None:
+    """Have accelerate shard with FSDP, on a CPU too, by a policy that keeps inputs and the loss.
+
+    accelerate leaves FSDP out on a CPU without a message, although torch shards over gloo as well.
+
+    Args:
+        accelerator: of a Trainer.
+        plugin_args: the Trainer's `fsdp_plugin_args`.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        plugin = FullyShardedDataParallelPlugin(**plugin_args)
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin = plugin
+        # Every new view of accelerate's state begins with that of PartialState.
+        for state in (PartialState(), accelerator.state):
+            state.distributed_type = DistributedType.FSDP
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = keep_inputs_and_loss(plugin.mixed_precision_policy)

@@ -41,6 +41,7 @@ from kdcache.tasks import (
     task_of,
 )
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
+from kdcache.teacher.quirks import check_reach
 from kdcache.teacher.trust import FACTORY_TYPE
 
 
@@ -323,18 +324,9 @@ class LoadedModel:
             pairs = None if rows[0].text_pair is None else [row.text_pair or "" for row in rows]
             rows = saved.encode([row.text or "" for row in rows], pairs, max_length)
         longest = max(len(row.input_ids) for row in rows)
-        if saved.reach is not None and longest > saved.reach:
-            raise UsageError(
-                f"{saved.who} reads at most {saved.reach} tokens, but a row has "
-                f"{longest}. Use a cache or a --max-length of at most {saved.reach}."
-            )
-        longest = max(0 if row.source is None else len(row.source) for row in rows)
-        most = saved.files.source_reach if longest and not saved.is_factory else None
-        if most is not None and longest > most:
-            raise UsageError(
-                f"{saved.who} reads at most {most} tokens of a source, but a row has "
-                f"{longest}. Use a cache or a --max-source-length of at most {most}."
-            )
+        source = max(0 if row.source is None else len(row.source) for row in rows)
+        most = saved.files.source_reach if source and not saved.is_factory else None
+        check_reach(saved.who, (longest, saved.reach), (source, most))
         for piece in self.run(rows):
             yield piece if self.order is None else piece[:, list(self.order)]
 

@@ -1,13 +1,9 @@
-"""What a student must know about the cache it learns from, or learnt from.
+"""What a student knows about its cache, and how one with its own tokenizer reads texts or words.
 
-How a student with a tokenizer of its own reads the rows of a cache: their texts or words.
-
-A word-level tokenizer, and pretrained word vectors for its words.
-
-Tokens are runs of letters and digits (with inner apostrophes) and single other characters; CJK
-characters are tokens one by one, as in BERT; white space separates and is dropped. The vocabulary
-is the words of the training texts by falling count, ties by the word itself, so it depends on the
-texts alone and not on their order.
+Tokens of the word-level tokenizer are runs of letters and digits (with inner apostrophes) and
+single other characters; CJK characters are tokens one by one, as in BERT; white space separates and
+is dropped. The vocabulary is the words of the training texts by falling count, ties by the word
+itself, so it does not depend on the order of the texts. Word vectors are read from text files.
 
 The tokenizer is one of `tokenizers`: `AutoTokenizer.from_pretrained` reads it without kdcache.
 Cost: the texts are read once, and counted at some 10 MB/s.
@@ -38,7 +34,7 @@ from kdcache.errors import UsageError
 from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.rows.batches import padded
 from kdcache.tasks import TASKS, check_task, task_of
-from kdcache.teacher.quirks import reach_of
+from kdcache.teacher.quirks import reach
 from kdcache.teacher.trust import FACTORY_TYPE
 
 if TYPE_CHECKING:
@@ -160,15 +156,15 @@ def student_tokenize(
     tokenizer = getattr(student, "tokenizer", None) or tokenizer_of(name, trust_remote_code)
     if tokenizer is None or same_tokenizer(tokenizer, info.tokenizer):
         return None
-    reach = reach_of(student) or _NO_BOUND
+    most = reach(student) or _NO_BOUND
     if TASKS[info.task].words:
-        return WordTokenize(tokenizer, reach)
+        return WordTokenize(tokenizer, most)
     if tokenizer.pad_token_id is None:
         raise UsageError(
             f"the tokenizer of student {name} has no padding token, which batches of texts need. "
             "Set pad_token in its tokenizer_config.json, and pad_token_id in config.json."
         )
-    return HfTokenize(tokenizer, min(info.max_length, reach))
+    return HfTokenize(tokenizer, min(info.max_length, most))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ subclass
 
 Guarantee: a run that was stopped and resumed takes the same steps as one that was not; on one CPU,
 to the bit.
-
-What experiment trackers record of a distillation, beside the arguments of the Trainer.
 """
 
 from __future__ import annotations
@@ -32,11 +30,9 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError, doing
@@ -51,7 +47,8 @@ from kdcache.student.checkpoints import (
 )
 from kdcache.student.figures import Totals, hard_labels, parts_of, soft_name
 from kdcache.student.padding import without_mask
-from kdcache.student.precision import keep_inputs_and_loss
+from kdcache.student.precision import shard_over_ranks
+from kdcache.student.stream_loader import CursorCallback, StreamLoader
 from kdcache.student.wrapper import DistilledStudent, host_places
 
 
@@ -130,7 +127,7 @@ class DistillationTrainer(CheckpointingTrainer):
         super().__init__(*args, **kwargs)
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
-        self.add_callback(_CursorCallback(self))
+        self.add_callback(CursorCallback(self))
         # The loss is divided by the count of the whole step: the Trainer must not divide it again.
         if self.streams:
             self.model_accepts_loss_kwargs = True
@@ -142,7 +139,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self._window: dict[str, Any] = {}
         self._soft_name = ""
         self._last: dict[str, float] = {}
-        self._loader: _StreamLoader | None = None
+        self._loader: StreamLoader | None = None
 
     @property
     def streams(self) -> bool:
@@ -150,27 +147,11 @@ class DistillationTrainer(CheckpointingTrainer):
         return isinstance(self.train_dataset, TargetStream)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer, but FSDP holds on a CPU too, and the loss stays float32 under it.
-
-        accelerate knows FSDP for accelerators alone: on a CPU it leaves it out without a word,
-        although torch shards over gloo as well.
-        """
+        """As the Trainer, but FSDP also works on a CPU, and the loss stays float32 under it."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp_plugin_args is None:
-            return
-        accelerator, precision = self.accelerator, self.accelerator.mixed_precision
-        if not self.is_fsdp_enabled:
-            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            if precision != "no":
-                plugin.set_mixed_precision(precision)
-            accelerator.state.fsdp_plugin = plugin
-            # Every new view of accelerate's state begins with that of PartialState.
-            for state in (PartialState(), accelerator.state):
-                state.distributed_type = DistributedType.FSDP
+        if self.args.fsdp_plugin_args is not None:
+            shard_over_ranks(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
-        plugin = accelerator.state.fsdp_plugin
-        if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
-            plugin.mixed_precision_policy = keep_inputs_and_loss(plugin.mixed_precision_policy)
 
     # Data
 
@@ -179,7 +160,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if not self.streams:
             return super().get_train_dataloader()
         stream = self._place(self.train_dataset, self.args.gradient_accumulation_steps)
-        self._loader = _StreamLoader(stream, self.total_steps(stream))
+        self._loader = StreamLoader(stream, self.total_steps(stream))
         return self._loader
 
     def total_steps(self, stream: TargetStream) -> int:
@@ -510,57 +491,3 @@ class DistillationTrainer(CheckpointingTrainer):
             self._tr_loss += self._window["loss"]  # every rank has the mean, whose mean it is
             if self.is_world_process_zero():
                 self._parts += self._parts.new_tensor(self._window["sums"])
-
-
-class _StreamLoader:
-    """One epoch of the stream an iteration; reading continues across epochs."""
-
-    def __init__(self, stream: TargetStream, steps: int) -> None:
-        self.dataset = stream
-        self._steps = steps
-        self._batches: Iterator[Batch] | None = None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Batch]:
-        stream = self.dataset
-        if self._batches is None:
-            self._batches = stream.batches(math.ceil(self._steps / stream.steps))
-        epoch = stream.cursor.epoch
-        while stream.cursor.epoch == epoch and stream.cursor.step < self._steps:
-            batch = next(self._batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    def close(self) -> None:
-        """End the threads that read ahead."""
-        if self._batches is not None:
-            self._batches.close()  # type: ignore[attr-defined]
-
-
-class _CursorCallback(TrainerCallback):  # type: ignore[misc]
-    """Keeps the Trainer's epoch and its window of logging right."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self._trainer.streams:
-            self._trainer.begin_window()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        trainer = self._trainer
-        trainer.end_anchors_step()
-        if not trainer.streams:
-            return
-        trainer._parts_steps += 1
-        cursor, rows = trainer.train_dataset.cursor, trainer.train_dataset.rows
-        state.epoch = cursor.epoch + cursor.rows_seen / rows
-        if state.global_step >= state.max_steps:
-            control.should_log = True

@@ -44,7 +44,7 @@ from kdcache.targets import DenseTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
-from kdcache.teacher.quirks import decoder_start, reach_of, with_start
+from kdcache.teacher.quirks import check_reach, decoder_start, reach, with_start
 from kdcache.teacher.trust import FACTORY_TYPE
 
 
@@ -133,8 +133,8 @@ class DistilledStudent(nn.Module):
         self.tail = tail
         self.vocab_size = vocab_size
         self.needs_mask = self.checks_padding = True
-        self.reach = reach_of(student)
-        self.source_reach = reach_of(student, "encoder") if TASKS[task].source else None
+        self.reach = reach(student)
+        self.source_reach = reach(student, "encoder") if TASKS[task].source else None
         self._projection: Projection | None = None
         self._checked: list[nn.Module] = []  # a list: a module here would be another child
         self.start: int | None = None
@@ -229,15 +229,7 @@ class DistilledStudent(nn.Module):
 
     def check_lengths(self, tokens: int, sources: int = 0) -> None:
         """The same of the longest row and the longest source."""
-        for length, reach, what, flag in (
-            (tokens, self.reach, "row", "--max-length"),
-            (sources, self.source_reach, "source", "--max-source-length"),
-        ):
-            if reach is not None and length > reach:
-                raise UsageError(
-                    f"the student reads at most {reach} tokens, and a {what} has {length}. "
-                    f"Build with a smaller {flag}, or name a student that reads more."
-                )
+        check_reach("the student", (tokens, self.reach), (sources, self.source_reach))
 
     def forward(
         self,

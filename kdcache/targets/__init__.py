@@ -31,7 +31,6 @@ from kdcache.targets.decoded import (
     with_logits,
 )
 from kdcache.targets.dense import Dense
-from kdcache.targets.device import check_finite
 from kdcache.targets.hidden import Hidden
 from kdcache.targets.label_logprob import position_uniform
 from kdcache.targets.output_layer import OutputLayer
@@ -57,7 +56,6 @@ __all__ = [
     "TargetWriter",
     "Targets",
     "TopK",
-    "check_finite",
     "position_uniform",
     "with_logits",
 ]

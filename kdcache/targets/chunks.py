@@ -5,26 +5,20 @@ log-likelihood is the sum of the log-probabilities of its tokens, so teacher and
 compared on it whatever their vocabularies are (Minixhofer, Vulić and Ponti 2025, "Universal
 Cross-Tokenizer Distillation via Approximate Likelihood Matching", arXiv 2503.20083).
 
-Where both sides stand at a boundary, whole distributions can be compared too, on *groups* of ids:
-the outcomes that both vocabularies can express. A group is a set of teacher's ids and one of
-student's ids that begin with the same bytes (`Groups`).
+At a shared boundary whole distributions can be compared too, on *groups* of ids, the outcomes that
+both vocabularies can express: a set of teacher's ids and one of student's ids that begin with the
+same bytes (`Groups`). Positions are those of the student: its labels, row after row.
 
-Positions here are those of the student: its labels, row after row.
+Within one of the teacher's tokens (student " cat", "e", "gory", teacher " category"), the teacher's
+distribution before the word still predicts what follows " cat": the entries that the student would
+also begin with " cat" are kept, and their weights, divided by the sum, go to the student's next
+tokens. An entry that ends there has an unknown next token, so its weight is the tail's. The entries
+must be probabilities (top-k): of a sample a quotient of two sums is biased. Ids outside the top-k
+are assumed to be distributed as its entries are; the label is always among them, by its own
+probability.
 
-The teacher's distribution at a student's tokens within one of the teacher's.
-
-Where a student reads " category" as " cat", "e" and "gory", and the teacher as one token, the
-teacher's answer before the word still says what comes after " cat": of its entries, those that the
-student would also begin with " cat" are left, and their next tokens of the student have their
-weights, divided by the sum. An entry that ends there is followed by something that the teacher was
-not asked about: its weight is the tail's.
-
-The entries must be the teacher's probabilities (top-k): of a sample a quotient of two sums is
-biased. What the top-k leaves out is taken to be as the entries are; the label is always among them,
-by its own probability.
-
-Cost: a few passes over [chunks, K] for each further token of the longest one; rows that have no
-further one drop out.
+Cost: a few passes over [chunks, K] for each further token of the longest one; finished rows drop
+out.
 """
 
 from __future__ import annotations

@@ -1,20 +1,19 @@
-"""The teacher's log-probability of each hard label, in two bytes: what it thought of the data.
+"""The teacher's log-probability of each hard label in two bytes, and each position's random number.
 
 Let x >= 0 be minus the log-probability at T = 1, in nats. It is stored as a code c that stands for
-c^2 / 8192, and x between two such values becomes one of both, by a random number of the position's
-own: the mean over the noise is x exactly, so sums over a corpus (cross-entropy) are unbiased. The
-values lie closer where x is small: neighbours of x are sqrt(x) / 45 apart.
+c^2 / 8192, and x between two such values is rounded to one of both by the position's random number:
+the mean over the noise is x exactly, so sums over a corpus (cross-entropy) are unbiased. The values
+lie closer where x is small: neighbours of x are sqrt(x) / 45 apart.
 
-Cost: two bytes a position, 1.1 after shuffle + gzip (the high byte is nearly always 0 or 1).
+Noise must not depend on how positions were batched or which worker computed them: the same build
+gives the same bytes. So each position's number is a hash of its coordinates, not the next value of
+a generator.
+
+Cost: two bytes a position, 1.1 after shuffle + gzip (the high byte is nearly always 0 or 1); four
+rounds of integer mixing a position, vectorised.
 Guarantee: a value is off by less than sqrt(x) / 45 + 1 / 8192 nats, its standard deviation is a
 half of that at most, and 0.018 nats over the positions of a small model on novels (3.8 nats on
 average). So the cross-entropy of a million positions is off by 2e-5 nats.
-
-Random numbers that belong to positions.
-
-Sampling noise must not depend on how positions were batched or which worker computed them: the same
-build gives the same bytes. So each position's number is a hash of its coordinates, not the next
-value of a generator. Cost: four rounds of integer mixing a position, vectorised.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from kdcache.pretrained import PATTERNS, WEIGHTS, UnreadableError, read_config, 
 from kdcache.storage import redact
 from kdcache.storage.disk import once_here, sha256_here
 from kdcache.tasks import REGRESSION, TASKS, task_of
-from kdcache.teacher.quirks import reach_of_config
+from kdcache.teacher.quirks import reach
 from kdcache.teacher.trust import check_folder, read_json
 
 if TYPE_CHECKING:
@@ -350,8 +350,8 @@ class TeacherFiles:
 
     @cached_property
     def table(self) -> int | None:
-        """The most tokens that its table of positions has places for; None without one."""
-        return reach_of_config(self.config, trust_remote_code=self.trust_remote_code)
+        """The most tokens that its table of positions holds; None without one."""
+        return reach(self.config, trust_remote_code=self.trust_remote_code)
 
     @property
     def source_reach(self) -> int | None:

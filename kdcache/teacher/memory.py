@@ -1,11 +1,10 @@
-"""Fits a teacher into memory: weights on one GPU or spread over several and the host, and the batch
-size beside them.
+"""Fits a teacher into memory: where its weights go, the batch size, and slices of positions.
 
-Both are decided by measured numbers: the tensors of the weight files against free memory, and the
-peak of a batch that is run before the first span. The sizes tried are halves of one another, so
-equal cards that run nothing else settle on the same one.
-
-Slices of a batch's positions: the logits of a whole batch never exist at once.
+Weights go on one GPU, or are spread over several and the host. Both this and the batch size are
+decided by measured numbers: the tensors of the weight files against free memory, and the peak of a
+batch that is run before the first span. The sizes tried are halves of one another, so equal cards
+that run nothing else settle on the same one. Logits are made of a slice of a batch's positions at a
+time.
 """
 
 from __future__ import annotations

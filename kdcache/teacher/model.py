@@ -2,7 +2,7 @@
 
 The fast way pads the rows of a batch on the right and projects only the requested positions. It is
 right for most architectures. `TeacherModel.probe` checks it on a few real rows, and chooses a
-slower way if the fast one gives other logits than the model's own forward on each row alone.
+slower way if its logits differ from those of the model's own forward on each row alone.
 
 Cost: one forward of the base model a batch; the vocabulary is projected in slices of positions,
 only where a position is requested, so `[positions, vocabulary]` never exists whole. Without the

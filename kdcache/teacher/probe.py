@@ -1,19 +1,15 @@
-"""The parts of a model's probe: rows to try, and the comparison of logits.
+"""Probes a teacher: rows to try, comparison of logits, and a proof of its output layer.
 
-Cost of a probe: some ten forwards of at most 5 rows of 256 tokens.
-Guarantee: none for rows that behave unlike those tried. A fault that moves logits by less than the
-tolerance of their dtype is not found.
+`Projection` measures what the model's own forward does to its layer's output: the layer returns
+random numbers from 0.01 to 500, so a soft-cap, a scale or a bias that real rows would hardly show
+is found. A model that does anything else is refused. Then the layer is applied to the states of
+real rows and compared with the logits that the teacher gives.
 
-Takes the output layer out of a loaded teacher, and proves that it makes the teacher's logits.
-
-`Projection` measures what the model's own forward does to what its layer gives: the layer answers
-with random numbers from 0.01 to 500, so a soft-cap, a scale or a bias that real rows would hardly
-show is found. What it names is kept; a model that does anything else is refused. Then the kept
-layer is applied to the states of real rows and compared with the logits that the teacher gives.
-
-Cost: four forwards over 8 tokens, and one of the rows.
+Cost: some ten forwards of at most 5 rows of 256 tokens; for the layer four over 8 tokens, and one
+of the rows.
 Guarantee: `OutputLayer.logits(states)` are the teacher's own logits, up to the rounding of its
-dtype.
+dtype. A fault that moves logits by less than the tolerance of their dtype, or that only rows unlike
+those tried show, is not found.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """The output layer of a language model, and the states that its own forward gives to it.
 
-The fused loss needs both, and logits that are the layer's product with the states and nothing
-else. So the student always runs its own forward, with whatever it does before its layers (prompt
-tuning, changed embeddings, adapters). Only the output layer answers otherwise meanwhile: it keeps
-its input and returns one column instead of the vocabulary.
+The fused loss needs both, and logits that are the product of layer and states and nothing else. So
+the student always runs its own forward, with whatever it does before its layers (prompt tuning,
+changed embeddings, adapters). Only the output layer is replaced meanwhile: it keeps its input and
+returns one column instead of the vocabulary.
 
-What the model does to the logits afterwards is measured once, at the first batch: the layer answers
-with random numbers from 0.01 to 500, large and small because soft-capping leaves small logits alone
-and a bias leaves large ones alone. The model must return just these numbers, or all of them times a
-constant that its config names (Cohere, Granite, Falcon-H1), or these capped by a constant that its
-config names (Gemma 2), or these plus a buffer of the model (the biases of Marian), and no parameter
-may have a part in what follows the layer: a bias that is zero today is learnt tomorrow.
+What the model does to the logits afterwards is measured once, at the first batch: the layer returns
+random numbers from 0.01 to 500, large and small because soft-capping leaves small logits alone and
+a bias leaves large ones alone. The model must return these numbers, or all of them times a constant
+of its config (Cohere, Granite, Falcon-H1), or capped by one (Gemma 2), or plus a buffer of the
+model (the biases of Marian). No parameter may act after the layer: a bias that is zero today is
+learnt tomorrow.
 
 Cost: four forward passes over 8 tokens of the first batch; no global random numbers are drawn.
-Guarantee: where this says so, `layer(states) * scale`, capped, are the model's own logits. A model
-that it does not understand has no projection: its own logits are right.
+Guarantee: where there is a projection, `layer(states) * scale`, capped, are the model's own logits.
+Any other model has none, and its own logits are used.
 """
 
 from __future__ import annotations

@@ -1,40 +1,29 @@
-"""How many tokens a model can read: as many as its table of positions has places for.
+"""What single architectures do otherwise than others: the one place that names them.
 
-A longer row would be an index beyond the table: an error of torch on a CPU, and on a GPU one that
-ends the process. What a configuration says is no measure of it: RoBERTa and its like count
-positions from the one behind the padding's id, so their tables have some rows that no token has.
+*How far a model reads* (`reach`): as many tokens as its table of positions has entries. A longer
+row would be an index beyond the table: an error of torch on a CPU, and on a GPU one that ends the
+process. The configuration alone does not give it: RoBERTa and its like count positions from the
+one behind the padding's id, so some entries of their tables are never used.
 
-Cost: of a model that is not loaded, its modules on torch's meta device, without weights.
+*What depends on a batch's length or on the batches before* (`forget_lengths`, `length_class`).
+`longrope` (Phi-3) has one table of frequencies for inputs of at most its original length and one
+for longer ones. `dynamic` computes them anew for each length beyond the original, and keeps those
+of the longest input so far. BigBird attends to all tokens of a short input and to some blocks of a
+long one; after a short input it attends to all tokens of every later one. The routers of NLLB-MoE
+keep how many tokens an expert may take of the last batch that was evaluated, also in training.
+RWKV divides weights in place at its first forward in evaluation and multiplies them in the next in
+training, so a student saved in between would be another one.
 
-Parts of models that follow the length of the batch that a model is given, or the batches before.
+*What a decoder reads before the labels* (`decoder_start`): padding in T5 and Marian, the end of a
+sequence in BART, the last label, a code of the language, in mBART. It is measured: the model's own
+forward runs on two rows of labels up to its decoder, which keeps its input and stops.
 
-Rotary positions of two kinds of `rope_type` do so. `longrope` (Phi-3) has one table of frequencies
-for inputs of at most its original length and one for longer ones. `dynamic` computes them anew for
-each length beyond the original, and keeps those of the longest input so far. BigBird attends to all
-tokens of a short input and to some blocks of a long one, counted from both ends of the batch; after
-a short input it attends to all tokens of every later one. So the logits of a row depend on the
-longest row of its batch, padding included, and on the batches before.
-
-The routers of NLLB-MoE keep how many tokens an expert may take of the last batch that was
-evaluated, also in training. RWKV divides weights in place at its first forward in evaluation, and
-multiplies them in the next in training, so a student that was saved in between was another one.
-
-Cost: none where a model has none of these; else some batches are cut in two, and those beyond the
-length of `dynamic` and BigBird into rows of one length.
-Guarantee: with `forget_lengths` a forward depends on its own batch alone, and rows for which
-`length_class` is the same are read as each would be alone.
-
-What the decoder of a sequence-to-sequence model reads first.
-
-A model that is given labels makes the decoder's input of them: the labels one place later, behind a
-token that differs between models (padding in T5 and Marian, the end of a sequence in BART, the last
-label, a code of the language, in mBART). Rows are made by the same rule, so the rule is measured,
-not looked up: the model's own forward runs on two rows of labels up to its decoder, which keeps
-what it is given and goes no further.
-
-Cost: the forward of nothing: no layer runs, and of a configuration no weights exist (torch's meta
-device).
-Guarantee: where this returns a rule, `labels` alone give the decoder the input that rows hold.
+Cost: of a model that is not loaded, its modules on torch's meta device, without weights. No layer
+runs. Where a part depends on lengths, some batches are cut in two, and those beyond the length of
+`dynamic` and BigBird into rows of one length.
+Guarantee: with `forget_lengths` a forward depends on its own batch alone, and rows of one
+`length_class` are read as each would be alone. Where `decoder_start` returns a rule, `labels` alone
+give the decoder the input that rows hold.
 """
 
 from __future__ import annotations
@@ -44,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdcache.errors import UsageError, reason_of
@@ -56,23 +45,32 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "m
 _BUFFERS = ("embed_positions", "pos_encoding")  # of GPT-J, CodeGen and CTRL
 
 
-def reach_of(model: Any, side: str = "decoder") -> int | None:
-    """The most tokens that a model can read: of a table of positions; None of all others.
+def reach(model: Any, side: str = "decoder", *, trust_remote_code: bool = False) -> int | None:
+    """The most tokens that a model can read, by its table of positions; None without one.
 
     Args:
-        model: any; its weights may be on the meta device.
+        model: a model, with weights or on the meta device; or a configuration, of which a model
+            without weights is made. None, too, of a configuration that makes no model.
         side: of a sequence-to-sequence model whose sides have lengths of their own, `encoder` or
             `decoder`.
+        trust_remote_code: whether code that ships with a configuration's model may run.
     """
-    config = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
-    known = {} if config is None else config.to_dict()
+    config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: None)()
+    known = {} if text is None else text.to_dict()
     length = _length(known, side)
     if length is None:
         return None
+    if config is model:
+        try:
+            with unreadable(), quiet_transformers(), torch.device("meta"):
+                model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        except (UnreadableError, ImportError, OSError):
+            return None  # loading it gives the reason
     kind = known.get("model_type")
     if kind == "mpt":  # its biases of distances end there, too
         return length
-    if kind == "prophetnet" and side == "encoder":  # all further tokens have the last place
+    if kind == "prophetnet" and side == "encoder":  # all further tokens have the last position
         return None
     tables = [
         (len(table.weight), table.padding_idx)
@@ -90,26 +88,32 @@ def reach_of(model: Any, side: str = "decoder") -> int | None:
     if not tables:  # rotary or relative positions, whatever the configuration names
         return None
     unread = (1 + i for rows, i in tables if rows == length and i is not None)
-    # A ProphetNet's decoder looks one place further.
+    # A ProphetNet's decoder looks one position further.
     return length - max(unread, default=0) - int(kind == "prophetnet")
 
 
-def reach_of_config(config: Any, *, trust_remote_code: bool = False) -> int | None:
-    """The same of a model that is not loaded; None, too, where it cannot be made of its
-    configuration alone.
+def check_reach(
+    who: str, of_rows: tuple[int, int | None], of_sources: tuple[int, int | None]
+) -> None:
+    """Refuse rows that a model cannot read.
 
     Args:
-        config: its configuration.
-        trust_remote_code: whether code that ships with the model may run.
+        who: the model, for the message.
+        of_rows: tokens of the longest row, and the most that it reads.
+        of_sources: the same of sources, which a sequence-to-sequence model's encoder reads.
+
+    Raises:
+        UsageError: one is longer.
     """
-    if _length(config.get_text_config().to_dict(), "decoder") is None:
-        return None
-    try:
-        with unreadable(), quiet_transformers(), torch.device("meta"):
-            model: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    except (UnreadableError, ImportError, OSError):
-        return None  # whoever loads it says why
-    return reach_of(model)
+    for (length, most), what, flag in (
+        (of_rows, "row", "--max-length"),
+        (of_sources, "source", "--max-source-length"),
+    ):
+        if most is not None and length > most:
+            raise UsageError(
+                f"{who} reads at most {most} tokens, and a {what} has {length}. Build with a "
+                f"{flag} of at most {most}, or name a model that reads more."
+            )
 
 
 def _length(known: dict[str, Any], side: str) -> int | None:
@@ -266,8 +270,8 @@ def decoder_start(model: Any, name: str) -> int:
         An id, or `LAST_LABEL`.
 
     Raises:
-        UsageError: its forward makes no input of labels, or another one than the labels one place
-            later.
+        UsageError: its forward makes no input of labels, or another one than the labels one
+            position later.
     """
     shared = getattr(model.config, "share_encoder_decoder_embeddings", True)
     sizes = {getattr(model.config, n, None) for n in ("vocab_size", "decoder_vocab_size")}

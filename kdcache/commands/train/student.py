@@ -19,7 +19,7 @@ from kdcache.student import DistilledStudent, StudentInfo, load_student, student
 from kdcache.student.tokens import HfTokenize, WordTokenize
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
-from kdcache.teacher.quirks import length_class, reach_of
+from kdcache.teacher.quirks import length_class, reach
 
 _WORDS_LENGTH = 512
 _NO_BOUND = 1 << 62
@@ -80,9 +80,9 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         tokenize = student_tokenize(
             inner, options.student, info, trust_remote_code=options.trust_remote_code
         )
-        reach = reach_of(inner)
+        most = reach(inner)
         if cross is not None and cross.aligner.max_length is None:
-            cross.aligner.max_length = reach
+            cross.aligner.max_length = most
         if options.init_from is not None:
             from kdcache.student.initial_weights import begin_from
 
@@ -109,10 +109,10 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
             f"--max-length is {options.max_length}, and a student of words reads each word of a "
             "row, since each has a target. Leave it out, or build with a smaller --max-length."
         )
-    if task.texts and reach is not None and (options.max_length or 0) > reach:
+    if task.texts and most is not None and (options.max_length or 0) > most:
         raise UsageError(
             f"--max-length is {options.max_length}, but student {options.student} reads at most "
-            f"{reach} tokens. Give at most that."
+            f"{most} tokens. Give at most that."
         )
     if options.fsdp and not getattr(inner, "_no_split_modules", None):
         raise UsageError(

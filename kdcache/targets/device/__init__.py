@@ -8,7 +8,7 @@ ids, and never synchronise with the host; the first non-finite position is retur
 from __future__ import annotations
 
 from kdcache.targets.device.blocks import BLOCK, Blocks, largest, open_blocks, read_blocks
-from kdcache.targets.device.run import check_finite, compiles, label_logprobs, outside_mass
+from kdcache.targets.device.run import compiles, label_logprobs, outside_mass
 from kdcache.targets.device.threshold import (
     Rule,
     blocked_sample,
@@ -23,7 +23,6 @@ __all__ = [
     "Blocks",
     "Rule",
     "blocked_sample",
-    "check_finite",
     "compiles",
     "label_logprobs",
     "largest",

@@ -1,17 +1,12 @@
-"""How an encoding runs: compiled on CUDA, a slice of the positions at a time on a CPU.
+"""How an encoding runs, compiled on CUDA and in slices on a CPU; what is computed beside a codec.
 
-Finds positions with unusable logits: NaN, plus infinity, or nothing but minus infinity.
-
-Probability on the columns of a padded output layer that are not ids.
-
-Cost: one read of the logits on CUDA, by the blocks that sampling uses; plain operations would move
-30 bytes a logit.
-
-Log-probabilities of the hard labels, on the device that made the logits.
+Finite flags (NaN, plus infinity and nothing but minus infinity are unusable), probability on the
+columns of a padded output layer that are not ids, and log-probabilities of hard labels.
 
 Cost: nothing but a few numbers a position where the codec has read all logits at T = 1, as `topk`
-does always and `sample` where it declares that temperature. Otherwise a pass over the logits of its
-own: on CUDA one read of them, 0.2 ms for 2,048 positions of 128k ids in bfloat16 at an H100's rate.
+does always and `sample` where it declares that temperature. Otherwise one read of the logits on
+CUDA, by the blocks that sampling uses (0.2 ms for 2,048 positions of 128k ids in bfloat16 at an
+H100's rate); plain operations would move 30 bytes a logit.
 """
 
 from __future__ import annotations
@@ -87,23 +82,6 @@ def _compiler_works() -> bool:
 @cache
 def _compiled(run: Encoding) -> Encoding:
     return torch.compile(run)
-
-
-def check_finite(values: Tensor) -> Tensor:
-    """Find the first non-finite position, without synchronising with the host.
-
-    Args:
-        values: logits [n, ...], or the flags "finite" [n] that every codec's `encode` returns
-            (those cost nothing more).
-
-    Returns:
-        int64 scalar on the same device: the index of the first bad position, or -1.
-    """
-    good = values if values.dtype == torch.bool else values.isfinite().flatten(1).all(-1)
-    bad = ~good.flatten()
-    if bad.numel() == 0:
-        return torch.full((), -1, dtype=torch.int64, device=values.device)
-    return torch.where(bad.any(), bad.int().argmax(), -1)
 
 
 def all_finite(peak: Tensor, normalizer: Tensor) -> Tensor:

@@ -2,21 +2,16 @@
 
 The public pooling API gives the state after the final norm for every token of a prompt, which is
 what the output layer reads. Requests are answered in the order in which the engine finishes them;
-it computes as many rows at a time as fit its batch (continuous batching), so it is kept busy by
-asking for more rows than it has begun.
-
-Cost: start-up takes as long as vLLM takes; a state travels between processes as float32.
-Guarantee: each answer has one state for each id that was asked, or it is an error.
-
-Ends the processes of an engine when the process that started them ends, however it ends.
+it computes as many rows at a time as fit its batch (continuous batching), so more rows are
+requested than it has begun.
 
 vLLM's own processes outlive a parent that is killed (by the kernel for memory, by Ray at the end of
 every build) and would keep their GPUs. So a small process waits at a pipe: when the other end
-closes, it kills what it saw start.
+closes, it kills the processes that it saw start.
 
-Cost: a process of 15 MB. Guarantee: none if the guard itself is killed first.
-
-Which vLLM is installed, without importing it (that takes seconds).
+Cost: vLLM's start; a state travels between processes as float32; 15 MB of the guard.
+Guarantee: each answer has one state for each id that was asked, or it is an error. If the guard is
+killed first, processes may remain.
 """
 
 from __future__ import annotations

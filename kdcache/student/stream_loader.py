@@ -1,0 +1,72 @@
+"""What the HF Trainer needs to run over a stream: an epoch of batches, and an epoch's number.
+
+The Trainer asks its data loader anew for each epoch, and counts epochs by the batches that it gets.
+A stream reads ahead across epochs, and a resumed one begins within an epoch, so both are the
+stream's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kdcache.stream import Batch, TargetStream
+
+
+class StreamLoader:
+    """One epoch of the stream an iteration; reading continues across epochs."""
+
+    def __init__(self, stream: TargetStream, steps: int) -> None:
+        self.dataset = stream
+        self._steps = steps
+        self._batches: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = self.dataset
+        if self._batches is None:
+            self._batches = stream.batches(math.ceil(self._steps / stream.steps))
+        epoch = stream.cursor.epoch
+        while stream.cursor.epoch == epoch and stream.cursor.step < self._steps:
+            batch = next(self._batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        if self._batches is not None:
+            self._batches.close()  # type: ignore[attr-defined]
+
+
+class CursorCallback(TrainerCallback):  # type: ignore[misc]
+    """Keeps the Trainer's epoch and its window of logging right."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer  # a `DistillationTrainer`
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Continue the window of logging that a checkpoint was taken in."""
+        if self._trainer.streams:
+            self._trainer.begin_window()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the step, and set the epoch by the stream's cursor."""
+        trainer = self._trainer
+        trainer.end_anchors_step()
+        if not trainer.streams:
+            return
+        trainer._parts_steps += 1
+        cursor, rows = trainer.train_dataset.cursor, trainer.train_dataset.rows
+        state.epoch = cursor.epoch + cursor.rows_seen / rows
+        if state.global_step >= state.max_steps:
+            control.should_log = True
