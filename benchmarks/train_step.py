@@ -120,7 +120,9 @@ def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step
             both: Tensor = 0.5 * hard + 0.5 * temperature**2 * soft
             return both
         soft_targets = None if way == OURS_HARD else targets
-        total: Tensor | None = wrapper(labels, soft_targets, places=places, input_ids=inputs).loss
+        total: Tensor | None = wrapper(
+            labels, soft_targets, label_positions=places, input_ids=inputs
+        ).loss
         assert total is not None
         return total
 

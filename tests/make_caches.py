@@ -69,7 +69,7 @@ def make_shard(
     n = len(logits)
     u = torch.from_numpy(position_uniform(seed, 0, np.arange(n), np.zeros(n, np.int64)))
     codes = [
-        ((int(row.input_ids[0]) * 64 + int(row.input_ids[1])) * 31 + row.places(task)) % 400
+        ((int(row.input_ids[0]) * 64 + int(row.input_ids[1])) * 31 + row.positions(task)) % 400
         for row in rows
     ]
     return ShardData.from_rows(

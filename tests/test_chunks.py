@@ -38,8 +38,8 @@ def plain_loss(z: Tensor, labels: Tensor, targets: ChunkTargets, alpha: float) -
         soft = soft + targets.tau * (
             both + (1 - theirs) * torch.log((1 - theirs) / (1 - ours)) if theirs < 1 else both
         )
-    if targets.soft is not None and targets.groups is not None and targets.places is not None:
-        for row, place in enumerate(targets.places):
+    if targets.soft is not None and targets.groups is not None and targets.positions is not None:
+        for row, place in enumerate(targets.positions):
             soft = soft + plain_groups(p[place], targets.groups, targets.soft, row)
     return alpha * hard + (1 - alpha) * soft
 
@@ -78,7 +78,7 @@ def some_targets(seed: int, n: int, v: int, tau: float, kind: str) -> ChunkTarge
     exact = kind == "topk"
     tail = 1 - top.values.sum(-1) if exact else torch.zeros(len(begin))
     soft = groups.of_targets(SparseTargets(top.indices, top.values, tail, exact, 1.0))
-    return dataclasses.replace(targets, places=begin, soft=soft, groups=groups)
+    return dataclasses.replace(targets, positions=begin, soft=soft, groups=groups)
 
 
 @settings(max_examples=40, deadline=None)

@@ -157,7 +157,7 @@ def test_one_tokenizer_on_both_sides_has_chunks_of_one_token_and_the_usual_targe
     assert (chunks.end - chunks.begin == 1).all()
     assert not len(targets.begin)  # no chunk of several tokens: the likelihood has no part
     kept = batch["labels"] != IGNORE
-    labels = batch["labels"][kept][targets.places]
+    labels = batch["labels"][kept][targets.positions]
     # The rows themselves, at the positions that a student of their own text is asked about.
     usual = Collator(pad_id=0)(rows)
     places = np.concatenate(
@@ -170,7 +170,7 @@ def test_one_tokenizer_on_both_sides_has_chunks_of_one_token_and_the_usual_targe
     assert torch.equal(usual["labels"][usual["labels"] != IGNORE][places], labels)
     torch.manual_seed(0)
     z = torch.randn(int(kept.sum()), over.vocab_size, dtype=torch.float64, requires_grad=True)
-    want = distillation_loss(z[targets.places], labels, same, alpha=0.0, count=1.0)
+    want = distillation_loss(z[targets.positions], labels, same, alpha=0.0, count=1.0)
     own_labels = batch["labels"][kept]
     got = chunk_loss(z, own_labels, targets, alpha=0.0, count=1.0)
     torch.testing.assert_close(got.total, want.total, rtol=1e-12, atol=0)

@@ -228,7 +228,7 @@ class TestLabels:
                 assert expected == [
                     (int(row.input_ids[t]), int(row.labels[t]))
                     for row in found
-                    for t in row.places("causal-lm")
+                    for t in row.positions("causal-lm")
                 ]
                 assert len(found) == sum(any(m[1:]) for m in masks)
 

@@ -211,7 +211,7 @@ def test_an_encoder_makes_rows_of_both(tmp_path: Any) -> None:
         (row,) = make_encoder(spec, tokenizer).encode([Record(values, "a.jsonl", "line 1")])
         assert row.labels.tolist() == want
         assert (row.text, row.text_pair) == ("w1 w2", "w3")
-        assert row.places(task).tolist() == [0]
+        assert row.positions(task).tolist() == [0]
 
 
 # Losses, against a reference of their formulas in float64

@@ -478,9 +478,9 @@ def test_row_spec_checks_itself(options: dict[str, Any], message: str) -> None:
 def test_places_with_a_soft_target() -> None:
     ids = np.arange(4, dtype=np.int32)
     row = Row(ids, np.array([7, IGNORE, 0, IGNORE], np.int32))
-    assert row.places("causal-lm").tolist() == [0, 2]
+    assert row.positions("causal-lm").tolist() == [0, 2]
     unlabelled = Row(ids, np.array([IGNORE], np.int32))
-    assert unlabelled.places("sequence-classification").tolist() == [0]
+    assert unlabelled.positions("sequence-classification").tolist() == [0]
 
 
 def test_rows_do_not_depend_on_the_run(llama: Any, corpus_texts: list[str], tmp_path: Path) -> None:

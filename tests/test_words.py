@@ -61,7 +61,7 @@ def test_each_word_that_is_kept_has_its_own_label(kind: str, words: list[str], l
     assert list(row.words) == words[:kept]
     assert row.labels[row.first].tolist() == want[:kept]
     assert (row.labels[~row.first] == IGNORE).all()
-    assert row.places(TOKEN_CLASSIFICATION).tolist() == np.flatnonzero(row.first).tolist()
+    assert row.positions(TOKEN_CLASSIFICATION).tolist() == np.flatnonzero(row.first).tolist()
 
     (every,) = rows_of({"tokens": words, "tags": tags}, kind, max_length=length, label_tokens="all")
     assert every.first is not None
@@ -305,7 +305,7 @@ def test_wrong_lines_are_refused_in_one_line(
 def shard(words: Sequence[Sequence[str]]) -> ShardData:
     rows = [row for one in words for row in rows_of({"tokens": one, "tags": [1] * len(one)})]
     codec = Codec.parse("dense", (1.0,), len(NAMES))
-    positions = sum(len(row.places(TOKEN_CLASSIFICATION)) for row in rows)
+    positions = sum(len(row.positions(TOKEN_CLASSIFICATION)) for row in rows)
     u = torch.zeros(positions, dtype=torch.float64)
     targets = TargetWriter(codec).write(torch.randn(positions, len(NAMES)), u)
     return ShardData.from_rows(TOKEN_CLASSIFICATION, rows, targets)

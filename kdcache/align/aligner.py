@@ -117,7 +117,7 @@ class _Line:
         divides: bool [n], tokens with which one begins that does not attend to those before it.
         ends: int64 [n + 1], the units before each token.
         data: bytes of all tokens.
-        places: int64 [n + 1], the bytes before each token.
+        offsets: int64 [n + 1], the bytes before each token.
     """
 
     ids: Ints
@@ -129,7 +129,7 @@ class _Line:
     divides: Mask
     ends: Ints
     data: bytes
-    places: Ints
+    offsets: Ints
 
 
 @dataclass
@@ -137,7 +137,7 @@ class _Stretch:
     """Bytes of a row that are tokenised together.
 
     Attributes:
-        at: the place of their first token in the row; None of those that continue a stretch.
+        at: the position of their first token in the row; None of those that continue a stretch.
         unit: the first of their units.
         data: the bytes.
         text: the same as text; None where they are none.
@@ -231,7 +231,7 @@ class Aligner:
         return aligned
 
     def _parts(self, line: _Line) -> Iterator[_Stretch | int]:
-        """Stretches of text, and the places of special tokens, in order."""
+        """Stretches of text, and the positions of special tokens, in order."""
         n = len(line.ids)
         borders = line.special | line.begins | line.divides
         borders[1:] |= line.special[:-1]
@@ -245,7 +245,7 @@ class Aligner:
             prefixed = bool(line.begins[start]) or (everywhere and start > 0)
             unit = int(line.ends[start])
             at: int | None = start
-            pieces = texts_in(line.data[line.places[start] : line.places[stop]])
+            pieces = texts_in(line.data[line.offsets[start] : line.offsets[stop]])
             # Half a character at the end is left out, and what is before it goes on as well.
             last = len(pieces) - 1 - (len(pieces) > 1 and pieces[-1][1] is None)
             for i, (data, text) in enumerate(pieces):
@@ -289,9 +289,9 @@ class Aligner:
         if part.text is None:
             if not part.open_end:
                 found = self.student.byte_ids[np.frombuffer(part.data, np.uint8)]
-                (places,) = np.nonzero(found >= 0)
-                first = part.unit + places
-                own.add(found[places], first, first + 1, asked=False)
+                (known,) = np.nonzero(found >= 0)
+                first = part.unit + known
+                own.add(found[known], first, first + 1, asked=False)
             return
         widths = self.student.text_bytes(ids, part.data)
         asked: Mask | bool = widths is not None
@@ -420,10 +420,10 @@ def _line(teacher: TokenBytes, row: CachedRow, *, strict: bool = True) -> _Line:
     begins = fresh.copy()
     begins[1:] |= opener[:-1]
     begins &= ~special
-    data, places = teacher.decode(np.where(special, teacher.filler, ids), begins)
-    ends = places.copy()
+    data, offsets = teacher.decode(np.where(special, teacher.filler, ids), begins)
+    ends = offsets.copy()
     ends[1:] += np.cumsum(special)
-    return _Line(ids, asked, special, opener, fresh, begins, divides, ends, data, places)
+    return _Line(ids, asked, special, opener, fresh, begins, divides, ends, data, offsets)
 
 
 def like_marks(teacher: TokenBytes, student: TokenBytes) -> dict[int, Ints]:

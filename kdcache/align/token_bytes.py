@@ -174,9 +174,9 @@ class TokenBytes:
             begins = before[: len(row)] & ~self.special[row]
         widths = self.widths[row]
         parts = [self.tokens[number] for number in row.tolist()]
-        for place in np.flatnonzero(self.own_spaces(row, np.asarray(begins, np.bool_))):
-            parts[place] = parts[place][1:]
-            widths[place] -= 1
+        for i in np.flatnonzero(self.own_spaces(row, np.asarray(begins, np.bool_))):
+            parts[i] = parts[i][1:]
+            widths[i] -= 1
         starts = np.zeros(len(row) + 1, np.int64)
         np.cumsum(widths, out=starts[1:])
         return b"".join(parts), starts
@@ -196,8 +196,8 @@ class TokenBytes:
         first: Mask = begins.copy()
         if self.structure.prefix == "always":
             first[1:] |= np.isin(ids[:-1], list(self._added))
-        for place in np.flatnonzero(first):
-            first[place] = self._own_space(ids[place : place + 2])
+        for i in np.flatnonzero(first):
+            first[i] = self._own_space(ids[i : i + 2])
         return first
 
     def _own_space(self, ids: Ids) -> bool:

@@ -299,12 +299,12 @@ def _check_chunks(path: Path, dataset: Any, name: str) -> None:
 
     dataset.id.chunk_iter(note)
     for chunk in chunks:
-        place, rest = divmod(chunk.chunk_offset[0], step)
+        index, rest = divmod(chunk.chunk_offset[0], step)
         inside = chunk.byte_offset + chunk.size <= limit and 0 < chunk.size <= most
-        aligned = not rest and not any(chunk.chunk_offset[1:]) and place < expected
-        if not aligned or not inside or chunk.filter_mask or seen[place]:
+        aligned = not rest and not any(chunk.chunk_offset[1:]) and index < expected
+        if not aligned or not inside or chunk.filter_mask or seen[index]:
             break
-        seen[place] = True
+        seen[index] = True
     if not seen.all() or len(chunks) != expected:
         raise CorruptCacheError(f"{path}: the chunks of column {name} are missing or misplaced.")
 
@@ -330,8 +330,8 @@ def write_column(group: Any, name: str, array: np.ndarray) -> None:
         chunk = np.zeros(dataset.chunks, array.dtype)
         part = array[start : start + length]
         chunk[: len(part)] = part
-        place = (start, *(0 for _ in array.shape[1:]))
-        dataset.id.write_direct_chunk(place, stored_chunk(chunk))
+        corner = (start, *(0 for _ in array.shape[1:]))
+        dataset.id.write_direct_chunk(corner, stored_chunk(chunk))
 
 
 def read_column(

@@ -314,7 +314,7 @@ def _row(
         logprobs = decode_logprobs(data.label_logprob[first:last])
     positions = []
     for place, found, rest, logprob in zip(
-        row.places(cache.spec.task), guesses, rests, logprobs.tolist(), strict=True
+        row.positions(cache.spec.task), guesses, rests, logprobs.tolist(), strict=True
     ):
         label = int(row.labels[place])
         positions.append(

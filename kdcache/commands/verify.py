@@ -298,7 +298,7 @@ def _choose(cache: Cache, sample: int, rng: np.random.Generator) -> _Sample:
         first = int(ends[span]) - len(data)
         for index in (numbers[spans == span] - first).tolist():
             row = data.row(index)
-            within = row.places(spec.task)
+            within = row.positions(spec.task)
             some = np.sort(rng.choice(len(within), min(most, len(within)), replace=False))
             chosen.rows.append(row)
             chosen.places.append((span, index))
@@ -322,7 +322,7 @@ def _live(
     found: dict[int, Tensor] = {}
     for group in groups:
         rows = [chosen.rows[i] for i in group]
-        counts = [len(row.places(teacher.options.task)) for row in rows]
+        counts = [len(row.positions(teacher.options.task)) for row in rows]
         starts = np.cumsum(counts) - counts
         wanted = np.concatenate([chosen.wanted[i] + s for i, s in zip(group, starts, strict=True)])
         done, parts = 0, []

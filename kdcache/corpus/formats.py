@@ -81,7 +81,7 @@ class Span:
     """A unit of work: a stretch of one file, which becomes exactly one shard.
 
     Attributes:
-        index: Its place among the corpus's spans.
+        index: Its position among the corpus's spans.
         file: The file.
         start: First byte; the span owns the records that start in [start, stop). 0 where parts
             count.

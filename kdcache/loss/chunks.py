@@ -78,8 +78,8 @@ def chunk_loss(
     chunks = len(targets.begin)
     sums = own.new_zeros(chunks + 1).index_add(0, targets.chunk_of(own.device), own)[:chunks]
     soft = binary_divergence(targets.likelihood.to(own), sums, targets.tau).sum()
-    if targets.soft is not None and targets.groups is not None and targets.places is not None:
-        places = torch.from_numpy(targets.places).to(own.device)
+    if targets.soft is not None and targets.groups is not None and targets.positions is not None:
+        places = torch.from_numpy(targets.positions).to(own.device)
         group = targets.groups.student_on(own.device)
         soft = soft + _groups(logprobs[places], group, targets.groups.count, targets.soft).sum()
     scale = 1 / scalar_count(own, count, None)
@@ -184,10 +184,10 @@ def chunk_gradient_(
     pull = torch.cat([1 - p.expm1() / q.expm1(), p.new_zeros(1)])[chunk]
     factor = ((alpha * valid + (1 - alpha) * pull)[:, None]) / total
     d_label = -factor * others
-    if targets.soft is None or targets.groups is None or targets.places is None:
+    if targets.soft is None or targets.groups is None or targets.positions is None:
         z.copy_(e.mul_(factor))
     else:
-        places = torch.from_numpy(targets.places).to(z.device)
+        places = torch.from_numpy(targets.positions).to(z.device)
         listed = _Listed.of(e, places, targets.groups, targets.soft)
         if listed is not None:
             given = own[places], label[places], total[places], targets.soft

@@ -142,14 +142,14 @@ class Chats:
         found: list[Range] = []
         heads: list[str] | None = None
 
-        def place(i: int) -> Range | None:
+        def range_of(i: int) -> Range | None:
             other = [*messages[:i], _other(messages[i], _unused(text)), *messages[i + 1 :]]
             return _difference(text, self._render(other, tools))
 
         for i, message in enumerate(messages):
             if message["role"] not in self._spec.learn:
                 continue
-            here = place(i)
+            here = range_of(i)
             if here is None:  # the template leaves this message out
                 continue
             start, stop = here
@@ -157,7 +157,7 @@ class Chats:
                 if heads is None:
                     heads = self._heads(messages, max(i, 1), tools)
                 start = self._begin(text, start, heads, found, messages[:i], tools)
-            found.append((start, self._end(text, stop, i + 1, messages, place)))
+            found.append((start, self._end(text, stop, i + 1, messages, range_of)))
         if self._spec.reasoning == "read":
             return list(_without(found, list(thoughts(text, found))))
         return found
@@ -196,7 +196,7 @@ class Chats:
         start: int,
         following: int,
         messages: list[Message],
-        place: Callable[[int], Range | None],
+        range_of: Callable[[int], Range | None],
     ) -> int:
         """Where a message whose own words end at `start` ends: with the special token behind it."""
         if self._special is None:
@@ -208,7 +208,7 @@ class Chats:
             return len(text) if following == len(messages) else start
         at, length = min(ends, key=lambda end: (end[0], -end[1]))
         if text[start:at].strip() and following < len(messages):
-            after = place(following)
+            after = range_of(following)
             if after is not None and after[0] < at:
                 return start
         return at + length

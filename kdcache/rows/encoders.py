@@ -124,10 +124,10 @@ class TextEncoder(SequenceEncoder):
         total = 0
         for record, document in batch:
             body = next(bodies) if document.tokens is None else document.tokens[0]
-            places = next(spans) if offsets and document.tokens is None else None
+            characters = next(spans) if offsets and document.tokens is None else None
             prefix = self._prefix if document.framed and record.opens else []
             end = self._end if document.framed and record.closes else []
-            mark = _learnt(document, places, len(prefix), len(end))
+            mark = _learnt(document, characters, len(prefix), len(end))
             nothing = not (body if record.whole else prefix + body + end)
             if nothing or (mark is not None and not mark.any()):
                 self.empty += record.whole
@@ -170,7 +170,7 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _learnt(
-    document: Document, places: Sequence[tuple[int, int]] | None, before: int, after: int
+    document: Document, characters: Sequence[tuple[int, int]] | None, before: int, after: int
 ) -> Mask | None:
     """Which tokens of a document are to be learnt, the EOS after it included; None is all.
 
@@ -180,8 +180,8 @@ def _learnt(
         return np.asarray(document.tokens[1], np.bool_)
     if document.loss_ranges is None:
         return None
-    assert places is not None
-    bounds = np.asarray(places, np.int64).reshape(-1, 2)
+    assert characters is not None
+    bounds = np.asarray(characters, np.int64).reshape(-1, 2)
     body = np.zeros(len(bounds), np.bool_)
     for start, stop in document.loss_ranges:
         body |= (bounds[:, 1] > start) & (bounds[:, 0] < stop)
@@ -204,10 +204,10 @@ def _cut(ids: Ids, loss_mask: Mask, length: int, starts: Mask | None = None) -> 
     for start in range(0, len(labels), length):
         own = labels[start : start + length]
         if own[-1] == IGNORE:
-            (places,) = np.nonzero(own != IGNORE)
-            if not len(places):
+            (labelled,) = np.nonzero(own != IGNORE)
+            if not len(labelled):
                 continue
-            own = own[: places[-1] + 1]
+            own = own[: labelled[-1] + 1]
         # Copies: a view would keep the whole batch alive as long as one of its rows.
         row = Row(ids[start : start + len(own)].copy(), own.copy())
         if starts is not None:

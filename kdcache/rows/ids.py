@@ -147,7 +147,7 @@ class SequenceMaker:
 
 
 def _differing(ids: Numbers, labels: Numbers, mask: Mask) -> int | None:
-    """The first place where a label that counts is not the id."""
+    """The first position where a label that counts is not the id."""
     wrong = np.flatnonzero((ids != labels) & mask)
     return int(wrong[0]) if len(wrong) else None
 
@@ -179,11 +179,11 @@ def _real(attention: Numbers | None) -> slice:
     """Where a row's own ids are, its padding on either side left out."""
     if attention is None:
         return slice(None)
-    places = np.flatnonzero(attention)
-    if not len(places):
+    attended = np.flatnonzero(attention)
+    if not len(attended):
         return slice(0, 0)
-    own = slice(int(places[0]), int(places[-1]) + 1)
-    if own.stop - own.start != len(places):
+    own = slice(int(attended[0]), int(attended[-1]) + 1)
+    if own.stop - own.start != len(attended):
         raise RecordError(f"{_ATTENTION} hides ids in the middle of a row")
     return own
 

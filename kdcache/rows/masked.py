@@ -34,7 +34,7 @@ from kdcache.rows.tokens import checked_text, encoded, frame, need_offsets
 from kdcache.targets import position_uniform
 from kdcache.tasks import IGNORE
 
-MASKED, RANDOM = 0.8, 0.1  # shares of the chosen places; the others stay as they are
+MASKED, RANDOM = 0.8, 0.1  # shares of the chosen positions; the others stay as they are
 _CHOICE, _FATE, _OTHER = 2, 3, 4  # streams of random numbers; 0 and 1 are those of the targets
 
 Ids = npt.NDArray[np.int32]
@@ -50,7 +50,7 @@ class _Text(NamedTuple):
 
 
 class MaskedEncoder(Encoder):
-    """Masked LM: texts, packed into rows, some of whose places are masked."""
+    """Masked LM: texts, packed into rows, some of whose positions are masked."""
 
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)
@@ -172,15 +172,15 @@ class MaskedEncoder(Encoder):
 
     def _masked(self, ids: Ids, words: Numbers, span: int, row: int) -> Row:
         """A row of some tokens, of which at least one is not special."""
-        places = np.flatnonzero(~self._special[ids])
-        at = places + len(self._before)  # in the row
+        positions = np.flatnonzero(~self._special[ids])
+        at = positions + len(self._before)  # in the row
         choice, fate, other = (
             position_uniform(self.spec.mask_seed, span, row, at, stream=stream)
             for stream in (_CHOICE, _FATE, _OTHER)
         )
-        count = max(1, int(self._share * len(places) + 0.5))
+        count = max(1, int(self._share * len(positions) + 0.5))
         if self._words:
-            chosen = _by_words(choice, words[places], count)
+            chosen = _by_words(choice, words[positions], count)
         else:
             chosen = np.sort(np.argsort(choice, kind="stable")[:count])
         ids = np.concatenate([self._before, ids, self._after])

@@ -49,7 +49,7 @@ class Row:
     Attributes:
         input_ids: int32 `[L]`, no padding.
         labels: causal-lm int32 `[L]`, the id to predict after each token or `IGNORE`; masked-lm
-            int32 `[L]`, the id that a masked place had or `IGNORE`; token classification int32
+            int32 `[L]`, the id that a masked position had or `IGNORE`; token classification int32
             `[L]`, the class of the token's word, `UNLABELLED` if that has none, or `IGNORE`; of
             tasks of whole texts see `kdcache.rows.labels`.
         type_ids: uint8 `[L]` if the tokenizer marks text and pair (BERT does), else None.
@@ -93,7 +93,7 @@ class Row:
             for a, b in pairwise(bounds)
         ]
 
-    def places(self, task: str) -> npt.NDArray[np.int64]:
+    def positions(self, task: str) -> npt.NDArray[np.int64]:
         """Indices of the positions, rising: those with a label; the one of a class always."""
         return np.flatnonzero(positions(self.labels, task))
 

@@ -194,7 +194,7 @@ class CrossTokenizer(Reading):
             spans[several, 3],
             _floats(likelihood[several]),
             tau=self.tau,
-            places=np.concatenate(places)[order],
+            positions=np.concatenate(places)[order],
             soft=SparseTargets.concat(soft)[torch.from_numpy(order)],
             groups=self.groups,
         )

@@ -71,7 +71,7 @@ def check_rows(
         given = {key: value[rows, :stop].to(device) for key, value in {**inputs, **changed}.items()}
         if not masked:
             del given["attention_mask"]
-        # All places count, whether they have labels or not.
+        # All positions count, whether they have labels or not.
         marks = torch.zeros_like(labels[rows, :stop] if task.per_token else labels[rows])
         if task.per_token:
             marks[inputs["attention_mask"][rows, :stop] == 0] = IGNORE

@@ -49,7 +49,7 @@ from kdcache.student.figures import Totals, hard_labels, parts_of, soft_name
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import shard_over_ranks
 from kdcache.student.stream_loader import CursorCallback, StreamLoader
-from kdcache.student.wrapper import DistilledStudent, host_places
+from kdcache.student.wrapper import DistilledStudent, host_positions
 
 
 def recorded(
@@ -159,7 +159,7 @@ class DistillationTrainer(CheckpointingTrainer):
         """The stream itself, one epoch an iteration; other datasets as the Trainer does."""
         if not self.streams:
             return super().get_train_dataloader()
-        stream = self._place(self.train_dataset, self.args.gradient_accumulation_steps)
+        stream = self._set_ranks(self.train_dataset, self.args.gradient_accumulation_steps)
         self._loader = StreamLoader(stream, self.total_steps(stream))
         return self._loader
 
@@ -169,7 +169,7 @@ class DistillationTrainer(CheckpointingTrainer):
             return int(self.args.max_steps)
         return math.ceil(float(self.args.num_train_epochs) * stream.steps)
 
-    def _place(self, stream: TargetStream, accumulation: int) -> TargetStream:
+    def _set_ranks(self, stream: TargetStream, accumulation: int) -> TargetStream:
         stream.rank, stream.world_size = self.args.process_index, self.args.world_size
         stream.accumulation = accumulation
         return stream
@@ -188,8 +188,8 @@ class DistillationTrainer(CheckpointingTrainer):
         if isinstance(self.model, DistilledStudent):
             inputs = without_mask(self.model, inputs)
             labels = inputs.get("labels") if self.args.device.type == "cuda" else None
-            places = None if labels is None else host_places(labels, self.model.task)
-            inputs = inputs if places is None else {**inputs, "places": places}
+            at = None if labels is None else host_positions(labels, self.model.task)
+            inputs = inputs if at is None else {**inputs, "label_positions": at}
         return dict(send_to_device(inputs, self.args.device, non_blocking=True))
 
     # Training
@@ -257,7 +257,7 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def run_facts(self) -> dict[str, Any]:
         """What trackers record of the distillation, by name."""
-        stream = self._place(self.train_dataset, self.args.gradient_accumulation_steps)
+        stream = self._set_ranks(self.train_dataset, self.args.gradient_accumulation_steps)
         return recorded(stream, self.model, self.alpha, self.total_steps(stream))
 
     def compute_loss(
@@ -337,7 +337,7 @@ class DistillationTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:
-        parts = self._place(stream, 1).by_domain()
+        parts = self._set_ranks(stream, 1).by_domain()
         model = self.model
         was_training = model.training
         model.eval()

@@ -241,7 +241,7 @@ class DistilledStudent(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool = False,
         return_logprobs: bool = False,
-        places: Tensor | None = None,
+        label_positions: Tensor | None = None,
         label_logprob: Tensor | None = None,
         first_tokens: Tensor | None = None,
         **inputs: Any,
@@ -259,8 +259,8 @@ class DistilledStudent(nn.Module):
             num_items_in_batch: that of a whole step of several batches, which is stronger.
             return_logits: for language models: return all logits too, which takes their memory.
             return_logprobs: for language models: return the log-probabilities of the labels too.
-            places: int64 [P], where `labels.reshape(-1)` has positions, from a caller who knows
-                (see `host_places`); finding them here makes the host wait for the device once.
+            label_positions: int64 [P], where `labels.reshape(-1)` has positions, from a caller who
+                knows (see `host_positions`); finding them here makes the host wait for the device.
             label_logprob: what a batch holds of the teacher; the loss does not need it.
             first_tokens: which positions begin a word; the loss does not need it either.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
@@ -292,9 +292,10 @@ class DistilledStudent(nn.Module):
             inputs, labels = self._apart(inputs, labels)
         # Before the student's own work: reading the number of positions waits for the device, and
         # now it is idle.
-        if per_token and places is None:
-            places = positions(flat, self.task).nonzero().squeeze(-1)
-        n = len(flat) if places is None else len(places)
+        at = label_positions
+        if per_token and at is None:
+            at = positions(flat, self.task).nonzero().squeeze(-1)
+        n = len(flat) if at is None else len(at)
         soft = targets is not None
         if kind.answers in ("labels", "score"):
             return self._independent(labels, targets, inputs, alpha, count)
@@ -330,31 +331,31 @@ class DistilledStudent(nn.Module):
         logits = logprobs = None
         projection = self._project(inputs) if over_ids and not return_logits else None
         layer = None if projection is None else projection.layer
-        if places is None:
+        if at is None:
             logits = logits_of(call(self.student, self._padded_its_way(inputs)))
             parts = plain(logits, flat)
         elif projection is None or layer is None:
             logits = self._of_tokens(logits_of(call(self.student, inputs)), labels)
-            parts = plain(_pick(logits, places), flat[places])
+            parts = plain(_pick(logits, at), flat[at])
             if return_logprobs:
-                logprobs = label_logprobs(_pick(logits, places)[:, :width], flat[places])
+                logprobs = label_logprobs(_pick(logits, at)[:, :width], flat[at])
         else:
             states = self._of_tokens(projection.states(layer, inputs), labels)
             linear: Any = sliced_linear_distillation
             if divergence == "forward-kl":
                 linear = functools.partial(fused_linear_distillation, anchor=anchor)
             parts = linear(
-                _pick(states, places),
+                _pick(states, at),
                 layer.weight,
                 projection.bias(layer),
-                flat[places],
+                flat[at],
                 targets,
                 cap=projection.cap,
                 **options,
             )
             if return_logprobs:
-                given = _pick(states, places), layer.weight[:width], projection.bias(layer)
-                logprobs = linear_logprobs(*given, flat[places], cap=projection.cap)
+                given = _pick(states, at), layer.weight[:width], projection.bias(layer)
+                logprobs = linear_logprobs(*given, flat[at], cap=projection.cap)
         keep = logits if not over_ids or return_logits else None
         if keep is not None and per_token:
             keep = keep.reshape(*shape, -1)
@@ -423,7 +424,7 @@ class DistilledStudent(nn.Module):
 
     def _of_tokens(self, values: Tensor, labels: Tensor) -> Tensor:
         """Values [B, L', ...] of the labels' tokens: prompt tuning puts L' - L tokens before them,
-        and a Perceiver answers at all its places, whatever it reads.
+        and a Perceiver answers at all its positions, whatever it reads.
         """
         tokens = labels.shape[1]
         extra = values.shape[1] - tokens
@@ -450,7 +451,7 @@ def _check_number(targets: Targets | ChunkTargets, n: int) -> None:
         )
 
 
-def host_places(labels: Tensor, task: str) -> Tensor | None:
+def host_positions(labels: Tensor, task: str) -> Tensor | None:
     """Indices of the positions of the labels of tokens that are still on the host, else None.
 
     In pinned memory: they go to a GPU without a wait.
@@ -461,7 +462,7 @@ def host_places(labels: Tensor, task: str) -> Tensor | None:
     return found.pin_memory() if torch.cuda.is_available() else found
 
 
-def _pick(values: Tensor, places: Tensor) -> Tensor:
+def _pick(values: Tensor, at: Tensor) -> Tensor:
     """Rows [P, ...] of values [B, L, ...] at flat indices; a view if all are requested."""
     flat = values.flatten(0, 1)
-    return flat if len(places) == len(flat) else flat.index_select(0, places)
+    return flat if len(at) == len(flat) else flat.index_select(0, at)

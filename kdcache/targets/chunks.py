@@ -154,7 +154,7 @@ class ChunkTargets:
         end: int64 [C] on the host, the position after its last; chunks are in order and apart.
         likelihood: float32 [C], the teacher's log-likelihood of each chunk: finite, at most 0.
         tau: likelihoods are compared as ``p ** (1 / tau)``.
-        places: int64 [m] on the host, in order: positions with a distribution over groups.
+        positions: int64 [m] on the host, in order: positions with a distribution over groups.
         soft: those distributions; None where there are none.
         groups: what their ids are.
     """
@@ -164,7 +164,7 @@ class ChunkTargets:
     end: Integers
     likelihood: Tensor
     tau: float = 1.0
-    places: Integers | None = None
+    positions: Integers | None = None
     soft: SparseTargets | None = None
     groups: Groups | None = None
 
@@ -194,9 +194,9 @@ class ChunkTargets:
             "end": self.end[a:b] - start,
             "likelihood": self.likelihood[a:b],
         }
-        if self.places is not None and self.soft is not None:
-            c, d = np.searchsorted(self.places, (start, stop))
-            changed |= {"places": self.places[c:d] - start, "soft": self.soft[c:d]}
+        if self.positions is not None and self.soft is not None:
+            c, d = np.searchsorted(self.positions, (start, stop))
+            changed |= {"positions": self.positions[c:d] - start, "soft": self.soft[c:d]}
         return replace(self, **changed)
 
     def cuts(self, step: int) -> Iterator[slice]:

@@ -208,6 +208,7 @@ class Sample(Codec):
         refuse_bad_positions(encoded["finite"])
         values = encoded["values"]
         ids = encoded["ids"] if id_to_rank is None else np.asarray(id_to_rank)[encoded["ids"]]
+        # Slots beyond heads and draws are unused: shapes are fixed on the device.
         slot = np.arange(ids.shape[1])
         heads = encoded["heads"][:, None]
         # A head id whose mass rounded to no unit would be stored to weigh zero.
@@ -215,6 +216,7 @@ class Sample(Codec):
         tail = (slot >= heads) & (slot < heads + encoded["draws"][:, None])
 
         entries = values.reshape(-1, values.shape[-1])
+        # The last share is what the others leave of R.
         beside = {"shares": entries[:, :-1]}
         if self.anchored:
             beside["inverse"] = encoded["inverse"].reshape(-1)
@@ -230,6 +232,7 @@ class Sample(Codec):
 
     def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
         """See `Codec.renumber`: an id moves between near and far with all that is beside it."""
+        # Everything is sorted anew: another order of ids changes all differences.
         counts = self.counts(columns)
         owner = {axis: owners(n) for axis, n in counts.items()}
         ids = {axis: _undo_deltas(columns[f"{axis}_ids"], _first(n)) for axis, n in counts.items()}
@@ -275,6 +278,7 @@ class Sample(Codec):
         for axis, count in enumerate(counts):
             ends[axis, 1:] = running_sum(count)
         ids = np.zeros((positions, width), np.int64)
+        # Empty: `_weigh` writes every slot, zeros too, while the slice is in the cache.
         weights = np.empty((positions, width), np.float32)
         inverse = np.zeros((positions if self.anchored else 0, width), np.float32)
         ragged = [column for column in self.columns if column.per != "position"]
@@ -282,13 +286,13 @@ class Sample(Codec):
             part = slice(first, min(first + _SLICE, positions))
             cut = {a: slice(*ends[i, [part.start, part.stop]]) for i, a in enumerate(_AXES)}
             mine = {column.name: columns[column.name][cut[column.per]] for column in ragged}
-            place, found = self._entries(mine, counts[:, part], width)
+            flat_at, found = self._entries(mine, counts[:, part], width)
             if rank_to_id is not None:
                 found = rank_to_id[found].astype(np.int64)
-            ids[part].reshape(-1)[place] = found
-            self._weigh(weights[part], mine, place, size[part], total[part], index)
+            ids[part].reshape(-1)[flat_at] = found
+            self._weigh(weights[part], mine, flat_at, size[part], total[part], index)
             if self.anchored:
-                drawn = place[len(mine["head_ids"]) :]
+                drawn = flat_at[len(mine["head_ids"]) :]
                 inverse[part].reshape(-1)[drawn] = _INVERSES[_tail(mine, "inverse")]
         sample = SparseTargets(
             ids=torch.from_numpy(ids),
@@ -316,21 +320,23 @@ class Sample(Codec):
             Flat index in the padded result, and id or rank of each entry, int64.
         """
         heads, near, _ = counts
+        # One call for all three axes: their differences are undone by a single running sum.
         row = np.arange(counts.shape[1]) * width
         starts = np.concatenate([row, row + heads, row + heads + near])
         counts = counts.reshape(-1)
+        # Without the empty runs, whose first item would be that of the next run.
         used = np.flatnonzero(counts)
-        place, first = run_items(starts[used], counts[used])
+        flat_at, first = run_items(starts[used], counts[used])
         deltas = [columns[f"{axis}_ids"] for axis in _AXES]
         ids = _undo_deltas(np.concatenate(deltas), first)
         ids[len(ids) - len(deltas[-1]) :] += _NEAR
-        return place, ids
+        return flat_at, ids
 
     def _weigh(
         self,
         weights: Array,
         columns: Mapping[str, Array],
-        place: Array,
+        flat_at: Array,
         size: Array,
         total: Array,
         index: int,
@@ -340,14 +346,14 @@ class Sample(Codec):
         Args:
             weights: float32 [n, width], of any content.
             columns: as for `_entries`.
-            place: from there.
+            flat_at: from there.
             size: float32 [n], the size that each tail entry represents.
             total: [n], entries of each position.
             index: of the temperature.
         """
         flat, head = weights.reshape(-1), len(columns["head_ids"])
         if len(self.temperatures) == 1 and weights.shape[1] <= _SLICE:
-            # Heads as well, for now: whole rows, `total` ones before zeros, are faster than places.
+            # Heads as well, for now: whole rows, `total` ones before zeros, beat indices.
             rows = np.tri(weights.shape[1] + 1, weights.shape[1], -1, dtype=np.float32)
             rows.take(total, axis=0, out=weights, mode="clip")
             weights *= size[:, None]
@@ -357,10 +363,12 @@ class Sample(Codec):
                 shares = _tail(columns, "shares")
                 last = index == shares.shape[1]
                 share = _SHARE_UNITS - sum(shares.T) if last else shares[:, index]
+            # Shares first and sizes after: one product a row instead of a lookup an entry.
             weights[...] = 0
-            flat[place[head:]] = share / np.float32(_SHARE_UNITS)
+            flat[flat_at[head:]] = share / np.float32(_SHARE_UNITS)
             weights *= size[:, None]
-        flat[place[:head]] = columns["head_units"][:, index] / np.float32(self.rule.units)
+        # Last, over what the lines above have put into the head's slots.
+        flat[flat_at[:head]] = columns["head_units"][:, index] / np.float32(self.rule.units)
 
 
 @dataclass(frozen=True)
@@ -394,17 +402,18 @@ def _sorted_deltas(ids: Array, used: Array) -> tuple[Array, Array, Array]:
     """Sort the used ids of each row.
 
     Returns:
-        Differences to the row's previous id (the first: to 0), the flat places the ids came from,
+        Differences to the row's previous id (the first: to 0), the flat indices the ids came from,
         and how many each row has.
     """
     counts = used.sum(1)
+    # Unused slots sort behind all ids, so each row's first `counts` are the used ones.
     key = np.where(used, ids.astype(np.int64), np.iinfo(np.int64).max)
     order = np.argsort(key, axis=1)
     key = np.take_along_axis(key, order, 1)
     kept = np.arange(ids.shape[1]) < counts[:, None]
     deltas = np.diff(key, axis=1, prepend=0)[kept]
-    places = (order + np.arange(len(ids))[:, None] * ids.shape[1])[kept]
-    return deltas, places, counts
+    indices = (order + np.arange(len(ids))[:, None] * ids.shape[1])[kept]
+    return deltas, indices, counts
 
 
 def _order(owner: Array, ids: Array) -> Array:
@@ -414,6 +423,7 @@ def _order(owner: Array, ids: Array) -> Array:
 
 def _deltas(ids: Array, counts: Array) -> Array:
     """Differences of ids that are sorted inside each position; the first of one counts from 0."""
+    # Across all positions at once, and the first of each corrected: a loop would be Python's.
     deltas = np.diff(ids, prepend=0)
     first = _first(counts)
     deltas[first] = ids[first]

@@ -52,12 +52,12 @@ def load_models(options: TeacherOptions) -> list[Any]:
                 free / 1e9,
             )
     models = []
-    for place, one in enumerate(files):
+    for loaded, one in enumerate(files):
         room = None
         if spread:
             from accelerate.utils import get_max_memory
 
-            room = room_for_weights(get_max_memory(), len(files) - place)
+            room = room_for_weights(get_max_memory(), len(files) - loaded)
         models.append(_load(one, options, room))
     return models
 
@@ -177,10 +177,10 @@ def set_pad_id(config: Any, files: TeacherFiles) -> None:
 
 def input_device(model: Any) -> torch.device:
     """The device of a model's inputs; offloaded weights are on no device between calls."""
-    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
-    if not places:
+    devices = [str(device) for device in getattr(model, "hf_device_map", {}).values()]
+    if not devices:
         return torch.device(next(model.parameters()).device)
-    gpus = [place for place in places if place not in ("cpu", "disk")]
+    gpus = [device for device in devices if device not in ("cpu", "disk")]
     first = gpus[0] if gpus else "cpu"
     return torch.device("cuda", int(first)) if first.isdecimal() else torch.device(first)
 

@@ -100,10 +100,10 @@ def find_batch_tokens(peak_share: Callable[[int], float | None], most: int, leas
 
 def gpus_of(models: Iterable[Any]) -> tuple[torch.device, ...]:
     """The GPUs that hold models, in order; other processes may use the others."""
-    places = {str(tensor.device) for model in models for tensor in model.state_dict().values()}
+    names = {str(tensor.device) for model in models for tensor in model.state_dict().values()}
     for model in models:
-        places |= {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    found = {torch.device("cuda", int(p)) if p.isdecimal() else torch.device(p) for p in places}
+        names |= {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    found = {torch.device("cuda", int(p)) if p.isdecimal() else torch.device(p) for p in names}
     return tuple(sorted((d for d in found if d.type == "cuda"), key=lambda d: d.index or 0))
 
 

@@ -19,7 +19,7 @@ from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import Watch
 from kdcache.student.trainer import DistillationTrainer
-from kdcache.student.wrapper import host_places
+from kdcache.student.wrapper import host_positions
 from kdcache.targets import (
     AnchoredTargets,
     Codec,
@@ -298,7 +298,7 @@ def test_a_loop_of_ones_own_waits_once_more() -> None:
     with fake_cuda(), every_wait_is_seen(), tried_before, measured_before:
         student = DistilledStudent(fake_llama(vocabulary, BFLOAT16), "causal-lm")
         inputs = fake_batch(2, 64, masked=False)
-        del inputs["places"]
+        del inputs["label_positions"]
         with Waits() as waits:
             student(**inputs)
     ours = [one for one in waits.found if not one[1].startswith("transformers/")]
@@ -307,18 +307,18 @@ def test_a_loop_of_ones_own_waits_once_more() -> None:
 
 def test_the_trainer_finds_positions_on_the_host() -> None:
     labels = torch.tensor([[5, -100, 7], [-100, 2, -100]])
-    assert host_places(labels, "causal-lm").tolist() == [0, 2, 4]  # type: ignore[union-attr]
-    assert host_places(labels, "sequence-classification") is None
+    assert host_positions(labels, "causal-lm").tolist() == [0, 2, 4]  # type: ignore[union-attr]
+    assert host_positions(labels, "sequence-classification") is None
     student = DistilledStudent(fake_llama(64, BFLOAT16, "meta"), "causal-lm")
     for device, sent in (("cuda", [0, 2, 4]), ("cpu", None)):
         trainer = mock.Mock(model=student)
         trainer.args.device = torch.device(device)
         with mock.patch("kdcache.student.trainer.send_to_device", lambda x, *_, **__: x):
             given = DistillationTrainer._prepare_inputs(trainer, {"labels": labels})
-        found = given.get("places")
+        found = given.get("label_positions")
         assert (None if found is None else found.tolist()) == sent
     with fake_cuda():
-        assert host_places(torch.zeros(2, 3, device="cuda").long(), "causal-lm") is None
+        assert host_positions(torch.zeros(2, 3, device="cuda").long(), "causal-lm") is None
 
 
 def test_the_count_of_all_workers_is_summed_without_a_wait() -> None:
@@ -342,7 +342,7 @@ def fake_batch(batch: int, length: int, *, masked: bool) -> dict[str, Any]:
     return {
         "input_ids": ids,
         "labels": ids,
-        "places": torch.zeros(positions, dtype=torch.int64, device="cuda"),
+        "label_positions": torch.zeros(positions, dtype=torch.int64, device="cuda"),
         **({"attention_mask": ids} if masked else {}),
         "targets": fake_targets("sample", positions, 0, 1.0),
         "count": torch.zeros((), device="cuda"),

@@ -179,7 +179,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
     to_id = read_ranks(ranks, width) if ranks else None
     entries, expected = [], []
     for span, rows in enumerate(shards):
-        positions = [len(row.places(task)) for row in rows]
+        positions = [len(row.positions(task)) for row in rows]
         n = sum(positions)
         logits = torch.from_numpy(3 * rng.standard_normal((n, width))).float()
         u = torch.from_numpy(position_uniform(0, span, np.arange(n), 0))

@@ -49,7 +49,7 @@ class Places:
     @classmethod
     def of(cls, rows: Sequence[Row], task: str) -> Places:
         """All positions of some rows, in row-major order."""
-        wanted = [row.places(task) for row in rows]
+        wanted = [row.positions(task) for row in rows]
         return cls(
             np.repeat(np.arange(len(rows)), [len(places) for places in wanted]),
             np.concatenate([np.zeros(0, np.int64), *wanted]),

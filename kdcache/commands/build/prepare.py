@@ -61,7 +61,7 @@ def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: in
     """
     counts = np.zeros(vocab_size, np.int64)
     for row in sampled_rows(corpus, rows, tokenizer):
-        labels = row.labels[row.places(rows.task)]
+        labels = row.labels[row.positions(rows.task)]
         labels = labels[labels < vocab_size]
         counts += np.bincount(labels, minlength=vocab_size)
     return ranks_by_count(counts)

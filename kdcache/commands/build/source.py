@@ -262,7 +262,7 @@ class TeacherSource(Source[Span, TaughtRows]):
             packer: takes what is made.
             steps: see `Source.answer`.
         """
-        counts = [len(row.places(self.spec.task)) for row in rows]
+        counts = [len(row.positions(self.spec.task)) for row in rows]
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         packed: list[futures.Future[Packed]] = []
         places: list[np.ndarray] = []

@@ -161,7 +161,7 @@ class _Evaluation:
 
     def _batches(self, rows: list[Row], data: ShardData | None) -> Iterator[_Batch]:
         parts = documents_of(rows)
-        counts = [len(part.places(self.task)) for part in parts]
+        counts = [len(part.positions(self.task)) for part in parts]
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         # Log-probabilities of the labels: the teacher's, and of each student on these rows.
         self.logprobs = np.full((1 + len(self.students), offsets[-1]), np.nan)

@@ -261,7 +261,7 @@ class InBytes:
     def _logprobs(self, model: LoadedModel, rows: Sequence[Row]) -> Floats:
         """float64, of each label of the rows, in order."""
         parts = documents_of(rows)
-        counts = [len(part.places(CAUSAL_LM)) for part in parts]
+        counts = [len(part.positions(CAUSAL_LM)) for part in parts]
         first = np.cumsum([0, *counts])
         out = np.zeros(first[-1])
         asked = [i for i, count in enumerate(counts) if count]

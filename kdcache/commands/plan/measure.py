@@ -98,7 +98,7 @@ class SamplePass:
         return list(batches([row.sizes for row in self.sample.rows], tokens))
 
     def _places(self, row: Row) -> np.ndarray:
-        return row.places(self.prepared.spec.task)
+        return row.positions(self.prepared.spec.task)
 
     def _check_memory(self) -> None:
         """Refuse a sample whose dense targets would fill the memory."""

@@ -129,7 +129,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
         )
         found = list(make_encoder(spec, tokenizer).encode(part.records, span=span.index))
         domain = read.setdefault(span.file.domain, _Domain())
-        domain.positions += sum(len(row.places(spec.task)) for row in found)
+        domain.positions += sum(len(row.positions(spec.task)) for row in found)
         domain.records += len(part.records)
         domain.unfiltered += len(part.records) / (part.passed or 1)
         domain.stored += _stored(part)

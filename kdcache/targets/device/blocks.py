@@ -48,6 +48,7 @@ def read_blocks(logits: Tensor, temperatures: tuple[float, ...]) -> Blocks:
     sums = torch.cat([part[1] for part in parts], 1)
     peak = top.amax(1, keepdim=True)
     scale = torch.stack([((top - peak) / t).exp() for t in temperatures], -1)
+    # A block far below the peak underflows to 0 here, which is its probability in float32.
     sums = sums * scale
     normalizer = sums.sum(1)
     return Blocks(top, sums / normalizer[:, None], peak, normalizer)
@@ -92,6 +93,7 @@ def open_blocks(logits: Tensor, which: Tensor) -> Tensor:
     whole, left = divmod(logits.shape[-1], BLOCK)
     blocks = _whole_blocks(logits)
     row = torch.arange(len(logits), device=logits.device)[:, None]
+    # The last, shorter block is no row of the view; any row stands for it until it is replaced.
     opened = blocks[row, which.clamp_max(whole - 1) if left else which].float()
     if left:
         last = F.pad(logits[:, whole * BLOCK :].float(), (0, BLOCK - left), value=-torch.inf)
@@ -118,8 +120,8 @@ def largest(x: Tensor, k: int, *, ordered: bool = True) -> tuple[Tensor, Tensor]
     the time; with more, PyTorch's runs on all of them.
     """
     if x.is_cuda or torch.compiler.is_compiling() or torch.get_num_threads() > 2:
-        values, places = x.topk(k, -1, sorted=ordered or not x.is_cuda)
-        return values, places
+        values, indices = x.topk(k, -1, sorted=ordered or not x.is_cuda)
+        return values, indices
     least = x.shape[-1] - k
     found = torch.from_numpy(np.argpartition(x.numpy(), max(0, least - 1), -1)[..., least:])
     values, order = x.gather(-1, found).sort(-1, descending=True)
@@ -133,14 +135,14 @@ class Largest(NamedTuple):
         blocks: int64 [n, c], the candidates: the k blocks with the largest maxima.
         opened: float32 [n, c, B], their logits.
         values: float32 [n, k], the largest logits, falling.
-        places: int64 [n, k], their indices in the flattened `opened`.
+        indices: int64 [n, k], their indices in the flattened `opened`.
         ids: int64 [n, k].
     """
 
     blocks: Tensor
     opened: Tensor
     values: Tensor
-    places: Tensor
+    indices: Tensor
     ids: Tensor
 
 
@@ -154,12 +156,12 @@ def find_largest(logits: Tensor, blocks: Blocks, k: int) -> Largest:
     count = min(k, blocks.top.shape[1])
     candidates = largest(blocks.top.to(dtype), count, ordered=False)[1]
     opened = open_blocks(logits, candidates)
-    # Masked ids come before the places of the last block that are no ids at all.
+    # Masked ids come before the positions of the last block that are no ids at all.
     inside = candidates[..., None] * BLOCK + torch.arange(BLOCK, device=logits.device)
     ranked = torch.where(
         inside < logits.shape[-1], opened.to(dtype).clamp_min(torch.finfo(dtype).min), -torch.inf
     )
-    places = largest(ranked.flatten(1), k)[1]
-    values = opened.flatten(1).gather(1, places)
-    ids = candidates.gather(1, places // BLOCK) * BLOCK + places % BLOCK
-    return Largest(candidates, opened, values, places, ids)
+    indices = largest(ranked.flatten(1), k)[1]
+    values = opened.flatten(1).gather(1, indices)
+    ids = candidates.gather(1, indices // BLOCK) * BLOCK + indices % BLOCK
+    return Largest(candidates, opened, values, indices, ids)

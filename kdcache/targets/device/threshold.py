@@ -39,7 +39,7 @@ rounding. u, v and the rounding of shares use separate bits of one 53-bit number
 times on average, so 1 / pi_i = S / (n s_i) is what an entry must weigh to count a function of the
 head and the student for each tail id once, on average. It is rounded to a neighbouring power of B,
 up or down at random, so that the mean over the rounding is 1 / pi_i itself. That takes other bits
-of that hash. float32 places the borders between ids to a few millionths of a draw, so ids of a
+of that hash. float32 puts the borders between ids to a few millionths of a draw, so ids of a
 smaller pi_i are met so often only on average over positions, and inverses end at 2^24. Ids of size
 0 are never met: they have no inverse that could count them.
 
@@ -137,8 +137,10 @@ def split(top: Tensor, outside: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     """
     # Sums from the small end: exact to rounding however little the head leaves.
     left = F.pad(top.flip(1).cumsum(1).flip(1), (0, 1)) + outside[:, None]
+    # A rounding error above a whole number of draws must not cost one more.
     count = (left * (draws * (1 - _SLACK))).ceil()
     fits = F.pad(top, (0, 1)) * count <= left * (1 + _SLACK)
+    # The first that fits is the smallest h. The padded last one always does: its size is 0.
     heads = fits.int().argmax(1, keepdim=True)
     return heads.squeeze(1), left.gather(1, heads).squeeze(1)
 
@@ -162,10 +164,13 @@ def _round_head(
     mass = torch.where(head[..., None], p, 0).cumsum(1)
     # Without a tail the head is everything, and the rounding error of its sum is spread over it.
     mass = torch.where(left[:, None, None] > 0, mass, mass / mass[:, -1:].clamp_min(1e-30))
+    # Edges of cumulative sums are rounded, not masses: the units then add up without a correction.
     edges = (mass * rule.units + dither).floor().clamp(0, rule.units)
+    # In whole numbers, since a reader computes the number of draws from the units again.
     tail_units = (rule.units - edges[:, -1]).sum(-1).long()
     draws = (tail_units * rule.draws + rule.units - 1) // rule.units
     units = edges - F.pad(edges, (0, 0, 1, 0))[:, :-1]
+    # Rounding may add a draw, and a small vocabulary leaves few slots.
     room = p.shape[1] - head.sum(1)
     return units, draws.clamp_min(0).minimum(room)
 
@@ -192,15 +197,18 @@ def _round_shares(p: Tensor, ids: Tensor, u: Tensor, units: int) -> Tensor:
 def _round_inverse(expected: Tensor, ids: Tensor, u: Tensor, base: float) -> Tensor:
     """Code of 1 / pi for entries that are met `expected` [n, K] times on average, uint8."""
     octaves = math.log2(base)
+    # At least base^-2, whose code is 0.
     inverse = (1 / expected.clamp_min(1 / LARGEST_INVERSE)).clamp_min(base**-2)
     power = (inverse.log2() / octaves).floor()
     low, high = (power * octaves).exp2(), ((power + 1) * octaves).exp2()
+    # Up with the probability that makes the mean of both powers the inverse itself.
     up = _hashed(u, ids) * (high - low) < inverse - low
     return (power + 2 + up).clamp_min(0).to(torch.uint8)
 
 
 def _hashed(u: Tensor, ids: Tensor) -> Tensor:
     """A number in [0, 1) for each id [n, K] of a position: all bits of u [n], mixed anew."""
+    # Multiply and xor-shift as in splitmix64; factors are below 2^63, since int64 has a sign.
     state = (u * 2.0**53).long()[:, None] ^ (ids.long() * 0x1E3779B97F4A7C15)
     for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
         state = (state ^ (state >> 31)) * factor
@@ -246,6 +254,7 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
         for part, t in zip(each, temperatures, strict=True)
     ]
     normalizer = torch.stack([w.sum(-1) for w in weights], -1)
+    # In inside: a copy of [n, V] would double the memory of the reference.
     size = weights[0].div_(normalizer[:, :1])
     for i, w in enumerate(weights[1:], 1):
         size.addcdiv_(w, normalizer[:, i, None])
@@ -256,7 +265,7 @@ def reference_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]
     head = torch.arange(slots, device=z.device) < heads[:, None]
     # The line on which the draws fall: the tail's sizes end to end, the head taken out.
     line = size.scatter_(1, top_ids, torch.where(head[:, :-1], 0, top)).cumsum_(-1)
-    top_ids = F.pad(top_ids, (0, 1))
+    top_ids = F.pad(top_ids, (0, 1))  # the last slot is never a head: K - 1 were looked for
 
     def of(ids: Tensor) -> Tensor:
         parts = [
@@ -280,18 +289,18 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     blocks = read_blocks(logits, temperatures)
     peak, normalizer = blocks.peak, blocks.normalizer
 
-    candidates, opened, values, places, top_ids = find_largest(logits, blocks, slots - 1)
+    candidates, opened, values, indices, top_ids = find_largest(logits, blocks, slots - 1)
     p_top = torch.stack(probabilities(values, peak, normalizer, temperatures), -1)
     top = p_top.sum(-1)
     inner = _add(probabilities(opened, peak, normalizer, temperatures)).flatten(1)
     # Subtracting the head from its blocks' masses would leave rounding noise of the head's size:
     # the candidate blocks are open anyway, so what is left in them is summed afresh.
-    remaining = inner.scatter(1, places, 0).view_as(opened).sum(-1)
+    remaining = inner.scatter(1, indices, 0).view_as(opened).sum(-1)
     mass = blocks.mass.sum(-1).scatter(1, candidates, remaining)
     heads, left = split(top, mass.sum(-1), rule.draws)
 
     head = torch.arange(slots, device=logits.device) < heads[:, None]
-    inner = inner.scatter(1, places, torch.where(head[:, :-1], 0, top)).view_as(opened)
+    inner = inner.scatter(1, indices, torch.where(head[:, :-1], 0, top)).view_as(opened)
     mass = mass.scatter(1, candidates, inner.sum(-1))
     line = mass.cumsum(-1)
     units, draws = _round_head(F.pad(p_top, (0, 0, 0, 1)), head, left, u, rule)
@@ -300,20 +309,23 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
 
     # Where each block sits among the candidates, whose head ids are taken out; -1: nowhere.
     seats = torch.arange(candidates.shape[1], device=logits.device).expand_as(candidates)
+    # A table over all blocks, because comparing each draw with each candidate would be [n, K, K].
     seat = torch.full_like(mass, -1, dtype=torch.int64).scatter(1, candidates, seats)
     seat = seat.gather(1, block)
     row = torch.arange(len(logits), device=logits.device)[:, None]
     known = inner[row, seat.clamp_min(0)]
+    # Also opened where the block is known: a branch by data would make the host wait.
     fresh = _add(probabilities(open_blocks(logits, block), peak, normalizer, temperatures))
     within = torch.where((seat >= 0)[..., None], known, fresh).cumsum(-1)
     # The point's offset inside its block, on the scale of the block's own sum.
     block_mass = mass.gather(1, block)
     offset = (points - (line.gather(1, block) - block_mass)) / block_mass.clamp_min(1e-38)
     point = offset.clamp(0, 1 - 1e-6) * within[..., -1]
-    place = torch.searchsorted(within, point[..., None], right=True).squeeze(-1)
-    drawn = (block * BLOCK + place.clamp_max(BLOCK - 1)).clamp_max(logits.shape[-1] - 1)
+    inside = torch.searchsorted(within, point[..., None], right=True).squeeze(-1)
+    drawn = (block * BLOCK + inside.clamp_max(BLOCK - 1)).clamp_max(logits.shape[-1] - 1)
 
     ids = torch.where(head, F.pad(top_ids, (0, 1)), drawn)
+    # From the logits again, since heads and draws come from different tensors.
     z = logits.gather(1, ids).float()
     p = torch.stack(probabilities(z, peak, normalizer, temperatures), -1)
     finite = all_finite(peak, normalizer)

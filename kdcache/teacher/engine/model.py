@@ -104,7 +104,7 @@ class EngineModel:
         for row in rows:
             self._asked.pop(id(row), None)
         parts = [
-            future.result()[torch.from_numpy(row.places(CAUSAL_LM))]
+            future.result()[torch.from_numpy(row.positions(CAUSAL_LM))]
             for row, future in zip(rows, asked, strict=True)
         ]
         hidden = self.to_device(torch.cat(parts).to(self._dtype))
