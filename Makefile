@@ -58,7 +58,7 @@ test-generated: install
 		status=$$?; cat build/generated.log; [ $$status -eq 0 ] || [ $$status -eq 5 ]
 
 test-most: install
-	$(BIN)/python -m pytest -m "not (gpu or alone $(LEFT_OUT))" --ignore tests/cuda -n $(JOBS) --dist loadfile --max-worker-restart 0 $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not (gpu or alone $(LEFT_OUT))" --ignore tests/cuda -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-alone: install
 	$(BIN)/python -m pytest -m "alone and not (gpu $(LEFT_OUT))" tests/test_cluster.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
@@ -74,10 +74,10 @@ test-vllm: vllm-venv
 	$(VLLM_VENV)/bin/python -m pytest -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not (slow or $(BESIDE))" -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not (slow or $(BESIDE))" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-in-process: install
-	$(BIN)/python -m pytest -m "not ($(BESIDE))" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not ($(BESIDE))" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

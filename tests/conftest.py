@@ -32,6 +32,13 @@ CLASSES = ("bad", "neutral", "good")
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start clusters and processes come first: of these the longest would end alone."""
+    long = {item.path for item in items if item.get_closest_marker("end_to_end")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_collection_finish() -> None:
     """The collector need not look at a million objects of libraries: every training calls it."""
     gc.freeze()

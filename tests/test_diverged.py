@@ -54,6 +54,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
 
 @pytest.mark.parametrize("name", ["", "student.dense.weight"])
 @pytest.mark.parametrize("every", [{"logging_steps": 1}, {"logging_steps": 100}])
+@pytest.mark.slow
 def test_a_training_ends_at_the_step_and_keeps_the_checkpoint_before(
     tmp_path: Path, spoilt: Callable[[int, str], None], name: str, every: dict[str, int]
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_training_ends_at_the_step_and_keeps_the_checkpoint_before(
     assert all(line["step"] < 8 for line in read_metrics(out))
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_too(tmp_path: Path, spoilt: Callable[[int, str], None]) -> None:
     make_cache(tmp_path / "train", [20])
     spoilt(1, "student.dense.weight")
@@ -86,6 +88,7 @@ def test_a_run_of_one_step_too(tmp_path: Path, spoilt: Callable[[int, str], None
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_too(tmp_path: Path) -> None:
     size = {"vocab_size": 64, "max_position_embeddings": 32, "hidden_size": 16}
     BertModel(

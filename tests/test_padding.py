@@ -185,6 +185,7 @@ GEMMA = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_student_whose_gradients_are_not_finite_is_refused(tmp_path: Path) -> None:
     make_caches.make_cache(tmp_path / "causal", [14], task=make_caches.CAUSAL, codec="topk:6")
     (tmp_path / "gemma.json").write_text(json.dumps(GEMMA))

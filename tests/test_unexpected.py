@@ -229,6 +229,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaModel, "forward", forward)
 
 
+@pytest.mark.slow
 def test_a_forward_that_fails_each_time_is_the_teachers(
     poisoned: BuildOptions, poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +247,7 @@ def test_a_forward_that_fails_each_time_is_the_teachers(
     assert build(poisoned).made == 1
 
 
+@pytest.mark.slow
 def test_errors_of_a_disk_are_tried_again_with_the_same_command(
     poisoned: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
