@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from kdcache.loss import distillation_loss, fused_linear_distillation
     from kdcache.stream import Collator, SumOverRanks, TargetDataset, TargetStream
     from kdcache.stream.cross import CrossTokenizer
+    from kdcache.stream.lookup import TargetLookup
     from kdcache.stream.text import cached_rows
     from kdcache.student import DistilledStudent, load_student
     from kdcache.student.trainer import DistillationTrainer
@@ -83,6 +84,7 @@ _HOMES = {  # of public names, beside those of commands
     "kdcache.loss": ("distillation_loss", "fused_linear_distillation"),
     "kdcache.stream": (*("Collator", "SumOverRanks", "TargetDataset", "TargetStream"),),
     "kdcache.stream.cross": ("CrossTokenizer",),
+    "kdcache.stream.lookup": ("TargetLookup",),
     "kdcache.stream.text": ("cached_rows",),
     "kdcache.student": ("DistilledStudent", "load_student"),
     "kdcache.student.trainer": ("DistillationTrainer",),

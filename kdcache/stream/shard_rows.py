@@ -97,6 +97,14 @@ def undivided(data: ShardData) -> ShardData:
     return replace(data, **changed)
 
 
+def by_document(data: ShardData) -> ShardData:
+    """The documents of rows that do not attend to each other, each as a row of its own."""
+    if data.starts is None:
+        return data
+    begins = np.append(np.flatnonzero(data.starts), len(data.input_ids))
+    return replace(data, offsets=begins.astype(np.int64), starts=None)
+
+
 Part = TypeVar("Part", bound=Columns)
 
 
