@@ -145,7 +145,8 @@ def index(scratch: Path, options: argparse.Namespace) -> list[list[str]]:
     for keys in (options.keys // 10, options.keys):
         before = memory_mib(most=False)
         making = content._Making(_Cache(), scratch)  # type: ignore[arg-type]
-        making._scratch, making._ends = tempfile.TemporaryFile(dir=scratch), [0]
+        making._scratch = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 closed by `making`
+        making._ends = [0]
         rng, started = np.random.default_rng(0), time.perf_counter()
         for begin in range(0, keys, content._RUN):
             records = np.zeros(min(content._RUN, keys - begin), RECORD)
@@ -194,8 +195,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["KDCACHE_DISK"] = f"{scratch}/disk"
+        keys = index(Path(scratch), options)  # first: memory is the peak of the process
         rows = speed(Path(scratch), options)
-        keys = index(Path(scratch), options)
     head = ["", "CPU time a position, µs", "positions a second of CPU time", "of the stream"]
     many = ["keys", "bytes a key", "s to make", "MiB for it", "ms to open", "µs to find a key"]
     load = f"load average {os.getloadavg()[0]:.0f}"

@@ -24,7 +24,7 @@ import logging
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -256,13 +256,18 @@ class DecodedRows:
     def of_shard(cls, cache: Cache, span: int, codec: Codec) -> DecodedRows:
         """The rows of a shard of a cache, decoded now if no process of this machine has."""
 
-        def begin() -> tuple[int, _Writing]:
+        def begin() -> tuple[int, Callable[[BinaryIO], None]]:
             data = by_document(cache.read(span))
             columns = {"offsets": data.offsets, "input_ids": data.input_ids, "labels": data.labels}
             columns |= {f"ends/{axis}": ends for axis, ends in data.item_offsets.items()}
             columns |= {f"targets/{name}": c for name, c in data.targets.columns.items()}
             blob = save({name: np.ascontiguousarray(c) for name, c in columns.items()})
-            return len(blob) + 32, _Writing(blob)
+            blob += hashlib.sha256(blob).digest()
+
+            def fill(file: BinaryIO) -> None:
+                file.write(blob)
+
+            return len(blob), fill
 
         disk, name = DiskCache.of_environment(), f"{cache.digest[:32]}-{span}.rows"
         usual = contextlib.suppress(ValueError, KeyError, TypeError, CorruptCacheError)
@@ -292,14 +297,3 @@ class DecodedRows:
             input_ids=ids,
             labels=of("labels", "offsets"),
         )
-
-
-class _Writing:
-    """Writes bytes, and their SHA-256 after them."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def __call__(self, file: BinaryIO) -> None:
-        file.write(self._data)
-        file.write(hashlib.sha256(self._data).digest())

@@ -49,7 +49,7 @@ class Found:
     """What the caches have for a batch.
 
     Attributes:
-        targets: of all positions of `labels`, in row-major order.
+        targets: of all positions of `labels`, in row-major order, on the device of the batch.
         labels: int64, in the shape of the batch: of each position the next id, aligned with the
             logits as `DistilledStudent` takes them; -100 elsewhere and at all of a missed row.
         hard: the same of rows that were missed; None where there are none.
@@ -211,7 +211,7 @@ class TargetLookup:
             hard.flat[places], own.flat[places] = own.flat[places], IGNORE
         device = labels.device
         return Found(
-            self._targets(parts),
+            self._targets(parts).to(device),
             torch.from_numpy(own).to(device),
             torch.from_numpy(hard).to(device) if missed else None,
         )
