@@ -39,6 +39,10 @@ from kdcache.tasks import IGNORE
 BATCH = 32
 ROW = 512
 SHARDS = 8
+GROWS = """\
+With the keys grow the file and the time to make it, which is mostly the reading of their rows (the line "the
+index" above, on one core); memory is that of one run of 4 million keys, and pages of the mapped file that the
+system may take back. 10^9 rows are 24 GB beside the cache, and as much again while they are merged."""
 
 
 def batches(cache: Cache) -> list[dict[str, torch.Tensor]]:
@@ -201,7 +205,7 @@ def main() -> None:
     many = ["keys", "bytes a key", "s to make", "MiB for it", "ms to open", "µs to find a key"]
     load = f"load average {os.getloadavg()[0]:.0f}"
     what = f"`sample:20`, T = 1, rows of {ROW}, batches of {BATCH}"
-    text = f"{what}; {machine()}; {load}.\n\n{table(head, rows)}\n\n{table(many, keys)}"
+    text = f"{what}; {machine()}; {load}.\n\n{table(head, rows)}\n\n{table(many, keys)}\n\n{GROWS}"
     print(text)
     if options.markdown:
         keep("lookup", f"`python benchmarks/lookup.py`: {text}")
