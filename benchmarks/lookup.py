@@ -40,9 +40,10 @@ BATCH = 32
 ROW = 512
 SHARDS = 8
 GROWS = """\
-With the keys grow the file and the time to make it, which is mostly the reading of their rows (the line "the
-index" above, on one core); memory is that of one run of 4 million keys, and pages of the mapped file that the
-system may take back. 10^9 rows are 24 GB beside the cache, and as much again while they are merged."""
+With the keys grow the file and the time to make it, which is mostly the reading of their rows (the
+line "the index" above, on one core); memory is that of one run of 4 million keys, and pages of the
+mapped file that the system may take back. 10^9 rows are 24 GB beside the cache, and as much again
+while they are merged."""
 
 
 def batches(cache: Cache) -> list[dict[str, torch.Tensor]]:
