@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -234,6 +235,8 @@ def test_a_miss_names_its_cause(topk: Cache) -> None:
     assert text[:30] in cut
     assert f"The cache has a row of {len(longest)} ids that begins with it" in cut
     assert f"has its first {len(longest)} ids as a row" in missing(topk, np.append(longest, 9))
+    both = np.concatenate([documents_of(topk)[1].ids, longest])
+    assert "lays several end to end without position_ids" in missing(topk, both)
     assert "without its first id, 7: the trainer adds a BOS" in missing(topk, np.append(7, longest))
     assert "has the id 64, and the cache's tokenizer has 64" in missing(topk, np.array([5, 64, 2]))
     assert "build the cache from the rows that the trainer prepares" in missing(
@@ -393,6 +396,16 @@ def test_a_cache_that_cannot_be_written_has_its_index_with_the_copies(
     (folder / "lookup").symlink_to(elsewhere)
     assert found_all(topk)
     assert list(elsewhere.iterdir()) == []  # nothing is written through a link
+
+
+def test_a_remote_cache_has_its_index_with_the_copies(topk: Cache, disk: Path) -> None:
+    store, there = fsspec.filesystem("memory"), f"/{disk.parent.name}/lookup"
+    store.put(topk.storage.url, there, recursive=True)
+    remote = Cache.open(f"memory:/{there}")
+    for _ in range(2):
+        assert found_all(remote)
+        assert len(list(disk.glob("*.index"))) == 1
+        assert not store.exists(f"{there}/lookup")
 
 
 def test_an_index_that_is_a_pipe_is_not_waited_for(topk: Cache, disk: Path) -> None:

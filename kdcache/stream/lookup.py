@@ -352,7 +352,8 @@ class TargetLookup:
         if (at := self._has(cut)) is not None:
             return (
                 f"The cache has its first {len(cut[at])} ids as a row: the trainer truncates at "
-                "another length than the build (--max-length), or ends a row otherwise."
+                "another length than the build (--max-length), ends rows otherwise, or lays "
+                "several end to end without position_ids."
             )
         ends = range(row.least, len(ids) + 1)
         if self._has([ids[1:end] for end in ends]) is not None:
