@@ -1,8 +1,8 @@
 """Options: a dataclass whose fields are the options of a command and the arguments of a function.
 
 An option is declared once, at its field, with `option`: default, help, bounds, how it is written,
-and what it decides. Groups that several commands share are base classes. Whoever needs to know an
-option (the command line, a YAML file, the identity of a run) reads the fields:
+and what it decides. Groups that several commands share are base classes. The command line, YAML
+files and the identity of a run read the fields:
 
     @dataclass(frozen=True, kw_only=True)
     class ShoutOptions(Options):
@@ -11,12 +11,12 @@ option (the command line, a YAML file, the identity of a run) reads the fields:
         text: str = option(help="what to shout.", metavar="TEXT")
         times: int = option(1, help="how often.", at_least=1)
 
+An option that became a KEY=VALUE of another one is declared with `instead`. It keeps its field,
+type and bounds: `--bilstm layers=2` sets the field `layers`. Its own flag, key of a YAML file and
+environment variable work for one more version, and no help shows them.
+
 Guarantee: a value is checked when the object is made, wherever it came from, and all that is wrong
 is reported at once.
-
-What was an option once and is now a KEY=VALUE of another one is declared with `instead`. It keeps
-its field, type and bounds: `--bilstm layers=2` sets the field `layers`. Its own flag, key of a YAML
-file and environment variable work for one more version, and no help shows them.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def test_reading_what_is_missing_raises(storage: Storage) -> None:
         (errno.EDQUOT, IncompleteError, "no space left"),
         (errno.EACCES, UsageError, "cannot write"),
         (errno.ENAMETOOLONG, UsageError, "cannot write"),
-        (errno.EROFS, UsageError, "read-only"),
+        (errno.EROFS, UsageError, "cannot write"),
         (errno.EIO, OSError, "disk"),
     ],
 )

@@ -325,7 +325,7 @@ class Aligner:
         ids, first, last = ids[:kept], first[:kept], last[:kept]
         asked, inserted, starts = asked[:kept], inserted[:kept], starts[:kept]
         teacher_asked = _sums(line.asked)
-        # What was inserted is no part of a chunk.
+        # What was inserted belongs to no chunk.
         (mine,) = np.nonzero(~inserted)
         begin, end = first[mine], last[mine]
         shared = np.intersect1d(line.ends, np.concatenate([begin, end]))
@@ -414,7 +414,7 @@ def _line(teacher: TokenBytes, row: CachedRow, *, strict: bool = True) -> _Line:
         divides[: len(row.starts)] = row.starts
         fresh[1:] = divides[1:]
     elif not row.single and not (special & ~opener & (ids != teacher.eos_id)).any():
-        # Where there are other marks this is a chat, whose messages may end with it too.
+        # Where there are other marks this is a chat; its messages may end with it too.
         fresh = after_end
     fresh[:1] = row.opens
     begins = fresh.copy()
@@ -469,7 +469,7 @@ def texts_in(data: bytes) -> list[tuple[bytes, str | None]]:
 
 
 def settled(text: str) -> str:
-    """A text without its last word, whose tokens could be others if it went on."""
+    """A text without its last word: its tokens could be others if the text went on."""
     tail = text[-_NEAR_THE_END:]
     found = _LAST_WORD.search(tail)
     return text[: len(text) - len(tail) + found.start()] if found else text

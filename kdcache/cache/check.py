@@ -1,7 +1,7 @@
 """The problems of a cache: every file is hashed first and opened second.
 
 A manifest may come from anywhere; its hashes only prove that the files are the ones it was written
-for. So a shard whose hash is right is opened in a sandboxed subprocess first
+for. So a shard with the right hash is opened in a sandboxed subprocess first
 (`kdcache.cache.sandbox`). Then its values are checked in this process: ids are in the vocabulary,
 probabilities are valid.
 
@@ -46,7 +46,7 @@ class Problem:
 
 
 def problems(cache: Cache) -> Iterator[Problem]:
-    """Check all files of a sealed cache, whose spec and manifest have been read and checked.
+    """Check all files of a sealed cache, after its spec and manifest.
 
     Yields:
         One problem a file at most, as they are found: strays first, the shards in order.

@@ -221,7 +221,7 @@ class Offsets(Column):
 
 @dataclass(frozen=True)
 class LabelColumn(Numbers):
-    """The labels of a task, whose type, shape and columns in a file are the task's."""
+    """The labels of a task, with the task's type, shape and columns in a file."""
 
     def of_rows(self, rows: Sequence[Any], task: str, width: int) -> np.ndarray:
         """See `Column.of_rows`; [rows, classes] where there are several a row."""
@@ -332,7 +332,7 @@ class Nested(Column):
 
 
 class Columns:
-    """Base of dataclasses whose fields declare columns of rows."""
+    """Base of dataclasses with fields that declare columns of rows."""
 
     offsets: np.ndarray
 

@@ -1,4 +1,4 @@
-"""Figures of caches and their domains, as sums over shards. Cost: none beside the manifest."""
+"""Figures of caches and their domains, as sums over shards. Cost: reading the manifest."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def write_text(file: Any, name: str, text: str) -> None:
 def columns_of(
     path: Path, file: Any, name: str, required: Iterable[str] = (), optional: Iterable[str] = ()
 ) -> Any:
-    """A group of an open file, all of whose members are in the file itself.
+    """A group of an open file, with all members in the file itself.
 
     Args:
         path: of the file.

@@ -51,7 +51,7 @@ _lock = threading.Lock()
 def open_layer(url: str, name: str, sha256: str) -> OutputLayer:
     """The output layer of a cache, as `read_layer` gives it; the same object in a whole process.
 
-    Also for several caches of one teacher, whose targets can be joined only so.
+    Also for several caches of one teacher: only so can their targets be joined.
     """
     with _lock:
         layer = _known.get(sha256)

@@ -21,7 +21,7 @@ SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.h5")
 BESIDE = re.compile(
     r"ranks\.u32|output_layer-[0-9a-f]{16}\.safetensors|tokenizer/(?!\.)[^/\\\x00-\x1f]+"
 )
-"""Names of files that lie beside `spec.json`; no other can be named."""
+"""Names of files that lie next to `spec.json`; no other can be named."""
 
 SPAN_FACTS = ("skipped", "filtered", "clipped_mass", "label_nats", "impossible_labels", "domain")
 """What an entry and the shard's `span` attribute both say."""

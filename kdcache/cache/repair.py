@@ -267,7 +267,7 @@ def _uploads(storage: Storage) -> _Found:
 
 
 def _open(url: str) -> Storage:
-    """The storage of a cache whose folders are its own: what is removed must be the cache's."""
+    """The storage of a cache with folders of its own: what is removed must be the cache's."""
     storage = open_storage(url)
     if not storage.exists("spec.json") and not storage.exists("manifest.json"):
         raise no_cache(storage)

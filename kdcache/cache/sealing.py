@@ -30,7 +30,7 @@ from kdcache.storage import LocalStorage, Storage, sha256_file
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = "events"  # which is no part of a cache
+_FOLDER = "events"  # not a part of the cache
 _PREFIX = "receipts-"
 _AT_ONCE = 64
 _EVERY = 30.0
@@ -168,7 +168,7 @@ def prepare_manifest(cache: Cache, entries: Iterable[ShardEntry] = ()) -> Manife
         sizes = cache.storage.sizes("shards")
         known |= matching(read_receipts(cache.storage), left.values(), sizes)
         left = {s: n for s, n in left.items() if n not in known}
-        if left and cache.storage.exists("manifest.json"):  # whose seal removed the receipts
+        if left and cache.storage.exists("manifest.json"):  # the seal removed the receipts
             with contextlib.suppress(FileNotFoundError):
                 return cache.read_manifest()
         known |= _look_into(cache, left)

@@ -315,7 +315,7 @@ def _check_head(
 
 
 def _check_memory(path: Path, file: h5py.File, n: ShardCounts) -> None:
-    """Refuse a shard whose columns, once decoded, take memory out of proportion to its file.
+    """Refuse a shard if its columns, once decoded, take memory out of proportion to its file.
 
     Deflate packs a thousand zeros into a byte, and a reader widens each to several numbers.
     """

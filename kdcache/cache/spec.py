@@ -1,6 +1,6 @@
 """The spec of a cache: a frozen, JSON-able statement of which bytes the cache should hold.
 
-`spec.json` and `manifest.json` are JSON objects whose last field, on a line of its own, is
+`spec.json` and `manifest.json` are JSON objects. Their last field, on a line of its own, is
 `sha256`: the hash of all bytes before this line. So a flipped bit anywhere in the file is detected
 before a value is used.
 
@@ -293,7 +293,7 @@ def _short(value: Any) -> str:
 
 
 def to_text(values: Mapping[str, Any]) -> bytes:
-    """The text of an object whose values are JSON-able; one line a field, and one an inner item."""
+    """The text of an object of JSON-able values; one line a field, and one an inner item."""
     lines = (f" {json.dumps(name)}: {_value(value)},\n" for name, value in values.items())
     body = ("{\n" + "".join(lines)).encode()
     return body + _seal(body)

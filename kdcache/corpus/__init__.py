@@ -5,18 +5,15 @@ cut without reading it: plain line formats by bytes (a span owns the lines that 
 range), Parquet and Arrow by a fraction of their rows. Files that can't be entered in the middle
 (compressed files, CSV with quoted newlines, Arrow streams) deal record `i` to part `i mod parts`.
 
-Cost: planning is one directory listing, O(files) in time and memory, whatever the files hold; spans
-are made on demand. Only `limit` reads while planning, up to the limit, and a `.bin`, whose index
-says of what type its ids are. Reading a byte span
+Cost: planning is one directory listing, O(files) in time and memory; spans are made on demand. Only
+`limit` reads files while planning, up to the limit, and a `.bin` its index. Reading a byte span
 costs its bytes; one of Parquet decodes its row group from the beginning. The first part of a dealt
-file that a process reads costs the whole file's decompression or CSV parsing, and the others their
-share of it (`kdcache.corpus.deal`).
+file costs a process the whole file, the others their share (`kdcache.corpus.deal`).
 
-Guarantee: a span is a pure function of the files' names and sizes and the options, so every worker
-reads the same records from the same span; over all spans each record comes exactly once. A span may
-be empty (no line starts in it). Records that can't be read raise `UsageError` or are skipped and
-counted. A span whose file was written to since it was listed raises `UsageError` (one request for
-each span read). No more than one record, of `--max-record-bytes`, is in memory at a time.
+Guarantee: a span is a pure function of the files' names and sizes and the options, and over all
+spans each record comes exactly once; a span may be empty. Records that can't be read raise
+`UsageError` or are skipped and counted. A span whose file was written to since it was listed raises
+`UsageError`. No more than one record, of `--max-record-bytes`, is in memory at a time.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
-"""Deal: the records of a file that can't be entered in the middle, dealt to its parts in one pass.
+"""Deals the records of a file that can't be entered in the middle to its parts, in one pass.
 
 These are compressed files, CSV, and Arrow streams. Record `i` of such a file is of part
-`i mod parts`, so to read one part is to read the whole file. The first part that is read in a
-process reads it for all: each record goes to a block of its part, blocks are compressed and
-appended to one temporary file, and a list says where those of each part are. The parts after it
-read their own blocks. The file has no name: it needs no cleaning up, since the system frees it when
-the process ends, however that happens. It lies beside the folder of copies (`KDCACHE_DISK`), and is
-dropped once every part was read, or when a part of another file is.
+`i mod parts`, so to read one part is to read the whole file. The first part that a process reads
+reads it for all: records go to blocks of their parts, which are compressed and appended to one
+temporary file. The parts after it read their own blocks. The file has no name, so the system frees
+it however the process ends. It lies next to the folder of copies (`KDCACHE_DISK`), and is dropped
+once every part was read, or when a part of another file is.
 
 Cost: one pass over the file, and disk of about its compressed size, for each process that reads
-parts of it. Memory of 256 KiB a part while it is dealt, and of one block while one is read. A
+parts of it; memory of 256 KiB a part while it is dealt, and of one block while one is read. A
 second thread waits for the pass of the first.
-
 Guarantee: a part has the records that reading the whole file for it would give, in order and with
 the same errors. Where the disk has no room the whole file is read for each part, with a warning.
 """
@@ -40,7 +38,7 @@ from kdcache.storage.disk import DiskCache
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 18
-_RECORD = 100  # bytes that a record takes beside its content
+_RECORD = 100  # bytes that a record takes in addition to its content
 _STEPS = 1 << 10  # records between two words of progress
 _SHARE = 0.5  # of the free disk, at most
 _CODEC = "zstd" if pa.Codec.is_available("zstd") else "gzip"
@@ -184,7 +182,7 @@ class Deal:
 
 
 class _Kept:
-    """The deal that this process keeps: one, of the file whose part was read last."""
+    """The deal that this process keeps: one, of the last file of which a part was read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

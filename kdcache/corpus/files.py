@@ -39,7 +39,7 @@ KINDS = {
     ".conllu": "conllu",
     ".arrow": "arrow",
     ".feather": "arrow",
-    ".idx": "bin",  # an index: the ids are in the .bin beside it
+    ".idx": "bin",  # an index: the ids are in the .bin next to it
 }
 LINE_KINDS = frozenset({"jsonl", "txt", "tsv", "csv", "conll", "conllu"})
 FORMATS = ("auto", "jsonl", "txt", "csv", "tsv", "conll", "conllu", "parquet", "arrow")
@@ -80,7 +80,7 @@ class InputFile:
 
     @property
     def versions(self) -> str:
-        """The versions of it and of what is beside it."""
+        """The versions of it and of the files that it needs."""
         return " ".join(file.version for file in (self, *self.beside))
 
     @property

@@ -4,15 +4,11 @@
 magic, the version (uint64, 1), a code of the ids' type (uint8), the number of sequences and that of
 the document index (uint64 each); then of each sequence its length in ids (int32) and its first byte
 in the `.bin` (int64), and the document index (int64): the first sequence of each document, and
-their number at the end. A document, one sequence or several, is a record with `input_ids`.
-
-A span of so many bytes is one of text, four for an id: those of a `.bin` are counted so, whatever
-their type, by the header of its index.
+their number at the end. A document is a record with `input_ids`. Spans count four bytes an id,
+whatever the type, as for text.
 
 Cost: reading a part costs its share of both files; memory of one document and of blocks of the
 index. Nothing is mapped: a file that shrinks while it is read is an error, not a signal.
-
-Guarantee: no number of the index is trusted: each is compared with the sizes of both files.
 """
 
 from __future__ import annotations

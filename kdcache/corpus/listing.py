@@ -39,7 +39,7 @@ from kdcache.humanize import counted
 from kdcache.storage import redact
 
 ALL = "all"
-DICTIONARY = "dataset_dict.json"  # what `DatasetDict.save_to_disk` leaves beside its splits
+DICTIONARY = "dataset_dict.json"  # what `DatasetDict.save_to_disk` leaves next to its splits
 
 _WORDS = {
     "train": ("train", "training"),
@@ -121,8 +121,10 @@ def _stem(name: str) -> str:
 _SIDE_FILES = frozenset(
     {"dataset_info.json", "dataset_infos.json", "state.json", "config.json", DICTIONARY}
 )
-_COMPUTED = re.compile(r"(cache-[0-9a-f]+|tmp\w+)\.arrow")  # by `datasets`, from the data beside
-_CACHE_FILES = ("shards", "manifest.json", "tokenizer")  # beside the spec.json of a kdcache cache
+_COMPUTED = re.compile(
+    r"(cache-[0-9a-f]+|tmp\w+)\.arrow"
+)  # by `datasets`, from the data next to it
+_CACHE_FILES = ("shards", "manifest.json", "tokenizer")  # next to the spec.json of a kdcache cache
 _LISTING = 256 << 20  # what a listing may weigh at most: a million names
 
 # Size and version of a file, by its URL.
@@ -197,7 +199,7 @@ def expand(
 
 
 def _index_named(pattern: str) -> str:
-    """The index where a pattern names the ids beside it, or both without their extension."""
+    """The index where a pattern names the ids next to it, or both without their extension."""
     index = f"{pattern.removesuffix('.bin')}.idx"
     if pattern.endswith(".bin") or not os.path.lexists(pattern):
         return index if os.path.isfile(index) else pattern

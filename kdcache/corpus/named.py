@@ -1,4 +1,4 @@
-"""Names of corpora: `NAME=PATH` beside paths that contain `=` themselves.
+"""Names of corpora: `NAME=PATH`, and paths that contain `=` themselves.
 
 A text is `NAME=PATH` if what is before its first `=` could be the name of a domain, and the whole
 text is no file, folder or glob with a match. So what has a slash or a colon before its first `=`

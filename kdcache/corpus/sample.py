@@ -3,8 +3,7 @@
 Algorithm: evenly spaced spans are sampled, and the first of each domain that has none. A file that
 cannot be entered in the middle is sampled once, however many of its spans are chosen, since they
 all begin at its first records. From the first records of a span every n-th is kept; n doubles each
-time twice as many are kept as are needed. So the kept ones are evenly spaced whether the span holds
-ten records or ten million.
+time twice as many are kept as are needed, so they are evenly spaced however long the span is.
 
 Cost: for each span, a bounded number of records read, and twice the needed number held.
 Guarantee: the same corpus and numbers give the same records.

@@ -1,7 +1,7 @@
 """A corpus that is an object: a dataset of the `datasets` library, written to files.
 
 Workers on other machines read files, and a cache names what it was built of. So the rows of a
-`Dataset` or an `IterableDataset` are written to Parquet beside the cache, as they are after any
+`Dataset` or an `IterableDataset` are written to Parquet next to the cache, as they are after any
 selection, shuffle, mapping or renaming of columns.
 
 Cost: one pass over the dataset in each run. Guarantee: the same rows leave the files of an earlier

@@ -156,7 +156,7 @@ class Parquet(_Table):
             first = after
 
     def _group_rows(self, group: int, first: int, start: int, stop: int) -> Iterator[Raw]:
-        """Rows [start, stop) of the file that are in one row group, whose first row is `first`."""
+        """Rows [start, stop) of the file that are in one row group, which begins at row `first`."""
         for batch in self._table.iter_batches(
             _BATCH_ROWS, row_groups=[group], columns=self._names, use_threads=False
         ):

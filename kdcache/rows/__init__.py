@@ -5,9 +5,8 @@ documents are tokenised at once, their ids are laid end to end in flat arrays, a
 into rows. Labels are aligned with the logits: `labels[t]` is the id to predict after reading the
 tokens up to and including `t`.
 
-Cost: that of the library `tokenizers` (`kdcache.rows.tokens`), and a constant number of numpy
-calls per batch (`concat`) or per document, never Python work per token of plain text. Memory: one
-batch of documents and one row.
+Cost: the library `tokenizers` (`kdcache.rows.tokens`), and a constant number of numpy calls per
+batch (`concat`) or per document. Memory: one batch of documents and one row.
 
 Guarantee: rows depend on the spec, the tokenizer and the records' order alone. Under `concat`
 every token of a span but the first is predicted exactly once; under `split`, and where documents

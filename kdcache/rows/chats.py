@@ -181,7 +181,7 @@ class Chats:
         before: list[Message],
         tools: Any,
     ) -> int:
-        """Where an answer whose own words begin at `stop` begins."""
+        """Where an answer begins, if its own words begin at `stop`."""
         least = found[-1][1] if found else 0
         ends = [at + len(head) for head in heads if (at := text.rfind(head, least, stop)) >= 0]
         if ends:
@@ -198,7 +198,7 @@ class Chats:
         messages: list[Message],
         range_of: Callable[[int], Range | None],
     ) -> int:
-        """Where a message whose own words end at `start` ends: with the special token behind it."""
+        """Where a message ends, if its own words end at `start`: with the next special token."""
         if self._special is None:
             added = self._tokenizer.added_tokens_decoder.values()
             names = {str(token) for token in added if token.special}

@@ -25,7 +25,7 @@ class DocumentMaker:
             "messages": (spec.messages_column,),
             "prompt": (spec.prompt_column, spec.completion_column),
         }
-        # The forms whose columns are all among some names: most files have one set of names.
+        # The forms that find all their columns among some names: most files have one set of names.
         self._there = lru_cache(64)(
             lambda given: [form for form, own in self._columns.items() if {*own} <= {*given}]
         )

@@ -36,12 +36,12 @@ class SequenceEncoder(Encoder):
         carried: Ids = np.empty(0, np.int32)
         carried_mask: Mask = np.empty(0, np.bool_)
         carried_starts: Mask | None = np.empty(0, np.bool_) if apart else None
-        for ids, loss_mask, whose, inside in sequences:
+        for ids, loss_mask, records, inside in sequences:
             if not packed:
-                yield from self._apart(ids, loss_mask, whose, inside if apart else None)
+                yield from self._apart(ids, loss_mask, records, inside if apart else None)
                 continue
             if carried_starts is not None:
-                starts = _starts(whose) if inside is None else inside
+                starts = _starts(records) if inside is None else inside
                 loss_mask = loss_mask & ~starts  # a document does not tell how the next one begins
                 carried_starts = np.concatenate([carried_starts, starts])
             carried = np.concatenate([carried, ids])
@@ -57,13 +57,13 @@ class SequenceEncoder(Encoder):
         self,
         ids: Ids,
         loss_mask: Mask,
-        whose: Sequence[tuple[Record, int]],
+        records: Sequence[tuple[Record, int]],
         starts: Mask | None,
     ) -> Iterator[Row]:
         """Rows of documents that do not share rows."""
         length = self.spec.max_length
         start = 0
-        for record, size in whose:
+        for record, size in records:
             stop = start + size
             if self.spec.packing == "whole" and not self._fits(record, loss_mask[start:stop]):
                 start = stop
@@ -119,7 +119,7 @@ class TextEncoder(SequenceEncoder):
         texts = [document.text for _, document in batch if document.tokens is None]
         bodies, spans = self._encoded(texts, offsets) if texts else (iter(()), iter(()))
         pieces: list[list[int]] = []
-        whose: list[tuple[Record, int]] = []
+        records: list[tuple[Record, int]] = []
         masked: list[tuple[int, Mask]] = []
         total = 0
         for record, document in batch:
@@ -135,13 +135,13 @@ class TextEncoder(SequenceEncoder):
             if mark is not None:
                 masked.append((total, mark))
             pieces += (prefix, body, end)
-            whose.append((record, len(prefix) + len(body) + len(end)))
-            total += whose[-1][1]
+            records.append((record, len(prefix) + len(body) + len(end)))
+            total += records[-1][1]
         ids = np.fromiter(chain.from_iterable(pieces), np.int32, total)
         loss_mask = np.ones(total, np.bool_)
         for start, mark in masked:
             loss_mask[start : start + len(mark)] = mark
-        return ids, loss_mask, whose, None
+        return ids, loss_mask, records, None
 
     def _encoded(self, texts: list[str], offsets: bool) -> tuple[Iterator[Any], Iterator[Any]]:
         """Ids of texts, and the characters of each token if they are needed."""
@@ -189,11 +189,11 @@ def _learnt(
     return np.concatenate([np.zeros(before, np.bool_), body, ended])
 
 
-def _starts(whose: Sequence[tuple[Record, int]]) -> Mask:
+def _starts(records: Sequence[tuple[Record, int]]) -> Mask:
     """Where documents begin, of their tokens end to end."""
-    sizes = np.array([size for _, size in whose], np.int64)
+    sizes = np.array([size for _, size in records], np.int64)
     starts = np.zeros(sizes.sum(), np.bool_)
-    opens = np.array([record.opens for record, _ in whose], np.bool_)
+    opens = np.array([record.opens for record, _ in records], np.bool_)
     starts[(np.cumsum(sizes) - sizes)[opens]] = True
     return starts
 

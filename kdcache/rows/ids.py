@@ -1,10 +1,10 @@
 """Sequences that are ids already: a record's columns become ids and a loss mask.
 
-`input_ids` alone has every next id as its label. `labels` and `loss_mask` say which ids are learnt;
-what they stand beside is never guessed (`RowSpec.labels`): the id itself, as in transformers, or
-the one that follows, as in Megatron. A label is the next id or none, since a teacher's distribution
-is over what follows the ids that it has read. `attention_mask` cuts padding off; `position_ids` and
-`segment_ids` say where documents of a row begin.
+`input_ids` alone has every next id as its label. `labels` and `loss_mask` mark the ids that are
+learnt; which id a label belongs to is never guessed (`RowSpec.labels`): the id itself, as in
+transformers, or the one that follows, as in Megatron. A label is the next id or none, since a
+teacher's distribution is over what follows the ids that it has read. `attention_mask` cuts padding
+off; documents of a row begin where `position_ids` and `segment_ids` do.
 
 Cost: a few numpy passes over the ids; those of tables come as arrays, without Python objects.
 """
@@ -64,7 +64,7 @@ class SequenceMaker:
 
         Raises:
             RecordError: The values can't be used.
-            UsageError: The columns can't serve, or nothing says what the labels stand beside.
+            UsageError: The columns can't serve, or nothing tells which id a label belongs to.
         """
         values = record.values
         if ID_COLUMNS[0] not in values:
@@ -286,10 +286,10 @@ class IdsEncoder(SequenceEncoder):
         return None if found is None else (record, found)
 
     def _joined(self, batch: Sequence[tuple[Record, IdSequence]]) -> Sequences:
-        whose = [(record, len(found.ids)) for record, found in batch]
+        records = [(record, len(found.ids)) for record, found in batch]
         ids = np.concatenate([found.ids for _, found in batch]).astype(np.int32)
         mask, starts = (
             np.concatenate([getattr(found, name) for _, found in batch])
             for name in ("mask", "starts")
         )
-        return ids, mask, whose, starts
+        return ids, mask, records, starts

@@ -94,7 +94,7 @@ class Classes:
             and number >= 0
             and (self._names is None or number < len(self._names))
         )
-        # An index beside names that are numbers could mean either.
+        # Where names are numbers, an index could mean either.
         if number is None or not known or self.numbers_are_names:
             raise self._unknown(value, record)
         return number

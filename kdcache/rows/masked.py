@@ -50,7 +50,7 @@ class _Text(NamedTuple):
 
 
 class MaskedEncoder(Encoder):
-    """Masked LM: texts, packed into rows, some of whose positions are masked."""
+    """Masked LM: texts, packed into rows, with some positions masked."""
 
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)

@@ -59,7 +59,7 @@ class Row:
         first: bool `[L]`, token classification only: which tokens are the first of their words.
         source: int32 `[S]`, of sequence-to-sequence models: what the encoder reads. `input_ids`
             is then what the decoder reads: its start, and all labels but the last.
-        starts: bool `[L]`, where a document begins whose tokens attend to no other document (the
+        starts: bool `[L]`, where a document begins that attends to no other document (the
             first token always); None where all tokens of the row attend to those before them.
     """
 
@@ -261,7 +261,7 @@ def no_label(task: str, width: int | None = None) -> npt.NDArray[Any]:
     """The labels of a row that has none.
 
     Args:
-        task: one whose labels belong to rows.
+        task: one with labels of rows.
         width: number of classes; of no effect but for `labels`.
     """
     answers = TASKS[task].answers

@@ -41,11 +41,9 @@ class Storage(ABC):
     url: str
     remote = False  # whether `hold` gives copies
 
-    @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """Names of the files directly inside `folder`, sorted; empty where the folder is
-        missing.
-        """
+        """Names of the files directly inside `folder`, sorted; none where it is missing."""
+        return list(self.sizes(folder))
 
     @abstractmethod
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -110,8 +108,7 @@ class Storage(ABC):
         """
 
     def share(self, name: str) -> Share | None:
-        """A lock that keeps others from `unshared`, until it is closed or this
-        process ends; None where there are no such locks."""
+        """A lock against `unshared` until it is closed or this process ends; None without locks."""
         return None
 
     def create_shared(self, name: str, data: bytes) -> Share | None:
@@ -121,8 +118,7 @@ class Storage(ABC):
 
     @contextlib.contextmanager
     def unshared(self, name: str) -> Iterator[bool]:
-        """Keeps others from `share`; whether no process shares the file, False if that can't be
-        known."""
+        """Keeps others from `share`; False if a process shares the file, or if it is unknown."""
         yield False
 
     def replace_unshared(self, name: str, data: bytes, prepare: Callable[[], bool]) -> bool:

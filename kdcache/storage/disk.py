@@ -104,7 +104,7 @@ class DiskCache:
             file.close()
 
     def leading(self, files: Iterable[tuple[str, int]], share: float) -> list[str]:
-        """The first of these names whose sizes together fit in that share of the bound."""
+        """The first of these names that together fit in that share of the bound."""
         names, room = [], self._bound(sum(size for *_, size in self._copies())) * share
         for name, size in files:
             room -= size

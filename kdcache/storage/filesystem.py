@@ -319,8 +319,8 @@ def _answer(error: Exception) -> tuple[str | None, int | None]:
 
 
 def _wordless(error: Exception) -> bool:
-    """Whether S3 refused a HEAD, whose answer has no body that would say why: an expired token and
-    a passing trouble look the same. The answer to a GET tells."""
+    """Whether S3 refused a HEAD. Its answer has no body with a reason: an expired token and a
+    passing trouble look the same. The answer to a GET has one."""
     code, status = _answer(error)
     return status == 400 and (code is None or code.isdecimal())
 

@@ -99,10 +99,6 @@ class RemoteStorage(Storage):
         found = ((name.rsplit("/", 1)[-1], entry) for name, entry in named if name != path)
         return sorted(found, key=lambda one: one[0])
 
-    def names(self, folder: str = "") -> list[str]:
-        """See `Storage.names`."""
-        return list(self.sizes(folder))
-
     def sizes(self, folder: str = "") -> dict[str, int]:
         """See `Storage.sizes`."""
         return {name: one.size for name, one in self.facts(folder).items()}

@@ -1,11 +1,11 @@
 """Checkpoints of the HF Trainer that are whole or do not count.
 
-A checkpoint's `kdcache_state.json` is its seal: written when all its files are
-on the disk, removed before any of them. The Trainer itself overwrites files, and deletes the oldest
-checkpoint before the newest is complete; here the newest is sealed first.
+A checkpoint's `kdcache_state.json` is its seal: written when all its files are on the disk, removed
+before any of them. The Trainer itself overwrites files, and deletes the oldest checkpoint before
+the newest is complete; here the newest is sealed first.
 
-Guarantee: a run that was killed at any moment resumes from a checkpoint exactly as it was saved; of
-one whose bytes were changed since, it is refused. Cost: saving and resuming read its files once.
+Guarantee: a run that was killed at any moment resumes from a checkpoint exactly as it was saved. A
+checkpoint that was changed since is refused. Cost: saving and resuming read its files once.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ _NAMES = 1 << 20  # more than a model has parameters
 
 
 class Watch:
-    """Finds the first step whose loss or gradients are not finite; the host never waits for it.
+    """Finds the first step of a loss or gradients that are not finite; the host never waits.
 
     Cost: a pass over the gradients a step, in a few launches.
     """
@@ -238,7 +238,7 @@ class Watch:
 
 
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]
-    """The HF Trainer with checkpoints that are whole or not there, and whose weights are finite.
+    """The HF Trainer with checkpoints that are whole or absent, of finite weights.
 
     Attributes:
         bring_checkpoint: brings the checkpoint of a step to this machine, where it may be missing.
@@ -269,7 +269,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         return ""
 
     def _check_finite(self) -> None:
-        """End a training whose loss or gradients were not finite.
+        """End a training if its loss or gradients were not finite.
 
         Raises:
             UsageError: names the step, its rows, and the first parameter.
@@ -305,7 +305,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         return samples, count
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        """What a checkpoint's seal says beside its files; for subclasses."""
+        """What a checkpoint's seal holds besides its files; for subclasses."""
         return {}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

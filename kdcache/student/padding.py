@@ -31,10 +31,10 @@ from kdcache.tasks import IGNORE, TASKS
 from kdcache.teacher.probe import TOLERANCES, distance
 from kdcache.teacher.projection import quiet
 
-DistilledStudent: TypeAlias = Any  # whose module imports this one
+DistilledStudent: TypeAlias = Any  # its module imports this one
 
 TOKENS = 256  # of a row that is tried
-_BESIDE = 4  # tokens of padding beside a batch
+_BESIDE = 4  # tokens of padding added to a batch
 
 
 @torch.no_grad()
@@ -174,11 +174,11 @@ def _plain(logits: Tensor) -> Tensor:
 def _check_gradients(
     name: str, student: DistilledStudent, alone: Sequence[Tensor], padded: Tensor
 ) -> None:
-    """Refuse a student whose gradients are not finite, or change where its batch is padded.
+    """Refuse a student if its gradients are not finite, or change where its batch is padded.
 
     Args:
         name: of the student, for messages.
-        student: whose losses they are.
+        student: that gave the losses.
         alone: of each row by itself.
         padded: of one batch of these rows.
     """
@@ -223,7 +223,7 @@ def _traces(student: DistilledStudent, loss: Tensor) -> dict[str, tuple[float, f
 
 def check_first(student: DistilledStudent, labels: Tensor, inputs: Mapping[str, Any]) -> None:
     """`check_rows` or `check_pairs` from within a student's own forward, on up to three rows of its
-    batch with padding beside them; gradients are not tried.
+    batch with padding added; gradients are not tried.
 
     It takes as many forwards whatever is in the rows: weights that are sharded are gathered in each
     by all processes at once.

@@ -96,11 +96,10 @@ def use_one_gpu(arguments: Any, advice: str = "") -> None:
 
 
 def keep_inputs_and_loss(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
-    """accelerate's policy without what it rounds to 16 bits beside weights and activations.
+    """accelerate's policy that rounds weights and activations to 16 bits, and nothing else.
 
-    Those are inputs, among them counts and weights of targets (8,199 positions would become
-    8,192); outputs, and ours is the loss; and gradients before they are summed over workers, which
-    DDP does not round either.
+    Inputs stay: counts and weights of targets are among them (8,199 positions would become 8,192).
+    So do outputs, such as the loss, and gradients before they are summed over workers, as in DDP.
     """
     return dataclasses.replace(
         policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -1,18 +1,14 @@
 """`DistillationTrainer`: the HF Trainer on a stream of cached targets.
 
-The Trainer keeps its loop, optimizer, schedulers, precision, checkpoints and callbacks. This
-subclass
+The Trainer keeps its loop, optimizer, schedulers, precision, checkpoints and callbacks, but:
 
-* takes batches from a `TargetStream` unchanged (accelerate would shard or gather them again);
-* divides each loss by the number of positions of the whole global batch, which the stream knows, so
-  that several workers or accumulated slices give the gradient of the one big batch;
-* sets alpha and T of each step, and logs the hard and the soft loss separately;
-* records what is distilled, and how, in the configuration that trackers keep of a run;
-* ends the step of an anchor, whose theta comes from the sums over all workers and slices;
-* keeps the cursor and the identity of the caches in every checkpoint, and continues from there
-  exactly;
-* evaluates on a stream: hard and soft loss, and the figure of the task, such as accuracy, of all
-  rows and, where corpora have names, of each domain.
+* batches come from a `TargetStream` as they are (accelerate would shard or gather them again);
+* a loss is divided by the positions of the whole global batch, so that several workers or
+  accumulated slices give the gradient of the one big batch;
+* alpha and T are set at each step, hard and soft loss logged separately, and trackers record what
+  is distilled, and how; an anchor's theta comes from the sums over all workers and slices;
+* checkpoints hold the cursor and the identity of the caches;
+* a stream is evaluated with losses and the task's figure, of all rows and of each named domain.
 
 Guarantee: a run that was stopped and resumed takes the same steps as one that was not; on one CPU,
 to the bit.
@@ -99,7 +95,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class DistillationTrainer(CheckpointingTrainer):
-    """HF Trainer whose model is a `DistilledStudent`: its forward returns the loss.
+    """HF Trainer of a `DistilledStudent`, which returns the loss in its forward.
 
     With a `TargetStream` as `train_dataset`, the trainer gives the stream its rank, world size and
     accumulation; `per_device_train_batch_size` has no part, the stream's `batch_size` is that of a
@@ -199,8 +195,7 @@ class DistillationTrainer(CheckpointingTrainer):
     ) -> Any:
         """Train; with a stream, resuming begins at the cursor without reading what was seen.
 
-        Without a checkpoint training begins at the stream's first row, however far the stream has
-        been read, by a look at a batch or by an earlier `train()`.
+        Without a checkpoint training begins at the stream's first row, wherever it stands.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last one of the run.
@@ -488,6 +483,8 @@ class DistillationTrainer(CheckpointingTrainer):
         if self.is_world_process_zero():
             self.train_dataset.left_out = np.array(self._window.get("left_out", [0, 0]))
         if self._parts_steps:
-            self._tr_loss += self._window["loss"]  # every rank has the mean, whose mean it is
+            self._tr_loss += self._window[
+                "loss"
+            ]  # every rank has the mean; the mean of these is the same
             if self.is_world_process_zero():
                 self._parts += self._parts.new_tensor(self._window["sums"])

@@ -1,4 +1,4 @@
-"""A student whose forward pass returns the distillation loss.
+"""A student with a forward pass that returns the distillation loss.
 
 The loss belongs inside `forward`: DDP and FSDP synchronise what happens there, gradient
 checkpointing and autocast apply to it, and any training loop can drive it.
@@ -87,7 +87,7 @@ class DistilledStudent(nn.Module):
             reads the rows as they are.
         needs_mask: whether a language model's logits of right-padded rows depend on the attention
             mask; True until `kdcache.student.padding.check_rows` has tried it without.
-        checks_padding: whether the next batch of several rows is first tried beside padding, and a
+        checks_padding: whether the next batch of several rows is first tried with padding, and a
             student refused whose logits change; False once that was done.
 
     Args:
@@ -405,7 +405,7 @@ class DistilledStudent(nn.Module):
         return {**inputs, "input_ids": torch.where(mask.bool(), ids, pad_id)}
 
     def _check_padding(self, labels: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Try the first batch of several rows beside padding."""
+        """Try the first batch of several rows with padding."""
         if self.checks_padding and len(labels) > 1 and inputs.get("attention_mask") is not None:
             self.checks_padding, eager = False, cast(Any, torch.compiler.disable)
             eager(check_first)(self, labels, inputs)

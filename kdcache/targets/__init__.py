@@ -12,10 +12,8 @@ codec            at each declared temperature                good for
 ===============  ==========================================  ===================================
 
 `anchored:N` is `sample:N` with what lets a student that is near its teacher take the noise off.
-
-The work is split by where it runs: `Codec.encode` on the teacher's device (fixed shapes, no
-synchronisation with the host), `Codec.pack` on a CPU thread (ragged, quantised), `Codec.at` in the
-student's data loader.
+`Codec.encode` runs on the teacher's device (fixed shapes, no synchronisation with the host),
+`Codec.pack` on a CPU thread (ragged, quantised), `Codec.at` in the student's data loader.
 """
 
 from __future__ import annotations

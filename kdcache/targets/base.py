@@ -50,10 +50,18 @@ class Codec(ABC):
     """Logits in, columns stored, targets at a temperature out.
 
     Children are frozen dataclasses with the fields `vocab_size` and `temperatures`.
+
+    Attributes:
+        keeps_logits: whether targets give every logit of a position, stored or rebuilt.
+        reads_states: whether `encode` takes the output layer's input instead of logits.
+        needs_noise: whether `encode` needs a uniform number for each position.
     """
 
     kind: ClassVar[str]
     usage: ClassVar[str]
+    keeps_logits: ClassVar[bool] = False
+    reads_states: ClassVar[bool] = False
+    needs_noise: ClassVar[bool] = False
     _kinds: ClassVar[dict[str, type[Codec]]] = {}
 
     vocab_size: int
@@ -119,21 +127,6 @@ class Codec(ABC):
     def keeps_means(self) -> bool:
         """Whether a mean of several teachers' probabilities is kept at every declared T."""
         return len(self.temperatures) == 1
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Whether targets give every logit of a position, stored or rebuilt."""
-        return False
-
-    @property
-    def reads_states(self) -> bool:
-        """True if `encode` takes the output layer's input instead of logits."""
-        return False
-
-    @property
-    def needs_noise(self) -> bool:
-        """True if `encode` needs a uniform number for each position."""
-        return False
 
     @property
     def uses_ranks(self) -> bool:

@@ -143,7 +143,7 @@ class SparseTargets(_Positions):
 
 @dataclass(frozen=True, eq=False)
 class AnchoredTargets(SparseTargets):
-    """A sample whose noise a student can take off with its own distribution; see
+    """A sample with noise that a student can take off with its own distribution; see
     `kdcache.loss.anchor`.
 
     Attributes:

@@ -42,6 +42,7 @@ class Dense(Codec):
 
     kind: ClassVar[str] = "dense"
     usage: ClassVar[str] = "dense[:float32|:float16]"
+    keeps_logits: ClassVar[bool] = True
 
     vocab_size: int
     temperatures: tuple[float, ...] = (1.0,)
@@ -67,11 +68,6 @@ class Dense(Codec):
     def any_temperature(self) -> bool:
         """Unless the logits are those of a mean."""
         return not self.declared_only
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Always."""
-        return True
 
     @property
     def columns(self) -> tuple[Column, ...]:

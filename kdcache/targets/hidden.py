@@ -61,6 +61,8 @@ class Hidden(Codec):
 
     kind: ClassVar[str] = "hidden"
     usage: ClassVar[str] = "hidden:float16|bfloat16|int8"
+    keeps_logits: ClassVar[bool] = True
+    reads_states: ClassVar[bool] = True
 
     vocab_size: int
     temperatures: tuple[float, ...] = (1.0,)
@@ -102,16 +104,6 @@ class Hidden(Codec):
     @property
     def any_temperature(self) -> bool:
         """Always: the logits themselves are rebuilt."""
-        return True
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Always: they are rebuilt."""
-        return True
-
-    @property
-    def reads_states(self) -> bool:
-        """Always."""
         return True
 
     @property

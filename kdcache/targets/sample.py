@@ -87,6 +87,7 @@ class Sample(Codec):
 
     kind: ClassVar[str] = "sample"
     usage: ClassVar[str] = "sample:N"
+    needs_noise: ClassVar[bool] = True
     anchored: ClassVar[bool] = False
 
     vocab_size: int
@@ -110,11 +111,6 @@ class Sample(Codec):
     @property
     def keeps_means(self) -> bool:
         """Always: entries have a weight for each temperature."""
-        return True
-
-    @property
-    def needs_noise(self) -> bool:
-        """Always."""
         return True
 
     @property
@@ -146,7 +142,7 @@ class Sample(Codec):
 
     @property
     def _beside(self) -> dict[str, tuple[int, ...]]:
-        """What is stored of a tail id beside its rank: name and shape."""
+        """What is stored of a tail id with its rank: name and shape."""
         m = len(self.temperatures)
         shapes: dict[str, tuple[int, ...]] = {"shares": (m - 1,)} if m > 1 else {}
         return {**shapes, "inverse": ()} if self.anchored else shapes
@@ -211,7 +207,7 @@ class Sample(Codec):
         # Slots beyond heads and draws are unused: shapes are fixed on the device.
         slot = np.arange(ids.shape[1])
         heads = encoded["heads"][:, None]
-        # A head id whose mass rounded to no unit would be stored to weigh zero.
+        # A head id with a mass below one unit would be stored to weigh zero.
         head = (slot < heads) & (self.anchored | values.any(-1))
         tail = (slot >= heads) & (slot < heads + encoded["draws"][:, None])
 
@@ -231,7 +227,7 @@ class Sample(Codec):
         return {c.name: columns[c.name].astype(c.dtype) for c in self.columns}
 
     def renumber(self, columns: Mapping[str, Array], rank_to_id: Array) -> dict[str, Array]:
-        """See `Codec.renumber`: an id moves between near and far with all that is beside it."""
+        """See `Codec.renumber`: an id moves between near and far with its other values."""
         # Everything is sorted anew: another order of ids changes all differences.
         counts = self.counts(columns)
         owner = {axis: owners(n) for axis, n in counts.items()}
@@ -244,11 +240,11 @@ class Sample(Codec):
         renamed["head_units"] = columns["head_units"][order]
 
         tail = rank_to_id[np.concatenate([ids["near"], ids["far"] + _NEAR])]
-        whose = np.concatenate([owner["near"], owner["far"]])
-        order = _order(whose, tail)
-        tail, whose = tail[order], whose[order]
+        position_of = np.concatenate([owner["near"], owner["far"]])
+        order = _order(position_of, tail)
+        tail, position_of = tail[order], position_of[order]
         for axis, chosen, base in (("near", tail < _NEAR, 0), ("far", tail >= _NEAR, _NEAR)):
-            count = np.bincount(whose[chosen], minlength=len(counts["near"]))
+            count = np.bincount(position_of[chosen], minlength=len(counts["near"]))
             renamed[f"{axis}_ids"] = _deltas(tail[chosen] - base, count)
             if axis == "near":
                 renamed["near_count"] = count
@@ -324,7 +320,7 @@ class Sample(Codec):
         row = np.arange(counts.shape[1]) * width
         starts = np.concatenate([row, row + heads, row + heads + near])
         counts = counts.reshape(-1)
-        # Without the empty runs, whose first item would be that of the next run.
+        # Without the empty runs: the first item of one would be that of the next run.
         used = np.flatnonzero(counts)
         flat_at, first = run_items(starts[used], counts[used])
         deltas = [columns[f"{axis}_ids"] for axis in _AXES]

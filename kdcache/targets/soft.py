@@ -127,7 +127,7 @@ class SoftTargets:
 
     @staticmethod
     def alike(parts: Sequence[SoftTargets]) -> list[SoftTargets]:
-        """Parts whose ids mean the same: those of different rank tables lose their ranks."""
+        """Parts with ids of one meaning: those of different rank tables lose their ranks."""
         if all(_same(part.rank_to_id, parts[0].rank_to_id) for part in parts):
             return list(parts)
         return [part.plain() for part in parts]

@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them: small weights beside the name of the model that they change.
+"""Adapters as PEFT saves them: small weights, and the name of the model that they change.
 
 An adapter's folder holds `adapter_config.json`, which names the base, `adapter_model.safetensors`,
 and where kdcache made it `kdcache_adapter.json`: the SHA-256 of the base as it was, and a
@@ -55,7 +55,7 @@ class AdapterFolder:
 
         Raises:
             UsageError: it has no safetensors weights, names no base, would import a module, or was
-                trained beside weights that nobody knows.
+                trained with weights that are unknown.
         """
         self.who, self.folder = who, folder
         self.config = read_json(who, folder / ADAPTER_CONFIG)
@@ -226,7 +226,7 @@ class AdapterFolder:
 
 
 def complete_adapter(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Complete an adapter that PEFT saved: facts beside it, and an order for the names that its
+    """Complete an adapter that PEFT saved: facts next to it, and an order for the names that its
     configuration has as sets.
 
     Args:

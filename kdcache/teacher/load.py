@@ -1,7 +1,7 @@
 """Loads teachers: on one device or spread over several, with the requested attention, compiled if
 requested.
 
-Guarantee: a model whose weights are not all in its files is refused; transformers would initialise
+Guarantee: a model without all of its weights in its files is refused; transformers would initialise
 the others at random.
 """
 

@@ -55,7 +55,7 @@ class TeacherOptions:
             works, and else what transformers chooses.
         compile: run the models through `torch.compile`.
         identities: SHA-256 of each teacher as the build began with it; empty for any.
-        states: whether slices carry the output layer's input beside the logits (one language
+        states: whether slices carry the output layer's input as well as the logits (one language
             model only).
         engine: how vLLM runs the one language model; None for transformers.
         role: what the models are in messages.

@@ -83,7 +83,7 @@ def _sparse(row: Row) -> Row:
 
 
 def with_other_end(row: Row) -> Row:
-    """A row whose second half has other tokens, which are its own: any id might be special."""
+    """A row with other tokens in its second half, from its own: any id might be special."""
     ids = row.input_ids.copy()
     half = len(ids) // 2
     ids[half:] = row.input_ids[: len(ids) - half][::-1]

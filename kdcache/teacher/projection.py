@@ -68,7 +68,7 @@ class Projection:
         return None if self.scale is None else _output_layer(self.student)
 
     def states(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor:
-        """The states whose product with `layer` the logits are, [B, L', H], by its own forward."""
+        """The states [B, L', H] of its own forward: times `layer`, they are the logits."""
         return self._scaled(layer_input(self.student, layer, inputs, thin=self.thin))
 
     def bias(self, layer: nn.Linear) -> Tensor | None:

@@ -61,7 +61,7 @@ class Teacher:
             rows: real ones, at least one.
 
         Raises:
-            UsageError: a model whose logits would be wrong in any way.
+            UsageError: a model with logits that would be wrong in any way.
         """
         self._probed = True
         rows = documents_of(rows)
@@ -80,7 +80,7 @@ class Teacher:
         return self._engine is None
 
     def expect(self, rows: Sequence[Row]) -> None:
-        """Rows whose slices are asked for soon: an engine begins with them."""
+        """Announce rows that are requested soon: an engine begins with them."""
         if self._engine is not None:
             self._engine.expect(rows)
 
@@ -95,7 +95,7 @@ class Teacher:
             self._engine.forget(rows)
 
     def close(self) -> None:
-        """End what runs beside this process."""
+        """End the processes that this one started."""
         if self._engine is not None:
             self._engine.close()
 

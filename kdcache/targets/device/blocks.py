@@ -93,7 +93,7 @@ def open_blocks(logits: Tensor, which: Tensor) -> Tensor:
     whole, left = divmod(logits.shape[-1], BLOCK)
     blocks = _whole_blocks(logits)
     row = torch.arange(len(logits), device=logits.device)[:, None]
-    # The last, shorter block is no row of the view; any row stands for it until it is replaced.
+    # The last, shorter block is not a row of the view; any row stands for it until it is replaced.
     opened = blocks[row, which.clamp_max(whole - 1) if left else which].float()
     if left:
         last = F.pad(logits[:, whole * BLOCK :].float(), (0, BLOCK - left), value=-torch.inf)

@@ -1,4 +1,4 @@
-"""How an encoding runs, compiled on CUDA and in slices on a CPU; what is computed beside a codec.
+"""How an encoding runs, compiled on CUDA and in slices on a CPU; what is computed besides a codec.
 
 Finite flags (NaN, plus infinity and nothing but minus infinity are unusable), probability on the
 columns of a padded output layer that are not ids, and log-probabilities of hard labels.

@@ -1,4 +1,4 @@
-"""Threshold sampling: a few weighted ids whose average over the noise is the whole distribution.
+"""Threshold sampling: a few weighted ids, on average over the noise the whole distribution.
 
 For one position let p_i(T) be the teacher's probability of id i at temperature T, and give id i the
 size `s_i = sum over the declared T of p_i(T)`. The sizes sum to |T|. With the threshold tau = 1/N:
@@ -197,7 +197,7 @@ def _round_shares(p: Tensor, ids: Tensor, u: Tensor, units: int) -> Tensor:
 def _round_inverse(expected: Tensor, ids: Tensor, u: Tensor, base: float) -> Tensor:
     """Code of 1 / pi for entries that are met `expected` [n, K] times on average, uint8."""
     octaves = math.log2(base)
-    # At least base^-2, whose code is 0.
+    # At least base^-2: that has code 0.
     inverse = (1 / expected.clamp_min(1 / LARGEST_INVERSE)).clamp_min(base**-2)
     power = (inverse.log2() / octaves).floor()
     low, high = (power * octaves).exp2(), ((power + 1) * octaves).exp2()
@@ -307,7 +307,7 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     points = _points(u, heads, draws, slots, line[:, -1:])
     block = torch.searchsorted(line, points, right=True).clamp_max(mass.shape[1] - 1)
 
-    # Where each block sits among the candidates, whose head ids are taken out; -1: nowhere.
+    # Where each block sits among the candidates, without their head ids; -1: nowhere.
     seats = torch.arange(candidates.shape[1], device=logits.device).expand_as(candidates)
     # A table over all blocks, because comparing each draw with each candidate would be [n, K, K].
     seat = torch.full_like(mass, -1, dtype=torch.int64).scatter(1, candidates, seats)

@@ -146,7 +146,7 @@ def _norm(model: Any, width: int) -> Any:
 
 @torch.inference_mode()
 def _apart(norm: Any, states: Tensor) -> float:
-    """How far a norm moves states whose weights and bias were taken out first."""
+    """How far a norm moves states after its weights and bias were taken out."""
     signs = torch.ones(1, states.shape[-1])
     signs[:, 1::2] = -1
     plus, minus = norm(signs), norm(-signs)

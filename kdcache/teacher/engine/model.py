@@ -4,7 +4,7 @@ The engine gives the last hidden state of every token; the output layer, read fr
 files, makes logits of them here, a slice at a time. Rows that are announced (`expect`) are in the
 engine while others are projected and encoded, so it is never empty while rows are left.
 
-Cost: beside the engine, one product with the output layer a position that is requested; host memory
+Cost: the engine, and one product with the output layer a position that is requested; host memory
 for the states of the rows that were announced.
 Guarantee: see `probe`; against another implementation of the model, `kdcache verify --engine
 transformers` compares.
@@ -80,7 +80,7 @@ class EngineModel:
         )
 
     def expect(self, rows: Sequence[Row]) -> None:
-        """Have the engine begin with rows whose slices are asked for later."""
+        """Have the engine begin with rows that are requested later."""
         for row in rows:
             if id(row) not in self._asked:
                 self._asked[id(row)] = self._engine.ask(row.input_ids.tolist())
