@@ -133,6 +133,16 @@ class TaskType:
         return self.answers == "ids"
 
     @property
+    def distribution(self) -> bool:
+        """Whether an answer is a distribution, over ids or over classes."""
+        return self.over_ids or self.answers == "classes"
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether an answer is of probabilities, which a temperature changes."""
+        return self.answers != "score"
+
+    @property
     def named(self) -> bool:
         """Whether an answer is over classes that have names."""
         return self.answers in ("classes", "labels")

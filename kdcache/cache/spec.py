@@ -186,7 +186,7 @@ class CacheSpec:
         """The codec that reads and writes this cache's targets."""
         codec = Codec.parse(self.codec, self.temperatures, self.vocab_size)
         means = len(self.teachers) > 1 and self.ensemble == "mean-probs"
-        means = means or TASKS[self.task].answers == "score"  # which has no temperature
+        means = means or not TASKS[self.task].has_temperature
         return replace(codec, declared_only=True) if means and isinstance(codec, Dense) else codec
 
     def without_secrets(self) -> CacheSpec:
@@ -264,11 +264,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 def _independent(values: Mapping[str, Any]) -> bool:
     """Whether a spec is one of its task, where answers are no distribution."""
-    answers, width = TASKS[values["task"]].answers, values["vocab_size"]
-    if answers not in ("labels", "score"):
+    kind, width = TASKS[values["task"]], values["vocab_size"]
+    if kind.distribution:
         return True
     dense = values["codec"].partition(":")[0] == "dense"
-    if answers == "score":
+    if not kind.named:
         said = (width, values["label_names"], values["temperatures"])
         return bool(dense and said == (1, None, [1.0]))
     return bool(dense and len(values["label_names"] or ()) == width)

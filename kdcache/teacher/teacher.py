@@ -142,11 +142,11 @@ class Teacher:
     def _mean(self, slices: tuple[Tensor, ...]) -> Tensor:
         weights = self.options.weights
         slices = tuple(z.to(slices[0].device) for z in slices)
-        answers = TASKS[self.options.task].answers
-        if self.options.ensemble == "mean-logits" or answers == "score":
+        kind = TASKS[self.options.task]
+        if self.options.ensemble == "mean-logits" or not kind.has_temperature:
             return torch.stack([w * z.float() for w, z in zip(weights, slices, strict=True)]).sum(0)
         # T times the log of the mean serves as logits: their softmax at T is that mean.
-        log_of = logsigmoid if answers == "labels" else partial(log_softmax, dim=-1)
+        log_of = partial(log_softmax, dim=-1) if kind.distribution else logsigmoid
 
         def log_mean(sign: float, t: float) -> Tensor:
             logs = [
@@ -158,7 +158,7 @@ class Teacher:
         means = []
         for t in self.options.temperatures:
             mean = log_mean(1, t)
-            if answers == "labels":  # their sigmoid at T is that mean
+            if not kind.distribution:  # their sigmoid at T is that mean
                 mean = mean - log_mean(-1, t)
             means.append(t * mean)
         return torch.stack(means, 1)

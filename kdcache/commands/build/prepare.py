@@ -281,13 +281,13 @@ def check_answers(codec: str, temperatures: Sequence[float], task: str) -> None:
     Raises:
         UsageError: a codec that is not dense, or a temperature of a score.
     """
-    answers = TASKS[task].answers
-    if answers in ("labels", "score") and codec.partition(":")[0] != "dense":
+    kind = TASKS[task]
+    if not kind.distribution and codec.partition(":")[0] != "dense":
         raise UsageError(
             f"codec {codec} keeps a part of one distribution, and the answers of {task} are not "
             "one. Use --codec dense or dense:float16."
         )
-    if answers == "score" and tuple(temperatures) != (1.0,):
+    if not kind.has_temperature and tuple(temperatures) != (1.0,):
         raise UsageError(
             f"--temperatures are {', '.join(f'{t:g}' for t in temperatures)}, but a score has no "
             "temperature. Leave them out."
@@ -303,7 +303,7 @@ def check_ensemble(codec: Codec, options: BuildOptions) -> None:
     """
     if codec.reads_states:
         check_states(options.teacher, options.task)
-    means = options.ensemble == "mean-probs" and TASKS[options.task].answers != "score"
+    means = options.ensemble == "mean-probs" and TASKS[options.task].has_temperature
     if len(options.teacher) > 1 and means and not codec.keeps_means:
         names = ", ".join(f"{t:g}" for t in codec.temperatures)
         raise UsageError(

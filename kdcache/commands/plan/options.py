@@ -61,7 +61,7 @@ class PlanOptions(MaskedRowOptions, TeacherRunOptions, PlotOptions):
     @property
     def temperature_sets(self) -> tuple[tuple[float, ...], ...]:
         """The sets of declared temperatures; ValueError if one is not such a set."""
-        plain = ("1",) if TASKS[self.task].answers == "score" else ("1", "1,2")
+        plain = ("1", "1,2") if TASKS[self.task].has_temperature else ("1",)
         texts = self.temperatures or plain
         sets = tuple(tuple(float(t) for t in text.split(",")) for text in texts)
         if not all(math.isfinite(t) and t > 0 for one in sets for t in one):

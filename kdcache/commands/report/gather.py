@@ -180,7 +180,7 @@ def _cache(path: str, options: ReportOptions) -> CachePart:
     figures: tuple[TargetFigures, ...] = ()
     surprise: tuple[float, ...] = ()
     positions = 0
-    if cache.sealed and TASKS[cache.spec.task].answers in ("ids", "classes"):
+    if cache.sealed and TASKS[cache.spec.task].distribution:
         figures, surprise, positions = _targets(cache)
     return CachePart(facts, tuple(rows), figures, positions, surprise, redacted(cache.notes))
 

@@ -187,8 +187,8 @@ class RunPlan:
             )
         problems += options.weights.problems([cache.spec.domain_names for cache in caches])
         problems += _missing_labels(options, caches, alike)
-        if task.answers == "score":
-            temperatures = []  # which it has not, as the loss has said
+        if not task.has_temperature:
+            temperatures = []  # as the loss has said
         check_caches(caches, temperatures, problems, beside=eval_caches)
         return cls(options, caches, eval_caches, folder)
 
