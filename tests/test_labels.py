@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn import metrics
 from transformers import AutoTokenizer
 
+from kdcache.commands.evaluate.tally import make_tally
 from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.loss import check_loss, label_loss, score_loss
@@ -29,7 +30,7 @@ from kdcache.loss.metrics import (
 from kdcache.rows import RowSpec, make_encoder
 from kdcache.rows.labels import Classes, make_reader
 from kdcache.rows.spec import no_label
-from kdcache.student.figures import figure, figure_sums
+from kdcache.student.figures import figure, figure_of, figure_sums
 from kdcache.targets import DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE, Task
 
@@ -419,3 +420,25 @@ def test_figures_of_a_training_are_those_of_the_whole_set() -> None:
     assert figure(SCORE, figure_sums(SCORE, torch.ones(3, 1), torch.arange(3.0))) == {}
     assert figure(SCORE, torch.zeros(6)) == figure(MANY, torch.zeros(6)) == {}
     assert json.dumps(figure(MANY, sums))
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", MANY, SCORE])
+def test_evaluations_by_command_and_in_training_have_one_figure(task: Task) -> None:
+    rng = np.random.default_rng(2)
+    z = rng.normal(size=(40, 1 if task == SCORE else 4)).astype(np.float32)
+    scores = (z[:, 0] + rng.normal(size=40)).astype(np.float32)
+    many = rng.integers(0, 2, (40, 4), np.int32)
+    labels = {MANY: many, SCORE: scores}.get(task, rng.integers(0, 4, 40, np.int32))
+    labels[3] = np.nan if task == SCORE else IGNORE
+    whole, merged = (make_tally(task, z.shape[1], None) for _ in range(2))
+    whole.add(torch.from_numpy(z), labels, None)
+    for part in (slice(0, 15), slice(15, 40)):
+        tally = make_tally(task, z.shape[1], None)
+        tally.add(torch.from_numpy(z[part]), labels[part], None)
+        merged.merge(tally)
+    assert merged.figures() == pytest.approx(whole.figures())
+    assert whole.labelled == 39
+    sums = figure_sums(task, torch.from_numpy(z), torch.from_numpy(labels))
+    name = figure_of(task)
+    assert name is not None
+    assert figure(task, sums) == {name: pytest.approx(whole.figures()[name])}

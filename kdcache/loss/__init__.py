@@ -23,7 +23,8 @@ function                       divergences          logits in memory  matrix pro
 targets, too.
 
 Answers that are no distribution have losses of their own, see `kdcache.loss.independent`:
-`label_loss` of labels each by itself, and `score_loss`.
+`label_loss` of labels each by itself, and `score_loss`. `INDEPENDENT` has both by what a task's
+answers are over.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from __future__ import annotations
 from kdcache.loss.anchor import Anchor
 from kdcache.loss.chunks import chunk_loss
 from kdcache.loss.fused import fused_linear_distillation
-from kdcache.loss.independent import label_loss, score_loss
+from kdcache.loss.independent import INDEPENDENT, label_loss, score_loss
 from kdcache.loss.reference import (
     DIVERGENCES,
     TAILS,
@@ -46,6 +47,7 @@ from kdcache.loss.reference import (
 
 __all__ = [
     "DIVERGENCES",
+    "INDEPENDENT",
     "TAILS",
     "Anchor",
     "LossParts",

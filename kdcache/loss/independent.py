@@ -15,6 +15,11 @@ Cost: [rows, classes] float32, a few times. These losses are the readable form a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +43,7 @@ def label_loss(
     *,
     alpha: float | Tensor,
     divergence: str = "forward-kl",
+    huber_delta: float = 1.0,
     count: float | Tensor | None = None,
 ) -> LossParts:
     """The loss of several labels a row.
@@ -49,6 +55,7 @@ def label_loss(
         targets: n positions, at the temperature T of the soft part; None for the hard part alone.
         alpha: weight of the hard loss, 0 to 1; of no effect without targets.
         divergence: "forward-kl", "reverse-kl", "jsd" of each class, or "mse" of the logits.
+        huber_delta: of `score_loss`; of no effect here.
         count: divisor of the sums. Default: n.
 
     Returns:
@@ -135,3 +142,25 @@ def _checked(
 def _two_outcomes(z: Tensor) -> Tensor:
     """Log-probabilities of a sigmoid, [..., 2]: that a label is there, and that it is not."""
     return torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1)
+
+
+@dataclass(frozen=True)
+class Independent:
+    """How answers that are no distribution are learnt and read.
+
+    Attributes:
+        loss: `label_loss` or `score_loss`, which take the same arguments.
+        answer: from logits over the temperature, in their shape: probabilities, or scores.
+        unlabelled: from logits [n, C], the labels of rows without one.
+    """
+
+    loss: Callable[..., LossParts]
+    answer: Callable[[Tensor], Tensor]
+    unlabelled: Callable[[Tensor], Tensor]
+
+
+INDEPENDENT: Final[Mapping[Answers, Independent]] = {
+    "labels": Independent(label_loss, torch.sigmoid, lambda z: torch.full_like(z, IGNORE)),
+    "score": Independent(score_loss, lambda z: z, lambda z: torch.full_like(z[:, 0], math.nan)),
+}
+"""By what a task's answers are over; distributions, over ids or classes, are not among them."""

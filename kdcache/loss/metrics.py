@@ -241,6 +241,12 @@ class Calibration:
                 yield float(confidence / count), float(correct / count), int(count)
 
 
+_SUMS = (
+    *("positions", "labelled", "correct", "hard", "soft"),
+    *("soft_positions", "agreed", "known", "confusion"),
+)
+
+
 @dataclass
 class Tally:
     """Sums over the positions that a model has answered.
@@ -330,15 +336,8 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add the sums over other positions."""
-        self.positions += other.positions
-        self.labelled += other.labelled
-        self.correct += other.correct
-        self.hard += other.hard
-        self.soft += other.soft
-        self.soft_positions += other.soft_positions
-        self.agreed += other.agreed
-        self.known += other.known
-        self.confusion += other.confusion
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.calibration.merge(other.calibration)
         if self.entities is not None and other.entities is not None:
             self.entities.merge(other.entities)
@@ -362,7 +361,7 @@ def micro_f1(truth: Array, chosen: Array) -> float:
             not known, which takes no part.
         chosen: bool [rows, classes], the predictions.
     """
-    hits, both = _counts(truth, chosen)
+    hits, both = f1_counts(truth, chosen)
     return ratio(2.0 * float(hits.sum()), float(both.sum()))
 
 
@@ -371,13 +370,13 @@ def macro_f1(truth: Array, chosen: Array) -> float:
 
     A class that is neither a label nor a prediction has no F1 and takes no part.
     """
-    hits, both = _counts(truth, chosen)
+    hits, both = f1_counts(truth, chosen)
     present = both > 0
     return float(np.mean(2 * hits[present] / both[present])) if present.any() else math.nan
 
 
-def _counts(truth: Array, chosen: Array) -> tuple[Array, Array]:
-    """TP, and 2 TP + FP + FN, of each class."""
+def f1_counts(truth: Any, chosen: Any) -> tuple[Any, Any]:
+    """TP, and 2 TP + FP + FN, of each class, of numpy arrays or tensors; see `micro_f1`."""
     there, picked = truth == 1, chosen & (truth >= 0)
     return (there & picked).sum(0), there.sum(0) + picked.sum(0)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kdcache.loss import score_loss
 from kdcache.loss.chunks import compared
-from kdcache.loss.metrics import Entities, are_entities
+from kdcache.loss.metrics import Entities, are_entities, f1_counts
 from kdcache.stream import TargetStream
 from kdcache.targets import Targets
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUMS = 6
+
+
 FIGURES = {"classes": "accuracy", "labels": "micro_f1", "score": "pearson"}
 
 
@@ -56,21 +58,34 @@ def figure_sums(task: str, logits: Tensor | None, labels: Tensor) -> Tensor:
             has no figure.
         labels: as a batch has them.
     """
-    sums = torch.zeros(SUMS, dtype=torch.float64, device=labels.device)
-    if logits is None or figure_of(task) is None:
-        return sums
-    there = labelled(labels, task)
-    if TASKS[task].answers == "classes":
-        right = (logits.argmax(-1) == labels) & there
-        sums[:2] = torch.stack([right.sum(), there.sum()])
-    elif TASKS[task].answers == "labels":
-        truth, chosen = labels == 1, (logits >= 0) & (labels != IGNORE)
-        sums[:2] = torch.stack([2 * (truth & chosen).sum(), truth.sum() + chosen.sum()])
-    else:
-        x, y = logits[there, 0].double(), labels[there].double()
-        ones = torch.ones_like(x)
-        sums = torch.stack([(a * b).sum() for a, b in _products(ones, x, y)])
+    sums, made_of = torch.zeros(SUMS, dtype=torch.float64, device=labels.device), figure_of(task)
+    if logits is not None and made_of is not None:
+        found = torch.stack([*_MADE_OF[made_of](logits, labels, labelled(labels, task))])
+        sums[: len(found)] = found
     return sums
+
+
+def _right(logits: Tensor, labels: Tensor, there: Tensor) -> Iterable[Tensor]:
+    return ((logits.argmax(-1) == labels) & there).sum(), there.sum()
+
+
+def _hits(logits: Tensor, labels: Tensor, there: Tensor) -> Iterable[Tensor]:
+    hits, both = f1_counts(labels, logits >= 0)
+    return 2 * hits.sum(), both.sum()
+
+
+def _products(logits: Tensor, labels: Tensor, there: Tensor) -> Iterable[Tensor]:
+    x, y = logits[there, 0].double(), labels[there].double()
+    one = torch.ones_like(x)
+    pairs = (one, one), (x, one), (y, one), (x, x), (y, y), (x, y)
+    return ((a * b).sum() for a, b in pairs)
+
+
+_MADE_OF: Mapping[str, Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]] = {
+    "accuracy": _right,
+    "micro_f1": _hits,
+    "pearson": _products,
+}
 
 
 def warn_of_one_answer(
@@ -116,10 +131,6 @@ def hard_labels(task: str, labels: Tensor) -> Tensor:
     if TASKS[task].answers != "labels":
         return labelled(labels, task).sum()
     return (labels != IGNORE).sum() / labels.shape[-1]
-
-
-def _products(one: Tensor, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    return (one, one), (x, one), (y, one), (x, x), (y, y), (x, y)
 
 
 def figure(task: str, sums: Tensor) -> dict[str, float]:
@@ -253,10 +264,10 @@ class Totals:
         if rows:
             found["hard_loss"] = hard / known
             found |= figure(stream.task, values[_TASK])
-            if _tags(stream) is not None:
-                true, predicted, right = values[_ENTITIES].tolist()
-                if true + predicted:  # else there is no such figure
-                    found["f1"] = 2 * right / (true + predicted)
+            tags = _tags(stream) or ()
+            f1 = Entities(tags, *values[_ENTITIES].tolist()).f1
+            if not math.isnan(f1):  # else there are no entities, or no tags of them
+                found["f1"] = f1
         if soft:
             found[soft] = soft_loss / max(counted, 1)
         return found | text_figures(values[_TEXT], across=stream.reading.vocab_size is not None)

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
 from kdcache.loss import (
+    INDEPENDENT,
     Anchor,
     check_loss,
     check_names,
@@ -34,9 +35,7 @@ from kdcache.loss import (
     distillation_loss,
     fused_linear_distillation,
     label_logprobs,
-    label_loss,
     linear_logprobs,
-    score_loss,
     sliced_linear_distillation,
 )
 from kdcache.student.padding import check_first
@@ -297,7 +296,7 @@ class DistilledStudent(nn.Module):
             at = positions(flat, self.task).nonzero().squeeze(-1)
         n = len(flat) if at is None else len(at)
         soft = targets is not None
-        if kind.answers in ("labels", "score"):
+        if kind.answers in INDEPENDENT:
             return self._independent(labels, targets, inputs, alpha, count)
         if targets is None:
             # Hard labels alone are targets without entries and without weight.
@@ -388,10 +387,8 @@ class DistilledStudent(nn.Module):
         self._check_padding(labels, inputs)
         logits = logits_of(call(self.student, self._padded_its_way(inputs)))
         given: Any = {"alpha": alpha, "divergence": self.divergence, "count": count}
-        if TASKS[self.task].answers == "score":
-            parts = score_loss(logits, labels, targets, huber_delta=self.huber_delta, **given)
-        else:
-            parts = label_loss(logits, labels, targets, **given)
+        loss = INDEPENDENT[TASKS[self.task].answers].loss
+        parts = loss(logits, labels, targets, huber_delta=self.huber_delta, **given)
         return DistillationOutput(
             parts.total, logits, parts.hard, None if targets is None else parts.soft
         )

@@ -17,10 +17,10 @@ differences between students are differences in KL.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +38,9 @@ from kdcache.commands.evaluate.in_bytes import (
 from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.rows import EvaluationRows
 from kdcache.commands.evaluate.scores import EvaluateResult
-from kdcache.commands.evaluate.tally import Counts, Figures, IndependentTally, tally_of
+from kdcache.commands.evaluate.tally import Counts, Figures, make_tally, tally_of
 from kdcache.errors import UsageError
-from kdcache.loss import distillation_loss
-from kdcache.loss.metrics import BINS, Entities, Tally, are_entities
+from kdcache.loss.metrics import BINS
 from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
@@ -119,17 +118,15 @@ class _Evaluation:
 
     def _zero(self) -> Counts:
         """Counts of no rows."""
-        answers = TASKS[self.task].answers
-        classes = self.rows.vocab_size if answers == "classes" else None
-        teacher, *students = (
-            Tally(classes, entities=self._entities()) for _ in range(1 + len(self.students))
+        make = functools.partial(
+            make_tally,
+            self.task,
+            self.rows.vocab_size,
+            self.rows.label_names,
+            self.options.threshold,
         )
-        independent = [
-            IndependentTally(self.task, self.options.threshold)
-            for _ in (teacher, *students)
-            if answers in ("labels", "score")
-        ]
-        return Counts(teacher, students, self.no_bytes and self.no_bytes.empty(), independent)
+        in_bytes = self.no_bytes and self.no_bytes.empty()
+        return Counts(make(), [make() for _ in self.students], in_bytes)
 
     @property
     def in_bytes(self) -> InBytes | None:
@@ -178,7 +175,7 @@ class _Evaluation:
             self.logprobs[0] = np.where(np.isnan(self.logprobs[0]), kept, self.logprobs[0])
 
     def run(self) -> EvaluateResult:
-        if TASKS[self.task].answers == "score" and self.temperature != 1:
+        if not TASKS[self.task].has_temperature and self.temperature != 1:
             raise UsageError("a score has no temperature. Leave --temperature out.")
         self.domains = {name: self._zero() for name in self.rows.domains()}
         for window in self.rows.windows(targets=self.teacher is None):
@@ -249,9 +246,6 @@ class _Evaluation:
             targets: DenseTargets | SparseTargets | None = None
             top = None
             logits: Sequence[Tensor] = pieces
-            if self.counts.independent:
-                self._add_independent(batch, part, pieces, labels[part])
-                continue
             if self.teacher is not None:
                 targets, logits = DenseTargets(pieces[0].float(), self.temperature), pieces[1:]
                 top = self._add_teacher(targets, labels[part], None)
@@ -266,10 +260,11 @@ class _Evaluation:
             if top is not None:
                 answers[0].append(top)
             for tally, z, found in zip(self.counts.students, logits, answers[1:], strict=True):
-                predictions = self._add_student(tally, z, labels[part], targets)
-                found.append(predictions)
-                if top is not None:
-                    tally.add_agreement(predictions, top)
+                predictions = tally.add(z, labels[part], targets)
+                if predictions is not None:
+                    found.append(predictions)
+                    if top is not None:
+                        tally.add_agreement(predictions, top)
         assert done == len(labels), "the models answer every position"
         self.counts.positions += len(labels)
         if TASKS[self.task].words:
@@ -287,75 +282,25 @@ class _Evaluation:
             if found:
                 tally.add_entities(labels, np.concatenate(found), counts, words)
 
-    def _entities(self) -> Entities | None:
-        """Fresh counts of entities, if the classes are their tags."""
-        names = self.rows.label_names if TASKS[self.task].words else None
-        return Entities(names) if names is not None and are_entities(names) else None
-
-    def _add_independent(
-        self, batch: _Batch, part: slice, pieces: Sequence[Tensor], labels: np.ndarray
-    ) -> None:
-        """Count answers that are no distribution, the teacher's first if it runs."""
-        teacher, *tallies = self.counts.independent
-        targets: Any = None
-        logits: Sequence[Tensor] = pieces
-        if self.teacher is not None:
-            targets, logits = DenseTargets(pieces[0].float(), self.temperature), pieces[1:]
-        elif batch.targets is not None:
-            cached = batch.targets.take(np.arange(part.start, part.stop))
-            targets = cached.at(self.temperature).to(self.device)
-        if targets is not None:
-            teacher.add(targets.logits, labels, None)
-        for tally, z in zip(tallies, logits, strict=True):
-            tally.add(z, labels, targets)
-
-    def _add_student(
-        self,
-        tally: Tally,
-        logits: Tensor,
-        labels: np.ndarray,
-        targets: DenseTargets | SparseTargets | None,
-    ) -> np.ndarray:
-        # Double precision costs nothing for classes, and all of the memory for a large vocabulary.
-        z = logits.double() if logits.shape[-1] <= 4096 else logits.float()
-        hard_only = targets is None
-        parts = distillation_loss(
-            z,
-            torch.from_numpy(labels).to(z.device),
-            DenseTargets(z, self.temperature) if targets is None else targets,
-            alpha=1.0 if hard_only else 0.5,
-            vocab_size=self.rows.vocab_size,
-            count=1,
-        )
-        tally.hard += float(parts.hard)
-        if not hard_only:
-            tally.soft += float(parts.soft) / self.temperature**2
-            tally.soft_positions += len(labels)
-        confidence, predictions = z.softmax(-1).max(-1)
-        found: np.ndarray = predictions.cpu().numpy()
-        tally.add_predictions(labels, found, confidence.cpu().numpy())
-        return found
-
     def _add_teacher(
         self,
         targets: DenseTargets | SparseTargets,
         labels: np.ndarray,
         cached: SoftTargets | None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | None:
         """Count the teacher's own figures.
 
         Returns:
-            Its most probable id at each position, -1 where it is not known.
+            Its most probable id at each position, -1 where it is not known; None where answers
+            have none.
         """
         tally = self.counts.teacher
         at_one = math.isclose(self.temperature, 1.0)
         if isinstance(targets, DenseTargets):
             if cached is None or cached.codec.any_temperature or at_one:
-                return self._add_student(tally, targets.logits, labels, None)
+                return tally.add(targets.logits, labels, None)
             # Of a mean of probabilities only the best is known at another temperature.
-            top = targets.logits.argmax(-1).cpu().numpy()
-            tally.add_predictions(labels, top, None)
-            return np.asarray(top)
+            return tally.add_best(targets.logits, labels)
         self.exact = self.exact and targets.exact
         best, slot = targets.weights.max(-1)
         top = targets.ids.gather(-1, slot[:, None])[:, 0].cpu().numpy()

@@ -10,9 +10,11 @@ class and row for each model, and as many for the hard labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,10 +23,11 @@ from torch import Tensor
 from kdcache.commands.evaluate.in_bytes import InBytes, by_its_own_tokens
 from kdcache.commands.evaluate.rows import EvaluationRows
 from kdcache.commands.evaluate.scores import Bin, DomainScores, ModelScores
-from kdcache.loss import label_loss, score_loss
+from kdcache.loss import INDEPENDENT, distillation_loss
 from kdcache.loss.metrics import (
     Entities,
     Tally,
+    are_entities,
     f1,
     known,
     macro_average_precision,
@@ -37,92 +40,196 @@ from kdcache.loss.metrics import (
     spearman,
 )
 from kdcache.student.saved import LoadedModel
-from kdcache.targets import DenseTargets
-from kdcache.tasks import IGNORE, TASKS, labelled
+from kdcache.targets import DenseTargets, SparseTargets
+from kdcache.tasks import IGNORE, TASKS, Answers, labelled
+
+_Targets: TypeAlias = DenseTargets | SparseTargets | None
 
 
-class IndependentTally:
-    """The answers of one model, and how far they are from the teacher's.
+class _ModelTally(Tally):
+    """The answers of one model, and how far they are from the teacher's."""
 
-    Attributes:
-        positions: rows.
-        labelled: rows with a hard label.
-        known: rows, or classes of rows, of which the teacher's answer is known.
-    """
+    confused = False  # whether predictions are counted by class
 
-    def __init__(self, task: str, threshold: float) -> None:
-        """Start empty.
-
-        Args:
-            task: of the model.
-            threshold: probability from which a class is predicted.
-        """
-        self.task, self.scores = task, TASKS[task].answers == "score"
+    def __init__(
+        self, task: str, outputs: int, names: Sequence[str] | None, threshold: float
+    ) -> None:
+        tags = TASKS[task].words and names is not None and are_entities(names)
+        entities = Entities(names or ()) if tags else None
+        super().__init__(outputs if self.confused else None, entities=entities)
+        self.task, self.outputs = task, outputs
         self.logit = float(np.log(threshold) - np.log1p(-threshold))
-        self.positions = self.labelled = self.known = 0
-        self.hard = self.soft = self.agreed = 0.0
-        self._labels: list[np.ndarray] = []
-        self._answers: list[np.ndarray] = []
 
-    def add(self, logits: Tensor, labels: np.ndarray, targets: DenseTargets | None) -> None:
-        """Add rows.
-
-        Args:
-            logits: [n, classes], or [n, 1] of scores.
-            labels: as `kdcache.stream.Batch` has them.
-            targets: the teacher's answers, or None.
-        """
-        z, hard = logits.double(), torch.from_numpy(labels).to(logits.device)
-        loss = score_loss if self.scores else label_loss
-        parts = loss(z, hard, targets, alpha=0.5, count=1)
-        self.hard += float(parts.hard)
-        self.positions += len(labels)
-        self.labelled += int(labelled(labels, self.task).sum())
-        if targets is not None:
-            self.soft += float(parts.soft) / targets.temperature**2
-            self.known += logits.numel()
-            mine, theirs = z >= self.logit, targets.logits >= self.logit
-            self.agreed += float((mine == theirs).sum())
-        self._labels.append(labels)
-        self._answers.append(logits.float().cpu().numpy())
-
-    def merge(self, other: IndependentTally) -> None:
-        """Add the rows of another tally."""
-        for name in ("positions", "labelled", "known", "hard", "soft", "agreed"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self._labels += other._labels
-        self._answers += other._answers
-
-    def figures(self, *, soft: bool) -> dict[str, Any]:
-        """The figures by their names in `ModelScores`; those against the teacher where `soft`."""
-        if not self._labels:
-            return {}
-        labels, answers = np.concatenate(self._labels), np.concatenate(self._answers)
-        there = labelled(labels, self.task)
-        labels, answers = labels[there], answers[there]
-        soft_mean = known(ratio(self.soft, self.positions)) if soft else None
-        if self.scores:
-            return {
-                "mse": known(ratio(self.hard, self.labelled)),
-                "pearson": known(pearson(answers[:, 0], labels)),
-                "spearman": known(spearman(answers[:, 0], labels)),
-                "teacher_mse": soft_mean,
-            }
-        chosen = answers >= self.logit
+    def soft_figures(self, *, exact: bool) -> dict[str, float]:
+        """Those against the teacher; `exact` if all its targets were distributions."""
         return {
-            "cross_entropy": known(self._per_class(labels)),
-            "micro_f1": known(micro_f1(labels, chosen)),
-            "macro_f1": known(macro_f1(labels, chosen)),
-            "micro_average_precision": known(micro_average_precision(labels, answers)),
-            "macro_average_precision": known(macro_average_precision(labels, answers)),
-            "kl": soft_mean,
-            "agreement": known(ratio(self.agreed, self.known)) if soft else None,
+            "kl" if exact else "soft_cross_entropy": ratio(self.soft, self.soft_positions),
+            "agreement": ratio(self.agreed, self.known),
         }
 
-    def _per_class(self, labels: np.ndarray) -> float:
-        """Binary cross-entropy a class that is known: the loss divides by all classes of a row."""
-        classes = labels.shape[-1]
-        return ratio(self.hard * classes, int((labels != IGNORE).sum()))
+
+class IdTally(_ModelTally):
+    """Of distributions: sums alone."""
+
+    def add(self, logits: Tensor, labels: np.ndarray, targets: _Targets) -> np.ndarray:
+        """Add positions.
+
+        Args:
+            logits: [n, outputs].
+            labels: as `kdcache.stream.Batch` has them.
+            targets: the teacher's answers, or None.
+
+        Returns:
+            The most probable ids, int [n].
+        """
+        # Double precision costs nothing for classes, and all of the memory for a large vocabulary.
+        z = logits.double() if logits.shape[-1] <= 4096 else logits.float()
+        parts = distillation_loss(
+            z,
+            torch.from_numpy(labels).to(z.device),
+            DenseTargets(z, 1.0) if targets is None else targets,
+            alpha=1.0 if targets is None else 0.5,
+            vocab_size=self.outputs,
+            count=1,
+        )
+        self.hard += float(parts.hard)
+        if targets is not None:
+            self.soft += float(parts.soft) / targets.temperature**2
+            self.soft_positions += len(labels)
+        confidence, predictions = z.softmax(-1).max(-1)
+        found: np.ndarray = predictions.cpu().numpy()
+        self.add_predictions(labels, found, confidence.cpu().numpy())
+        return found
+
+    def add_best(self, logits: Tensor, labels: np.ndarray) -> np.ndarray:
+        """Add positions of which the most probable id is known and nothing else; as `add`."""
+        best: np.ndarray = logits.argmax(-1).cpu().numpy()
+        self.add_predictions(labels, best, None)
+        return best
+
+    def figures(self) -> dict[str, float]:
+        """Those against the hard labels by their names in `ModelScores`; NaN if undefined."""
+        return {
+            "accuracy": ratio(self.correct, self.labelled),
+            "cross_entropy": ratio(self.hard, self.labelled),
+            "calibration_error": self.calibration.error,
+        }
+
+
+class ClassTally(IdTally):
+    """Of distributions over classes."""
+
+    confused = True
+
+    def figures(self) -> dict[str, float]:
+        """Of each class, and of entities, besides."""
+        found, entities = {**super().figures(), "f1": f1(self.confusion)}, self.entities
+        if entities is None:
+            return found
+        return found | {
+            "entity_f1": entities.f1,
+            "entity_precision": entities.precision,
+            "entity_recall": entities.recall,
+        }
+
+
+class KeptTally(_ModelTally, ABC):
+    """Of answers that are no distribution, which are kept for figures of their order."""
+
+    def __init__(self, *given: Any) -> None:
+        """Start empty; see `make_tally`."""
+        super().__init__(*given)
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, logits: Tensor, labels: np.ndarray, targets: _Targets) -> None:
+        """Add positions; see `IdTally.add`."""
+        z, hard = logits.double(), torch.from_numpy(labels).to(logits.device)
+        loss = INDEPENDENT[TASKS[self.task].answers].loss
+        parts = loss(z, hard, targets, alpha=0.5, count=1)
+        there = labelled(labels, self.task)
+        self.hard += float(parts.hard)
+        self.positions += len(labels)
+        self.labelled += int(there.sum())
+        if isinstance(targets, DenseTargets):
+            self.soft += float(parts.soft) / targets.temperature**2
+            self.soft_positions += len(labels)
+            self.known += logits.numel()
+            self.agreed += int(((z >= self.logit) == (targets.logits >= self.logit)).sum())
+        self._kept.append((labels[there], logits.float().cpu().numpy()[there]))
+
+    def add_best(self, logits: Tensor, labels: np.ndarray) -> None:
+        """Of the best alone they have no figure; see `IdTally.add_best`."""
+
+    def merge(self, other: Tally) -> None:
+        """Add the sums and answers over other positions."""
+        super().merge(other)
+        assert isinstance(other, KeptTally), "tallies are of one task"
+        self._kept += other._kept
+
+    def figures(self) -> dict[str, float]:
+        """See `IdTally.figures`; empty where nothing was added."""
+        if not self._kept:
+            return {}
+        labels, answers = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
+        return self._figures(labels, answers)
+
+    @abstractmethod
+    def _figures(self, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+        """Of the rows with a label."""
+
+
+class LabelTally(KeptTally):
+    """Of labels each by itself."""
+
+    def _figures(self, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+        chosen = answers >= self.logit
+        # The loss divides by all classes of a row, the figure by those that are known.
+        nats = self.hard * labels.shape[-1]
+        return {
+            "cross_entropy": ratio(nats, int((labels != IGNORE).sum())),
+            "micro_f1": micro_f1(labels, chosen),
+            "macro_f1": macro_f1(labels, chosen),
+            "micro_average_precision": micro_average_precision(labels, answers),
+            "macro_average_precision": macro_average_precision(labels, answers),
+        }
+
+
+class ScoreTally(KeptTally):
+    """Of scores."""
+
+    def _figures(self, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+        return {
+            "mse": ratio(self.hard, self.labelled),
+            "pearson": pearson(answers[:, 0], labels),
+            "spearman": spearman(answers[:, 0], labels),
+        }
+
+    def soft_figures(self, *, exact: bool) -> dict[str, float]:
+        """The mean squared difference."""
+        return {"teacher_mse": ratio(self.soft, self.soft_positions)}
+
+
+ModelTally: TypeAlias = IdTally | KeptTally
+_TALLIES: Mapping[Answers, type[IdTally] | type[KeptTally]] = {
+    "ids": IdTally,
+    "classes": ClassTally,
+    "labels": LabelTally,
+    "score": ScoreTally,
+}
+
+
+def make_tally(
+    task: str, outputs: int, names: Sequence[str] | None, threshold: float = 0.5
+) -> ModelTally:
+    """A tally of no positions.
+
+    Args:
+        task: of the model.
+        outputs: ids, classes or scores of an answer.
+        names: of the classes; entities are counted where they are the tags of some.
+        threshold: probability from which a class is predicted, where there may be several.
+    """
+    return _TALLIES[TASKS[task].answers](task, outputs, names, threshold)
 
 
 @dataclass
@@ -133,7 +240,6 @@ class Counts:
         teacher: of the teacher.
         students: of each student that reads the rows as they are.
         in_bytes: over chunks of text, where there are such figures.
-        independent: of teacher and students, where answers are no distribution.
         rows: how many rows.
         positions: in them.
         label_nats: minus the sum of the log-probabilities that a language model's cache keeps of
@@ -142,10 +248,9 @@ class Counts:
         impossible: labels that the teacher gives no probability.
     """
 
-    teacher: Tally
-    students: list[Tally]
+    teacher: ModelTally
+    students: list[ModelTally]
     in_bytes: InBytes | None = None
-    independent: list[IndependentTally] = field(default_factory=list)
     rows: int = 0
     positions: int = 0
     label_nats: float = 0.0
@@ -158,22 +263,15 @@ class Counts:
             self.teacher.merge(part.teacher)
             for mine, theirs in zip(self.students, part.students, strict=True):
                 mine.merge(theirs)
-            for own, others in zip(self.independent, part.independent, strict=True):
-                own.merge(others)
             if self.in_bytes is not None and part.in_bytes is not None:
                 self.in_bytes.merge(part.in_bytes)
-            self.rows += part.rows
-            self.positions += part.positions
-            self.label_nats += part.label_nats
-            self.predicted += part.predicted
-            self.impossible += part.impossible
+            for name in ("rows", "positions", "label_nats", "predicted", "impossible"):
+                setattr(self, name, getattr(self, name) + getattr(part, name))
         return self
 
 
-def tally_of(counts: Counts) -> Tally | IndependentTally:
+def tally_of(counts: Counts) -> Tally:
     """Positions, of any model that read them all."""
-    if counts.independent:
-        return counts.independent[1]
     if counts.students:
         return counts.students[0]
     return Tally(positions=counts.positions, labelled=counts.positions)
@@ -210,30 +308,15 @@ class Figures:
 
     def of(self, counts: Counts) -> tuple[ModelScores, ...]:
         """Scores of the teacher, where there is one, and of the students."""
-        if counts.independent:
-            return tuple(self._independent_scores(counts))
         teacher = [self._teacher_scores(counts)] if self.soft else []
         return (*teacher, *self._student_scores(counts))
 
-    def _independent_scores(self, counts: Counts) -> Iterator[ModelScores]:
-        """The figures where answers are no distribution."""
-        teacher, *students = counts.independent
-        live = None if self.teacher is None else self.teacher.saved
-        if self.soft:
-            own = teacher.figures(soft=False) if live is not None or self.rows.logits_known else {}
-            name = "teacher (cached)" if live is None else live.name
-            yield ModelScores(name, "teacher", None if live is None else live.parameters, **own)
-        for model, tally in zip(self.students, students, strict=True):
-            own = tally.figures(soft=self.soft)
-            if self.soft and not self._decides(tally):
-                own["agreement"] = None
-            yield ModelScores(model.saved.name, "student", model.saved.parameters, **own)
-
-    def _decides(self, tally: IndependentTally) -> bool:
+    def _decides(self, tally: ModelTally) -> bool:
         """Whether the teacher's decisions are known: of a mean of probabilities at another
         temperature only those at 1/2, where the temperature does not matter.
         """
-        return self.teacher is not None or self.rows.logits_known or tally.logit == 0
+        known = self.teacher is not None or self.rows.logits_known
+        return known or tally.logit == 0 or not isinstance(tally, LabelTally)
 
     def _student_scores(self, counts: Counts) -> list[ModelScores]:
         """In the order in which the students were named."""
@@ -249,45 +332,38 @@ class Figures:
                 found[id(model)] = in_bytes.with_figures(found[id(model)], sums)
         return [found[id(model)] for model in self.all_students]
 
-    def _scores(self, model: LoadedModel, tally: Tally) -> ModelScores:
-        soft = known(ratio(tally.soft, tally.soft_positions))
-        return ModelScores(
-            name=model.saved.name,
-            role="student",
-            parameters=model.saved.parameters,
-            kl=soft if self.exact else None,
-            soft_cross_entropy=None if self.exact else soft,
-            agreement=known(ratio(tally.agreed, tally.known)),
-            **self._label_scores(tally, known(ratio(tally.hard, tally.labelled))),
-        )
+    def _scores(self, model: LoadedModel, tally: ModelTally) -> ModelScores:
+        found = tally.soft_figures(exact=self.exact) if self.soft else {}
+        if not self._decides(tally):
+            found["agreement"] = math.nan
+        saved = model.saved
+        return self._named(saved.name, "student", saved.parameters, tally, tally.figures() | found)
 
     def _teacher_scores(self, counts: Counts) -> ModelScores:
-        model, tally = self.teacher, counts.teacher
-        hard = None
-        if model is not None or self.rows.logits_known:
-            hard = known(ratio(tally.hard, tally.labelled))
-        elif counts.predicted:  # sparse targets lack the probability of some labels
-            hard = counts.label_nats / counts.predicted
-        return ModelScores(
-            name="teacher (cached)" if model is None else model.saved.name,
-            role="teacher",
-            parameters=None if model is None else model.saved.parameters,
-            bits_per_byte=None if counts.in_bytes is None else counts.in_bytes.teacher_bits,
-            **self._label_scores(tally, hard),
-        )
+        live, tally = None if self.teacher is None else self.teacher.saved, counts.teacher
+        found = tally.figures()
+        if live is None and not self.rows.logits_known:
+            # Sparse targets lack the probability of some labels.
+            found["cross_entropy"] = ratio(counts.label_nats, counts.predicted)
+        if counts.in_bytes is not None and counts.in_bytes.teacher_bits is not None:
+            found["bits_per_byte"] = counts.in_bytes.teacher_bits
+        name = "teacher (cached)" if live is None else live.name
+        parameters = None if live is None else live.parameters
+        return self._named(name, "teacher", parameters, tally, found)
 
-    def _label_scores(self, tally: Tally, hard: float | None) -> dict[str, Any]:
-        """Figures against the hard labels, with whose cross-entropy `hard`."""
-        kind = TASKS[self.rows.task]
-        return {
-            "accuracy": known(ratio(tally.correct, tally.labelled)),
-            "f1": None if kind.over_ids else known(f1(tally.confusion)),
-            "cross_entropy": hard,
-            "perplexity": perplexity(hard) if kind.perplexity else None,
-            "calibration_error": known(tally.calibration.error),
-            "calibration": tuple(Bin(*values) for values in tally.calibration.filled()),
-            **({} if tally.entities is None else _entity_scores(tally.entities)),
-        }
+    def _named(
+        self,
+        name: str,
+        role: str,
+        parameters: int | None,
+        tally: ModelTally,
+        found: Mapping[str, float],
+    ) -> ModelScores:
+        figures: dict[str, Any] = {figure: known(value) for figure, value in found.items()}
+        if TASKS[self.rows.task].perplexity:
+            figures["perplexity"] = perplexity(figures["cross_entropy"])
+        bins = tuple(Bin(*values) for values in tally.calibration.filled())
+        return ModelScores(name, role, parameters, calibration=bins, **figures)
 
     def notes(self, counts: Counts, why_no_bytes: str) -> Iterable[str]:
         """What a reader must know about figures that are missing or not exact.
@@ -308,8 +384,7 @@ class Figures:
                 "The cache holds the teacher's top ids: KL compares these and the sum of all "
                 "others, and is at most the full KL. Use --teacher to measure the full KL."
             )
-        compared = self.students and not counts.independent
-        if self.soft and compared and tally.known < tally.positions:
+        if self.soft and self.students and tally.known < tally.positions:
             yield (
                 f"Agreement is over the {tally.known:,} of {tally.positions:,} positions where "
                 "the cached sample determines the teacher's most probable id."
@@ -323,7 +398,7 @@ class Figures:
                 f"The teacher gives {counts.impossible:,} labels no probability: its "
                 "cross-entropy leaves them out."
             )
-        if self.soft and counts.independent and not self._decides(counts.independent[0]):
+        if self.soft and not self._decides(counts.teacher):
             yield (
                 "Agreement is not known: the cache holds a mean of probabilities at "
                 f"T = {self.rows.temperature:g}, which decides at T = 1 for --threshold 0.5 alone."
@@ -337,11 +412,3 @@ class Figures:
                 f"{tally.positions - tally.labelled:,} of {tally.positions:,} positions have no "
                 "hard label and count only in the soft figures."
             )
-
-
-def _entity_scores(entities: Entities) -> dict[str, float | None]:
-    return {
-        "entity_f1": known(entities.f1),
-        "entity_precision": known(entities.precision),
-        "entity_recall": known(entities.recall),
-    }

@@ -19,22 +19,12 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kdcache.commands.evaluate.tally import make_tally
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import PadRows, class_weights
 from kdcache.commands.train.callbacks import Patience, SlowSteps, StopOnSignal
 from kdcache.commands.train.result import TrainProgress
-from kdcache.loss import label_loss, score_loss
-from kdcache.loss.metrics import (
-    Entities,
-    accuracy,
-    are_entities,
-    confusion_matrix,
-    f1,
-    micro_average_precision,
-    micro_f1,
-    pearson,
-    spearman,
-)
+from kdcache.loss import INDEPENDENT
 from kdcache.metrics import METRICS
 from kdcache.rows import Row
 from kdcache.student.checkpoints import (
@@ -156,16 +146,15 @@ def _weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
 
 def _loss_of(options: FinetuneOptions, rows: list[Row], model: Any) -> Callable[..., Tensor] | None:
     """The loss as the Trainer calls it; None for the model's own."""
-    if TASKS[options.task].source:
+    own = INDEPENDENT.get(TASKS[options.task].answers)
+    if own is None and options.class_weights == "equal":
         return None
-    if TASKS[options.task].answers == "classes":
-        if options.class_weights == "equal":
-            return None
+    if own is None:
         return _weighted_loss(class_weights(rows, model.config.num_labels))
-    own = score_loss if TASKS[options.task].answers == "score" else label_loss
+    of_rows = own.loss
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        return own(outputs["logits"], labels, None, alpha=1.0).total
+        return of_rows(outputs["logits"], labels, None, alpha=1.0).total
 
     return loss
 
@@ -184,67 +173,57 @@ def _of_each_token(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.argmax(-1), nats.reshape(labels.shape)
 
 
-def _target_scores(outputs: Any) -> dict[str, float]:
-    best, nats = outputs.predictions
-    known = outputs.label_ids >= 0
-    return {
-        "cross_entropy": float(nats[known].astype(float).mean()),
-        "accuracy": float((best == outputs.label_ids)[known].mean()),
-    }
-
-
-def _label_scores(outputs: Any) -> dict[str, float]:
-    logits, labels = _logits(outputs), outputs.label_ids
-    return {
-        "micro_f1": micro_f1(labels, logits >= 0),
-        "average_precision": micro_average_precision(labels, logits),
-    }
-
-
-def _score_scores(outputs: Any) -> dict[str, float]:
-    found, labels = _logits(outputs)[:, 0].astype(float), outputs.label_ids
-    correlations = {"pearson": pearson(found, labels), "spearman": spearman(found, labels)}
-    return {"mse": float(((found - labels) ** 2).mean()), **correlations}
+# What the Trainer evaluates and logs, by what a task's answers are over; the first selects the best
+# epoch, of words their F1.
+_FIGURES: dict[str, tuple[str, ...]] = {
+    "ids": ("cross_entropy", "accuracy"),
+    "classes": ("accuracy", "f1"),
+    "labels": ("average_precision", "micro_f1"),
+    "score": ("mse", "pearson", "spearman"),
+}
+_ITS_OWN_NAMES = {"entity_f1": "f1", "micro_average_precision": "average_precision"}
 
 
 def _scorer(
     options: FinetuneOptions, tests: Sequence[Row], model: Any
 ) -> Callable[[Any], dict[str, float]]:
     """What makes figures of the answers to the rows of the evaluation, as the Trainer calls it."""
-    answers = TASKS[options.task].answers
-    if answers == "ids":
-        return _target_scores
-    if answers in ("labels", "score"):
-        return _score_scores if answers == "score" else _label_scores
-    names = [str(name) for _, name in sorted(model.config.id2label.items())]
-    entities = TASKS[options.task].words and are_entities(names)
+    kind, config = TASKS[options.task], model.config
+    names = [str(name) for _, name in sorted(config.id2label.items())]
 
     def scores(outputs: Any) -> dict[str, float]:
-        logits = _logits(outputs)
-        labels, predictions = outputs.label_ids, logits.argmax(-1)
-        known = labels >= 0
-        table = confusion_matrix(labels[known], predictions[known], logits.shape[-1])
-        if not entities:
-            return {"accuracy": accuracy(table), "f1": f1(table)}
-        counts = Entities(names)
-        for row, ours, theirs in zip(tests, labels, predictions, strict=True):
-            assert row.first is not None, "rows of words mark their first tokens"
-            keep = (ours[: len(row.first)] >= 0) & row.first
-            mine, other = (tags[: len(row.first)][keep] for tags in (ours, theirs))
-            counts.add(mine, other, np.array([keep.sum()]))
-        return {"accuracy": accuracy(table), "f1": counts.f1}
+        labels, tally = outputs.label_ids, make_tally(options.task, len(names), names)
+        if kind.source:
+            best, nats = outputs.predictions
+            tally.hard = float(nats[labels >= 0].astype(float).sum())
+            tally.add_predictions(labels.reshape(-1), best.reshape(-1), None)
+        elif kind.answers in INDEPENDENT:
+            tally.add(torch.from_numpy(_logits(outputs)), labels, None)
+        else:
+            best, flat = _logits(outputs).argmax(-1).reshape(-1), labels.reshape(-1)
+            tally.add_predictions(flat, best, None)
+            if kind.words:
+                tally.add_entities(flat, best, np.full(*labels.shape), _firsts(labels, tests))
+        found = tally.figures()
+        found |= {ours: found[name] for name, ours in _ITS_OWN_NAMES.items() if name in found}
+        return {name: found[name] for name in _FIGURES[kind.answers]}
 
     return scores
+
+
+def _firsts(labels: np.ndarray, tests: Sequence[Row]) -> np.ndarray:
+    """bool [rows * L]: which tokens of padded rows begin a word."""
+    found = np.zeros(labels.shape, np.bool_)
+    for row, into in zip(tests, found, strict=True):
+        assert row.first is not None, "rows of words mark their first tokens"
+        into[: len(row.first)] = row.first
+    return found.reshape(-1)
 
 
 def _best(options: FinetuneOptions) -> str:
     """The figure that selects the best epoch."""
     kind = TASKS[options.task]
-    if kind.answers == "ids":
-        return "cross_entropy"
-    if kind.answers in ("labels", "score"):
-        return "mse" if kind.answers == "score" else "average_precision"
-    return "f1" if kind.words else "accuracy"
+    return "f1" if kind.words else _FIGURES[kind.answers][0]
 
 
 def best_scores(state: TrainerState, options: FinetuneOptions) -> dict[str, float]:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcache.loss import Anchor, distillation_loss, label_loss, score_loss
+from kdcache.loss import INDEPENDENT, Anchor, distillation_loss
 from kdcache.targets import AnchoredTargets, DenseTargets, SparseTargets, Targets, with_logits
 from kdcache.tasks import IGNORE, Answers
 
@@ -98,7 +98,7 @@ class FullGradient:
             student: FAR or NEAR.
             answers: what the teacher's answers are over.
         """
-        self.answers = answers
+        self.answers, self.independent = answers, INDEPENDENT.get(answers)
         self.logits = logits.float().clone()
         self.temperature = temperature
         noise = torch.randn(logits.shape, generator=generator).to(logits.device)
@@ -109,23 +109,18 @@ class FullGradient:
 
     def _answer(self, logits: Tensor) -> Tensor:
         """Probabilities, or scores, from logits."""
-        if self.answers == "score":
-            return logits
         z = logits / self.temperature
-        return z.sigmoid() if self.answers == "labels" else z.softmax(-1)
+        return z.softmax(-1) if self.independent is None else self.independent.answer(z)
 
     def towards(self, targets: Targets, anchor: Anchor | None = None) -> Tensor:
         """Gradient of the summed soft loss by the student's logits, [n, V]."""
         z = self.student.clone().requires_grad_()
-        labels = torch.full((len(z),), IGNORE, device=z.device)
-        if self.answers in ("labels", "score"):
-            assert isinstance(targets, DenseTargets), "the loss is defined on no others"
-            if self.answers == "score":
-                loss = score_loss(z, labels * torch.nan, targets, alpha=0.0, count=1)
-            else:
-                loss = label_loss(z, labels[:, None].expand_as(z), targets, alpha=0.0, count=1)
+        if self.independent is not None:
+            none = self.independent.unlabelled(z.detach())
+            loss = self.independent.loss(z, none, targets, alpha=0.0, count=1)
         else:
-            loss = distillation_loss(z, labels, targets, alpha=0.0, count=1, anchor=anchor)
+            none = torch.full((len(z),), IGNORE, device=z.device)
+            loss = distillation_loss(z, none, targets, alpha=0.0, count=1, anchor=anchor)
         (gradient,) = torch.autograd.grad(loss.total, z)
         return gradient
 
@@ -162,7 +157,7 @@ class FidelityMeter:
             anchor.update()
         error, near_error = full.error(targets, gradient), near.error(targets, nearer)
         named = full.p if isinstance(targets, DenseTargets) else _named(full.p, targets)
-        if full.answers in ("labels", "score"):  # all of each answer is there
+        if full.independent is not None:  # all of each answer is there
             named = torch.ones(len(full.p))
         if full.answers == "score":
             self._scores = _with_spread(self._scores, full.p.double())

@@ -42,7 +42,7 @@ from kdcache.cache import Cache
 from kdcache.commands.train.result import TrainResult
 from kdcache.errors import install_command, installed
 from kdcache.files import write_json, write_text
-from kdcache.loss import label_loss, score_loss
+from kdcache.loss import INDEPENDENT
 from kdcache.metrics import METRICS, RANKED, run_title
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.student.figures import SUMS, figure, figure_sums, hard_labels
@@ -273,12 +273,11 @@ def _of_rows(caches: Sequence[Cache], delta: float | None) -> dict[str, float]:
 
 def _hard_loss(task: str, logits: Tensor, labels: Tensor, delta: float | None) -> float:
     """The loss with the hard labels, summed over rows."""
-    if TASKS[task].answers == "score":
-        how: dict[str, Any] = {} if delta is None else {"divergence": "huber", "huber_delta": delta}
-        return float(score_loss(logits, labels, None, alpha=1.0, count=1, **how).total)
-    if TASKS[task].answers == "labels":
-        return float(label_loss(logits, labels, None, alpha=1.0, count=1).total)
-    return float(functional.cross_entropy(logits, labels.long(), reduction="sum"))
+    independent = INDEPENDENT.get(TASKS[task].answers)
+    if independent is None:
+        return float(functional.cross_entropy(logits, labels.long(), reduction="sum"))
+    how: dict[str, Any] = {} if delta is None else {"divergence": "huber", "huber_delta": delta}
+    return float(independent.loss(logits, labels, None, alpha=1.0, count=1, **how).total)
 
 
 logger = logging.getLogger(__name__)
