@@ -10,6 +10,14 @@ from kdcache.commands.inspect import InspectResult, RowView
 from kdcache.humanize import counted, score, size
 from kdcache.tasks import OUTPUTS, TASKS, Answers
 
+# Headings of a row's table where its label is one for the row, each with what stands below it.
+_BEHIND = (("logprob", "logprob"), ("teacher's predictions", "guesses"), ("rest", "rest"))
+_OF_ROWS: dict[str, tuple[tuple[str, str], ...]] = {
+    "classes": (("label", "label"), ("teacher's probabilities", "guesses"), ("rest", "rest")),
+    "labels": (("labels", "label"), ("teacher's probabilities", "guesses")),  # no sum, no rest
+    "score": (("score", "label"), ("teacher's", "score")),
+}
+
 
 def render_inspection(result: InspectResult, console: Console) -> None:
     """Print what `inspect` found."""
@@ -94,25 +102,20 @@ def _render_row(row: RowView, answers: Answers, console: Console) -> None:
     print_line(console, "")
     per_token = any(p.token is not None for p in row.positions)
     quote = repr if per_token else str
-    lines: list[tuple[str, ...]] = []
-    for position in row.positions:
-        guesses = "  ".join(f"{quote(g.text)} {g.probability:.3f}" for g in position.guesses)
-        label = "-" if position.label_text is None else quote(position.label_text)
-        rest = f"{position.rest:.3f}"
-        if per_token:
-            logprob = number(position.label_logprob, 2)
-            place = str(position.place)
-            lines.append((place, repr(position.token), label, logprob, guesses, rest))
-        elif position.score is not None:
-            lines.append((label, score(position.score)))
-        elif answers == "labels":  # whose probabilities have no sum, and so no rest
-            lines.append((label, guesses))
-        else:
-            lines.append((label, guesses, rest))
-    header = ("place", *row.heads, "logprob", "teacher's predictions", "rest")
-    of_rows = {
-        "labels": ("labels", "teacher's probabilities"),
-        "score": ("score", "teacher's"),
-    }.get(answers, ("label", "teacher's probabilities", "rest"))
-    shown = header if per_token else of_rows
-    print_table(console, shown, lines, left=len(shown) - (answers != "labels"))
+    of_tokens = (("place", "place"), (row.heads[0], "token"), (row.heads[1], "label"), *_BEHIND)
+    shown = of_tokens if per_token else _OF_ROWS[answers]
+    cells = [
+        {
+            "place": str(position.place),
+            "token": repr(position.token),
+            "label": "-" if position.label_text is None else quote(position.label_text),
+            "logprob": number(position.label_logprob, 2),
+            "guesses": "  ".join(f"{quote(g.text)} {g.probability:.3f}" for g in position.guesses),
+            "rest": f"{position.rest:.3f}",
+            "score": "-" if position.score is None else score(position.score),
+        }
+        for position in row.positions
+    ]
+    lines = [[cell[name] for _, name in shown] for cell in cells]
+    left = sum(name not in ("rest", "score") for _, name in shown)
+    print_table(console, [heading for heading, _ in shown], lines, left=left)

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -158,7 +158,7 @@ class _Writer:
                 f"{codec} targets are right on average over all their ids: the largest would "
                 "be biased. Leave --top out."
             )
-        if self.top is not None and TASKS[spec.task].answers in ("labels", "score"):
+        if self.top is not None and TASKS[spec.task].answers in _INDEPENDENT:
             raise UsageError(f"--top keeps a part of a distribution. Leave it out for {spec.task}.")
         self.about = {
             "cache": cache.digest,
@@ -204,8 +204,9 @@ class _Writer:
         ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
         labels = data.labels[tokens] if per_token else data.labels[rows.start : rows.stop]
         there = positions(labels, data.task)
-        values: dict[str, pa.Array] = {}
-        if TASKS[data.task].answers in ("ids", "classes"):
+        independent = _INDEPENDENT.get(TASKS[data.task].answers)
+        if independent is None:
+            own = {"label": pa.array(labels, pa.int32(), mask=labels == IGNORE)}
             counts, ids, probs, tail = self._decoded(data.targets, places.start, places.stop)
             per = np.zeros(len(labels), np.int64)
             per[there] = counts
@@ -214,6 +215,10 @@ class _Writer:
                 "target_probs": _lists(per, pa.array(probs, pa.float32())),
                 "target_tail": _spread(tail, there),
             }
+        else:
+            taken = data.targets.take(np.arange(places.start, places.stop)).at(self.temperature)
+            assert isinstance(taken, DenseTargets), "their targets are dense"
+            own, values = independent(labels, taken)
         if data.label_logprob is not None:
             values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
         columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
@@ -234,11 +239,7 @@ class _Writer:
                     data.words[rows.start : rows.stop], pa.list_(pa.string())
                 )
         else:
-            if TASKS[data.task].answers in ("labels", "score"):
-                found, values = self._independent(labels, data, places)
-                columns |= found
-            else:
-                columns["label"] = pa.array(labels, pa.int32(), mask=labels == IGNORE)
+            columns |= own
             for name, texts in (("text", data.texts), ("text_pair", data.text_pairs)):
                 if texts is not None:
                     columns[name] = pa.array(texts[rows.start : rows.stop], pa.string())
@@ -246,23 +247,6 @@ class _Writer:
         if domain is not None:
             columns["domain"] = pa.array([domain] * len(rows), pa.string())
         return pa.table(columns).replace_schema_metadata({"kdcache": json.dumps(self.about)})
-
-    def _independent(
-        self, labels: np.ndarray, data: ShardData, places: slice
-    ) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
-        """Columns of labels and of targets where answers are no distribution."""
-        taken = data.targets.take(np.arange(places.start, places.stop)).at(self.temperature)
-        assert isinstance(taken, DenseTargets), "their targets are dense"
-        there = labelled(labels, data.task)
-        if TASKS[data.task].answers == "score":
-            scores = pa.array(taken.logits[:, 0].numpy(), pa.float32())
-            hard = pa.array(labels, pa.float32(), mask=~there)
-            return {"label": hard}, {"target_score": scores}
-        p = torch.sigmoid(taken.logits.double() / self.temperature).float().numpy()
-        flat = pa.array(labels.reshape(-1), pa.int8(), mask=labels.reshape(-1) == IGNORE)
-        ends = np.arange(len(labels) + 1) * labels.shape[1]
-        probs = _list_of(ends, pa.array(p.reshape(-1), pa.float32()))
-        return {"labels": _list_of(ends, flat)}, {"target_probs": probs}
 
     def _decoded(self, targets: SoftTargets, start: int, stop: int) -> tuple[np.ndarray, ...]:
         """Of the positions [start, stop) what `_entries` gives, decoded some at a time: a block has
@@ -301,6 +285,27 @@ class _Writer:
             tail = tail + np.bincount(place[~kept], probs[~kept], len(targets))
             ids, probs, counts = ids[kept], probs[kept], np.minimum(counts, self.top)
         return counts, ids, probs, tail
+
+
+_Columns: TypeAlias = dict[str, pa.Array]
+
+
+def _many(labels: np.ndarray, targets: DenseTargets) -> tuple[_Columns, _Columns]:
+    p = torch.sigmoid(targets.logits.double() / targets.temperature).float().numpy()
+    ends = np.arange(len(labels) + 1) * labels.shape[1]
+    flat = pa.array(labels.reshape(-1), pa.int8(), mask=labels.reshape(-1) == IGNORE)
+    probs = _list_of(ends, pa.array(p.reshape(-1), pa.float32()))
+    return {"labels": _list_of(ends, flat)}, {"target_probs": probs}
+
+
+def _scores(labels: np.ndarray, targets: DenseTargets) -> tuple[_Columns, _Columns]:
+    scores = pa.array(targets.logits[:, 0].numpy(), pa.float32())
+    hard = pa.array(labels, pa.float32(), mask=np.isnan(labels))
+    return {"label": hard}, {"target_score": scores}
+
+
+# Columns of labels and of targets where answers are no distribution.
+_INDEPENDENT = {"labels": _many, "score": _scores}
 
 
 def _list_of(ends: np.ndarray, values: pa.Array) -> pa.Array:

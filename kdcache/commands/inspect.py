@@ -29,6 +29,7 @@ from kdcache.cache.spec import no_cache
 from kdcache.commands.options import InspectOptions
 from kdcache.errors import UsageError
 from kdcache.humanize import score
+from kdcache.loss import INDEPENDENT
 from kdcache.loss.metrics import perplexity
 from kdcache.rows import Row
 from kdcache.storage import open_storage
@@ -295,18 +296,18 @@ def _row(
     task = TASKS[cache.spec.task]
     tokenizer = cache.tokenizer() if task.per_token else None
     token = _token_text(tokenizer)
-    if task.answers in ("labels", "score"):
-        return RowView(
-            row=number,
-            shard=entry.span,
-            domain=entry.domain,
-            tokens=len(row.input_ids),
-            text=row.text or "",
-            text_pair=row.text_pair,
-            temperature=temperature,
-            exact=True,
-            positions=(_independent(cache.spec, row, targets, temperature, options.top),),
-        )
+    about: dict[str, Any] = {
+        "row": number,
+        "shard": entry.span,
+        "domain": entry.domain,
+        "tokens": len(row.input_ids),
+        "text": _text(row, tokenizer),
+        "text_pair": row.text_pair if row.source is None else _decoded(row.labels, tokenizer),
+        "temperature": temperature,
+    }
+    if task.answers in INDEPENDENT:
+        one = _independent(cache.spec, row, targets, temperature, options.top)
+        return RowView(**about, exact=True, positions=(one,))
     name = token if task.over_ids else _class_name(cache.spec.label_names)
     guesses, rests, exact = _guesses(targets, temperature, options.top)
     logprobs = np.full(last - first, np.nan)
@@ -329,13 +330,7 @@ def _row(
             )
         )
     return RowView(
-        row=number,
-        shard=entry.span,
-        domain=entry.domain,
-        tokens=len(row.input_ids),
-        text=_text(row, tokenizer),
-        text_pair=row.text_pair if row.source is None else _decoded(row.labels, tokenizer),
-        temperature=temperature,
+        **about,
         exact=exact,
         positions=tuple(positions),
         heads=task.heads,
@@ -410,8 +405,8 @@ def _guesses(
 
 
 def _text(row: Row, tokenizer: Any) -> str:
-    if row.text is not None:
-        return row.text
+    if row.text is not None or tokenizer is None:
+        return row.text or ""
     if row.words is not None:
         return " ".join(row.words)
     return _decoded(row.input_ids if row.source is None else row.source, tokenizer)

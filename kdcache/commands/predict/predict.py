@@ -306,11 +306,11 @@ def predictions(
     rows = model.saved.encode([text for text, _ in texts], pairs)
     names = model.saved.label_names
     found: list[Prediction | None] = [None] * len(rows)
-    read = _READ[TASKS[task].answers]
+    read, fields = _READ[TASKS[task].answers]
     for chosen in batches([len(row.input_ids) for row in rows], batch_tokens):
         logits = torch.cat(list(model.run([rows[i] for i in chosen])))
         for i, values in zip(chosen, read(logits.double()).tolist(), strict=True):
-            found[i] = Prediction(*texts[i], **_answer(task, names, values, threshold))
+            found[i] = Prediction(*texts[i], **fields(names, values, threshold))
     return [prediction for prediction in found if prediction is not None]
 
 
@@ -332,25 +332,23 @@ def _sentences(
     return read(), _WINDOW
 
 
-_READ: dict[str, Callable[[Tensor], Tensor]] = {
-    "classes": partial(torch.softmax, dim=-1),
-    "labels": torch.sigmoid,
-    "score": lambda logits: logits,
-}
-
-
-def _answer(
-    task: str, names: Sequence[str], values: Sequence[float], threshold: float
-) -> dict[str, Any]:
-    """What a prediction has of a model's answer."""
-    if TASKS[task].answers == "score":
-        return {"score": values[0]}
-    probabilities = dict(zip(names, values, strict=True))
-    if TASKS[task].answers == "labels":
-        chosen = tuple(name for name, p in probabilities.items() if p >= threshold)
-        return {"labels": chosen, "probabilities": probabilities}
+def _one_class(names: Sequence[str], values: Sequence[float], threshold: float) -> dict[str, Any]:
     best = max(range(len(values)), key=values.__getitem__)
-    return {"label": names[best], "probabilities": probabilities}
+    return {"label": names[best], "probabilities": dict(zip(names, values, strict=True))}
+
+
+def _labels(names: Sequence[str], values: Sequence[float], threshold: float) -> dict[str, Any]:
+    probabilities = dict(zip(names, values, strict=True))
+    chosen = tuple(name for name, p in probabilities.items() if p >= threshold)
+    return {"labels": chosen, "probabilities": probabilities}
+
+
+# From logits to values of each row, and from names, values and threshold to a prediction's fields.
+_READ: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., dict[str, Any]]]] = {
+    "classes": (partial(torch.softmax, dim=-1), _one_class),
+    "labels": (torch.sigmoid, _labels),
+    "score": (lambda logits: logits, lambda names, values, threshold: {"score": values[0]}),
+}
 
 
 def _texts(

@@ -81,11 +81,12 @@ def _headings(row: RowView, task: TaskType) -> dict[str, str]:
         after, label = row.heads
         head = {"place": "place", after: "after", label: "label", "nats": "nats"}
         return {**head, "teacher's best guesses": "guesses", "rest": "rest"}
-    if task.answers == "score":
-        return {"score": "label", "teacher's": "score"}
-    if task.answers == "labels":  # whose probabilities have no sum, and so no rest
-        return {"labels": "label", "teacher's probabilities": "guesses"}
-    return {"label": "label", "nats": "nats", "teacher's probabilities": "guesses", "rest": "rest"}
+    classes = {"label": "label", "nats": "nats", "teacher's probabilities": "guesses"}
+    return {
+        "classes": {**classes, "rest": "rest"},
+        "labels": {"labels": "label", "teacher's probabilities": "guesses"},  # no sum, no rest
+        "score": {"score": "label", "teacher's": "score"},
+    }[task.answers]
 
 
 def _tokens(row: RowView, task: TaskType) -> Block:
