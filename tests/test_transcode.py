@@ -397,7 +397,7 @@ def test_a_span_that_fails_is_tried_again_and_named(
     def fail(self: Any, rows: Any, packer: Any, move: Any) -> Any:
         if packer.span == 1 and len(failed) < 3:
             failed.append(packer.span)
-            raise RuntimeError("a faulty memory")
+            raise RuntimeError(f"a faulty memory, {len(failed)}")  # not the same each time
         return answer(self, rows, packer, move)
 
     monkeypatch.setattr(CacheSource, "answer", fail)

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
-from kdcache.errors import UsageError, doing
+from kdcache.errors import UsageError
 from kdcache.files import inner
 
 FACTORY_TYPE = "kdcache-factory"
@@ -124,6 +124,15 @@ def _kernels(value: Any, key: str = "") -> Iterator[str]:
 
 
 def read_json(who: str, path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model."""
-    with doing(f"reading {path.name} of {who}"):
-        return dict(json.loads(path.read_bytes()))
+    """The object in a JSON file of a model, which a download that was cut off may have spoilt.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{who}: {path.name} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{who}: {path.name} is not a JSON object.")
+    return value
