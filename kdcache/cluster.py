@@ -80,6 +80,8 @@ def connect(address: str | None) -> bool:
     private: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if address == "local":
         given |= {"include_dashboard": False, "_temp_dir": _own_folder()}
+        # Else it waits for them before this process is connected, where nothing can interrupt it.
+        given["_system_config"] = {"prestart_worker_first_driver": False}
         private = _private_ray()
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
@@ -106,6 +108,12 @@ def connect(address: str | None) -> bool:
     finally:
         if main:  # Ray's own handler ends the process on the spot
             signal.signal(signal.SIGTERM, handler)
+    if address == "local":
+        try:
+            _first_worker()
+        except BaseException:
+            leave()
+            raise
     return True
 
 
@@ -146,29 +154,21 @@ def _own_folder() -> str:
     return f"{_folders[-1].name}/r"
 
 
-@contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    """A start of Ray inside that says every 30 s that it waits, and does not do so for ever.
+def _first_worker() -> None:
+    """Wait for the first worker of a Ray of our own, and not for ever.
 
-    Ray waits for its first workers in its own code, where nothing can interrupt it.
+    Raises:
+        IncompleteError: none has come for five minutes, or Ray has died meanwhile.
     """
-    done = threading.Event()
+    import ray
 
-    def watch() -> None:
-        wait, begin = Wait(_FIRST_MINUTES, option=""), time.monotonic()
-        while not done.wait(1.0):
-            seconds = wait.due(time.monotonic() - begin)
-            try:
-                if seconds is not None:
-                    wait.report(seconds, "Ray on this machine has started none", "Is it busy?")
-            except IncompleteError as error:
-                end(error)
-
-    threading.Thread(target=watch, name="kdcache-ray", daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
+    one = [ray.remote(num_cpus=0)(lambda: None).remote()]
+    wait, begin = Wait(_FIRST_MINUTES, option=""), time.monotonic()
+    while not ray.wait(one, timeout=1.0)[0]:
+        check_own_ray()
+        seconds = wait.due(time.monotonic() - begin)
+        if seconds is not None:
+            wait.report(seconds, "Ray on this machine has started none", "Is it busy?")
 
 
 def end(error: IncompleteError) -> None:
@@ -251,8 +251,7 @@ def _private_ray() -> Iterator[None]:
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with _bounded():
-            yield
+        yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
