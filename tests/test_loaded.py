@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 MOST = 140  # modules of kdcache, of `build` and `train` together
 ASKED_FOR = {
     *("kdcache.align", "kdcache.stream.cross", "kdcache.stream.text"),
@@ -48,3 +49,22 @@ def test_build_and_train_of_one_language_model_load_what_they_use(
     assert not loaded & ASKED_FOR
     ours = sorted(name for name in loaded if name.partition(".")[0] == "kdcache")
     assert len(ours) <= MOST, f"{len(ours)} modules: {ours}"
+
+
+def test_a_reader_of_caches_loads_neither_transformers_nor_what_builds_need() -> None:
+    """All kinds of targets, from opening a cache to the batches of an epoch."""
+    golden = sorted(str(path.parent) for path in (HERE / "golden").glob("*/spec.json"))
+    code = f"""if True:
+        import sys
+        import kdcache
+        for url in {golden!r}:
+            rows = sum(len(batch["labels"]) for batch in kdcache.TargetStream(url, batch_size=4))
+            assert rows == kdcache.Cache.open(url).manifest.rows
+        print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert golden
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "tokenizers", "pyarrow", "fsspec", "huggingface_hub"}

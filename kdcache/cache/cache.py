@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from kdcache.cache.layer_file import layer_name, open_layer, read_layer
 from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
@@ -24,13 +23,15 @@ from kdcache.cache.shard import ShardData, check_ids, read_shard, shard_bytes
 from kdcache.cache.spec import CacheSpec, from_text, no_cache, to_text
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError, doing
 from kdcache.humanize import redacted
-from kdcache.pretrained import UnreadableError, tokenizer_of
 from kdcache.storage import Share, Storage, open_storage, redact
 from kdcache.storage.disk import verified_here
 from kdcache.targets import Codec, Hidden, OutputLayer
 from kdcache.targets.label_logprob import sum_logprobs
 from kdcache.targets.soft import read_ranks
 from kdcache.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LEFTOVER = re.compile(r"tmp|tokenizer|ranks\.u32|output_layer-.*")  # of a start that crashed
 _OF_THE_CORPUS = "events/corpus.json"  # what the build noted of it
@@ -486,6 +487,8 @@ class Cache:
             UsageError: they are no tokenizer here, or one that needs code of its own, which a cache
                 never brings.
         """
+        from kdcache.pretrained import UnreadableError, tokenizer_of
+
         try:
             return tokenizer_of(self.tokenizer_files())
         except UnreadableError as error:

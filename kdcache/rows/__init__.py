@@ -17,13 +17,15 @@ label, so no trailing token without a label is computed.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdcache.rows.encoder import Encoder
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.tasks import TASKS
 
-__all__ = ["Encoder", "Row", "RowSpec", "make_encoder"]
+if TYPE_CHECKING:  # it reads a corpus, by pyarrow, and readers of a cache import this package too
+    from kdcache.rows.encoder import Encoder
+
+__all__ = ["Row", "RowSpec", "make_encoder"]
 
 
 def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
