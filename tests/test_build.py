@@ -16,6 +16,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -827,6 +829,37 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
 
 
 # A build that committed nothing
+
+
+@pytest.mark.parametrize(
+    ("given", "left", "seconds", "here"),
+    [
+        ({}, 1, 900.0, True),  # one shard, however long
+        ({}, 4, 10.0, True),
+        ({}, 4, 30.0, False),
+        ({"workers": 0}, 4, 30.0, True),
+        ({"workers": 1}, 1, 1.0, False),  # a number is obeyed as given
+        ({"max_workers": 2}, 1, 1.0, False),
+        ({"address": "auto"}, 1, 1.0, False),
+        ({"gpus_per_worker": 2}, 1, 1.0, False),
+    ],
+)
+def test_ray_is_left_out_where_little_is_left(
+    given: dict[str, Any], left: int, seconds: float, here: bool
+) -> None:
+    said: list[str] = []
+    plan = SimpleNamespace(source=None, span_seconds=seconds, gpus=0.0, opening="opening")
+    cache = SimpleNamespace(storage=SimpleNamespace(url="cache"))
+    with (
+        mock.patch.object(make, "LocalWorkers", return_value=True),
+        mock.patch("kdcache.commands.build.on_ray.RayWorkers", return_value=False),
+        mock.patch.dict("os.environ", {"RAY_ADDRESS": ""}),
+    ):
+        options = make.WorkerOptions(**given)
+        found = make.start_workers(options, plan, cache, left, print, said.append)  # type: ignore[arg-type]
+    assert found is here
+    assert len(said) == 1
+    assert said[0].startswith("starting workers on Ray") is not here
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UsageError("no room"), SystemExit(9)])

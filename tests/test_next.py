@@ -50,7 +50,7 @@ def test_from_a_dry_run_to_labelled_texts(
     line = run(*filled(line), "--rows", "4")
     assert line.startswith("build ")
     assert "--workers" not in line
-    line = run(*filled(line, CACHE=cache), "--workers", "0")
+    line = run(*filled(line, CACHE=cache))
     spec = json.loads((tmp_path / "a cache" / "spec.json").read_text())["spec"]
     assert (spec["task"], spec["codec"]) == ("sequence-classification", "dense")
     assert line == f"train --cache '{cache}' --student bilstm --out RUN"

@@ -103,6 +103,19 @@ def test_a_heartbeat_is_read_while_a_span_begins_to_wait() -> None:
 
 
 @pytest.mark.slow
+def test_a_build_shows_that_it_measures_the_output_layer(small_build: BuildOptions) -> None:
+    said: list[str] = []
+    short = dataclasses.replace(small_build, codec="hidden:int8", limit=20, batch_tokens=256)
+    build(dataclasses.replace(short, workers=None), report=said.append)
+    assert said[1].startswith("loading the teacher for its output layer")
+    steps = [line.partition("states: ")[2] for line in said[2:-1]]
+    assert len(steps) > 1
+    done, total = steps[-1].removesuffix(" rows").split(" of ")
+    assert done == total
+    assert said[-1].startswith("working in this process (one shard; ")
+
+
+@pytest.mark.slow
 def test_a_build_shows_its_work_before_the_first_shard(small_build: BuildOptions) -> None:
     """The teacher goes on after two batches only once the work so far was shown."""
     shown = threading.Event()

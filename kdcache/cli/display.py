@@ -62,10 +62,10 @@ class _Display:
             self._live.stop()
 
     def report(self, line: str) -> None:
-        """Show what is done now, in words; from where it resumes stays to be read."""
+        """Show what is done now, in words; from where, and by which workers, stays to be read."""
         if self._live is not None:
             self._live.update(Group(self._bar, _line(line)))
-            if line.startswith("resuming"):
+            if line.startswith(("resuming", "working in", "starting workers")):
                 self._live.console.print(Text(printable(line)), soft_wrap=True)
         elif not self._quiet:
             print(f"{self.name}: {printable(line)}", file=sys.stderr)  # noqa: T201

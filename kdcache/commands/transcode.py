@@ -210,6 +210,7 @@ def check_source(source: Codec, codec: Codec) -> None:
         source.check_temperature(temperature)
 
 
+_SPEED = 1e8  # logits that a core encodes in a second, roughly
 _COUNTED = 16  # shards whose labels are counted for frequency ranks
 
 
@@ -266,6 +267,7 @@ def _plan(options: TranscodeOptions) -> CachePlan:
         ],
         CacheSourceOptions(source.storage.url, digest, "cuda" if gpus else "cpu"),
         gpus,
+        source.manifest.positions * spec.vocab_size / _SPEED / max(1, spec.spans),
         opening="opening the source",
     )
 

@@ -52,6 +52,7 @@ from kdcache.commands.build.source import TeacherSourceOptions
 from kdcache.corpus import Corpus, Span
 from kdcache.corpus.stored import stored
 from kdcache.errors import UsageError
+from kdcache.humanize import counted
 from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
@@ -136,8 +137,10 @@ def _starts(row: Row) -> np.ndarray:
 _TOKENS = 1 << 13
 
 
-def with_layer(options: BuildOptions, plan: Prepared) -> Prepared:
-    """A build's plan with the output layer, where its codec needs one.
+def with_layer(
+    options: BuildOptions, plan: Prepared, report: Callable[[str], None] = lambda line: None
+) -> Prepared:
+    """A build's plan with the output layer, where its codec needs one; `report` takes its progress.
 
     Raises:
         UsageError: the teacher's logits are not its output layer's alone.
@@ -149,13 +152,14 @@ def with_layer(options: BuildOptions, plan: Prepared) -> Prepared:
     if adopted is not None:
         return dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, output_layer=adopted))
     rows = _sample(plan) if codec.needs_channels else []
+    report("loading the teacher for its output layer, once before the first shard")
     arguments = (plan.teacher, plan.spec.vocab_size, rows, plan.batch_tokens)
     if options.workers != 0 and cluster_address(options.address):
         from kdcache.commands.build.on_ray import run_once
 
         made = run_once(make_layer, *arguments, gpus=plan.gpus, address=options.address)
     else:
-        made = make_layer(*arguments)
+        made = make_layer(*arguments, report)
         torch.cuda.empty_cache()  # the workers' teachers need the room
     sha256 = hashlib.sha256(made).hexdigest()
     spec = dataclasses.replace(plan.spec, output_layer=sha256)
@@ -163,7 +167,11 @@ def with_layer(options: BuildOptions, plan: Prepared) -> Prepared:
 
 
 def make_layer(
-    teacher: TeacherOptions, vocab_size: int, rows: Sequence[Row], batch_tokens: int
+    teacher: TeacherOptions,
+    vocab_size: int,
+    rows: Sequence[Row],
+    batch_tokens: int,
+    report: Callable[[str], None] = lambda line: None,
 ) -> bytes:
     """The file of a teacher's output layer.
 
@@ -172,26 +180,34 @@ def make_layer(
         vocab_size: V.
         rows: by which to measure the channels; none to leave that out.
         batch_tokens: padded tokens of a batch, at most.
+        report: takes a line after each batch.
     """
     ids = np.arange(16, dtype=np.int32) % vocab_size
     with closing(Teacher(teacher, vocab_size)) as one:
         source = ids if TASKS[teacher.task].source else None
         one.probe(rows or [Row(ids, ids, source=source)])
         assert one.layer is not None, "states are asked for"
-        return layer_bytes(measured(one, one.layer, rows, batch_tokens) if rows else one.layer)
+        layer = one.layer
+        return layer_bytes(measured(one, layer, rows, batch_tokens, report) if rows else layer)
 
 
 def measured(
-    teacher: Teacher, layer: OutputLayer, rows: Sequence[Row], batch_tokens: int
+    teacher: Teacher,
+    layer: OutputLayer,
+    rows: Sequence[Row],
+    batch_tokens: int,
+    report: Callable[[str], None] = lambda line: None,
 ) -> OutputLayer:
     """A layer with the means and units of its channels, by the states of some rows."""
-    count, sums = 0, torch.zeros(2, layer.width, dtype=torch.float64)
+    done, count, sums = 0, 0, torch.zeros(2, layer.width, dtype=torch.float64)
     for batch in batches([row.sizes for row in rows], batch_tokens):
         for _, states in teacher.slices([rows[i] for i in batch]):
             assert states is not None, "they are asked for"
             x = states.double()
             sums += torch.stack([x.sum(0), x.square().sum(0)]).cpu()
             count += len(x)
+        done += len(batch)
+        report(f"measuring the channels of its states: {done:,} of {counted(len(rows), 'row')}")
     mean, square = sums / max(count, 1)
     return layer.with_channels(mean, (square - mean.square()).clamp_min(0).sqrt())
 
@@ -236,12 +252,14 @@ def build(
     """
     if options.dry_run:
         raise UsageError("dry_run is for kdcache.dry_run, which describes a build.")
-    return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
+    return make_cache(
+        functools.partial(_plan, options, report), options.out, options, on_progress, report
+    )
 
 
-def _plan(options: BuildOptions) -> CachePlan:
+def _plan(options: BuildOptions, report: Callable[[str], None]) -> CachePlan:
     options = replace(options, corpus=stored(options.corpus, options.out))
-    prepared = with_layer(options, prepare(options))
+    prepared = with_layer(options, prepare(options), report)
     return CachePlan(
         prepared.spec,
         tokenizer_files(prepared.tokenizer),
@@ -255,6 +273,7 @@ def _plan(options: BuildOptions) -> CachePlan:
             find_batch=prepared.find_batch,
         ),
         prepared.gpus,
+        prepared.span_seconds,
         check_made=lambda cache: check_made(cache, prepared.corpus, prepared.rows),
         check_end=prepared.corpus.check_unchanged,
         output_layer=prepared.output_layer,

@@ -19,6 +19,7 @@ from kdcache.cache import Cache, CacheSpec, Manifest
 from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.manifest import filtered_records
 from kdcache.cache.sealing import Receipts, prepare_manifest, remove_receipts, seal
+from kdcache.cluster import cluster_address
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
 from kdcache.commands.build.events import EventLog, EventSink
 from kdcache.commands.build.options import WorkerOptions
@@ -46,6 +47,7 @@ class CachePlan:
         spans: the units of work, one a shard.
         source: where the workers find rows and targets.
         gpus: GPUs a worker.
+        span_seconds: that a worker needs for a span, very roughly.
         check_made: refuses shards of earlier runs that the source would make differently now.
         check_end: refuses a source that changed meanwhile.
         output_layer: file of the teacher's output layer; empty for none, or where it is there.
@@ -59,6 +61,7 @@ class CachePlan:
     spans: Sequence[Work]
     source: SourceOptions
     gpus: float
+    span_seconds: float
     check_made: Callable[[Cache], None] = lambda _: None
     check_end: Callable[[], None] = lambda: None
     output_layer: bytes = b""
@@ -209,13 +212,15 @@ def _make(
         driver.stored = sum(sizes.get(name, 0) for name in committed.values())
         count = f"{len(committed):,} of {cache.spec.spans:,} shards"
         report(f"resuming {redact(cache.url)}: {count} are there, {size(driver.stored)}")
+    share = options.share
+    left = len({*range(cache.spec.spans)[share.start :: share.step]} - committed.keys())
     log("start", fingerprint=cache.spec.fingerprint, spans=cache.spec.spans)
     try:
         if not cache.sealed:
             driver.keep = receipts.add
         driver.run(
             functools.partial(_missing, cache, driver),
-            lambda: start_workers(options, plan, cache, log, report),
+            lambda: start_workers(options, plan, cache, left, log, report),
             interrupt,
         )
         plan.check_end()
@@ -274,21 +279,37 @@ def _left_out(skipped: int, filtered: int | None) -> str:
     return text if filtered is None else f"{text}, {filtered:,} filtered"
 
 
+_SOON = (
+    60.0  # seconds of one worker: to start Ray, and a teacher in each of its workers, takes as long
+)
+
+
 def start_workers(
     options: WorkerOptions,
     plan: CachePlan,
     cache: Cache,
+    left: int,
     tell: EventSink,
     report: Callable[[str], None] = lambda line: None,
 ) -> Workers:
-    """The workers that the options ask for."""
+    """The workers that the options ask for, for the spans that are left.
+
+    Without a number of workers, and without a cluster, this process makes one span, or what takes
+    less than a minute.
+    """
     job = Job(cache.storage.url, plan.source)
-    if options.workers == 0:
-        report(plan.opening)
+    # What only a Ray can give.
+    asked = (options.workers, options.max_workers, options.cpus_per_worker, options.gpus_per_worker)
+    few = left == 1 or left * plan.span_seconds < _SOON
+    alone = few and not any(asked) and not cluster_address(options.address)
+    if options.workers == 0 or alone:
+        why = "one shard" if left == 1 else "less than a minute of work"
+        chosen = f"working in this process ({why}; --workers 2 would ask Ray for two workers): "
+        report(f"{'' if options.workers == 0 else chosen}{plan.opening}")
         return LocalWorkers(job)
     from kdcache.commands.build.on_ray import RayWorkers
 
-    report(f"starting workers on Ray, then {plan.opening}")
+    report(f"starting workers on Ray (--workers 0 needs none), then {plan.opening}")
     return RayWorkers(
         job,
         workers=options.workers,

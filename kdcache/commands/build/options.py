@@ -21,8 +21,9 @@ class WorkerOptions(Options):
 
     workers: int | None = option(
         None,
-        help="number of Ray workers; `auto` for as many as fit, and on a cluster for more while "
-        "all are busy; 0 for this process without Ray.",
+        help="number of Ray workers; 0 for this process without Ray; `auto` for this process "
+        "where one shard or less than a minute of work is left, else for as many workers as fit, "
+        "and on a cluster for more while all are busy.",
         auto=True,
         at_least=0,
     )

@@ -140,6 +140,14 @@ class Prepared:
     token_seconds: float = 0.0
     output_layer: bytes = b""
 
+    @property
+    def span_seconds(self) -> float:
+        """The same for a span of average size."""
+        total, spans = sum(file.size for file in self.corpus.files), max(1, len(self.corpus.spans))
+        # Of files that --limit ends early, a span is as long as it was to be.
+        size = min(total / spans, float(self.corpus.settings["span_bytes"]))
+        return size / _TEXT_BYTES_A_TOKEN * self.token_seconds
+
 
 def prepare(options: BuildOptions) -> Prepared:
     """Find teacher and corpus and derive everything that decides the bytes of a cache.

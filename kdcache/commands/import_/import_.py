@@ -40,6 +40,7 @@ from kdcache.tasks import CAUSAL_LM, TASKS
 
 _SPAN_BYTES = 1 << 25
 _MOST_SPANS = 100_000
+_SPEED = 1e7  # bytes that a core imports in a second, roughly
 _MOST_CONFIG = 1 << 20
 _ABOUT = b"kdcache"
 _FOOTERS = 16  # read at a time
@@ -111,6 +112,7 @@ def _plan(options: ImportOptions) -> CachePlan:
         corpus.spans,
         source,
         0.0,
+        sum(file.size for file in corpus.files) / _SPEED / max(1, len(corpus.spans)),
         check_made=functools.partial(_check_made, corpus=corpus),
         check_end=corpus.check_unchanged,
         opening="opening the cache",
