@@ -10,9 +10,10 @@ VLLM_VENV ?= .vllm
 LEFT_OUT ?= or exhaustive
 BESIDE := end_to_end or gpu or exhaustive or alone
 BIN := $(VENV)/bin
+MIKE_ARGS ?= --push
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help docs install demo test test-all test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast test-in-process lint format clean
+.PHONY: help docs publish-docs install demo test test-all test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast test-in-process lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
@@ -87,6 +88,12 @@ lint: install
 docs: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
+
+# A tag vX.Y.Z becomes the pages of X.Y and `latest`, anything else those of `dev`; on the branch gh-pages.
+publish-docs: docs
+	PATH="$(abspath $(BIN)):$$PATH"; tag=$$(git tag --points-at HEAD 'v*' | head -1); tag=$${tag#v}; \
+		if [ -n "$$tag" ]; then mike deploy $(MIKE_ARGS) --update-aliases "$${tag%.*}" latest \
+			&& mike set-default $(MIKE_ARGS) latest; else mike deploy $(MIKE_ARGS) dev; fi
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -56,6 +56,7 @@ def _imports(folder: Path) -> set[str]:
 def test_version_is_the_installed_one() -> None:
     assert f'version = "{kdcache.__version__}"' in PYPROJECT
     assert metadata.version("kdcache") == kdcache.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == kdcache.__version__
 
 
 def test_command_is_installed_and_is_the_launchers() -> None:
@@ -145,6 +146,17 @@ def test_ci_runs_the_script_that_runs_lint_and_tests() -> None:
     assert lowest.group(1) == min(
         job["strategy"]["matrix"]["python"], key=lambda v: tuple(map(int, v.split(".")))
     )
+
+
+def test_forms_of_issues_ask_for_something_and_have_each_field_once() -> None:
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
+    assert forms
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert form["name"] and form["description"], path
+        fields = [field["id"] for field in form["body"]]
+        assert len(set(fields)) == len(fields), path
+        assert any(field.get("validations", {}).get("required") for field in form["body"]), path
 
 
 def test_classifiers_are_the_pythons_that_ci_runs() -> None:
