@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.cache.hdf5 import fletcher32, write_column
+from kdcache.cache.hdf5 import fletcher32, read_column, write_column
 from kdcache.cache.shard import (
     ShardCounts,
     ShardData,
@@ -123,16 +123,21 @@ def test_labels_cost_next_to_nothing_and_sizes_are_reported(tmp_path: Path) -> N
     assert sum(sizes.values()) <= path.stat().st_size
 
 
-def test_chunks_are_what_hdf5_would_read_and_never_larger(tmp_path: Path) -> None:
+def test_chunks_are_what_hdf5_would_read_and_hardly_larger(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
+    noise = rng.integers(0, 128, (1000, 1027)).astype(np.uint8)  # several chunks, and a part of one
     columns = {
         "codes": rng.geometric(0.3, 600_001).astype(np.uint8),  # more than a chunk, and an odd rest
         "ids": rng.integers(0, 70_000, (99_999, 2)).astype(np.uint32),
         "text": np.frombuffer(b"the same words again and again. " * 999, np.uint8),
         "nothing": np.zeros(1000, np.uint16),
-        "one": np.array([255], np.uint8),
         "states": rng.normal(size=(300, 33)).astype(np.float16),
+        # These hardly shrink, so they are stored as they are.
+        "one": np.array([255], np.uint8),
+        "levels": np.where(rng.random(noise.shape) < 0.8, noise, 127 + noise),
+        "words": rng.integers(0, 2**32, (40_000, 5), np.uint32),
     }
+    as_they_are = set()
     with h5py.File(tmp_path / "a.h5", "w") as file:
         for name, values in columns.items():
             write_column(file, name, values)
@@ -141,12 +146,35 @@ def test_chunks_are_what_hdf5_would_read_and_never_larger(tmp_path: Path) -> Non
             theirs = file.create_dataset(
                 f"{name}, by HDF5", data=values, chunks=ours.chunks, shuffle=True, **settings
             )
-            _, stored = theirs.id.read_direct_chunk((0,) * values.ndim)
-            assert fletcher32(stored[:-4]) == int.from_bytes(stored[-4:], "little")
+            for dataset in (ours, theirs):
+                mask, stored = dataset.id.read_direct_chunk((0,) * values.ndim)
+                assert fletcher32(stored[:-4]) == int.from_bytes(stored[-4:], "little")
+                as_they_are |= {dataset.name} if mask else set()
             np.testing.assert_array_equal(ours[...], values)
-            assert ours.id.get_storage_size() <= theirs.id.get_storage_size()
+            column = read_column(tmp_path / "a.h5", file, name, (values.dtype.str,), None,
+                                 *values.shape[1:])  # fmt: skip
+            np.testing.assert_array_equal(column, values)
+            sizes = [dataset.id.get_storage_size() for dataset in (ours, theirs)]
+            assert sizes[0] <= sizes[1] / (0.95 if ours.name in as_they_are else 1)
         sizes = [file[name].id.get_storage_size() for name in ("codes", "codes, by HDF5")]
+    assert as_they_are == {"/one", "/levels", "/words"}
     assert sizes[0] < 0.95 * sizes[1]
+
+
+@given(
+    octets=st.binary(max_size=5000) | st.integers(0, 70_000).map(bytes),
+    ends=st.sampled_from([b"", b"\xff", b"\xff\xff", b"\xff" * 140_000]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_checksum_is_hdf5s_definition(octets: bytes, ends: bytes) -> None:
+    first = second = 0
+    for high, low in zip(
+        *[iter(octets + ends + b"\0" * (len(octets + ends) % 2))] * 2, strict=True
+    ):
+        first += 256 * high + low
+        second += first
+    once = [total and (total - 1) % 0xFFFF + 1 for total in (first, second)]
+    assert fletcher32(octets + ends) == once[1] << 16 | once[0]
 
 
 def test_a_flipped_bit_in_any_stored_column_raises(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from make_caches import CAUSAL, make_cache
 
 from kdcache.cache import Cache, sandbox
 from kdcache.cache.check import problems
-from kdcache.cache.hdf5 import write_text
+from kdcache.cache.hdf5 import fletcher32, write_text
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import read_shard
 from kdcache.cache.spec import from_text, to_text
@@ -237,6 +237,21 @@ def unfiltered(file: Any, lengths: np.ndarray) -> None:
     file["rows/lengths"].id.write_direct_chunk((0,), lengths.tobytes(), filter_mask=7)
 
 
+def as_it_is(file: Any, lengths: np.ndarray, mask: int = 3, bytes_more: int = 0) -> None:
+    """A chunk that skips filters, with a right checksum of whatever it has."""
+    column(file, np.zeros_like(lengths))
+    stored = (lengths.tobytes() + bytes(4))[: lengths.nbytes + bytes_more]
+    stored += fletcher32(stored).to_bytes(4, "little")
+    file["rows/lengths"].id.write_direct_chunk((0,), stored, filter_mask=mask)
+
+
+def flipped(file: Any, lengths: np.ndarray) -> None:
+    as_it_is(file, lengths)
+    _, stored = file["rows/lengths"].id.read_direct_chunk((0,))
+    broken = bytes([stored[0] ^ 1]) + stored[1:]
+    file["rows/lengths"].id.write_direct_chunk((0,), broken, filter_mask=3)
+
+
 def bomb(file: Any, lengths: np.ndarray) -> None:
     column(file, np.zeros_like(lengths))
     stored = zlib.compress(bytes(40 << 10)) + bytes(4)
@@ -251,6 +266,19 @@ CHANGES: dict[str, tuple[Callable[[Any, np.ndarray], None], str]] = {
     "variable length": (varying, "has type object"),
     "chunks that are not there": (unwritten, "are missing or misplaced"),
     "a chunk without filters": (unfiltered, "are missing or misplaced"),
+    "a chunk that skips another filter": (
+        lambda f, x: as_it_is(f, x, mask=2),
+        "are missing or misplaced",
+    ),
+    "a chunk as it is, but longer": (
+        lambda f, x: as_it_is(f, x, bytes_more=4),
+        "are missing or misplaced",
+    ),
+    "a chunk as it is, but shorter": (
+        lambda f, x: as_it_is(f, x, bytes_more=-1),
+        "are missing or misplaced",
+    ),
+    "a chunk as it is, changed": (flipped, "wrong checksum"),
     "a bomb": (bomb, "has the wrong size|are missing or misplaced"),
     "another type": (lambda f, x: column(f, x.astype("<f4")), "has type float32"),
     "big-endian": (lambda f, x: column(f, x.astype(">u4")), "has type >u4"),
