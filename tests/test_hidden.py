@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,6 +105,48 @@ def test_states_come_back_within_the_rounding_of_their_type(dtype: str, width: i
         assert (error <= largest / 127 * 2 ** (1 / 16) / 2 * layer.unit * 1.001 + 1e-6).all()
     else:
         assert (error <= states.abs() * (2.0**-11 if dtype == "float16" else 2.0**-8) + 1e-7).all()
+
+
+@given(n=st.integers(0, 140), width=st.integers(1, 200), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_levels_are_the_numbers_of_the_format(n: int, width: int, seed: int) -> None:
+    """Bit for bit in float32, in slices and by any device's operations, and near float64."""
+    states = states_of(n + 2, width, seed=seed)
+    layer = layer_of(states)
+    targets = stored(states[:n], layer, "int8")
+    assert layer.unit is not None
+    assert layer.mean is not None
+    mean, unit = layer.mean.numpy(), layer.unit.numpy()
+    levels, steps = (targets.columns[name] for name in ("states", "steps"))
+    each = np.repeat(2.0 ** (steps / 16 - 14), -(-width // steps.shape[1]), 1)[:, :width]
+    found = targets.at(1.0)
+    assert isinstance(found, HiddenTargets)
+    want = (levels.astype(np.float32) - 128) * each.astype(np.float32) * unit + mean
+    np.testing.assert_array_equal(found.states.numpy(), want)
+    exact = mean + unit.astype(float) * (levels.astype(float) - 128) * each
+    np.testing.assert_allclose(want, exact, rtol=3e-7, atol=3e-7 * float(abs(exact).max(initial=1)))
+
+
+def test_a_batch_holds_levels_and_the_loss_is_that_of_their_numbers() -> None:
+    """A byte a number on the way to the device; sliced, joined and sent like other targets."""
+    states = states_of(300)
+    layer = layer_of(states)
+    targets = stored(states, layer, "int8").at(2.0)
+    assert isinstance(targets, HiddenTargets)
+    parts = HiddenTargets.concat([targets[:100], targets[torch.arange(100, 300)]])
+    sent = pickle.loads(pickle.dumps(parts.to("cpu")))
+    sent = replace(sent, layer=layer)
+    assert {name: t.dtype for name, t in sent._tensors().items()} == {
+        "stored": torch.uint8,
+        "steps": torch.uint8,
+    }
+    assert sum(t.nbytes for t in sent._tensors().values()) == 300 * (D + D // 32)
+    plain = HiddenTargets(targets.states, layer, 2.0)
+    for form in (fused_linear_distillation, sliced_linear_distillation):
+        inputs = problem(300, wide=torch.float32)
+        want, got = (gradients(form, inputs, targets=each, rows=90) for each in (plain, sent))
+        for mine, theirs in zip(got, want, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def test_bits_of_bfloat16_teachers_are_kept() -> None:
@@ -263,30 +308,27 @@ def test_loss_of_stored_states_is_that_of_the_teachers_logits(dtype: str) -> Non
 
 
 @pytest.mark.parametrize("rows", [None, 50])
-def test_whole_logits_of_the_teacher_never_exist(rows: int | None) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_logits_and_numbers_of_the_teacher_never_exist(rows: int | None, dtype: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     states = states_of(1300)
-    layer = layer_of(states)
-    largest = 0
+    targets = stored(states, layer_of(states), dtype).at(2.0)
+    largest = {V: 0, V + 3: 0, D: 0}
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] in (V, V + 3):
-                largest = max(largest, len(out))
+            if isinstance(out, Tensor) and out.ndim == 2 and out.dtype == torch.float32:
+                width = out.shape[1]
+                largest[width] = max(largest.get(width, 0), len(out))
             return out
 
     inputs = problem(1300, wide=torch.float32)
     with Largest():
-        gradients(
-            fused_linear_distillation,
-            inputs,
-            targets=HiddenTargets(states, layer, 2.0),
-            rows=rows,
-        )
-    assert 0 < largest <= 1024
+        gradients(fused_linear_distillation, inputs, targets=targets, rows=rows)
+    assert 0 < max(largest[V], largest[V + 3]) <= 1024
+    assert 0 < largest[D] <= 1024
 
 
 def test_mixed_precision_keeps_the_rebuilt_logits_wide() -> None:

@@ -29,6 +29,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,10 +44,20 @@ from kdcache.commands.build.prepare import check_answers, gpus_of, ranks_by_coun
 from kdcache.commands.build.source import Answers, Source, SpanRows
 from kdcache.commands.options import TranscodeOptions
 from kdcache.errors import UsageError
-from kdcache.targets import Codec, DenseTargets, HiddenTargets, SoftTargets, SparseTargets, TopK
+from kdcache.targets import (
+    Codec,
+    DenseTargets,
+    SoftTargets,
+    SparseTargets,
+    Targets,
+    TopK,
+    with_logits,
+)
 from kdcache.targets.label_logprob import Codes
 from kdcache.tasks import IGNORE, TASKS, positions
 from kdcache.teacher.memory import slice_positions
+
+Sent = TypeVar("Sent", Tensor, Targets)
 
 
 @dataclass(frozen=True)
@@ -142,17 +153,15 @@ class CacheSource(Source[SourceShard, StoredRows]):
 
     def _logits(self, targets: SoftTargets) -> Tensor:
         """Logits [n, V] of some positions of the source, float32, on the device."""
-        found = targets.at(targets.codec.temperatures[0])
-        if isinstance(found, HiddenTargets):
-            return found.layer.logits(self._send(found.states))
+        found = with_logits(self._send(targets.at(targets.codec.temperatures[0])))
         assert isinstance(found, DenseTargets), "checked when it was planned"
-        return self._send(found.logits)
+        return found.logits
 
-    def _send(self, tensor: Tensor) -> Tensor:
+    def _send(self, values: Sent) -> Sent:
         """Copy to the device, without waiting for what it has still to do."""
         if self.device == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
 
 def _with_targets(data: ShardData, targets: SoftTargets, _: Codes | None) -> ShardData:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
+from kdcache.targets.levels import from_levels
 from kdcache.targets.output_layer import OutputLayer
 
 Self = TypeVar("Self", bound="_Positions")
@@ -104,16 +105,25 @@ class HiddenTargets(_Positions):
     """What the logits of each position are made of.
 
     Attributes:
-        states: [positions, D] of any float dtype: the output layer's input.
+        stored: [positions, D], the output layer's input: of any float dtype, or uint8 levels.
         layer: the teacher's output layer, the same object for all positions of a run.
         temperature: T at which a loss compares the logits.
+        steps: uint8 [positions, blocks], of levels; None of floats.
     """
 
-    states: Tensor
+    stored: Tensor
     layer: OutputLayer
     temperature: float
+    steps: Tensor | None = None
 
     exact: ClassVar[bool] = True
+
+    @property
+    def states(self) -> Tensor:
+        """The output layer's input as floats; of levels they are made anew, a few at a time."""
+        if self.steps is None:
+            return self.stored
+        return from_levels(self.stored, self.steps, *self.layer.channels(self.stored.device))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> DenseTargets:
         """The logits, rebuilt at this precision: V numbers a position, so of a few at a time."""

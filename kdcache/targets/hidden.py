@@ -10,9 +10,8 @@ and for every divergence, at D numbers a position instead of V.
 
 `int8` takes each channel's mean off and counts in the channel's unit, both from a sample of the
 corpus, measured once a cache and kept with the layer: channels of language models differ by factors
-of tens, and one scale for all would leave the small ones nothing. What remains is rounded, in
-blocks of about 32 channels, in steps of 1/127 of the block's largest number: an outlier costs its
-own block. A step is stored as a power of 2 to the 1/16.
+of tens, and one scale for all would leave the small ones nothing. What remains is rounded
+(`kdcache.targets.levels`), and made numbers again where they are used: a batch holds levels.
 
 Cost: one read of the states. Guarantee: a number that its type cannot hold is refused, not clipped.
 """
@@ -25,7 +24,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
@@ -38,13 +36,10 @@ from kdcache.targets.base import (
     refuse_bad_positions,
 )
 from kdcache.targets.decoded import HiddenTargets
+from kdcache.targets.levels import blocks_of, to_levels
 from kdcache.targets.output_layer import OutputLayer
 
 _COLUMNS = {"float16": "float16", "bfloat16": "uint16", "int8": "uint8"}
-_BLOCK = 32  # channels that share a step: 1 byte for 32
-_STEPS = (2.0 ** (np.arange(256) / 16 - 14)).astype(np.float32)
-_LEVELS = 127
-_ZERO = 128  # stored for 0
 _WIDTH = 2048  # of a layer that is not known yet, for planning
 
 
@@ -111,14 +106,14 @@ class Hidden(Codec):
         """`states` [positions, D] (bit patterns of bfloat16; int8 levels, 128 for 0), and for
         int8 the `steps` of its blocks [positions, max(1, D // 32)]."""
         states = Column("states", _COLUMNS[self.dtype], (self._known.width,))
-        steps = Column("steps", "uint8", (_blocks(self._known.width)[0],))
+        steps = Column("steps", "uint8", (blocks_of(self._known.width)[0],))
         return (states, steps) if self.dtype == "int8" else (states,)
 
     @property
     def bytes_per_position(self) -> float:
         """Uncompressed: the low bits of states are noise that no filter shrinks much."""
         width = _WIDTH if self.layer is None else self.layer.width
-        return float(width + _blocks(width)[0] if self.dtype == "int8" else 2 * width)
+        return float(width + blocks_of(width)[0] if self.dtype == "int8" else 2 * width)
 
     @property
     def _known(self) -> OutputLayer:
@@ -149,18 +144,8 @@ class Hidden(Codec):
             fits = rounded.isfinite().all(-1)
             bits = rounded.view(torch.int16) if self.dtype == "bfloat16" else rounded
             return {"states": bits, "fits": fits, "finite": finite}
-        mean, unit = layer.channels(states.device)
-        blocks, length = _blocks(layer.width)
-        z = F.pad((states.float() - mean) / unit, (0, blocks * length - layer.width))
-        z = z.view(-1, blocks, length)
-        least = z.abs().amax(-1) / _LEVELS
-        steps = (16 * (least.clamp_min(float(_STEPS[0])).log2() + 14)).ceil()
-        fits = (steps < len(_STEPS)).all(-1)
-        steps = steps.nan_to_num(0).clamp(0, len(_STEPS) - 1)
-        levels = (z / (steps / 16 - 14).exp2()[..., None]).round().clamp(-_LEVELS, _LEVELS) + _ZERO
-        levels = torch.where((fits & finite)[:, None, None], levels, _ZERO).flatten(1)
-        stored = levels[:, : layer.width].to(torch.uint8)
-        return {"states": stored, "steps": steps.to(torch.uint8), "fits": fits, "finite": finite}
+        levels, steps, fits = to_levels(states, *layer.channels(states.device))
+        return {"states": levels, "steps": steps, "fits": fits, "finite": finite}
 
     def pack(
         self, encoded: Mapping[str, Array], id_to_rank: Array | None = None
@@ -187,22 +172,13 @@ class Hidden(Codec):
         temperature: float,
         rank_to_id: Array | None = None,
     ) -> HiddenTargets:
-        """The states as they are stored, or float32 for int8; the loss rebuilds the logits."""
+        """The states as they are stored; the loss rebuilds the logits."""
         self.check_temperature(temperature)
-        stored = columns["states"]
+        stored, steps = columns["states"], None
         if self.dtype == "int8":
-            mean, unit = self._known.channels(torch.device("cpu"))
-            steps = torch.from_numpy(_STEPS[columns["steps"]])
-            each = steps.repeat_interleave(_blocks(len(mean))[1], 1)[:, : len(mean)]
-            states = (torch.from_numpy(stored).float() - _ZERO) * each * unit + mean
+            states, steps = torch.from_numpy(stored), torch.from_numpy(columns["steps"])
         elif self.dtype == "bfloat16":
             states = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
         else:
             states = torch.from_numpy(stored)
-        return HiddenTargets(states, self._known, temperature)
-
-
-def _blocks(width: int) -> tuple[int, int]:
-    """Number of blocks that share a scale, and their channels; the last one may have fewer."""
-    blocks = max(1, width // _BLOCK)
-    return blocks, -(-width // blocks)
+        return HiddenTargets(states, self._known, temperature, steps)

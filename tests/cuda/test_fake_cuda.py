@@ -174,7 +174,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize(("states", "weights", "autocast"), TYPES)
-@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense", "hidden"])
+@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense", "hidden", "levels"])
 @pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (2.0, 30.0)])
 def test_the_fused_loss_keeps_devices_and_dtypes(
     states: torch.dtype,
@@ -206,10 +206,16 @@ def under(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object
 
 
 def fake_targets(kind: str, n: int, vocabulary: int, temperature: float) -> Targets:
-    if kind == "hidden":
+    if kind in ("hidden", "levels"):
         weight = torch.zeros(vocabulary, 48, dtype=BFLOAT16, device="cuda")
-        layer = OutputLayer(weight, torch.zeros(vocabulary, device="cuda"), scale=0.5, cap=30.0)
-        return HiddenTargets(torch.zeros(n, 48, device="cuda"), layer, temperature)
+        channels = {name: torch.ones(48, device="cuda") for name in ("mean", "unit")}
+        bias = torch.zeros(vocabulary, device="cuda")
+        with mock.patch.object(OutputLayer, "__post_init__"):  # which looks at the units
+            layer = OutputLayer(weight, bias, scale=0.5, cap=30.0, **channels)
+        if kind == "hidden":
+            return HiddenTargets(torch.zeros(n, 48, device="cuda"), layer, temperature)
+        levels, steps = (torch.zeros(n, k, device="cuda", dtype=torch.uint8) for k in (48, 1))
+        return HiddenTargets(levels, layer, temperature, steps)
     if kind == "dense":
         return DenseTargets(torch.zeros(n, vocabulary, device="cuda"), temperature)
     columns: dict[str, Any] = {
