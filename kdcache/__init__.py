@@ -24,7 +24,6 @@ from kdcache.version import __version__ as __version__
 if TYPE_CHECKING:
     from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes
     from kdcache.cache import Cache
-    from kdcache.cache.repair import GcResult, RepairResult
     from kdcache.commands.build.build import build
     from kdcache.commands.build.dry_run import DryRun, dry_run
     from kdcache.commands.build.make import BuildResult
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from kdcache.commands.demo.demo import DemoResult, demo
     from kdcache.commands.env import EnvResult, env
     from kdcache.commands.evaluate.evaluate import evaluate
-    from kdcache.commands.evaluate.options import EvaluateOptions
     from kdcache.commands.evaluate.scores import EvaluateResult
     from kdcache.commands.export import ExportResult, export
     from kdcache.commands.finetune.finetune import FinetuneResult, finetune
@@ -43,19 +41,20 @@ if TYPE_CHECKING:
     from kdcache.commands.options import (
         DemoOptions,
         EnvOptions,
+        EvaluateOptions,
         ExportOptions,
         GcOptions,
         InspectOptions,
+        PlanOptions,
+        PredictOptions,
         RepairOptions,
         ReportOptions,
         SweepOptions,
         TranscodeOptions,
         VerifyOptions,
     )
-    from kdcache.commands.plan.options import PlanOptions
     from kdcache.commands.plan.plan import plan
     from kdcache.commands.plan.result import PlanResult
-    from kdcache.commands.predict.options import PredictOptions
     from kdcache.commands.predict.predict import PredictResult, predict
     from kdcache.commands.report.report import ReportResult, report
     from kdcache.commands.sweep.results import SweepResult
@@ -64,7 +63,7 @@ if TYPE_CHECKING:
     from kdcache.commands.train.result import TrainResult
     from kdcache.commands.train.train import train
     from kdcache.commands.transcode import transcode
-    from kdcache.commands.upkeep import gc, repair
+    from kdcache.commands.upkeep import GcResult, RepairResult, gc, repair
     from kdcache.commands.verify import VerifyResult, verify
     from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
     from kdcache.loss import distillation_loss, fused_linear_distillation

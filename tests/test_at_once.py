@@ -16,18 +16,18 @@ from at_once import at_each_moment
 from make_caches import CLASSES, make_cache, make_rows, make_shard, word_tokenizer
 
 from kdcache.cache import Cache, CacheSpec
-from kdcache.cache.repair import gc, repair
 from kdcache.cache.sealing import shard_entry
 from kdcache.commands.export import ExportResult, export
 from kdcache.commands.finetune.finetune import FinetuneResult, finetune
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.options import ExportOptions
+from kdcache.commands.options import ExportOptions, GcOptions, RepairOptions
 from kdcache.commands.sweep.sweep import SWEEP_FILE
 from kdcache.commands.sweep.sweep import _read_manifest as read_sweep
 from kdcache.commands.train.folder import RESULT_FILE, SCRATCH
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainResult
+from kdcache.commands.upkeep import gc, repair
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.files import LOCK_FILE, alone, clear, filled_folder, write_json
 from kdcache.storage import LocalStorage
@@ -183,7 +183,8 @@ def test_two_remove_what_is_left_over(place: Path, tmp_path: Path, sealed: bool)
             (place / "cache" / "shards" / name).write_bytes(b"broken")
 
     def work() -> object:
-        return (gc(str(place / "cache")), None if sealed else repair(str(place / "cache")))
+        cache = str(place / "cache")
+        return gc(GcOptions(cache)), None if sealed else repair(RepairOptions(cache))
 
     for both in at_each_moment(place, work, work, prepare):
         assert isinstance(both.first, tuple), both

@@ -28,9 +28,7 @@ from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.options import TranscodeOptions, VerifyOptions
-from kdcache.commands.plan.options import PlanOptions
+from kdcache.commands.options import EvaluateOptions, PlanOptions, TranscodeOptions, VerifyOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train

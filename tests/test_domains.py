@@ -21,7 +21,6 @@ from test_stored import FakeDataset
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import ShardEntry, label_sums
-from kdcache.cache.repair import gc, repair
 from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
@@ -30,11 +29,19 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
 from kdcache.commands.export import export
 from kdcache.commands.inspect import inspect
-from kdcache.commands.options import ExportOptions, InspectOptions, ReportOptions, TranscodeOptions
-from kdcache.commands.plan.options import PlanOptions
+from kdcache.commands.options import (
+    ExportOptions,
+    GcOptions,
+    InspectOptions,
+    PlanOptions,
+    RepairOptions,
+    ReportOptions,
+    TranscodeOptions,
+)
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.report.report import report
 from kdcache.commands.transcode import transcode
+from kdcache.commands.upkeep import gc, repair
 from kdcache.corpus import Corpus, named
 from kdcache.domains import Named
 from kdcache.errors import CorruptCacheError, UsageError
@@ -351,8 +358,8 @@ def test_repair_and_gc_keep_the_names(mixed: BuildOptions) -> None:
     damaged = Path(mixed.out, "shards", cache.manifest.shards[-1].name)
     damaged.write_bytes(damaged.read_bytes()[:-9])
     Path(mixed.out, "manifest.json").write_text("{}")
-    repair(mixed.out)
-    gc(mixed.out)
+    repair(RepairOptions(mixed.out))
+    gc(GcOptions(mixed.out))
     build(mixed)
     assert Path(mixed.out, "manifest.json").read_bytes() == before
     assert not list(problems(Cache.open(mixed.out)))

@@ -16,7 +16,7 @@ from kdcache.commands.build import source
 from kdcache.commands.build.build import build
 from kdcache.commands.build.dry_run import dry_run
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.plan.options import PlanOptions
+from kdcache.commands.options import PlanOptions
 from kdcache.errors import UsageError
 
 pytestmark = pytest.mark.slow

@@ -30,8 +30,7 @@ from kdcache.cache import Cache
 from kdcache.commands.build import prepare
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.options import VerifyOptions
-from kdcache.commands.plan.options import PlanOptions
+from kdcache.commands.options import PlanOptions, VerifyOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.verify import verify
 from kdcache.errors import IncompleteError, UsageError

@@ -16,8 +16,7 @@ from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.plan.options import PlanOptions
+from kdcache.commands.options import EvaluateOptions, PlanOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.verify import recheck
 from kdcache.errors import UsageError

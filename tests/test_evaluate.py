@@ -29,10 +29,10 @@ from textbook import (
 from transformers import AutoModelForSequenceClassification
 
 from kdcache.cache import Cache
-from kdcache.cli.view_evaluate import render_evaluation
+from kdcache.cli.views import render_evaluation
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.scores import DomainScores, EvaluateResult, ModelScores
+from kdcache.commands.options import EvaluateOptions
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.student import DistilledStudent, StudentInfo, load_student
 from kdcache.tasks import IGNORE

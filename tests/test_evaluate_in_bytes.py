@@ -20,12 +20,12 @@ from textbook import lm_logits, logprobs_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kdcache.cache import Cache
-from kdcache.cli.view_evaluate import render_evaluation
+from kdcache.cli.views import render_evaluation
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.commands.options import EvaluateOptions
 from kdcache.errors import UsageError
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE

@@ -14,9 +14,8 @@ import pytest
 
 from kdcache import errors
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.plan.options import PlanOptions
+from kdcache.commands.options import EvaluateOptions, PlanOptions
 from kdcache.commands.sweep import results
 from kdcache.commands.sweep.results import RunScore, SweepResult
 from kdcache.commands.train import callbacks

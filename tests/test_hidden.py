@@ -22,8 +22,7 @@ from kdcache.cache.layer_file import read_layer
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.options import TranscodeOptions
+from kdcache.commands.options import EvaluateOptions, TranscodeOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.commands.transcode import transcode

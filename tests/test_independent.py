@@ -34,12 +34,16 @@ from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.export import export
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.options import ExportOptions, SweepOptions, TranscodeOptions
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import (
+    EvaluateOptions,
+    ExportOptions,
+    PredictOptions,
+    SweepOptions,
+    TranscodeOptions,
+)
 from kdcache.commands.predict.predict import predict
 from kdcache.commands.sweep.sweep import sweep
 from kdcache.commands.train.options import TrainOptions

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from kdcache.cache import Cache, sealing
 from kdcache.cache import cache as cache_module
-from kdcache.cli.view_inspect import render_inspection
+from kdcache.cli.views import render_inspection
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.inspect import inspect

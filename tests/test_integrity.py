@@ -17,11 +17,11 @@ from conftest import make_tiny_lm
 from make_caches import CAUSAL, make_cache
 
 from kdcache.cache import Cache
-from kdcache.cache import repair as cache_repair
 from kdcache.cache.check import problems
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.cache.spec import from_text, to_text
+from kdcache.commands import upkeep as cache_repair
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import GcOptions, RepairOptions

@@ -27,9 +27,8 @@ from kdcache.cache.shard import ShardData, column_bytes
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.inspect import inspect
-from kdcache.commands.options import InspectOptions
+from kdcache.commands.options import EvaluateOptions, InspectOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.domains import Weights

@@ -20,7 +20,7 @@ from transformers import (
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.options import EvaluateOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.rows import Row

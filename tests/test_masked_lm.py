@@ -44,9 +44,7 @@ from transformers import (
 import kdcache
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import _SHARD_BYTES, _span_bytes
-from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.options import InspectOptions
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import EvaluateOptions, InspectOptions, PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss

@@ -24,7 +24,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.options import EvaluateOptions
 from kdcache.commands.sweep.grid import Grid
 from kdcache.commands.train.callbacks import read_metrics
 from kdcache.commands.train.options import TrainOptions

@@ -153,7 +153,8 @@ def test_forms_of_issues_ask_for_something_and_have_each_field_once() -> None:
     assert forms
     for path in forms:
         form = yaml.safe_load(path.read_text())
-        assert form["name"] and form["description"], path
+        assert form["name"], path
+        assert form["description"], path
         fields = [field["id"] for field in form["body"]]
         assert len(set(fields)) == len(fields), path
         assert any(field.get("validations", {}).get("required") for field in form["body"]), path

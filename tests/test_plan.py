@@ -25,8 +25,8 @@ from kdcache.cli.main import cli
 from kdcache.cli.view_plan import render_plan
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.options import PlanOptions
 from kdcache.commands.plan.fidelity import NEAR, Fidelity, FidelityMeter, FullGradient
-from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.plan.result import PlannedCache, PlanResult, advice, break_even, recommended
 from kdcache.commands.plan.sample import sample_rows
@@ -337,7 +337,7 @@ def test_wrong_options_are_refused(options: PlanOptions, tmp_path: Path) -> None
 def test_dense_targets_that_fill_the_memory_are_refused(
     options: PlanOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.commands.plan.measure._MOST_BYTES", 1_000_000)
+    monkeypatch.setattr("kdcache.commands.plan.plan._MOST_BYTES", 1_000_000)
     with pytest.raises(UsageError, match="fewer --rows, or leave this --codec out"):
         plan(options)
 
@@ -462,7 +462,7 @@ def test_a_plan_takes_the_batch_that_fits_the_gpu(
         tried.append(run())
         return 0.5 if len(tried) == 8 else None
 
-    monkeypatch.setattr("kdcache.commands.plan.measure.peak_share", share)
+    monkeypatch.setattr("kdcache.commands.plan.plan.peak_share", share)
     assert plan(options).rows == options.rows
     assert len(tried) == 8  # 65,536 tokens down to 512, and rows of 64 would end it
 

@@ -12,9 +12,8 @@ import pytest
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from kdcache.commands.evaluate.plot import charts_of as evaluation_charts
-from kdcache.commands.evaluate.plot import plot_evaluation
-from kdcache.commands.evaluate.scores import Bin, EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import Bin, EvaluateResult, ModelScores, plot_evaluation
+from kdcache.commands.evaluate.scores import charts_of as evaluation_charts
 from kdcache.commands.train.card import charts_of as run_charts
 from kdcache.commands.train.card import plot_run
 from kdcache.commands.train.result import TrainResult

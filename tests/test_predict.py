@@ -20,7 +20,7 @@ from textbook import class_logits, logprobs_of, word_logits
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from kdcache.cache import Cache
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import PredictOptions
 from kdcache.commands.predict.predict import predict
 from kdcache.errors import UsageError
 

@@ -27,7 +27,7 @@ from transformers import (
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.options import EvaluateOptions
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION

@@ -15,7 +15,7 @@ from zoo import CAUSAL, CLASSIFIERS, MASKED, PAD, SEQ2SEQ, TAGGERS, UNPADDED, Sp
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.options import EvaluateOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.student.saved import SavedModel

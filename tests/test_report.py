@@ -25,8 +25,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.inspect import Guess, PositionView, RowView, _read, inspect
 from kdcache.commands.options import InspectOptions, ReportOptions
 from kdcache.commands.report import rows as report_rows
-from kdcache.commands.report.blocks import Table
-from kdcache.commands.report.charts import Curve, curves, histogram
+from kdcache.commands.report.charts import Curve, Table, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
 from kdcache.commands.report.report import MOST_BYTES, environment, markup, render_page, report
 from kdcache.commands.report.sections import run_section, sweep_section

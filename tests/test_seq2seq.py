@@ -46,9 +46,8 @@ from zoo import SEQ2SEQ, Species, forms
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import EvaluateOptions, PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss

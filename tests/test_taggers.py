@@ -24,21 +24,21 @@ from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.export import export
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.inspect import inspect
 from kdcache.commands.options import (
+    EvaluateOptions,
     ExportOptions,
     InspectOptions,
+    PlanOptions,
+    PredictOptions,
     ReportOptions,
     TranscodeOptions,
     VerifyOptions,
 )
-from kdcache.commands.plan.options import PlanOptions
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.predict.options import PredictOptions
 from kdcache.commands.predict.predict import predict
 from kdcache.commands.report.report import report
 from kdcache.commands.train.options import TrainOptions

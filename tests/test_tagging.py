@@ -19,7 +19,7 @@ from kdcache.cache import Cache
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
+from kdcache.commands.options import EvaluateOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError

@@ -11,10 +11,11 @@ from make_caches import make_cache
 from small_runs import USUAL
 
 from kdcache.cache import Cache
-from kdcache.cache.repair import gc
+from kdcache.commands.options import GcOptions
 from kdcache.commands.train import run as run_module
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
+from kdcache.commands.upkeep import gc
 from kdcache.files import alone
 from kdcache.student.checkpoints import STATE_FILE
 
@@ -38,13 +39,15 @@ def test_gc_asks_whether_a_build_is_at_work_and_no_clock(
 ) -> None:
     now = time.time
     monkeypatch.setattr("time.time", lambda: now() + ahead)
-    kept = gc(begun.url)
+    kept = gc(GcOptions(begun.url))
     assert (kept.removed, kept.young) == ((), 1)
     begun.release()
-    assert [left.name for left in gc(begun.url, dry_run=True).removed] == [f"tmp/{SCRATCH}"]
-    removed = gc(begun.url)
+    assert [left.name for left in gc(GcOptions(begun.url, dry_run=True)).removed] == [
+        f"tmp/{SCRATCH}"
+    ]
+    removed = gc(GcOptions(begun.url))
     assert (removed.bytes, removed.young) == (5, 0)
-    assert gc(begun.url).removed == ()
+    assert gc(GcOptions(begun.url)).removed == ()
 
 
 def test_gc_removes_nothing_where_it_cannot_know(
@@ -56,12 +59,12 @@ def test_gc_removes_nothing_where_it_cannot_know(
         raise OSError("no locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    assert gc(begun.url).young == 1
+    assert gc(GcOptions(begun.url)).young == 1
 
 
 def test_a_build_can_begin_after_gc(begun: Cache) -> None:
     begun.release()
-    gc(begun.url)
+    gc(GcOptions(begun.url))
     assert begun.storage.share("spec.json") is not None
 
 

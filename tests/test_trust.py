@@ -18,12 +18,10 @@ from make_caches import make_cache, word_tokenizer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.inspect import inspect
-from kdcache.commands.options import InspectOptions
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import EvaluateOptions, InspectOptions, PredictOptions
 from kdcache.commands.predict.predict import predict
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train

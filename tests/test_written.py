@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 from zoo import make
 
 import kdcache
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import PredictOptions
 from kdcache.commands.predict.targets import Writer
 from kdcache.errors import UsageError
 from kdcache.student.saved import SavedModel

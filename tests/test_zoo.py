@@ -35,8 +35,7 @@ from zoo import (
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.evaluate.options import EvaluateOptions
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import EvaluateOptions, PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss

@@ -14,7 +14,7 @@ from zoo import PAD, Species, forms, make
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import PredictOptions
 from kdcache.loss import label_loss, score_loss
 from kdcache.targets import DenseTargets
 

@@ -50,7 +50,7 @@ class Command:
 COMMANDS = {
     "plan": Command(
         help="Measure what a cache would cost and how good it would be, on a sample.",
-        options="commands.plan.options:PlanOptions",
+        options="commands.options:PlanOptions",
         function="commands.plan.plan:plan",
         result="commands.plan.result:PlanResult",
         printer="planned",
@@ -181,7 +181,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         help="Compare students with their teacher.",
-        options="commands.evaluate.options:EvaluateOptions",
+        options="commands.options:EvaluateOptions",
         function="commands.evaluate.evaluate:evaluate",
         result="commands.evaluate.scores:EvaluateResult",
         printer="evaluated",
@@ -194,7 +194,7 @@ COMMANDS = {
     ),
     "predict": Command(
         help="Label, score or tag texts, or write their targets, as JSON lines.",
-        options="commands.predict.options:PredictOptions",
+        options="commands.options:PredictOptions",
         function="commands.predict.predict:predict",
         result="commands.predict.predict:PredictResult",
         printer="predicted",
@@ -242,7 +242,7 @@ COMMANDS = {
         help="Remove damaged files from a cache, so that the same build makes only these again.",
         options="commands.options:RepairOptions",
         function="commands.upkeep:repair",
-        result="cache.repair:RepairResult",
+        result="commands.upkeep:RepairResult",
         printer="repaired",
         examples=(
             "kdcache repair cache",
@@ -254,7 +254,7 @@ COMMANDS = {
         help="Remove what crashed builds have left in a cache's folder.",
         options="commands.options:GcOptions",
         function="commands.upkeep:gc",
-        result="cache.repair:GcResult",
+        result="commands.upkeep:GcResult",
         printer="collected",
         examples=("kdcache gc cache --dry-run",),
         next="inspect {cache}",

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from kdcache.cli.volume import is_quiet
+from kdcache.cli.tables import is_quiet
 from kdcache.humanize import counted, duration, printable, size
 
 if TYPE_CHECKING:  # a display is there before what it shows is loaded

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from kdcache.cli.commands import COMMANDS, load
-from kdcache.cli.volume import Volume, set_volume, volume_options
+from kdcache.cli.tables import Volume, set_volume, volume_options
 from kdcache.errors import KdcacheError, UnexpectedError
 from kdcache.humanize import printable, redacted
 from kdcache.version import __version__

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kdcache.cli.tables import tell
-from kdcache.cli.volume import volume_options
+from kdcache.cli.tables import tell, volume_options
 from kdcache.files import read_yaml
 from kdcache.options import Option, Options, options_of, parse_values
 

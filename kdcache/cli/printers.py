@@ -17,7 +17,6 @@ from kdcache.options import Options, key_values, options_of
 from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
-    from kdcache.cache.repair import GcResult, RepairResult
     from kdcache.commands.build.dry_run import DryRun
     from kdcache.commands.build.make import BuildResult
     from kdcache.commands.build.options import BuildOptions
@@ -28,15 +27,21 @@ if TYPE_CHECKING:
     from kdcache.commands.finetune.finetune import FinetuneResult
     from kdcache.commands.finetune.options import FinetuneOptions
     from kdcache.commands.inspect import InspectResult
-    from kdcache.commands.options import GcOptions, InspectOptions, RepairOptions, VerifyOptions
-    from kdcache.commands.plan.options import PlanOptions
+    from kdcache.commands.options import (
+        GcOptions,
+        InspectOptions,
+        PlanOptions,
+        PredictOptions,
+        RepairOptions,
+        VerifyOptions,
+    )
     from kdcache.commands.plan.result import PlanResult
-    from kdcache.commands.predict.options import PredictOptions
     from kdcache.commands.predict.predict import PredictResult
     from kdcache.commands.report.report import ReportResult
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.train.options import TrainOptions
     from kdcache.commands.train.result import TrainResult
+    from kdcache.commands.upkeep import GcResult, RepairResult
     from kdcache.commands.verify import VerifyResult
 
 Next = Sequence[str] | None
@@ -63,7 +68,7 @@ def planned(options: PlanOptions, result: PlanResult) -> Next:
 def built_dry(options: BuildOptions, result: DryRun) -> Next:
     """Print what a build would make."""
     from kdcache.cli.views import render_dry_run
-    from kdcache.commands.plan.options import PlanOptions
+    from kdcache.commands.options import PlanOptions
 
     render_dry_run(result, terminal())
     return ("plan", *as_words(dataclasses.replace(options, codec=result.codec), PlanOptions))
@@ -204,7 +209,7 @@ def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
 
 def evaluated(_: Options, result: EvaluateResult) -> None:
     """Print the figures of students."""
-    from kdcache.cli.view_evaluate import render_evaluation
+    from kdcache.cli.views import render_evaluation
 
     render_evaluation(result, terminal())
 
@@ -225,7 +230,7 @@ def predicted(options: PredictOptions, result: PredictResult) -> None:
 
 def inspected(options: InspectOptions, result: InspectResult) -> Next:
     """Print what is in a cache."""
-    from kdcache.cli.view_inspect import render_inspection
+    from kdcache.cli.views import render_inspection
 
     render_inspection(result, terminal())
     if options.row is None and result.rows:

@@ -1,22 +1,81 @@
-"""Lines and tables on a terminal, in a file or in a pipe.
+"""Lines and tables on a terminal, in a file or in a pipe, and how much is printed.
 
 Guarantee: control characters in what is printed (names, texts and errors may come from anybody's
-data) never reach the terminal. In a file or a pipe tables are whole lines of plain text.
+data) never reach the terminal. In a file or a pipe tables are whole lines of plain text. `-v` shows
+more and `-q` nothing but results and errors, before and after the name of a command.
 """
 
 from __future__ import annotations
 
+import enum
+import logging
 import shlex
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from kdcache.cli.volume import is_quiet
 from kdcache.humanize import printable
 
-if TYPE_CHECKING:  # rich costs a quarter of a help's time
+if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
+
+
+class Volume(enum.Enum):
+    """What is said, and from which level on log messages are shown."""
+
+    QUIET = logging.ERROR
+    NORMAL = logging.WARNING
+    VERBOSE = logging.INFO
+
+
+_KEY = "kdcache.volume"
+
+
+def set_volume(chosen: Volume) -> None:
+    """Take a volume for the running command, unless one was chosen already."""
+    meta = click.get_current_context().meta
+    if chosen is Volume.NORMAL:
+        chosen = meta.get(_KEY, chosen)
+    meta[_KEY] = chosen
+    logging.getLogger().setLevel(chosen.value)
+    shown: Literal["default", "ignore"] = "default" if chosen is Volume.VERBOSE else "ignore"
+    warnings.filterwarnings(shown, module=r"(torch|transformers|ray|accelerate)\b")
+
+
+def is_quiet() -> bool:
+    """Whether the running command shows nothing but its result and errors."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_KEY) is Volume.QUIET
+
+
+def volume_options() -> list[click.Option]:
+    """`-v` and `-q`."""
+
+    def take(chosen: Volume) -> Any:
+        def callback(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+            if given:
+                set_volume(chosen)
+
+        return callback
+
+    words = {
+        Volume.VERBOSE: "Show the log messages of the libraries used.",
+        Volume.QUIET: "Show nothing but the result and errors.",
+    }
+    return [
+        click.Option(
+            [f"-{name[0]}", f"--{name}"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=take(chosen),
+            help=words[chosen],
+        )
+        for chosen in words
+        for name in [chosen.name.lower()]
+    ]
 
 
 def terminal() -> Console:

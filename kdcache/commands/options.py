@@ -1,34 +1,27 @@
-"""The options of `gc`.
-
-The options of `repair`.
-
-The options of `inspect`.
-
-The options of `verify`.
-
-The options of `export`.
-
-The options of `transcode`.
-
-The options of `env`.
-
-The options of `report`.
-
-The options of `sweep`.
-
-The options of `demo`.
-"""
+"""The options of commands that have few; those of others are in their own folders."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from typing import Literal
 
-from kdcache.commands.build.options import WorkerOptions
-from kdcache.commands.groups import EngineRunOptions
+from kdcache.commands.build.options import BuildOptions, WorkerOptions
+from kdcache.commands.groups import (
+    EngineRunOptions,
+    InferenceOptions,
+    PlotOptions,
+    RecordOptions,
+    TeacherRunOptions,
+    form_problems,
+)
+from kdcache.commands.row_options import MaskedRowOptions
+from kdcache.domains import Named
 from kdcache.files import file_problems
-from kdcache.options import Options, option
+from kdcache.options import Options, again, option, problems_of
+from kdcache.row_groups import SourceGroup
+from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -216,3 +209,168 @@ class DemoOptions(Options):
         None, help="use only the first documents of the corpus. Default: all.", at_least=10
     )
     seed: int = option(0, help="seed of weights, orders and samples.", at_least=0)
+
+
+@dataclass(frozen=True)
+class PlanOptions(MaskedRowOptions, TeacherRunOptions, PlotOptions):
+    """What `kdcache plan` takes: fields have the names of its options."""
+
+    first = (
+        *("teacher", "corpus", "task", "codec", "temperatures", "rows", "max_length", "columns"),
+        *("plot", "all"),
+    )
+
+    teacher: tuple[str, ...] = again(BuildOptions, "teacher", MISSING)
+    corpus: tuple[str | Named, ...] = again(BuildOptions, "corpus", MISSING)
+    task: Task = again(BuildOptions, "task", CAUSAL_LM)
+    codec: tuple[str, ...] | None = option(
+        None,
+        help="codecs to compare. Default: `anchored:10`, `anchored:20`, `sample:10`, `sample:20`, "
+        "`sample:40`, `topk:64` for a language model, else `dense` and `dense:float16`.",
+        metavar="dense|topk:K|sample:N|anchored:N|hidden:DTYPE",
+    )
+    temperatures: tuple[str, ...] | None = option(
+        None,
+        help="sets of declared temperatures to compare. Default: `1` and `1,2`.",
+        metavar="T[,T...]",
+    )
+    rows: int = option(64, help="rows of the sample.", at_least=1)
+    all: bool = option(False, help="print all figures, with what they mean.")
+
+    def conflicts(self) -> Sequence[str]:
+        """See `Options.conflicts`."""
+        problems = self.plot_problems()
+        try:
+            _ = self.temperature_sets
+        except ValueError:
+            given = " ".join(self.temperatures or ())
+            problems.append(
+                f"--temperatures are {given}, expected positive numbers, "
+                "several of one set with commas: --temperatures 1 --temperatures 1,2."
+            )
+        return [*problems, *problems_of(self.build_options)]
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The codecs to compare."""
+        return self.codec or TASKS[self.task].plans
+
+    @property
+    def temperature_sets(self) -> tuple[tuple[float, ...], ...]:
+        """The sets of declared temperatures; ValueError if one is not such a set."""
+        plain = ("1", "1,2") if TASKS[self.task].has_temperature else ("1",)
+        texts = self.temperatures or plain
+        sets = tuple(tuple(float(t) for t in text.split(",")) for text in texts)
+        if not all(math.isfinite(t) and t > 0 for one in sets for t in one):
+            raise ValueError(self.temperatures)
+        return sets
+
+    def build_options(self) -> BuildOptions:
+        """The build of which this is a plan; its codec is the default one."""
+        shared = {field.name for field in fields(BuildOptions)} - {"codec", "temperatures"}
+        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name in shared}
+        return BuildOptions(out="-", workers=0, **same)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(MaskedRowOptions, InferenceOptions, PlotOptions):
+    """What `kdcache evaluate` takes: fields have the names of its options."""
+
+    first = (
+        *("student", "cache", "corpus", "teacher", "task", "temperature", "limit", "threshold"),
+        *("batch_tokens", "plot"),
+    )
+
+    student: tuple[str, ...] = option(
+        help="folders of models or of runs, or hub ids.",
+        metavar="RUN_OR_DIR",
+    )
+    cache: str | None = option(
+        None, help="a sealed cache whose rows and targets are used (optional).", metavar="CACHE"
+    )
+    corpus: tuple[str | Named, ...] = option(
+        (),
+        help="files, folders, globs or URLs whose rows are used if there is no cache; those of a "
+        "name have figures of their own.",
+        metavar="[NAME=]PATH_OR_URL_OR_GLOB",
+        named=True,
+    )
+    teacher: str | None = option(
+        None,
+        help="folder or hub id of a teacher that runs live; with a cache it replaces the cached "
+        "targets.",
+        metavar="DIR_OR_HUB_ID",
+    )
+    task: Task | None = option(
+        None, help="the task of the models. Default: the cache's or the first student's."
+    )
+    _: KW_ONLY
+    limit: int | None = option(
+        None,
+        help="use only the first records of a corpus, or the first rows of a cache; of each of its "
+        "domains, where they have names.",
+        metavar="ROWS",
+        at_least=1,
+    )
+    temperature: float | None = option(
+        None,
+        help="of KL. Default: 1 where the cache declares it, else the first declared.",
+        above=0,
+    )
+
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        problems = form_problems(self.record_form, self.task) + self.ids_problems()
+        problems += self.plot_problems()
+        if bool(self.cache) == bool(self.corpus):
+            problems.append("name either --cache or --corpus: what to evaluate on.")
+        return problems
+
+
+@dataclass(frozen=True)
+class PredictOptions(SourceGroup, RecordOptions, InferenceOptions):
+    """What `kdcache predict` takes: fields have the names of its options."""
+
+    first = (
+        *("student", "corpus", "out", "task", "columns", "threshold", "max_length", "beams"),
+        *("batch_tokens", "device"),
+    )
+
+    student: str = option(
+        help="folder of a run, of a classifier or of a sequence-to-sequence model, or hub id.",
+        metavar="RUN_OR_DIR",
+    )
+    corpus: tuple[str, ...] = option(
+        help="files, folders, globs or URLs; `-` alone reads plain lines from standard input.",
+        metavar="PATH_OR_URL_OR_GLOB|-",
+    )
+    out: str | None = option(
+        None,
+        help="file for the JSON lines. Default: standard output.",
+        metavar="FILE",
+        output=True,
+    )
+
+    task: Task | None = option(
+        None, help="the task of the model. Default: what its configuration says."
+    )
+    max_length: int = option(
+        128, help="seq2seq: tokens of the longest target that is written.", at_least=1
+    )
+    beams: int = option(1, help="seq2seq: beams of the search; 1 is greedy.", at_least=1)
+    _: KW_ONLY
+    max_source_length: int | None = again(
+        SourceGroup,
+        "max_source_length",
+        None,
+        help="tokens of the longest source. Default: what the model reads.",
+    )
+
+    def conflicts(self) -> list[str]:
+        """See `Options.conflicts`."""
+        problems = form_problems(self.record_form, self.task or SEQUENCE_CLASSIFICATION)
+        if "-" in self.corpus and len(self.corpus) > 1:
+            problems.append("--corpus - reads standard input and cannot be combined with files.")
+        if "-" in self.corpus and self.pair_column is not None:
+            problems.append("--corpus - reads one text per line and has no pair (--columns).")
+        return problems

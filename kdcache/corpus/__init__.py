@@ -21,7 +21,7 @@ from __future__ import annotations
 from kdcache.corpus.corpus import Corpus
 from kdcache.corpus.files import InputFile
 from kdcache.corpus.formats import Reading, Span
-from kdcache.corpus.named import named
+from kdcache.corpus.listing import named
 from kdcache.corpus.records import FileColumns, LineAt, ReadStats, Record, RecordError, kind_of
 from kdcache.corpus.sample import SpanSample, sample_records, sample_spans
 

@@ -144,7 +144,7 @@ class Corpus:
 
         Args:
             patterns: Files, folders (recursive), globs (`**` too) or fsspec URLs of these, all
-                of them with names (see `kdcache.corpus.named`) or none; a file that several name
+                of them with names (see `kdcache.corpus.listing`) or none; a file that several name
                 counts once.
             span_bytes: Bytes of input that a span aims at (compressed files: of their text,
                 guessed), or a function that says them by the bytes of all files.

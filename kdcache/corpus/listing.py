@@ -10,6 +10,12 @@ Cost: one listing per pattern.
 Guarantee: every file is a regular one with a printable name. What can't be read as data (a pipe, a
 broken or circular link, a folder that can't be listed) is refused by name, not skipped; the files
 of a kdcache cache in a folder are not input.
+
+A corpus may have a name: a text is `NAME=PATH` if what is before its first `=` could be the name of
+a domain, and the whole text is no file, folder or glob with a match. So what has a slash or a colon
+before its first `=` (`data/lang=en/x.jsonl`, `s3://bucket/x.parquet?part=1`) is a path, `lang=en`
+is one where such a folder exists, and `./lang=en` always is. Cost: a look at the file system for
+each text with a name before `=`; a store is not asked.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from glob import glob, has_magic
+from glob import glob, has_magic, iglob
 from typing import Any, NoReturn
 
 from kdcache.corpus.files import (
@@ -33,7 +39,7 @@ from kdcache.corpus.files import (
     remote_version,
     version_of,
 )
-from kdcache.domains import Named
+from kdcache.domains import NAME_RULE, Named, is_name
 from kdcache.errors import UsageError
 from kdcache.humanize import counted
 from kdcache.storage import redact
@@ -384,3 +390,45 @@ def _remote(pattern: str, forced: str, split: str | None) -> tuple[Found, bool]:
         return {url: found[path]}, False
     chosen, has_splits = _chosen(pattern, found, _static(path) if globbing else path, saved, split)
     return {store.fs.unstrip_protocol(name): value for name, value in chosen.items()}, has_splits
+
+
+def named(corpora: Sequence[str | Named]) -> list[str | Named]:
+    """Corpora with their names.
+
+    Args:
+        corpora: Paths, `NAME=PATH`, or pairs of both.
+
+    Returns:
+        Pairs where they have names, otherwise their paths as they are.
+
+    Raises:
+        UsageError: A name that cannot be, one without a path, or some with names and some without.
+    """
+    found = [one if isinstance(one, Named) else _split(one) for one in corpora]
+    bare = [one for one in found if not isinstance(one, Named)]
+    pairs = [one for one in found if isinstance(one, Named)]
+    for pair in pairs:
+        if not is_name(pair.name):
+            raise UsageError(f"--corpus: {pair.name!r} is not a name; expected {NAME_RULE}.")
+    if bare and pairs:
+        raise UsageError(
+            f"--corpus {redact(str(pairs[0]))} has a name and --corpus {redact(str(bare[0]))} has "
+            "none. Name every corpus, as in NAME=PATH, or none."
+        )
+    return found
+
+
+def _split(text: str) -> str | Named:
+    name, equals, path = text.partition("=") if isinstance(text, str) else ("", "", "")
+    if not equals or not is_name(name) or _is_there(text):
+        return text
+    if not path:
+        raise UsageError(f"--corpus {text}: no path follows the name. Expected NAME=PATH.")
+    return Named(name, path)
+
+
+def _is_there(text: str) -> bool:
+    """Whether a file, a folder, an index of ids or a match of a glob has this very name."""
+    if os.path.lexists(text) or os.path.isfile(f"{text}.idx"):
+        return True
+    return has_magic(text) and next(iglob(text, recursive=True), None) is not None

@@ -11,8 +11,6 @@ Cost: a few minutes on one core (two while building), half of it the teacher's t
 Guarantee: the three students see the same rows in the same order for as many steps, and each is its
 best evaluation by held-out cross-entropy; the first two also begin with the same weights. Finished
 steps are kept: the same command resumes after the last of them.
-
-The result of a demo.
 """
 
 from __future__ import annotations
@@ -41,9 +39,8 @@ from kdcache.commands.demo.teacher import (
     write_jsonl,
 )
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
-from kdcache.commands.options import DemoOptions
+from kdcache.commands.options import DemoOptions, EvaluateOptions
 from kdcache.commands.run_folder import RunFolder
 from kdcache.commands.train.callbacks import METRICS_FILE
 from kdcache.commands.train.options import TrainOptions

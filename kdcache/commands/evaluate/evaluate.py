@@ -35,10 +35,10 @@ from kdcache.commands.evaluate.in_bytes import (
     other_tokenizers,
     with_aligners,
 )
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.evaluate.rows import EvaluationRows
 from kdcache.commands.evaluate.scores import EvaluateResult
 from kdcache.commands.evaluate.tally import Counts, Figures, make_tally, tally_of
+from kdcache.commands.options import EvaluateOptions
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import BINS
 from kdcache.rows import Row
@@ -65,7 +65,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     options.check_plot()
     result = _Evaluation(options).run()
     if options.plot is not None:
-        from kdcache.commands.evaluate.plot import plot_evaluation
+        from kdcache.commands.evaluate.scores import plot_evaluation
 
         plot_evaluation(options.plot, result)
     return result

@@ -15,8 +15,8 @@ from typing import Any
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.evaluate.options import EvaluateOptions
 from kdcache.commands.inspect import default_temperature
+from kdcache.commands.options import EvaluateOptions
 from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.commands.predict.options import PredictOptions
+from kdcache.commands.options import PredictOptions
 from kdcache.commands.predict.targets import Writer
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError
 from kdcache.errors import UsageError

@@ -1,14 +1,15 @@
-"""Charts as numbers that the template draws as inline SVG: curves and histograms, without a script.
+"""Blocks of texts, tables and charts, of which `page.html.jinja` makes a page.
 
-Cost: at most `_POINTS` points a curve. Colours come from the page's style sheet, and dashes tell
-curves apart without them.
+Charts are numbers that the template draws as inline SVG, without a script: curves of at most
+`_POINTS` points, and histograms. Colours come from the page's style sheet, and dashes tell curves
+apart without them.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -154,3 +155,104 @@ def _ticks(values: Sequence[float]) -> list[float]:
             break
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A text, and how it looks: `lead`, `note`, `row`, or as the others."""
+
+    kind: ClassVar = "paragraph"
+    text: str
+    look: str = ""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading below a section's."""
+
+    kind: ClassVar = "heading"
+    text: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values."""
+
+    kind: ClassVar = "facts"
+    pairs: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """A cell in the colour of a level of surprise."""
+
+    kind: ClassVar = "coloured"
+    text: str
+    level: str
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """A cell of names with probabilities."""
+
+    kind: ClassVar = "guesses"
+    items: Sequence[tuple[str, str]]
+
+
+Cell = str | Coloured | Guesses
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in a box that scrolls by itself, for narrow screens.
+
+    Attributes:
+        caption: what it is.
+        header: names of the columns.
+        rows: their cells; the first one names its row.
+        texts: the columns of texts; the others are numbers, aligned to the right.
+    """
+
+    kind: ClassVar = "table"
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    texts: Collection[int] = (0,)
+
+
+@dataclass(frozen=True)
+class Legend:
+    """The colours of surprise with their meaning."""
+
+    kind: ClassVar = "legend"
+    levels: Sequence[str]
+
+
+@dataclass(frozen=True)
+class RowText:
+    """A row's tokens: texts with the classes of their look, or None for what stands between."""
+
+    kind: ClassVar = "row_text"
+    pieces: Sequence[tuple[str, str | None]]
+
+
+@dataclass(frozen=True)
+class Details:
+    """A part that opens on demand, by keyboard too."""
+
+    kind: ClassVar = "details"
+    summary: str
+    blocks: Sequence[Block | None]
+
+
+@dataclass(frozen=True)
+class Article:
+    """A row with its title."""
+
+    kind: ClassVar = "article"
+    title: str
+    blocks: Sequence[Block | None]
+
+
+Block = Paragraph | Heading | Facts | Table | Chart | Legend | RowText | Details | Article
+Blocks = Sequence[Block | None]

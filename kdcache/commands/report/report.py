@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from kdcache.commands.options import ReportOptions
 from kdcache.commands.report import charts
-from kdcache.commands.report.blocks import Blocks, Paragraph
+from kdcache.commands.report.charts import Blocks, Paragraph
 from kdcache.commands.report.gather import CachePart, Part, RunPart, SweepPart, gather
 from kdcache.commands.report.sections import cache_section, compare, run_section, sweep_section
 from kdcache.files import local_path, output_errors, try_place, write_text

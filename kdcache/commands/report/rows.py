@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from kdcache.commands.inspect import PositionView, RowView
-from kdcache.commands.report.blocks import (
+from kdcache.commands.report.charts import (
     Article,
     Block,
     Blocks,

@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.commands.inspect import InspectResult
-from kdcache.commands.report.blocks import Blocks, Details, Facts, Paragraph, Table
-from kdcache.commands.report.charts import COLOURS, Curve, curves, histogram
+from kdcache.commands.report.charts import (
+    COLOURS,
+    Blocks,
+    Curve,
+    Details,
+    Facts,
+    Paragraph,
+    Table,
+    curves,
+    histogram,
+)
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, TargetFigures, number
 from kdcache.commands.report.rows import rows_as_text
 from kdcache.humanize import counted, duration, size

@@ -7,17 +7,14 @@ Settings are ranked by the figure of their task (`kdcache.student.figures`), suc
 the loss with hard labels where there is none: these compare between all students. `loss` does not:
 it is weighted by the alpha and T of its own run. A setting with a run that diverged comes last.
 
-The teacher's figures that caches tell, beside those of a sweep's students.
+The teacher's figures cost nothing for a language model, whose cross-entropy is in the manifest; of
+a classifier its evaluation caches are read once.
 
-Cost: of a language model none, its cross-entropy is in the manifest; of a classifier its evaluation
-caches are read once.
-
-The plot of a sweep: its figure against each of the options that the grid crosses.
-
-One chart an option. At each value a line joins the best settings of the others, so it shows what
-that value can reach; all other settings are faint points behind. Lines are told apart by one more
-option: the student, or the first that has a few values. Bars are sample standard deviations over
-seeds. A setting without the option, such as the temperature at alpha 1, is a dashed level.
+The plot has the ranking figure against each of the options that the grid crosses. One chart an
+option. At each value a line joins the best settings of the others, so it shows what that value can
+reach; all other settings are faint points behind. Lines are told apart by one more option: the
+student, or the first that has a few values. Bars are sample standard deviations over seeds. A
+setting without the option, such as the temperature at alpha 1, is a dashed level.
 """
 
 from __future__ import annotations

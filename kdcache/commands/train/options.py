@@ -1,7 +1,4 @@
-"""The options of `train`, which check themselves.
-
-Options of `train` that may change over a run: `--alpha 0.9:0.1`.
-"""
+"""The options of `train`, which check themselves, and schedules such as `--alpha 0.9:0.1`."""
 
 from __future__ import annotations
 
