@@ -1,4 +1,4 @@
-"""Plots as PNG files: curves over steps, clouds of named points, charts side by side.
+"""Plots as PNG files: charts side by side, and clouds of named points.
 
 Figures are made without pyplot: no global state, no window system, safe in any thread.
 """
@@ -26,82 +26,11 @@ _INK, _FAINT = "#222222", "#d9d9d9"
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One line of a plot.
-
-    Attributes:
-        label: its name in the legend.
-        steps: where it was measured, ascending.
-        values: what was measured there.
-    """
-
-    label: str
-    steps: Sequence[float]
-    values: Sequence[float]
-
-
-@dataclass(frozen=True)
 class Level:
-    """A dashed horizontal line to compare the curves with."""
+    """A dashed horizontal line to compare with."""
 
     label: str
     value: float
-
-
-def plot_curves(
-    path: str | Path,
-    curves: Sequence[Curve],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    levels: Sequence[Level] = (),
-) -> None:
-    """Draw curves and levels into a PNG of 1600 x 1000 pixels.
-
-    Each curve has its own colour and marker, distinct for colour-blind readers too, and its last
-    value stands in the legend, where labels can never cover each other or a curve.
-
-    Args:
-        path: the file; replaced if it is there.
-        curves: the lines, in the order of the legend.
-        title: above the plot.
-        x_label: name and unit of the steps.
-        y_label: name and unit of the values.
-        levels: dashed lines across the whole width.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _new_figure(8, 5, dpi=200)
-    axes = figure.add_subplot()
-    for i, curve in enumerate(curves):
-        last = f"{curve.values[-1]:.3f}" if len(curve.values) else "-"
-        axes.plot(
-            curve.steps,
-            curve.values,
-            color=_colour(i),
-            marker=_MARKERS[i % len(_MARKERS)],
-            markersize=5,
-            linewidth=2,
-            label=f"{curve.label}: {last}",
-        )
-    for level in levels:
-        axes.axhline(
-            level.value,
-            color=_INK,
-            linestyle="--",
-            linewidth=1.2,
-            label=f"{level.label}: {level.value:.3f}",
-        )
-    axes.set_title(title, loc="left", color=_INK, fontsize=12, fontweight="bold")
-    axes.set_xlabel(x_label, color=_INK)
-    axes.set_ylabel(y_label, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    _style(axes)
-    axes.margins(x=0.02, y=0.08)
-    axes.set_xlim(left=0)
-    axes.legend(loc="upper right", frameon=True, framealpha=0.95, edgecolor=_FAINT)
-    _save(figure, path)
 
 
 @dataclass(frozen=True)

@@ -101,15 +101,15 @@ class TaskType:
     """
 
     noun: str
-    per_token: bool
     answers: Answers
-    causal: bool
-    texts: bool
     auto: str
     marks: tuple[str, ...]
     pipeline: str
-    codec: str
-    plans: tuple[str, ...]
+    per_token: bool = False
+    causal: bool = False
+    texts: bool = False
+    codec: str = "dense"
+    plans: tuple[str, ...] = ("dense", "dense:float16")
     auto_images: str | None = None
     source: bool = False
     words: bool = False
@@ -148,112 +148,86 @@ class TaskType:
         return self.answers in ("classes", "labels")
 
 
-_PLANS = ("anchored:10", "anchored:20", "sample:10", "sample:20", "sample:40", "topk:64")
+_IDS: dict[str, Any] = {
+    "answers": "ids",
+    "per_token": True,
+    "codec": "sample:20",
+    "plans": ("anchored:10", "anchored:20", "sample:10", "sample:20", "sample:40", "topk:64"),
+}
+# One class of transformers for all tasks of whole texts, which `problem` tells apart.
+_TEXTS: dict[str, Any] = {
+    "texts": True,
+    "auto": "AutoModelForSequenceClassification",
+    "marks": ("SequenceClassification",),
+    "pipeline": "text-classification",
+}
 
 TASKS: Final[Mapping[str, TaskType]] = {
     CAUSAL_LM: TaskType(
+        **_IDS,
         noun="causal language model",
-        per_token=True,
-        answers="ids",
         causal=True,
-        texts=False,
         auto="AutoModelForCausalLM",
         auto_images="AutoModelForImageTextToText",
         marks=("CausalLM", "LMHead"),
         pipeline="text-generation",
-        codec="sample:20",
-        plans=_PLANS,
         forms=("messages", "prompt", "ids"),
         packing="concat",
         perplexity="perplexity",
         heads=("after", "next"),
     ),
     MASKED_LM: TaskType(
+        **_IDS,
         noun="masked language model",
-        per_token=True,
-        answers="ids",
-        causal=False,
-        texts=False,
         auto="AutoModelForMaskedLM",
         marks=("MaskedLM", "XLMWithLMHead", "FlaubertWithLMHead"),
         pipeline="fill-mask",
-        codec="sample:20",
-        plans=_PLANS,
         packing="concat",
         perplexity="pseudo-perplexity",
         heads=("reads", "was"),
     ),
     SEQ2SEQ_LM: TaskType(
+        **_IDS,
         noun="sequence-to-sequence model",
-        per_token=True,
-        answers="ids",
         causal=True,
         source=True,
-        texts=False,
         auto="AutoModelForSeq2SeqLM",
         marks=(
             *("ConditionalGeneration", "MarianMTModel", "EncoderDecoderModel", "T5WithLMHead"),
             "ForTextToText",
         ),
         pipeline="text2text-generation",
-        codec="sample:20",
-        plans=_PLANS,
         perplexity="perplexity",
         heads=("after", "next"),
     ),
     SEQUENCE_CLASSIFICATION: TaskType(
+        **_TEXTS,
         noun="sequence classifier",
-        per_token=False,
         answers="classes",
-        causal=False,
-        texts=True,
-        auto="AutoModelForSequenceClassification",
-        marks=("SequenceClassification",),
         problem="single_label_classification",
-        pipeline="text-classification",
-        codec="dense",
-        plans=("dense", "dense:float16"),
     ),
     TOKEN_CLASSIFICATION: TaskType(
         noun="token classifier",
-        per_token=True,
         answers="classes",
-        causal=False,
-        texts=False,
+        per_token=True,
         words=True,
         auto="AutoModelForTokenClassification",
         marks=("TokenClassification",),
         pipeline="token-classification",
-        codec="dense",
-        plans=("dense", "dense:float16"),
         label_columns=("tags", "ner_tags", "labels"),
     ),
     MULTI_LABEL_CLASSIFICATION: TaskType(
+        **_TEXTS,
         noun="multi-label classifier",
-        per_token=False,
         answers="labels",
-        causal=False,
-        texts=True,
-        auto="AutoModelForSequenceClassification",
-        marks=("SequenceClassification",),
         problem="multi_label_classification",
-        pipeline="text-classification",
-        codec="dense",
-        plans=("dense", "dense:float16"),
         label_columns=("labels", "label"),
     ),
     REGRESSION: TaskType(
+        **_TEXTS,
         noun="regression model",
-        per_token=False,
         answers="score",
-        causal=False,
-        texts=True,
-        auto="AutoModelForSequenceClassification",
-        marks=("SequenceClassification",),
         problem="regression",
-        pipeline="text-classification",
-        codec="dense",
-        plans=("dense", "dense:float16"),
         label_columns=("label", "score"),
         hard=("error", "squared units, or Huber's"),
         divergences=("mse", "huber"),

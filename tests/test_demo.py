@@ -12,7 +12,6 @@ from kdcache.commands.demo.teacher import documents
 from kdcache.commands.options import DemoOptions
 from kdcache.errors import UsageError
 from kdcache.files import alone
-from kdcache.plots import Curve, Level, plot_curves
 
 
 def test_documents_share_no_paragraph() -> None:
@@ -32,23 +31,6 @@ def test_documents_keep_every_paragraph_of_the_reference() -> None:
     kept = {p.strip() for d in train + held_out for p in d.split("\n\n")}
 
     assert {p.strip() for t in topics.values() for p in t.split("\n\n")} - {""} == kept
-
-
-def test_plot_is_a_png_whose_pixels_tell_the_curves(tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
-    def draw(values: list[float]) -> object:
-        path = tmp_path / "plot.png"
-        curves = [Curve("one", [1, 2, 3], values), Curve("two", [1, 2, 3], [3.0, 2.5, 2.2])]
-        plot_curves(path, curves, levels=[Level("floor", 1.0)], title="t", x_label="x", y_label="y")
-        return imread(path)
-
-    first, same, other = draw([3.0, 2.0, 1.5]), draw([3.0, 2.0, 1.5]), draw([3.0, 1.0, 1.5])
-
-    assert first.shape == (1000, 1600, 4)  # type: ignore[attr-defined]
-    assert (first == same).all()  # type: ignore[attr-defined]
-    assert (first != other).any()  # type: ignore[attr-defined]
-    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
 
 
 def test_options_tell_all_their_mistakes_at_once() -> None:

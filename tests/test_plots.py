@@ -17,7 +17,24 @@ from kdcache.commands.evaluate.scores import charts_of as evaluation_charts
 from kdcache.commands.train.card import charts_of as run_charts
 from kdcache.commands.train.card import plot_run
 from kdcache.commands.train.result import TrainResult
-from kdcache.plots import Cloud, Level, Panel, draw_clouds
+from kdcache.plots import Chart, Cloud, Level, Line, Panel, draw_clouds, plot_charts
+
+
+def test_plot_is_a_png_whose_pixels_tell_the_lines(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    def draw(values: list[float]) -> object:
+        path = tmp_path / "plot.png"
+        lines = [Line("one", [1, 2, 3], values), Line("two", [1, 2, 3], [3.0, 2.5, 2.2])]
+        plot_charts(path, [Chart("", "x", "y", lines, [Level("floor", 1.0)])], title="t")
+        return imread(path)
+
+    first, same, other = draw([3.0, 2.0, 1.5]), draw([3.0, 2.0, 1.5]), draw([3.0, 1.0, 1.5])
+
+    assert first.shape == (752, 1120, 4)  # type: ignore[attr-defined]
+    assert (first == same).all()  # type: ignore[attr-defined]
+    assert (first != other).any()  # type: ignore[attr-defined]
+    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
 
 
 def test_a_panel_of_zeros_alone_says_so() -> None:

@@ -42,14 +42,14 @@ from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
 from kdcache.commands.options import DemoOptions, EvaluateOptions
 from kdcache.commands.run_folder import RunFolder
-from kdcache.commands.train.callbacks import METRICS_FILE
+from kdcache.commands.train.callbacks import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError, install_command, installed
 from kdcache.files import alone, local_path, try_place, write_json
 from kdcache.humanize import counted, duration, size
-from kdcache.plots import Curve, Level, plot_curves
+from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.teacher import quiet_transformers
 
 
@@ -426,18 +426,17 @@ class _Demo:
         )
 
     def _plot(self, path: Path, teacher: float) -> None:
-        curves = []
+        lines = []
         for student in _STUDENTS:
-            metrics = (self.out / student.folder / METRICS_FILE).read_text()
-            lines = map(json.loads, metrics.splitlines())
-            points = [(x["step"], x["eval_hard_loss"]) for x in lines if "eval_hard_loss" in x]
+            logged = read_metrics(self.out / student.folder)
+            points = [(x["step"], x["eval_hard_loss"]) for x in logged if "eval_hard_loss" in x]
             steps, values = zip(*points, strict=True)
-            curves.append(Curve(student.name, steps, values))
-        plot_curves(
-            path,
-            curves,
-            levels=[Level("teacher (Llama)", teacher)],
-            title="Three students from one cache",
-            x_label=f"step ({_BATCH_ROWS} rows of {_MAX_LENGTH} tokens each)",
-            y_label="held-out cross-entropy (nats per token)",
+            lines.append(Line(f"{student.name}: {values[-1]:.3f}", steps, values))
+        chart = Chart(
+            "",
+            f"step ({_BATCH_ROWS} rows of {_MAX_LENGTH} tokens each)",
+            "held-out cross-entropy (nats per token)",
+            lines,
+            [Level(f"teacher (Llama): {teacher:.3f}", teacher)],
         )
+        plot_charts(path, [chart], title="Three students from one cache")
