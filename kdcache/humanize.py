@@ -96,6 +96,16 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure of a table; `-` where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share as a percentage; `-` where there is none."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
 def shares(counts: Mapping[str, int]) -> str:
     """Counts with their shares as text: `web 900 (75.0 %), code 300 (25.0 %)`."""
     total = max(1, sum(counts.values()))

@@ -218,7 +218,7 @@ def test_a_cross_entropy_whose_perplexity_no_float_holds_is_shown(paths: dict[st
     assert part.facts.teacher_perplexity is not None
     far = dataclasses.replace(part.facts, teacher_cross_entropy=800.0, teacher_perplexity=None)
     shown = words_of(tree_of(render_page([dataclasses.replace(part, facts=far)])))
-    assert "800.0000 nats (perplexity -)" in shown
+    assert "800.0000 nats a position (perplexity -)" in shown
 
 
 def test_a_run_shows_what_was_left_to_its_default() -> None:

@@ -9,6 +9,7 @@ from kdcache.cache.cache import Cache
 from kdcache.cache.manifest import ShardEntry, filtered_records, label_sums
 from kdcache.cache.spec import CacheSpec
 from kdcache.domains import Weights
+from kdcache.humanize import number, percent, size
 
 _ONCE = Weights()
 
@@ -104,3 +105,26 @@ def domain_figures(spec: CacheSpec, shards: Iterable[ShardEntry]) -> tuple[Domai
             )
         )
     return tuple(found)
+
+
+def domain_table(domains: Sequence[DomainFigures]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The header and a line for each domain, for people."""
+    positions = sum(domain.positions for domain in domains)
+    filtered = any(domain.filtered is not None for domain in domains)
+    labelled = any(domain.teacher_cross_entropy is not None for domain in domains)
+    rows = [
+        (
+            domain.name,
+            f"{domain.rows:,}",
+            f"{domain.positions:,}",
+            percent(domain.positions / max(1, positions)),
+            size(domain.bytes),
+            f"{domain.skipped:,}",
+            *([f"{domain.filtered or 0:,}"] if filtered else []),
+            *([number(domain.teacher_cross_entropy)] if labelled else []),
+        )
+        for domain in domains
+    ]
+    header = ["domain", "rows", "positions", "share", "size", "skipped"]
+    header += ["filtered"] if filtered else []
+    return header + (["teacher's cross-entropy"] if labelled else []), rows

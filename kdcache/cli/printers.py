@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cli.tables import echo, number, print_table, terminal
-from kdcache.humanize import counted, duration, redacted, size
+from kdcache.cli.tables import echo, print_table, terminal
+from kdcache.humanize import counted, duration, number, redacted, size
 from kdcache.metrics import METRICS
 from kdcache.options import Options, key_values, options_of
 from kdcache.tasks import TASKS

@@ -167,13 +167,3 @@ def echo_next(*words: str) -> None:
     """Say on standard error what to type next; words in capitals are for the user to fill in."""
     if not is_quiet():
         echo(f"Next: {shlex.join(words)}", err=True)
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A figure of a table; `-` where there is none."""
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """A share as a percentage; `-` where there is none."""
-    return "-" if value is None else f"{100 * value:.{digits}f} %"

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from kdcache.cli.tables import number, percent, print_line, print_table
+from kdcache.cli.tables import print_line, print_table
 from kdcache.cli.views import render_estimates
 from kdcache.commands.plan.result import WORKERS, PlanResult, _set
-from kdcache.humanize import counted, duration, size
+from kdcache.humanize import counted, duration, number, percent, size
 from kdcache.tasks import TASKS
 
 _SMALL_SHARD = 100_000

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from kdcache.cli.tables import number, percent, print_line, print_table
-from kdcache.humanize import counted, duration, score, size
+from kdcache.cli.tables import print_line, print_table
+from kdcache.humanize import counted, duration, number, percent, score, size
 from kdcache.metrics import METRICS, RANKED
-from kdcache.tasks import OUTPUTS, TASKS, Answers
+from kdcache.tasks import TASKS, Answers
 
 if TYPE_CHECKING:
     from kdcache.cache.figures import DomainFigures
@@ -46,28 +46,10 @@ def render_estimates(domains: Sequence[DomainEstimate], console: Console) -> Non
 
 def render_domains(domains: Sequence[DomainFigures], console: Console) -> None:
     """Print a line for each domain; nothing where corpora have no names."""
-    if not domains:
-        return
-    positions = sum(domain.positions for domain in domains)
-    filtered = any(domain.filtered is not None for domain in domains)
-    labelled = any(domain.teacher_cross_entropy is not None for domain in domains)
-    rows = [
-        (
-            domain.name,
-            f"{domain.rows:,}",
-            f"{domain.positions:,}",
-            percent(domain.positions / max(1, positions)),
-            size(domain.bytes),
-            f"{domain.skipped:,}",
-            *([f"{domain.filtered or 0:,}"] if filtered else []),
-            *([number(domain.teacher_cross_entropy)] if labelled else []),
-        )
-        for domain in domains
-    ]
-    header = ["domain", "rows", "positions", "share", "size", "skipped"]
-    header += ["filtered"] if filtered else []
-    header += ["teacher's cross-entropy"] if labelled else []
-    print_table(console, header, rows)
+    if domains:
+        from kdcache.cache.figures import domain_table
+
+        print_table(console, *domain_table(domains))
 
 
 def render_figures(figures: Mapping[str, float], console: Console) -> None:
@@ -282,36 +264,7 @@ _OF_ROWS: dict[str, tuple[tuple[str, str], ...]] = {
 
 def render_inspection(result: InspectResult, console: Console) -> None:
     """Print what `inspect` found."""
-    kind = OUTPUTS[TASKS[result.task].answers]
-    temperatures = ", ".join(f"{t:g}" for t in result.temperatures)
-    state = (
-        "finished"
-        if result.finished
-        else f"unfinished: {result.done} of {counted(result.spans, 'shard')}"
-    )
-    facts = [
-        ("task", result.task),
-        ("teachers", ", ".join(result.teachers) or "-"),
-        *_source(result),
-        ("codec", f"{result.codec} over {result.vocab_size:,} {kind}"),
-        ("temperatures", temperatures + (" (and any other)" if result.any_temperature else "")),
-        ("state", state),
-        ("shards", f"{result.done:,}"),
-        ("rows", f"{result.rows:,}"),
-        ("tokens", f"{result.tokens:,}"),
-        ("positions", f"{result.positions:,}"),
-        ("skipped records", f"{result.skipped:,}"),
-        *([] if result.filtered is None else [("filtered records", f"{result.filtered:,}")]),
-        ("clipped mass", percent(result.clipped_mass, 4) + " a position"),
-        *_labels(result),
-        ("size", size(result.bytes)),
-        ("bytes per position", f"{number(result.bytes_per_position, 2)} of the whole files"),
-        ("", f"{number(result.target_bytes_per_position, 2)} of the soft targets alone"),
-        ("fingerprint", result.fingerprint),
-    ]
-    if result.digest:
-        facts.append(("digest", result.digest))
-    print_table(console, ("", ""), facts, left=2, title=result.cache)
+    print_table(console, ("", ""), result.facts(), left=2, title=result.cache)
     if result.domains:
         print_line(console, "")
         render_domains(result.domains, console)
@@ -327,25 +280,6 @@ def render_inspection(result: InspectResult, console: Console) -> None:
     if result.row is not None:
         print_line(console, "")
         _render_row(result.row, TASKS[result.task].answers, console)
-
-
-def _source(result: InspectResult) -> list[tuple[str, str]]:
-    """The cache whose targets were encoded anew."""
-    source = result.spec.get("source")
-    return [("transcoded from", f"{source['codec']} ({source['digest']})")] if source else []
-
-
-def _labels(result: InspectResult) -> list[tuple[str, str]]:
-    """What the teacher thought of the data, where the cache keeps it."""
-    if result.teacher_cross_entropy is None:
-        return []
-    nats = number(result.teacher_cross_entropy)
-    name, perplexity = TASKS[result.task].perplexity, number(result.teacher_perplexity, 2)
-    lines = [("teacher's cross-entropy", f"{nats} nats a position ({name} {perplexity})")]
-    if result.impossible_labels:
-        left_out = f"{result.impossible_labels:,}, which are left out of it"
-        lines.append(("labels of no probability", left_out))
-    return lines
 
 
 def _render_row(row: RowView, answers: Answers, console: Console) -> None:

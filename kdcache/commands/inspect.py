@@ -28,14 +28,14 @@ from kdcache.cache.shard import column_bytes
 from kdcache.cache.spec import no_cache
 from kdcache.commands.options import InspectOptions
 from kdcache.errors import UsageError
-from kdcache.humanize import score
+from kdcache.humanize import counted, number, percent, score, size
 from kdcache.loss import INDEPENDENT
 from kdcache.loss.metrics import perplexity
 from kdcache.rows import Row
 from kdcache.storage import open_storage
 from kdcache.targets import DenseTargets, SoftTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import TASKS, labelled
+from kdcache.tasks import OUTPUTS, TASKS, labelled
 
 _SAMPLED_SHARDS = 8
 
@@ -187,6 +187,43 @@ class InspectResult:
     domains: tuple[DomainFigures, ...] = ()
     filtered: int | None = None
     row: RowView | None = None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values of what a cache is, for people."""
+        kind, perplexity = OUTPUTS[TASKS[self.task].answers], TASKS[self.task].perplexity
+        temperatures = ", ".join(f"{t:g}" for t in self.temperatures)
+        unfinished = f"unfinished: {self.done} of {counted(self.spans, 'shard')}"
+        source = self.spec.get("source")
+        facts: dict[str, str | None] = {
+            "task": self.task,
+            "teachers": ", ".join(self.teachers) or "-",
+            "transcoded from": f"{source['codec']} ({source['digest']})" if source else None,
+            "codec": f"{self.codec} over {self.vocab_size:,} {kind}",
+            "temperatures": temperatures + (" (and any other)" if self.any_temperature else ""),
+            "state": "finished" if self.finished else unfinished,
+            "shards": f"{self.done:,}",
+            "rows": f"{self.rows:,}",
+            "tokens": f"{self.tokens:,}",
+            "positions": f"{self.positions:,}",
+            "skipped records": f"{self.skipped:,}",
+            "filtered records": None if self.filtered is None else f"{self.filtered:,}",
+            "clipped mass": f"{percent(self.clipped_mass, 4)} a position",
+        }
+        if self.teacher_cross_entropy is not None:
+            shown = f"{perplexity} {number(self.teacher_perplexity, 2)}"
+            nats = number(self.teacher_cross_entropy)
+            facts["teacher's cross-entropy"] = f"{nats} nats a position ({shown})"
+            if self.impossible_labels:
+                left_out = f"{self.impossible_labels:,}, which are left out of it"
+                facts["labels of no probability"] = left_out
+        facts |= {
+            "size": size(self.bytes),
+            "bytes per position": f"{number(self.bytes_per_position, 2)} of the whole files",
+            "": f"{number(self.target_bytes_per_position, 2)} of the soft targets alone",
+            "fingerprint": self.fingerprint,
+            "digest": self.digest,
+        }
+        return [(name, value) for name, value in facts.items() if value is not None]
 
 
 def inspect(options: InspectOptions) -> InspectResult:

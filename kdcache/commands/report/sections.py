@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdcache.cache.figures import domain_table
 from kdcache.commands.inspect import InspectResult
 from kdcache.commands.report.charts import (
     COLOURS,
@@ -25,10 +26,11 @@ from kdcache.commands.report.charts import (
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, TargetFigures, number
 from kdcache.commands.report.rows import rows_as_text
 from kdcache.humanize import counted, duration, size
+from kdcache.humanize import number as shown
 from kdcache.metrics import LOSS_PARTS, METRICS, RANKED, run_title
 from kdcache.storage import redact
 from kdcache.student.figures import FIGURES, figure_of
-from kdcache.tasks import CAUSAL_LM, OUTPUTS, TASKS, TaskType
+from kdcache.tasks import CAUSAL_LM, TASKS, TaskType
 
 _FILES = 50
 
@@ -38,8 +40,8 @@ def cache_section(part: CachePart) -> Blocks:
     found = part.facts
     return [
         Paragraph(_sentence(found), "lead"),
-        Facts(_facts(found)),
-        _domains(found),
+        Facts(found.facts()),
+        Table("Domains", *domain_table(found.domains)) if found.domains else None,
         *_figures(part.figures, part.positions, TASKS[found.task]),
         histogram(
             "The teacher's surprise at the labels",
@@ -63,61 +65,9 @@ def _sentence(found: InspectResult) -> str:
     )
 
 
-def _facts(found: InspectResult) -> list[tuple[str, str]]:
-    kind = OUTPUTS[TASKS[found.task].answers]
-    temperatures = ", ".join(f"{t:g}" for t in found.temperatures)
-    pairs = [
-        ("task", found.task),
-        ("targets", f"{found.codec} over {found.vocab_size:,} {kind}"),
-        ("temperatures", temperatures + (" and any other" if found.any_temperature else "")),
-        ("rows", f"{found.rows:,}"),
-        ("tokens", f"{found.tokens:,}"),
-        ("positions", f"{found.positions:,}"),
-        ("shards", f"{found.done:,}"),
-        ("size", size(found.bytes)),
-    ]
-    if found.target_bytes_per_position is not None:
-        pairs.append(("soft targets alone", f"{found.target_bytes_per_position:.2f} B a position"))
-    if found.teacher_cross_entropy is not None:
-        name = TASKS[found.task].perplexity
-        perplexity = found.teacher_perplexity
-        shown = "-" if perplexity is None else f"{perplexity:.2f}"  # beyond what a float holds
-        nats = f"{found.teacher_cross_entropy:.4f} nats ({name} {shown})"
-        pairs.append(("teacher's cross-entropy", nats))
-    if found.clipped_mass:
-        pairs.append(("mass outside the vocabulary", f"{found.clipped_mass:.3%}"))
-    if found.skipped:
-        pairs.append(("records left out", f"{found.skipped:,}"))
-    if found.filtered is not None:
-        pairs.append(("records filtered", f"{found.filtered:,}"))
-    return pairs
-
-
-def _domains(found: InspectResult) -> Table | None:
-    """The corpora with names that it was built of."""
-    if not found.domains:
-        return None
-    rows = [
-        (
-            domain.name,
-            f"{domain.rows:,}",
-            f"{domain.positions:,}",
-            f"{domain.positions / max(1, found.positions):.1%}",
-            size(domain.bytes),
-            "-" if domain.teacher_cross_entropy is None else f"{domain.teacher_cross_entropy:.4f}",
-        )
-        for domain in found.domains
-    ]
-    header = ("domain", "rows", "positions", "share", "size", "teacher's cross-entropy, nats")
-    return Table("Domains", header, rows)
-
-
 def _figures(figures: Sequence[TargetFigures], positions: int, task: TaskType) -> Blocks:
     if not figures:
         return []
-
-    def shown(value: float | None, digits: int = 3) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
 
     notes = []
     if any(f.mass is not None and f.mass < 1 - 1e-9 for f in figures):
@@ -130,9 +80,9 @@ def _figures(figures: Sequence[TargetFigures], positions: int, task: TaskType) -
     rows = [
         (
             f"{f.temperature:g}",
-            shown(f.entropy),
-            shown(f.best),
-            shown(f.mass, 4),
+            shown(f.entropy, 3),
+            shown(f.best, 3),
+            shown(f.mass),
             f"{f.entries:,.1f}",
         )
         for f in figures
@@ -158,9 +108,7 @@ def _columns(found: InspectResult) -> Details | None:
 def _cache_provenance(part: CachePart) -> list[tuple[str, str]]:
     found = part.facts
     spec = found.spec
-    pairs = [("folder", found.cache), ("fingerprint", found.fingerprint)]
-    if found.digest:
-        pairs.append(("digest", found.digest))
+    pairs = [("folder", found.cache)]
     for name, teacher in zip(
         (*found.teachers, *[""] * len(spec["teachers"])), spec["teachers"], strict=False
     ):
@@ -170,8 +118,6 @@ def _cache_provenance(part: CachePart) -> list[tuple[str, str]]:
         for name in ("dtype", "seed", "ensemble", "tokenizer")
         if spec.get(name) is not None
     ]
-    if spec.get("source"):
-        pairs.append(("transcoded from", f"{spec['source']}"))
     pairs += [(f"note: {k}", str(v)) for k, v in part.notes.items() if k != "teachers"]
     return pairs
 
