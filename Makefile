@@ -7,13 +7,15 @@ TORCH ?= torch>=2.6
 VENV ?= .venv
 JOBS ?= 3
 VLLM_VENV ?= .vllm
+TRAINER_VENVS ?= .trainers
+TRAINERS ?= trl
 LEFT_OUT ?= or exhaustive
 BESIDE := end_to_end or gpu or exhaustive or alone
 BIN := $(VENV)/bin
 MIKE_ARGS ?= --push
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help docs publish-docs install demo test test-all test-generated test-most test-alone test-gpu test-vllm vllm-venv test-fast test-in-process lint format clean
+.PHONY: help docs publish-docs install demo test test-all test-generated test-most test-alone test-gpu test-vllm vllm-venv test-trainers test-fast test-in-process lint format clean
 
 help:
 	@echo "make demo       the main job end to end, with what the package carries (a few minutes)"
@@ -21,6 +23,7 @@ help:
 	@echo "make test-all   those too: every architecture, every moment of a kill (before a release)"
 	@echo "make test-gpu   those that need one"
 	@echo "make test-vllm  those of --engine vllm, with its CPU build in $(VLLM_VENV) (4 GB)"
+	@echo "make test-trainers  those of adapters in the real $(TRAINERS), each in $(TRAINER_VENVS)/NAME (2 GB)"
 	@echo "make test-fast  unit tests only, two minutes"
 	@echo "make test-in-process  those and what trains or builds in one process: no Ray"
 	@echo "make lint       ruff and strict types"
@@ -73,6 +76,15 @@ vllm-venv:
 # vLLM's own warnings are not ours to correct.
 test-vllm: vllm-venv
 	$(VLLM_VENV)/bin/python -m pytest -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
+
+# Likewise. A trainer that cannot be installed here (exit code 75) is named and passed over.
+test-trainers:
+	@for name in $(TRAINERS); do \
+		status=0; bash tools/trainer_venv.sh $$name $(TRAINER_VENVS)/$$name $(PYTHON) || status=$$?; \
+		if [ $$status -eq 75 ]; then echo "$$name: its tests did NOT run" >&2; continue; fi; \
+		[ $$status -eq 0 ] && $(TRAINER_VENVS)/$$name/bin/python -m pytest -W default --disable-warnings \
+			tests/real_trainers/test_$$name.py $(PYTEST_ARGS) || exit 1; \
+	done
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not (slow or $(BESIDE))" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -387,36 +387,21 @@ def test_training_page(run: Run, desk: Path) -> None:
 
 
 @pytest.mark.end_to_end
-def test_trainers_page_by_content(run: Run, desk: Path) -> None:
-    page = "docs/trainers.md"
+def test_page_of_targets_by_content(run: Run, desk: Path) -> None:
+    page = "docs/by-content.md"
     run(sys.executable, "-c", _block(page, "by-content-rows"))
     run("bash", "-euo", "pipefail", "-c", _block(page, "by-content-build"))
-    printed = run(sys.executable, "-c", _block(page, "by-content"))
-    assert "by content: 3 steps, 20 rows" in printed
+    assert "by content: 3 steps" in run(sys.executable, "-c", _block(page, "by-content"))
     assert len(list((desk / "caches" / "rows" / "lookup").glob("*.index"))) == 1
 
 
 @pytest.mark.end_to_end
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
-def test_trainers_page_with_trl(run: Run) -> None:
-    script = _block("docs/trainers.md", "trl-by-content")
-    run(sys.executable, "-c", script, "prepare")
-    build = _block("docs/trainers.md", "by-content-build").replace("rows.jsonl", "prepared")
-    run("bash", "-euo", "pipefail", "-c", build)
-    assert "steps, 20 documents" in run(sys.executable, "-c", script)
-
-
-@pytest.mark.end_to_end
-@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
-@pytest.mark.usefixtures("built")
-def test_training_page_with_trl(run: Run) -> None:
-    script = _block("docs/training.md", "own-loss") + _block("docs/training.md", "trl")
-    own, trl = (
-        line
-        for line in run(sys.executable, "-c", script).splitlines()
-        if line.startswith(("own loss:", "trl:"))
-    )
-    assert own.removeprefix("own loss") == trl.removeprefix("trl")  # as many steps
+def test_page_of_targets_by_content_with_trl(run: Run, desk: Path) -> None:
+    page = "docs/by-content.md"
+    (desk / "sft.py").write_text(_block(page, "trl-by-content"))
+    commands = _block(page, "trl-by-content-commands")
+    assert "trl by content: " in run("bash", "-euo", "pipefail", "-c", commands)
 
 
 @pytest.mark.end_to_end

@@ -3,6 +3,7 @@ that installs it, and everything else still works."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
@@ -52,6 +53,7 @@ ASKS: list[tuple[str, str, Callable[[], object]]] = [
     ("plot", "--plot", lambda: EvaluateOptions(student=("s",), cache="c", plot="a.png")),
     ("s3", "s3://", lambda: FileSystem("s3://bucket/cache")),
     ("tensorboard", "tensorboard", _trackers),
+    ("trl", "integrations.trl", lambda: importlib.import_module("kdcache.integrations.trl")),
     ("vllm", "--engine", lambda: _build(engine="vllm")),
 ]
 

@@ -259,6 +259,32 @@ class TestLabels:
             encode(tokenizer, [other], labels="token")
         assert tokens_and_last(encode(tokenizer, [other], labels="none")[0]) == [5, 6, 7]
 
+    def test_masks_and_divisions_of_trainers(self, tokenizer: Any) -> None:
+        """TRL's masks; documents by their lengths, or numbered in the attention mask."""
+        ids = [5, 6, 7, 8, 9]
+        masks = {"completion_mask": [0, 0, 1, 1, 1], "assistant_masks": [0, 1, 1, 0, 1]}
+        (row,) = encode(tokenizer, [{"input_ids": ids, **masks}], labels="token")
+        assert row.labels.tolist() == [IGNORE, 7, IGNORE, 9]
+        for columns in (
+            {"seq_lengths": [2, 3]},
+            {"attention_mask": [1, 1, 2, 2, 2]},
+            {"position_ids": [0, 1, 0, 1, 2]},
+        ):
+            (row,) = encode(tokenizer, [{"input_ids": ids, **columns}], attend="document")
+            assert row.starts is not None
+            assert row.starts.tolist() == [True, False, True, False]
+            assert row.labels.tolist() == [6, IGNORE, 8, 9]
+            with pytest.raises(UsageError, match="divide the row into documents"):
+                encode(tokenizer, [{"input_ids": ids, **columns}])
+        padded = {"input_ids": [0, *ids, 0], "attention_mask": [0, 1, 1, 2, 2, 2, 0]}
+        (again,) = encode(tokenizer, [padded], attend="document")
+        assert (again.starts == row.starts).all()
+        spec = RowSpec("causal-lm", record_form="ids", packing="whole", attend="document")
+        beginning = {"input_ids": np.array(ids[:4]), "seq_lengths": [2, 3]}
+        records = [Record(beginning, "data.jsonl", "line 1", cut=True)]
+        (row,) = make_encoder(spec, tokenizer).encode(records)
+        assert row.labels.tolist() == [6, IGNORE, 8]
+
     def test_concat_joins_and_keeps_masks(self, tokenizer: Any) -> None:
         values = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}, {"input_ids": [5, 6]}]
         (row,) = encode(tokenizer, values, packing="concat")
@@ -296,6 +322,10 @@ class TestWrongRecords:
                 "loss_mask holds other numbers",
             ),
             ({"input_ids": [1, 2], "loss_mask": [1, None]}, "loss_mask holds something else"),
+            ({"input_ids": [1, 2], "attention_mask": [1, 0.5]}, "attention_mask holds other"),
+            ({"input_ids": [1, 2], "attention_mask": [1, -1]}, "attention_mask holds other"),
+            ({"input_ids": [1, 2], "seq_lengths": [1, 2]}, "segment_ids has 3 numbers for 2"),
+            ({"input_ids": [1, 2], "seq_lengths": [2, 0]}, "seq_lengths holds a document without"),
             ({"input_ids": [True, True]}, "input_ids holds something else than whole numbers"),
         ],
     )

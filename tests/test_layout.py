@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kdcache"
 LAYERS = (
-    *({"cli"}, {"commands"}, {"student"}, {"stream"}, {"cache", "teacher"}, {"rows"}),
-    *({"corpus", "loss", "align"}, {"storage", "targets"}),
+    *({"cli"}, {"commands", "integrations"}, {"student"}, {"stream"}, {"cache", "teacher"}),
+    *({"rows"}, {"corpus", "loss", "align"}, {"storage", "targets"}),
 )
 RANK = {folder: len(LAYERS) - i for i, layer in enumerate(LAYERS) for folder in layer}  # ground: 0
 GROUND = {
@@ -39,6 +39,7 @@ ONLY = {  # a library, and where alone it may be imported
     "ray": r"cluster|commands/.*/on_ray|commands/sweep/pool",
     "fsspec": r"storage/filesystem",
     "peft": r"(student|teacher)/adapter",
+    "trl": r"integrations/trl",
 }
 EXCEPTIONS: dict[str, set[str]] = {}
 PURE = {

@@ -431,6 +431,25 @@ def test_decoded_rows_that_were_changed_are_decoded_again(topk: Cache, disk: Pat
     assert found_all(topk)
 
 
+def test_too_small_a_folder_is_named_once(
+    topk: Cache, disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned() -> int:
+        caplog.clear()
+        monkeypatch.setattr(content, "_warned", set())
+        assert found_all(topk)
+        return caplog.text.count("shards fit the folder of copies")
+
+    assert warned() == 0
+    decoded = list(disk.glob("*.rows"))
+    size = max(path.stat().st_size for path in decoded)
+    for path in decoded:
+        path.unlink()
+    monkeypatch.setenv("KDCACHE_DISK_BYTES", str(2 * size))
+    assert warned() == 1
+    assert f"2 of its {topk.spec.spans} shards" in caplog.text
+
+
 @pytest.mark.end_to_end
 def test_two_processes_need_an_index_at_once(topk: Cache, disk: Path) -> None:
     script = (

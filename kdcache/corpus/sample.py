@@ -148,4 +148,4 @@ def shortened(records: Iterable[Record], characters: int) -> Iterator[Record]:
             else value
             for name, value in record.values.items()
         }
-        yield replace(record, values=values)
+        yield replace(record, values=values, cut=True)

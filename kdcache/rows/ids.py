@@ -1,10 +1,11 @@
 """Sequences that are ids already: a record's columns become ids and a loss mask.
 
-`input_ids` alone has every next id as its label. `labels` and `loss_mask` mark the ids that are
-learnt; which id a label belongs to is never guessed (`RowSpec.labels`): the id itself, as in
-transformers, or the one that follows, as in Megatron. A label is the next id or none, since a
-teacher's distribution is over what follows the ids that it has read. `attention_mask` cuts padding
-off; documents of a row begin where `position_ids` and `segment_ids` do.
+`input_ids` alone has every next id as its label. `labels` and `loss_mask`, or TRL's
+`completion_mask` and `assistant_masks`, mark the ids that are learnt; which id a label belongs to
+is never guessed (`RowSpec.labels`): the id itself, as in transformers, or the one that follows, as
+in Megatron. A label is the next id or none, since a teacher's distribution is over what follows the
+ids that it has read. `attention_mask` cuts padding off, and may number documents from 1 on;
+documents of a row begin where `position_ids` and `segment_ids` do, or after each of `seq_lengths`.
 
 Cost: a few numpy passes over the ids; those of tables come as arrays, without Python objects.
 """
@@ -22,11 +23,11 @@ from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
 from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.rows.encoders import SequenceEncoder, Sequences
-from kdcache.rows.spec import ID_COLUMNS, Row, RowSpec
+from kdcache.rows.spec import ID_COLUMNS, ID_MASKS, Row, RowSpec
 from kdcache.tasks import IGNORE
 
 _ATTENTION = "attention_mask"
-_MASKS = (_ATTENTION, "loss_mask")
+_LENGTHS = "seq_lengths"
 
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -72,10 +73,16 @@ class SequenceMaker:
         ids = _numbers(values[ID_COLUMNS[0]], ID_COLUMNS[0])
         given = {name: values[name] for name in ID_COLUMNS[1:] if values.get(name) is not None}
         columns = {name: _numbers(value, name) for name, value in given.items()}
+        if _LENGTHS in columns:
+            numbers = _numbered(columns.pop(_LENGTHS))
+            columns.setdefault("segment_ids", numbers[: len(ids)] if record.cut else numbers)
         for name, column in columns.items():
             if len(column) != len(ids):
                 raise RecordError(f"{name} has {len(column)} numbers for {len(ids)} input_ids")
-        real = _real(columns.pop(_ATTENTION, None))
+        attention = columns.pop(_ATTENTION, None)
+        real = _real(attention)
+        if attention is not None and (attention > 1).any():
+            columns.setdefault("segment_ids", attention)
         ids = ids[real]
         starts = _divisions(columns, real, len(ids)) if len(ids) else np.zeros(0, np.bool_)
         if starts[1:].any() and not self._divided:
@@ -107,8 +114,9 @@ class SequenceMaker:
         if not columns or self._labels == "none":
             return ids, np.ones(len(ids), np.bool_)
         mask = np.ones(len(ids), np.bool_)
-        if "loss_mask" in columns:
-            mask = columns["loss_mask"].astype(np.bool_)
+        for name in ID_MASKS:
+            if name in columns:
+                mask = mask & columns[name].astype(np.bool_)
         labels = columns.get("labels")
         if labels is not None:
             mask = mask & (labels != IGNORE)
@@ -167,12 +175,22 @@ def _numbers(value: Any, column: str) -> Numbers:
         array = np.asarray(value) if len(value) else np.zeros(0, np.int64)
     except ValueError:  # lists of different lengths
         array = np.zeros(0, object)
-    mask = column in _MASKS
-    if array.ndim != 1 or array.dtype.kind not in ("iubf" if mask else "iu"):
+    mask = column in ID_MASKS
+    flags = mask or column == _ATTENTION
+    if array.ndim != 1 or array.dtype.kind not in ("iubf" if flags else "iu"):
         raise RecordError(f"{column} holds something else than whole numbers in its list")
     if mask and not np.isin(array, (0, 1)).all():
         raise RecordError(f"{column} holds other numbers than 0 and 1")
+    if column == _ATTENTION and not ((array >= 0) & (array % 1 == 0)).all():
+        raise RecordError(f"{column} holds other numbers than 0, 1 and those of documents")
     return array.astype(np.int64)
+
+
+def _numbered(lengths: Numbers) -> Numbers:
+    """Which document each id is of, from how many ids each has."""
+    if (lengths < 1).any():
+        raise RecordError(f"{_LENGTHS} holds a document without ids")
+    return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def _real(attention: Numbers | None) -> slice:

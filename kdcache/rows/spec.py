@@ -28,9 +28,10 @@ DEFAULT_LABEL_COLUMN = "label"
 MASK_SHARE = 0.15  # of BERT
 SOURCE_LENGTH = 1024  # tokens
 LAST_LABEL = -1  # the decoder reads the last label of a row first
+ID_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 ID_COLUMNS = (
-    *("input_ids", "labels", "loss_mask"),
-    *("attention_mask", "position_ids", "segment_ids"),
+    *("input_ids", "labels", *ID_MASKS),
+    *("attention_mask", "position_ids", "segment_ids", "seq_lengths"),
 )
 # The order of fields in a spec.json; others follow as they are declared.
 _ORDER = (

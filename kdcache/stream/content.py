@@ -263,6 +263,7 @@ class DecodedRows:
             columns |= {f"targets/{name}": c for name, c in data.targets.columns.items()}
             blob = save({name: np.ascontiguousarray(c) for name, c in columns.items()})
             blob += hashlib.sha256(blob).digest()
+            _warn_of_too_many(cache.url, cache.spec.spans, len(blob))
 
             def fill(file: BinaryIO) -> None:
                 file.write(blob)
@@ -297,3 +298,20 @@ class DecodedRows:
             input_ids=ids,
             labels=of("labels", "offsets"),
         )
+
+
+_warned: set[str] = set()  # URLs of caches
+
+
+def _warn_of_too_many(url: str, shards: int, size: int) -> None:
+    """Say once of a cache, at the first shard that is decoded, that not all of them have room."""
+    if url in _warned:
+        return
+    _warned.add(url)
+    fit = len(DiskCache.of_environment().leading([("", size)] * shards, share=1.0))
+    if fit < shards:
+        logger.warning(
+            "decoded, the rows of %s take about %d bytes: %d of its %d shards fit the folder of "
+            "copies, the others are decoded again and again. Set KDCACHE_DISK_BYTES to more.",
+            url, size * shards, fit, shards,
+        )  # fmt: skip

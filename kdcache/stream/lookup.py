@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -53,11 +53,26 @@ class Found:
         labels: int64, in the shape of the batch: of each position the next id, aligned with the
             logits as `DistilledStudent` takes them; -100 elsewhere and at all of a missed row.
         hard: the same of rows that were missed; None where there are none.
+        positions: how many labels both have.
+        rows: how many rows and documents have them.
+        missed: how many of these were missed.
     """
 
     targets: Targets
     labels: Tensor
     hard: Tensor | None
+    positions: int
+    rows: int
+    missed: int
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Found:
+        """Copy to a device."""
+        return replace(
+            self,
+            targets=self.targets.to(device, non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            hard=None if self.hard is None else self.hard.to(device, non_blocking=non_blocking),
+        )
 
 
 @dataclass(frozen=True)
@@ -214,6 +229,9 @@ class TargetLookup:
             self._targets(parts).to(device),
             torch.from_numpy(own).to(device),
             torch.from_numpy(hard).to(device) if missed else None,
+            sum(len(row.places) for row in wanted),
+            len(wanted),
+            len(missed),
         )
 
     @property

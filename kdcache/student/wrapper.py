@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from kdcache.errors import UsageError
 from kdcache.loss import (
     INDEPENDENT,
     Anchor,
+    LossParts,
     check_loss,
     check_names,
     chunk_loss,
@@ -241,6 +242,7 @@ class DistilledStudent(nn.Module):
         return_logits: bool = False,
         return_logprobs: bool = False,
         label_positions: Tensor | None = None,
+        hard_labels: Tensor | None = None,
         label_logprob: Tensor | None = None,
         first_tokens: Tensor | None = None,
         **inputs: Any,
@@ -260,6 +262,8 @@ class DistilledStudent(nn.Module):
             return_logprobs: for language models: return the log-probabilities of the labels too.
             label_positions: int64 [P], where `labels.reshape(-1)` has positions, from a caller who
                 knows (see `host_positions`); finding them here makes the host wait for the device.
+            hard_labels: of language models, int [B, L]: labels at further positions, which have no
+                target and train on the hard loss alone. The count must include them.
             label_logprob: what a batch holds of the teacher; the loss does not need it.
             first_tokens: which positions begin a word; the loss does not need it either.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
@@ -287,7 +291,8 @@ class DistilledStudent(nn.Module):
         if kind.source and "decoder_input_ids" in inputs:
             decoder = with_start(inputs["decoder_input_ids"], labels, self.start)
             inputs = {**inputs, "decoder_input_ids": decoder}
-        if per_token and "position_ids" in inputs:
+        masked = inputs.get("attention_mask") is not None  # who gives a mask keeps documents apart
+        if per_token and "position_ids" in inputs and not masked:
             inputs, labels = self._apart(inputs, labels)
         # Before the student's own work: reading the number of positions waits for the device, and
         # now it is idle.
@@ -299,10 +304,7 @@ class DistilledStudent(nn.Module):
         if kind.answers in INDEPENDENT:
             return self._independent(labels, targets, inputs, alpha, count)
         if targets is None:
-            # Hard labels alone are targets without entries and without weight.
-            nothing = torch.zeros((n, 0), device=flat.device)
-            targets = SparseTargets(nothing.long(), nothing, nothing.sum(-1), False, 1.0)
-            alpha = 1.0
+            targets, alpha = _no_targets(n, flat.device), 1.0
             count = labelled(flat, self.task).sum().clamp_min(1) if count is None else count
         divergence = self.divergence if soft else "forward-kl"
         if isinstance(targets, ChunkTargets):
@@ -321,45 +323,59 @@ class DistilledStudent(nn.Module):
             "count": count,
         }
         anchor = self.anchor if self.training else None
-        plain: Any
+        plain: Callable[..., LossParts] = functools.partial(distillation_loss, anchor=anchor)
         if isinstance(targets, ChunkTargets):
-            kept = {name: options[name] for name in ("alpha", "vocab_size", "count")}
-            plain = functools.partial(chunk_loss, targets=targets, **kept)
-        else:
-            plain = functools.partial(distillation_loss, targets=targets, anchor=anchor, **options)
+            options = {name: options[name] for name in ("alpha", "vocab_size", "count")}
+            plain = chunk_loss
         logits = logprobs = None
         projection = self._project(inputs) if over_ids and not return_logits else None
         layer = None if projection is None else projection.layer
         if at is None:
             logits = logits_of(call(self.student, self._padded_its_way(inputs)))
-            parts = plain(logits, flat)
-        elif projection is None or layer is None:
-            logits = self._of_tokens(logits_of(call(self.student, inputs)), labels)
-            parts = plain(_pick(logits, at), flat[at])
-            if return_logprobs:
-                logprobs = label_logprobs(_pick(logits, at)[:, :width], flat[at])
+            parts = plain(logits, flat, targets, **options)
         else:
-            states = self._of_tokens(projection.states(layer, inputs), labels)
-            linear: Any = sliced_linear_distillation
-            if divergence == "forward-kl":
-                linear = functools.partial(fused_linear_distillation, anchor=anchor)
-            parts = linear(
-                _pick(states, at),
-                layer.weight,
-                projection.bias(layer),
-                flat[at],
-                targets,
-                cap=projection.cap,
-                **options,
-            )
-            if return_logprobs:
-                given = _pick(states, at), layer.weight[:width], projection.bias(layer)
-                logprobs = linear_logprobs(*given, flat[at], cap=projection.cap)
+            if projection is None or layer is None:
+                loss = plain
+                values = logits = self._of_tokens(logits_of(call(self.student, inputs)), labels)
+                if return_logprobs:
+                    logprobs = label_logprobs(_pick(logits, at)[:, :width], flat[at])
+            else:
+                loss = self._fused(projection, layer, divergence, anchor)
+                values = self._of_tokens(projection.states(layer, inputs), labels)
+                if return_logprobs:
+                    given = _pick(values, at), layer.weight[:width], projection.bias(layer)
+                    logprobs = linear_logprobs(*given, flat[at], cap=projection.cap)
+            parts = loss(_pick(values, at), flat[at], targets, **options)
+            if hard_labels is not None:
+                others = hard_labels.reshape(-1)
+                at = positions(others, self.task).nonzero().squeeze(-1)
+                options |= {"alpha": 1.0, "divergence": "forward-kl"}
+                bare = _no_targets(len(at), others.device)
+                alone = loss(_pick(values, at), others[at], bare, **options)
+                parts = LossParts(parts.total + alone.total, parts.hard + alone.hard, parts.soft)
         keep = logits if not over_ids or return_logits else None
         if keep is not None and per_token:
             keep = keep.reshape(*shape, -1)
         soft_part = parts.soft if soft else None
         return DistillationOutput(parts.total, keep, parts.hard, soft_part, logprobs)
+
+    @staticmethod
+    def _fused(
+        projection: Projection, layer: nn.Linear, divergence: str, anchor: Anchor | None
+    ) -> Callable[..., LossParts]:
+        """The loss of an output layer's input."""
+        linear: Any = sliced_linear_distillation
+        if divergence == "forward-kl":
+            linear = functools.partial(fused_linear_distillation, anchor=anchor)
+
+        def loss(states: Tensor, labels: Tensor, *targets: Any, **options: Any) -> LossParts:
+            made_by = layer.weight, projection.bias(layer)
+            found: LossParts = linear(
+                states, *made_by, labels, *targets, cap=projection.cap, **options
+            )
+            return found
+
+        return loss
 
     def _independent(
         self,
@@ -438,6 +454,12 @@ class DistilledStudent(nn.Module):
         if self._projection is None or self._projection.student is not self.student:
             self._projection = Projection(self.student, inputs)
         return self._projection
+
+
+def _no_targets(n: int, device: torch.device) -> SparseTargets:
+    """Targets of n positions without entries: with alpha 1, hard labels alone."""
+    nothing = torch.zeros((n, 0), device=device)
+    return SparseTargets(nothing.long(), nothing, nothing.sum(-1), False, 1.0)
 
 
 def _check_number(targets: Targets | ChunkTargets, n: int) -> None:

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# A virtual environment with one trainer and this checkout, for `make test-trainers`.
+#
+#     tools/trainer_venv.sh trl FOLDER [PYTHON]     # Python 3.11 or later; 2 GB, 2 minutes
+#
+# What a trainer requires for GPUs, pictures, web pages or other tasks is left out: the rest is installed by
+# name, and its own wheel without requirements.
+#
+# Exit code 75 where it cannot be had here: another Python, no network, no such wheel.
+set -euo pipefail
+name=$1 venv=$2 python=${3:-python3} torch=torch==2.13.0
+cd "$(dirname "$0")/.."
+[ -e "$venv/.installed" ] && [ "$venv/.installed" -nt pyproject.toml ] && exit 0
+unavailable() { echo "$1" >&2; exit 75; }
+case $name in
+  trl) package=trl==1.16.0 without=torch ;;
+  *) echo "no adapter for $name" >&2; exit 2 ;;
+esac
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || unavailable "$name is tested with Python 3.11 or later"
+"$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
+pip install "$torch" || unavailable "$torch cannot be installed"
+pip download --no-deps -d "$wheels" "$package" || unavailable "$package cannot be fetched"
+"$venv/bin/python" tools/needs.py "$wheels"/*.whl "$without" > "$wheels/needs.txt"
+pip install "$torch" -r "$wheels/needs.txt" || unavailable "what $package needs cannot be installed"
+pip install --no-deps "$wheels"/*.whl
+pip install "$torch" -r "$wheels/needs.txt" -e ".[lora]" pytest pytest-timeout
+touch "$venv/.installed"
