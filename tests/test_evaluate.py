@@ -262,7 +262,14 @@ def test_a_language_model_is_judged_by_the_textbook(
         naive_ece(np.exp(log_p.max(-1)), top == labels, 15), abs=1e-3
     )
     assert got.f1 is None
-    assert result.notes == ()
+    one = result.one_answer
+    assert one is not None
+    counts = np.bincount(labels)
+    assert one.accuracy == pytest.approx(counts.max() / len(labels))
+    assert one.perplexity == pytest.approx(np.exp(one.cross_entropy))
+    (note,) = result.notes  # random weights
+    assert "no better than one answer for all: cross-entropy" in note
+    assert result.little_learnt == (str(student_lm),)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -445,9 +452,10 @@ def test_the_table_is_plain_lines_in_a_file_and_the_result_is_json(
     text = plain(render_evaluation, result)
     assert "\x1b" not in text
     lines = text.splitlines()
-    assert lines[1].split(maxsplit=2) == ["teacher", "(cached)", str(student_classifier)]
+    heads = lines[1].split(maxsplit=3)
+    assert heads == ["teacher", "(cached)", str(student_classifier), "commonest class"]
     kl = student_of(result).kl
-    assert f"KL to the teacher (nats, T = 1)  {'-':>16}  {kl:.4f}".split() in [
+    assert f"KL to the teacher (nats, T = 1)  {'-':>16}  {kl:.4f} -".split() in [
         line.split() for line in lines
     ]
     again = json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))

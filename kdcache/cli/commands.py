@@ -108,7 +108,6 @@ COMMANDS = {
             "kdcache export caches/hidden --top 64 --temperature 2 --out tables/hidden-t2",
             _CONTINUE,
         ),
-        next="import --corpus {out} --tokenizer TEACHER --out CACHE",
     ),
     "import": Command(
         help="Make a cache of top-k log-probabilities that another program wrote.",
@@ -177,7 +176,6 @@ COMMANDS = {
             "kdcache finetune --model t5-small --task seq2seq-lm --corpus pairs.jsonl \\",
             "    --out teacher",
         ),
-        next="build --teacher {out} --task {task} --corpus CORPUS --out CACHE",
     ),
     "evaluate": Command(
         help="Compare students with their teacher.",
@@ -190,7 +188,6 @@ COMMANDS = {
             "kdcache evaluate --student run-a --student run-b --corpus test.tsv \\",
             "    --teacher bert-sst2",
         ),
-        next="predict --student {student[0]} --corpus TEXTS",
     ),
     "predict": Command(
         help="Label, score or tag texts, or write their targets, as JSON lines.",
@@ -204,7 +201,6 @@ COMMANDS = {
             "kdcache predict --student tagger --corpus sentences.conll",
             "kdcache predict --student t5-small --corpus sources.jsonl --out pairs.jsonl",
         ),
-        next="evaluate --student {student} --corpus LABELLED_TEXTS",
     ),
     "inspect": Command(
         help="Show what is in a cache: spec, sizes, rows with the teacher's predictions.",
@@ -236,7 +232,6 @@ COMMANDS = {
             "kdcache verify cache",
             "kdcache verify cache --teacher SmolLM2-135M --sample 64",
         ),
-        next="train --cache {cache} --student STUDENT --out RUN",
     ),
     "repair": Command(
         help="Remove damaged files from a cache, so that the same build makes only these again.",

@@ -7,14 +7,16 @@ none. Without, it is that of the command's row in `kdcache.cli.commands`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.tables import echo, print_table, terminal
 from kdcache.humanize import counted, duration, number, redacted, size
 from kdcache.metrics import METRICS
 from kdcache.options import Options, key_values, options_of
-from kdcache.tasks import TASKS
+from kdcache.tasks import CAUSAL_LM, TASKS
 
 if TYPE_CHECKING:
     from kdcache.commands.build.dry_run import DryRun
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from kdcache.commands.finetune.options import FinetuneOptions
     from kdcache.commands.inspect import InspectResult
     from kdcache.commands.options import (
+        EvaluateOptions,
+        ExportOptions,
         GcOptions,
         InspectOptions,
         PlanOptions,
@@ -79,8 +83,19 @@ def built(options: BuildOptions, result: BuildResult) -> Next:
     _made(result, "teacher")
     if result.missing:  # of other parts, whose commands are the user's
         return ()
-    student = "CONFIG_OR_MODEL" if TASKS[options.task].over_ids else "bilstm"
-    return ("train", "--cache", options.out, "--student", student, "--out", "RUN")
+    return _training(options.out)
+
+
+def _training(cache: str) -> Sequence[str]:
+    """How to train on a cache, at a temperature that it is for."""
+    from kdcache.cache import Cache
+
+    spec = Cache.open(cache).spec
+    student = "CONFIG_OR_MODEL" if TASKS[spec.task].over_ids else "bilstm"
+    words = ["train", "--cache", cache, "--student", student, "--out", "RUN"]
+    if not spec.make_codec().any_temperature and 1.0 not in spec.temperatures:
+        words += ["--temperature", f"{spec.temperatures[0]:g}"]
+    return words
 
 
 def transcoded(_: Options, result: BuildResult) -> None:
@@ -130,13 +145,20 @@ def _made(result: BuildResult, worker: str) -> None:
         render_domains(result.domains, terminal())
 
 
-def exported(_: Options, result: ExportResult) -> None:
+def exported(options: ExportOptions, result: ExportResult) -> Next:
     """Print what an export has written."""
+    from kdcache.cache import Cache
+
     echo(
         f"{result.out}: {counted(result.files, 'file')}, {counted(result.rows, 'row')}, "
         f"{counted(result.positions, 'position')}, {size(result.bytes)}; {result.made} made now in "
         f"{duration(result.seconds)}."
     )
+    spec = Cache.open(options.cache).spec
+    drawn = spec.codec.startswith(("sample", "anchored"))
+    if spec.task != CAUSAL_LM or drawn or (options.temperature or spec.temperatures[0]) != 1:
+        return ("inspect", options.cache, "--row", "0")  # an import takes no such targets
+    return ("import", "--corpus", options.out, "--tokenizer", "TEACHER", "--out", "CACHE")
 
 
 def trained(options: TrainOptions, result: TrainResult) -> Next:
@@ -171,13 +193,31 @@ def trained(options: TrainOptions, result: TrainResult) -> Next:
     if options.lora is not None:
         adapted = f"; an adapter of {result.trained:,} of {result.parameters:,} parameters"
     evaluation = f"; evaluation: {measured}" if measured else ""
+    one = result.one_answer
+    if known := [f"{name} {one[name]:.4g}" for name in whole if name in one]:
+        evaluation += f" (one answer for all: {'  '.join(known)})"
     echo(
         f"{result.out}: {counted(result.steps, 'step')}{best}, {counted(result.rows, 'row')}, loss "
         f"{result.loss:.4f} in {duration(result.seconds)}{words}{adapted}{evaluation}{teacher}."
     )
     render_figures(result.eval, terminal())
+    if result.warning:
+        more = dataclasses.replace(options, max_steps=None)
+        look = ("inspect", options.cache[0], "--row", "0")
+        return _longer("train", more, result.epochs / result.steps) or look
     test = (options.eval_cache or ("TEST_CACHE",))[0]
     return ("evaluate", "--student", options.out, "--cache", test)
+
+
+def _longer(command: str, options: Any, step: float) -> Sequence[str]:
+    """A training that learnt little, with more steps, of so many epochs each; () after many."""
+    from kdcache.student.one_answer import ENOUGH_STEPS
+
+    epochs = math.ceil(ENOUGH_STEPS * step)
+    if epochs <= options.epochs:
+        return ()
+    more = dataclasses.replace(options, epochs=epochs, out=f"{options.out}-longer")
+    return (command, *as_words(more, type(options)))
 
 
 def swept(_: Options, result: SweepResult) -> None:
@@ -189,6 +229,8 @@ def swept(_: Options, result: SweepResult) -> None:
 
 def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
     """Print the outcome of a fine-tuning."""
+    from kdcache.commands.build.options import BuildOptions
+
     figures = ((METRICS[n].title, getattr(result, n, None)) for n in METRICS if n != "loss")
     scores = "".join(f", {title} {value:.4f}" for title, value in figures if value is not None)
     if not result.made:
@@ -204,20 +246,46 @@ def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
         f"{result.out}: {counted(result.rows, 'row')}, {result.trained:,} of "
         f"{result.parameters:,} parameters trained in {duration(result.seconds)}{scores}."
     )
-    return None
+    if result.warning:
+        return _longer("finetune", options, options.epochs / result.steps)
+    given = {"teacher": (options.out,), "corpus": ("CORPUS",), "out": "CACHE"}
+    return ("build", *_of_texts(BuildOptions, options, **given))
 
 
-def evaluated(_: Options, result: EvaluateResult) -> None:
+def evaluated(options: EvaluateOptions, result: EvaluateResult) -> Next:
     """Print the figures of students."""
     from kdcache.cli.views import render_evaluation
+    from kdcache.commands.options import PredictOptions
 
     render_evaluation(result, terminal())
+    task = TASKS[result.task]
+    if (task.over_ids and not task.source) or options.student[0] in result.little_learnt:
+        runs = [name for name in options.student if Path(name, "train.json").is_file()]
+        parts = [*([options.cache] if options.cache else []), *runs]
+        return ("report", *parts, "--out", "report.html") if parts else ()
+    given = {"student": options.student[0], "corpus": ("TEXTS",)}
+    return ("predict", *_of_texts(PredictOptions, options, **given))
 
 
-def predicted(options: PredictOptions, result: PredictResult) -> None:
+_READING = ("columns", "format", "documents", "delimiter", "task", "trust_remote_code")
+
+
+def _of_texts(kind: type[Options], options: Options, **given: Any) -> Sequence[str]:
+    """Words of another command that reads texts as this one did, with the fields `given`."""
+    both = {one.name for one in options_of(kind)} & {*_READING}
+    same = {name: getattr(options, name, None) for name in both}
+    same = {name: value for name, value in same.items() if value is not None}
+    return as_words(kind(**(same | given)), kind)
+
+
+def predicted(options: PredictOptions, result: PredictResult) -> Next:
     """Print what was predicted into a file; else the predictions were printed themselves."""
+    from kdcache.commands.options import EvaluateOptions
+
+    given = {"student": (options.student,), "corpus": ("LABELLED_TEXTS",)}
+    words = ("evaluate", *_of_texts(EvaluateOptions, options, **given))
     if options.out is None:
-        return
+        return words
     line = f"{result.out}: {counted(result.records, 'record')} in {duration(result.seconds)}"
     line += f", {result.skipped} skipped." if result.skipped else "."
     if result.cut:
@@ -226,6 +294,7 @@ def predicted(options: PredictOptions, result: PredictResult) -> None:
         line += f" {result.unfinished:,} targets were not finished at --max-length "
         line += f"{options.max_length}."
     echo(line)
+    return words
 
 
 def inspected(options: InspectOptions, result: InspectResult) -> Next:
@@ -260,7 +329,7 @@ def verified(options: VerifyOptions, result: VerifyResult) -> Next:
         )
         if not check.same_teacher and not check.problems:
             echo("The teacher's configuration or weights are not identical to those of the build.")
-    return ("repair", options.cache) if result.problems else None
+    return ("repair", options.cache) if result.problems else _training(options.cache)
 
 
 def repaired(_: RepairOptions, result: RepairResult) -> Next:

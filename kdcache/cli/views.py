@@ -206,12 +206,13 @@ def _figure(setting: SettingScore, name: str) -> str:
 
 def render_evaluation(result: EvaluateResult, console: Console) -> None:
     """Print a table of the models."""
-    figures = [("parameters", [number(m.parameters, 0) for m in result.models])]
-    figures += [(result.title(name), _values(name, result.models)) for name in result.shown()]
+    models = [*result.models, *([result.one_answer] if result.one_answer else [])]
+    figures = [("parameters", [number(m.parameters, 0) for m in models])]
+    figures += [(result.title(name), _values(name, models)) for name in result.shown()]
     title = (
         f"{result.source}: {counted(result.rows, 'row')}, {counted(result.positions, 'position')}"
     )
-    header = ("", *(_heading(model) for model in result.models))
+    header = ("", *map(_heading, models))
     print_table(console, header, [(name, *values) for name, values in figures], title=title)
     if result.domains:
         _render_domains(result, console)

@@ -16,17 +16,14 @@ is made.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.loss import score_loss
 from kdcache.loss.chunks import compared
 from kdcache.loss.metrics import Entities, are_entities, f1_counts
 from kdcache.stream import TargetStream
@@ -35,8 +32,6 @@ from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
 if TYPE_CHECKING:
     from kdcache.stream.text import TextChunks
-
-logger = logging.getLogger(__name__)
 
 SUMS = 6
 
@@ -86,36 +81,6 @@ _MADE_OF: Mapping[str, Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]] = {
     "micro_f1": _hits,
     "pearson": _products,
 }
-
-
-def warn_of_one_answer(
-    task: str, labels: np.ndarray, found: Mapping[str, float | None], **how: Any
-) -> None:
-    """Say in a line where a model is no better than the same answer to everything.
-
-    Args:
-        task: of the model.
-        labels: those of the evaluation.
-        found: its `accuracy`, of classes, or `hard_loss`, of scores.
-        how: divergence of that loss, see `score_loss`.
-    """
-    name = {"classes": "accuracy", "score": "hard_loss"}.get(TASKS[task].answers, "")
-    own, known = found.get(name), torch.from_numpy(labels[labelled(labels, task)])
-    if own is None:
-        return
-    if name == "accuracy":
-        best, answer = float(known.bincount().max()) / len(known), "the commonest class"
-        worse = own <= best
-    else:
-        mean = known.mean().expand(len(known), 1)
-        best, answer = float(score_loss(mean, known, None, alpha=1.0, **how).hard), "their mean"
-        worse = own >= best
-    if worse:
-        logger.warning(
-            "no better than one answer for all: on the labels of the evaluation its %s is %.4g, "
-            "that of %s %.4g. Train longer, or with another --learning-rate",
-            *(name.replace("_", " "), own, answer, best),
-        )
 
 
 def hard_labels(task: str, labels: Tensor) -> Tensor:

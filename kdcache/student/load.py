@@ -36,6 +36,7 @@ from kdcache.errors import UsageError, reason_of
 from kdcache.lora import ADAPTER_CONFIG, PEFT_TASKS, Lora
 from kdcache.models import BILSTM, BiLstmConfig
 from kdcache.pretrained import UnreadableError, unreadable, warn_of_left_out
+from kdcache.student.one_answer import begin_at
 from kdcache.student.tokens import (
     StudentInfo,
     label_config,
@@ -123,6 +124,7 @@ def load_student(
             student = _from_config(name, raw, info, dtype, trust_remote_code)
         else:
             student = _from_weights(name, info, dtype, trust_remote_code, lora)
+    begin_at(student, None if is_model(name) else info.mean)
     _check(student, name, info, trust_remote_code)
     forget_lengths(student, to_train=not trained)
     name_outputs(student)
@@ -250,9 +252,8 @@ def _from_factory(name: str, info: StudentInfo) -> nn.Module:
 
 
 def _plain(info: StudentInfo) -> dict[str, Any]:
-    return {
-        f.name: getattr(info, f.name) for f in fields(info) if f.name not in ("texts", "tokenizer")
-    }
+    apart = ("texts", "tokenizer", "mean")
+    return {f.name: getattr(info, f.name) for f in fields(info) if f.name not in apart}
 
 
 def _saved_factory(folder: Path, raw: Mapping[str, Any], info: StudentInfo) -> nn.Module:
@@ -413,6 +414,7 @@ def _from_weights(
     for weight in student.parameters():  # safetensors writes no stretches of larger tensors
         if weight.untyped_storage().nbytes() > weight.nbytes:
             weight.data = weight.data.clone()
+    begin_at(student, None if trained else info.mean)
     if lora is not None:
         return with_lora(student, lora, name, files, info, new=found["missing_keys"])
     if files.adapter is not None:

@@ -7,10 +7,12 @@ forward, whole.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,12 @@ class SavedModel:
     def raw_config(self) -> dict[str, Any]:
         """`config.json` as it is."""
         return self.files.raw_config
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the run in whose folder it is; None of other models."""
+        path = Path(self.files.folder) / "train.json"
+        return int(json.loads(path.read_text())["result"]["steps"]) if path.is_file() else None
 
     @property
     def is_factory(self) -> bool:

@@ -59,6 +59,7 @@ class StudentInfo:
         across: whether vocabulary and tokenizer are the student's and not the cache's.
         seed: of random weights.
         decoder_start: of a sequence-to-sequence cache: what its teacher's decoder reads first.
+        mean: of scores: what a new head answers before it has learnt.
     """
 
     task: str
@@ -74,6 +75,7 @@ class StudentInfo:
     across: bool = False
     seed: int = 0
     decoder_start: int | None = None
+    mean: float | None = None
 
     def __post_init__(self) -> None:
         check_task(self.task)

@@ -43,6 +43,7 @@ from kdcache.errors import UsageError
 from kdcache.loss.metrics import BINS
 from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
+from kdcache.student.one_answer import OneAnswer
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs, sum_logprobs
@@ -126,7 +127,8 @@ class _Evaluation:
             self.options.threshold,
         )
         in_bytes = self.no_bytes and self.no_bytes.empty()
-        return Counts(make(), [make() for _ in self.students], in_bytes)
+        one = OneAnswer(self.task, self.rows.vocab_size, self.rows.label_names)
+        return Counts(make(), [make() for _ in self.students], one, in_bytes)
 
     @property
     def in_bytes(self) -> InBytes | None:
@@ -216,6 +218,8 @@ class _Evaluation:
             bytes=in_bytes.bytes if in_bytes else 0,
             chunks=in_bytes.chunks if in_bytes and in_bytes.others else 0,
             models=figures.of(total),
+            one_answer=figures.one_answer(total),
+            little_learnt=tuple(figures.little_learnt(total)),
             notes=tuple(figures.notes(total, self.why_no_bytes)),
             domains=tuple(figures.of_domain(name, counts) for name, counts in named.items()),
             threshold=self.options.threshold if TASKS[self.task].answers == "labels" else None,
@@ -226,6 +230,7 @@ class _Evaluation:
         labels = np.concatenate(
             [row.labels[positions(row.labels, self.task)] for row in batch.rows]
         )
+        self.counts.one.add(labels)
         models = [*([self.teacher] if self.teacher else []), *self.students]
         answers: list[list[np.ndarray]] = [[] for _ in range(1 + len(self.students))]
         read_by = self.rows.tokenizer_sha256, self.rows.max_length

@@ -32,7 +32,7 @@ class ModelScores:
 
     Attributes:
         name: as the user gave it, or `teacher` for cached targets.
-        role: `teacher` or `student`.
+        role: `teacher`, `student`, or `baseline` of one answer for all.
         parameters: numbers in its weights; None for cached targets.
         accuracy: share of hard labels that are the most probable id or class.
         f1: of class 1 with two classes, else macro (classification only).
@@ -134,6 +134,9 @@ class EvaluateResult:
         notes: what a reader must know about figures that are missing or not exact.
         domains: the same over the rows of each domain, where corpora have names.
         threshold: of several labels a row, the probability from which one is predicted.
+        one_answer: what one answer for all reaches (`kdcache.student.one_answer`); None without
+            labels.
+        little_learnt: names of the students that are hardly better.
     """
 
     source: str
@@ -151,6 +154,8 @@ class EvaluateResult:
     notes: tuple[str, ...]
     domains: tuple[DomainScores, ...] = ()
     threshold: float | None = None
+    one_answer: ModelScores | None = None
+    little_learnt: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
         """Whether any model has a figure."""

@@ -39,6 +39,7 @@ from kdcache.loss.metrics import (
     ratio,
     spearman,
 )
+from kdcache.student.one_answer import ONE_ANSWERS, OneAnswer, little_learnt, longer
 from kdcache.student.saved import LoadedModel
 from kdcache.targets import DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE, TASKS, Answers, labelled
@@ -239,6 +240,7 @@ class Counts:
     Attributes:
         teacher: of the teacher.
         students: of each student that reads the rows as they are.
+        one: of the labels, for one answer for all.
         in_bytes: over chunks of text, where there are such figures.
         rows: how many rows.
         positions: in them.
@@ -250,6 +252,7 @@ class Counts:
 
     teacher: ModelTally
     students: list[ModelTally]
+    one: OneAnswer
     in_bytes: InBytes | None = None
     rows: int = 0
     positions: int = 0
@@ -261,6 +264,7 @@ class Counts:
         """Add those of other rows; returns itself."""
         for part in parts:
             self.teacher.merge(part.teacher)
+            self.one.merge(part.one)
             for mine, theirs in zip(self.students, part.students, strict=True):
                 mine.merge(theirs)
             if self.in_bytes is not None and part.in_bytes is not None:
@@ -365,6 +369,28 @@ class Figures:
         bins = tuple(Bin(*values) for values in tally.calibration.filled())
         return ModelScores(name, role, parameters, calibration=bins, **figures)
 
+    def one_answer(self, counts: Counts) -> ModelScores | None:
+        """Scores of one answer for all, where there are labels."""
+        figures: dict[str, Any] = counts.one.figures()
+        if not figures:
+            return None
+        del figures["hard_loss"]
+        if TASKS[self.rows.task].perplexity:
+            figures["perplexity"] = perplexity(figures["cross_entropy"])
+        name = ONE_ANSWERS[TASKS[self.rows.task].answers]
+        return ModelScores(name, "baseline", None, **figures)
+
+    def little_learnt(self, counts: Counts) -> dict[str, str]:
+        """What to say of each student that is hardly better than one answer for all."""
+        one, task = counts.one.figures(), self.rows.task
+        found = {}
+        for model, scores in zip(self.students, counts.students, strict=True):
+            if said := little_learnt(task, scores.figures(), one, "here"):
+                found[model.saved.name] = (
+                    f"{model.saved.name} is {said}. {longer(model.saved.steps)}"
+                )
+        return found
+
     def notes(self, counts: Counts, why_no_bytes: str) -> Iterable[str]:
         """What a reader must know about figures that are missing or not exact.
 
@@ -373,6 +399,7 @@ class Figures:
             why_no_bytes: why there are no bits per byte, or nothing.
         """
         tally = tally_of(counts)
+        yield from self.little_learnt(counts).values()
         if not self.exact and self.students:
             yield (
                 "The cache holds samples of the teacher, whose entropy is unknown: soft "

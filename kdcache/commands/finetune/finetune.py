@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +59,16 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.figures import warn_of_one_answer
 from kdcache.student.load import find_files, lost_of_encoder
+from kdcache.student.one_answer import OneAnswer, begin_at, little_learnt, longer
 from kdcache.student.tokens import StudentInfo
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import complete_adapter
 from kdcache.teacher.headed import HeadedForSequenceClassification
 from kdcache.teacher.load import set_pad_id
+
+logger = logging.getLogger(__name__)
 
 RESULT_FILE = "finetune.json"
 _MAY_CHANGE = ("out", "logging_steps")
@@ -107,6 +110,7 @@ class FinetuneResult:
         max_length: tokens of the longest row, at which `build` lets the teacher answer.
         max_source_length: likewise of a source.
         seconds: wall time of training.
+        warning: where the model is hardly better than one answer for all; see `TrainResult`.
         made: False where the folder was finished before and nothing was done.
     """
 
@@ -131,6 +135,7 @@ class FinetuneResult:
     cross_entropy: float | None = None
     max_length: int | None = None
     max_source_length: int | None = None
+    warning: str = ""
 
 
 def finetune(
@@ -182,7 +187,7 @@ def _finetune(
         tests, _, _ = labelled_rows(options, options.eval_corpus, names, files)
         _check_best(options, names, tests)
         report("loading the model")
-        model = _model(options, files, names)
+        model = _model(options, files, names, _counted(options, names, rows, files).mean)
         if options.adapter is None:
             _freeze(model, options)
         weights = list(model.parameters())
@@ -208,9 +213,13 @@ def _finetune(
             report(f"resuming from {resume}")
         outcome = trainer.train(str(resume) if resume else None)
         scores = best_scores(trainer.state, options)
+        warning = ""
         if tests:
-            labels = np.concatenate([row.labels for row in tests])
-            warn_of_one_answer(options.task, labels, {**scores, "hard_loss": scores.get("mse")})
+            one = _counted(options, names, tests, files).figures()
+            warning = little_learnt(options.task, scores, one, "on the evaluation corpus")
+        if warning:
+            warning = f"{warning}. {longer(outcome.global_step)}"
+            logger.warning("%s", warning.removesuffix("."))
         result = FinetuneResult(
             out=str(out),
             label_names=names,
@@ -225,6 +234,7 @@ def _finetune(
             truncated=truncated,
             max_length=spec.max_length,
             max_source_length=spec.max_source_length,
+            warning=warning,
         )
         with whole_folder(run / "teacher") as folder:
             model.save_pretrained(folder)
@@ -307,7 +317,20 @@ def _check_best(options: FinetuneOptions, names: Sequence[str], tests: Sequence[
         )
 
 
-def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]) -> Any:
+def _counted(
+    options: FinetuneOptions, names: Sequence[str], rows: Sequence[Row], files: TeacherFiles
+) -> OneAnswer:
+    """The labels of rows."""
+    outputs = files.vocab_size(options.task) if TASKS[options.task].over_ids else len(names)
+    found = OneAnswer(options.task, outputs, names)
+    for row in rows:
+        found.add(row.labels)
+    return found
+
+
+def _model(
+    options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...], mean: float
+) -> Any:
     trust = options.trust_remote_code
     outputs = names or ("LABEL_0",)  # as transformers names a score's
     classes: dict[str, Any] = {
@@ -351,6 +374,7 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
             f"{files.who} has no weights of the right shape for {', '.join(lost[:3])}: "
             "its encoder would begin at random. Name another."
         )
+    begin_at(model, mean if new else None)
     if options.adapter is not None:
         pad = getattr(config, "pad_token_id", None) or 0
         info = StudentInfo(options.task, 0, len(outputs), names or None, pad)
@@ -363,7 +387,9 @@ def _model(options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...]
         head_dropout=options.head_dropout,
         **classes,
     )
-    return HeadedForSequenceClassification(head, model)
+    model = HeadedForSequenceClassification(head, model)
+    begin_at(model, mean)
+    return model
 
 
 def _freeze(model: Any, options: FinetuneOptions) -> None:

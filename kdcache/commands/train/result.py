@@ -60,6 +60,9 @@ class TrainResult:
             it reads, or than asked for; None where there were none.
         epoch_rows: rows that an epoch has of each domain, and of each cache without names; None
             where no cache has names.
+        one_answer: figures of one answer for all (`kdcache.student.one_answer`), by the names of
+            `eval`: on the labels of the evaluation caches, or else of the training caches.
+        warning: where the student is hardly better than that: what was compared, what to change.
         task: of the caches; None in runs of earlier versions.
         made: False where the run was finished before and nothing was done.
     """
@@ -86,5 +89,7 @@ class TrainResult:
     lost: int | None = None
     cut: int | None = None
     epoch_rows: dict[str, int] | None = None
+    one_answer: dict[str, float] = field(default_factory=dict)
+    warning: str = ""
     task: str | None = None
     made: bool = True

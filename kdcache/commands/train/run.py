@@ -15,13 +15,13 @@ checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import TrainerState
 
 from kdcache.cache.figures import teacher_cross_entropy
@@ -32,6 +32,7 @@ from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.student import (
     check_lengths,
+    labels_of,
     lengths_warning,
     make_student,
     texts_of,
@@ -45,13 +46,16 @@ from kdcache.stream import TargetStream
 from kdcache.stream.batch import CachedIds, Reading
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import read_state
-from kdcache.student.figures import figure_of, warn_of_one_answer
+from kdcache.student.one_answer import little_learnt, longer
 from kdcache.student.padding import check_pairs, check_rows
 from kdcache.student.precision import Computing
 from kdcache.student.tokens import unknown_share
 from kdcache.student.trainer import DistillationTrainer
+from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
 from kdcache.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,31 @@ class Run:
             epoch_rows=plan.mix(self.stream),
             pretrained=getattr(self.student.student, "pretrained", None),
         )
-        held, student = plan.eval_caches, self.student
-        if held and trainer.is_world_process_zero() and figure_of(student.task):
-            every = [c.read(i, targets=False).labels for c in held for i in range(c.spec.spans)]
-            how = {"divergence": student.divergence, "huber_delta": student.huber_delta}
-            warn_of_one_answer(student.task, np.concatenate(every), result.eval, **how)
+        if trainer.is_world_process_zero():
+            result = _judged(plan, self.student, result)
         with quiet_transformers():
             _save(plan, trainer, self.reading, result)
         if trainer.is_world_process_zero():
             plan.folder.finish()
         plan.folder.clear()
         return result
+
+
+def _judged(plan: RunPlan, student: DistilledStudent, result: TrainResult) -> TrainResult:
+    """A result with the figures of one answer for all, and a warning where it is hardly better."""
+    if plan.options.cross_tokenizer is not None:  # whose labels are other tokens
+        return result
+    how: dict[str, Any] = {}
+    if TASKS[student.task].answers == "score":
+        how = {"divergence": student.divergence, "huber_delta": student.huber_delta}
+    one = labels_of(plan.eval_caches or plan.caches).figures(**how)
+    found: dict[str, float | None] = {**result.eval} or {"hard_loss": result.hard_loss}
+    where = "on the evaluation caches" if result.eval else "in the last steps"
+    warning = little_learnt(student.task, found, one, where)
+    if warning:
+        warning = f"{warning}. {longer(result.steps)}"
+        logger.warning("%s", warning.removesuffix("."))
+    return dataclasses.replace(result, one_answer=one, warning=warning)
 
 
 def _teacher(plan: RunPlan) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from kdcache.stream import TargetDataset, join
 from kdcache.stream.batch import CachedIds, OwnTokens, Reading
 from kdcache.stream.shard_rows import undivided
 from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
+from kdcache.student.one_answer import OneAnswer
 from kdcache.student.tokens import HfTokenize, WordTokenize
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
@@ -54,6 +55,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         tokenizer=tokenizer,
         seed=options.seed,
         decoder_start=spec.rows.get("decoder_start"),
+        mean=labels_of(plan.caches).mean if task.answers == "score" else None,
     )
     own = own_tokenizer(options) if options.cross_tokenizer is not None else None
     cross = None
@@ -220,6 +222,20 @@ def _beginning(row: ShardData) -> ShardData:
         texts=short(row.texts),
         text_pairs=short(row.text_pairs),
     )
+
+
+_COUNTED = 1 << 20  # labels
+
+
+def labels_of(caches: Sequence[Cache]) -> OneAnswer:
+    """The hard labels of caches, counted: of the first shards, if they have a million."""
+    spec = caches[0].spec
+    found = OneAnswer(spec.task, spec.vocab_size, spec.label_names)
+    for cache in caches:
+        for shard in range(cache.spec.spans):
+            if found.count < _COUNTED:
+                found.add(cache.read(shard, targets=False).labels)
+    return found
 
 
 def texts_of(caches: list[Cache]) -> Iterator[str]:
