@@ -257,6 +257,7 @@ def draw_charts(charts: Sequence[Chart], *, title: str, note: str = "") -> Any:
         axes.set_ylabel(chart.y_label, color=_INK)
         axes.set_title(chart.title, loc="left", color=_INK, fontsize=10)
         _style(axes)
+        axes.ticklabel_format(axis="y", useOffset=False)  # an axis of 1e-5+5.17 cannot be read
         axes.margins(y=0.1)
     named: dict[str, Any] = {}
     for axes in figure.axes:

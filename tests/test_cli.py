@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import string
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import click
 import h5py
@@ -334,3 +336,34 @@ def test_a_file_to_write_that_is_a_folder_is_refused_before_the_work(
         assert f"{words[-1]}: there is no folder {tmp_path}/none." in result.output
         assert f"{words[-1]}: there is no folder" not in run(*words, "~/x").output
     assert "Traceback" not in run(*words, "~nobody-of-that-name/x").output
+
+
+def test_what_newcomers_try_first_is_answered(
+    tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with a header alone, a bare encoder, a codec of no kind, and a TSV with quotes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none.tsv").write_text("text\tlabel\n")
+    (tmp_path / "quoted.tsv").write_text('text\tlabel\n"a ""b"" c"\t1\n')
+    shutil.copytree(tiny_classifier, "bare")
+    raw = json.loads(Path("bare/config.json").read_text())
+    Path("bare/config.json").write_text(json.dumps({**raw, "architectures": ["BertModel"]}))
+    task = ("--task", "sequence-classification")
+
+    def said(command: str, *words: str) -> str:
+        result = CliRunner().invoke(cli, [command, *words])
+        assert result.exit_code == 2, result.output
+        return result.stderr
+
+    build = ("--teacher", str(tiny_classifier), "--out", "cache", "--workers", "0")
+    assert "the corpus has no rows" in said("build", *build, *task, "--corpus", "none.tsv")
+    tune = ("--model", str(tiny_classifier), "--out", "teacher", "--corpus", "none.tsv")
+    assert "none.tsv has no rows" in said("finetune", *tune)
+    bare = ("--teacher", "bare", "--out", "cache", "--corpus", "quoted.tsv")
+    assert "bare is an encoder without a head: which --task?" in said("build", *bare)
+    with mock.patch.dict("sys.modules", torch=None):  # it is not even looked for
+        assert "--codec is 'topk', expected such as" in said("build", *bare, "--codec", "topk")
+    words = ["--student", str(tiny_classifier), "--corpus", "quoted.tsv"]
+    for more, text in ((), '"a ""b"" c"'), (("--format", "csv", "--delimiter", "tab"), 'a "b" c'):
+        result = CliRunner().invoke(cli, ["predict", *words, *more])
+        assert json.loads(result.stdout)["text"] == text

@@ -17,7 +17,7 @@ from kdcache.commands.evaluate.scores import charts_of as evaluation_charts
 from kdcache.commands.train.card import charts_of as run_charts
 from kdcache.commands.train.card import plot_run
 from kdcache.commands.train.result import TrainResult
-from kdcache.plots import Chart, Cloud, Level, Line, Panel, draw_clouds, plot_charts
+from kdcache.plots import Chart, Cloud, Level, Line, Panel, draw_charts, draw_clouds, plot_charts
 
 
 def test_plot_is_a_png_whose_pixels_tell_the_lines(tmp_path: Path) -> None:
@@ -80,6 +80,14 @@ def test_no_name_in_a_plot_covers_another_or_a_point(together: bool) -> None:
         for box in boxes:
             assert axes.bbox.count_contains([box.min, box.max]) == 2
     assert len(looks) == 12  # no two clouds look alike
+
+
+def test_an_axis_names_its_values_and_no_offset() -> None:
+    line = Line("a", [0, 1], [5.170001, 5.17002])
+    figure = draw_charts([Chart("", "step", "loss", [line])], title="")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.yaxis.get_offset_text().get_text() == ""
 
 
 def test_a_run_is_drawn_beside_its_teacher(tmp_path: Path) -> None:

@@ -237,10 +237,9 @@ def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
         echo(f"{result.out} is complete{scores}. Nothing to do.")
         return ()
     if result.truncated:
-        shown = f"{result.truncated:,} texts were cut at --max-length {result.max_length}"
-        if TASKS[options.task].source:
-            shown = f"{result.truncated:,} records were cut at --max-length"
-            shown += " or --max-source-length"
+        source = TASKS[options.task].source
+        shown = f"{counted(result.truncated, 'record' if source else 'text')} cut at --max-length"
+        shown += " or --max-source-length" if source else f" {result.max_length}"
         echo(f"{shown}: the teacher does not see the rest.", err=True)
     echo(
         f"{result.out}: {counted(result.rows, 'row')}, {result.trained:,} of "

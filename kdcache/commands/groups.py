@@ -63,7 +63,10 @@ class RecordOptions(TextGroup):
         "or a line.",
     )
     delimiter: str = option(
-        ",", help="what separates the fields of CSV files.", metavar="CHARACTER"
+        ",",
+        help="what separates the fields of CSV files; `tab` is a tab. Quotes enclose fields of CSV "
+        "and have no meaning in TSV, unless it is read as CSV: `format` csv, `delimiter` tab.",
+        metavar="CHARACTER",
     )
     split: str | None = option(
         None,
@@ -98,7 +101,7 @@ class RecordOptions(TextGroup):
             format=self.format,
             columns=self.columns,
             documents=self.documents,
-            delimiter=self.delimiter,
+            delimiter="\t" if self.delimiter == "tab" else self.delimiter,
             max_record_bytes=self.max_record_bytes,
             split=self.split,
             filters=self.filter,

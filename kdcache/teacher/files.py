@@ -26,7 +26,7 @@ from kdcache.lora import ADAPTER_CONFIG
 from kdcache.pretrained import PATTERNS, WEIGHTS, UnreadableError, read_config, read_tokenizer
 from kdcache.storage import redact
 from kdcache.storage.disk import once_here, sha256_here
-from kdcache.tasks import REGRESSION, TASKS, task_of
+from kdcache.tasks import MASKED_LM, REGRESSION, TASKS, task_of
 from kdcache.teacher.quirks import reach
 from kdcache.teacher.trust import check_folder, read_json
 
@@ -329,6 +329,12 @@ class TeacherFiles:
     def _check_saved_for(self, task: str) -> None:
         """Refuse a classifier or another kind of language model by the name it was saved with."""
         saved = task_of(self.raw_config)
+        encoder = type(self.config) in auto_class(MASKED_LM, self.config)._model_mapping
+        if saved is None and TASKS[task].causal and encoder and not self.config.is_decoder:
+            raise UsageError(
+                f"{self.who} is an encoder without a head: which --task? A classifier's head comes "
+                "from `kdcache finetune`."
+            )
         if saved not in (None, task):
             name = self.raw_config["architectures"][0]
             raise UsageError(

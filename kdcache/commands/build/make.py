@@ -256,6 +256,8 @@ def _missing(cache: Cache, driver: Driver) -> list[int]:
 def _seal(cache: Cache, driver: Driver) -> Manifest:
     manifest = prepare_manifest(cache, driver.made.values())
     filtered = filtered_records(manifest.shards)
+    if not manifest.rows and not manifest.skipped and not filtered:
+        raise UsageError("the corpus has no rows: nothing to cache. Name files that have some.")
     if not manifest.rows:
         raise UsageError(
             f"the corpus has no usable row ({_left_out(manifest.skipped, filtered)}): nothing to "

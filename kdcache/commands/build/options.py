@@ -154,6 +154,9 @@ class BuildOptions(MaskedRowOptions, TeacherRunOptions, WorkerOptions):
                 for name, given in wrong.items()
                 if given
             ]
+        if self.codec is not None and not _CODEC.fullmatch(self.codec.strip()):
+            known = "dense, dense:float16, hidden:int8, topk:64, sample:20 or anchored:10"
+            problems.append(f"--codec is {self.codec!r}, expected such as {known}.")
         if not self.temperatures:
             problems.append("--temperatures is empty, expected positive numbers.")
         return problems
@@ -163,6 +166,9 @@ class BuildOptions(MaskedRowOptions, TeacherRunOptions, WorkerOptions):
         """Weight of each teacher, summing to 1."""
         given = self.teacher_weight or (1.0,) * len(self.teacher)
         return tuple(w / sum(given) for w in given)
+
+
+_CODEC = re.compile(r"dense(:float(16|32))?|hidden:(b?float16|int8)|(topk|sample|anchored):[0-9]+")
 
 
 def _is_part(text: str) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from kdcache.commands.evaluate.in_bytes import InBytes, by_its_own_tokens
 from kdcache.commands.evaluate.rows import EvaluationRows
 from kdcache.commands.evaluate.scores import Bin, DomainScores, ModelScores
+from kdcache.humanize import counted
 from kdcache.loss import INDEPENDENT, distillation_loss
 from kdcache.loss.metrics import (
     Entities,
@@ -417,9 +418,9 @@ class Figures:
                 "the cached sample determines the teacher's most probable id."
             )
         if self.rows.cut:
-            what = "sentences" if TASKS[self.rows.task].words else "texts"
+            what = counted(self.rows.cut, "sentence" if TASKS[self.rows.task].words else "text")
             at = f"{self.rows.max_length:,} tokens (--max-length)"
-            yield f"{self.rows.cut:,} {what} were cut at {at}."
+            yield f"{what} cut at {at}."
         if counts.impossible and not self.rows.logits_known:
             yield (
                 f"The teacher gives {counts.impossible:,} labels no probability: its "

@@ -61,6 +61,7 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
     found: set[str] = set()
     if column == DEFAULT_LABEL_COLUMN:
         columns = task.label_columns
+    record = None
     for record in _records(options, options.corpus, columns):
         there = filled_column(record, columns)
         if there is None:
@@ -84,6 +85,8 @@ def label_names_of(options: FinetuneOptions) -> tuple[str, ...]:
                 "label. Name the right one with --label-column."
             )
     names = tuple(sorted(found))
+    if record is None:
+        raise UsageError(f"{' '.join(options.corpus)} has no rows. Name files that have some.")
     if all(name.isascii() and name.isdigit() for name in found):
         names = tuple(map(str, range(max(map(int, found), default=-1) + 1)))
     if len(names) > _MOST_CLASSES or len(names) < 2:
