@@ -1,8 +1,8 @@
-"""A program `kdcache` that has loaded its libraries: a server forks itself for each command.
+"""Programs `kdcache` and `python` that have loaded the libraries: a server forks itself for each.
 
 Torch and transformers take six seconds of a core to load, and documents run some fifty commands.
-Each still has a process, arguments, folder, environment and output of its own. A process that
-begins with nothing loaded is what the README's commands are run in.
+Each still has a process, arguments, folder, environment and output of its own. `test_loaded` and
+the tests of signals start processes in which nothing is loaded.
 
 Run as a script it is the server: `python forked_program.py SOCKET`.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 COMMANDS = ("build", "evaluate", "finetune", "inspect", "plan", "predict", "train", "verify")
 
@@ -25,7 +27,7 @@ _PROGRAM = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
-request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+request = json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [request], [0, 1, 2])
 sys.exit(int(server.recv(16) or 70))
 """
@@ -33,12 +35,13 @@ sys.exit(int(server.recv(16) or 70))
 
 @contextmanager
 def forked_program(folder: Path) -> Iterator[Path]:
-    """The folder of such a program `kdcache`, to be put in front of PATH."""
+    """The folder of such programs, to be put in front of PATH."""
     address = str(folder / "socket")
-    program = folder / "bin" / "kdcache"
-    program.parent.mkdir()
-    program.write_text(_PROGRAM.format(python=sys.executable, address=address))
-    program.chmod(0o755)
+    programs = folder / "bin"
+    programs.mkdir()
+    for name in ("kdcache", "python"):
+        (programs / name).write_text(_PROGRAM.format(python=sys.executable, address=address))
+        (programs / name).chmod(0o755)
     command = [sys.executable, __file__, address]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -46,7 +49,7 @@ def forked_program(folder: Path) -> Iterator[Path]:
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == "ready\n"
-            yield program.parent
+            yield programs
         finally:
             os.killpg(server.pid, signal.SIGTERM)
 
@@ -73,25 +76,36 @@ def _serve(address: str) -> None:
         if not command:
             listener.close()
             connection.close()
-            _become(*json.loads(request), files)
+            become(*json.loads(request), files)
             return
         _, status = os.waitpid(command, 0)
         connection.send(str(os.waitstatus_to_exitcode(status) % 256).encode())
         os._exit(0)
 
 
-def _become(words: list[str], folder: str, environment: dict[str, str], files: list[int]) -> None:
+def become(words: list[str], folder: str, environment: dict[str, str], files: list[int]) -> None:
+    """Be the program of these words from here on: its three files, its folder, its environment."""
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    program = Path(sys.executable).with_name("kdcache")
-    sys.argv, sys.path[0] = [str(program), *words], str(program.parent)
-    from kdcache.cli.main import main
+    program, *words = words
+    if Path(program).name == "kdcache":
+        sys.argv = [str(Path(sys.executable).with_name("kdcache")), *words]
+        sys.path[0] = str(Path(sys.executable).parent)
+        from kdcache.cli.main import main
 
-    main()
+        main()
+    elif words[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        exec(words[1], vars(ModuleType("__main__")))
+    elif words[0].startswith("-"):
+        os.execv(sys.executable, [sys.executable, *words])
+    else:
+        sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":

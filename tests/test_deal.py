@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress, SpansLeft
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.build.prepare import prepare
 from kdcache.commands.build.workers import Stopped
 from kdcache.corpus import Corpus, ReadStats, Span, deal, files, tables, text
 from kdcache.errors import IncompleteError, UsageError
@@ -282,24 +281,6 @@ def test_a_build_that_is_killed_decompresses_once_more_and_makes_the_same_bytes(
         for out in "ab"
     )
     assert made == expected
-
-
-@pytest.mark.end_to_end
-def test_workers_on_ray_keep_to_a_file(
-    ray: None, small_build: BuildOptions, corpus_texts: list[str], tmp_path: Path
-) -> None:
-    """A worker reads a file once for each time that it comes to it, as the tests above show."""
-    corpus, _ = gz_corpus(tmp_path / "corpus", corpus_texts[:240], 4)
-    options = dataclasses.replace(
-        small_build, corpus=(corpus,), out=str(tmp_path / "a"), shard_tokens=300, workers=2
-    )
-    result = build(options)
-    files = [span.file.url for span in prepare(options).corpus.spans]
-    events = map(json.loads, (tmp_path / "a" / "events.jsonl").read_text().splitlines())
-    made = Counter((e["worker"], files[e["span"]]) for e in events if e["event"] == "span")
-    assert sum(made.values()) == result.spans > 16
-    begun = len({worker for worker, _ in made})
-    assert len(made) <= 4 + begun - 1, "each file by one worker, and the last one by both"
 
 
 class TestSpansLeft:

@@ -250,18 +250,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def run(desk: Path, loaded: Path) -> Run:
     """Run a program at the desk, as a user would; returns what it printed."""
-    return _runner(desk, loaded)
-
-
-@pytest.fixture
-def run_anew(desk: Path) -> Run:
-    """The same, and each `kdcache` loads its own libraries."""
-    return _runner(desk)
-
-
-def _runner(desk: Path, *first: Path) -> Run:
-    # `kdcache` is the one beside this interpreter, if it is not in `first`.
-    places = (*first, Path(sys.executable).parent, os.environ["PATH"])
+    places = (loaded, Path(sys.executable).parent, os.environ["PATH"])
 
     def call(*command: str, **variables: str) -> str:
         environment = {
@@ -285,13 +274,13 @@ def _predictions(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.end_to_end
-def test_readme_classifier(run_anew: Run, desk: Path) -> None:
-    printed = run_anew("bash", "-euo", "pipefail", "-c", _block("README.md", "classifier"))
+def test_readme_classifier(run: Run, desk: Path) -> None:
+    printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "classifier"))
     assert "accuracy" in printed
     predictions = _predictions(desk / "predictions.jsonl")
     assert len(predictions) == 50
     assert {p["label"] for p in predictions} <= {"bad", "neutral", "good"}
-    assert "tensor" in run_anew(sys.executable, "-c", _block("docs/guide.md", "load"))
+    assert "tensor" in run("python", "-c", _block("docs/guide.md", "load"))
 
 
 @pytest.mark.end_to_end
@@ -315,8 +304,8 @@ def test_howto_of_labels_and_scores(run: Run, desk: Path, tiny_classifier: Path)
 
 
 @pytest.mark.end_to_end
-def test_readme_language_model(run_anew: Run, desk: Path) -> None:
-    printed = run_anew("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
+def test_readme_language_model(run: Run, desk: Path) -> None:
+    printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "language-model"))
     assert "all good" in printed
     assert (desk / "runs" / "distilled" / "model.safetensors").is_file()
 
@@ -361,7 +350,7 @@ def test_guide_sequence_to_sequence(run: Run, desk: Path) -> None:
 
 @pytest.mark.end_to_end
 def test_guide_python(run: Run) -> None:
-    printed = run(sys.executable, "-c", _block("docs/guide.md", "python"))
+    printed = run("python", "-c", _block("docs/guide.md", "python"))
     assert "SparseTargets" in printed
 
 
@@ -379,7 +368,7 @@ def test_training_page(run: Run, desk: Path) -> None:
     names = ("loop", "trainer", "own-loss")
     # One process for all, each block with names of its own.
     blocks = [_block("docs/training.md", name) for name in names]
-    printed = run(sys.executable, "-c", "import sys\nfor b in sys.argv[1:]: exec(b, {})", *blocks)
+    printed = run("python", "-c", "import sys\nfor b in sys.argv[1:]: exec(b, {})", *blocks)
     said = [line.split(":")[0] for line in printed.splitlines() if not line.startswith("{")]
     assert said == ["loop", "trainer", "own loss"]
     for folder in ("loop", "trainer/student", "own-loss/student"):
@@ -389,9 +378,9 @@ def test_training_page(run: Run, desk: Path) -> None:
 @pytest.mark.end_to_end
 def test_page_of_targets_by_content(run: Run, desk: Path) -> None:
     page = "docs/by-content.md"
-    run(sys.executable, "-c", _block(page, "by-content-rows"))
+    run("python", "-c", _block(page, "by-content-rows"))
     run("bash", "-euo", "pipefail", "-c", _block(page, "by-content-build"))
-    assert "by content: 3 steps" in run(sys.executable, "-c", _block(page, "by-content"))
+    assert "by content: 3 steps" in run("python", "-c", _block(page, "by-content"))
     assert len(list((desk / "caches" / "rows" / "lookup").glob("*.index"))) == 1
 
 
@@ -423,9 +412,9 @@ def test_example_language_model(run: Run, desk: Path) -> None:
 def test_examples_in_python(run: Run) -> None:
     common = ("--student", "student.json")
     api = str(ROOT / "examples" / "python_api.py")
-    assert "cross-entropy" in run(sys.executable, api, *common, "--out", "a", "--max-length", "64")
+    assert "cross-entropy" in run("python", api, *common, "--out", "a", "--max-length", "64")
     own = str(ROOT / "examples" / "own_trainer.py")
-    printed = run(sys.executable, own, *common, "--cache", "a/cache", "--out", "b")
+    printed = run("python", own, *common, "--cache", "a/cache", "--out", "b")
     assert [line.split(":")[0] for line in printed.splitlines()] == ["stream", "dataset", "loop"]
 
 

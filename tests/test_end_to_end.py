@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_deal import gz_corpus
 
 from kdcache import (
     BuildOptions,
@@ -17,6 +21,7 @@ from kdcache import (
     TargetDataset,
     build,
 )
+from kdcache.commands.build.prepare import prepare
 from kdcache.errors import UsageError
 from kdcache.targets import DenseTargets
 
@@ -45,6 +50,23 @@ def test_what_a_worker_says_of_its_teacher_ends_the_build(
     save_file(renamed, teacher / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=rf"^teacher {teacher} has no weights for .*layers\.1"):
         build(options_of(teacher, text_corpus, tmp_path / "cache"))
+
+
+def test_workers_on_ray_keep_to_a_file(
+    ray: None, small_build: BuildOptions, corpus_texts: list[str], tmp_path: Path
+) -> None:
+    """A worker reads a file once for each time that it comes to it, as `test_deal` shows."""
+    corpus, _ = gz_corpus(tmp_path / "corpus", corpus_texts[:240], 4)
+    options = dataclasses.replace(
+        small_build, corpus=(corpus,), out=str(tmp_path / "a"), shard_tokens=300, workers=2
+    )
+    result = build(options)
+    files = [span.file.url for span in prepare(options).corpus.spans]
+    events = map(json.loads, (tmp_path / "a" / "events.jsonl").read_text().splitlines())
+    made = Counter((e["worker"], files[e["span"]]) for e in events if e["event"] == "span")
+    assert sum(made.values()) == result.spans > 16
+    begun = len({worker for worker, _ in made})
+    assert len(made) <= 4 + begun - 1, "each file by one worker, and the last one by both"
 
 
 def test_a_student_learns_the_same_from_the_cache_as_beside_the_teacher(

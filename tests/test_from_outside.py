@@ -198,7 +198,12 @@ ray.get(ray.remote(look).remote(os.getcwd()))
 
 @pytest.mark.parametrize(
     "what",
-    [pytest.param(one, marks=[pytest.mark.end_to_end] if one == "Ray" else []) for one in START],
+    [
+        pytest.param(one, marks=[pytest.mark.end_to_end, pytest.mark.exhaustive])
+        if one == "Ray"
+        else one
+        for one in START
+    ],
 )
 @pytest.mark.slow
 def test_a_process_that_is_started_takes_no_module_of_the_current_folder(

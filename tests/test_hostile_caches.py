@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 from broken_caches import forge, golden_copy, naming, run
+from loaded import Program
 from make_caches import CAUSAL, CLASSES, make_cache
 from test_untrusted import resealed
 
@@ -136,9 +135,10 @@ resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 30), taken + (2 << 30)))
 for problem in problems(Cache.open({str(folder)!r})):
     print(problem.text)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r".*needs up to \d+ bytes of memory.*\n", done.stdout)
+    program = Program("python", "-c", code)
+    said = program.communicate()
+    assert program.returncode == 0, said
+    assert re.fullmatch(r".*needs up to \d+ bytes of memory.*\n", said)
     with pytest.raises(CorruptCacheError, match="bytes of memory"):
         Cache.open(str(folder)).read(0)  # as training does
 

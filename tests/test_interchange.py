@@ -109,9 +109,9 @@ def test_all_ids_or_the_best_of_them_and_the_rest_as_tail(
         for t, label in enumerate(some["labels"]):
             if label != IGNORE and place < len(probs):
                 best = np.sort(probs[place])[::-1]
-                assert some["target_probs"][t] == pytest.approx(best[:5], abs=1e-6)
-                assert some["target_tail"][t] == pytest.approx(best[5:].sum(), abs=1e-6)
-                assert full["target_probs"][t] == pytest.approx(best, abs=1e-6)
+                np.testing.assert_allclose(some["target_probs"][t], best[:5], atol=1e-6)
+                np.testing.assert_allclose(some["target_tail"][t], best[5:].sum(), atol=1e-6)
+                np.testing.assert_allclose(full["target_probs"][t], best, atol=1e-6)
                 place += 1
     assert place == len(probs)
 

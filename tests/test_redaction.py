@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from loaded import Program
 
 from kdcache.cli.main import cli
 from kdcache.commands.build.events import EventLog
@@ -31,14 +30,9 @@ DEADLINE = 60.0
 
 def python(code: str, *words: str) -> tuple[int, str]:
     """Exit code and output of a process of this Python that runs `code`."""
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=DEADLINE,
-    )
-    return ran.returncode, ran.stdout
+    program = Program("python", "-c", code, *words)
+    said = program.communicate()
+    return program.returncode or 0, said
 
 
 def build(teacher: Path, corpus: str, out: Path, *more: str) -> list[str]:

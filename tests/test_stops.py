@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from loaded import Program
 from make_caches import make_cache
 from safetensors.torch import load_file
 from small_runs import metrics
@@ -275,8 +275,15 @@ def test_a_run_that_stopped_early_takes_no_step_more(
 # Interrupted
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize(
+    ("sign", "lost"),
+    [
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_signal_ends_a_training_in_order(
     options: Make, whole: TrainResult, tmp_path: Path, sign: signal.Signals, lost: bool
 ) -> None:
@@ -315,7 +322,7 @@ def test_a_training_without_a_checkpoint_says_so(options: Make) -> None:
 
 def command(options: TrainOptions) -> list[str]:
     """The words of the program for these options."""
-    words = [sys.executable, "-m", "kdcache", "train"]
+    words = ["kdcache", "train"]
     for name, value in options.to_dict().items():
         default = getattr(TrainOptions("?", "?", "?"), name)
         for each in value if isinstance(value, list) else [value]:
@@ -332,14 +339,12 @@ def test_a_training_process_that_is_ended_goes_on(
     options: Make, tmp_path: Path, sign: signal.Signals
 ) -> None:
     chosen = options(epochs=400)
-    process = subprocess.Popen(
-        command(chosen), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = Program(*command(chosen))
     run = Path(chosen.out)
-    while process.poll() is None and not last_checkpoint(run):
+    while process.returncode is None and not last_checkpoint(run):
         time.sleep(0.02)
     process.send_signal(sign)
-    _, errors = process.communicate(timeout=120)
+    errors = process.communicate(timeout=120)
     if sign != signal.SIGKILL:
         assert process.returncode == 3
         (line,) = [x for x in errors.splitlines() if x.strip()][-1:]
@@ -396,7 +401,7 @@ def test_a_disk_that_is_full_at_any_write(
     assert same(run, whole.out)
 
 
-@pytest.mark.parametrize("limit", [10_000, 20_000])
+@pytest.mark.parametrize("limit", [pytest.param(10_000, marks=pytest.mark.exhaustive), 20_000])
 def test_files_that_may_not_grow(options: Make, whole: TrainResult, limit: int) -> None:
     """Errors of torch's and safetensors' own writers: weights and optimizer are larger."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from loaded import Program
 from make_caches import make_cache
 
 from kdcache.commands.interrupt import interruptible
@@ -67,8 +66,13 @@ def test_relative_paths_mean_the_same_on_workers(
     if student == "bilstm":
         common |= {"embeddings": "vectors.txt", "embedding_size": 4, "hidden_size": 8, "dropout": 0}
     alone = train(TrainOptions(out="runs/alone", streams=2, **common))
-    both = train(TrainOptions(out="runs/both", num_workers=2, **common))
+    seen: list[int] = []
+    both = train(
+        TrainOptions(out="runs/both", num_workers=2, **common),
+        on_progress=lambda now: seen.append(now.step),
+    )
     assert both.made
+    assert list(dict.fromkeys(seen)) == list(range(1, both.steps + 1))
     assert both.out == str(tmp_path / "runs" / "both")
     assert both.loss == pytest.approx(alone.loss, abs=1e-3)
     assert both.eval["loss"] == pytest.approx(alone.eval["loss"], abs=1e-3)
@@ -182,17 +186,15 @@ def test_a_ray_of_its_own_that_dies_ends_the_command(
         "train": [*student, "--epochs", "2000", "--num-workers", "2"],
         "sweep": [str(tmp_path / "grid.yaml")],
     }[command]
-    done = subprocess.run(
-        [sys.executable, "-c", LOSING, victim, when, command, *words, "--out", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"RAY_num_prestart_python_workers": "0"},
+    program = Program(
+        *("python", "-c", LOSING, victim, when, command, *words, "--out", str(tmp_path / "out")),
+        environment=os.environ | {"RAY_num_prestart_python_workers": "0"},
     )
-    assert done.returncode == 3, done.stderr[-3000:]
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"Error: Ray on this machine has lost its {victim}"), done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    said = program.communicate()
+    assert program.returncode == 3, said[-3000:]
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"Error: Ray on this machine has lost its {victim}"), said[-3000:]
+    assert "Traceback" not in said
 
 
 STUCK = """
@@ -217,11 +219,9 @@ while True:
 
 
 def test_a_training_that_no_signal_ends_is_ended_after_its_ray_is_lost() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 3, done.stderr[-3000:]
-    assert done.stderr == "Error: Ray on this machine has lost its raylet\n"
+    program = Program("python", "-c", STUCK)
+    assert program.communicate() == "Error: Ray on this machine has lost its raylet\n"
+    assert program.returncode == 3
 
 
 @pytest.mark.timeout(60)

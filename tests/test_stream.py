@@ -599,66 +599,61 @@ def test_background_keeps_its_distance() -> None:
     ahead.close()
 
 
-def test_memory_is_bounded_however_many_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Reads:
+    """The shards that were read, and how many were in memory at most."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spans: list[int] = []
+        self.most = 0
+        alive: set[int] = set()
+        read = Cache.read
+
+        def counting(cache: Cache, span: int, *, targets: bool = True) -> ShardData:
+            data = read(cache, span, targets=targets)
+            self.spans.append(span)
+            alive.add(span)
+            weakref.finalize(data.input_ids, alive.discard, span)
+            self.most = max(self.most, len(alive))
+            return data
+
+        monkeypatch.setattr(Cache, "read", counting)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+def test_memory_is_bounded_however_many_shards(tmp_path: Path, reads: Reads) -> None:
     cache = make_cache(tmp_path / "a", [6] * 24)
-    alive: set[int] = set()
-    most = 0
-    read = Cache.read
-
-    def counting(self: Cache, span: int, *, targets: bool = True) -> ShardData:
-        nonlocal most
-        data = read(self, span, targets=targets)
-        alive.add(span)
-        weakref.finalize(data.input_ids, alive.discard, span)
-        most = max(most, len(alive))
-        return data
-
-    monkeypatch.setattr(Cache, "read", counting)
     stream = TargetStream(cache, batch_size=4, group=1, prefetch=2)
     assert sum(len(numbers(b)) for b in stream) == 144
-    assert most <= 3
+    assert reads.most <= 3
 
 
 @pytest.mark.parametrize("streams", [1, 4, 8])
 def test_a_rank_reads_its_share_and_holds_its_streams(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int
+    tmp_path: Path, reads: Reads, streams: int
 ) -> None:
     shards, world = 30, 4
     cache = make_cache(tmp_path / "a", [6] * shards)
-    reads: list[int] = []
-    alive: set[int] = set()
-    most = 0
-    read = Cache.read
-
-    def counting(self: Cache, span: int, *, targets: bool = True) -> ShardData:
-        nonlocal most
-        data = read(self, span, targets=targets)
-        reads.append(span)
-        alive.add(span)
-        weakref.finalize(data.input_ids, alive.discard, span)
-        most = max(most, len(alive))
-        return data
-
-    monkeypatch.setattr(Cache, "read", counting)
     split: list[int] = []
     for rank in range(world):
-        reads.clear()
-        most = 0
+        reads.spans.clear()
+        reads.most = 0
         stream = TargetStream(
             cache, batch_size=8, group=1, prefetch=1, streams=streams, sum_over=int,
             rank=rank, world_size=world,
         )  # fmt: skip
         assert sum(len(numbers(b)) for b in stream) == 6 * shards // world
         if streams == 1:
-            assert len(reads) == shards
+            assert len(reads.spans) == shards
             continue
         # Its share, and at each end of each of its stretches a shard that is another's too.
         own = streams // world
-        assert len(reads) == len(set(reads)) <= shards / world + 2 * own
-        assert most <= 2 * own + 1
-        split += reads
+        assert len(reads.spans) == len(set(reads.spans)) <= shards / world + 2 * own
+        assert reads.most <= 2 * own + 1
+        split += reads.spans
     if streams > 1:
         assert set(split) == set(range(shards))
         assert len(split) <= shards + streams - 1

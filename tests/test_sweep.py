@@ -9,11 +9,9 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ import yaml
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded import Program
 from make_caches import CAUSAL, make_cache, make_rows, teacher_logits
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -324,7 +323,7 @@ def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
 
     # Again: nothing is trained, the table is printed.
     stamps = {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("*")}
-    printed = run(grid, "--out", "out")
+    printed = run(grid, "--out", "out", "--workers", "0")
     assert printed.exit_code == 0, printed.output
     assert "8 combinations make 6 runs" in printed.stdout
     assert "6 runs, 0 of them now" in printed.stdout
@@ -332,7 +331,7 @@ def test_a_sweep_is_its_training_runs_side_by_side(here: Path) -> None:
     table = [line.split()[:2] for line in printed.stdout.splitlines()[2:5]]
     assert table == [[s.setting["alpha"], s.setting["temperature"]] for s in result.settings]
     assert {path: path.stat().st_mtime_ns for path in Path("out/runs").rglob("*")} == stamps
-    outcome = json.loads(run(grid, "--out", "out", "--json").stdout)
+    outcome = json.loads(run(grid, "--out", "out", "--workers", "0", "--json").stdout)
     assert outcome["made"] == 0
     assert outcome["runs"] == document["runs"]
 
@@ -358,7 +357,7 @@ def test_a_changed_grid_only_adds_runs(here: Path) -> None:
     }
     # Without evaluation caches there are only the losses of training, and it is said.
     assert (third.ranked_by, third.evaluated) == ("hard_loss", False)
-    assert "No eval-cache was given" in run("g.yaml", "--out", "out").stdout
+    assert "No eval-cache was given" in run("g.yaml", "--out", "out", "--workers", "0").stdout
 
 
 @pytest.mark.slow
@@ -540,10 +539,10 @@ def test_all_runs_may_fail(here: Path, moods: str) -> None:
     assert not Path("out/results.json").exists()
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: Program) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -577,29 +576,26 @@ def test_a_stopped_and_a_killed_sweep_go_on(here: Path, moods: str) -> None:
     hold = Path("hold")
     hold.touch()
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "kdcache", "sweep", grid, "--out", "out", "--workers", "0"]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-        )
+    def start() -> Program:
+        return Program("kdcache", "sweep", grid, "--out", "out", "--workers", "0")
 
     def saved(runs: int) -> bool:
         """Whether so many runs have got to a checkpoint, at which the last one waits."""
         begun = {path.parent.parent for path in here.glob("out/runs/*/checkpoint-*/kdcache*")}
         return len(begun) >= runs
 
-    with start() as process:
-        wait_until(lambda: saved(1), process)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 3, errors
-        assert "interrupted: 0 of 3 runs are finished" in errors
-        assert "To continue: kdcache sweep g.yaml --out out --workers 0" in errors
+    process = start()
+    wait_until(lambda: saved(1), process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert "interrupted: 0 of 3 runs are finished" in errors
+    assert "To continue: kdcache sweep g.yaml --out out --workers 0" in errors
     hold.write_text("3")
-    with start() as process:
-        wait_until(lambda: saved(3), process)
-        process.kill()
-        process.communicate(timeout=60)
+    process = start()
+    wait_until(lambda: saved(3), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
     finished = {path.parent.name for path in here.glob("out/runs/*/train.json")}
     assert len(finished) == 2
     hold.unlink()

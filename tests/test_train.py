@@ -1120,6 +1120,7 @@ def make(info):
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_ray_train_runs_two_workers(
     options: Make, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

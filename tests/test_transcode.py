@@ -7,8 +7,6 @@ import itertools
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from broken_caches import files, run
 from conftest import make_tiny_lm
+from loaded import Program
 from make_caches import CAUSAL, make_cache
 from test_stops import StopError, Watch
 
@@ -341,12 +340,9 @@ def test_processes_that_are_killed_one_after_the_other_end_with_the_same_bytes(
     """Each goes on where the one before was killed, and gets some changes of the folder further."""
     source = make_cache(tmp_path / "source", [5, 4, 6, 3], task=CAUSAL, label_logprob=True)
     transcode(options(source.url, "sample:4", tmp_path / "whole", 1.0, 2.0))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLING, source.url, str(tmp_path / "new")],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    *killed, last = (line.split() for line in done.stdout.splitlines())
-    assert last[0] == "0", done.stderr
+    said = Program("python", "-c", KILLING, source.url, str(tmp_path / "new")).communicate()
+    *killed, last = (line.split() for line in said.splitlines())
+    assert last[0] == "0", said
     assert len(killed) >= 4
     assert {ended for ended, *_ in killed} == {str(-signal.SIGKILL)}
     shards = [set(names) for _, *names in (*killed, last)]

@@ -267,9 +267,9 @@ def test_errors_of_a_disk_are_tried_again_with_the_same_command(
 @pytest.mark.parametrize(
     "point",
     [
-        "rows.encoders:TextEncoder.encode",
+        pytest.param("rows.encoders:TextEncoder.encode", marks=pytest.mark.exhaustive),
         "teacher.teacher:load_models",
-        "teacher.model:TeacherModel._slices",
+        pytest.param("teacher.model:TeacherModel._slices", marks=pytest.mark.exhaustive),
         "cache.cache:Cache.commit",
     ],
 )

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 from broken_caches import files, flip, golden_copy, naming, run
+from loaded import Program
 from make_caches import CAUSAL, make_cache
 
 from kdcache.cache import Cache, sandbox
@@ -400,9 +401,10 @@ for claim in (
     except CorruptCacheError as error:
         print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    program = Program("python", "-c", code)
+    said = program.communicate()
+    assert program.returncode == 0, said
+    lines = said.splitlines()
     assert [line.split(":")[0] for line in lines] == ["refused"] * 4
     assert "1000000000000" in lines[0]
     assert "bytes of memory" in lines[1]

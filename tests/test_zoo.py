@@ -7,8 +7,9 @@ autograd.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,38 +127,19 @@ def rows_of(cache: kdcache.Cache, temperature: float = 1.0) -> Iterator[tuple[Ro
         yield data.row(0), data.targets.at(temperature).logits
 
 
-@pytest.fixture(scope="module", params=[CAUSAL_LM, SEQUENCE_CLASSIFICATION])
-def den(
-    request: pytest.FixtureRequest,
-    corpus_texts: list[str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Den:
-    """One den for each task."""
-    return _den(request.param, corpus_texts, tmp_path_factory.mktemp("den"))
+Dens = Callable[[str], Den]
 
 
 @pytest.fixture(scope="module")
-def field(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
+def dens(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Dens:
+    """The den of each task, made when a test first asks for it."""
+    return functools.cache(lambda task: _den(task, corpus_texts, tmp_path_factory.mktemp("den")))
+
+
+@pytest.fixture
+def field(dens: Dens) -> Den:
     """The den of the language models."""
-    return _den(CAUSAL_LM, corpus_texts, tmp_path_factory.mktemp("den"))
-
-
-@pytest.fixture(scope="module")
-def library(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
-    """The den of the taggers."""
-    return _den(TOKEN_CLASSIFICATION, corpus_texts, tmp_path_factory.mktemp("den"))
-
-
-@pytest.fixture(scope="module")
-def garden(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
-    """The den of the masked language models."""
-    return _den(MASKED_LM, corpus_texts, tmp_path_factory.mktemp("den"))
-
-
-@pytest.fixture(scope="module")
-def classroom(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Den:
-    """The den of the classifiers."""
-    return _den(SEQUENCE_CLASSIFICATION, corpus_texts, tmp_path_factory.mktemp("den"))
+    return dens(CAUSAL_LM)
 
 
 def _den(task: str, texts: list[str], folder: Path) -> Den:
@@ -299,69 +281,40 @@ def load(den: Den, folder: Path) -> Any:
     return den.auto.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("species", forms(CAUSAL, CAUSAL_LM))
-def test_a_language_model_gives_its_own_numbers(
-    species: Species, field: Den, tmp_path: Path
+def of_tasks(herds: dict[str, list[Species]]) -> list[Any]:
+    """Parameters `task` and `species`."""
+    return [
+        pytest.param(task, *one.values, id=f"{task}-{one.id}", marks=one.marks)
+        for task, herd in herds.items()
+        for one in forms(herd, task)
+    ]
+
+
+HERDS = {
+    CAUSAL_LM: CAUSAL,
+    SEQUENCE_CLASSIFICATION: CLASSIFIERS,
+    TOKEN_CLASSIFICATION: TAGGERS,
+    MASKED_LM: MASKED,
+}
+
+
+@pytest.mark.parametrize(("task", "species"), of_tasks(HERDS))
+def test_a_model_gives_its_own_numbers(
+    task: str, species: Species, dens: Dens, tmp_path: Path
 ) -> None:
-    folder = field.save(species, tmp_path / "model")
-    model = load(field, folder)
-    check_teacher(field, folder, model, tmp_path / "cache")
-    loss = check_student(field, model)
-    check_evaluation(field, folder, model)
-    result = train(field, folder, tmp_path / "run")
-    assert result.loss == pytest.approx(loss, rel=1e-3)
-    check_evaluation(field, tmp_path / "run", load(field, tmp_path / "run"))
-
-
-@pytest.mark.parametrize("species", forms(CLASSIFIERS, SEQUENCE_CLASSIFICATION))
-def test_a_classifier_gives_its_own_numbers(
-    species: Species, classroom: Den, tmp_path: Path
-) -> None:
-    folder = classroom.save(species, tmp_path / "model")
-    model = load(classroom, folder)
-    check_teacher(classroom, folder, model, tmp_path / "cache")
-    loss = check_student(classroom, model)
-    check_evaluation(classroom, folder, model)
-    result = train(classroom, folder, tmp_path / "run")
-    assert result.loss == pytest.approx(loss, rel=1e-3)
-    check_prediction(classroom, tmp_path / "run", tmp_path / "predictions.jsonl")
-
-
-@pytest.mark.parametrize("species", forms(TAGGERS, TOKEN_CLASSIFICATION))
-def test_a_tagger_gives_its_own_numbers(species: Species, library: Den, tmp_path: Path) -> None:
-    # Decoders have a dropout before this head by default.
-    folder = library.save(species, tmp_path / "model", classifier_dropout=0.0)
-    model = load(library, folder)
-    check_teacher(library, folder, model, tmp_path / "cache")
-    loss = check_student(library, model)
-    check_evaluation(library, folder, model)
-    result = train(library, folder, tmp_path / "run")
-    assert result.loss == pytest.approx(loss, rel=1e-3)
-
-
-@pytest.mark.parametrize("species", forms([UNPADDED[0], *UNPADDED[2:]], TOKEN_CLASSIFICATION))
-def test_a_tagger_that_padding_disturbs_gets_none(
-    species: Species, library: Den, tmp_path: Path
-) -> None:
-    folder = library.save(species, tmp_path / "model")
-    model = load(library, folder)
-    check_teacher(library, folder, model, tmp_path / "cache")
-    with pytest.raises(UsageError, match="other logits where its batch is padded"):
-        train(library, folder, tmp_path / "run")
-
-
-@pytest.mark.parametrize("species", forms(MASKED, MASKED_LM))
-def test_a_masked_language_model_gives_its_own_numbers(
-    species: Species, garden: Den, tmp_path: Path
-) -> None:
-    folder = garden.save(species, tmp_path / "model")
-    model = load(garden, folder)
-    check_teacher(garden, folder, model, tmp_path / "cache")
-    loss = check_student(garden, model)
-    check_evaluation(garden, folder, model)
-    result = train(garden, folder, tmp_path / "run")
-    assert result.loss == pytest.approx(loss, rel=1e-3)
-    check_evaluation(garden, tmp_path / "run", load(garden, tmp_path / "run"))
+    den, run = dens(task), tmp_path / "run"
+    # Decoders have a dropout before the head of a tagger by default.
+    more = {"classifier_dropout": 0.0} if task == TOKEN_CLASSIFICATION else {}
+    folder = den.save(species, tmp_path / "model", **more)
+    model = load(den, folder)
+    check_teacher(den, folder, model, tmp_path / "cache")
+    loss = check_student(den, model)
+    check_evaluation(den, folder, model)
+    assert train(den, folder, run).loss == pytest.approx(loss, rel=1e-3)
+    if task == SEQUENCE_CLASSIFICATION:
+        check_prediction(den, run, tmp_path / "predictions.jsonl")
+    elif task != TOKEN_CLASSIFICATION:
+        check_evaluation(den, run, load(den, run))
 
 
 @pytest.mark.parametrize("species", forms(BIDIRECTIONAL, SEQUENCE_CLASSIFICATION))
@@ -383,19 +336,27 @@ UNBOUND = [
 ]
 
 
-@pytest.mark.parametrize("species", forms([*UNPADDED, *UNBOUND], SEQUENCE_CLASSIFICATION))
-def test_a_classifier_that_padding_disturbs_gets_none(
-    species: Species, classroom: Den, tmp_path: Path
+DISTURBED = {
+    SEQUENCE_CLASSIFICATION: [*UNPADDED, *UNBOUND],
+    TOKEN_CLASSIFICATION: [UNPADDED[0], *UNPADDED[2:]],
+}
+
+
+@pytest.mark.parametrize(("task", "species"), of_tasks(DISTURBED))
+def test_a_model_that_padding_disturbs_gets_none(
+    task: str, species: Species, dens: Dens, tmp_path: Path
 ) -> None:
-    folder = classroom.save(species, tmp_path / "model")
-    model = load(classroom, folder)
-    check_teacher(classroom, folder, model, tmp_path / "cache")
-    check_evaluation(classroom, folder, model)
+    den = dens(task)
+    folder = den.save(species, tmp_path / "model")
+    model = load(den, folder)
+    check_teacher(den, folder, model, tmp_path / "cache")
+    check_evaluation(den, folder, model)
     with pytest.raises(UsageError, match="other logits where its batch is padded"):
-        train(classroom, folder, tmp_path / "run")
+        train(den, folder, tmp_path / "run")
 
 
-def test_a_perceiver_answers_at_more_places_than_it_reads(garden: Den, tmp_path: Path) -> None:
+def test_a_perceiver_answers_at_more_places_than_it_reads(dens: Dens, tmp_path: Path) -> None:
+    garden = dens(MASKED_LM)
     latents = {"num_latents": 4, "d_latents": 32, "num_self_attends_per_block": 1}
     heads = {"num_self_attention_heads": 2, "num_cross_attention_heads": 2}
     folder = garden.save(make("perceiver", **latents, **heads), tmp_path / "model")

@@ -18,7 +18,7 @@ from kdcache.tasks import task_of
 from kdcache.teacher import TeacherFiles, auto_class
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.filterwarnings("default")]
-field = zoo_tests.field
+dens, field = zoo_tests.dens, zoo_tests.field
 
 
 def _save(field: Den, species: Species, folder: Path) -> Path:
