@@ -9,6 +9,7 @@ Run as a script it is the server: `python forked_program.py SOCKET`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -60,6 +61,8 @@ def _serve(address: str) -> None:
 
     for name in COMMANDS:
         getattr(kdcache, name)
+    for name in ("kdcache.cli.main", "transformers.models.bert.modeling_bert", "sklearn.metrics"):
+        importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen()
