@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,20 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import PlanOptions
 from kdcache.commands.plan.fidelity import NEAR, Fidelity, FidelityMeter, FullGradient
 from kdcache.commands.plan.plan import plan
-from kdcache.commands.plan.result import PlannedCache, PlanResult, advice, break_even, recommended
+from kdcache.commands.plan.result import (
+    SMALL,
+    PlannedCache,
+    PlanResult,
+    advice,
+    break_even,
+    recommended,
+)
 from kdcache.commands.plan.sample import sample_rows
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec, position_uniform
+from kdcache.tasks import TASKS
 
 pytestmark = pytest.mark.slow
 
@@ -195,7 +204,7 @@ def test_gradients_that_vanish_have_their_angle_or_none(options: PlanOptions, t:
         render_plan(dataclasses.replace(result, caches=caches), Console(file=out), details=details)
     assert "nan°" not in out.getvalue()
     assert sum(line.split()[-1:] == ["-"] for line in out.getvalue().splitlines()) >= sure[1]
-    assert advice(caches).startswith("Take ")
+    assert advice(caches, 1000).startswith("Take ")
 
 
 @pytest.mark.parametrize(("centre", "spread", "keeps"), [(0.5, 0.2, True), (2000.0, 3.0, False)])
@@ -220,7 +229,7 @@ def test_scores_are_rounded_by_a_share_of_their_spread(
         caches.append(
             dataclasses.replace(a_cache, codec=name, bytes_per_position=size, fidelity=(found,))
         )
-    assert recommended(caches)[0][0].codec == ("dense:float16" if keeps else "dense")
+    assert recommended(caches, 1000)[0][0].codec == ("dense:float16" if keeps else "dense")
 
 
 def test_noise_averages_out_of_the_mean_gradient() -> None:
@@ -399,9 +408,11 @@ def test_the_advice_is_the_cheapest_codec_that_is_good_enough(options: PlanOptio
         )
 
     grid = [
-        cache("sample:40", 30, norm_ratio=1.01),
-        cache("sample:20", 18.26, norm_ratio=1.04),
-        cache("sample:10", 11, norm_ratio=1.2),
+        cache("sample:40", 30),
+        cache("sample:20", 18.26),
+        cache("sample:10", 11),
+        cache("anchored:20", 22),
+        cache("anchored:10", 13.4),
         cache("topk:16", 40, missed=0.2),
         cache("topk:64", 139, missed=0.05),
         cache("dense", 4000),
@@ -410,14 +421,38 @@ def test_the_advice_is_the_cheapest_codec_that_is_good_enough(options: PlanOptio
     ]
     want = (
         "Take sample:20 at T = 1: 18.3 B per position, 3.1 TB and 410 CUDA-hours of one worker for "
-        "this corpus, which pays from 2 students on; it is to train students that stay far from "
-        "the teacher. Otherwise topk:64 (139.0 B) for reverse KL, Jensen-Shannon and evaluation; "
-        "dense:float16 (2,000.0 B) for any temperature and divergence."
+        "this corpus, which pays from 2 students on; it is for students with random weights or "
+        "far from the teacher. Otherwise anchored:10 (13.4 B) for students that begin near it, "
+        "pruned or quantised: within a KL of 0.25 nats; topk:64 (139.0 B) for reverse KL, "
+        "Jensen-Shannon and evaluation; dense:float16 (2,000.0 B) for any temperature and "
+        "divergence."
     )
-    assert advice(grid, "cuda") == advice(grid[::-1][1:], "cuda") == want
-    assert "Take sample:10" in advice(grid[2:])  # none is good enough: the least noisy
+    assert advice(grid, SMALL, "cuda") == advice(grid[::-1][1:], SMALL, "cuda") == want
+    assert "Take sample:10" in advice(grid[2:], SMALL)  # none is good enough: the nearest
+    hot = [cache("sample:20", 40, t=2.0), cache("hidden:int8", 600, t=2.0)]
+    assert "Take hidden:int8" in advice(hot, SMALL)
     never = dataclasses.replace(grid[0], break_even=None, hours={"1": 0.5})
-    assert "30 min 0 s of one worker for this corpus, but it costs more" in advice([never])
+    assert "30 min 0 s of one worker for this corpus, but it costs more" in advice([never], SMALL)
+
+
+def test_readme_and_faq_recommend_what_a_plan_does(options: PlanOptions) -> None:
+    a_cache = plan(dataclasses.replace(options, codec=("dense",), temperatures=("1",))).caches[0]
+    plans = TASKS["causal-lm"].plans
+    grid = [dataclasses.replace(a_cache, codec=codec) for codec in plans]
+    large, small = ([c.codec for c, _ in recommended(grid, n)] for n in (SMALL, SMALL - 1))
+    root = Path(__file__).parent.parent
+    faq, readme = ((root / name).read_text() for name in ("docs/faq.md", "README.md"))
+    assert f"| {SMALL // 10**6} million and more | `{large[0]}` | `{large[1]}` |" in faq
+    assert f"| fewer | `{small[0]}` | `{small[1]}` |" in faq
+    assert f"`{large[2]}` for evaluation" in faq
+    (rule,) = (line for line in readme.split("\n\n") if line.startswith("**Which codec?**"))
+    assert set(re.findall(r"`((?:sample|anchored):\d+)`", rule)) == {*large[:2], *small[:2]}
+    block = readme.split("<!-- run: language-model -->")[1].split("```")[1]
+    assert f"--codec {large[0]}" in block
+    assert f"--codec {large[2]}" in block
+    assert TASKS["causal-lm"].codec == large[0]
+    kl = re.findall(r"KL of ([\d.]+)", recommended(grid, SMALL)[1][1])
+    assert all(f"KL of {kl[0]} nats" in " ".join(text.split()) for text in (rule, faq))
 
 
 def test_a_cache_that_never_pays_is_said_to(options: PlanOptions) -> None:

@@ -58,7 +58,7 @@ def planned(options: PlanOptions, result: PlanResult) -> Next:
     from kdcache.commands.plan.result import recommended
 
     render_plan(result, terminal(), details=options.all)
-    take, _ = recommended(result.caches)[0]
+    take, _ = recommended(result.caches, result.corpus_positions)[0]
     same = dataclasses.replace(
         options.build_options(),
         codec=take.codec,

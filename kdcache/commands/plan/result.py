@@ -5,12 +5,15 @@ What a plan recommends: a codec with its costs, in one sentence, then others by 
 Of each kind the codec with the fewest bytes that is good enough is named, at the first set of
 temperatures:
 
-* where entries are drawn, the noise lengthens the gradient by 5 % at most;
+* where entries are drawn, their number is enough for the positions of the corpus (`DRAWN`), over
+  which noise averages out;
 * of a top-k, at most 1 % of the teacher's probability is outside the stored ids; of a dense one, at
   most as much is changed by rounding, or of scores 1 % of their standard deviation.
 
-Where none is, the best. Purposes follow from what the codecs can do and from
-`benchmarks/recovery.py`.
+Where none is, the nearest. `sample` comes first: what a student begins with is not known here, and
+far from its teacher it needs many entries, while `anchored` does with half as many near it. At
+other temperatures than 1, where samples are noisier, `hidden` comes before both. The numbers are
+from `benchmarks/quality.py` and `benchmarks/recovery.py`; README and FAQ have the same rule.
 
 The plot of `plan`: fidelity against bytes per position.
 """
@@ -119,24 +122,29 @@ def break_even(teacher: float, encode: float, read: float) -> float | None:
     return (teacher + encode) / (teacher - waiting) if waiting < teacher else None
 
 
-_LONGER, _MISSED = 1.05, 0.01
+SMALL = 1_000_000
+"""Positions below which a corpus is small: the noise of samples hardly averages out."""
+DRAWN = {"sample": (20, 40), "anchored": (10, 20)}
+"""N of the codecs that draw, and that for a small corpus."""
+_MISSED = 0.01
 _PURPOSES = {
-    "anchored": "to train students: its noise vanishes as they near the teacher",
-    "sample": "to train students that stay far from the teacher",
+    "sample": "for students with random weights or far from the teacher",
+    "anchored": "for students that begin near it, pruned or quantised: within a KL of 0.25 nats",
     "hidden": "for any temperature and divergence",
     "topk": "for reverse KL, Jensen-Shannon and evaluation",
     "dense": "for any temperature and divergence",
 }
 
 
-def advice(caches: Sequence[PlannedCache], device: str = "cpu") -> str:
+def advice(caches: Sequence[PlannedCache], positions: int, device: str = "cpu") -> str:
     """What to take of a plan's grid, which is not empty, and what that costs; then the others.
 
     Args:
         caches: the grid.
+        positions: of the whole corpus.
         device: kind of device that the teacher ran on.
     """
-    (first, purpose), *others = recommended(caches)
+    (first, purpose), *others = recommended(caches, positions)
     at = ", ".join(f"{t:g}" for t in first.temperatures)
     hours = first.hours["1"]
     time = f"{hours:,.0f} {device.upper()}-hours" if hours >= 10 else duration(3600 * hours)
@@ -162,27 +170,36 @@ def _students(count: int) -> str:
     return "the first student" if count == 1 else f"{count:,} students"
 
 
-def recommended(caches: Sequence[PlannedCache]) -> list[tuple[PlannedCache, str]]:
-    """The cache to take of each kind, with its purpose, the most useful kind first."""
+def recommended(caches: Sequence[PlannedCache], positions: int) -> list[tuple[PlannedCache, str]]:
+    """The cache to take of each kind, with its purpose, the most useful kind first.
+
+    Args:
+        caches: the grid, of which the first set of temperatures counts.
+        positions: of the whole corpus.
+    """
     temperatures = caches[0].temperatures
     kinds: dict[str, list[PlannedCache]] = {}
     for cache in caches:
         if cache.temperatures == temperatures:
             kinds.setdefault(_kind(cache), []).append(cache)
-    purposes = ((kind, purpose) for kind, purpose in _PURPOSES.items() if kind in kinds)
-    return [(min(kinds[kind], key=_rank), purpose) for kind, purpose in purposes]
+    order = [kind for kind in _PURPOSES if kind in kinds]
+    if any(t != 1 for t in temperatures):
+        order.sort(key=lambda kind: kind != "hidden")
+    return [(min(kinds[k], key=lambda c: _rank(c, positions)), _PURPOSES[k]) for k in order]
 
 
 def _kind(cache: PlannedCache) -> str:
     return cache.codec.partition(":")[0]
 
 
-def _rank(cache: PlannedCache) -> tuple[float, float]:
+def _rank(cache: PlannedCache, positions: int) -> tuple[float, float]:
     """How far from good enough, then bytes: the smallest is the one to take."""
-    longer = max(f.norm_ratio or 0.0 for f in cache.fidelity) - _LONGER
-    missed = max(f.missed for f in cache.fidelity) - _MISSED
-    by_kind = {"anchored": longer, "sample": longer, "topk": missed, "dense": missed}
-    lacks = by_kind.get(_kind(cache), 0.0)
+    kind, _, argument = cache.codec.partition(":")
+    lacks = 0.0
+    if kind in DRAWN:
+        lacks = DRAWN[kind][positions < SMALL] - int(argument)
+    elif kind in ("topk", "dense"):
+        lacks = max(f.missed for f in cache.fidelity) - _MISSED
     return (max(lacks, 0.0), cache.bytes_per_position)
 
 
