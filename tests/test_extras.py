@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -53,7 +54,14 @@ ASKS: list[tuple[str, str, Callable[[], object]]] = [
     ("plot", "--plot", lambda: EvaluateOptions(student=("s",), cache="c", plot="a.png")),
     ("s3", "s3://", lambda: FileSystem("s3://bucket/cache")),
     ("tensorboard", "tensorboard", _trackers),
-    ("trl", "integrations.trl", lambda: importlib.import_module("kdcache.integrations.trl")),
+    *(
+        (
+            name,
+            f"integrations.{name}",
+            partial(importlib.import_module, f"kdcache.integrations.{name}"),
+        )
+        for name in ("axolotl", "trl")
+    ),
     ("vllm", "--engine", lambda: _build(engine="vllm")),
 ]
 

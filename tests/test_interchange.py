@@ -251,6 +251,48 @@ def test_documents_that_share_a_row_stay_apart(
             assert mine == pytest.approx(theirs, abs=1e-3)
 
 
+@pytest.mark.parametrize("attend", ["row", "document"])
+def test_axolotl_reads_what_is_written_for_it(
+    tiny_lm: Path, text_corpus: Path, tmp_path: Path, attend: str
+) -> None:
+    """Its layout is the one that import reads: the same rows, the same targets without a tail."""
+    options = BuildOptions(
+        teacher=(str(tiny_lm),), corpus=(str(text_corpus),), out=str(tmp_path / "cache"),
+        codec="topk:8", max_length=32, limit=40, workers=0, packing="concat", attend=attend,
+    )  # fmt: skip
+    kdcache.build(options)
+    cache = Cache.open(options.out)
+    export(options.out, tmp_path / "out", layout="axolotl")
+    for file in (tmp_path / "out").glob("*.parquet"):
+        for row in pq.read_table(file).to_pylist():
+            assert len({len(row[name]) for name in row}) == 1
+            assert row["target_token_ids"][0] == []
+            for at in range(1, len(row["labels"])):
+                learnt = row["labels"][at] != IGNORE
+                assert len(row["target_token_ids"][at]) == 8 * learnt
+                assert row["target_mask"][at] == [1] * 8 * learnt
+                assert not learnt or row["labels"][at] == row["input_ids"][at]
+    again = take_in(
+        tmp_path / "out", tmp_path / "again", layout="axolotl", tokenizer=str(tiny_lm),
+        max_length=64, attend=attend,
+    )  # fmt: skip
+    rows, theirs = (
+        [data.row(i) for data in map(one.read, range(one.spec.spans)) for i in range(len(data))]
+        for one in (cache, again)
+    )
+    for first, second in zip(rows, theirs, strict=True):
+        assert first.input_ids.tolist() == second.input_ids.tolist()
+        assert first.labels.tolist() == second.labels.tolist()
+    for mine, other in zip(decoded(cache), decoded(again), strict=True):
+        whole = sum(mine.values())
+        assert other == pytest.approx({i: p / whole for i, p in mine.items()}, abs=2e-3)
+
+
+def test_axolotl_takes_no_draws(lm_caches: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"sample:20 targets .* export a topk cache"):
+        export(lm_caches["sample:20"], tmp_path / "draws", layout="axolotl")
+
+
 def test_what_cannot_become_topk_at_one_is_refused(
     lm_caches: dict[str, str], class_cache: str, tmp_path: Path
 ) -> None:

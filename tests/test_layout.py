@@ -39,6 +39,7 @@ ONLY = {  # a library, and where alone it may be imported
     "ray": r"cluster|commands/.*/on_ray|commands/sweep/pool",
     "fsspec": r"storage/filesystem",
     "peft": r"(student|teacher)/adapter",
+    "axolotl": r"integrations/axolotl",
     "trl": r"integrations/trl",
 }
 EXCEPTIONS: dict[str, set[str]] = {}

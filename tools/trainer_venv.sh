@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A virtual environment with one trainer and this checkout, for `make test-trainers`.
 #
-#     tools/trainer_venv.sh trl FOLDER [PYTHON]     # Python 3.11 or later; 2 GB, 2 minutes
+#     tools/trainer_venv.sh axolotl|trl FOLDER [PYTHON]     # Python 3.11 or later; 2 GB, 2 minutes
 #
 # What a trainer requires for GPUs, pictures, web pages or other tasks is left out: the rest is installed by
 # name, and its own wheel without requirements.
@@ -13,6 +13,9 @@ cd "$(dirname "$0")/.."
 [ -e "$venv/.installed" ] && [ "$venv/.installed" -nt pyproject.toml ] && exit 0
 unavailable() { echo "$1" >&2; exit 75; }
 case $name in
+  axolotl) package=axolotl==0.19.0
+    without="torch|xformers|liger-kernel|torchao|fla-core|flash-linear-attention|lm_eval|gradio|modal|triton"
+    without="$without|mistral-common|adlfs|ocifs|s3fs|gcsfs|openenv-core|optimum|trackio|art" ;;
   trl) package=trl==1.16.0 without=torch ;;
   *) echo "no adapter for $name" >&2; exit 2 ;;
 esac
@@ -26,5 +29,5 @@ pip download --no-deps -d "$wheels" "$package" || unavailable "$package cannot b
 "$venv/bin/python" tools/needs.py "$wheels"/*.whl "$without" > "$wheels/needs.txt"
 pip install "$torch" -r "$wheels/needs.txt" || unavailable "what $package needs cannot be installed"
 pip install --no-deps "$wheels"/*.whl
-pip install "$torch" -r "$wheels/needs.txt" -e ".[lora]" pytest pytest-timeout
+pip install "$torch" -r "$wheels/needs.txt" -e . peft pytest pytest-timeout
 touch "$venv/.installed"

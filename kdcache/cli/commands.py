@@ -106,6 +106,7 @@ COMMANDS = {
         examples=(
             "kdcache export caches/topk64 --out tables/topk64",
             "kdcache export caches/hidden --top 64 --temperature 2 --out tables/hidden-t2",
+            "kdcache export caches/topk64 --layout axolotl --out tables/axolotl",
             _CONTINUE,
         ),
     ),

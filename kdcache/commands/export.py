@@ -13,6 +13,10 @@ probabilities, both in the order of the classes, which the metadata name; of sco
 `target_score` are numbers. `domain` names the row's corpus, where corpora have names. Each file's
 metadata say under the key `kdcache` what it was made of.
 
+The layout of axolotl's KD plugin has rows with all of their ids, the last label included, and with
+each id the distribution that it was predicted by: `target_token_ids`, `target_logprobs`, scaled so
+that those of a token sum to 1, and `target_mask`. `position_ids` count from 0 in each document.
+
 Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
 Guarantee: a file appears whole. The same command makes only the files that are missing, with the
 same bytes, and removes what a killed one left half written; files of another cache or of other
@@ -26,6 +30,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,7 +47,7 @@ from kdcache.files import alone, listed, local_path, output_errors, whole_file, 
 from kdcache.targets import SoftTargets
 from kdcache.targets.decoded import DenseTargets, SparseTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import IGNORE, TASKS, labelled, positions
+from kdcache.tasks import CAUSAL_LM, IGNORE, TASKS, labelled, positions
 
 _ABOUT = "_kdcache.json"  # tools for tables pass such names by
 _MOST_IDS = 4096  # of targets that name them all
@@ -158,6 +163,12 @@ class _Writer:
                 f"{codec} targets are right on average over all their ids: the largest would "
                 "be biased. Leave --top out."
             )
+        self.axolotl = options.layout == "axolotl"
+        if self.axolotl and (spec.task != CAUSAL_LM or codec.needs_noise):
+            raise UsageError(
+                f"{options.cache} has {codec} targets for {spec.task}; axolotl's plugin takes the "
+                f"most probable ids of {CAUSAL_LM}. Leave --layout out, or export a topk cache."
+            )
         if self.top is not None and TASKS[spec.task].answers in _INDEPENDENT:
             raise UsageError(f"--top keeps a part of a distribution. Leave it out for {spec.task}.")
         self.about = {
@@ -171,6 +182,8 @@ class _Writer:
             "labels": "next",
             "teachers": list(cache.notes.get("teachers", ())),
         }
+        if self.axolotl:
+            self.about |= {"layout": options.layout, "labels": "token"}
         if TASKS[spec.task].answers == "labels":
             self.about["classes"] = list(spec.label_names or ())
 
@@ -199,6 +212,8 @@ class _Writer:
 
     def _table(self, data: ShardData, rows: range, domain: str | None) -> pa.Table:
         per_token = TASKS[data.task].per_token
+        if self.axolotl:
+            return self._with_tokens(data, rows)
         tokens = slice(data.offsets[rows.start], data.offsets[rows.stop])
         places = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
         ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
@@ -246,6 +261,51 @@ class _Writer:
             columns |= values
         if domain is not None:
             columns["domain"] = pa.array([domain] * len(rows), pa.string())
+        return pa.table(columns).replace_schema_metadata({"kdcache": json.dumps(self.about)})
+
+    def _with_tokens(self, data: ShardData, rows: range) -> pa.Table:
+        """The layout of axolotl: what a token was predicted by stands with it."""
+        first, last = data.position_offsets[rows.start], data.position_offsets[rows.stop]
+        counts, ids, probs, _ = self._decoded(data.targets, first, last)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        probs = probs / np.bincount(owner, probs, len(counts))[owner]
+        per, own_ids, own_labels, at, used = [], [], [], [], 0
+        for begin, end in pairwise(data.offsets[rows.start : rows.stop + 1].tolist()):
+            labels = data.labels[begin:end]
+            there = np.flatnonzero(labels != IGNORE)
+            size = max(end - begin, int(there[-1]) + 2 if len(there) else 0)
+            row, learnt = np.zeros(size, np.int64), np.full(size, IGNORE)
+            row[: end - begin] = data.input_ids[begin:end]
+            row[there + 1] = learnt[there + 1] = labels[there]
+            amount = np.zeros(size, np.int64)
+            amount[there + 1] = counts[used : used + len(there)]
+            used += len(there)
+            starts = (
+                np.zeros(end - begin, np.bool_) if data.starts is None else data.starts[begin:end]
+            )
+            begun = np.where(np.append(starts, False)[:size], np.arange(size), 0)
+            at.append(np.arange(size) - np.maximum.accumulate(begun))
+            per.append(amount)
+            own_ids.append(row)
+            own_labels.append(learnt)
+        ends = np.cumsum([0, *map(len, own_ids)])
+
+        def tokens(parts: list[np.ndarray], kind: Any) -> pa.Array:
+            return _list_of(ends, pa.array(np.concatenate([np.zeros(0, np.int64), *parts]), kind))
+
+        def entries(values: pa.Array) -> pa.Array:
+            return _list_of(ends, _lists(np.concatenate([np.zeros(0, np.int64), *per]), values))
+
+        mask = [np.ones(len(part), np.int64) for part in own_ids]
+        columns = {
+            "input_ids": tokens(own_ids, pa.int32()),
+            "attention_mask": tokens(mask, pa.int8()),
+            "labels": tokens(own_labels, pa.int64()),
+            "position_ids": tokens(at, pa.int64()),
+            "target_token_ids": entries(pa.array(ids, pa.int64())),
+            "target_logprobs": entries(pa.array(np.log(probs), pa.float32())),
+            "target_mask": entries(pa.array(np.ones(len(ids), np.int64))),
+        }
         return pa.table(columns).replace_schema_metadata({"kdcache": json.dumps(self.about)})
 
     def _decoded(self, targets: SoftTargets, start: int, stop: int) -> tuple[np.ndarray, ...]:

@@ -87,6 +87,10 @@ class ExportOptions(Options):
     cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
     out: str = option(help="folder of the files.", metavar="DIR", output=True)
     to: Literal["parquet"] = option("parquet", help="the format of the files.", hidden=True)
+    layout: Literal["kdcache", "axolotl"] = option(
+        "kdcache",
+        help="columns of the files: kdcache's own, or those that axolotl's KD plugin trains on.",
+    )
     temperature: float | None = option(
         None,
         help="of the probabilities. Default: 1 where the cache declares it, else the first "

@@ -125,13 +125,13 @@ class CachedTrainer(Trainer):  # type: ignore[misc]
         self._steps, self._soft_name = 0, ""
         self.add_callback(_EndOfStep(self, [cache.digest for cache in self._lookup.caches]))
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; its batches have their targets."""
         if self._lookup is None:
-            return super().get_train_dataloader()
+            return super().get_train_dataloader(*args, **kwargs)
         own, self.data_collator = self.data_collator, _Collator(self.data_collator, self._lookup)
         try:
-            return super().get_train_dataloader()
+            return super().get_train_dataloader(*args, **kwargs)
         finally:
             self.data_collator = own
 
