@@ -19,6 +19,9 @@ function                       divergences          logits in memory  matrix pro
 `chunk_loss`                   of chunks            all, several x   (takes logits)
 =============================  ===================  ===============  =======================
 
+Where the output layer is cut over the ranks of a group (tensor parallelism), the first three take
+the slice of each rank; see `kdcache.loss.vocabulary`.
+
 `chunk_loss` is for students with a tokenizer of their own; `fused_linear_distillation` takes their
 targets, too.
 
@@ -44,6 +47,7 @@ from kdcache.loss.reference import (
     linear_logprobs,
     sliced_linear_distillation,
 )
+from kdcache.loss.vocabulary import VocabSlice
 
 __all__ = [
     "DIVERGENCES",
@@ -51,6 +55,7 @@ __all__ = [
     "TAILS",
     "Anchor",
     "LossParts",
+    "VocabSlice",
     "check_loss",
     "check_names",
     "chunk_loss",

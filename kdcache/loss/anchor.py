@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
+from kdcache.loss.vocabulary import WHOLE, Vocabulary
 from kdcache.targets import AnchoredTargets
 
 FIGURES = 5
@@ -168,13 +169,16 @@ def applied(anchor: Anchor | None, targets: object) -> Anchor | None:
     return anchor if torch.is_grad_enabled() else None
 
 
-def control(log_q: Tensor, targets: AnchoredTargets, theta: Tensor) -> tuple[Tensor, Tensor]:
+def control(
+    log_q: Tensor, targets: AnchoredTargets, theta: Tensor, over: Vocabulary = WHOLE
+) -> tuple[Tensor, Tensor]:
     """What the control variate adds to the weights of a sample: the readable form.
 
     Args:
         log_q: [n, V] the student's log-probabilities at the targets' temperature.
         targets: n positions.
         theta: scalar.
+        over: what the ids are summed over.
 
     Returns:
         [n, V], to be added to the weights; and of each position [n, 5] what theta is estimated
@@ -183,19 +187,21 @@ def control(log_q: Tensor, targets: AnchoredTargets, theta: Tensor) -> tuple[Ten
     q = log_q.detach().exp()
     w, r = targets.weights.to(q), targets.inverse.to(q)
     in_head = torch.arange(w.shape[1], device=w.device) < targets.heads[:, None]
-    dense = torch.zeros_like(q)
-    head = dense.scatter_add(1, targets.ids, in_head.to(q)) > 0
-    p_head = dense.scatter_add(1, targets.ids, w * in_head)
-    m_p = (1 - p_head.sum(-1, keepdim=True)).clamp_min(0)
+    head = over.spread(q, targets.ids, in_head.to(q)) > 0
+    p_head = over.spread(q, targets.ids, w * in_head)
     q_tail = q.masked_fill(head, 0)
-    m_q = q_tail.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
-    o = (torch.minimum(p_head, q) * head).sum(-1, keepdim=True) + torch.minimum(m_p, m_q)
+    common = (torch.minimum(p_head, q) * head).sum(-1, keepdim=True)
+    sums = p_head.sum(-1, keepdim=True), q_tail.sum(-1, keepdim=True), common
+    in_heads, m_q, common = over.total(*sums)
+    (most,) = over.most(q_tail.amax(-1, keepdim=True))
+    m_p, m_q = (1 - in_heads).clamp_min(0), m_q.clamp_min(torch.finfo(q.dtype).tiny)
+    o = common + torch.minimum(m_p, m_q)
     trusted = o.square() * m_p
-    trusted = trusted * _agreed(trusted * q_tail.amax(-1, keepdim=True) / m_q, m_p, r)
+    trusted = trusted * _agreed(trusted * most / m_q, m_p, r)
     c = trusted * (q_tail / m_q)
-    met = c.gather(1, targets.ids)
+    met = over.pick(c, targets.ids)
     total = (met * r).sum(-1, keepdim=True)
-    added = total * (q_tail / m_q) - c * dense.scatter_add(1, targets.ids, r)
+    added = total * (q_tail / m_q) - c * over.spread(q, targets.ids, r)
     return theta.to(q) * added, _figures(w, met, r, trusted - total)
 
 

@@ -11,6 +11,11 @@ logits for the maximum, one for the sums and one read and write for the gradient
 kernel on CUDA, in cache-sized blocks on a CPU). Memory: one slice of logits and one float32 matrix
 of the weight's shape. A cap costs two more passes and one more slice; targets that are hidden
 states cost one more product, with the teacher's output layer, and one more slice.
+
+Where the vocabulary is cut over W ranks, each does its W-th of this. A slice of positions exchanges
+two all-reduces, of the largest logits with those of the entries, and of the sums: E + 2 numbers a
+position for a target of E - 1 entries and a label, E + 3 where T is not 1, 7 for hidden states. The
+backward pass has one, of the hidden states' gradient in their dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
@@ -35,6 +41,7 @@ from kdcache.loss.passes import (
     sparse_pass,
 )
 from kdcache.loss.reference import LossParts, check_loss, scalar_count, student_width
+from kdcache.loss.vocabulary import WHOLE, Cut, Vocabulary, gathered, located
 from kdcache.targets import (
     AnchoredTargets,
     DenseTargets,
@@ -75,6 +82,7 @@ def fused_linear_distillation(
     anchor: Anchor | None = None,
     cap: float | None = None,
     rows: int | None = None,
+    group: Cut = None,
 ) -> LossParts:
     """`distillation_loss` of ``hidden @ weight.T + bias`` without ever holding these logits.
 
@@ -85,9 +93,11 @@ def fused_linear_distillation(
     scaler underflows. Only `total` can be differentiated; it has no second derivative.
 
     Args:
-        hidden: [n, H] last hidden states of the positions.
-        weight: [V', H] output projection.
-        bias: [V'] or None.
+        hidden: [n, H] last hidden states of the positions; with `group` the same on all ranks, or
+            a DTensor, whose positions may be cut over them.
+        weight: [V', H] output projection; or this rank's rows of it, as a DTensor with ``Shard(0)``
+            or with `group`.
+        bias: [V'] or None; cut as the weight is.
         labels: see `distillation_loss`; so are `targets`, `alpha`, `tail`, `vocab_size`,
             `count`, `anchor`.
         targets: n positions, at the temperature T of the soft part.
@@ -100,6 +110,7 @@ def fused_linear_distillation(
         anchor: theta of anchored targets.
         cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
         rows: positions in a slice. Default: about 2^29 logits on a GPU, 2^24 on a CPU.
+        group: the ranks that the output layer is cut over; see `distillation_loss`.
 
     Returns:
         LossParts; `total` carries the gradient to `hidden`, `weight` and `bias`, whichever ask for
@@ -114,7 +125,16 @@ def fused_linear_distillation(
         raise UsageError(
             f"the fused loss knows forward-kl, not {divergence}; use sliced_linear_distillation."
         )
-    width = student_width(len(weight), targets, vocab_size)
+    hidden, summed = gathered(hidden)
+    weight, over, size = located(weight, 0, group, len(hidden))
+    if bias is not None:
+        bias, *_ = located(bias, 0, None, len(hidden))
+    if over.cut and isinstance(targets, ChunkTargets):
+        raise UsageError(
+            "targets of chunks need the whole output layer on each rank: a student of another "
+            "tokenizer cannot train with a vocabulary that is cut."
+        )
+    width = student_width(size, targets, vocab_size)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -137,7 +157,7 @@ def fused_linear_distillation(
     grad = torch.is_grad_enabled()
     anchor = applied(anchor, targets)
     theta = None if anchor is None else scalar(anchor.theta)
-    arguments = (each, divisor, options, width, dtype, theta, cap, rows, grad)
+    arguments = (each, divisor, options, width, dtype, theta, cap, rows, grad, over, summed)
     *parts, figures = _eagerly(hidden, weight, bias, labels, targets, *arguments)
     if anchor is not None:
         anchor.add(figures, divisor)
@@ -174,9 +194,14 @@ class _Fused(torch.autograd.Function):
         cap: float | None,
         rows: int | None,
         grad: bool,
+        over: Vocabulary = WHOLE,
+        summed: bool = False,
     ) -> tuple[Tensor, ...]:
         want_hidden, want_weight, want_bias = (grad and want for want in ctx.needs_input_grad[:3])
         n, size = hidden.shape
+        step = _rows(n, over.share(width), hidden.device, rows, over)
+        ids = over.rows(width)
+        width = ids.stop - ids.start  # of this rank
         h, w = hidden.to(dtype), weight.detach()[:width].to(dtype)
         b = None if bias is None else bias.detach()[:width].to(dtype)
         wide = options.alpha.dtype
@@ -191,14 +216,16 @@ class _Fused(torch.autograd.Function):
         )
         d_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if want_bias else None
         sums = torch.zeros(_sums(theta), dtype=wide, device=hidden.device)
-        step = _rows(n, width, hidden.device, rows)
         parts = _slices(targets, n, step)
         most = max((part.stop - part.start for part in parts), default=0)
-        buffer = torch.empty((most, width), dtype=dtype, device=hidden.device)
-        rebuilt = _Rebuilt(buffer, wide) if isinstance(targets, HiddenTargets) else None
+        # Spare columns: of a whole vocabulary none. As many as keep rows of logits aligned.
+        columns = -(-(width + 1) // _ALIGNED) * _ALIGNED if over.cut else width
+        buffer = torch.empty((most, columns), dtype=dtype, device=hidden.device)
+        rebuilt = _Rebuilt(buffer, wide, ids) if isinstance(targets, HiddenTargets) else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in parts:
-                z = buffer[: part.stop - part.start]
+                whole = buffer[: part.stop - part.start]
+                z = whole[:, :width]
                 if b is None:
                     torch.mm(h[part], w.T, out=z)
                 else:
@@ -208,7 +235,7 @@ class _Fused(torch.autograd.Function):
                     assert rebuilt is not None, "all slices are of one kind"
                     some = rebuilt(some)
                 given = labels[part], some, each[part]
-                sums += _logits_to_gradient_(z, *given, options, cap, theta)
+                sums += _logits_to_gradient_(whole, *given, options, cap, theta, over, ids)
                 if d_hidden is not None:
                     torch.mm(z, w, out=d_hidden[part])
                 if d_weight is not None:
@@ -217,6 +244,7 @@ class _Fused(torch.autograd.Function):
                     d_bias[:width] += z.sum(0, dtype=wide)
         ctx.save_for_backward(d_hidden, d_weight, d_bias, divisor)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        ctx.over = WHOLE if summed else over
         hard, soft = sums[:2] / divisor
         total = options.alpha * hard + (1 - options.alpha) * soft
         figures = sums[2:]
@@ -234,7 +262,13 @@ class _Fused(torch.autograd.Function):
             None if d is None else (d.to(scale.dtype) * scale).to(dtype)
             for d, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
-        return (*gradients, *[None] * 11)
+        if gradients[0] is not None:
+            (gradients[0],) = ctx.over.total(gradients[0])
+        return (*gradients, *[None] * 13)
+
+
+_ALIGNED = 64  # logits: rows of a buffer begin where matrix products are fast
+_NOTHING = -1e30  # a logit of probability 0 whose differences with others are finite
 
 
 class _Scratch(DenseTargets):
@@ -249,13 +283,15 @@ class _Rebuilt:
     compute dtype.
     """
 
-    def __init__(self, like: Tensor, wide: torch.dtype) -> None:
+    def __init__(self, like: Tensor, wide: torch.dtype, ids: slice) -> None:
         """Allocate.
 
         Args:
             like: the student's buffer.
             wide: dtype of the losses.
+            ids: of this rank.
         """
+        self._ids = ids
         gpu = like.is_cuda
         self._dtype = like.dtype if gpu else wide
         self._mixed = self._dtype != wide and _mixed_addmm(like.device, like.dtype)
@@ -263,17 +299,24 @@ class _Rebuilt:
 
     def __call__(self, targets: HiddenTargets) -> _Scratch:
         states, layer = targets.states.to(self._dtype), targets.layer
-        weight, bias = layer.on(states.device, self._dtype)
-        out = self._buffer[: len(states)]
+        weight, bias = layer.on(states.device, self._dtype, self._ids)
+        whole = self._buffer[: len(states)]
+        out = whole[:, : len(weight)]
         if self._mixed:
             mm: Any = torch.mm
             mm(states, weight.T, out_dtype=out.dtype, out=out)
         else:
             torch.mm(states, weight.T, out=out)
-        return _Scratch(
-            finish_(out if bias is None else out.add_(bias), layer.scale, layer.cap),
-            targets.temperature,
-        )
+        finish_(out if bias is None else out.add_(bias), layer.scale, layer.cap)
+        _fill_spare_(whole, len(weight), _NOTHING)
+        return _Scratch(whole, targets.temperature)
+
+
+def _fill_spare_(z: Tensor, width: int, value: float) -> None:
+    """Columns of no id have no probability."""
+    if width < z.shape[1]:
+        least = torch.finfo(z.dtype).min
+        z[:, width:] = value if value == -torch.inf else max(value, least)
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
@@ -291,15 +334,22 @@ def _sums(theta: Tensor | None) -> int:
     return 2 if theta is None else 2 + FIGURES
 
 
-def _rows(n: int, width: int, device: torch.device, rows: int | None) -> int:
+def _rows(
+    n: int, width: int, device: torch.device, rows: int | None, over: Vocabulary = WHOLE
+) -> int:
     """Positions in a slice, evened out so that the last slice is not a sliver."""
     if rows is None:
         # A GPU wants large products. On a CPU 128 rows of a 128k vocabulary reach the full speed of
         # the products, and the buffer (64 MiB) stays small against the weight.
         budget, most = (2**29, 16384) if device.type == "cuda" else (2**24, 1024)
-        rows = min(max(budget // width, 64), most)
+        if over.cut and device.type == "cuda" and not compiles():
+            budget = _EAGER  # a slice is one block
+        rows = min(max(budget // max(width, 1), 64), most)
     slices = max(-(-n // rows), 1)
     return max(-(-n // slices), 1)
+
+
+_EAGER = 2**26  # logits of a block on a GPU without a compiler
 
 
 def _slices(targets: Targets | ChunkTargets, n: int, step: int) -> list[slice]:
@@ -317,8 +367,12 @@ def _logits_to_gradient_(
     options: _Options,
     cap: float | None = None,
     theta: Tensor | None = None,
+    over: Vocabulary = WHOLE,
+    own: slice = slice(None),
 ) -> Tensor:
     """Replace what the layer gives, [n, V], by the gradient of the summed loss with respect to it.
+
+    Of a vocabulary that is cut, z are the logits of this rank's own ids, and spare columns.
 
     Returns:
         [2] hard and soft sums; with theta, of anchored targets, [7]: and an anchor's figures.
@@ -328,35 +382,42 @@ def _logits_to_gradient_(
     valid_each = valid * each
     fast = z.is_cuda and compiles()
     # Eager passes are cheap on a CPU only while a block stays in its cache. On a GPU a block must
-    # outlast the launches of its operations. A compiled pass takes the whole slice.
-    block = len(z) if fast else max((2**26 if z.is_cuda else 2**20) // z.shape[1], 1)
+    # outlast the launches of its operations. A compiled pass takes the whole slice, and so does one
+    # that waits for other ranks.
+    whole = fast or over.cut
+    block = len(z) if whole else max((_EAGER if z.is_cuda else 2**20) // z.shape[1], 1)
+    more: dict[str, Any] = {"over": over} if over.cut else {}
     sums = torch.zeros(_sums(theta), dtype=each.dtype, device=z.device)
     tensors: tuple[Tensor, ...]
     for part in _slices(targets, len(z), block):
         zs, label = z[part], ids[part]
+        width = zs.shape[1] if not over.cut else own.stop - own.start
         slope = None if cap is None else (compiled(cap_) if fast else cap_)(zs, cap)
+        if over.cut:
+            sparse = isinstance(targets, SparseTargets)
+            _fill_spare_(zs, width, -torch.inf if sparse else _NOTHING)
         if isinstance(targets, ChunkTargets):
             sums += chunk_gradient_(zs, label, valid_each[part], targets[part], options.alpha)
             if slope is not None:
                 zs.mul_(slope)
             continue
         if isinstance(targets, DenseTargets):
-            entries = label
-            x = zs.gather(1, entries).to(each.dtype)
-            tensors = (
-                zs,
-                x,
-                targets.logits[part].to(each.dtype),
-                label,
-                valid_each[part],
-                each[part],
-            )
-            scratch = isinstance(targets, _Scratch) and not fast
-            function: Pass = scratch_pass if scratch else dense_pass
+            at = over.columns(label, zs.shape[1])
+            x = zs.gather(1, at).to(each.dtype)
+            teacher = targets.logits[part].to(each.dtype)
+            scratch = isinstance(targets, _Scratch)
+            if over.cut and not scratch:
+                teacher = F.pad(
+                    teacher[:, own].clamp_min(_NOTHING), (0, zs.shape[1] - width), value=_NOTHING
+                )
+            tensors = (zs, x, teacher, at, valid_each[part], each[part])
+            in_place = over.cut or (scratch and not fast)
+            function: Pass = scratch_pass if in_place else dense_pass
         else:
             entries = torch.cat([targets.ids[part], label], 1)
-            x = zs.gather(1, entries).to(each.dtype)
-            zs.scatter_(1, entries, -torch.inf)
+            at = over.columns(entries, zs.shape[1])
+            x = zs.gather(1, at).to(each.dtype)
+            zs.scatter_(1, at, -torch.inf)
             w, rest = targets.weights[part], targets.tail[part]
             tensors = (zs, x, entries, w, rest, valid_each[part], each[part])
             function = sparse_pass
@@ -364,10 +425,10 @@ def _logits_to_gradient_(
                 assert isinstance(targets, AnchoredTargets), "theta is of anchored targets"
                 tensors += (targets.inverse[part].to(each.dtype), targets.heads[part], theta)
                 function = anchored_pass
-        losses, d_entries = (compiled(function) if fast else function)(*tensors, *options)
+        losses, d_entries = (compiled(function) if fast else function)(*tensors, *options, **more)
         # Written, not added: these values were made in float32 (softmax minus target cancels), and
         # equal ids carry equal values, so the result does not depend on the order of the writes.
-        zs.scatter_(1, entries, d_entries.to(zs.dtype))
+        zs.scatter_(1, at, d_entries.to(zs.dtype))
         if slope is not None:
             zs.mul_(slope)
         sums += losses

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.loss.anchor import control_of_entries, weighted
+from kdcache.loss.vocabulary import WHOLE, Vocabulary
 
 Pass = Callable[..., Any]
 
@@ -41,6 +42,7 @@ def sparse_pass(
     unit: bool,
     exact: bool,
     anchored: tuple[Tensor, Tensor, Tensor] | None = None,
+    over: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """One slice against sparse targets: z becomes the gradient outside the entries.
 
@@ -62,6 +64,7 @@ def sparse_pass(
         unit: T = 1.
         exact: add the teacher's negative entropy: KL instead of cross-entropy.
         anchored: [n, E - 1] inverse inclusion probabilities, [n] entries of the head, and theta.
+        over: what the logits are summed over; entries of other ranks have the logit -inf.
 
     Returns:
         [2] summed hard and soft loss (anchored [7]: with an anchor's figures), and [n, E] gradient
@@ -78,20 +81,21 @@ def sparse_pass(
 
     # In place throughout: on a CPU a pass over the logits costs more than its arithmetic; compiled,
     # it makes no difference. `e` is z itself where no wider dtype is needed.
-    top = z.amax(-1, keepdim=True).to(x.dtype)
+    top, x = over.most(z.amax(-1, keepdim=True).to(x.dtype), x)
     # All logits count from the largest: sums of large ones would be rounded to 1e-7 of their size.
     peak = torch.maximum(top, x.amax(-1, keepdim=True))
     e = z.to(x.dtype).sub_(torch.where(top > -torch.inf, top, 0))
     x, top = x - peak, torch.where(top > -torch.inf, top - peak, 0)
     e_soft = e if unit else e.mul(inverse_t).exp_()
     e.exp_()
-    others = e.sum(-1, keepdim=True).log() + top
+    inner = over.total(*(s.sum(-1, keepdim=True) for s in ((e,) if unit else (e, e_soft))))
+    others = inner[0].log() + top
     lse = torch.cat([others, torch.where(first, x, -torch.inf)], -1).logsumexp(-1, keepdim=True)
     if unit:
         y, top_t, others_t, lse_t = x, top, others, lse
     else:
         y, top_t = x * inverse_t, top * inverse_t
-        others_t = e_soft.sum(-1, keepdim=True).log() + top_t
+        others_t = inner[1].log() + top_t
         lse_t = torch.cat([others_t, torch.where(first, y, -torch.inf)], -1).logsumexp(
             -1, keepdim=True
         )
@@ -146,10 +150,11 @@ def anchored_pass(
     inverse_t: Tensor,
     unit: bool,
     exact: bool,
+    over: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """`sparse_pass` of anchored targets."""
     options = alpha, inverse_t, unit, exact
-    return sparse_pass(z, x, ids, w, rest, valid, each, *options, (inverse, heads, theta))
+    return sparse_pass(z, x, ids, w, rest, valid, each, *options, (inverse, heads, theta), over)
 
 
 def dense_pass(
@@ -200,28 +205,36 @@ def scratch_pass(
     inverse_t: Tensor,
     unit: bool,
     exact: bool,
+    over: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """`dense_pass` in place, of finite teacher logits that may be overwritten: half its time on a
-    CPU, where each new [n, V] tensor leaves the cache.
+    CPU, where each new [n, V] tensor leaves the cache. The one of a vocabulary that is cut.
     """
     assert exact, "dense targets are exact"
     valid, each = valid[:, None], each[:, None]
-    top = z.amax(-1, keepdim=True).to(x.dtype)
+    top, peak = z.amax(-1, keepdim=True).to(x.dtype), teacher.amax(-1, keepdim=True)
+    top, peak, x = over.most(top, peak, x)
     y = z.to(x.dtype).sub_(top)  # z itself where no wider dtype is needed
-    t = teacher.sub_(teacher.amax(-1, keepdim=True))
+    t = teacher.sub_(peak)
     y_t = y
     if not unit:
         t.mul_(inverse_t)
         y_t = y * inverse_t
     q = t.exp()
     mass = q.sum(-1, keepdim=True)
-    q.div_(mass)
+    if not over.cut:  # before its sum over ranks, a rank's own may be 0
+        q.div_(mass)
     gap = t.sub_(y_t)
     p_t = y_t.exp_()
     total_t = p_t.sum(-1, keepdim=True)
-    kl = gap.mul_(q).sum(-1, keepdim=True) - mass.log() + total_t.log()
+    kl = gap.mul_(q).sum(-1, keepdim=True)
     p = p_t if unit else y.exp_()
     total = total_t if unit else p.sum(-1, keepdim=True)
+    if over.cut:
+        kl, mass, total_t, total = over.total(kl, mass, total_t, total)
+        kl = kl / mass
+        q.div_(mass)
+    kl = kl - mass.log() + total_t.log()
     hard, soft = valid * (total.log() - (x - top)), each * kl / inverse_t**2
     c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t
     d_label = c_hard * (p.gather(1, label) / total - 1)
@@ -239,7 +252,7 @@ def compiled(function: Pass) -> Pass:
     """`function` under torch.compile."""
     fast = torch.compile(function)
 
-    def call(z: Tensor, *rest: Any) -> Any:
+    def call(z: Tensor, *rest: Any, **more: Any) -> Any:
         # The vocabulary stays a constant of the kernel; the numbers of positions and entries change
         # with every batch.
         for tensor in (z, *rest):
@@ -247,6 +260,6 @@ def compiled(function: Pass) -> Pass:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 if tensor.ndim == 2 and tensor.shape[1] != z.shape[1]:
                     torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        return fast(z, *rest)
+        return fast(z, *rest, **more)
 
     return call

@@ -1,7 +1,8 @@
 """The readable distillation loss: plain autograd over whole logits; every divergence, every target.
 
 Cost: several [positions, vocabulary] float32 copies. For large vocabularies see
-`kdcache.loss.fused`, which is tested against this file.
+`kdcache.loss.fused`, which is tested against this file. Where the vocabulary is cut over ranks,
+each has its slice of these copies, and the ranks exchange some numbers a position.
 
 Log-probabilities of labels, from logits or from the states below a linear head.
 """
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import Anchor, applied, control, weighted
+from kdcache.loss.vocabulary import WHOLE, Cut, VocabSlice, Vocabulary, gathered, located
 from kdcache.targets import (
     AnchoredTargets,
     DenseTargets,
@@ -134,6 +136,7 @@ def distillation_loss(
     count: float | Tensor | None = None,
     position_weights: Tensor | None = None,
     anchor: Anchor | None = None,
+    group: Cut = None,
 ) -> LossParts:
     """The readable reference: hard and soft loss from the student's logits.
 
@@ -151,7 +154,7 @@ def distillation_loss(
 
     Args:
         logits: [n, V'] of any float dtype; the loss works in float32, or in float64 if they are
-            float64.
+            float64. Or this rank's columns of them, as a DTensor with ``Shard(1)`` or with `group`.
         labels: int [n], -100 where there is none.
         targets: n positions, at the temperature T of the soft part.
         alpha: weight of the hard loss, 0 to 1.
@@ -164,6 +167,11 @@ def distillation_loss(
             the sum of `position_weights`.
         position_weights: [n] weight of each position. Default: 1.
         anchor: theta of anchored targets, which also counts this step. Default: theta = 0.
+        group: the ranks that the vocabulary is cut over, in their order: a process group, whose
+            ranks tell each other how many outputs each has in every call, or a `VocabSlice`, which
+            was made once. All of them have the same positions, labels and targets, and get the same
+            loss; sums over ranks, such as an anchor's, are those over other positions. Default: the
+            vocabulary is whole.
 
     Returns:
         LossParts, connected to `logits`; zeros for n = 0.
@@ -173,21 +181,30 @@ def distillation_loss(
     """
     check_loss(targets, divergence=divergence, tail=tail)
     temperature = targets.temperature
-    z = logits[:, : student_width(logits.shape[-1], targets, vocab_size)]
-    z = z if z.dtype == torch.float64 else z.float()
+    logits, over, size = located(logits, 1, group, len(labels))
+    width = student_width(size, targets, vocab_size)
+    ids = over.rows(width)
+    z = logits[:, : ids.stop - ids.start]
+    z = over.widened(z if z.dtype == torch.float64 else z.float())
     if isinstance(targets, HiddenTargets):
-        targets = targets.dense(z.dtype)
+        targets = targets.dense(z.dtype, ids)
+    elif isinstance(targets, DenseTargets) and over.cut:
+        targets = DenseTargets(targets.logits[:, ids], temperature)
     valid = labels >= 0
-    hard = F.cross_entropy(z, labels.long().masked_fill(~valid, 0), reduction="none") * valid
+    label = labels.long().masked_fill(~valid, 0)[:, None]
+    hard = -over.pick(over.log_softmax(z), label)[:, 0] * valid
     if divergence == "mse":
-        soft = (z - _dense(targets).logits.to(z)).square().mean(-1)
+        error = (over.own(z) - _dense(targets).logits.to(z)).square().sum(-1, keepdim=True)
+        soft = over.total(error)[0][:, 0] / width
     else:
-        soft = temperature**2 * _divergence(_heated(z, temperature), targets, divergence, tail)
+        heated = _heated(z, temperature, over)
+        soft = temperature**2 * _divergence(heated, targets, divergence, tail, over)
     anchor = applied(anchor, targets)
     if anchor is not None and isinstance(targets, AnchoredTargets):
-        log_q = F.log_softmax(_heated(z, temperature), -1)
-        added, figures = control(log_q, targets, anchor.theta.to(z.device))
-        pull = -(added * log_q).sum(-1)
+        log_q = over.log_softmax(_heated(z, temperature, over))
+        added, figures = control(log_q, targets, anchor.theta.to(z.device), over)
+        (pull,) = over.total(-(over.own(added) * over.own(log_q)).sum(-1, keepdim=True))
+        pull = pull[:, 0]
         soft = soft + temperature**2 * (pull - pull.detach())
         anchor.add(weighted(figures, position_weights), scalar_count(hard, count, position_weights))
     return loss_parts(hard, soft, alpha, count, position_weights)
@@ -208,6 +225,7 @@ def sliced_linear_distillation(
     position_weights: Tensor | None = None,
     cap: float | None = None,
     rows: int = 1024,
+    group: Cut = None,
 ) -> LossParts:
     """`distillation_loss` of ``hidden @ weight.T + bias``, slice by slice, for any divergence.
 
@@ -228,6 +246,7 @@ def sliced_linear_distillation(
         position_weights: [n] weight of each position.
         cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
         rows: positions in a slice.
+        group: see `fused_linear_distillation`.
 
     Returns:
         LossParts, connected to `hidden`, `weight` and `bias`.
@@ -235,6 +254,12 @@ def sliced_linear_distillation(
     Raises:
         UsageError: see `distillation_loss`.
     """
+    hidden, summed = gathered(hidden)
+    weight, over, _ = located(weight, 0, group, len(hidden))
+    if bias is not None:
+        bias, *_ = located(bias, 0, None, len(hidden))
+    if not summed:
+        hidden = over.shared(hidden)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     like = torch.empty((len(hidden), 0), dtype=wide, device=hidden.device)
     divisor = scalar_count(like, count, position_weights)
@@ -251,6 +276,7 @@ def sliced_linear_distillation(
             vocab_size=vocab_size,
             count=divisor,
             position_weights=None if position_weights is None else position_weights[piece],
+            group=over if isinstance(over, VocabSlice) else None,
         )
 
     # At least one slice, so that an empty batch is connected to the weight too (DDP waits for it).
@@ -266,36 +292,46 @@ def soft_capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * (x / cap).tanh()
 
 
-def _heated(z: Tensor, temperature: float) -> Tensor:
+def _heated(z: Tensor, temperature: float, over: Vocabulary) -> Tensor:
     """z [n, V] / T, counted from each row's largest: dividing large logits would round them."""
-    return z if temperature == 1 else (z - z.detach().amax(-1, keepdim=True)) / temperature
+    if temperature == 1:
+        return z
+    (top,) = over.most(z.detach().amax(-1, keepdim=True))
+    return (z - top) / temperature
 
 
 def _divergence(
-    z: Tensor, targets: DenseTargets | SparseTargets, divergence: str, tail: str
+    z: Tensor,
+    targets: DenseTargets | SparseTargets,
+    divergence: str,
+    tail: str,
+    over: Vocabulary = WHOLE,
 ) -> Tensor:
     """Divergence of each position; z [n, V] is already divided by T."""
-    student = F.log_softmax(z, -1)
+    student = over.log_softmax(z)
     if isinstance(targets, DenseTargets):
-        teacher = F.log_softmax(_heated(targets.logits.to(z), targets.temperature), -1)
-        return coarse_divergence(teacher, student, divergence)
+        logits = over.widened(targets.logits.to(z))
+        teacher = over.log_softmax(_heated(logits, targets.temperature, over))
+        return over.total(coarse_divergence(teacher, student, divergence)[:, None])[0][:, 0]
     w, ids = targets.weights.to(z), targets.ids
+    entries = over.pick(student, ids)
     if not targets.exact:
-        return -(w * student.gather(-1, ids)).sum(-1)
+        return -(w * entries).sum(-1)
     used = w > 0
     nothing = torch.full_like(w, -torch.inf)
     teacher = torch.where(used, w.clamp_min(torch.finfo(w.dtype).tiny).log(), nothing)
-    chosen = torch.where(used, student.gather(-1, ids), nothing)
+    chosen = torch.where(used, entries, nothing)
     if tail == "renormalize":
         total = w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         return coarse_divergence(teacher - total.log(), chosen, divergence)
-    inside = torch.zeros_like(z).scatter_add(-1, ids, w) > 0
+    inside = over.spread(z, ids, w) > 0
     # A top-k of the whole vocabulary has no tail: there is no outcome to compare, whatever rounding
     # left in `rest`.
-    has_tail = ~inside.all(-1, keepdim=True)
+    (left,) = over.most((~over.own(inside)).any(-1, keepdim=True).to(z))
+    has_tail = left > 0
     outside = torch.where(
         has_tail,
-        student.masked_fill(inside & has_tail, -torch.inf).logsumexp(-1, keepdim=True),
+        over.logsumexp(student.masked_fill(inside & has_tail, -torch.inf)),
         nothing[:, :1],
     )
     # Probabilities were stored as float32: a tail below its resolution is unknown, not impossible.

@@ -125,9 +125,11 @@ class HiddenTargets(_Positions):
             return self.stored
         return from_levels(self.stored, self.steps, *self.layer.channels(self.stored.device))
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> DenseTargets:
-        """The logits, rebuilt at this precision: V numbers a position, so of a few at a time."""
-        return DenseTargets(self.layer.logits(self.states.to(dtype)), self.temperature)
+    def dense(self, dtype: torch.dtype = torch.float32, ids: slice = slice(None)) -> DenseTargets:
+        """The logits of some ids (default: of all), rebuilt at this precision: V numbers a
+        position, so of a few at a time.
+        """
+        return DenseTargets(self.layer.logits(self.states.to(dtype), ids), self.temperature)
 
 
 @dataclass(frozen=True, eq=False)

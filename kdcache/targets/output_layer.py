@@ -111,12 +111,14 @@ class OutputLayer:
         """D, numbers of a state."""
         return self.weight.shape[1]
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias on a device; the copy is made once."""
-        key = (device, dtype)
+    def on(
+        self, device: torch.device, dtype: torch.dtype, ids: slice = slice(None)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of some ids on a device; the copy is made once."""
+        key = (device, dtype, *ids.indices(self.vocab_size))
         if key not in self._copies:
-            bias = None if self.bias is None else self.bias.to(device, dtype)
-            self._copies[key] = self.weight.to(device, dtype), bias
+            bias = None if self.bias is None else self.bias[ids].to(device, dtype)
+            self._copies[key] = self.weight[ids].to(device, dtype), bias
         copies: tuple[Tensor, Tensor | None] = self._copies[key]
         return copies
 
@@ -129,17 +131,18 @@ class OutputLayer:
         copies: tuple[Tensor, Tensor] = self._copies[device]
         return copies
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, ids: slice = slice(None)) -> Tensor:
         """The logits of some positions: a slice's, as many as fit the memory.
 
         Args:
             states: [n, D] of any float dtype.
+            ids: consecutive ones. Default: all V.
 
         Returns:
-            [n, V] on the device of `states`; in float64 if these are, else in float32.
+            [n, ids] on the device of `states`; in float64 if these are, else in float32.
         """
         dtype = torch.promote_types(states.dtype, torch.float32)
-        weight, bias = self.on(states.device, dtype)
+        weight, bias = self.on(states.device, dtype, ids)
         projected = torch.nn.functional.linear(states.to(dtype), weight, bias)
         return finish_(projected, self.scale, self.cap)
 

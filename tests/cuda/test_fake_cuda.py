@@ -13,7 +13,7 @@ from fake import Waits, every_wait_is_seen, fake_cuda, on_fake_cuda
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdcache.loss import Anchor, fused, fused_linear_distillation
+from kdcache.loss import Anchor, VocabSlice, fused, fused_linear_distillation
 from kdcache.rows import Row
 from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
@@ -175,7 +175,9 @@ TYPES = [
 
 @pytest.mark.parametrize(("states", "weights", "autocast"), TYPES)
 @pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense", "hidden", "levels"])
-@pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (2.0, 30.0)])
+@pytest.mark.parametrize(
+    ("temperature", "cap", "ranks"), [(1.0, None, 1), (2.0, 30.0, 1), (2.0, 30.0, 8)]
+)
 def test_the_fused_loss_keeps_devices_and_dtypes(
     states: torch.dtype,
     weights: torch.dtype,
@@ -183,16 +185,20 @@ def test_the_fused_loss_keeps_devices_and_dtypes(
     kind: str,
     temperature: float,
     cap: float | None,
+    ranks: int,
 ) -> None:
     n, width, vocabulary = 700, 32, 12_800
+    rows = vocabulary + 64
+    group = VocabSlice("0", ranks, 0, rows, rows) if ranks > 1 else None
     with fake_cuda(), mock.patch.object(fused, "_mixed_addmm", return_value=False):
         hidden = torch.zeros(n, width, dtype=states, device="cuda")
-        weight = torch.zeros(vocabulary + 64, width, dtype=weights, device="cuda")
-        bias = torch.zeros(vocabulary + 64, dtype=weights, device="cuda")
+        weight = torch.zeros(rows, width, dtype=weights, device="cuda")
+        bias = torch.zeros(rows, dtype=weights, device="cuda")
         labels = torch.zeros(n, dtype=torch.int64, device="cuda")
+        targets = fake_targets(kind, n, vocabulary, temperature)
         with Waits() as waits, under(autocast):
             parts, gradients = forward_and_backward(
-                hidden, weight, bias, labels, fake_targets(kind, n, vocabulary, temperature), cap
+                hidden, weight, bias, labels, targets, cap, group
             )
     assert [(p.dtype, p.device.type, p.ndim) for p in parts] == 3 * [(FLOAT32, "cuda", 0)]
     assert [(g.dtype, g.shape, str(g.device)) for g in gradients] == [
@@ -238,6 +244,7 @@ def forward_and_backward(
     labels: Tensor,
     targets: Targets,
     cap: float | None,
+    group: VocabSlice | None,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Loss and gradients; the backward pass is called by hand, for the autograd engine starts a
     thread on the device."""
@@ -264,7 +271,7 @@ def forward_and_backward(
     with mock.patch.object(fused, "_eagerly", apply):
         parts = fused_linear_distillation(
             hidden, weight, bias, labels, targets, alpha=0.5,
-            vocab_size=weight.shape[0] - 64, cap=cap, rows=256, anchor=anchor,
+            vocab_size=weight.shape[0] - 64, cap=cap, rows=256, anchor=anchor, group=group,
         )  # fmt: skip
     anchor.update()
     assert anchor.theta.device.type == "cuda"

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from fake import fake_cuda
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kdcache.loss import fused, passes
+from kdcache.loss import VocabSlice, fused, passes
 from kdcache.targets import Anchored, Codec
 from kdcache.targets.device import Rule, blocked_sample, label_logprobs, run, topk
 
@@ -199,6 +200,40 @@ def test_the_loss_reads_its_logits_three_times_at_most(
     # Maximum and sums may share a pass; the last one writes the gradient in place.
     assert 2 <= len(code.passes(code.argument(POSITIONS, IDS), POSITIONS * IDS)) <= 3
     assert code.largest_buffer < POSITIONS * IDS // 8
+
+
+@pytest.fixture
+def eight_ranks() -> Iterator[str]:
+    """The name of a group whose other ranks are never asked."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield distributed.group.WORLD.group_name
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_cut_vocabularys_loss_exchanges_within_its_one_graph(
+    eight_ranks: str, unit: bool
+) -> None:
+    own = IDS // 8 + 32  # spare columns behind this rank's ids
+    over = VocabSlice(eight_ranks, 8, 0, IDS // 8, IDS)
+    with fake_cuda(symbolic=True), torch.no_grad():
+        code = written_for_h100(
+            functools.partial(passes.sparse_pass, over=over),
+            fake(POSITIONS, own, dtype=torch.bfloat16),
+            fake(POSITIONS, ENTRIES),
+            fake(POSITIONS, ENTRIES, dtype=torch.int64),
+            fake(POSITIONS, ENTRIES - 1),
+            *(fake(POSITIONS) for _ in range(3)),
+            fake(),
+            fake(),
+            unit,
+            False,
+        )
+    assert code.text.count("_c10d_functional.all_reduce_.default(") == 2
+    assert len(code.launches) <= 12
+    assert not code.library_calls
+    assert 2 <= len(code.passes(code.argument(POSITIONS, own), POSITIONS * own)) <= 3
+    assert code.largest_buffer < POSITIONS * own // 8
 
 
 def test_an_anchored_sample_reads_the_logits_once() -> None:
