@@ -3,6 +3,7 @@
     python benchmarks/stream.py [--markdown]                      # logits made up, 128,256 ids
     python benchmarks/stream.py --logits smollm2_logits.npy       # a teacher's, [positions, V]
     python benchmarks/stream.py --ranks [--markdown]              # 4 alone: ranks of a cluster
+    python benchmarks/stream.py --states [--markdown]             # 5 alone: hidden states
 
 The logits of some thousand positions are encoded with the real codecs, again and again with new
 noise, and shards are filled with the outcome in random order: rows of 1,024 positions, frequency
@@ -20,6 +21,9 @@ links; the system's page cache holds them all, so disks are not measured.
 4. Ranks of trainings with many workers, each in a new process of its own: what a rank reads, its
    first batch, its memory, and its CPU time a position, beside one worker that reads everything.
    A rank works alone here: the sum of the counts, 8 bytes a step over the network, is left out.
+5. Hidden states by type and width D: the stages of 1, what a batch holds of each position, which is
+   what goes to a GPU, and the peak memory of 3. States are Gaussian, which deflate shrinks a little
+   less than SmolLM2's.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,13 +49,15 @@ from results import keep, machine, memory_mib, table
 from torch import Tensor
 
 from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.layer_file import layer_bytes
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row
 from kdcache.stream import ShardRows, TargetStream, order
-from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
+from kdcache.targets import Codec, Hidden, OutputLayer, SoftTargets, TargetWriter, position_uniform
 from kdcache.targets.soft import read_ranks
 
+STATES = (("int8", 1024), ("int8", 2048), ("int8", 4096), ("float16", 4096), ("bfloat16", 4096))
 CODECS = (("sample:20", (1.0,)), ("sample:20", (1.0, 2.0)), ("topk:64", (1.0,)))
 ROW = 1024
 SLICE = 256
@@ -103,7 +110,12 @@ def make_shard(targets: SoftTargets, positions: int, seed: int) -> ShardData:
 
 
 def make_cache(
-    folder: Path, codec: Codec, shards: Iterable[ShardData], ranks: bytes, spans: int
+    folder: Path,
+    codec: Codec,
+    shards: Iterable[ShardData],
+    ranks: bytes,
+    spans: int,
+    layer: bytes = b"",
 ) -> str:
     """A sealed cache of `spans` shards, those after the given ones linked to them."""
     spec = CacheSpec(
@@ -123,9 +135,11 @@ def make_cache(
         codec=str(codec),
         temperatures=codec.temperatures,
         seed=0,
-        ranks=hashlib.sha256(ranks).hexdigest(),
+        ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+        output_layer=hashlib.sha256(layer).hexdigest() if layer else None,
     )
-    cache = Cache.create_or_resume(str(folder), spec, tokenizer_files={}, ranks=ranks)
+    given: dict[str, Any] = {"tokenizer_files": {}, "ranks": ranks, "output_layer": layer}
+    cache = Cache.create_or_resume(str(folder), spec, **given)
     entries = [cache.commit(span, shard) for span, shard in enumerate(shards)]
     for span in range(len(entries), spans):
         entry = entries[span % DISTINCT]
@@ -246,6 +260,40 @@ def speed(ranks: bytes, scratch: Path, options: argparse.Namespace) -> str:
             }
         )
         print(header[-1], lines[-1], flush=True)
+    return table(header, [[stage, *(line[stage] for line in lines)] for stage in lines[0]])
+
+
+def states(_: bytes, scratch: Path, options: argparse.Namespace) -> str:
+    """The same of hidden states, with what a batch holds and the memory of a reader."""
+    header, lines = ["CPU time a position, µs"], []
+    for dtype, width in STATES:
+        generator = torch.Generator().manual_seed(0)
+        sizes = torch.logspace(-1, 1, width)
+        some = torch.randn(4096, width, generator=generator) * sizes
+        layer = OutputLayer(torch.randn(1024, width, generator=generator))
+        layer = layer.with_channels(some.mean(0), some.std(0))
+        codec = Hidden(1024, (1.0,), dtype, layer)
+        targets = TargetWriter(codec).write(some)
+        size = int(options.shard_bytes / codec.bytes_per_position)
+        shards = (make_shard(targets, size, seed) for seed in range(DISTINCT))
+        url = make_cache(
+            scratch / f"{dtype}-{width}", codec, shards, b"", DISTINCT, layer_bytes(layer)
+        )
+        manifest, found = Cache.open(url).manifest, stages(url, options)
+        batch: Any = next(iter(TargetStream(url, batch_size=1)))["targets"]
+        held = sum(tensor.nbytes for tensor in batch._tensors().values())
+        memory = watch(url, options)
+        n, header = manifest.positions, [*header, f"`hidden:{dtype}`, D = {width:,}"]
+        lines.append(
+            {stage: f"{seconds / n * 1e6:.2f}" for stage, (seconds, _) in found.items()}
+            | {
+                "stored bytes per position": f"{manifest.bytes / n:,.0f}",
+                "bytes of a batch per position": f"{held / len(batch):,.0f}",
+                "memory above imports, MiB": f"{memory['peak'] - memory['before']:,.0f}",
+            }
+        )
+        print(header[-1], lines[-1], flush=True)
+        shutil.rmtree(url)
     return table(header, [[stage, *(line[stage] for line in lines)] for stage in lines[0]])
 
 
@@ -379,6 +427,8 @@ def main() -> None:
     add("--scratch", help="folder for the caches; default: the system's")
     add("--markdown", action="store_true", help="keep the outcome in RESULTS.md")
     add("--ranks", action="store_true", help="only 4, kept in a section of its own")
+    add("--states", action="store_true", help="only 5, kept in a section of its own")
+    add("--shard-bytes", type=float, default=2**26, help="of a shard of hidden states, about")
     add("--rank-shard", type=int, default=1 << 17, help="positions of a shard where ranks read")
     add("--rank-shards", type=int, default=15, help="shards a rank reads in a round")
     add("--watch", help=argparse.SUPPRESS)
@@ -390,16 +440,19 @@ def main() -> None:
         return
     if options.logits:
         options.vocab = np.load(options.logits, mmap_mode="r").shape[1]
-    made_by = (ranks,) if options.ranks else (speed, scale)
-    usual = rank_table(options)
+    made_by = (ranks,) if options.ranks else (states,) if options.states else (speed, scale)
+    usual = b"" if options.states else rank_table(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         tables = [make(usual, Path(scratch), options) for make in made_by]
     source = "logits of a teacher" if options.logits else "made-up logits"
+    source = "made-up states" if options.states else f"{source}, {options.vocab:,} ids"
     load = f"load average {os.getloadavg()[0]:.0f}"
-    text = "\n\n".join([f"{source}, {options.vocab:,} ids; {machine()}; {load}.", *tables])
+    text = "\n\n".join([f"{source}; {machine()}; {load}.", *tables])
     print(text)
     if options.markdown:
         section, command = ("stream-ranks", " --ranks") if options.ranks else ("stream", "")
+        if options.states:
+            section, command = "stream-states", " --states"
         keep(section, f"`python benchmarks/stream.py{command}`: {text}")
 
 

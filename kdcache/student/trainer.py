@@ -20,13 +20,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -41,6 +41,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
+from kdcache.student.copies import Copies
 from kdcache.student.figures import Totals, hard_labels, parts_of, soft_name
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import shard_over_ranks
@@ -186,7 +187,11 @@ class DistillationTrainer(CheckpointingTrainer):
             labels = inputs.get("labels") if self.args.device.type == "cuda" else None
             at = None if labels is None else host_positions(labels, self.model.task)
             inputs = inputs if at is None else {**inputs, "label_positions": at}
-        return dict(send_to_device(inputs, self.args.device, non_blocking=True))
+        return self._copies(inputs)
+
+    @cached_property
+    def _copies(self) -> Copies:
+        return Copies(self.args.device)
 
     # Training
 

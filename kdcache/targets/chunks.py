@@ -228,6 +228,12 @@ class ChunkTargets:
         """Copy to page-locked memory."""
         return self._changed(lambda value: value.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """See `SparseTargets.record_stream`."""
+        for values in (self.likelihood, self.soft):
+            if values is not None:
+                values.record_stream(stream)
+
     def _changed(self, change: Callable[[Any], Any]) -> ChunkTargets:
         soft = None if self.soft is None else change(self.soft)
         return replace(self, likelihood=change(self.likelihood), soft=soft)

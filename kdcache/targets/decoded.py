@@ -54,6 +54,11 @@ class _Positions:
         """Copy to page-locked memory."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Memory of these is not used again before the work that this stream has now is done."""
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
     @classmethod
     def concat(cls: type[Self], parts: Sequence[Self]) -> Self:
         """Join positions; narrower sparse targets are filled up with unused slots.

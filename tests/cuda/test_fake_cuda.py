@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fake import Waits, every_wait_is_seen, fake_cuda, on_fake_cuda
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcache.loss import Anchor, VocabSlice, fused, fused_linear_distillation
@@ -18,6 +20,7 @@ from kdcache.rows import Row
 from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import Watch
+from kdcache.student.copies import Copies
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_positions
 from kdcache.targets import (
@@ -211,30 +214,32 @@ def under(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object
     return torch.autocast("cuda", dtype) if dtype is not None else contextlib.nullcontext()
 
 
-def fake_targets(kind: str, n: int, vocabulary: int, temperature: float) -> Targets:
+def fake_targets(
+    kind: str, n: int, vocabulary: int, temperature: float, device: str = "cuda"
+) -> Targets:
     if kind in ("hidden", "levels"):
-        weight = torch.zeros(vocabulary, 48, dtype=BFLOAT16, device="cuda")
-        channels = {name: torch.ones(48, device="cuda") for name in ("mean", "unit")}
-        bias = torch.zeros(vocabulary, device="cuda")
+        weight = torch.zeros(vocabulary, 48, dtype=BFLOAT16, device=device)
+        channels = {name: torch.ones(48, device=device) for name in ("mean", "unit")}
+        bias = torch.zeros(vocabulary, device=device)
         with mock.patch.object(OutputLayer, "__post_init__"):  # which looks at the units
             layer = OutputLayer(weight, bias, scale=0.5, cap=30.0, **channels)
         if kind == "hidden":
-            return HiddenTargets(torch.zeros(n, 48, device="cuda"), layer, temperature)
-        levels, steps = (torch.zeros(n, k, device="cuda", dtype=torch.uint8) for k in (48, 1))
+            return HiddenTargets(torch.zeros(n, 48, device=device), layer, temperature)
+        levels, steps = (torch.zeros(n, k, device=device, dtype=torch.uint8) for k in (48, 1))
         return HiddenTargets(levels, layer, temperature, steps)
     if kind == "dense":
-        return DenseTargets(torch.zeros(n, vocabulary, device="cuda"), temperature)
+        return DenseTargets(torch.zeros(n, vocabulary, device=device), temperature)
     columns: dict[str, Any] = {
-        "ids": torch.zeros(n, 16, dtype=torch.int64, device="cuda"),
-        "weights": torch.zeros(n, 16, device="cuda"),
-        "tail": torch.zeros(n, device="cuda"),
+        "ids": torch.zeros(n, 16, dtype=torch.int64, device=device),
+        "weights": torch.zeros(n, 16, device=device),
+        "tail": torch.zeros(n, device=device),
         "exact": kind == "topk",
         "temperature": temperature,
     }
     if kind != "anchored":
         return SparseTargets(**columns)
-    heads = torch.zeros(n, dtype=torch.int64, device="cuda")
-    return AnchoredTargets(**columns, inverse=torch.zeros(n, 16, device="cuda"), heads=heads)
+    heads = torch.zeros(n, dtype=torch.int64, device=device)
+    return AnchoredTargets(**columns, inverse=torch.zeros(n, 16, device=device), heads=heads)
 
 
 def forward_and_backward(
@@ -325,13 +330,101 @@ def test_the_trainer_finds_positions_on_the_host() -> None:
     student = DistilledStudent(fake_llama(64, BFLOAT16, "meta"), "causal-lm")
     for device, sent in (("cuda", [0, 2, 4]), ("cpu", None)):
         trainer = mock.Mock(model=student)
-        trainer.args.device = torch.device(device)
-        with mock.patch("kdcache.student.trainer.send_to_device", lambda x, *_, **__: x):
-            given = DistillationTrainer._prepare_inputs(trainer, {"labels": labels})
+        trainer.args.device, trainer._copies = torch.device(device), dict
+        given = DistillationTrainer._prepare_inputs(trainer, {"labels": labels})
         found = given.get("label_positions")
         assert (None if found is None else found.tolist()) == sent
     with fake_cuda():
         assert host_positions(torch.zeros(2, 3, device="cuda").long(), "causal-lm") is None
+
+
+class FakeStream:
+    """A CUDA stream that notes what is asked of it."""
+
+    events: list[tuple[str, str]]  # the stream and what it does, in the host's order
+    current: FakeStream
+
+    def __init__(self, name: object) -> None:
+        self.name = str(name)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.events.append((self.name, f"waits for {other.name}"))
+
+    @classmethod
+    @contextlib.contextmanager
+    def use(cls, stream: FakeStream) -> Iterator[None]:
+        before, cls.current = cls.current, stream
+        yield
+        cls.current = before
+
+    @classmethod
+    @contextlib.contextmanager
+    def patched(cls) -> Iterator[list[tuple[str, str]]]:
+        """In here the step has a stream, and others can be made."""
+        cls.events, cls.current = [], cls("step")
+
+        class Operations(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, Tensor) and out.device.type == "cuda":
+                    cls.events.append((cls.current.name, func.name().removeprefix("aten::")))
+                return out
+
+        def keep(_: Tensor, stream: FakeStream) -> None:
+            cls.events.append((stream.name, "keeps"))
+
+        with (
+            mock.patch("torch.cuda.Stream", cls),
+            mock.patch("torch.cuda.stream", cls.use),
+            mock.patch("torch.cuda.current_stream", return_value=cls.current),
+            mock.patch("torch.Tensor.record_stream", keep),
+            Operations(),
+        ):
+            yield cls.events
+
+
+@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense", "hidden", "levels"])
+def test_a_batch_is_copied_while_the_step_before_runs(kind: str) -> None:
+    """On a stream of its own that waits for nothing; the step waits for it and keeps its memory."""
+    with fake_cuda(), FakeStream.patched() as events:
+        targets = fake_targets(kind, 6, 40, 1.0, device="cpu")
+        batch = {"labels": torch.zeros(2, 3).long(), "targets": targets, "count": torch.ones(())}
+        host = [*(v for v in batch.values() if isinstance(v, Tensor)), *targets._tensors().values()]
+        copies = Copies(torch.device("cuda:0"))
+        assert not events
+        with Waits() as waits:
+            sent = copies(batch)
+        sent["labels"] + 1
+        assert all(str(tensor.device) == "cuda:0" for tensor in sent["targets"]._tensors().values())
+    assert not waits.found
+    n, (other,) = len(host), {name for name, _ in events} - {"step"}
+    assert events == [
+        *[(other, "_to_copy")] * n,
+        ("step", f"waits for {other}"),
+        *[("step", "keeps")] * n,
+        ("step", "add.Tensor"),
+    ]
+
+
+def test_a_copy_that_the_step_runs_itself_is_noticed() -> None:
+    with fake_cuda(), FakeStream.patched() as events:
+        torch.zeros(3).to("cuda", non_blocking=True)
+    assert events == [("step", "_to_copy")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_copies_a_batch_while_it_works() -> None:
+    copies, labels = Copies(torch.device("cuda")), torch.arange(1000).pin_memory()
+    copies({"labels": labels})
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # a second of the step before
+    step = torch.cuda.Event()
+    step.record()
+    sent = copies({"labels": labels})
+    copies._stream.synchronize()
+    assert not step.query()
+    assert torch.equal(sent["labels"].cpu(), labels)
 
 
 def test_the_count_of_all_workers_is_summed_without_a_wait() -> None:
