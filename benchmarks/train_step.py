@@ -1,26 +1,30 @@
 """A training step with cached soft targets against one without a teacher: time and peak memory.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py --distillkit PATH
     python benchmarks/train_step.py --model 300m --temperature 2 --markdown
 
-Without options: all configurations of this machine, about 4 minutes on a GPU and one on a CPU.
+Without --model: on a GPU its three configurations, about 4 minutes; on a CPU students of four
+widths with vocabularies of three sizes, since the ratios depend on both, about half an hour. All
+ways are measured with the middle vocabulary, or with --vocab. --rows FILE keeps each configuration
+as a line of JSON; the next run goes on after those that are in there.
 
-Five ways to train the same Llama on the same random tokens, each in a process of its own, so that
-one that runs out of memory is a row of the table and not the end of the run:
+Ways to train the same Llama on the same random tokens. Memory is measured in a process for each, so
+that one that runs out of memory is a row of the table and not the end of the run:
 
 * hard labels, HF: ``model(input_ids, labels=labels).loss``, what a step costs without a teacher;
 * naive: HF's logits of all places, cross-entropy and sparse KD on them with plain PyTorch;
 * kdcache: `DistilledStudent`, at the given temperature and at T = 1, on a sample and, at T = 1, on
   an anchored one;
-* kdcache, hard labels alone.
+* kdcache, hard labels alone;
+* what others do with a teacher (`rivals.py`), where they are installed; a line names what is not.
 
 On a GPU `--weights float32` is what `kdcache train` does: float32 weights, products in bfloat16 by
 autocast. `--weights bfloat16` keeps the weights themselves in bfloat16. Both are measured at 300m.
 
 A step is forward, backward and a fused AdamW update. Time: the median of single steps after warm-up
-(CUDA events; on a CPU the ways take turns within one process, so that a busy machine slows all of
-them). Memory: the peak of a step, on CUDA of the allocator, on a CPU the resident set of a process
-that does nothing else.
+(CUDA events; on a CPU processor time of one thread, which other work on the machine changes least,
+and the ways take turns within one process). Memory: the peak of a step, on CUDA of the allocator,
+on a CPU the resident set of a process that does nothing else, less what it had after all imports.
 """
 
 from __future__ import annotations
@@ -33,14 +37,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import rivals
 import torch
 import torch.nn.functional as F
 import transformers
-from results import keep, machine, memory_mib
+from results import keep, machine, memory_mib, table
 from torch import Tensor
 
 from kdcache.student import DistilledStudent
@@ -48,19 +54,25 @@ from kdcache.targets import AnchoredTargets, SparseTargets
 
 MODELS = {
     # hidden, layers, heads, feed-forward; tied embeddings.
-    # With 131,072 ids: 21 M, 302 M and 988 M parameters.
-    "tiny": (128, 4, 4, 512),
+    "128": (128, 4, 4, 512),
+    "256": (256, 4, 4, 1024),
+    "512": (512, 4, 8, 2048),
+    "1024": (1024, 4, 16, 4096),
+    # With 131,072 ids: 302 M and 988 M parameters.
     "300m": (1024, 13, 16, 2816),
     "1b": (2048, 14, 16, 5632),
 }
+WIDTHS, VOCABULARIES = ("128", "256", "512", "1024"), (49152, 128256, 151936)
 HARD, NAIVE, OURS = "hard labels, HF loss", "sparse KD, naive", "sparse KD, kdcache"
+OURS_1 = f"{OURS}, T = 1"
 OURS_HARD, ANCHORED = "hard labels, kdcache", "anchored sparse KD, kdcache"
+KEYS = {"time": "micros", "peak memory": "gib"}
 
 # Most that ours with soft targets may take of HF's hard-label step. Those of a GPU are for an H100.
 GOALS = {
     ("cuda", "300m"): {"time": 0.90, "peak memory": 0.60},
     ("cuda", "1b"): {"time": 0.97},
-    ("cpu", "tiny"): {"time": 1.05},
+    **{("cpu", width): {"time": 1.05} for width in WIDTHS},
 }
 OTHER_TEMPERATURE = 1.08  # most that T != 1 may take of T = 1
 ANCHOR = 1.05  # most that an anchored sample may take of a sample
@@ -68,77 +80,99 @@ ANCHOR = 1.05  # most that an anchored sample may take of a sample
 Step = Callable[[], Tensor]
 
 
-def make_step(way: str, temperature: float, options: argparse.Namespace) -> Step:
-    """One training step of one way; all ways of a configuration see equal weights and tokens."""
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    hidden, layers, heads, wide = MODELS[options.model]
-    config = transformers.LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=wide,
-        max_position_embeddings=options.length,
-        tie_word_embeddings=True,
-    )
-    dtype = getattr(torch, options.weights)
-    autocast = device.type == "cuda" and dtype == torch.float32
-    torch.set_float32_matmul_precision("high" if autocast else "highest")
-    with device:
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.train()
-    rows = options.positions // options.length
-    ids = torch.randint(0, options.vocab, (rows, options.length + 1), device=device)
-    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    n = labels.numel()
-    targets = SparseTargets(
-        ids=torch.randint(0, options.vocab, (n, options.entries), device=device),
-        weights=torch.full((n, options.entries), 1 / options.entries, device=device),
-        tail=torch.zeros(n, device=device),
-        exact=False,
-        temperature=temperature,
-    )
-    if way == ANCHORED:
-        heads = torch.full((n,), 2, device=device)
-        drawn = torch.arange(options.entries, device=device) >= heads[:, None]
-        targets = AnchoredTargets(**vars(targets), inverse=4.0 * drawn, heads=heads)
-    places = torch.arange(n, device=device)  # as `kdcache train` gives them: no wait for the device
-    wrapper = DistilledStudent(model, "causal-lm", vocab_size=options.vocab)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+class Student:
+    """A student, its optimizer and one batch with its targets, which all ways share."""
 
-    def loss() -> Tensor:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        torch.manual_seed(0)
+        hidden, layers, heads, wide = MODELS[options.model]
+        config = transformers.LlamaConfig(
+            vocab_size=options.vocab,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=wide,
+            max_position_embeddings=options.length,
+            tie_word_embeddings=True,
+        )
+        dtype = getattr(torch, options.weights)
+        self.autocast = self.device.type == "cuda" and dtype == torch.float32
+        torch.set_float32_matmul_precision("high" if self.autocast else "highest")
+        with self.device:
+            self.model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.train()
+        rows = options.positions // options.length
+        shape = (rows, options.length + 1)
+        ids = torch.randint(0, options.vocab, shape, device=self.device)
+        self.inputs, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+
+    def targets(self, temperature: float, *, anchored: bool) -> SparseTargets:
+        """Made-up targets of all positions."""
+        n, entries, device = self.labels.numel(), self.options.entries, self.device
+        targets = SparseTargets(
+            ids=torch.randint(0, self.options.vocab, (n, entries), device=device),
+            weights=torch.full((n, entries), 1 / entries, device=device),
+            tail=torch.zeros(n, device=device),
+            exact=False,
+            temperature=temperature,
+        )
+        if not anchored:
+            return targets
+        heads = torch.full((n,), 2, device=device)
+        drawn = torch.arange(entries, device=device) >= heads[:, None]
+        return AnchoredTargets(**vars(targets), inverse=4.0 * drawn, heads=heads)
+
+    def loss(self, way: str, temperature: float) -> tuple[Step, Callable[[], object]]:
+        """The loss of one way, and what it does after each update."""
+        model, inputs, labels = self.model, self.inputs, self.labels
+        targets = self.targets(temperature, anchored=way == ANCHORED)
+        if way in rivals.NEEDS:
+            return rivals.loss_of(way, model, inputs, labels, targets), lambda: None
         if way == HARD:
-            plain: Tensor = model(input_ids=inputs, labels=inputs, use_cache=False).loss
-            return plain
-        if way == NAIVE:
+            return lambda: model(input_ids=inputs, labels=inputs, use_cache=False).loss, bool
+
+        def naive() -> Tensor:
             logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
             hard = F.cross_entropy(logits, labels.flatten())
             logprobs = F.log_softmax(logits / temperature, -1).gather(-1, targets.ids)
             soft = -(targets.weights * logprobs).sum(-1).mean()
             both: Tensor = 0.5 * hard + 0.5 * temperature**2 * soft
             return both
-        soft_targets = None if way == OURS_HARD else targets
-        total: Tensor | None = wrapper(
-            labels, soft_targets, label_positions=places, input_ids=inputs
-        ).loss
-        assert total is not None
-        return total
 
-    def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        wrapper.anchor.update()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach()
+        if way == NAIVE:
+            return naive, bool
+        wrapper = DistilledStudent(model, "causal-lm", vocab_size=self.options.vocab)
+        places = torch.arange(labels.numel(), device=self.device)  # as `kdcache train` gives them
 
-    return step
+        def ours() -> Tensor:
+            soft = None if way == OURS_HARD else targets
+            total = wrapper(labels, soft, label_positions=places, input_ids=inputs).loss
+            assert isinstance(total, Tensor)
+            return total
+
+        return ours, wrapper.anchor.update
+
+    def step(self, way: str, temperature: float) -> Step:
+        """One training step of one way."""
+        loss, afterwards = self.loss(way, temperature)
+
+        def step() -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            afterwards()
+            self.optimizer.zero_grad(set_to_none=True)
+            return value.detach()
+
+        return step
 
 
 def measure_cuda(step: Step, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds, peak GiB, and the seconds of the warm-up."""
     start = time.perf_counter()
     for _ in range(options.warmup):
         step()
@@ -160,35 +194,24 @@ def measure_cuda(step: Step, options: argparse.Namespace) -> dict[str, float]:
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
     """One way in this process."""
+    rivals.installed(options.distillkit)
+    loaded = memory_mib(most=False)
     try:
-        step = make_step(options.way, options.temperature, options)
+        step = Student(options).step(options.way, options.temperature)
         if options.device == "cuda":
             return dict(measure_cuda(step, options))
         step()
-        return {"gib": memory_mib() / 1024}
+        return {"gib": (memory_mib() - loaded) / 1024}
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
 
 
-def spawn(way: str, temperature: float, model: str, options: argparse.Namespace) -> dict[str, Any]:
-    values = {**vars(options), "way": way, "temperature": temperature, "model": model}
-    keys = (
-        "way",
-        "temperature",
-        "model",
-        "vocab",
-        "positions",
-        "length",
-        "entries",
-        "device",
-        "weights",
-        "steps",
-        "warmup",
-        "threads",
-    )
+def spawn(way: str, temperature: float, options: argparse.Namespace) -> dict[str, Any]:
+    """What `child` finds, in a process of its own."""
     command = [sys.executable, __file__]
-    for key in keys:
-        command += [f"--{key}", str(values[key])]
+    for key, value in {**vars(options), "way": way, "temperature": temperature}.items():
+        if key not in ("markdown", "rows", "only", "full") and value is not None:
+            command += [f"--{key}", str(value)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -198,75 +221,109 @@ def spawn(way: str, temperature: float, model: str, options: argparse.Namespace)
 
 
 def take_turns(plan: list[tuple[str, float]], options: argparse.Namespace) -> list[float]:
-    """Median seconds of each way on a CPU, steps interleaved."""
-    steps = [make_step(way, t, options) for way, t in plan]
+    """Median seconds of each way on a CPU, of processor time, steps interleaved."""
+    student = Student(options)
+    steps = [student.step(way, t) for way, t in plan]
     times: list[list[float]] = [[] for _ in plan]
     for i in range(options.warmup + options.steps):
         for step, mine in zip(steps, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             step()
             if i >= options.warmup:
-                mine.append(time.perf_counter() - start)
+                mine.append(time.process_time() - start)
     return [statistics.median(mine) for mine in times]
 
 
-def table(model: str, options: argparse.Namespace) -> str:
-    """Measure one model and lay out its rows."""
-    plan = [(HARD, 1.0), (NAIVE, 1.0), (OURS, 1.0), (ANCHORED, 1.0), (OURS_HARD, 1.0)]
-    plan += [(way, options.temperature) for way in (NAIVE, OURS) if options.temperature != 1]
-    results = [spawn(way, t, model, options) for way, t in plan]
-    if options.device == "cpu":
-        seconds = take_turns(plan, argparse.Namespace(**{**vars(options), "model": model}))
-        results = [{**r, "seconds": s} for r, s in zip(results, seconds, strict=True)]
-    base = results[0]
-    dtype = f"{options.weights} weights"
-    if options.device == "cuda" and options.weights == "float32":
-        dtype += ", bfloat16 by autocast"
-    lines = [
-        f"### {model}, vocabulary {options.vocab:,}, {options.positions:,} positions, "
-        f"{options.entries} entries, {dtype}",
-        "",
-        "| step | T | µs a position | time | peak GiB | memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (way, t), r in zip(plan, results, strict=True):
-        label = "" if way in (HARD, OURS_HARD) else f"{t:g}"
-        if "error" in r:
-            lines.append(f"| {way} | {label} | {r['error']} | | | |")
-            continue
-        time_ratio = f"{r['seconds'] / base['seconds']:.2f}x" if "seconds" in base else ""
-        memory_ratio = f"{r['gib'] / base['gib']:.2f}x" if "gib" in base else ""
-        micros = r["seconds"] / options.positions * 1e6
-        lines.append(
-            f"| {way} | {label} | {micros:.2f} | {time_ratio} | {r['gib']:.1f} | {memory_ratio} |"
-        )
-    found = {plan[i]: r for i, r in enumerate(results)}
-    return "\n".join([*lines, "", *goals(model, found, options)])
-
-
-def goals(
-    model: str, found: dict[tuple[str, float], dict[str, Any]], options: argparse.Namespace
-) -> list[str]:
-    """What was to be reached and what was, as lines of a table; none where a step failed."""
-    keys = (HARD, 1.0), (OURS, 1.0), (OURS, options.temperature), (ANCHORED, 1.0)
-    base, ours, other, anchored = (found.get(key, {}) for key in keys)
-    if any("seconds" not in r for r in (base, ours, other, anchored)):
-        return []
-    rows = []
-    for what, most in GOALS.get((options.device, model), {}).items():
-        key = {"time": "seconds", "peak memory": "gib"}[what]
-        rows.append((f"{what} against hard labels of HF", most, ours[key] / base[key]))
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds, GiB or both of each way of one student, by the way and its temperature."""
+    plan = [(HARD, 1.0), (OURS, 1.0), (OURS_HARD, 1.0)]
     if options.temperature != 1:
-        ratio = other["seconds"] / ours["seconds"]
-        name = f"time at T = {options.temperature:g} against T = 1"
-        rows.append((name, OTHER_TEMPERATURE, ratio))
-    ratio = anchored["seconds"] / ours["seconds"]
-    rows.append(("time of an anchored sample against a sample's", ANCHOR, ratio))
+        plan.append((OURS, options.temperature))
+    if options.full:
+        plan += [(ANCHORED, 1.0), (NAIVE, 1.0)]
+        plan += [(way, 1.0) for way in rivals.installed(options.distillkit)]
+    names = [f"{way}, T = {t:g}" if way == OURS else way for way, t in plan]
+    if options.only == "seconds":
+        return {n: {"seconds": s} for n, s in zip(names, take_turns(plan, options), strict=True)}
+    return {n: spawn(way, t, options) for n, (way, t) in zip(names, plan, strict=True)}
+
+
+Found = dict[tuple[int, str, str], dict[str, dict[str, Any]]]  # vocabulary, weights, model: ways
+
+
+def layout(found: Found, options: argparse.Namespace) -> str:
+    """Tables of ratios to HF's hard labels, one for each vocabulary and type of the weights."""
+    parts = []
+    for vocab, weights in dict.fromkeys(key[:2] for key in found):
+        models = [key[2] for key in found if key[:2] == (vocab, weights)]
+        columns = [found[vocab, weights, model] for model in models]
+        dtype = f"{weights} weights"
+        if options.device == "cuda" and weights == "float32":
+            dtype += ", bfloat16 by autocast"
+        lines = [[f"{HARD}: µs a position, GiB", *(_cell(c[HARD], None) for c in columns)]]
+        for way in dict.fromkeys(way for column in columns for way in column if way != HARD):
+            lines.append([way, *(_cell(c.get(way, {}), c[HARD]) for c in columns)])
+        if options.device == "cpu":
+            models = [f"width {int(model):,}" if model.isdigit() else model for model in models]
+        size = f"{options.positions:,} positions, {options.entries} entries"
+        parts += [
+            f"### {vocab:,} ids, {size}, {dtype}",
+            table(["step: time and memory of hard labels", *models], lines),
+        ]
+    return "\n\n".join([*parts, goals(found, options)])
+
+
+def _cell(r: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """Time and memory of one way, as they are or by those of another one."""
+    if "error" in r:
+        return str(r["error"])
+    keys = [key for key in KEYS.values() if key in r and (base is None or key in base)]
+    if base is not None:
+        return ", ".join(f"{r[key] / base[key]:.2f}x" for key in keys)
+    return ", ".join(f"{r[key]:,.{2 * (key == 'gib')}f}" for key in keys)
+
+
+def goals(found: Found, options: argparse.Namespace) -> str:
+    """What was to be reached and what was, over all students; none where a step failed."""
+    ratios: dict[tuple[str, float], list[float]] = {}
+    other = f"{OURS}, T = {options.temperature:g}"
+    for (_, _, model), ways in found.items():
+        limits = GOALS.get((options.device, model), {})
+        pairs = [
+            (f"{what} against hard labels of HF", most, OURS_1, HARD, key)
+            for (what, key), most in zip(KEYS.items(), map(limits.get, KEYS), strict=True)
+        ]
+        pairs += [
+            (
+                f"time at T = {options.temperature:g} against T = 1",
+                OTHER_TEMPERATURE,
+                other,
+                OURS_1,
+                "micros",
+            ),
+            ("time of an anchored sample against a sample's", ANCHOR, ANCHORED, OURS_1, "micros"),
+        ]
+        for what, most, one, base, key in pairs:
+            if most and key in ways.get(one, {}) and key in ways.get(base, {}) and one != base:
+                ratios.setdefault((what, most), []).append(ways[one][key] / ways[base][key])
     lines = [
-        f"| {what} | ≤ {most:.2f}x | {ratio:.2f}x | {'yes' if ratio <= most else '**no**'} |"
-        for what, most, ratio in rows
+        [
+            what,
+            f"≤ {most:.2f}x",
+            f"{min(r):.2f} to {max(r):.2f}x",
+            "yes" if max(r) <= most else "**no**",
+        ]
+        for (what, most), r in ratios.items()
     ]
-    return ["| kdcache | goal | reached | |", "|---|---|---|---|", *lines]
+    return table(["kdcache", "goal", "reached", ""], lines)
+
+
+def figures(options: argparse.Namespace) -> list[str | None]:
+    """What is measured by itself: on a CPU time, and memory where every way is."""
+    if options.device == "cuda":
+        return [None]
+    some = ["seconds", "gib"] if options.full else ["seconds"]
+    return [key for key in some if options.only in (None, key)]
 
 
 def main() -> None:
@@ -274,19 +331,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", choices=[*MODELS], help="default: 300m and 1b on a GPU, tiny on a CPU"
-    )
-    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--model", choices=[*MODELS], help="default: see above")
+    parser.add_argument("--vocab", type=int, help="default: 131,072 on a GPU, else see above")
     parser.add_argument("--positions", type=int, default=8192 if cuda else 512)
     parser.add_argument("--length", type=int, default=1024 if cuda else 128, help="places of a row")
     parser.add_argument("--entries", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--steps", type=int, default=20 if cuda else 5)
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], help="default: see above")
+    parser.add_argument("--distillkit", help="folder of a checkout of DistillKit")
+    parser.add_argument("--only", choices=["seconds", "gib"], help="on a CPU: time or memory alone")
+    parser.add_argument("--rows", help="file of what was measured, to go on with")
     parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -294,19 +352,43 @@ def main() -> None:
     if options.way:
         print(json.dumps(child(options)))
         return
-    runs = [("300m", "float32"), ("300m", "bfloat16"), ("1b", "float32")]
+    students = [("300m", "float32"), ("300m", "bfloat16"), ("1b", "float32")]
     if not cuda:
-        runs = [("tiny", "float32")]
+        students = [(width, "float32") for width in WIDTHS]
     if options.model or options.weights:
-        runs = [(options.model or runs[0][0], options.weights or "float32")]
-    text = f"{machine()}\n"
+        students = [(options.model or students[0][0], options.weights or "float32")]
+    vocabularies = (131072,) if cuda else VOCABULARIES
+    if options.vocab:
+        vocabularies = (options.vocab,)
+    print(machine(), flush=True)
+    kept = Path(options.rows) if options.rows else None
+    done = [json.loads(line) for line in kept.open()] if kept and kept.exists() else []
+    for vocab in vocabularies:
+        options.full = cuda or bool(options.vocab) or vocab == VOCABULARIES[1]
+        for model, weights in students:
+            for only in figures(options):
+                what = {"vocab": vocab, "weights": weights, "model": model, "only": only}
+                if any(what.items() <= row.items() for row in done):
+                    continue
+                now = argparse.Namespace(**{**vars(options), **what})
+                done.append(what | {"found": measure(now)})
+                print(json.dumps(done[-1]), flush=True)
+                if kept:
+                    kept.open("a").write(json.dumps(done[-1]) + "\n")
+    found: Found = {}
+    for row in done:
+        ways = found.setdefault((row["vocab"], row["weights"], row["model"]), {})
+        for way, r in row["found"].items():
+            ways.setdefault(way, {}).update(r)
+            if "seconds" in r:
+                ways[way]["micros"] = r["seconds"] / options.positions * 1e6
+    text = layout(found, options)
     print(text)
-    for model, options.weights in runs:
-        part = table(model, options)
-        print(part + "\n", flush=True)
-        text += f"\n{part}\n"
     if options.markdown:
-        keep(f"train_step: {options.device}", f"`python benchmarks/train_step.py`: {text}")
+        keep(
+            f"train_step: {options.device}",
+            f"`python benchmarks/train_step.py`: {machine()}\n\n{text}",
+        )
 
 
 if __name__ == "__main__":
