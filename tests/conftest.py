@@ -5,6 +5,7 @@ on the spot, a small build of them, and a Ray.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """The collector need not look at a million objects of libraries: every training calls it."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_logged() -> None:
+    """Also after a command that ran quietly in this process."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 def _asset(*parts: str) -> Path:

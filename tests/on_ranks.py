@@ -387,7 +387,11 @@ def dtensors() -> None:
                 hidden = leaves[0]
                 if placement is not None:
                     hidden = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
-                got = form_of(form, case, [hidden, weight, bias], None, None, 3)
+                group = mesh.get_group() if placement is None else None
+                if placement is None:  # FSDP's weights look the same
+                    with pytest.raises(UsageError, match="FSDP"):
+                        form_of(form, case, [hidden, weight, bias], None, None, 3)
+                got = form_of(form, case, [hidden, weight, bias], group, None, 3)
                 got.total.backward()
                 found = [full(x.grad) for x in (hidden, weight, bias)]
 

@@ -126,7 +126,7 @@ def fused_linear_distillation(
             f"the fused loss knows forward-kl, not {divergence}; use sliced_linear_distillation."
         )
     hidden, summed = gathered(hidden)
-    weight, over, size = located(weight, 0, group, len(hidden))
+    weight, over, size = located(weight, 0, group, len(hidden), common=summed)
     if bias is not None:
         bias, *_ = located(bias, 0, None, len(hidden))
     if over.cut and isinstance(targets, ChunkTargets):

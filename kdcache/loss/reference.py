@@ -255,7 +255,7 @@ def sliced_linear_distillation(
         UsageError: see `distillation_loss`.
     """
     hidden, summed = gathered(hidden)
-    weight, over, _ = located(weight, 0, group, len(hidden))
+    weight, over, _ = located(weight, 0, group, len(hidden), common=summed)
     if bias is not None:
         bias, *_ = located(bias, 0, None, len(hidden))
     if not summed:

@@ -217,7 +217,9 @@ Cut: TypeAlias = "ProcessGroup | VocabSlice | None"
 """How a caller says that a vocabulary is cut."""
 
 
-def located(outputs: Tensor, dim: int, cut: Cut, positions: int) -> tuple[Tensor, Vocabulary, int]:
+def located(
+    outputs: Tensor, dim: int, cut: Cut, positions: int, common: bool = True
+) -> tuple[Tensor, Vocabulary, int]:
     """This rank's part of an output layer or of logits.
 
     Args:
@@ -225,14 +227,23 @@ def located(outputs: Tensor, dim: int, cut: Cut, positions: int) -> tuple[Tensor
         dim: 0 or 1.
         cut: a group, or what `VocabSlice.of` said of it; None where a DTensor says it, or nothing.
         positions: of the batch.
+        common: whether these positions are known to be the same on all ranks of a DTensor.
 
     Returns:
         The part as a plain tensor, the vocabulary, and the outputs of all ranks together.
 
     Raises:
-        UsageError: a DTensor that is cut in another way, or not as `cut` says.
+        UsageError: a DTensor that is cut in another way, or not as `cut` says; one that FSDP may
+            have cut, over ranks that read other positions.
     """
     outputs, found = _of_dtensor(outputs, dim)
+    if found is not None and cut is None and not common:
+        raise UsageError(
+            "the output layer is a DTensor, cut over ranks, and the states are a plain tensor: "
+            "this may be tensor parallelism, where all ranks have the same positions, or FSDP, "
+            "where they have not. For the former pass group=weight.device_mesh.get_group(); under "
+            "FSDP take the loss inside the forward, where the weight is whole."
+        )
     if found is None and cut is not None:
         length = outputs.shape[dim]
         found = (

@@ -331,10 +331,8 @@ class TeacherFiles:
         saved = task_of(self.raw_config)
         encoder = type(self.config) in auto_class(MASKED_LM, self.config)._model_mapping
         if saved is None and TASKS[task].causal and encoder and not self.config.is_decoder:
-            raise UsageError(
-                f"{self.who} is an encoder without a head: which --task? A classifier's head comes "
-                "from `kdcache finetune`."
-            )
+            head = "A classifier's head comes from `kdcache finetune`."
+            raise UsageError(f"{self.who} is an encoder without a head: which --task? {head}")
         if saved not in (None, task):
             name = self.raw_config["architectures"][0]
             raise UsageError(
