@@ -17,7 +17,7 @@ numbers adds up the gradients of all ranks (`shared`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -155,14 +155,15 @@ class VocabSlice(Vocabulary):
         """One all-reduce of all; what is given may ask for a gradient."""
         joined = _joined(values)
         if joined.requires_grad:
-            joined = cast("Tensor", _Total.apply(joined, self.group))  # type: ignore[no-untyped-call]
+            joined = _TOTAL(joined, self.group)
         else:
             joined = _all_reduce(joined, "sum", self.group)
         return torch.split(joined, [value.shape[-1] for value in values], -1)
 
     def shared(self, value: Tensor) -> Tensor:
         """Its gradient is summed over ranks."""
-        return cast("Tensor", _Shared.apply(value, self.group))  # type: ignore[no-untyped-call]
+        found: Tensor = _SHARED(value, self.group)
+        return found
 
     def columns(self, ids: Tensor, width: int) -> Tensor:
         """The ids of other ranks stand in the last one."""
@@ -319,6 +320,11 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(gradients[0], "sum", ctx.group), None
+
+
+# Newer versions of torch declare their types, older ones do not.
+_TOTAL: Any = _Total.apply
+_SHARED: Any = _Shared.apply
 
 
 def _joined(values: tuple[Tensor, ...]) -> Tensor:
