@@ -33,6 +33,7 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.stream.batch import CachedIds
 from kdcache.student import DistilledStudent
+from kdcache.student.copies import Copies
 from kdcache.student.padding import check_rows, without_mask
 from kdcache.student.trainer import DistillationTrainer
 
@@ -148,7 +149,7 @@ def test_loss_and_gradients_are_the_same_without_a_mask() -> None:
 
 def test_the_trainer_leaves_out_a_mask_of_right_padded_rows_alone() -> None:
     student = DistilledStudent(llama(), "causal-lm")
-    trainer = mock.Mock(model=student)
+    trainer = mock.Mock(model=student, _copies=Copies(torch.device("cpu")))
     trainer.args.device = torch.device("cpu")
     right = torch.tensor([[1, 1, 1], [1, 0, 0]])
 

@@ -59,7 +59,7 @@ POINTS = [
     ("transcode", "cache.cache:Cache.parse"),
     ("evaluate", "cache.cache:Cache.parse"),
     ("plan", "teacher.model:TeacherModel._slices"),
-    ("gc", "commands.upkeep:gc_cache"),
+    ("gc", "commands.upkeep:_scratch"),
 ]
 SPANS = ("corpus.corpus", "rows.encoders", "teacher.model", "packer:Packer", "Cache.commit")
 
