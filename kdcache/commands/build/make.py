@@ -281,9 +281,8 @@ def _left_out(skipped: int, filtered: int | None) -> str:
     return text if filtered is None else f"{text}, {filtered:,} filtered"
 
 
-_SOON = (
-    60.0  # seconds of one worker: to start Ray, and a teacher in each of its workers, takes as long
-)
+# Seconds of one worker: to start Ray, and a teacher in each of its workers, takes as long.
+_SOON = 60.0
 
 
 def start_workers(
