@@ -412,6 +412,28 @@ def dtensors() -> None:
         together(near)(got.total.detach()[None], want.total.detach()[None], 1e-6)
 
 
+def whole_layers() -> None:
+    """States cut by positions under an output layer that each rank has whole."""
+    mesh = init_device_mesh("cpu", (world(),))
+    case = Case("bucket", split(21), n=7)
+    want, gradients = case.whole()
+    for placement in (Replicate(), Shard(0)):
+        for layer in (None, Replicate()):
+            for form in ("fused", "sliced"):
+                hidden, *leaves = case.inputs(mine=False)
+                hidden = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
+                if layer is not None:
+                    leaves = [
+                        distribute_tensor(x.detach(), mesh, [layer]).requires_grad_()
+                        for x in leaves
+                    ]
+                got = form_of(form, case, [hidden, *leaves], None, None, 3)
+                got.total.backward()
+                together(near)(got.total.detach()[None], want.total.detach()[None], 1e-6)
+                for leaf, gradient in zip((hidden, *leaves), gradients, strict=True):
+                    together(near)(full(leaf.grad), gradient, 1e-5)
+
+
 def split(size: int) -> list[int]:
     """As PyTorch cuts a dimension."""
     chunk = -(-size // world())
@@ -560,6 +582,7 @@ CHECKS = (
     what_is_exchanged,
     a_group_costs_one_more,
     dtensors,
+    whole_layers,
     confident_students,
     low_precision,
     a_student_that_diverged,

@@ -125,10 +125,10 @@ def fused_linear_distillation(
         raise UsageError(
             f"the fused loss knows forward-kl, not {divergence}; use sliced_linear_distillation."
         )
-    hidden, summed = gathered(hidden)
-    weight, over, size = located(weight, 0, group, len(hidden), common=summed)
+    weight, over, size = located(weight, 0, group, len(hidden))
     if bias is not None:
         bias, *_ = located(bias, 0, None, len(hidden))
+    hidden, summed = gathered(hidden, over, group)
     if over.cut and isinstance(targets, ChunkTargets):
         raise UsageError(
             "targets of chunks need the whole output layer on each rank: a student of another "

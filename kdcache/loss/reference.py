@@ -254,10 +254,10 @@ def sliced_linear_distillation(
     Raises:
         UsageError: see `distillation_loss`.
     """
-    hidden, summed = gathered(hidden)
-    weight, over, _ = located(weight, 0, group, len(hidden), common=summed)
+    weight, over, _ = located(weight, 0, group, len(hidden))
     if bias is not None:
         bias, *_ = located(bias, 0, None, len(hidden))
+    hidden, summed = gathered(hidden, over, group)
     if not summed:
         hidden = over.shared(hidden)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32

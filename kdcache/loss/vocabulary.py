@@ -218,9 +218,7 @@ Cut: TypeAlias = "ProcessGroup | VocabSlice | None"
 """How a caller says that a vocabulary is cut."""
 
 
-def located(
-    outputs: Tensor, dim: int, cut: Cut, positions: int, common: bool = True
-) -> tuple[Tensor, Vocabulary, int]:
+def located(outputs: Tensor, dim: int, cut: Cut, positions: int) -> tuple[Tensor, Vocabulary, int]:
     """This rank's part of an output layer or of logits.
 
     Args:
@@ -228,23 +226,14 @@ def located(
         dim: 0 or 1.
         cut: a group, or what `VocabSlice.of` said of it; None where a DTensor says it, or nothing.
         positions: of the batch.
-        common: whether these positions are known to be the same on all ranks of a DTensor.
 
     Returns:
         The part as a plain tensor, the vocabulary, and the outputs of all ranks together.
 
     Raises:
-        UsageError: a DTensor that is cut in another way, or not as `cut` says; one that FSDP may
-            have cut, over ranks that read other positions.
+        UsageError: a DTensor that is cut in another way, or not as `cut` says.
     """
     outputs, found = _of_dtensor(outputs, dim)
-    if found is not None and cut is None and not common:
-        raise UsageError(
-            "the output layer is a DTensor, cut over ranks, and the states are a plain tensor: "
-            "this may be tensor parallelism, where all ranks have the same positions, or FSDP, "
-            "where they have not. For the former pass group=weight.device_mesh.get_group(); under "
-            "FSDP take the loss inside the forward, where the weight is whole."
-        )
     if found is None and cut is not None:
         length = outputs.shape[dim]
         found = (
@@ -281,20 +270,40 @@ def _of_dtensor(tensor: Tensor, dim: int) -> tuple[Tensor, VocabSlice | None]:
     return local, VocabSlice(mesh.get_group().group_name, mesh.size(), start, length, size)
 
 
-def gathered(hidden: Tensor) -> tuple[Tensor, bool]:
-    """All positions of hidden states, and whether they were a DTensor.
+def gathered(hidden: Tensor, over: Vocabulary, cut: Cut) -> tuple[Tensor, bool]:
+    """All positions of hidden states, and whether PyTorch sums their gradient over the ranks.
 
     A DTensor's positions may be cut over the ranks (sequence parallelism): they are gathered, and
-    its own backward pass adds up the ranks' gradients and deals them out again.
-    """
-    if not hasattr(hidden, "placements"):
-        return hidden, False
-    from torch.distributed.tensor import Partial, Replicate
+    its own backward pass adds up the gradients of the ranks of a cut vocabulary, each a part, and
+    deals them out again. Where the output layer is whole each rank has the whole gradient.
 
-    whole: Any = hidden
-    dims = whole.device_mesh.ndim
-    whole = whole.redistribute(placements=[Replicate()] * dims)
-    return whole.to_local(grad_placements=[Partial()] * dims), True
+    Args:
+        hidden: [n, H].
+        over: what `located` found.
+        cut: as given to it.
+
+    Raises:
+        UsageError: an output layer that FSDP may have cut, over ranks that read other positions.
+    """
+    shared = [False]
+    if hasattr(hidden, "placements"):
+        from torch.distributed.tensor import Partial, Replicate
+
+        whole: Any = hidden
+        mesh = whole.device_mesh
+        names = [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
+        shared = [isinstance(over, VocabSlice) and name == over.group for name in names]
+        whole = whole.redistribute(placements=[Replicate()] * mesh.ndim)
+        grads = [Partial() if part else Replicate() for part in shared]
+        hidden = whole.to_local(grad_placements=grads)
+    if over.cut and cut is None and not any(shared):
+        raise UsageError(
+            "the output layer is a DTensor, cut over ranks, and the states are not one over these "
+            "ranks: this may be tensor parallelism, where all ranks have the same positions, or "
+            "FSDP, where they have not. For the former pass group=weight.device_mesh.get_group(); "
+            "under FSDP take the loss inside the forward, where the weight is whole."
+        )
+    return hidden, any(shared)
 
 
 class _Total(torch.autograd.Function):
