@@ -136,7 +136,7 @@ def _here(name: str) -> Path | None:
     return None if "://" in name else Path(os.path.expanduser(name)).absolute()
 
 
-def place_problem(name: str, option: str) -> str:
+def output_problem(name: str, option: str) -> str:
     """Why nothing can be made under a name, as far as looking tells: a sentence, or nothing.
 
     Args:
@@ -160,7 +160,7 @@ def file_problems(name: str | None, option: str) -> list[str]:
         name: of the file; None for none.
         option: that names it.
     """
-    if name is None or place_problem(name, option):  # which the option's own check says
+    if name is None or output_problem(name, option):  # which the option's own check says
         return []
     try:
         path = local_path(name, option)
@@ -173,7 +173,7 @@ def file_problems(name: str | None, option: str) -> list[str]:
     return []
 
 
-def try_place(name: str, option: str = "--out") -> None:
+def try_output(name: str, option: str = "--out") -> None:
     """Make sure that an output can be written, before the work that it is for; leaves nothing.
 
     Args:

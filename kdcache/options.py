@@ -36,7 +36,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from kdcache.domains import Named
 from kdcache.errors import UsageError, require
-from kdcache.files import place_problem
+from kdcache.files import output_problem
 
 Decides = Literal["nothing", "run", "student"]
 # By the type of a value: what is one (numpy's numbers are, too), and in words.
@@ -168,7 +168,7 @@ class Option:
         return f"--{self.words}"
 
     @property
-    def said(self) -> str:
+    def spelled(self) -> str:
         """How to say it on a command line: `--max-length`, or `--bilstm layers` of a KEY."""
         if self.instead is None:
             return self.flag
@@ -218,7 +218,7 @@ class Option:
             if self.types and not any(map(partial(_is_a, one), self.types)):
                 expected = " or ".join(_TYPES[kind][1] for kind in self.types)
                 expected = f"one of {', '.join(self.choices)}" if self.choices else expected
-                return f"{self.said} is {one!r}, expected {expected}."
+                return f"{self.spelled} is {one!r}, expected {expected}."
         return ""
 
     def wrong(self, value: Any) -> str:
@@ -226,13 +226,13 @@ class Option:
         for one in value if self.several and value is not None else (value,):
             if one is None:
                 continue
-            if self.output and (problem := place_problem(str(one), self.flag)):
+            if self.output and (problem := output_problem(str(one), self.flag)):
                 return problem
             if self.choices and one not in self.choices:
-                return f"{self.said} is {one!r}, expected one of {', '.join(self.choices)}."
+                return f"{self.spelled} is {one!r}, expected one of {', '.join(self.choices)}."
             shown = str(one).removesuffix(".0")  # 1.0 was written 1
             if self.type in (int, float) and not self._fits(one):
-                return f"{self.said} is {shown}, expected {self._bounds()}."
+                return f"{self.spelled} is {shown}, expected {self._bounds()}."
         return ""
 
     def _fits(self, value: float) -> bool:
@@ -292,10 +292,10 @@ class Options:
         problems, judged = self._take_keys(options), True
         for one in options:
             value = getattr(self, one.name)
-            absent = one.required and (value is None or value in ((), ""))
+            missing = one.required and (value is None or value in ((), ""))
             unlike = one.unlike(value)
             wrong = "" if unlike else one.wrong(value)
-            problems.append(f"{one.flag} is missing." if absent else unlike or wrong)
+            problems.append(f"{one.flag} is missing." if missing else unlike or wrong)
             # Of values of a wrong type, or an unknown task, conflicts cannot be told.
             judged = judged and not unlike and not (one.name == "task" and wrong)
         if judged:
@@ -316,13 +316,15 @@ class Options:
             if text is None:
                 continue
             try:
-                said = key if one.instead[0] == "columns" else one.parse(text)
+                given = key if one.instead[0] == "columns" else one.parse(text)
             except ValueError as error:
-                problems.append(f"{one.said} is {error}.")
+                problems.append(f"{one.spelled} is {error}.")
                 continue
-            if text and value not in (one.default, said):
-                problems.append(f"{one.flag} and {one.said}={text} differ: give the latter alone.")
-            object.__setattr__(self, one.name, said)
+            if text and value not in (one.default, given):
+                problems.append(
+                    f"{one.flag} and {one.spelled}={text} differ: give the latter alone."
+                )
+            object.__setattr__(self, one.name, given)
         for one in options:
             known = [o.instead[1] for o in options if o.instead and o.instead[0] == one.name]
             for item in getattr(self, one.name) or () if one.keys else ():

@@ -29,10 +29,10 @@ class DatedShard(shard.ShardData):
     """Two columns more: this declaration is all that the tests below add to the package."""
 
     years: Annotated[
-        np.ndarray | None, Numbers("row", "year", "years", when=None, absent=0, dtype="uint16")
+        np.ndarray | None, Numbers("row", "year", "years", when=None, fill=0, dtype="uint16")
     ] = None
     places: Annotated[
-        list[str] | None, Texts("row", "place", "place", when=None, absent="nowhere")
+        list[str] | None, Texts("row", "place", "place", when=None, fill="nowhere")
     ] = None
 
 

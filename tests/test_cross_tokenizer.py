@@ -37,7 +37,7 @@ from kdcache.stream.cross import CrossTokenizer, paths_of
 from kdcache.stream.text import RowsText
 from kdcache.student import DistilledStudent
 from kdcache.targets import ChunkTargets, SparseTargets
-from kdcache.targets.chunks import within
+from kdcache.targets.chunks import inside_chunks
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
@@ -197,7 +197,7 @@ def test_within_a_teachers_token_the_entries_that_go_on_alike_are_left() -> None
     read = np.array([letters[x] for x in "theythx"[:6]] + [letters["a"]])
     spans = np.array([[0, 4], [4, 7]])
     logprobs = np.array([math.log(0.05), math.log(0.4)])
-    found = list(within(targets, labels, logprobs, spans, read, paths))
+    found = list(inside_chunks(targets, labels, logprobs, spans, read, paths))
     assert [at.tolist() for at, _ in found] == [[1, 5], [2, 6], [3]]
 
     def at(step: int, row: int) -> dict[str, float]:

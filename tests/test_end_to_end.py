@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_deal import gz_corpus
+from test_split_files import gz_corpus
 
 from kdcache import (
     BuildOptions,
@@ -55,7 +55,7 @@ def test_what_a_worker_says_of_its_teacher_ends_the_build(
 def test_workers_on_ray_keep_to_a_file(
     ray: None, small_build: BuildOptions, corpus_texts: list[str], tmp_path: Path
 ) -> None:
-    """A worker reads a file once for each time that it comes to it, as `test_deal` shows."""
+    """A worker reads a file once for each time that it comes to it, as `test_split_files` shows."""
     corpus, _ = gz_corpus(tmp_path / "corpus", corpus_texts[:240], 4)
     options = dataclasses.replace(
         small_build, corpus=(corpus,), out=str(tmp_path / "a"), shard_tokens=300, workers=2

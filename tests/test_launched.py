@@ -16,7 +16,7 @@ import pytest
 from launched import Ended, free_port, launch, srun
 from make_caches import make_cache
 
-from kdcache.commands.train.launcher import Place, first_host
+from kdcache.commands.train.launcher import Launched, first_host
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
@@ -52,12 +52,12 @@ def undisturbed(cache: Path, out: Path, streams: int) -> list[float]:
 
 
 def test_a_process_by_itself_has_no_place() -> None:
-    assert Place.find({}) is None
-    assert Place.find({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}) is None
+    assert Launched.find({}) is None
+    assert Launched.find({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}) is None
     # The batch script of a job of eight tasks, which runs one command without srun.
     batch = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    assert Place.find(batch) is None
-    assert Place.find({**batch, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert Launched.find(batch) is None
+    assert Launched.find({**batch, "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 def test_torchrun_gives_the_place() -> None:
@@ -65,9 +65,9 @@ def test_torchrun_gives_the_place() -> None:
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "node1", "MASTER_PORT": "4711",
     }  # fmt: skip
-    assert Place.find(here) == Place("torchrun", 5, 8, 1, 4, "node1", 4711)
-    assert Place.find(here | {"SLURM_STEP_NUM_TASKS": "2"}) == Place.find(here)
-    found = Place.find(here)
+    assert Launched.find(here) == Launched("torchrun", 5, 8, 1, 4, "node1", 4711)
+    assert Launched.find(here | {"SLURM_STEP_NUM_TASKS": "2"}) == Launched.find(here)
+    found = Launched.find(here)
     assert found is not None
     assert found.environment == here
 
@@ -78,9 +78,9 @@ def test_srun_gives_the_place() -> None:
         "SLURM_NODEID": "2", "SLURM_STEP_NUM_TASKS": "10", "SLURM_STEP_TASKS_PER_NODE": "4(x2),2",
         "SLURM_STEP_NODELIST": "gpu[07-08,11]", "SLURM_JOB_NODELIST": "gpu[01-11]",
     }  # fmt: skip
-    assert Place.find(here) == Place("srun", 9, 10, 1, 2, "gpu07", 15_000 + 123_458 % 20_000)
-    given = Place.find(here | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"})
-    assert given == Place("srun", 9, 10, 1, 2, "10.0.0.7", 29500)
+    assert Launched.find(here) == Launched("srun", 9, 10, 1, 2, "gpu07", 15_000 + 123_458 % 20_000)
+    given = Launched.find(here | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"})
+    assert given == Launched("srun", 9, 10, 1, 2, "10.0.0.7", 29500)
 
 
 @pytest.mark.parametrize(

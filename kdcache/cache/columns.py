@@ -71,7 +71,7 @@ class Column:
         name: in a file; None where it is not stored.
         when: whether files have it: True if all do, None if each decides for itself; or the name of
             what decides that, an attribute of the task or one of the columns that a cache keeps.
-        absent: stands for each value in a part that lacks the column, beside parts that have it; or
+        fill: stands for each value in a part that lacks the column, beside parts that have it; or
             a function from that part to all of them. None: rows of such parts together lack it.
     """
 
@@ -79,7 +79,7 @@ class Column:
     row: str | None = None
     name: str | None = None
     when: bool | str | None = True
-    absent: Any = None
+    fill: Any = None
 
     def wanted(self, kind: TaskType, kept: Collection[str] | None = None) -> bool | None:
         """Whether rows have it; None if they may.
@@ -104,11 +104,11 @@ class Column:
 
     def of_values(self, values: Sequence[Any]) -> Any:
         """The column, from what each row has of it."""
-        return [self.absent if value is None else value for value in values]
+        return [self.fill if value is None else value for value in values]
 
-    def of_absent(self, part: Columns) -> Any:
+    def filled(self, part: Columns) -> Any:
         """What stands for it in a part that lacks it."""
-        return self.absent(part) if callable(self.absent) else [self.absent] * len(part)
+        return self.fill(part) if callable(self.fill) else [self.fill] * len(part)
 
     def joined(self, pieces: Sequence[Any]) -> Any:
         """The column, from slices of it."""
@@ -160,11 +160,11 @@ class Numbers(Column):
         assert len(there) in (0, len(values)), f"either every row has {self.row} or none"
         return np.concatenate([np.zeros((0, *self.shape), self.dtype), *there]).astype(self.dtype)
 
-    def of_absent(self, part: Columns) -> np.ndarray:
-        """See `Column.of_absent`."""
-        if callable(self.absent):
-            return np.asarray(self.absent(part))
-        return np.full(int(part.ends(self.axis)[-1]), self.absent, self.dtype)
+    def filled(self, part: Columns) -> np.ndarray:
+        """See `Column.filled`."""
+        if callable(self.fill):
+            return np.asarray(self.fill(part))
+        return np.full(int(part.ends(self.axis)[-1]), self.fill, self.dtype)
 
     def joined(self, pieces: Sequence[Any]) -> np.ndarray:
         """See `Column.joined`."""

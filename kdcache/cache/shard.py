@@ -101,7 +101,7 @@ class ShardData(Columns):
     input_ids: Annotated[np.ndarray, Numbers("token", "input_ids", "input_ids", kinds=IDS)]
     type_ids: Annotated[
         np.ndarray | None,
-        Numbers("token", "type_ids", "type_ids", when=None, absent=0, dtype="uint8"),
+        Numbers("token", "type_ids", "type_ids", when=None, fill=0, dtype="uint8"),
     ] = None
     source_offsets: Annotated[
         np.ndarray | None,
@@ -120,21 +120,21 @@ class ShardData(Columns):
         Numbers(
             *("token", "starts", "starts"),
             when="starts",
-            absent=first_of_rows,
+            fill=first_of_rows,
             dtype="bool",
             check=_check_starts,
         ),
     ] = None
-    texts: Annotated[list[str] | None, Texts("row", "text", "text", when="texts", absent="")] = None
+    texts: Annotated[list[str] | None, Texts("row", "text", "text", when="texts", fill="")] = None
     text_pairs: Annotated[
-        list[str] | None, Texts("row", "text_pair", "text_pair", when=None, absent="")
+        list[str] | None, Texts("row", "text_pair", "text_pair", when=None, fill="")
     ] = None
     first: Annotated[
         np.ndarray | None,
         Numbers("token", "first", "first_tokens", when="words", dtype="bool", check=_check_first),
     ] = None
     words: Annotated[
-        list[tuple[str, ...]] | None, Words("row", "words", "words", when="words", absent=())
+        list[tuple[str, ...]] | None, Words("row", "words", "words", when="words", fill=())
     ] = None
     label_bytes: Annotated[np.ndarray | None, Numbers("position", when=False, dtype="int64")] = None
 

@@ -309,8 +309,8 @@ def _run(row: Command, options: Any, as_json: bool) -> None:
 
     if row.dry_run is not None and options.dry_run:
         row = row.dry_run
-    place = getattr(options, "place", None)  # of a launcher's processes the first one reports
-    silent = place is not None and place.rank > 0
+    launched = getattr(options, "launched", None)  # of a launcher's processes the first one reports
+    silent = launched is not None and launched.rank > 0
     shown: Any = contextlib.nullcontext()
     if row.display:
         shown = _find(f"cli.display:{row.display}")(quiet=as_json or silent)

@@ -82,15 +82,15 @@ def options_command(
 
     def decorate(function: Callable[[Kind, bool], None]) -> click.Command:
         def run(as_json: bool, **values: Any) -> None:
-            absent = [o.flag for o in options if o.required and values[o.name] in (None, ())]
-            if absent:
+            missing = [o.flag for o in options if o.required and values[o.name] in (None, ())]
+            if missing:
                 raise click.UsageError(
-                    f"missing {', '.join(absent)} (a flag, or a key of --config)."
+                    f"missing {', '.join(missing)} (a flag, or a key of --config)."
                 )
             given = {k: v for k, v in values.items() if v is not None and v != ()}
             for o in options:
                 if o.hidden and given.get(o.name, False) not in (False, o.default):
-                    now = f" Say {o.said}=... instead." if o.instead else ""
+                    now = f" Say {o.spelled}=... instead." if o.instead else ""
                     tell(f"{o.flag} goes with the next version.{now}")
             function(kind(**given), as_json)
 

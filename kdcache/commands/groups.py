@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.domains import Named
-from kdcache.files import file_problems, try_place
+from kdcache.files import file_problems, try_output
 from kdcache.lora import Lora
 from kdcache.options import Options, key_values, option
 from kdcache.row_groups import TextGroup
@@ -304,7 +304,7 @@ class PlotOptions(Options):
             UsageError: so it is.
         """
         if self.plot is not None:
-            try_place(self.plot, "--plot")
+            try_output(self.plot, "--plot")
 
 
 def form_problems(record_form: Form, task: str | None) -> list[str]:

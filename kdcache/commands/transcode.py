@@ -39,7 +39,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
-from kdcache.commands.build.packer import Packed, Packer, Places, Steps
+from kdcache.commands.build.packer import Packed, Packer, Positions, Steps
 from kdcache.commands.build.prepare import check_answers, gpus_of, ranks_by_count
 from kdcache.commands.build.source import Answers, Source, SpanRows
 from kdcache.commands.options import TranscodeOptions
@@ -129,7 +129,7 @@ class CacheSource(Source[SourceShard, StoredRows]):
     def answer(self, rows: StoredRows, packer: Packer, steps: Steps) -> Answers:
         """See `Source.answer`."""
         assert rows.data is not None, "it was read"
-        targets, place = rows.data.targets, places_of(rows.data)
+        targets, at = rows.data.targets, positions_of(rows.data)
         total = len(targets)
         order = [np.arange(total)]
         if isinstance(self._from, TopK):
@@ -137,7 +137,7 @@ class CacheSource(Source[SourceShard, StoredRows]):
             done: futures.Future[Packed] = futures.Future()
             done.set_result(Packed(narrowed(targets, self.codec), None, np.float32(0)))
             return [done], order
-        uniform = self._send(torch.from_numpy(place.noise(packer.seed, packer.span)))
+        uniform = self._send(torch.from_numpy(at.noise(packer.seed, packer.span)))
         none = torch.zeros((), device=self.device)
         parts = []
         starts = range(0, total, self.batch_tokens)
@@ -147,7 +147,7 @@ class CacheSource(Source[SourceShard, StoredRows]):
             piece = slice(start, min(start + self.batch_tokens, total))
             some = targets.take(np.arange(piece.start, piece.stop))
             logits = self._logits(some)
-            parts.append(packer.put(self.codec.encode(logits, uniform[piece]), none, place, start))
+            parts.append(packer.put(self.codec.encode(logits, uniform[piece]), none, at, start))
             steps.batch(piece.stop - start)
         return parts, order if parts else []
 
@@ -168,12 +168,12 @@ def _with_targets(data: ShardData, targets: SoftTargets, _: Codes | None) -> Sha
     return dataclasses.replace(data, targets=targets)
 
 
-def places_of(data: ShardData) -> Places:
+def positions_of(data: ShardData) -> Positions:
     """Row, token and label of each position of a shard, in row-major order."""
     rows = np.repeat(np.arange(len(data)), np.diff(data.position_offsets))
     flat = np.flatnonzero(positions(data.labels, data.task)) if len(data) else rows
-    within = flat - data.offsets[rows] if len(data.labels) == len(data.input_ids) else 0 * rows
-    return Places(rows, within, np.zeros(0, np.int64))
+    tokens = flat - data.offsets[rows] if len(data.labels) == len(data.input_ids) else 0 * rows
+    return Positions(rows, tokens, np.zeros(0, np.int64))
 
 
 def narrowed(targets: SoftTargets, codec: TopK) -> SoftTargets:

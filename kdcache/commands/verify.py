@@ -192,14 +192,14 @@ class _Sample:
 
     Attributes:
         rows: the rows.
-        places: shard, and number in it, of each.
+        rows_of: shard, and number in it, of each.
         wanted: which of its positions, counted in the row, are compared.
         noise: float64 [positions], the noise of all of them.
         targets: what the cache holds of them.
     """
 
     rows: list[Row] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    rows_of: list[tuple[int, int]] = field(default_factory=list)
     wanted: list[np.ndarray] = field(default_factory=list)
     noise: list[np.ndarray] = field(default_factory=list)
     targets: list[SoftTargets] = field(default_factory=list)
@@ -298,12 +298,12 @@ def _choose(cache: Cache, sample: int, rng: np.random.Generator) -> _Sample:
         first = int(ends[span]) - len(data)
         for index in (numbers[spans == span] - first).tolist():
             row = data.row(index)
-            within = row.positions(spec.task)
-            some = np.sort(rng.choice(len(within), min(most, len(within)), replace=False))
+            every = row.positions(spec.task)
+            some = np.sort(rng.choice(len(every), min(most, len(every)), replace=False))
             chosen.rows.append(row)
-            chosen.places.append((span, index))
+            chosen.rows_of.append((span, index))
             chosen.wanted.append(some)
-            chosen.noise.append(position_uniform(spec.seed, span, index, within[some]))
+            chosen.noise.append(position_uniform(spec.seed, span, index, every[some]))
             chosen.targets.append(data.targets.take(data.position_offsets[index] + some))
     return chosen
 
@@ -415,7 +415,7 @@ def _problems(result: Recheck, chosen: _Sample, found: np.ndarray) -> list[str]:
         )
         return [f"the targets are not those of this teacher: {figures}. {whose}."]
     if result.worst > result.worst_allowed:
-        span, row = chosen.places[int(found.argmax())]
+        span, row = chosen.rows_of[int(found.argmax())]
         return [
             f"shard {span}, row {row}: its targets are not those of its tokens. They differ from "
             f"the teacher's by {result.worst:.2g}, and rounding explains "

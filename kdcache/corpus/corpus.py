@@ -53,7 +53,7 @@ _FORMATS = {
     "txt paragraph": ("text", "TextParagraphs"),
     "txt line": ("text", "TextLines"),
 }
-# Where a file cannot be dealt (no disk), each part reads all of it.
+# Where a file cannot be split (no disk), each part reads all of it.
 MAX_PARTS = 128
 _TYPICAL_RATIO = 3  # text to its gzip or zstd size, to guess parts without decompressing
 
@@ -373,7 +373,7 @@ def _stretches(plans: Sequence[_FileCuts]) -> list[dict[str, Any]]:
 
 
 def _by_bytes(file: InputFile) -> bool:
-    return file.kind in LINE_KINDS and not file.dealt
+    return file.kind in LINE_KINDS and not file.sequential
 
 
 def _plan(file: InputFile, span_bytes: int, reading: Reading, whole: bool) -> _FileCuts:
@@ -385,7 +385,7 @@ def _plan(file: InputFile, span_bytes: int, reading: Reading, whole: bool) -> _F
         with open_span(_FileCuts(file, 1, 1).span(0, 0, reading)) as ids:
             _, size = ids.size(file.size)
         cuts = max(1, math.ceil(size / span_bytes))
-    elif not file.dealt:
+    elif not file.sequential:
         cuts = math.ceil(file.size / span_bytes)
     else:
         size = file.size * (_TYPICAL_RATIO if file.compression else 1)

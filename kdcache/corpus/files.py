@@ -84,8 +84,8 @@ class InputFile:
         return " ".join(file.version for file in (self, *self.beside))
 
     @property
-    def dealt(self) -> bool:
-        """Whether it can't be entered in the middle, so that records are dealt to its parts."""
+    def sequential(self) -> bool:
+        """Whether it can't be entered in the middle, so that part i of n has each nth record."""
         return self.kind == "csv" or bool(self.compression)
 
     @property

@@ -88,8 +88,8 @@ class Span:
         stop: Byte after the last; the file's size where parts count.
         part: Which of `parts` of a table or of a file that can't be cut by bytes.
         parts: 1 for files cut by bytes.
-        limit: If not None, only the first `limit` records of [start, stop), before parts are
-            dealt.
+        limit: If not None, only the first `limit` records of [start, stop), before it is
+            split into parts.
         reading: How the file is read.
     """
 
@@ -107,13 +107,13 @@ class Span:
         """The file that a worker reads once for all its parts; empty where there is none."""
         if self.parts == 1:
             return ""
-        dealt = self.file.dealt or (self.file.kind == "arrow" and is_stream(self.file))
-        return self.file.url if dealt else ""
+        sequential = self.file.sequential or (self.file.kind == "arrow" and is_stream(self.file))
+        return self.file.url if sequential else ""
 
     @property
     def records(self) -> str:
         """Where its records are, for a person who looks for them."""
-        if self.file.dealt or self.group:
+        if self.file.sequential or self.group:
             which = f"every {self.parts}th record from record {self.part + 1} on"
         elif self.file.kind in LINE_KINDS:
             which = f"the lines that start in bytes {self.start}-{self.stop}"

@@ -91,12 +91,12 @@ class IndexedIds(Format):
         for document, (begin, end) in enumerate(self._ranges(start, stop), start):
             where = f"document {document + 1}"
             sequences = sequences or self._placed(begin)
-            places = list(islice(sequences, end - begin))
-            size = sum(length for _, length in places)
+            sequences_here = list(islice(sequences, end - begin))
+            size = sum(length for _, length in sequences_here)
             if size > self._most:
                 yield where, self._too_long()
                 continue
-            data = b"".join(self._read(where, *place) for place in places)
+            data = b"".join(self._read(where, *place) for place in sequences_here)
             yield where, {_COLUMN: np.frombuffer(data, self._type)}
 
     def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -99,7 +99,7 @@ class Record:
         return self.opens and self.closes
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """File and location, to open a message with."""
         return f"{self.file}: {self.location}"
 
@@ -137,7 +137,7 @@ class Record:
         if len(self.columns) > _SHOWN_NAMES:
             there += f" and {len(self.columns) - _SHOWN_NAMES} more"
         what = " or ".join(repr(name) for name in wanted)
-        message = f"{self.place} has no column {what}; its columns are {there}."
+        message = f"{self.where} has no column {what}; its columns are {there}."
         if self.source.delimiter is not None:
             return UsageError(
                 f"{message} Its fields seem to be separated by another character: name it with "
@@ -257,7 +257,7 @@ def passes(record: Record, filters: Filters) -> bool:
             raise record.missing([column], "--filter")
         if isinstance(record.values[column], (list, dict, np.ndarray)):
             raise UsageError(
-                f"{record.place}: column {column!r} holds a list or an object, and --filter "
+                f"{record.where}: column {column!r} holds a list or an object, and --filter "
                 "compares single values. Name a column of texts, numbers, or true and false."
             )
         if not any(_equal(record.values[column], value) for value in values):

@@ -59,7 +59,7 @@ def sample_spans(corpus: Corpus, most: int) -> list[Span]:
     even = np.linspace(0, len(corpus.spans), count, endpoint=False).astype(int)
     for index in _of_every_domain(corpus, even.tolist()):
         span = corpus.spans[index]
-        if span.file.dealt or span.group:
+        if span.file.sequential or span.group:
             span = replace(span, part=0, parts=1)
         chosen.setdefault((span.file.url, span.start), span)
     return list(chosen.values())

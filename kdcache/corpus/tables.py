@@ -1,7 +1,7 @@
 """Tables: Parquet and Arrow, read in batches and only in the requested columns.
 
 Cost: memory of a batch of 1,024 rows as Python objects, and of what Arrow decodes at a time. An
-Arrow stream in several parts is read once for all of them (see `kdcache.corpus.deal`).
+Arrow stream in several parts is read once for all of them (see `kdcache.corpus.parts`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache.corpus.deal import Deal, Progress, dealt
 from kdcache.corpus.files import ARROW_FILE_MAGIC, is_remote, open_bytes
 from kdcache.corpus.formats import Format, Raw, not_utf8
+from kdcache.corpus.parts import Parts, Progress, records_of_part
 from kdcache.corpus.records import FileColumns, RecordError
 from kdcache.errors import UsageError
 from kdcache.storage import redact
 
 _BATCH_ROWS = 1024
-_BLOCK_ROWS, _BLOCK_BYTES = 16, 1 << 23  # rows of each part, or bytes of all, dealt at a time
+_BLOCK_ROWS, _BLOCK_BYTES = 16, 1 << 23  # rows of each part, or bytes of all, split at a time
 
 
 class _Table(Format):
@@ -259,7 +259,9 @@ class Arrow(_Table):
             yield from self._own()
             return
         key = (span.file, span.parts, span.limit, span.reading, tuple(self._names))
-        for where, payload in dealt(key, span.part, self._deal, self._own, self.progress):
+        for where, payload in records_of_part(
+            key, span.part, self._make_parts, self._own, self.progress
+        ):
             if isinstance(payload, bytes):
                 if payload:
                     yield from self._block_rows(int(str(where)), payload)
@@ -279,7 +281,7 @@ class Arrow(_Table):
     def _own(self) -> Iterator[Raw]:
         """Rows of the part, found by reading all of the stream.
 
-        Limit and dealing are applied batch by batch: no other row becomes Python objects.
+        Limit and part are applied batch by batch: no other row becomes Python objects.
         """
         span = self._span
         first = 0
@@ -290,9 +292,9 @@ class Arrow(_Table):
                 yield f"row {first + row + 1}", payload
             first += batch.num_rows
 
-    def _deal(self, progress: Progress) -> Deal:
+    def _make_parts(self, progress: Progress) -> Parts:
         span = self._span
-        return Deal(self._blocks(), span.parts, span.file.size, progress, self.damage)
+        return Parts(self._blocks(), span.parts, span.file.size, progress, self.damage)
 
     def _blocks(self) -> Iterator[Raw]:
         """The stream in blocks of some batches: of each block the rows of every part in turn."""
@@ -312,7 +314,7 @@ class Arrow(_Table):
                 some.append(batch)
                 rows, size = rows + batch.num_rows, size + batch.nbytes
             if some and (batch is None or rows >= _BLOCK_ROWS * parts or size >= _BLOCK_BYTES):
-                yield from _dealt_out(some, parts, first)
+                yield from _rows_by_part(some, parts, first)
                 first, some, rows, size = first + rows, [], 0, 0
             if batch is None:
                 break
@@ -328,7 +330,7 @@ class Arrow(_Table):
                     row += self._span.parts
 
 
-def _dealt_out(batches: list[Any], parts: int, first: int) -> Iterator[Raw]:
+def _rows_by_part(batches: list[Any], parts: int, first: int) -> Iterator[Raw]:
     """Of each part in turn: its first row of some batches, and all of them as an Arrow stream.
 
     Args:

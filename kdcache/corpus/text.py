@@ -18,9 +18,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, BinaryIO
 
-from kdcache.corpus.deal import Deal, Progress, dealt
 from kdcache.corpus.files import open_plain
 from kdcache.corpus.formats import DECOMPRESSION_ERRORS, Format, Raw, not_utf8
+from kdcache.corpus.parts import Parts, Progress, records_of_part
 from kdcache.corpus.records import (
     FileColumns,
     LineAt,
@@ -54,17 +54,17 @@ class _Text(Format):
         if span.parts == 1 or not span.file.versions.strip():
             return self._own()
         key = (span.file, span.parts, span.limit, span.reading)
-        return dealt(key, span.part, self._deal, self._own, self.progress)
+        return records_of_part(key, span.part, self._make_parts, self._own, self.progress)
 
     def _own(self) -> Iterator[Raw]:
         """Records of the part, found by reading all of the file."""
         first = islice(self._rows(), self._span.limit)
         return islice(first, self._span.part, None, self._span.parts)
 
-    def _deal(self, progress: Progress) -> Deal:
+    def _make_parts(self, progress: Progress) -> Parts:
         span = self._span
         with type(self)(replace(span, part=0, parts=1)) as whole:
-            return Deal(whole.records(), span.parts, span.file.size, progress, whole.damage)
+            return Parts(whole.records(), span.parts, span.file.size, progress, whole.damage)
 
     def size(self, limit: int) -> tuple[int, int]:
         """See `Format.size`."""

@@ -79,9 +79,9 @@ def chunk_loss(
     sums = own.new_zeros(chunks + 1).index_add(0, targets.chunk_of(own.device), own)[:chunks]
     soft = binary_divergence(targets.likelihood.to(own), sums, targets.tau).sum()
     if targets.soft is not None and targets.groups is not None and targets.positions is not None:
-        places = torch.from_numpy(targets.positions).to(own.device)
+        positions = torch.from_numpy(targets.positions).to(own.device)
         group = targets.groups.student_on(own.device)
-        soft = soft + _groups(logprobs[places], group, targets.groups.count, targets.soft).sum()
+        soft = soft + _groups(logprobs[positions], group, targets.groups.count, targets.soft).sum()
     scale = 1 / scalar_count(own, count, None)
     hard, soft = hard * scale, soft * scale
     return LossParts(alpha * hard + (1 - alpha) * soft, hard.detach(), soft.detach())
@@ -187,35 +187,35 @@ def chunk_gradient_(
     if targets.soft is None or targets.groups is None or targets.positions is None:
         z.copy_(e.mul_(factor))
     else:
-        places = torch.from_numpy(targets.positions).to(z.device)
-        listed = _Listed.of(e, places, targets.groups, targets.soft)
+        positions = torch.from_numpy(targets.positions).to(z.device)
+        listed = _Listed.of(e, positions, targets.groups, targets.soft)
         if listed is not None:
-            given = own[places], label[places], total[places], targets.soft
+            given = own[positions], label[positions], total[positions], targets.soft
             found, pull, own_pull = listed.derivative_(e, *given)
             soft = soft + found
-            d_label[places] += own[places] * own_pull * (1 - alpha)
-            every_id = factor.index_add(0, places, pull * (1 - alpha))
+            d_label[positions] += own[positions] * own_pull * (1 - alpha)
+            every_id = factor.index_add(0, positions, pull * (1 - alpha))
             listed.write_(e.mul_(every_id), factor, 1 - alpha)
             if e is not z:
                 z.copy_(e)
             z.scatter_(1, label, d_label.to(z.dtype))
             return torch.stack([hard, soft])
-        every = len(places) == len(z)
-        some = e if every else e[places]
+        every = len(positions) == len(z)
+        some = e if every else e[positions]
         group = targets.groups.student_on(z.device)
         found, by_group = _group_gradients(
-            some, group, targets.groups.count, own[places], group[label[places]], targets.soft
+            some, group, targets.groups.count, own[positions], group[label[positions]], targets.soft
         )
         soft = soft + found
         by_group *= 1 - alpha
-        d_label[places] += own[places] * by_group.gather(1, group[label[places]])
+        d_label[positions] += own[positions] * by_group.gather(1, group[label[positions]])
         by_id = by_group.index_select(1, group)
         if every:
             z.copy_(e.mul_(by_id.add_(factor)))
         else:
             by_id.mul_(some)
             e.mul_(factor)
-            e.index_add_(0, places, by_id)
+            e.index_add_(0, positions, by_id)
             z.copy_(e)
     z.scatter_(1, label, d_label.to(z.dtype))
     return torch.stack([hard, soft])
@@ -229,21 +229,21 @@ class _Listed:
         entry: int64 [t], the entry of its group in the flat targets.
     """
 
-    def __init__(self, at: Tensor, entry: Tensor, places: Tensor, groups: Groups) -> None:
+    def __init__(self, at: Tensor, entry: Tensor, positions: Tensor, groups: Groups) -> None:
         self.at, self.entry = at, entry
-        self._places, self._groups = places, groups
+        self._positions, self._groups = positions, groups
         self._values = self._pull = at
 
     @classmethod
     def of(
-        cls, e: Tensor, places: Tensor, groups: Groups, targets: SparseTargets
+        cls, e: Tensor, positions: Tensor, groups: Groups, targets: SparseTargets
     ) -> _Listed | None:
         """Those of m positions; None where all ids of each position at once are less work: on a
         GPU, whose host would wait for their number, and where they are many.
 
         Args:
             e: [n, V], which they are ids of.
-            places: int64 [m].
+            positions: int64 [m].
             groups: that the ids of `targets` are.
             targets: of the m positions.
         """
@@ -254,12 +254,14 @@ class _Listed:
         sizes = (first[ids + 1] - first[ids]) * (targets.weights.reshape(-1) > 0)
         ends = sizes.cumsum(0)
         number = int(ends[-1]) if len(ends) else 0
-        if number > len(places) * e.shape[1] // _FEW:
+        if number > len(positions) * e.shape[1] // _FEW:
             return None
         entry = torch.repeat_interleave(torch.arange(len(ids)), sizes, output_size=number)
         within = torch.arange(number) - (ends - sizes)[entry]
-        rows = places.repeat_interleave(targets.ids.shape[1])[entry]
-        return cls(rows * e.shape[1] + members[first[ids][entry] + within], entry, places, groups)
+        rows = positions.repeat_interleave(targets.ids.shape[1])[entry]
+        return cls(
+            rows * e.shape[1] + members[first[ids][entry] + within], entry, positions, groups
+        )
 
     def derivative_(
         self, e: Tensor, own: Tensor, label: Tensor, total: Tensor, targets: SparseTargets
@@ -296,7 +298,7 @@ class _Listed:
         pull = base - weights / inside
         if targets.exact:
             flat[self.at] = 0
-            outside = e.sum(-1, keepdim=True)[self._places] + own * ~mine.any(-1, keepdim=True)
+            outside = e.sum(-1, keepdim=True)[self._positions] + own * ~mine.any(-1, keepdim=True)
             flat[self.at] = self._values
             has_tail = outside > 0
             rest = torch.where(has_tail, targets.tail.to(e)[:, None], 0)

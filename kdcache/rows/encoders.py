@@ -85,14 +85,14 @@ class DocumentMaker:
         filled = [form for form in there if all(values[name] is not None for name in columns[form])]
         if len(filled) > 1:
             raise UsageError(
-                f"{record.place} holds {' and '.join('+'.join(columns[form]) for form in filled)}, "
+                f"{record.where} holds {' and '.join('+'.join(columns[form]) for form in filled)}, "
                 f"more than one form of record. Choose one with --record-form {'|'.join(filled)}."
             )
         if filled or there:
             return (filled or there)[0]
         if "input_ids" in record.columns:
             raise UsageError(
-                f"{record.place} has a column 'input_ids' and none of text. If its ids are to be "
+                f"{record.where} has a column 'input_ids' and none of text. If its ids are to be "
                 "the rows, add --record-form ids."
             )
         alternatives = [spec.text_column, spec.messages_column, "+".join(columns["prompt"])]

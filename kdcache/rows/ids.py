@@ -87,7 +87,7 @@ class SequenceMaker:
         starts = _divisions(columns, real, len(ids)) if len(ids) else np.zeros(0, np.bool_)
         if starts[1:].any() and not self._divided:
             raise UsageError(
-                f"{record.place}: segment_ids or position_ids divide the row into documents that "
+                f"{record.where}: segment_ids or position_ids divide the row into documents that "
                 "do not see each other. Build it so with --attend document, or leave the columns "
                 "out."
             )
@@ -107,7 +107,7 @@ class SequenceMaker:
         if columns and self._labels is None:
             name = next(iter(columns))
             raise UsageError(
-                f"{record.place} has a column {name!r}, which may stand beside the id that it is "
+                f"{record.where} has a column {name!r}, which may stand beside the id that it is "
                 "about (--labels token, as in transformers) or one before it (--labels next, as in "
                 "Megatron). Say which; --labels none learns every id."
             )
@@ -145,7 +145,7 @@ class SequenceMaker:
         if other is None:
             instead = "next" if self._labels == "token" else "token"
             raise UsageError(
-                f"{record.place}: the labels do not agree with --labels {self._labels}, but with "
+                f"{record.where}: the labels do not agree with --labels {self._labels}, but with "
                 f"--labels {instead}. Correct the option."
             )
         raise RecordError(

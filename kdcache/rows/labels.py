@@ -106,7 +106,7 @@ class Classes:
             shown = ", ".join(each.format(i, name) for i, name in enumerate(self._names[:10]))
             known = shown + (f" and {len(self._names) - 10} more" if len(self._names) > 10 else "")
         return UsageError(
-            f"{record.place}: {self._noun} is {value!r}, which is not one of the teacher's "
+            f"{record.where}: {self._noun} is {value!r}, which is not one of the teacher's "
             f"classes: {known}. "
             f"Correct it; leave it empty (null in JSON) where a record has no label."
         )
@@ -246,7 +246,7 @@ class ManyClassReader(LabelReader):
     def _no_list(self, record: Record, values: list[Any]) -> UsageError:
         width = len(self.spec.label_names or ())
         return UsageError(
-            f"{record.place}: labels are {values!r}, expected either different classes, best by "
+            f"{record.where}: labels are {values!r}, expected either different classes, best by "
             f"name, or {width} values of true and false, one for each class."
         )
 
@@ -256,7 +256,7 @@ class ManyClassReader(LabelReader):
             wrong = values[flags.index(None)]
             name = (self.spec.label_names or ())[flags.index(None)]
             raise UsageError(
-                f"{record.place}: label {name} is {wrong!r}, expected 0 or 1; {_EMPTY}."
+                f"{record.where}: label {name} is {wrong!r}, expected 0 or 1; {_EMPTY}."
             )
         return np.array([flags], np.int32)
 
@@ -279,7 +279,7 @@ class ScoreReader(LabelReader):
             found = np.array([number], np.float32)
         if not np.isfinite(found[0]):
             raise UsageError(
-                f"{record.place}: the score is {value!r}, expected a finite number. Correct it; "
+                f"{record.where}: the score is {value!r}, expected a finite number. Correct it; "
                 f"{_EMPTY}."
             )
         return found
@@ -302,7 +302,7 @@ def filled_column(record: Record, names: Sequence[str]) -> str | None:
     filled = [name for name in there if not _missing(record.values[name])]
     if len(filled) > 1:
         raise UsageError(
-            f"{record.place}: it has labels in the columns {' and '.join(filled)}. Name the "
+            f"{record.where}: it has labels in the columns {' and '.join(filled)}. Name the "
             "right one with --label-column."
         )
     return next(iter([*filled, *there]), None)
@@ -326,7 +326,7 @@ def names_in(record: Record, text: str) -> list[Any]:
         return list(json.loads(text))
     except ValueError as error:
         raise UsageError(
-            f"{record.place}: labels are {text!r}, which is not JSON: {error}. Give a list of "
+            f"{record.where}: labels are {text!r}, which is not JSON: {error}. Give a list of "
             "names of classes."
         ) from None
 

@@ -140,7 +140,7 @@ class RowSpec(
         for one in options_of(type(self)):
             value = getattr(self, one.name)
             problem = one.unlike(value) or one.wrong(value)
-            wrong += [problem.replace(one.said, one.name).rstrip(".")] if problem else []
+            wrong += [problem.replace(one.spelled, one.name).rstrip(".")] if problem else []
         masks = (self.mask_share, self.mask_unit, self.mask_seed)
         if self.task != MASKED_LM and masks != (None, "token", 0):
             given = "mask_share, mask_unit and mask_seed"

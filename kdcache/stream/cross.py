@@ -31,7 +31,7 @@ from kdcache.stream.batch import Batch, Reading, divided
 from kdcache.stream.shard_rows import AlignedRows, AlignedShard
 from kdcache.stream.text import TextChunks, cached_rows
 from kdcache.targets import SparseTargets
-from kdcache.targets.chunks import ChunkTargets, Groups, within
+from kdcache.targets.chunks import ChunkTargets, Groups, inside_chunks
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
 from kdcache.tasks import CAUSAL_LM, IGNORE, CrossMethod
 
@@ -177,16 +177,16 @@ class CrossTokenizer(Reading):
             return ChunkTargets(size, spans[:, 2], spans[:, 3], _floats(likelihood), tau=self.tau)
         found = data.targets.take(spans[:, 0]).at(1.0)
         assert isinstance(found, SparseTargets), "refused before: another codec"
-        places, soft = [spans[:, 2]], [self.groups.of_targets(found)]
+        positions, soft = [spans[:, 2]], [self.groups.of_targets(found)]
         if found.exact:
             first = spans[:, 0]
             labels = data.labels[data.labels != IGNORE].astype(np.int64)[first]
             read = own.labels[own.labels != IGNORE].astype(np.int64)
             given = labels, decode_logprobs(codes[first]), spans[:, 2:], read, self._paths
-            for inside, targets in within(found, *given):
-                places.append(inside)
+            for inside, targets in inside_chunks(found, *given):
+                positions.append(inside)
                 soft.append(self.groups.of_student(targets))
-        order = np.argsort(np.concatenate(places))
+        order = np.argsort(np.concatenate(positions))
         several = (spans[:, 1] - spans[:, 0] > 1) | (spans[:, 3] - spans[:, 2] > 1)
         return ChunkTargets(
             size,
@@ -194,7 +194,7 @@ class CrossTokenizer(Reading):
             spans[several, 3],
             _floats(likelihood[several]),
             tau=self.tau,
-            positions=np.concatenate(places)[order],
+            positions=np.concatenate(positions)[order],
             soft=SparseTargets.concat(soft)[torch.from_numpy(order)],
             groups=self.groups,
         )

@@ -82,19 +82,19 @@ class _Wanted:
     Attributes:
         at: where it begins in the flattened batch.
         ids: int32, its ids, at least up to the last label, which is one of them.
-        places: int64, rising: which of its tokens have labels.
+        labelled: int64, rising: which of its tokens have labels.
         odd: how many labels are not the next id.
     """
 
     at: int
     ids: np.ndarray
-    places: np.ndarray
+    labelled: np.ndarray
     odd: int
 
     @property
     def least(self) -> int:
         """How many ids its key has, at least."""
-        return int(self.places[-1]) + 2
+        return int(self.labelled[-1]) + 2
 
     def longer(self) -> Iterator[bytes]:
         """Keys of the row with more of its ids."""
@@ -222,14 +222,14 @@ class TargetLookup:
         parts = [(row, part) for row, part in zip(wanted, found, strict=True) if part is not None]
         hard = np.full_like(own, IGNORE)
         for row in missed:
-            places = row.at + row.places
-            hard.flat[places], own.flat[places] = own.flat[places], IGNORE
+            labelled = row.at + row.labelled
+            hard.flat[labelled], own.flat[labelled] = own.flat[labelled], IGNORE
         device = labels.device
         return Found(
             self._targets(parts).to(device),
             torch.from_numpy(own).to(device),
             torch.from_numpy(hard).to(device) if missed else None,
-            sum(len(row.places) for row in wanted),
+            sum(len(row.labelled) for row in wanted),
             len(wanted),
             len(missed),
         )
@@ -291,11 +291,11 @@ class TargetLookup:
     ) -> None:
         """Fill in the rows that are not found yet and have one of these keys."""
         for number, index in enumerate(self._indexes):
-            whose = [i for i, own in enumerate(keys) for _ in own if found[i] is None]
+            owners = [i for i, own in enumerate(keys) for _ in own if found[i] is None]
             asked = [key for i, own in enumerate(keys) for key in own if found[i] is None]
-            for i, place in zip(whose, index.find(asked), strict=True):
-                if place is not None and found[i] is None:
-                    found[i] = self._row(number, *place, wanted[i])
+            for i, at in zip(owners, index.find(asked), strict=True):
+                if at is not None and found[i] is None:
+                    found[i] = self._row(number, *at, wanted[i])
 
     def _row(self, cache: int, span: int, row: int, wanted: _Wanted) -> ShardData | None:
         """A cached row, if it is the wanted one; an index may say anything."""
@@ -321,9 +321,9 @@ class TargetLookup:
         kept = []
         for row, part in parts:
             there = np.flatnonzero(part.labels != IGNORE)
-            kept.append(np.isin(there, row.places))
-            if kept[-1].sum() != len(row.places):
-                lacks = int(np.setdiff1d(row.places, there)[0])
+            kept.append(np.isin(there, row.labelled))
+            if kept[-1].sum() != len(row.labelled):
+                lacks = int(np.setdiff1d(row.labelled, there)[0])
                 raise KdcacheError(
                     f"the row that begins {self._text(row.ids)} has a label for its token "
                     f"{lacks + 1}, and the cache has no target there. Build the cache with the "
@@ -354,8 +354,8 @@ class TargetLookup:
     def _has(self, keys: Sequence[Sequence[int] | np.ndarray]) -> int | None:
         """The first of these lists of ids that is a key of a cache."""
         hashes = [hashed(np.asarray(ids, np.int32)).digest() for ids in keys]
-        places = [index.find(hashes) for index in self._indexes]
-        return next((i for i, at in enumerate(zip(*places, strict=True)) if any(at)), None)
+        found = [index.find(hashes) for index in self._indexes]
+        return next((i for i, at in enumerate(zip(*found, strict=True)) if any(at)), None)
 
     def _cause(self, row: _Wanted) -> str:
         """What most likely keeps a row from being found: a sentence or two."""
@@ -437,10 +437,12 @@ def _divided(ids: np.ndarray, own: np.ndarray, begins: np.ndarray) -> list[_Want
     found = []
     for i in np.flatnonzero(np.diff(cuts)).tolist():
         begin, end = int(starts[i]), int(starts[i + 1])
-        row, places = flat[begin:end], there[cuts[i] : cuts[i + 1]] - begin
-        own_labels = labels[begin + places]
-        if (row[places[-1] + 1 :][:1] != own_labels[-1:]).any() or end - begin == places[-1] + 1:
-            row = np.append(row[: places[-1] + 1], own_labels[-1])  # what follows is padding
-        odd = int(np.count_nonzero(row[places + 1] != own_labels))
-        found.append(_Wanted(begin, row.astype(np.int32), places, odd))
+        row, labelled = flat[begin:end], there[cuts[i] : cuts[i + 1]] - begin
+        own_labels = labels[begin + labelled]
+        if (row[labelled[-1] + 1 :][:1] != own_labels[-1:]).any() or end - begin == labelled[
+            -1
+        ] + 1:
+            row = np.append(row[: labelled[-1] + 1], own_labels[-1])  # what follows is padding
+        odd = int(np.count_nonzero(row[labelled + 1] != own_labels))
+        found.append(_Wanted(begin, row.astype(np.int32), labelled, odd))
     return found

@@ -53,7 +53,7 @@ class AlignedRows(Columns):
     labels: Annotated[np.ndarray, Numbers("token", "labels")]
     starts: Annotated[
         np.ndarray | None,
-        Numbers("token", "starts", when=None, absent=first_of_rows, dtype="bool"),
+        Numbers("token", "starts", when=None, fill=first_of_rows, dtype="bool"),
     ] = None
     chunk_offsets: Annotated[np.ndarray, Offsets("chunk", "chunks")]
     chunks: Annotated[np.ndarray, Numbers("chunk", "chunks", shape=(4,))]
@@ -125,9 +125,9 @@ class RowPool(Generic[Part]):
         for name, column in parts[0].columns().items():
             values = [getattr(part, name) for part in parts]
             there = sum(value is not None for value in values)
-            if there == len(parts) or (there and column.absent is not None):
+            if there == len(parts) or (there and column.fill is not None):
                 pairs = zip(parts, values, strict=True)
-                self._add(name, column, [column.of_absent(p) if v is None else v for p, v in pairs])
+                self._add(name, column, [column.filled(p) if v is None else v for p, v in pairs])
             else:
                 self._columns[name] = column, None
 

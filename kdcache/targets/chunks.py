@@ -239,7 +239,7 @@ class ChunkTargets:
         return replace(self, likelihood=change(self.likelihood), soft=soft)
 
 
-def within(
+def inside_chunks(
     targets: SparseTargets,
     labels: Integers,
     logprobs: np.ndarray,

@@ -82,8 +82,8 @@ def dry_run(options: BuildOptions) -> DryRun:
     spec, codec = prepared.spec, prepared.spec.make_codec()
     sample = sample_rows(prepared.corpus, prepared.rows, prepared.tokenizer, _ROWS)
     tokens = sum(len(row.input_ids) for row in sample.rows)
-    places = sum(len(row.positions(options.task)) for row in sample.rows)
-    tokens_each = tokens / max(1, places)
+    sampled = sum(len(row.positions(options.task)) for row in sample.rows)
+    tokens_each = tokens / max(1, sampled)
     rows_bytes = _ROW_BYTES * tokens_each + _TEXT_BYTES * TASKS[options.task].texts
     positions = sample.corpus_positions
     storage = open_storage(options.out)

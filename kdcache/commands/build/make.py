@@ -27,7 +27,7 @@ from kdcache.commands.build.source import SourceOptions, Work
 from kdcache.commands.build.workers import Job, LocalWorkers, Workers
 from kdcache.commands.interrupt import Interrupt, interruptible
 from kdcache.errors import IncompleteError, UsageError
-from kdcache.files import try_place
+from kdcache.files import try_output
 from kdcache.humanize import counted, size
 from kdcache.storage import redact
 from kdcache.version import __version__
@@ -152,7 +152,7 @@ def _begin(
     interrupt: Interrupt,
 ) -> BuildResult:
     begin = time.perf_counter()
-    try_place(out)
+    try_output(out)
     report("reading what the options name")
     plan = make_plan()
     cache = Cache.create_or_resume(

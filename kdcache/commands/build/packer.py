@@ -33,47 +33,47 @@ _UNPACKED = 8  # encoded slices on their way, at most
 
 
 @dataclass(frozen=True)
-class Places:
+class Positions:
     """Some positions of a span.
 
     Attributes:
         rows: int64 [n], the row of the span that each is in.
-        within: int64 [n], the token of the row.
+        tokens: int64 [n], the token of the row.
         labels: int64 [n], its hard label; `IGNORE` where that is not one id or class.
     """
 
     rows: np.ndarray
-    within: np.ndarray
+    tokens: np.ndarray
     labels: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[Row], task: str) -> Places:
+    def of(cls, rows: Sequence[Row], task: str) -> Positions:
         """All positions of some rows, in row-major order."""
         wanted = [row.positions(task) for row in rows]
         return cls(
-            np.repeat(np.arange(len(rows)), [len(places) for places in wanted]),
+            np.repeat(np.arange(len(rows)), [len(some) for some in wanted]),
             np.concatenate([np.zeros(0, np.int64), *wanted]),
             np.concatenate(
                 [np.zeros(0, np.int64)]
-                + [_one_each(row, places) for row, places in zip(rows, wanted, strict=True)]
+                + [_one_each(row, some) for row, some in zip(rows, wanted, strict=True)]
             ).astype(np.int64),
         )
 
-    def take(self, index: np.ndarray) -> Places:
+    def take(self, index: np.ndarray) -> Positions:
         """Some of them."""
-        return Places(self.rows[index], self.within[index], self.labels[index])
+        return Positions(self.rows[index], self.tokens[index], self.labels[index])
 
     def noise(
         self, seed: int, span: int, piece: slice = slice(None), *, of_label: bool = False
     ) -> np.ndarray:
         """See `position_uniform`."""
-        rows, within = self.rows[piece], self.within[piece]
-        return position_uniform(seed, span, rows, within, of_label=of_label)
+        rows, tokens = self.rows[piece], self.tokens[piece]
+        return position_uniform(seed, span, rows, tokens, of_label=of_label)
 
 
-def _one_each(row: Row, places: np.ndarray) -> np.ndarray:
+def _one_each(row: Row, some: np.ndarray) -> np.ndarray:
     one = row.labels.ndim == 1 and row.labels.dtype.kind == "i"
-    return row.labels[places] if one else np.full(len(places), IGNORE)
+    return row.labels[some] if one else np.full(len(some), IGNORE)
 
 
 class Packed(NamedTuple):
@@ -105,14 +105,14 @@ class Packer:
         self._pool.shutdown(cancel_futures=True)
 
     def put(
-        self, encoded: dict[str, Tensor], clipped: Tensor, place: Places, start: int
+        self, encoded: dict[str, Tensor], clipped: Tensor, positions: Positions, start: int
     ) -> futures.Future[Packed]:
         """Have a slice packed.
 
         Args:
             encoded: what the codec gave of it, and "label_logprob" float32 [n] where that is kept.
             clipped: scalar, probability of the slice outside the vocabulary, summed.
-            place: positions, among which the slice is.
+            positions: among which the slice is.
             start: its first one.
         """
         encoded = {**encoded, "clipped": clipped}
@@ -125,10 +125,14 @@ class Packer:
             event.record(torch.cuda.current_stream(device))
             copied.append(event)
         self._room.acquire()
-        return self._pool.submit(self._pack, host, copied, place, start)
+        return self._pool.submit(self._pack, host, copied, positions, start)
 
     def _pack(
-        self, host: dict[str, Tensor], copied: list[torch.cuda.Event], place: Places, start: int
+        self,
+        host: dict[str, Tensor],
+        copied: list[torch.cuda.Event],
+        positions: Positions,
+        start: int,
     ) -> Packed:
         try:
             for event in copied:
@@ -137,14 +141,14 @@ class Packer:
                 bad = start + int(host["finite"].int().argmin())
                 raise UsageError(
                     f"the teacher gives NaN or infinite logits for span {self.span}, row "
-                    f"{place.rows[bad]}, position {place.within[bad]}: nothing of this span is "
-                    "cached. Try --dtype float32, or check the model."
+                    f"{positions.rows[bad]}, position {positions.tokens[bad]}: nothing of this "
+                    "span is cached. Try --dtype float32, or check the model."
                 )
             clipped = np.float32(host.pop("clipped"))
             codes = None
             if (logprobs := host.pop("label_logprob", None)) is not None:
                 piece = slice(start, start + len(logprobs))
-                u = place.noise(self.seed, self.span, piece, of_label=True)
+                u = positions.noise(self.seed, self.span, piece, of_label=True)
                 codes = encode_logprobs(logprobs.numpy(), u)
             return Packed(self._writer.pack(host), codes, clipped)
         finally:
@@ -152,18 +156,18 @@ class Packer:
 
 
 def in_row_order(
-    codec: Codec, packed: Sequence[Packed], places: Sequence[np.ndarray]
+    codec: Codec, packed: Sequence[Packed], numbers: Sequence[np.ndarray]
 ) -> tuple[SoftTargets, Codes | None]:
     """Targets and log-probabilities of a span in row-major order, from those of its batches.
 
     Args:
         codec: of the targets.
         packed: all slices.
-        places: which position of the span, counted row by row, each position of them is.
+        numbers: which position of the span, counted row by row, each position of them is.
     """
     if not packed:
         return SoftTargets.empty(codec), np.zeros(0, np.uint16)
-    order = np.concatenate(places)
+    order = np.concatenate(numbers)
     inverse = np.empty(len(order), np.int64)
     inverse[order] = np.arange(len(order))
     targets = SoftTargets.concat([part.targets for part in packed]).take(inverse)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.build.packer import Packed, Packer, Places, Steps
+from kdcache.commands.build.packer import Packed, Packer, Positions, Steps
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.corpus.records import shorten
 from kdcache.errors import KdcacheError, UsageError, doing
@@ -233,7 +233,7 @@ class TeacherSource(Source[Span, TaughtRows]):
                 self._probe(rows.rows)
         parts = documents_of(rows.rows)
         try:
-            return self._ask(parts, Places.of(rows.rows, self.spec.task), packer, steps)
+            return self._ask(parts, Positions.of(rows.rows, self.spec.task), packer, steps)
         finally:
             self.teacher.forget(parts)
 
@@ -253,7 +253,7 @@ class TeacherSource(Source[Span, TaughtRows]):
                 )
         self._probed = True
 
-    def _ask(self, rows: Sequence[Row], every: Places, packer: Packer, steps: Steps) -> Answers:
+    def _ask(self, rows: Sequence[Row], every: Positions, packer: Packer, steps: Steps) -> Answers:
         """Run all rows of a span through the teacher, or their documents.
 
         Args:
@@ -265,7 +265,7 @@ class TeacherSource(Source[Span, TaughtRows]):
         counts = [len(row.positions(self.spec.task)) for row in rows]
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         packed: list[futures.Future[Packed]] = []
-        places: list[np.ndarray] = []
+        numbers: list[np.ndarray] = []
         sizes = [row.sizes for row in rows]
         waiting = deque(batches(sizes, self.batch_tokens))
         while waiting:
@@ -286,16 +286,16 @@ class TeacherSource(Source[Span, TaughtRows]):
                 continue
             steps.batch(len(here))
             packed.extend(parts)
-            places.append(here)
-        return packed, places
+            numbers.append(here)
+        return packed, numbers
 
     def _run(
-        self, rows: Sequence[Row], place: Places, packer: Packer
+        self, rows: Sequence[Row], positions: Positions, packer: Packer
     ) -> list[futures.Future[Packed]]:
         """One batch through teacher and codec."""
         uniform, labels = (
             self.teacher.to_device(torch.from_numpy(numbers))
-            for numbers in (place.noise(packer.seed, packer.span), place.labels)
+            for numbers in (positions.noise(packer.seed, packer.span), positions.labels)
         )
         parts = []
         done = 0
@@ -303,9 +303,9 @@ class TeacherSource(Source[Span, TaughtRows]):
             for piece in self.teacher.slices(rows):
                 end = done + len(piece.logits)
                 encoded = self._encode(piece, uniform[done:end], labels[done:end])
-                parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), place, done))
+                parts.append(packer.put(encoded, self.teacher.take_clipped_mass(), positions, done))
                 done = end
-        assert done == len(place.rows), "the teacher answers every position"
+        assert done == len(positions.rows), "the teacher answers every position"
         return parts
 
     @contextmanager

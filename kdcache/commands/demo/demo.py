@@ -47,7 +47,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError, install_command, installed
-from kdcache.files import alone, local_path, try_place, write_json
+from kdcache.files import alone, local_path, try_output, write_json
 from kdcache.humanize import counted, duration, size
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.teacher import quiet_transformers
@@ -183,7 +183,7 @@ class _Demo:
         self.options = options
         self.report = report
         self.out = local_path(options.out)
-        try_place(options.out)
+        try_output(options.out)
         self.reused: list[str] = []
         self.train_texts, self.held_out_texts = documents(options.documents)
         self.state = self._open()

@@ -78,7 +78,7 @@ class _Batch:
     these: soft targets, codes of `label_logprob`."""
 
     rows: list[Row]
-    places: np.ndarray
+    numbers: np.ndarray
     targets: SoftTargets | None = None
     label_logprob: np.ndarray | None = None
 
@@ -165,12 +165,12 @@ class _Evaluation:
         # Log-probabilities of the labels: the teacher's, and of each student on these rows.
         self.logprobs = np.full((1 + len(self.students), offsets[-1]), np.nan)
         for chosen in batches([part.sizes for part in parts], self._budget):
-            places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
-            batch = _Batch([parts[i] for i in chosen], places)
+            numbers = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
+            batch = _Batch([parts[i] for i in chosen], numbers)
             if data is not None:
-                batch.targets = data.targets.take(places)
+                batch.targets = data.targets.take(numbers)
                 if data.label_logprob is not None:
-                    batch.label_logprob = data.label_logprob[places]
+                    batch.label_logprob = data.label_logprob[numbers]
             yield batch
         if data is not None and data.label_logprob is not None:
             kept = decode_logprobs(data.label_logprob[: offsets[-1]])
@@ -247,7 +247,7 @@ class _Evaluation:
             if self.in_bytes is not None:
                 first = 0 if self.teacher is not None else 1
                 for i, piece in enumerate(pieces, first):
-                    self.logprobs[i, batch.places[part]] = label_logprobs(piece, labels[part])
+                    self.logprobs[i, batch.numbers[part]] = label_logprobs(piece, labels[part])
             targets: DenseTargets | SparseTargets | None = None
             top = None
             logits: Sequence[Tensor] = pieces
@@ -259,8 +259,8 @@ class _Evaluation:
                 targets = with_logits(cached.at(self.temperature).to(self.device))
                 known = self.rows.logits_known and self.in_bytes is not None
                 if known and isinstance(targets, DenseTargets):
-                    places = batch.places[part]
-                    self.logprobs[0, places] = label_logprobs(targets.logits, labels[part])
+                    numbers = batch.numbers[part]
+                    self.logprobs[0, numbers] = label_logprobs(targets.logits, labels[part])
                 top = self._add_teacher(targets, labels[part], cached)
             if top is not None:
                 answers[0].append(top)

@@ -267,9 +267,9 @@ class InBytes:
         asked = [i for i, count in enumerate(counts) if count]
         for chosen in batches([len(parts[i].input_ids) for i in asked], self.budget):
             batch = [asked[i] for i in chosen]
-            places = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
+            numbers = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
             labels = np.concatenate([parts[i].labels for i in batch])
-            out[places] = answers(model, [parts[i] for i in batch], labels[labels != IGNORE])
+            out[numbers] = answers(model, [parts[i] for i in batch], labels[labels != IGNORE])
         return out
 
 

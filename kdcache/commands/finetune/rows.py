@@ -106,7 +106,7 @@ def _listed(record: Record, value: Any) -> set[str]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if any(not isinstance(one, str) for one in values):
         raise UsageError(
-            f"{record.place}: labels are {values!r}, which do not name the classes. Name them in "
+            f"{record.where}: labels are {values!r}, which do not name the classes. Name them in "
             "their order with --label-names."
         )
     return {one.strip() for one in values}

@@ -239,7 +239,7 @@ def _first(
         for record in Corpus.read(span, columns=source.wanted, on_error=options.on_error):
             if COMPRESSED[0] in record.columns and source.compression is None:
                 raise UsageError(
-                    f"{record.place} has compressed targets, and there is no "
+                    f"{record.where} has compressed targets, and there is no "
                     "compression_config.yaml beside it. Name it with --compression-config."
                 )
             try:

@@ -18,7 +18,7 @@ import torch
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.build.packer import Packer, Places, Steps
+from kdcache.commands.build.packer import Packer, Positions, Steps
 from kdcache.commands.build.source import Answers, Source, SpanRows
 from kdcache.commands.import_.layouts import LAYOUTS, Columns, Compression, Entries, read_entries
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError, Span
@@ -116,8 +116,8 @@ class ImportSource(Source[Span, TargetRows]):
         """See `Source.answer`."""
         if not rows.rows:
             return [], []
-        places = Places.of(rows.rows, CAUSAL_LM)
-        total = len(places.rows)
+        every = Positions.of(rows.rows, CAUSAL_LM)
+        total = len(every.rows)
         parts = []
         starts = range(0, total, _SLICE)
         steps.begin(len(starts))
@@ -127,7 +127,7 @@ class ImportSource(Source[Span, TargetRows]):
                 name: torch.from_numpy(values[start : start + _SLICE])
                 for name, values in rows.encoded.items()
             }
-            parts.append(packer.put(some, torch.zeros(()), places, start))
+            parts.append(packer.put(some, torch.zeros(()), every, start))
             steps.batch(min(_SLICE, total - start))
         return parts, [np.arange(total)]
 
@@ -184,10 +184,10 @@ class RowReader:
             raise RecordError("its last label has no target")
         learnt = learnt & there
         learnt[there] &= entries.counted[items[there]]
-        (places,) = np.nonzero(learnt)
-        if not len(places):
+        (positions,) = np.nonzero(learnt)
+        if not len(positions):
             return None, none
-        stop = int(places[-1])
+        stop = int(positions[-1])
         if stop > self._options.rows.max_length:
             raise RecordError(
                 f"{stop:,} tokens do not fit one row, --max-length is "
@@ -199,7 +199,7 @@ class RowReader:
             labels.astype(np.int32),
             starts=starts[:stop] if self._options.rows.attend == "document" else None,
         )
-        return row, items[places]
+        return row, items[positions]
 
     def _encoded(self, entries: Entries, items: np.ndarray) -> dict[str, np.ndarray]:
         """The K best ids of some items, their log-probabilities, and the tail."""

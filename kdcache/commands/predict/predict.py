@@ -31,7 +31,7 @@ from kdcache.commands.options import PredictOptions
 from kdcache.commands.predict.targets import Writer
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError
 from kdcache.errors import UsageError
-from kdcache.files import full_disk, local_path, output_errors, try_place, whole_file
+from kdcache.files import full_disk, local_path, output_errors, try_output, whole_file
 from kdcache.humanize import printable
 from kdcache.rows.batches import batches
 from kdcache.rows.pairs import text_of
@@ -190,7 +190,7 @@ def predict(
     if options.out is not None:
         if local_path(options.out).is_dir():
             raise UsageError(f"--out is {options.out}, a folder. Name a file.")
-        try_place(options.out)
+        try_output(options.out)
     saved = SavedModel.find(options.student, trust_remote_code=options.trust_remote_code)
     task = options.task or saved.task or SEQUENCE_CLASSIFICATION
     if TASKS[task].over_ids and not TASKS[task].source:

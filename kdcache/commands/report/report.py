@@ -26,7 +26,7 @@ from kdcache.commands.report import charts
 from kdcache.commands.report.charts import Blocks, Paragraph
 from kdcache.commands.report.gather import CachePart, Part, RunPart, SweepPart, gather
 from kdcache.commands.report.sections import cache_section, compare, run_section, sweep_section
-from kdcache.files import local_path, output_errors, try_place, write_text
+from kdcache.files import local_path, output_errors, try_output, write_text
 from kdcache.humanize import printable, size
 from kdcache.storage import redact
 from kdcache.version import __version__
@@ -134,7 +134,7 @@ def report(
         CorruptCacheError: a cache is damaged.
     """
     out = local_path(options.out)
-    try_place(options.out)
+    try_output(options.out)
     parts: list[Part] = []
     for path in options.paths:
         report(f"reading {redact(path)}")

@@ -33,7 +33,7 @@ from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, UsageError
-from kdcache.files import alone, inner, local_path, try_place, write_json
+from kdcache.files import alone, inner, local_path, try_output, write_json
 from kdcache.metrics import LOSS_PARTS
 from kdcache.options import options_of
 from kdcache.version import __version__
@@ -142,7 +142,7 @@ class _Sweep:
     def train(self) -> None:
         """Train the missing runs."""
         missing = self.missing()
-        try_place(self.options.out)
+        try_output(self.options.out)
         pool = _pool(self.options, len(missing))
         try:
             self._check_students(pool, missing)

@@ -16,7 +16,7 @@ _PORTS = 15_000, 20_000  # the first, and how many: away from Ray's in examples/
 
 
 @dataclass(frozen=True)
-class Place:
+class Launched:
     """One of several processes.
 
     Attributes:
@@ -38,7 +38,7 @@ class Place:
     port: int
 
     @classmethod
-    def find(cls, environment: Mapping[str, str] | None = None) -> Place | None:
+    def find(cls, environment: Mapping[str, str] | None = None) -> Launched | None:
         """The place that the environment describes; None for a process by itself."""
         here = os.environ if environment is None else environment
         if int(here.get("WORLD_SIZE") or 1) > 1 and "RANK" in here:

@@ -18,7 +18,7 @@ from kdcache.commands.train.groups import (
     ManyOptions,
     MemoryOptions,
 )
-from kdcache.commands.train.launcher import Place
+from kdcache.commands.train.launcher import Launched
 from kdcache.domains import Weights
 from kdcache.errors import UsageError
 from kdcache.humanize import redacted
@@ -193,7 +193,7 @@ class TrainOptions(
                 "on one GPU, and workers cannot share one."
             )
         unread = problems_of(lambda: self.workers)
-        if not unread and self.fsdp and self.workers[0] == 1 and self.place is None:
+        if not unread and self.fsdp and self.workers[0] == 1 and self.launched is None:
             wrong.append(
                 "--fsdp shards over workers: use it with --num-workers 2 or more, or torchrun."
             )
@@ -231,11 +231,11 @@ class TrainOptions(
         return wrong
 
     @property
-    def place(self) -> Place | None:
+    def launched(self) -> Launched | None:
         """The place of this process among those of a launcher; None where it trains by itself, or
         asks Ray for workers.
         """
-        return Place.find() if self.workers == (1, 1) and self.address is None else None
+        return Launched.find() if self.workers == (1, 1) and self.address is None else None
 
     def extras(self) -> dict[str, str]:
         """See `Options.extras`."""

@@ -23,7 +23,7 @@ import torch
 from torch import distributed
 
 from kdcache.commands.interrupt import check
-from kdcache.commands.train.launcher import Place
+from kdcache.commands.train.launcher import Launched
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
@@ -157,7 +157,7 @@ def _disagreement(first: Mapping[str, Any], other: Mapping[str, Any], rank: int)
 
 def train_launched(
     options: TrainOptions,
-    place: Place,
+    launched: Launched,
     on_progress: Callable[[TrainProgress], None] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
@@ -165,7 +165,7 @@ def train_launched(
 
     Args:
         options: without `num_workers` and `address`, which the launcher decides.
-        place: of this process among them.
+        launched: this process among them.
         on_progress: called in the first one.
         report: as of `train`.
 
@@ -173,15 +173,15 @@ def train_launched(
         UsageError, IncompleteError: as `train`; also where the processes do not find each other, or
             one of them ended. All but the first mark errors that the first one reports.
     """
-    options = dataclasses.replace(options, num_workers=place.world_size)
+    options = dataclasses.replace(options, num_workers=launched.world_size)
     try:
-        with _joined(options, place):
+        with _joined(options, launched):
             return train_in_group(options, on_progress, report)
     except SharedError as shared:
-        shared.error.reported = place.rank != 0
+        shared.error.reported = launched.rank != 0
         raise shared.error from None
     except KeyboardInterrupt:
-        raise _first_says(place, f"interrupted. {RunPlan.go_on(options)}") from None
+        raise _reported_by_first(launched, f"interrupted. {RunPlan.go_on(options)}") from None
     except KdcacheError:
         raise
     except Exception as error:
@@ -189,44 +189,44 @@ def train_launched(
             check()  # a signal to all of them ends one first, and the others lose it
         except KeyboardInterrupt:
             text = f"interrupted. {RunPlan.go_on(options)}"
-            raise _first_says(place, text) from None
+            raise _reported_by_first(launched, text) from None
         if not (isinstance(error, RuntimeError) and _PEER_GONE.search(str(error))):
             raise
         raise IncompleteError(
-            f"another process of this training has ended (this is {place.rank} of "
-            f"{place.world_size}). {RunPlan.go_on(options)}"
+            f"another process of this training has ended (this is {launched.rank} of "
+            f"{launched.world_size}). {RunPlan.go_on(options)}"
         ) from error
 
 
-def _first_says(place: Place, text: str) -> IncompleteError:
+def _reported_by_first(launched: Launched, text: str) -> IncompleteError:
     error = IncompleteError(text)
-    error.reported = place.rank != 0
+    error.reported = launched.rank != 0
     return error
 
 
 @contextlib.contextmanager
-def _joined(options: TrainOptions, place: Place) -> Iterator[None]:
+def _joined(options: TrainOptions, launched: Launched) -> Iterator[None]:
     """The process group of all processes, unless the caller has made one."""
     if distributed.is_initialized():
         yield
         return
-    os.environ.update(place.environment)
-    if place.launcher == "srun":  # torchrun has set it
+    os.environ.update(launched.environment)
+    if launched.launcher == "srun":  # torchrun has set it
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     gpu = Computing.choose(options.precision, options.gpus_per_worker).gpu
     device = None
     if gpu:  # srun may show each process its own GPU alone
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", launched.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     try:
         distributed.init_process_group("nccl" if gpu else "gloo", timeout=_MEET, device_id=device)
     except distributed.DistError as error:
         raise IncompleteError(
-            f"the {place.world_size} processes of this training have not met at {place.address}:"
-            f"{place.port} ({str(error).splitlines()[0]}). Start as many as {place.launcher} "
-            "promises, on nodes that reach that port, or name another one with MASTER_ADDR and "
-            "MASTER_PORT."
+            f"the {launched.world_size} processes of this training have not met at "
+            f"{launched.address}:{launched.port} ({str(error).splitlines()[0]}). Start "
+            f"as many as {launched.launcher} promises, on nodes that reach that port, or name "
+            "another one with MASTER_ADDR and MASTER_PORT."
         ) from error
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kdcache.commands.interrupt import interruptible
-from kdcache.commands.train.launcher import Place
+from kdcache.commands.train.launcher import Launched
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
@@ -34,8 +34,8 @@ def train(
         IncompleteError: a cache's build has not finished, or the run was interrupted or filled the
             disk; the same command goes on.
     """
-    started = Place.find()
-    if started is not None and started.launcher == "torchrun" and options.place is None:
+    started = Launched.find()
+    if started is not None and started.launcher == "torchrun" and options.launched is None:
         raise UsageError(
             f"torchrun has started {started.world_size} processes for this training. Leave out "
             "--num-workers and --address, which are for workers of Ray."
@@ -43,15 +43,15 @@ def train(
     options.check_plot()
     with interruptible():
         try:
-            if options.place is not None:
+            if options.launched is not None:
                 from kdcache.commands.train.process_group import train_launched
 
-                result = train_launched(options, options.place, on_progress, report)
+                result = train_launched(options, options.launched, on_progress, report)
             else:
                 result = train_one(options, on_progress, report)
         except KeyboardInterrupt:
             raise IncompleteError(f"interrupted. {RunPlan.go_on(options)}") from None
-    if options.plot is not None and (options.place is None or options.place.rank == 0):
+    if options.plot is not None and (options.launched is None or options.launched.rank == 0):
         from kdcache.commands.train.card import plot_run
 
         plot_run(options.plot, result)

@@ -23,7 +23,7 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress, SpansLeft
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.workers import Stopped
-from kdcache.corpus import Corpus, ReadStats, Span, deal, files, tables, text
+from kdcache.corpus import Corpus, ReadStats, Span, files, parts, tables, text
 from kdcache.errors import IncompleteError, UsageError
 
 TEXTS = [f"{i}: " + "words and words, " * (i % 40) for i in range(400)]
@@ -94,7 +94,7 @@ def decompressed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deal, "_KEPT", deal._Kept())
+    monkeypatch.setattr(parts, "_KEPT", parts._Kept())
     monkeypatch.setenv("KDCACHE_DISK", str(tmp_path / "disk"))
 
 
@@ -121,7 +121,7 @@ def test_parts_are_those_of_reading_the_whole_file_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int | None
 ) -> None:
     (tmp_path / name).write_bytes(FILES[name])
-    monkeypatch.setattr(deal, "_BLOCK", 700)  # several blocks a part
+    monkeypatch.setattr(parts, "_BLOCK", 700)  # several blocks a part
     corpus = Corpus.open(
         [str(tmp_path / name)],
         span_bytes=len(FILES[name]) // 20,
@@ -148,7 +148,7 @@ def test_a_file_is_decompressed_once_whatever_its_parts(
     for span in corpus.spans:
         assert read(span)[0]
     assert decompressed["bytes"] == len(LINES) * 20
-    assert deal._KEPT._deal is None, "dropped once all is read"
+    assert parts._KEPT._parts is None, "dropped once all is read"
     assert not list((tmp_path / "disk-parts").iterdir()), "it has no name"
 
 
@@ -196,8 +196,8 @@ def test_without_room_each_part_reads_the_file(
     else:
         free = 100 if room == "none" else 2 * len(path.read_bytes()) + 2
         usage = type("", (), {"free": free})
-        monkeypatch.setattr(deal.shutil, "disk_usage", lambda _: usage)
-        monkeypatch.setattr(deal, "_BLOCK", 700)
+        monkeypatch.setattr(parts.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(parts, "_BLOCK", 700)
     spans = Corpus.open([str(path)], span_bytes=1000).spans
     found = [values["text"] for span in spans for values, _ in read(span)[0]]
     assert sorted(found) == sorted(TEXTS)

@@ -1,4 +1,4 @@
-"""Deals the records of a file that can't be entered in the middle to its parts, in one pass.
+"""Splits a file that can't be entered in the middle into its parts, in one pass.
 
 These are compressed files, CSV, and Arrow streams. Record `i` of such a file is of part
 `i mod parts`, so to read one part is to read the whole file. The first part that a process reads
@@ -8,7 +8,7 @@ it however the process ends. It lies next to the folder of copies (`KDCACHE_DISK
 once every part was read, or when a part of another file is.
 
 Cost: one pass over the file, and disk of about its compressed size, for each process that reads
-parts of it; memory of 256 KiB a part while it is dealt, and of one block while one is read. A
+parts of it; memory of 256 KiB a part while it is split, and of one block while one is read. A
 second thread waits for the pass of the first.
 Guarantee: a part has the records that reading the whole file for it would give, in order and with
 the same errors. Where the disk has no room the whole file is read for each part, with a warning.
@@ -72,10 +72,10 @@ class _Block:
         self.size += len(data) + _RECORD
 
     def bytes(self) -> bytes:
-        places = "\n".join(self.where).encode()
+        wheres = "\n".join(self.where).encode()
         sizes = np.fromiter(map(len, self.data), "<i8", len(self.data)).tobytes()
-        head = _HEAD.pack(len(self.data), len(places))
-        return b"".join([head, places, sizes, bytes(self.kinds), *self.data])
+        head = _HEAD.pack(len(self.data), len(wheres))
+        return b"".join([head, wheres, sizes, bytes(self.kinds), *self.data])
 
 
 def _packed(payload: Any) -> tuple[int, bytes]:
@@ -89,11 +89,11 @@ def _packed(payload: Any) -> tuple[int, bytes]:
 def _records(block: bytes) -> Iterator[Raw]:
     count, size = _HEAD.unpack_from(block)
     at = _HEAD.size + size
-    places = block[_HEAD.size : at].decode().split("\n")
+    wheres = block[_HEAD.size : at].decode().split("\n")
     sizes = np.frombuffer(block, "<i8", count, at).tolist()
     kinds = block[at + 8 * count : at + 9 * count]
     at += 9 * count
-    for where, size, kind in zip(places, sizes, kinds, strict=True):
+    for where, size, kind in zip(wheres, sizes, kinds, strict=True):
         data = block[at : at + size]
         at += size
         if kind == _BYTES:
@@ -102,8 +102,8 @@ def _records(block: bytes) -> Iterator[Raw]:
             yield where, RecordError(data.decode()) if kind == _ERROR else json.loads(data)
 
 
-class Deal:
-    """One file's records, dealt."""
+class Parts:
+    """One file's records by the part that they are of."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Deal:
         progress: Progress,
         damage: Callable[[BaseException], bool],
     ) -> None:
-        """Read the file and deal its records.
+        """Read the file and write the records of each part.
 
         Args:
             records: All of the file, or blocks of them as bytes, one for each part in turn.
@@ -135,7 +135,7 @@ class Deal:
         except OSError as error:
             raise _NoRoomError(str(error)) from error
         weakref.finalize(self, self._file.close)
-        self._places: list[list[tuple[int, int, int]]] = [[] for _ in range(parts)]
+        self._blocks: list[list[tuple[int, int, int]]] = [[] for _ in range(parts)]
         self._end = 0
         self._damage: Exception | None = None
         self.unread = set(range(parts))
@@ -168,12 +168,12 @@ class Deal:
                 written += os.pwrite(self._file.fileno(), packed[written:], self._end + written)
         except OSError as error:
             raise _NoRoomError(str(error)) from error
-        self._places[part].append((self._end, len(packed), len(data)))
+        self._blocks[part].append((self._end, len(packed), len(data)))
         self._end += len(packed)
 
     def records(self, part: int) -> Iterator[Raw]:
         """The records of a part; raises the file's own error behind them if it is damaged."""
-        for at, size, whole in self._places[part]:
+        for at, size, whole in self._blocks[part]:
             packed = os.pread(self._file.fileno(), size, at)
             yield from _records(pa.decompress(packed, whole, _CODEC, asbytes=True))
         self.unread.discard(part)
@@ -182,22 +182,24 @@ class Deal:
 
 
 class _Kept:
-    """The deal that this process keeps: one, of the last file of which a part was read."""
+    """The parts that this process keeps: those of the last file of which a part was read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._key: Hashable = None
-        self._deal: Deal | None = None
+        self._parts: Parts | None = None
 
-    def deal(self, key: Hashable, make: Callable[[], Deal], progress: Progress) -> Deal | None:
-        """The deal of a file; None where there is no room for it."""
+    def parts_of(
+        self, key: Hashable, make: Callable[[], Parts], progress: Progress
+    ) -> Parts | None:
+        """The parts of a file; None where the disk has no room."""
         while not self._lock.acquire(timeout=1.0):
             progress()
         try:
             if key != self._key:
-                self._key = self._deal = None
+                self._key = self._parts = None
                 try:
-                    self._deal = make()
+                    self._parts = make()
                 except _NoRoomError as error:
                     logger.warning(
                         "no room for the parts of a file that cannot be entered in the middle "
@@ -206,24 +208,24 @@ class _Kept:
                         error,
                     )
                 self._key = key
-            return self._deal
+            return self._parts
         finally:
             self._lock.release()
 
     def forget(self, key: Hashable) -> None:
-        """Drop a deal that is of no more use."""
+        """Drop the parts of a file that all were read."""
         with self._lock:
             if key == self._key:
-                self._key = self._deal = None
+                self._key = self._parts = None
 
 
 _KEPT = _Kept()
 
 
-def dealt(
+def records_of_part(
     key: Hashable,
     part: int,
-    make: Callable[[Progress], Deal],
+    make: Callable[[Progress], Parts],
     whole: Callable[[], Iterator[Raw]],
     progress: Progress,
 ) -> Iterator[Raw]:
@@ -232,16 +234,16 @@ def dealt(
     Args:
         key: What the file and its records are known by.
         part: Which.
-        make: Deals the file.
-        whole: Reads all its records for this part, where there is no room.
-        progress: Called while the file is dealt or another thread deals it.
+        make: Splits the file.
+        whole: Reads all its records for this part, where the disk has no room.
+        progress: Called while the file is split, here or by another thread.
     """
-    deal = _KEPT.deal(key, lambda: make(progress), progress)
-    if deal is None:
+    parts = _KEPT.parts_of(key, lambda: make(progress), progress)
+    if parts is None:
         yield from whole()
         return
     try:
-        yield from deal.records(part)
+        yield from parts.records(part)
     finally:
-        if not deal.unread:
+        if not parts.unread:
             _KEPT.forget(key)
