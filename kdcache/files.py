@@ -256,6 +256,12 @@ def parse_yaml(data: bytes) -> Any:
                     )
             return super().construct_mapping(node, deep)
 
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            # YAML 1.1 reads 4:16 as minutes and seconds, 256. Here it is a range or a schedule.
+            if node.tag.endswith((":int", ":float")) and ":" in node.value:
+                return node.value
+            return super().construct_object(node, deep)
+
     try:
         return Once(data.decode()).get_single_data()
     except UnicodeDecodeError as error:

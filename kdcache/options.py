@@ -12,8 +12,10 @@ files and the identity of a run read the fields:
         times: int = option(1, help="how often.", at_least=1)
 
 An option that became a KEY=VALUE of another one is declared with `instead`. It keeps its field,
-type and bounds: `--bilstm layers=2` sets the field `layers`. Its own flag, key of a YAML file and
-environment variable work for one more version, and no help shows them.
+type and bounds: `--bilstm layers=2` sets the field `layers`. One that became another option's value
+gives its own to that: with `instead=("workers", "1:{}")`, `--max-workers 8` is `--workers 1:8`. The
+former flag, key of a YAML file and environment variable work for one more version, and no help
+shows them.
 
 Guarantee: a value is checked when the object is made, wherever it came from, and all that is wrong
 is reported at once.
@@ -90,7 +92,8 @@ def option(
         decides: what changes with it. A `"run"` may not go on with another value; an option
             that decides the `"student"` decides the run, too.
         instead: the option, and the KEY of it, that say this one now. One of `columns` renames a
-            column as it is read: the value is then KEY, the name that the column gets.
+            column as it is read: the value is then KEY, the name that the column gets. A KEY with
+            `{}` is the value of that option, with this one's in it; its own default is None.
         keys: its values are `KEY=VALUE` with KEYs of other options' `instead`, and of no others.
         hidden: it works, and no help shows it.
         later: a field that came later: in an identity only where it is not the default.
@@ -98,10 +101,15 @@ def option(
     declared = dict(locals())
     del declared["default"]
     if instead is not None:
-        declared["help"], declared["hidden"] = f"now `{instead[0]}` {instead[1]}=...", True
+        declared["help"], declared["hidden"] = f"now `{instead[0]}` {_present(instead[1])}", True
     if isinstance(default, list):
         raise TypeError("the default of an option is not a list: take a tuple")
     return dataclasses.field(default=default, metadata={_KEY: declared})
+
+
+def _present(key: str) -> str:
+    """How an option that became `key` of another one is written there."""
+    return key.format("...") if "{}" in key else f"{key}=..."
 
 
 def again(kind: type[Any], name: str, default: Any, **changed: Any) -> Any:
@@ -170,9 +178,15 @@ class Option:
     @property
     def spelled(self) -> str:
         """How to say it on a command line: `--max-length`, or `--bilstm layers` of a KEY."""
-        if self.instead is None:
+        if self.instead is None or "{}" in self.instead[1]:
             return self.flag
         return f"--{self.instead[0].replace('_', '-')} {self.instead[1]}"
+
+    @property
+    def now(self) -> str:
+        """How to write a former option: `--columns text=...`; empty of a present one."""
+        owner, key = self.instead or ("", "")
+        return f"--{owner.replace('_', '-')} {_present(key)}" if owner else ""
 
     @property
     def required(self) -> bool:
@@ -311,12 +325,20 @@ class Options:
         for one in options:
             if one.instead is None:
                 continue
-            value, key = getattr(self, one.name), one.instead[1]
-            text = key_values(getattr(self, one.instead[0], ())).get(_key(key))
+            value, (owner, key) = getattr(self, one.name), one.instead
+            if "{}" in key:
+                if value is not None:
+                    present, given = getattr(self, owner), key.format(value)
+                    if present not in (given, getattr(type(self), owner)):
+                        problems.append(f"{one.flag} and --{owner} differ: give the latter alone.")
+                    object.__setattr__(self, owner, given)
+                    object.__setattr__(self, one.name, None)
+                continue
+            text = key_values(getattr(self, owner, ())).get(_key(key))
             if text is None:
                 continue
             try:
-                given = key if one.instead[0] == "columns" else one.parse(text)
+                given = key if owner == "columns" else one.parse(text)
             except ValueError as error:
                 problems.append(f"{one.spelled} is {error}.")
                 continue

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from kdcache.cli import display, printers
 from kdcache.cli.commands import COMMANDS, _find, load
 from kdcache.cli.main import cli
+from kdcache.files import parse_yaml
 from kdcache.models import BiLstmConfig
 from kdcache.options import options_of
 
@@ -106,7 +107,7 @@ def test_helps_say_what_is_required_and_name_columns_as_they_are() -> None:
     assert "GRID.yaml YAML file: options of kdcache train, and under grid those" in shown("sweep")
     assert "Arguments: CACHE" in shown("inspect")
     for name in ("build", "sweep"):
-        assert re.search(r"--workers auto\|N [^\[]*\[default: auto\]", shown(name))
+        assert re.search(r"--workers auto\|N[^\[]*\[default: auto\]", shown(name))
     sizes, told = BiLstmConfig(), shown("train").replace("- ", "-")
     for option in ("hidden_size", "layers", "dense_size", "dropout", "pooling"):
         default = getattr(sizes, option)
@@ -142,6 +143,9 @@ def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: P
     assert json.loads(result.stdout)["rows"] == 12
     spec = json.loads((tmp_path / "cache" / "spec.json").read_text())["spec"]
     assert spec["temperatures"] == [1.0, 2.0]
+    # YAML 1.1 reads the first two as 256 and 57.0.
+    plain = {"a": "4:16", "b": "0:57.0", "c": 4.5}
+    assert parse_yaml(b"a: 4:16\nb: 0:57.0\nc: 4.5") == plain
     config.write_text("limitt: 3\n")
     wrong = run("build", "--config", str(config))
     assert wrong.exit_code == 2
@@ -173,7 +177,7 @@ def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: P
             ("--temperatures", "warm"),
             "--temperatures is 'warm', expected a number, several with commas",
         ),
-        (("--workers", "many"), "--workers is 'many', expected a whole number or auto"),
+        (("--workers", "many"), "--workers is many, expected a number of at least 0"),
         (("--task", "poetry"), "poetry"),
         (("--task", "causal-lm"), "Use --task sequence-classification"),
     ],

@@ -146,7 +146,7 @@ def go_on(workers: RayWorkers, clock: list[float], seconds: int) -> None:
 
 
 def test_auto_asks_for_more_while_all_are_busy(fake_ray: FakeRay, clock: list[float]) -> None:
-    workers = RayWorkers(JOB, workers=None, gpus=1, address="auto", max_workers=6)
+    workers = RayWorkers(JOB, workers=(1, 6), gpus=1, address="auto")
     assert fake_ray.needs["num_gpus"] == fake_ray.needs["num_cpus"] == 1
     workers.backlog = 100
     seen = []
@@ -163,7 +163,7 @@ def test_auto_asks_for_more_while_all_are_busy(fake_ray: FakeRay, clock: list[fl
 def test_a_request_stands_while_spans_are_left_and_no_longer(
     fake_ray: FakeRay, clock: list[float]
 ) -> None:
-    workers = RayWorkers(JOB, workers=None, gpus=1, address="auto")
+    workers = RayWorkers(JOB, workers=(1, None), gpus=1, address="auto")
     workers.backlog = 10
     fake_ray.start(GPU_NODE)
     go_on(workers, clock, 12)
@@ -179,7 +179,7 @@ def test_a_request_stands_while_spans_are_left_and_no_longer(
 def test_no_more_workers_are_asked_for_than_spans_are_left(
     fake_ray: FakeRay, clock: list[float]
 ) -> None:
-    workers = RayWorkers(JOB, workers=None, gpus=0, address="auto")
+    workers = RayWorkers(JOB, workers=(1, None), gpus=0, address="auto")
     for _ in range(4):
         while fake_ray.pending:
             fake_ray.start({"CPU": 1})
@@ -195,7 +195,7 @@ def test_no_more_workers_are_asked_for_than_spans_are_left(
 
 
 def test_a_number_asks_for_that_number_at_once(fake_ray: FakeRay, clock: list[float]) -> None:
-    workers = RayWorkers(JOB, workers=16, gpus=1, address="auto")
+    workers = RayWorkers(JOB, workers=(16, 16), gpus=1, address="auto")
     assert len(fake_ray.pending) == 16
     fake_ray.start(GPU_NODE)
     go_on(workers, clock, 30)
@@ -208,7 +208,7 @@ def test_what_a_build_waits_for_is_said_every_30_seconds(
     fake_ray.up.append({"CPU": 2.0})
     told: list[str] = []
     workers = RayWorkers(
-        JOB, workers=1, gpus=1, address="auto", wait_minutes=2,
+        JOB, workers=(1, 1), gpus=1, address="auto", wait_minutes=2,
         tell=lambda event, /, **facts: told.append(f"{event}: {facts.get('state')}"),
     )  # fmt: skip
     state = (
@@ -232,7 +232,7 @@ def test_workers_of_this_machine_that_load_lack_no_room(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     fake_ray.up.append({"CPU": 2.0})
-    workers = RayWorkers(JOB, workers=2, gpus=0, address=None, wait_minutes=1)
+    workers = RayWorkers(JOB, workers=(2, 2), gpus=0, address=None, wait_minutes=1)
     with pytest.raises(IncompleteError, match="--workers 0 starts none"):
         go_on(workers, clock, 100)
     state = "2 workers started, loading libraries and the teacher"
@@ -240,7 +240,7 @@ def test_workers_of_this_machine_that_load_lack_no_room(
 
 
 def test_a_worker_that_is_ready_ends_the_wait(fake_ray: FakeRay, clock: list[float]) -> None:
-    workers = RayWorkers(JOB, workers=2, gpus=1, address="auto", wait_minutes=1)
+    workers = RayWorkers(JOB, workers=(2, 2), gpus=1, address="auto", wait_minutes=1)
     go_on(workers, clock, 50)
     fake_ray.start(GPU_NODE)
     go_on(workers, clock, 500)
@@ -253,20 +253,20 @@ def test_a_ray_of_its_own_does_not_grow(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     fake_ray.up.append({"CPU": 2.0})
     with pytest.raises(UsageError, match="a worker needs 1 GPU and 1 CPU on one node; nodes: 1 wi"):
-        RayWorkers(JOB, workers=None, gpus=1, address=None)
+        RayWorkers(JOB, workers=(1, None), gpus=1, address=None)
     with pytest.raises(UsageError, match="room for 2 workers, not for 3. Use --workers 2"):
-        RayWorkers(JOB, workers=3, gpus=0, address=None)
+        RayWorkers(JOB, workers=(3, 3), gpus=0, address=None)
     with pytest.raises(UsageError, match="needs 4 CPUs"):
-        RayWorkers(JOB, workers=1, gpus=0, address=None, cpus=4)
+        RayWorkers(JOB, workers=(1, 1), gpus=0, address=None, cpus=4)
     fake_ray.pending.clear()
-    workers = RayWorkers(JOB, workers=None, gpus=0, address=None)
+    workers = RayWorkers(JOB, workers=(1, None), gpus=0, address=None)
     workers.backlog = 100
     go_on(workers, clock, 30)
     assert len(fake_ray.pending) == 2
 
 
-def test_a_bound_is_for_auto() -> None:
-    with pytest.raises(UsageError, match="--max-workers is for --workers auto"):
+def test_two_ways_to_say_a_bound_must_agree() -> None:
+    with pytest.raises(UsageError, match="--max-workers and --workers differ"):
         BuildOptions(teacher=("t",), corpus=("c",), out="o", workers=2, max_workers=4)
 
 
@@ -276,12 +276,11 @@ def test_nodes_of_the_cluster_files_hold_a_worker() -> None:
     cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     gpu = cluster["available_node_types"]["gpu"]
     assert (need.fit(gpu["resources"]), need.threads(gpu["resources"])) == (1, 8)
-    assert f"--max-workers {gpu['max_workers']}" in (ROOT / "cluster.yaml").read_text()
+    assert f"--workers 1:{gpu['max_workers']}" in (ROOT / "cluster.yaml").read_text()
     job = yaml.safe_load((ROOT / "examples" / "cluster" / "rayjob.yaml").read_text())["spec"]
     (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
     node = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}
     assert (need.fit(node), need.threads(node)) == (1, 8)
-    assert f"--max-workers {group['maxReplicas']} " in job["entrypoint"]
-    assert "--workers" not in job["entrypoint"].replace("--max-workers", "")
+    assert f"--workers 1:{group['maxReplicas']} " in job["entrypoint"]

@@ -538,7 +538,7 @@ class TestWrongRows:
         good = {"input_ids": IDS, "target_ids": TOP, "target_logprobs": LOGPROBS}
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in (good, {**good, **change})))
-        options: dict[str, Any] = {"layout": "plain", "targets": "next", "from_": "jsonl"}
+        options: dict[str, Any] = {"layout": "plain", "targets": "next"}
         with pytest.raises(UsageError, match=f"line 2: .*{message}"):
             take_in(path, tmp_path / "fails", **options)
         if "fewer" not in message:  # what is wrong behind the best is wrong, too
@@ -556,7 +556,7 @@ class TestWrongRows:
         }
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps(filled))
-        options: dict[str, Any] = {"layout": "plain", "targets": "next", "from_": "jsonl"}
+        options: dict[str, Any] = {"layout": "plain", "targets": "next"}
         check(take_in(path, tmp_path / "cache", top=3, **options))
         check(take_in(path, tmp_path / "two", top=2, **options), 2)
         with pytest.raises(UsageError, match="names -1, which is not an id"):
@@ -567,7 +567,7 @@ class TestWrongRows:
         path = tmp_path / "rows.jsonl"
         row = {"input_ids": IDS, "target_ids": TOP, "target_logprobs": high}
         path.write_text(json.dumps(row))
-        options: dict[str, Any] = {"layout": "plain", "targets": "next", "from_": "jsonl"}
+        options: dict[str, Any] = {"layout": "plain", "targets": "next"}
         cache = take_in(path, tmp_path / "cache", excess="clip", **options)
         total = sum(map(math.exp, high[0]))
         got = decoded(cache)[0]

@@ -12,7 +12,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from kdcache import BuildOptions, EvaluateOptions, PredictOptions, TrainOptions, VerifyOptions
+from kdcache import (
+    BuildOptions,
+    EvaluateOptions,
+    ImportOptions,
+    PredictOptions,
+    TrainOptions,
+    VerifyOptions,
+)
 from kdcache.cli.commands import COMMANDS, _find
 from kdcache.cli.main import cli
 from kdcache.cli.printers import as_words
@@ -80,6 +87,9 @@ NAMES: list[tuple[type[Any], dict[str, Any], str, str, dict[str, Any]]] = [
          "min_count": 2, "dense_size": 8, "embedding_size": 4, "freeze_embeddings": True}}),
     (PredictOptions, {"student": "s", "corpus": ("c",)}, "--pair-column pair",
      "--columns pair=second", {"pair_column": "pair"}),
+    (BuildOptions, BUILD, "--max-workers 4", "--workers 1:4", {"worker_range": (1, 4)}),
+    (ImportOptions, {"corpus": ("c",), "tokenizer": "t", "out": "o"}, "--from jsonl",
+     "--format jsonl", {"format": "jsonl", "from_": None}),
     (EvaluateOptions, {"student": ("s",), "corpus": ("c",)}, "--pair-column pair",
      "--columns text,pair,label", {"pair_column": "pair"}),
 ]  # fmt: skip
@@ -121,10 +131,8 @@ def test_former_names_do_what_the_present_ones_do(
         file.write_text(yaml.safe_dump(values))
         assert made(kind, [*first, "--config", str(file)]) == options
         command = next(name for name, one in KINDS.items() if one is kind).upper()
-        environment = {
-            f"KDCACHE_{command}_{name.replace('-', '_').upper()}": " ".join(v)
-            for name, v in lines.items()
-        }
+        names = {one.words: one.name.upper() for one in options_of(kind)}
+        environment = {f"KDCACHE_{command}_{names[name]}": " ".join(v) for name, v in lines.items()}
         assert made(kind, first, **environment) == options
         again = kind(**{**needs, **parse_values(kind, dict(_words(as_words(options, kind))))[0]})
         assert again == options

@@ -16,7 +16,7 @@ from kdcache.options import Options, options_of
 WORDS = {
     "build": "--teacher none --corpus none --out {}",
     "transcode": "none --codec topk:4 --out {}",
-    "import": "--from parquet --corpus none --tokenizer none --out {}",
+    "import": "--corpus none --tokenizer none --out {}",
     "export": "{cache} --out {}",
     "train": "--cache {cache} --student bilstm --out {}",
     "sweep": "{grid} --out {} --workers 0",

@@ -118,7 +118,7 @@ COMMANDS = {
         printer="imported",
         display="ImportDisplay",
         examples=(
-            "kdcache import --from parquet --corpus 'tables/*.parquet' --tokenizer TEACHER \\",
+            "kdcache import --corpus 'tables/*.parquet' --tokenizer TEACHER \\",
             "    --out cache",
             "kdcache import --layout distillkit --corpus logits/ --tokenizer TEACHER --out cache",
             "kdcache import --layout plain --targets next --columns target_ids=top_ids \\",

@@ -90,7 +90,7 @@ def options_command(
             given = {k: v for k, v in values.items() if v is not None and v != ()}
             for o in options:
                 if o.hidden and given.get(o.name, False) not in (False, o.default):
-                    now = f" Say {o.spelled}=... instead." if o.instead else ""
+                    now = f" Say {o.now} instead." if o.instead else ""
                     tell(f"{o.flag} goes with the next version.{now}")
             function(kind(**given), as_json)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.domains import Named
+from kdcache.errors import UsageError
 from kdcache.files import file_problems, try_output
 from kdcache.lora import Lora
 from kdcache.options import Options, key_values, option
@@ -31,6 +32,22 @@ if TYPE_CHECKING:
     from kdcache.corpus import Corpus
 
 logger = logging.getLogger(__name__)
+
+
+def worker_range(flag: str, value: int | str, least: int = 1) -> tuple[int, int]:
+    """The smallest and the largest number of workers of `N` or `MIN:MAX`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    first, colon, last = str(value).partition(":")
+    if first.isdecimal() and (last.isdecimal() or not colon):
+        low, high = int(first), int(last or first)
+        if least <= low <= high:
+            return low, high
+    raise UsageError(
+        f"{flag} is {value}, expected a number of at least {least}, or two as min:max."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

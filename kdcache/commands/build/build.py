@@ -154,7 +154,7 @@ def with_layer(
     rows = _sample(plan) if codec.needs_channels else []
     report("loading the teacher for its output layer, once before the first shard")
     arguments = (plan.teacher, plan.spec.vocab_size, rows, plan.batch_tokens)
-    if options.workers != 0 and cluster_address(options.address):
+    if not options.without_ray and cluster_address(options.address):
         from kdcache.commands.build.on_ray import run_once
 
         made = run_once(make_layer, *arguments, gpus=plan.gpus, address=options.address)

@@ -300,24 +300,23 @@ def start_workers(
     """
     job = Job(cache.storage.url, plan.source)
     # What only a Ray can give.
-    asked = (options.workers, options.max_workers, options.cpus_per_worker, options.gpus_per_worker)
+    asked = (options.workers, options.cpus_per_worker, options.gpus_per_worker)
     few = left == 1 or left * plan.span_seconds < _SOON
     alone = few and not any(asked) and not cluster_address(options.address)
-    if options.workers == 0 or alone:
+    if options.without_ray or alone:
         why = "one shard" if left == 1 else "less than a minute of work"
         chosen = f"working in this process ({why}; --workers 2 would ask Ray for two workers): "
-        report(f"{'' if options.workers == 0 else chosen}{plan.opening}")
+        report(f"{'' if options.without_ray else chosen}{plan.opening}")
         return LocalWorkers(job)
     from kdcache.commands.build.on_ray import RayWorkers
 
     report(f"starting workers on Ray (--workers 0 needs none), then {plan.opening}")
     return RayWorkers(
         job,
-        workers=options.workers,
+        workers=options.worker_range,
         gpus=plan.gpus,
         address=options.address,
         cpus=options.cpus_per_worker,
-        max_workers=options.max_workers,
         hang_seconds=options.hang_seconds,
         wait_minutes=options.wait_minutes,
         tell=tell,

@@ -126,11 +126,10 @@ class RayWorkers(Workers):
         self,
         job: Job,
         *,
-        workers: int | None,
+        workers: tuple[int, int | None],
         gpus: float,
         address: str | None,
         cpus: int | None = None,
-        max_workers: int | None = None,
         hang_seconds: float = 600.0,
         wait_minutes: float | None = None,
         tell: EventSink = ignore_events,
@@ -139,13 +138,12 @@ class RayWorkers(Workers):
 
         Args:
             job: what the workers do.
-            workers: how many; None for as many as the cluster has room for, now and later, and
-                as an autoscaler adds.
+            workers: how many, at least and at most, None without a bound: in between, as many as
+                the cluster has room for, now and later, and as an autoscaler adds.
             gpus: GPUs a worker.
             address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
                 otherwise.
             cpus: CPUs a worker; None for its share of the node that it gets.
-            max_workers: how many there may be where `workers` is None.
             hang_seconds: a worker without progress for so long is replaced.
             wait_minutes: without any worker for so long, give up; None waits for ever.
             tell: takes the events.
@@ -161,7 +159,7 @@ class RayWorkers(Workers):
         # Actors by spans in flight, for those with room; entries may be out of date.
         self._open: list[deque[_Actor]] = [deque() for _ in range(IN_FLIGHT)]
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._workers, self._most = workers, max_workers
+        self._fewest, self._most = workers
         self._grows = cluster_address(address) is not None
         self._hang, self._tell = hang_seconds, tell
         # A clock that stands still while this process does (Ctrl-Z, a closed laptop): meanwhile no
@@ -171,9 +169,10 @@ class RayWorkers(Workers):
         self._wait = Wait(wait_minutes)
         self._failed_starts = 0
         try:
-            self._need = share_of_cpus(gpus, workers, nodes_up())
+            exact = self._fewest if self._fewest == self._most else None
+            self._need = share_of_cpus(gpus, exact, nodes_up())
             if cpus is not None:
-                self._need = Need(gpus, cpus, workers, exact=True)
+                self._need = Need(gpus, cpus, exact, exact=True)
             if not self._grows:
                 self._refuse_too_many()
             self._class = ray.remote(concurrency_groups={"pulse": 1})(RayWorker).options(
@@ -198,21 +197,21 @@ class RayWorkers(Workers):
                 f"a worker needs {self._need}; {describe(nodes_up())}. Use "
                 "--gpus-per-worker 0, or fewer --cpus-per-worker."
             )
-        if (self._workers or 1) > room:
+        if self._fewest > room:
             raise UsageError(
-                f"the Ray of this machine has room for {room} workers, not for {self._workers}. "
+                f"the Ray of this machine has room for {room} workers, not for {self._fewest}. "
                 f"Use --workers {room}."
             )
 
     def _wanted(self) -> int:
         """The number of workers there should be."""
-        if self._workers is not None:
-            return self._workers
-        room, ready = max(1, self._room()), len(self.figures())
+        if self._fewest == self._most:
+            return self._fewest
+        room, ready = max(self._fewest, self._room()), len(self.figures())
         if not self._grows:
             wanted = room
         elif not self.backlog:
-            wanted = max(1, ready)
+            wanted = max(self._fewest, ready)
         else:
             busy = self._free(alone=False) is None
             more = min(max(1, ready), -(-self.backlog // IN_FLIGHT)) if busy else 0

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.commands.groups import TeacherRunOptions, form_problems
+from kdcache.commands.groups import TeacherRunOptions, form_problems, worker_range
 from kdcache.commands.row_options import MaskedRowOptions
 from kdcache.domains import Named
-from kdcache.options import Options, option
+from kdcache.options import Options, option, problems_of
 from kdcache.tasks import CAUSAL_LM, Task
 
 
@@ -19,17 +19,15 @@ class WorkerOptions(Options):
 
     heading = "Workers (many processes or machines)"
 
-    workers: int | None = option(
+    workers: int | str | None = option(
         None,
-        help="number of Ray workers; 0 for this process without Ray; `auto` for this process "
-        "where one shard or less than a minute of work is left, else for as many workers as fit, "
-        "and on a cluster for more while all are busy.",
+        help="number of Ray workers; 0 for this process without Ray; `1:16` for as many as fit, "
+        "and on a cluster for more while all are busy, 16 at most; `auto` for this process where "
+        "one shard or less than a minute of work is left, else as `1:` without a bound.",
         auto=True,
-        at_least=0,
+        metavar="N|MIN:MAX",
     )
-    max_workers: int | None = option(
-        None, help="most workers of `--workers auto`. Default: no bound.", at_least=1
-    )
+    max_workers: int | None = option(None, instead=("workers", "1:{}"), at_least=1)
     part: str | None = option(
         None,
         help="make only this share of the shards, such as `3/16`: for an array of jobs without a "
@@ -71,14 +69,24 @@ class WorkerOptions(Options):
 
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""
-        problems = []
-        if self.max_workers is not None and self.workers is not None:
-            problems.append("--max-workers is for --workers auto; here --workers is a number.")
+        problems = problems_of(lambda: self.worker_range)
         if self.part is not None and not _is_part(self.part):
             problems.append(
                 f"--part is {self.part!r}, expected I/N with I from 1 to N, as in 3/16."
             )
         return problems
+
+    @property
+    def worker_range(self) -> tuple[int, int | None]:
+        """The smallest and the largest number of workers; None for no bound."""
+        if self.workers is None:
+            return 1, None
+        return worker_range("--workers", self.workers, 0)
+
+    @property
+    def without_ray(self) -> bool:
+        """Whether this process is to do all the work."""
+        return self.worker_range == (0, 0)
 
     @property
     def share(self) -> range:

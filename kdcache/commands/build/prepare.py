@@ -424,7 +424,7 @@ def _gpus(options: BuildOptions) -> float:
 
 def gpus_of(options: WorkerOptions) -> float:
     """GPUs of a worker, by the options and by what there is."""
-    if options.workers == 0:
+    if options.without_ray:
         asked = 1.0 if options.gpus_per_worker is None else options.gpus_per_worker
         return asked * torch.cuda.is_available()
     if options.gpus_per_worker is not None:

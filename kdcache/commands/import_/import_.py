@@ -43,6 +43,7 @@ _MOST_SPANS = 100_000
 _SPEED = 1e7  # bytes that a core imports in a second, roughly
 _MOST_CONFIG = 1 << 20
 _ABOUT = b"kdcache"
+_KINDS = ("parquet", "arrow", "jsonl")
 _FOOTERS = 16  # read at a time
 _VERSIONS = "events/corpus.json"
 
@@ -124,16 +125,17 @@ def _open(options: ImportOptions) -> Corpus:
         named(options.corpus),
         span_bytes=lambda total: max(_SPAN_BYTES, total // _MOST_SPANS),
         limit=options.limit,
+        format=options.format,
         columns=options.columns,
         max_record_bytes=options.max_record_bytes,
         split=options.split,
         filters=options.filter,
     )
-    other = next((file for file in corpus.files if file.kind != options.from_), None)
+    other = next((file for file in corpus.files if file.kind not in _KINDS), None)
     if other is not None:
         raise UsageError(
-            f"{redact(other.url)} is {other.full_kind}, --from is {options.from_}. Name the files "
-            "or the format that are meant."
+            f"{redact(other.url)} is {other.full_kind}, expected {', '.join(_KINDS)}. Name the "
+            "files that are meant, or their --format."
         )
     return corpus
 
@@ -184,15 +186,13 @@ def _about(options: ImportOptions, corpus: Corpus, tokenizer: str) -> dict[str, 
     Raises:
         UsageError: the targets of one are not what an import takes.
     """
-    if options.from_ != "parquet":
-        return {}
-    names = [file.url for file in corpus.files]
+    names = [file.url for file in corpus.files if file.kind == "parquet"]
     with ThreadPoolExecutor(_FOOTERS) as pool:
         abouts = list(pool.map(_about_one, names))
     for name, about in zip(names, abouts, strict=True):
         if about:
             _refuse_about(redact(name), about, tokenizer)
-    return abouts[0]
+    return next(iter(abouts), {})
 
 
 def _about_one(url: str) -> dict[str, Any]:
@@ -208,9 +208,9 @@ def _about_one(url: str) -> dict[str, Any]:
 def _refuse_about(name: str, about: dict[str, Any], tokenizer: str) -> None:
     task = str(about.get("task"))
     if task != CAUSAL_LM:
-        whose = f"a {TASKS[task].noun}" if task in TASKS else repr(task)
+        noun = f"a {TASKS[task].noun}" if task in TASKS else repr(task)
         raise UsageError(
-            f"{name} holds the targets of {whose}; an import is of a causal language model's. "
+            f"{name} holds the targets of {noun}; an import is of a causal language model's. "
             "Train on the cache that it was exported from."
         )
     if about.get("temperature") != 1:

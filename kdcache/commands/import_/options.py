@@ -20,7 +20,7 @@ class ImportOptions(WorkerOptions):
     """What `kdcache import` takes: fields have the names of its options."""
 
     first = (
-        *("corpus", "tokenizer", "out", "layout", "from_", "columns", "top", "targets", "labels"),
+        *("corpus", "tokenizer", "out", "layout", "format", "columns", "top", "targets", "labels"),
         "workers",
     )
 
@@ -29,7 +29,8 @@ class ImportOptions(WorkerOptions):
         help="the tokenizer of the ids, that of the teacher.", metavar="DIR_OR_HUB_ID"
     )
     out: str = again(BuildOptions, "out", MISSING)
-    from_: Literal["parquet", "arrow", "jsonl"] = option("parquet", help="the format of the files.")
+    format: str = again(RecordOptions, "format", "auto")
+    from_: str | None = option(None, instead=("format", "{}"))
     layout: Layout = option(
         "kdcache",
         help="whose columns they are: those of `kdcache export`, of another program, or `plain`: "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from kdcache.commands.groups import LearningOptions, LoraOptions, PlotOptions
+from kdcache.commands.groups import LearningOptions, LoraOptions, PlotOptions, worker_range
 from kdcache.commands.train.groups import (
     WORDS,
     BiLstmOptions,
@@ -244,15 +244,7 @@ class TrainOptions(
     @property
     def workers(self) -> tuple[int, int]:
         """The smallest and the largest number of workers."""
-        first, colon, last = str(self.num_workers).partition(":")
-        if first.isdecimal() and (last.isdecimal() or not colon):
-            low, high = int(first), int(last or first)
-            if 1 <= low <= high:
-                return low, high
-        raise UsageError(
-            f"--num-workers is {self.num_workers}, expected a number of at least 1, or two as "
-            "min:max."
-        )
+        return worker_range("--num-workers", self.num_workers)
 
     @property
     def alphas(self) -> Schedule:
