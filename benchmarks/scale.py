@@ -40,11 +40,10 @@ from results import keep, table
 from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry, sealing
 from kdcache.cache.sealing import Receipts, remove_receipts
 from kdcache.commands.build.driver import Driver, Progress
-from kdcache.commands.build.events import EventLog
 from kdcache.commands.build.on_ray import RayWorkers
 from kdcache.commands.build.packer import Pulse
 from kdcache.commands.build.source import TeacherSourceOptions
-from kdcache.commands.build.workers import Job, SpanReport
+from kdcache.commands.build.workers import EventLog, Job, SpanReport
 from kdcache.corpus import InputFile, Span
 from kdcache.rows import RowSpec
 from kdcache.storage import LocalStorage

@@ -17,7 +17,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.loss.metrics import micro_f1
 from kdcache.student.checkpoints import CheckpointingTrainer
-from kdcache.student.one_answer import OneAnswer, little_learnt, longer
+from kdcache.student.one_answer import OneAnswer, little_learnt
 
 SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 
@@ -115,10 +115,10 @@ def test_a_model_hardly_better_than_one_answer_for_all_is_told(
 ) -> None:
     one = OneAnswer(task, 2, ("O", "B-PER"))
     one.add(np.array(labels))
-    text = little_learnt(task, found, one.figures(), "here")
+    text = little_learnt(task, found, one.figures(), "here", 15)
     assert said in text
     assert bool(text) == bool(said)
-    assert "It had 15 steps: give it 500" in longer(15)
+    assert ("It had 15 steps: give it 500" in text) == bool(said)
 
 
 def test_one_answer_is_the_best_of_its_kind() -> None:

@@ -25,7 +25,7 @@ from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.hdf5 import write_text
 from kdcache.cache.shard import ShardData
-from kdcache.commands.build.events import EventLog
+from kdcache.commands.build.workers import EventLog
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.files import alone
 from kdcache.storage import LocalStorage, open_storage

@@ -36,7 +36,7 @@ ONLY = {  # a library, and where alone it may be imported
     "click": r"cli/.*",
     "rich": r"cli/.*",
     "h5py": r"cache/(shard|hdf5)",
-    "ray": r"cluster|commands/.*/on_ray|commands/sweep/pool",
+    "ray": r"cluster|commands/.*/on_ray|commands/sweep/sweep",
     "fsspec": r"storage/filesystem",
     "peft": r"(student|teacher)/adapter",
     "axolotl": r"integrations/axolotl",

@@ -33,8 +33,8 @@ from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.stream.batch import CachedIds
 from kdcache.student import DistilledStudent
-from kdcache.student.copies import Copies
 from kdcache.student.padding import check_rows, without_mask
+from kdcache.student.stream_loader import Copies
 from kdcache.student.trainer import DistillationTrainer
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from loaded import Program
 
 from kdcache.cli.main import cli
-from kdcache.commands.build.events import EventLog
+from kdcache.commands.build.workers import EventLog
 from kdcache.corpus import Corpus
 from kdcache.errors import UsageError
 from kdcache.files import write_json

@@ -34,9 +34,8 @@ from kdcache.cli.main import cli
 from kdcache.cli.views import render_sweep
 from kdcache.commands.options import SweepOptions
 from kdcache.commands.sweep.grid import Grid
-from kdcache.commands.sweep.pool import RayPool
 from kdcache.commands.sweep.results import RunScore, SweepResult, charts_of, plot_sweep
-from kdcache.commands.sweep.sweep import SweepProgress, sweep
+from kdcache.commands.sweep.sweep import RayPool, SweepProgress, sweep
 from kdcache.commands.train.callbacks import last_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train

@@ -141,15 +141,21 @@ class OneAnswer:
 
 
 def little_learnt(
-    task: str, found: Mapping[str, float | None], one: Mapping[str, float], after: str
+    task: str,
+    found: Mapping[str, float | None],
+    one: Mapping[str, float],
+    after: str,
+    steps: int | None,
 ) -> str:
-    """What to say of a model that is hardly better than one answer for all; empty of others.
+    """What is wrong with a model that is hardly better than one answer for all, and what to change;
+    empty of others.
 
     Args:
         task: of the model.
         found: its figures.
         one: those of `OneAnswer.figures` on the same labels.
-        after: where they are from, and after which training, in words.
+        after: where they are from, in words.
+        steps: of its training, if that is known.
     """
     judged = _JUDGED[TASKS[task].answers]
     both = [name for name in judged if name in one and found.get(name) is not None]
@@ -167,12 +173,11 @@ def little_learnt(
     title = TASKS[task].hard[0] if name == "hard_loss" else METRICS[name].title
     return (
         f"{'no' if worse else 'hardly'} better than one answer for all: {title} {shown[0]} "
-        f"{after}, and {shown[1]} of the {ONE_ANSWERS[TASKS[task].answers]}"
+        f"{after}, and {shown[1]} of the {ONE_ANSWERS[TASKS[task].answers]}. {_cure(steps)}"
     )
 
 
-def longer(steps: int | None) -> str:
-    """What to change of a training that learnt little, of so many steps if that is known."""
+def _cure(steps: int | None) -> str:
     if steps is None:
         return "Train it for more steps, on more rows, or with another --learning-rate."
     if steps < ENOUGH_STEPS:

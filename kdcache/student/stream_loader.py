@@ -3,6 +3,12 @@
 The Trainer asks its data loader anew for each epoch, and counts epochs by the batches that it gets.
 A stream reads ahead across epochs, and a resumed one begins within an epoch, so both are the
 stream's own.
+
+Batches are copied to a GPU on a CUDA stream of their own. On the stream of the training step a copy
+waits until the step before is done, and the next step waits for the copy; on its own it runs while
+the step before does, as the host launches a step faster than the GPU runs it. Cost: the memory of
+one more batch. Guarantee: nothing of the step reads a batch before it is there, and its memory is
+not used again before the step is done with it.
 """
 
 from __future__ import annotations
@@ -11,6 +17,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from accelerate.utils import recursively_apply, send_to_device
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdcache.stream import Batch, TargetStream
@@ -70,3 +78,28 @@ class CursorCallback(TrainerCallback):  # type: ignore[misc]
         state.epoch = cursor.epoch + cursor.rows_seen / rows
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+
+class Copies:
+    """Sends batches to one device; what is there already stays as it is."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Make the stream, where the device has streams."""
+        self._device = device
+        stream: Any = torch.cuda.Stream
+        self._stream = stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch on the device; pinned memory is not waited for."""
+        if self._stream is None:
+            return dict(send_to_device(batch, self._device, non_blocking=True))
+        step = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            sent = dict(send_to_device(batch, self._device, non_blocking=True))
+        step.wait_stream(self._stream)
+        recursively_apply(
+            lambda value: value.record_stream(step),
+            sent,
+            test_type=lambda value: hasattr(value, "record_stream"),
+        )
+        return sent

@@ -41,11 +41,10 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.copies import Copies
 from kdcache.student.figures import Totals, hard_labels, parts_of, soft_name
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import shard_over_ranks
-from kdcache.student.stream_loader import CursorCallback, StreamLoader
+from kdcache.student.stream_loader import Copies, CursorCallback, StreamLoader
 from kdcache.student.wrapper import DistilledStudent, host_positions
 
 

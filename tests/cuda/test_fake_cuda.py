@@ -20,7 +20,7 @@ from kdcache.rows import Row
 from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import Watch
-from kdcache.student.copies import Copies
+from kdcache.student.stream_loader import Copies
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.student.wrapper import host_positions
 from kdcache.targets import (

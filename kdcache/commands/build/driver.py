@@ -37,9 +37,15 @@ from itertools import islice
 from typing import Any, NoReturn
 
 from kdcache.cache import ShardEntry
-from kdcache.commands.build.events import EventSink, ignore_events
 from kdcache.commands.build.source import Work
-from kdcache.commands.build.workers import Outcome, SpanReport, WorkerFigures, Workers
+from kdcache.commands.build.workers import (
+    EventSink,
+    Outcome,
+    SpanReport,
+    WorkerFigures,
+    Workers,
+    ignore_events,
+)
 from kdcache.commands.interrupt import Interrupt
 from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError
 from kdcache.storage import redact

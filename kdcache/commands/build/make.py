@@ -21,10 +21,9 @@ from kdcache.cache.manifest import filtered_records
 from kdcache.cache.sealing import Receipts, prepare_manifest, remove_receipts, seal
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
-from kdcache.commands.build.events import EventLog, EventSink
 from kdcache.commands.build.options import WorkerOptions
 from kdcache.commands.build.source import SourceOptions, Work
-from kdcache.commands.build.workers import Job, LocalWorkers, Workers
+from kdcache.commands.build.workers import EventLog, EventSink, Job, LocalWorkers, Workers
 from kdcache.commands.interrupt import Interrupt, interruptible
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import try_output

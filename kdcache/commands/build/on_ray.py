@@ -35,10 +35,10 @@ from kdcache.cluster import (
     reason,
     share_of_cpus,
 )
-from kdcache.commands.build.events import EventSink, ignore_events
 from kdcache.commands.build.source import Work
 from kdcache.commands.build.workers import (
     IN_FLIGHT,
+    EventSink,
     Fault,
     Job,
     Outcome,
@@ -47,6 +47,7 @@ from kdcache.commands.build.workers import (
     WorkerFigures,
     Workers,
     arrived,
+    ignore_events,
 )
 from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, UsageError, as_worker
 from kdcache.humanize import counted

@@ -12,20 +12,28 @@ Cost: memory of two spans' rows and encoded targets, plus what the source holds.
 Guarantee: a span's shard is a pure function of (spec, span): batches never mix spans and sampling
 noise is keyed by (seed, span, row, position).
 
-One worker in this process.
+The events of a build are JSON lines next to the cache, for programs and for people, 200 bytes a
+span. A local cache has them in `events.jsonl`, appended one line at a time by all its builds. An
+object store cannot append: there the lines of one run are kept in memory and written when it ends,
+under `events/` with a name of their own. They are not a part of the cache: nothing reads them back.
+The log never stops the build; if it cannot be written (a full disk), it is given up with one
+warning. URLs are written without credentials.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import queue
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +49,8 @@ from kdcache.commands.build.packer import (
 )
 from kdcache.commands.build.source import SourceOptions, Work
 from kdcache.errors import KdcacheError, as_worker
+from kdcache.humanize import redacted
+from kdcache.storage import LocalStorage, Storage
 from kdcache.targets import TargetWriter
 
 
@@ -368,3 +378,63 @@ class LocalWorkers(Workers):
         """See `Workers.figures`."""
         self._figures.in_flight = self._worker.pulse().spans
         return [self._figures]
+
+
+logger = logging.getLogger(__name__)
+
+FILE = "events.jsonl"
+
+
+class EventSink(Protocol):
+    """A function that takes an event: its name and its facts."""
+
+    def __call__(self, event: str, /, **facts: Any) -> None:
+        """Record the event, with the current time."""
+
+
+def ignore_events(event: str, /, **facts: Any) -> None:
+    """Ignore events."""
+
+
+class EventLog:
+    """The events of one run of `build`; call it to add one, `close` it at the end.
+
+    Every line has `time` (seconds since 1970), `run` (the same for all lines of a run) and `event`.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._local = storage if isinstance(storage, LocalStorage) else None
+        self._run = uuid.uuid4().hex[:8]
+        self._begin = time.time()
+        self._kept: list[str] = []
+        self._broken = False
+        self._lock = threading.Lock()
+
+    def __call__(self, event: str, /, **facts: Any) -> None:
+        """Add one line."""
+        told = {"time": round(time.time(), 3), "run": self._run, "event": event, **facts}
+        line = json.dumps(redacted(told))
+        with self._lock:
+            if self._local is None:
+                self._kept.append(line)
+            elif not self._broken:
+                try:
+                    self._local.append(FILE, line + "\n")
+                except OSError as error:
+                    self._give_up(error)
+
+    def close(self) -> None:
+        """Write the lines kept in memory."""
+        if self._kept:
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._begin))
+            try:
+                content = "".join(line + "\n" for line in self._kept).encode()
+                self._storage.write(f"events/{stamp}-{self._run}.jsonl", content)
+            except Exception as error:  # stores raise errors of many classes
+                self._give_up(error)
+            self._kept.clear()
+
+    def _give_up(self, error: Exception) -> None:
+        self._broken = True
+        logger.warning("the events of this run are not recorded: %s", error)

@@ -40,7 +40,7 @@ from kdcache.loss.metrics import (
     ratio,
     spearman,
 )
-from kdcache.student.one_answer import ONE_ANSWERS, OneAnswer, little_learnt, longer
+from kdcache.student.one_answer import ONE_ANSWERS, OneAnswer, little_learnt
 from kdcache.student.saved import LoadedModel
 from kdcache.targets import DenseTargets, SparseTargets
 from kdcache.tasks import IGNORE, TASKS, Answers, labelled
@@ -386,10 +386,9 @@ class Figures:
         one, task = counts.one.figures(), self.rows.task
         found = {}
         for model, scores in zip(self.students, counts.students, strict=True):
-            if said := little_learnt(task, scores.figures(), one, "here"):
-                found[model.saved.name] = (
-                    f"{model.saved.name} is {said}. {longer(model.saved.steps)}"
-                )
+            saved = model.saved
+            if wrong := little_learnt(task, scores.figures(), one, "here", saved.steps):
+                found[saved.name] = f"{saved.name} is {wrong}"
         return found
 
     def notes(self, counts: Counts, why_no_bytes: str) -> Iterable[str]:

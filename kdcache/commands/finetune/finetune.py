@@ -60,7 +60,7 @@ from kdcache.student.checkpoints import (
     read_state,
 )
 from kdcache.student.load import find_files, lost_of_encoder
-from kdcache.student.one_answer import OneAnswer, begin_at, little_learnt, longer
+from kdcache.student.one_answer import OneAnswer, begin_at, little_learnt
 from kdcache.student.tokens import StudentInfo
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
@@ -216,9 +216,9 @@ def _finetune(
         warning = ""
         if tests:
             one = _counted(options, names, tests, files).figures()
-            warning = little_learnt(options.task, scores, one, "on the evaluation corpus")
+            where, steps = "on the evaluation corpus", outcome.global_step
+            warning = little_learnt(options.task, scores, one, where, steps)
         if warning:
-            warning = f"{warning}. {longer(outcome.global_step)}"
             logger.warning("%s", warning.removesuffix("."))
         result = FinetuneResult(
             out=str(out),

@@ -11,25 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.commands.evaluate.tally import make_tally
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.finetune.rows import PadRows, class_weights
-from kdcache.commands.train.callbacks import Patience, SlowSteps, StopOnSignal
+from kdcache.commands.train.callbacks import Patience, ReportProgress, SlowSteps, StopOnSignal
 from kdcache.commands.train.result import TrainProgress
 from kdcache.loss import INDEPENDENT
 from kdcache.metrics import METRICS
 from kdcache.rows import Row
-from kdcache.student.checkpoints import (
-    CheckpointingTrainer,
-)
+from kdcache.student.checkpoints import CheckpointingTrainer
 from kdcache.student.precision import Computing, use_one_gpu
 from kdcache.tasks import TASKS
 
@@ -88,7 +81,7 @@ def make_trainer(
     )
     computing.begin()
     use_one_gpu(arguments, "CUDA_VISIBLE_DEVICES chooses another one.")
-    callbacks = [StopOnSignal(), ReportProgress(on_progress), SlowSteps(report)]
+    callbacks = [StopOnSignal(), _EpochProgress(on_progress), SlowSteps(report)]
     if options.patience is not None:
         callbacks.append(Patience(options.patience))
     trainer = FinetuneTrainer(
@@ -105,6 +98,14 @@ def make_trainer(
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
+
+
+class _EpochProgress(ReportProgress):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log before each checkpoint, so that no line spans a resume."""
+        control.should_log = True
 
 
 class FinetuneTrainer(CheckpointingTrainer):
@@ -244,32 +245,3 @@ def mean_loss(state: TrainerState) -> float:
             total += line["loss"] * (line["step"] - last)
             last = line["step"]
     return total / max(1, last)
-
-
-class ReportProgress(TrainerCallback):  # type: ignore[misc]
-    """Tells where the training stands at every logged step."""
-
-    def __init__(self, on_progress: Callable[[TrainProgress], None] | None) -> None:
-        self._on_progress, self._begun = on_progress, time.perf_counter()
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Log before each checkpoint, so that no line spans a resume."""
-        control.should_log = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Report to the caller."""
-        if self._on_progress is not None and logs and "train_runtime" not in logs:
-            seconds = time.perf_counter() - self._begun
-            epoch = float(state.epoch or 0.0)
-            self._on_progress(
-                TrainProgress(state.global_step, state.max_steps, epoch, seconds, dict(logs))
-            )

@@ -23,8 +23,8 @@ from kdcache.cache.spec import is_missing
 from kdcache.commands.finetune.finetune import RESULT_FILE as TEACHER_FILE
 from kdcache.commands.inspect import InspectResult, RowView, default_temperature, inspect
 from kdcache.commands.options import InspectOptions, ReportOptions
+from kdcache.commands.run_folder import RESULT_FILE
 from kdcache.commands.train.callbacks import METRICS_FILE, read_metrics
-from kdcache.commands.train.folder import RESULT_FILE
 from kdcache.errors import UsageError, doing
 from kdcache.files import local_path
 from kdcache.humanize import redacted

@@ -73,18 +73,12 @@ def seconds_before(run: Path) -> float:
     return float(last["seconds"]) if last else 0.0
 
 
-class MetricsCallback(TrainerCallback):  # type: ignore[misc]
-    """Appends a line for everything logged and reports to the caller."""
+class ReportProgress(TrainerCallback):  # type: ignore[misc]
+    """Reports everything logged to the caller."""
 
-    def __init__(self, run: Path, on_progress: Callable[[TrainProgress], None] | None) -> None:
-        self._run, self._on_progress = run, on_progress
+    def __init__(self, on_progress: Callable[[TrainProgress], None] | None) -> None:
+        self._on_progress = on_progress
         self._begun, self._before = time.perf_counter(), 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Start the clock where the previous run of the command stopped it."""
-        self._begun, self._before = time.perf_counter(), seconds_before(self._run)
 
     def on_log(
         self,
@@ -94,18 +88,41 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write one line."""
+        """Report losses or figures, but not the Trainer's own summary at the end."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         seconds = self._before + time.perf_counter() - self._begun
-        line = {"step": state.global_step, **logs, "seconds": round(seconds, 3)}
-        with (self._run / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._on_progress is not None:
-            progress = TrainProgress(
+        self.report(
+            TrainProgress(
                 state.global_step, state.max_steps, float(state.epoch or 0.0), seconds, dict(logs)
             )
+        )
+
+    def report(self, progress: TrainProgress) -> None:
+        """To the caller."""
+        if self._on_progress is not None:
             self._on_progress(progress)
+
+
+class MetricsCallback(ReportProgress):
+    """Appends a line for everything logged as well."""
+
+    def __init__(self, run: Path, on_progress: Callable[[TrainProgress], None] | None) -> None:
+        super().__init__(on_progress)
+        self._run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock where the previous run of the command stopped it."""
+        self._begun, self._before = time.perf_counter(), seconds_before(self._run)
+
+    def report(self, progress: TrainProgress) -> None:
+        """Write one line."""
+        line = {"step": progress.step, **progress.logs, "seconds": round(progress.seconds, 3)}
+        with (self._run / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        super().report(progress)
 
 
 class SlowSteps(TrainerCallback):  # type: ignore[misc]

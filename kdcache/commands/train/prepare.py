@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import Cache
+from kdcache.commands.run_folder import TrainFolder
 from kdcache.commands.train.callbacks import wrong_trackers
-from kdcache.commands.train.folder import TrainFolder
 from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.errors import UsageError

@@ -25,9 +25,9 @@ from typing import Any
 from transformers import TrainerState
 
 from kdcache.cache.figures import teacher_cross_entropy
+from kdcache.commands.run_folder import RESULT_FILE, SCRATCH
 from kdcache.commands.train.callbacks import cut_metrics, seconds_before
 from kdcache.commands.train.card import CARD_FILE, model_card
-from kdcache.commands.train.folder import RESULT_FILE, SCRATCH
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.student import (
@@ -46,7 +46,7 @@ from kdcache.stream import TargetStream
 from kdcache.stream.batch import CachedIds, Reading
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import read_state
-from kdcache.student.one_answer import little_learnt, longer
+from kdcache.student.one_answer import little_learnt
 from kdcache.student.padding import check_pairs, check_rows
 from kdcache.student.precision import Computing
 from kdcache.student.tokens import unknown_share
@@ -166,9 +166,8 @@ def _judged(plan: RunPlan, student: DistilledStudent, result: TrainResult) -> Tr
     one = labels_of(plan.eval_caches or plan.caches).figures(**how)
     found: dict[str, float | None] = {**result.eval} or {"hard_loss": result.hard_loss}
     where = "on the evaluation caches" if result.eval else "in the last steps"
-    warning = little_learnt(student.task, found, one, where)
+    warning = little_learnt(student.task, found, one, where, result.steps)
     if warning:
-        warning = f"{warning}. {longer(result.steps)}"
         logger.warning("%s", warning.removesuffix("."))
     return dataclasses.replace(result, one_answer=one, warning=warning)
 
