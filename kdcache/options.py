@@ -12,10 +12,9 @@ files and the identity of a run read the fields:
         times: int = option(1, help="how often.", at_least=1)
 
 An option that became a KEY=VALUE of another one is declared with `instead`. It keeps its field,
-type and bounds: `--bilstm layers=2` sets the field `layers`. One that became another option's value
-gives its own to that: with `instead=("workers", "1:{}")`, `--max-workers 8` is `--workers 1:8`. The
-former flag, key of a YAML file and environment variable work for one more version, and no help
-shows them.
+type and bounds: `--bilstm layers=2` sets the field `layers`. One that became another's value gives
+its own to that: with `instead=("workers", "1:{}")`, `--max-workers 8` is `--workers 1:8`. Its flag,
+YAML key and environment variable work for one more version, and no help shows them.
 
 Guarantee: a value is checked when the object is made, wherever it came from, and all that is wrong
 is reported at once.
@@ -51,31 +50,11 @@ _TYPES: dict[type, tuple[type, str]] = {
 _KEY = "kdcache.option"
 
 
-def option(
-    default: Any = MISSING,
-    *,
-    help: str = "",
-    metavar: str | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    comma: bool = False,
-    auto: bool = False,
-    positional: bool = False,
-    named: bool = False,
-    output: bool = False,
-    extra: str = "",
-    decides: Decides = "run",
-    instead: tuple[str, str] | None = None,
-    keys: bool = False,
-    hidden: bool = False,
-    later: bool = False,
-) -> Any:
-    """A field of an options dataclass.
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """What a field declares of its option; see `option`.
 
-    Args:
-        default: its value where none is given; without it the option is required.
+    Attributes:
         help: what it is; begins in lower case, ends with a full stop.
         metavar: what stands for a value in the help.
         at_least: smallest value, or the smallest of several.
@@ -85,8 +64,7 @@ def option(
         comma: several values stand in one option, with commas; else the option is repeated.
         auto: `auto` is a value and means None.
         positional: on the command line it stands without its name.
-        named: its values may have names: `NAME=VALUE`, or in Python and YAML a mapping of names to
-            one value or several.
+        named: its values may have names: `NAME=VALUE`, in Python and YAML a mapping of names.
         output: it names a file or folder to write.
         extra: of this package, which a value needs; of several choices, the one of that name.
         decides: what changes with it. A `"run"` may not go on with another value; an option
@@ -98,29 +76,54 @@ def option(
         hidden: it works, and no help shows it.
         later: a field that came later: in an identity only where it is not the default.
     """
-    declared = dict(locals())
-    del declared["default"]
-    if instead is not None:
-        declared["help"], declared["hidden"] = f"now `{instead[0]}` {_present(instead[1])}", True
-    if isinstance(default, list):
-        raise TypeError("the default of an option is not a list: take a tuple")
-    return dataclasses.field(default=default, metadata={_KEY: declared})
+
+    help: str = ""
+    metavar: str | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    comma: bool = False
+    auto: bool = False
+    positional: bool = False
+    named: bool = False
+    output: bool = False
+    extra: str = ""
+    decides: Decides = "run"
+    instead: tuple[str, str] | None = None
+    keys: bool = False
+    hidden: bool = False
+    later: bool = False
+
+    @property
+    def now(self) -> str:
+        """How to write a former option: `--columns text=...`; empty of a present one."""
+        owner, key = self.instead or ("", "")
+        value = key.format("...") if "{}" in key else f"{key}=..."
+        return f"--{owner.replace('_', '-')} {value}" if owner else ""
 
 
-def _present(key: str) -> str:
-    """How an option that became `key` of another one is written there."""
-    return key.format("...") if "{}" in key else f"{key}=..."
+def option(default: Any = MISSING, **declared: Any) -> Any:
+    """A field of an options dataclass.
+
+    Args:
+        default: its value where none is given; without it the option is required.
+        declared: of `Declared`.
+    """
+    made = Declared(**declared)
+    made = replace(made, help=f"now {made.now}", hidden=True) if made.instead else made
+    return dataclasses.field(default=default, metadata={_KEY: made})
 
 
 def again(kind: type[Any], name: str, default: Any, **changed: Any) -> Any:
     """The field `name` of `kind` for another class: with a default, and what else is `changed`."""
-    declared = {**kind.__dataclass_fields__[name].metadata[_KEY], **changed}
+    declared = replace(kind.__dataclass_fields__[name].metadata[_KEY], **changed)
     return dataclasses.field(default=default, metadata={_KEY: declared})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Option:
-    """An option as its field declares it; see `option`.
+class Option(Declared):
+    """An option: its field, and what that declares.
 
     Attributes:
         name: of the field.
@@ -139,23 +142,6 @@ class Option:
     several: bool
     default: Any
     group: str
-    help: str
-    metavar: str | None
-    at_least: float | None
-    above: float | None
-    at_most: float | None
-    below: float | None
-    comma: bool
-    auto: bool
-    positional: bool
-    named: bool
-    output: bool
-    extra: str
-    decides: Decides
-    instead: tuple[str, str] | None
-    keys: bool
-    hidden: bool
-    later: bool
 
     @property
     def type(self) -> type:
@@ -181,12 +167,6 @@ class Option:
         if self.instead is None or "{}" in self.instead[1]:
             return self.flag
         return f"--{self.instead[0].replace('_', '-')} {self.instead[1]}"
-
-    @property
-    def now(self) -> str:
-        """How to write a former option: `--columns text=...`; empty of a present one."""
-        owner, key = self.instead or ("", "")
-        return f"--{owner.replace('_', '-')} {_present(key)}" if owner else ""
 
     @property
     def required(self) -> bool:
@@ -292,7 +272,7 @@ class Options:
         """Tell readers of the class what its own fields are."""
         fields = {n: getattr(cls, n, None) for n in inspect.get_annotations(cls)}
         lines = [
-            textwrap.indent(textwrap.fill(f"{name}: {field.metadata[_KEY]['help']}", 90), "    ")
+            textwrap.indent(textwrap.fill(f"{name}: {field.metadata[_KEY].help}", 90), "    ")
             for name, field in fields.items()
             if isinstance(field, dataclasses.Field)
         ]
@@ -476,7 +456,7 @@ def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
         several=several,
         default=field.default,
         group=group,
-        **field.metadata[_KEY],
+        **vars(field.metadata[_KEY]),
     )
 
 
