@@ -57,11 +57,6 @@ class BiLstmConfig(PreTrainedConfig):  # type: ignore[misc]
         freeze_embeddings: bool = False,
         **options: Any,
     ) -> None:
-        if "pad_id" in options or "label_names" in options:
-            raise UsageError(
-                "this biLSTM was saved by an earlier version of kdcache, whose files are not read. "
-                "Train it again."
-            )
         sizes = {
             "vocab_size": vocab_size,
             "embedding_size": embedding_size,

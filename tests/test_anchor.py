@@ -368,17 +368,6 @@ def test_a_state_continues_exactly_and_an_overflow_is_forgotten() -> None:
     assert float(fixed.theta) == pytest.approx(0.3)
 
 
-def test_a_state_of_an_earlier_version_keeps_theta_until_the_next_step_ends() -> None:
-    anchor = Anchor()
-    anchor.load_state_dict({"theta": 0.7, "past": [5.0, 6.0, 0.1]})
-    assert float(anchor.theta) == pytest.approx(0.7)
-    z = teacher(40, 80)
-    gradient(z, draw(z, 0, Anchored(80, (1.0,), 6)), anchor)
-    anchor.update()
-    assert 0 < float(anchor.theta) <= 1
-    assert len(anchor.state_dict()["past"]) == 5
-
-
 @pytest.mark.parametrize("form", ["reference", "fused"])
 def test_theta_does_not_depend_on_the_unit_of_the_weights(form: str) -> None:
     """Of a student whose favourites are never drawn: what the draws fall short of decides."""

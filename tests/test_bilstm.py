@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +126,6 @@ def test_bilstm_round_trip(tmp_path: Path, source: str) -> None:
     (tmp_path / "run" / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"no weights: expected \*\.safetensors"):
         load_student(str(tmp_path / "run"), CLASSES)
-
-
-@pytest.mark.parametrize("old", [{"pad_id": 0}, {"label_names": ["bad", "good"]}])
-def test_a_bilstm_of_an_earlier_version_is_refused_by_name(
-    old: dict[str, Any], tmp_path: Path
-) -> None:
-    load: Any = load_student("bilstm", CLASSES)
-    load.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **old}))
-    with pytest.raises(UsageError, match="earlier version of kdcache"):
-        load_student(str(tmp_path), CLASSES)
 
 
 @pytest.mark.parametrize("pooling", ["last", "max"])

@@ -171,10 +171,6 @@ def test_a_head_of_its_own_width_reloads(
 
     # Equal models have equal files: nothing in them says where the encoder came from.
     assert str(folder) not in Path(result.out, "config.json").read_text()
-    # A folder of the earlier form is named as such.
-    save_file(weights, Path(result.out, "kdcache_head.safetensors"))
-    with pytest.raises(UsageError, match="earlier version of kdcache"):
-        TeacherFiles.find(result.out)
 
 
 @pytest.mark.parametrize("head_width", [None, 8])
@@ -562,14 +558,14 @@ def test_a_second_one_and_an_address_are_refused(folder: Path, tmp_path: Path) -
 def test_a_folder_says_at_which_length_its_teacher_was_tuned(
     options: Make, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, result: Any
 ) -> None:
-    """Also one of an earlier version, and one whose file is anything."""
+    """Also one whose file is anything."""
     out = Path(shutil.copytree(folder / "bert", tmp_path / "teacher"))
     document = {"options": {"max_length": 9}, "result": result}
     (out / "finetune.json").write_text(json.dumps(document))
     tuned = TeacherFiles.find(str(out)).tuned
-    known = result if isinstance(result, dict) else {"max_length": 9}
+    known = result if isinstance(result, dict) else {}
     assert tuned == {name: n for name, n in known.items() if n is not None}
-    (out / "finetune.json").write_text(json.dumps({"options": {"max_length": "9"}, "result": None}))
+    (out / "finetune.json").write_text(json.dumps({"result": {"max_length": "9"}}))
     assert TeacherFiles.find(str(out)).tuned == {}
     assert TeacherFiles.find(str(folder / "bert")).tuned == {}
 

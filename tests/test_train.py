@@ -49,7 +49,6 @@ from kdcache.student import (
     figures,
     load_student,
 )
-from kdcache.student.saved import SavedModel
 from kdcache.student.trainer import DistillationTrainer
 
 pytestmark = pytest.mark.slow
@@ -729,18 +728,6 @@ def test_a_run_killed_while_its_files_move_is_finished_by_the_same_command(
     whole = train(options(out=options().out + "-whole"))
     assert weights(again.out).keys() == weights(whole.out).keys()
     assert all(torch.equal(w, weights(whole.out)[k]) for k, w in weights(again.out).items())
-
-
-def test_a_run_of_an_earlier_version_is_refused_by_name(options: Make) -> None:
-    out = Path(train(options()).out)
-    (out / "student").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (out / name).replace(out / "student" / name)
-    with pytest.raises(UsageError, match="earlier version of kdcache"):
-        train(options())
-    with pytest.raises(UsageError, match=f"earlier version of kdcache.*{out}/student"):
-        SavedModel.find(str(out))
-    assert SavedModel.find(str(out / "student")).task == "sequence-classification"
 
 
 def test_a_run_reports_its_words(options: Make, folder: Path) -> None:

@@ -147,10 +147,7 @@ class Anchor:
         """Continue from a state; a fixed theta stays."""
         if self.estimated:
             self.theta = self.theta.new_tensor(state["theta"])
-            past = state["past"]
-            # An earlier version kept other sums: theta stays until the next step ends.
-            known = past if len(past) == FIGURES else [0.0] * FIGURES
-            self._past = self._past.new_tensor(known)
+            self._past = self._past.new_tensor(state["past"])
             self._step = torch.zeros_like(self._past)
 
 

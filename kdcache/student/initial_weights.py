@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from kdcache.errors import UsageError
 from kdcache.lora import ADAPTER_CONFIG, Lora, is_adapted
 from kdcache.storage.base import sha256_file
-from kdcache.student.load import find_files, load_student
+from kdcache.student.load import load_student
 from kdcache.student.tokens import HfTokenize, StudentInfo, WordTokenize, student_tokenize
+from kdcache.teacher import TeacherFiles
 
 if TYPE_CHECKING:
     from kdcache.teacher.adapter import AdapterFolder
@@ -72,7 +73,7 @@ def begin_from(
         UsageError: it has another shape, another tokenizer, or an adapter on another base.
     """
     who = f"--init-from {earlier}"
-    files = find_files(earlier, "run", trust_remote_code=trust_remote_code)
+    files = TeacherFiles.find(earlier, role="run", trust_remote_code=trust_remote_code)
     if lora is not None and is_adapted(student):
         if files.adapter is None:
             raise UsageError(

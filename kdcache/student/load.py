@@ -94,7 +94,7 @@ def load_student(
     trained = info is None
     if info is None:
         if raw is None and (Path(name) / ADAPTER_CONFIG).is_file():
-            files = find_files(name, "student", trust_remote_code=trust_remote_code)
+            files = TeacherFiles.find(name, role="student", trust_remote_code=trust_remote_code)
             info = StudentInfo.saved(name, files.raw_config)
         else:
             info = StudentInfo.saved(name, raw or {})
@@ -328,22 +328,6 @@ def _with_start(given: dict[str, Any], info: StudentInfo) -> dict[str, Any]:
     return given
 
 
-def find_files(name: str, role: str, *, trust_remote_code: bool) -> TeacherFiles:
-    """The files of a model that is a student, or whatever else its role is.
-
-    Raises:
-        UsageError: as `TeacherFiles.find`, with that role.
-    """
-    inner = Path(name) / "student"
-    old = (inner / "config.json").is_file() and (inner.parent / "train.json").is_file()
-    if old and not (inner.parent / "config.json").is_file():
-        raise UsageError(
-            f"{role} {name} is a run of an earlier version of kdcache, which kept the model in a "
-            f"folder of its own. Name {inner}, or train again."
-        )
-    return TeacherFiles.find(name, trust_remote_code=trust_remote_code, role=role)
-
-
 def lost_of_encoder(model: Any, missing: Iterable[str]) -> list[str]:
     """The weights that no files may lack: a plain encoder gets a new head, and a new pooler if it
     has none; nothing else may be random.
@@ -359,7 +343,7 @@ def lost_of_encoder(model: Any, missing: Iterable[str]) -> list[str]:
 def _from_weights(
     name: str, info: StudentInfo, dtype: torch.dtype, trust: bool, lora: Lora | None
 ) -> nn.Module:
-    files = find_files(name, "student", trust_remote_code=trust)
+    files = TeacherFiles.find(name, role="student", trust_remote_code=trust)
     if lora is not None:
         from kdcache.student.adapter import refuse_second, with_lora
 

@@ -32,7 +32,6 @@ from kdcache.student import (
     load_student,
     word_tokenizer,
 )
-from kdcache.student.load import find_files
 from kdcache.student.tokens import Tokenize, WordTokenize
 from kdcache.tasks import (
     IGNORE,
@@ -85,7 +84,7 @@ class SavedModel:
         Raises:
             UsageError: there is none, or it has no safetensors weights.
         """
-        files = find_files(name, role, trust_remote_code=trust_remote_code)
+        files = TeacherFiles.find(name, role=role, trust_remote_code=trust_remote_code)
         return cls(name, files)
 
     @property

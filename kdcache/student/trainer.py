@@ -221,8 +221,7 @@ class DistillationTrainer(CheckpointingTrainer):
             state = read_state(Path(str(resume_from_checkpoint)), contents=True)
             self.train_dataset.load_state_dict(state["cursor"])
             check_identity(state, self._identity(), str(resume_from_checkpoint))
-            window = state.get("window", {})
-            self._window = window if "sums" in window else {}  # not of an earlier version
+            self._window = state.get("window", {})
             anchor = state.get("anchor")
         else:
             anchor = Anchor().state_dict()

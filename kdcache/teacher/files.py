@@ -259,11 +259,10 @@ class TeacherFiles:
     @property
     def tuned(self) -> dict[str, int]:
         """`max_length` and `max_source_length` of the rows that `finetune` gave it, if it did."""
-        path, known = self.folder / "finetune.json", dict[str, Any]()
+        path = self.folder / "finetune.json"
         document = read_json(self.who, path) if path.is_file() else {}
-        for part in ("options", "result"):  # of an earlier version the options alone say it
-            values = document.get(part)
-            known |= values if isinstance(values, dict) else {}
+        known = document.get("result")
+        known = known if isinstance(known, dict) else {}  # the file may be somebody else's
         names = ("max_length", "max_source_length")
         return {n: known[n] for n in names if type(known.get(n)) is int and known[n] > 1}
 

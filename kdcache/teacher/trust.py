@@ -51,11 +51,6 @@ def check_folder(
         if not isinstance(parts, dict):
             raise UsageError(f"{who}: {_INDEX} has no weight_map. Fetch the model again.")
         weights += map(inner, parts.values())
-    if "kdcache_head.safetensors" in weights:
-        raise UsageError(
-            f"{who} was fine-tuned by an earlier version of kdcache, whose head is not read. "
-            "Run `kdcache finetune` again."
-        )
     others = sorted(name for name in weights if not name.endswith(".safetensors"))
     if others or not weights:
         others += [path.name for path in folder.glob("*.bin")]

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from kdcache.errors import UsageError
 from kdcache.files import whole_folder, write_text
 from kdcache.teacher import quiet_transformers
 
@@ -70,17 +69,9 @@ def documents(limit: int | None = None) -> tuple[list[str], list[str]]:
 
     Args:
         limit: use only the first documents.
-
-    Raises:
-        UsageError: this Python came without its documentation.
     """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise UsageError(
-            "this Python has no pydoc_data.topics, the text that the demo learns from. Use a "
-            "Python with its whole standard library."
-        ) from error
+    from pydoc_data.topics import topics
+
     found: list[str] = []
     seen: set[str] = set()
     for name in sorted(topics):

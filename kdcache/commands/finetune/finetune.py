@@ -59,7 +59,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.load import find_files, lost_of_encoder
+from kdcache.student.load import lost_of_encoder
 from kdcache.student.one_answer import OneAnswer, begin_at, little_learnt
 from kdcache.student.tokens import StudentInfo
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
@@ -178,7 +178,9 @@ def _finetune(
     with quiet_transformers():
         report("reading the corpus")
         set_seed(options.seed)
-        files = find_files(options.model, "model", trust_remote_code=options.trust_remote_code)
+        files = TeacherFiles.find(
+            options.model, role="model", trust_remote_code=options.trust_remote_code
+        )
         files.check_whole("fine-tuning")
         tokenizer, begun = files.tokenizer, files_of(options)
         names = options.label_names or label_names_of(options)

@@ -198,11 +198,7 @@ def _about(options: ImportOptions, corpus: Corpus, tokenizer: str) -> dict[str, 
 def _about_one(url: str) -> dict[str, Any]:
     with open_bytes(url) as stream:
         metadata = pq.ParquetFile(stream).schema_arrow.metadata or {}
-    try:
-        about = json.loads(metadata.get(_ABOUT, b"{}"))
-    except ValueError:
-        return {}
-    return about if isinstance(about, dict) else {}
+    return dict(json.loads(metadata.get(_ABOUT, b"{}")))
 
 
 def _refuse_about(name: str, about: dict[str, Any], tokenizer: str) -> None:

@@ -21,7 +21,6 @@ from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.result import TrainResult
 from kdcache.errors import UsageError
 from kdcache.files import local_path
-from kdcache.lora import ADAPTER_CONFIG
 from kdcache.loss import check_loss
 from kdcache.loss.metrics import are_entities
 from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_sha256
@@ -31,9 +30,10 @@ from kdcache.stream.checks import unlike
 from kdcache.student.checkpoints import check_identity, last_checkpoint, read_state
 from kdcache.student.figures import FIGURES, figure_of
 from kdcache.student.initial_weights import files_sha256
-from kdcache.student.load import find_files, is_model
+from kdcache.student.load import is_model
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled
+from kdcache.teacher import TeacherFiles
 
 if TYPE_CHECKING:
     from kdcache.stream.cross import CrossTokenizer
@@ -242,10 +242,10 @@ class RunPlan:
             if digest is not None:
                 found[f"{name}_files"] = digest
         if options.lora is not None and is_model(options.student):
-            base = find_files(options.student, "student", trust_remote_code=trust)
+            base = TeacherFiles.find(options.student, role="student", trust_remote_code=trust)
             found["base_sha256"] = base.sha256
         if options.init_from is not None:
-            earlier = find_files(options.init_from, "run", trust_remote_code=trust)
+            earlier = TeacherFiles.find(options.init_from, role="run", trust_remote_code=trust)
             found["init_sha256"] = earlier.sha256
         if options.cross_tokenizer is not None:
             found["tokenizer_sha256"] = tokenizer_sha256(own_tokenizer(options))
@@ -280,10 +280,6 @@ class RunPlan:
         document = self.folder.document()
         if document is None:
             return None
-        if not {"config.json", ADAPTER_CONFIG} & self.folder.names():
-            raise UsageError(
-                f"{self.shown} is a run of an earlier version of kdcache. Choose another --out."
-            )
         check_identity(document, self.finished_identity, f"the finished run in {self.shown}")
         return TrainResult(**{**document["result"], "out": self.shown, "made": False})
 

@@ -45,7 +45,7 @@ class TrainResult:
             None where the figure that selects it was defined in none: it is then the last one.
         seconds: wall time of training, over all sittings.
         parameters: parameters of the student.
-        trained: how many of them training changes; None in runs of earlier versions.
+        trained: how many of them training changes.
         vocabulary: ids of the student's own tokenizer; None where it reads the cache's ids.
         unknown: share of that tokenizer's tokens of the training texts that are unknown; None where
             its vocabulary has no unknown.
@@ -63,7 +63,7 @@ class TrainResult:
         one_answer: figures of one answer for all (`kdcache.student.one_answer`), by the names of
             `eval`: on the labels of the evaluation caches, or else of the training caches.
         warning: where the student is hardly better than that: what was compared, what to change.
-        task: of the caches; None in runs of earlier versions.
+        task: of the caches.
         made: False where the run was finished before and nothing was done.
     """
 
