@@ -23,7 +23,7 @@ from kdcache.cache.shard import (
     read_shard,
     shard_bytes,
 )
-from kdcache.cache.spec import GENERATED, CacheSpec
+from kdcache.cache.spec import CacheSpec, is_generated
 from kdcache.cache.store import ShardStore
 from kdcache.errors import CorruptCacheError, UsageError, doing
 from kdcache.targets import Codec, Hidden, OutputLayer
@@ -43,7 +43,7 @@ class Cache(ShardStore[CacheSpec]):
     @classmethod
     def parse_spec(cls, values: Any, url: str) -> CacheSpec:
         """See `ShardStore.parse_spec`."""
-        if isinstance(values, dict) and values.get("kind") == GENERATED:
+        if is_generated(values):
             raise UsageError(
                 f"{url} is a corpus that kdcache generate wrote, not a cache. Make one of it: "
                 f"kdcache build --corpus {url}."

@@ -35,6 +35,11 @@ GENERATED = "generated"
 """The `kind` in the `spec.json` of a corpus that `generate` wrote; caches have none."""
 
 
+def is_generated(spec: Any) -> bool:
+    """Whether the values of a `spec.json` are of a generated corpus."""
+    return isinstance(spec, dict) and spec.get("kind") == GENERATED
+
+
 class Spec(ABC):
     """What the shards of a folder should hold: equal specs make the same bytes.
 

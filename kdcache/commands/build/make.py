@@ -145,7 +145,7 @@ def make_cache(
         seconds=made.seconds,
         teacher_seconds=driver.teacher_seconds,
         missing=made.missing,
-        filtered=filtered_records(shards),
+        filtered=made.filtered,
         domains=domain_figures(made.store.spec, shards),
     )
 
@@ -172,6 +172,11 @@ class Made:
     def positions(self) -> int:
         """In the shards."""
         return sum(s.positions for s in self.shards)
+
+    @property
+    def filtered(self) -> int | None:
+        """Records that filters left out; None where there are no filters."""
+        return filtered_records(self.shards)
 
 
 def make_shards(

@@ -284,7 +284,7 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         records = Corpus.read(
             work, columns=how.columns, on_error=how.on_error, stats=stats, progress=steps
         )
-        rows = list(encoder.encode(_counted(records, steps), span=work.index))
+        rows = list(encoder.encode(counted_records(records, steps), span=work.index))
         return TaughtRows(
             shard=partial(ShardData.from_rows, self.options.teacher.task, rows),
             skipped=stats.skipped + encoder.skipped + encoder.empty,
@@ -434,7 +434,8 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
 
 
-def _counted(records: Iterator[Record], steps: Steps) -> Iterator[Record]:
+def counted_records(records: Iterator[Record], steps: Steps) -> Iterator[Record]:
+    """Records that are counted as they are read."""
     for record in records:
         steps.record()
         yield record
