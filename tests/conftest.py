@@ -45,6 +45,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def further(*values: object) -> list[object]:
+    """Values of a parameter that repeat a mechanism: for tests before a release."""
+    mark = pytest.mark.exhaustive
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=mark)
+        for value in values
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _warnings_are_logged() -> None:
     """Also after a command that ran quietly in this process."""

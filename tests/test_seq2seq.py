@@ -1,5 +1,5 @@
-"""Sequence-to-sequence models through every command: a student of a cache learns what one beside
-its teacher would, whatever its decoder reads first.
+"""What only sequence-to-sequence models have: sources, the first token of the decoder, languages,
+and generation.
 """
 
 from __future__ import annotations
@@ -14,22 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from promises import (
-    Make,
-    built,
-    check_beside,
-    check_codecs,
-    check_evaluation,
-    check_parts,
-    check_refused,
-    check_resume,
-    check_run,
-    check_shown,
-    check_verify,
-    labels_of,
-    rows_of,
-    with_telling_weights,
-)
+from task_examples import Desk, built, check_refused, make_desk, rows_of
+from task_examples import save as save_model
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -45,7 +32,6 @@ from transformers import (
 from zoo import SEQ2SEQ, Species, forms
 
 import kdcache
-from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.options import EvaluateOptions, PredictOptions
 from kdcache.commands.train.options import TrainOptions
@@ -55,7 +41,6 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.spec import LAST_LABEL
 from kdcache.student.saved import SavedModel
 from kdcache.targets import DenseTargets
-from kdcache.tasks import IGNORE
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.model import TeacherModel
 
@@ -64,10 +49,6 @@ pytestmark = pytest.mark.slow
 TASK = "seq2seq-lm"
 WORDPIECE = Path(__file__).parent / "tiny_tokenizers" / "wordpiece"
 IDS = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-T5 = {
-    **IDS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
-    "dropout_rate": 0.0, "decoder_start_token_id": 0, "initializer_factor": 3.0,
-}  # fmt: skip
 BART = {
     **IDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
@@ -76,60 +57,14 @@ BART = {
 }  # fmt: skip
 
 
-def save(folder: Path, config: Any, auto: Any = AutoModelForSeq2SeqLM, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    model = with_telling_weights(auto.from_config(config))
-    if hasattr(model, "final_logits_bias"):
-        model.final_logits_bias += torch.randn_like(model.final_logits_bias)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(WORDPIECE).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("teacher"), T5Config(**T5))
+def desk(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A T5, and a BART whose decoder reads another token first."""
+    return make_desk(TASK, corpus_texts, tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of another architecture, and with another start."""
-    return save(tmp_path_factory.mktemp("student"), BartConfig(**BART), seed=7)
-
-
-@pytest.fixture(scope="module")
-def pairs(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    with file.open("w") as out:
-        for i, text in enumerate(corpus_texts[:40]):
-            words = text.split()[: 3 + i % 7]
-            record = {"source": " ".join(words), "target": " ".join(words[::-1][: 2 + i % 5])}
-            out.write(json.dumps(record) + "\n")
-    return file
-
-
-@pytest.fixture
-def options(teacher: Path, pairs: Path, tmp_path: Path) -> Make:
-    """A build of short rows in several shards."""
-
-    def make(name: str = "cache", **more: Any) -> BuildOptions:
-        given = {"codec": "dense", "max_length": 48, "workers": 0, "shard_tokens": 256, **more}
-        return BuildOptions(
-            teacher=(str(given.pop("teacher", teacher)),),
-            corpus=(str(given.pop("corpus", pairs)),),
-            out=str(tmp_path / name),
-            task=TASK,
-            **given,
-        )
-
-    return make
-
-
-def own(model: Any, row: Row) -> torch.Tensor:
-    """Logits of a row alone by the model's own forward on its labels."""
-    assert row.source is not None
-    source, labels = (torch.from_numpy(ids).long()[None] for ids in (row.source, row.labels))
-    return model(input_ids=source, labels=labels).logits[0]
+def save(folder: Path, config: Any, auto: Any = AutoModelForSeq2SeqLM) -> Path:
+    return save_model(folder, config, auto, "wordpiece")
 
 
 def random_rows(seed: int = 0) -> list[Row]:
@@ -154,19 +89,19 @@ def test_every_architecture_gives_its_own_numbers(species: Species) -> None:
             weight.data += 0.2 * torch.randn_like(weight)
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias += torch.randn_like(model.final_logits_bias)
-    rows = random_rows()
+    rows, desk = random_rows(), Desk(TASK, Path())
     one = TeacherModel(model, str(species), task=TASK, vocab_size=300)
     with torch.inference_mode():
         one.probe(rows)
         got = torch.cat([piece.logits for piece in one.slices(rows)])
-        want = torch.cat([own(model, row) for row in rows])[:, :300]
+        want = torch.cat([desk.own(model, row) for row in rows])[:, :300]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     plain = species.model_type != "prophetnet"  # whose logits are of several streams
     assert one.direct is plain
 
     targets = DenseTargets(2 * torch.randn(len(want), 300).double(), 2.0)
-    labels = labels_of(rows)
-    logits = torch.cat([own(model, row) for row in rows])[:, :300]
+    labels = desk.labels(rows).long()
+    logits = torch.cat([desk.own(model, row) for row in rows])[:, :300]
     reference = distillation_loss(logits.double(), labels, targets, alpha=0.3)
     reference.total.backward()
     wanted = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
@@ -193,101 +128,32 @@ def test_every_architecture_gives_its_own_numbers(species: Species) -> None:
         torch.testing.assert_close(mine, grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_student_learns_what_it_would_beside_its_teacher(
-    options: Make, teacher: Path, student: Path
-) -> None:
-    cache = built(options())
-    assert cache.spec.spans > 1
-    assert len({row.sizes for row, _ in rows_of(cache)[:12]}) > 3
-    batch, distilled = check_beside(cache, teacher, student, own)
-    made: list[int] = []
-    layer = distilled.student.get_output_embeddings()
-    layer.register_forward_hook(lambda _module, _inputs, out: made.append(out.numel()))
-    distilled(**batch)
-    assert made == [1], "one number stands for the logits of all places"
-
-
-def test_rows_of_a_stream_come_once_and_whole(options: Make) -> None:
-    cache = built(options(codec="sample:5"))
-    want = sorted(
-        (tuple(row.source), tuple(row.labels))
-        for row, _ in rows_of(cache)
-        if row.source is not None
-    )
-    found = []
-    for rank in range(2):
-        stream = kdcache.TargetStream(
-            cache, batch_size=6, rank=rank, world_size=2, streams=2, accumulation=2,
-            sum_over=lambda count: count,
-        )  # fmt: skip
-        for batch in stream:
-            for ids, mask, labels, decoder in zip(
-                *(batch[k] for k in ("input_ids", "attention_mask", "labels", "decoder_input_ids")),
-                strict=True,
-            ):
-                real = labels[labels != IGNORE]
-                assert decoder[: len(real)].tolist() == [0, *real[:-1].tolist()]
-                if torch.isfinite(batch["count"]):
-                    found.append((tuple(ids[mask.bool()].tolist()), tuple(real.tolist())))
-    assert sorted(found) == want
-
-
-def test_hidden_states_and_every_other_codec_give_the_same_distribution(options: Make) -> None:
-    check_codecs(options)
-
-
-def test_parts_in_any_order_and_a_resumed_build_give_the_same_bytes(options: Make) -> None:
-    check_parts(options)
-    with pytest.raises(UsageError, match=r"rows\.max_source_length: 1024 -> 8"):
-        kdcache.build(options("whole", codec="sample:5", max_source_length=8))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.end_to_end
-def test_two_workers_make_the_bytes_of_one(options: Make, ray: None) -> None:
-    one = built(options("one", codec="sample:5"))
-    two = built(options("two", codec="sample:5", workers=2))
-    assert one.digest == two.digest
-
-
-def test_cached_targets_are_found_to_be_the_teachers(options: Make, student: Path) -> None:
-    check_verify(options, student)
-
-
 def test_finetune_makes_a_teacher_and_predict_writes_what_it_generates(
-    options: Make, teacher: Path, pairs: Path, tmp_path: Path
+    desk: Desk, tmp_path: Path
 ) -> None:
     """And what it writes is a corpus."""
-    out = tmp_path / "tuned"
+    out, pairs = tmp_path / "tuned", (desk / "corpus.jsonl",)
+    given: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-3, "max_length": 48}
     made = kdcache.finetune(
-        FinetuneOptions(
-            str(teacher), (str(pairs),), str(out), (str(pairs),), task=TASK, epochs=2,
-            batch_size=8, learning_rate=1e-3, max_length=48,
-        )
-    )  # fmt: skip
+        FinetuneOptions(desk / "teacher", pairs, str(out), pairs, task=TASK, epochs=2, **given)
+    )
     model = AutoModelForSeq2SeqLM.from_pretrained(out).eval()
-    rows = [row for row, _ in rows_of(built(options(teacher=out)))]
-    with torch.inference_mode():
-        logits = torch.cat([own(model, row) for row in rows])
-    labels = labels_of(rows)
-    hard = float(torch.nn.functional.cross_entropy(logits, labels))
-    assert made.cross_entropy == pytest.approx(hard, rel=1e-4)
-    assert made.accuracy == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
-    assert made.rows == len(rows)
-    before = AutoModelForSeq2SeqLM.from_pretrained(teacher).eval()
-    with torch.inference_mode():
-        worse = torch.cat([own(before, row) for row in rows])
-    assert hard < float(torch.nn.functional.cross_entropy(worse, labels)) - 0.5
+    rows = rows_of(desk.cache())
+    before = functional.cross_entropy(
+        desk.answers(desk / "teacher", rows), desk.labels(rows).long()
+    )
+    assert made.cross_entropy is not None
+    assert made.cross_entropy < before - 0.5
 
     for beams, budget in ((1, None), (3, None), (3, 1)):
         file = tmp_path / f"written-{beams}.jsonl"
         done = kdcache.predict(
             PredictOptions(
-                str(out), (str(pairs),), str(file), max_length=9, beams=beams, batch_tokens=budget
+                str(out), pairs, str(file), max_length=9, beams=beams, batch_tokens=budget
             )
         )
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        sources = [json.loads(line)["source"] for line in pairs.read_text().splitlines()]
+        sources = [record["source"] for record in desk.records()]
         assert [line["source"] for line in lines] == sources
         tokenizer = AutoTokenizer.from_pretrained(out)
         ends = same = 0
@@ -305,72 +171,8 @@ def test_finetune_makes_a_teacher_and_predict_writes_what_it_generates(
     ).records == 2  # fmt: skip
     kept = tmp_path / "kept.jsonl"
     kept.write_text("".join(f"{json.dumps(line)}\n" for line in lines if line["target"]))
-    assert built(options("of-its-own", corpus=kept, teacher=out)).manifest.rows > 0
-
-
-def test_an_adapter_is_trained_and_evaluated(
-    options: Make, student: Path, pairs: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("peft")
-    cache = built(options(codec="sample:5"))
-    run = str(tmp_path / "run")
-    kdcache.train(
-        TrainOptions(
-            cache=(cache.url,), student=str(student), out=run, batch_size=8, max_steps=3,
-            lora="r=2", report_to="none", precision="float32",
-        )
-    )  # fmt: skip
-    assert not (tmp_path / "run" / "config.json").exists()
-    found = kdcache.evaluate(EvaluateOptions(student=(run,), cache=cache.url))
-    assert found.task == TASK
-
-
-def test_a_training_resumes_to_the_bit(options: Make, student: Path, tmp_path: Path) -> None:
-    check_resume(built(options(codec="sample:5")), student, tmp_path)
-
-
-def test_evaluation_has_the_figures_of_the_targets(
-    options: Make, teacher: Path, student: Path, pairs: Path
-) -> None:
-    check_evaluation(built(options()), (teacher, student), pairs, own, off=1e-4, max_length=48)
-
-
-def test_rows_are_shown_exported_and_planned(
-    options: Make, teacher: Path, pairs: Path, tmp_path: Path
-) -> None:
-    cache = built(options(codec="topk:4"))
-    view, table, _ = check_shown(cache, teacher, pairs, tmp_path)
-    (row, _), *_ = rows_of(cache)
-    first = json.loads(pairs.read_text().splitlines()[0])
-    assert view.text.removeprefix("[CLS] ").split()[0] == first["source"].lower().split()[0]
-    assert view.text_pair is not None
-    assert view.text_pair.startswith("[CLS]")
-    assert [p.label for p in view.positions] == row.labels.tolist()
-    assert row.source is not None
-    assert table["source_ids"] == row.source.tolist()
-
-
-def test_a_run_is_a_model_of_transformers(options: Make, tmp_path: Path) -> None:
-    """From a configuration alone, which takes the ids of the cache."""
-    sizes = {k: v for k, v in BART.items() if k not in IDS and "token" not in k}
-    config = {"model_type": "bart", **sizes, "encoder_layers": 1}
-    saved = check_run(options(codec="sample:5"), config, tmp_path, "text2text-generation")
-    assert type(saved).__name__ == "BartForConditionalGeneration"
-    assert saved.config.decoder_start_token_id == 0
-    assert saved.config.forced_eos_token_id is None
-
-
-def test_an_ensemble_of_other_starts_is_the_mean_of_its_members(
-    options: Make, teacher: Path, student: Path
-) -> None:
-    chosen = options(teacher=teacher, codec="dense")
-    both = dataclasses.replace(chosen, teacher=(str(teacher), str(student)))
-    models = [AutoModelForSeq2SeqLM.from_pretrained(f).eval() for f in (teacher, student)]
-    for row, targets in rows_of(built(both))[:10]:
-        with torch.inference_mode():
-            want = sum(own(m, row).softmax(-1) for m in models) / 2
-        got = targets.at(1.0).logits.softmax(-1)
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
+    own = built(desk.options(tmp_path / "own", corpus=(str(kept),), teacher=(str(out),)))
+    assert own.manifest.rows > 0
 
 
 def test_languages_are_marked_as_the_tokenizer_does() -> None:
@@ -453,9 +255,7 @@ def test_long_rows_are_cut_and_counted_and_others_refused() -> None:
         encoded(packing="whole")
 
 
-def test_wrong_input_is_refused_in_one_line(
-    options: Make, teacher: Path, student: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_wrong_input_is_refused_in_one_line(desk: Desk, tmp_path: Path) -> None:
     gpt2 = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     causal = save(tmp_path / "gpt2", gpt2, AutoModelForCausalLM)
     fsmt = FSMTConfig(
@@ -469,7 +269,8 @@ def test_wrong_input_is_refused_in_one_line(
         **{**BART, "share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
     )
     two = save(tmp_path / "two", sides)
-    lost = save(tmp_path / "lost", T5Config(**{**T5, "decoder_start_token_id": 4000}))
+    t5 = {**IDS, "d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    lost = save(tmp_path / "lost", T5Config(**t5, decoder_start_token_id=4000))
     mbart = save(tmp_path / "mbart", MBartConfig(**{**BART, "decoder_start_token_id": None}))
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
@@ -481,7 +282,7 @@ def test_wrong_input_is_refused_in_one_line(
     turned = [*words[:10], *words[10:][::-1]]
     state["model"]["vocab"] = {word: i for i, word in enumerate(turned)}
     (foreign / "tokenizer.json").write_text(json.dumps(state))
-    cache = built(options())
+    cache, student, build_options = desk.cache(), desk / "student", desk.options("l")
 
     def corpus(name: str, record: dict[str, Any]) -> Path:
         file = tmp_path / f"{name}.jsonl"
@@ -497,7 +298,8 @@ def test_wrong_input_is_refused_in_one_line(
         )  # fmt: skip
 
     def build(name: str, **more: Any) -> None:
-        kdcache.build(options(name, **more))
+        named = {k: (str(more.pop(k)),) for k in ("teacher", "corpus") if k in more}
+        kdcache.build(desk.options(tmp_path / name, **named, **more))
 
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: build("a", teacher=causal), "no model for seq2seq-lm"),
@@ -522,12 +324,14 @@ def test_wrong_input_is_refused_in_one_line(
         ),
         (lambda: build("k", target_lang="de_DE"), "marks no languages"),
         (
-            lambda: kdcache.build(dataclasses.replace(options("l"), task="causal-lm")),
+            lambda: kdcache.build(dataclasses.replace(build_options, task="causal-lm")),
             "no model for causal-lm",
         ),
         (
             lambda: kdcache.build(
-                dataclasses.replace(options("m", max_source_length=9), task="masked-lm")
+                dataclasses.replace(
+                    desk.options(tmp_path / "m", max_source_length=9), task="masked-lm"
+                )
             ),
             "no model for masked-lm",
         ),
@@ -546,5 +350,5 @@ def test_wrong_input_is_refused_in_one_line(
     ]
     check_refused(cases)
     # A start that is the last label of each row, as a code of the language is.
-    for row, _ in rows_of(built(options("last", teacher=mbart))):
+    for row in rows_of(desk.cache(teacher=(str(mbart),))):
         assert row.input_ids[0] == row.labels[-1]

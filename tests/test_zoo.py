@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from task_examples import LOSSES
 from torch import Tensor
 from zoo import (
     BIDIRECTIONAL,
     CAUSAL,
     CLASSES,
     CLASSIFIERS,
+    HEADS,
     MASKED,
     PAD,
     SEQ2SEQ,
@@ -39,13 +41,14 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import EvaluateOptions, PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
-from kdcache.loss import distillation_loss
 from kdcache.rows import Row
 from kdcache.targets import DenseTargets
 from kdcache.tasks import (
     CAUSAL_LM,
     IGNORE,
     MASKED_LM,
+    MULTI_LABEL_CLASSIFICATION,
+    REGRESSION,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TASKS,
@@ -86,8 +89,14 @@ class Den:
     def per_token(self) -> bool:
         return TASKS[self.task].per_token
 
+    @property
+    def temperature(self) -> float:
+        return TEMPERATURE if TASKS[self.task].has_temperature else 1.0
+
     def save(self, species: Species, folder: Path, **more: Any) -> Path:
-        names = dict(enumerate(CLASSES))
+        names = dict(enumerate(CLASSES if self.task != REGRESSION else ("LABEL_0",)))
+        if TASKS[self.task].problem:
+            more |= {"problem_type": TASKS[self.task].problem}
         if not TASKS[self.task].over_ids:
             more |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
         return species.save(folder, self.auto, self.tokenizer, **more)
@@ -152,7 +161,7 @@ def _den(task: str, texts: list[str], folder: Path) -> Den:
     if task == MASKED_LM:
         special.append("<mask>")
     bpe.train_from_iterator(texts, vocab_size=300, special_tokens=special, show_progress=False)
-    if task == SEQUENCE_CLASSIFICATION:  # encoder-decoders classify by the end of a text
+    if TASKS[task].texts:  # encoder-decoders classify by the end of a text
         bpe._tokenizer.post_processor = TemplateProcessing(
             single="$A <|end|>", special_tokens=[("<|end|>", bpe.token_to_id("<|end|>"))]
         )
@@ -163,10 +172,15 @@ def _den(task: str, texts: list[str], folder: Path) -> Den:
         tokenizer.mask_token = "<mask>"
     assert tokenizer.pad_token_id == PAD
     corpus = folder / "texts.jsonl"
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"text": text[:size], "label": i % 3}
         for i, (text, size) in enumerate(zip(texts, (5, 90, 33, 14, 60, 8), strict=False))
     ]
+    if task == MULTI_LABEL_CLASSIFICATION:
+        labels = ([], [0], None, [1, 2], [1], [0])
+        lines = [{**line, "label": y} for line, y in zip(lines, labels, strict=True)]
+    if task == REGRESSION:
+        lines[2]["label"] = None
     if task == TOKEN_CLASSIFICATION:
         words = [line["text"].split() for line in lines]
         lines = [
@@ -177,8 +191,8 @@ def _den(task: str, texts: list[str], folder: Path) -> Den:
     empty: Any = None
     den = Den(task, tokenizer, corpus, empty, [])
     teacher = den.save(make("llama" if den.causal else "bert"), folder / "teacher", seed=5)
-    cache = den.build(teacher, folder / "cache", temperatures=(TEMPERATURE,))
-    return Den(task, tokenizer, corpus, cache, list(rows_of(cache, TEMPERATURE)))
+    cache = den.build(teacher, folder / "cache", temperatures=(den.temperature,))
+    return Den(task, tokenizer, corpus, cache, list(rows_of(cache, den.temperature)))
 
 
 def check_teacher(den: Den, folder: Path, model: Any, out: Path) -> None:
@@ -195,10 +209,11 @@ def reference_loss(den: Den, model: Any) -> Any:
     """The reference loss of the den's rows on the model's own logits, row by row."""
     width = den.cache.spec.vocab_size
     logits = torch.cat([den.own(model, row, width) for row, _ in den.rows])
-    labels = [torch.from_numpy(row.labels).long() for row, _ in den.rows]
-    labels = [x[x != IGNORE] if den.per_token else x for x in labels]
-    targets = DenseTargets(torch.cat([targets for _, targets in den.rows]), TEMPERATURE)
-    return distillation_loss(logits, torch.cat(labels), targets, alpha=ALPHA)
+    labels = [torch.from_numpy(row.labels) for row, _ in den.rows]
+    labels = [x[x != IGNORE].long() if den.per_token else x for x in labels]
+    targets = DenseTargets(torch.cat([targets for _, targets in den.rows]), den.temperature)
+    answers = TASKS[den.task].answers
+    return LOSSES[answers](logits, torch.cat(labels), targets, alpha=ALPHA)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -213,7 +228,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def check_student(den: Den, model: Any) -> float:
     """Loss and all gradients of a padded batch are those of the rows by themselves."""
     dataset = kdcache.TargetDataset([den.cache])
-    collate = kdcache.Collator(pad_id=den.cache.spec.pad_id, temperature=TEMPERATURE)
+    collate = kdcache.Collator(pad_id=den.cache.spec.pad_id, temperature=den.temperature)
     student = kdcache.DistilledStudent(
         model,
         den.task,
@@ -237,15 +252,18 @@ def check_student(den: Den, model: Any) -> float:
 def check_evaluation(den: Den, folder: Path, model: Any) -> None:
     """Cross-entropy and KL are those of the model's own logits."""
     result = kdcache.evaluate(
-        EvaluateOptions(student=(str(folder),), cache=den.cache.url, temperature=TEMPERATURE)
+        EvaluateOptions(student=(str(folder),), cache=den.cache.url, temperature=den.temperature)
     )
     (scores,) = [one for one in result.models if one.role == "student"]
     with torch.inference_mode():
         want = reference_loss(den, model)
     # The loss is a mean over positions, the figure one over those with a hard label.
     share = result.labelled / result.positions
-    assert scores.cross_entropy == pytest.approx(float(want.hard) / share, rel=1e-4, abs=1e-5)
-    assert scores.kl == pytest.approx(float(want.soft) / TEMPERATURE**2, rel=1e-4, abs=1e-5)
+    hard, soft = scores.cross_entropy, scores.kl
+    if den.task == REGRESSION:
+        hard, soft = scores.mse, scores.teacher_mse
+    assert hard == pytest.approx(float(want.hard) / share, rel=1e-4, abs=1e-5)
+    assert soft == pytest.approx(float(want.soft) / den.temperature**2, rel=1e-4, abs=1e-5)
 
 
 def train(den: Den, student: Path, out: Path) -> Any:
@@ -256,7 +274,7 @@ def train(den: Den, student: Path, out: Path) -> Any:
             student=str(student),
             out=str(out),
             alpha=ALPHA,
-            temperature=TEMPERATURE,
+            temperature=den.temperature,
             batch_size=len(den.rows),
             max_steps=1,
             report_to="none",
@@ -295,6 +313,8 @@ HERDS = {
     SEQUENCE_CLASSIFICATION: CLASSIFIERS,
     TOKEN_CLASSIFICATION: TAGGERS,
     MASKED_LM: MASKED,
+    MULTI_LABEL_CLASSIFICATION: HEADS,
+    REGRESSION: HEADS,
 }
 
 

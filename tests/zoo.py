@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from promises import with_telling_weights
+from task_examples import with_telling_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 300
@@ -227,6 +227,9 @@ CLASSIFIERS = [
     make("mobilebert", initializer_range=0.02),
 ]
 
+HEADS = [*map(make, ("distilbert", "roberta", "deberta-v2", "bart", "gpt2")), make("llama")]
+"""Models of whole texts whose answers are labels by themselves, or a score."""
+
 TAGGERS = [
     *map(
         make,
@@ -373,27 +376,23 @@ BIDIRECTIONAL = [*map(make, ("bert", "bert-generation", "big_bird", "rembert", "
 TYPICAL = {
     "causal-lm": _words(
         """
-        llama llama-padded llama-tied gpt2-scaled-attention gptj-untied gpt_neo bloom mpt-no-alibi
-        falcon-alibi opt-projection mistral-narrow-window mixtral gpt_oss deepseek_v3 qwen3_next
-        mamba rwkv falcon_h1 jamba lfm2 minimax cohere-scaled granite-scaled gemma2-strong-capping
-        ctrl biogpt bart bigbird_pegasus whisper trocr bert-decoder hrm_text llama4_text
+        llama-padded llama-tied gptj-untied gpt_neo bloom opt-projection mistral-narrow-window
+        mixtral deepseek_v3 qwen3_next rwkv jamba cohere-scaled gemma2-strong-capping biogpt
+        bigbird_pegasus whisper bert-decoder
         """
     ),
     "sequence-classification": _words(
         """
-        bert distilbert roberta deberta-v2 modernbert xlm big_bird longformer mobilebert tapas gpt2
-        llama-padding-of-its-own qwen3_next jamba bart mt5 fnet convbert canine
+        distilbert roberta deberta-v2 modernbert xlm big_bird llama-padding-of-its-own qwen3_next
+        bart convbert canine
         """
     ),
-    "token-classification": _words(
-        "bert deberta-v2 roberta xlm big_bird gpt2 mistral llama-padding-of-its-own convbert"
-    ),
-    "masked-lm": _words(
-        "albert bert-untied distilbert deberta-v2 electra modernbert roberta-padded xlm longformer"
-    ),
-    "seq2seq-lm": _words("t5 t5-untied bart bart-padded marian mbart pegasus_x led prophetnet"),
-    "images": _words("gemma3 llama4 llava qwen2_5_vl"),
-    "heads": _words("roberta bart gpt2"),
+    "token-classification": _words("deberta-v2 roberta xlm gpt2 llama-padding-of-its-own convbert"),
+    "masked-lm": _words("albert bert-untied deberta-v2 electra roberta-padded longformer"),
+    "multi-label-classification": _words("roberta"),
+    "regression": _words("bart"),
+    "seq2seq-lm": _words("t5 t5-untied bart-padded marian led prophetnet"),
+    "images": _words("llama4 qwen2_5_vl"),
 }
 """One architecture or more for each way in which models differ, by the task that they have: output
 layers (tied, untied, biased, padded, scaled, capped, projected), positions (learnt, from an offset,
