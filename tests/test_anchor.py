@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import further
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -61,7 +62,7 @@ def gradient(z: Tensor, targets: Any, anchor: Anchor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (0.7, 1.0, 4.0)])
-@pytest.mark.parametrize("vocabulary", [40, 700, 70_000])
+@pytest.mark.parametrize("vocabulary", [700, 70_000, *further(40)])
 def test_entries_are_those_of_a_sample(vocabulary: int, temperatures: tuple[float, ...]) -> None:
     z, ranks = teacher(40, vocabulary), np.random.default_rng(0).permutation(vocabulary)
     anchored = drawn(Anchored(vocabulary, temperatures, 6), z, ranks)
@@ -134,7 +135,7 @@ def target(z: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("draws", "temperatures"), [(10, (1.0,)), (6, (1.0, 2.0)), (5, (0.7, 1.0, 4.0))]
+    ("draws", "temperatures"), [(10, (1.0,)), (6, (1.0, 2.0)), *further((5, (0.7, 1.0, 4.0)))]
 )
 def test_mean_of_many_gradients_is_the_full_one(
     draws: int, temperatures: tuple[float, ...]
@@ -189,7 +190,7 @@ def test_ids_that_cannot_be_drawn_keep_what_the_format_says() -> None:
     assert excess(found, p, met | dead) > 4
 
 
-@pytest.mark.parametrize("mass", [0.0, 0.006, 0.01])
+@pytest.mark.parametrize("mass", [0.0, 0.01, *further(0.006)])
 def test_theta_sees_mass_on_an_id_that_cannot_be_drawn(mass: float) -> None:
     """Many steps' gradients, added up, are no farther from the full ones than those of samples."""
     n, vocabulary = 128, 300
@@ -213,8 +214,13 @@ def test_theta_sees_mass_on_an_id_that_cannot_be_drawn(mass: float) -> None:
     assert mass or thetas[-1] > 0.9
 
 
-@pytest.mark.parametrize(("draws", "temperatures"), [(9, (1.0,)), (4, (1.0, 3.0))])
-@pytest.mark.parametrize("run", [reference_sample, blocked_sample])
+@pytest.mark.parametrize(
+    ("run", "draws", "temperatures"),
+    [
+        *((reference_sample, 4, (1.0, 3.0)), (blocked_sample, 9, (1.0,))),
+        *further((reference_sample, 9, (1.0,)), (blocked_sample, 4, (1.0, 3.0))),
+    ],
+)
 def test_inverses_count_each_id_once_whatever_the_heads_units(
     run: Any, draws: int, temperatures: tuple[float, ...]
 ) -> None:
@@ -258,7 +264,7 @@ def noise(teacher: Tensor, student: Tensor, codec: Anchored, theta: float, draws
     return (g - (q - p)).square().sum(-1).mean(0)
 
 
-@pytest.mark.parametrize("closeness", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("closeness", [0.1, 1.0, *further(0.5)])
 def test_noise_is_that_of_the_formula(closeness: float) -> None:
     """Where nothing is certain, so that head and tail are known exactly: c = theta q."""
     codec, vocabulary, theta = Anchored(60, (1.0,), 4), 60, 0.8
@@ -290,7 +296,6 @@ def test_noise_is_never_more_than_a_samples() -> None:
         "near": z + 0.3 * shaken,
         "farther": z + 1.0 * shaken,
         "far": 0.5 * z + 2.0 * shaken,
-        "untrained": 0.01 * shaken,
         "contrary": -z,
         "sure of what the teacher excludes": z.sort(-1, descending=True).values.flip(-1),
     }
@@ -301,7 +306,7 @@ def test_noise_is_never_more_than_a_samples() -> None:
             gradient(student, draw(z, 100 + step, codec), anchor)
             anchor.update()
         thetas[name] = float(anchor.theta)
-        found = [noise(z[:25], student[:25], codec, t, 300).mean() for t in (thetas[name], 0.0)]
+        found = [noise(z[:25], student[:25], codec, t, 150).mean() for t in (thetas[name], 0.0)]
         ratios[name] = float(found[0] / found[1])
     assert max(ratios.values()) < 1.02, (ratios, thetas)
     assert ratios["the teacher itself"] < 0.15

@@ -24,10 +24,9 @@ import numpy as np
 import pytest
 import torch
 from broken_caches import files
-from conftest import make_tiny_lm
+from conftest import further, make_tiny_lm
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -36,7 +35,6 @@ from transformers import (
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import ShardEntry
-from kdcache.cache.spec import from_text, to_text
 from kdcache.cli.display import BuildDisplay
 from kdcache.commands.build import make
 from kdcache.commands.build.build import build
@@ -46,11 +44,10 @@ from kdcache.commands.build.prepare import _span_bytes, prepare
 from kdcache.commands.build.workers import Fault, Outcome, SpanReport, WorkerFigures, Workers
 from kdcache.commands.interrupt import interruptible
 from kdcache.corpus import InputFile, Span
-from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.rows import RowSpec
 from kdcache.rows.batches import batches
 from kdcache.targets import Codec, DenseTargets, SparseTargets
-from kdcache.tasks import IGNORE
 from kdcache.teacher import TeacherFiles
 
 pytestmark = pytest.mark.slow
@@ -62,64 +59,9 @@ def options(small_build: BuildOptions) -> BuildOptions:
         small_build,
         codec="dense",
         max_length=64,
-        shard_tokens=1500,
+        shard_tokens=800,
         batch_tokens=512,
-    )
-
-
-def test_every_position_has_the_teachers_own_logits(options: BuildOptions, tiny_lm: Path) -> None:
-    result = build(options)
-    cache = Cache.open(options.out)
-    assert result.spans == cache.spec.spans > 3
-    assert result.positions == cache.manifest.positions > 1000
-    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
-    for span in (0, cache.spec.spans - 1):
-        data = cache.read(span)
-        for index in range(0, len(data), 5):
-            row = data.row(index)
-            where = np.flatnonzero(row.labels != IGNORE)
-            with torch.no_grad():
-                want = model(torch.from_numpy(row.input_ids)[None].long()).logits[0, where]
-            places = np.arange(data.position_offsets[index], data.position_offsets[index + 1])
-            got = data.targets.take(places).at(1.0)
-            assert isinstance(got, DenseTargets)
-            torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
-
-
-def test_a_classification_cache_holds_texts_labels_and_logits(
-    tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "cache"
-    result = build(
-        BuildOptions(
-            teacher=(str(tiny_classifier),),
-            corpus=(str(labelled_corpus),),
-            out=str(out),
-            task="sequence-classification",
-            max_length=48,
-            workers=0,
-        )
-    )
-    cache = Cache.open(str(out))
-    assert result.rows == result.positions == 200
-    assert cache.spec.label_names == ("bad", "neutral", "good")
-    rows = [
-        r
-        for s in range(cache.spec.spans)
-        for d in [cache.read(s)]
-        for r in map(d.row, range(len(d)))
-    ]
-    assert sum(int(row.labels[0] == IGNORE) for row in rows) == 40
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_classifier)
-    data = cache.read(0)
-    got = data.targets.at(3.0)
-    assert isinstance(got, DenseTargets)
-    with torch.no_grad():
-        ids = torch.from_numpy(data.row(7).input_ids)[None].long()
-        want = model(ids, token_type_ids=torch.zeros_like(ids)).logits[0]
-    torch.testing.assert_close(got.logits[7], want, rtol=1e-4, atol=1e-4)
-    assert cache.tokenizer()(data.texts[7], truncation=True, max_length=48)["input_ids"] == list(
-        data.row(7).input_ids
+        limit=60,
     )
 
 
@@ -182,31 +124,6 @@ def test_a_changed_corpus_is_refused(
         build(options)
 
 
-@pytest.mark.parametrize("codec", ["topk:8", "sample:6"])
-def test_sparse_targets_match_dense_ones(options: BuildOptions, codec: str, tmp_path: Path) -> None:
-    sparse = dataclasses.replace(
-        options, out=str(tmp_path / "sparse"), codec=codec, temperatures=(1.0, 2.0)
-    )
-    build(options)
-    build(sparse)
-    dense_cache, sparse_cache = Cache.open(options.out), Cache.open(sparse.out)
-    assert dense_cache.manifest.rows == sparse_cache.manifest.rows
-    for temperature in (1.0, 2.0):
-        dense, few = (c.read(0).targets.at(temperature) for c in (dense_cache, sparse_cache))
-        assert isinstance(dense, DenseTargets)
-        assert isinstance(few, SparseTargets)
-        p = (dense.logits / temperature).softmax(-1)
-        total = few.weights.sum(-1) + few.tail
-        if few.exact:
-            kept = p.gather(1, few.ids)
-            torch.testing.assert_close(few.weights, kept, rtol=5e-3, atol=1e-3)
-            torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
-        else:
-            # Unbiased a position; over thousands of positions the mean settles.
-            mean = torch.zeros(p.shape[1]).scatter_add(0, few.ids.flatten(), few.weights.flatten())
-            torch.testing.assert_close(mean / len(p), p.mean(0), rtol=0, atol=4e-3)
-
-
 def test_a_padded_output_layer_is_cut_before_the_normaliser(
     options: BuildOptions, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -226,8 +143,8 @@ def test_a_padded_output_layer_is_cut_before_the_normaliser(
     [
         ("topk:4", 2, 64),
         ("sample:4", 2, 64),
-        pytest.param("topk:4", 300_000, 300_032, marks=pytest.mark.exhaustive),
-        ("sample:4", 300_000, 300_032),
+        ("sample:4", 70_000, 70_032),
+        *further(("topk:4", 300_000, 300_032), ("sample:4", 300_000, 300_032)),
     ],
 )
 def test_vocabularies_of_any_size(vocabulary: int, width: int, codec: str, tmp_path: Path) -> None:
@@ -336,29 +253,6 @@ def test_spans_follow_from_the_weights_of_the_teacher(
     assert light.spec.spans == half.spec.spans < heavy.spec.spans == again.spec.spans
 
 
-def test_an_ensemble_is_the_mean_of_its_teachers(
-    options: BuildOptions, tiny_lm: Path, tiny_tokenizer: Path, tmp_path: Path
-) -> None:
-    other = make_tiny_lm(tiny_tokenizer, tmp_path / "second", seed=5)
-    both = {"teacher": (str(tiny_lm), str(other)), "teacher_weight": (3.0, 1.0)}
-    got = {}
-    for name, change in {
-        "first": {},
-        "second": {"teacher": (str(other),)},
-        "mean-probs": both,
-        "mean-logits": {**both, "ensemble": "mean-logits"},
-    }.items():
-        out = str(tmp_path / name / "cache")
-        build(dataclasses.replace(options, out=out, limit=20, **change))
-        targets = Cache.open(out).read(0).targets.at(1.0)
-        assert isinstance(targets, DenseTargets)
-        got[name] = targets.logits
-    probs = 0.75 * got["first"].softmax(-1) + 0.25 * got["second"].softmax(-1)
-    torch.testing.assert_close(got["mean-probs"].softmax(-1), probs, rtol=1e-4, atol=1e-6)
-    logits = 0.75 * got["first"] + 0.25 * got["second"]
-    torch.testing.assert_close(got["mean-logits"], logits, rtol=1e-4, atol=1e-4)
-
-
 def test_limit_uses_the_first_records_only(
     options: BuildOptions, labelled_corpus: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
@@ -463,8 +357,9 @@ def test_what_is_left_out_is_counted_in_the_manifest_and_told(
     cut = gzip.compress(b"\n".join(good))
     packed.write_bytes(cut[: len(cut) // 2])
     options = dataclasses.replace(
-        options, corpus=(str(path), str(packed)), packing="none", max_length=4, shard_tokens=1000
-    )
+        options, corpus=(str(path), str(packed)), packing="none", max_length=4, shard_tokens=1000,
+        limit=None,
+    )  # fmt: skip
     with pytest.raises(UsageError, match=r"some\.jsonl: line 201: not valid JSON"):
         build(options)
     result = build(dataclasses.replace(options, on_error="skip", out=str(tmp_path / "skipped")))
@@ -488,41 +383,6 @@ def test_what_is_left_out_is_counted_in_the_manifest_and_told(
         assert words in caplog.text
 
 
-def test_chats_have_targets_only_where_the_assistant_speaks(
-    options: BuildOptions, tiny_lm: Path, tmp_path: Path
-) -> None:
-    teacher = tmp_path / "chat-teacher"
-    shutil.copytree(tiny_lm, teacher)
-    (teacher / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    said = ["A cat sat.", "No, two cats.", "Yes."]
-    chat = [{"role": r, "content": f"{r} asks"} for r in ("system", "user")]
-    for answer in said[:2]:
-        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
-    values = [{"messages": chat}, {"prompt": "Are there cats? ", "completion": said[2]}]
-    corpus = tmp_path / "chats.jsonl"
-    corpus.write_text("".join(json.dumps(value) + "\n" for value in values))
-    build(
-        dataclasses.replace(options, teacher=(str(teacher),), corpus=(str(corpus),), max_length=128)
-    )
-    cache = Cache.open(options.out)
-    data = cache.read(0)
-    learnt = data.labels[data.labels != IGNORE]
-    assert cache.tokenizer().decode(learnt) == "".join(f"{text}<|end|>" for text in said)
-    # As many targets as labels, and no more: each is the teacher's at its own place.
-    assert len(data.targets) == cache.manifest.positions == len(learnt) < 0.5 * len(data.labels)
-    model = AutoModelForCausalLM.from_pretrained(teacher)
-    row = data.row(0)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(row.input_ids)[None].long()).logits[0]
-    got = data.targets.take(np.arange(data.position_offsets[1])).at(1.0)
-    assert isinstance(got, DenseTargets)
-    want = logits[torch.from_numpy(row.labels != IGNORE)]
-    torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
-
-
 def test_an_unfinished_cache_cannot_be_opened(options: BuildOptions) -> None:
     build(options)
     (Path(options.out) / "manifest.json").unlink()
@@ -530,31 +390,6 @@ def test_an_unfinished_cache_cannot_be_opened(options: BuildOptions) -> None:
         Cache.open(options.out)
     with pytest.raises(UsageError, match=r"no spec\.json"):
         Cache.open(str(Path(options.out).parent))
-
-
-def test_verify_names_each_bad_shard(options: BuildOptions) -> None:
-    build(options)
-    shards = sorted((Path(options.out) / "shards").iterdir())
-    assert list(problems(Cache.open(options.out))) == []
-    data = bytearray(shards[1].read_bytes())
-    data[len(data) // 2] ^= 1
-    shards[1].write_bytes(bytes(data))
-    shards[2].unlink()
-    damaged, missing = [problem.text for problem in problems(Cache.open(options.out))]
-    assert "shard 1" in damaged
-    assert "sha256" in damaged
-    assert "shard 2" in missing
-    assert "missing" in missing
-
-
-def test_a_manifest_that_points_outside_is_refused(options: BuildOptions) -> None:
-    build(options)
-    path = Path(options.out) / "manifest.json"
-    values = from_text(path.read_bytes(), path.name)
-    values["shards"][0]["name"] = "../../etc/passwd"
-    path.write_bytes(to_text(values))
-    with pytest.raises(CorruptCacheError, match="not the shard of span 0"):
-        Cache.open(options.out)
 
 
 class FailingWorkers(Workers):

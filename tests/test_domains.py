@@ -69,11 +69,11 @@ def lines(tmp_path: Path, corpus_texts: list[str]) -> Lines:
 def mixed(small_build: BuildOptions, lines: Lines) -> BuildOptions:
     """A build of three stretches of two domains."""
     corpora = (
-        f"web={lines('a.jsonl', 0, 40)}",
-        f"code={lines('b.jsonl', 40, 60)}",
-        f"web={lines('c.jsonl', 60, 70)}",
+        f"web={lines('a.jsonl', 0, 24)}",
+        f"code={lines('b.jsonl', 40, 52)}",
+        f"web={lines('c.jsonl', 60, 66)}",
     )
-    change: dict[str, Any] = {"corpus": corpora, "shard_tokens": 1024, "codec": "topk:8"}
+    change: dict[str, Any] = {"corpus": corpora, "shard_tokens": 600, "codec": "topk:8"}
     return dataclasses.replace(small_build, max_length=32, **change)
 
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from broken_caches import forge
-from conftest import make_tiny_lm
+from conftest import further, make_tiny_lm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import CAUSAL
@@ -58,7 +58,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.fixture
 def options(small_build: BuildOptions, vllm: ModuleType) -> BuildOptions:
     return dataclasses.replace(
-        small_build, engine="vllm", max_length=64, shard_tokens=1500, batch_tokens=256
+        small_build, engine="vllm", max_length=64, shard_tokens=1500, batch_tokens=256, limit=60
     )
 
 
@@ -67,7 +67,7 @@ def test_without_vllm_the_extra_is_named_before_anything_starts(small_build: Bui
         dataclasses.replace(small_build, engine="vllm")
 
 
-@pytest.mark.parametrize("codec", ["dense", "topk:7", "sample:20"])
+@pytest.mark.parametrize("codec", ["dense", "sample:20", *further("topk:7")])
 def test_a_cache_of_an_engine_is_one_of_transformers(
     options: BuildOptions, vllm: ModuleType, tmp_path: Path, codec: str, tiny_tokenizer: Path
 ) -> None:
@@ -221,27 +221,27 @@ CODE = {
 }
 
 
-@pytest.mark.parametrize("name", CODE)
 def test_no_argument_of_a_cache_reaches_an_engine_unless_it_is_given_again(
-    options: BuildOptions, vllm: ModuleType, name: str, tmp_path: Path
+    options: BuildOptions, vllm: ModuleType, tmp_path: Path
 ) -> None:
     build(options)
     vllm.MADE.clear()
-
     cache = Cache.open(options.out)
-    engine = {**(cache.spec.engine or {}), "args": {"seed": 3}}
-    (engine if name == "quantization" else engine["args"])[name] = CODE[name]
-    teachers = ({**cache.spec.teachers[0], "engine": engine},)
-    forge(cache, tmp_path / "forged", lambda data: data, teachers=teachers)
-    asked = VerifyOptions(cache=str(tmp_path / "forged"), teacher=options.teacher, sample=4)
-    text = CODE[name] if isinstance(CODE[name], str) else json.dumps(CODE[name])
-    with pytest.raises(UsageError, match="may name code that runs") as refused:
-        verify(asked)
-    assert shlex.quote(f"{name}={text}") in str(refused.value)
-    assert vllm.MADE == []
-    if name == "kv_cache_dtype":  # the stand-in knows no other
-        verify(dataclasses.replace(asked, engine_arg=("kv_cache_dtype=auto", "seed=3")))
-        assert [told.kv_cache_dtype for told in vllm.MADE] == ["auto"]
+    for name, value in CODE.items():
+        engine = {**(cache.spec.engine or {}), "args": {"seed": 3}}
+        (engine if name == "quantization" else engine["args"])[name] = value
+        teachers = ({**cache.spec.teachers[0], "engine": engine},)
+        forge(cache, tmp_path / name, lambda data: data, teachers=teachers)
+        asked = VerifyOptions(cache=str(tmp_path / name), teacher=options.teacher, sample=4)
+        text = value if isinstance(value, str) else json.dumps(value)
+        with pytest.raises(UsageError, match="may name code that runs") as refused:
+            verify(asked)
+        assert shlex.quote(f"{name}={text}") in str(refused.value)
+        assert vllm.MADE == []
+    # The stand-in knows one.
+    asked = VerifyOptions(cache=str(tmp_path / "kv_cache_dtype"), teacher=options.teacher, sample=4)
+    verify(dataclasses.replace(asked, engine_arg=("kv_cache_dtype=auto", "seed=3")))
+    assert [told.kv_cache_dtype for told in vllm.MADE] == ["auto"]
 
 
 def test_no_secret_of_an_engine_is_written(
@@ -306,9 +306,9 @@ def test_gpus_of_a_worker_follow_from_the_engine(
     )
     if gpus is None:
         with pytest.raises(UsageError, match="--gpus-per-worker is 1, the engine needs 8 GPUs"):
-            prepare.gpus_of_engine(wanted)
+            prepare._gpus(wanted)
     else:
-        assert prepare.gpus_of_engine(wanted) == gpus
+        assert prepare._gpus(wanted) == gpus
 
 
 # The output layer, from the files

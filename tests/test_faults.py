@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 from broken_caches import files, flip, run
+from conftest import further
 from fault_points import MOMENTS
 from make_caches import CAUSAL, make_cache
 
@@ -136,22 +137,23 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
 # Workers
 
 
-@pytest.mark.parametrize(
-    "moments", [("read", "rename"), pytest.param(MOMENTS, marks=pytest.mark.exhaustive)]
-)
-def test_workers_killed_at_moments_and_a_span_that_kills_each(
+@pytest.mark.parametrize("moments", [("read", "rename"), *further((MOMENTS,))])
+def test_workers_that_hang_and_are_killed_at_moments_and_a_span_that_kills_each(
     cluster: Any, faults: Path, options: BuildOptions, moments: tuple[str, ...]
 ) -> None:
     for moment in moments:
-        (faults / moment).write_text("kill")
+        (faults / moment).write_text("stop" if moment == "read" else "kill")
     poison = Path(options.corpus[0], "07.jsonl")
     (faults / "poison").write_text(str(poison))
-    options = dataclasses.replace(options, address=cluster.address, workers=2)
+    options = dataclasses.replace(options, address=cluster.address, workers=2, hang_seconds=6)
     with pytest.raises(IncompleteError, match="1 of 12 spans failed 3 times") as caught:
         build(options)
     assert f"span 7 ({poison}: the lines that start in bytes 0-" in str(caught.value)
     assert not [m for m in moments if (faults / m).exists()], "every moment came"
-    assert len(events(options, "worker lost")) >= len(moments) + len(events(options, "span failed"))
+    lost = events(options, "worker lost")
+    assert len(lost) >= len(moments) + len(events(options, "span failed"))
+    (hung,) = [e for e in lost if "it made no progress for" in e["error"]]
+    until(lambda: not psutil.pid_exists(int(hung["worker"].split(":")[1])))
     (aside,) = events(options, "span set aside")
     assert aside["span"] == 7
     assert len(list(Path(options.out, "shards").iterdir())) == FILES - 1
@@ -183,12 +185,12 @@ def test_workers_that_are_killed_in_a_transcoding(
     assert not list(problems(Cache.open(out)))
 
 
-@pytest.mark.parametrize("strikes", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_worker_that_hangs_is_replaced(
-    cluster: Any, faults: Path, options: BuildOptions, strikes: int
+@pytest.mark.exhaustive
+def test_workers_that_hang_one_after_the_other_are_replaced(
+    cluster: Any, faults: Path, options: BuildOptions
 ) -> None:
     (faults / "read").write_text("stop")
-    later = ["hang"] * (strikes - 1)
+    later = ["hang"]
 
     def strike_the_second(progress: Progress) -> None:
         if progress.lost and later:
@@ -198,7 +200,7 @@ def test_a_worker_that_hangs_is_replaced(
     result = build(options, on_progress=strike_the_second)
     assert not list(faults.iterdir()), "all came"
     lost = events(options, "worker lost")
-    assert result.workers_lost == len(lost) >= strikes
+    assert result.workers_lost == len(lost) >= 2
     assert "it made no progress for" in lost[0]["error"]
     until(lambda: not any(psutil.pid_exists(int(e["worker"].split(":")[1])) for e in lost))
     assert same_as_undisturbed(options)
@@ -304,13 +306,11 @@ def gone(processes: list[psutil.Process]) -> bool:
     ("workers", "signals", "committed"),
     [
         (1, [signal.SIGINT], 4),  # the two spans in flight are finished
-        pytest.param(  # a second signal does not wait for them
-            *(1, [signal.SIGTERM, signal.SIGTERM], 2), marks=pytest.mark.exhaustive
+        *further(
+            (1, [signal.SIGKILL], 2),
+            (1, [signal.SIGTERM, signal.SIGTERM], 2),  # a second signal does not wait for them
+            (0, [signal.SIGTERM, signal.SIGINT], 2),  # not even for threads that hang
         ),
-        pytest.param(  # not even for threads that hang
-            *(0, [signal.SIGTERM, signal.SIGINT], 2), marks=pytest.mark.exhaustive
-        ),
-        (1, [signal.SIGKILL], 2),
     ],
 )
 def test_a_driver_that_ends_leaves_nothing_behind(

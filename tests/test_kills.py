@@ -1,4 +1,4 @@
-"""`export` and `import` killed at steps of their output: run again, they end as if never killed."""
+"""Commands killed at steps of their output: run again, they end as if never killed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import further
 from kill_points import killed_at
 
 import kdcache
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.import_.options import ImportOptions
-from kdcache.commands.options import ExportOptions
+from kdcache.commands.options import ExportOptions, TranscodeOptions
 from kdcache.errors import UsageError
 from kdcache.files import alone
 
 pytestmark = pytest.mark.end_to_end
 
-POINTS = [3, pytest.param(20, marks=pytest.mark.exhaustive)]
+POINTS = [3, *further(20)]
 
 
 def kept(folder: Path, *, scratch: bool = True) -> dict[str, bytes]:
@@ -38,21 +39,22 @@ def kept(folder: Path, *, scratch: bool = True) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def cache(tiny_lm: Path, text_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def built(
+    tiny_lm: Path, text_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BuildOptions:
     """A cache of several shards."""
     options = BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(text_corpus),),
-        out=str(tmp_path_factory.mktemp("kills") / "cache"),
-        codec="topk:8",
-        temperatures=(1.0,),
-        max_length=48,
-        limit=40,
-        shard_tokens=700,
-        workers=0,
-    )
+        teacher=(str(tiny_lm),), corpus=(str(text_corpus),), codec="topk:8", temperatures=(1.0,),
+        out=str(tmp_path_factory.mktemp("kills") / "cache"), max_length=48, limit=40,
+        shard_tokens=700, workers=0,
+    )  # fmt: skip
     assert build(options).spans > 2
-    return options.out
+    return options
+
+
+@pytest.fixture
+def cache(built: BuildOptions) -> str:
+    return built.out
 
 
 def check(
@@ -83,6 +85,23 @@ def check(
             assert kept(folder, scratch=False).items() <= expected.items()
         work(options(folder))
         assert kept(folder, scratch=scratch) == expected, f"killed before step {step} of {steps}"
+
+
+@pytest.mark.parametrize("points", POINTS)
+def test_a_build(built: BuildOptions, tmp_path: Path, points: int) -> None:
+    def options(out: Path) -> BuildOptions:
+        return replace(built, out=str(out))
+
+    check(tmp_path, kdcache.build, options, 15, points, scratch=False)
+    assert kept(tmp_path / "whole") == kept(Path(built.out))
+
+
+@pytest.mark.parametrize("points", POINTS)
+def test_a_transcoding(cache: str, tmp_path: Path, points: int) -> None:
+    def options(out: Path) -> TranscodeOptions:
+        return TranscodeOptions(cache, "topk:3", str(out), workers=0)
+
+    check(tmp_path, kdcache.transcode, options, 15, points, scratch=False)
 
 
 @pytest.mark.parametrize("points", POINTS)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from conftest import further
 
 from kdcache.corpus import Corpus
 from kdcache.corpus.listing import expand
@@ -211,7 +212,7 @@ def test_a_saved_dataset_dict(tmp_path: Path) -> None:
 
 # -- changes -------------------------------------------------------------------------------
 
-TEXTS = [f"number {i} of many" for i in range(20_000)]
+TEXTS = [f"number {i} of many" for i in range(10_000)]
 LINES = [json.dumps({"text": text}) for text in TEXTS]
 
 
@@ -256,10 +257,21 @@ def touch_middle(path: Path) -> None:
         stream.write(b"Z" if byte != b"Z" else b"Y")
 
 
+CHANGES = [cut, blank, replace, touch_middle, os.unlink]
+
+
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.txt", "a.parquet", "a.feather"]
+    ("name", "change"),
+    [
+        *(("a.jsonl", change) for change in CHANGES),
+        *((f"a.{kind}", replace) for kind in ("jsonl.gz", "parquet", "feather")),
+        *further(*(("a.jsonl.gz", c) for c in CHANGES if c is not replace)),
+        *further(*((f"a.{kind}", c) for kind in ("csv", "txt") for c in CHANGES)),
+        *further(
+            *((f"a.{k}", c) for k in ("parquet", "feather") for c in CHANGES if c is not replace)
+        ),
+    ],
 )
-@pytest.mark.parametrize("change", [cut, blank, replace, touch_middle, os.unlink])
 def test_a_file_that_changes_is_refused_by_the_span_that_meets_it(
     tmp_path: Path, name: str, change: Callable[[Path], object]
 ) -> None:

@@ -120,7 +120,9 @@ FAULTS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.exhaustive) if name in ("503", "half of it") else name
+        pytest.param(name, marks=pytest.mark.exhaustive)
+        if name in ("500", "503", "reset", "half of it")
+        else name
         for name in FAULTS
     ],
 )

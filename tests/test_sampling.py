@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import further
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -279,7 +280,11 @@ def test_sure_teacher_costs_one_entry() -> None:
 
 @pytest.mark.parametrize(
     ("run", "draws"),
-    [(reference_sample, 6), (reference_sample, 17), (blocked_sample, 1), (blocked_sample, 6)],
+    [
+        (reference_sample, 6),
+        (blocked_sample, 6),
+        *further((reference_sample, 17), (blocked_sample, 1)),
+    ],
 )
 @pytest.mark.parametrize("means", [False, True])
 def test_mean_of_many_draws_is_the_distribution(run: object, draws: int, means: bool) -> None:
@@ -357,7 +362,9 @@ def test_the_check_of_bias_can_fail() -> None:
 # -------------------------------------------------------------------------------------------- cuda
 
 
-@pytest.mark.parametrize(("vocabulary", "temperatures"), [(300, (1.0,)), (9001, (1.0, 1.5))])
+@pytest.mark.parametrize(
+    ("vocabulary", "temperatures"), [(9001, (1.0, 1.5)), *further((300, (1.0,)))]
+)
 @pytest.mark.slow
 def test_the_whole_of_it_is_one_graph(vocabulary: int, temperatures: tuple[float, ...]) -> None:
     # Nothing asks the host: `fullgraph` raises at such a place.

@@ -15,7 +15,6 @@ from kdcache.cache.shard import (
     ShardCounts,
     ShardData,
     column_bytes,
-    read_counts,
     read_shard,
     write_shard,
 )
@@ -61,23 +60,6 @@ CODECS = [
 ]
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
-@settings(max_examples=20, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), max_size=6))
-def test_a_causal_shard_round_trips(
-    codec: Codec, lengths: list[int], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.mktemp("shard") / "a.h5"
-    data = causal_data(lengths, codec)
-    write_shard(path, data, attributes={"index": 7})
-    again = read_shard(
-        path, codec, counts=ShardCounts(len(data), len(data.input_ids), len(data.targets))
-    )
-    assert equal(data, again)
-    assert again.position_offsets[-1] == len(data.targets)
-    assert read_counts(path)[1] == {"index": 7}
-
-
 def test_a_classification_shard_keeps_texts_pairs_and_missing_labels(tmp_path: Path) -> None:
     codec = Codec.parse("dense", (1.0,), 3)
     rows = [
@@ -104,14 +86,6 @@ def test_a_classification_shard_keeps_texts_pairs_and_missing_labels(tmp_path: P
     row = again.row(1)
     assert (list(row.input_ids), list(row.labels), row.text_pair) == ([3], [IGNORE], "💡")
     assert list(again.position_offsets) == [0, 1, 2]
-
-
-def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
-    data = causal_data([5, 3, 8], CODECS[1])
-    paths = [tmp_path / name for name in ("a.h5", "b.h5")]
-    for path in paths:
-        write_shard(path, data, attributes={"index": 0})
-    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_labels_cost_next_to_nothing_and_sizes_are_reported(tmp_path: Path) -> None:

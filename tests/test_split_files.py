@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import further
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,7 +116,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables.Arrow, "_stream_rows", tables.Arrow._own)
 
 
-@pytest.mark.parametrize("limit", [None, 111])
+@pytest.mark.parametrize("limit", [111, *further(None)])
 @pytest.mark.parametrize("name", FILES)
 def test_parts_are_those_of_reading_the_whole_file_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int | None

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from broken_caches import files, run
-from conftest import make_tiny_lm
-from loaded import Program
+from conftest import further, make_tiny_lm
 from make_caches import CAUSAL, make_cache
-from test_stops import StopError, Watch
+from test_stops import StopError
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
@@ -76,7 +72,7 @@ def spread(targets: Targets, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("codec", "temperatures"),
-    [("sample:20", (1.0, 2.0)), ("sample:3", (4.0,)), ("topk:8", (1.0, 2.0))],
+    [("sample:20", (1.0, 2.0)), *further(("sample:3", (4.0,)), ("topk:8", (1.0, 2.0)))],
 )
 def test_from_dense_it_is_what_the_teacher_would_have_made(
     codec: str, temperatures: tuple[float, ...], dense: str, tiny_lm: Path, text_corpus: Path,
@@ -260,95 +256,6 @@ def test_another_source_or_codec_does_not_continue_it(tmp_path: Path) -> None:
 
 
 # Stopped
-
-
-def test_killed_at_every_change_of_its_folder_it_goes_on(tmp_path: Path) -> None:
-    """What a kill leaves is the folder as it was at that moment: it is copied there."""
-    source = make_cache(tmp_path / "source", [5, 4, 6], task=CAUSAL, label_logprob=True)
-    whole = options(source.url, "sample:4", tmp_path / "whole", 1.0, 2.0)
-    transcode(whole)
-    moments: list[Path] = []
-    watch = Watch()
-    numbers = itertools.count()
-
-    def copy(event: str, path: str) -> None:
-        del event, path
-        moment = tmp_path / f"moment{next(numbers)}"
-        if not (tmp_path / "new").is_dir():
-            return
-        try:
-            shutil.copytree(tmp_path / "new", moment)
-        except shutil.Error:  # another thread renamed a file meanwhile: no kill sees that
-            shutil.rmtree(moment)
-        else:
-            moments.append(moment)
-
-    watch.act, watch.place = copy, str(tmp_path / "new")
-    try:
-        transcode(dataclasses.replace(whole, out=str(tmp_path / "new")))
-    finally:
-        watch.place = None
-    want = kept(tmp_path / "whole")
-    assert len(moments) > 10
-    # A few of each stretch: the beginning, shards that come and the seal.
-    for moment in [*moments[:3], *moments[3:-3:4], *moments[-3:]]:
-        transcode(dataclasses.replace(whole, out=str(moment)))
-        assert kept(moment) == want, moment
-
-
-KILLING = """
-import os, signal, sys
-from pathlib import Path
-from kdcache.commands.options import TranscodeOptions
-from kdcache.commands.transcode import CacheSource, transcode
-
-cache, out = sys.argv[1:]
-changes = ("open", "os.mkdir", "os.remove", "os.rename", "os.link")
-written = os.O_WRONLY | os.O_RDWR
-calm = 0
-
-def attempt(calm):
-    def count(event, facts):
-        nonlocal calm
-        if event in changes and any(str(fact).startswith(out) for fact in facts[:2]):
-            if event != "open" or isinstance(facts[2], int) and facts[2] & written:
-                calm -= 1
-                if calm < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(count)
-    options = TranscodeOptions(cache, "sample:4", out, temperatures=(1.0, 2.0), workers=0)
-    transcode(options)
-
-while True:  # no thread has been started yet: a fork is a process like any other
-    child = os.fork()
-    if not child:
-        attempt(calm)
-        os._exit(0)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    shards = Path(out, "shards")
-    print(ended, *sorted(os.listdir(shards) if shards.exists() else ()), flush=True)
-    if ended != -signal.SIGKILL:
-        break
-    calm += 4
-"""
-
-
-@pytest.mark.end_to_end
-def test_processes_that_are_killed_one_after_the_other_end_with_the_same_bytes(
-    tmp_path: Path,
-) -> None:
-    """Each goes on where the one before was killed, and gets some changes of the folder further."""
-    source = make_cache(tmp_path / "source", [5, 4, 6, 3], task=CAUSAL, label_logprob=True)
-    transcode(options(source.url, "sample:4", tmp_path / "whole", 1.0, 2.0))
-    said = Program("python", "-c", KILLING, source.url, str(tmp_path / "new")).communicate()
-    *killed, last = (line.split() for line in said.splitlines())
-    assert last[0] == "0", said
-    assert len(killed) >= 4
-    assert {ended for ended, *_ in killed} == {str(-signal.SIGKILL)}
-    shards = [set(names) for _, *names in (*killed, last)]
-    assert all(before <= after for before, after in itertools.pairwise(shards)), "none is lost"
-    assert {0, source.spec.spans} < {len(names) for names in shards[:-1]}, "killed in all parts"
-    assert kept(tmp_path / "new") == kept(tmp_path / "whole")
 
 
 def kept(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import further
 from make_caches import make_cache, word_tokenizer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -260,7 +261,7 @@ def test_a_chat_template_stays_in_its_sandbox(model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+@pytest.mark.parametrize("name", ["optimizer.pt", *further("rng_state.pth", "scheduler.pt")])
 def test_the_state_of_a_resumed_run_is_data(name: str, model: Path, tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", [4])
     options: dict[str, Any] = {

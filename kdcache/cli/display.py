@@ -125,12 +125,6 @@ class ImportDisplay(BuildDisplay):
     name, busy = "import", "reading"
 
 
-class GenerateDisplay(BuildDisplay):
-    """Shows the progress of a generation."""
-
-    name, busy = "generate", "model"
-
-
 class TrainDisplay(_Display):
     """Shows the progress of a training run."""
 

@@ -38,10 +38,10 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
+from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
 from kdcache.commands.build.packer import Packed, Packer, Positions, Steps
 from kdcache.commands.build.prepare import check_answers, gpus_of, ranks_by_count
-from kdcache.commands.build.source import Answers, SpanRows, TargetSource
+from kdcache.commands.build.source import Answers, Source, SpanRows
 from kdcache.commands.options import TranscodeOptions
 from kdcache.errors import UsageError
 from kdcache.targets import (
@@ -89,27 +89,26 @@ class CacheSourceOptions:
     digest: str
     device: str
 
-    def open(self, url: str) -> CacheSource:
+    def open(self, cache: Cache) -> CacheSource:
         """Open it for the codec of a new cache."""
         source = Cache.open(self.url)
         if source.digest != self.digest:
             raise UsageError(f"{source.url} was replaced meanwhile. Run the command again.")
-        return CacheSource(source, Cache.resume(url), self.device)
+        return CacheSource(source, cache.codec(), self.device)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class StoredRows(SpanRows):
     """A shard of the source, as far as it is needed."""
 
     data: ShardData | None = None
 
 
-class CacheSource(TargetSource[SourceShard, StoredRows]):
+class CacheSource(Source[SourceShard, StoredRows]):
     """A sealed cache whose targets are encoded anew."""
 
-    def __init__(self, source: Cache, cache: Cache, device: str) -> None:
-        super().__init__(cache)
-        self.source, self.device = source, device
+    def __init__(self, source: Cache, codec: Codec, device: str) -> None:
+        self.source, self.codec, self.device = source, codec, device
         width = source.spec.vocab_size
         self.batch_tokens = slice_positions(device, width, 4)
         self._from = source.codec()
@@ -119,7 +118,7 @@ class CacheSource(TargetSource[SourceShard, StoredRows]):
         entry = self.source.manifest.shards[work.index]
         data = self.source.read(work.index)
         return StoredRows(
-            shard=partial(_with_targets, data),
+            partial(_with_targets, data),
             skipped=entry.skipped,
             filtered=entry.filtered,
             clipped_mass=entry.clipped_mass,
@@ -246,7 +245,7 @@ def transcode(
     return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
 
 
-def _plan(options: TranscodeOptions) -> ShardPlan:
+def _plan(options: TranscodeOptions) -> CachePlan:
     source = Cache.open(options.cache)
     spec = source.spec
     temperatures = options.temperatures or spec.temperatures
@@ -258,7 +257,7 @@ def _plan(options: TranscodeOptions) -> ShardPlan:
         ranks = source.read_beside("ranks.u32") if spec.ranks else _count_ranks(source)
     gpus = gpus_of(options)
     digest = source.digest
-    return ShardPlan(
+    return CachePlan(
         dataclasses.replace(
             spec,
             codec=str(codec),
