@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from kdcache.commands.export import ExportResult, export
     from kdcache.commands.finetune.finetune import FinetuneResult, finetune
     from kdcache.commands.finetune.options import FinetuneOptions
+    from kdcache.commands.generate.generate import (
+        GenerateDryRun,
+        GenerateResult,
+        generate,
+        generate_dry,
+    )
+    from kdcache.commands.generate.options import GenerateOptions
     from kdcache.commands.import_.import_ import import_
     from kdcache.commands.import_.options import ImportOptions
     from kdcache.commands.inspect import InspectResult, inspect

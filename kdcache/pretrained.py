@@ -75,6 +75,18 @@ def read_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
         raise UnreadableError(reason_of(error)) from error
 
 
+def generation_ends(folder: Path) -> set[int]:
+    """Ids that end a text, by a model's generation settings, or else by its configuration."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads((folder / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if found is not None:
+            return set(map(int, found if isinstance(found, list) else [found]))
+    return set()
+
+
 def tokenizer_of(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
     """A tokenizer from the content of its files, by name; code that it names is never run.
 

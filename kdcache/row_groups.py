@@ -82,8 +82,8 @@ class WordGroup(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatGroup(Options):
-    """Chats, and prompts with their completions."""
+class PromptGroup(Options):
+    """Columns of chats, and of prompts with their completions."""
 
     heading = "Rows of chats (causal-lm)"
 
@@ -97,6 +97,14 @@ class ChatGroup(Options):
         metavar="JSON",
         later=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatGroup(PromptGroup):
+    """Chats, and prompts with their completions."""
+
+    heading = PromptGroup.heading
+
     learn: tuple[str, ...] = option(
         ("assistant",),
         help="roles of a chat whose messages have labels, such as `assistant,tool`.",

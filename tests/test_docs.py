@@ -311,6 +311,13 @@ def test_readme_language_model(run: Run, desk: Path) -> None:
 
 
 @pytest.mark.end_to_end
+def test_fresh_text(run: Run, desk: Path) -> None:
+    run("bash", "-euo", "pipefail", "-c", _block("docs/fresh.md", "fresh"))
+    assert list(desk.glob("fresh/shards/*.parquet"))
+    assert (desk / "caches" / "fresh" / "manifest.json").is_file()
+
+
+@pytest.mark.end_to_end
 def test_guide_tagger(run: Run, desk: Path, tiny_tagger: Path) -> None:
     shutil.rmtree(desk / "google-bert/bert-base-uncased")
     shutil.copytree(tiny_tagger, desk / "google-bert/bert-base-uncased")

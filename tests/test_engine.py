@@ -306,9 +306,9 @@ def test_gpus_of_a_worker_follow_from_the_engine(
     )
     if gpus is None:
         with pytest.raises(UsageError, match="--gpus-per-worker is 1, the engine needs 8 GPUs"):
-            prepare._gpus(wanted)
+            prepare.gpus_of_engine(wanted)
     else:
-        assert prepare._gpus(wanted) == gpus
+        assert prepare.gpus_of_engine(wanted) == gpus
 
 
 # The output layer, from the files

@@ -15,7 +15,7 @@ from conftest import CLASSES
 from textbook import class_logits, lm_logits, logprobs_of, plain
 from transformers import AutoTokenizer
 
-from kdcache.cache import Cache, sealing
+from kdcache.cache import Cache
 from kdcache.cache import cache as cache_module
 from kdcache.cli.views import render_inspection
 from kdcache.commands.build.build import build
@@ -53,7 +53,11 @@ def test_no_copy_is_evicted_while_it_is_read(
 
         return call
 
-    places = (inspection, "column_bytes"), (cache_module, "read_shard"), (sealing, "read_counts")
+    places = (
+        (inspection, "column_bytes"),
+        (cache_module, "read_shard"),
+        (cache_module, "read_counts"),
+    )
     for module, name in places:
         monkeypatch.setattr(module, name, after_evicting(getattr(module, name)))
     assert inspect(InspectOptions(url, row=2)).row is not None

@@ -12,18 +12,21 @@ from typing import Any
 
 from kdcache.cache.hdf5 import DEFLATE_LIMIT
 from kdcache.cache.shard import ShardCounts
-from kdcache.cache.spec import FORMAT, CacheSpec, from_text, to_text
+from kdcache.cache.spec import FORMAT, Spec, from_text, to_text
 from kdcache.domains import is_name
 from kdcache.errors import CorruptCacheError
 from kdcache.storage import Storage, sha256_file
 
-SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.h5")
+SHARD_NAME = re.compile(r"([0-9]{5,})-([0-9a-f]{16})\.(h5|parquet)")
 BESIDE = re.compile(
     r"ranks\.u32|output_layer-[0-9a-f]{16}\.safetensors|tokenizer/(?!\.)[^/\\\x00-\x1f]+"
 )
 """Names of files that lie next to `spec.json`; no other can be named."""
 
-SPAN_FACTS = ("skipped", "filtered", "clipped_mass", "label_nats", "impossible_labels", "domain")
+SPAN_FACTS = (
+    *("skipped", "filtered", "clipped_mass", "label_nats", "impossible_labels", "domain"),
+    "stopped",
+)
 """What an entry and the shard's `span` attribute both say."""
 
 _LARGEST = 256 << 20  # bytes of a manifest: a million shards
@@ -50,6 +53,7 @@ class ShardEntry:
     impossible_labels: int | None = None
     domain: str | None = None
     filtered: int | None = None
+    stopped: int | None = None  # answers of a generated corpus that ended by themselves
 
     @property
     def counts(self) -> ShardCounts:
@@ -113,8 +117,10 @@ class ShardEntry:
                 raise ValueError(f"{entry.name} has labels of {nats} nats")
             if type(impossible) is not int or not 0 <= impossible <= entry.positions:
                 raise ValueError(f"{entry.name} has {impossible} impossible labels")
-        if entry.filtered is not None and not _is_count(entry.filtered):
-            raise ValueError(f"{entry.name} has an invalid number of filtered: {entry.filtered}")
+        for name in ("filtered", "stopped"):
+            value = getattr(entry, name)
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{entry.name} has an invalid number of {name}: {value}")
         if entry.domain is not None and not is_name(entry.domain):
             raise ValueError(f"{entry.name} has an invalid domain: {entry.domain!r}")
         return entry
@@ -159,7 +165,7 @@ class Manifest:
         """Records left out of all spans (empty, or broken with `--on-error skip`)."""
         return sum(s.skipped for s in self.shards)
 
-    def fits(self, spec: CacheSpec, files: Mapping[str, str]) -> bool:
+    def fits(self, spec: Spec, files: Mapping[str, str]) -> bool:
         """Whether it is of a sealed cache of this spec.
 
         Args:

@@ -21,10 +21,10 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from kdcache.cache.cache import Cache
 from kdcache.cache.manifest import SPAN_FACTS, Manifest, ShardEntry, missing_shard
-from kdcache.cache.shard import read_counts
+from kdcache.cache.store import ShardStore
 from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError
 from kdcache.storage import LocalStorage, Storage, sha256_file
 
@@ -137,7 +137,7 @@ def _checksum(text: str) -> str:
 _READERS = 16  # shards of earlier runs that are read at once
 
 
-def prepare_manifest(cache: Cache, entries: Iterable[ShardEntry] = ()) -> Manifest:
+def prepare_manifest(cache: ShardStore[Any], entries: Iterable[ShardEntry] = ()) -> Manifest:
     """The manifest of all spans, once every one is committed; nothing is written.
 
     Args:
@@ -176,7 +176,7 @@ def prepare_manifest(cache: Cache, entries: Iterable[ShardEntry] = ()) -> Manife
     return Manifest(cache.spec.fingerprint, shards, cache.files)
 
 
-def seal(cache: Cache, manifest: Manifest) -> Manifest:
+def seal(cache: ShardStore[Any], manifest: Manifest) -> Manifest:
     """Write the manifest: from now on the cache can be read, and is never changed.
 
     Where another build has sealed the cache meanwhile, its manifest stands and is returned.
@@ -187,7 +187,7 @@ def seal(cache: Cache, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def shard_entry(cache: Cache, span: int, name: str) -> ShardEntry:
+def shard_entry(cache: ShardStore[Any], span: int, name: str) -> ShardEntry:
     """The manifest's entry of a committed shard; its file is hashed and opened.
 
     Raises:
@@ -198,12 +198,12 @@ def shard_entry(cache: Cache, span: int, name: str) -> ShardEntry:
             sha256, size = sha256_file(path), path.stat().st_size
         except FileNotFoundError:  # a repair has removed it since it was listed
             raise missing_shard(name) from None
-        if not name.endswith(f"-{sha256[:16]}.h5"):
+        if not name.endswith(f"-{sha256[:16]}.{cache.suffix}"):
             raise CorruptCacheError(
                 f"{name}: its bytes have sha256 {sha256[:16]}…. Delete the file and run the "
                 "same build again: only this shard is made again."
             )
-        counts, facts = read_counts(path)
+        counts, facts = cache.read_facts(path)
     said = tuple(map(facts.get, ("fingerprint", "index", "domain")))
     if said != (cache.spec.fingerprint, span, cache.spec.domain_of(span)):
         raise CorruptCacheError(
@@ -217,7 +217,7 @@ def shard_entry(cache: Cache, span: int, name: str) -> ShardEntry:
         raise CorruptCacheError(f"{name} cannot be listed: {error}.") from error
 
 
-def _look_into(cache: Cache, names: Mapping[int, str]) -> dict[str, ShardEntry]:
+def _look_into(cache: ShardStore[Any], names: Mapping[int, str]) -> dict[str, ShardEntry]:
     """Manifest entries of shards (name by span) that this process has not written, by name.
 
     Each is read whole. A store is mostly waited for, so several are read at once.
@@ -230,7 +230,7 @@ def _look_into(cache: Cache, names: Mapping[int, str]) -> dict[str, ShardEntry]:
         pool.shutdown(cancel_futures=True)
 
 
-def _refuse_change(cache: Cache, entry: ShardEntry) -> None:
+def _refuse_change(cache: ShardStore[Any], entry: ShardEntry) -> None:
     said = cache.manifest.shards[entry.span]
     if entry != said:
         raise KdcacheError(

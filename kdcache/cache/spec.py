@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -30,10 +31,62 @@ from kdcache.targets import Codec, Dense
 from kdcache.tasks import TASKS
 
 FORMAT = 1
+GENERATED = "generated"
+"""The `kind` in the `spec.json` of a corpus that `generate` wrote; caches have none."""
+
+
+def is_generated(spec: Any) -> bool:
+    """Whether the values of a `spec.json` are of a generated corpus."""
+    return isinstance(spec, dict) and spec.get("kind") == GENERATED
+
+
+class Spec(ABC):
+    """What the shards of a folder should hold: equal specs make the same bytes.
+
+    Attributes:
+        spans: number of spans, each of which becomes one shard.
+        label_logprob: whether the manifest has the sums of the labels' log-probabilities.
+    """
+
+    spans: int
+    label_logprob: bool
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+
+    @abstractmethod
+    def without_secrets(self) -> Spec:
+        """As it is written: with none of the secrets that an engine may have been given."""
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """The domains in the order of their first spans; none where corpora have no names."""
+        return ()
+
+    def domain_of(self, span: int) -> str | None:
+        """The domain of a span and its shard; None where corpora have no names."""
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the spec in canonical JSON."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def differences(self, other: Spec) -> list[str]:
+        """One line a field in which `other` differs: `name: this -> other`."""
+        mine, theirs = (_flat(one.without_secrets().to_dict()) for one in (self, other))
+        keys = [*mine, *(k for k in theirs if k not in mine)]
+        return [
+            f"{k}: {_short(mine.get(k))} -> {_short(theirs.get(k))}"
+            for k in keys
+            if mine.get(k) != theirs.get(k)
+        ]
 
 
 @dataclass(frozen=True)
-class CacheSpec:
+class CacheSpec(Spec):
     """What bytes a cache should hold; two builds with equal specs make the same cache.
 
     Attributes:
@@ -145,12 +198,6 @@ class CacheSpec:
         return tuple(dict.fromkeys(str(stretch["name"]) for stretch in self.domains))
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the spec in canonical JSON."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    @property
     def max_length(self) -> int:
         """Tokens of the longest row."""
         return int(self.rows["max_length"])
@@ -192,16 +239,6 @@ class CacheSpec:
     def without_secrets(self) -> CacheSpec:
         """As it is written: with none of the secrets that an engine may have been given."""
         return replace(self, teachers=tuple(redacted(self.teachers)))
-
-    def differences(self, other: CacheSpec) -> list[str]:
-        """One line a field in which `other` differs: `name: this -> other`."""
-        mine, theirs = (_flat(one.without_secrets().to_dict()) for one in (self, other))
-        keys = [*mine, *(k for k in theirs if k not in mine)]
-        return [
-            f"{k}: {_short(mine.get(k))} -> {_short(theirs.get(k))}"
-            for k in keys
-            if mine.get(k) != theirs.get(k)
-        ]
 
 
 _OPTIONAL = {"ranks", "label_logprob", "source", "output_layer", "domains"}

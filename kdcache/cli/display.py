@@ -125,6 +125,12 @@ class ImportDisplay(BuildDisplay):
     name, busy = "import", "reading"
 
 
+class GenerateDisplay(BuildDisplay):
+    """Shows the progress of a generation."""
+
+    name, busy = "generate", "model"
+
+
 class TrainDisplay(_Display):
     """Shows the progress of a training run."""
 

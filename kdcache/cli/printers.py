@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kdcache.commands.export import ExportResult
     from kdcache.commands.finetune.finetune import FinetuneResult
     from kdcache.commands.finetune.options import FinetuneOptions
+    from kdcache.commands.generate.generate import GenerateDryRun, GenerateResult
+    from kdcache.commands.generate.options import GenerateOptions
     from kdcache.commands.inspect import InspectResult
     from kdcache.commands.options import (
         EvaluateOptions,
@@ -84,6 +86,49 @@ def built(options: BuildOptions, result: BuildResult) -> Next:
     if result.missing:  # of other parts, whose commands are the user's
         return ()
     return _training(options.out)
+
+
+def generated_dry(options: GenerateOptions, result: GenerateDryRun) -> Next:
+    """Print what a generation would write."""
+    first = f"{result.prompts:,} in the first, of {result.prompt_tokens:.0f} tokens on average"
+    rows = [
+        ("corpus", f"{result.corpus}: {result.state}, {counted(result.done, 'shard')} there"),
+        ("model", f"{result.model}, {result.dtype} on a {result.device}"),
+        ("prompts", f"{counted(result.files, 'file')}, {counted(result.spans, 'shard')}; {first}"),
+        ("answers", f"{result.samples} each, of {result.max_new_tokens:,} tokens at most"),
+        ("fingerprint", result.fingerprint[:16]),
+    ]
+    print_table(terminal(), ("", ""), rows, left=2)
+    same = dataclasses.replace(options, dry_run=False)
+    return ("generate", *as_words(same, type(options)))
+
+
+def generated(options: GenerateOptions, result: GenerateResult) -> Next:
+    """Print what a generation has written."""
+    if not result.made:
+        answers = counted(result.answers, "answer")
+        echo(f"{result.corpus} is complete: {answers}. Nothing to do.")
+    else:
+        ended = f"{result.stopped / max(1, result.answers):.0%} ended by themselves"
+        left_out = f"; {counted(result.skipped, 'record')} left out" if result.skipped else ""
+        if result.filtered is not None:
+            left_out += f"; {counted(result.filtered, 'record')} left out by --filter"
+        if result.workers_lost:
+            left_out += f"; {counted(result.workers_lost, 'worker')} lost"
+        echo(
+            f"{result.corpus}: {counted(result.answers, 'answer')} to "
+            f"{counted(result.prompts, 'prompt')}, {counted(result.tokens, 'token')} "
+            f"({ended}; {result.nats:.3f} nats a token), {size(result.bytes)} in "
+            f"{duration(result.seconds)}, model {duration(result.model_seconds)}; "
+            f"{result.made:,} of {counted(result.spans, 'shard')} made now{left_out}."
+        )
+    if result.missing:
+        echo(f"This part is made; {counted(result.missing, 'shard')} of other parts are missing.")
+        return ()
+    if result.cache is None or options.cache is None:
+        return ("build", "--teacher", "TEACHER", "--corpus", options.out, "--out", "CACHE")
+    _made(result.cache, "teacher")
+    return _training(options.cache)
 
 
 def _training(cache: str) -> Sequence[str]:

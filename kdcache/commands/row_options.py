@@ -1,6 +1,9 @@
 """Options of how records become rows, which the commands share, and the `RowSpec` of them.
 
 What decides rows is in `kdcache.row_groups`, with help, bounds and defaults.
+
+A corpus that `generate` wrote is read as what it is (`as_written`): records of ids, labels at the
+tokens that they are about, the corpus's own tokenizer, and its length.
 """
 
 from __future__ import annotations
@@ -8,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcache.commands.groups import RecordOptions
-from kdcache.errors import UsageError
+from kdcache.domains import Named
+from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.options import option
 from kdcache.row_groups import (
     ChatGroup,
@@ -25,6 +29,7 @@ from kdcache.row_groups import (
 from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
+    from kdcache.cache.generated import GeneratedCorpus
     from kdcache.rows import RowSpec
 
 DEFAULT_LENGTH = 1024  # tokens of a row
@@ -115,12 +120,8 @@ class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions,
         Raises:
             UsageError: The file cannot be read.
         """
-        if self.chat_template is None:
-            return
-        try:
-            tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--chat-template {self.chat_template}: {error}.") from None
+        if self.chat_template is not None:
+            set_chat_template(self.chat_template, tokenizer)
 
     def row_length(
         self, reach: Iterable[tuple[str, int | None]], default: int = DEFAULT_LENGTH
@@ -160,6 +161,18 @@ class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions,
         }
         given = {name: value for name, value in given.items() if value is not None}
         return RowSpec(**given)
+
+
+def set_chat_template(name: str, tokenizer: Any) -> None:
+    """Give a tokenizer the chat template of a file.
+
+    Raises:
+        UsageError: The file cannot be read.
+    """
+    try:
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--chat-template {name}: {error}.") from None
 
 
 def longest(
@@ -224,3 +237,77 @@ class PairRowOptions(RowOptions, PairGroup):
 @dataclass(frozen=True, kw_only=True)
 class MaskedRowOptions(PairRowOptions, MaskOptions):
     """How records become rows of any kind."""
+
+
+OptionsT = TypeVar("OptionsT", bound=Any)
+
+
+def as_written(options: OptionsT) -> OptionsT:
+    """The options with which a corpus is read; others than generated corpora as they are.
+
+    Args:
+        options: with `corpus`, `record_form`, `labels`, `tokenizer` and `max_length`.
+
+    Raises:
+        UsageError: generated corpora beside others.
+        IncompleteError: a generation is not finished.
+    """
+    if options.record_form != "auto":
+        return options
+    corpora = [found for one in _paths(options.corpus) if (found := open_generated(one))]
+    if not corpora:
+        return options
+    if len(corpora) < len(options.corpus):
+        raise UsageError(
+            f"{corpora[0].url} is a corpus that generate wrote, and the others are not. Build a "
+            "cache of each: training takes several with --cache."
+        )
+    for corpus in corpora:
+        extra = set(corpus.storage.names("shards")) - {s.name for s in corpus.manifest.shards}
+        if extra:
+            raise UsageError(
+                f"{corpus.url} has {len(extra)} files that are not in its manifest. Remove what "
+                f"crashed runs left with kdcache gc {corpus.url}."
+            )
+    (length, url) = max((c.spec.max_length, c.storage.url) for c in corpora)
+    return replace(
+        options,
+        record_form="ids",
+        labels="token",
+        tokenizer=options.tokenizer or f"{url}/tokenizer",
+        max_length=options.max_length or length,
+    )
+
+
+def _paths(corpora: Sequence[Any]) -> list[str]:
+    values = (one.value if isinstance(one, Named) else one for one in corpora)
+    return [value for value in values if isinstance(value, str)]
+
+
+def open_generated(url: str) -> GeneratedCorpus | None:
+    """The generated corpus in a folder; None where there is none.
+
+    Raises:
+        IncompleteError: it is not finished.
+    """
+    from kdcache.cache.spec import from_text, is_generated
+    from kdcache.storage import open_storage, redact
+
+    if any(mark in url for mark in "*?[") or url.endswith((".jsonl", ".parquet", ".txt", ".gz")):
+        return None
+    try:
+        storage = open_storage(url)
+        if not storage.exists("spec.json"):
+            return None
+        spec = from_text(storage.read("spec.json"), f"{redact(url)}/spec.json").get("spec")
+    except (
+        OSError,
+        CorruptCacheError,
+        UsageError,
+    ):
+        return None  # no folder; what is there is read as any other
+    if not is_generated(spec):
+        return None
+    from kdcache.cache.generated import GeneratedCorpus
+
+    return GeneratedCorpus.open(url)

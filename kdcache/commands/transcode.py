@@ -38,10 +38,10 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
+from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
 from kdcache.commands.build.packer import Packed, Packer, Positions, Steps
 from kdcache.commands.build.prepare import check_answers, gpus_of, ranks_by_count
-from kdcache.commands.build.source import Answers, Source, SpanRows
+from kdcache.commands.build.source import Answers, SpanRows, TargetSource
 from kdcache.commands.options import TranscodeOptions
 from kdcache.errors import UsageError
 from kdcache.targets import (
@@ -89,26 +89,27 @@ class CacheSourceOptions:
     digest: str
     device: str
 
-    def open(self, cache: Cache) -> CacheSource:
+    def open(self, url: str) -> CacheSource:
         """Open it for the codec of a new cache."""
         source = Cache.open(self.url)
         if source.digest != self.digest:
             raise UsageError(f"{source.url} was replaced meanwhile. Run the command again.")
-        return CacheSource(source, cache.codec(), self.device)
+        return CacheSource(source, Cache.resume(url), self.device)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StoredRows(SpanRows):
     """A shard of the source, as far as it is needed."""
 
     data: ShardData | None = None
 
 
-class CacheSource(Source[SourceShard, StoredRows]):
+class CacheSource(TargetSource[SourceShard, StoredRows]):
     """A sealed cache whose targets are encoded anew."""
 
-    def __init__(self, source: Cache, codec: Codec, device: str) -> None:
-        self.source, self.codec, self.device = source, codec, device
+    def __init__(self, source: Cache, cache: Cache, device: str) -> None:
+        super().__init__(cache)
+        self.source, self.device = source, device
         width = source.spec.vocab_size
         self.batch_tokens = slice_positions(device, width, 4)
         self._from = source.codec()
@@ -118,7 +119,7 @@ class CacheSource(Source[SourceShard, StoredRows]):
         entry = self.source.manifest.shards[work.index]
         data = self.source.read(work.index)
         return StoredRows(
-            partial(_with_targets, data),
+            shard=partial(_with_targets, data),
             skipped=entry.skipped,
             filtered=entry.filtered,
             clipped_mass=entry.clipped_mass,
@@ -245,7 +246,7 @@ def transcode(
     return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
 
 
-def _plan(options: TranscodeOptions) -> CachePlan:
+def _plan(options: TranscodeOptions) -> ShardPlan:
     source = Cache.open(options.cache)
     spec = source.spec
     temperatures = options.temperatures or spec.temperatures
@@ -257,7 +258,7 @@ def _plan(options: TranscodeOptions) -> CachePlan:
         ranks = source.read_beside("ranks.u32") if spec.ranks else _count_ranks(source)
     gpus = gpus_of(options)
     digest = source.digest
-    return CachePlan(
+    return ShardPlan(
         dataclasses.replace(
             spec,
             codec=str(codec),

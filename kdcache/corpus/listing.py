@@ -9,7 +9,7 @@ without numbers. Among such files, one named `NAME-00000-of-00001` is of split N
 Cost: one listing per pattern.
 Guarantee: every file is a regular one with a printable name. What can't be read as data (a pipe, a
 broken or circular link, a folder that can't be listed) is refused by name, not skipped; the files
-of a kdcache cache in a folder are not input.
+of a kdcache cache in a folder are not input, those with the text of a generated corpus are.
 
 A corpus may have a name: a text is `NAME=PATH` if what is before its first `=` could be the name of
 a domain, and the whole text is no file, folder or glob with a match. So what has a slash or a colon
@@ -131,6 +131,7 @@ _COMPUTED = re.compile(
     r"(cache-[0-9a-f]+|tmp\w+)\.arrow"
 )  # by `datasets`, from the data next to it
 _CACHE_FILES = ("shards", "manifest.json", "tokenizer")  # next to the spec.json of a kdcache cache
+_WRITTEN = re.compile(r"(.*/)?shards/\d{5,}-[0-9a-f]{16}[.]parquet")  # of a generated corpus
 _LISTING = 256 << 20  # what a listing may weigh at most: a million names
 
 # Size and version of a file, by its URL.
@@ -244,7 +245,7 @@ def _data(names: Sequence[str], forced: str) -> tuple[list[str], list[str]]:
         name
         for name in sorted(names)
         if not any(part.startswith((".", "_")) for part in name.split("/"))
-        and not (caches and name.startswith(caches))
+        and not (caches and name.startswith(caches) and not _WRITTEN.fullmatch(name))
         and _is_data(name, forced)
     ]
     return data, [os.path.dirname(name) for name in names if os.path.basename(name) == DICTIONARY]
@@ -313,7 +314,9 @@ def _glob(pattern: str, forced: str) -> list[tuple[str, bool]]:
             # `**` lists each folder next to its files; walking it again would only cost time.
             if "**" not in pattern:
                 found.append((match, True))
-        elif _is_data(match, forced) and not in_cache(os.path.dirname(match)):
+        elif _is_data(match, forced) and (
+            _WRITTEN.fullmatch(match) or not in_cache(os.path.dirname(match))
+        ):
             found.append((match, False))
     return found
 

@@ -78,6 +78,26 @@ class Chats:
             raise RecordError(f"the tokenizer's chat template refuses it ({error})") from None
         return Document(text, ranges, framed=False)
 
+    def prompt(self, messages: Any, tools: Any = None) -> Document:
+        """What a model answers: a conversation up to its last answer, or to the one that is due.
+
+        Raises: as `document` does.
+        """
+        given = _messages(messages or [], self._spec.messages_column)
+        while given and given[-1]["role"] == _ASSISTANT:
+            given.pop()
+        if not given:
+            return Document("")
+        known = _tools(tools, self._spec.tools_column)
+        self._check_template()
+        self._check_tools(given, known)
+        try:
+            text = self._render(given, known, prompt=True)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise RecordError(f"the tokenizer's chat template refuses it ({error})") from None
+        _check_words(given, text)
+        return Document(text, framed=False)
+
     def _check_template(self) -> None:
         need_offsets(self._tokenizer, "conversations")
         if not self._tokenizer.chat_template:

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 class DocumentMaker:
     """Makes documents of records by a `RowSpec`; one per encoder."""
 
-    def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
+    def __init__(self, spec: RowSpec, tokenizer: Any, *, prompts: bool = False) -> None:
+        """Begin; of `prompts` no completion is asked for."""
         self._spec = spec
         self._tokenizer = tokenizer
-        self._columns = {
+        self._columns: dict[str, tuple[str, ...]] = {
             "text": (spec.text_column,),
             "messages": (spec.messages_column,),
-            "prompt": (spec.prompt_column, spec.completion_column),
+            "prompt": (spec.prompt_column, *([] if prompts else [spec.completion_column])),
         }
         # The forms that find all their columns among some names: most files have one set of names.
         self._there = lru_cache(64)(
@@ -69,6 +70,20 @@ class DocumentMaker:
             return Document("")
         text = prompt + completion
         return Document(text, [(len(prompt), len(text))])
+
+    def prompt(self, record: Record) -> Document:
+        """What a model continues of a record; empty text where there is nothing to read.
+
+        Raises:
+            RecordError: The values can't be used.
+            UsageError: The columns or the tokenizer can't serve this kind of record.
+        """
+        form = self._form(record)
+        spec, values = self._spec, record.values
+        if form == "messages":
+            return self._chats.prompt(values[spec.messages_column], values.get(spec.tools_column))
+        column = spec.text_column if form == "text" else spec.prompt_column
+        return Document(_plain(values[column], column))
 
     def _form(self, record: Record) -> str:
         spec, values, columns = self._spec, record.values, self._columns

@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
-from kdcache.pretrained import UnreadableError, read_tokenizer
+from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_of
 from kdcache.rows.encoders import SequenceEncoder, Sequences
 from kdcache.rows.spec import ID_COLUMNS, ID_MASKS, Row, RowSpec
+from kdcache.storage import open_storage
 from kdcache.tasks import IGNORE
 
 _ATTENTION = "attention_mask"
@@ -247,6 +248,9 @@ def load_tokenizer(name: str) -> Any:
         UsageError: It can't be loaded.
     """
     try:
+        if "://" in name:
+            storage = open_storage(name)
+            return tokenizer_of({one: storage.read(one) for one in storage.entries()})
         return read_tokenizer(name)
     except UnreadableError as error:
         raise UsageError(

@@ -45,7 +45,7 @@ from kdcache.cache import Cache, sealing
 from kdcache.cache.layer_file import layer_bytes
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
+from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare, sampled_rows
 from kdcache.commands.build.source import TeacherSourceOptions
@@ -257,10 +257,10 @@ def build(
     )
 
 
-def _plan(options: BuildOptions, report: Callable[[str], None]) -> CachePlan:
+def _plan(options: BuildOptions, report: Callable[[str], None]) -> ShardPlan:
     options = replace(options, corpus=stored(options.corpus, options.out))
     prepared = with_layer(options, prepare(options), report)
-    return CachePlan(
+    return ShardPlan(
         prepared.spec,
         tokenizer_files(prepared.tokenizer),
         prepared.ranks,

@@ -1,6 +1,6 @@
-"""A plan becomes a sealed cache: shared by `build` and `transcode`.
+"""A plan becomes a sealed folder of shards: shared by `build`, `transcode`, `import`, `generate`.
 
-    CacheSpec -> create or resume
+    spec -> create or resume
     missing spans -> workers: read, answer, pack, commit
     all spans committed -> seal
 
@@ -14,11 +14,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from kdcache.cache import Cache, CacheSpec, Manifest
+from kdcache.cache import Cache, Manifest, ShardEntry
 from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.manifest import filtered_records
 from kdcache.cache.sealing import Receipts, prepare_manifest, remove_receipts, seal
+from kdcache.cache.spec import Spec
+from kdcache.cache.store import ShardStore
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.driver import GO_ON, Driver, Progress
 from kdcache.commands.build.options import WorkerOptions
@@ -35,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CachePlan:
-    """All that decides a cache, and how its workers come by it.
+class ShardPlan:
+    """All that decides a cache or a generated corpus, and how its workers come by it.
 
     Attributes:
-        spec: of the cache.
+        spec: of the cache or corpus.
         tokenizer_files: name and content of each.
         ranks: rank table; empty for none.
         notes: facts that do not decide the bytes.
@@ -51,9 +54,10 @@ class CachePlan:
         check_end: refuses a source that changed meanwhile.
         output_layer: file of the teacher's output layer; empty for none, or where it is there.
         opening: what a worker does before its first span, for people.
+        kind: what is made.
     """
 
-    spec: CacheSpec
+    spec: Spec
     tokenizer_files: Mapping[str, bytes]
     ranks: bytes
     notes: Mapping[str, object]
@@ -61,10 +65,11 @@ class CachePlan:
     source: SourceOptions
     gpus: float
     span_seconds: float
-    check_made: Callable[[Cache], None] = lambda _: None
+    check_made: Callable[[Any], None] = lambda _: None
     check_end: Callable[[], None] = lambda: None
     output_layer: bytes = b""
     opening: str = "loading the teacher"
+    kind: type[ShardStore[Any]] = Cache
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,76 @@ class BuildResult:
 
 
 def make_cache(
-    plan: Callable[[], CachePlan],
+    plan: Callable[[], ShardPlan],
     out: str,
     options: WorkerOptions,
     on_progress: Callable[[Progress], None] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> BuildResult:
-    """Make a cache, or finish an interrupted one.
+    """Make a cache, or finish an interrupted one: see `make_shards`."""
+    made = make_shards(plan, out, options, on_progress, report)
+    driver, shards, positions = made.driver, made.shards, made.positions
+    return BuildResult(
+        cache=redact(out),
+        spans=made.store.spec.spans,
+        made=len(driver.made),
+        redone=driver.redone,
+        workers_lost=driver.lost,
+        rows=sum(s.rows for s in shards),
+        positions=positions,
+        bytes=sum(s.bytes for s in shards),
+        skipped=sum(s.skipped for s in shards),
+        truncated=driver.truncated,
+        clipped_mass=sum(s.clipped_mass for s in shards) / max(1, positions),
+        seconds=made.seconds,
+        teacher_seconds=driver.teacher_seconds,
+        missing=made.missing,
+        filtered=made.filtered,
+        domains=domain_figures(made.store.spec, shards),
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run has made.
+
+    Attributes:
+        store: the cache or corpus.
+        driver: with its counts.
+        shards: all of them; of a part that left some to others, its own.
+        missing: number of shards that other parts have yet to make.
+        seconds: wall time of this run.
+    """
+
+    store: ShardStore[Any]
+    driver: Driver
+    shards: tuple[ShardEntry, ...]
+    missing: int
+    seconds: float
+
+    @property
+    def positions(self) -> int:
+        """In the shards."""
+        return sum(s.positions for s in self.shards)
+
+    @property
+    def filtered(self) -> int | None:
+        """Records that filters left out; None where there are no filters."""
+        return filtered_records(self.shards)
+
+
+def make_shards(
+    plan: Callable[[], ShardPlan],
+    out: str,
+    options: WorkerOptions,
+    on_progress: Callable[[Progress], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Made:
+    """Make the shards of a folder and seal it, or finish an interrupted one.
 
     Args:
         plan: makes the plan.
-        out: folder or URL of the cache.
+        out: folder or URL.
         options: of the workers.
         on_progress: called in this thread, a few times a second at most.
         report: takes a line about what is done before the first progress.
@@ -143,18 +207,18 @@ def make_cache(
 
 
 def _begin(
-    make_plan: Callable[[], CachePlan],
+    make_plan: Callable[[], ShardPlan],
     out: str,
     options: WorkerOptions,
     on_progress: Callable[[Progress], None] | None,
     report: Callable[[str], None],
     interrupt: Interrupt,
-) -> BuildResult:
+) -> Made:
     begin = time.perf_counter()
     try_output(out)
     report("reading what the options name")
     plan = make_plan()
-    cache = Cache.create_or_resume(
+    store = plan.kind.create_or_resume(
         out,
         plan.spec,
         tokenizer_files=plan.tokenizer_files,
@@ -164,35 +228,17 @@ def _begin(
     )
     try:
         driver = Driver(plan.spans, on_progress, share=options.share, begin=begin)
-        missing = _make(plan, options, cache, driver, report, interrupt)
+        missing = _make(plan, options, store, driver, report, interrupt)
     finally:
-        cache.release()
-    shards = tuple(driver.made.values()) if missing else cache.manifest.shards
-    positions = sum(s.positions for s in shards)
-    return BuildResult(
-        cache=redact(out),
-        spans=cache.spec.spans,
-        made=len(driver.made),
-        redone=driver.redone,
-        workers_lost=driver.lost,
-        rows=sum(s.rows for s in shards),
-        positions=positions,
-        bytes=sum(s.bytes for s in shards),
-        skipped=sum(s.skipped for s in shards),
-        truncated=driver.truncated,
-        clipped_mass=sum(s.clipped_mass for s in shards) / max(1, positions),
-        seconds=time.perf_counter() - begin,
-        teacher_seconds=driver.teacher_seconds,
-        missing=len(missing),
-        filtered=filtered_records(shards),
-        domains=domain_figures(cache.spec, shards),
-    )
+        store.release()
+    shards = tuple(driver.made.values()) if missing else store.manifest.shards
+    return Made(store, driver, shards, len(missing), time.perf_counter() - begin)
 
 
 def _make(
-    plan: CachePlan,
+    plan: ShardPlan,
     options: WorkerOptions,
-    cache: Cache,
+    cache: ShardStore[Any],
     driver: Driver,
     report: Callable[[str], None],
     interrupt: Interrupt,
@@ -242,7 +288,7 @@ def _make(
     return missing
 
 
-def _missing(cache: Cache, driver: Driver) -> list[int]:
+def _missing(cache: ShardStore[Any], driver: Driver) -> list[int]:
     """The missing spans, from the listing.
 
     A shard of a sealed cache that came out with other bytes than its manifest says is not in it,
@@ -252,7 +298,7 @@ def _missing(cache: Cache, driver: Driver) -> list[int]:
     return [span for span in cache.missing() if span not in made]
 
 
-def _seal(cache: Cache, driver: Driver) -> Manifest:
+def _seal(cache: ShardStore[Any], driver: Driver) -> Manifest:
     manifest = prepare_manifest(cache, driver.made.values())
     filtered = filtered_records(manifest.shards)
     if not manifest.rows and not manifest.skipped and not filtered:
@@ -286,8 +332,8 @@ _SOON = 60.0
 
 def start_workers(
     options: WorkerOptions,
-    plan: CachePlan,
-    cache: Cache,
+    plan: ShardPlan,
+    cache: ShardStore[Any],
     left: int,
     tell: EventSink,
     report: Callable[[str], None] = lambda line: None,

@@ -28,7 +28,7 @@ from kdcache.cache import CacheSpec
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.groups import EngineRunOptions
-from kdcache.commands.row_options import DEFAULT_LENGTH, SOURCE_LENGTH
+from kdcache.commands.row_options import DEFAULT_LENGTH, SOURCE_LENGTH, as_written
 from kdcache.corpus import Corpus, named, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
 from kdcache.errors import UsageError, doing
@@ -156,7 +156,7 @@ def prepare(options: BuildOptions) -> Prepared:
         UsageError: options or input that cannot be.
     """
     task = TASKS[options.task]
-    version = None
+    options, version = as_written(options), None
     if options.engine == "vllm":
         from kdcache.teacher.engine import engine_version
 
@@ -182,8 +182,8 @@ def prepare(options: BuildOptions) -> Prepared:
     rows = options.row_spec(options.task, teachers[0].label_names, max_length=length)
     default = _tuned_at("max_source_length", options, teachers, SOURCE_LENGTH)
     rows = options.of_pairs(rows, teachers, "teacher", default)
-    gpus = _gpus(options)
-    dtype = _dtype(options.dtype, gpus)
+    gpus = gpus_of_engine(options)
+    dtype = dtype_of(options.dtype, gpus)
     weights = sum(teacher.weight_bytes for teacher in teachers)
     seconds = weights / _SPEED.get(dtype, _SPEED_16)
     corpus = options.open_corpus(
@@ -192,17 +192,17 @@ def prepare(options: BuildOptions) -> Prepared:
         # Where each document is a row of its own, what does not fit is cut off anyway.
         divide=task.over_ids and rows.packing in ("concat", "split"),
     )
-    _warn_of_small_files(corpus)
+    warn_of_small_files(corpus)
     ranks = b""
     if task.over_ids and codec.uses_ranks:
         ranks = count_ranks(corpus, rows, tokenizer, vocab_size)
     identity = tuple(corpus.identity())
-    _warn_of_repeated_files(identity)
+    warn_of_repeated_files(identity)
     pad_id = tokenizer.pad_token_id
     spec = CacheSpec(
         task=options.task,
         teachers=tuple(
-            {"sha256": t.sha256, "weight": w, **_engine_facts(options, version)}
+            {"sha256": t.sha256, "weight": w, **engine_facts(options, version)}
             for t, w in zip(teachers, options.weights, strict=True)
         ),
         ensemble=options.ensemble,
@@ -252,7 +252,7 @@ def _tuned_at(
     return tokens
 
 
-def _warn_of_small_files(corpus: Corpus) -> None:
+def warn_of_small_files(corpus: Corpus) -> None:
     """A span never holds two files, and a shard takes 32 kB without its targets."""
     count, total = len(corpus.files), sum(file.size for file in corpus.files)
     if count >= _MANY_FILES and total < count * _SMALL_FILE:
@@ -264,7 +264,7 @@ def _warn_of_small_files(corpus: Corpus) -> None:
         )
 
 
-def _warn_of_repeated_files(identity: Sequence[dict[str, Any]]) -> None:
+def warn_of_repeated_files(identity: Sequence[dict[str, Any]]) -> None:
     """A file that several patterns name counts once; its copies and links count by themselves."""
     first: dict[tuple[Any, ...], str] = {}
     again = []
@@ -338,7 +338,7 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
     return min(teacher.vocab_size(task) for teacher in teachers)
 
 
-def _engine_facts(options: BuildOptions, version: str | None) -> dict[str, Any]:
+def engine_facts(options: EngineRunOptions, version: str | None) -> dict[str, Any]:
     """What the spec says of an engine: all that decides more of a number than its rounding."""
     if version is None:
         return {}
@@ -408,7 +408,7 @@ def _span_bytes(
     return max(1 << 12, min(share, max(slow, total // 400_000), most))
 
 
-def _gpus(options: BuildOptions) -> float:
+def gpus_of_engine(options: Any) -> float:
     """GPUs of a worker; an engine's follow from its processes."""
     gpus = gpus_of(options)
     if not gpus or options.engine != "vllm":
@@ -434,7 +434,8 @@ def gpus_of(options: WorkerOptions) -> float:
     return 1.0 if cluster_address(options.address) else float(torch.cuda.is_available())
 
 
-def _dtype(name: str, gpus: float) -> str:
+def dtype_of(name: str, gpus: float) -> str:
+    """The compute type that `auto` stands for."""
     if name == "auto":
         return "bfloat16" if gpus else "float32"
     return name

@@ -1,8 +1,9 @@
-"""What a span worker asks of its source: the rows of a span, then their targets.
+"""What a span worker asks of its source: to read a span, and to make its shard.
 
-A build's source is a corpus and a teacher (`kdcache.commands.build.source`); that of
-`kdcache transcode` is another cache (`kdcache.commands.transcode`). All else of a
-worker, and all of driver, Ray, faults, resume and seal, is the same for both.
+A build's source is a corpus and a teacher (`kdcache.commands.build.source`), that of `transcode`
+another cache, and that of `import` files: each gives rows and targets (`TargetSource`). That of
+`generate` writes text. All else of a worker, and all of driver, Ray, faults, resume and seal, is
+the same for all.
 
 The source of a build: a corpus, and the teacher that answers its rows.
 
@@ -21,7 +22,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -30,16 +31,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache import Cache
+from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.shard import ShardData
-from kdcache.commands.build.packer import Packed, Packer, Positions, Steps
+from kdcache.commands.build.packer import (
+    Packed,
+    Packer,
+    Positions,
+    Steps,
+    in_row_order,
+    packing_threads,
+)
 from kdcache.corpus import Corpus, ReadStats, Record, Span
 from kdcache.corpus.records import shorten
 from kdcache.errors import KdcacheError, UsageError, doing
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches, documents_of
 from kdcache.rows.spec import no_label
-from kdcache.targets import Hidden, SoftTargets
+from kdcache.targets import Hidden, SoftTargets, TargetWriter
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import Codes
 from kdcache.tasks import TASKS
@@ -62,25 +70,34 @@ class Work(Protocol):
         """What else it should share a worker with: units of one group; empty for none."""
 
 
-@dataclass
-class SpanRows:
+@dataclass(kw_only=True)
+class SpanRead:
+    """What was read of a span, and what was left out.
+
+    Attributes:
+        skipped: records that were left out, empty or broken.
+        filtered: records that filters left out; None where there are no filters.
+        truncated: documents that were cut.
+        reasons: why the first few records were left out.
+    """
+
+    skipped: int = 0
+    filtered: int | None = None
+    truncated: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class SpanRows(SpanRead):
     """The rows of a span, read and not yet answered.
 
     Attributes:
         shard: makes the shard's content of the targets and the codes of the labels'
             log-probabilities, if there are some; all in row-major order.
-        skipped: records that were left out, empty or broken.
-        filtered: records that filters left out; None where there are no filters.
-        truncated: documents that were cut.
-        reasons: why the first few records were left out.
         clipped_mass: what is known of it; None where the answers tell.
     """
 
     shard: Callable[[SoftTargets, Codes | None], ShardData]
-    skipped: int = 0
-    filtered: int | None = None
-    truncated: int = 0
-    reasons: tuple[str, ...] = ()
     clipped_mass: float | None = None
 
 
@@ -89,25 +106,30 @@ Answers: TypeAlias = tuple[list[futures.Future[Packed]], list[np.ndarray]]
 positions is."""
 
 WorkT = TypeVar("WorkT", bound=Work, contravariant=True)
+ReadT = TypeVar("ReadT", bound=SpanRead)
 RowsT = TypeVar("RowsT", bound=SpanRows)
+Turn: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""What a source enters where it answers: one span at a time, if it takes turns."""
 
 
-class Source(ABC, Generic[WorkT, RowsT]):
-    """Where rows and their targets come from. `read` may run beside `answer`, of another span.
+class Source(ABC, Generic[WorkT, ReadT]):
+    """What makes the shards of spans. `read` may run beside `make`, of another span.
 
     Attributes:
         device: kind of device that answers.
         batch_tokens: size of a batch, for the events.
         takes_turns: whether it answers one span at a time.
+        cores: of the CPU that its worker has.
     """
 
     device: str = "cpu"
     batch_tokens: int = 0
     takes_turns: bool = True
+    cores: int = 1
 
     @abstractmethod
-    def read(self, work: WorkT, steps: Steps) -> RowsT:
-        """The rows of a span.
+    def read(self, work: WorkT, steps: Steps) -> ReadT:
+        """What a span holds.
 
         Args:
             work: the span.
@@ -118,10 +140,18 @@ class Source(ABC, Generic[WorkT, RowsT]):
         """
 
     @abstractmethod
-    def answer(self, rows: RowsT, packer: Packer, steps: Steps) -> Answers:
-        """Have the positions of rows encoded, and packed; never synchronises with the device.
+    def make(self, work: WorkT, read: ReadT, steps: Steps, turn: Turn) -> ShardEntry:
+        """Make the shard of a span and commit it.
 
-        `steps` counts the batches.
+        Args:
+            work: the span.
+            read: what `read` gave.
+            steps: counts the batches, and raises in a stopped worker.
+            turn: entered for as long as it answers.
+
+        Raises:
+            UsageError: its input or the teacher's logits are unusable.
+            IncompleteError: no space left.
         """
 
     def close(self) -> None:
@@ -131,8 +161,46 @@ class Source(ABC, Generic[WorkT, RowsT]):
 class SourceOptions(Protocol):
     """A source that a worker can open: it is sent to each actor once."""
 
-    def open(self, cache: Cache) -> Source[Any, Any]:
-        """The source, for the codec of this cache."""
+    def open(self, url: str) -> Source[Any, Any]:
+        """The source, for the folder that is being made there."""
+
+
+class TargetSource(Source[WorkT, RowsT]):
+    """A source of rows and soft targets, for a cache."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.codec = cache.codec()
+        self._writer = TargetWriter(self.codec, cache.rank_to_id)
+
+    @abstractmethod
+    def answer(self, rows: RowsT, packer: Packer, steps: Steps) -> Answers:
+        """Have the positions of rows encoded, and packed; never synchronises with the device.
+
+        `steps` counts the batches.
+        """
+
+    def make(self, work: WorkT, read: RowsT, steps: Steps, turn: Turn) -> ShardEntry:
+        """See `Source.make`."""
+        threads = packing_threads(self.device, self.cores)
+        with Packer(self._writer, self.cache.spec.seed, work.index, threads) as packer:
+            with turn():
+                packing, places = self.answer(read, packer, steps)
+            # The next span has its turn while the last slices of this one are copied and packed.
+            steps()
+            packed = [part.result() for part in packing]
+            targets, logprobs = in_row_order(self.codec, packed, places)
+        steps()
+        clipped = np.float32(0)
+        for part in packed:
+            clipped += part.clipped
+        return self.cache.commit(
+            work.index,
+            read.shard(targets, logprobs if self.cache.spec.label_logprob else None),
+            skipped=read.skipped,
+            filtered=read.filtered,
+            clipped_mass=float(clipped) if read.clipped_mass is None else read.clipped_mass,
+        )
 
 
 logger = logging.getLogger(__name__)
@@ -156,24 +224,24 @@ class TeacherSourceOptions:
     batch_tokens: int
     find_batch: bool = False
 
-    def open(self, cache: Cache) -> TeacherSource:
+    def open(self, url: str) -> TeacherSource:
         """Load the teacher."""
-        return TeacherSource(self, cache)
+        return TeacherSource(self, Cache.resume(url))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TaughtRows(SpanRows):
     """The rows of a span, for a teacher."""
 
     rows: Sequence[Row] = ()
 
 
-class TeacherSource(Source[Span, TaughtRows]):
+class TeacherSource(TargetSource[Span, TaughtRows]):
     """A loaded teacher that answers the rows of a corpus."""
 
     def __init__(self, options: TeacherSourceOptions, cache: Cache) -> None:
+        super().__init__(cache)
         self.options, self.spec = options, cache.spec
-        self.codec = cache.codec()
         self.tokenizer = cache.tokenizer()
         self.teacher = Teacher(options.teacher, self.spec.vocab_size)
         self.device = self.teacher.device.type
@@ -216,9 +284,9 @@ class TeacherSource(Source[Span, TaughtRows]):
         records = Corpus.read(
             work, columns=how.columns, on_error=how.on_error, stats=stats, progress=steps
         )
-        rows = list(encoder.encode(_counted(records, steps), span=work.index))
+        rows = list(encoder.encode(counted_records(records, steps), span=work.index))
         return TaughtRows(
-            partial(ShardData.from_rows, self.options.teacher.task, rows),
+            shard=partial(ShardData.from_rows, self.options.teacher.task, rows),
             skipped=stats.skipped + encoder.skipped + encoder.empty,
             filtered=stats.filtered if work.reading.filters else None,
             truncated=encoder.truncated,
@@ -366,7 +434,8 @@ class TeacherSource(Source[Span, TaughtRows]):
         logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
 
 
-def _counted(records: Iterator[Record], steps: Steps) -> Iterator[Record]:
+def counted_records(records: Iterator[Record], steps: Steps) -> Iterator[Record]:
+    """Records that are counted as they are read."""
     for record in records:
         steps.record()
         yield record

@@ -2,7 +2,7 @@
 
 The work on one span, in an actor or in this process: read, answer, pack, commit.
 
-Where rows and targets come from is the `Source`'s: a corpus and its teacher, or another cache. Two
+What is read and made is the `Source`'s: rows and targets for a cache, or fresh text. Two
 spans are in flight in a worker and a lock admits one to the answering, so that one span is read,
 packed or compressed while the other computes: a pipeline without queues. On a GPU the lock is
 released once everything is launched, so that the device goes from one span to the next without a
@@ -30,28 +30,20 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
-import numpy as np
 import torch
 
-from kdcache.cache import Cache, ShardEntry
-from kdcache.commands.build.packer import (
-    Packer,
-    Pulse,
-    SpanFigures,
-    Steps,
-    in_row_order,
-    packing_threads,
-)
+from kdcache.cache import ShardEntry
+from kdcache.commands.build.packer import Pulse, SpanFigures, Steps
 from kdcache.commands.build.source import SourceOptions, Work
 from kdcache.errors import KdcacheError, as_worker
 from kdcache.humanize import redacted
 from kdcache.storage import LocalStorage, Storage
-from kdcache.targets import TargetWriter
 
 
 @dataclass(frozen=True)
@@ -59,8 +51,8 @@ class Job:
     """All that a worker needs to know about a build; sent to each actor once.
 
     Attributes:
-        url: the cache, already created.
-        source: where its rows and targets come from.
+        url: the folder of shards, already created.
+        source: what makes them.
         threads: CPU threads of this worker's arithmetic.
     """
 
@@ -98,13 +90,12 @@ class SpanWorker:
 
     @as_worker()
     def __init__(self, job: Job) -> None:
-        """Open the cache and its source."""
+        """Open the source."""
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         self.job = job
-        self.cache = Cache.resume(job.url)
-        self.writer = TargetWriter(self.cache.codec(), self.cache.rank_to_id)
-        self.source = job.source.open(self.cache)
+        self.source = job.source.open(job.url)
+        self.source.cores = job.threads or os.cpu_count() or 1
         self._turn = threading.Lock()
         self._stop = threading.Event()
         self._counted, self._counting = 0.0, threading.Lock()
@@ -162,34 +153,21 @@ class SpanWorker:
     def _make(self, span: Work, steps: Steps) -> SpanReport:
         begin = time.perf_counter()
         steps()
-        rows = self.source.read(span, steps)
-        threads = packing_threads(self.source.device, self.job.threads or os.cpu_count() or 1)
-        with Packer(self.writer, self.cache.spec.seed, span.index, threads) as packer:
-            steps.last = None
-            with self._turn if self.source.takes_turns else nullcontext():
-                steps()
-                steps.answering = start = time.perf_counter()
-                packing, places = self.source.answer(rows, packer, steps)
-                steps.teacher_seconds = self._count(start)
-                steps.answering = None
-            # The next span has its turn while the last slices of this one are copied and packed.
-            steps()
-            packed = [part.result() for part in packing]
-            targets, logprobs = in_row_order(self.writer.codec, packed, places)
-        steps()
-        data = rows.shard(targets, logprobs if self.cache.spec.label_logprob else None)
-        clipped = np.float32(0)
-        for part in packed:
-            clipped += part.clipped
-        entry = self.cache.commit(
-            span.index,
-            data,
-            skipped=rows.skipped,
-            filtered=rows.filtered,
-            clipped_mass=float(clipped) if rows.clipped_mass is None else rows.clipped_mass,
-        )
+        read = self.source.read(span, steps)
+        entry = self.source.make(span, read, steps, partial(self._answering, steps))
         seconds = time.perf_counter() - begin
-        return SpanReport(entry, seconds, steps.teacher_seconds, rows.truncated, rows.reasons)
+        return SpanReport(entry, seconds, steps.teacher_seconds, read.truncated, read.reasons)
+
+    @contextmanager
+    def _answering(self, steps: Steps) -> Iterator[None]:
+        """The turn of a span."""
+        steps.last = None
+        with self._turn if self.source.takes_turns else nullcontext():
+            steps()
+            steps.answering = start = time.perf_counter()
+            yield
+            steps.teacher_seconds = self._count(start)
+            steps.answering = None
 
 
 IN_FLIGHT = 2  # spans of a worker: one is read or written while the other is in the teacher

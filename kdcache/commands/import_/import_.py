@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.make import BuildResult, CachePlan, make_cache
+from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
 from kdcache.commands.build.prepare import count_ranks
 from kdcache.commands.import_.import_source import ImportSourceOptions, RowReader
 from kdcache.commands.import_.layouts import COMPRESSED, LAYOUTS, Compression
@@ -68,7 +68,7 @@ def import_(
     return make_cache(functools.partial(_plan, options), options.out, options, on_progress, report)
 
 
-def _plan(options: ImportOptions) -> CachePlan:
+def _plan(options: ImportOptions) -> ShardPlan:
     tokenizer = load_tokenizer(options.tokenizer)
     corpus = _open(options)
     about = _about(options, corpus, tokenizer_sha256(tokenizer))
@@ -105,7 +105,7 @@ def _plan(options: ImportOptions) -> CachePlan:
     )
     teachers = [redact(options.teacher)] if options.teacher else about.get("teachers") or []
     origin = {"layout": source.layout, "files": [redact(str(name)) for name in options.corpus]}
-    return CachePlan(
+    return ShardPlan(
         spec,
         tokenizer_files(tokenizer),
         ranks,

@@ -19,7 +19,7 @@ import torch
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.packer import Packer, Positions, Steps
-from kdcache.commands.build.source import Answers, Source, SpanRows
+from kdcache.commands.build.source import Answers, SpanRows, TargetSource
 from kdcache.commands.import_.layouts import LAYOUTS, Columns, Compression, Entries, read_entries
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError, Span
 from kdcache.rows import Row, RowSpec
@@ -60,12 +60,12 @@ class ImportSourceOptions:
         """All columns that are read."""
         return (*self.rows.columns, *self.columns.names)
 
-    def open(self, cache: Cache) -> ImportSource:
+    def open(self, url: str) -> ImportSource:
         """See `SourceOptions.open`."""
-        return ImportSource(self, cache)
+        return ImportSource(self, Cache.resume(url))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TargetRows(SpanRows):
     """The rows of a span with their targets, as the codec packs them."""
 
@@ -73,14 +73,14 @@ class TargetRows(SpanRows):
     encoded: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class ImportSource(Source[Span, TargetRows]):
+class ImportSource(TargetSource[Span, TargetRows]):
     """Reads rows and their targets."""
 
     def __init__(self, options: ImportSourceOptions, cache: Cache) -> None:
-        codec = cache.codec()
-        assert isinstance(codec, TopK), "an import makes top-k targets"
+        super().__init__(cache)
+        assert isinstance(self.codec, TopK), "an import makes top-k targets"
         self.options = options
-        self._reader = RowReader(options, cache.tokenizer(), codec, cache.spec.label_logprob)
+        self._reader = RowReader(options, cache.tokenizer(), self.codec, cache.spec.label_logprob)
 
     def read(self, work: Span, steps: Steps) -> TargetRows:
         """See `Source.read`."""
@@ -100,7 +100,7 @@ class ImportSource(Source[Span, TargetRows]):
                 found.append(row)
         rows = [row for row, _ in found]
         return TargetRows(
-            partial(ShardData.from_rows, CAUSAL_LM, rows),
+            shard=partial(ShardData.from_rows, CAUSAL_LM, rows),
             skipped=stats.skipped + empty,
             filtered=stats.filtered if work.reading.filters else None,
             reasons=tuple(stats.reasons),

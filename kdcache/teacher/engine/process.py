@@ -124,6 +124,7 @@ class Engine:
         dtype: str,
         gpu: bool,
         trust_remote_code: bool,
+        writes: bool = False,
     ) -> None:
         """Start it and wait until it is ready.
 
@@ -133,6 +134,7 @@ class Engine:
             dtype: that it computes in.
             gpu: whether on GPUs: all that it needs are visible.
             trust_remote_code: whether code that ships with the model may run.
+            writes: whether it writes text, instead of giving states.
 
         Raises:
             UsageError: it is not installed, is another version than the build's, or refuses the
@@ -157,7 +159,7 @@ class Engine:
         self._llm: Any = None
         try:
             self._llm, self._params = self._run(
-                _start(folder, options, dtype, gpu, trust_remote_code)
+                _start(folder, options, dtype, gpu, trust_remote_code, writes)
             ).result()
         except (ValueError, TypeError, NotImplementedError) as error:
             self.close()
@@ -187,17 +189,38 @@ class Engine:
         """
         return self._run(self._answer(list(ids)))
 
-    async def _answer(self, ids: list[int]) -> Tensor:
+    def continue_(self, ids: Sequence[int], **how: Any) -> Future[Any]:
+        """Have a prompt continued.
+
+        Args:
+            ids: its tokens.
+            how: of vLLM's `SamplingParams`.
+
+        Returns:
+            vLLM's `CompletionOutput`, later; `TeacherDied` if the engine ends.
+        """
+        return self._run(self._continue(list(ids), how))
+
+    async def _continue(self, ids: list[int], how: dict[str, Any]) -> Any:
+        params = import_module("vllm").SamplingParams(**how)
+        return (await self._last("generate", ids, params)).outputs[0]
+
+    async def _last(self, what: str, ids: list[int], params: Any) -> Any:
+        """The last answer of the engine to a request."""
         dead = import_module("vllm.v1.engine.exceptions").EngineDeadError
         prompt = {"type": "token", "prompt_token_ids": ids}
         try:
-            answers = self._llm.encode(prompt, self._params, str(next(self._numbers)))
+            answers = getattr(self._llm, what)(prompt, params, str(next(self._numbers)))
             *_, answer = [found async for found in answers]
         except dead as error:
             raise TeacherDied(
                 "the teacher's engine ended; its messages above say why. Run the same command to "
                 "continue."
             ) from error
+        return answer
+
+    async def _answer(self, ids: list[int]) -> Tensor:
+        answer = await self._last("encode", ids, self._params)
         states: Tensor = answer.outputs.data
         if list(answer.prompt_token_ids) != ids or len(states) != len(ids) or states.ndim != 2:
             raise AssertionError(
@@ -231,7 +254,12 @@ async def _cancel_others() -> None:
 
 
 async def _start(
-    folder: Path, options: EngineOptions, dtype: str, gpu: bool, trust_remote_code: bool
+    folder: Path,
+    options: EngineOptions,
+    dtype: str,
+    gpu: bool,
+    trust_remote_code: bool,
+    writes: bool,
 ) -> Any:
     """The engine and the parameters of its requests."""
     vllm = import_module("vllm")
@@ -244,19 +272,25 @@ async def _start(
     settings |= options.args
     settings |= {
         "model": str(folder),
-        "runner": "pooling",
-        "convert": "embed",
-        "pooler_config": import_module("vllm.config").PoolerConfig(
-            task="token_embed", use_activation=False
-        ),
         "dtype": dtype,
         "max_model_len": options.max_length,
-        # A row whose beginning is cached would come back without it.
-        "enable_prefix_caching": False,
         "tensor_parallel_size": options.tensor_parallel,
         "pipeline_parallel_size": options.pipeline_parallel,
         "quantization": options.quantization,
         "trust_remote_code": trust_remote_code,
     }
+    if writes:
+        # Texts that end an answer are found in text.
+        settings |= {"runner": "generate", "skip_tokenizer_init": False}
+    else:
+        settings |= {
+            "runner": "pooling",
+            "convert": "embed",
+            "pooler_config": import_module("vllm.config").PoolerConfig(
+                task="token_embed", use_activation=False
+            ),
+            # A row whose beginning is cached would come back without it.
+            "enable_prefix_caching": False,
+        }
     llm = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**settings))
-    return llm, vllm.PoolingParams(task="token_embed", use_activation=False)
+    return llm, None if writes else vllm.PoolingParams(task="token_embed", use_activation=False)

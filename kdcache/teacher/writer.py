@@ -1,0 +1,464 @@
+"""A language model writes answers, with transformers: continuous batches over a cache of keys.
+
+Rows are padded on the left and have their own positions. Rows that have ended leave the batch, and
+the next prompts, the shortest first, take their places: they are read by themselves, once for all
+their answers, and their keys and values are put beside those of the others. Layers with a window
+keep all keys; the mask has the window.
+
+The first answers are a probe: the log-probabilities of what was drawn are compared with those of
+the model's own forward over the whole text, without cache or padding. Where they differ (models
+with states of their own, or without positions), all text so far is read again for each token, with
+padding on the right, which every causal model allows.
+
+Cost: one forward a token of the batch. Guarantee: an answer is a function of (seed, span, prompt,
+sample) and the model, up to the rounding that other rows of a batch may change.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.rows.answers import Answer, Sampling, text_of
+from kdcache.teacher.drawing import draw, noise
+from kdcache.teacher.load import compile_layers, input_device, load_models
+from kdcache.teacher.options import TeacherOptions
+from kdcache.teacher.probe import TOLERANCES
+
+logger = logging.getLogger(__name__)
+
+Ids = npt.NDArray[np.int32]
+_LEAVE = 8  # a batch is filled up when one in so many of its rows is free
+_PROBED = 4  # answers whose log-probabilities are compared
+_PROBE_TOKENS = 24  # of each of them
+_LOOK_BACK = 16  # tokens in which a text that ends an answer is looked for, beside its own length
+
+
+class Ask(NamedTuple):
+    """An answer that is wanted: which sample of which prompt of the span."""
+
+    prompt: int
+    sample: int
+
+
+class Writes(Protocol):
+    """What writes answers: a model in transformers or in an engine."""
+
+    device: torch.device
+    takes_turns: bool
+
+    def write(self, span: int, prompts: Sequence[Ids], done: Callable[[int], None]) -> list[Answer]:
+        """The answers of a span's prompts, `samples` of each, prompt by prompt.
+
+        Args:
+            span: its number.
+            prompts: ids of each prompt.
+            done: called with the tokens of each answer, and with 0 while none ends.
+        """
+
+    def close(self) -> None:
+        """End the processes that it started."""
+
+
+@dataclass
+class _Batch:
+    """The rows at work: what they are, the cache, and what each cell of it holds."""
+
+    asks: list[Ask]
+    written: list[list[int]]
+    logprobs: list[list[float]]
+    cache: Any
+    mask: Tensor  # [rows, tokens of the cache], 1 where there is a token
+    next: Tensor  # int64 [rows], drawn and not yet read
+    reasons: list[str] = field(default_factory=list)  # empty while a row is at work
+
+    def __len__(self) -> int:
+        return len(self.asks)
+
+
+class Writer:
+    """A model that transformers runs, which writes."""
+
+    takes_turns = True
+
+    def __init__(
+        self,
+        options: TeacherOptions,
+        how: Sampling,
+        *,
+        vocab_size: int,
+        ends: Sequence[int],
+        tokenizer: Any,
+        batch_tokens: int,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            options: which one, and how.
+            how: how answers are drawn.
+            vocab_size: ids that it can write.
+            ends: ids that end an answer.
+            tokenizer: makes text of ids, for `how.stop`.
+            batch_tokens: tokens of prompts and answers in a batch, at most.
+        """
+        (self.model,) = load_models(options)
+        if options.compile:
+            compile_layers(self.model)
+        self.how, self.batch_tokens = how, batch_tokens
+        self.device = input_device(self.model)
+        self._name, self._tolerance = options.names[0], TOLERANCES[options.dtype]
+        self._vocab_size, self._ends, self._tokenizer = vocab_size, set(ends), tokenizer
+        takes = inspect.signature(self.model.forward).parameters
+        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._positions = "position_ids" in takes
+        # Its name before transformers 5.24, and since.
+        self._cache = "cache" if "cache" in takes else "past_key_values"
+        self._cached, self._probed = True, False
+        self._rows = 0  # of the batch that was begun last
+
+    def close(self) -> None:
+        """See `Writes.close`."""
+
+    @torch.inference_mode()
+    def write(self, span: int, prompts: Sequence[Ids], done: Callable[[int], None]) -> list[Answer]:
+        """See `Writes.write`."""
+        if prompts and not self._probed:
+            self._probe(span, prompts)
+        asks = [Ask(i, k) for i in range(len(prompts)) for k in range(self.how.samples)]
+        return self._write(span, prompts, asks, self.how.max_new_tokens, done)
+
+    def _write(
+        self,
+        span: int,
+        prompts: Sequence[Ids],
+        asks: Sequence[Ask],
+        longest: int,
+        done: Callable[[int], None] = lambda _: None,
+    ) -> list[Answer]:
+        """The answers that are asked for, of `longest` tokens at most."""
+        answers: dict[Ask, Answer] = {}
+        waiting = deque(sorted(asks, key=lambda ask: (len(prompts[ask.prompt]), ask)))
+        batch: _Batch | None = None
+        while waiting or batch is not None:
+            try:
+                batch = self._filled(span, prompts, waiting, batch, longest)
+                done(0)
+                self._step(span, batch, longest)
+            except torch.OutOfMemoryError:
+                rows = [] if batch is None else batch.asks
+                self._shrink(max(len(prompts[ask.prompt]) for ask in asks) + longest)
+                left = [ask for ask in (*rows, *waiting) if ask not in answers]
+                waiting = deque(sorted(left, key=lambda ask: (len(prompts[ask.prompt]), ask)))
+                batch = None
+                continue
+            batch = self._taken(batch, answers, done, last=not waiting)
+        return [answers[ask] for ask in asks]
+
+    # Batches
+
+    def _room(self, batch: _Batch | None, prompt: Ids, longest: int) -> int:
+        """Rows that a batch has room for, with a prompt of that length among them."""
+        width = len(prompt) + longest
+        if batch is not None:
+            width = max(width, batch.mask.shape[1] + longest)
+        return max(1, self.batch_tokens // width)
+
+    def _filled(
+        self,
+        span: int,
+        prompts: Sequence[Ids],
+        waiting: deque[Ask],
+        batch: _Batch | None,
+        longest: int,
+    ) -> _Batch:
+        """A batch with as many of those who wait as it has room for, read up to their prompts."""
+        rows = 0 if batch is None else len(batch)
+        taken: list[Ask] = []
+        while waiting:
+            ask = waiting[0]
+            room = self._room(batch, prompts[ask.prompt], longest)
+            free = room - rows - len(taken)
+            if free <= 0 or (not taken and batch is not None and free * _LEAVE < room):
+                break
+            taken.append(waiting.popleft())
+        if not taken:
+            assert batch is not None, "an empty one has room for a row"
+            return batch
+        self._rows = rows + len(taken)
+        try:
+            new = self._begun(span, prompts, taken, longest)
+        except torch.OutOfMemoryError:
+            waiting.extendleft(reversed(taken))
+            raise
+        return new if batch is None else _joined(batch, new)
+
+    def _begun(self, span: int, prompts: Sequence[Ids], asks: list[Ask], longest: int) -> _Batch:
+        """A batch with its prompts read and its first tokens drawn."""
+        unique = list(dict.fromkeys(ask.prompt for ask in asks))
+        which = torch.tensor([unique.index(ask.prompt) for ask in asks], device=self.device)
+        cache, mask = None, torch.zeros(len(asks), 0, device=self.device)
+        if self._cached:
+            width = max(len(prompts[i]) for i in unique)
+            ids = np.zeros((len(unique), width), np.int64)
+            there = np.zeros((len(unique), width), np.int64)
+            for row, i in enumerate(unique):
+                ids[row, width - len(prompts[i]) :] = prompts[i]
+                there[row, width - len(prompts[i]) :] = 1
+            read, mask = (torch.from_numpy(a).to(self.device) for a in (ids, there))
+            cache = _empty_cache()
+            logits = self._forward(read, mask, cache)[which]
+            if len(unique) < len(asks):
+                cache, mask = _picked(cache, which), mask[which]
+        else:
+            logits = self._reread([list(prompts[i]) for i in unique])[which]
+        batch = _Batch(
+            asks,
+            [list(prompts[ask.prompt]) if cache is None else [] for ask in asks],
+            [[] for _ in asks],
+            cache,
+            mask,
+            torch.zeros(len(asks), dtype=torch.int64, device=self.device),
+            [""] * len(asks),
+        )
+        self._draw(span, batch, logits, longest)
+        return batch
+
+    def _step(self, span: int, batch: _Batch, longest: int) -> None:
+        """Read the last token of each row, and draw the next one."""
+        if all(batch.reasons):
+            return
+        if batch.cache is None:
+            logits = self._reread(batch.written)
+        else:
+            ones = torch.ones_like(batch.mask[:, :1])
+            batch.mask = torch.cat([batch.mask, ones], 1)
+            logits = self._forward(batch.next[:, None], batch.mask, batch.cache)
+        self._draw(span, batch, logits, longest)
+
+    def _ended(self, batch: _Batch, row: int, ids: list[int], longest: int) -> str:
+        """Why a row has ended; empty if it has not."""
+        if ids[-1] in self._ends:
+            return "stop"
+        if self.how.stop:
+            own = ids[-len(batch.logprobs[row]) :]
+            for text in self.how.stop:
+                tail = self._tokenizer.decode(own[-len(text) - _LOOK_BACK :])
+                if text in tail and text_of(self._tokenizer, np.array(own), ()) != text_of(
+                    self._tokenizer, np.array(own), self.how.stop
+                ):
+                    return "stop"
+        return "length" if len(batch.logprobs[row]) >= longest else ""
+
+    def _draw(self, span: int, batch: _Batch, logits: Tensor, longest: int) -> None:
+        """Draw the next token of each row, and note which have ended."""
+        places = [len(logprobs) for logprobs in batch.logprobs]
+        which, samples = np.array(batch.asks).T
+        numbers = noise(self.how.seed, span, which, samples, places)
+        uniform = torch.from_numpy(numbers).to(self.device)
+        batch.next, logprobs = draw(logits, uniform, self.how)
+        for row, (token, logprob) in enumerate(
+            zip(batch.next.tolist(), logprobs.tolist(), strict=True)
+        ):
+            if batch.reasons[row]:
+                continue
+            if logprob != logprob:
+                raise UsageError(
+                    f"model {self._name} gives NaN or infinite logits for span {span}, prompt "
+                    f"{batch.asks[row].prompt}. Try --dtype float32, or check the model."
+                )
+            batch.written[row].append(token)
+            batch.logprobs[row].append(logprob)
+            batch.reasons[row] = self._ended(batch, row, batch.written[row], longest)
+
+    def _taken(
+        self,
+        batch: _Batch,
+        answers: dict[Ask, Answer],
+        done: Callable[[int], None],
+        *,
+        last: bool,
+    ) -> _Batch | None:
+        """The batch without rows that have ended, where enough have; their answers are kept."""
+        for row, ask in enumerate(batch.asks):
+            if batch.reasons[row] and ask not in answers:
+                n = len(batch.logprobs[row])
+                answers[ask] = Answer(
+                    np.array(batch.written[row][-n:], np.int32),
+                    np.array(batch.logprobs[row], np.float32),
+                    "stop" if batch.reasons[row] == "stop" else "length",
+                )
+                done(n)
+        left = [row for row, reason in enumerate(batch.reasons) if not reason]
+        if not left:
+            return None
+        least = max(1, len(batch) // (2 if last else _LEAVE))
+        return _kept(batch, left) if len(batch) - len(left) >= least else batch
+
+    def _shrink(self, width: int) -> None:
+        """Remember half the size of a batch that did not fit, whose rows may get so wide."""
+        if self._rows <= 1:
+            raise UsageError(
+                f"one answer of {width} tokens does not fit the device together with the model. "
+                "Use a smaller --max-new-tokens, or more --gpus-per-worker."
+            )
+        torch.cuda.empty_cache()
+        self.batch_tokens = min(self.batch_tokens, self._rows * width) // 2
+        logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
+
+    # The model
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Logits [rows, V] after the last of some tokens, which the cache takes up."""
+        more = {}
+        if self._positions:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            more["position_ids"] = positions[:, -ids.shape[1] :]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            use_cache=True,
+            **{self._cache: cache},
+            **more,
+            **self._last_alone,
+        )
+        logits: Tensor = out.logits[:, -1, : self._vocab_size]
+        return logits
+
+    def _reread(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [rows, V] after each text, read whole."""
+        width = max(map(len, texts))
+        ids = np.zeros((len(texts), width), np.int64)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = text
+        logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
+        last = torch.tensor([len(text) - 1 for text in texts], device=self.device)
+        picked: Tensor = logits[torch.arange(len(texts), device=self.device), last]
+        return picked[:, : self._vocab_size]
+
+    def _probe(self, span: int, prompts: Sequence[Ids]) -> None:
+        """Compare the log-probabilities of a few answers with the model's own forward over each.
+
+        Raises:
+            UsageError: they differ without a cache, too.
+        """
+        self._probed = True
+        chosen = np.unique(np.linspace(0, len(prompts) - 1, _PROBED).astype(int)).tolist()
+        asks = [Ask(i, 0) for i in chosen]
+        longest = min(_PROBE_TOKENS, self.how.max_new_tokens)
+        for self._cached in (True, False):
+            try:
+                answers = self._write(span, prompts, asks, longest)
+            except torch.OutOfMemoryError:
+                raise
+            except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+                if not self._cached:
+                    raise
+                logger.debug("%s: %s", self._name, error)
+                continue
+            moved = max(
+                self._moved(prompts[ask.prompt], answer)
+                for ask, answer in zip(asks, answers, strict=True)
+            )
+            if moved <= self._tolerance:
+                break
+            logger.debug("%s: log-probabilities moved by %g", self._name, moved)
+        else:
+            raise UsageError(
+                f"model {self._name} gives other logits for a text that it writes than for the "
+                "same text read at once. It cannot be used to generate."
+            )
+        if not self._cached:
+            logger.warning(
+                "model %s does not continue padded rows from a cache of keys and values: all text "
+                "is read again for each token, which is slow",
+                self._name,
+            )
+
+    def _moved(self, prompt: Ids, answer: Answer) -> float:
+        """The largest difference of an answer's log-probabilities, as a share of the spread."""
+        ids = torch.from_numpy(np.concatenate([prompt, answer.ids]).astype(np.int64))
+        logits = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
+        logits = logits[len(prompt) - 1 : -1, : self._vocab_size].float().cpu()
+        drawn = torch.from_numpy(answer.ids.astype(np.int64))[:, None]
+        want = logits.log_softmax(-1).gather(-1, drawn)[:, 0]
+        spread = float(logits.std(-1).max())
+        gap = (want - torch.from_numpy(answer.logprobs)).abs().max()
+        return float(gap) / max(spread, 1e-9)
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _rebuilt(cache: Any, change: Callable[[int, Tensor], Tensor]) -> Any:
+    """A cache with changed keys and values of each layer."""
+    new = _empty_cache()
+    for i, layer in enumerate(cache.layers):
+        new.update(change(2 * i, layer.keys), change(2 * i + 1, layer.values), i)
+    return new
+
+
+def _picked(cache: Any, rows: Tensor) -> Any:
+    return _rebuilt(cache, lambda _, states: states.index_select(0, rows.to(states.device)))
+
+
+def _joined(one: _Batch, other: _Batch) -> _Batch:
+    """One batch of two; the shorter cache is padded on the left."""
+    cache, mask = None, torch.cat([one.mask[:, :0], other.mask[:, :0]])
+    if one.cache is not None:
+        width = max(one.mask.shape[1], other.mask.shape[1])
+
+        def wide(states: Tensor) -> Tensor:
+            return torch.nn.functional.pad(states, (0, 0, width - states.shape[-2], 0))
+
+        theirs = [s for layer in other.cache.layers for s in (layer.keys, layer.values)]
+        cache = _rebuilt(one.cache, lambda i, mine: torch.cat([wide(mine), wide(theirs[i])]))
+        mask = torch.cat(
+            [
+                torch.nn.functional.pad(part.mask, (width - part.mask.shape[1], 0))
+                for part in (one, other)
+            ]
+        )
+    return _Batch(
+        one.asks + other.asks,
+        one.written + other.written,
+        one.logprobs + other.logprobs,
+        cache,
+        mask,
+        torch.cat([one.next, other.next]),
+        one.reasons + other.reasons,
+    )
+
+
+def _kept(batch: _Batch, rows: list[int]) -> _Batch:
+    """Some rows of a batch, without the padding that all of them have on the left."""
+    index = torch.tensor(rows, device=batch.next.device)
+    cache, mask = None, batch.mask[index]
+    if batch.cache is not None:
+        begin = int(mask.any(0).int().argmax())
+        mask = mask[:, begin:]
+        cache = _rebuilt(
+            batch.cache,
+            lambda _, states: states[:, :, begin:].index_select(0, index.to(states.device)),
+        )
+    return _Batch(
+        [batch.asks[row] for row in rows],
+        [batch.written[row] for row in rows],
+        [batch.logprobs[row] for row in rows],
+        cache,
+        mask,
+        batch.next[index],
+        [""] * len(rows),
+    )
