@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from kdcache.commands.generate.options import GenerateOptions
     from kdcache.commands.import_.import_ import import_
     from kdcache.commands.import_.options import ImportOptions
-    from kdcache.commands.inspect import InspectResult, inspect
+    from kdcache.commands.inspect import inspect
+    from kdcache.commands.inspect_result import InspectResult
     from kdcache.commands.options import (
         DemoOptions,
         EnvOptions,

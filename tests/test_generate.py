@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from conftest import make_tiny_lm
 from kill_points import killed_at
 from transformers import AutoTokenizer
 
@@ -24,6 +25,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.generate.generate import generate, generate_dry
+from kdcache.commands.generate.look import GeneratedView, _loops
 from kdcache.commands.generate.options import GenerateOptions
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.targets.label_logprob import decode_logprobs
@@ -342,3 +344,51 @@ def test_options_that_cannot_be(
 ) -> None:
     with pytest.raises(UsageError, match=problem):
         generate(replace(options, **changes))
+
+
+def test_it_is_inspected_reported_verified_and_repaired(
+    options: GenerateOptions, tmp_path: Path
+) -> None:
+    result = generate(options)
+    rows = rows_of(options.out)
+    seen = kdcache.inspect(kdcache.InspectOptions(options.out, row=3))
+    assert isinstance(seen, GeneratedView)
+    assert (seen.rows, seen.positions, seen.stopped) == (80, result.tokens, result.stopped)
+    assert seen.teacher_cross_entropy == pytest.approx(result.nats)
+    assert [sample.completion for sample in seen.samples] == [
+        rows[sample.row]["completion"] for sample in seen.samples
+    ]
+    assert seen.row is not None
+    assert seen.row.text == rows[3]["prompt"]
+    assert [p.label_logprob for p in seen.row.positions] == rows[3]["logprobs"]
+    printed = CliRunner().invoke(cli, ["inspect", options.out, "--row", "3"]).output
+    for words in ("ended by length", "repeated answers", "Samples", "drawn"):
+        assert words in printed
+    page = tmp_path / "page.html"
+    kdcache.report(kdcache.ReportOptions((options.out,), out=str(page)))
+    assert "answers that loop" in page.read_text()
+
+    whole = kdcache.verify(kdcache.VerifyOptions(options.out, teacher=(options.model,)))
+    assert whole.problems == ()
+    assert whole.compared is not None
+    other = tmp_path / "other"
+    make_tiny_lm(Path(options.model), other, seed=7)
+    with pytest.raises(UsageError, match="is not the model that wrote"):
+        kdcache.verify(kdcache.VerifyOptions(options.out, teacher=(str(other),)))
+    damaged = next(Path(options.out, "shards").iterdir())
+    before = shards(options.out)
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"x" * 9)
+    (problem,) = kdcache.verify(kdcache.VerifyOptions(options.out)).problems
+    assert damaged.name in problem
+    kdcache.repair(kdcache.RepairOptions(options.out))
+    assert not damaged.exists()
+    assert generate(options).made == 1
+    assert shards(options.out) == before
+    assert kdcache.gc(kdcache.GcOptions(options.out)).removed == ()
+
+
+def test_answers_that_repeat_and_loop_are_counted() -> None:
+    assert _loops([9, 1, 2, 1, 2, 1, 2, 1, 2])
+    assert _loops([5, 5, 5, 5])
+    assert not _loops([5, 5, 5])
+    assert not _loops([1, 2, 1, 2, 1, 2, 1, 3])

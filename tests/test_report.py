@@ -22,7 +22,8 @@ from make_caches import CAUSAL, make_cache
 from transformers import AutoTokenizer
 
 from kdcache.cli.main import cli
-from kdcache.commands.inspect import Guess, PositionView, RowView, _read, inspect
+from kdcache.commands.inspect import _read, inspect
+from kdcache.commands.inspect_result import Guess, PositionView, RowView
 from kdcache.commands.options import InspectOptions, ReportOptions
 from kdcache.commands.report import rows as report_rows
 from kdcache.commands.report.charts import Curve, Table, curves, histogram

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData, check_ids, read_counts
 from kdcache.cache.spec import CacheSpec
+from kdcache.cache.store import ShardStore
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
 from kdcache.targets.label_logprob import sum_logprobs
@@ -45,8 +47,8 @@ class Problem:
     stray: bool = False
 
 
-def problems(cache: Cache) -> Iterator[Problem]:
-    """Check all files of a sealed cache, after its spec and manifest.
+def problems(cache: ShardStore[Any]) -> Iterator[Problem]:
+    """Check all files of a sealed cache or generated corpus, after its spec and manifest.
 
     Yields:
         One problem a file at most, as they are found: strays first, the shards in order.
@@ -62,7 +64,7 @@ def problems(cache: Cache) -> Iterator[Problem]:
     for name in cache.files:
         try:
             cache.check_beside(name)
-            if name == "ranks.u32":
+            if name == "ranks.u32" and isinstance(cache, Cache):
                 _ = cache.rank_to_id
         except CorruptCacheError as error:
             yield Problem(name, str(error))
@@ -76,7 +78,10 @@ def problems(cache: Cache) -> Iterator[Problem]:
     with Sandbox() as sandbox:
         for entry in cache.manifest.shards:
             try:
-                check_shard(cache, entry, sandbox, values=readable)
+                if isinstance(cache, Cache):
+                    check_shard(cache, entry, sandbox, values=readable)
+                else:
+                    cache.check_shard(entry)
             except KdcacheError as error:
                 yield Problem(f"shards/{entry.name}", _naming(entry, str(error)))
 
@@ -152,7 +157,7 @@ def check_values(data: ShardData, spec: CacheSpec) -> None:
                     raise CorruptCacheError("a weight is negative, NaN or infinite.")
 
 
-def _strays(cache: Cache) -> Iterator[str]:
+def _strays(cache: ShardStore[Any]) -> Iterator[str]:
     """Names of files and folders in the cache that spec and manifest do not know."""
     ours = {"spec.json", "manifest.json", *cache.files, *_NOT_OURS}
     ours |= {f"shards/{entry.name}" for entry in cache.manifest.shards}

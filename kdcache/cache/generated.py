@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache.cache.cache import Cache
-from kdcache.cache.manifest import ShardEntry
+from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
 from kdcache.cache.shard import ShardCounts
-from kdcache.cache.spec import FORMAT, GENERATED, Spec, is_generated
+from kdcache.cache.spec import FORMAT, GENERATED, Spec, is_generated, is_generated_at
 from kdcache.cache.store import ShardStore
 from kdcache.errors import CorruptCacheError, UsageError, doing
 from kdcache.humanize import redacted
@@ -189,6 +189,7 @@ class GeneratedCorpus(ShardStore[GeneratedSpec]):
         counts = (len(answers), sum(map(len, asked)) + written, written)
         facts: dict[str, Any] = {
             "skipped": skipped,
+            "clipped_mass": 0.0,
             "label_nats": max(0.0, -sum(float(a.logprobs.sum(dtype=np.float64)) for a in answers)),
             "impossible_labels": 0,
             "stopped": sum(answer.reason == "stop" for answer in answers),
@@ -223,6 +224,27 @@ class GeneratedCorpus(ShardStore[GeneratedSpec]):
         with doing(f"reading {entry.name} of {self.url}"), self.hold(entry) as path:
             return self.parse(path, entry)
 
+    def check_shard(self, entry: ShardEntry) -> None:
+        """Check the bytes of a shard, then what it holds.
+
+        Raises:
+            CorruptCacheError: it is not the one of the manifest, or not what a shard must be.
+        """
+        with self.hold(entry, fresh=True) as path:
+            rows = self.parse(path, entry)
+            _, facts = self.read_facts(path)
+        nats = -sum(sum(row["logprobs"]) for row in rows)
+        stopped = sum(row["finish_reason"] == "stop" for row in rows)
+        said = {name: value for name in SPAN_FACTS if (value := getattr(entry, name)) is not None}
+        said |= {"fingerprint": self.spec.fingerprint, "index": entry.span}
+        if {**facts, "sampling": None} != {**said, "sampling": None}:
+            raise CorruptCacheError(f"it belongs to another corpus ({facts}).")
+        if stopped != entry.stopped or abs(nats - (entry.label_nats or 0.0)) > 1e-3 * (1 + nats):
+            raise CorruptCacheError("its answers are not those that the manifest counts.")
+        known = self.spec.vocab_size
+        if any(not 0 <= i < known for row in rows for i in row["input_ids"]):
+            raise CorruptCacheError("it holds ids that the tokenizer does not have.")
+
     def parse(self, path: Path, entry: ShardEntry) -> list[dict[str, Any]]:
         """The rows of a shard's file.
 
@@ -246,10 +268,6 @@ class GeneratedCorpus(ShardStore[GeneratedSpec]):
         return rows
 
 
-def kind_of_store(storage: Storage) -> type[Cache] | type[GeneratedCorpus]:
-    """What a folder with a `spec.json` is; a cache where that cannot be read."""
-    try:
-        spec = json.loads(storage.read("spec.json"))["spec"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, CorruptCacheError):
-        return Cache
-    return GeneratedCorpus if is_generated(spec) else Cache
+def store_at(storage: Storage) -> type[Cache] | type[GeneratedCorpus]:
+    """What a folder with a `spec.json` is."""
+    return GeneratedCorpus if is_generated_at(storage) else Cache

@@ -40,6 +40,14 @@ def is_generated(spec: Any) -> bool:
     return isinstance(spec, dict) and spec.get("kind") == GENERATED
 
 
+def is_generated_at(storage: Storage) -> bool:
+    """Whether a folder has the `spec.json` of a generated corpus; damaged ones are caches."""
+    try:
+        return is_generated(json.loads(storage.read("spec.json"))["spec"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, CorruptCacheError):
+        return False
+
+
 class Spec(ABC):
     """What the shards of a folder should hold: equal specs make the same bytes.
 

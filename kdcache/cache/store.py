@@ -74,6 +74,14 @@ class ShardStore(ABC, Generic[SpecT]):
     def read_facts(self, path: Path) -> tuple[ShardCounts, dict[str, Any]]:
         """The counts of a shard's file, and what it says of its span."""
 
+    def check_shard(self, entry: ShardEntry) -> None:
+        """Check the bytes of a shard, then what it holds; see `kdcache.cache.check` of a cache's.
+
+        Raises:
+            CorruptCacheError: it is not the one of the manifest, or not what a shard must be.
+        """
+        raise NotImplementedError
+
     def put(
         self, span: int, content: bytes, counts: tuple[int, int, int], facts: Mapping[str, Any]
     ) -> ShardEntry:

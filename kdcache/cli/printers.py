@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kdcache.commands.finetune.options import FinetuneOptions
     from kdcache.commands.generate.generate import GenerateDryRun, GenerateResult
     from kdcache.commands.generate.options import GenerateOptions
-    from kdcache.commands.inspect import InspectResult
+    from kdcache.commands.inspect_result import InspectResult
     from kdcache.commands.options import (
         EvaluateOptions,
         ExportOptions,
@@ -365,6 +365,8 @@ def verified(options: VerifyOptions, result: VerifyResult) -> Next:
             f"{result.cache}: {counted(result.shards, 'shard')}, "
             f"{counted(result.rows, 'row')}: all good."
         )
+    if result.compared is not None and not result.problems:
+        echo(result.compared)
     if (check := result.recheck) is not None:
         echo(
             f"{counted(check.rows, 'row')}, {counted(check.positions, 'position')} run again: "

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kdcache.commands.build.dry_run import DryRun
     from kdcache.commands.demo.demo import DemoResult
     from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
-    from kdcache.commands.inspect import InspectResult, RowView
+    from kdcache.commands.inspect_result import InspectResult, RowView
     from kdcache.commands.plan.sample import DomainEstimate
     from kdcache.commands.sweep.results import SettingScore, SweepResult
 
@@ -278,6 +278,11 @@ def render_inspection(result: InspectResult, console: Console) -> None:
             [(c.name, f"{c.bytes_per_position:.3f}") for c in result.columns],
             title=f"Columns, compressed ({shards})",
         )
+    if samples := getattr(result, "samples", ()):
+        print_line(console, "")
+        rows = [(str(s.row), s.prompt, s.completion, str(s.tokens), s.reason) for s in samples]
+        header = ("row", "prompt", "answer", "tokens", "ended by")
+        print_table(console, header, rows, left=3, title="Samples")
     if result.row is not None:
         print_line(console, "")
         _render_row(result.row, TASKS[result.task].answers, console)

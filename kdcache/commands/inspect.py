@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,214 +19,35 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, CacheSpec, ShardEntry
-from kdcache.cache.figures import DomainFigures, domain_figures
+from kdcache.cache.figures import domain_figures
 from kdcache.cache.manifest import filtered_records, label_sums
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.sealing import shard_entry
 from kdcache.cache.shard import column_bytes
-from kdcache.cache.spec import no_cache
+from kdcache.cache.spec import is_generated_at, no_cache
+from kdcache.commands.inspect_result import (
+    ColumnSize,
+    Guess,
+    InspectResult,
+    PositionView,
+    RowView,
+)
 from kdcache.commands.options import InspectOptions
 from kdcache.errors import UsageError
-from kdcache.humanize import counted, number, percent, score, size
+from kdcache.humanize import score
 from kdcache.loss import INDEPENDENT
 from kdcache.loss.metrics import perplexity
 from kdcache.rows import Row
 from kdcache.storage import open_storage
 from kdcache.targets import DenseTargets, SoftTargets, with_logits
 from kdcache.targets.label_logprob import decode_logprobs
-from kdcache.tasks import OUTPUTS, TASKS, labelled
+from kdcache.tasks import TASKS, labelled
 
 _SAMPLED_SHARDS = 8
 
 
-@dataclass(frozen=True)
-class Guess:
-    """One id and the probability that the teacher gives it."""
-
-    id: int
-    text: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class PositionView:
-    """The teacher's predictions at one position.
-
-    Attributes:
-        place: index of the token in its row (0 for classification).
-        token: the token that a label belongs to: of a causal LM the last one that the teacher had
-            read; None where labels belong to rows.
-        label: id of the hard label (optional).
-        label_text: the token or the class of that id; of several labels a row their classes, of
-            a score its value.
-        label_logprob: the teacher's log-probability of the label at T = 1, where the cache keeps
-            it; None also for a label that the teacher gives no probability.
-        guesses: the most probable ids, falling; none of a score.
-        rest: the mass of all ids that are not shown; of several labels a row, whose probabilities
-            do not sum to 1, 0.
-        score: the teacher's, where its answers are scores.
-    """
-
-    place: int
-    token: str | None
-    label: int | None
-    label_text: str | None
-    label_logprob: float | None
-    guesses: tuple[Guess, ...]
-    rest: float
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class RowView:
-    """One row as text, with the teacher's predictions.
-
-    Attributes:
-        row: its number in the cache.
-        shard: the shard (span) that holds it.
-        tokens: its length.
-        text: the text; decoded from the ids where the cache keeps none; words with blanks between
-            them.
-        text_pair: the second text, if there is one; of a source, which is then `text`, the target.
-        temperature: of the probabilities.
-        exact: False where the weights are an unbiased sample: right on average, not one by one.
-        positions: its positions in order.
-        domain: name of its corpus; None where corpora have no names.
-        heads: what stands over `token` and `label`.
-        read: all its tokens, where the teacher read them all before each answer.
-        between: what its tokenizer puts between two tokens that are not parts of a word: a blank,
-            or nothing where tokens have their own.
-    """
-
-    row: int
-    shard: int
-    tokens: int
-    text: str
-    text_pair: str | None
-    temperature: float
-    exact: bool
-    positions: tuple[PositionView, ...]
-    domain: str | None = None
-    heads: tuple[str, str] = ("after", "next")
-    read: tuple[str, ...] = ()
-    between: str = ""
-
-
-@dataclass(frozen=True)
-class ColumnSize:
-    """Stored bytes per position of one dataset of the shards, such as `targets/ids`."""
-
-    name: str
-    bytes_per_position: float
-
-
-@dataclass(frozen=True)
-class InspectResult:
-    """What a cache is.
-
-    Attributes:
-        cache: where it is.
-        finished: whether it is sealed.
-        fingerprint: SHA-256 of its spec.
-        digest: SHA-256 of its manifest: names the exact bytes. None where it is not finished.
-        teachers: their names when the cache was built.
-        task: one of `kdcache.tasks.TASKS`.
-        codec: canonical codec text.
-        temperatures: the declared temperatures; `dense` allows others too.
-        any_temperature: whether temperatures that are not declared are allowed.
-        vocab_size: ids or classes of a distribution.
-        spans: shards of the whole cache.
-        done: shards that are there.
-        rows: rows in them; so the next four.
-        tokens: tokens.
-        positions: positions with a soft target.
-        skipped: records left out.
-        bytes: bytes of the shard files.
-        clipped_mass: mean probability a position that fell on ids outside the vocabulary.
-        teacher_cross_entropy: of the teacher with the hard labels at T = 1, in nats a position,
-            over the labels that it can predict; None where the cache does not keep it.
-        teacher_perplexity: its exponential.
-        impossible_labels: labels that the teacher gives no probability, left out of both.
-        bytes_per_position: of the whole file; None if there is no position yet.
-        target_bytes_per_position: of the soft targets alone.
-        columns: bytes per position of each dataset.
-        sampled_shards: how many shards the last two come from.
-        spec: the whole spec.
-        domains: figures of each, where corpora have names.
-        filtered: records that filters left out; None where there are none, or it is not known.
-        row: the requested row.
-    """
-
-    cache: str
-    finished: bool
-    fingerprint: str
-    digest: str | None
-    teachers: tuple[str, ...]
-    task: str
-    codec: str
-    temperatures: tuple[float, ...]
-    any_temperature: bool
-    vocab_size: int
-    spans: int
-    done: int
-    rows: int
-    tokens: int
-    positions: int
-    skipped: int
-    bytes: int
-    clipped_mass: float | None
-    teacher_cross_entropy: float | None
-    teacher_perplexity: float | None
-    impossible_labels: int | None
-    bytes_per_position: float | None
-    target_bytes_per_position: float | None
-    columns: tuple[ColumnSize, ...]
-    sampled_shards: int
-    spec: dict[str, Any]
-    domains: tuple[DomainFigures, ...] = ()
-    filtered: int | None = None
-    row: RowView | None = None
-
-    def facts(self) -> list[tuple[str, str]]:
-        """Names and values of what a cache is, for people."""
-        kind, perplexity = OUTPUTS[TASKS[self.task].answers], TASKS[self.task].perplexity
-        temperatures = ", ".join(f"{t:g}" for t in self.temperatures)
-        unfinished = f"unfinished: {self.done} of {counted(self.spans, 'shard')}"
-        source = self.spec.get("source")
-        facts: dict[str, str | None] = {
-            "task": self.task,
-            "teachers": ", ".join(self.teachers) or "-",
-            "transcoded from": f"{source['codec']} ({source['digest']})" if source else None,
-            "codec": f"{self.codec} over {self.vocab_size:,} {kind}",
-            "temperatures": temperatures + (" (and any other)" if self.any_temperature else ""),
-            "state": "finished" if self.finished else unfinished,
-            "shards": f"{self.done:,}",
-            "rows": f"{self.rows:,}",
-            "tokens": f"{self.tokens:,}",
-            "positions": f"{self.positions:,}",
-            "skipped records": f"{self.skipped:,}",
-            "filtered records": None if self.filtered is None else f"{self.filtered:,}",
-            "clipped mass": f"{percent(self.clipped_mass, 4)} a position",
-        }
-        if self.teacher_cross_entropy is not None:
-            shown = f"{perplexity} {number(self.teacher_perplexity, 2)}"
-            nats = number(self.teacher_cross_entropy)
-            facts["teacher's cross-entropy"] = f"{nats} nats a position ({shown})"
-            if self.impossible_labels:
-                left_out = f"{self.impossible_labels:,}, which are left out of it"
-                facts["labels of no probability"] = left_out
-        facts |= {
-            "size": size(self.bytes),
-            "bytes per position": f"{number(self.bytes_per_position, 2)} of the whole files",
-            "": f"{number(self.target_bytes_per_position, 2)} of the soft targets alone",
-            "fingerprint": self.fingerprint,
-            "digest": self.digest,
-        }
-        return [(name, value) for name, value in facts.items() if value is not None]
-
-
 def inspect(options: InspectOptions) -> InspectResult:
-    """Describe a cache, finished or not.
+    """Describe a cache, or a generated corpus (`GeneratedView`), finished or not.
 
     Raises:
         UsageError: no cache there, no such row, or a temperature that the cache does not declare.
@@ -236,6 +56,10 @@ def inspect(options: InspectOptions) -> InspectResult:
     storage = open_storage(options.cache)
     if not storage.exists("spec.json"):
         raise no_cache(storage)
+    if is_generated_at(storage):
+        from kdcache.commands.generate.look import look
+
+        return look(options)
     cache = Cache.resume(options.cache)
     with Sandbox() as sandbox:
         shards = cache.manifest.shards if cache.sealed else _committed(cache, sandbox)

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from kdcache.cache.cache import Cache
 from kdcache.cache.check import problems
+from kdcache.cache.generated import store_at
 from kdcache.cache.manifest import SHARD_NAME, Manifest
 from kdcache.cache.sealing import shard_entry
 from kdcache.cache.spec import no_cache
+from kdcache.cache.store import ShardStore, StoreT
 from kdcache.commands.options import GcOptions, RepairOptions
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.storage import LocalStorage, Storage, open_storage, redact
@@ -102,7 +103,7 @@ def repair(options: RepairOptions) -> RepairResult:
     if not storage.exists("spec.json"):
         missing = () if removed else ("spec.json",)
         return RepairResult(redact(url), tuple(removed), missing, None, None)
-    cache = Cache.resume(url)
+    cache = store_at(storage).resume(url)
     gone = []
     for name in list(_broken(cache)):
         if storage.exists(name):
@@ -122,7 +123,7 @@ def _remove_documents(storage: Storage) -> Iterator[str]:
     """Remove the manifest or the spec if it cannot be read; each can be made from the rest."""
     broken = []
     parsers: dict[str, Callable[[], Any]] = {
-        "spec.json": lambda: Cache.read_spec(storage),
+        "spec.json": lambda: store_at(storage).read_spec(storage),
         "manifest.json": lambda: Manifest.read(storage),
     }
     for name, parse in parsers.items():
@@ -144,7 +145,7 @@ def _remove_documents(storage: Storage) -> Iterator[str]:
         yield name
 
 
-def _broken(cache: Cache) -> Iterator[str]:
+def _broken(cache: ShardStore[Any]) -> Iterator[str]:
     """Names of damaged files."""
     if cache.sealed:
         yield from (problem.file for problem in problems(cache) if not problem.stray)
@@ -156,7 +157,7 @@ def _broken(cache: Cache) -> Iterator[str]:
             yield f"shards/{name}"
 
 
-def _reseal(cache: Cache) -> Cache:
+def _reseal(cache: StoreT) -> StoreT:
     """The cache with a manifest of the shards that are there."""
     if not cache.sealed:
         raise IncompleteError(
@@ -176,7 +177,7 @@ def _reseal(cache: Cache) -> Cache:
     if entries != cache.manifest.shards:
         manifest = dataclasses.replace(cache.manifest, shards=entries)
         cache.storage.write("manifest.json", manifest.to_json())
-    return Cache.open(cache.storage.url)
+    return type(cache).open(cache.storage.url)
 
 
 def gc(options: GcOptions) -> GcResult:
@@ -196,7 +197,7 @@ def gc(options: GcOptions) -> GcResult:
     storage = _open(options.cache)
     if not storage.exists("spec.json"):
         raise no_cache(storage)
-    cache = Cache.resume(options.cache)
+    cache = store_at(storage).resume(options.cache)
     removed, young = [], 0
     with storage.unshared("spec.json") as idle:
         for found in (_second_copies(cache), _scratch(storage, idle), _uploads(storage)):
@@ -214,7 +215,7 @@ def gc(options: GcOptions) -> GcResult:
 _Found = Iterator[tuple[Leftover, bool, Callable[[], Any]]]
 
 
-def _second_copies(cache: Cache) -> _Found:
+def _second_copies(cache: ShardStore[Any]) -> _Found:
     if not cache.sealed:
         return
     here = cache.committed()

@@ -38,10 +38,12 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
+from kdcache.cache.spec import is_generated_at
 from kdcache.commands.options import VerifyOptions
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.rows.batches import batches
+from kdcache.storage import open_storage
 from kdcache.student.saved import pick_device
 from kdcache.targets import (
     Codec,
@@ -71,6 +73,7 @@ class VerifyResult:
         rows: in all of them.
         problems: one line each; none where all is well.
         recheck: cached targets against live ones, if a teacher was named and files are intact.
+        compared: the same of a generated corpus, in a sentence.
     """
 
     cache: str
@@ -79,6 +82,7 @@ class VerifyResult:
     rows: int
     problems: tuple[str, ...]
     recheck: Recheck | None
+    compared: str | None = None
 
 
 def verify(options: VerifyOptions) -> VerifyResult:
@@ -89,6 +93,9 @@ def verify(options: VerifyOptions) -> VerifyResult:
         IncompleteError: its build is unfinished.
         CorruptCacheError: its spec or manifest cannot be read.
     """
+    storage = open_storage(options.cache)
+    if storage.exists("spec.json") and is_generated_at(storage):
+        return _verify_text(options)
     cache = Cache.open(options.cache)
     found = [problem.text for problem in problems(cache)]
     rechecked = None
@@ -105,6 +112,26 @@ def verify(options: VerifyOptions) -> VerifyResult:
     manifest = cache.manifest
     return VerifyResult(
         cache.url, cache.digest, len(manifest.shards), manifest.rows, tuple(found), rechecked
+    )
+
+
+def _verify_text(options: VerifyOptions) -> VerifyResult:
+    """The same of a generated corpus, and of the model that wrote it."""
+    from kdcache.cache.generated import GeneratedCorpus
+    from kdcache.commands.generate.look import recheck_text
+
+    corpus = GeneratedCorpus.open(options.cache)
+    found, compared = [problem.text for problem in problems(corpus)], None
+    if len(options.teacher) > 1:
+        raise UsageError(f"{corpus.url} was written by one model. Name it alone with --teacher.")
+    if options.teacher and not found:
+        rows, worst, allowed = recheck_text(corpus, options)
+        compared = f"{rows} answers scored again: log-probabilities differ by {worst:.2g} of the "
+        compared += f"logits' spread at most; rounding explains {allowed:.2g}."
+        found += [compared] if worst > allowed else []
+    shards = corpus.manifest.shards
+    return VerifyResult(
+        corpus.url, corpus.digest, len(shards), corpus.manifest.rows, tuple(found), None, compared
     )
 
 

@@ -17,11 +17,14 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache
+from kdcache.cache.generated import GeneratedCorpus
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData
 from kdcache.cache.spec import is_missing
 from kdcache.commands.finetune.finetune import RESULT_FILE as TEACHER_FILE
-from kdcache.commands.inspect import InspectResult, RowView, default_temperature, inspect
+from kdcache.commands.generate.look import GeneratedView, surprises
+from kdcache.commands.inspect import default_temperature, inspect
+from kdcache.commands.inspect_result import InspectResult, RowView
 from kdcache.commands.options import InspectOptions, ReportOptions
 from kdcache.commands.run_folder import RESULT_FILE
 from kdcache.commands.train.callbacks import METRICS_FILE, read_metrics
@@ -171,14 +174,18 @@ def _run(folder: Path) -> RunPart:
 def _cache(path: str, options: ReportOptions) -> CachePart:
     facts = inspect(InspectOptions(path))
     chosen = np.linspace(0, facts.rows, min(options.rows, facts.rows), endpoint=False).astype(int)
-    rows = []
+    rows, surprise = [], tuple[float, ...]()
     for number_of_row in np.unique(chosen):
         found = inspect(InspectOptions(path, row=int(number_of_row), top=options.top)).row
         assert found is not None, "it was asked for"
         rows.append(found)
+    if isinstance(facts, GeneratedView):
+        corpus = GeneratedCorpus.resume(path)
+        surprise = surprises(corpus) if corpus.sealed else ()
+        return CachePart(facts, tuple(rows), (), 0, surprise, redacted(corpus.notes))
     cache = Cache.resume(path)
     figures: tuple[TargetFigures, ...] = ()
-    surprise: tuple[float, ...] = ()
+    surprise = ()
     positions = 0
     if cache.sealed and TASKS[cache.spec.task].distribution:
         figures, surprise, positions = _targets(cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kdcache.commands.inspect import PositionView, RowView
+from kdcache.commands.inspect_result import PositionView, RowView
 from kdcache.commands.report.charts import (
     Article,
     Block,

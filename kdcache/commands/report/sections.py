@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache.figures import domain_table
-from kdcache.commands.inspect import InspectResult
+from kdcache.commands.generate.look import GeneratedView
+from kdcache.commands.inspect_result import InspectResult
 from kdcache.commands.report.charts import (
     COLOURS,
     Blocks,
@@ -42,6 +43,7 @@ def cache_section(part: CachePart) -> Blocks:
         Paragraph(_sentence(found), "lead"),
         Facts(found.facts()),
         Table("Domains", *domain_table(found.domains)) if found.domains else None,
+        samples_table(found) if isinstance(found, GeneratedView) else None,
         *_figures(part.figures, part.positions, TASKS[found.task]),
         histogram(
             "The teacher's surprise at the labels",
@@ -54,11 +56,22 @@ def cache_section(part: CachePart) -> Blocks:
     ]
 
 
+def samples_table(found: GeneratedView) -> Table:
+    """Some answers."""
+    rows = [
+        (f"{s.row:,}", s.prompt, s.completion, f"{s.tokens:,}", f"{s.nats:.2f}", s.reason)
+        for s in found.samples
+    ]
+    return Table("Samples", ("row", "prompt", "answer", "tokens", "nats", "ended by"), rows)
+
+
 def _sentence(found: InspectResult) -> str:
     state = "" if found.finished else f" Unfinished: {found.done:,} of {found.spans:,} shards."
     each = found.bytes_per_position
     cost = "" if each is None else f", {each:.1f} B a position"
     teachers = ", ".join(found.teachers) or "a teacher without a name"
+    if isinstance(found, GeneratedView):
+        return f"Text of {teachers}: {found.rows:,} answers, {size(found.bytes)}{cost}.{state}"
     return (
         f"{found.codec} targets of {teachers} at {found.positions:,} positions: "
         f"{size(found.bytes)}{cost}.{state}"
