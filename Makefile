@@ -8,7 +8,7 @@ VENV ?= .venv
 JOBS ?= 3
 VLLM_VENV ?= .vllm
 TRAINER_VENVS ?= .trainers
-TRAINERS ?= axolotl trl
+TRAINERS ?= axolotl llamafactory swift trl
 LEFT_OUT ?= or exhaustive
 BESIDE := end_to_end or gpu or exhaustive or alone
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ help:
 	@echo "make test-all   those too: every architecture, every moment of a kill (before a release)"
 	@echo "make test-gpu   those that need one"
 	@echo "make test-vllm  those of --engine vllm, with its CPU build in $(VLLM_VENV) (4 GB)"
-	@echo "make test-trainers  those of adapters in the real $(TRAINERS), each in $(TRAINER_VENVS)/NAME (2 GB)"
+	@echo "make test-trainers  those of adapters in the real $(TRAINERS), each in $(TRAINER_VENVS)/NAME (2 to 6 GB)"
 	@echo "make test-fast  unit tests only, two minutes"
 	@echo "make test-in-process  those and what trains or builds in one process: no Ray"
 	@echo "make lint       ruff and strict types"

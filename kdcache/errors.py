@@ -24,9 +24,10 @@ from pathlib import Path
 
 _SHOWN = 300
 # Each extra of this package, and a module that is there where it is installed.
-EXTRAS = {"axolotl": "axolotl", "cluster": "pandas", "gcs": "gcsfs", "lora": "peft",
-          "plot": "matplotlib", "s3": "s3fs", "tensorboard": "tensorboard", "trl": "trl",
-          "vllm": "vllm"}  # fmt: skip
+EXTRAS = {"axolotl": "axolotl", "cluster": "pandas", "gcs": "gcsfs",
+          "llamafactory": "llamafactory", "lora": "peft",
+          "plot": "matplotlib", "s3": "s3fs", "swift": "swift", "tensorboard": "tensorboard",
+          "trl": "trl", "vllm": "vllm"}  # fmt: skip
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 # torch and safetensors report a failed write as errors of their own.

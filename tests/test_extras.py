@@ -60,7 +60,7 @@ ASKS: list[tuple[str, str, Callable[[], object]]] = [
             f"integrations.{name}",
             partial(importlib.import_module, f"kdcache.integrations.{name}"),
         )
-        for name in ("axolotl", "trl")
+        for name in ("axolotl", "llamafactory", "swift", "trl")
     ),
     ("vllm", "--engine", lambda: _build(engine="vllm")),
 ]

@@ -40,6 +40,8 @@ ONLY = {  # a library, and where alone it may be imported
     "fsspec": r"storage/filesystem",
     "peft": r"(student|teacher)/adapter",
     "axolotl": r"integrations/axolotl",
+    "llamafactory": r"integrations/llamafactory",
+    "swift": r"integrations/swift",
     "trl": r"integrations/trl",
 }
 EXCEPTIONS: dict[str, set[str]] = {}

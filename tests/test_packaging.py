@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 # Distributions whose import name is another.
-IMPORTED_AS = {"pyyaml": "yaml"}
+IMPORTED_AS = {"ms-swift": "swift", "pyyaml": "yaml"}
 # Imported without being declared, because a declared dependency cannot do without them.
 CARRIED_BY = {
     "pydantic": "axolotl",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from trainer_contract import ALPHA, TEXTS, Log, build, check, make_student, steps_of
+from trainer_contract import ALPHA, STEPS, TEXTS, Log, build, check, make_student, steps_of
 
 import kdcache
 
@@ -22,9 +22,20 @@ pytestmark = [
         importlib.util.find_spec("axolotl") is None, reason="axolotl is missing: make test-trainers"
     ),
 ]
+# Its kernels of LoRA need a GPU.
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+LORA = {
+    "adapter": "lora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_linear": True,
+    **dict.fromkeys(KERNELS, False),
+}
 FORMS: dict[str, dict[str, Any]] = {
     "text": {"datasets": [{"type": "completion"}]},
     "instructions": {"datasets": [{"type": "alpaca"}], "train_on_inputs": False},
+    "lora": {"datasets": [{"type": "completion"}], **LORA},
 }
 
 
@@ -83,13 +94,13 @@ def test_the_contract(stories260k: Path, tmp_path: Path, form: str) -> None:
     run("preprocess", base, tmp_path)
     cache = build(stories260k, tmp_path / "prepared", tmp_path / "cache", max_length=256)
 
-    def train(name: str, steps: int, resume: bool) -> Log:
+    def train(name: str, checkpoint: Path | None) -> Log:
         out = tmp_path / name
-        more = {"output_dir": str(out), "max_steps": steps}
-        if resume:
-            more["resume_from_checkpoint"] = str(out / f"checkpoint-{steps // 2}")
+        more: dict[str, Any] = {"output_dir": str(out), "max_steps": STEPS}
+        if checkpoint is not None:
+            more["resume_from_checkpoint"] = str(checkpoint)
         run("train", {**base, **more, "kdcache": {"cache": cache, "alpha": ALPHA}}, tmp_path)
-        state = json.loads((out / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+        state = json.loads((out / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
         return steps_of(state["log_history"])
 
     check(cache, student, train, tmp_path)

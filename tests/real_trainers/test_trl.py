@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_contract import ALPHA, TEMPERATURE, TEXTS, Log, build, check, make_student, steps_of
+from trainer_contract import (
+    ALPHA,
+    STEPS,
+    TEMPERATURE,
+    TEXTS,
+    Log,
+    build,
+    check,
+    make_student,
+    steps_of,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.errors import KdcacheError
@@ -87,9 +97,9 @@ def cache_of(stories260k: Path, student: Path, form: str, folder: Path, **option
 def test_the_contract(stories260k: Path, student: Path, tmp_path: Path, form: str) -> None:
     cache = cache_of(stories260k, student, form, tmp_path)
 
-    def train(name: str, steps: int, resume: bool) -> Log:
-        trainer = trainer_of(student, tmp_path / name, form, steps, cache)
-        trainer.train(resume_from_checkpoint=resume)
+    def train(name: str, checkpoint: Path | None) -> Log:
+        trainer = trainer_of(student, tmp_path / name, form, STEPS, cache)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         return steps_of(trainer.state.log_history)
 
     check(cache, student, train, tmp_path)
@@ -102,11 +112,11 @@ def test_an_adapter_is_trained(stories260k: Path, student: Path, tmp_path: Path)
     cache = cache_of(stories260k, student, "completion", tmp_path)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
 
-    def train(name: str, steps: int, resume: bool) -> Log:
+    def train(name: str, checkpoint: Path | None) -> Log:
         trainer = trainer_of(
-            student, tmp_path / name, "completion", steps, cache, peft_config=lora, seed=3
+            student, tmp_path / name, "completion", STEPS, cache, peft_config=lora, seed=3
         )
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         return steps_of(trainer.state.log_history)
 
     check(cache, student, train, tmp_path)
