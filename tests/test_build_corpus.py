@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import further
 
 from kdcache.cache import Cache
 from kdcache.commands.build.build import build
@@ -37,14 +38,14 @@ def test_a_folder_of_text_files_is_the_same_documents_as_jsonl(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    books = ["\n".join(corpus_texts[i : i + 12]) for i in range(0, 60, 12)]
+    books = ["\n".join(corpus_texts[i : i + 6]) for i in range(0, 30, 6)]
     found: dict[str, list[list[int]]] = {}
     for kind in ("txt", "jsonl"):
         (tmp_path / kind).mkdir()
         for i, book in enumerate(books):
             text = book + "\n" if kind == "txt" else json.dumps({"text": book}) + "\n"
             (tmp_path / kind / f"{i}.{kind}").write_text(text)
-        for packing in ("concat", "split", "none"):
+        for packing in ("concat", "none"):
             options = dataclasses.replace(
                 small_build,
                 corpus=(str(tmp_path / kind),),
@@ -142,7 +143,7 @@ def test_copies_of_a_file_and_links_to_it_are_named(
 
 @pytest.mark.parametrize(
     ("change", "last"),
-    [(_edit_middle, False), (_edit_middle, True), (_blank, False), (_cut, False)],
+    [(_edit_middle, True), (_blank, False), *further((_edit_middle, False), (_cut, False))],
 )
 def test_a_file_that_changes_while_it_is_built_is_never_sealed(
     small_build: BuildOptions,
@@ -224,7 +225,7 @@ def test_the_output_may_lie_in_the_corpus(
 ) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "a.jsonl").write_bytes(text_corpus.read_bytes())
+    (folder / "a.jsonl").write_text("".join(text_corpus.read_text().splitlines(keepends=True)[:20]))
     for pattern in (str(folder), f"{folder}/**"):
         options = dataclasses.replace(
             small_build, corpus=(pattern,), out=str(folder / "out" / str(len(pattern)))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import further
 from fuzz_reader import mutate
 
 from kdcache.cache import Cache
@@ -95,7 +96,7 @@ def document_folder(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("mutants", [1_000, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("mutants", [400, *further(10_000)])
 def test_mutants_are_refused_or_read_right(
     mutants: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
