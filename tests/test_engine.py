@@ -386,7 +386,7 @@ input()
 """
 
 
-@pytest.mark.parametrize("when", ["up", "starting"])
+@pytest.mark.parametrize("when", ["starting", *further("up")])
 def test_no_process_of_an_engine_outlives_a_killed_worker(when: str) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", _PARENT, when, process.__file__],

@@ -266,6 +266,10 @@ def test_students_with_another_head_are_refused(
         result = evaluate(EvaluateOptions((heads(**turned),), bench.cache().url))
         truth, t = bench.truth(), bench.logits(bench / "teacher")[:, ::-1]
         assert result.models[1].micro_f1 == pytest.approx(micro_f1(truth, t >= 0))
+    else:  # one output that no problem_type names is what transformers would train it for
+        unnamed = bench.options(tmp_path / "classes", teacher=(heads(problem_type=None),))
+        with pytest.raises(UsageError, match=r"is for regression .* Use --task regression"):
+            build(dataclasses.replace(unnamed, task="sequence-classification"))
     # A head of the same task is trained further; without a problem_type it is taken at its word.
     train(bench.train(tmp_path / "further", student=bench / "teacher", max_steps=1))
     train(bench.train(tmp_path / "plain", student=heads(problem_type=None), max_steps=1))
