@@ -47,9 +47,10 @@ from kdcache.commands.options import (
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss.metrics import Entities, micro_f1, pearson
+from kdcache.rows import Row
 from kdcache.student.figures import figure_of
 from kdcache.targets import DenseTargets
-from kdcache.tasks import IGNORE, TASKS, UNLABELLED
+from kdcache.tasks import IGNORE, TASKS, UNLABELLED, labelled
 
 pytestmark = pytest.mark.slow
 
@@ -189,10 +190,20 @@ def test_an_ensemble_is_the_mean_of_its_members(desk: Desk, ensemble: Any, tmp_p
         got, one, two = squash(got), squash(one), squash(two)
     elif desk.kind.distribution:
         got, one, two = (z.log_softmax(-1) for z in (got, one, two))
-        got, want = got, (0.75 * one + 0.25 * two).log_softmax(-1)
+        want = (0.75 * one + 0.25 * two).log_softmax(-1)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert len(targets_of(cache, 0.7)) == len(got), "logits are right at any temperature"
         return
     torch.testing.assert_close(got, 0.75 * one + 0.25 * two, rtol=1e-4, atol=1e-4)
+
+
+def names_of(desk: Desk, row: Row) -> list[str | None]:
+    """What the labels of a row are called."""
+    if desk.kind.answers == "labels":
+        chosen = [name for name, y in zip(NAMES, row.labels[0], strict=True) if y == 1]
+        return [", ".join(chosen) or "none"]
+    names = TAGS if desk.kind.words else NAMES
+    return [names[y] if y >= 0 else None for y in row.labels[row.positions(desk.task)]]
 
 
 def test_rows_are_shown_exported_reported_and_planned(desk: Desk, tmp_path: Path) -> None:
@@ -202,6 +213,14 @@ def test_rows_are_shown_exported_reported_and_planned(desk: Desk, tmp_path: Path
     view = kdcache.inspect(InspectOptions(cache.url, row=0)).row
     assert view is not None
     assert len(view.positions) == len(row.positions(desk.task))
+    if desk.kind.named:
+        number = next(
+            i for i, one in enumerate(rows_of(cache)) if labelled(one.labels, desk.task).any()
+        )
+        seen = kdcache.inspect(InspectOptions(cache.url, row=number)).row
+        assert seen is not None
+        found = [position.label_text for position in seen.positions]
+        assert found == names_of(desk, rows_of(cache)[number])
     run("report", cache.url, "--out", str(tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
     assert (desk.kind.perplexity or "") in page
