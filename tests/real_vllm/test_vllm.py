@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import kdcache
 from kdcache.cache import Cache
+from kdcache.cache.generated import GeneratedCorpus
 from kdcache.rows import Row
 from kdcache.targets import (
     Codec,
@@ -219,3 +222,48 @@ def test_killed_processes_of_a_build_cost_no_row(
     check = command("verify", cache.url, "--teacher", str(llama), "--sample", "8")
     subprocess.run([*check, "--engine", "transformers"], check=True)
     subprocess.run(check, check=True)
+
+
+def test_it_writes_by_each_requests_seed(
+    llama: Path, corpus_texts: list[str], tmp_path: Path
+) -> None:
+    """Answers do not depend on what else is asked, and their log-probabilities are the model's;
+    ids that pad the output layer are never drawn, and a text ends an answer."""
+    corpus = tmp_path / "prompts.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_texts[:6]))
+
+    def write(name: str, **more: Any) -> list[dict[str, Any]]:
+        options = kdcache.GenerateOptions(
+            model=str(llama),
+            corpus=(str(corpus),),
+            out=str(tmp_path / name),
+            engine="vllm",
+            prompt_tokens=6,
+            max_new_tokens=12,
+            max_length=LENGTH,
+            workers=0,
+            **more,
+        )
+        kdcache.generate(options)
+        return GeneratedCorpus.open(options.out).read(0)
+
+    rows = write("two", samples=2)
+    assert len(rows) == 12
+    alone = write("one", samples=1, limit=3)
+    same = [a["input_ids"] == b["input_ids"] for a, b in zip(alone, rows[::2], strict=False)]
+    assert sum(same) >= 2  # rounding may move a draw
+    assert len({tuple(row["input_ids"]) for row in rows}) > 6
+    model = LlamaForCausalLM.from_pretrained(llama)
+    for row in rows:
+        ids, begin = torch.tensor(row["input_ids"])[None], row["completion_mask"].index(1)
+        assert int(ids.max()) < 300
+        with torch.inference_mode():
+            logprobs = model(ids).logits[0, begin - 1 : -1].log_softmax(-1)
+        want = logprobs.gather(-1, ids[0, begin:, None])[:, 0]
+        np.testing.assert_allclose(row["logprobs"], want, atol=0.05)
+        assert row["finish_reason"] == ("stop" if row["input_ids"][-1] == 0 else "length")
+    stops = (re.search("[ -~]{2}", row["completion"][2:]) for row in rows)
+    stop = next(found[0] for found in stops if found)
+    ended = write("ended", samples=2, stop=(stop,))
+    assert any(row["finish_reason"] == "stop" for row in ended)
+    assert not any(stop in row["completion"] for row in ended)
