@@ -54,6 +54,15 @@ def further(*values: object) -> list[object]:
     ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_is_lost() -> Iterator[None]:
+    """A sync waits milliseconds for the disk, and a training syncs thirty times: nothing here could
+    lose what it keeps, since killed processes leave what they wrote."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _warnings_are_logged() -> None:
     """Also after a command that ran quietly in this process."""

@@ -9,6 +9,8 @@ Run as a script it is the server: `python forked_program.py SOCKET`.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -17,11 +19,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
+LATE = (
+    "kdcache.cli.main",
+    "kdcache.plots",
+    "kdcache.student.trainer",
+    "matplotlib.pyplot",
+    "sklearn.metrics",
+    "torch._dynamo",
+    "transformers.models.bert.modeling_bert",
+)
 COMMANDS = ("build", "evaluate", "finetune", "inspect", "plan", "predict", "train", "verify")
 
 _PROGRAM = """#!{python} -IS
@@ -61,11 +76,18 @@ def _serve(address: str) -> None:
 
     for name in COMMANDS:
         getattr(kdcache, name)
-    for name in ("kdcache.cli.main", "transformers.models.bert.modeling_bert", "sklearn.metrics"):
+    for name in (
+        "kdcache.cli.main",
+        "transformers.models.bert.modeling_bert",
+        "sklearn.metrics",
+        *LATE,
+    ):
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen()
+    os.fsync = lambda _: None  # type: ignore[assignment,misc]  # as in `conftest.py`
+    gc.freeze()  # else each program's collector would copy all that is shared
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     while True:
@@ -79,11 +101,30 @@ def _serve(address: str) -> None:
         if not command:
             listener.close()
             connection.close()
-            become(*json.loads(request), files)
-            return
+            _end(partial(become, *json.loads(request), files))
         _, status = os.waitpid(command, 0)
         connection.send(str(os.waitstatus_to_exitcode(status) % 256).encode())
         os._exit(0)
+
+
+def _end(run: Callable[[], None]) -> NoReturn:
+    """Run a program and end with its exit status, without taking a million objects apart."""
+    try:
+        run()
+        status: object = 0
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(status or 0))  # type: ignore[call-overload]
 
 
 def become(words: list[str], folder: str, environment: dict[str, str], files: list[int]) -> None:

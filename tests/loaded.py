@@ -25,6 +25,7 @@ CONTEXT.set_forkserver_preload(
         "kdcache.commands.sweep.sweep",
         "forked_program",
         "s3fs",
+        "frozen",  # the last one
     ]
 )
 

@@ -186,9 +186,9 @@ def desk(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 8192}))
     header, *labelled = labelled_corpus.read_text().splitlines()
     for name, lines in (
-        ("train", labelled[:100]),
-        ("dev", labelled[100:150]),
-        ("test", labelled[150:]),
+        ("train", labelled[:20]),
+        ("dev", labelled[20:30]),
+        ("test", labelled[30:40]),
     ):
         (tmp_path / f"{name}.tsv").write_text("\n".join([header, *lines]) + "\n")
     texts = text_corpus.read_text().splitlines(keepends=True)
@@ -278,7 +278,7 @@ def test_readme_classifier(run: Run, desk: Path) -> None:
     printed = run("bash", "-euo", "pipefail", "-c", _block("README.md", "classifier"))
     assert "accuracy" in printed
     predictions = _predictions(desk / "predictions.jsonl")
-    assert len(predictions) == 50
+    assert len(predictions) == 10
     assert {p["label"] for p in predictions} <= {"bad", "neutral", "good"}
     assert "tensor" in run("python", "-c", _block("docs/guide.md", "load"))
 
@@ -404,7 +404,7 @@ def test_page_of_targets_by_content_with_trl(run: Run, desk: Path) -> None:
 def test_example_classifier(run: Run, desk: Path) -> None:
     script = str(ROOT / "examples" / "classifier.sh")
     run("bash", script, DATA=".", OUT="out", EPOCHS="1")
-    assert len(_predictions(desk / "out" / "predictions.jsonl")) == 50
+    assert len(_predictions(desk / "out" / "predictions.jsonl")) == 10
 
 
 @pytest.mark.end_to_end

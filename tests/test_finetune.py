@@ -347,8 +347,15 @@ def three_epochs(folder: Path, place: Path) -> FinetuneOptions:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["raised", "swallowed"])
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("sign", "lost"),
+    [
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_an_interrupted_one_continues_from_its_checkpoint(
     folder: Path, tmp_path: Path, whole: FinetuneResult, sign: signal.Signals, lost: bool
 ) -> None:
