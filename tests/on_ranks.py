@@ -40,6 +40,7 @@ from kdcache.loss import (
     passes,
     sliced_linear_distillation,
 )
+from kdcache.stream import SumOverRanks
 from kdcache.targets import (
     AnchoredTargets,
     DenseTargets,
@@ -500,6 +501,19 @@ def _not_finite(total: Tensor) -> None:
     assert not total.isfinite()
 
 
+def counts_of_a_dimension() -> None:
+    """Ranks of a tensor-parallel group read the same rows, whose positions count once."""
+    tp = 1 + (world() % 2 == 0)
+    mesh = init_device_mesh("cpu", (world() // tp, tp), mesh_dim_names=("dp", "tp"))
+    dp = mesh["dp"]
+    total = SumOverRanks(dp.get_group())(10 ** dp.get_local_rank())
+    together(_equal)(int(total), int("1" * dp.size()))
+
+
+def _equal(got: int, want: int) -> None:
+    assert got == want
+
+
 def refusals() -> None:
     world_group: Any = distributed.group.WORLD
     case = Case("bucket", [5] * world())
@@ -586,6 +600,7 @@ CHECKS = (
     confident_students,
     low_precision,
     a_student_that_diverged,
+    counts_of_a_dimension,
     refusals,
     within_one_graph,
     any_shape,

@@ -41,7 +41,19 @@ FENCE = re.compile(
 )
 # Options of other programs in our documents, and other programs.
 FOREIGN = {"--head", "--dashboard-host", "--generate"}
-OTHERS = ("pip ", "pipx ", "uv ", "ray ", "pytest ", "torchrun ", "srun ", "sbatch ", "hf ")
+OTHERS = (
+    "pip ",
+    "pipx ",
+    "uv ",
+    "ray ",
+    "pytest ",
+    "torchrun ",
+    "srun ",
+    "sbatch ",
+    "hf ",
+    "pretrain ",
+    "torchtitan ",
+)
 
 
 def _blocks(path: Path) -> Iterator[tuple[str | None, str, str]]:

@@ -113,13 +113,9 @@ def test_a_loop_goes_on_where_it_stopped(script: Script) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.end_to_end
-def test_workers_take_the_steps_of_one_also_in_tensor_parallel_groups(
-    script: Script, desk: Path
-) -> None:
+def test_workers_take_the_steps_of_one(script: Script, desk: Path) -> None:
     both = on_workers(desk, "plain-loop", 2, "3")
-    groups = on_workers(desk, "tensor-parallel", 4)
-    assert list(groups) == list(both) == [1, 2, 3]
-    assert groups == pytest.approx(both, abs=2e-4)
+    assert list(both) == [1, 2, 3]
     state = torch.load("runs/plain-loop.pt", weights_only=True)
     assert state["stream"]["streams"] == 2
     assert list(script("plain-loop", "5")) == [4, 5]  # alone, with the streams of two

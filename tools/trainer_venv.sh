@@ -3,14 +3,14 @@
 #
 #     tools/trainer_venv.sh NAME FOLDER [PYTHON]    # Python 3.11 or later; 2 to 6 GB, some minutes
 #
-# NAME is axolotl, llamafactory, swift or trl.
+# NAME is axolotl, llamafactory, megatron, swift, torchtitan or trl.
 #
 # What a trainer requires for GPUs, pictures, web pages or other tasks is left out: the rest is installed by
 # name, and its own wheel without requirements.
 #
 # Exit code 75 where it cannot be had here: another Python, no network, no such wheel.
 set -euo pipefail
-name=$1 venv=$2 python=${3:-python3} torch=torch==2.13.0
+name=$1 venv=$2 python=${3:-python3} torch=torch==2.13.0 more=
 cd "$(dirname "$0")/.."
 [ -e "$venv/.installed" ] && [ "$venv/.installed" -nt pyproject.toml ] && exit 0
 unavailable() { echo "$1" >&2; exit 75; }
@@ -22,9 +22,12 @@ case $name in
     # torchaudio loads beside the torch it was built for, whose libraries of CUDA it needs.
     torch="torch==2.11.0 torchaudio==2.11.0 torchvision==0.26.0"
     without="torch|torchaudio|torchvision|av|fastapi|gradio|hf-transfer|modelscope|sse-starlette|uvicorn" ;;
+  megatron) package=megatron-core==0.16.1 without=torch ;;
   swift) package=ms-swift==4.6.0
     without="torch|aiohttp|attrdict|cpm-kernels|fastapi|importlib-metadata|nltk|openai|oss2|rouge"
     without="$without|transformers-stream-generator|uvicorn" ;;
+  # Its modules import Triton, which PyTorch's CPU build does not bring.
+  torchtitan) package=torchtitan==0.3.0 without="torch|wandb" more=triton ;;
   trl) package=trl==1.16.0 without=torch ;;
   *) echo "no adapter for $name" >&2; exit 2 ;;
 esac
@@ -38,5 +41,5 @@ pip download --no-deps -d "$wheels" "$package" || unavailable "$package cannot b
 "$venv/bin/python" tools/needs.py "$wheels"/*.whl "$without" > "$wheels/needs.txt"
 pip install $torch -r "$wheels/needs.txt" || unavailable "what $package needs cannot be installed"
 pip install --no-deps "$wheels"/*.whl
-pip install $torch -r "$wheels/needs.txt" -e . peft pytest pytest-timeout
+pip install $torch -r "$wheels/needs.txt" -e . peft pytest pytest-timeout $more
 touch "$venv/.installed"
