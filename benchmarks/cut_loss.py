@@ -137,7 +137,8 @@ def main() -> None:
     text = (
         f"`python benchmarks/cut_loss.py`. {machine()}. {options.vocab:,} ids over "
         f"{options.ranks} ranks, hidden {options.hidden:,}, {options.positions:,} positions, "
-        f"{options.entries} entries at T = {options.temperature:g}; one process, median of {options.steps} steps.\n\n"
+        f"{options.entries} entries at T = {options.temperature:g}; one process, "
+        f"median of {options.steps} steps.\n\n"
         + table(
             ["one rank's loss, forward and backward", "ms", "of the first", *["GiB"] * gpu], rows
         )
