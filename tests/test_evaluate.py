@@ -31,9 +31,10 @@ from transformers import AutoModelForSequenceClassification
 from kdcache.cache import Cache
 from kdcache.cli.views import render_evaluation
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.scores import DomainScores, EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import DomainScores, EvaluateResult
 from kdcache.commands.options import EvaluateOptions
 from kdcache.errors import IncompleteError, UsageError
+from kdcache.metrics import ModelScores
 from kdcache.student import DistilledStudent, StudentInfo, load_student
 from kdcache.tasks import IGNORE
 

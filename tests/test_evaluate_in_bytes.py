@@ -24,9 +24,10 @@ from kdcache.cli.views import render_evaluation
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import EvaluateResult
 from kdcache.commands.options import EvaluateOptions
 from kdcache.errors import UsageError
+from kdcache.metrics import ModelScores
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from kdcache.cache.figures import DomainFigures
     from kdcache.commands.build.dry_run import DryRun
     from kdcache.commands.demo.demo import DemoResult
-    from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+    from kdcache.commands.evaluate.scores import EvaluateResult
     from kdcache.commands.inspect_result import InspectResult, RowView
     from kdcache.commands.plan.sample import DomainEstimate
     from kdcache.commands.sweep.results import SettingScore, SweepResult
+    from kdcache.metrics import ModelScores
 
 
 def render_estimates(domains: Sequence[DomainEstimate], console: Console) -> None:

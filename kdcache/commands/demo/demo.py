@@ -39,7 +39,7 @@ from kdcache.commands.demo.teacher import (
     write_jsonl,
 )
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.evaluate.scores import EvaluateResult, ModelScores
+from kdcache.commands.evaluate.scores import EvaluateResult
 from kdcache.commands.options import DemoOptions, EvaluateOptions
 from kdcache.commands.run_folder import RunFolder
 from kdcache.commands.train.callbacks import read_metrics
@@ -49,6 +49,7 @@ from kdcache.commands.train.train import train
 from kdcache.errors import UsageError, install_command, installed
 from kdcache.files import alone, local_path, try_output, write_json
 from kdcache.humanize import counted, duration, size
+from kdcache.metrics import ModelScores
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.teacher import quiet_transformers
 

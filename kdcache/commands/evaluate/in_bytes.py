@@ -32,9 +32,9 @@ from torch import Tensor
 from kdcache import loss
 from kdcache.align import Aligner, CachedRow, TokenBytes, label_bytes
 from kdcache.commands.evaluate.rows import EvaluationRows
-from kdcache.commands.evaluate.scores import ModelScores
 from kdcache.errors import UsageError
 from kdcache.loss.chunks import compared
+from kdcache.metrics import ModelScores
 from kdcache.rows import Row
 from kdcache.rows.batches import batches, documents_of
 from kdcache.stream.text import RowKind

@@ -6,92 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.metrics import METRICS
+from kdcache.metrics import METRICS, ModelScores
 from kdcache.plots import Chart, Line, plot_charts
 from kdcache.tasks import TASKS
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Predictions of about one confidence.
-
-    Attributes:
-        confidence: mean probability of the predicted id or class.
-        accuracy: share of them that is right.
-        positions: how many there are.
-    """
-
-    confidence: float
-    accuracy: float
-    positions: int
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """The figures of one model; None where one has no meaning or is not known.
-
-    Attributes:
-        name: as the user gave it, or `teacher` for cached targets.
-        role: `teacher`, `student`, or `baseline` of one answer for all.
-        parameters: numbers in its weights; None for cached targets.
-        accuracy: share of hard labels that are the most probable id or class.
-        f1: of class 1 with two classes, else macro (classification only).
-        cross_entropy: with the hard labels, nats per position, T = 1; of several labels a row
-            the mean over classes.
-        perplexity: its exponential (language models only; of a masked one at the masked
-            places, a pseudo-perplexity).
-        kl: KL(teacher || student) at the result's temperature, nats per position; of several
-            labels a row the mean over classes.
-        soft_cross_entropy: where KL is not known: that plus the teacher's entropy.
-        agreement: share of positions whose most probable id is also the teacher's; of several
-            labels a row the share of rows and classes on which both decide alike.
-        calibration_error: expected calibration error of the most probable id, T = 1.
-        micro_f1: of several labels a row, over all rows and classes at the threshold.
-        macro_f1: their mean over classes.
-        micro_average_precision: the same without a threshold, over all rows and classes.
-        macro_average_precision: its mean over classes.
-        mse: mean squared error of scores.
-        pearson: their linear correlation with the hard labels.
-        spearman: the correlation of their ranks.
-        teacher_mse: mean squared difference from the teacher's scores.
-        calibration: the bins that it is made of, those with predictions; empty where not known.
-        entity_f1: micro F1 of entities (tags of entities only, see `kdcache.loss.metrics`).
-        entity_precision: share of the entities found that are right.
-        entity_recall: share of the true entities that were found.
-        bits_per_byte: minus the log2 of its probability of the text, a byte of text (causal LM
-            only): comparable between any two models of one evaluation.
-        chunk_kl: KL between "this text" and "any other" of teacher and student, nats per chunk, at
-            T = 1. None where all models share a tokenizer.
-        chunk_agreement: share of chunks where both find the text more probable than not, or both
-            do not. None where all models share a tokenizer.
-    """
-
-    name: str
-    role: str
-    parameters: int | None
-    accuracy: float | None = None
-    f1: float | None = None
-    cross_entropy: float | None = None
-    perplexity: float | None = None
-    kl: float | None = None
-    soft_cross_entropy: float | None = None
-    agreement: float | None = None
-    calibration_error: float | None = None
-    calibration: tuple[Bin, ...] = ()
-    entity_f1: float | None = None
-    entity_precision: float | None = None
-    entity_recall: float | None = None
-    bits_per_byte: float | None = None
-    chunk_kl: float | None = None
-    chunk_agreement: float | None = None
-    micro_f1: float | None = None
-    macro_f1: float | None = None
-    micro_average_precision: float | None = None
-    macro_average_precision: float | None = None
-    mse: float | None = None
-    pearson: float | None = None
-    spearman: float | None = None
-    teacher_mse: float | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdcache.commands.evaluate.in_bytes import InBytes, by_its_own_tokens
 from kdcache.commands.evaluate.rows import EvaluationRows
-from kdcache.commands.evaluate.scores import Bin, DomainScores, ModelScores
+from kdcache.commands.evaluate.scores import DomainScores
 from kdcache.humanize import counted
 from kdcache.loss import INDEPENDENT, distillation_loss
 from kdcache.loss.metrics import (
@@ -40,6 +40,7 @@ from kdcache.loss.metrics import (
     ratio,
     spearman,
 )
+from kdcache.metrics import Bin, ModelScores
 from kdcache.student.one_answer import ONE_ANSWERS, OneAnswer, little_learnt
 from kdcache.student.saved import LoadedModel
 from kdcache.targets import DenseTargets, SparseTargets
