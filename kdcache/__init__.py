@@ -55,6 +55,8 @@ if TYPE_CHECKING:
         InspectOptions,
         PlanOptions,
         PredictOptions,
+        PullOptions,
+        PushOptions,
         RepairOptions,
         ReportOptions,
         SweepOptions,
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from kdcache.commands.plan.result import PlanResult
     from kdcache.commands.predict.predict import PredictResult, predict
     from kdcache.commands.report.report import ReportResult, report
+    from kdcache.commands.share import ShareResult, pull, push
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.sweep.sweep import sweep
     from kdcache.commands.train.options import TrainOptions

@@ -29,7 +29,8 @@ from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
 from kdcache.targets.label_logprob import sum_logprobs
 
 _VALUES = 1 << 24  # decoded at a time
-_NOT_OURS = ("tmp", "events", "events.jsonl")  # scratch and logs, which nothing reads
+# Scratch, logs, and what a hub keeps beside: nothing reads them.
+_NOT_OURS = ("tmp", "events", "events.jsonl", "README.md", ".gitattributes")
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,28 @@ COMMANDS = {
             "kdcache verify cache --teacher SmolLM2-135M --sample 64",
         ),
     ),
+    "push": Command(
+        help="Upload a cache to a dataset repository of the Hugging Face hub, with a card.",
+        options="commands.options:PushOptions",
+        function="commands.share:push",
+        result="commands.share:ShareResult",
+        printer="shared",
+        examples=(
+            "kdcache verify cache --teacher SmolLM2-135M --json > verified.json",
+            "kdcache push cache hf://datasets/OWNER/NAME --measured verified.json",
+            _CONTINUE,
+        ),
+        next="inspect {to}",
+    ),
+    "pull": Command(
+        help="Copy a cache from the Hugging Face hub or another store to a folder.",
+        options="commands.options:PullOptions",
+        function="commands.share:pull",
+        result="commands.share:ShareResult",
+        printer="shared",
+        examples=("kdcache pull hf://datasets/OWNER/NAME cache", _CONTINUE),
+        next="inspect {to} --row 0",
+    ),
     "repair": Command(
         help="Remove damaged files from a cache, so that the same build makes only these again.",
         options="commands.options:RepairOptions",

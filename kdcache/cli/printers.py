@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kdcache.commands.plan.result import PlanResult
     from kdcache.commands.predict.predict import PredictResult
     from kdcache.commands.report.report import ReportResult
+    from kdcache.commands.share import ShareResult
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.train.options import TrainOptions
     from kdcache.commands.train.result import TrainResult
@@ -391,6 +392,14 @@ def repaired(_: RepairOptions, result: RepairResult) -> Next:
     if result.old_digest is not None:
         echo(f"The digest was {result.old_digest} and is {result.digest} now.")
     return () if result.removed or result.missing else None
+
+
+def shared(_: Options, result: ShareResult) -> Next:
+    """Print what was copied."""
+    before = f", {counted(result.present, 'file')} had been there" if result.present else ""
+    echo(f"{result.to}: {counted(result.files, 'file')} copied, {size(result.bytes)}{before}.")
+    echo(f"digest {result.digest}")
+    return None
 
 
 def collected(options: GcOptions, result: GcResult) -> Next:

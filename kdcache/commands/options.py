@@ -45,6 +45,31 @@ class RepairOptions(Options):
 
 
 @dataclass(frozen=True)
+class PushOptions(Options):
+    """What `kdcache push` takes."""
+
+    cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
+    to: str = option(
+        help="the repository, hf://datasets/OWNER/NAME; made where there is none, private.",
+        metavar="REPOSITORY",
+        positional=True,
+    )
+    measured: tuple[str, ...] = option(
+        (),
+        help="what `verify --teacher` or `plan` printed with --json, for the card (optional).",
+        metavar="FILE.json",
+    )
+
+
+@dataclass(frozen=True)
+class PullOptions(Options):
+    """What `kdcache pull` takes."""
+
+    cache: str = option(help="URL of a finished cache.", metavar="URL", positional=True)
+    to: str = option(help="folder of the copy.", metavar="CACHE", positional=True, output=True)
+
+
+@dataclass(frozen=True)
 class InspectOptions(Options):
     """What `kdcache inspect` takes."""
 

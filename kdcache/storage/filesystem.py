@@ -48,6 +48,10 @@ _S3_CURE = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role; "
     "it must be allowed to list, get, put and delete objects there."
 )
+_HUB_CURE = (
+    "Sign in with `hf auth login`, or set HF_TOKEN to a token that may read there (write, for a "
+    "push), and check the repository's name."
+)
 _GCS_CURE = (
     "Set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account; it must be allowed "
     "to list, get, create and delete objects there."
@@ -58,6 +62,7 @@ _STORES = {
     "s3a": ("s3", _S3_CURE),
     "gs": ("gcs", _GCS_CURE),
     "gcs": ("gcs", _GCS_CURE),
+    "hf": (None, _HUB_CURE),
 }
 _NO_CREDENTIALS = (
     "NoCredentialsError",
@@ -111,8 +116,10 @@ class FileSystem:
             )
         require({extra: f"{protocol}://"} if extra else {})
         try:
-            # Listings are the state of a cache: none may come from memory.
-            self.fs, self.path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+            # Listings are the state of a cache: none may come from memory, or, where the client of
+            # the hub keeps them in spite of that, from before.
+            fresh = {"skip_instance_cache": True} if protocol == "hf" else {}
+            self.fs, self.path = fsspec.core.url_to_fs(url, use_listings_cache=False, **fresh)
         except (ImportError, ValueError) as error:
             raise UsageError(
                 f"{self.shown}: can't open {protocol}:// paths ({redact(str(error))}). To "
@@ -143,7 +150,7 @@ class FileSystem:
                         self._call("cat_file", args[0], volume=1, start=0, end=1)
                 raise
 
-        return self._patiently(request)
+        return self.patiently(request)
 
     def read(self, path: str, start: int, stop: int) -> bytes:
         """The bytes [start, stop) of a file, all of them; raises as `ask` does."""
@@ -168,7 +175,7 @@ class FileSystem:
                 raise failed[0]
             return [done[i] for i in range(len(ranges))]
 
-        return self._patiently(request)
+        return self.patiently(request)
 
     def _ranges(
         self, paths: list[str], starts: list[int], stops: list[int], volume: int
@@ -192,7 +199,8 @@ class FileSystem:
             options["timeout"] = _SILENCE + volume / _SLOWEST
         return getattr(self.fs, verb)(*args, **options)
 
-    def _patiently(self, request: Callable[[], T]) -> T:
+    def patiently(self, request: Callable[[], T]) -> T:
+        """Begin a request to this store again while it has trouble; raises as `ask` does."""
         begin = time.monotonic()
         for attempt in itertools.count():
             try:
@@ -226,14 +234,14 @@ class FileSystem:
             ) from error
         if isinstance(error, (FileNotFoundError, FileExistsError)):
             raise error
-        if code in _EXPIRED:
+        if code in _EXPIRED or (status == 401 and "expired" in str(error)):
             raise IncompleteError(
                 f"{self.shown}: the credentials have expired ({_words(error)}). Renew them and run "
                 "the same command again: what is committed stays valid."
             ) from error
         if kind in _NO_CREDENTIALS:
             raise UsageError(f"{self.shown}: {_words(error)}. {self._cure}") from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or status in (401, 403):
             raise UsageError(
                 f"{self.shown}: access denied ({_words(error)}). {self._cure}"
             ) from error
@@ -311,9 +319,13 @@ def _unresolved(error: BaseException | None) -> bool:
 
 def _answer(error: Exception) -> tuple[str | None, int | None]:
     """S3's word for an error and its HTTP status, where the error came as an answer."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    response = next(
+        (r for e in (error, error.__cause__) if (r := getattr(e, "response", None)) is not None),
+        None,  # a response of the hub's client is false where it has an error's status
+    )
     if not isinstance(response, dict):
-        return None, getattr(error, "status", None)  # of an error of aiohttp
+        status = getattr(response, "status_code", None)  # of the hub, or of an error of aiohttp
+        return None, getattr(error, "status", None) if status is None else int(status)
     code = response.get("Error", {}).get("Code")
     return code, response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
@@ -327,5 +339,6 @@ def _wordless(error: Exception) -> bool:
 
 def _words(error: Exception) -> str:
     """An error's message without secrets, on one line."""
-    text = " ".join(redact(str(error)).split()) or "no answer in time"
+    said = getattr(error, "server_message", None) or str(error)  # the hub's own words
+    text = " ".join(redact(said).split()) or "no answer in time"
     return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"

@@ -103,11 +103,11 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
                 f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
                 f"# {markdown(name)}",
                 "A student that was trained on the cached answers of its teacher with kdcache.",
-                _table(("", ""), facts),
+                table(("", ""), facts),
                 "## Data",
-                _table(("cache", "codec", "rows", "SHA-256 of its manifest", "corpus"), caches),
+                table(("cache", "codec", "rows", "SHA-256 of its manifest", "corpus"), caches),
                 "## Figures",
-                _table(("figure", "value"), [(k, f"{v:.4f}") for k, v in measured.items()]),
+                table(("figure", "value"), [(k, f"{v:.4f}") for k, v in measured.items()]),
                 *([_PER_TOKEN] if task.causal else []),
                 "## Use",
                 f"```python\n{load}\n```",
@@ -117,7 +117,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     )
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table whose cells are texts from anywhere."""
     lines = [header, ("---",) * len(header), *rows]
     cells = ([c if _DIGEST.fullmatch(c) else markdown(c) for c in line] for line in lines)
