@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import further
 from make_caches import word_tokenizer
 from safetensors.torch import load_file, save_file
 from sklearn.utils.class_weight import compute_class_weight
@@ -440,7 +441,7 @@ def test_files_may_not_grow(folder: Path, tmp_path: Path, whole: FinetuneResult)
     assert same(finetune(three_epochs(folder, tmp_path)), whole)
 
 
-@pytest.mark.parametrize("model", ["bert", "distil"])
+@pytest.mark.parametrize("model", ["bert", *further("distil")])
 def test_an_adapter_is_a_teacher_of_its_own_files(
     options: Make, folder: Path, tmp_path: Path, model: str
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import further
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file, save_file
 from small_runs import LLAMA, metrics
@@ -177,7 +178,7 @@ def batch_of(cache: Path) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", *further("bert")])
 def test_a_run_is_an_adapter_and_goes_on_to_the_bit(
     options: Make, folder: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import further
 from make_caches import make_cache
 from small_runs import USUAL
 
@@ -88,7 +89,7 @@ class StopError(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [4, 12])
+@pytest.mark.parametrize("after", [*further(4), 12])
 def test_a_run_that_was_killed_leaves_what_one_does_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

@@ -268,7 +268,7 @@ def test_errors_of_a_disk_are_tried_again_with_the_same_command(
     "point",
     [
         pytest.param("rows.encoders:TextEncoder.encode", marks=pytest.mark.exhaustive),
-        "teacher.teacher:load_models",
+        pytest.param("teacher.teacher:load_models", marks=pytest.mark.exhaustive),
         pytest.param("teacher.model:TeacherModel._slices", marks=pytest.mark.exhaustive),
         "cache.cache:Cache.commit",
     ],
