@@ -184,7 +184,11 @@ class Writer:
         """A batch with as many of those who wait as it has room for, read up to their prompts."""
         rows = 0 if batch is None else len(batch)
         taken: list[Ask] = []
-        while waiting:
+        most = len(waiting)
+        if batch is None and waiting:  # even batches: two rows alone take as long as ten
+            room = self._room(None, prompts[waiting[-1].prompt], longest)
+            most = -(-most // -(-most // room))
+        while len(taken) < most:
             ask = waiting[0]
             room = self._room(batch, prompts[ask.prompt], longest)
             free = room - rows - len(taken)
