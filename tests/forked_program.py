@@ -76,12 +76,7 @@ def _serve(address: str) -> None:
 
     for name in COMMANDS:
         getattr(kdcache, name)
-    for name in (
-        "kdcache.cli.main",
-        "transformers.models.bert.modeling_bert",
-        "sklearn.metrics",
-        *LATE,
-    ):
+    for name in LATE:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)

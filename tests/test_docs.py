@@ -197,6 +197,8 @@ def desk(
     file = tmp_path / "HuggingFaceTB/SmolLM2-135M/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 8192}))
     header, *labelled = labelled_corpus.read_text().splitlines()
+    pairs = (line.split("\t") for line in labelled)
+    labelled = [f"{' '.join(text.split()[:12])}\t{label}" for text, label in pairs]
     for name, lines in (
         ("train", labelled[:20]),
         ("dev", labelled[20:30]),
