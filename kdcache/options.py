@@ -163,7 +163,9 @@ class Option(Declared):
 
     @property
     def spelled(self) -> str:
-        """How to say it on a command line: `--max-length`, or `--bilstm layers` of a KEY."""
+        """How to say it on a command line: `--max-length`, `--bilstm layers` of a KEY, or `CACHE`."""
+        if self.positional:
+            return self.metavar or self.flag
         if self.instead is None or "{}" in self.instead[1]:
             return self.flag
         return f"--{self.instead[0].replace('_', '-')} {self.instead[1]}"
@@ -220,7 +222,7 @@ class Option(Declared):
         for one in value if self.several and value is not None else (value,):
             if one is None:
                 continue
-            if self.output and (problem := output_problem(str(one), self.flag)):
+            if self.output and (problem := output_problem(str(one), self.spelled)):
                 return problem
             if self.choices and one not in self.choices:
                 return f"{self.spelled} is {one!r}, expected one of {', '.join(self.choices)}."

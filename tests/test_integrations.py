@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_lm
-from trainer_contract import ALPHA, Log, build, check, steps_of
+from trainer_contract import ALPHA, STEPS, Log, build, check, steps_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -85,10 +85,10 @@ def log_of(trainer: CachedTrainer, **how: Any) -> Log:
 
 
 def test_the_contract(rows: Rows, cache: str, student: Path, tmp_path: Path) -> None:
-    def train(name: str, steps: int, resume: bool) -> Log:
-        saves = {"save_strategy": "steps", "save_steps": 10}
-        trainer = trainer_of(student, tmp_path / name, rows, cache, max_steps=steps, **saves)
-        return log_of(trainer, resume_from_checkpoint=resume)
+    def train(name: str, checkpoint: Path | None) -> Log:
+        saves = {"save_strategy": "steps", "save_steps": STEPS // 2, "max_steps": STEPS}
+        trainer = trainer_of(student, tmp_path / name, rows, cache, **saves)
+        return log_of(trainer, resume_from_checkpoint=checkpoint and str(checkpoint))
 
     check(cache, student, train, tmp_path)
 

@@ -18,6 +18,9 @@ WORDS = {
     "transcode": "none --codec topk:4 --out {}",
     "import": "--corpus none --tokenizer none --out {}",
     "export": "{cache} --out {}",
+    "generate": "--model none --corpus none --out {}",
+    "generate --cache": "--model none --corpus none --out {out} --cache {}",
+    "pull CACHE": "{cache} {}",
     "train": "--cache {cache} --student bilstm --out {}",
     "sweep": "{grid} --out {} --workers 0",
     "finetune": "--model none --corpus none --out {}",
@@ -65,8 +68,9 @@ def test_every_option_of_an_output_is_tried() -> None:
         kind = getattr(kdcache, name)
         if isinstance(kind, type) and issubclass(kind, Options):
             for one in options_of(kind):
-                assert one.output == (one.name in ("out", "plot")), (kind, one.name)
+                shown = one.metavar if one.positional else one.flag
+                words = f"{name.removesuffix('Options').lower()} {shown}".removesuffix(" --out")
+                assert one.output or one.name not in ("out", "plot"), words
                 if one.output:
-                    command = name.removesuffix("Options").lower()
-                    found.add(f"{command} {one.flag}".removesuffix(" --out"))
+                    found.add(words)
     assert found == set(WORDS)

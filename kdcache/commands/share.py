@@ -26,6 +26,7 @@ from kdcache.cache import Cache
 from kdcache.commands.data_card import CARD_FILE, data_card
 from kdcache.commands.options import PullOptions, PushOptions
 from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.files import try_output
 from kdcache.humanize import counted, size
 from kdcache.storage import Storage, open_storage, redact, sha256_file
 from kdcache.storage.filesystem import FileSystem
@@ -112,6 +113,7 @@ def pull(options: PullOptions, report: Callable[[str], None] = lambda line: None
         IncompleteError: the cache is not finished, or its store does not answer.
         CorruptCacheError: a file is not that of the manifest.
     """
+    try_output(options.to, "CACHE")
     cache, target = Cache.open(options.cache), open_storage(options.to)
     files = list(_files(cache))
     _check_place(target.url, _tree(target), {file.name for file in files})

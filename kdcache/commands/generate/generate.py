@@ -44,6 +44,7 @@ from kdcache.commands.row_options import (
 )
 from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
+from kdcache.files import try_output
 from kdcache.pretrained import UnreadableError, generation_ends, tokenizer_files, tokenizer_sha256
 from kdcache.rows import RowSpec
 from kdcache.rows.answers import Sampling
@@ -121,6 +122,8 @@ def generate(
     """
     if options.dry_run:
         raise UsageError("dry_run is for kdcache.generate_dry, which describes a generation.")
+    if options.cache is not None:
+        try_output(options.cache, "--cache")
     plan = functools.partial(plan_of, options)
     made = make_shards(plan, options.out, options, on_progress, report)
     driver, shards = made.driver, made.shards
