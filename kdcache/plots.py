@@ -197,7 +197,7 @@ class Chart:
         x_label: name and unit of the x axis.
         y_label: name and unit of the y axis.
         lines: what was measured.
-        levels: dashed lines across the whole width.
+        levels: dashed lines across the whole width, in colours of their own.
         ticks: names of x = 0, 1, 2, ..., where these are no numbers.
         diagonal: whether a dashed line shows where y equals x.
     """
@@ -214,6 +214,7 @@ class Chart:
 _MOST_MARKED = 40  # points of a line that get markers
 _MOST_BESIDE = 3  # charts in a row
 _DASHES = ("--", ":", "-.", (0, (1, 3)))
+_STYLES = ("-", (0, (9, 2)), (0, (6, 1, 1, 1)), (0, (2, 1)))  # of lines, none of them in _DASHES
 
 
 def plot_charts(path: str | Path, charts: Sequence[Chart], *, title: str, note: str = "") -> None:
@@ -242,8 +243,11 @@ def draw_charts(charts: Sequence[Chart], *, title: str, note: str = "") -> Any:
         for line in chart.lines:
             _draw_line(axes, line, labels.index(line.label))
         for level in chart.levels:
-            dash = _DASHES[dashes.index(level.label) % len(_DASHES)]
-            axes.axhline(level.value, color=_INK, linestyle=dash, linewidth=1.2, label=level.label)
+            k = dashes.index(level.label)
+            axes.axhline(
+                level.value, color=_colour(len(labels) + k), linestyle=_DASHES[k % len(_DASHES)],
+                linewidth=1.6, label=level.label,
+            )  # fmt: skip
         if chart.ticks:
             axes.set_xticks(range(len(chart.ticks)), chart.ticks, fontsize=9)
             axes.set_xlim(-0.4, len(chart.ticks) - 0.6)
@@ -289,7 +293,9 @@ def _draw_line(axes: Any, line: Line, k: int) -> None:
         color=colour,
         marker=marker if marked else None,
         markersize=_MARKER_POINTS,
-        linewidth=0 if not line.joined else 1.6 if marked else 1.0,
+        # Without markers, another style in each round of colours tells the lines apart.
+        linestyle=_STYLES[k // len(_COLOURS) % len(_STYLES)] if line.joined else "none",
+        linewidth=1.6 if marked else 1.0,
         elinewidth=1.2,
         capsize=3,
         label=line.label,

@@ -91,6 +91,20 @@ def test_an_axis_names_its_values_and_no_offset() -> None:
     assert axes.yaxis.get_offset_text().get_text() == ""
 
 
+def test_all_lines_and_levels_of_a_chart_look_different() -> None:
+    def looks(count: int, points: int) -> set[object]:
+        x = list(range(points))
+        lines = [Line(f"line {k}", x, [float(k)] * points) for k in range(count)]
+        levels = [Level(label, 0.5) for label in ("teacher, training", "teacher, evaluation")]
+        (axes,) = draw_charts([Chart("", "step", "loss", lines, levels)], title="").axes
+        named = [line for line in axes.lines if line.get_marker() not in ("|", "_")]
+        assert len(named) == count + 2
+        return {(one.get_color(), str(one._unscaled_dash_pattern)) for one in named}
+
+    assert len({colour for colour, _ in looks(2, 9)}) == 4  # type: ignore[misc]
+    assert len(looks(14, 99)) == 16  # too many points for markers, too many lines for colours
+
+
 def test_a_run_is_drawn_beside_its_teacher(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"step": 1, "loss": 2.0, "hard_loss": 3.0, "soft_loss": 1.0},
