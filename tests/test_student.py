@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -491,6 +492,28 @@ def test_plain_encoder_gets_a_seeded_head(tmp_path: Path) -> None:
     assert first.config.id2label == {0: "bad", 1: "good"}  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="embeds 40 ids, the cache's tokenizer has 41"):
         load_student(str(tmp_path), StudentInfo("sequence-classification", V + 1, 2))
+
+
+def test_a_new_student_of_scores_begins_at_their_mean(tmp_path: Path) -> None:
+    """As a biLSTM, from a configuration and on a bare encoder; what was trained keeps its head."""
+    size = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**size, intermediate_size=16)
+    torch.manual_seed(0)
+    bare, small, trained = (str(tmp_path / name) for name in ("bare", "small.json", "trained"))
+    transformers.BertModel(config).save_pretrained(bare)
+    Path(small).write_text(json.dumps({"model_type": "bert", "intermediate_size": 16, **size}))
+    info = StudentInfo("regression", vocab_size=V, num_labels=1, texts=TEXTS, mean=37.5)
+    ids = torch.randint(1, 4, (4, 6))  # the words of TEXTS are few
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("bilstm", bare, small):
+        model: Any = load_student(name, info)
+        with torch.no_grad():
+            assert model.eval()(**inputs).logits == pytest.approx(37.5, abs=2)
+            unknown = load_student(name, replace(info, mean=None, texts=TEXTS)).eval()
+            assert unknown(**inputs).logits == pytest.approx(0, abs=2)
+    model.save_pretrained(trained)
+    kept: Any = load_student(trained, replace(info, mean=-5.0))
+    assert kept.classifier.bias.item() == 37.5
 
 
 def test_classes_in_another_order_are_refused(student_classifier: Path) -> None:
