@@ -167,7 +167,7 @@ def test_a_student_of_another_tokenizer_by_character_offsets(
     result = evaluate(EvaluateOptions((str(bytes_lm),), cache=stories, limit=3))
     theirs, ours = AutoTokenizer.from_pretrained(tiny_lm), AutoTokenizer.from_pretrained(bytes_lm)
     nats = np.zeros(2)
-    size = count = agreed = 0
+    size = count = agreed = likely = 0
     divergence = 0.0
     for text in texts:
         first, second = offsets(theirs, text), offsets(ours, text)
@@ -183,6 +183,7 @@ def test_a_student_of_another_tokenizer_by_character_offsets(
             size += high - low
             count += 1
             agreed += (p > math.log(0.5)) == (q > math.log(0.5))
+            likely += p > math.log(0.5)
             other = [math.log1p(-math.exp(x)) for x in (p, q)]
             divergence += math.exp(p) * (p - q) + -math.expm1(p) * (other[0] - other[1])
     teacher, student = of(result, "teacher"), of(result, "student")
@@ -195,6 +196,10 @@ def test_a_student_of_another_tokenizer_by_character_offsets(
     )
     assert of(live, "student").chunk_kl == pytest.approx(divergence / count, rel=1e-4)
     assert of(live, "student").chunk_agreement == agreed / count
+    side, share = ("more", likely) if likely > count / 2 else ("less", count - likely)
+    (base,) = (note for note in live.notes if note.startswith("Agreement on chunks"))
+    assert f"{share / count:.1%} is what one answer for all reaches" in base
+    assert f"so many of them {side} probable than not" in base
 
 
 def test_students_of_several_tokenizers_are_asked_for_the_same_bytes(

@@ -80,6 +80,7 @@ class InBytes:
         text: bytes of text with a label.
         bytes: those of them in chunks.
         chunks: their number.
+        likely: those of them that the teacher finds more probable than not.
         impossible: chunks left out since the teacher gives a label in them no probability.
         lost: stretches that an other's tokens do not have the bytes of.
         cut: labels beyond what an other can read.
@@ -95,6 +96,7 @@ class InBytes:
     text: int = 0
     bytes: int = 0
     chunks: int = 0
+    likely: int = 0
     impossible: int = 0
     lost: int = 0
     cut: int = 0
@@ -142,6 +144,7 @@ class InBytes:
         theirs = None if known is None else known[kept]
         if self.teacher is not None and theirs is not None:
             self.teacher.nats -= float(theirs.sum())
+            self.likely += int((theirs > -math.log(2)).sum())
         for sums, values in zip([*self.same, *self.own], [*same, *own], strict=True):
             mine = _sums(values, over)[kept]
             sums.nats -= float(mine.sum())
@@ -167,6 +170,7 @@ class InBytes:
         self.text += other.text
         self.bytes += other.bytes
         self.chunks += other.chunks
+        self.likely += other.likely
         self.impossible += other.impossible
         self.lost += other.lost
         self.cut += other.cut
@@ -201,6 +205,13 @@ class InBytes:
                 f"byte, chunk KL and agreement are over {self.chunks:,} chunks of text between "
                 f"byte boundaries that all models share, {share:.1%} of {self.text:,} bytes."
             )
+            if self.teacher is not None and self.chunks:
+                rate = self.likely / self.chunks
+                side, share = ("more", rate) if rate > 0.5 else ("less", 1 - rate)
+                yield (
+                    f"Agreement on chunks: {share:.1%} is what one answer for all reaches, as the "
+                    f"teacher finds so many of them {side} probable than not."
+                )
         if soft and self.teacher is None:
             yield (
                 "The cache lacks the log-probability of its labels, so the teacher's bits per byte "
