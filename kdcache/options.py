@@ -163,7 +163,7 @@ class Option(Declared):
 
     @property
     def spelled(self) -> str:
-        """How to say it on a command line: `--max-length`, `--bilstm layers` of a KEY, or `CACHE`."""
+        """How to say it on a command line: `--max-length`, `--bilstm layers` of a KEY, `CACHE`."""
         if self.positional:
             return self.metavar or self.flag
         if self.instead is None or "{}" in self.instead[1]:
