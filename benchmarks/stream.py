@@ -136,6 +136,7 @@ def make_cache(
         temperatures=codec.temperatures,
         seed=0,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+        levels=codec.levels,
         output_layer=hashlib.sha256(layer).hexdigest() if layer else None,
     )
     given: dict[str, Any] = {"tokenizer_files": {}, "ranks": ranks, "output_layer": layer}

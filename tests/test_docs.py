@@ -553,6 +553,19 @@ def test_format_of_language_models(plain_reader: dict[str, Any], name: str) -> N
             np.testing.assert_array_equal(source, data.row(i).source)
 
 
+@pytest.mark.parametrize("name", ["topk-1-2", "topk-levels"])
+def test_format_of_both_forms_of_topk(plain_reader: dict[str, Any], name: str) -> None:
+    out = str(Path(__file__).parent / "golden" / name)
+    cache = Cache.open(out)
+    for temperature in cache.spec.temperatures:
+        ours: Any = cache.read(0).targets.at(temperature)
+        theirs = list(plain_reader["targets"](out, cache.manifest.shards[0].name, temperature))
+        ids, weights, tails = (np.stack(part) for part in list(zip(*theirs, strict=True))[:3])
+        np.testing.assert_array_equal(ids, ours.ids)
+        np.testing.assert_allclose(weights, ours.weights, rtol=2e-6, atol=1e-9)
+        np.testing.assert_allclose(tails, ours.tail, rtol=1e-6)
+
+
 def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
     data, name = cache.read(0), cache.manifest.shards[0].name
     rows = list(reader["rows"](out, name))

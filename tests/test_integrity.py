@@ -422,6 +422,34 @@ def test_a_shard_made_anew_with_the_same_bytes_leaves_the_manifest_alone(tmp_pat
     assert files(tmp_path / "a") == before
 
 
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/spec.json")))
+def test_a_shard_of_an_earlier_version_is_made_again_with_its_bytes(
+    name: str, tmp_path: Path
+) -> None:
+    cache = Cache.open(str(shutil.copytree(GOLDEN / name, tmp_path / "golden")))
+    before = files(tmp_path / "golden")
+    data, said = cache.read(0), cache.manifest.shards[0]
+    cache.storage.remove(f"shards/{said.name}")
+    facts = {"skipped": said.skipped, "clipped_mass": said.clipped_mass}
+    assert Cache.open(cache.url).commit(0, data, **facts) == said
+    assert files(tmp_path / "golden") == before
+
+
+def test_a_build_follows_the_form_in_which_its_cache_was_begun(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "topk-1-2", tmp_path / "golden")
+    before, old = files(folder), Cache.open(str(folder))
+    beside = {"tokenizer_files": old.tokenizer_files(), "ranks": old.read_beside("ranks.u32")}
+    new = dataclasses.replace(old.spec, levels=True)
+    notes = dict(old.notes)
+    assert Cache.create_or_resume(str(folder), new, notes=notes, **beside).spec == old.spec
+    assert files(folder) == before
+    with pytest.raises(UsageError, match="seed: 0 -> 1"):
+        Cache.create_or_resume(str(folder), dataclasses.replace(new, seed=1), **beside)
+    fresh = Cache.create_or_resume(str(tmp_path / "new"), new, **beside)
+    assert fresh.spec.levels
+    assert fresh.spec.fingerprint != old.spec.fingerprint
+
+
 # What crashed builds leave
 
 

@@ -136,7 +136,7 @@ def test_fidelity_tells_exact_from_drawn_from_cut(options: PlanOptions) -> None:
         assert byte[t].mass == pytest.approx(1)
         assert half[t].near_angle < byte[t].near_angle < 20
         assert topk[t].bias == topk[t].noise > 1e-6
-        assert topk[t].missed == pytest.approx(1 - topk[t].mass, abs=2e-3)
+        assert topk[t].missed == pytest.approx(1 - topk[t].mass, abs=5e-3)
         assert sample[t].bias == sample[t].missed == 0
         assert 0 < sample[t].noise < 1 / 6
         assert sample[t].norm_ratio > 1
@@ -159,7 +159,7 @@ def test_the_same_command_gives_the_same_figures(options: PlanOptions, planned: 
 
 
 def test_gradients_by_hand() -> None:
-    codec = Codec.parse("topk:5", (2.0,), 40)
+    codec = Codec.parse("topk:5", (2.0,), 40).in_floats()
     logits = 2 * torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
     raw = {k: v.numpy() for k, v in codec.encode(logits).items()}
     targets = codec.at(codec.pack(raw), 2.0)

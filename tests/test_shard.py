@@ -192,7 +192,7 @@ def test_what_is_not_this_shard_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        (10**12, "needs up to 32000000002832 bytes of memory"),  # 2 TB stored, more decoded
+        (10**12, "needs up to 32000000002128 bytes of memory"),  # 2 TB stored, more decoded
         (10**7, "claims 20000000 bytes"),  # little enough for the memory, more than is stored
     ],
 )

@@ -27,7 +27,7 @@ from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import read_shard
 from kdcache.cache.spec import from_text, to_text
 from kdcache.errors import CorruptCacheError
-from kdcache.targets import Codec
+from kdcache.targets import TopK
 from kdcache.targets.soft import read_ranks
 
 PACKAGE = Path(__file__).parent.parent / "kdcache"
@@ -163,7 +163,7 @@ def test_what_is_no_file_is_not_read(golden: Path) -> None:
     assert shard.name in naming(golden)
 
 
-CODEC = Codec.parse("topk:3", (1.0,), 64)
+CODEC = TopK(64, (1.0,), 3, levels=False)
 
 
 @pytest.fixture
@@ -385,7 +385,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.targets.soft import read_ranks
 from kdcache.cache.hdf5 import read_all
 from kdcache.cache.shard import ShardCounts, read_shard
-from kdcache.targets import Codec
+from kdcache.targets import Codec, TopK
 
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), taken + (64 << 20)))

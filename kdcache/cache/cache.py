@@ -95,7 +95,8 @@ class Cache(ShardStore[CacheSpec]):
             nats, impossible = sum_logprobs(data.label_logprob)
             facts |= {"label_nats": nats, "impossible_labels": impossible}
         attributes = {"fingerprint": self.spec.fingerprint, "index": span, **facts}
-        content = shard_bytes(data, attributes=attributes)
+        said = self.manifest.shards[span].sha256 if self.sealed else None
+        content = shard_bytes(data, attributes=attributes, sha256=said)
         return self.put(span, content, (len(data), len(data.input_ids), len(data.targets)), facts)
 
     def codec(self) -> Codec:

@@ -7,13 +7,13 @@ compared with the file's size and with each other before memory is allocated.
 
 A chunk is deflated twice, and the smaller stream is kept: as HDF5 does it, and with Huffman codes
 alone. In columns of counts and codes, short repetitions cost more bits than codes of single symbols
-do. Every deflate reads both. Where the smaller one saves less than 5 %, as of int8 hidden states,
-the chunk is stored as it is: inflating it would take ten times as long as all else a reader does.
+do. Every deflate reads both. Where the smaller one saves too little for what a column is read for
+(5 %, of hidden states 25 %), the chunk is stored as it is: inflating it would take three to ten
+times as long as all else a reader does.
 
 Cost: some microseconds a column and one a chunk; the second deflate takes a quarter of the first's
 time. Guarantee: a column that passes has all its values in the file itself, and takes at most 1,100
-times its stored bytes in memory. The same values give the same bytes with the same zlib, at most
-5.3 % more than HDF5's filters would make of them.
+times its stored bytes in memory. The same values give the same bytes with the same zlib.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,40 @@ import numpy.typing as npt
 from kdcache.errors import CorruptCacheError, passes
 
 _LEVEL = 4
+_BOTH = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY)
+
+EARLIER = ((_BOTH, 0.95), (_BOTH, math.inf), (_BOTH[:1], math.inf))
+"""How earlier versions stored every chunk: how they deflated, and how much that might leave."""
+
+_earlier: ContextVar[tuple[tuple[int, ...], float] | None] = ContextVar("earlier", default=None)
 
 
-def stored_chunk(values: npt.NDArray[np.generic]) -> tuple[bytes, int]:
+@contextmanager
+def written_as(form: tuple[tuple[int, ...], float]) -> Iterator[None]:
+    """Columns that are written in the block are stored as one of `EARLIER`."""
+    token = _earlier.set(form)
+    try:
+        yield
+    finally:
+        _earlier.reset(token)
+
+
+def stored_chunk(values: npt.NDArray[np.generic], worth: float = 0.95) -> tuple[bytes, int]:
     """What the filters make of the values of one chunk, and which filters it skips.
 
     Args:
         values: contiguous, little-endian numbers, as many as a whole chunk has.
+        worth: share of its bytes that deflate may leave, at most; else it is stored as it is.
 
     Returns:
         The bytes with their checksum, and HDF5's mask of skipped filters: 0 or `_AS_IT_IS`.
     """
     planes = values.reshape(-1).view(np.uint8).reshape(-1, values.itemsize).T
     shuffled = np.ascontiguousarray(planes).data
-    found = [_deflated(shuffled, way) for way in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY)]
+    ways, worth = _earlier.get() or (_BOTH, worth)
+    found = [_deflated(shuffled, way) for way in ways]
     stream, mask = min(found, key=len), 0
-    if len(stream) > _WORTH * values.nbytes:
+    if len(stream) > worth * values.nbytes:
         stream, mask = values.tobytes(), _AS_IT_IS
     return stream + fletcher32(stream).to_bytes(4, "little"), mask
 
@@ -89,7 +108,6 @@ DEFLATE_LIMIT = 1100
 
 _SHUFFLE, _DEFLATE, _FLETCHER = 2, 1, 3
 _AS_IT_IS = 0b011  # mask of a chunk that skips the first two
-_WORTH = 0.95  # of a chunk's bytes, deflate must leave no more than that
 _CHUNK_BYTES = 1 << 20  # of a chunk of more than one item, at most
 _WRITTEN_CHUNK = 1 << 19  # of those that are written here
 _CHECKSUM = 4  # bytes behind a chunk from fletcher32; deflate has a checksum of its own
@@ -329,8 +347,8 @@ def _check_chunks(path: Path, dataset: Any, name: str) -> None:
         raise CorruptCacheError(f"{path}: the chunks of column {name} are missing or misplaced.")
 
 
-def write_column(group: Any, name: str, array: np.ndarray) -> None:
-    """Write a column, in chunks that pass through the filters of every HDF5."""
+def write_column(group: Any, name: str, array: np.ndarray, worth: float = 0.95) -> None:
+    """Write a column, in chunks that pass through the filters of every HDF5; see `stored_chunk`."""
     if array.size == 0:  # HDF5 cannot chunk nothing
         group.create_dataset(name, data=array)
         return
@@ -351,7 +369,7 @@ def write_column(group: Any, name: str, array: np.ndarray) -> None:
         part = array[start : start + length]
         chunk[: len(part)] = part
         corner = (start, *(0 for _ in array.shape[1:]))
-        stored, mask = stored_chunk(chunk)
+        stored, mask = stored_chunk(chunk, worth)
         dataset.id.write_direct_chunk(corner, stored, mask)
 
 

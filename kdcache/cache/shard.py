@@ -12,6 +12,7 @@ Guarantee: the same content gives the same bytes (no times, no machine names ins
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,7 +36,14 @@ from kdcache.cache.columns import (
     first_of_rows,
     offsets_of,
 )
-from kdcache.cache.hdf5 import attribute, columns_of, open_file, write_text
+from kdcache.cache.hdf5 import (
+    EARLIER,
+    attribute,
+    columns_of,
+    open_file,
+    write_text,
+    written_as,
+)
 from kdcache.cache.hdf5 import read_column as _read
 from kdcache.cache.hdf5 import write_column as _write
 from kdcache.errors import CorruptCacheError
@@ -215,12 +223,31 @@ def write_shard(path: Path, data: ShardData, *, attributes: Mapping[str, Any]) -
     path.write_bytes(shard_bytes(data, attributes=attributes))
 
 
-def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
+def shard_bytes(
+    data: ShardData, *, attributes: Mapping[str, Any], sha256: str | None = None
+) -> bytes:
     """The content of one shard file.
 
     HDF5 composes it in memory: where a disk is full, HDF5 itself cannot close its file any more and
     takes the process down when it exits.
+
+    Args:
+        data: rows and targets.
+        attributes: as `write_shard` takes them.
+        sha256: of the content that it had before, perhaps as an earlier version wrote it.
     """
+    content = _compose(data, attributes)
+    for form in EARLIER if sha256 is not None else ():
+        if hashlib.sha256(content).hexdigest() == sha256:
+            break
+        with written_as(form):
+            made = _compose(data, attributes)
+        if hashlib.sha256(made).hexdigest() == sha256:
+            return made
+    return content
+
+
+def _compose(data: ShardData, attributes: Mapping[str, Any]) -> bytes:
     # The name never meets a disk, but two open files of one process may not share it.
     with h5py.File(uuid.uuid4().hex, "w", driver="core", backing_store=False) as file:
         write_text(file, "format", "kdcache-shard")
@@ -237,7 +264,7 @@ def shard_bytes(data: ShardData, *, attributes: Mapping[str, Any]) -> bytes:
                 column.write(rows, data, values)
         targets = file.create_group("targets")
         for stored in data.targets.codec.columns:
-            _write(targets, stored.name, data.targets.columns[stored.name])
+            _write(targets, stored.name, data.targets.columns[stored.name], stored.worth)
         file.flush()
         return bytes(file.id.get_file_image())
 

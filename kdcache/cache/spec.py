@@ -67,6 +67,10 @@ class Spec(ABC):
     def without_secrets(self) -> Spec:
         """As it is written: with none of the secrets that an engine may have been given."""
 
+    def in_form_of(self, begun: Any) -> Spec:
+        """What continues a folder of this spec that an earlier version has begun."""
+        return self
+
     @property
     def domain_names(self) -> tuple[str, ...]:
         """The domains in the order of their first spans; none where corpora have no names."""
@@ -118,6 +122,8 @@ class CacheSpec(Spec):
         format: version of the cache format.
         ranks: SHA-256 of `ranks.u32`, by which ids are stored as frequency ranks; None where they
             are stored as they are.
+        levels: whether a `topk` codec stores levels of one byte; imports and earlier versions store
+            floats.
         label_logprob: whether shards keep the teacher's log-probability of each label.
         source: `codec` and `digest` of the cache whose targets were encoded anew; None of a build.
         output_layer: SHA-256 of the file of the teacher's output layer, where targets are hidden
@@ -143,6 +149,7 @@ class CacheSpec(Spec):
     seed: int
     format: int = FORMAT
     ranks: str | None = None
+    levels: bool = False
     label_logprob: bool = False
     source: Mapping[str, Any] | None = None
     output_layer: str | None = None
@@ -240,6 +247,7 @@ class CacheSpec(Spec):
     def make_codec(self) -> Codec:
         """The codec that reads and writes this cache's targets."""
         codec = Codec.parse(self.codec, self.temperatures, self.vocab_size)
+        codec = codec if self.levels else codec.in_floats()
         means = len(self.teachers) > 1 and self.ensemble == "mean-probs"
         means = means or not TASKS[self.task].has_temperature
         return replace(codec, declared_only=True) if means and isinstance(codec, Dense) else codec
@@ -248,8 +256,12 @@ class CacheSpec(Spec):
         """As it is written: with none of the secrets that an engine may have been given."""
         return replace(self, teachers=tuple(redacted(self.teachers)))
 
+    def in_form_of(self, begun: CacheSpec) -> CacheSpec:
+        """See `Spec.in_form_of`."""
+        return self if begun.levels else replace(self, levels=False)
 
-_OPTIONAL = {"ranks", "label_logprob", "source", "output_layer", "domains"}
+
+_OPTIONAL = {"ranks", "levels", "label_logprob", "source", "output_layer", "domains"}
 
 
 def _text(value: Any) -> bool:
@@ -298,7 +310,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "temperatures": _list(_number),
     "seed": lambda value: type(value) is int and abs(value) < 1 << 63,
     "ranks": _none_or(_text),
-    "label_logprob": lambda value: value is None or value is True,
+    **dict.fromkeys(("levels", "label_logprob"), lambda value: value is None or value is True),
     "source": _none_or(_object(codec=_text, digest=_text)),
     "output_layer": _none_or(_text),
     "domains": _none_or(

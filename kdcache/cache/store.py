@@ -154,6 +154,8 @@ class ShardStore(ABC, Generic[SpecT]):
                 )
             at_work = storage.create_shared("spec.json", to_text(document))
         cache = cls._read(storage)
+        if cache.in_use:
+            spec = spec.in_form_of(cache.spec)
         unused = bool(cache.spec.differences(spec)) and not cache.in_use
         if unused:
             if at_work is not None:

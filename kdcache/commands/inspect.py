@@ -256,10 +256,10 @@ def _guesses(
     mass = targets.weights.double().sum(-1) + targets.tail.double()
     columns = (targets.ids.numpy(), targets.weights.double().numpy(), mass.tolist())
     for ids_of, weights, total in zip(*columns, strict=True):
-        # A sample may hold an id twice: its weights add up.
-        found, where = np.unique(ids_of[weights > 0], return_inverse=True)
+        # A sample may hold an id twice: its weights add up. Of equal ones the first stored is first.
+        found, first, where = np.unique(ids_of[weights > 0], return_index=True, return_inverse=True)
         sums = np.bincount(where, weights[weights > 0], len(found))
-        order = np.argsort(-sums, kind="stable")[:top]
+        order = np.lexsort((first, -sums))[:top]
         pairs.append([(int(found[i]), float(sums[i])) for i in order])
         rests.append(max(0.0, total - float(sums[order].sum())))
     return pairs, rests, targets.exact

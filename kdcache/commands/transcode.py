@@ -183,14 +183,16 @@ def narrowed(targets: SoftTargets, codec: TopK) -> SoftTargets:
     The ids that are left out go into the tail, with what they weigh at each temperature; the others
     keep their weights.
     """
-    columns = {name: targets.columns[name][:, : codec.k] for name in ("ids", "logprob_steps")}
+    assert isinstance(targets.codec, TopK), "top-k targets"
     tails = []
     for temperature in codec.temperatures:
         found = targets.at(temperature)
         assert isinstance(found, SparseTargets), "top-k targets are sparse"
         tails.append(found.tail + found.weights[:, codec.k :].sum(-1))
-    columns["tail"] = torch.stack(tails, -1).clamp_max(1).numpy()
-    columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    ids, surprises = targets.columns["ids"], targets.codec.surprises(targets.columns)
+    columns = codec.stored(
+        ids[:, : codec.k], surprises[:, : codec.k], torch.stack(tails, -1).clamp_max(1).numpy()
+    )
     return SoftTargets(codec, columns, targets.rank_to_id)
 
 
@@ -265,6 +267,7 @@ def _plan(options: TranscodeOptions) -> ShardPlan:
             temperatures=codec.temperatures,
             seed=options.seed,
             ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+            levels=codec.levels,
             output_layer=None,
             source={"codec": spec.codec, "digest": digest},
         ),

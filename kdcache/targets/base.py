@@ -38,12 +38,14 @@ class Column:
         shape: shape of one item; `()` for a scalar.
         per: "position", or the name of a ragged axis: `Codec.counts` says how many of its items
             belong to each position.
+        worth: share of a chunk's bytes that deflate may leave, at most; else it is stored as it is.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
     per: str = "position"
+    worth: float = 0.95
 
 
 class Codec(ABC):
@@ -55,6 +57,7 @@ class Codec(ABC):
         keeps_logits: whether targets give every logit of a position, stored or rebuilt.
         reads_states: whether `encode` takes the output layer's input instead of logits.
         needs_noise: whether `encode` needs a uniform number for each position.
+        levels: whether columns that had floats in earlier versions hold levels of one byte.
     """
 
     kind: ClassVar[str]
@@ -66,6 +69,7 @@ class Codec(ABC):
 
     vocab_size: int
     temperatures: tuple[float, ...]
+    levels: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -190,6 +194,10 @@ class Codec(ABC):
         The same targets, though entries of a position may be in another order.
         """
         return dict(columns)
+
+    def in_floats(self) -> Codec:
+        """The codec whose columns hold floats where this one's hold levels."""
+        return self
 
     def check_temperature(self, temperature: float) -> None:
         """Refuse a temperature at which these targets would be wrong.

@@ -41,6 +41,7 @@ from kdcache.targets.output_layer import OutputLayer
 
 _COLUMNS = {"float16": "float16", "bfloat16": "uint16", "int8": "uint8"}
 _WIDTH = 2048  # of a layer that is not known yet, for planning
+_WORTH = 0.75  # float16 as it is is read 3.5 times as fast for 12 % more bytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Hidden(Codec):
     def columns(self) -> tuple[Column, ...]:
         """`states` [positions, D] (bit patterns of bfloat16; int8 levels, 128 for 0), and for
         int8 the `steps` of its blocks [positions, max(1, D // 32)]."""
-        states = Column("states", _COLUMNS[self.dtype], (self._known.width,))
+        states = Column("states", _COLUMNS[self.dtype], (self._known.width,), worth=_WORTH)
         steps = Column("steps", "uint8", (blocks_of(self._known.width)[0],))
         return (states, steps) if self.dtype == "int8" else (states,)
 

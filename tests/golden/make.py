@@ -5,10 +5,10 @@
 They are the promise that later versions read what earlier ones wrote, so they are never made again:
 what comes later adds folders of its own beside them, and only those that are missing are made.
 Caches of ten rows in one shard; the rows and logits below are no one's teacher's. Those in `KEEP`
-have the log-probabilities of the labels, the rows of those in `APART` hold documents that do not
-attend to each other, and those in `DOMAINS` have shards of corpora with names; the others are older
-than that. `expected.json` holds what the caches must
-give, taken from the rows themselves and, for the targets, from what the codecs read right after
+have the log-probabilities of the labels, those in `LEVELS` levels of one byte, the rows of those in
+`APART` hold documents that do not attend to each other, and those in `DOMAINS` have shards of
+corpora with names; the others are older than that. `expected.json` holds what the caches must give,
+taken from the rows themselves and, for the targets, from what the codecs read right after
 they had written: `test_targets.py` is what says that these are right.
 """
 
@@ -53,6 +53,7 @@ CACHES = {
     "dense": ("sequence-classification", "dense", (1.0,)),
     "topk-1": ("causal-lm", "topk:4", (1.0,)),
     "topk-1-2": ("causal-lm", "topk:4", (1.0, 2.0)),
+    "topk-levels": ("causal-lm", "topk:4", (1.0, 2.0)),
     "sample-1": ("causal-lm", "sample:5", (1.0,)),
     "sample-1-2": ("causal-lm", "sample:5", (1.0, 2.0)),
     "hidden-int8": ("causal-lm", "hidden:int8", (1.0, 2.0)),
@@ -67,6 +68,7 @@ CACHES = {
     "pairs": ("seq2seq-lm", "sample:5", (1.0, 2.0)),
 }
 KEEP = {"label-logprob", "masked", "pairs"}
+LEVELS = {"topk-levels"}
 APART = {"documents"}
 DOMAINS = {"domains": (("web", 6), ("code", 3), ("web", 1))}  # and rows of the shard of each
 PAIRS = {"seq2seq-lm": {"max_source_length": 8, "decoder_start": 0}}
@@ -168,6 +170,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         temperatures=temperatures,
         seed=0,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+        levels=folder.name in LEVELS,
         label_logprob=folder.name in KEEP,
         output_layer=hashlib.sha256(layer).hexdigest() if layer else None,
         domains=tuple({"name": name, "spans": 1} for name, _ in domains),

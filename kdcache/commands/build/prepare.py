@@ -220,6 +220,7 @@ def prepare(options: BuildOptions) -> Prepared:
         temperatures=codec.temperatures,
         seed=options.seed,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
+        levels=codec.levels,
         label_logprob=task.over_ids,
         domains=tuple(corpus.domains),
     )

@@ -75,7 +75,8 @@ def _plan(options: ImportOptions) -> ShardPlan:
     source = _source(options, corpus)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     k, columns = _first(options, corpus, source, tokenizer)
-    codec = Codec.parse(f"topk:{k}", (1.0,), vocab_size)
+    # What others published keeps its precision.
+    codec = Codec.parse(f"topk:{k}", (1.0,), vocab_size).in_floats()
     ranks = count_ranks(corpus, source.rows, tokenizer, vocab_size) if codec.uses_ranks else b""
     pad_id = tokenizer.pad_token_id
     reading = {**corpus.settings, "layout": source.layout, "targets": source.targets}
