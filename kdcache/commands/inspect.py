@@ -256,7 +256,7 @@ def _guesses(
     mass = targets.weights.double().sum(-1) + targets.tail.double()
     columns = (targets.ids.numpy(), targets.weights.double().numpy(), mass.tolist())
     for ids_of, weights, total in zip(*columns, strict=True):
-        # A sample may hold an id twice: its weights add up. Of equal ones the first stored is first.
+        # A sample may hold an id twice: its weights add up. Equal ones stay in order.
         found, first, where = np.unique(ids_of[weights > 0], return_index=True, return_inverse=True)
         sums = np.bincount(where, weights[weights > 0], len(found))
         order = np.lexsort((first, -sums))[:top]
