@@ -164,11 +164,9 @@ class Option(Declared):
     @property
     def spelled(self) -> str:
         """How to say it on a command line: `--max-length`, `--bilstm layers` of a KEY, `CACHE`."""
-        if self.positional:
-            return self.metavar or self.flag
-        if self.instead is None or "{}" in self.instead[1]:
-            return self.flag
-        return f"--{self.instead[0].replace('_', '-')} {self.instead[1]}"
+        if self.instead is not None and "{}" not in self.instead[1]:
+            return f"--{self.instead[0].replace('_', '-')} {self.instead[1]}"
+        return self.metavar or self.flag if self.positional else self.flag
 
     @property
     def required(self) -> bool:
@@ -212,8 +210,8 @@ class Option(Declared):
             return ""
         for one in value if self.several and value is not None else (value,):
             if self.types and not any(map(partial(_is_a, one), self.types)):
-                expected = " or ".join(_TYPES[kind][1] for kind in self.types)
-                expected = f"one of {', '.join(self.choices)}" if self.choices else expected
+                kinds = " or ".join(_TYPES[kind][1] for kind in self.types)
+                expected = f"one of {', '.join(self.choices)}" if self.choices else kinds
                 return f"{self.spelled} is {one!r}, expected {expected}."
         return ""
 
