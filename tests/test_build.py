@@ -178,7 +178,7 @@ def test_vocabularies_of_any_size(vocabulary: int, width: int, codec: str, tmp_p
     assert min(vocabulary, 2**16) <= int(targets.ids.max()) + 1 <= vocabulary
     if targets.exact:
         best = p.topk(min(4, vocabulary), -1).values
-        torch.testing.assert_close(targets.weights, best, rtol=5e-3, atol=1e-3)
+        torch.testing.assert_close(targets.weights, best, rtol=2.5e-2, atol=6e-3)
         torch.testing.assert_close(p.gather(1, targets.ids), best, rtol=5e-3, atol=1e-3)
     total = targets.weights.sum(-1) + targets.tail
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)

@@ -190,4 +190,4 @@ def test_a_row_of_4096_tokens(
     found = data.targets.take(np.array([data.position_offsets[1] - 1])).at(1.0)
     best = last.softmax(-1).topk(4)
     assert found.ids[0].tolist() == best.indices.tolist()
-    torch.testing.assert_close(found.weights[0], best.values, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(found.weights[0], best.values, rtol=2.5e-2, atol=2e-3)
