@@ -468,7 +468,7 @@ def test_a_span_that_always_fails_is_set_aside_and_the_rest_completes(
         r"(.|\n)*span 4",
     ) as caught:
         drive(workers)
-    # A worker that dies may live another time; the same traceback thrice is the span's own.
+    # A worker that dies may live another time; the same exception thrice is the span's own.
     assert isinstance(caught.value, IncompleteError) == (fault == "worker")
     assert len([1 for span, _ in workers.log if span == 1]) == tries
     assert len({span for span, _ in workers.log}) == 6

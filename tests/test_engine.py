@@ -33,7 +33,7 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import PlanOptions, VerifyOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.verify import verify
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.targets import DenseTargets
 from kdcache.teacher import TeacherFiles
 from kdcache.teacher.engine import process
@@ -172,8 +172,9 @@ def test_answers_to_something_else_are_faults(
     options: BuildOptions, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(vllm, "FAULT", fault)
-    with pytest.raises(IncompleteError, match="vLLM answered a row of"):
+    with pytest.raises(KdcacheError, match="vLLM answered a row of") as raised:
         build(options)
+    assert raised.value.exit_code == 1, "the same each time"
     assert not Cache.resume(options.out).committed()
 
 

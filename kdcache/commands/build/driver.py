@@ -473,14 +473,14 @@ class Driver:
     def _end(self, text: str) -> NoReturn:
         """Raise for spans that failed, and say whether it helps to run the same command again.
 
-        It does not where the last two tries of each, alone on a worker, ended in one traceback that
-        is not of the machine.
+        It does not where the last two tries of each, alone on a worker, raised the same exception,
+        and it is not of the machine. Their tracebacks may differ in the frames that waited for it.
         """
         tries = [self._failures[span] for span in self._set_aside or self._failures]
-        same = all(one[-1].exit_code == 1 and one[-1].trace == one[-2:][0].trace for one in tries)
+        same = all(one[-1].exit_code == 1 and one[-1].line == one[-2:][0].line for one in tries)
         if same and self._set_aside:
             ended = KdcacheError(
-                f"{text}Tried again, each ended in the same traceback. Correct what it names, the "
+                f"{text}Tried again, each ended in the same exception. Correct what it names, the "
                 "teacher or the record; then the same command continues."
             )
         else:
