@@ -29,7 +29,6 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kdcache.cache import Cache, ShardEntry
 from kdcache.cache.shard import ShardData
@@ -48,10 +47,10 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches, documents_of
 from kdcache.rows.spec import no_label
 from kdcache.targets import Hidden, SoftTargets, TargetWriter
-from kdcache.targets.device import label_logprobs
 from kdcache.targets.label_logprob import Codes
 from kdcache.tasks import TASKS
-from kdcache.teacher import Slice, Teacher, TeacherOptions, find_batch_tokens, logits_at, peak_share
+from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
+from kdcache.teacher.encoding import Encoding
 
 
 class Work(Protocol):
@@ -244,6 +243,7 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         self.options, self.spec = options, cache.spec
         self.tokenizer = cache.tokenizer()
         self.teacher = Teacher(options.teacher, self.spec.vocab_size)
+        self._encode = Encoding(self.codec, self.spec.label_logprob, options.teacher.temperatures)
         self.device = self.teacher.device.type
         self.takes_turns = self.teacher.takes_turns
         self._turn = threading.Lock()
@@ -398,29 +398,6 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
                 text = self.tokenizer.decode(ids) if row.text is None else row.text
                 return f"the row {shorten(text, 80)!r}"
         return f"{len(rows)} rows, each of which it can answer"
-
-    def _encode(self, piece: Slice, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What is kept of some positions, on their device.
-
-        Args:
-            piece: as the teacher yields it.
-            u: float64 [n], the codec's noise.
-            labels: int64 [n], hard labels.
-
-        Returns:
-            What the codec gives, and "label_logprob" float32 [n] if the cache keeps that.
-        """
-        made_for = self.options.teacher.temperatures
-        values = logits_at(piece.read_by(self.codec), made_for, self.codec.temperatures)
-        encoded = self.codec.encode(values, u)
-        if self.spec.label_logprob:
-            at_one = logits_at(piece.logits, made_for, (1.0,))
-            read_before = encoded if piece.logits.ndim == 2 else None
-            logprobs = label_logprobs(at_one, labels, read_before)
-            encoded["label_logprob"] = logprobs
-            if self.codec.reads_states:  # which may be finite where the logits are not
-                encoded["finite"] = encoded["finite"] & ~logprobs.isnan()
-        return encoded
 
     def _shrink(self, lengths: Sequence[int], error: torch.OutOfMemoryError) -> None:
         """Remember half the size of a batch that did not fit, for this span and later ones."""

@@ -1,0 +1,49 @@
+"""What is kept of a teacher's answers, computed where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kdcache.targets import Codec
+from kdcache.targets.device import label_logprobs
+from kdcache.teacher.memory import Slice
+from kdcache.teacher.teacher import logits_at
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Makes a cache's numbers of slices of logits.
+
+    Attributes:
+        codec: of the cache.
+        label_logprob: whether the cache keeps the log-probabilities of hard labels.
+        made_for: `TeacherOptions.temperatures`.
+    """
+
+    codec: Codec
+    label_logprob: bool
+    made_for: tuple[float, ...] = (1.0,)
+
+    def __call__(self, piece: Slice, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What is kept of some positions, on their device; the host waits for nothing.
+
+        Args:
+            piece: as the teacher yields it.
+            u: float64 [n], the codec's noise.
+            labels: int64 [n], hard labels.
+
+        Returns:
+            What the codec gives, and "label_logprob" float32 [n] if the cache keeps that.
+        """
+        values = logits_at(piece.read_by(self.codec), self.made_for, self.codec.temperatures)
+        encoded = self.codec.encode(values, u)
+        if self.label_logprob:
+            at_one = logits_at(piece.logits, self.made_for, (1.0,))
+            read_before = encoded if piece.logits.ndim == 2 else None
+            logprobs = label_logprobs(at_one, labels, read_before)
+            encoded["label_logprob"] = logprobs
+            if self.codec.reads_states:  # which may be finite where the logits are not
+                encoded["finite"] = encoded["finite"] & ~logprobs.isnan()
+        return encoded
