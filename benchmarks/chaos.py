@@ -78,7 +78,7 @@ class Chaos:
         self.starts += 1
         words = [
             *("--teacher", self.options.teacher, "--corpus", str(self.text), "--out", str(out)),
-            *("--codec", "sample:20", "--max-length", "256", "--gpus-per-worker", "0"),
+            *("--codec", "sample:20", "--max-length", "256", "--worker", "gpus=0"),
             *("--shard-tokens", str(SPAN_TOKENS), "--batch-tokens", "2048"),
             *("--address", self.cluster.address, "--workers", "2"),
         ]

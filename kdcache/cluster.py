@@ -342,7 +342,7 @@ class Wait:
     minutes: float | None
     since: float = 0.0
     told: float = 0.0
-    option: str = " (--wait-minutes)"
+    option: str = " (--worker wait-minutes)"
 
     def end(self, now: float) -> None:
         """There is a worker."""

@@ -307,10 +307,13 @@ class Options:
                 continue
             value, (owner, key) = getattr(self, one.name), one.instead
             if "{}" in key:
-                if value is not None:
-                    present, given = getattr(self, owner), key.format(value)
+                if value is not None and not one.unlike(value):
+                    target = next(o for o in options if o.name == owner)
+                    present, given = getattr(self, owner), target.parse(key.format(value))
                     if present not in (given, getattr(type(self), owner)):
-                        problems.append(f"{one.flag} and --{owner} differ: give the latter alone.")
+                        problems.append(
+                            f"{one.flag} and {target.flag} differ: give the latter alone."
+                        )
                     object.__setattr__(self, owner, given)
                     object.__setattr__(self, one.name, None)
                 continue
@@ -363,6 +366,17 @@ def key_values(items: Any) -> dict[str, str]:
     return {_key(key): value.strip() for key, _, value in texts}
 
 
+def key_items(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The KEY=VALUE items of a mapping: lists with commas, mappings as JSON."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return ",".join(map(str, value))
+        return json.dumps(value) if isinstance(value, Mapping) else str(value)
+
+    return tuple(f"{key}={text(value)}" for key, value in values.items())
+
+
 def _key(text: str) -> str:
     return text.strip().replace("-", "_")
 
@@ -372,7 +386,7 @@ def _given(one: Option, value: Any) -> Any:
     if not one.several or value is None:
         return _plain(value)
     if one.keys and isinstance(value, Mapping):
-        value = [f"{key}={each}" for key, each in value.items()]
+        value = key_items(value)
     if one.comma and isinstance(value, str):
         try:
             value = one.parse(value)
@@ -485,7 +499,7 @@ def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
         elif isinstance(value, dict) and one.named:
             found[one.name] = pairs_of(value)
         elif isinstance(value, dict) and one.keys:
-            found[one.name] = tuple(f"{key}={each}" for key, each in value.items())
+            found[one.name] = key_items(value)
         elif isinstance(value, dict) or (isinstance(value, list) and not one.several):
             wrong.append(f"{one.words} takes one value, not {json.dumps(value, default=str)}.")
         elif value is not None:

@@ -91,12 +91,7 @@ class PromptGroup(Options):
     tools_column: str = option("tools", instead=("columns", "tools"), later=True)
     prompt_column: str = option("prompt", instead=("columns", "prompt"))
     completion_column: str = option("completion", instead=("columns", "completion"))
-    chat_template_kwargs: str | None = option(
-        None,
-        help='more variables of the chat template, such as `{"enable_thinking": false}`.',
-        metavar="JSON",
-        later=True,
-    )
+    chat_template_kwargs: str | None = option(None, instead=("chat", "template-kwargs"), later=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +101,9 @@ class ChatGroup(PromptGroup):
     heading = PromptGroup.heading
 
     learn: tuple[str, ...] = option(
-        ("assistant",),
-        help="roles of a chat whose messages have labels, such as `assistant,tool`.",
-        comma=True,
-        metavar="ROLE",
-        later=True,
+        ("assistant",), instead=("chat", "learn"), comma=True, later=True
     )
-    reasoning: Reasoning = option(
-        "learn",
-        help="what an assistant thinks before it speaks (`<think>` to `</think>`): `learn` it, or "
-        "only `read` it, without labels.",
-        later=True,
-    )
+    reasoning: Reasoning = option("learn", instead=("chat", "reasoning"), later=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,22 +135,10 @@ class SourceGroup(Options):
 
     source_column: str = option("source", instead=("columns", "source"), later=True)
     max_source_length: int | None = option(
-        None,
-        help="tokens of the longest source; `max_length` is of the target. Default: 1024, or what "
-        "the model reads if that is less.",
-        metavar="TOKENS",
-        at_least=1,
-        later=True,
+        None, instead=("seq2seq", "max-source-length"), at_least=1, later=True
     )
-    source_lang: str | None = option(
-        None,
-        help="language of the sources, for tokenizers that mark it, such as `en_XX`.",
-        metavar="CODE",
-        later=True,
-    )
-    target_lang: str | None = option(
-        None, help="language of the targets, likewise.", metavar="CODE", later=True
-    )
+    source_lang: str | None = option(None, instead=("seq2seq", "source-lang"), later=True)
+    target_lang: str | None = option(None, instead=("seq2seq", "target-lang"), later=True)
 
 
 @dataclass(frozen=True, kw_only=True)

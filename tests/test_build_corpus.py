@@ -58,7 +58,7 @@ def test_a_folder_of_text_files_is_the_same_documents_as_jsonl(
     for packing, (text, lines) in found.items():
         assert text == lines, packing
     assert sum(label == 0 for label in found["concat"][0]) == len(books), "one EOS a document"
-    assert "text files: each file is one document (--documents)" in caplog.text
+    assert "text files: each file is one document (--read documents)" in caplog.text
     # Cut into spans, a document loses the first label of each piece and still ends once.
     options = dataclasses.replace(
         small_build,

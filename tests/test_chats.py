@@ -361,9 +361,9 @@ def test_a_template_from_a_file_is_kept_with_the_cache(
         small_build, corpus=(str(corpus),), chat_template=str(file), learn=("assistant", "tool"),
         packing="split", codec="topk:4", max_length=128,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="no chat template.*--chat-template"):
+    with pytest.raises(UsageError, match="no chat template.*--chat template"):
         build(dataclasses.replace(options, chat_template=None))
-    with pytest.raises(UsageError, match=r"--chat-template .*nothing.jinja"):
+    with pytest.raises(UsageError, match=r"--chat template=.*nothing.jinja"):
         build(dataclasses.replace(options, chat_template=str(tmp_path / "nothing.jinja")))
     build(options)
     cache = Cache.open(options.out)

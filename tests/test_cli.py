@@ -368,6 +368,7 @@ def test_what_newcomers_try_first_is_answered(
     with mock.patch.dict("sys.modules", torch=None):  # it is not even looked for
         assert "--codec is 'topk', expected such as" in said("build", *bare, "--codec", "topk")
     words = ["--student", str(tiny_classifier), "--corpus", "quoted.tsv"]
-    for more, text in ((), '"a ""b"" c"'), (("--format", "csv", "--delimiter", "tab"), 'a "b" c'):
+    as_csv = ("--format", "csv", "--read", "delimiter=tab")
+    for more, text in ((), '"a ""b"" c"'), (as_csv, 'a "b" c'):
         result = CliRunner().invoke(cli, ["predict", *words, *more])
         assert json.loads(result.stdout)["text"] == text

@@ -223,7 +223,7 @@ def test_a_build_is_submitted_to_a_cluster_that_asks_for_a_token(
     call = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--"]
     out = tmp_path / "cache"
     build = ["python", "cli.py", "build", "--address", "auto"]
-    build += ["--workers", "1", "--gpus-per-worker", "0"]
+    build += ["--workers", "1", "--worker", "gpus=0"]
     build += ["--teacher", tiny_lm, "--corpus", text_corpus, "--max-length", "64", "--out", out]
     stranger = {**environment, "HOME": str(tmp_path), "RAY_AUTH_TOKEN": "guessed" * 8}
     refused = run([*call, *build], stranger)
@@ -282,7 +282,7 @@ def test_the_slurm_script_builds(
     script = ROOT / "examples" / "cluster" / "slurm.sh"
     out = tmp_path / "cache"
     call = ["bash", script, "--teacher", tiny_lm, "--corpus", text_corpus, "--out", out]
-    call += ["--max-length", "64", "--workers", "1", "--gpus-per-worker", "0"]
+    call += ["--max-length", "64", "--workers", "1", "--worker", "gpus=0"]
     done = run(call, slurm)
     assert done.returncode == 0, done.stdout
     assert list(problems(Cache.open(str(out)))) == []

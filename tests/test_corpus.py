@@ -425,9 +425,9 @@ def test_csv_of_another_delimiter_is_refused_with_the_option_that_names_it(
     path.write_text("\n".join(map(delimiter.join, rows)))
     with pytest.raises(UsageError, match="line 3: 2 fields where the header names 1") as of_fields:
         read_all(Corpus.open([str(path)], span_bytes=1 << 30))
-    assert f"--delimiter {shown}" in str(of_fields.value)
+    assert f"--read delimiter={shown}" in str(of_fields.value)
     (first,) = read_all(Corpus.open([str(path)], span_bytes=1 << 30), on_error="skip")
-    assert f"--delimiter {shown}." in str(first.missing(["text"], "--text-column"))
+    assert f"--read delimiter={shown}." in str(first.missing(["text"], "--text-column"))
     read = read_all(Corpus.open([str(path)], span_bytes=1 << 30, delimiter=delimiter))
     assert [record.values["text"] for record in read] == ["good", "fair, in parts"]
 

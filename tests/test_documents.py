@@ -106,7 +106,7 @@ def test_what_a_document_is_belongs_to_the_identity(tmp_path: Path) -> None:
     assert said == ["file", "paragraph", "line"]
     (tmp_path / "b.jsonl").write_text("{}")
     assert "documents" not in Corpus.open([str(tmp_path / "b.jsonl")], span_bytes=9).settings
-    with pytest.raises(UsageError, match="--documents is 'page'; expected one of file, paragraph"):
+    with pytest.raises(UsageError, match="--read documents is 'page'; expected one of file"):
         Corpus.open([str(tmp_path)], span_bytes=9, documents="page")  # type: ignore[arg-type]
 
 
@@ -115,7 +115,7 @@ def test_csv_with_another_delimiter(tmp_path: Path) -> None:
     corpus = Corpus.open([str(tmp_path)], span_bytes=9, delimiter=";")
     assert sorted(texts(corpus)) == ["a; b", "c, d"]
     assert corpus.settings["delimiter"] == ";"
-    with pytest.raises(UsageError, match="--delimiter is ';;'"):
+    with pytest.raises(UsageError, match="--read delimiter is ';;'"):
         Corpus.open([str(tmp_path)], span_bytes=9, delimiter=";;")
 
 
@@ -144,7 +144,7 @@ def test_a_record_that_is_too_long_fails_or_is_counted(
         path = tmp_path / f"{name}.gz" if packed else tmp_path / name
         path.write_bytes(gzip.compress(data) if packed else data)
         corpus = Corpus.open([str(path)], span_bytes=span_bytes, max_record_bytes=BOUND, **options)
-        with pytest.raises(UsageError, match=r"longer than --max-record-bytes, 1,000 bytes"):
+        with pytest.raises(UsageError, match=r"longer than --read max-record-bytes, 1,000 bytes"):
             read(corpus)
         stats = ReadStats()
         assert sorted(texts(corpus, on_error="skip", stats=stats)) == ["one", "two"]
@@ -164,7 +164,7 @@ def test_other_records_that_are_too_long(tmp_path: Path) -> None:
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(LONG.encode()))
     for name, found in (("a.parquet", 2), ("a.feather", 2), ("a.txt", 0), ("b.txt.gz", 0)):
         corpus = Corpus.open([str(tmp_path / name)], span_bytes=1 << 20, max_record_bytes=BOUND)
-        with pytest.raises(UsageError, match="longer than --max-record-bytes"):
+        with pytest.raises(UsageError, match="longer than --read max-record-bytes"):
             read(corpus)
         stats = ReadStats()
         assert len(read(corpus, on_error="skip", stats=stats)) == found

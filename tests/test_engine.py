@@ -306,7 +306,7 @@ def test_gpus_of_a_worker_follow_from_the_engine(
         gpus_per_worker=asked,
     )
     if gpus is None:
-        with pytest.raises(UsageError, match="--gpus-per-worker is 1, the engine needs 8 GPUs"):
+        with pytest.raises(UsageError, match="--worker gpus is 1, the engine needs 8 GPUs"):
             prepare.gpus_of_engine(wanted)
     else:
         assert prepare.gpus_of_engine(wanted) == gpus

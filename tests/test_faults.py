@@ -282,7 +282,7 @@ def start(options: BuildOptions, workers: int, faults: Path) -> subprocess.Popen
         [
             sys.executable, "-m", "kdcache", "build", "--teacher", *options.teacher,
             "--corpus", *options.corpus, "--codec", "topk:8", "--max-length", "32",
-            "--batch-tokens", "128", "--workers", str(workers), "--gpus-per-worker", "0",
+            "--batch-tokens", "128", "--workers", str(workers), "--worker", "gpus=0",
             "--out", options.out,
         ],
         env={**os.environ, "PYTHONPATH": path, "KDCACHE_TEST_FAULTS": str(faults)},

@@ -220,7 +220,7 @@ def test_what_a_build_waits_for_is_said_every_30_seconds(
     assert clock[0] == 120
     assert caplog.messages == [f"waiting for workers: {state} ({s} s)" for s in (30, 60, 90)]
     assert told == [f"waiting for workers: {state}"] * 4
-    assert str(caught.value).startswith("no worker was ready for 2 minutes (--wait-minutes): ")
+    assert str(caught.value).startswith("no worker was ready for 2 minutes (--worker wait")
     assert str(caught.value).endswith("Run the same command to continue.")
 
 

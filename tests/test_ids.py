@@ -181,7 +181,7 @@ class TestIndexed:
     def test_cut_files_and_long_documents(self, tmp_path: Path) -> None:
         write_indexed(tmp_path / "a", [[[1, 2]], [[3] * 50], [[6]]], "i4")
         whole = Corpus.open([str(tmp_path)], span_bytes=999, max_record_bytes=100)
-        with pytest.raises(UsageError, match=r"a\.bin: document 2: longer than --max-record-bytes"):
+        with pytest.raises(UsageError, match=r"a\.bin: document 2: longer than --read max"):
             list(Corpus.read(whole.spans[0]))
         kept = list(Corpus.read(whole.spans[0], on_error="skip"))
         assert [record.location for record in kept] == ["document 1", "document 3"]

@@ -143,7 +143,7 @@ def test_the_longest_row_that_a_teacher_reads_is_built_and_evaluated(
     cache = build(task, folder, corpus, tmp_path / "cache")
     assert longest(cache) == reach
     assert SavedModel("m", TeacherFiles("m", folder)).reach == reach
-    with pytest.raises(UsageError, match=f"reads at most {reach} tokens. Use --max-length {reach}"):
+    with pytest.raises(UsageError, match=f"reads at most {reach} tokens. Set it to {reach}"):
         build(task, folder, corpus, tmp_path / "more", max_length=reach + 1)
     result = kdcache.evaluate(EvaluateOptions(student=(str(folder),), cache=cache.url))
     (scores,) = [one for one in result.models if one.role == "student"]
@@ -177,7 +177,7 @@ def test_a_long_target_is_refused_before_training(tokenizer: Any, tmp_path: Path
     student = small.save(tmp_path / "student", auto, tokenizer)
     for field, what, flag in (
         ("target", "row", "--max-length"),
-        ("source", "source", "--max-source-length"),
+        ("source", "source", "--seq2seq max-source-length"),
     ):
         corpus = tmp_path / f"{field}.jsonl"
         line = {"source": "a b", "target": "a", field: "a b c d " * 20}

@@ -251,7 +251,7 @@ def test_long_rows_are_cut_and_counted_and_others_refused() -> None:
             )
         )
     texts = [("a b c d e f", "c b")]
-    with pytest.raises(UsageError, match="its source has 8 tokens, --max-source-length is 6"):
+    with pytest.raises(UsageError, match="source has 8 tokens, --seq2seq max-source-length is 6"):
         encoded(packing="whole")
 
 
@@ -320,7 +320,7 @@ def test_wrong_input_is_refused_in_one_line(desk: Desk, tmp_path: Path) -> None:
         (lambda: build("i", teacher=student, max_length=100), "reads at most 98 tokens"),
         (
             lambda: build("j", teacher=student, max_source_length=100),
-            "--max-source-length is 100, but teacher",
+            "--seq2seq max-source-length is 100, but teacher",
         ),
         (lambda: build("k", target_lang="de_DE"), "marks no languages"),
         (

@@ -150,7 +150,7 @@ def test_wrong_options_are_told_all_at_once() -> None:
         )
     for word in (
         "--cache is missing", "alpha", "temperature", "divergence", "batch-size", "patience",
-        "precision", "gpus-per-worker is 0.5", "epochs", "learning-rate", "fsdp",
+        "precision", "worker gpus is 0.5", "epochs", "learning-rate", "fsdp",
     ):  # fmt: skip
         assert word in str(error.value)
 

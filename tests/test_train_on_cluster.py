@@ -85,7 +85,7 @@ def test_a_cluster_without_room_is_described_until_patience_ends(
     with pytest.raises(IncompleteError) as caught:
         waiting.look()
     assert str(caught.value).startswith(
-        f"no worker was ready for 1 minutes (--wait-minutes): {text}"
+        f"no worker was ready for 1 minutes (--worker wait-minutes): {text}"
     )
 
 

@@ -285,7 +285,7 @@ def finetuned(options: FinetuneOptions, result: FinetuneResult) -> Next:
     if result.truncated:
         source = TASKS[options.task].source
         shown = f"{counted(result.truncated, 'record' if source else 'text')} cut at --max-length"
-        shown += " or --max-source-length" if source else f" {result.max_length}"
+        shown += " or --seq2seq max-source-length" if source else f" {result.max_length}"
         echo(f"{shown}: the teacher does not see the rest.", err=True)
     echo(
         f"{result.out}: {counted(result.rows, 'row')}, {result.trained:,} of "
@@ -440,7 +440,7 @@ def as_words(options: Options, kind: type[Options]) -> list[str]:
     found = []
     for one in options_of(type(options)):
         value = getattr(options, one.name)
-        if one.name not in known or value in (None, False) or value == one.default:
+        if one.name not in known or value is None or value is False or value == one.default:
             continue
         target, key = one.instead or ("", "")
         if key.replace("-", "_") in key_values(getattr(options, target, ())):

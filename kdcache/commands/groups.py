@@ -74,24 +74,25 @@ class RecordOptions(TextGroup):
     format: str = option(
         "auto", help="format of all files, such as `jsonl`; `auto` decides by their names."
     )
-    documents: Documents = option(
-        "file",
-        help="what one document of a `.txt` file is: all of it, a paragraph (up to a blank line) "
-        "or a line.",
+    read: tuple[str, ...] = option(
+        (),
+        help="how files are read: `documents=line` or `paragraph` (up to a blank line) if a `.txt` "
+        "file is not one document; what separates the fields of CSV, such as `delimiter=;` or "
+        "`delimiter=tab` (quotes enclose fields of CSV and have no meaning in TSV, unless "
+        "`format` is csv); `max-record-bytes` of the longest record that can be read (64 MiB).",
+        comma=True,
+        keys=True,
+        metavar="KEY=VALUE",
     )
-    delimiter: str = option(
-        ",",
-        help="what separates the fields of CSV files; `tab` is a tab. Quotes enclose fields of CSV "
-        "and have no meaning in TSV, unless it is read as CSV: `format` csv, `delimiter` tab.",
-        metavar="CHARACTER",
-    )
+    documents: Documents = option("file", instead=("read", "documents"))
+    delimiter: str = option(",", instead=("read", "delimiter"))
     split: str | None = option(
         None,
         help='split to read of folders that hold several, such as train; or "all" for every file.',
         metavar="NAME",
     )
     max_record_bytes: int = option(
-        MAX_RECORD_BYTES, help="longest record; a longer one cannot be read.", at_least=1
+        MAX_RECORD_BYTES, instead=("read", "max-record-bytes"), at_least=1
     )
     limit: int | None = option(
         None,
@@ -125,7 +126,9 @@ class RecordOptions(TextGroup):
             divide=divide,
         )
         if corpus.documents is not None:
-            logger.warning("text files: each %s is one document (--documents)", corpus.documents)
+            logger.warning(
+                "text files: each %s is one document (--read documents)", corpus.documents
+            )
         return corpus
 
 

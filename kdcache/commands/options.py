@@ -16,11 +16,10 @@ from kdcache.commands.groups import (
     TeacherRunOptions,
     form_problems,
 )
-from kdcache.commands.row_options import MaskedRowOptions
+from kdcache.commands.row_options import MaskedRowOptions, SourceOptions
 from kdcache.domains import Named
 from kdcache.files import file_problems
 from kdcache.options import Options, again, option, problems_of
-from kdcache.row_groups import SourceGroup
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, Task
 
 
@@ -226,9 +225,14 @@ class DemoOptions(Options):
         "sample:20",
         help="codec of the caches: what is stored of each distribution of the teacher.",
         metavar="dense|topk:K|sample:N|anchored:N",
+        hidden=True,
     )
     alpha: float = option(
-        0.1, help="weight of the hard loss of the distilled students.", at_least=0, below=1
+        0.1,
+        help="weight of the hard loss of the distilled students.",
+        at_least=0,
+        below=1,
+        hidden=True,
     )
     teacher_epochs: float = option(
         6.0, help="passes of the teacher over the corpus.", above=0, hidden=True
@@ -357,7 +361,7 @@ class EvaluateOptions(MaskedRowOptions, InferenceOptions, PlotOptions):
 
 
 @dataclass(frozen=True)
-class PredictOptions(SourceGroup, RecordOptions, InferenceOptions):
+class PredictOptions(SourceOptions, RecordOptions, InferenceOptions):
     """What `kdcache predict` takes: fields have the names of its options."""
 
     first = (
@@ -388,11 +392,13 @@ class PredictOptions(SourceGroup, RecordOptions, InferenceOptions):
     )
     beams: int = option(1, help="seq2seq: beams of the search; 1 is greedy.", at_least=1)
     _: KW_ONLY
-    max_source_length: int | None = again(
-        SourceGroup,
-        "max_source_length",
-        None,
-        help="tokens of the longest source. Default: what the model reads.",
+    seq2seq: tuple[str, ...] = again(
+        SourceOptions,
+        "seq2seq",
+        (),
+        help="tokens of the longest source, such as `max-source-length=512` (default: what the "
+        "model reads), and for tokenizers that mark languages `source-lang=en_XX` and "
+        "`target-lang`.",
     )
 
     def conflicts(self) -> list[str]:

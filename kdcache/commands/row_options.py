@@ -24,6 +24,7 @@ from kdcache.row_groups import (
     LengthGroup,
     MaskGroup,
     PairGroup,
+    SourceGroup,
     WordGroup,
 )
 from kdcache.tasks import TASKS
@@ -41,11 +42,16 @@ class ChatOptions(ChatGroup):
 
     heading = ChatGroup.heading
 
-    chat_template: str | None = option(
-        None,
-        help="file with the chat template to use instead of the tokenizer's, and to keep with it.",
-        metavar="FILE",
+    chat: tuple[str, ...] = option(
+        (),
+        help="`template=FILE` to use instead of the tokenizer's, and to keep with it; more "
+        'variables of a template, such as `template-kwargs={"enable_thinking": false}`; roles '
+        "whose messages have labels, such as `learn=assistant,tool`; `reasoning=read` for thoughts "
+        "(`<think>` to `</think>`) that are read and have no labels.",
+        keys=True,
+        metavar="KEY=VALUE",
     )
+    chat_template: str | None = option(None, instead=("chat", "template"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,23 @@ class IdOptions(IdGroup):
         None,
         help="records of ids: the tokenizer that made them, which must be the teacher's.",
         metavar="DIR_OR_HUB_ID",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(SourceGroup):
+    """Sources that an encoder reads."""
+
+    heading = SourceGroup.heading
+
+    seq2seq: tuple[str, ...] = option(
+        (),
+        help="tokens of the longest source, such as `max-source-length=512` (`max_length` is of "
+        "the target; default: 1024, or what the model reads if that is less), and for tokenizers "
+        "that mark languages `source-lang=en_XX` and `target-lang`.",
+        comma=True,
+        keys=True,
+        metavar="KEY=VALUE",
     )
 
 
@@ -172,7 +195,7 @@ def set_chat_template(name: str, tokenizer: Any) -> None:
     try:
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--chat-template {name}: {error}.") from None
+        raise UsageError(f"--chat template={name}: {error}.") from None
 
 
 def longest(
@@ -195,7 +218,7 @@ def longest(
         return min(default, least)
     if bounds and asked > least:
         raise UsageError(
-            f"{flag} is {asked:,}, but {name} reads at most {least:,} tokens. Use {flag} {least}, "
+            f"{flag} is {asked:,}, but {name} reads at most {least:,} tokens. Set it to {least}, "
             "or less."
         )
     return asked
@@ -205,7 +228,7 @@ SOURCE_LENGTH = 1024  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairRowOptions(RowOptions, PairGroup):
+class PairRowOptions(RowOptions, PairGroup, SourceOptions):
     """How records become rows, sources and targets among them."""
 
     def of_pairs(
@@ -226,7 +249,7 @@ class PairRowOptions(RowOptions, PairGroup):
         if not TASKS[spec.task].source:
             return spec
         reach = [(f"{role} {m.name}", m.source_reach) for m in models]
-        length = longest("--max-source-length", self.max_source_length, reach, default)
+        length = longest("--seq2seq max-source-length", self.max_source_length, reach, default)
         return replace(
             spec,
             max_source_length=length,

@@ -111,7 +111,7 @@ class TrainFolder(RunFolder):
     def continues(self) -> str:
         """How the same command continues, and from where."""
         last = self.last()
-        often = " --save-steps, or --eval-steps with an --eval-cache, takes them more often."
+        often = " --save-steps takes them more often."
         return continues_from(last) + (often if last is None else "")
 
     def read_metrics(self) -> list[dict[str, Any]]:

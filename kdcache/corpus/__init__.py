@@ -13,7 +13,7 @@ file costs a process the whole file, the others their share (`kdcache.corpus.par
 Guarantee: a span is a pure function of the files' names and sizes and the options, and over all
 spans each record comes exactly once; a span may be empty. Records that can't be read raise
 `UsageError` or are skipped and counted. A span whose file was written to since it was listed raises
-`UsageError`. No more than one record, of `--max-record-bytes`, is in memory at a time.
+`UsageError`. No more than one record, of `--read max-record-bytes`, is in memory at a time.
 """
 
 from __future__ import annotations

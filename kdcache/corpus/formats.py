@@ -64,16 +64,18 @@ class Reading:
             )
         if self.documents not in get_args(Documents):
             raise UsageError(
-                f"--documents is {self.documents!r}; expected one of "
+                f"--read documents is {self.documents!r}; expected one of "
                 f"{', '.join(get_args(Documents))}."
             )
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n' or not self.delimiter.isascii():
             raise UsageError(
-                f"--delimiter is {self.delimiter!r}; expected one ASCII character other than a "
+                f"--read delimiter is {self.delimiter!r}; expected an ASCII character other than a "
                 "quote or a line break, such as ';'."
             )
         if self.max_record_bytes < 1:
-            raise UsageError(f"--max-record-bytes is {self.max_record_bytes}; expected 1 or more.")
+            raise UsageError(
+                f"--read max-record-bytes is {self.max_record_bytes}; expected 1 or more."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,7 @@ class Format(ABC):
         )
 
     def _too_long(self) -> RecordError:
-        return RecordError(f"longer than --max-record-bytes, {self._most:,} bytes")
+        return RecordError(f"longer than --read max-record-bytes, {self._most:,} bytes")
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

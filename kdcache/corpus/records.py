@@ -141,7 +141,7 @@ class Record:
         if self.source.delimiter is not None:
             return UsageError(
                 f"{message} Its fields seem to be separated by another character: name it with "
-                f"--delimiter {shown_delimiter(self.source.delimiter)}."
+                f"--read delimiter={shown_delimiter(self.source.delimiter)}."
             )
         if self.source.header:
             proposal = list(named or wanted)[: len(self.columns)]

@@ -137,7 +137,9 @@ class _Text(Format):
                 f"({shorten(', '.join(source.columns))})"
             )
             if source.delimiter is not None:
-                problem += f"; perhaps --delimiter {shown_delimiter(source.delimiter)} is missing"
+                problem += (
+                    f"; perhaps --read delimiter={shown_delimiter(source.delimiter)} is missing"
+                )
             raise RecordError(problem)
         return dict(zip(source.columns, fields, strict=True))
 

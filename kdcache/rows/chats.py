@@ -103,7 +103,7 @@ class Chats:
         if not self._tokenizer.chat_template:
             raise UsageError(
                 f"column {self._spec.messages_column!r} holds conversations, but the tokenizer has "
-                "no chat template. Use an instruct model's, name a file with --chat-template, or "
+                "no chat template. Use an instruct model's, name a file, --chat template=FILE, or "
                 "choose --record-form text."
             )
 
@@ -129,7 +129,7 @@ class Chats:
             if there and name not in self._template(tools):
                 raise RecordError(
                     f"{what}, which the tokenizer's chat template leaves out: it has no {name!r}. "
-                    "Name one that has with --chat-template, or remove them"
+                    "Name one that has with --chat template=FILE, or remove them"
                 )
 
     def _render(self, messages: Sequence[Message], tools: Any, prompt: bool = False) -> str:

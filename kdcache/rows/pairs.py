@@ -47,7 +47,7 @@ class PairEncoder(Encoder):
         if self._source_length < least:
             raise UsageError(
                 f"max_source_length is {self._source_length}, but the tokenizer itself adds "
-                f"{least - 1} tokens. Set --max-source-length to {least} or more."
+                f"{least - 1} tokens. Set --seq2seq max-source-length={least} or more."
             )
         self._end = _end(tokenizer)
 
@@ -88,7 +88,7 @@ class PairEncoder(Encoder):
         over = [
             f"its {name} has {size:,} tokens, {flag} is {most:,}"
             for name, size, flag, most in (
-                ("source", source, "--max-source-length", self._source_length),
+                ("source", source, "--seq2seq max-source-length", self._source_length),
                 ("target", target, "--max-length", self.spec.max_length),
             )
             if size > most
@@ -166,8 +166,8 @@ def set_languages(tokenizer: Any, source: str | None, target: str | None) -> Non
         UsageError: it marks none, or does not know one.
     """
     for name, flag, language, is_target in (
-        ("src_lang", "--source-lang", source, False),
-        ("tgt_lang", "--target-lang", target, True),
+        ("src_lang", "--seq2seq source-lang", source, False),
+        ("tgt_lang", "--seq2seq target-lang", target, True),
     ):
         if language is None:
             continue

@@ -89,7 +89,7 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
     elif "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         raise UsageError(
             f"{files.who} does not fit the GPUs and the memory of a worker together. Use "
-            "more --gpus-per-worker, or a machine with more memory."
+            "more GPUs (--worker gpus=…), or a machine with more memory."
         )
     return model.eval().requires_grad_(False)
 

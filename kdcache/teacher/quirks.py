@@ -107,7 +107,7 @@ def check_reach(
     """
     for (length, most), what, flag in (
         (of_rows, "row", "--max-length"),
-        (of_sources, "source", "--max-source-length"),
+        (of_sources, "source", "--seq2seq max-source-length"),
     ):
         if most is not None and length > most:
             raise UsageError(

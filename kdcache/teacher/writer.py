@@ -313,7 +313,7 @@ class Writer:
         if self._rows <= 1:
             raise UsageError(
                 f"one answer of {width} tokens does not fit the device together with the model. "
-                "Use a smaller --max-new-tokens, or more --gpus-per-worker."
+                "Use a smaller --max-new-tokens, or more GPUs (--worker gpus=…)."
             )
         torch.cuda.empty_cache()
         self.batch_tokens = min(self.batch_tokens, self._rows * width) // 2

@@ -173,7 +173,8 @@ def test_killed_processes_of_a_build_cost_no_row(
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_texts))
     shared = ["--corpus", str(corpus), "--max-length", str(LENGTH), "--shard-tokens", "300"]
     shared += ["--teacher", str(llama), "--codec", "topk:8"]
-    make = command("build", *shared, "--engine", "vllm", "--workers", "1", "--hang-seconds", "200")
+    shared += ["--worker", "hang-seconds=200"]
+    make = command("build", *shared, "--engine", "vllm", "--workers", "1")
     make += ["--out", str(tmp_path / "cache"), "--batch-tokens", "256"]
     first = subprocess.Popen(make)
     seen: set[psutil.Process] = set()

@@ -196,7 +196,7 @@ class RayWorkers(Workers):
         if not room:
             raise UsageError(
                 f"a worker needs {self._need}; {describe(nodes_up())}. Use "
-                "--gpus-per-worker 0, or fewer --cpus-per-worker."
+                "--worker gpus=0, or fewer CPUs (--worker cpus=…)."
             )
         if self._fewest > room:
             raise UsageError(
@@ -251,7 +251,7 @@ class RayWorkers(Workers):
             )
             if pending := launching():
                 state += f"; pending nodes: {pending}"
-            cure = "Start nodes, or change --gpus-per-worker and --cpus-per-worker."
+            cure = "Start nodes, or change --worker gpus and cpus."
         else:  # A Ray of this process has room for all: they are at work.
             state = (
                 f"{counted(len(self._actors), 'worker')} started, loading libraries and the teacher"

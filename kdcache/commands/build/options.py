@@ -34,38 +34,26 @@ class WorkerOptions(Options):
         "common Ray. The part that ends last seals the cache.",
         metavar="I/N",
     )
-    gpus_per_worker: float | None = option(
-        None,
-        help="GPUs per worker. Default: one on a cluster; on this machine, one where there are "
-        "any.",
-        metavar="GPUS",
-        at_least=0,
+    worker: tuple[str, ...] = option(
+        (),
+        help="what a worker has: `gpus` (default: one on a cluster; on this machine, one where "
+        "there are any) and, of Ray, `cpus` (its share of its node, 8 at most); seconds without "
+        "progress (no record read, no batch finished) after which it is replaced, "
+        "`hang-seconds=600`; and `wait-minutes` until a build without a ready worker gives up "
+        "(default: it waits for nodes as long as it takes).",
+        comma=True,
+        keys=True,
+        metavar="KEY=VALUE",
     )
-    cpus_per_worker: int | None = option(
-        None,
-        help="CPUs per Ray worker. Default: its share of the node that it gets, 8 at most.",
-        metavar="CPUS",
-        at_least=1,
-    )
+    gpus_per_worker: float | None = option(None, instead=("worker", "gpus"), at_least=0)
+    cpus_per_worker: int | None = option(None, instead=("worker", "cpus"), at_least=1)
     address: str | None = option(
         None,
         help="Ray address. Default: RAY_ADDRESS, else a Ray of this process.",
         metavar="RAY_ADDRESS",
     )
-    hang_seconds: float = option(
-        600.0,
-        help="replace a Ray worker that makes no progress (no record read, no batch finished) for "
-        "this long.",
-        metavar="SECONDS",
-        above=0,
-    )
-    wait_minutes: float | None = option(
-        None,
-        help="give up when no Ray worker has been ready for this long. Default: wait for nodes as "
-        "long as it takes.",
-        metavar="MINUTES",
-        above=0,
-    )
+    hang_seconds: float = option(600.0, instead=("worker", "hang-seconds"), above=0)
+    wait_minutes: float | None = option(None, instead=("worker", "wait-minutes"), above=0)
 
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""

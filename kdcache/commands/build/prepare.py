@@ -417,7 +417,7 @@ def gpus_of_engine(options: Any) -> float:
     needed = options.tensor_parallel * options.pipeline_parallel
     if options.gpus_per_worker not in (None, needed):
         raise UsageError(
-            f"--gpus-per-worker is {options.gpus_per_worker:g}, the engine needs {needed} GPUs "
+            f"--worker gpus is {options.gpus_per_worker:g}, the engine needs {needed} GPUs "
             "(tensor_parallel_size times pipeline_parallel_size). Leave it out."
         )
     return float(needed)

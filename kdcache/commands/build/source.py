@@ -404,7 +404,7 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         if len(lengths) == 1:
             raise UsageError(
                 f"one row of {lengths[0]} tokens does not fit the device together with the "
-                "teacher. Use a smaller --max-length, or more --gpus-per-worker."
+                "teacher. Use a smaller --max-length, or more GPUs (--worker gpus=…)."
             ) from error
         torch.cuda.empty_cache()
         self.batch_tokens = min(self.batch_tokens, len(lengths) * max(lengths)) // 2

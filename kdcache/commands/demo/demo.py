@@ -349,7 +349,7 @@ class _Demo:
                     lr_scheduler="cosine",
                     warmup=0.05,
                     eval_cache=(self._path("heldout-cache"),),
-                    eval_steps=eval_steps,
+                    save_steps=eval_steps,
                     eval_batch_size=32,
                     best="hard_loss",
                     report_to=("none",),

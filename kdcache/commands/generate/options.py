@@ -101,6 +101,13 @@ class GenerateOptions(SamplingOptions, RecordOptions, PromptGroup, EngineRunOpti
     )
     labels: Labels | None = again(IdGroup, "labels", None)
     tokenizer: str | None = again(IdOptions, "tokenizer", None)
+    chat: tuple[str, ...] = again(
+        ChatOptions,
+        "chat",
+        (),
+        help="`template=FILE` to use instead of the tokenizer's; more variables of a template, "
+        'such as `template-kwargs={"enable_thinking": false}`.',
+    )
     chat_template: str | None = again(ChatOptions, "chat_template", None)
     shard_tokens: int | None = again(
         BuildOptions,

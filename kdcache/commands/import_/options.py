@@ -84,6 +84,12 @@ class ImportOptions(WorkerOptions):
     max_length: int = option(
         1 << 17, help="tokens of the longest row; a longer one is refused.", at_least=2
     )
+    read: tuple[str, ...] = again(
+        RecordOptions,
+        "read",
+        (),
+        help="`max-record-bytes` of the longest record that can be read (64 MiB).",
+    )
     max_record_bytes: int = again(RecordOptions, "max_record_bytes", MAX_RECORD_BYTES)
     on_error: OnError = option("fail", help="what to do with rows that cannot be used.")
     limit: int | None = option(None, help="use only the first rows.", metavar="ROWS", at_least=1)

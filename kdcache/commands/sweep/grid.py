@@ -43,6 +43,7 @@ _NOT_OURS = {
     "plot": "the sweep draws its own results.png",
     "num_workers": "each run is one process, and several run at once",
     "fsdp": "each run is one process",
+    "worker": "the sweep has --gpus-per-run",
     "gpus_per_worker": "the sweep has --gpus-per-run",
     "address": "the sweep has its own --address",
 }
@@ -211,7 +212,7 @@ def _key(plan: RunPlan) -> str:
     options = plan.options
     facts = {
         **plan.finished_identity,
-        "eval_steps": options.eval_steps,
+        "eval_steps": options.save_steps if options.eval_cache else None,
         "patience": options.patience,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -140,8 +140,14 @@ class CheckpointOptions(Options):
 
     heading = "Evaluation and checkpoints"
 
+    save_steps: int | None = option(
+        None,
+        help="steps between checkpoints, and with `eval_cache` evaluations. Default: an epoch.",
+        at_least=1,
+        decides="nothing",
+    )
     eval_steps: int | None = option(
-        None, help="steps between evaluations. Default: an epoch.", at_least=1, decides="nothing"
+        None, instead=("save_steps", "{}"), at_least=1, decides="nothing"
     )
     eval_batch_size: int | None = option(
         None,
@@ -155,15 +161,6 @@ class CheckpointOptions(Options):
     patience: int | None = option(
         None,
         help="stop after this many evaluations without an improvement.",
-        at_least=1,
-        decides="nothing",
-    )
-    save_steps: int | None = option(
-        None,
-        help=(
-            "steps between checkpoints. Default: an epoch. With `eval_cache`, checkpoints are "
-            "taken at evaluations."
-        ),
         at_least=1,
         decides="nothing",
     )
@@ -196,11 +193,19 @@ class ManyOptions(Options):
 
     heading = "Several GPUs or machines"
 
-    gpus_per_worker: float | None = option(
-        None,
-        help="GPUs per worker, 0 or 1. Default: one where there are any.",
+    worker: tuple[str, ...] = option(
+        (),
+        help="`gpus` of each worker, 0 or 1 (default: one where there are any); of Ray, "
+        "`max-failures`: how often workers may be lost or fail before a training gives up, "
+        "announced preemptions not counted (2, on a cluster 100), and `wait-minutes` until one "
+        "without workers gives up (default: it waits for nodes as long as it takes).",
+        comma=True,
+        keys=True,
+        metavar="KEY=VALUE",
         decides="nothing",
-        at_least=0,
+    )
+    gpus_per_worker: float | None = option(
+        None, instead=("worker", "gpus"), decides="nothing", at_least=0
     )
     address: str | None = option(
         None,
@@ -209,19 +214,10 @@ class ManyOptions(Options):
         metavar="RAY_ADDRESS",
     )
     max_failures: int | None = option(
-        None,
-        help="how often workers may be lost or fail before a training on Ray gives up; announced "
-        "preemptions do not count. Default: 2, on a cluster 100.",
-        at_least=0,
-        decides="nothing",
+        None, instead=("worker", "max-failures"), at_least=0, decides="nothing"
     )
     wait_minutes: float | None = option(
-        None,
-        help="give up when no Ray worker of a cluster has run for this long. Default: wait for "
-        "nodes as long as it takes.",
-        above=0,
-        decides="nothing",
-        metavar="MINUTES",
+        None, instead=("worker", "wait-minutes"), above=0, decides="nothing"
     )
     fsdp: bool = option(
         False,
@@ -257,12 +253,15 @@ class MemoryOptions(Options):
         ),
         at_least=1,
     )
-    shuffle_shards: int | None = option(
-        None,
-        help=(
-            "shards of a stream whose rows are shuffled together. Default: as many as make 32 MiB "
-            "of stored bytes, but 3 at least; divided by the number of streams."
-        ),
-        at_least=1,
+    read: tuple[str, ...] = option(
+        (),
+        help="how caches are read: `shuffle-shards`, shards of a stream whose rows are shuffled "
+        "together (default: as many as make 32 MiB of stored bytes, but 3 at least; divided by the "
+        "number of streams), and `prefetch=4` batches that are decoded ahead.",
+        comma=True,
+        keys=True,
+        metavar="KEY=VALUE",
+        decides="nothing",  # but its keys, which are fields, do
     )
-    prefetch: int = option(4, help="batches decoded ahead.", at_least=1, decides="nothing")
+    shuffle_shards: int | None = option(None, instead=("read", "shuffle-shards"), at_least=1)
+    prefetch: int = option(4, instead=("read", "prefetch"), at_least=1, decides="nothing")

@@ -197,7 +197,7 @@ def need_of(options: TrainOptions, nodes: Sequence[Mapping[str, float]], *, grow
     if fewest * each > gpus:
         raise UsageError(
             f"{fewest} workers need {fewest * each:g} GPUs, this machine's Ray has {gpus:g}. Use "
-            "fewer --num-workers, or --gpus-per-worker 0 to train on CPUs."
+            "fewer --num-workers, or --worker gpus=0 to train on CPUs."
         )
     cpus = sum(node.get("CPU", 0) for node in nodes)
     threads = max(1, min(_MOST_CPUS, int(cpus) // most))
@@ -384,7 +384,7 @@ class _Follower:
             self._failed += 1
             logger.warning(
                 "a worker failed or was lost (%s): all go on from the last checkpoint, for the %d. "
-                "time of %d at most (--max-failures)",
+                "time of %d at most (--worker max-failures)",
                 text,
                 self._failed,
                 self.most,

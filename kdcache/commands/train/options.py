@@ -181,15 +181,11 @@ class TrainOptions(
             if given and given != len(self.cache):
                 wrong.append(f"{given} cache weights for {len(self.cache)} caches.")
         wrong += unread
-        if not self.eval_cache and (self.patience is not None or self.eval_steps is not None):
-            wrong.append("--patience and --eval-steps need an --eval-cache to evaluate on.")
-        if self.eval_cache and self.save_steps is not None:
-            wrong.append(
-                "with --eval-cache checkpoints are taken at evaluations: use --eval-steps."
-            )
+        if not self.eval_cache and self.patience is not None:
+            wrong.append("--patience needs an --eval-cache to evaluate on.")
         if self.gpus_per_worker not in (None, 0, 1):
             wrong.append(
-                f"--gpus-per-worker is {self.gpus_per_worker:g}, expected 0 or 1: a worker trains "
+                f"--worker gpus is {self.gpus_per_worker:g}, expected 0 or 1: a worker trains "
                 "on one GPU, and workers cannot share one."
             )
         unread = problems_of(lambda: self.workers)

@@ -60,7 +60,7 @@ def make_trainer(
     steps = steps_of(options, stream)
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     evaluates = bool(plan.eval_caches)
-    every = (options.eval_steps if evaluates else options.save_steps) or stream.steps
+    every = options.save_steps or stream.steps
     callbacks: list[TrainerCallback] = [
         StopOnSignal(),
         MetricsCallback(plan.out, on_progress),
