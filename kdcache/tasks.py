@@ -36,7 +36,7 @@ Ensemble = Literal["mean-probs", "mean-logits"]
 
 ClassWeights = Literal["equal", "balanced"]
 CrossMethod = Literal["likelihood", "hybrid"]
-Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse", "huber"]
+Divergence = Literal["forward-kl", "reverse-kl", "jsd", "mse", "huber", "policy-gradient"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 Tail = Literal["bucket", "renormalize"]
@@ -92,7 +92,8 @@ class TaskType:
         plans: codecs that `plan` compares by default.
         label_columns: columns of a record that hold its labels by default; it may have one of them.
         hard: name of the loss with the hard labels, and its unit.
-        divergences: losses between student and teacher that it knows, the default first.
+        divergences: losses between student and teacher that it knows, the default first; besides
+            "policy-gradient", which is of labels that a model drew.
         forms: of the records that its rows are made of, besides `text`.
         packing: how documents become rows by default.
         perplexity: what the exponential of its cross-entropy is called; None where that has no

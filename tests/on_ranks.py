@@ -45,6 +45,7 @@ from kdcache.targets import (
     AnchoredTargets,
     DenseTargets,
     HiddenTargets,
+    LabelTargets,
     OutputLayer,
     SparseTargets,
     Targets,
@@ -170,6 +171,8 @@ def targets(kind: str, n: int, v: int, k: int, t: float, edges: list[int]) -> Ta
         return HiddenTargets(torch.randn(n, 6), layer, t)
     logits = torch.randn(n, v) * 2
     logits[:, edges] += 2
+    if kind == "drawn":
+        return LabelTargets(-torch.rand(n) * 4, -torch.rand(n) * 4, clip=1.5)
     if kind in ("dense", "masked"):
         if kind == "masked":  # ids that the teacher never gives
             logits[:, :-1:3] = -torch.inf
@@ -294,6 +297,10 @@ def other_divergences() -> None:
                 group = distributed.group.WORLD
                 more: Any = {"divergence": divergence, "cap": None, "rows": 4}
                 together(compare)(case, form, group=group, **more)
+    for form in ("sliced", "reference"):
+        more = {"divergence": "policy-gradient", "cap": None, "rows": 4}
+        case = Case("drawn", [7, 13, 3, 16][: world()], t=1.0)
+        together(compare)(case, form, group=distributed.group.WORLD, **more)
 
 
 def anchored_samples() -> None:

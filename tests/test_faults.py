@@ -32,6 +32,8 @@ from kdcache.cache.check import problems
 from kdcache.commands.build.build import build
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.generate.generate import generate
+from kdcache.commands.generate.options import GenerateOptions
 from kdcache.commands.options import RepairOptions, TranscodeOptions
 from kdcache.commands.transcode import transcode
 from kdcache.commands.upkeep import repair
@@ -163,26 +165,41 @@ def test_workers_that_hang_and_are_killed_at_moments_and_a_span_that_kills_each(
     assert same_as_undisturbed(options)
 
 
-def test_workers_that_are_killed_in_a_transcoding(
-    cluster: Any, faults: Path, tmp_path: Path
+@pytest.mark.parametrize("command", [transcode, *further(generate)])
+def test_workers_that_are_killed_in_other_commands(
+    command: Any, cluster: Any, faults: Path, options: BuildOptions, tmp_path: Path
 ) -> None:
-    source = make_cache(tmp_path / "source", [5, 4, 6, 3, 5, 4], task=CAUSAL)
-    quiet = TranscodeOptions(source.url, "sample:4", str(tmp_path / "quiet"), workers=0)
-    transcode(quiet)
-    (faults / "renamed").write_text("kill")
+    quiet: Any = GenerateOptions(
+        model=options.teacher[0],
+        corpus=options.corpus,
+        out=str(tmp_path / "quiet"),
+        prompt_tokens=6,
+        max_new_tokens=6,
+        workers=0,
+    )
+    spans, moments = FILES, ["read", "write", "renamed"]
+    if command is transcode:
+        source = make_cache(tmp_path / "source", [5, 4, 6, 3, 5, 4], task=CAUSAL)
+        quiet = TranscodeOptions(source.url, "sample:4", str(tmp_path / "quiet"), workers=0)
+        spans, moments = source.spec.spans, ["renamed"]
+    command(quiet)
+    for moment in moments:
+        (faults / moment).write_text("kill")
     out = str(tmp_path / "new")
     disturbed = dataclasses.replace(
         quiet, out=out, workers=2, gpus_per_worker=0, address=cluster.address
     )
-    assert transcode(disturbed).made == source.spec.spans
-    assert not (faults / "renamed").exists(), "the moment came"
-    assert '"event": "worker lost"' in Path(out, "events.jsonl").read_text()
+    assert command(disturbed).made == spans
+    assert not [m for m in moments if (faults / m).exists()], "every moment came"
+    said = Path(out, "events.jsonl").read_text()
+    assert said.count('"event": "worker lost"') == len(moments)
     found, wanted = (
         {name: data for name, data in files(Path(url)).items() if not name.startswith("tmp/")}
         for url in (out, quiet.out)
     )
     assert found == wanted
-    assert not list(problems(Cache.open(out)))
+    if command is transcode:
+        assert not list(problems(Cache.open(out)))
 
 
 @pytest.mark.exhaustive

@@ -24,6 +24,7 @@ pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
 
 from click.testing import CliRunner  # noqa: E402
+from conftest import further  # noqa: E402
 from faulty_s3 import CREDENTIALS, Fault, Proxy, S3Server, environment  # noqa: E402
 from loaded import Program  # noqa: E402
 from make_caches import make_cache  # noqa: E402
@@ -633,18 +634,27 @@ def alone(
 
 
 @pytest.mark.end_to_end
-def test_a_build_into_s3_that_is_killed_and_run_again_makes_the_same_objects(
+@pytest.mark.parametrize("job", ["build", *further("generate")])
+def test_what_is_killed_while_it_writes_to_s3_and_run_again_makes_the_same_objects(
+    job: str,
     proxy: Proxy,
     server: S3Server,
     url: str,
     corpus: Path,
     stories260k: Path,
     alone: list[dict[str, bytes]],
+    tmp_path: Path,
 ) -> None:
-    want = alone[0]
+    want, command = alone[0], words(stories260k, str(corpus / "a.jsonl"), url)
+    if job == "generate":
+        given = {"--model": stories260k, "--corpus": corpus / "a.jsonl", "--workers": 0}
+        given |= {"--prompt-tokens": 8, "--max-new-tokens": 8, "--shard-tokens": 600}
+        command = ["generate", *(str(w) for pair in given.items() for w in pair), "--out"]
+        quiet = CliRunner().invoke(cli, [*command, str(tmp_path / "quiet")])
+        assert quiet.exit_code == 0, quiet.output
+        want, command = content(tmp_path / "quiet"), [*command, url]
     gate = Fault("hold", "^PUT /[^?]*/shards/00004")
     proxy.faults += [gate, Fault("error", every=9), Fault("lost", "^PUT", every=7)]
-    command = words(stories260k, str(corpus / "a.jsonl"), url)
     first = python("from kdcache.cli.main import main; main()", *command, endpoint=proxy.url)
     assert gate.held.wait(DEADLINE)
     first.send_signal(signal.SIGKILL)

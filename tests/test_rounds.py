@@ -25,11 +25,17 @@ def test_students_of_each_kind_of_text_are_compared(
     student.write_text(json.dumps(config | {"num_hidden_layers": 1}))
     words = ["--teacher", str(tiny_lm), "--corpus", str(text_corpus), "--student", str(student)]
     words += ["--out", str(tmp_path / "work"), "--seeds", "1", "--rounds", "2", "--rows", "24"]
-    words += ["--held-out", "8", "--steps", "2", "--divergence", "reverse-kl"]
+    words += ["--held-out", "8", "--steps", "2", "--divergence", "reverse-kl", "policy-gradient"]
     example.main(words)
     table = (tmp_path / "work" / "table.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["| the beginning", "| corpus", "| teacher", "| own"]
+    assert [row[0] for row in rows] == [
+        "| the beginning",
+        "| corpus",
+        "| teacher",
+        "| own",
+        "| own",
+    ]
     assert all(float(cell.split(" ± ")[0]) > 0 for row in rows for cell in row[2:4])
     # Each round's text is of the student before it.
     text = tmp_path / "work/seed-0/own-reverse-kl"

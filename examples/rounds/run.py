@@ -21,7 +21,7 @@ import kdcache
 from kdcache.cache import Cache
 
 PROMPT, NEW, BATCH = 16, 64, 32  # tokens of a prompt and of an answer; rows of a step
-DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
+DIVERGENCES = ("forward-kl", "reverse-kl", "jsd", "policy-gradient")
 FIGURES = ("teacher's text", "own text", "own text, reverse")
 
 
@@ -148,7 +148,12 @@ def table(options: argparse.Namespace) -> str:
     """Mean and standard deviation over the seeds, of each kind of text and divergence."""
     lines = ["| text | divergence | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * 3]
     rows = [("corpus", "forward-kl", "begun")]
-    rows += [(t, d, f"{t}-{d}") for t in ("corpus", "teacher", "own") for d in options.divergence]
+    rows += [
+        (text, divergence, f"{text}-{divergence}")
+        for text in ("corpus", "teacher", "own")
+        for divergence in options.divergence
+        if text == "own" or divergence != "policy-gradient"  # which is of what a student wrote
+    ]
     for text, divergence, name in rows:
         found = []
         for seed in range(options.seeds):

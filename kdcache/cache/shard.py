@@ -93,6 +93,8 @@ class ShardData(Columns):
             not known; of scores float32 [rows], NaN where there is none.
         label_logprob: uint16 [positions], codes of the teacher's log-probability of each label (see
             `kdcache.targets.label_logprob`), or None where the cache keeps none.
+        writer_logprob: uint16 [positions], codes of the log-probability of each label by the model
+            that drew it, or None where that is not known.
         starts: bool [tokens], where a document begins that attends to no other one of its row, or
             None where rows are not divided.
         texts: the text of each row, or None where the task keeps none.
@@ -122,6 +124,10 @@ class ShardData(Columns):
     label_logprob: Annotated[
         np.ndarray | None,
         Numbers("position", name="label_logprob", when="label_logprob", dtype="uint16"),
+    ] = None
+    writer_logprob: Annotated[
+        np.ndarray | None,
+        Numbers("position", *["writer_logprob"] * 2, when=None, dtype="uint16"),
     ] = None
     starts: Annotated[
         np.ndarray | None,

@@ -263,6 +263,24 @@ class MaskedRowOptions(PairRowOptions, MaskOptions):
 
 
 OptionsT = TypeVar("OptionsT", bound=Any)
+_AS_IT_IS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+def drawn_as_is(options: Any, packing: str) -> bool:
+    """Whether all is text that models drew from their own distributions, each a row by itself.
+
+    Then the log-probabilities that `generate` keeps are of what drew it.
+
+    Args:
+        options: as given, see `as_written`.
+        packing: of the rows.
+    """
+    if options.record_form != "auto" or packing != "whole":
+        return False
+    corpora = [open_generated(one) for one in _paths(options.corpus)]
+    return bool(corpora) and all(
+        one is not None and _AS_IT_IS.items() <= dict(one.spec.sampling).items() for one in corpora
+    )
 
 
 def as_written(options: OptionsT) -> OptionsT:

@@ -45,6 +45,7 @@ from kdcache.loss.reference import (
     distillation_loss,
     label_logprobs,
     linear_logprobs,
+    policy_gradient,
     sliced_linear_distillation,
 )
 from kdcache.loss.vocabulary import VocabSlice
@@ -64,6 +65,7 @@ __all__ = [
     "label_logprobs",
     "label_loss",
     "linear_logprobs",
+    "policy_gradient",
     "score_loss",
     "sliced_linear_distillation",
 ]

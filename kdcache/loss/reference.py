@@ -23,6 +23,7 @@ from kdcache.targets import (
     AnchoredTargets,
     DenseTargets,
     HiddenTargets,
+    LabelTargets,
     SparseTargets,
     Targets,
 )
@@ -31,6 +32,8 @@ from kdcache.tasks import Answers, Divergence, Tail
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 TAILS: tuple[str, ...] = get_args(Tail)
+MAX_ADVANTAGE = 10.0
+"""Advantages of `policy_gradient` are clipped to this, nats (Lightning OPD, table 6)."""
 
 
 class LossParts(NamedTuple):
@@ -58,7 +61,9 @@ def check_names(divergence: str, tail: str) -> None:
             raise UsageError(f"{what} {name!r} is unknown; choose one of {', '.join(known)}.")
 
 
-def check_loss(targets: Targets, *, divergence: str, tail: str, answers: Answers = "ids") -> None:
+def check_loss(
+    targets: Targets | LabelTargets, *, divergence: str, tail: str, answers: Answers = "ids"
+) -> None:
     """Refuse undefined combinations of options.
 
     Args:
@@ -70,11 +75,17 @@ def check_loss(targets: Targets, *, divergence: str, tail: str, answers: Answers
     Raises:
         UsageError: unknown name, a divergence that is not one of such answers, "mse" without
             dense targets or with T != 1, "reverse-kl" or "jsd" with sampled targets or with a
-            renormalised top-k.
+            renormalised top-k, "policy-gradient" with others than `LabelTargets`.
     """
     dense = isinstance(targets, (DenseTargets, HiddenTargets))
     check_names(divergence, tail)
     _check_answers(targets, divergence, answers)
+    if (divergence == "policy-gradient") != isinstance(targets, LabelTargets):
+        raise UsageError(
+            "divergence policy-gradient is of LabelTargets, the log-probabilities of drawn labels, "
+            f"and no other one is; given {divergence} and {type(targets).__name__}. Make batches "
+            "with kdcache.stream.LabelReading."
+        )
     if divergence == "mse":
         if not dense:
             raise UsageError(
@@ -102,7 +113,7 @@ def check_loss(targets: Targets, *, divergence: str, tail: str, answers: Answers
         )
 
 
-def _check_answers(targets: Targets, divergence: str, answers: Answers) -> None:
+def _check_answers(targets: Targets | LabelTargets, divergence: str, answers: Answers) -> None:
     """Refuse a divergence that is not one of such answers."""
     if answers != "score":
         if divergence == "huber":
@@ -127,7 +138,7 @@ def _check_answers(targets: Targets, divergence: str, answers: Answers) -> None:
 def distillation_loss(
     logits: Tensor,
     labels: Tensor,
-    targets: Targets,
+    targets: Targets | LabelTargets,
     *,
     alpha: float | Tensor,
     divergence: str = "forward-kl",
@@ -151,6 +162,7 @@ def distillation_loss(
     * anchored, with an anchor: the same value, and a gradient with the control variate of
       `kdcache.loss.anchor`, whose mean is the same too.
     * "mse" (Tang et al. 2019, equation 4): squared error of the logits, mean over classes, no T^2.
+    * "policy-gradient": see `policy_gradient`.
 
     Args:
         logits: [n, V'] of any float dtype; the loss works in float32, or in float64 if they are
@@ -159,7 +171,7 @@ def distillation_loss(
         targets: n positions, at the temperature T of the soft part.
         alpha: weight of the hard loss, 0 to 1.
         divergence: "forward-kl" KL(q || p), "reverse-kl" KL(p || q), "jsd" (their mean to the
-            mixture), "mse".
+            mixture), "mse"; or "policy-gradient", of `LabelTargets` alone.
         tail: for top-k targets, "bucket" or "renormalize".
         vocab_size: V, the teacher's vocabulary; columns from V on (padding of the student) take no
             part. Default: all, or the dense targets' own width.
@@ -193,7 +205,9 @@ def distillation_loss(
     valid = labels >= 0
     label = labels.long().masked_fill(~valid, 0)[:, None]
     hard = -over.pick(over.log_softmax(z), label)[:, 0] * valid
-    if divergence == "mse":
+    if isinstance(targets, LabelTargets):
+        soft = policy_gradient(-hard, targets) * valid
+    elif divergence == "mse":
         error = (over.own(z) - _dense(targets).logits.to(z)).square().sum(-1, keepdim=True)
         soft = over.total(error)[0][:, 0] / width
     else:
@@ -210,12 +224,40 @@ def distillation_loss(
     return loss_parts(hard, soft, alpha, count, position_weights)
 
 
+def policy_gradient(logprobs: Tensor, targets: LabelTargets) -> Tensor:
+    """Reverse KL as a policy gradient, from the drawn labels alone.
+
+    With the advantage ``A = log q(y) - log p(y)`` of a label y, clipped to +-`MAX_ADVANTAGE`, and
+    the importance weight ``w = min(p(y) / b(y), clip)`` of what b, the writer, drew:
+
+        value = -w A,   gradient = -w A grad log p(y);   A and w are constants
+
+    Without `writer` (w = 1) that is equation 4 and algorithm 1 of Lightning OPD (Wu, Han and Cai
+    2026, arXiv 2604.13010), which takes the advantage of the student as it is now and no
+    importance weights: right as long as p is near b. With an unclipped w, value and gradient are
+    unbiased for KL(p || q) after the prefixes that b wrote. Clipping w from above bounds the
+    variance (Ionides 2008, "Truncated importance sampling"). Advantages are not normalised.
+
+    Args:
+        logprobs: [n], log p(y), with their gradient.
+        targets: log q(y) and log b(y).
+
+    Returns:
+        [n], nats.
+    """
+    now = logprobs.detach()
+    pull = (targets.teacher.to(now) - now).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
+    if targets.writer is not None:
+        pull = pull * (now - targets.writer.to(now)).exp().clamp_max(targets.clip)
+    return -pull * (1 + logprobs - now)
+
+
 def sliced_linear_distillation(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    targets: Targets,
+    targets: Targets | LabelTargets,
     *,
     alpha: float | Tensor,
     divergence: str = "forward-kl",
@@ -391,7 +433,9 @@ def scalar_count(
     return torch.full((), count, dtype=like.dtype, device=like.device)
 
 
-def student_width(columns: int, targets: Targets | ChunkTargets, vocab_size: int | None) -> int:
+def student_width(
+    columns: int, targets: Targets | ChunkTargets | LabelTargets, vocab_size: int | None
+) -> int:
     """Number of the student's columns that take part: the teacher's vocabulary or classes."""
     width = vocab_size or columns
     if isinstance(targets, DenseTargets):
@@ -406,7 +450,7 @@ def student_width(columns: int, targets: Targets | ChunkTargets, vocab_size: int
     return width
 
 
-def _dense(targets: Targets) -> DenseTargets:
+def _dense(targets: Targets | LabelTargets) -> DenseTargets:
     assert isinstance(targets, DenseTargets), "check_loss let sparse targets through"
     return targets
 

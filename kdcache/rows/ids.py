@@ -13,7 +13,7 @@ Cost: a few numpy passes over the ids; those of tables come as arrays, without P
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
 from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_of
 from kdcache.rows.encoders import SequenceEncoder, Sequences
-from kdcache.rows.spec import ID_COLUMNS, ID_MASKS, Row, RowSpec
+from kdcache.rows.spec import ID_COLUMNS, ID_MASKS, LOGPROBS, Row, RowSpec
 from kdcache.storage import open_storage
+from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.tasks import IGNORE
 
 _ATTENTION = "attention_mask"
@@ -303,8 +304,30 @@ class IdsEncoder(SequenceEncoder):
         batches = self._batches(records, self._make, lambda item: len(item[1].ids))
         yield from self._rows(map(self._joined, batches))
 
+    def _apart(self, *sequences: Any) -> Iterator[Row]:
+        """As the base, for one record at a time if a row has more of it than its ids."""
+        if not self.spec.writer_logprob:
+            yield from super()._apart(*sequences)
+            return
+        ids, mask, records, starts = sequences
+        stop = 0
+        for record, size in records:
+            own, stop = slice(stop, stop + size), stop + size
+            inside = None if starts is None else starts[own]
+            for row in super()._apart(ids[own], mask[own], [(record, size)], inside):
+                if record.cut:
+                    yield row
+                    continue
+                codes = encode_logprobs(np.asarray(record.values[LOGPROBS], np.float64), 0.5)
+                yield replace(row, writer_logprob=codes)
+
     def _make(self, record: Record) -> tuple[Record, IdSequence] | None:
         found = self._sequences.make(record)
+        if found is not None and self.spec.writer_logprob and not record.cut:
+            given, learnt = record.values.get(LOGPROBS), found.mask[1:].sum()
+            if given is None or len(given) != learnt:
+                count = 0 if given is None else len(given)
+                raise RecordError(f"{LOGPROBS} holds {count} numbers for {learnt} learnt ids")
         return None if found is None else (record, found)
 
     def _joined(self, batch: Sequence[tuple[Record, IdSequence]]) -> Sequences:

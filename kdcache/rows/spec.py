@@ -33,6 +33,7 @@ ID_COLUMNS = (
     *("input_ids", "labels", *ID_MASKS),
     *("attention_mask", "position_ids", "segment_ids", "seq_lengths"),
 )
+LOGPROBS = "logprobs"
 # The order of fields in a spec.json; others follow as they are declared.
 _ORDER = (
     *("task", "text_column", "pair_column", "label_column", "label_names", "max_length", "packing"),
@@ -62,6 +63,8 @@ class Row:
             is then what the decoder reads: its start, and all labels but the last.
         starts: bool `[L]`, where a document begins that attends to no other document (the
             first token always); None where all tokens of the row attend to those before them.
+        writer_logprob: uint16 `[P]`, of each position of a generated text: the code
+            (`kdcache.targets.label_logprob`) of its writer's log-probability of the label.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -73,6 +76,7 @@ class Row:
     words: tuple[str, ...] | None = None
     first: npt.NDArray[np.bool_] | None = None
     source: npt.NDArray[np.int32] | None = None
+    writer_logprob: npt.NDArray[np.uint16] | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -123,6 +127,12 @@ class RowSpec(
         None,
         help="id that the decoder of a sequence-to-sequence model reads first, `LAST_LABEL` where "
         "it is the last label. See `kdcache.teacher.quirks`.",
+        later=True,
+    )
+    writer_logprob: bool = option(
+        False,
+        help="whether records of ids have the log-probability of each learnt id (`logprobs`), by "
+        "the model that drew it.",
         later=True,
     )
 
@@ -219,7 +229,7 @@ class RowSpec(
             "prompt": (self.prompt_column, self.completion_column),
         }
         if self.record_form == "ids":
-            return ID_COLUMNS
+            return (*ID_COLUMNS, LOGPROBS) if self.writer_logprob else ID_COLUMNS
         return forms.get(self.record_form) or sum(forms.values(), ())
 
     @property

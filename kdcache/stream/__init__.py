@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdcache.stream.batch import Batch, Tokenize, collate
+from kdcache.stream.batch import Batch, LabelReading, Tokenize, collate
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order, share
@@ -14,6 +14,7 @@ __all__ = [
     "Batch",
     "Collator",
     "Cursor",
+    "LabelReading",
     "ShardRows",
     "SumOverRanks",
     "TargetDataset",

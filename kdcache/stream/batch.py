@@ -20,6 +20,7 @@ from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of
+from kdcache.targets import LabelTargets
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
@@ -174,6 +175,38 @@ class CachedIds(Reading):
     def saved_tokenizer(self, cache: Cache) -> Any:
         """See `Reading.saved_tokenizer`."""
         return cache.tokenizer()
+
+
+class LabelReading(CachedIds):
+    """The same of `--divergence policy-gradient`, whose targets are of the labels alone.
+
+    No soft target is read: any codec will do, and the smallest is enough.
+    """
+
+    reads_targets = False
+
+    def __init__(self, pad_id: int, clip: float) -> None:
+        """See `CachedIds`; `clip` is of `LabelTargets`, 0 for no importance weights."""
+        super().__init__(pad_id)
+        self.clip = clip
+
+    def collate(
+        self, data: ShardData, *, temperature: float | None, count: float | None = None
+    ) -> Batch:
+        """See `Reading.collate`."""
+        if temperature not in (None, 1):
+            raise UsageError(f"a policy gradient has no temperature, but {temperature:g} is given.")
+        batch = super().collate(data, temperature=None, count=count)
+        if temperature is None:
+            return batch
+        writer = None
+        if self.clip:
+            if data.writer_logprob is None:
+                raise UsageError("the rows have no log-probabilities of a writer.")
+            writer = torch.from_numpy(decode_logprobs(data.writer_logprob))
+        if data.label_logprob is None:
+            raise UsageError("the rows have no log-probabilities of their labels.")
+        return {**batch, "targets": LabelTargets(batch["label_logprob"], writer, self.clip)}
 
 
 class OwnTokens(Reading):

@@ -27,7 +27,7 @@ from torch import Tensor
 from kdcache.loss.chunks import compared
 from kdcache.loss.metrics import Entities, are_entities, f1_counts
 from kdcache.stream import TargetStream
-from kdcache.targets import Targets
+from kdcache.targets import LabelTargets, Targets
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ class Totals:
         return found | text_figures(values[_TEXT], across=stream.reading.vocab_size is not None)
 
 
-def soft_name(targets: Targets) -> str:
+def soft_name(targets: Targets | LabelTargets) -> str:
     """What the soft part of a loss on these targets is called in logs."""
     return "soft_loss" if targets.exact else "soft_cross_entropy"
 

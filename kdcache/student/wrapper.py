@@ -40,7 +40,7 @@ from kdcache.loss import (
     sliced_linear_distillation,
 )
 from kdcache.student.padding import check_first
-from kdcache.targets import DenseTargets, SparseTargets, Targets
+from kdcache.targets import DenseTargets, LabelTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
@@ -234,7 +234,7 @@ class DistilledStudent(nn.Module):
     def forward(
         self,
         labels: Tensor | None = None,
-        targets: Targets | ChunkTargets | None = None,
+        targets: Targets | ChunkTargets | LabelTargets | None = None,
         *,
         alpha: float | Tensor | None = None,
         count: float | Tensor | None = None,
@@ -254,7 +254,8 @@ class DistilledStudent(nn.Module):
                 one without a hard label; or [B], -100 at rows without a label; of several labels a
                 row [B, C]; of scores float [B], NaN at rows without one.
             targets: those of all P positions in row-major order, or None to train on hard labels
-                alone. `ChunkTargets` are for language models with a tokenizer of their own.
+                alone. `ChunkTargets` are for language models with a tokenizer of their own,
+                `LabelTargets` for a policy gradient.
             alpha: weight of the hard loss, one number. Default: the student's own.
             count: divisor of the loss. Default: P.
             num_items_in_batch: that of a whole step of several batches, which is stronger.
@@ -380,7 +381,7 @@ class DistilledStudent(nn.Module):
     def _independent(
         self,
         labels: Tensor,
-        targets: Targets | ChunkTargets | None,
+        targets: Targets | ChunkTargets | LabelTargets | None,
         inputs: Mapping[str, Any],
         alpha: float | Tensor,
         count: float | Tensor | None,
@@ -462,7 +463,7 @@ def _no_targets(n: int, device: torch.device) -> SparseTargets:
     return SparseTargets(nothing.long(), nothing, nothing.sum(-1), False, 1.0)
 
 
-def _check_number(targets: Targets | ChunkTargets, n: int) -> None:
+def _check_number(targets: Targets | ChunkTargets | LabelTargets, n: int) -> None:
     if len(targets) != n:
         raise UsageError(
             f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "

@@ -174,6 +174,27 @@ class AnchoredTargets(SparseTargets):
     heads: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class LabelTargets(_Positions):
+    """What two models say of each position's label: for the policy gradient, `policy_gradient`.
+
+    Attributes:
+        teacher: float32 [positions], the teacher's log-probability of the label at T = 1; minus
+            infinity for none.
+        writer: float32 [positions], that of the model which drew the label from its own
+            distribution at T = 1, for importance weights; None takes a weight of 1.
+        clip: the largest importance weight.
+        temperature: 1.
+    """
+
+    teacher: Tensor
+    writer: Tensor | None = None
+    clip: float = math.inf
+    temperature: float = 1.0
+
+    exact: ClassVar[bool] = True
+
+
 Targets: TypeAlias = DenseTargets | HiddenTargets | SparseTargets
 
 

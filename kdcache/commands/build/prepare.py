@@ -18,7 +18,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,12 @@ from kdcache.cache import CacheSpec
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.groups import EngineRunOptions
-from kdcache.commands.row_options import DEFAULT_LENGTH, SOURCE_LENGTH, as_written
+from kdcache.commands.row_options import (
+    DEFAULT_LENGTH,
+    SOURCE_LENGTH,
+    as_written,
+    drawn_as_is,
+)
 from kdcache.corpus import Corpus, named, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
 from kdcache.errors import UsageError, doing
@@ -156,7 +161,7 @@ def prepare(options: BuildOptions) -> Prepared:
         UsageError: options or input that cannot be.
     """
     task = TASKS[options.task]
-    options, version = as_written(options), None
+    given, options, version = options, as_written(options), None
     if options.engine == "vllm":
         from kdcache.teacher.engine import engine_version
 
@@ -182,6 +187,8 @@ def prepare(options: BuildOptions) -> Prepared:
     rows = options.row_spec(options.task, teachers[0].label_names, max_length=length)
     default = _tuned_at("max_source_length", options, teachers, SOURCE_LENGTH)
     rows = options.of_pairs(rows, teachers, "teacher", default)
+    if task.causal and drawn_as_is(given, rows.packing):
+        rows = replace(rows, writer_logprob=True)
     gpus = gpus_of_engine(options)
     dtype = dtype_of(options.dtype, gpus)
     weights = sum(teacher.weight_bytes for teacher in teachers)

@@ -215,7 +215,6 @@ def plan_of(options: GenerateOptions) -> ShardPlan:
         dtype=dtype,
         device="cpu" if not gpus else "auto" if gpus > 1 else "cuda",
         trust_remote_code=options.trust_remote_code,
-        attention=options.attention,
         identities=(model.sha256,),
         engine=engine_options(options, length, version) if version else None,
         role="model",

@@ -11,7 +11,7 @@ from kdcache.commands.groups import EngineRunOptions, RecordOptions, TeacherRunO
 from kdcache.commands.row_options import ChatOptions, IdOptions
 from kdcache.options import Options, again, option
 from kdcache.row_groups import IdGroup, LengthGroup, PromptGroup
-from kdcache.tasks import Attention, Dtype, Labels
+from kdcache.tasks import Dtype, Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,6 @@ class GenerateOptions(SamplingOptions, RecordOptions, PromptGroup, EngineRunOpti
         help="tokens of prompts and answers in a batch, at most. Default: 16384 on a CPU; on a GPU "
         "131072, halved where that does not fit. vLLM has its own.",
     )
-    attention: Attention = again(TeacherRunOptions, "attention", "auto")
     trust_remote_code: bool = again(TeacherRunOptions, "trust_remote_code", False)
     dry_run: bool = again(BuildOptions, "dry_run", False)
 
@@ -148,7 +147,7 @@ class GenerateOptions(SamplingOptions, RecordOptions, PromptGroup, EngineRunOpti
             for name in (
                 *WorkerOptions.__dataclass_fields__,
                 *EngineRunOptions.__dataclass_fields__,
-                *("codec", "seed", "dtype", "batch_tokens", "attention", "trust_remote_code"),
+                *("codec", "seed", "dtype", "batch_tokens", "trust_remote_code"),
             )
         }
         assert self.cache is not None, "it was asked for"

@@ -95,7 +95,14 @@ class LossOptions(Options):
     divergence: Divergence | None = option(
         None,
         help="divergence of the student from the soft targets. Default: `forward-kl`, of scores "
-        "`mse`; `huber` is for scores alone, and then the hard loss too.",
+        "`mse`; `huber` is for scores alone, and then the hard loss too. `policy-gradient` is "
+        "reverse KL by the drawn tokens of generated text.",
+    )
+    importance_clip: float = option(
+        2.0,
+        help="of `policy-gradient`: the largest importance weight of a token, its probability now "
+        "by the one it was drawn with; 0 weighs all alike, as Lightning OPD.",
+        at_least=0,
     )
     huber_delta: float = option(
         1.0,

@@ -295,7 +295,9 @@ class TrainOptions(
         values["alpha"], values["temperature"] = str(self.alphas), str(self.temperatures)
         values["lora"] = None if self.adapter is None else str(self.adapter)
         values["anchor"] = "auto" if self.theta is None else self.theta
-        idle = {"cache", "eval_cache", *({"huber_delta"} if self.divergence != "huber" else ())}
+        of_loss = {"huber_delta": "huber", "importance_clip": "policy-gradient"}
+        others = (name for name, loss in of_loss.items() if self.divergence != loss)
+        idle = {"cache", "eval_cache", *others}
         return {
             one.name: values[one.name]
             for one in options_of(type(self))

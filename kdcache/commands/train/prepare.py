@@ -162,7 +162,7 @@ class RunPlan:
             if not schedule.constant:
                 problems += _wrong_schedule(options, caches)
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
-            for cache in (first, *alike):  # equal problems are reported once
+            for cache in (*caches, *alike):  # equal problems are reported once
                 problems += _wrong_loss(options, cache, temperatures)
         elif task.answers == "score":  # whose hard loss is that of the divergence, too
             problems += _wrong_loss(options, first, [1.0])
@@ -411,6 +411,8 @@ def _wrong_loss(options: TrainOptions, cache: Cache, temperatures: Sequence[floa
     wrong, codec = [], cache.codec()
     divergence = options.divergence or ""
     answers = TASKS[cache.spec.task].answers
+    if divergence == "policy-gradient":
+        return _wrong_gradient(options, cache)
     none = SoftTargets.empty(codec).at(codec.temperatures[0])
     for temperature in temperatures:
         try:
@@ -418,4 +420,23 @@ def _wrong_loss(options: TrainOptions, cache: Cache, temperatures: Sequence[floa
             check_loss(targets, divergence=divergence, tail=options.tail, answers=answers)
         except UsageError as error:
             wrong.append(str(error))
+    return wrong
+
+
+def _wrong_gradient(options: TrainOptions, cache: Cache) -> list[str]:
+    """Why a cache has no policy gradient: a line each."""
+    wrong, rows = [], cache.spec.rows
+    if options.temperatures != Schedule(1.0, 1.0):
+        wrong.append("--divergence policy-gradient is at temperature 1. Leave --temperature out.")
+    if not (TASKS[cache.spec.task].causal and cache.spec.label_logprob):
+        wrong.append(
+            f"--divergence policy-gradient needs the teacher's log-probabilities of labels "
+            f"(label_logprob), and {cache.url} has none. Build it with this version of kdcache."
+        )
+    elif options.importance_clip and not rows.get("writer_logprob"):
+        wrong.append(
+            f"--divergence policy-gradient weighs tokens by the probability with which they were "
+            f"drawn, and {cache.url} has none. Build it of text from kdcache generate at "
+            "--temperature 1 without --top-p, --top-k or --min-p; or --importance-clip 0."
+        )
     return wrong

@@ -13,7 +13,7 @@ from kdcache.cache.shard import ShardData
 from kdcache.commands.train.prepare import RunPlan, cross_tokenizer, own_tokenizer
 from kdcache.errors import UsageError
 from kdcache.stream import TargetDataset, join
-from kdcache.stream.batch import CachedIds, OwnTokens, Reading
+from kdcache.stream.batch import CachedIds, LabelReading, OwnTokens, Reading
 from kdcache.stream.shard_rows import undivided
 from kdcache.student import DistilledStudent, StudentInfo, load_student, student_tokenize
 from kdcache.student.one_answer import OneAnswer
@@ -97,6 +97,8 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
                 trust_remote_code=options.trust_remote_code,
             )
     reading: Reading = cross or CachedIds(spec.pad_id)
+    if options.divergence == "policy-gradient" and not options.hard_only:
+        reading = LabelReading(spec.pad_id, options.importance_clip)
     if tokenize is not None:
         own = tokenize.tokenizer if isinstance(tokenize, HfTokenize | WordTokenize) else None
         reading = OwnTokens(tokenize, own)
