@@ -204,7 +204,7 @@ class GeneratedCorpus(ShardStore[GeneratedSpec]):
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), content, compression="zstd")
         return self.put(span, content.getvalue(), counts, facts)
 
-    def answers(self, name: str, span: int, prompts: Sequence[npt.NDArray[np.int32]]) -> bool:
+    def answers(self, name: str, prompts: Sequence[npt.NDArray[np.int32]]) -> bool:
         """Whether a committed shard has answers to these prompts."""
         with self.storage.hold(f"shards/{name}") as path:
             rows = pq.read_table(path, columns=["input_ids", "completion_mask"]).to_pylist()

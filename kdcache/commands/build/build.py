@@ -37,12 +37,14 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from kdcache.cache import Cache, sealing
 from kdcache.cache.layer_file import layer_bytes
+from kdcache.cache.store import ShardStore
 from kdcache.cluster import cluster_address
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
@@ -67,47 +69,56 @@ logger = logging.getLogger(__name__)
 _FILE = "events/corpus.json"
 
 
-def check_made(cache: Cache, corpus: Corpus, rows: RowSpec) -> None:
-    """Compare the committed shards of files that were written to since the cache was begun.
+def check_made(
+    store: ShardStore[Any], corpus: Corpus, same: Callable[[Any, Span, str], bool]
+) -> None:
+    """Compare the committed shards of files that were written to since the first run.
 
     Args:
-        cache: begun, not sealed.
-        corpus: what it is built from, as it is now.
-        rows: how its records become rows.
+        store: begun, not sealed.
+        corpus: what it is made of, as it is now.
+        same: by tokenizer, span and name of a shard, whether that is what its span makes now.
 
     Raises:
-        UsageError: a shard has other rows than its span has now.
+        UsageError: a shard was made of something else.
     """
+    job = "build" if isinstance(store, Cache) else "generation"
     now = json.dumps([file.versions for file in corpus.files]).encode()
-    if cache.sealed or cache.storage.create(_FILE, now):
+    if store.sealed or store.storage.create(_FILE, now):
         return
-    noted = json.loads(cache.storage.read(_FILE))
+    noted = json.loads(store.storage.read(_FILE))
     then = zip(corpus.files, noted, strict=True)
     changed = {file.url for file, version in then if file.versions != version}
-    made = cache.committed() if changed else {}
+    made = store.committed() if changed else {}
     spans = [
         span for span in map(corpus.spans.__getitem__, sorted(made)) if span.file.url in changed
     ]
     if spans:
         logger.warning(
-            "%d files were written to since this build began: comparing %d shards with them",
+            "%d files were written to since this %s began: comparing %d shards with them",
             len(changed),
+            job,
             len(spans),
         )
-    tokenizer = cache.tokenizer() if spans else None
+    tokenizer = store.tokenizer() if spans else None
     for span in spans:
-        records = Corpus.read(span, columns=rows.columns, on_error=rows.on_error)
         try:
-            found = list(make_encoder(rows, tokenizer).encode(records, span=span.index))
-            same = _same(cache, span, made[span.index], found)
+            kept = same(tokenizer, span, made[span.index])
         except UsageError:  # such records were never made into a shard
-            same = False
-        if not same:
+            kept = False
+        if not kept:
             raise UsageError(
-                f"{redact(span.file.url)}: the file was changed since this build began: shard "
-                f"{span.index} was made of other text. Restore the file and run the same command "
-                "again, or build the new corpus in another folder."
+                f"{redact(span.file.url)}: the file was changed since this {job} began: "
+                f"shard {span.index} was made of other text. Restore the file and run the same "
+                "command again, or choose another folder for the new text."
             )
+
+
+def _same_rows(cache: Cache, rows: RowSpec, tokenizer: Any, span: Span, name: str) -> bool:
+    """Whether a shard has the rows of its span."""
+    records = Corpus.read(span, columns=rows.columns, on_error=rows.on_error)
+    found = list(make_encoder(rows, tokenizer).encode(records, span=span.index))
+    return _same(cache, span, name, found)
 
 
 def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
@@ -274,7 +285,9 @@ def _plan(options: BuildOptions, report: Callable[[str], None]) -> ShardPlan:
         ),
         prepared.gpus,
         prepared.span_seconds,
-        check_made=lambda cache: check_made(cache, prepared.corpus, prepared.rows),
+        check_made=lambda cache: check_made(
+            cache, prepared.corpus, functools.partial(_same_rows, cache, prepared.rows)
+        ),
         check_end=prepared.corpus.check_unchanged,
         output_layer=prepared.output_layer,
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.generated import GeneratedCorpus, GeneratedSpec
-from kdcache.commands.build.build import build
+from kdcache.commands.build.build import build, check_made
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, ShardPlan, make_shards
 from kdcache.commands.build.packer import Steps
@@ -42,7 +41,7 @@ from kdcache.commands.row_options import (
     longest,
     set_chat_template,
 )
-from kdcache.corpus import Corpus, named
+from kdcache.corpus import Span, named
 from kdcache.errors import UsageError
 from kdcache.files import try_output
 from kdcache.pretrained import UnreadableError, generation_ends, tokenizer_files, tokenizer_sha256
@@ -57,7 +56,6 @@ logger = logging.getLogger(__name__)
 
 _BATCH_TOKENS = {"cpu": 1 << 14, "gpu": 1 << 17}
 _TEXT_BYTES_A_TOKEN = 4
-_FILE = "events/corpus.json"
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,9 @@ def plan_of(options: GenerateOptions) -> ShardPlan:
         source=WriterSourceOptions(rows, loaded, batch_tokens),
         gpus=gpus,
         span_seconds=120.0,
-        check_made=lambda there: _check_made(there, corpus, rows),
+        check_made=lambda there: check_made(
+            there, corpus, functools.partial(_same_prompts, there, rows)
+        ),
         check_end=corpus.check_unchanged,
         opening="loading the model",
         kind=GeneratedCorpus,
@@ -264,31 +264,12 @@ def _span_bytes(options: GenerateOptions, total: int) -> int:
     return max(min(max(total // 64, 1 << 14), 1 << 19), total // 100_000)
 
 
-def _check_made(there: GeneratedCorpus, corpus: Corpus, rows: RowSpec) -> None:
-    """Compare the prompts of committed shards with files that were written to since it was begun.
-
-    Raises:
-        UsageError: a shard answers other prompts than its span has now.
-    """
-    now = json.dumps([file.versions for file in corpus.files]).encode()
-    if there.sealed or there.storage.create(_FILE, now):
-        return
-    noted = json.loads(there.storage.read(_FILE))
-    then = zip(corpus.files, noted, strict=True)
-    changed = {file.url for file, version in then if file.versions != version}
-    made = there.committed() if changed else {}
-    for index in sorted(made):
-        span = corpus.spans[index]
-        if span.file.url not in changed:
-            continue
-        steps = Steps(index, lambda: None)
-        prompts = read_prompts(there, rows, there.tokenizer(), span, steps).ids
-        if not there.answers(made[index], index, prompts):
-            raise UsageError(
-                f"{redact(span.file.url)}: the file was changed since this generation began: shard "
-                f"{index} answers other prompts. Restore the file and run the same command again, "
-                "or write to another folder."
-            )
+def _same_prompts(
+    there: GeneratedCorpus, rows: RowSpec, tokenizer: Any, span: Span, name: str
+) -> bool:
+    """Whether a shard answers the prompts of its span."""
+    steps = Steps(span.index, lambda: None)
+    return there.answers(name, read_prompts(there, rows, tokenizer, span, steps).ids)
 
 
 @dataclass(frozen=True)
