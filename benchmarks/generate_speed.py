@@ -34,6 +34,7 @@ from kdcache.teacher import EngineOptions, TeacherOptions
 from kdcache.teacher.writer import Writer
 
 Run = Callable[[], int]
+_RATES = "rates of the bare engine:"
 
 
 def prompts_of(tokenizer: Any, count: int) -> list[np.ndarray]:
@@ -137,7 +138,7 @@ def bare_vllm(options: argparse.Namespace) -> None:
         answers = llm.generate(asked, params, use_tqdm=False)
         tokens = sum(len(answer.outputs[0].token_ids) for answer in answers)
         found.append(tokens / (time.perf_counter() - begin))
-    print(json.dumps(found[1:]))
+    print(_RATES, json.dumps(found[1:]))
 
 
 def main() -> None:
@@ -165,7 +166,9 @@ def main() -> None:
     if engine is not None:
         words = [sys.executable, __file__, *sys.argv[1:], "--bare"]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-        rates["bare"] = json.loads(done.stdout.splitlines()[-1])
+        # The engine's processes write to the same output as they end.
+        (line,) = (one for one in done.stdout.splitlines() if one.startswith(_RATES))
+        rates["bare"] = json.loads(line.removeprefix(_RATES))
     mine = kdcache_writer(teacher, tokenizer, prompts, how, batch_tokens, ends)
     sides = {"kdcache": mine}
     if engine is None:

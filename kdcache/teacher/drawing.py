@@ -69,8 +69,7 @@ def draw(logits: Tensor, uniform: Tensor, how: Sampling) -> tuple[Tensor, Tensor
 def truncated(logits: Tensor, how: Sampling) -> Tensor:
     """The weights from which tokens are drawn, float64 [n, V], not scaled to 1."""
     z = logits / how.temperature
-    z = (z - z.amax(-1, keepdim=True)).double()
-    weights = z.exp_()
+    weights = (z - z.amax(-1, keepdim=True)).exp_().double()  # float32 takes a third of the time
     if how.min_p > 0:  # the largest weight is 1
         weights = weights.masked_fill(weights < how.min_p, 0.0)
     if 0 < how.top_k < weights.shape[-1]:

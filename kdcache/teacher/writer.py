@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int32]
 _LEAVE = 8  # a batch is filled up when one in so many of its rows is free
+_GROW = 2  # and one that has its share of what waits, when it could have so many times its rows
 _PROBED = 4  # answers whose log-probabilities are compared
 _PROBE_TOKENS = 24  # of each of them
 _LOOK_BACK = 16  # tokens in which a text that ends an answer is looked for, beside its own length
@@ -124,7 +125,7 @@ class Writer:
         # Its name before transformers 5.24, and since.
         self._cache = "cache" if "cache" in takes else "past_key_values"
         self._cached, self._probed = True, False
-        self._rows = 0  # of the batch that was begun last
+        self._rows = self._share = 0  # of the batch that was begun last: now, and at first
 
     def close(self) -> None:
         """See `Writes.close`."""
@@ -187,12 +188,13 @@ class Writer:
         most = len(waiting)
         if batch is None and waiting:  # even batches: two rows alone take as long as ten
             room = self._room(None, prompts[waiting[-1].prompt], longest)
-            most = -(-most // -(-most // room))
+            self._share = most = -(-most // -(-most // room))
         while len(taken) < most:
             ask = waiting[0]
             room = self._room(batch, prompts[ask.prompt], longest)
             free = room - rows - len(taken)
-            if free <= 0 or (not taken and batch is not None and free * _LEAVE < room):
+            worth = _LEAVE if rows < self._share else _GROW
+            if free <= 0 or (not taken and batch is not None and free * worth < room):
                 break
             taken.append(waiting.popleft())
         if not taken:
