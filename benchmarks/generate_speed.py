@@ -169,6 +169,7 @@ def main() -> None:
         # The engine's processes write to the same output as they end.
         (line,) = (one for one in done.stdout.splitlines() if one.startswith(_RATES))
         rates["bare"] = json.loads(line.removeprefix(_RATES))
+        print("bare:", *(f"{rate:,.0f} tokens/s" for rate in rates["bare"]))
     mine = kdcache_writer(teacher, tokenizer, prompts, how, batch_tokens, ends)
     sides = {"kdcache": mine}
     if engine is None:
