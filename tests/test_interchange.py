@@ -400,64 +400,6 @@ class TestLayouts:
         with pytest.raises(UsageError, match="--targets is missing"):
             take_in(folder, tmp_path / "c", **options)
 
-    def test_axolotl(self, tmp_path: Path) -> None:
-        """Of its prepared datasets: a distribution stands beside the token that it is of."""
-        none = [-math.inf] * 3
-        columns = {
-            "input_ids": pa.array([IDS], pa.list_(pa.int32())),
-            "attention_mask": pa.array([[1] * 4], pa.list_(pa.int8())),
-            "labels": pa.array([[-100, *IDS[1:]]], pa.list_(pa.int32())),
-            "position_ids": pa.array([[0, 1, 2, 3]], pa.list_(pa.int64())),
-            "target_token_ids": nested([[[0, 1, 2], *TOP]], pa.int64()),
-            "target_logprobs": nested([[none, *LOGPROBS]], pa.float64()),
-            "target_mask": nested([[[0] * 3, [1] * 3, [1] * 3, [1] * 3]], pa.int64()),
-        }
-        check(take_in(write(tmp_path / "a", columns), tmp_path / "cache", layout="axolotl"))
-        columns["target_mask"] = nested([[[0] * 3, [0] * 3, [1] * 3, [1] * 3]], pa.int64())
-        cache = take_in(write(tmp_path / "b", columns), tmp_path / "masked", layout="axolotl")
-        assert cache.read(0).labels.tolist() == [IGNORE, 7, 8]
-
-    @pytest.mark.parametrize("layout", ["distillkit", "open-instruct"])
-    def test_compressed_columns_of_distillkit(self, tmp_path: Path, layout: str) -> None:
-        """Bytes by hand: two numbers in bfloat16, the third of a line and a difference."""
-        size = len(AutoTokenizer.from_pretrained(TOKENIZER))
-        bits = math.ceil(math.log2(size))
-        logprobs, ids = [], []
-        for best, values in zip(TOP, LOGPROBS, strict=True):
-            exact = b"".join(struct.pack("<f", value)[2:] for value in values[:2])
-            # the polynomial says 0.5 more; the bin takes it off again: -64 of 128 steps of 1.
-            bin_ = struct.pack("<f", 1 / 128) + bytes([-64 + 128])
-            logprobs.append(list(exact + struct.pack("<f", values[2] + 0.5) + bin_))
-            text = "".join(f"{i:0{bits}b}" for i in best)
-            text += "0" * (-len(text) % 8)
-            ids.append([int(text[at : at + 8], 2) for at in range(0, len(text), 8)])
-        columns = {
-            "input_ids": pa.array([IDS], pa.list_(pa.uint64())),
-            "compressed_logprobs": nested([logprobs], pa.uint8()),
-            "bytepacked_indices": nested([ids], pa.uint8()),
-        }
-        if layout == "open-instruct":
-            columns |= {"messages": pa.array(["[]"]), "text": pa.array(["x"])}
-        folder = write(tmp_path / "logits", columns)
-        with pytest.raises(UsageError, match="no compression_config.yaml beside it"):
-            take_in(folder, tmp_path / "none", layout=layout)
-        (folder / "compression_config.yaml").write_text(
-            f"d: {size}\nk: 3\nexact_k: 2\nexact_dtype: bfloat16\npolynomial_terms: [0]\n"
-            "term_dtype: float32\ndelta_encoding: false\nerror_diffusion: false\n"
-            "residual_bins:\n- {scale_dtype: float32, element_bits: 8, num_elements: 1}\n"
-        )
-        check(take_in(folder, tmp_path / "cache", layout=layout))
-
-    def test_plain_columns_of_distillkit(self, tmp_path: Path) -> None:
-        columns = {
-            "input_ids": pa.array([IDS], pa.list_(pa.uint64())),
-            "token_ids": nested([TOP], pa.int64()),
-            "top_values": nested([LOGPROBS], pa.float32()),
-        }
-        folder = write(tmp_path / "raw", columns)
-        check(take_in(folder, tmp_path / "cache", layout="distillkit", teacher="big"))
-        assert Cache.open(str(tmp_path / "cache")).notes["teachers"] == ["big"]
-
 
 def test_the_probabilities_of_all_ids_are_one_or_refused(tmp_path: Path) -> None:
     """No id is left that a tail could stand for."""

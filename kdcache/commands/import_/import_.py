@@ -2,8 +2,8 @@
 
     options -> spans of the files -> CacheSpec -> `make_cache`
 
-The cache declares T = 1 alone: at any other temperature the mass of the ids that were left out is
-not known. What the files say of themselves is kept in the notes.
+The cache declares the source's temperature alone, mostly 1: at any other one the mass of the ids
+that were left out is not known. What the files say of themselves is kept in the notes.
 
 Cost: one pass over the files. Guarantee: as of a build; the same command resumes.
 """
@@ -18,12 +18,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
 from kdcache.commands.build.prepare import count_ranks
+from kdcache.commands.import_.apart import ID_BITS, SHARES, Apart, open_apart
 from kdcache.commands.import_.import_source import ImportSourceOptions, RowReader
 from kdcache.commands.import_.layouts import COMPRESSED, LAYOUTS, Compression
 from kdcache.commands.import_.options import ImportOptions
@@ -71,12 +73,14 @@ def import_(
 def _plan(options: ImportOptions) -> ShardPlan:
     tokenizer = load_tokenizer(options.tokenizer)
     corpus = _open(options)
-    about = _about(options, corpus, tokenizer_sha256(tokenizer))
-    source = _source(options, corpus)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
+    apart = _apart(options, vocab_size)
+    about = apart.about if apart else _about(options, corpus, tokenizer_sha256(tokenizer))
+    source = _source(options, corpus)
     k, columns = _first(options, corpus, source, tokenizer)
+    kind = f"sample:{SHARES}" if source.columns.draws else f"topk:{k}"
     # What others published keeps its precision.
-    codec = Codec.parse(f"topk:{k}", (1.0,), vocab_size).in_floats()
+    codec = Codec.parse(kind, (apart.temperature if apart else 1.0,), vocab_size).in_floats()
     ranks = count_ranks(corpus, source.rows, tokenizer, vocab_size) if codec.uses_ranks else b""
     pad_id = tokenizer.pad_token_id
     reading = {**corpus.settings, "layout": source.layout, "targets": source.targets}
@@ -105,7 +109,11 @@ def _plan(options: ImportOptions) -> ShardPlan:
         domains=tuple(corpus.domains),
     )
     teachers = [redact(options.teacher)] if options.teacher else about.get("teachers") or []
-    origin = {"layout": source.layout, "files": [redact(str(name)) for name in options.corpus]}
+    origin = {
+        "layout": source.layout,
+        "given": source.columns.given,
+        "files": [redact(str(name)) for name in options.corpus],
+    }
     return ShardPlan(
         spec,
         tokenizer_files(tokenizer),
@@ -121,13 +129,27 @@ def _plan(options: ImportOptions) -> ShardPlan:
     )
 
 
+def _apart(options: ImportOptions, vocab_size: int) -> Apart | None:
+    """Targets in files apart from the rows, where the layout has them there."""
+    if options.logits is None:
+        return None
+    if vocab_size > 1 << ID_BITS:
+        raise UsageError(
+            f"--layout {options.layout} gives an id {ID_BITS} bits, and --tokenizer has "
+            f"{vocab_size:,} ids: those of {1 << ID_BITS:,} and more stand in the files as others, "
+            "and nothing tells them apart. Such targets cannot be used; build them anew."
+        )
+    return open_apart(options.layout, options.logits)
+
+
 def _open(options: ImportOptions) -> Corpus:
+    renamed = () if options.columns else LAYOUTS[options.layout].renamed
     corpus = Corpus.open(
         named(options.corpus),
         span_bytes=lambda total: max(_SPAN_BYTES, total // _MOST_SPANS),
         limit=options.limit,
         format=options.format,
-        columns=options.columns,
+        columns=options.columns or renamed or None,
         max_record_bytes=options.max_record_bytes,
         split=options.split,
         filters=options.filter,
@@ -155,13 +177,18 @@ def _source(options: ImportOptions, corpus: Corpus) -> ImportSourceOptions:
     targets = options.targets or layout.targets
     assert targets is not None, "ImportOptions asks for it"
     return ImportSourceOptions(
-        rows, options.layout, targets, options.excess == "clip", _compression(options, corpus)
+        rows,
+        options.layout,
+        targets,
+        options.excess == "clip",
+        _compression(options, corpus),
+        options.logits,
     )
 
 
 def _compression(options: ImportOptions, corpus: Corpus) -> Compression | None:
     """The configuration of compressed columns, where there may be some."""
-    if COMPRESSED not in LAYOUTS[options.layout].pairs:
+    if COMPRESSED not in LAYOUTS[options.layout].forms:
         return None
     place = options.compression_config
     if place is None:
@@ -197,8 +224,11 @@ def _about(options: ImportOptions, corpus: Corpus, tokenizer: str) -> dict[str, 
 
 
 def _about_one(url: str) -> dict[str, Any]:
-    with open_bytes(url) as stream:
-        metadata = pq.ParquetFile(stream).schema_arrow.metadata or {}
+    try:
+        with open_bytes(url) as stream:
+            metadata = pq.ParquetFile(stream).schema_arrow.metadata or {}
+    except pa.ArrowInvalid:  # a damaged file, which the span that reads it will name
+        return {}
     return dict(json.loads(metadata.get(_ABOUT, b"{}")))
 
 

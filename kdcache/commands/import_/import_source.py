@@ -1,7 +1,8 @@
 """The source of an import: rows of ids with the targets that another program wrote beside them.
 
-Of each position the K most probable ids are kept; what is left of 1 is the tail. Nothing is made
-up: a position with fewer ids, the same id twice, or more than all probability is refused.
+Of each position the K most probable ids are kept; what is left of 1 is the tail. Of draws all are
+kept. Nothing is made up: a position with fewer ids, the same id twice, or more than all probability
+is refused, and draws some of which are missing.
 
 Cost: one pass over the files; memory of a span's rows and targets.
 Guarantee: a shard is a pure function of its span and the options.
@@ -10,8 +11,9 @@ Guarantee: a shard is a pure function of its span and the options.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +22,13 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.packer import Packer, Positions, Steps
 from kdcache.commands.build.source import Answers, SpanRows, TargetSource
-from kdcache.commands.import_.layouts import LAYOUTS, Columns, Compression, Entries, read_entries
+from kdcache.commands.import_.apart import open_apart, steps_of
+from kdcache.commands.import_.entries import Entries
+from kdcache.commands.import_.layouts import LAYOUTS, Columns, Compression, read_entries
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError, Span
 from kdcache.rows import Row, RowSpec
 from kdcache.rows.ids import SequenceMaker, own_ids
-from kdcache.targets import TopK
+from kdcache.targets import Sample, TopK
 from kdcache.tasks import CAUSAL_LM, IGNORE
 
 _ROUNDING = 1e-3  # by which 16-bit log-probabilities may sum to more than 1
@@ -42,6 +46,7 @@ class ImportSourceOptions:
         targets: what they stand beside: `token` or `next`.
         clip: whether probabilities that sum to more than 1 are scaled to 1.
         compression: of DistillKit's columns.
+        logits: folder of targets that are apart from the rows.
     """
 
     rows: RowSpec
@@ -49,6 +54,7 @@ class ImportSourceOptions:
     targets: str
     clip: bool
     compression: Compression | None = None
+    logits: str | None = None
 
     @property
     def columns(self) -> Columns:
@@ -78,7 +84,7 @@ class ImportSource(TargetSource[Span, TargetRows]):
 
     def __init__(self, options: ImportSourceOptions, cache: Cache) -> None:
         super().__init__(cache)
-        assert isinstance(self.codec, TopK), "an import makes top-k targets"
+        assert isinstance(self.codec, (TopK, Sample)), "an import makes these"
         self.options = options
         self._reader = RowReader(options, cache.tokenizer(), self.codec, cache.spec.label_logprob)
 
@@ -136,10 +142,14 @@ class RowReader:
     """Makes a row and its targets of a record."""
 
     def __init__(
-        self, options: ImportSourceOptions, tokenizer: object, codec: TopK | None, logprob: bool
+        self,
+        options: ImportSourceOptions,
+        tokenizer: Any,
+        codec: TopK | Sample | None,
+        logprob: bool,
     ) -> None:
         self._options, self._codec, self._logprob = options, codec, logprob
-        self._rows = SequenceMaker(options.rows, tokenizer)
+        self._rows, self._eos = SequenceMaker(options.rows, tokenizer), tokenizer.eos_token_id
 
     def read(self, record: Record) -> tuple[Row, dict[str, np.ndarray]] | None:
         """The row of a record and what the codec packs of its positions; None where it has none.
@@ -148,7 +158,7 @@ class RowReader:
             RecordError: it cannot be used.
             UsageError: a column is missing.
         """
-        entries = read_entries(record, self._options.columns, self._options.compression)
+        entries = self._entries(record)
         row, items = self._row(record, entries)
         if row is None:
             return None
@@ -159,13 +169,20 @@ class RowReader:
 
     def width(self, record: Record) -> int:
         """How many ids the positions of a record have, at least; 0 without positions."""
-        entries = read_entries(record, self._options.columns, self._options.compression)
+        entries = self._entries(record)
         _, items = self._row(record, entries)
         return int(entries.counts[items].min()) if len(items) else 0
+
+    def _entries(self, record: Record) -> Entries:
+        if self._options.logits is not None:
+            return open_apart(self._options.layout, self._options.logits).entries(record)
+        return read_entries(record, self._options.columns, self._options.compression)
 
     def _row(self, record: Record, entries: Entries) -> tuple[Row | None, np.ndarray]:
         """The row, and which item of the targets each of its positions has."""
         none = np.zeros(0, np.int64)
+        if self._options.columns.left_padded:
+            record = _unpadded(record, self._eos)
         found = self._rows.make(record)
         if found is None:
             return None, none
@@ -202,10 +219,59 @@ class RowReader:
         return row, items[positions]
 
     def _encoded(self, entries: Entries, items: np.ndarray) -> dict[str, np.ndarray]:
-        """The K best ids of some items, their log-probabilities, and the tail."""
+        """What the codec packs of some items."""
         assert self._codec is not None
+        ids, logprobs = self._ordered(entries, items)
+        if isinstance(self._codec, Sample):
+            return self._drawn(self._codec, ids, logprobs)
         k, width = self._codec.k, self._codec.vocab_size
+        with np.errstate(over="ignore"):
+            mass = np.exp(logprobs).sum(1)
+        if (mass > 1 + _ROUNDING).any() and not (self._options.clip and np.isfinite(mass).all()):
+            raise RecordError(
+                f"the probabilities of a position sum to {mass.max():.4g} (--excess clip scales "
+                "them to 1)"
+            )
+        whole = entries.counts[items] >= width  # nothing is left for a tail
+        if (mass < _LEAST)[whole].any():
+            raise RecordError(
+                f"the probabilities of all {width} ids sum to {mass[whole].min():.4g}, expected 1"
+            )
+        ids, logprobs = ids[:, :k], logprobs[:, :k]
+        logprobs = logprobs - np.log(np.where(whole, mass, np.maximum(mass, 1)))[:, None]
+        tail = np.clip(1 - np.exp(logprobs).sum(1), 0, 1)
+        return {
+            "ids": ids.astype(np.int32),
+            "logprobs": logprobs.astype(np.float32),
+            "tail": tail[:, None].astype(np.float32),
+            "finite": np.ones(len(ids), np.bool_),
+        }
+
+    def _drawn(self, codec: Sample, ids: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
+        """All ids as heads, with units in the proportions of the draws: none is left for chance."""
+        weights = np.exp(logprobs)
+        lost = 1 - weights.sum(1)
+        if (np.abs(lost) > _ROUNDING).any() and not self._options.clip:
+            raise RecordError(
+                f"the draws of a position sum to {1 - lost[np.abs(lost).argmax()]:.4g}: ids that "
+                "were drawn less are missing, so the others are no unbiased sample (--excess clip "
+                "scales them to 1)"
+            )
+        nothing = np.zeros(len(ids), np.int32)
+        return {
+            "ids": ids.astype(np.int32),
+            "values": steps_of(weights, codec.rule.units)[..., None].astype(np.int32),
+            "heads": nothing + ids.shape[1],
+            "draws": nothing,
+            "finite": np.ones(len(ids), np.bool_),
+        }
+
+    def _ordered(self, entries: Entries, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [n, slots] and log-probabilities of some items, falling; checked."""
+        assert self._codec is not None
+        width, apart = self._codec.vocab_size, self._options.logits is not None
         counts = entries.counts[items]
+        k = self._codec.k if isinstance(self._codec, TopK) else int(counts.max(initial=0))
         if (counts < k).any():
             raise RecordError(
                 f"a position has {counts.min()} ids, fewer than the {k} of the others (--top "
@@ -219,40 +285,22 @@ class RowReader:
         logprobs = np.where(real, entries.logprobs[at], -np.inf)
         if np.isnan(logprobs).any():
             raise RecordError("a log-probability is not a number")
-        with np.errstate(over="ignore"):
-            mass = np.exp(logprobs).sum(1)
-        if (mass > 1 + _ROUNDING).any() and not (self._options.clip and np.isfinite(mass).all()):
-            raise RecordError(
-                f"the probabilities of a position sum to {mass.max():.4g} (--excess clip scales "
-                "them to 1)"
-            )
-        whole = counts >= width  # nothing is left for a tail
-        if (mass < _LEAST)[whole].any():
-            raise RecordError(
-                f"the probabilities of all {width} ids sum to {mass[whole].min():.4g}, expected 1"
-            )
-        # An id without probability may be what fills a list up, but not among the best.
+        # An id without probability may be what fills a list up, but not among the best, unless it
+        # is by a rule of the layout.
         slots = np.argsort(-logprobs, axis=1, kind="stable")
         ids, logprobs = (np.take_along_axis(values, slots, 1) for values in (ids, logprobs))
         named = logprobs > -np.inf
-        named[:, :k] = True
+        if not apart:
+            named[:, :k] = True
         if ((ids < 0) | (ids >= width))[named].any():
             wrong = ids[named & ((ids < 0) | (ids >= width))][0]
             raise RecordError(f"a target names {wrong}, which is not an id of the tokenizer")
         ordered = np.sort(np.where(named, ids, -1 - np.arange(ids.shape[1])), 1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise RecordError("a target names an id twice")
-        ids, logprobs = ids[:, :k], logprobs[:, :k]
         if not np.isfinite(logprobs[:, 0]).all():
             raise RecordError("a position has no probability on any of its ids")
-        logprobs = logprobs - np.log(np.where(whole, mass, np.maximum(mass, 1)))[:, None]
-        tail = np.clip(1 - np.exp(logprobs).sum(1), 0, 1)
-        return {
-            "ids": ids.astype(np.int32),
-            "logprobs": logprobs.astype(np.float32),
-            "tail": tail[:, None].astype(np.float32),
-            "finite": np.ones(len(ids), np.bool_),
-        }
+        return ids, logprobs
 
     def _label_logprob(self, record: Record, items: np.ndarray) -> np.ndarray:
         name = self._options.columns.logprob
@@ -264,3 +312,12 @@ class RowReader:
         if values.ndim != 1 or len(values) <= items.max() or np.isnan(values[items]).any():
             raise RecordError(f"{name} has no number for a label")
         return np.asarray(values[items])
+
+
+def _unpadded(record: Record, eos: int | None) -> Record:
+    """A record whose padding, the end of a text at its beginning, is named as such."""
+    ids = np.asarray(record.values.get("input_ids", ()))
+    if eos is None or record.values.get("attention_mask") is not None or not (ids != eos).any():
+        return record
+    own = np.arange(len(ids)) >= np.argmax(ids != eos)
+    return replace(record, values={**record.values, "attention_mask": own.astype(np.int64)})

@@ -6,6 +6,8 @@
 | `axolotl` | `target_token_ids`, `target_logprobs`, `target_mask` | the token that they are about |
 | `distillkit` | as `open-instruct`, or `token_ids`, `top_values` | the token before |
 | `open-instruct` | `compressed_logprobs`, `bytepacked_indices` | the token before |
+| `llamakd` | `targets`, of `inputs` | the token before |
+| `megatron`, `se-kd3x` | in files apart, see `kdcache.commands.import_.apart` | the token before |
 | `plain` | `target_ids`, `target_logprobs` or `target_probs` | as --targets says |
 
 axolotl's are those of its prepared datasets, which its own loader has scaled to sum to 1;
@@ -19,19 +21,21 @@ differences from it, each a scale and `num_elements` numbers of `element_bits` b
 `delta_encoding` all of these are differences along the ranks. `bytepacked_indices` holds k ids of
 as many bits as the vocabulary's size `d` needs. Bits are packed from the highest on.
 
-Source: DistillKit, README (Logit Compression) and `distillkit/compression`, 2025.
+Source: DistillKit, README (Logit Compression) and `distillkit/compression`, 2025. LlamaKD: its card
+and its viewer (`codys12/LlamaKD` on the hub, 2024): `inputs: [1024]`, `targets: [1024, 2, 32]`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.commands.import_.entries import Entries
 from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
 
@@ -160,61 +164,44 @@ def _term(term: int | str, ranks: Floats) -> Floats:
 COMPRESSED = ("bytepacked_indices", "compressed_logprobs")
 LOGPROB = "teacher_logprob"
 
+Read = Callable[[Mapping[str, Any], Sequence[str], "Compression | None"], Entries]
+
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a layout.
+    """A layout: its columns, and what its targets are.
 
     Attributes:
-        pairs: columns of ids and of their log-probabilities or probabilities, alternatives.
+        forms: names of columns with targets and how to read them, alternatives.
         labels: what labels stand beside, `token` or `next`; None where nothing says.
         targets: what targets stand beside.
         mask: column that says for each entry whether it counts.
         logprob: column of the label's log-probability.
+        renamed: columns that have other names than here, as `--columns` gives them.
+        others: more columns that are read.
+        apart: whether the targets are in other files, see `kdcache.commands.import_.apart`.
+        left_padded: whether rows may begin with ends of a text, which are padding.
+        draws: whether they are draws, of which sparse weights are right on average only.
+        given: what the source's numbers are, for the notes.
     """
 
-    pairs: tuple[tuple[str, str], ...]
+    forms: Mapping[tuple[str, ...], Read]
     labels: str | None
     targets: str | None
     mask: str | None = None
     logprob: str | None = None
+    renamed: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    apart: bool = False
+    left_padded: bool = False
+    draws: bool = False
+    given: str = "probabilities of the whole vocabulary at T = 1"
 
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
-        others = (self.mask, self.logprob)
-        return (*dict.fromkeys(sum(self.pairs, ())), *(name for name in others if name))
-
-
-LAYOUTS: Mapping[str, Columns] = {
-    "kdcache": Columns((("target_ids", "target_probs"),), "next", "next", logprob=LOGPROB),
-    "axolotl": Columns(
-        (("target_token_ids", "target_logprobs"),), "token", "token", mask="target_mask"
-    ),
-    "distillkit": Columns((COMPRESSED, ("token_ids", "top_values")), "token", "next"),
-    "open-instruct": Columns((COMPRESSED,), "token", "next"),
-    "plain": Columns(
-        (("target_ids", "target_logprobs"), ("target_ids", "target_probs")), None, None
-    ),
-}
-_PROBS = ("target_probs",)
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The targets of a row as its file has them: of each item a number of ids.
-
-    Attributes:
-        counts: int64 [items].
-        ids: int64, of all items one after another.
-        logprobs: float64, likewise.
-        counted: bool [items], whether there is a target at all.
-    """
-
-    counts: np.ndarray
-    ids: np.ndarray
-    logprobs: np.ndarray
-    counted: np.ndarray
+        others = (self.mask, self.logprob, *self.others)
+        return (*dict.fromkeys(sum(self.forms, ())), *(name for name in others if name))
 
 
 def read_entries(record: Record, columns: Columns, compression: Compression | None) -> Entries:
@@ -225,42 +212,93 @@ def read_entries(record: Record, columns: Columns, compression: Compression | No
         UsageError: a column is missing.
     """
     values = record.values
-    there = [pair for pair in columns.pairs if all(values.get(n) is not None for n in pair)]
+    there = [form for form in columns.forms if all(values.get(n) is not None for n in form)]
     if not there:
-        wanted = [" with ".join(pair) for pair in columns.pairs]
+        wanted = [" with ".join(form) for form in columns.forms]
         raise record.missing(wanted, "--columns NAME=THEIRS, or choose another --layout")
-    pair = there[0]
-    if pair == COMPRESSED:
-        assert compression is not None, "it is read when the import is planned"
-        packed = [_matrix(values[name], name) for name in pair]
-        ids, logprobs = compression.ids(packed[0]), compression.logprobs(packed[1])
-        counts = np.full(len(ids), ids.shape[1])
-        if len(ids) != len(logprobs):
-            raise RecordError(f"{pair[0]} has {len(ids)} items, {pair[1]} {len(logprobs)}")
-        everything = np.ones(len(ids), np.bool_)
-        return Entries(counts, ids.reshape(-1), logprobs.reshape(-1), everything)
-    (counts, ids), (others, numbers) = (_ragged(values[name], name) for name in pair)
+    entries = columns.forms[there[0]](values, there[0], compression)
+    if columns.mask is None or values.get(columns.mask) is None:
+        return entries
+    sizes, flags = _ragged(values[columns.mask], columns.mask)
+    if not np.array_equal(sizes, entries.counts) or not set(np.unique(flags)) <= {0, 1}:
+        raise RecordError(f"{columns.mask} is not 0 or 1 for each of {there[0][0]}")
+    ends = np.cumsum(np.concatenate([[0], entries.counts]))
+    before = np.concatenate([[0], np.cumsum(flags)])[ends].astype(np.int64)
+    some = np.diff(before)
+    if ((some != 0) & (some != entries.counts)).any():
+        raise RecordError(f"{columns.mask} hides some of a token's ids, expected all or none")
+    return replace(entries, counted=some > 0)
+
+
+def _unpacked(values: Mapping[str, Any], names: Sequence[str], by: Compression | None) -> Entries:
+    """DistillKit's compressed columns."""
+    assert by is not None, "it is read when the import is planned"
+    packed = [_matrix(values[name], name) for name in names]
+    ids, logprobs = by.ids(packed[0]), by.logprobs(packed[1])
+    if len(ids) != len(logprobs):
+        raise RecordError(f"{names[0]} has {len(ids)} items, {names[1]} {len(logprobs)}")
+    counts, everything = np.full(len(ids), ids.shape[1]), np.ones(len(ids), np.bool_)
+    return Entries(counts, ids.reshape(-1), logprobs.reshape(-1), everything)
+
+
+def _logprobs(values: Mapping[str, Any], names: Sequence[str], _: Any = None) -> Entries:
+    """A list of ids and one of log-probabilities for each token."""
+    (counts, ids), (others, numbers) = (_ragged(values[name], name) for name in names)
     if not np.array_equal(counts, others):
-        raise RecordError(f"{pair[0]} and {pair[1]} have different lengths")
+        raise RecordError(f"{names[0]} and {names[1]} have different lengths")
     if ids.dtype.kind not in "iu":
-        raise RecordError(f"{pair[0]} holds something else than whole numbers in its lists")
-    if pair[1] in _PROBS:
-        if (numbers < 0).any():
-            raise RecordError(f"{pair[1]} holds a number below 0")
-        with np.errstate(divide="ignore"):
-            numbers = np.log(numbers)
-    counted = counts > 0
-    if columns.mask is not None and values.get(columns.mask) is not None:
-        sizes, flags = _ragged(values[columns.mask], columns.mask)
-        if not np.array_equal(sizes, counts) or not set(np.unique(flags)) <= {0, 1}:
-            raise RecordError(f"{columns.mask} is not 0 or 1 for each of {pair[0]}")
-        ends = np.cumsum(np.concatenate([[0], counts]))
-        before = np.concatenate([[0], np.cumsum(flags)])[ends].astype(np.int64)
-        some = np.diff(before)
-        if ((some != 0) & (some != counts)).any():
-            raise RecordError(f"{columns.mask} hides some of a token's ids, expected all or none")
-        counted = some > 0
-    return Entries(counts, ids.astype(np.int64), numbers.astype(np.float64), counted)
+        raise RecordError(f"{names[0]} holds something else than whole numbers in its lists")
+    return Entries(counts, ids.astype(np.int64), numbers.astype(np.float64), counts > 0)
+
+
+def _probs(values: Mapping[str, Any], names: Sequence[str], _: Any = None) -> Entries:
+    """The same with probabilities."""
+    entries = _logprobs(values, names)
+    if (entries.logprobs < 0).any():
+        raise RecordError(f"{names[1]} holds a number below 0")
+    with np.errstate(divide="ignore"):
+        return replace(entries, logprobs=np.log(entries.logprobs))
+
+
+def _stacked(values: Mapping[str, Any], names: Sequence[str], _: Any = None) -> Entries:
+    """LlamaKD's pairs of lists for each token: K log-probabilities, then their ids as floats."""
+    (name,) = names
+    try:
+        pairs = np.stack([np.stack(list(pair)) for pair in values[name]]).astype(np.float64)
+    except (TypeError, ValueError):
+        pairs = np.zeros(0)
+    if pairs.ndim != 3 or pairs.shape[1] != 2:
+        raise RecordError(f"{name} is not a list of log-probabilities and one of ids a token")
+    logprobs, ids = pairs[:, 0], pairs[:, 1]
+    if (ids % 1 != 0).any():
+        raise RecordError(f"{name} holds something else than whole numbers as its second lists")
+    counts, everything = np.full(len(ids), ids.shape[1]), np.ones(len(ids), np.bool_)
+    return Entries(counts, ids.reshape(-1).astype(np.int64), logprobs.reshape(-1), everything)
+
+
+_SCALED = "probabilities scaled to sum to 1: what their source left out is lost"
+LAYOUTS: Mapping[str, Columns] = {
+    "kdcache": Columns({("target_ids", "target_probs"): _probs}, "next", "next", logprob=LOGPROB),
+    "axolotl": Columns(
+        {("target_token_ids", "target_logprobs"): _logprobs}, "token", "token",
+        mask="target_mask", given=_SCALED,
+    ),
+    "distillkit": Columns(
+        {COMPRESSED: _unpacked, ("token_ids", "top_values"): _logprobs}, "token", "next"
+    ),
+    "open-instruct": Columns({COMPRESSED: _unpacked}, "token", "next"),
+    "llamakd": Columns(
+        {("targets",): _stacked}, None, "next", renamed=("input_ids=inputs",), left_padded=True
+    ),
+    "megatron": Columns({}, None, "next", others=("index",), apart=True),
+    "se-kd3x": Columns(
+        {}, None, "next", apart=True, draws=True, given="draws, in steps of 1/127, at its own T"
+    ),
+    "plain": Columns(
+        {("target_ids", "target_logprobs"): _logprobs, ("target_ids", "target_probs"): _probs},
+        None, None, given="probabilities, by the user's word",
+    ),
+}  # fmt: skip
 
 
 def _ragged(cell: Any, name: str) -> tuple[np.ndarray, np.ndarray]:

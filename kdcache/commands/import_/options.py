@@ -12,7 +12,10 @@ from kdcache.domains import Named
 from kdcache.options import again, option
 from kdcache.tasks import MAX_RECORD_BYTES, Attend, Labels, OnError
 
-Layout = Literal["kdcache", "axolotl", "distillkit", "open-instruct", "plain"]
+Layout = Literal[
+    "kdcache", "axolotl", "distillkit", "open-instruct", "llamakd", "megatron", "se-kd3x", "plain"
+]
+_APART = ("megatron", "se-kd3x")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ class ImportOptions(WorkerOptions):
         "first file.",
         metavar="FILE.yaml",
     )
+    logits: str | None = option(
+        None,
+        help="of `megatron` and `se-kd3x`, which keep targets apart from the rows of --corpus: the "
+        "folder of their files.",
+        metavar="DIR_OR_URL",
+    )
     max_length: int = option(
         1 << 17, help="tokens of the longest row; a longer one is refused.", at_least=2
     )
@@ -102,6 +111,10 @@ class ImportOptions(WorkerOptions):
                 "--targets is missing: with --layout plain say whether targets stand beside the "
                 "`token` that they are about, or the one before it (`next`)."
             )
+        if (self.logits is not None) != (self.layout in _APART):
+            problems.append(f"--logits is for, and needed by, --layout {' or '.join(_APART)}.")
+        if self.top is not None and self.layout == "se-kd3x":
+            problems.append("--top would leave out draws; leave it out for --layout se-kd3x.")
         if self.compression_config and self.layout not in ("distillkit", "open-instruct"):
             problems.append("--compression-config is for --layout distillkit or open-instruct.")
         return problems
