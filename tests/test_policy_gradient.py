@@ -46,20 +46,20 @@ def test_value_and_gradient_are_those_of_the_formula(clip: float | None) -> None
     labels[3] = -100
     teacher, writer = -rng.exponential(4.0, n), -rng.exponential(2.0, n)
     teacher[:2] = -np.inf, -60.0  # what a teacher finds impossible, or nearly so
-    weights = rng.random(n)
+    weights, baseline = rng.random(n), rng.normal(size=n)
     value, gradient = 0.0, np.zeros((n, V))
     for i, y in enumerate(labels):
         if y < 0:
             continue
         p = np.exp(z[i]) / np.exp(z[i]).sum()
         pull = min(max(teacher[i] - math.log(p[y]), -MAX_ADVANTAGE), MAX_ADVANTAGE)
-        if clip is not None:
-            pull *= min(p[y] / math.exp(writer[i]), clip)
-        value -= weights[i] * pull
-        gradient[i] = -weights[i] * pull * (np.eye(V)[y] - p)
+        weight = 1.0 if clip is None else min(p[y] / math.exp(writer[i]), clip)
+        value -= weights[i] * weight * pull
+        gradient[i] = -weights[i] * weight * (pull - baseline[i]) * (np.eye(V)[y] - p)
     logits = torch.from_numpy(z).requires_grad_()
     how = None if clip is None else torch.from_numpy(writer)
-    targets = LabelTargets(torch.from_numpy(teacher), how, clip or math.inf)
+    base = torch.from_numpy(baseline)
+    targets = LabelTargets(torch.from_numpy(teacher), how, base, clip or math.inf)
     more = {"position_weights": torch.from_numpy(weights)}
     parts = loss(logits, torch.from_numpy(labels), targets, **more)
     parts.total.backward()
@@ -87,7 +87,7 @@ def test_its_mean_over_what_a_writer_draws_is_reverse_kl() -> None:
     bare = torch.zeros((), dtype=torch.float64)  # w = 1, of what the student draws
     for y in range(V):
         labels = torch.full((3,), y)
-        targets = LabelTargets(teacher[:, y], writer[:, y])
+        targets = LabelTargets(teacher[:, y], writer[:, y], torch.tensor([0.0, -3.0, 2.0]))
         for i, chance in enumerate(writer[:, y].exp()):
             mean = mean + chance * loss(drawn[[i]], labels[[i]], targets[[i]]).total
         own = LabelTargets(teacher[:, y])

@@ -18,6 +18,7 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
+from kdcache.loss.reference import MAX_ADVANTAGE
 from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of
 from kdcache.targets import LabelTargets
@@ -180,7 +181,9 @@ class CachedIds(Reading):
 class LabelReading(CachedIds):
     """The same of `--divergence policy-gradient`, whose targets are of the labels alone.
 
-    No soft target is read: any codec will do, and the smallest is enough.
+    No soft target is read: any codec will do, and the smallest is enough. The baseline is the mean
+    of log q - log b over the batch, of teacher and writer, which is off the mean by one part in
+    the batch's positions. Without importance weights there is none.
     """
 
     reads_targets = False
@@ -199,14 +202,17 @@ class LabelReading(CachedIds):
         batch = super().collate(data, temperature=None, count=count)
         if temperature is None:
             return batch
-        writer = None
+        if data.label_logprob is None:
+            raise UsageError("the rows have no log-probabilities of their labels.")
+        targets = LabelTargets(batch["label_logprob"])
         if self.clip:
             if data.writer_logprob is None:
                 raise UsageError("the rows have no log-probabilities of a writer.")
             writer = torch.from_numpy(decode_logprobs(data.writer_logprob))
-        if data.label_logprob is None:
-            raise UsageError("the rows have no log-probabilities of their labels.")
-        return {**batch, "targets": LabelTargets(batch["label_logprob"], writer, self.clip)}
+            gaps = (targets.teacher - writer).nan_to_num().clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
+            baseline = gaps.mean().expand(len(gaps)).contiguous()
+            targets = LabelTargets(targets.teacher, writer, baseline, self.clip)
+        return {**batch, "targets": targets}
 
 
 class OwnTokens(Reading):

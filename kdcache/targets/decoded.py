@@ -183,12 +183,14 @@ class LabelTargets(_Positions):
             infinity for none.
         writer: float32 [positions], that of the model which drew the label from its own
             distribution at T = 1, for importance weights; None takes a weight of 1.
+        baseline: float32 [positions], taken off the advantage in the gradient; None for 0.
         clip: the largest importance weight.
         temperature: 1.
     """
 
     teacher: Tensor
     writer: Tensor | None = None
+    baseline: Tensor | None = None
     clip: float = math.inf
     temperature: float = 1.0
 

@@ -99,7 +99,7 @@ class LossOptions(Options):
         "reverse KL by the drawn tokens of generated text.",
     )
     importance_clip: float = option(
-        2.0,
+        1.0,
         help="of `policy-gradient`: the largest importance weight of a token, its probability now "
         "by the one it was drawn with; 0 weighs all alike, as Lightning OPD.",
         at_least=0,
