@@ -9,7 +9,8 @@ folder or hub id     a Hugging Face model with its weights; a plain encoder gets
 ``CONFIG.json``      a Hugging Face (or bilstm) architecture, randomly initialised
 ``bilstm``           the built-in classifier, with words or the teacher's tokens
 ``module:function``  the result of ``function(info)``: a `torch.nn.Module` whose forward
-                     takes the batch's input tensors and returns logits
+                     takes the batch's input tensors and returns logits; a Hugging Face model,
+                     changed or not (fake-quantised weights), is saved as one
 ===================  ===========================================================================
 
 Random weights come from `StudentInfo.seed` alone; the global random state is left unchanged.
@@ -17,18 +18,13 @@ Random weights come from `StudentInfo.seed` alone; the global random state is le
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -36,6 +32,7 @@ from kdcache.errors import UsageError, reason_of
 from kdcache.lora import ADAPTER_CONFIG, PEFT_TASKS, Lora
 from kdcache.models import BILSTM, BiLstmConfig
 from kdcache.pretrained import UnreadableError, unreadable, warn_of_left_out
+from kdcache.student.factory import from_factory, is_factory, saved_factory
 from kdcache.student.one_answer import begin_at
 from kdcache.student.tokens import (
     StudentInfo,
@@ -49,15 +46,15 @@ from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.load import name_outputs
 from kdcache.teacher.quirks import forget_lengths
-from kdcache.teacher.trust import FACTORY_TYPE, check_config
+from kdcache.teacher.trust import check_config, factory_of
 
 if TYPE_CHECKING:
     from kdcache.student.bilstm import BiLstm
 
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # A student may pad its vocabulary, as models do for the speed of their last product, but not by
 # whole vocabularies.
 _MOST_PADDING = 1024
+_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
 
 
@@ -99,10 +96,11 @@ def load_student(
         else:
             info = StudentInfo.saved(name, raw or {})
     kind = None if raw is None else raw.get("model_type")
+    made_by = None if raw is None else factory_of(raw)
     if raw is not None:
         check_config(f"student {name}", raw, trust_remote_code=trust_remote_code)
     new_bilstm = name == "bilstm" or (kind == BILSTM and not Path(name).is_dir())
-    if lora is not None and (kind in (BILSTM, FACTORY_TYPE) or not is_model(name)):
+    if lora is not None and (kind == BILSTM or made_by or not is_model(name)):
         raise UsageError(
             f"--lora adapts Hugging Face models with their weights, and student {name} is none. "
             "Name a folder or a hub id, or train without --lora."
@@ -116,10 +114,10 @@ def load_student(
     with _seeded(info.seed):
         if new_bilstm:
             student: nn.Module = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)
-        elif kind == FACTORY_TYPE:
-            student = _saved_factory(Path(name), raw or {}, info)
-        elif _is_factory(name):
-            student = _from_factory(name, info)
+        elif made_by is not None:
+            student = saved_factory(Path(name), made_by, info)
+        elif is_factory(name):
+            student = from_factory(name, info)
         elif raw is not None and Path(name).is_file():
             student = _from_config(name, raw, info, dtype, trust_remote_code)
         else:
@@ -133,11 +131,7 @@ def load_student(
 
 def is_model(name: str) -> bool:
     """Whether a student's name is that of a folder or a hub id, which has weights."""
-    return not (name == "bilstm" or Path(name).is_file() or _is_factory(name))
-
-
-def _is_factory(name: str) -> bool:
-    return _FACTORY.fullmatch(name) is not None and not Path(name).exists()
+    return not (name == "bilstm" or Path(name).is_file() or is_factory(name))
 
 
 @contextmanager
@@ -225,41 +219,6 @@ def _bilstm(options: Mapping[str, Any], embeddings: str | Path | None, info: Stu
     student.tokenizer = words
     if vectors is not None:
         student.load_embeddings(*vectors)
-    return student
-
-
-def _from_factory(name: str, info: StudentInfo) -> nn.Module:
-    module, function = name.split(":")
-    # A console script does not search the working directory, where a user's own students live.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        factory = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"student {name}: {error}. Run in the folder of {module}.py, or install it."
-        ) from error
-    except AttributeError as error:
-        raise UsageError(f"student {name}: {module} has no {function}.") from error
-    student = factory(info)
-    if not isinstance(student, nn.Module):
-        raise UsageError(
-            f"student {name} returned {type(student).__name__}; it must return a torch.nn.Module."
-        )
-    student.kdcache_factory = {"factory": name, "info": _plain(info)}  # type: ignore[assignment]
-    return student
-
-
-def _plain(info: StudentInfo) -> dict[str, Any]:
-    apart = ("texts", "tokenizer", "mean")
-    return {f.name: getattr(info, f.name) for f in fields(info) if f.name not in apart}
-
-
-def _saved_factory(folder: Path, raw: Mapping[str, Any], info: StudentInfo) -> nn.Module:
-    saved = StudentInfo(**{**raw["info"], "texts": info.texts, "tokenizer": info.tokenizer})
-    student = _from_factory(raw["factory"], saved)
-    load_model(student, folder / "model.safetensors")
     return student
 
 
@@ -376,11 +335,17 @@ def _from_weights(
                 use_safetensors=True,
                 output_loading_info=True,
             )
+    except ImportError as error:
+        raise UsageError(
+            f"{files.who} needs a library that is missing: {reason_of(error)}."
+        ) from error
     except (OSError, UnreadableError) as error:
         raise UsageError(
             f"student {name} cannot be loaded as a {info.task} model ({reason_of(error)})."
         ) from error
     warn_of_left_out(files.who, student, found["unexpected_keys"])
+    if lora is None:
+        _check_trainable(name, student)
     kept = student.config
     if not trust and type(kept) not in auto_class(info.task, kept)._model_mapping:
         raise UsageError(
@@ -404,6 +369,20 @@ def _from_weights(
     if files.adapter is not None:
         student = files.merged(student).requires_grad_(True)
     return student  # type: ignore[no-any-return]
+
+
+def _check_trainable(name: str, student: Any) -> None:
+    """Refuse a folder of quantised weights, which no gradient changes."""
+    if getattr(student.config, "quantization_config", None) is None:
+        return
+    for key, values in student.state_dict().items():
+        plain = type(values) in (Tensor, nn.Parameter) and values.dtype in _TRAINABLE
+        if values.ndim > 1 and not plain:
+            raise UsageError(
+                f"student {name} has quantised weights ({key}), which training cannot change. Name "
+                "a function, module:function, that loads them as floats and quantises them in "
+                "every forward pass, or train an adapter beside them with --lora."
+            )
 
 
 def _check(student: nn.Module, name: str, info: StudentInfo, trust: bool) -> None:

@@ -43,7 +43,7 @@ from kdcache.tasks import (
 )
 from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions
 from kdcache.teacher.quirks import check_reach
-from kdcache.teacher.trust import FACTORY_TYPE
+from kdcache.teacher.trust import factory_of
 
 
 def pick_device(name: str) -> str:
@@ -101,12 +101,17 @@ class SavedModel:
     @property
     def is_factory(self) -> bool:
         """Whether a `module:function` of the user makes this student."""
-        return bool(self.raw_config.get("model_type") == FACTORY_TYPE)
+        return factory_of(self.raw_config) is not None
+
+    @property
+    def _info(self) -> dict[str, Any]:
+        """What that function was given."""
+        return dict((factory_of(self.raw_config) or {})["info"])
 
     @cached_property
     def task(self) -> str | None:
         """The task of the model, or None if its configuration does not say."""
-        return str(self.raw_config["info"]["task"]) if self.is_factory else task_of(self.raw_config)
+        return str(self._info["task"]) if self.is_factory else task_of(self.raw_config)
 
     def check_task(self, task: str) -> None:
         """Refuse a model of another task."""
@@ -123,7 +128,7 @@ class SavedModel:
     def label_names(self) -> tuple[str, ...]:
         """The classes in the order of the logits."""
         if self.is_factory:
-            info = self.raw_config["info"]
+            info = self._info
             return tuple(map(str, info["label_names"] or range(info["num_labels"])))
         return self.files.label_names
 
@@ -132,7 +137,7 @@ class SavedModel:
         if not TASKS[task].over_ids:
             return len(self.label_names)
         if self.is_factory:
-            return int(self.raw_config["info"]["vocab_size"])
+            return int(self._info["vocab_size"])
         # Without a tokenizer padding and ids cannot be distinguished: all columns count.
         wide = int(self.files.config.get_text_config().vocab_size)
         return wide if self.tokenizer is None else self.files.vocab_size(task)
@@ -268,7 +273,7 @@ class SavedModel:
         self.check_task(task)
         self.check_width(task, vocab_size)
         if self.is_factory:
-            info = StudentInfo(**self.raw_config["info"])
+            info = StudentInfo(**self._info)
             trust = self.files.trust_remote_code
             student = load_student(str(self.files.folder), info, trust_remote_code=trust)
             tokenize = getattr(student, "tokenize", None)

@@ -35,7 +35,7 @@ from kdcache.pretrained import UnreadableError, read_tokenizer
 from kdcache.rows.batches import padded
 from kdcache.tasks import TASKS, check_task, task_of
 from kdcache.teacher.quirks import reach
-from kdcache.teacher.trust import FACTORY_TYPE
+from kdcache.teacher.trust import factory_of
 
 if TYPE_CHECKING:
     from kdcache.rows.words import ReadWords, WordReader
@@ -94,8 +94,9 @@ class StudentInfo:
         Raises:
             UsageError: it is not the folder of one.
         """
-        if config.get("model_type") == FACTORY_TYPE:
-            return cls(**config["info"])
+        made_by = factory_of(config)
+        if made_by is not None:
+            return cls(**made_by["info"])
         task = task_of(config)
         if task is None or not Path(name).is_dir():
             raise UsageError(

@@ -45,7 +45,7 @@ from kdcache.targets.chunks import ChunkTargets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.quirks import check_reach, decoder_start, reach, with_start
-from kdcache.teacher.trust import FACTORY_TYPE
+from kdcache.teacher.trust import FACTORY_KEY, FACTORY_TYPE
 
 
 @dataclass
@@ -198,8 +198,15 @@ class DistilledStudent(nn.Module):
         """
         folder = Path(save_directory)
         save = getattr(self.student, "save_pretrained", None)
+        made_by = getattr(self.student, "kdcache_factory", {})
         if save is not None:
+            if getattr(self.student, "kdcache_changed", False):
+                options = {"max_shard_size": "100TB", **options}  # `load_student` reads one file
             save(save_directory, **options)
+            if getattr(self.student, "kdcache_changed", False):
+                config = json.loads((folder / "config.json").read_text())
+                config = json.dumps({**config, FACTORY_KEY: made_by}, indent=2)
+                (folder / "config.json").write_text(config + "\n")
             adapter = getattr(self.student, "kdcache_adapter", None)
             if adapter is not None:
                 from kdcache.teacher.adapter import complete_adapter
@@ -207,7 +214,6 @@ class DistilledStudent(nn.Module):
                 complete_adapter(folder, adapter)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        made_by = getattr(self.student, "kdcache_factory", {})
         (folder / "config.json").write_text(
             json.dumps({"model_type": FACTORY_TYPE, **made_by}, indent=2) + "\n"
         )

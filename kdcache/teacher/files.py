@@ -28,7 +28,7 @@ from kdcache.storage import redact
 from kdcache.storage.disk import once_here, sha256_here
 from kdcache.tasks import MASKED_LM, REGRESSION, TASKS, task_of
 from kdcache.teacher.quirks import reach
-from kdcache.teacher.trust import check_folder, read_json
+from kdcache.teacher.trust import check_folder, check_unchanged, read_json
 
 if TYPE_CHECKING:
     from kdcache.storage.remote import Facts
@@ -288,6 +288,7 @@ class TeacherFiles:
             UsageError: an architecture without such a head, one that was trained for another task,
                 or one with fewer or more outputs than an answer has.
         """
+        check_unchanged(self.who, self.raw_config)
         config = self.config
         known = auto_class(task, config)
         own_code = self.trust_remote_code and getattr(config, "auto_map", None)

@@ -27,6 +27,7 @@ from kdcache.teacher.files import TeacherFiles, auto_class
 from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
 from kdcache.teacher.options import TeacherOptions
 from kdcache.teacher.quirks import forget_lengths
+from kdcache.teacher.trust import check_unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
         options: how.
         room: bytes it may take of each device that it is spread over; None for one device.
     """
+    check_unchanged(files.who, files.raw_config)
     settings: dict[str, Any] = {
         "dtype": getattr(torch, options.dtype),
         "use_safetensors": True,

@@ -12,7 +12,10 @@ of its config (Cohere, Granite, Falcon-H1), or capped by one (Gemma 2), or plus 
 model (the biases of Marian). No parameter may act after the layer: a bias that is zero today is
 learnt tomorrow.
 
-Cost: four forward passes over 8 tokens of the first batch; no global random numbers are drawn.
+The layer itself must be the product with its weight: one that a quantiser has wrapped, so that its
+forward rounds weight or input, is found by its own answer to the states of these tokens.
+
+Cost: five forward passes over 8 tokens of the first batch; no global random numbers are drawn.
 Guarantee: where there is a projection, `layer(states) * scale`, capped, are the model's own logits.
 Any other model has none, and its own logits are used.
 """
@@ -107,7 +110,9 @@ class Projection:
             try:
                 with torch.no_grad():
                     self.thin = self._widens(layer, inputs)
-                    self.states(layer, inputs)
+                    states = layer_input(self.student, layer, inputs, thin=self.thin)
+                    if not _is_product(layer, states):
+                        return None
             except (RuntimeError, IndexError, ValueError, UsageError):
                 return None  # one column is not enough for what follows the layer
         found = self._named(own.double(), answers[0].double(), torch.finfo(own.dtype).eps)
@@ -272,6 +277,21 @@ def _output_layer(student: Any) -> nn.Linear | None:
     if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
         return None
     return layer
+
+
+def _is_product(layer: nn.Linear, states: Tensor) -> bool:
+    """Whether a layer's own answer is the product with what it shows as its weight.
+
+    Of torch's own class it is one, if the weight is a plain tensor: others round in a product of
+    their own. Its hooks have run on the way to the states.
+    """
+    if type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
+    if "forward" not in vars(layer) or layer.weight.is_meta:  # offloaded: its forward fetches it
+        return True
+    states = states.to(layer.weight.device)
+    want = nn.functional.linear(states, layer.weight, layer.bias)
+    return torch.equal(layer.forward(states).to(want), want)
 
 
 def _few(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Refused:
 
 * weights that are not safetensors, also if an index of safetensors names them, and those that are
   missing or cut off;
-* without `--trust-remote-code`: a Python function that makes the model (`kdcache-factory`), Python
+* without `--trust-remote-code`: a Python function that makes the model (`kdcache-factory`, or the
+  key `kdcache_factory` in the configuration of a model of transformers), Python
   files of the folder (`auto_map`) if transformers has no such architecture, and attention kernels
   (`attn_implementation` with a `/`), which are compiled code from the hub.
 
@@ -27,6 +28,9 @@ from kdcache.errors import UsageError
 from kdcache.files import inner
 
 FACTORY_TYPE = "kdcache-factory"
+FACTORY_KEY = "kdcache_factory"
+"""In the `config.json` of a Hugging Face model that a function of the user changed after it was
+made, such as one with fake-quantised weights: what `FACTORY_TYPE` has beside its type."""
 _INDEX = "model.safetensors.index.json"
 
 
@@ -91,9 +95,9 @@ def check_config(who: str, config: Mapping[str, Any], *, trust_remote_code: bool
         UsageError: names the reason.
     """
     kind, kernels = config.get("model_type"), sorted(_kernels(config))
-    reason = None
-    if kind == FACTORY_TYPE:
-        reason = f"is made by the Python function {config.get('factory')}"
+    reason, made_by = None, factory_of(config)
+    if made_by is not None:
+        reason = f"is made by the Python function {made_by.get('factory')}"
     elif "auto_map" in config and kind not in CONFIG_MAPPING:
         reason = "brings its own code (auto_map)"
     elif kernels:
@@ -102,6 +106,35 @@ def check_config(who: str, config: Mapping[str, Any], *, trust_remote_code: bool
         raise UsageError(
             f"{who} {reason}, as its configuration says, and that code would run here. Give "
             "--trust-remote-code if you trust it."
+        )
+
+
+def factory_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The Python function that makes a model, `factory`, and its argument, `info`, by the object in
+    its `config.json`; None of models that transformers makes.
+    """
+    if config.get("model_type") == FACTORY_TYPE:
+        return config
+    found = config.get(FACTORY_KEY)
+    return found if isinstance(found, Mapping) else None
+
+
+def check_unchanged(who: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model that a function of the user changes after transformers has made it.
+
+    Args:
+        who: the model, for messages.
+        config: the object in its `config.json`.
+
+    Raises:
+        UsageError: it is one, such as a student with fake-quantised weights.
+    """
+    made_by = factory_of(config)
+    if made_by is not None:
+        raise UsageError(
+            f"{who} is made by the Python function {made_by.get('factory')}, without which its "
+            "weights compute something else. Convert it with the tools of its quantiser, and name "
+            "what they write."
         )
 
 
