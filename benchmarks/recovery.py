@@ -93,11 +93,13 @@ class Method:
         codec: of the cache.
         tail: of the loss, for top-k.
         alpha: weight of the hard labels.
+        student: its loss.
     """
 
     codec: str
     tail: str = "bucket"
     alpha: float = 0.0
+    student: type[DistilledStudent] = DistilledStudent
 
 
 METHODS = {
@@ -190,10 +192,20 @@ REGIMES = {
 class Work:
     """A folder with the teacher, its caches and the runs.
 
+    Attributes:
+        methods: what students learn from.
+        regimes: the kinds of students.
+        length: tokens of a row.
+        rows: of a step.
+        exact: codec of the held-out targets.
+
     Args:
         out: the folder.
         quick: little text.
     """
+
+    methods, regimes = METHODS, REGIMES
+    length, rows, exact = LENGTH, BATCH_ROWS, "dense"
 
     def __init__(self, out: Path, *, quick: bool) -> None:
         self.out, self.quick = out, quick
@@ -227,7 +239,7 @@ class Work:
                 corpus=(str(self.out / f"{corpus}.jsonl"),),
                 out=str(self.out / "caches" / name),
                 codec=codec,
-                max_length=LENGTH,
+                max_length=self.length,
                 workers=0,
                 seed=seed,
             )
@@ -243,7 +255,7 @@ class Work:
             seed: of order, weights and draw.
             kept: train nothing; None where there is no such run yet.
         """
-        how = REGIMES[regime]
+        how = self.regimes[regime]
         name = "".join(c if c.isalnum() else "-" for c in f"{regime} {method}")
         path = self.out / "runs" / f"{name}-{seed}-{how.rate:g}-{how.epochs}.json"
         if path.exists():
@@ -252,9 +264,9 @@ class Work:
             return None
         path.parent.mkdir(exist_ok=True)
         begin = time.process_time()
-        cache = self.cache(METHODS[method].codec, seed)
+        cache = self.cache(self.methods[method].codec, seed)
         size = inspect(InspectOptions(cache=cache.url)).target_bytes_per_position
-        student = self.train(cache, how, METHODS[method], seed)
+        student = self.train(cache, how, self.methods[method], seed)
         found = {
             "regime": regime,
             "method": method,
@@ -269,11 +281,11 @@ class Work:
 
     def before(self, regime: str) -> dict[str, float]:
         """The measures of a student that has not been trained."""
-        return self.measure(DistilledStudent(REGIMES[regime].make(self.teacher, 0), CAUSAL_LM))
+        return self.measure(DistilledStudent(self.regimes[regime].make(self.teacher, 0), CAUSAL_LM))
 
     def train(self, cache: Cache, regime: Regime, method: Method, seed: int) -> DistilledStudent:
         """One student."""
-        student = DistilledStudent(
+        student = method.student(
             regime.make(self.teacher, seed),
             CAUSAL_LM,
             alpha=method.alpha,
@@ -282,7 +294,7 @@ class Work:
         )
         stream = TargetStream(
             cache,
-            batch_size=BATCH_ROWS,
+            batch_size=self.rows,
             seed=seed,
             temperature=None if method.alpha == 1 else 1.0,
             group=1000,  # the order is the same, however many bytes a position takes
@@ -313,7 +325,7 @@ class Work:
     @torch.no_grad()
     def measure(self, student: DistilledStudent) -> dict[str, float]:
         """KL from the teacher and cross-entropy, means over held-out positions."""
-        cache = self.cache("dense", 0, "held-out")
+        cache = self.cache(self.exact, 0, "held-out")
         student.eval()
         student.alpha = 0.0
         sums = torch.zeros(3, dtype=torch.float64)
@@ -453,7 +465,26 @@ def main() -> None:
     parser.add_argument(
         "--markdown", action="store_true", help="keep the result in RESULTS.md, recovery.csv, docs"
     )
+    parser.add_argument("--teacher", type=Path, help="a model's folder: see recovery_real.py")
+    real = parser.add_argument_group("with --teacher")
+    real.add_argument(
+        "--text", type=Path, help="passages to learn from: JSON lines, or .gz of them"
+    )
+    real.add_argument("--positions", type=int, default=200_000)
+    real.add_argument("--held-out", type=int, default=16_384, help="positions")
+    real.add_argument("--length", type=int, default=256)
+    real.add_argument("--rows", type=int, default=4)
+    real.add_argument("--epochs", type=int, default=1)
+    real.add_argument("--rates", type=float, nargs=3, help="of int4, NVFP4, pruned")
+    real.add_argument("--regimes", nargs="+", help="only these")
+    real.add_argument("--only", nargs="+", help="only these methods")
+    real.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.teacher is not None:
+        from recovery_real import main_real
+
+        main_real(options)
+        return
     torch.set_num_threads(1)
     with quiet_transformers():
         work = Work(options.out, quick=options.quick)

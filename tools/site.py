@@ -25,6 +25,7 @@ PAGES = {
     "benchmarks/RESULTS.md": "benchmarks.md",
     "examples/sst2/README.md": "sst2.md",
     "examples/rounds/README.md": "rounds.md",
+    "examples/recovery/README.md": "recovery_example.md",
 }
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 

@@ -3,7 +3,7 @@
 #
 #     tools/trainer_venv.sh NAME FOLDER [PYTHON]    # Python 3.11 or later; 2 to 6 GB, some minutes
 #
-# NAME is axolotl, llamafactory, megatron, swift, torchtitan or trl.
+# NAME is axolotl, llamafactory, megatron, swift, torchao, torchtitan or trl.
 #
 # What a trainer requires for GPUs, pictures, web pages or other tasks is left out: the rest is installed by
 # name, and its own wheel without requirements.
@@ -26,6 +26,7 @@ case $name in
   swift) package=ms-swift==4.6.0
     without="torch|aiohttp|attrdict|cpm-kernels|fastapi|importlib-metadata|nltk|openai|oss2|rouge"
     without="$without|transformers-stream-generator|uvicorn" ;;
+  torchao) package=torchao==0.18.0 without=torch ;;
   # Its modules import Triton, which PyTorch's CPU build does not bring.
   torchtitan) package=torchtitan==0.3.0 without="torch|wandb" more=triton ;;
   trl) package=trl==1.16.0 without=torch ;;
