@@ -3,19 +3,22 @@ r"""What a build with `--engine vllm` costs beyond its engine, beside transforme
     make vllm-venv
     .vllm/bin/python benchmarks/engine_speed.py --teacher SMOLLM2_135M --corpus novels.jsonl.gz
 
-Four ways over the same rows take turns block by block, in changing order, so that other work on the
+Five ways over the same rows take turns block by block, in changing order, so that other work on the
 machine slows all of them:
 
 * vLLM alone: `LLM.encode`, which gives the state of every token; nothing is done with them;
-* `kdcache build --engine vllm`: the worker of this process, two spans in flight as in a build;
+* `kdcache build --engine vllm`: the worker of this process, two spans in flight as in a build; the
+  codec is inside the engine;
+* the same with states that leave the engine, and the codec in this process;
 * transformers alone: the model's own forward, all logits of a batch, nothing done with them;
 * `kdcache build`, likewise.
 
 vLLM and this process have `--threads` threads each, so a build with vLLM uses twice as many as its
-engine alone: what it adds (output layer, codec, compression) is not the engine's work, and runs
-beside it. CPU time says how much that is, apart for the engine's processes and this one. Start-up
-and loading are not in it. A block ends when its last shard is written, and the next one begins with
-an empty engine, which a build does only once: so by default all is one block, of small batches.
+engine alone: what it adds (compression; outside the engine output layer and codec, too) is not the
+engine's work, and runs beside it. CPU time says how much that is, apart for the engine's processes
+and this one. Start-up and loading are not in it. A block ends when its last shard is written, and
+the next one begins with an empty engine, which a build does only once: so by default all is one
+block, of small batches.
 
 Where other work takes the cores, the clock says little. So the share of the build in which its
 engine had rows to compute is measured too: what is missing is time that the build lost for it.
@@ -60,6 +63,7 @@ from kdcache.teacher.engine.process import Engine
 
 GOAL = 0.95
 ENGINE, ENGINE_BUILD = "vLLM alone", "`kdcache build --engine vllm`"
+OUTSIDE = f"{ENGINE_BUILD}, `--engine-arg encode_inside=false`"
 MODEL, MODEL_BUILD = "transformers alone", "`kdcache build`"
 
 
@@ -71,12 +75,12 @@ class Kept:
         self._rows, self._since, self._lock = 0, 0.0, threading.Lock()
         ask = Engine.ask
 
-        def asked(engine: Engine, ids: Sequence[int]) -> Future[torch.Tensor]:
+        def asked(engine: Engine, ids: Sequence[int], *more: Any) -> Future[torch.Tensor]:
             with self._lock:
                 if not self._rows:
                     self._since = time.perf_counter()
                 self._rows += 1
-            answer = ask(engine, ids)
+            answer = ask(engine, ids, *more)
             answer.add_done_callback(self._answered)
             return answer
 
@@ -155,10 +159,10 @@ def states(llm: Any, rows: list[Row]) -> None:
 
 
 def measure(options: BuildOptions, block: int) -> tuple[dict[str, Spent], int, float]:
-    """Let the four ways take turns.
+    """Let the ways take turns.
 
     Args:
-        options: of the build; its `out` is a folder for both caches.
+        options: of the build; its `out` is a folder for the caches.
         block: spans of a turn.
 
     Returns:
@@ -166,14 +170,20 @@ def measure(options: BuildOptions, block: int) -> tuple[dict[str, Spent], int, f
         the engine of the build had rows to compute.
     """
     builds = {
-        name: workers_of(replace(options, engine=engine, out=f"{options.out}/{engine}"))
-        for name, engine in ((ENGINE_BUILD, "vllm"), (MODEL_BUILD, None))
+        name: workers_of(
+            replace(options, engine=engine, engine_arg=args, out=f"{options.out}/{len(name)}")
+        )
+        for name, engine, args in (
+            (ENGINE_BUILD, "vllm", ()),
+            (OUTSIDE, "vllm", ("encode_inside=false",)),
+            (MODEL_BUILD, None, ()),
+        )
     }
     prepared = builds[MODEL_BUILD][0]
     model, llm = load(prepared), bare_engine(options, prepared.spec.dtype)
     spans = list(prepared.corpus.spans)
     kept = Kept()
-    spent = {name: Spent() for name in (ENGINE, ENGINE_BUILD, MODEL, MODEL_BUILD)}
+    spent = {name: Spent() for name in (ENGINE, ENGINE_BUILD, OUTSIDE, MODEL, MODEL_BUILD)}
     positions = 0
     for number, start in enumerate(range(0, len(spans), block)):
         part = spans[start : start + block]
@@ -190,7 +200,7 @@ def measure(options: BuildOptions, block: int) -> tuple[dict[str, Spent], int, f
             for _, workers in builds.values():
                 run(workers, part[:1])
             kept.seconds = 0.0
-        order = list(ways)[number % 4 :] + list(ways)[: number % 4]
+        order = list(ways)[number % 5 :] + list(ways)[: number % 5]
         for name in order:
             with spent[name].running():
                 ways[name]()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,16 @@ from zoo import CAUSAL
 from kdcache.cache import Cache
 from kdcache.commands.build import prepare
 from kdcache.commands.build.build import build
+from kdcache.commands.build.inside import JOINS
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import PlanOptions, VerifyOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.verify import verify
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
-from kdcache.targets import DenseTargets
-from kdcache.teacher import TeacherFiles
-from kdcache.teacher.engine import process
+from kdcache.targets import Codec, DenseTargets
+from kdcache.teacher import EngineOptions, TeacherFiles
+from kdcache.teacher.encoding import Encoding
+from kdcache.teacher.engine import inside, process
 from kdcache.teacher.engine.head import read_head
 from kdcache.teacher.probe import find_layer
 
@@ -418,3 +420,67 @@ def test_a_guard_leaves_other_processes_alone() -> None:
         assert other.poll() is None
         other.communicate(b"\n")
         assert other.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "args", "joins"),
+    [
+        ("0.32.0", {}, True),
+        ("0.32.1+cpu", {}, True),
+        ("0.33.0", {}, False),
+        ("0.1", {}, False),
+        ("0.32.0", {"encode_inside": False}, False),
+        ("0.32.0", {"worker_extension_cls": "of.another"}, False),
+    ],
+)
+def test_the_codec_joins_engines_that_are_known(
+    version: str, args: dict[str, Any], joins: bool
+) -> None:
+    found = process.joins(EngineOptions(8, args=args, encoder=JOINS), version)
+    assert found == ("kdcache.commands.build.inside.EncodingWorker" if joins else None)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("codec", ["sample:5", "topk:3", "dense"])
+def test_a_worker_encodes_its_share_of_the_positions_that_requests_name(
+    tiny_lm: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """Beside requests for states and rows that are not read to their end; of three workers."""
+    head = read_head(TeacherFiles.find(str(tiny_lm)), "float32")
+    vocab_size = head.layer.vocab_size - 3  # with columns that are cut off
+    encoding = Encoding(Codec.parse(codec, (1.0,), vocab_size), label_logprob=True)
+    random = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, head.layer.width, generator=random) for n in (5, 4, 7)]
+    wanted = [np.array([0, 2, 3]), np.array([], int), np.array([1, 4, 5, 6])]
+    keys = [(np.random.default_rng(len(w)).random(len(w)), np.arange(len(w))) for w in wanted]
+    said = [inside.request(w, *key) for w, key in zip(wanted, keys, strict=True)]
+    before = SimpleNamespace(forward_chunk=lambda states, params: states)
+    pooled = [None, rows[0], rows[1], rows[2], rows[2]]
+    params = [SimpleNamespace(extra_kwargs=x) for x in (said[0], *said, None)]
+    joined: list[torch.Tensor] = []
+
+    def gather(into: list[torch.Tensor], mine: torch.Tensor, group: Any) -> None:
+        joined.append(mine)
+        for there, here in zip(into, joined, strict=False):
+            there.copy_(here)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    for rank in range(3):  # the last one has what all have sent
+        group = SimpleNamespace(world_size=3, rank_in_group=rank, device_group=None)
+        encoder = inside.Encoder(before, head, encoding, group)
+        encoder = inside.Encoder(encoder, head, encoding, group)  # a build that asks again
+        answers = encoder.forward(pooled, SimpleNamespace(pooling_params=params))
+    assert answers[0] is None
+    assert answers[4] is rows[2]
+    pairs = zip(rows, wanted, keys, strict=True)
+    for answer, (states, positions, (u, labels)) in zip(answers[1:4], pairs, strict=True):
+        assert len(answer) == len(positions)
+        here = states[torch.from_numpy(positions)]
+        labels, u = torch.from_numpy(labels), torch.from_numpy(u)
+        (piece, outside), *more = head.slices(here, vocab_size)
+        assert not more, "one slice"
+        expected = {**encoding(piece, u, labels), "clipped": outside}
+        found = inside.Layout.of(expected).split(answer)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,6 @@ from torch import Tensor
 from kdcache.targets import Codec
 from kdcache.targets.device import label_logprobs
 from kdcache.teacher.memory import Slice
-from kdcache.teacher.teacher import logits_at
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,19 @@ class Encoding:
             if self.codec.reads_states:  # which may be finite where the logits are not
                 encoded["finite"] = encoded["finite"] & ~logprobs.isnan()
         return encoded
+
+
+def logits_at(logits: Tensor, made_for: Sequence[float], wanted: Sequence[float]) -> Tensor:
+    """The logits of some temperatures.
+
+    Args:
+        logits: as `Teacher.logits` yields them.
+        made_for: `TeacherOptions.temperatures`.
+        wanted: some of these.
+
+    Returns:
+        [n, len(wanted), V] of a mean of probabilities; [n, V] as they are of any other teacher.
+    """
+    if logits.ndim == 2:
+        return logits
+    return logits[:, [list(made_for).index(t) for t in wanted]]

@@ -20,7 +20,8 @@ class EngineOptions:
         tensor_parallel: processes that share each layer.
         pipeline_parallel: groups of them that share the layers.
         quantization: of the weights, as vLLM names it; None for what the checkpoint says.
-        args: further arguments of the engine.
+        args: further arguments of the engine; `encode_inside=false` is for kdcache.
+        encoder: class that joins the engine's workers so that they can encode; None for none.
     """
 
     max_length: int
@@ -29,6 +30,7 @@ class EngineOptions:
     pipeline_parallel: int = 1
     quantization: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    encoder: str | None = None
 
     @property
     def gpus(self) -> int:

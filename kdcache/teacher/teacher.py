@@ -24,6 +24,7 @@ from kdcache.teacher.model import TeacherModel
 from kdcache.teacher.options import TeacherOptions
 
 if TYPE_CHECKING:
+    from kdcache.teacher.encoding import Encoding
     from kdcache.teacher.engine.model import EngineModel
 
 
@@ -79,10 +80,36 @@ class Teacher:
         """Whether one thread at a time may run it. An engine is given the rows of all."""
         return self._engine is None
 
-    def expect(self, rows: Sequence[Row]) -> None:
-        """Announce rows that are requested soon: an engine begins with them."""
+    @torch.inference_mode()
+    def encode_inside(self, url: str, encoding: Encoding, row: Row) -> bool:
+        """Have an engine encode for the cache that is made at `url`; see `encoded`.
+
+        Args:
+            url: of the cache.
+            encoding: what is kept there, and is compared with what the engine encodes.
+            row: on which.
+
+        Raises:
+            UsageError: the engine encodes something else than its states.
+        """
+        inside = self._engine is not None and self._engine.encode_inside(url, encoding, row)
+        self.take_clipped_mass()
+        return inside
+
+    def encoded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What an engine that encodes made of rows that were expected with keys."""
+        encoded: dict[str, Tensor] = self._engine.encoded(rows)
+        return encoded
+
+    def expect(self, rows: Sequence[Row], keys: Sequence[Any] | None = None) -> None:
+        """Announce rows that are requested soon: an engine begins with them.
+
+        Args:
+            rows: what is asked.
+            keys: noise and labels of the positions of each, for an engine that encodes.
+        """
         if self._engine is not None:
-            self._engine.expect(rows)
+            self._engine.expect(rows, keys)
 
     def wait(self, rows: Sequence[Row]) -> None:
         """Wait for what an engine makes of rows; their slices are then there at once."""
@@ -193,22 +220,6 @@ def _load(options: TeacherOptions, vocab_size: int) -> Iterator[TeacherModel | E
             dtype=options.dtype,
             states=options.states,
         )
-
-
-def logits_at(logits: Tensor, made_for: Sequence[float], wanted: Sequence[float]) -> Tensor:
-    """The logits of some temperatures.
-
-    Args:
-        logits: as `Teacher.logits` yields them.
-        made_for: `TeacherOptions.temperatures`.
-        wanted: some of these.
-
-    Returns:
-        [n, len(wanted), V] of a mean of probabilities; [n, V] as they are of any other teacher.
-    """
-    if logits.ndim == 2:
-        return logits
-    return logits[:, [list(made_for).index(t) for t in wanted]]
 
 
 def aligned(streams: Sequence[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:

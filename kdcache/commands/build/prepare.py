@@ -110,8 +110,9 @@ _SHARD_BYTES = 1 << 28  # decoded targets of a shard: what a reader holds in mem
 
 # Arguments of an engine that decide its speed and memory; of the numbers at most their rounding.
 _NO_MATTER = {
-    "block_size", "distributed_executor_backend", "enforce_eager", "gpu_memory_utilization",
-    "kv_cache_memory_bytes", "load_format", "max_num_batched_tokens", "max_num_seqs",
+    "block_size", "distributed_executor_backend", "encode_inside", "enforce_eager",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "load_format", "max_num_batched_tokens",
+    "max_num_seqs",
 }  # fmt: skip
 
 

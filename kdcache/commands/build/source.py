@@ -242,12 +242,13 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         super().__init__(cache)
         self.options, self.spec = options, cache.spec
         self.tokenizer = cache.tokenizer()
-        self.teacher = Teacher(options.teacher, self.spec.vocab_size)
+        self.teacher = Teacher(_encoding(options.teacher), self.spec.vocab_size)
         self._encode = Encoding(self.codec, self.spec.label_logprob, options.teacher.temperatures)
         self.device = self.teacher.device.type
         self.takes_turns = self.teacher.takes_turns
         self._turn = threading.Lock()
         self._probed = False  # on rows of the corpus
+        self._inside = False  # whether an engine encodes
         self.batch_tokens = options.batch_tokens
         if options.find_batch and self.device == "cuda":
             self.batch_tokens = self._find_batch_tokens()
@@ -319,6 +320,7 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
                     "the output layer that this cache keeps is not this teacher's. Build with "
                     "another --out."
                 )
+        self._inside = self.teacher.encode_inside(self.cache.url, self._encode, rows[0])
         self._probed = True
 
     def _ask(self, rows: Sequence[Row], every: Positions, packer: Packer, steps: Steps) -> Answers:
@@ -335,16 +337,22 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         packed: list[futures.Future[Packed]] = []
         numbers: list[np.ndarray] = []
         sizes = [row.sizes for row in rows]
+        noise = every.noise(packer.seed, packer.span)
         waiting = deque(batches(sizes, self.batch_tokens))
+
+        def keys(some: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+            pieces = [slice(offsets[i], offsets[i + 1]) for i in some]
+            return [(noise[piece], every.labels[piece]) for piece in pieces]
+
         while waiting:
             steps.begin(len(waiting))
             for ahead in itertools.islice(waiting, 1 + _AHEAD):
-                self.teacher.expect([rows[i] for i in ahead])
+                self.teacher.expect([rows[i] for i in ahead], keys(ahead) if self._inside else None)
             batch = waiting.popleft()
             self.teacher.wait([rows[i] for i in batch])
             here = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
             try:
-                parts = self._run([rows[i] for i in batch], every.take(here), packer)
+                parts = self._run([rows[i] for i in batch], every.take(here), noise[here], packer)
             except torch.OutOfMemoryError as error:
                 self.teacher.take_clipped_mass()  # all of this batch is asked again
                 self._shrink([sum(sizes[i]) for i in batch], error)
@@ -358,12 +366,16 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         return packed, numbers
 
     def _run(
-        self, rows: Sequence[Row], positions: Positions, packer: Packer
+        self, rows: Sequence[Row], positions: Positions, noise: np.ndarray, packer: Packer
     ) -> list[futures.Future[Packed]]:
         """One batch through teacher and codec."""
+        if self._inside:
+            encoded = self.teacher.encoded(rows)
+            clipped = encoded.pop("clipped").sum()
+            return [packer.put(encoded, clipped, positions, 0)]
         uniform, labels = (
             self.teacher.to_device(torch.from_numpy(numbers))
-            for numbers in (positions.noise(packer.seed, packer.span), positions.labels)
+            for numbers in (noise, positions.labels)
         )
         parts = []
         done = 0
@@ -409,6 +421,15 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         torch.cuda.empty_cache()
         self.batch_tokens = min(self.batch_tokens, len(lengths) * max(lengths)) // 2
         logger.warning("out of device memory: batches have %d tokens now", self.batch_tokens)
+
+
+def _encoding(options: TeacherOptions) -> TeacherOptions:
+    """The same teacher, with an engine that can encode."""
+    if options.engine is None:
+        return options
+    from kdcache.commands.build.inside import JOINS
+
+    return replace(options, engine=replace(options.engine, encoder=JOINS))
 
 
 def counted_records(records: Iterator[Record], steps: Steps) -> Iterator[Record]:

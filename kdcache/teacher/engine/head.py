@@ -11,6 +11,7 @@ transformers would make of it; a model for which this cannot be shown is refused
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,12 @@ from torch import Tensor
 from kdcache.errors import UsageError, reason_of
 from kdcache.pretrained import quiet_transformers
 from kdcache.targets import OutputLayer
+from kdcache.targets.device import outside_mass
+from kdcache.targets.output_layer import finish_
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.files import TeacherFiles, auto_class
 from kdcache.teacher.load import input_device
+from kdcache.teacher.memory import Slice, slice_positions
 from kdcache.teacher.probe import find_layer
 
 _INSTEAD = "Use --engine transformers for this teacher."
@@ -53,6 +57,29 @@ class Head:
             states: float [n, D].
         """
         return 0.0 if self.norm is None else _apart(self.norm, states)
+
+    def slices(
+        self, states: Tensor, vocab_size: int, *, keep: bool = True
+    ) -> Iterator[tuple[Slice, Tensor]]:
+        """The logits of states, a slice at a time.
+
+        Args:
+            states: float [n, D], on the device and in the dtype of the product.
+            vocab_size: width of the logits: columns beyond it are cut off.
+            keep: whether slices carry their states.
+
+        Yields:
+            Slices, and float32 [n], the probability that each position gives to what is cut off.
+        """
+        weight, bias = self.layer.on(states.device, states.dtype)
+        step = slice_positions(states.device.type, len(weight), states.element_size())
+        for some in torch.split(states, step):
+            logits = torch.nn.functional.linear(some, weight, bias)
+            finish_(logits, self.layer.scale, self.layer.cap)
+            outside = torch.zeros(len(some), device=some.device)
+            if logits.shape[-1] > vocab_size:
+                outside = outside_mass(logits, vocab_size)
+            yield Slice(logits[:, :vocab_size], some if keep else None), outside
 
 
 def read_head(files: TeacherFiles, dtype: str) -> Head:

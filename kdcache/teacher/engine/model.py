@@ -16,19 +16,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import OutputLayer
-from kdcache.targets.device import outside_mass
-from kdcache.targets.output_layer import finish_
+from kdcache.targets.device import label_logprobs
 from kdcache.tasks import CAUSAL_LM
+from kdcache.teacher.encoding import Encoding
 from kdcache.teacher.engine.head import check_normed, read_head
+from kdcache.teacher.engine.inside import Key, Layout, request
 from kdcache.teacher.engine.process import Engine
 from kdcache.teacher.files import TeacherFiles
-from kdcache.teacher.memory import Slice, slice_positions
+from kdcache.teacher.memory import Slice
 from kdcache.teacher.options import TeacherOptions
 from kdcache.teacher.probe import TOLERANCES, check_causal, check_steady, distance, probe_rows
 
@@ -71,6 +73,8 @@ class EngineModel:
         )
         self._tolerance = TOLERANCES["bfloat16" if quantised else options.dtype]
         self._asked: dict[int, Future[Tensor]] = {}
+        self._layout: Layout | None = None
+        self._which = (files.folder, options.dtype, options.trust_remote_code)
         self._engine = Engine(
             files.folder,
             options.engine,
@@ -79,15 +83,44 @@ class EngineModel:
             trust_remote_code=options.trust_remote_code,
         )
 
-    def expect(self, rows: Sequence[Row]) -> None:
-        """Have the engine begin with rows that are requested later."""
-        for row in rows:
+    def encode_inside(self, url: str, encoding: Encoding, row: Row) -> bool:
+        """Have the engine encode, if it can; see `Teacher.encode_inside`."""
+        self._layout = self._engine.encode(url, *self._which)
+        if self._layout is None:
+            return False
+        labels = row.labels[row.positions(CAUSAL_LM)].astype(np.int64)
+        self.expect([row], [(np.full(len(labels), 0.5), labels)])
+        inside, done = self.encoded([row]), 0
+        for piece in self.slices([row]) if encoding.label_logprob else ():
+            here = slice(done, done + len(piece.logits))
+            own = label_logprobs(piece.logits, torch.from_numpy(labels[here])).cpu()
+            if not torch.allclose(
+                inside["label_logprob"][here], own, rtol=self._tolerance, atol=self._tolerance
+            ):
+                raise UsageError(
+                    f"teacher {self.name}: what the engine encodes is not of its states: it gives "
+                    "other log-probabilities of labels. Use --engine-arg encode_inside=false."
+                )
+            done = here.stop
+        return True
+
+    def expect(self, rows: Sequence[Row], keys: Sequence[Key] | None = None) -> None:
+        """Have the engine begin with rows that are requested later.
+
+        Args:
+            rows: what is asked.
+            keys: noise and labels of the positions of each, for `encoded`; None for `slices`.
+        """
+        for i, row in enumerate(rows):
             if id(row) not in self._asked:
-                self._asked[id(row)] = self._engine.ask(row.input_ids.tolist())
+                encoded = None
+                if keys is not None:
+                    positions = row.positions(CAUSAL_LM)
+                    encoded = len(positions), request(positions, *keys[i])
+                self._asked[id(row)] = self._engine.ask(row.input_ids.tolist(), encoded)
 
     def wait(self, rows: Sequence[Row]) -> None:
-        """Wait until the states of expected rows are there."""
-        self.expect(rows)
+        """Wait until what the engine makes of expected rows is there."""
         wait([self._asked[id(row)] for row in rows])
 
     def forget(self, rows: Sequence[Row]) -> None:
@@ -100,27 +133,30 @@ class EngineModel:
     def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
         """All positions of a batch, a slice at a time, row by row."""
         self.expect(rows)
+        parts = [
+            states[torch.from_numpy(row.positions(CAUSAL_LM))]
+            for row, states in zip(rows, self._answers(rows), strict=True)
+        ]
+        hidden = self.to_device(torch.cat(parts).to(self._dtype))
+        for piece, outside in self._head.slices(hidden, self.vocab_size, keep=self.states):
+            self.clipped_mass += outside.sum()
+            yield piece
+
+    def encoded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What the engine encoded of all positions of a batch that was expected with keys.
+
+        Returns:
+            What `Encoding` gives, row by row, on the CPU, and "clipped" float32 [n], probability
+            outside the vocabulary.
+        """
+        assert self._layout is not None, "the engine encodes"
+        return self._layout.split(torch.cat(self._answers(rows)))
+
+    def _answers(self, rows: Sequence[Row]) -> list[Tensor]:
         asked = [self._asked[id(row)] for row in rows]
         for row in rows:
             self._asked.pop(id(row), None)
-        parts = [
-            future.result()[torch.from_numpy(row.positions(CAUSAL_LM))]
-            for row, future in zip(rows, asked, strict=True)
-        ]
-        hidden = self.to_device(torch.cat(parts).to(self._dtype))
-        weight, bias = self._head.layer.on(self.device, self._dtype)
-        step = slice_positions(self.device.type, len(weight), hidden.element_size())
-        for start in range(0, len(hidden), step):
-            states = hidden[start : start + step]
-            logits = torch.nn.functional.linear(states, weight, bias)
-            finish_(logits, self._head.layer.scale, self._head.layer.cap)
-            yield Slice(self._cut(logits), states if self.states else None)
-
-    def _cut(self, logits: Tensor) -> Tensor:
-        if logits.shape[-1] <= self.vocab_size:
-            return logits
-        self.clipped_mass += outside_mass(logits, self.vocab_size).sum()
-        return logits[:, : self.vocab_size]
+        return [future.result() for future in asked]
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to where logits are made, without waiting for what the device has still to do."""

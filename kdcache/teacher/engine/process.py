@@ -9,7 +9,7 @@ vLLM's own processes outlive a parent that is killed (by the kernel for memory, 
 every build) and would keep their GPUs. So a small process waits at a pipe: when the other end
 closes, it kills the processes that it saw start.
 
-Cost: vLLM's start; a state travels between processes as float32; 15 MB of the guard.
+Cost: vLLM's start; a state travels between processes in the model's own type; 15 MB of the guard.
 Guarantee: each answer has one state for each id that was asked, or it is an error. If the guard is
 killed first, processes may remain.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import itertools
 import logging
 import os
@@ -26,13 +27,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from kdcache.cluster import python
 from kdcache.errors import IncompleteError, UsageError, reason_of, require
 from kdcache.teacher.options import EngineOptions
+
+if TYPE_CHECKING:
+    from kdcache.teacher.engine.inside import Layout
 
 _SCRIPT = """
 import os, select, sys
@@ -109,6 +113,29 @@ _MEMORY = {"gpu": 0.8, "cpu": 0.4}
 """Share of a GPU, or of the host, for the engine: output layer, logits and codec need the rest."""
 
 
+def joins(options: EngineOptions, version: str) -> str | None:
+    """What joins the engine's workers to encode there; None where it gives states alone.
+
+    Args:
+        options: whose argument `encode_inside=false` asks for states.
+        version: of vLLM.
+    """
+    from kdcache.teacher.engine.inside import KNOWN
+
+    wanted = options.encoder is not None and options.args.get("encode_inside", True)
+    if not wanted or "worker_extension_cls" in options.args:
+        return None
+    if not version.startswith(KNOWN):
+        logger.info(
+            "vLLM %s is none of those in which kdcache encodes (%s*): it gives states, and they "
+            "are encoded outside",
+            version,
+            "*, ".join(KNOWN),
+        )
+        return None
+    return options.encoder
+
+
 class TeacherDied(IncompleteError):  # noqa: N818 - what happened, as `Stopped` is
     """The engine's processes ended; another worker may do better."""
 
@@ -149,6 +176,7 @@ class Engine:
             )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        self._encoder = joins(options, version)
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._guard = Guard()
@@ -159,7 +187,7 @@ class Engine:
         self._llm: Any = None
         try:
             self._llm, self._params = self._run(
-                _start(folder, options, dtype, gpu, trust_remote_code, writes)
+                _start(folder, options, dtype, gpu, trust_remote_code, writes, self._encoder)
             ).result()
         except (ValueError, TypeError, NotImplementedError) as error:
             self.close()
@@ -175,19 +203,40 @@ class Engine:
         self._guard.started()
         atexit.register(self.close)
 
+    def encode(self, url: str, folder: Path, dtype: str, trust_remote_code: bool) -> Layout | None:
+        """Have the engine encode what requests name; see `Encoder`.
+
+        Returns:
+            The layout of its answers; None where it gives states alone.
+        """
+        if self._encoder is None:
+            return None
+        args = (url, str(folder), dtype, trust_remote_code)
+        found = self._run(self._llm.collective_rpc("kdcache_encode", args=args)).result()[0]
+        if isinstance(found, str):
+            logger.info("the engine gives states and encodes none: %s", found)
+            return None
+        from kdcache.teacher.engine.inside import Layout
+
+        return Layout(found)
+
     def _run(self, coroutine: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def ask(self, ids: Sequence[int]) -> Future[Tensor]:
+    def ask(
+        self, ids: Sequence[int], encoded: tuple[int, dict[str, Any]] | None = None
+    ) -> Future[Tensor]:
         """Have a row computed.
 
         Args:
             ids: its tokens.
+            encoded: number and `request` of the positions of which columns are wanted, not states.
 
         Returns:
-            Its states, float [tokens, D] on the CPU, later; `TeacherDied` if the engine ends.
+            Its states, float [tokens, D] on the CPU, later, or the columns in bytes [n, W];
+            `TeacherDied` if the engine ends.
         """
-        return self._run(self._answer(list(ids)))
+        return self._run(self._answer(list(ids), encoded))
 
     def continue_(self, ids: Sequence[int], **how: Any) -> Future[Any]:
         """Have a prompt continued.
@@ -219,10 +268,16 @@ class Engine:
             ) from error
         return answer
 
-    async def _answer(self, ids: list[int]) -> Tensor:
-        answer = await self._last("encode", ids, self._params)
+    async def _answer(
+        self, ids: list[int], encoded: tuple[int, dict[str, Any]] | None = None
+    ) -> Tensor:
+        params, count = self._params, len(ids)
+        if encoded is not None:
+            params, count = copy.copy(params), encoded[0]
+            params.extra_kwargs = encoded[1]
+        answer = await self._last("encode", ids, params)
         states: Tensor = answer.outputs.data
-        if list(answer.prompt_token_ids) != ids or len(states) != len(ids) or states.ndim != 2:
+        if list(answer.prompt_token_ids) != ids or len(states) != count or states.ndim != 2:
             raise AssertionError(
                 f"vLLM answered a row of {len(ids)} ids with states {list(states.shape)} of "
                 f"{len(answer.prompt_token_ids)} ids"
@@ -260,6 +315,7 @@ async def _start(
     gpu: bool,
     trust_remote_code: bool,
     writes: bool,
+    encoder: str | None,
 ) -> Any:
     """The engine and the parameters of its requests."""
     vllm = import_module("vllm")
@@ -269,7 +325,9 @@ async def _start(
     settings["gpu_memory_utilization"] = _MEMORY["gpu" if gpu else "cpu"]
     if not gpu:
         settings["enforce_eager"] = True  # else it looks for a C++ compiler
-    settings |= options.args
+    settings |= {name: value for name, value in options.args.items() if name != "encode_inside"}
+    if encoder is not None:
+        settings["worker_extension_cls"] = encoder
     settings |= {
         "model": str(folder),
         "dtype": dtype,
@@ -291,6 +349,8 @@ async def _start(
             ),
             # A row whose beginning is cached would come back without it.
             "enable_prefix_caching": False,
+            # States leave the engine in the model's own type, not as float32.
+            "hf_overrides": {"head_dtype": "model"} | dict(settings.get("hf_overrides") or {}),
         }
     llm = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**settings))
     return llm, None if writes else vllm.PoolingParams(task="token_embed", use_activation=False)
