@@ -42,6 +42,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -76,6 +77,7 @@ from kdcache.commands.demo.teacher import (
     write_jsonl,
 )
 from kdcache.plots import Cloud, Panel, plot_clouds
+from kdcache.targets import TopK
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
 
@@ -94,12 +96,14 @@ class Method:
         tail: of the loss, for top-k.
         alpha: weight of the hard labels.
         student: its loss.
+        floats: whether a top-k is stored as imports are, in float16, and not in levels of a byte.
     """
 
     codec: str
     tail: str = "bucket"
     alpha: float = 0.0
     student: type[DistilledStudent] = DistilledStudent
+    floats: bool = False
 
 
 METHODS = {
@@ -114,6 +118,8 @@ METHODS = {
     "`topk:17`, tail bucket": Method("topk:17"),
     "`topk:64`, tail bucket": Method("topk:64"),
     "`topk:100`, tail bucket": Method("topk:100"),
+    "`topk:17` in float16, tail bucket": Method("topk:17", floats=True),
+    "`topk:64` in float16, tail bucket": Method("topk:64", floats=True),
     "`topk:17`, renormalised": Method("topk:17", "renormalize"),
     "`topk:64`, renormalised": Method("topk:64", "renormalize"),
     "`topk:100`, renormalised": Method("topk:100", "renormalize"),
@@ -229,21 +235,25 @@ class Work:
             lambda step, steps, loss: print(f"teacher: {step} of {steps}, {loss:.3f}", flush=True),
         )
 
-    def cache(self, codec: str, seed: int, corpus: str = "train") -> Cache:
+    def cache(self, codec: str, seed: int, corpus: str = "train", *, floats: bool = False) -> Cache:
         """A cache of the teacher; caches of codecs that draw nothing are shared by all seeds."""
         seed = seed if codec.startswith(("sample", "anchored")) else 0
-        name = f"{corpus}-{codec.replace(':', '-')}-{seed}"
-        build(
-            BuildOptions(
-                teacher=(str(self.teacher),),
-                corpus=(str(self.out / f"{corpus}.jsonl"),),
-                out=str(self.out / "caches" / name),
-                codec=codec,
-                max_length=self.length,
-                workers=0,
-                seed=seed,
+        name = f"{corpus}-{codec.replace(':', '-')}-{seed}{'-floats' * floats}"
+        made = TopK._from_argument
+        with mock.patch.object(
+            TopK, "_from_argument", lambda *a: made(*a).in_floats() if floats else made(*a)
+        ):
+            build(
+                BuildOptions(
+                    teacher=(str(self.teacher),),
+                    corpus=(str(self.out / f"{corpus}.jsonl"),),
+                    out=str(self.out / "caches" / name),
+                    codec=codec,
+                    max_length=self.length,
+                    workers=0,
+                    seed=seed,
+                )
             )
-        )
         return Cache.open(str(self.out / "caches" / name))
 
     def run(self, regime: str, method: str, seed: int, *, kept: bool) -> dict[str, Any] | None:
@@ -264,7 +274,7 @@ class Work:
             return None
         path.parent.mkdir(exist_ok=True)
         begin = time.process_time()
-        cache = self.cache(self.methods[method].codec, seed)
+        cache = self.cache(self.methods[method].codec, seed, floats=self.methods[method].floats)
         size = inspect(InspectOptions(cache=cache.url)).target_bytes_per_position
         student = self.train(cache, how, self.methods[method], seed)
         found = {
@@ -420,7 +430,8 @@ def draw(runs: Runs, path: Path) -> None:
 
     As a multiple of the full distribution's on the same seeds: not every method has the same ones.
     """
-    drawn = [m for m in METHODS if m != HARD and any((r, m) in runs for r in REGIMES)]
+    stored = [name for name, how in METHODS.items() if name != HARD and not how.floats]
+    drawn = [m for m in stored if any((r, m) in runs for r in REGIMES)]
     panels = []
     for regime in REGIMES:
         clouds: dict[str, list[tuple[float, float, str]]] = {}
@@ -458,6 +469,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="work folder")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="only these methods")
     parser.add_argument("--quick", action="store_true", help="does it work? One seed, little text")
     parser.add_argument(
         "--kept", action="store_true", help="run nothing: report the runs in the work folder"
@@ -477,7 +489,6 @@ def main() -> None:
     real.add_argument("--epochs", type=int, default=1)
     real.add_argument("--rates", type=float, nargs=3, help="of int4, NVFP4, pruned")
     real.add_argument("--regimes", nargs="+", help="only these")
-    real.add_argument("--only", nargs="+", help="only these methods")
     real.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.teacher is not None:
@@ -491,7 +502,7 @@ def main() -> None:
         work.prepare()
         seeds = range(1 if options.quick else options.seeds)
         runs: Runs = {}
-        for seed, method, regime in itertools.product(seeds, METHODS, REGIMES):
+        for seed, method, regime in itertools.product(seeds, options.only or METHODS, REGIMES):
             found = work.run(regime, method, seed, kept=options.kept)
             if found:
                 runs.setdefault((regime, method), {})[seed] = found

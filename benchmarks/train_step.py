@@ -16,6 +16,8 @@ that one that runs out of memory is a row of the table and not the end of the ru
 * kdcache: `DistilledStudent`, at the given temperature and at T = 1, on a sample and, at T = 1, on
   an anchored one;
 * kdcache, hard labels alone;
+* kdcache on hidden states of a teacher of width --teacher-width: as they are stored, in float32 as
+  a host would decode them, and with all logits made of them at once;
 * what others do with a teacher (`rivals.py`), where they are installed; a line names what is not.
 
 On a GPU `--weights float32` is what `kdcache train` does: float32 weights, products in bfloat16 by
@@ -50,7 +52,14 @@ from results import keep, machine, memory_mib, table
 from torch import Tensor
 
 from kdcache.student import DistilledStudent
-from kdcache.targets import AnchoredTargets, SparseTargets
+from kdcache.targets import (
+    AnchoredTargets,
+    Hidden,
+    HiddenTargets,
+    OutputLayer,
+    SparseTargets,
+    TargetWriter,
+)
 
 MODELS = {
     # hidden, layers, heads, feed-forward; tied embeddings.
@@ -66,6 +75,13 @@ WIDTHS, VOCABULARIES = ("128", "256", "512", "1024"), (49152, 128256, 151936)
 HARD, NAIVE, OURS = "hard labels, HF loss", "sparse KD, naive", "sparse KD, kdcache"
 OURS_1 = f"{OURS}, T = 1"
 OURS_HARD, ANCHORED = "hard labels, kdcache", "anchored sparse KD, kdcache"
+DECODED, LOGITS = "hidden states in float32, kdcache", "hidden:int8, whole logits"
+HIDDEN = {
+    "hidden:int8, kdcache": "int8",
+    "hidden:float16, kdcache": "float16",
+    DECODED: "int8",
+    LOGITS: "int8",
+}
 KEYS = {"time": "micros", "peak memory": "gib"}
 
 # Most that ours with soft targets may take of HF's hard-label step. Those of a GPU are for an H100.
@@ -125,10 +141,28 @@ class Student:
         drawn = torch.arange(entries, device=device) >= heads[:, None]
         return AnchoredTargets(**vars(targets), inverse=4.0 * drawn, heads=heads)
 
+    def hidden(self, way: str, temperature: float) -> HiddenTargets:
+        """Made-up hidden states of all positions, and the output layer that reads them."""
+        width, device = self.options.teacher_width, self.device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        weight = torch.randn(self.options.vocab, width, device=device, dtype=dtype).mul_(0.02)
+        layer = OutputLayer(weight, mean=torch.zeros(width), unit=torch.ones(width))
+        codec = Hidden(self.options.vocab, (temperature,), HIDDEN[way], layer)
+        states = torch.randn(self.labels.numel(), width)
+        found = TargetWriter(codec).write(states).at(temperature).to(device)
+        assert isinstance(found, HiddenTargets)
+        if way == DECODED:
+            found = HiddenTargets(found.states, layer, temperature)
+        return found
+
     def loss(self, way: str, temperature: float) -> tuple[Step, Callable[[], object]]:
         """The loss of one way, and what it does after each update."""
         model, inputs, labels = self.model, self.inputs, self.labels
-        targets = self.targets(temperature, anchored=way == ANCHORED)
+        targets: Any = (
+            self.hidden(way, temperature)
+            if way in HIDDEN
+            else self.targets(temperature, anchored=way == ANCHORED)
+        )
         if way in rivals.NEEDS:
             return rivals.loss_of(way, model, inputs, labels, targets), lambda: None
         if way == HARD:
@@ -148,7 +182,7 @@ class Student:
         places = torch.arange(labels.numel(), device=self.device)  # as `kdcache train` gives them
 
         def ours() -> Tensor:
-            soft = None if way == OURS_HARD else targets
+            soft = None if way == OURS_HARD else targets.dense() if way == LOGITS else targets
             total = wrapper(labels, soft, label_positions=places, input_ids=inputs).loss
             assert isinstance(total, Tensor)
             return total
@@ -211,7 +245,7 @@ def spawn(way: str, temperature: float, options: argparse.Namespace) -> dict[str
     command = [sys.executable, __file__]
     for key, value in {**vars(options), "way": way, "temperature": temperature}.items():
         if key not in ("markdown", "rows", "only", "full") and value is not None:
-            command += [f"--{key}", str(value)]
+            command += [f"--{key.replace('_', '-')}", str(value)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -241,6 +275,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         plan.append((OURS, options.temperature))
     if options.full:
         plan += [(ANCHORED, 1.0), (NAIVE, 1.0)]
+        plan += [(way, 1.0) for way in HIDDEN if options.model != "1b"]
         plan += [(way, 1.0) for way in rivals.installed(options.distillkit)]
     names = [f"{way}, T = {t:g}" if way == OURS else way for way, t in plan]
     if options.only == "seconds":
@@ -266,6 +301,7 @@ def layout(found: Found, options: argparse.Namespace) -> str:
         if options.device == "cpu":
             models = [f"width {int(model):,}" if model.isdigit() else model for model in models]
         size = f"{options.positions:,} positions, {options.entries} entries"
+        size += f", states of {options.teacher_width:,}"
         parts += [
             f"### {vocab:,} ids, {size}, {dtype}",
             table(["step: time and memory of hard labels", *models], lines),
@@ -336,6 +372,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=8192 if cuda else 512)
     parser.add_argument("--length", type=int, default=1024 if cuda else 128, help="places of a row")
     parser.add_argument("--entries", type=int, default=16)
+    parser.add_argument("--teacher-width", type=int, default=4096 if cuda else 1024)
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--steps", type=int, default=20 if cuda else 5)
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1)
@@ -364,8 +401,9 @@ def main() -> None:
     kept = Path(options.rows) if options.rows else None
     done = [json.loads(line) for line in kept.open()] if kept and kept.exists() else []
     for vocab in vocabularies:
-        options.full = cuda or bool(options.vocab) or vocab == VOCABULARIES[1]
         for model, weights in students:
+            options.full = bool(options.vocab) or vocab in (131072, VOCABULARIES[1])
+            options.full &= weights == "float32"  # what `kdcache train` does
             for only in figures(options):
                 what = {"vocab": vocab, "weights": weights, "model": model, "only": only}
                 if any(what.items() <= row.items() for row in done):

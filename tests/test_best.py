@@ -94,6 +94,7 @@ def test_a_run_whose_figure_stays_at_nothing_ends_with_its_lowest_loss(
         ("sequence-classification", [0, 0, 1, -100], {"accuracy": 0.7}, "hardly better"),
         ("sequence-classification", [0, 0, 1, -100], {"accuracy": 0.74}, ""),
         ("sequence-classification", [0, 1], {"hard_loss": 1.1}, "no better"),
+        ("sequence-classification", [0, 0], {"accuracy": 1.0}, ""),
         ("token-classification", [0, 0, 1, -101, -100], {"accuracy": 0.5}, "accuracy 50.0% here"),
         ("token-classification", [0, 0, 1], {"accuracy": 0.9, "f1": 0.0}, "entity F1 0.0% here"),
         ("regression", [1.0, 3.0, np.nan], {"hard_loss": 1.5}, "1.5 here, and 1 of the mean score"),
@@ -116,6 +117,7 @@ def test_a_model_hardly_better_than_one_answer_for_all_is_told(
     one = OneAnswer(task, 2, ("O", "B-PER"))
     one.add(np.array(labels))
     text = little_learnt(task, found, one.figures(), "here", 15)
+    assert np.isfinite(list(one.figures().values())).all()
     assert said in text
     assert bool(text) == bool(said)
     assert ("It had 15 steps: give it 500" in text) == bool(said)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.loss import (
     distillation_loss,
+    fused,
     fused_linear_distillation,
     passes,
     sliced_linear_distillation,
@@ -552,6 +553,14 @@ def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
         count=1.0,
     )
     assert torch.autograd.grad(parts.total, weight)[0].tolist() == [[-512.0], [512.0]]
+
+
+def test_a_slice_on_a_cpu_is_small_against_the_weight() -> None:
+    cpu, rows = torch.device("cpu"), {}
+    for width, size in ((49_152, 576), (128_256, 576), (128_256, 1024), (128_256, 8192)):
+        rows[width, size] = fused._rows(10**6, width, size, cpu, None)
+    assert list(rows.values()) == [341, 144, 256, 1024]
+    assert all(n * width <= max(2**24, width * size / 4) for (width, size), n in rows.items())
 
 
 def test_an_infinite_count_is_weight_zero() -> None:

@@ -109,7 +109,8 @@ def fused_linear_distillation(
         position_weights: [n] weight of each position.
         anchor: theta of anchored targets.
         cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
-        rows: positions in a slice. Default: about 2^29 logits on a GPU, 2^24 on a CPU.
+        rows: positions in a slice. Default: about 2^29 logits on a GPU; on a CPU 2^24, or a
+            quarter of `weight`.
         group: the ranks that the output layer is cut over; see `distillation_loss`.
 
     Returns:
@@ -199,7 +200,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         want_hidden, want_weight, want_bias = (grad and want for want in ctx.needs_input_grad[:3])
         n, size = hidden.shape
-        step = _rows(n, over.share(width), hidden.device, rows, over)
+        step = _rows(n, over.share(width), size, hidden.device, rows, over)
         ids = over.rows(width)
         width = ids.stop - ids.start  # of this rank
         h, w = hidden.to(dtype), weight.detach()[:width].to(dtype)
@@ -335,16 +336,17 @@ def _sums(theta: Tensor | None) -> int:
 
 
 def _rows(
-    n: int, width: int, device: torch.device, rows: int | None, over: Vocabulary = WHOLE
+    n: int, width: int, size: int, device: torch.device, rows: int | None, over: Vocabulary = WHOLE
 ) -> int:
     """Positions in a slice, evened out so that the last slice is not a sliver."""
     if rows is None:
-        # A GPU wants large products. On a CPU 128 rows of a 128k vocabulary reach the full speed of
-        # the products, and the buffer (64 MiB) stays small against the weight.
+        # A GPU wants large products. On a CPU the buffer has 64 MiB, or a quarter of the weight: a
+        # slice's products read the weight three times, which costs more than a larger buffer.
         budget, most = (2**29, 16384) if device.type == "cuda" else (2**24, 1024)
         if over.cut and device.type == "cuda" and not compiles():
             budget = _EAGER  # a slice is one block
-        rows = min(max(budget // max(width, 1), 64), most)
+        least = 64 if device.type == "cuda" else max(64, size // 4)
+        rows = min(max(budget // max(width, 1), least), most)
     slices = max(-(-n // rows), 1)
     return max(-(-n // slices), 1)
 

@@ -134,7 +134,8 @@ class OneAnswer:
         if TASKS[self.task].named:
             confusion = np.zeros((self.outputs, self.outputs), np.int64)
             confusion[:, best] = n
-            found["f1"] = f1(confusion)
+            if not math.isnan(share := f1(confusion)):
+                found["f1"] = share
             if TASKS[self.task].words and are_entities(self.names or ()):
                 found["entity_f1"] = 0.0
         return found
@@ -161,7 +162,7 @@ def little_learnt(
     both = [name for name in judged if name in one and found.get(name) is not None]
     entities = found.get("entity_f1", found.get("f1") if "entity_f1" in one else None)
     name = "entity_f1" if entities == 0 and "entity_f1" in one else (both or [""])[0]
-    if not name:
+    if not name or (METRICS[name].share and one[name] == 1):  # nothing can be better
         return ""
     own = 0.0 if name == "entity_f1" else found[name]
     assert own is not None, "it is known"
