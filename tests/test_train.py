@@ -704,6 +704,11 @@ def test_a_finished_run_is_left_alone(options: Make) -> None:
     assert Path(first.out, "train.json").stat().st_mtime_ns == stamp
     with pytest.raises(UsageError, match="epochs: 2 -> 3"):
         train(options(epochs=3))
+    before = weights(first.out)
+    Path(first.out, "config.json").unlink()  # whoever removes that has no model
+    assert train(options()).made
+    assert Path(first.out, "config.json").is_file()
+    assert all(torch.equal(weights(first.out)[k], w) for k, w in before.items())
 
 
 def test_a_run_killed_while_its_files_move_is_finished_by_the_same_command(

@@ -278,8 +278,8 @@ class RunPlan:
             UsageError: the folder holds a finished run with other options, or something else.
         """
         document = self.folder.document()
-        if document is None:
-            return None
+        if document is None or not self.folder.names() & {"config.json", "adapter_config.json"}:
+            return None  # with a result and no model: somebody removed it
         check_identity(document, self.finished_identity, f"the finished run in {self.shown}")
         return TrainResult(**{**document["result"], "out": self.shown, "made": False})
 
