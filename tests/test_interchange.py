@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
@@ -20,9 +21,10 @@ from transformers import AutoTokenizer
 import kdcache
 from kdcache.cache import Cache
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.data_card import data_card
 from kdcache.commands.import_.layouts import Compression
 from kdcache.commands.import_.options import ImportOptions
-from kdcache.commands.options import ExportOptions
+from kdcache.commands.options import ExportOptions, VerifyOptions
 from kdcache.corpus import RecordError
 from kdcache.errors import UsageError
 from kdcache.targets import SoftTargets
@@ -286,6 +288,32 @@ def test_axolotl_reads_what_is_written_for_it(
     for mine, other in zip(decoded(cache), decoded(again), strict=True):
         whole = sum(mine.values())
         assert other == pytest.approx({i: p / whole for i, p in mine.items()}, abs=2e-3)
+
+
+@pytest.mark.parametrize("layout", ["kdcache", "axolotl"])
+def test_what_was_imported_is_certified_against_the_teacher(
+    lm_caches: dict[str, str], tiny_lm: Path, tmp_path: Path, layout: Any
+) -> None:
+    """Exact but for rounding with its tail; without it an infinite KL, of what was left out."""
+    export(lm_caches["dense"], tmp_path / "out", layout=layout, temperature=1.0, top=9)
+    cache = take_in(tmp_path / "out", tmp_path / "cache", tokenizer=str(tiny_lm), layout=layout)
+    result = kdcache.verify(VerifyOptions(cache.url, teacher=(str(tiny_lm),), sample=20))
+    assert result.recheck is not None
+    (found,) = result.recheck.fidelity
+    card = data_card(cache, "hf://datasets/me/it", [])
+    assert "Not measured." in card
+    said = json.dumps(dataclasses.asdict(result), default=str)
+    (tmp_path / "verified.json").write_text(said)
+    assert found.line in data_card(cache, "hf://datasets/me/it", [str(tmp_path / "verified.json")])
+    if layout == "kdcache":
+        assert not result.problems
+        assert found.kl == pytest.approx(0, abs=1e-4)
+        return
+    dense = Cache.open(lm_caches["dense"]).read(0).targets.at(1.0)
+    best = with_logits(dense).logits.softmax(-1).topk(9).values.sum(-1)  # type: ignore[union-attr]
+    assert found.kl is None
+    assert found.lost == pytest.approx(1 - float(best.mean()), rel=0.1)
+    assert "what they were imported from is biased" in result.problems[0]
 
 
 def test_axolotl_takes_no_draws(lm_caches: dict[str, str], tmp_path: Path) -> None:

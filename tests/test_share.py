@@ -36,6 +36,9 @@ for command, *words in json.loads(sys.argv[1]):
             found = kdcache.pull(kdcache.PullOptions(*words))
         elif command == "verify":
             found = kdcache.verify(kdcache.VerifyOptions(*words))
+        elif command == "train":
+            options = {"cache": (words[0],), "student": words[1], "out": words[2]}
+            found = kdcache.train(kdcache.TrainOptions(**options, epochs=2, batch_size=4))
         elif command == "shard":
             found = len(kdcache.Cache.open(words[0]).read(int(words[1])))
         else:
@@ -139,6 +142,23 @@ def test_there_and_back_through_a_bad_line(hub: Hub, cache: kdcache.Cache, tmp_p
     assert f"kdcache train --cache {URL} --student CONFIG_OR_MODEL --out run\n" in card
     for said in (cache.digest, "topk:4", "difference from live targets | 0.001", "## Licence"):
         assert said in card
+
+
+@pytest.mark.end_to_end
+def test_a_run_of_train_from_there_fetches_each_file_once(
+    hub: Hub, cache: kdcache.Cache, tmp_path: Path
+) -> None:
+    hub.files |= {**contents(cache), "README.md": b"a card", "notes.bin": b"not of the cache"}
+    student = {"model_type": "llama", "vocab_size": cache.spec.vocab_size, "hidden_size": 8}
+    student |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "student.json").write_text(json.dumps(student))
+    (found,) = hub.run(("train", URL, str(tmp_path / "student.json"), str(tmp_path / "run")))
+    assert found[0] == "TrainResult", found
+    fetched = [r.partition("/resolve/main/")[2] for r in hub.account.requests if "GET" in r]
+    fetched = [name.partition("?")[0] for name in fetched if name]
+    shards = [name for name in fetched if name.startswith("shards/")]
+    assert sorted(shards) == sorted(f"shards/{one.name}" for one in cache.manifest.shards)
+    assert not {"README.md", "notes.bin"} & {*fetched}
 
 
 @pytest.mark.end_to_end

@@ -374,6 +374,8 @@ def verified(options: VerifyOptions, result: VerifyResult) -> Next:
             f"cached and live targets differ by {check.cached:.2g}, two live runs by "
             f"{check.live:.2g}; rounding explains {check.allowed:.2g}."
         )
+        for one in check.fidelity:
+            echo(f"Fidelity {one.line}")
         if not check.same_teacher and not check.problems:
             echo("The teacher's configuration or weights are not identical to those of the build.")
     return ("repair", options.cache) if result.problems else _training(options.cache)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from kdcache.cache import Cache
+from kdcache.commands.fidelity import Band, Fidelity
 from kdcache.commands.inspect import inspect
 from kdcache.commands.options import InspectOptions
 from kdcache.commands.train.card import table
@@ -107,6 +108,9 @@ def _figures(found: Any, cache: Cache) -> Iterator[tuple[str, str]]:
                 f"{checked['cached']:.2g}, of which rounding explains {checked['allowed']:.2g} "
                 f"({checked['positions']:,} positions, {whose})",
             )
+            for one in checked.get("fidelity", ()):
+                bands = tuple(Band(**band) for band in one["bands"])
+                yield "fidelity", Fidelity(**{**one, "bands": bands}).line
         return
     for one in found["caches"]:
         if one["codec"] == spec.codec and tuple(one["temperatures"]) == tuple(spec.temperatures):

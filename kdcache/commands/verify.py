@@ -39,6 +39,7 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
 from kdcache.cache.spec import is_generated_at
+from kdcache.commands.fidelity import Fidelity, fidelity
 from kdcache.commands.options import VerifyOptions
 from kdcache.errors import UsageError
 from kdcache.rows import Row
@@ -200,6 +201,8 @@ class Recheck:
         worst: largest mean difference of a row.
         worst_allowed: what rounding explains of `worst`.
         problems: one line each; none where rounding explains all.
+        imported: whether another program wrote the targets.
+        fidelity: of answers that are one distribution, the certificate at each temperature.
     """
 
     rows: int
@@ -211,6 +214,8 @@ class Recheck:
     worst: float
     worst_allowed: float
     problems: tuple[str, ...]
+    imported: bool = False
+    fidelity: tuple[Fidelity, ...] = ()
 
 
 @dataclass
@@ -279,7 +284,13 @@ def recheck(
         codec = cache.codec()
         alone = _live(teacher, codec, chosen, [[i] for i in range(len(sizes))])
         together = _live(teacher, codec, chosen, list(batches(sizes, budget)))
-    result = _compare(cache, chosen, files, alone, together, rng)
+        result = _compare(cache, chosen, files, alone, together, rng)
+        if TASKS[spec.task].answers not in ("labels", "score"):
+            held = SoftTargets.concat(chosen.targets)
+            layer = teacher.layer
+            logits_of = layer.logits if layer is not None and codec.reads_states else _as_it_is
+            found = [fidelity(alone, held.at(t), logits_of) for t in spec.temperatures]
+            result = replace(result, fidelity=tuple(found))
     if teacher.layer is not None and not teacher.layer.same(cache.output_layer):
         problem = (
             "the output layer of the cache is not this teacher's, so the logits that are rebuilt "
@@ -287,6 +298,10 @@ def recheck(
         )
         return replace(result, problems=(problem, *result.problems))
     return result
+
+
+def _as_it_is(read: Tensor) -> Tensor:
+    return read
 
 
 def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
@@ -388,6 +403,10 @@ def _compare(
     moved = moved.clamp_min(max(float(moved.square().mean().sqrt()), _ROUNDING[spec.dtype] * scale))
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     explained = [by_row(live, stored(together))]
+    if "layout" in spec.reading:  # draws of another program are by other noise
+        explained.append(
+            by_row(live, writer.write(alone, torch.from_numpy(rng.random(len(alone)))))
+        )
     for _ in range(_TRIALS):
         shaken = alone + moved * torch.randn(alone.shape, generator=generator)
         explained.append(by_row(live, stored(shaken)))
@@ -405,6 +424,7 @@ def _compare(
         worst=float(found.max()),
         worst_allowed=worst_allowed,
         problems=(),
+        imported="layout" in spec.reading,
     )
     return replace(result, problems=tuple(_problems(result, chosen, found)))
 
@@ -438,6 +458,8 @@ def _problems(result: Recheck, chosen: _Sample, found: np.ndarray) -> list[str]:
         whose = (
             "The teacher is the one of the build, so the cache is wrong"
             if result.same_teacher
+            else "It is not the teacher of the build, or what they were imported from is biased"
+            if result.imported
             else "The teacher is not the one of the build: its weights or configuration differ"
         )
         return [f"the targets are not those of this teacher: {figures}. {whose}."]
