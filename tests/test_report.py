@@ -143,6 +143,8 @@ def test_a_page_shows_caches_runs_and_sweeps(paths: dict[str, str], tmp_path: Pa
         assert expected in shown
     result = json.loads(Path(paths["run"], "train.json").read_text())["result"]
     assert f"{result['eval']['accuracy']:.4f}" in shown
+    assert f"{result['one_answer']['accuracy']:.4f}" in shown
+    assert f"It is {result['warning']}" in shown
     assert len(list(page.iter("polyline"))) >= 4
     assert {f"t s{i}" for i in range(6)} & {node.get("class") for node in page.iter("span")}
 
@@ -306,7 +308,14 @@ def hostile_parts(paths: dict[str, str]) -> list[CachePart | RunPart | SweepPart
     deep: dict[str, Any] = {"accuracy": HOSTILE, "hard_loss": math.nan}
     return [
         dataclasses.replace(part, facts=facts, rows=(hostile_row(),), notes={HOSTILE: HOSTILE}),
-        RunPart(HOSTILE, True, {"student": HOSTILE, "alpha": [HOSTILE]}, {}, {"eval": deep}, ()),
+        RunPart(
+            HOSTILE,
+            True,
+            {"student": HOSTILE, "alpha": [HOSTILE]},
+            {},
+            {"eval": deep, "warning": HOSTILE},
+            (),
+        ),
         SweepPart(HOSTILE, {"settings": [{"setting": {HOSTILE: HOSTILE}, "mean": deep}, 3, None]}),
     ]
 

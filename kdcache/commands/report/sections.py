@@ -247,18 +247,21 @@ def run_section(run: RunPart) -> Blocks:
     return [
         Paragraph(f"{state}.", "lead"),
         Facts(pairs),
-        _evaluation(result.get("eval")),
+        _evaluation(result.get("eval"), result.get("one_answer")),
+        Paragraph(f"It is {_plain(result['warning'])}", "note") if result.get("warning") else None,
         *charts,
         _log(run),
         Details("Where it comes from", [Facts(_run_provenance(run))]),
     ]
 
 
-def _evaluation(figures: object) -> Table | None:
+def _evaluation(figures: object, one: object) -> Table | None:
     if not isinstance(figures, dict) or not figures:
         return None
-    rows = [(_words(_plain(name)), _figure(value)) for name, value in figures.items()]
-    return Table("On the evaluation caches", ("figure", "value"), rows[:_LINES])
+    one = one if isinstance(one, dict) else {}
+    rows = [(_words(_plain(k)), _figure(v), _figure(one.get(k))) for k, v in figures.items()]
+    header = ("figure", "value", "one answer for all")
+    return Table("On the evaluation caches", header, rows[:_LINES])
 
 
 def _log(run: RunPart) -> Details | None:
