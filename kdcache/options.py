@@ -104,12 +104,7 @@ class Declared:
 
 
 def option(default: Any = MISSING, **declared: Any) -> Any:
-    """A field of an options dataclass.
-
-    Args:
-        default: its value where none is given; without it the option is required.
-        declared: of `Declared`.
-    """
+    """A field of an options dataclass, as `Declared`; without a default it is required."""
     made = Declared(**declared)
     made = replace(made, help=f"now {made.now}", hidden=True) if made.instead else made
     return dataclasses.field(default=default, metadata={_KEY: made})
@@ -310,10 +305,9 @@ class Options:
                 if value is not None and not one.unlike(value):
                     target = next(o for o in options if o.name == owner)
                     present, given = getattr(self, owner), target.parse(key.format(value))
-                    if present not in (given, getattr(type(self), owner)):
-                        problems.append(
-                            f"{one.flag} and {target.flag} differ: give the latter alone."
-                        )
+                    if present not in (given, target.default):
+                        both = f"{one.flag} and {target.flag}"
+                        problems.append(f"{both} differ: give the latter alone.")
                     object.__setattr__(self, owner, given)
                     object.__setattr__(self, one.name, None)
                 continue
@@ -326,9 +320,8 @@ class Options:
                 problems.append(f"{one.spelled} is {error}.")
                 continue
             if text and value not in (one.default, given):
-                problems.append(
-                    f"{one.flag} and {one.spelled}={text} differ: give the latter alone."
-                )
+                both = f"{one.flag} and {one.spelled}={text}"
+                problems.append(f"{both} differ: give the latter alone.")
             object.__setattr__(self, one.name, given)
         for one in options:
             known = [o.instead[1] for o in options if o.instead and o.instead[0] == one.name]
@@ -368,13 +361,8 @@ def key_values(items: Any) -> dict[str, str]:
 
 def key_items(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The KEY=VALUE items of a mapping: lists with commas, mappings as JSON."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, (list, tuple)):
-            return ",".join(map(str, value))
-        return json.dumps(value) if isinstance(value, Mapping) else str(value)
-
-    return tuple(f"{key}={text(value)}" for key, value in values.items())
+    of: dict[type, Callable[[Any], str]] = {list: lambda v: ",".join(map(str, v)), dict: json.dumps}
+    return tuple(f"{key}={of.get(type(value), str)(value)}" for key, value in values.items())
 
 
 def _key(text: str) -> str:
@@ -475,11 +463,7 @@ def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
 
 
 def parse_values(kind: type[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values of a YAML file as the command line would read them.
-
-    Args:
-        kind: the options dataclass of a command.
-        values: names of options to values; `-` or `_` in names, an absent value is None.
+    """Values of a YAML file as the command line would read them; `-` or `_` in names.
 
     Returns:
         Fields of `kind` with their values, and the problems, one sentence each.

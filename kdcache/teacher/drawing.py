@@ -1,6 +1,6 @@
 """Draws the next token of each row: temperature, truncation, and noise that belongs to the row.
 
-The noise of a token is a number of (seed, span, prompt, sample, place), by the generator of
+The noise of a token is a number of (seed, span, prompt, sample, position), by the generator of
 `position_uniform`, so that batches and workers do not matter. A token is the place of that number
 in the cumulative distribution.
 
