@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from broken_caches import files, run
 
 from kdcache.cache import Cache
@@ -158,3 +159,30 @@ def test_every_span_is_in_one_share_however_many_parts_there_are() -> None:
         for i in range(1, 10)
     )
     assert sorted(every) == list(range(45))
+
+
+def test_recipes_without_ray_name_each_part_once(tmp_path: Path) -> None:
+    """The scripts of the Indexed Job and of SkyPilot, run with a command that shows its words."""
+    folder = ROOT / "examples" / "cluster"
+    job = yaml.safe_load((folder / "indexed-job.yaml").read_text())["spec"]
+    (pod,) = job["template"]["spec"]["containers"]
+    task = yaml.safe_load((folder / "skypilot.yaml").read_text())
+    command = tmp_path / "kdcache" / "bin" / "kdcache"
+    command.parent.mkdir(parents=True)
+    command.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    command.chmod(0o755)
+    path = {"PATH": f"{command.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    recipes = {
+        job["completions"]: ([*pod["command"], *pod["args"]], "JOB_COMPLETION_INDEX", {}),
+        task["num_nodes"]: (["bash", "-c", task["run"]], "SKYPILOT_NODE_RANK", task["envs"]),
+    }
+    for count, (words, name, given) in recipes.items():
+        given = {**path, **given, "SKYPILOT_NUM_NODES": str(count)}
+        for index in (0, count - 1):
+            environment = {**given, name: str(index)}
+            shown = subprocess.run(words, env=environment, capture_output=True, text=True)
+            found = shown.stdout.split("\n")
+            assert found[0] == "build", shown.stderr
+            assert found[found.index("--part") + 1] == f"{index + 1}/{count}"
+            given_options = {word[2:].replace("-", "_") for word in found if word[:2] == "--"}
+            assert given_options <= {one.name for one in dataclasses.fields(BuildOptions)}

@@ -52,3 +52,10 @@ def test_the_references_name_every_command_and_every_public_name(site: ModuleTyp
     assert commands == set(cli.list_commands(None))  # type: ignore[arg-type]
     named = re.findall(r"^::: \S+\.(\w+)$", added["python.md"], re.M)
     assert sorted(named) == kdcache.__all__
+
+
+def test_the_search_of_pages_from_disk_loads_nothing_from_elsewhere(site: ModuleType) -> None:
+    page = SimpleNamespace(url="deep/page.html")
+    shown = site.on_post_page('<script src="https://unpkg.com/iframe-worker/shim">', page=page)
+    assert shown == '<script src="../files/file_worker.js">'
+    assert "window.Worker" in site.added()["files/file_worker.js"]

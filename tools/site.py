@@ -27,6 +27,8 @@ PAGES = {
     "examples/rounds/README.md": "rounds.md",
     "examples/recovery/README.md": "recovery_example.md",
 }
+_SHIM = "https://unpkg.com/iframe-worker/shim"
+_WORKER = "files/file_worker.js"
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
 
@@ -45,6 +47,7 @@ def added() -> dict[str, str]:
     made |= {"commands.md": _commands(), "python.md": _python(), "examples.md": _examples()}
     made |= {_page(path): _notebook(ROOT / path) for path in _notebooks()}
     copies = {target for path in _documents() for target in _copied(path)}
+    made |= {_WORKER: (ROOT / "tools" / "file_worker.js").read_text()}
     made |= {_copy(path): (ROOT / path).read_text() for path in copies}
     return made
 
@@ -56,6 +59,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     sources |= {_page(path): path for path in _notebooks()}
     folder = Path(sources.get(name, f"docs/{name}")).parent
     return _LINK.sub(lambda link: _target(folder, link), markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Let the search of pages that are read from disk load nothing from elsewhere."""
+    return output.replace(_SHIM, "/".join([".."] * page.url.count("/") + [_WORKER]))
 
 
 def _target(folder: Path, link: re.Match[str]) -> str:
