@@ -36,6 +36,7 @@ from kdcache.loss.anchor import Anchor
 from kdcache.loss.chunks import chunk_loss
 from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.independent import INDEPENDENT, label_loss, score_loss
+from kdcache.loss.policy import policy_gradient
 from kdcache.loss.reference import (
     DIVERGENCES,
     TAILS,
@@ -45,7 +46,6 @@ from kdcache.loss.reference import (
     distillation_loss,
     label_logprobs,
     linear_logprobs,
-    policy_gradient,
     sliced_linear_distillation,
 )
 from kdcache.loss.vocabulary import VocabSlice

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import Anchor, applied, control, weighted
+from kdcache.loss.policy import policy_gradient
 from kdcache.loss.vocabulary import WHOLE, Cut, VocabSlice, Vocabulary, gathered, located
 from kdcache.targets import (
     AnchoredTargets,
@@ -32,8 +33,6 @@ from kdcache.tasks import Answers, Divergence, Tail
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 TAILS: tuple[str, ...] = get_args(Tail)
-MAX_ADVANTAGE = 10.0
-"""Advantages of `policy_gradient` are clipped to this, nats (Lightning OPD, table 6)."""
 
 
 class LossParts(NamedTuple):
@@ -222,38 +221,6 @@ def distillation_loss(
         soft = soft + temperature**2 * (pull - pull.detach())
         anchor.add(weighted(figures, position_weights), scalar_count(hard, count, position_weights))
     return loss_parts(hard, soft, alpha, count, position_weights)
-
-
-def policy_gradient(logprobs: Tensor, targets: LabelTargets) -> Tensor:
-    """Reverse KL as a policy gradient, from the drawn labels alone.
-
-    With the advantage ``A = log q(y) - log p(y)`` of a label y, clipped to +-`MAX_ADVANTAGE`, and
-    the importance weight ``w = min(p(y) / b(y), clip)`` of what b, the writer, drew:
-
-        value = -w A,   gradient = -w (A - c) grad log p(y);   A, w and c are constants
-
-    With w = 1 and no baseline c that is equation 4 and algorithm 1 of Lightning OPD (Wu, Han and
-    Cai 2026, arXiv 2604.13010), which takes the advantage of the student as it is now and no
-    importance weights: right as long as p is near b. With an unclipped w, value and gradient are
-    unbiased for KL(p || q) after the prefixes that b wrote, whatever c is (Williams 1992); without
-    it a student far from its teacher, whose advantages are nearly all negative, is pushed away from
-    whatever was drawn. Clipping w bounds the variance (Ionides 2008, "Truncated importance
-    sampling"; 1 in V-trace, Espeholt et al. 2018).
-
-    Args:
-        logprobs: [n], log p(y), with their gradient.
-        targets: log q(y) and log b(y).
-
-    Returns:
-        [n], nats.
-    """
-    now = logprobs.detach()
-    pull = (targets.teacher.to(now) - now).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
-    moved = pull if targets.baseline is None else pull - targets.baseline.to(now)
-    found = pull + moved * (logprobs - now)
-    if targets.writer is None:
-        return -found
-    return -found * (now - targets.writer.to(now)).exp().clamp_max(targets.clip)
 
 
 def sliced_linear_distillation(

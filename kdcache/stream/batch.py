@@ -18,7 +18,7 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
-from kdcache.loss.reference import MAX_ADVANTAGE
+from kdcache.loss.policy import MAX_ADVANTAGE
 from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of
 from kdcache.targets import LabelTargets
