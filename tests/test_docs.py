@@ -29,6 +29,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.demo.teacher import make_tokenizer
 from kdcache.stream.batch import collate
 from kdcache.targets import AnchoredTargets, DenseTargets, with_logits
+from kdcache.targets.entropy import decode_entropies
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 
@@ -584,6 +585,10 @@ def _same_as_library(reader: dict[str, Any], cache: Cache, out: str) -> None:
         ours, theirs = decode_logprobs(data.label_logprob), reader["label_logprobs"](out, name)
         np.testing.assert_allclose(theirs, ours, rtol=1e-7)
     assert (data.label_logprob is not None) == cache.spec.task.endswith("-lm")
+    if data.entropy is not None:
+        np.testing.assert_allclose(reader["entropies"](out, name), decode_entropies(data.entropy))
+    built = Path(out).parent.name != "golden"  # those are older
+    assert (data.entropy is not None) == (built and cache.spec.task.endswith("-lm"))
     for temperature in cache.spec.temperatures:
         ours = with_logits(data.targets.at(temperature))
         theirs = list(reader["targets"](out, name, temperature))

@@ -448,7 +448,7 @@ def test_a_worker_encodes_its_share_of_the_positions_that_requests_name(
     """Beside requests for states and rows that are not read to their end; of three workers."""
     head = read_head(TeacherFiles.find(str(tiny_lm)), "float32")
     vocab_size = head.layer.vocab_size - 3  # with columns that are cut off
-    encoding = Encoding(Codec.parse(codec, (1.0,), vocab_size), label_logprob=True)
+    encoding = Encoding(Codec.parse(codec, (1.0,), vocab_size), kept={"label_logprob", "entropy"})
     random = torch.Generator().manual_seed(0)
     rows = [torch.randn(n, head.layer.width, generator=random) for n in (5, 4, 7)]
     wanted = [np.array([0, 2, 3]), np.array([], int), np.array([1, 4, 5, 6])]

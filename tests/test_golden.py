@@ -26,6 +26,7 @@ from kdcache.commands.report.report import report
 from kdcache.errors import UsageError
 from kdcache.stream import TargetStream
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
+from kdcache.targets.entropy import decode_entropies
 from kdcache.targets.label_logprob import decode_logprobs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -144,6 +145,16 @@ def test_golden_logprobs_of_labels_are_read(name: str) -> None:
         finite = np.isfinite(want)
         nats = -np.array(want)[finite].sum()
         assert label_sums(cache.manifest.shards) == (nats, finite.sum(), 1)
+
+
+def test_golden_entropies_are_read(name: str) -> None:
+    cache = Cache.open(str(GOLDEN / name))
+    for span, shard in enumerate(EXPECTED[name]["shards"]):
+        codes = cache.read(span).entropy
+        assert (codes is not None) == ("entropy" in shard), "older ones have none"
+        if codes is not None:
+            want = [c**2 / 4096 for c in shard["entropy"]]
+            np.testing.assert_allclose(decode_entropies(codes), want, rtol=1e-6)
 
 
 def test_golden_temperatures_are_kept_to(name: str) -> None:

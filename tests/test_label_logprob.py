@@ -103,7 +103,9 @@ def test_it_is_the_log_softmax_whatever_the_codec_has_read(
     found = label_logprobs(logits, labels, encoded)
     fresh = label_logprobs(logits[:, None], labels)
     blocks = device_run._sums_by_blocks(logits)  # as on CUDA
-    other = device_run._logprobs(logits, labels, blocks["peak"], blocks["normalizer"])["logprobs"]
+    other = device_run._logprobs(logits, labels, blocks["peak"], blocks["normalizer"])[
+        "label_logprob"
+    ]
     masked = torch.isinf(want)
     for got in (found, fresh, other):
         assert got.dtype == torch.float32
@@ -293,7 +295,7 @@ def test_inspect_shows_it_beside_each_token(lm_caches: dict[str, str], tiny_lm: 
     assert result.impossible_labels == 0
     shown = run("inspect", folder, "--row", "0").stdout
     assert f"{result.teacher_cross_entropy:.4f} nats a position (perplexity " in shown
-    lines = shown[shown.index("logprob  teacher's predictions") :].splitlines()[1:]
+    lines = shown[shown.index("logprob  entropy  teacher's predictions") :].splitlines()[1:]
     assert len(lines) == len(got)
     assert all(f"  {logprob:.2f}  " in line for logprob, line in zip(got, lines, strict=True))
 

@@ -5,13 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from kdcache.cache.cache import Cache
 from kdcache.cache.manifest import ShardEntry, filtered_records, label_sums
+from kdcache.cache.shard import ShardData
 from kdcache.cache.spec import CacheSpec
 from kdcache.domains import Weights
 from kdcache.humanize import number, percent, size
+from kdcache.targets import DenseTargets
+from kdcache.targets.entropy import decode_entropies
+from kdcache.tasks import TASKS
 
 _ONCE = Weights()
+
+
+def teacher_entropy(data: ShardData, some: np.ndarray | None = None) -> np.ndarray | None:
+    """The teacher's entropy at positions of rows at T = 1, in nats: float32 [n].
+
+    Args:
+        data: the rows; where they keep no entropies, those of classes follow from the targets.
+        some: int64 [n], which positions; None for all.
+
+    Returns:
+        None where it is not known, or answers are no distribution.
+    """
+    if data.entropy is not None:
+        return decode_entropies(data.entropy if some is None else data.entropy[some])
+    targets, kind = data.targets, TASKS[data.task]
+    known = kind.distribution and not kind.over_ids and targets.codec.any_temperature
+    if not known or len(targets) == 0:
+        return None
+    found = (targets if some is None else targets.take(some)).at(1.0)
+    assert isinstance(found, DenseTargets), "right at any temperature"
+    p = found.logits.double().softmax(-1)
+    return np.asarray(torch.special.entr(p).sum(-1).float().numpy())
 
 
 def teacher_cross_entropy(caches: Sequence[Cache], weights: Weights = _ONCE) -> float | None:

@@ -95,6 +95,8 @@ class ShardData(Columns):
             `kdcache.targets.label_logprob`), or None where the cache keeps none.
         writer_logprob: uint16 [positions], codes of the log-probability of each label by the model
             that drew it, or None where that is not known.
+        entropy: uint8 [positions], codes of the teacher's entropy (see `kdcache.targets.entropy`),
+            or None where the cache keeps none.
         starts: bool [tokens], where a document begins that attends to no other one of its row, or
             None where rows are not divided.
         texts: the text of each row, or None where the task keeps none.
@@ -129,6 +131,9 @@ class ShardData(Columns):
         np.ndarray | None,
         Numbers("position", *["writer_logprob"] * 2, when=None, dtype="uint16"),
     ] = None
+    entropy: Annotated[
+        np.ndarray | None, Numbers("position", name="entropy", when="entropy", dtype="uint8")
+    ] = None
     starts: Annotated[
         np.ndarray | None,
         Numbers(
@@ -159,12 +164,15 @@ class ShardData(Columns):
         rows: Sequence[Row],
         targets: SoftTargets,
         label_logprob: np.ndarray | None = None,
+        entropy: np.ndarray | None = None,
     ) -> ShardData:
-        """Gather rows into columns; `targets` and `label_logprob` have their positions in order."""
+        """Gather rows into columns; targets and what is of positions have these in order."""
         columns = cls.of_rows(rows, task, targets.codec.vocab_size)
-        data = cls(task=task, targets=targets, label_logprob=label_logprob, **columns)
+        columns |= {"label_logprob": label_logprob, "entropy": entropy}
+        data = cls(task=task, targets=targets, **columns)
         assert len(targets) == data.position_offsets[-1], "one soft target a position"
-        assert label_logprob is None or len(label_logprob) == len(targets), "one a position"
+        for kept in (label_logprob, entropy):
+            assert kept is None or len(kept) == len(targets), "one a position"
         return data
 
     @cached_property

@@ -125,6 +125,7 @@ class CacheSpec(Spec):
         levels: whether a `topk` codec stores levels of one byte; imports and earlier versions store
             floats.
         label_logprob: whether shards keep the teacher's log-probability of each label.
+        entropy: whether they keep its entropy at each position.
         source: `codec` and `digest` of the cache whose targets were encoded anew; None of a build.
         output_layer: SHA-256 of the file of the teacher's output layer, where targets are hidden
             states; else None.
@@ -151,6 +152,7 @@ class CacheSpec(Spec):
     ranks: str | None = None
     levels: bool = False
     label_logprob: bool = False
+    entropy: bool = False
     source: Mapping[str, Any] | None = None
     output_layer: str | None = None
     domains: tuple[Mapping[str, Any], ...] = ()
@@ -230,7 +232,11 @@ class CacheSpec(Spec):
     @property
     def kept(self) -> set[str]:
         """The columns of rows that its shards have besides those of their task."""
-        chosen = {"label_logprob": self.label_logprob, "starts": self.apart}
+        chosen = {
+            "label_logprob": self.label_logprob,
+            "entropy": self.entropy,
+            "starts": self.apart,
+        }
         return {name for name, is_kept in chosen.items() if is_kept}
 
     @property
@@ -258,10 +264,13 @@ class CacheSpec(Spec):
 
     def in_form_of(self, begun: CacheSpec) -> CacheSpec:
         """See `Spec.in_form_of`."""
-        return self if begun.levels else replace(self, levels=False)
+        return replace(
+            self, levels=self.levels and begun.levels, entropy=self.entropy and begun.entropy
+        )
 
 
-_OPTIONAL = {"ranks", "levels", "label_logprob", "source", "output_layer", "domains"}
+_FLAGS = ("levels", "label_logprob", "entropy")
+_OPTIONAL = {*_FLAGS, "ranks", "source", "output_layer", "domains"}
 
 
 def _text(value: Any) -> bool:
@@ -310,7 +319,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "temperatures": _list(_number),
     "seed": lambda value: type(value) is int and abs(value) < 1 << 63,
     "ranks": _none_or(_text),
-    **dict.fromkeys(("levels", "label_logprob"), lambda value: value is None or value is True),
+    **dict.fromkeys(_FLAGS, lambda value: value is None or value is True),
     "source": _none_or(_object(codec=_text, digest=_text)),
     "output_layer": _none_or(_text),
     "domains": _none_or(

@@ -256,7 +256,12 @@ def _heading(model: ModelScores) -> str:
 
 
 # Headings of a row's table where its label is one for the row, each with what stands below it.
-_BEHIND = (("logprob", "logprob"), ("teacher's predictions", "guesses"), ("rest", "rest"))
+_BEHIND = (
+    ("logprob", "logprob"),
+    ("entropy", "entropy"),
+    ("teacher's predictions", "guesses"),
+    ("rest", "rest"),
+)
 _OF_ROWS: dict[str, tuple[tuple[str, str], ...]] = {
     "classes": (("label", "label"), ("teacher's probabilities", "guesses"), ("rest", "rest")),
     "labels": (("labels", "label"), ("teacher's probabilities", "guesses")),  # no sum, no rest
@@ -312,6 +317,7 @@ def _render_row(row: RowView, answers: Answers, console: Console) -> None:
             "token": repr(position.token),
             "label": "-" if position.label_text is None else quote(position.label_text),
             "logprob": number(position.label_logprob, 2),
+            "entropy": number(position.entropy, 2),
             "guesses": "  ".join(f"{quote(g.text)} {g.probability:.3f}" for g in position.guesses),
             "rest": f"{position.rest:.3f}",
             "score": "-" if position.score is None else score(position.score),

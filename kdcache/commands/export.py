@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 import torch
 
 from kdcache.cache import Cache
+from kdcache.cache.figures import teacher_entropy
 from kdcache.cache.shard import ShardData
 from kdcache.commands.options import ExportOptions
 from kdcache.errors import UsageError
@@ -236,6 +237,9 @@ class _Writer:
             own, values = independent(labels, taken)
         if data.label_logprob is not None:
             values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
+        known = teacher_entropy(data, np.arange(places.start, places.stop))
+        if known is not None:
+            values["teacher_entropy"] = _spread(known, there)
         columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
         if per_token:
             hard = np.where(labelled(labels, data.task), labels, IGNORE)

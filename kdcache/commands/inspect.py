@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, CacheSpec, ShardEntry
-from kdcache.cache.figures import domain_figures
+from kdcache.cache.figures import domain_figures, teacher_entropy
 from kdcache.cache.manifest import filtered_records, label_sums
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.sealing import shard_entry
@@ -64,7 +64,7 @@ def inspect(options: InspectOptions) -> InspectResult:
     with Sandbox() as sandbox:
         shards = cache.manifest.shards if cache.sealed else _committed(cache, sandbox)
         row = None if options.row is None else _row(cache, shards, options, sandbox)
-        columns, sampled = _columns(cache, shards, sandbox)
+        columns, sampled, entropy = _columns(cache, shards, sandbox)
     spec = cache.spec
     positions = sum(s.positions for s in shards)
     total = sum(s.bytes for s in shards)
@@ -93,6 +93,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         teacher_cross_entropy=nats,
         teacher_perplexity=perplexity(nats),
         impossible_labels=sums[2] if sums else None,
+        teacher_entropy=entropy,
         bytes_per_position=total / positions if positions else None,
         target_bytes_per_position=sum(targets) if targets else None,
         columns=columns,
@@ -124,18 +125,27 @@ def _tried(cache: Cache, entry: ShardEntry, sandbox: Sandbox) -> Iterator[Path]:
 
 def _columns(
     cache: Cache, shards: Sequence[ShardEntry], sandbox: Sandbox
-) -> tuple[tuple[ColumnSize, ...], int]:
-    """Bytes per position of each dataset, from a few shards spread over the cache."""
+) -> tuple[tuple[ColumnSize, ...], int, float | None]:
+    """Bytes per position of each dataset, from a few shards spread over the cache; how many, and
+    the teacher's mean entropy in them.
+    """
     full = [s for s in shards if s.positions]
     chosen = np.unique(np.linspace(0, len(full) - 1, min(len(full), _SAMPLED_SHARDS)).astype(int))
     sums: dict[str, int] = {}
+    entropies: list[np.ndarray] = []
     for i in chosen:
         with _tried(cache, full[i], sandbox) as path:
             for name, stored in column_bytes(path).items():
                 sums[name] = sums.get(name, 0) + stored
+            by_class = TASKS[cache.spec.task].distribution and not TASKS[cache.spec.task].over_ids
+            if cache.spec.entropy or by_class:
+                found = teacher_entropy(cache.parse(path, full[i], targets=by_class))
+                entropies += [] if found is None else [found]
     positions = sum(full[i].positions for i in chosen)
     ordered = sorted(sums.items(), key=lambda item: -item[1])
-    return tuple(ColumnSize(name, stored / positions) for name, stored in ordered), len(chosen)
+    sizes = tuple(ColumnSize(name, stored / positions) for name, stored in ordered)
+    mean = float(np.concatenate(entropies).mean(dtype=np.float64)) if entropies else None
+    return sizes, len(chosen), mean
 
 
 # One row
@@ -174,9 +184,11 @@ def _row(
     logprobs = np.full(last - first, np.nan)
     if data.label_logprob is not None:
         logprobs = decode_logprobs(data.label_logprob[first:last])
+    known = teacher_entropy(data, np.arange(first, last))
+    entropies = [None] * (last - first) if known is None else known.tolist()
     positions = []
-    for place, found, rest, logprob in zip(
-        row.positions(cache.spec.task), guesses, rests, logprobs.tolist(), strict=True
+    for place, found, rest, logprob, entropy in zip(
+        row.positions(cache.spec.task), guesses, rests, logprobs.tolist(), entropies, strict=True
     ):
         label = int(row.labels[place])
         positions.append(
@@ -188,6 +200,7 @@ def _row(
                 label_logprob=logprob if math.isfinite(logprob) else None,
                 guesses=tuple(Guess(i, name(i), p) for i, p in found),
                 rest=rest,
+                entropy=entropy,
             )
         )
     return RowView(

@@ -36,6 +36,7 @@ class PositionView:
         rest: the mass of all ids that are not shown; of several labels a row, whose probabilities
             do not sum to 1, 0.
         score: the teacher's, where its answers are scores.
+        entropy: of the teacher's distribution at T = 1, in nats, where it is known.
     """
 
     place: int
@@ -46,6 +47,7 @@ class PositionView:
     guesses: tuple[Guess, ...]
     rest: float
     score: float | None = None
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class InspectResult:
         teacher_cross_entropy: of the teacher with the hard labels at T = 1, in nats a position,
             over the labels that it can predict; None where the cache does not keep it.
         teacher_perplexity: its exponential.
+        teacher_entropy: its mean entropy at T = 1, in nats a position, over `sampled_shards`; None
+            where it is not known.
         impossible_labels: labels that the teacher gives no probability, left out of both.
         bytes_per_position: of the whole file; None if there is no position yet.
         target_bytes_per_position: of the soft targets alone.
@@ -148,6 +152,7 @@ class InspectResult:
     clipped_mass: float | None
     teacher_cross_entropy: float | None
     teacher_perplexity: float | None
+    teacher_entropy: float | None
     impossible_labels: int | None
     bytes_per_position: float | None
     target_bytes_per_position: float | None
@@ -186,6 +191,8 @@ class InspectResult:
             if self.impossible_labels:
                 left_out = f"{self.impossible_labels:,}, which are left out of it"
                 facts["labels of no probability"] = left_out
+        if self.teacher_entropy is not None:
+            facts["teacher's entropy"] = f"{number(self.teacher_entropy)} nats a position"
         facts |= {
             "size": size(self.bytes),
             "bytes per position": f"{number(self.bytes_per_position, 2)} of the whole files",

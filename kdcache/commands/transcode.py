@@ -53,7 +53,6 @@ from kdcache.targets import (
     TopK,
     with_logits,
 )
-from kdcache.targets.label_logprob import Codes
 from kdcache.tasks import IGNORE, TASKS, positions
 from kdcache.teacher.memory import slice_positions
 
@@ -136,7 +135,7 @@ class CacheSource(TargetSource[SourceShard, StoredRows]):
         if isinstance(self._from, TopK):
             assert isinstance(self.codec, TopK), "checked when it was planned"
             done: futures.Future[Packed] = futures.Future()
-            done.set_result(Packed(narrowed(targets, self.codec), None, np.float32(0)))
+            done.set_result(Packed(narrowed(targets, self.codec), {}, np.float32(0)))
             return [done], order
         uniform = self._send(torch.from_numpy(at.noise(packer.seed, packer.span)))
         none = torch.zeros((), device=self.device)
@@ -165,7 +164,7 @@ class CacheSource(TargetSource[SourceShard, StoredRows]):
         return values.to(self.device, non_blocking=True)
 
 
-def _with_targets(data: ShardData, targets: SoftTargets, _: Codes | None) -> ShardData:
+def _with_targets(data: ShardData, targets: SoftTargets, **_: np.ndarray) -> ShardData:
     return dataclasses.replace(data, targets=targets)
 
 

@@ -7,7 +7,7 @@ Guarantee: positions of a batch keep the row-major order of its labels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import Cache
+from kdcache.cache.figures import teacher_entropy
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
 from kdcache.loss.policy import MAX_ADVANTAGE
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = dict[str, Any]
 """Tensors by name, and under `targets` the soft targets: see `collate`."""
+
+ABOUT_TEACHER = ("label_logprob", "entropy")
+"""Columns of positions beside their targets: batches have those that all caches have."""
+
+
+def shared_columns(caches: Sequence[Cache]) -> set[str]:
+    """Which of `ABOUT_TEACHER` all of some caches have."""
+    return {name for name in ABOUT_TEACHER if all(name in cache.spec.kept for cache in caches)}
+
 
 Tokenize: TypeAlias = Callable[[list[Any], "list[str] | None"], Mapping[str, Tensor]]
 
@@ -58,7 +68,12 @@ class Reading:
         return {}
 
     def read(
-        self, cache: Cache, shard: int, *, targets: bool = True, label_logprob: bool = True
+        self,
+        cache: Cache,
+        shard: int,
+        *,
+        targets: bool = True,
+        kept: Collection[str] = ABOUT_TEACHER,
     ) -> ShardData:
         """A shard's rows with all columns that batches are made of, and no other.
 
@@ -66,10 +81,11 @@ class Reading:
             cache: whose shard it is.
             shard: its number.
             targets: whether with soft targets.
-            label_logprob: False where other caches of a stream have none.
+            kept: of `ABOUT_TEACHER` those that all caches of a stream have.
         """
         data = cache.read(shard, targets=targets)
-        return self.rows(cache, shard, data if label_logprob else replace(data, label_logprob=None))
+        left: dict[str, Any] = {name: None for name in ABOUT_TEACHER if name not in kept}
+        return self.rows(cache, shard, replace(data, **left) if left else data)
 
     def rows(self, cache: Cache, shard: int, data: ShardData) -> ShardData:
         """The rows of a shard with all columns that its batches are made of.
@@ -111,6 +127,8 @@ class Reading:
             batch["targets"] = data.targets.at(temperature)
         if data.label_logprob is not None:
             batch["label_logprob"] = torch.from_numpy(decode_logprobs(data.label_logprob))
+        if (entropy := teacher_entropy(data)) is not None:
+            batch["teacher_entropy"] = torch.from_numpy(entropy)
         batch["count"] = self.count(data, temperature, count)
         if self._text is not None:
             batch["text"] = self._text(data)
@@ -285,9 +303,11 @@ def collate(
         and with a temperature `targets`, `DenseTargets` or `SparseTargets` of the batch's positions
         in row-major order. Where the cache keeps it, `label_logprob` float32 [positions], the
         teacher's log-probability of each label at T = 1 (minus infinity for a label that it cannot
-        predict). Where not every position is the first of its word, `first_tokens` bool [positions]
-        says which are. `count` is the number of positions the loss is a mean of (without targets:
-        of hard labels); infinity gives the batch the weight zero.
+        predict), and `teacher_entropy`, that of its distribution at T = 1 in nats, which a batch of
+        classes has where targets are right at T = 1. Where not every position is the first of its
+        word, `first_tokens` bool [positions] says which are. `count` is the number of positions the
+        loss is a mean of (without targets: of hard labels); infinity gives the batch the weight
+        zero.
     """
     reading = reading_of(pad_id, tokenize, None)
     return reading.collate(data, temperature=temperature, count=count)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.stream.batch import Batch, Reading, Tokenize, reading_of
+from kdcache.stream.batch import Batch, Reading, Tokenize, reading_of, shared_columns
 from kdcache.stream.checks import check_caches, open_caches
 from kdcache.stream.shard_rows import ShardRows, join
 
@@ -48,7 +48,7 @@ class TargetDataset(Dataset[ShardData]):
         sizes = [self.caches[c].manifest.shards[i].rows for c, i in self._shards]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._keep = keep
-        self.label_logprob = all(cache.spec.label_logprob for cache in self.caches)
+        self.kept = shared_columns(self.caches)
         self._recent: OrderedDict[int, ShardRows] = OrderedDict()
 
     def __len__(self) -> int:
@@ -61,9 +61,8 @@ class TargetDataset(Dataset[ShardData]):
         pool = self._recent.pop(slot, None)
         if pool is None:
             cache, shard = self._shards[slot]
-            kept = self.label_logprob
             reading = reading_of(0, None, self.cross)
-            pool = ShardRows([reading.read(self.caches[cache], shard, label_logprob=kept)])
+            pool = ShardRows([reading.read(self.caches[cache], shard, kept=self.kept)])
         self._recent[slot] = pool
         if len(self._recent) > self._keep:
             self._recent.popitem(last=False)

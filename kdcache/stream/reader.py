@@ -36,7 +36,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.domains import Weights
 from kdcache.errors import UsageError
-from kdcache.stream.batch import Batch, Reading, Tokenize, reading_of
+from kdcache.stream.batch import Batch, Reading, Tokenize, reading_of, shared_columns
 from kdcache.stream.checks import check_caches, check_mix, checked_weights, open_caches
 from kdcache.stream.order import (
     Cursor,
@@ -162,7 +162,7 @@ class TargetStream(IterableDataset[Batch]):
                 f"an epoch has {self.rows} rows, fewer than one batch of {batch_size}. Use a "
                 "larger cache, a smaller batch size, or keep the last batch."
             )
-        self.label_logprob = all(cache.spec.label_logprob for cache in self.caches)
+        self.kept = shared_columns(self.caches)
         if cursor is not None and not isinstance(cursor, Cursor):
             self.load_state_dict(cursor)
 
@@ -364,8 +364,10 @@ class TargetStream(IterableDataset[Batch]):
         chosen = [self._sources[member] for member in members]
         shards = self._shards(pairs)
         soft = self.temperature is not None and self.reading.reads_targets
-        wanted = {"targets": soft, "label_logprob": self.label_logprob}
-        parts = [self.reading.read(self.caches[c], shard, **wanted) for c, shard in shards]
+        parts = [
+            self.reading.read(self.caches[c], shard, targets=soft, kept=self.kept)
+            for c, shard in shards
+        ]
         pool = ShardRows(parts, soft=soft)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):

@@ -168,6 +168,8 @@ _POSITIONS, _LABELLED, _KNOWN = 2, 3, 4  # the last: what the hard loss is a mea
 _ENTITIES = slice(5, 8)
 _TASK = slice(8, 8 + SUMS)
 _TEXT = slice(8 + SUMS, 8 + SUMS + TEXT_SUMS)
+_KL, _KL_POSITIONS = _TEXT.stop, _TEXT.stop + 1
+_SIZE = _TEXT.stop + 2
 
 
 @dataclass(frozen=True)
@@ -175,15 +177,15 @@ class Totals:
     """Sums over rows, in one tensor: ranks and domains add theirs up as they are.
 
     Attributes:
-        values: float64 [_TEXT.stop].
+        values: float64 [_SIZE].
     """
 
     values: Tensor
 
     @staticmethod
     def zeros(parts: int, device: torch.device) -> Tensor:
-        """The values of so many totals, float64 [parts, _TEXT.stop]."""
-        return torch.zeros(parts, _TEXT.stop, dtype=torch.float64, device=device)
+        """The values of so many totals, float64 [parts, _SIZE]."""
+        return torch.zeros(parts, _SIZE, dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -205,6 +207,9 @@ class Totals:
         task, labels, values = stream.task, inputs["labels"], self.values
         values[_LOSSES] += parts_of(outputs.hard_loss, outputs.soft_loss) * count
         values[_POSITIONS] += positions(labels, task).sum()
+        if outputs.kl is not None:
+            values[_KL] += outputs.kl.detach() * count
+            values[_KL_POSITIONS] += count
         values[_LABELLED] += labelled(labels, task).sum()
         values[_KNOWN] += hard_labels(task, labels)
         values[_ENTITIES] += _entities(stream, inputs, outputs.logits)
@@ -235,6 +240,8 @@ class Totals:
                 found["f1"] = f1
         if soft:
             found[soft] = soft_loss / max(counted, 1)
+        if soft and float(values[_KL_POSITIONS]) == counted > 0:
+            found["kl"] = float(values[_KL]) / counted
         return found | text_figures(values[_TEXT], across=stream.reading.vocab_size is not None)
 
 

@@ -129,11 +129,12 @@ class DistillationTrainer(CheckpointingTrainer):
             self.model_accepts_loss_kwargs = True
         self.alpha = alpha
         self.identity = dict(identity or {})
-        # Sums over steps: hard and soft loss, and the share of labels in what they are a mean over.
-        self._parts = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        # Sums over steps: hard and soft loss, the share of labels in what they are a mean over, KL.
+        self._parts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._parts_steps = 0
         self._window: dict[str, Any] = {}
         self._soft_name = ""
+        self._knows_kl = False
         self._last: dict[str, float] = {}
         self._loader: StreamLoader | None = None
 
@@ -280,6 +281,9 @@ class DistillationTrainer(CheckpointingTrainer):
             self._parts[:2] += parts_of(outputs.hard_loss, outputs.soft_loss)
             known = hard_labels(self.train_dataset.task, inputs["labels"]).double()
             self._parts[2] += known / inputs["count"]  # infinite on a rank without rows
+            self._knows_kl = outputs.kl is not None
+            if outputs.kl is not None:
+                self._parts[3] += outputs.kl.detach()
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
@@ -288,16 +292,18 @@ class DistillationTrainer(CheckpointingTrainer):
 
         `hard_loss` is the mean over what has a label, and missing where nothing has; each step
         counts alike. The soft part, a mean over all positions with its T^2, is `soft_loss`; or
-        `soft_cross_entropy` for sampled targets: the divergence plus the teacher's entropy, which a
-        sample does not know.
+        `soft_cross_entropy` for sampled targets: the divergence plus the teacher's entropy. Where
+        the caches keep that, T being 1, the divergence is `kl`.
         """
         if self.streams and "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts.clone(), "sum")
-            hard, soft, known = parts.tolist()
+            hard, soft, known, kl = parts.tolist()
             if known:  # else there is no such mean
                 logs["hard_loss"] = hard / known
             if "temperature" in self._last:
                 logs[self._soft_name] = soft / self._parts_steps
+            if self._knows_kl:
+                logs["kl"] = kl / self._parts_steps
             logs.update(self._last)
             if self._anchored:
                 logs["anchor"] = float(self.model.anchor.theta)
@@ -490,4 +496,5 @@ class DistillationTrainer(CheckpointingTrainer):
                 "loss"
             ]  # every rank has the mean; the mean of these is the same
             if self.is_world_process_zero():
-                self._parts += self._parts.new_tensor(self._window["sums"])
+                sums = self._parts.new_tensor(self._window["sums"])
+                self._parts[: len(sums)] += sums  # earlier versions summed no KL

@@ -60,6 +60,8 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
             weighted by alpha; detached.
         soft_loss: T^2 times the divergence (for sampled targets: times the cross-entropy with the
             teacher), likewise; None if the batch has no targets.
+        kl: what `soft_loss` is with the teacher's entropy taken off sampled targets at T = 1; None
+            where that is not known.
         logprobs: float64 [P], log-probabilities of a language model's labels if requested;
             detached.
     """
@@ -68,6 +70,7 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
     logits: Tensor | None = None
     hard_loss: Tensor | None = None
     soft_loss: Tensor | None = None
+    kl: Tensor | None = None
     logprobs: Tensor | None = None
 
 
@@ -250,6 +253,7 @@ class DistilledStudent(nn.Module):
         label_positions: Tensor | None = None,
         hard_labels: Tensor | None = None,
         label_logprob: Tensor | None = None,
+        teacher_entropy: Tensor | None = None,
         first_tokens: Tensor | None = None,
         **inputs: Any,
     ) -> DistillationOutput:
@@ -272,6 +276,7 @@ class DistilledStudent(nn.Module):
             hard_labels: of language models, int [B, L]: labels at further positions, which have no
                 target and train on the hard loss alone. The count must include them.
             label_logprob: what a batch holds of the teacher; the loss does not need it.
+            teacher_entropy: float [P] at T = 1: of sampled targets at T = 1 it gives the KL.
             first_tokens: which positions begin a word; the loss does not need it either.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
                 does not name are left out.
@@ -364,7 +369,12 @@ class DistilledStudent(nn.Module):
         if keep is not None and per_token:
             keep = keep.reshape(*shape, -1)
         soft_part = parts.soft if soft else None
-        return DistillationOutput(parts.total, keep, parts.hard, soft_part, logprobs)
+        kl = None
+        sampled = isinstance(targets, SparseTargets) and not targets.exact
+        if soft and sampled and targets.temperature == 1 and teacher_entropy is not None:
+            entropy = teacher_entropy.to(parts.soft).sum()
+            kl = parts.soft - entropy / (n if count is None else count)
+        return DistillationOutput(parts.total, keep, parts.hard, soft_part, kl, logprobs)
 
     @staticmethod
     def _fused(

@@ -38,11 +38,17 @@ def encode_logprobs(logprobs: npt.ArrayLike, u: npt.ArrayLike) -> Codes:
         u: [n], uniform in [0, 1).
     """
     x = np.maximum(-np.asarray(logprobs, np.float64), 0) * SCALE
+    return rounded_roots(x, u, IMPOSSIBLE).astype(np.uint16)
+
+
+def rounded_roots(
+    x: npt.NDArray[np.float64], u: npt.ArrayLike, largest: int
+) -> npt.NDArray[np.float64]:
+    """Whole numbers whose squares are x on average over u, uniform in [0, 1), `largest` at most."""
     below = np.floor(np.sqrt(x))
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         share = (x - below**2) / (2 * below + 1)  # of the step to the next code
-    codes = np.minimum(below + (np.asarray(u) < share), IMPOSSIBLE)
-    return np.asarray(codes, np.uint16)
+    return np.asarray(np.minimum(below + (np.asarray(u) < share), largest))
 
 
 def decode_logprobs(codes: Codes) -> npt.NDArray[np.float32]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kdcache.targets import Codec
-from kdcache.targets.device import label_logprobs
+from kdcache.targets.device import of_positions
 from kdcache.teacher.memory import Slice
 
 
@@ -18,12 +18,12 @@ class Encoding:
 
     Attributes:
         codec: of the cache.
-        label_logprob: whether the cache keeps the log-probabilities of hard labels.
+        kept: what the cache keeps of each position beside its target, as `CacheSpec.kept` has it.
         made_for: `TeacherOptions.temperatures`.
     """
 
     codec: Codec
-    label_logprob: bool
+    kept: Collection[str]
     made_for: tuple[float, ...] = (1.0,)
 
     def __call__(self, piece: Slice, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -35,17 +35,17 @@ class Encoding:
             labels: int64 [n], hard labels.
 
         Returns:
-            What the codec gives, and "label_logprob" float32 [n] if the cache keeps that.
+            What the codec gives, and what the cache keeps beside it, as `of_positions` gives it.
         """
         values = logits_at(piece.read_by(self.codec), self.made_for, self.codec.temperatures)
         encoded = self.codec.encode(values, u)
-        if self.label_logprob:
+        if "label_logprob" in self.kept:
             at_one = logits_at(piece.logits, self.made_for, (1.0,))
             read_before = encoded if piece.logits.ndim == 2 else None
-            logprobs = label_logprobs(at_one, labels, read_before)
-            encoded["label_logprob"] = logprobs
+            found = of_positions(at_one, labels, read_before, entropy="entropy" in self.kept)
+            encoded |= found
             if self.codec.reads_states:  # which may be finite where the logits are not
-                encoded["finite"] = encoded["finite"] & ~logprobs.isnan()
+                encoded["finite"] = encoded["finite"] & ~found["label_logprob"].isnan()
         return encoded
 
 

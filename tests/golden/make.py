@@ -5,9 +5,10 @@
 They are the promise that later versions read what earlier ones wrote, so they are never made again:
 what comes later adds folders of its own beside them, and only those that are missing are made.
 Caches of ten rows in one shard; the rows and logits below are no one's teacher's. Those in `KEEP`
-have the log-probabilities of the labels, those in `LEVELS` levels of one byte, the rows of those in
-`APART` hold documents that do not attend to each other, and those in `DOMAINS` have shards of
-corpora with names; the others are older than that. `expected.json` holds what the caches must give,
+have the log-probabilities of the labels, those in `ENTROPY` the teacher's entropies, those in
+`LEVELS` levels of one byte, the rows of those in `APART` hold documents that do not attend to each
+other, and those in `DOMAINS` have shards of corpora with names; the others are older than that.
+`expected.json` holds what the caches must give,
 taken from the rows themselves and, for the targets, from what the codecs read right after
 they had written: `test_targets.py` is what says that these are right.
 """
@@ -43,6 +44,7 @@ from kdcache.targets import (
     position_uniform,
 )
 from kdcache.targets.device import label_logprobs
+from kdcache.targets.entropy import encode_entropies
 from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.targets.soft import ranks_of_ids, read_ranks
 from kdcache.tasks import IGNORE, UNLABELLED
@@ -59,6 +61,7 @@ CACHES = {
     "hidden-int8": ("causal-lm", "hidden:int8", (1.0, 2.0)),
     "anchored-1-2": ("causal-lm", "anchored:5", (1.0, 2.0)),
     "label-logprob": ("causal-lm", "sample:5", (1.0, 2.0)),
+    "entropy": ("causal-lm", "sample:5", (1.0,)),
     "documents": ("causal-lm", "topk:4", (1.0,)),
     "domains": ("causal-lm", "topk:4", (1.0,)),
     "words": ("token-classification", "dense", (1.0,)),
@@ -67,7 +70,8 @@ CACHES = {
     "masked": ("masked-lm", "sample:5", (1.0, 2.0)),
     "pairs": ("seq2seq-lm", "sample:5", (1.0, 2.0)),
 }
-KEEP = {"label-logprob", "masked", "pairs"}
+KEEP = {"label-logprob", "masked", "pairs", "entropy"}
+ENTROPY = {"entropy"}
 LEVELS = {"topk-levels"}
 APART = {"documents"}
 DOMAINS = {"domains": (("web", 6), ("code", 3), ("web", 1))}  # and rows of the shard of each
@@ -172,6 +176,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
         levels=folder.name in LEVELS,
         label_logprob=folder.name in KEEP,
+        entropy=folder.name in ENTROPY,
         output_layer=hashlib.sha256(layer).hexdigest() if layer else None,
         domains=tuple({"name": name, "spans": 1} for name, _ in domains),
     )
@@ -191,7 +196,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         raw = {k: v.numpy() for k, v in made.encode(values, u).items()}
         packed = made.pack(raw, None if to_id is None else ranks_of_ids(to_id))
         targets = SoftTargets(made, packed, to_id)
-        codes, kept = None, {}
+        codes, entropies, kept = None, None, {}
         if spec.label_logprob:
             labels = np.concatenate([row.labels[row.labels != IGNORE] for row in rows])
             logprobs = label_logprobs(logits, torch.from_numpy(labels).long()).numpy()
@@ -199,7 +204,14 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
             noise = position_uniform(0, span, np.arange(n), 0, of_label=True)
             codes = encode_logprobs(logprobs, noise)
             kept = {"label_logprob": codes.tolist()}
-        entries.append(cache.commit(span, ShardData.from_rows(task, rows, targets, codes)))
+        if spec.entropy:
+            found = torch.special.entr(logits.double().softmax(-1)).sum(-1).numpy()
+            entropies = encode_entropies(
+                found, position_uniform(0, span, np.arange(n), 0, stream=2)
+            )
+            kept |= {"entropy": entropies.tolist()}
+        data = ShardData.from_rows(task, rows, targets, codes, entropies)
+        entries.append(cache.commit(span, data))
         expected.append(
             {
                 "rows": [

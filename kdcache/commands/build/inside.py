@@ -43,7 +43,7 @@ class EncodingWorker:
         encoder = Encoder(
             pooler.head,
             head,
-            Encoding(cache.codec(), cache.spec.label_logprob),
+            Encoding(cache.codec(), cache.spec.kept),
             import_module("vllm.distributed").get_tp_group(),
         )
         # A position of zeros: it compiles where that is done, and shows the layout.

@@ -13,9 +13,10 @@ Cost: a few additions a record or batch. Reading takes no lock: figures may be a
 from __future__ import annotations
 
 import concurrent.futures as futures
+import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
-from kdcache.targets.label_logprob import Codes, encode_logprobs
+from kdcache.targets.entropy import STREAM, encode_entropies
+from kdcache.targets.label_logprob import encode_logprobs
 from kdcache.tasks import IGNORE
 
 _UNPACKED = 8  # encoded slices on their way, at most
@@ -64,11 +66,17 @@ class Positions:
         return Positions(self.rows[index], self.tokens[index], self.labels[index])
 
     def noise(
-        self, seed: int, span: int, piece: slice = slice(None), *, of_label: bool = False
+        self,
+        seed: int,
+        span: int,
+        piece: slice = slice(None),
+        *,
+        of_label: bool = False,
+        stream: int = 0,
     ) -> np.ndarray:
         """See `position_uniform`."""
         rows, tokens = self.rows[piece], self.tokens[piece]
-        return position_uniform(seed, span, rows, tokens, of_label=of_label)
+        return position_uniform(seed, span, rows, tokens, of_label=of_label, stream=stream)
 
 
 def _one_each(row: Row, some: np.ndarray) -> np.ndarray:
@@ -77,11 +85,35 @@ def _one_each(row: Row, some: np.ndarray) -> np.ndarray:
 
 
 class Packed(NamedTuple):
-    """What is stored of a slice of positions, and the mass that its teacher gave to unknown ids."""
+    """What is stored of a slice of positions, and the mass that its teacher gave to unknown ids.
+
+    Attributes:
+        targets: of the positions.
+        kept: codes of what the cache keeps of each position beside its target, by column.
+        clipped: the mass, summed.
+    """
 
     targets: SoftTargets
-    label_logprob: Codes | None
+    kept: Mapping[str, np.ndarray]
     clipped: np.float32
+
+
+def codes_of(
+    values: Mapping[str, Tensor], noise: Callable[..., np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Codes of what `of_positions` found, by column.
+
+    Args:
+        values: float32 [n], on the CPU.
+        noise: the positions' numbers, asked as `Positions.noise` is.
+    """
+    found: dict[str, np.ndarray] = {}
+    if "label_logprob" in values:
+        u = noise(of_label=True)
+        found["label_logprob"] = encode_logprobs(values["label_logprob"].numpy(), u)
+    if "entropy" in values:
+        found["entropy"] = encode_entropies(values["entropy"].numpy(), noise(stream=STREAM))
+    return found
 
 
 def packing_threads(device: str, cores: int) -> int:
@@ -110,7 +142,8 @@ class Packer:
         """Have a slice packed.
 
         Args:
-            encoded: what the codec gave of it, and "label_logprob" float32 [n] where that is kept.
+            encoded: what the codec gave of it, and "label_logprob" and "entropy" float32 [n] where
+                those are kept.
             clipped: scalar, probability of the slice outside the vocabulary, summed.
             positions: among which the slice is.
             start: its first one.
@@ -145,20 +178,19 @@ class Packer:
                     "span is cached. Try --dtype float32, or check the model."
                 )
             clipped = np.float32(host.pop("clipped"))
-            codes = None
-            if (logprobs := host.pop("label_logprob", None)) is not None:
-                piece = slice(start, start + len(logprobs))
-                u = positions.noise(self.seed, self.span, piece, of_label=True)
-                codes = encode_logprobs(logprobs.numpy(), u)
-            return Packed(self._writer.pack(host), codes, clipped)
+            piece = slice(start, start + len(host["finite"]))
+            noise = functools.partial(positions.noise, self.seed, self.span, piece)
+            kept = codes_of(host, noise)
+            targets = {name: values for name, values in host.items() if name not in kept}
+            return Packed(self._writer.pack(targets), kept, clipped)
         finally:
             self._room.release()
 
 
 def in_row_order(
     codec: Codec, packed: Sequence[Packed], numbers: Sequence[np.ndarray]
-) -> tuple[SoftTargets, Codes | None]:
-    """Targets and log-probabilities of a span in row-major order, from those of its batches.
+) -> tuple[SoftTargets, dict[str, np.ndarray]]:
+    """Targets of a span and what is kept beside them in row-major order, from its batches.
 
     Args:
         codec: of the targets.
@@ -166,13 +198,17 @@ def in_row_order(
         numbers: which position of the span, counted row by row, each position of them is.
     """
     if not packed:
-        return SoftTargets.empty(codec), np.zeros(0, np.uint16)
+        none = {"label_logprob": np.uint16, "entropy": np.uint8}
+        return SoftTargets.empty(codec), {name: np.zeros(0, kind) for name, kind in none.items()}
     order = np.concatenate(numbers)
     inverse = np.empty(len(order), np.int64)
     inverse[order] = np.arange(len(order))
     targets = SoftTargets.concat([part.targets for part in packed]).take(inverse)
-    codes = [part.label_logprob for part in packed if part.label_logprob is not None]
-    return targets, np.concatenate(codes)[inverse] if codes else None
+    names = packed[0].kept
+    kept: dict[str, np.ndarray] = {
+        name: np.concatenate([p.kept[name] for p in packed])[inverse] for name in names
+    }
+    return targets, kept
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,7 @@ def prepare(options: BuildOptions) -> Prepared:
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
         levels=codec.levels,
         label_logprob=task.over_ids,
+        entropy=task.over_ids,
         domains=tuple(corpus.domains),
     )
     return Prepared(

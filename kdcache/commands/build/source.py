@@ -46,8 +46,7 @@ from kdcache.errors import KdcacheError, UsageError, doing
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches, documents_of
 from kdcache.rows.spec import no_label
-from kdcache.targets import Hidden, SoftTargets, TargetWriter
-from kdcache.targets.label_logprob import Codes
+from kdcache.targets import Hidden, TargetWriter
 from kdcache.tasks import TASKS
 from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
 from kdcache.teacher.encoding import Encoding
@@ -91,12 +90,12 @@ class SpanRows(SpanRead):
     """The rows of a span, read and not yet answered.
 
     Attributes:
-        shard: makes the shard's content of the targets and the codes of the labels'
-            log-probabilities, if there are some; all in row-major order.
+        shard: makes the shard's content of the targets and the codes of what is kept beside them,
+            by the column's name; all in row-major order.
         clipped_mass: what is known of it; None where the answers tell.
     """
 
-    shard: Callable[[SoftTargets, Codes | None], ShardData]
+    shard: Callable[..., ShardData]
     clipped_mass: float | None = None
 
 
@@ -188,14 +187,15 @@ class TargetSource(Source[WorkT, RowsT]):
             # The next span has its turn while the last slices of this one are copied and packed.
             steps()
             packed = [part.result() for part in packing]
-            targets, logprobs = in_row_order(self.codec, packed, places)
+            targets, kept = in_row_order(self.codec, packed, places)
         steps()
         clipped = np.float32(0)
         for part in packed:
             clipped += part.clipped
+        names = kept.keys() & self.cache.spec.kept
         return self.cache.commit(
             work.index,
-            read.shard(targets, logprobs if self.cache.spec.label_logprob else None),
+            read.shard(targets, **{name: kept[name] for name in names}),
             skipped=read.skipped,
             filtered=read.filtered,
             clipped_mass=float(clipped) if read.clipped_mass is None else read.clipped_mass,
@@ -243,7 +243,7 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         self.options, self.spec = options, cache.spec
         self.tokenizer = cache.tokenizer()
         self.teacher = Teacher(_encoding(options.teacher), self.spec.vocab_size)
-        self._encode = Encoding(self.codec, self.spec.label_logprob, options.teacher.temperatures)
+        self._encode = Encoding(self.codec, self.spec.kept, options.teacher.temperatures)
         self.device = self.teacher.device.type
         self.takes_turns = self.teacher.takes_turns
         self._turn = threading.Lock()

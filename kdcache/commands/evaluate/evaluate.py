@@ -9,7 +9,7 @@ Guarantee: cross-entropy and KL are the loss's own (`kdcache.loss`). KL is exact
 and for `dense` caches, and that of the coarsened distribution (one bucket for the tail) for `topk`.
 The teacher's own cross-entropy with the labels is exact for a live teacher and for `dense` caches;
 of others it is what the cache keeps of each label, rounded without bias
-(`kdcache.targets.label_logprob`). A `sample` cache does not determine the teacher's entropy: at one
+(`kdcache.targets.label_logprob`). Targets of a `sample` cache do not determine its entropy: at one
 temperature a tail id's own probability is not kept, at several only its rounded share. So the soft
 cross-entropy, which exceeds KL by that entropy, is reported instead: it is unbiased, and its
 differences between students are differences in KL.

@@ -403,9 +403,9 @@ class Figures:
         yield from self.little_learnt(counts).values()
         if not self.exact and self.students:
             yield (
-                "The cache holds samples of the teacher, whose entropy is unknown: soft "
-                "cross-entropy is KL plus that entropy, so differences in it are differences in "
-                "KL. Use --teacher to measure KL itself."
+                "The cache holds samples of the teacher: soft cross-entropy is KL plus the "
+                "teacher's entropy, so differences in it are differences in KL. Use --teacher to "
+                "measure KL itself."
             )
         elif self.soft and self.teacher is None and not self.rows.dense and self.students:
             yield (

@@ -134,6 +134,7 @@ def look(options: InspectOptions) -> GeneratedView:
         clipped_mass=None,
         teacher_cross_entropy=nats,
         teacher_perplexity=perplexity(nats),
+        teacher_entropy=None,
         impossible_labels=0,
         bytes_per_position=total / drawn if drawn else None,
         target_bytes_per_position=None,

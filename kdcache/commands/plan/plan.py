@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from kdcache.cache.shard import ShardData, column_bytes, read_shard, write_shard
 from kdcache.commands.build.build import measured
+from kdcache.commands.build.packer import codes_of
 from kdcache.commands.build.prepare import Prepared, check_answers, check_ensemble, prepare
 from kdcache.commands.options import PlanOptions
 from kdcache.commands.plan.fidelity import FAR, NEAR, FidelityMeter, FullGradient
@@ -27,8 +30,7 @@ from kdcache.rows import Row
 from kdcache.rows.batches import batches
 from kdcache.storage import redact
 from kdcache.targets import Codec, Hidden, SoftTargets, TargetWriter, position_uniform
-from kdcache.targets.device import label_logprobs
-from kdcache.targets.label_logprob import encode_logprobs
+from kdcache.targets.device import of_positions
 from kdcache.targets.soft import read_ranks
 from kdcache.tasks import TASKS
 from kdcache.teacher import Slice, Teacher, find_batch_tokens, logits_at, peak_share
@@ -89,7 +91,7 @@ class SamplePass:
         self.temperatures = tuple(sorted({t for codec in codecs for t in codec.temperatures}))
         self.labels = prepared.spec.label_logprob  # these are at T = 1
         self.made_for = tuple(sorted({*self.temperatures, *([1.0] if self.labels else [])}))
-        self.codes: list[np.ndarray] = []
+        self.kept: list[dict[str, np.ndarray]] = []
         # The order of the rows is the same for batches of any size.
         self.rows = [
             sample.rows[i] for batch in self._batches(prepared.batch_tokens) for i in batch
@@ -140,7 +142,6 @@ class SamplePass:
             u = self._noise(batch)
             if self.labels:
                 labels = np.concatenate([row.labels[self._places(row)] for row in rows])
-                rounding = self._noise(batch, of_label=True).cpu().numpy()
             place = 0
             slices = self.teacher.slices(rows)
             while (found := self._next(slices)) is not None:
@@ -149,9 +150,10 @@ class SamplePass:
                 chosen = np.arange(-at % every, len(logits), every)
                 if self.labels:
                     some = torch.from_numpy(labels[place : place + len(logits)].astype(np.int64))
-                    logprobs = label_logprobs(logits_at(logits, self.made_for, (1.0,)), some)
-                    noise = rounding[place : place + len(logits)]
-                    self.codes.append(encode_logprobs(logprobs.cpu().numpy(), noise))
+                    at_one = logits_at(logits, self.made_for, (1.0,))
+                    values = of_positions(at_one, some, entropy=self.prepared.spec.entropy)
+                    noise = partial(self._noise_of, batch, slice(place, place + len(logits)))
+                    self.kept.append(codes_of({n: v.cpu() for n, v in values.items()}, noise))
                 made = [trial.add(self._of(found, trial), piece) for trial in self.trials]
                 for trial, part in zip(self.trials, made, strict=True):
                     trial.parts.append(part)
@@ -206,12 +208,14 @@ class SamplePass:
         self.seconds += _now(self.teacher.device) - begin
         return found
 
-    def _noise(self, batch: Sequence[int], *, of_label: bool = False) -> Tensor:
-        """The numbers of a build with seed 0; see `position_uniform`."""
+    def _noise(self, batch: Sequence[int]) -> Tensor:
+        """The codec's numbers, on the device."""
+        return torch.from_numpy(self._noise_of(batch, slice(None))).to(self.teacher.device)
+
+    def _noise_of(self, batch: Sequence[int], piece: slice, **which: Any) -> np.ndarray:
+        """The numbers of some positions in a build with seed 0; see `position_uniform`."""
         rows = [(*self.sample.places[i], self._places(self.sample.rows[i])) for i in batch]
-        parts = [position_uniform(0, *row, of_label=of_label) for row in rows]
-        u = np.concatenate(parts)
-        return torch.from_numpy(u).to(self.teacher.device)
+        return np.concatenate([position_uniform(0, *row, **which) for row in rows])[piece]
 
     def _compare(self, logits: Tensor, made: Sequence[SoftTargets], chosen: np.ndarray) -> None:
         """Compare the stored targets of some positions of a slice with all of their logits."""
@@ -236,8 +240,9 @@ class SamplePass:
         """Write the sample with one codec and collect its figures."""
         targets = SoftTargets.concat(trial.parts)
         trial.parts.clear()
-        codes = np.concatenate(self.codes) if self.labels else None
-        data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets, codes)
+        names = self.kept[0] if self.kept else ()
+        kept = {name: np.concatenate([part[name] for part in self.kept]) for name in names}
+        data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets, **kept)
         write_shard(path, data, attributes={})
         sizes = column_bytes(path)
         overhead = path.stat().st_size - sum(sizes.values())

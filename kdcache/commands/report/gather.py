@@ -33,6 +33,7 @@ from kdcache.files import local_path
 from kdcache.humanize import redacted
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, with_logits
+from kdcache.targets.entropy import decode_entropies
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import TASKS, positions
 
@@ -48,7 +49,8 @@ class TargetFigures:
 
     Attributes:
         temperature: T.
-        entropy: nats; of top-k a lower bound, the tail counted as one id.
+        entropy: nats; at T = 1 as the cache keeps it, else of top-k a lower bound, the tail counted
+            as one id.
         best: probability of the most probable id.
         mass: probability on the stored ids.
         entries: ids of a position.
@@ -235,6 +237,8 @@ def _figures(data: ShardData, places: np.ndarray, temperature: float) -> np.ndar
         if targets.exact:
             entropy = torch.special.entr(weights).sum(-1) + torch.special.entr(tail)
             found = [entropy, weights.amax(-1), 1 - tail, entries]
+    if temperature == 1 and data.entropy is not None:  # of all ids, stored or not
+        found[0] = torch.from_numpy(decode_entropies(data.entropy[places])).double()
     return torch.stack(found, -1).numpy()
 
 

@@ -20,7 +20,7 @@ from kdcache.commands.report.charts import (
     RowText,
     Table,
 )
-from kdcache.humanize import score
+from kdcache.humanize import number, score
 from kdcache.tasks import TaskType
 
 _TEXT = 20_000  # characters of a row's text
@@ -79,7 +79,13 @@ def _headings(row: RowView, task: TaskType) -> dict[str, str]:
     """The headings of a row's table, each with the cell below it: see `_cells`."""
     if task.per_token:
         after, label = row.heads
-        head = {"place": "place", after: "after", label: "label", "nats": "nats"}
+        head = {
+            "place": "place",
+            after: "after",
+            label: "label",
+            "nats": "nats",
+            "entropy": "entropy",
+        }
         return {**head, "teacher's best guesses": "guesses", "rest": "rest"}
     classes = {"label": "label", "nats": "nats", "teacher's probabilities": "guesses"}
     return {
@@ -148,6 +154,7 @@ def _cells(position: PositionView, per_token: bool, exact: bool) -> dict[str, Ce
         "after": quote(_cut(position.token or "", _TOKEN)),
         "label": "-" if label is None else quote(_cut(label, _TOKEN)),
         "nats": Coloured("-" if nats is None else f"{nats:.2f}", _level(nats)),
+        "entropy": Coloured(number(position.entropy, 2), _level(position.entropy)),
         "guesses": Guesses(
             [(quote(_cut(g.text, _TOKEN)), f"{g.probability:.3f}") for g in position.guesses]
         ),

@@ -84,11 +84,14 @@ def _figures(figures: Sequence[TargetFigures], positions: int, task: TaskType) -
 
     notes = []
     if any(f.mass is not None and f.mass < 1 - 1e-9 for f in figures):
-        notes.append("The entropy is a lower bound: all ids that are not stored count as one.")
+        notes.append(
+            "Where no entropy is stored (other T, older caches) it is a lower bound: all ids that "
+            "are not stored count as one."
+        )
     if any(f.mass is None for f in figures):
         notes.append(
-            "Entries are drawn: their weights are right on average, so entropy and mass of a "
-            "single position are not known."
+            "Entries are drawn: their weights are right on average, so the mass of a single "
+            "position is not known, nor is its entropy but where it is stored."
         )
     rows = [
         (

@@ -140,7 +140,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
 
 
 _SHORT = 20  # characters
-_NOT_INPUTS = ("count", "label_logprob", "first_tokens")
+_NOT_INPUTS = ("count", "label_logprob", "teacher_entropy", "first_tokens")
 
 
 def trial_batch(plan: RunPlan, reading: Reading) -> dict[str, torch.Tensor]:

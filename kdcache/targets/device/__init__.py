@@ -8,7 +8,7 @@ ids, and never synchronise with the host; the first non-finite position is retur
 from __future__ import annotations
 
 from kdcache.targets.device.blocks import BLOCK, Blocks, largest, open_blocks, read_blocks
-from kdcache.targets.device.run import compiles, label_logprobs, outside_mass
+from kdcache.targets.device.run import compiles, label_logprobs, of_positions, outside_mass
 from kdcache.targets.device.threshold import (
     Rule,
     blocked_sample,
@@ -26,6 +26,7 @@ __all__ = [
     "compiles",
     "label_logprobs",
     "largest",
+    "of_positions",
     "open_blocks",
     "outside_mass",
     "read_blocks",

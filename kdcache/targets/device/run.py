@@ -1,12 +1,12 @@
 """How an encoding runs, compiled on CUDA and in slices on a CPU; what is computed besides a codec.
 
 Finite flags (NaN, plus infinity and nothing but minus infinity are unusable), probability on the
-columns of a padded output layer that are not ids, and log-probabilities of hard labels.
+columns of a padded output layer that are not ids, log-probabilities of hard labels, and entropies.
 
 Cost: nothing but a few numbers a position where the codec has read all logits at T = 1, as `topk`
 does always and `sample` where it declares that temperature. Otherwise one read of the logits on
 CUDA, by the blocks that sampling uses (0.2 ms for 2,048 positions of 128k ids in bfloat16 at an
-H100's rate); plain operations would move 30 bytes a logit.
+H100's rate); plain operations would move 30 bytes a logit. Entropies take one more read.
 """
 
 from __future__ import annotations
@@ -113,7 +113,18 @@ def _outside_by_blocks(logits: Tensor, width: int) -> dict[str, Tensor]:
 def label_logprobs(
     logits: Tensor, labels: Tensor, encoded: MutableMapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Log-probability of each position's label at T = 1, without synchronising with the host.
+    """Log-probability of each position's label; see `of_positions`."""
+    return of_positions(logits, labels, encoded)["label_logprob"]
+
+
+def of_positions(
+    logits: Tensor,
+    labels: Tensor,
+    encoded: MutableMapping[str, Tensor] | None = None,
+    *,
+    entropy: bool = False,
+) -> dict[str, Tensor]:
+    """What a cache keeps of each position beside its target, never synchronising with the host.
 
     Args:
         logits: [n, V], or [n, 1, V] where that is the only temperature.
@@ -121,18 +132,24 @@ def label_logprobs(
         encoded: what `Codec.encode` gave of the same logits. Its "peak", the largest logit, and
             "normalizer", the sum of exp(z - peak), are taken out if they are there: no codec packs
             them.
+        entropy: whether with the entropy.
 
     Returns:
-        float32 [n], 0 at most but for rounding; minus infinity where there is no probability. NaN
-        only where `encode` calls the position not finite.
+        "label_logprob", the log-probability of the label at T = 1: float32 [n], 0 at most but for
+        rounding; minus infinity where there is no probability. "entropy", that of the distribution
+        at T = 1 in nats: float32 [n], 0 at least but for rounding. NaN only where `encode` calls
+        the position not finite.
     """
     logits = logits[:, 0] if logits.ndim == 3 else logits
     labels = labels.to(logits.device)
     sums = encoded
     if sums is None or "normalizer" not in sums:
         sums = run_encoding(_sums_by_blocks if logits.is_cuda else _sums, (logits,))
-    tensors = logits, labels, sums.pop("peak"), sums.pop("normalizer")
-    return run_encoding(_logprobs, tensors)["logprobs"]
+    peak, normalizer = sums.pop("peak"), sums.pop("normalizer")
+    found = run_encoding(_logprobs, (logits, labels, peak, normalizer))
+    if entropy:
+        found |= run_encoding(_entropies, (logits, peak, normalizer))
+    return found
 
 
 def _sums(logits: Tensor) -> dict[str, Tensor]:
@@ -151,4 +168,10 @@ def _logprobs(
 ) -> dict[str, Tensor]:
     last = logits.shape[-1] - 1
     z = logits.gather(1, labels.clamp(0, last)[:, None])[:, 0].float()
-    return {"logprobs": torch.where(labels <= last, z - peak - normalizer.log(), -torch.inf)}
+    return {"label_logprob": torch.where(labels <= last, z - peak - normalizer.log(), -torch.inf)}
+
+
+def _entropies(logits: Tensor, peak: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
+    # Of a logit of -inf, exp(x) x would be NaN; from -200 on exp(x) is 0 in float32.
+    x = (logits.float() - peak[:, None]).clamp_min_(-200)
+    return {"entropy": normalizer.log() - (x.exp() * x).sum(-1) / normalizer}

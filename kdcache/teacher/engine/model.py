@@ -91,7 +91,7 @@ class EngineModel:
         labels = row.labels[row.positions(CAUSAL_LM)].astype(np.int64)
         self.expect([row], [(np.full(len(labels), 0.5), labels)])
         inside, done = self.encoded([row]), 0
-        for piece in self.slices([row]) if encoding.label_logprob else ():
+        for piece in self.slices([row]) if "label_logprob" in encoding.kept else ():
             here = slice(done, done + len(piece.logits))
             own = label_logprobs(piece.logits, torch.from_numpy(labels[here])).cpu()
             if not torch.allclose(
