@@ -60,8 +60,7 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
             weighted by alpha; detached.
         soft_loss: T^2 times the divergence (for sampled targets: times the cross-entropy with the
             teacher), likewise; None if the batch has no targets.
-        kl: what `soft_loss` is with the teacher's entropy taken off sampled targets at T = 1; None
-            where that is not known.
+        kl: `soft_loss` of sampled targets at T = 1 less the teacher's entropy, where that is known.
         logprobs: float64 [P], log-probabilities of a language model's labels if requested;
             detached.
     """
@@ -275,9 +274,8 @@ class DistilledStudent(nn.Module):
                 knows (see `host_positions`); finding them here makes the host wait for the device.
             hard_labels: of language models, int [B, L]: labels at further positions, which have no
                 target and train on the hard loss alone. The count must include them.
-            label_logprob: what a batch holds of the teacher; the loss does not need it.
+            label_logprob: of the teacher; the loss needs neither it nor `first_tokens`.
             teacher_entropy: float [P] at T = 1: of sampled targets at T = 1 it gives the KL.
-            first_tokens: which positions begin a word; the loss does not need it either.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
                 does not name are left out.
 
@@ -339,7 +337,7 @@ class DistilledStudent(nn.Module):
         if isinstance(targets, ChunkTargets):
             options = {name: options[name] for name in ("alpha", "vocab_size", "count")}
             plain = chunk_loss
-        logits = logprobs = None
+        logits = logprobs = kl = None
         projection = self._project(inputs) if over_ids and not return_logits else None
         layer = None if projection is None else projection.layer
         if at is None:
@@ -369,11 +367,9 @@ class DistilledStudent(nn.Module):
         if keep is not None and per_token:
             keep = keep.reshape(*shape, -1)
         soft_part = parts.soft if soft else None
-        kl = None
         sampled = isinstance(targets, SparseTargets) and not targets.exact
         if soft and sampled and targets.temperature == 1 and teacher_entropy is not None:
-            entropy = teacher_entropy.to(parts.soft).sum()
-            kl = parts.soft - entropy / (n if count is None else count)
+            kl = parts.soft - teacher_entropy.to(parts.soft).sum() / (n if count is None else count)
         return DistillationOutput(parts.total, keep, parts.hard, soft_part, kl, logprobs)
 
     @staticmethod
