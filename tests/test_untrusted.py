@@ -49,8 +49,10 @@ def test_the_package_reads_data_and_runs_none() -> None:
         f"{path.name}:{number}: {line.strip()}"
         for path in sources
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        # `model.eval()` is no evaluation, and some messages speak of pickled weights.
+        # `model.eval()` is no evaluation, some messages speak of pickled weights, and PyTorch's
+        # loader of tensors alone reads what `import --logits` names.
         if refused.search(line.replace(".eval(", "").replace("pickled", ""))
+        and not (path.name == "apart.py" and "torch.load(" in line and "weights_only=True" in line)
     ]
     assert found == []
 
