@@ -36,7 +36,6 @@ from kdcache.loss.anchor import Anchor
 from kdcache.loss.chunks import chunk_loss
 from kdcache.loss.fused import fused_linear_distillation
 from kdcache.loss.independent import INDEPENDENT, label_loss, score_loss
-from kdcache.loss.policy import policy_gradient
 from kdcache.loss.reference import (
     DIVERGENCES,
     TAILS,
@@ -65,7 +64,6 @@ __all__ = [
     "label_logprobs",
     "label_loss",
     "linear_logprobs",
-    "policy_gradient",
     "score_loss",
     "sliced_linear_distillation",
 ]

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.errors import UsageError
 from kdcache.loss.anchor import Anchor, applied, control, weighted
-from kdcache.loss.policy import policy_gradient
 from kdcache.loss.vocabulary import WHOLE, Cut, VocabSlice, Vocabulary, gathered, located
 from kdcache.targets import (
     AnchoredTargets,
@@ -205,6 +204,8 @@ def distillation_loss(
     label = labels.long().masked_fill(~valid, 0)[:, None]
     hard = -over.pick(over.log_softmax(z), label)[:, 0] * valid
     if isinstance(targets, LabelTargets):
+        from kdcache.loss.policy import policy_gradient
+
         soft = policy_gradient(-hard, targets) * valid
     elif divergence == "mse":
         error = (over.own(z) - _dense(targets).logits.to(z)).square().sum(-1, keepdim=True)

@@ -19,7 +19,6 @@ from kdcache.cache import Cache
 from kdcache.cache.figures import teacher_entropy
 from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
-from kdcache.loss.policy import MAX_ADVANTAGE
 from kdcache.rows.batches import padded
 from kdcache.stream.shard_rows import positions_of
 from kdcache.targets import LabelTargets
@@ -226,6 +225,8 @@ class LabelReading(CachedIds):
         if self.clip:
             if data.writer_logprob is None:
                 raise UsageError("the rows have no log-probabilities of a writer.")
+            from kdcache.loss.policy import MAX_ADVANTAGE
+
             writer = torch.from_numpy(decode_logprobs(data.writer_logprob))
             gaps = (targets.teacher - writer).nan_to_num().clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
             baseline = gaps.mean().expand(len(gaps)).contiguous()
