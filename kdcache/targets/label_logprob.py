@@ -26,6 +26,9 @@ Codes = npt.NDArray[np.uint16]
 SCALE = 8192
 """A code c stands for c^2 / SCALE nats: part of the format."""
 
+STREAM = 1
+"""Which random number of a position rounds the log-probability of its label."""
+
 IMPOSSIBLE = 2**16 - 1
 """The code of a label that the teacher gives no probability."""
 
@@ -69,7 +72,6 @@ def position_uniform(
     row: npt.ArrayLike,
     position: npt.ArrayLike,
     *,
-    of_label: bool = False,
     stream: int = 0,
 ) -> npt.NDArray[np.float64]:
     """Uniform numbers that belong to positions, not to the order in which they are computed.
@@ -83,10 +85,8 @@ def position_uniform(
         span: index of the span.
         row: integers, the rows' indices in the span; broadcasts with `position`.
         position: integers, the token indices in their rows.
-        of_label: another number of each position: not the codec's, but the one that rounds the
-            log-probability of its label.
-        stream: a further number of each position, for other purposes; 0 is the codec's, 1 that of
-            the label.
+        stream: which number of each position: 0 is the codec's, `STREAM` the one that rounds the
+            log-probability of its label, and further ones are for other purposes.
 
     Returns:
         float64 in [0, 1) with 53 random bits, of the broadcast shape.
@@ -95,8 +95,8 @@ def position_uniform(
         state = np.zeros((), np.uint64)
         for word in (_words(seed), _words(span), _words(row), _words(position)):
             state = _mix(state ^ word)
-        if of_label or stream:
-            state = _mix(state ^ _words(stream or 1))
+        if stream:
+            state = _mix(state ^ _words(stream))
     return np.asarray((state >> np.uint64(11)) * 2.0**-53)
 
 

@@ -201,7 +201,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
             labels = np.concatenate([row.labels[row.labels != IGNORE] for row in rows])
             logprobs = label_logprobs(logits, torch.from_numpy(labels).long()).numpy()
             logprobs[3] = -np.inf  # a label that the teacher's output layer lacks
-            noise = position_uniform(0, span, np.arange(n), 0, of_label=True)
+            noise = position_uniform(0, span, np.arange(n), 0, stream=1)
             codes = encode_logprobs(logprobs, noise)
             kept = {"label_logprob": codes.tolist()}
         if spec.entropy:

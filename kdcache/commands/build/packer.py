@@ -26,10 +26,21 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
-from kdcache.targets import Codec, SoftTargets, TargetWriter, position_uniform
-from kdcache.targets.entropy import STREAM, encode_entropies
-from kdcache.targets.label_logprob import encode_logprobs
+from kdcache.targets import (
+    Codec,
+    SoftTargets,
+    TargetWriter,
+    entropy,
+    label_logprob,
+    position_uniform,
+)
 from kdcache.tasks import IGNORE
+
+_KEPT: Mapping[str, tuple[Callable[..., np.ndarray], int]] = {
+    "label_logprob": (label_logprob.encode_logprobs, label_logprob.STREAM),
+    "entropy": (entropy.encode_entropies, entropy.STREAM),
+}
+"""What makes the codes of a column beside the targets, and the stream of its noise."""
 
 _UNPACKED = 8  # encoded slices on their way, at most
 
@@ -66,17 +77,11 @@ class Positions:
         return Positions(self.rows[index], self.tokens[index], self.labels[index])
 
     def noise(
-        self,
-        seed: int,
-        span: int,
-        piece: slice = slice(None),
-        *,
-        of_label: bool = False,
-        stream: int = 0,
+        self, seed: int, span: int, piece: slice = slice(None), *, stream: int = 0
     ) -> np.ndarray:
         """See `position_uniform`."""
         rows, tokens = self.rows[piece], self.tokens[piece]
-        return position_uniform(seed, span, rows, tokens, of_label=of_label, stream=stream)
+        return position_uniform(seed, span, rows, tokens, stream=stream)
 
 
 def _one_each(row: Row, some: np.ndarray) -> np.ndarray:
@@ -107,13 +112,11 @@ def codes_of(
         values: float32 [n], on the CPU.
         noise: the positions' numbers, asked as `Positions.noise` is.
     """
-    found: dict[str, np.ndarray] = {}
-    if "label_logprob" in values:
-        u = noise(of_label=True)
-        found["label_logprob"] = encode_logprobs(values["label_logprob"].numpy(), u)
-    if "entropy" in values:
-        found["entropy"] = encode_entropies(values["entropy"].numpy(), noise(stream=STREAM))
-    return found
+    return {
+        name: encode(values[name].numpy(), noise(stream=stream))
+        for name, (encode, stream) in _KEPT.items()
+        if name in values
+    }
 
 
 def packing_threads(device: str, cores: int) -> int:
@@ -198,15 +201,15 @@ def in_row_order(
         numbers: which position of the span, counted row by row, each position of them is.
     """
     if not packed:
-        none = {"label_logprob": np.uint16, "entropy": np.uint8}
-        return SoftTargets.empty(codec), {name: np.zeros(0, kind) for name, kind in none.items()}
+        return SoftTargets.empty(codec), {
+            name: encode([], []) for name, (encode, _) in _KEPT.items()
+        }
     order = np.concatenate(numbers)
     inverse = np.empty(len(order), np.int64)
     inverse[order] = np.arange(len(order))
     targets = SoftTargets.concat([part.targets for part in packed]).take(inverse)
-    names = packed[0].kept
-    kept: dict[str, np.ndarray] = {
-        name: np.concatenate([p.kept[name] for p in packed])[inverse] for name in names
+    kept = {
+        name: np.concatenate([p.kept[name] for p in packed])[inverse] for name in packed[0].kept
     }
     return targets, kept
 
