@@ -37,7 +37,8 @@ import json
 import re
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -99,11 +100,19 @@ class Apart(ABC):
             "--logits, and the --layout of that program."
         )
 
-    def tensors(self, name: str, data: bytes, read: Callable[[Any], Any]) -> Any:
-        """What `read` takes out of a file of PyTorch's; anything else in it is refused."""
+    def tensors(self, name: str, data: bytes) -> Any:
+        """What is in a file of PyTorch's: tensors, in lists and mappings, or it is refused."""
         try:
-            return read(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # the loader's own are of many kinds
+            raise self.wrong(name, "is not a file of this layout") from error
+
+    @contextmanager
+    def layout(self, name: str) -> Iterator[None]:
+        """Refuse a file whose content the block cannot read."""
+        try:
+            yield
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise self.wrong(name, "is not a file of this layout") from error
 
 
@@ -187,17 +196,15 @@ class MegatronLogits(Apart):
             text = pa.CompressedInputStream(pa.BufferReader(data), "zstd").read(_MOST)
         except OSError as error:
             raise self.wrong(where, "is not whole zstd data") from error
-
-        def read(found: Any) -> tuple[list[Tensor], list[Tensor]]:
+        found = self.tensors(where, text)
+        with self.layout(where):
             values = list(found["values"])
             parts = zip(found["indices_low"], found["bit_17"], strict=True)
             ids = [low.long() | (high.long() << 16) for low, high in parts]
             shapes = {value.shape[1:2] for value in values}
             if len(shapes) != 1 or [v.shape for v in values] != [i.shape for i in ids]:
                 raise ValueError("tensors of different shapes")
-            return values, ids
-
-        return self.tensors(where, text, read)  # type: ignore[no-any-return]
+        return values, ids
 
 
 class SampledCache(Apart):
@@ -254,26 +261,17 @@ class SampledCache(Apart):
         if not _PART.fullmatch(name):
             raise self.wrong("manifest.json", f"names {name!r}, expected shard_N.pt or item_N.pt")
 
-        def read(items: Any) -> tuple[np.ndarray, np.ndarray]:
+        items = self._loaded(name)
+        with self.layout(name):
             item = items if place is None else items[place]
             packed, mask = item["rs"]["packed"].numpy(), item["valid_mask"].bool().numpy()
             if packed.dtype != np.uint8 or len(packed) != len(mask) * int(item["rs"]["U"]) * 3:
                 raise ValueError("not three bytes an entry")
-            return packed, mask
+        return packed, mask
 
-        return self._loaded(name)(read)  # type: ignore[no-any-return]
-
-    def _load(self, name: str) -> Callable[[Callable[[Any], Any]], Any]:
+    def _load(self, name: str) -> Any:
         with self.open(name) as stream:
-            data = stream.read()
-        items = self.tensors(name, data, lambda found: found)
-        return functools.partial(self._checked, name, items)
-
-    def _checked(self, name: str, items: Any, read: Callable[[Any], Any]) -> Any:
-        try:
-            return read(items)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise self.wrong(name, "is not a file of this layout") from error
+            return self.tensors(name, stream.read())
 
 
 def filled(ids: np.ndarray, logprobs: np.ndarray, width: int) -> Entries:
