@@ -288,8 +288,8 @@ def recheck(
         if TASKS[spec.task].answers not in ("labels", "score"):
             held = SoftTargets.concat(chosen.targets)
             layer = teacher.layer
-            logits_of = layer.logits if layer is not None and codec.reads_states else _as_it_is
-            found = [fidelity(alone, held.at(t), logits_of) for t in spec.temperatures]
+            read = {} if layer is None or not codec.reads_states else {"logits_of": layer.logits}
+            found = [fidelity(alone, held.at(t), **read) for t in spec.temperatures]
             result = replace(result, fidelity=tuple(found))
     if teacher.layer is not None and not teacher.layer.same(cache.output_layer):
         problem = (
@@ -298,10 +298,6 @@ def recheck(
         )
         return replace(result, problems=(problem, *result.problems))
     return result
-
-
-def _as_it_is(read: Tensor) -> Tensor:
-    return read
 
 
 def _check_teachers(cache: Cache, files: Sequence[TeacherFiles]) -> None:
