@@ -121,6 +121,8 @@ def test_plan_recheck_and_evaluation_take_the_mean_of_their_temperature(
     build(both)
     again = recheck(Cache.open(both.out), both.teacher, sample=4)
     assert again.problems == ()
+    assert [found.temperature for found in again.fidelity] == [1.0, 2.0]
+    assert all(found.kl is not None and found.kl < 3 * found.floor for found in again.fidelity)
     planned = plan(
         PlanOptions(
             teacher=both.teacher,

@@ -56,7 +56,7 @@ from kdcache.targets import (
     position_uniform,
 )
 from kdcache.tasks import TASKS
-from kdcache.teacher import EngineOptions, Teacher, TeacherFiles, TeacherOptions
+from kdcache.teacher import EngineOptions, Teacher, TeacherFiles, TeacherOptions, logits_at
 from kdcache.teacher.probe import spread_of
 
 if TYPE_CHECKING:
@@ -289,7 +289,10 @@ def recheck(
             held = SoftTargets.concat(chosen.targets)
             layer = teacher.layer
             read = {} if layer is None or not codec.reads_states else {"logits_of": layer.logits}
-            found = [fidelity(alone, held.at(t), **read) for t in spec.temperatures]
+            found = [
+                fidelity(logits_at(alone, spec.temperatures, (t,)).flatten(1), held.at(t), **read)
+                for t in spec.temperatures
+            ]
             result = replace(result, fidelity=tuple(found))
     if teacher.layer is not None and not teacher.layer.same(cache.output_layer):
         problem = (
