@@ -21,6 +21,7 @@ from kdcache.tasks import TASKS
 
 _ROWS = 256  # of the sample
 _ROW_BYTES = 1.5  # of a token's id, compressed
+_KEPT_BYTES = {"label_logprob": 1.1, "entropy": 0.85}  # of a position, compressed
 _TEXT_BYTES = 60.0  # of a classifier's row, which keeps its text
 
 
@@ -85,6 +86,7 @@ def dry_run(options: BuildOptions) -> DryRun:
     sampled = sum(len(row.positions(options.task)) for row in sample.rows)
     tokens_each = tokens / max(1, sampled)
     rows_bytes = _ROW_BYTES * tokens_each + _TEXT_BYTES * TASKS[options.task].texts
+    rows_bytes += sum(_KEPT_BYTES.get(name, 0) for name in spec.kept)
     positions = sample.corpus_positions
     storage = open_storage(options.out)
     state, done = "nothing", 0
