@@ -51,7 +51,8 @@ def test_more_than_a_teacher_reads_is_refused_and_not_lowered(
     assert prepare(small_build).spec.max_length == 128, "by default it is what the teacher reads"
     assert prepare(dataclasses.replace(small_build, max_length=128)).spec.max_length == 128
     with pytest.raises(
-        UsageError, match=r"--max-length is 129, but teacher .* reads at most 128 tokens. Use --max"
+        UsageError,
+        match=r"--max-length is 129, but teacher .* reads at most 128 tokens. Set it to 128",
     ):
         prepare(dataclasses.replace(small_build, max_length=129))
     other = changed(tiny_lm, tmp_path / "short", max_position_embeddings=64)
