@@ -309,24 +309,27 @@ def test_what_it_encodes_is_what_is_encoded_of_its_states(
             if isinstance(x, SparseTargets):
                 x, y = (given_by(found, 300) for found in (x, y))
                 same.append((x - y).abs().amax(-1) < 1e-3)
-            else:
-                same.append(torch.isclose(x.states.float(), y.states.float()).all(-1))
+            else:  # levels: rounding moves a number to its neighbour
+                apart = (x.states.int() - y.states.int()).abs()
+                assert int(apart.max()) <= 1
+                same.append((apart == 0).flatten())
     assert float(torch.cat(same).float().mean()) > 0.99
 
 
 def test_states_leave_in_the_models_own_type(llama: Path, corpus_texts: list[str]) -> None:
-    """Of bfloat16 half the bytes, and the same numbers."""
+    """Of 16 bits half the bytes, and the same numbers. In bfloat16 vLLM's CPU build ends by an
+    illegal instruction on processors that lack it, so this is float16."""
     rows = rows_of(corpus_texts, llama)[:4]
 
     def states(**args: Any) -> list[torch.Tensor]:
         how = EngineOptions(LENGTH, args=args)
-        engine = Engine(llama, how, dtype="bfloat16", gpu=False, trust_remote_code=False)
+        engine = Engine(llama, how, dtype="float16", gpu=False, trust_remote_code=False)
         with closing(engine):
             return [engine.ask(row.input_ids.tolist()).result() for row in rows]
 
     for one, other in zip(states(), states(hf_overrides={"head_dtype": "float32"}), strict=True):
-        assert (one.dtype, other.dtype) == (torch.bfloat16, torch.float32)
-        torch.testing.assert_close(one, other.bfloat16(), rtol=0, atol=0)
+        assert (one.dtype, other.dtype) == (torch.float16, torch.float32)
+        torch.testing.assert_close(one, other.half(), rtol=0, atol=0)
 
 
 def test_the_seams_that_the_encoder_uses() -> None:
