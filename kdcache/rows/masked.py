@@ -31,11 +31,10 @@ from kdcache.errors import UsageError
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.tokens import checked_text, encoded, frame, need_offsets
-from kdcache.targets import position_uniform
+from kdcache.targets import Stream, position_uniform
 from kdcache.tasks import IGNORE
 
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen positions; the others stay as they are
-_CHOICE, _FATE, _OTHER = 2, 3, 4  # streams of random numbers; 0 and 1 are those of the targets
 
 Ids = npt.NDArray[np.int32]
 Numbers = npt.NDArray[np.int64]
@@ -176,7 +175,7 @@ class MaskedEncoder(Encoder):
         at = positions + len(self._before)  # in the row
         choice, fate, other = (
             position_uniform(self.spec.mask_seed, span, row, at, stream=stream)
-            for stream in (_CHOICE, _FATE, _OTHER)
+            for stream in (Stream.MASK_CHOICE, Stream.MASK_FATE, Stream.MASK_OTHER)
         )
         count = max(1, int(self._share * len(positions) + 0.5))
         if self._words:

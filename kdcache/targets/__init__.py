@@ -31,7 +31,7 @@ from kdcache.targets.decoded import (
 )
 from kdcache.targets.dense import Dense
 from kdcache.targets.hidden import Hidden
-from kdcache.targets.label_logprob import position_uniform
+from kdcache.targets.label_logprob import Stream, position_uniform
 from kdcache.targets.output_layer import OutputLayer
 from kdcache.targets.sample import Anchored, Sample
 from kdcache.targets.soft import SoftTargets, TargetWriter
@@ -53,6 +53,7 @@ __all__ = [
     "Sample",
     "SoftTargets",
     "SparseTargets",
+    "Stream",
     "TargetWriter",
     "Targets",
     "TopK",

@@ -22,9 +22,6 @@ SCALE = 4096
 
 LARGEST = 255
 
-STREAM = 2
-"""Which random number of a position rounds its entropy; see `position_uniform`."""
-
 
 def encode_entropies(entropies: npt.ArrayLike, u: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """Codes of entropies, rounded without bias.

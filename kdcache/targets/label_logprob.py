@@ -18,6 +18,8 @@ average). So the cross-entropy of a million positions is off by 2e-5 nats.
 
 from __future__ import annotations
 
+import enum
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,11 +28,22 @@ Codes = npt.NDArray[np.uint16]
 SCALE = 8192
 """A code c stands for c^2 / SCALE nats: part of the format."""
 
-STREAM = 1
-"""Which random number of a position rounds the log-probability of its label."""
-
 IMPOSSIBLE = 2**16 - 1
 """The code of a label that the teacher gives no probability."""
+
+
+@enum.unique
+class Stream(enum.IntEnum):
+    """Which random number of a position: each use has its own, since a number that chose a position
+    is not uniform there, and what it rounds would be biased."""
+
+    CODEC = 0
+    LABEL_LOGPROB = 1
+    MASK_CHOICE = 2
+    MASK_FATE = 3
+    MASK_OTHER = 4
+    ENTROPY = 5
+    ANSWERS = 1 << 16  # of the first sample of a prompt; the others have the next ones
 
 
 def encode_logprobs(logprobs: npt.ArrayLike, u: npt.ArrayLike) -> Codes:
@@ -72,7 +85,7 @@ def position_uniform(
     row: npt.ArrayLike,
     position: npt.ArrayLike,
     *,
-    stream: int = 0,
+    stream: int = Stream.CODEC,
 ) -> npt.NDArray[np.float64]:
     """Uniform numbers that belong to positions, not to the order in which they are computed.
 
@@ -85,8 +98,7 @@ def position_uniform(
         span: index of the span.
         row: integers, the rows' indices in the span; broadcasts with `position`.
         position: integers, the token indices in their rows.
-        stream: which number of each position: 0 is the codec's, `STREAM` the one that rounds the
-            log-probability of its label, and further ones are for other purposes.
+        stream: which number of each position, see `Stream`.
 
     Returns:
         float64 in [0, 1) with 53 random bits, of the broadcast shape.

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from kdcache.rows.answers import Sampling
-from kdcache.targets import position_uniform
-
-_FIRST_STREAM = 2  # of `position_uniform`: 0 and 1 are a codec's
+from kdcache.targets import Stream, position_uniform
 
 
 def noise(
@@ -37,7 +35,7 @@ def noise(
     prompts, places = np.broadcast_to(prompt, out.shape), np.broadcast_to(place, out.shape)
     for one in np.unique(samples):
         mine = np.broadcast_to(samples == one, out.shape)
-        stream = _FIRST_STREAM + int(one)
+        stream = Stream.ANSWERS + int(one)
         out[mine] = position_uniform(seed, span, prompts[mine], places[mine], stream=stream)
     return out
 

@@ -29,6 +29,7 @@ from kdcache.rows import Row
 from kdcache.targets import (
     Codec,
     SoftTargets,
+    Stream,
     TargetWriter,
     entropy,
     label_logprob,
@@ -37,8 +38,8 @@ from kdcache.targets import (
 from kdcache.tasks import IGNORE
 
 _KEPT: Mapping[str, tuple[Callable[..., np.ndarray], int]] = {
-    "label_logprob": (label_logprob.encode_logprobs, label_logprob.STREAM),
-    "entropy": (entropy.encode_entropies, entropy.STREAM),
+    "label_logprob": (label_logprob.encode_logprobs, Stream.LABEL_LOGPROB),
+    "entropy": (entropy.encode_entropies, Stream.ENTROPY),
 }
 """What makes the codes of a column beside the targets, and the stream of its noise."""
 
@@ -77,7 +78,7 @@ class Positions:
         return Positions(self.rows[index], self.tokens[index], self.labels[index])
 
     def noise(
-        self, seed: int, span: int, piece: slice = slice(None), *, stream: int = 0
+        self, seed: int, span: int, piece: slice = slice(None), *, stream: int = Stream.CODEC
     ) -> np.ndarray:
         """See `position_uniform`."""
         rows, tokens = self.rows[piece], self.tokens[piece]
