@@ -361,6 +361,9 @@ def test_what_newcomers_try_first_is_answered(
 
     build = ("--teacher", str(tiny_classifier), "--out", "cache", "--workers", "0")
     assert "the corpus has no rows" in said("build", *build, *task, "--corpus", "none.tsv")
+    assert "has no usable row" in said(
+        "build", *build, *task, "--corpus", "quoted.tsv", "--filter", "label=7"
+    )
     tune = ("--model", str(tiny_classifier), "--out", "teacher", "--corpus", "none.tsv")
     assert "none.tsv has no rows" in said("finetune", *tune)
     bare = ("--teacher", "bare", "--out", "cache", "--corpus", "quoted.tsv")

@@ -301,6 +301,9 @@ def _missing(cache: ShardStore[Any], driver: Driver) -> list[int]:
 def _seal(cache: ShardStore[Any], driver: Driver) -> Manifest:
     manifest = prepare_manifest(cache, driver.made.values())
     filtered = filtered_records(manifest.shards)
+    if not manifest.rows:  # so that the same --out takes another corpus, or other columns
+        for name in cache.committed().values():
+            cache.storage.remove(f"shards/{name}")
     if not manifest.rows and not manifest.skipped and not filtered:
         raise UsageError("the corpus has no rows: nothing to cache. Name files that have some.")
     if not manifest.rows:
