@@ -163,10 +163,10 @@ def _first_worker() -> None:
     import ray
 
     one = [ray.remote(num_cpus=0)(lambda: None).remote()]
-    wait, begin = Wait(_FIRST_MINUTES, option=""), time.monotonic()
+    wait, started = Wait(_FIRST_MINUTES, option=""), time.monotonic()
     while not ray.wait(one, timeout=1.0)[0]:
         check_own_ray()
-        seconds = wait.due(time.monotonic() - begin)
+        seconds = wait.due(time.monotonic() - started)
         if seconds is not None:
             wait.report(seconds, "Ray on this machine has started none", "Is it busy?")
 

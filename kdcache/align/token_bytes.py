@@ -339,11 +339,11 @@ class TokenBytes:
         text's, and so is one with nothing behind it. One before a letter can be either's, since
         both texts have the same tokens.
         """
-        begin = self.tokens[int(ids[0])]
-        if begin[:1] != b" " or self.structure.doubles:
-            return begin[:1] == b" "
-        if len(begin) > 1 or len(ids) == 1:
-            return begin[1:2] != b" "
+        first_token = self.tokens[int(ids[0])]
+        if first_token[:1] != b" " or self.structure.doubles:
+            return first_token[:1] == b" "
+        if len(first_token) > 1 or len(ids) == 1:
+            return first_token[1:2] != b" "
         following = int(ids[1])
         return following not in self._added and self.tokens[following][:1] != b" "
 

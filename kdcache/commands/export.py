@@ -92,7 +92,7 @@ def export(
             something else.
         IncompleteError: the cache is not finished, or no space is left.
     """
-    begin = time.perf_counter()
+    started = time.perf_counter()
     cache = Cache.open(options.cache)
     writer = _Writer(cache, options)
     folder = local_path(options.out)
@@ -116,7 +116,7 @@ def export(
         rows=cache.manifest.rows,
         positions=cache.manifest.positions,
         bytes=sum((folder / name).stat().st_size for name in names),
-        seconds=time.perf_counter() - begin,
+        seconds=time.perf_counter() - started,
     )
 
 

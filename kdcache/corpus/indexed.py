@@ -135,8 +135,8 @@ class IndexedIds(Format):
             self._refuse("ends too early")
         return np.frombuffer(data, kind)
 
-    def _read(self, where: str, begin: int, size: int) -> bytes:
-        self._stream.seek(begin)
+    def _read(self, where: str, offset: int, size: int) -> bytes:
+        self._stream.seek(offset)
         data = bytes(self._stream.read(size))
         if len(data) < size:
             raise UsageError(

@@ -340,12 +340,12 @@ def _rows_by_part(batches: list[Any], parts: int, first: int) -> Iterator[Raw]:
     """
     table = pa.Table.from_batches(batches).combine_chunks()
     for part in range(parts):
-        begin = (part - first) % parts
-        own = pa.array(range(begin, table.num_rows, parts), pa.int64())
+        first_row = (part - first) % parts
+        own = pa.array(range(first_row, table.num_rows, parts), pa.int64())
         if not len(own):
             yield "0", b""
             continue
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table.take(own))
-        yield str(first + begin), sink.getvalue().to_pybytes()
+        yield str(first + first_row), sink.getvalue().to_pybytes()

@@ -287,25 +287,25 @@ class TextFiles(TextLines):
 
     def _rows(self) -> Iterator[Raw]:
         span, stream = self._span, self._stream
-        begin, room = 0, self._most + 1
+        first_byte, room = 0, self._most + 1
         if not span.file.compression:
             if span.start:
                 stream.seek(span.start - 1)
-                begin = span.start - 1 + _skip_line(stream)
-            room = min(room, span.stop - begin)
+                first_byte = span.start - 1 + _skip_line(stream)
+            room = min(room, span.stop - first_byte)
         if room <= 0:
             return
         data = stream.read(room)
         if len(data) <= self._most and not data.endswith(b"\n"):
             data += stream.readline(self._most + 1 - len(data))
-        if not begin:
+        if not first_byte:
             data = data.removeprefix(_BOM)
         closes = self._blank_until_end()
-        where = LineAt(span.file.url, begin) if begin else "the document"
+        where = LineAt(span.file.url, first_byte) if first_byte else "the document"
         if len(data) > self._most:
             yield where, self._too_long()
         elif data.strip() or not closes:  # a blank piece is part of its document
-            yield where, (data.rstrip(b"\r\n") if closes else data, not begin, closes)
+            yield where, (data.rstrip(b"\r\n") if closes else data, not first_byte, closes)
 
     def _blank_until_end(self) -> bool:
         return all(not block.strip() for block in iter(lambda: self._stream.read(_BLOCK), b""))

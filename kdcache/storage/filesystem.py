@@ -201,7 +201,7 @@ class FileSystem:
 
     def patiently(self, request: Callable[[], T]) -> T:
         """Begin a request to this store again while it has trouble; raises as `ask` does."""
-        begin = time.monotonic()
+        started = time.monotonic()
         for attempt in itertools.count():
             try:
                 answer = request()
@@ -209,7 +209,7 @@ class FileSystem:
                 return answer
             except Exception as error:
                 self._judge(error)
-                waited = time.monotonic() - begin
+                waited = time.monotonic() - started
                 offline = type(self.fs) not in _ANSWERED and _unresolved(error)
                 if waited > (_UNRESOLVED if offline else _PATIENCE):
                     raise IncompleteError(

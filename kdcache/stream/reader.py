@@ -256,10 +256,10 @@ class TargetStream(IterableDataset[Batch]):
         sum_over = self._sum_over or SumOverRanks()
         if self._summed and isinstance(sum_over, SumOverRanks):
             sum_over.check(self.world_size)
-        begin = self._settled(self.cursor)
+        cursor = self._settled(self.cursor)
         # A stream's next group is read while its present one is cut.
-        groups = Background(self._groups(begin, epochs), self._read_at_once, "kdcache-decode")
-        ready = Background(self._collated(groups, begin, epochs), self.prefetch, "kdcache-collate")
+        groups = Background(self._groups(cursor, epochs), self._read_at_once, "kdcache-decode")
+        ready = Background(self._collated(groups, cursor, epochs), self.prefetch, "kdcache-collate")
         count: Tensor | None = None
         try:
             for made in ready:

@@ -453,11 +453,11 @@ def _kept(batch: _Batch, rows: list[int]) -> _Batch:
     index = torch.tensor(rows, device=batch.next.device)
     cache, mask = None, batch.mask[index]
     if batch.cache is not None:
-        begin = int(mask.any(0).int().argmax())
-        mask = mask[:, begin:]
+        first_column = int(mask.any(0).int().argmax())
+        mask = mask[:, first_column:]
         cache = _rebuilt(
             batch.cache,
-            lambda _, states: states[:, :, begin:].index_select(0, index.to(states.device)),
+            lambda _, states: states[:, :, first_column:].index_select(0, index.to(states.device)),
         )
     return _Batch(
         [batch.asks[row] for row in rows],

@@ -221,7 +221,7 @@ class Driver:
         grace: seconds that spans in flight are given to finish once a signal came. Below the 30
             seconds that clouds and schedulers give a process between SIGTERM and SIGKILL.
         stored: bytes of shards that earlier runs committed.
-        begin: `time.perf_counter()` when the command began to work.
+        started: `time.perf_counter()` when the command began to work.
         made: entry of each shard this run committed, by span.
         positions: in them.
         bytes: of them.
@@ -238,7 +238,7 @@ class Driver:
     share: range = range(1 << 62)
     grace: float = 20.0
     stored: int = 0
-    begin: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter)
     made: dict[int, ShardEntry] = field(default_factory=dict)
     positions: int = 0
     bytes: int = 0
@@ -444,7 +444,7 @@ class Driver:
             positions=self.positions,
             bytes=self.bytes,
             stored=self.stored + self.bytes,
-            seconds=now - self.begin,
+            seconds=now - self.started,
             teacher_seconds=self.teacher_seconds,
         )
         if now - self._event_told >= _EVENT_EVERY or over:

@@ -214,7 +214,7 @@ def _begin(
     report: Callable[[str], None],
     interrupt: Interrupt,
 ) -> Made:
-    begin = time.perf_counter()
+    started = time.perf_counter()
     try_output(out)
     report("reading what the options name")
     plan = make_plan()
@@ -227,12 +227,12 @@ def _begin(
         notes={**plan.notes, "kdcache": __version__},
     )
     try:
-        driver = Driver(plan.spans, on_progress, share=options.share, begin=begin)
+        driver = Driver(plan.spans, on_progress, share=options.share, started=started)
         missing = _make(plan, options, store, driver, report, interrupt)
     finally:
         store.release()
     shards = tuple(driver.made.values()) if missing else store.manifest.shards
-    return Made(store, driver, shards, len(missing), time.perf_counter() - begin)
+    return Made(store, driver, shards, len(missing), time.perf_counter() - started)
 
 
 def _make(

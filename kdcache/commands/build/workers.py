@@ -130,8 +130,8 @@ class SpanWorker:
         spans = sorted(self._steps.values(), key=lambda steps: steps.answering or seconds)
         figures = []
         for steps in spans:
-            begin = max(counted, steps.answering or seconds)
-            figures.append(steps.figures(max(0.0, seconds - begin)))
+            started = max(counted, steps.answering or seconds)
+            figures.append(steps.figures(max(0.0, seconds - started)))
             if steps.answering is not None:  # what another one spends meanwhile is the same time
                 counted = seconds
         # Looked at once: the span's own thread may begin to wait.
@@ -151,11 +151,11 @@ class SpanWorker:
         return now - start
 
     def _make(self, span: Work, steps: Steps) -> SpanReport:
-        begin = time.perf_counter()
+        started = time.perf_counter()
         steps()
         read = self.source.read(span, steps)
         entry = self.source.make(span, read, steps, partial(self._answering, steps))
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - started
         return SpanReport(entry, seconds, steps.teacher_seconds, read.truncated, read.reasons)
 
     @contextmanager
@@ -384,7 +384,7 @@ class EventLog:
         self._storage = storage
         self._local = storage if isinstance(storage, LocalStorage) else None
         self._run = uuid.uuid4().hex[:8]
-        self._begin = time.time()
+        self._started = time.time()
         self._kept: list[str] = []
         self._broken = False
         self._lock = threading.Lock()
@@ -405,7 +405,7 @@ class EventLog:
     def close(self) -> None:
         """Write the lines kept in memory."""
         if self._kept:
-            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._begin))
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._started))
             try:
                 content = "".join(line + "\n" for line in self._kept).encode()
                 self._storage.write(f"events/{stamp}-{self._run}.jsonl", content)

@@ -221,9 +221,9 @@ class _Demo:
             self.reused.append(name)
             yield
             return
-        begin = time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.state["seconds"][name] = time.perf_counter() - begin
+        self.state["seconds"][name] = time.perf_counter() - started
         self._save()
 
     def _tell(self, step: int, name: str, text: str) -> None:

@@ -237,7 +237,7 @@ def _view(corpus: GeneratedCorpus, shards: Sequence[ShardEntry], wanted: int) ->
     at = int(np.searchsorted(firsts, wanted, side="right")) - 1
     row = _rows(corpus, shards[at])[wanted - int(firsts[at])]
     tokenizer, ids = corpus.tokenizer(), row["input_ids"]
-    begin = row["completion_mask"].index(1)
+    first_drawn = row["completion_mask"].index(1)
     return RowView(
         row=wanted,
         shard=shards[at].span,
@@ -252,11 +252,11 @@ def _view(corpus: GeneratedCorpus, shards: Sequence[ShardEntry], wanted: int) ->
                 token=str(tokenizer.decode(ids[place : place + 1])),
                 label=ids[place + 1],
                 label_text=str(tokenizer.decode(ids[place + 1 : place + 2])),
-                label_logprob=row["logprobs"][place + 1 - begin],
+                label_logprob=row["logprobs"][place + 1 - first_drawn],
                 guesses=(),
                 rest=1.0,
             )
-            for place in range(begin - 1, len(ids) - 1)
+            for place in range(first_drawn - 1, len(ids) - 1)
         ),
         heads=("after", "drawn"),
     )

@@ -56,10 +56,10 @@ class _Trial:
         self.meters = {t: FidelityMeter(drawn=drawn) for t in self.codec.temperatures}
 
     def add(self, values: Tensor, u: Tensor, *, timed: bool = True) -> SoftTargets:
-        begin = _now(values.device)
+        started = _now(values.device)
         encoded = self.codec.encode(values, u)
         if timed:
-            self.seconds += _now(values.device) - begin
+            self.seconds += _now(values.device) - started
         host = {name: tensor.cpu() for name, tensor in encoded.items()}
         bad = int((~host["finite"]).sum())
         if bad:
@@ -203,9 +203,9 @@ class SamplePass:
         self.teacher.take_clipped_mass()
 
     def _next(self, slices: Iterator[Slice]) -> Slice | None:
-        begin = _now(self.teacher.device)
+        started = _now(self.teacher.device)
         found = next(slices, None)
-        self.seconds += _now(self.teacher.device) - begin
+        self.seconds += _now(self.teacher.device) - started
         return found
 
     def _noise(self, batch: Sequence[int]) -> Tensor:
@@ -248,14 +248,14 @@ class SamplePass:
         overhead = path.stat().st_size - sum(sizes.values())
         of_rows = sum(n for name, n in sizes.items() if name.startswith("rows/")) / self.positions
         of_targets = sum(sizes.values()) / self.positions - of_rows
-        begin = time.perf_counter()
+        started = time.perf_counter()
         read_shard(
             path,
             trial.codec,
             ranks=targets.rank_to_id,
             kept=self.prepared.spec.kept,
         ).targets.at(trial.codec.temperatures[0])
-        read = (time.perf_counter() - begin) / self.positions
+        read = (time.perf_counter() - started) / self.positions
         teacher = self.seconds / self.positions
         encode = trial.seconds / self.positions
         hours = self.sample.corpus_positions * (teacher + encode) / 3600

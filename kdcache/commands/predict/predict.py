@@ -186,7 +186,7 @@ def predict(
     Raises:
         UsageError: the model is not a classifier or cannot read texts, or the input is unreadable.
     """
-    begin = time.perf_counter()
+    started = time.perf_counter()
     if options.out is not None:
         if local_path(options.out).is_dir():
             raise UsageError(f"--out is {options.out}, a folder. Name a file.")
@@ -204,7 +204,7 @@ def predict(
     written = cut = 0
     if TASKS[task].source:
         with _sink(options.out, output) as sink:
-            return _written(options, saved, task, device, stats, lines, sink, begin)
+            return _written(options, saved, task, device, stats, lines, sink, started)
     with _sink(options.out, output) as sink:
         model = saved.load(task, len(saved.label_names), dtype=options.dtype, device=device)
         budget = options.batch_tokens or (4096 if device == "cpu" else 32768)
@@ -216,7 +216,7 @@ def predict(
                     cut += sentence.cut
                 sink.flush()
                 written += len(part)
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - started
             return PredictResult(options.out, written, stats.skipped, seconds, cut)
         texts, window = _texts(options, stats, lines)
         while some := list(islice(texts, window)):
@@ -226,7 +226,7 @@ def predict(
                 sink.write(prediction.to_json() + "\n")
             sink.flush()
             written += len(some)
-    return PredictResult(options.out, written, stats.skipped, time.perf_counter() - begin)
+    return PredictResult(options.out, written, stats.skipped, time.perf_counter() - started)
 
 
 def _written(
@@ -237,7 +237,7 @@ def _written(
     stats: ReadStats,
     lines: Iterable[str] | None,
     sink: TextIO,
-    begin: float,
+    started: float,
 ) -> PredictResult:
     """Write the targets of sources to a sink."""
     writer = Writer(
@@ -260,7 +260,7 @@ def _written(
             unfinished += not target.finished
         sink.flush()
         written += len(part)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - started
     return PredictResult(options.out, written, stats.skipped, seconds, writer.cut, unfinished)
 
 
