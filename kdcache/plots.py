@@ -269,8 +269,8 @@ def draw_charts(charts: Sequence[Chart], *, title: str, note: str = "") -> Any:
             named.setdefault(label, handle)
     named = {label: named[label] for label in (*labels, *dashes) if label in named}
     if len(named) > 1:
-        room = 15 * figure.get_figwidth()  # letters
-        beside = max(1, min(len(named), int(room / (max(map(len, named)) + 6))))
+        letters = 15 * figure.get_figwidth()
+        beside = max(1, min(len(named), int(letters / (max(map(len, named)) + 6))))
         figure.legend(
             named.values(), named.keys(), loc="outside lower center", ncols=beside, frameon=False,
             title=note, title_fontsize=9,

@@ -116,8 +116,8 @@ def print_table(
     lines = [tuple(map(printable, row)) for row in rows]
     # Headings may fold between words; each column has a frame of three.
     words = [max(name.split() or [""], key=cell_len) for name in header]
-    room = sum(3 + max(map(cell_len, cells)) for cells in zip(words, *lines, strict=True)) + 1
-    if not console.is_terminal or room > console.width:
+    width = sum(3 + max(map(cell_len, cells)) for cells in zip(words, *lines, strict=True)) + 1
+    if not console.is_terminal or width > console.width:
         # Rich would wrap or cut here, and a program that reads this wants whole lines.
         for line in _plain([tuple(header), *lines] if any(header) else lines, left):
             print_line(console, line)

@@ -201,10 +201,10 @@ class _Writer:
     def _blocks(self, data: ShardData) -> Iterator[range]:
         """Stretches of rows with about as many entries; one without rows where there are none."""
         most = min(self.top or self.most, self.most)
-        room = max(1, _ENTRIES // max(most, 64))
+        positions_at_once = max(1, _ENTRIES // max(most, 64))
         start, offsets = 0, data.position_offsets
         while True:
-            stop = int(np.searchsorted(offsets, offsets[start] + room, "right")) - 1
+            stop = int(np.searchsorted(offsets, offsets[start] + positions_at_once, "right")) - 1
             stop = min(max(stop, start + 1), len(data))
             yield range(start, stop)
             start = stop

@@ -114,8 +114,8 @@ class IndexedIds(Format):
             lengths = self._items(_HEADER.size + 4 * at, count, "<i4").astype(np.int64)
             begins = self._items(_HEADER.size + 4 * self._sequences + 8 * at, count, "<i8")
             sizes = lengths * self._type.itemsize
-            room = self._span.file.size - sizes  # not begins + sizes, which may overflow
-            wrong = np.flatnonzero((lengths < 0) | (begins < 0) | (begins > room))
+            largest = self._span.file.size - sizes  # not begins + sizes, which may overflow
+            wrong = np.flatnonzero((lengths < 0) | (begins < 0) | (begins > largest))
             if len(wrong):
                 self._refuse(
                     f"has sequence {at + wrong[0] + 1} of {lengths[wrong[0]]} ids at byte "

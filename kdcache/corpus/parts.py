@@ -128,9 +128,9 @@ class Parts:
         try:
             folder = Path(f"{DiskCache.of_environment().folder}-parts")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._room = int(_SHARE * shutil.disk_usage(folder).free)
-            if self._room < size:
-                raise _NoRoomError(f"{folder}: {self._room:,} bytes for {size:,}")
+            self._free_bytes = int(_SHARE * shutil.disk_usage(folder).free)
+            if self._free_bytes < size:
+                raise _NoRoomError(f"{folder}: {self._free_bytes:,} bytes for {size:,}")
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise _NoRoomError(str(error)) from error
@@ -161,8 +161,8 @@ class Parts:
         packed = pa.compress(data, _CODEC, asbytes=True)
         block.empty()
         try:
-            if self._end + len(packed) > self._room:
-                raise _NoRoomError(f"more than {self._room:,} bytes")
+            if self._end + len(packed) > self._free_bytes:
+                raise _NoRoomError(f"more than {self._free_bytes:,} bytes")
             written = 0
             while written < len(packed):
                 written += os.pwrite(self._file.fileno(), packed[written:], self._end + written)

@@ -102,16 +102,16 @@ def _write(dataset: Any, folder: Path) -> None:
 
 
 def _write_files(dataset: Any, folder: Path) -> None:
-    files, room = 0, 0
+    files, left = 0, 0
     with contextlib.ExitStack() as last:
         for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
-            if room <= 0:
+            if left <= 0:
                 last.close()
                 path = folder / f"{files:05d}.parquet"
                 writer = last.enter_context(pq.ParquetWriter(path, table.schema))
-                files, room = files + 1, _FILE_BYTES
+                files, left = files + 1, _FILE_BYTES
             writer.write_table(table)
-            room -= table.nbytes
+            left -= table.nbytes
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -287,15 +287,15 @@ class TextFiles(TextLines):
 
     def _rows(self) -> Iterator[Raw]:
         span, stream = self._span, self._stream
-        first_byte, room = 0, self._most + 1
+        first_byte, left = 0, self._most + 1
         if not span.file.compression:
             if span.start:
                 stream.seek(span.start - 1)
                 first_byte = span.start - 1 + _skip_line(stream)
-            room = min(room, span.stop - first_byte)
-        if room <= 0:
+            left = min(left, span.stop - first_byte)
+        if left <= 0:
             return
-        data = stream.read(room)
+        data = stream.read(left)
         if len(data) <= self._most and not data.endswith(b"\n"):
             data += stream.readline(self._most + 1 - len(data))
         if not first_byte:

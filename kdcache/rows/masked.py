@@ -60,8 +60,8 @@ class MaskedEncoder(Encoder):
             )
         self._mask_id = int(tokenizer.mask_token_id)
         self._before, self._after = (np.array(ids, np.int32) for ids in frame(tokenizer))
-        self._room = spec.max_length - len(self._before) - len(self._after)
-        if self._room < 1:
+        self._text_tokens = spec.max_length - len(self._before) - len(self._after)
+        if self._text_tokens < 1:
             least = len(self._before) + len(self._after) + 1
             raise UsageError(
                 f"max_length is {spec.max_length}, but the tokenizer itself adds {least - 1} "
@@ -126,9 +126,9 @@ class MaskedEncoder(Encoder):
             if text.record.closes:
                 parts.append((self._after, np.full(len(self._after), -1)))
                 size += len(self._after)
-            if size > 64 * self._room:
+            if size > 64 * self._text_tokens:
                 joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
-                full = len(joined[0]) // self._room * self._room
+                full = len(joined[0]) // self._text_tokens * self._text_tokens
                 yield from self._blocks(joined[0][:full], joined[1][:full])
                 parts = [(joined[0][full:], joined[1][full:])]
                 size = len(joined[0]) - full
@@ -138,8 +138,8 @@ class MaskedEncoder(Encoder):
 
     def _blocks(self, ids: Ids, words: Numbers) -> Iterator[tuple[Ids, Numbers]]:
         """Rows of full length, without what separates documents at their ends."""
-        for start in range(0, len(ids), self._room):
-            own = words[start : start + self._room]
+        for start in range(0, len(ids), self._text_tokens):
+            own = words[start : start + self._text_tokens]
             inside = np.flatnonzero(own >= 0)
             if len(inside):
                 part = slice(start + inside[0], start + inside[-1] + 1)
@@ -147,27 +147,27 @@ class MaskedEncoder(Encoder):
 
     def _apart(self, texts: Iterable[_Text]) -> Iterator[tuple[Ids, Numbers]]:
         """Documents that do not share rows."""
-        room, packing = self._room, self.spec.packing
+        text_tokens, packing = self._text_tokens, self.spec.packing
         for record, ids, words in texts:
-            over = len(ids) > room
+            over = len(ids) > text_tokens
             if over and packing == "whole":
                 cause = (
-                    f"{len(ids):,} tokens do not fit one row of {room:,} and the tokenizer's own, "
-                    f"--max-length is {self.spec.max_length:,} (--packing none cuts it, split "
+                    f"{len(ids):,} tokens do not fit one row of {text_tokens:,} and the "
+                    f"tokenizer's own, --max-length is {self.spec.max_length:,} (--packing none cuts it, split "
                     "continues it in further rows)"
                 )
                 self.stats.reject(self.spec.on_error, record.file, record.location, cause)
                 continue
             if packing == "split":
-                for start in range(0, len(ids), room):
-                    yield ids[start : start + room], words[start : start + room]
+                for start in range(0, len(ids), text_tokens):
+                    yield ids[start : start + text_tokens], words[start : start + text_tokens]
                 continue
             self.truncated += over
-            if self._special[ids[:room]].all():
-                cause = f"its first {room} tokens (--max-length) contain none to mask"
+            if self._special[ids[:text_tokens]].all():
+                cause = f"its first {text_tokens} tokens (--max-length) contain none to mask"
                 self.stats.reject("skip", record.file, record.location, cause)
                 continue
-            yield ids[:room], words[:room]
+            yield ids[:text_tokens], words[:text_tokens]
 
     def _masked(self, ids: Ids, words: Numbers, span: int, row: int) -> Row:
         """A row of some tokens, of which at least one is not special."""

@@ -105,10 +105,10 @@ class DiskCache:
 
     def leading(self, files: Iterable[tuple[str, int]], share: float) -> list[str]:
         """The first of these names that together fit in that share of the bound."""
-        names, room = [], self._bound(sum(size for *_, size in self._copies())) * share
+        names, left = [], self._bound(sum(size for *_, size in self._copies())) * share
         for name, size in files:
-            room -= size
-            if room < 0:
+            left -= size
+            if left < 0:
                 break
             names.append(name)
         return names

@@ -231,9 +231,9 @@ def check_first(student: DistilledStudent, labels: Tensor, inputs: Mapping[str, 
     mask = inputs["attention_mask"]
     chosen = torch.tensor(sorted({0, len(labels) // 2, len(labels) - 1}), device=mask.device)
     batch = {k: v[chosen] for k, v in {**inputs, "labels": labels}.items() if v is not None}
-    room = _BESIDE if student.reach is None else student.reach - mask.shape[1]
-    if not TASKS[student.task].per_token and room > 0:
-        beside = (0, min(_BESIDE, room))
+    columns = _BESIDE if student.reach is None else student.reach - mask.shape[1]
+    if not TASKS[student.task].per_token and columns > 0:
+        beside = (0, min(_BESIDE, columns))
         batch |= {k: nn.functional.pad(batch[k], beside) for k in batch if k != "labels"}
     needed, name = student.needs_mask, type(student.student).__name__
     with torch.autocast(mask.device.type, enabled=False):

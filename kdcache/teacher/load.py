@@ -54,16 +54,18 @@ def load_models(options: TeacherOptions) -> list[Any]:
             )
     models = []
     for loaded, one in enumerate(files):
-        room = None
+        max_memory = None
         if spread:
             from accelerate.utils import get_max_memory
 
-            room = room_for_weights(get_max_memory(), len(files) - loaded)
-        models.append(_load(one, options, room))
+            max_memory = room_for_weights(get_max_memory(), len(files) - loaded)
+        models.append(_load(one, options, max_memory))
     return models
 
 
-def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, int] | None) -> Any:
+def _load(
+    files: TeacherFiles, options: TeacherOptions, max_memory: dict[int | str, int] | None
+) -> Any:
     """Load one model.
 
     Args:
@@ -77,8 +79,8 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
         "use_safetensors": True,
         "trust_remote_code": options.trust_remote_code,
     }
-    if room is not None:
-        settings |= {"device_map": "auto", "max_memory": room}
+    if max_memory is not None:
+        settings |= {"device_map": "auto", "max_memory": max_memory}
     elif options.device == "cuda":
         settings["device_map"] = {"": 0}  # from the files to the GPU, not through the host's memory
     with quiet_transformers():
@@ -86,7 +88,7 @@ def _load(files: TeacherFiles, options: TeacherOptions, room: dict[int | str, in
     forget_lengths(model)
     if not TASKS[options.task].per_token:
         set_pad_id(model.config, files)
-    if room is None:
+    if max_memory is None:
         model.to("cuda" if options.device == "auto" else options.device)
     elif "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         raise UsageError(

@@ -167,7 +167,7 @@ class Writer:
 
     # Batches
 
-    def _room(self, batch: _Batch | None, prompt: Ids, longest: int) -> int:
+    def _rows_that_fit(self, batch: _Batch | None, prompt: Ids, longest: int) -> int:
         """Rows that a batch has room for, with a prompt of that length among them."""
         width = len(prompt) + longest
         if batch is not None:
@@ -187,14 +187,14 @@ class Writer:
         taken: list[Ask] = []
         most = len(waiting)
         if batch is None and waiting:  # even batches: two rows alone take as long as ten
-            room = self._room(None, prompts[waiting[-1].prompt], longest)
-            self._share = most = -(-most // -(-most // room))
+            fitting = self._rows_that_fit(None, prompts[waiting[-1].prompt], longest)
+            self._share = most = -(-most // -(-most // fitting))
         while len(taken) < most:
             ask = waiting[0]
-            room = self._room(batch, prompts[ask.prompt], longest)
-            free = room - rows - len(taken)
+            fitting = self._rows_that_fit(batch, prompts[ask.prompt], longest)
+            free = fitting - rows - len(taken)
             worth = _LEAVE if rows < self._share else _GROW
-            if free <= 0 or (not taken and batch is not None and free * worth < room):
+            if free <= 0 or (not taken and batch is not None and free * worth < fitting):
                 break
             taken.append(waiting.popleft())
         if not taken:

@@ -187,37 +187,37 @@ class RayWorkers(Workers):
 
     # Hiring
 
-    def _room(self) -> int:
+    def _workers_that_fit(self) -> int:
         """How many workers the nodes of this moment hold."""
         return sum(map(self._need.fit, nodes_up()))
 
     def _refuse_too_many(self) -> None:
-        room = self._room()
-        if not room:
+        fitting = self._workers_that_fit()
+        if not fitting:
             raise UsageError(
                 f"a worker needs {self._need}; {describe(nodes_up())}. Use "
                 "--worker gpus=0, or fewer CPUs (--worker cpus=…)."
             )
-        if self._fewest > room:
+        if self._fewest > fitting:
             raise UsageError(
-                f"the Ray of this machine has room for {room} workers, not for {self._fewest}. "
-                f"Use --workers {room}."
+                f"the Ray of this machine has room for {fitting} workers, not for {self._fewest}. "
+                f"Use --workers {fitting}."
             )
 
     def _wanted(self) -> int:
         """The number of workers there should be."""
         if self._fewest == self._most:
             return self._fewest
-        room, ready = max(self._fewest, self._room()), len(self.figures())
+        fitting, ready = max(self._fewest, self._workers_that_fit()), len(self.figures())
         if not self._grows:
-            wanted = room
+            wanted = fitting
         elif not self.backlog:
             wanted = max(self._fewest, ready)
         else:
             busy = self._free(alone=False) is None
             more = min(max(1, ready), -(-self.backlog // IN_FLIGHT)) if busy else 0
             # A request that stands is not withdrawn: its node may be on its way.
-            wanted = max(room, ready + more, len(self._actors))
+            wanted = max(fitting, ready + more, len(self._actors))
         return min(wanted, self._most or wanted)
 
     def _start_missing(self) -> None:

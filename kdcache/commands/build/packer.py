@@ -132,7 +132,7 @@ class Packer:
         self.seed, self.span = seed, span
         self._writer = writer
         self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="kdcache-pack")
-        self._room = threading.BoundedSemaphore(_UNPACKED)
+        self._unpacked_slots = threading.BoundedSemaphore(_UNPACKED)
 
     def __enter__(self) -> Packer:
         return self
@@ -161,7 +161,7 @@ class Packer:
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             copied.append(event)
-        self._room.acquire()
+        self._unpacked_slots.acquire()
         return self._pool.submit(self._pack, host, copied, positions, start)
 
     def _pack(
@@ -188,7 +188,7 @@ class Packer:
             targets = {name: values for name, values in host.items() if name not in kept}
             return Packed(self._writer.pack(targets), kept, clipped)
         finally:
-            self._room.release()
+            self._unpacked_slots.release()
 
 
 def in_row_order(

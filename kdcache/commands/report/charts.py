@@ -147,10 +147,10 @@ def _finite(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float],
 def _ticks(values: Sequence[float]) -> list[float]:
     """Round numbers around the values: at least two."""
     low, high = min(values), max(values)
-    room = (high - low) or abs(high) or 1.0
-    step = 10.0 ** math.floor(math.log10(room))
+    span = (high - low) or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span))
     for factor in (0.2, 0.25, 0.5, 1.0, 2.0):
-        if room / (factor * step) <= 5:
+        if span / (factor * step) <= 5:
             step *= factor
             break
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

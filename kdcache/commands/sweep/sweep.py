@@ -129,8 +129,8 @@ class RayPool:
                 f"the Ray cluster has {cards:g} GPUs, a run needs {gpus:g}. Use --gpus-per-run 0, "
                 "or set --workers to the number to wait for."
             )
-        room = int(cards // gpus) if gpus else cores
-        self._count = max(1, min(workers or room, items))
+        runs_at_once = int(cards // gpus) if gpus else cores
+        self._count = max(1, min(workers or runs_at_once, items))
         self._threads = max(1, min(_MOST_CPUS, cores // self._count))
         self._remote = ray.remote(_call).options(
             num_cpus=self._threads,
