@@ -103,4 +103,4 @@ def test_sources_beyond_a_model_s_original_length_share_no_batch(model: Path) ->
     )
     texts = ["a b c " * 30, "a b c " * 20, "a b", "a"]
     assert len(writer.write(texts)) == 4
-    assert list(writer._together(range(4), writer._rows(texts))) == [[0], [1], [2, 3]]
+    assert list(writer._batches(range(4), writer._rows(texts))) == [[0], [1], [2, 3]]

@@ -63,9 +63,9 @@ def _check_starts(rows: OpenRows, flags: np.ndarray) -> None:
     path, offsets, labels = rows.path, rows.found["offsets"], rows.found["labels"]
     if flags.max(initial=0) > 1 or not flags[offsets[:-1]].all():
         raise CorruptCacheError(f"{path}: column starts does not mark the first token of each row.")
-    within = flags.astype(np.bool_)
-    within[offsets[:-1]] = False
-    if (labels[:-1][within[1:]] != IGNORE).any():
+    inside_row = flags.astype(np.bool_)
+    inside_row[offsets[:-1]] = False
+    if (labels[:-1][inside_row[1:]] != IGNORE).any():
         raise CorruptCacheError(f"{path}: a document's last token has a label of the next one.")
 
 

@@ -121,8 +121,8 @@ class Span:
             which = f"the lines that start in bytes {self.start}-{self.stop}"
         else:
             which = f"rows: stretch {self.part + 1} of {self.parts} even ones"
-        within = "" if self.limit is None else f", of the first {self.limit}"
-        return f"{redact(self.file.url)}: {which}{within}"
+        limited = "" if self.limit is None else f", of the first {self.limit}"
+        return f"{redact(self.file.url)}: {which}{limited}"
 
 
 Raw = tuple[Location, Any]
@@ -222,6 +222,6 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     """What is wrong with bytes that are not UTF-8, and where in the record."""
     before = error.object[: error.start]
     line = before.count(b"\n")
-    within = f" of its line {line + 1}" if line else ""
+    in_line = f" of its line {line + 1}" if line else ""
     column = error.start - before.rfind(b"\n")
-    return f"not valid UTF-8 (byte 0x{error.object[error.start]:02x} in column {column}{within})"
+    return f"not valid UTF-8 (byte 0x{error.object[error.start]:02x} in column {column}{in_line})"

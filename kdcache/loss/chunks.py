@@ -257,10 +257,10 @@ class _Listed:
         if number > len(positions) * e.shape[1] // _FEW:
             return None
         entry = torch.repeat_interleave(torch.arange(len(ids)), sizes, output_size=number)
-        within = torch.arange(number) - (ends - sizes)[entry]
+        member = torch.arange(number) - (ends - sizes)[entry]
         rows = positions.repeat_interleave(targets.ids.shape[1])[entry]
         return cls(
-            rows * e.shape[1] + members[first[ids][entry] + within], entry, positions, groups
+            rows * e.shape[1] + members[first[ids][entry] + member], entry, positions, groups
         )
 
     def derivative_(

@@ -234,14 +234,14 @@ class Chats:
         return at + length
 
 
-def thoughts(text: str, within: Sequence[Range]) -> Iterator[Range]:
+def thoughts(text: str, ranges: Sequence[Range]) -> Iterator[Range]:
     """The stretches of a text that were thought before something was said, tags included.
 
     Args:
         text: The text.
-        within: Where to look; a thought that begins before such a stretch ends in it.
+        ranges: Where to look; a thought that begins before such a stretch ends in it.
     """
-    for start, stop in within:
+    for start, stop in ranges:
         for begin, end in _THOUGHTS:
             at = start
             while (close := text.find(end, at, stop)) >= 0:

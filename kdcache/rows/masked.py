@@ -153,8 +153,8 @@ class MaskedEncoder(Encoder):
             if over and packing == "whole":
                 cause = (
                     f"{len(ids):,} tokens do not fit one row of {text_tokens:,} and the "
-                    f"tokenizer's own, --max-length is {self.spec.max_length:,} (--packing none cuts it, split "
-                    "continues it in further rows)"
+                    f"tokenizer's own, --max-length is {self.spec.max_length:,} (--packing "
+                    "none cuts it, split continues it in further rows)"
                 )
                 self.stats.reject(self.spec.on_error, record.file, record.location, cause)
                 continue

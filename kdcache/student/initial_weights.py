@@ -53,7 +53,7 @@ def _of(path: Path, *state: int) -> str:
 def begin_from(
     student: Any,
     tokenize: Any,
-    earlier: str,
+    source: str,
     info: StudentInfo,
     *,
     lora: Lora | None = None,
@@ -64,7 +64,7 @@ def begin_from(
     Args:
         student: what `load_student` made.
         tokenize: what `student_tokenize` gives for it.
-        earlier: folder or hub id of the earlier one, such as a run's.
+        source: folder or hub id of the earlier one, such as a run's.
         info: the cache's side.
         lora: the adapter that is trained, whose weights are then taken from an earlier adapter.
         trust_remote_code: run code that the earlier student brings.
@@ -72,8 +72,8 @@ def begin_from(
     Raises:
         UsageError: it has another shape, another tokenizer, or an adapter on another base.
     """
-    who = f"--init-from {earlier}"
-    files = TeacherFiles.find(earlier, role="run", trust_remote_code=trust_remote_code)
+    who = f"--init-from {source}"
+    files = TeacherFiles.find(source, role="run", trust_remote_code=trust_remote_code)
     if lora is not None and is_adapted(student):
         if files.adapter is None:
             raise UsageError(
@@ -82,8 +82,8 @@ def begin_from(
         _check_adapter(who, files.adapter, lora, student.kdcache_adapter["base_sha256"])
         files.adapter.fill(student)
         return
-    other = load_student(earlier, info, trust_remote_code=trust_remote_code)
-    theirs = student_tokenize(other, earlier, info, trust_remote_code=trust_remote_code)
+    other = load_student(source, info, trust_remote_code=trust_remote_code)
+    theirs = student_tokenize(other, source, info, trust_remote_code=trust_remote_code)
     if _ids(theirs) != _ids(tokenize):
         raise UsageError(
             f"{who} reads other tokens than the student. Name it as --student, which keeps its own "

@@ -109,7 +109,7 @@ class TeacherModel:
     def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
         """All positions of a batch, a slice at a time, row by row."""
         if self.batching == "padded":
-            for some in self._together(rows):
+            for some in self._batches(rows):
                 yield from self._slices(some)
         elif self.batching == "equal lengths":
             for _, alike in groupby(rows, lambda row: row.sizes):
@@ -118,7 +118,7 @@ class TeacherModel:
             for row in rows:
                 yield from self._slices([row])
 
-    def _together(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    def _batches(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows in order, cut where a padded batch would change what a row has alone: a probe's
         rows are too short to show it.
         """

@@ -147,7 +147,7 @@ class Writer:
             self._probed = True
         longest = int(self._how["max_new_tokens"]) * int(self._how["num_beams"])
         for chosen in batches([(len(_source(row)), longest) for row in rows], batch_tokens):
-            for some in self._together(chosen, rows):
+            for some in self._batches(chosen, rows):
                 for i, (text, finished) in zip(
                     some, self._run([rows[j] for j in some]), strict=True
                 ):
@@ -170,7 +170,7 @@ class Writer:
             rows.append(pair_row(ids, labels, self._probe.start or 0, 8))
         return rows
 
-    def _together(self, chosen: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
+    def _batches(self, chosen: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
         """Which rows of a batch are run at once."""
         classify = self._probe.length_class
         if self._probe.batching == "padded":

@@ -141,7 +141,7 @@ class SweepResult:
         groups: dict[tuple[str, ...], list[RunScore]] = {}
         for run in runs:
             groups.setdefault(tuple(run.setting.values()), []).append(run)
-        settings = [_together(group) for group in groups.values()]
+        settings = [_over_seeds(group) for group in groups.values()]
         rank = next(name for name in RANKED if all(name in s.mean for s in settings))
         sign = -1 if METRICS[rank].higher else 1
         settings.sort(
@@ -191,7 +191,7 @@ class SweepResult:
         return text.getvalue()
 
 
-def _together(runs: Sequence[RunScore]) -> SettingScore:
+def _over_seeds(runs: Sequence[RunScore]) -> SettingScore:
     known = [name for name in RANKED if all(name in run.figures for run in runs)]
     values = {name: [run.figures[name] for run in runs] for name in known}
     return SettingScore(

@@ -50,7 +50,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     if options.lora and not Path(options.student).exists():
         header["base_model"] = redact(options.student)
     teachers = dict.fromkeys(str(t) for c in plan.caches for t in c.notes.get("teachers", ()))
-    earlier = f"{options.init_from} (SHA-256 {plan.weights.get('init_sha256')})"
+    initial = f"{options.init_from} (SHA-256 {plan.weights.get('init_sha256')})"
     trained = f"{result.parameters:,}"
     if options.lora:
         trained += f", of which {result.trained or 0:,} are trained"
@@ -70,7 +70,7 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
         ("task", spec.task),
         ("teacher", ", ".join(teachers) or "unknown"),
         ("student began as", options.student),
-        *([("with the weights of", earlier)] if options.init_from else []),
+        *([("with the weights of", initial)] if options.init_from else []),
         *([("adapter", f"LoRA, {options.adapter}")] if options.lora else []),
         *([("tokenizer", f"its own, of {own}")] if options.cross_tokenizer else []),
         ("parameters", trained),

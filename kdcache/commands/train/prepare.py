@@ -245,8 +245,8 @@ class RunPlan:
             base = TeacherFiles.find(options.student, role="student", trust_remote_code=trust)
             found["base_sha256"] = base.sha256
         if options.init_from is not None:
-            earlier = TeacherFiles.find(options.init_from, role="run", trust_remote_code=trust)
-            found["init_sha256"] = earlier.sha256
+            initial = TeacherFiles.find(options.init_from, role="run", trust_remote_code=trust)
+            found["init_sha256"] = initial.sha256
         if options.cross_tokenizer is not None:
             found["tokenizer_sha256"] = tokenizer_sha256(own_tokenizer(options))
         return found

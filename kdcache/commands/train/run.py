@@ -142,7 +142,7 @@ class Run:
             parameters=sum(p.numel() for p in self.student.parameters()),
             trained=sum(p.numel() for p in self.student.parameters() if p.requires_grad),
             **_teacher(plan),
-            **_own_tokens(plan, self.reading, trainer),
+            **_own_vocabulary_figures(plan, self.reading, trainer),
             epoch_rows=plan.mix(self.stream),
             pretrained=getattr(self.student.student, "pretrained", None),
         )
@@ -182,7 +182,9 @@ def _teacher(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _own_tokens(plan: RunPlan, reading: Reading, trainer: DistillationTrainer) -> dict[str, Any]:
+def _own_vocabulary_figures(
+    plan: RunPlan, reading: Reading, trainer: DistillationTrainer
+) -> dict[str, Any]:
     """Size of a student's own vocabulary, what it does not know, and what it had no labels for."""
     own, held_out = reading.tokenizer, plan.eval_caches
     if own is None:

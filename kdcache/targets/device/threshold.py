@@ -316,12 +316,12 @@ def blocked_sample(logits: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     known = inner[row, seat.clamp_min(0)]
     # Also opened where the block is known: a branch by data would make the host wait.
     fresh = _add(probabilities(open_blocks(logits, block), peak, normalizer, temperatures))
-    within = torch.where((seat >= 0)[..., None], known, fresh).cumsum(-1)
+    cumulative = torch.where((seat >= 0)[..., None], known, fresh).cumsum(-1)
     # The point's offset inside its block, on the scale of the block's own sum.
     block_mass = mass.gather(1, block)
     offset = (points - (line.gather(1, block) - block_mass)) / block_mass.clamp_min(1e-38)
-    point = offset.clamp(0, 1 - 1e-6) * within[..., -1]
-    inside = torch.searchsorted(within, point[..., None], right=True).squeeze(-1)
+    point = offset.clamp(0, 1 - 1e-6) * cumulative[..., -1]
+    inside = torch.searchsorted(cumulative, point[..., None], right=True).squeeze(-1)
     drawn = (block * BLOCK + inside.clamp_max(BLOCK - 1)).clamp_max(logits.shape[-1] - 1)
 
     ids = torch.where(head, F.pad(top_ids, (0, 1)), drawn)
