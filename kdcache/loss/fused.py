@@ -200,7 +200,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         want_hidden, want_weight, want_bias = (grad and want for want in ctx.needs_input_grad[:3])
         n, size = hidden.shape
-        step = _rows(n, over.share(width), size, hidden.device, rows, over)
+        step = slice_rows(n, over.share(width), size, hidden.device, rows, over)
         ids = over.rows(width)
         width = ids.stop - ids.start  # of this rank
         h, w = hidden.to(dtype), weight.detach()[:width].to(dtype)
@@ -335,7 +335,7 @@ def _sums(theta: Tensor | None) -> int:
     return 2 if theta is None else 2 + FIGURES
 
 
-def _rows(
+def slice_rows(
     n: int, width: int, size: int, device: torch.device, rows: int | None, over: Vocabulary = WHOLE
 ) -> int:
     """Positions in a slice, evened out so that the last slice is not a sliver."""
@@ -344,14 +344,15 @@ def _rows(
         # slice's products read the weight three times, which costs more than a larger buffer.
         budget, most = (2**29, 16384) if device.type == "cuda" else (2**24, 1024)
         if over.cut and device.type == "cuda" and not compiles():
-            budget = _EAGER  # a slice is one block
+            budget = EAGER[True]  # a slice is one block
         least = 64 if device.type == "cuda" else max(64, size // 4)
         rows = min(max(budget // max(width, 1), least), most)
     slices = max(-(-n // rows), 1)
     return max(-(-n // slices), 1)
 
 
-_EAGER = 2**26  # logits of a block on a GPU without a compiler
+EAGER = (2**20, 2**26)
+"""Logits of a block on a CPU, and on a GPU without a compiler."""
 
 
 def _slices(targets: Targets | ChunkTargets, n: int, step: int) -> list[slice]:
@@ -387,7 +388,7 @@ def _logits_to_gradient_(
     # outlast the launches of its operations. A compiled pass takes the whole slice, and so does one
     # that waits for other ranks.
     whole = fast or over.cut
-    block = len(z) if whole else max((_EAGER if z.is_cuda else 2**20) // z.shape[1], 1)
+    block = len(z) if whole else max(EAGER[z.is_cuda] // z.shape[1], 1)
     more: dict[str, Any] = {"over": over} if over.cut else {}
     sums = torch.zeros(_sums(theta), dtype=each.dtype, device=z.device)
     tensors: tuple[Tensor, ...]

@@ -353,3 +353,9 @@ def tolerance(student: nn.Module) -> float:
     if rough and dtype == torch.float32:
         dtype = torch.float16  # TF32 has as many digits
     return TOLERANCES.get(str(dtype).removeprefix("torch."), TOLERANCES["bfloat16"])
+
+
+def pick(values: Tensor, at: Tensor) -> Tensor:
+    """Rows [P, ...] of values [B, L, ...] at flat indices; a view if all are requested."""
+    flat = values.flatten(0, 1)
+    return flat if len(at) == len(flat) else flat.index_select(0, at)

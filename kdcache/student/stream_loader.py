@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdcache.stream import Batch, TargetStream
+from kdcache.tasks import TASKS, positions
 
 
 class StreamLoader:
@@ -103,3 +105,14 @@ class Copies:
             test_type=lambda value: hasattr(value, "record_stream"),
         )
         return sent
+
+
+def host_positions(labels: Tensor, task: str) -> Tensor | None:
+    """Indices of the positions of the labels of tokens that are still on the host, else None.
+
+    In pinned memory: they go to a GPU without a wait.
+    """
+    if not TASKS[task].per_token or labels.device.type != "cpu":
+        return None
+    found = positions(labels.reshape(-1), task).nonzero().squeeze(-1)
+    return found.pin_memory() if torch.cuda.is_available() else found

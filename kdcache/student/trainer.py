@@ -44,8 +44,8 @@ from kdcache.student.checkpoints import (
 from kdcache.student.figures import Totals, hard_labels, parts_of, soft_name
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import shard_over_ranks
-from kdcache.student.stream_loader import Copies, CursorCallback, StreamLoader
-from kdcache.student.wrapper import DistilledStudent, host_positions
+from kdcache.student.stream_loader import Copies, CursorCallback, StreamLoader, host_positions
+from kdcache.student.wrapper import DistilledStudent
 
 
 def recorded(
@@ -77,9 +77,9 @@ def recorded(
     anchor = getattr(model, "anchor", None)
     if spec.codec.startswith("anchored") and anchor is not None:
         facts["anchor"] = "estimated" if anchor.estimated else float(anchor.theta)
-    facts |= stream.reading.settings
-    if stream.weights.shown():
-        facts["cache_weights"] = stream.weights.shown()
+    positions, weights = str(getattr(model, "positions", None) or ""), stream.weights.shown()
+    optional = {"positions": positions, "cache_weights": weights}
+    facts |= {**stream.reading.settings, **{k: v for k, v in optional.items() if v}}
     facts |= {name: getattr(stream, name) for name in ("batch_size", "seed", "streams", "group")}
     return {f"kdcache_{name}": value for name, value in facts.items()}
 
@@ -342,14 +342,13 @@ class DistillationTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _evaluate_stream(self, stream: TargetStream) -> dict[str, float]:
         parts = self._set_ranks(stream, 1).by_domain()
-        model = self.model
-        was_training = model.training
-        model.eval()
+        was_training = self.model.training
+        self.model.eval()
         totals = Totals.zeros(len(parts), self.args.device)
         soft_known = ""
         for part, own in zip(parts.values(), totals, strict=True):
             soft_known = self._add_up(part, Totals(own)) or soft_known
-        model.train(was_training)
+        self.model.train(was_training)
         reduced = self.accelerator.reduce(totals, "sum").cpu()
         alpha = float(self._final_alpha()) if soft_known else 1.0
         found = Totals(reduced.sum(0)).figures(stream, alpha, soft_known)

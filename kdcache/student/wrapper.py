@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_model
@@ -39,13 +39,17 @@ from kdcache.loss import (
     linear_logprobs,
     sliced_linear_distillation,
 )
-from kdcache.student.padding import check_first
+from kdcache.student.padding import check_first, pick
 from kdcache.targets import DenseTargets, LabelTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
+from kdcache.targets.decoded import check_number, no_targets
 from kdcache.tasks import TASKS, check_task, labelled, positions
 from kdcache.teacher.projection import Projection, call, logits_of, text_config
 from kdcache.teacher.quirks import check_reach, decoder_start, reach, with_start
 from kdcache.teacher.trust import FACTORY_KEY, FACTORY_TYPE
+
+if TYPE_CHECKING:
+    from kdcache.student.positions import PositionRule
 
 
 @dataclass
@@ -103,9 +107,13 @@ class DistilledStudent(nn.Module):
         anchor: theta of anchored targets, 0 to 1; None estimates it from past steps. The loop must
             call `student.anchor.update()` once a step, as `DistillationTrainer` does.
         huber_delta: of divergence "huber", in units of the score.
+        positions: of a language model in training: which positions it learns from, and with which
+            weights, see `kdcache.student.positions`. Default: all of them. A batch's `hard_labels`
+            are never left out.
 
     Raises:
-        UsageError: an unknown task, divergence or tail, or alpha or theta is not from 0 to 1.
+        UsageError: an unknown task, divergence or tail, alpha or theta is not from 0 to 1, or a
+            rule of positions without meaning.
     """
 
     def __init__(
@@ -119,6 +127,7 @@ class DistilledStudent(nn.Module):
         vocab_size: int | None = None,
         anchor: float | None = None,
         huber_delta: float = 1.0,
+        positions: PositionRule | None = None,
     ) -> None:
         super().__init__()
         check_task(task)
@@ -126,6 +135,11 @@ class DistilledStudent(nn.Module):
             raise UsageError(f"alpha is {alpha:g}; the weight of the hard loss is from 0 to 1.")
         divergence = divergence or TASKS[task].divergences[0]
         check_names(divergence, tail)
+        if positions is not None:
+            from kdcache.student.positions import check_rule
+
+            check_rule(positions, task, divergence)
+        self.positions = positions
         self.huber_delta = huber_delta
         self.anchor = Anchor(anchor)
         self.student = student
@@ -274,8 +288,10 @@ class DistilledStudent(nn.Module):
                 knows (see `host_positions`); finding them here makes the host wait for the device.
             hard_labels: of language models, int [B, L]: labels at further positions, which have no
                 target and train on the hard loss alone. The count must include them.
-            label_logprob: of the teacher; the loss needs neither it nor `first_tokens`.
-            teacher_entropy: float [P] at T = 1: of sampled targets at T = 1 it gives the KL.
+            label_logprob: float [P], of the teacher: for a rule of positions.
+            teacher_entropy: float [P] at T = 1: for one, too; of sampled targets at T = 1 it gives
+                the KL.
+            first_tokens: the loss does not need them.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
                 does not name are left out.
 
@@ -314,14 +330,17 @@ class DistilledStudent(nn.Module):
         if kind.answers in INDEPENDENT:
             return self._independent(labels, targets, inputs, alpha, count)
         if targets is None:
-            targets, alpha = _no_targets(n, flat.device), 1.0
+            targets, alpha = no_targets(n, flat.device), 1.0
             count = labelled(flat, self.task).sum().clamp_min(1) if count is None else count
         divergence = self.divergence if soft else "forward-kl"
+        rule = self.positions if self.training else None
         if isinstance(targets, ChunkTargets):
             divergence = "forward-kl"
+            if rule is not None:
+                raise UsageError("positions cannot be chosen where chunks join several of them.")
         else:
             check_loss(targets, divergence=divergence, tail=self.tail, answers=kind.answers)
-        _check_number(targets, n)
+        check_number(targets, n)
         self._check_padding(labels, raw)
         targets = targets.to(flat.device)
         width = self.vocab_size if over_ids else None
@@ -348,20 +367,32 @@ class DistilledStudent(nn.Module):
                 loss = plain
                 values = logits = self._of_tokens(logits_of(call(self.student, inputs)), labels)
                 if return_logprobs:
-                    logprobs = label_logprobs(_pick(logits, at)[:, :width], flat[at])
+                    logprobs = label_logprobs(pick(logits, at)[:, :width], flat[at])
             else:
                 loss = self._fused(projection, layer, divergence, anchor)
                 values = self._of_tokens(projection.states(layer, inputs), labels)
                 if return_logprobs:
-                    given = _pick(values, at), layer.weight[:width], projection.bias(layer)
+                    given = pick(values, at), layer.weight[:width], projection.bias(layer)
                     logprobs = linear_logprobs(*given, flat[at], cap=projection.cap)
-            parts = loss(_pick(values, at), flat[at], targets, **options)
+            chosen: dict[str, Any] = {}
+            if rule is not None:
+                from kdcache.student.positions import choose, student_entropies
+
+                assert not isinstance(targets, ChunkTargets), "refused above"
+                own = functools.partial(student_entropies, values, at, width, projection, layer)
+                some = choose(rule, n, teacher_entropy, label_logprob, own)
+                at, targets = at[some.at], targets[some.at]
+                count = (n if count is None else count) * some.part
+                chosen = {"count": count, "position_weights": some.weights}
+                if teacher_entropy is not None:
+                    teacher_entropy = some.weighed(teacher_entropy)
+            parts = loss(pick(values, at), flat[at], targets, **options | chosen)
             if hard_labels is not None:
                 others = hard_labels.reshape(-1)
                 at = positions(others, self.task).nonzero().squeeze(-1)
                 options |= {"alpha": 1.0, "divergence": "forward-kl"}
-                bare = _no_targets(len(at), others.device)
-                alone = loss(_pick(values, at), others[at], bare, **options)
+                bare = no_targets(len(at), others.device)
+                alone = loss(pick(values, at), others[at], bare, **options)
                 parts = LossParts(parts.total + alone.total, parts.hard + alone.hard, parts.soft)
         keep = logits if not over_ids or return_logits else None
         if keep is not None and per_token:
@@ -409,7 +440,7 @@ class DistilledStudent(nn.Module):
                 answers=TASKS[self.task].answers,
             )
             assert isinstance(targets, DenseTargets), "the loss is defined on no others"
-            _check_number(targets, len(labels))
+            check_number(targets, len(labels))
             targets = targets.to(labels.device)
         elif count is None:
             count = labelled(labels, self.task).sum().clamp_min(1)
@@ -467,34 +498,3 @@ class DistilledStudent(nn.Module):
         if self._projection is None or self._projection.student is not self.student:
             self._projection = Projection(self.student, inputs)
         return self._projection
-
-
-def _no_targets(n: int, device: torch.device) -> SparseTargets:
-    """Targets of n positions without entries: with alpha 1, hard labels alone."""
-    nothing = torch.zeros((n, 0), device=device)
-    return SparseTargets(nothing.long(), nothing, nothing.sum(-1), False, 1.0)
-
-
-def _check_number(targets: Targets | ChunkTargets | LabelTargets, n: int) -> None:
-    if len(targets) != n:
-        raise UsageError(
-            f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
-            "are not of the same rows."
-        )
-
-
-def host_positions(labels: Tensor, task: str) -> Tensor | None:
-    """Indices of the positions of the labels of tokens that are still on the host, else None.
-
-    In pinned memory: they go to a GPU without a wait.
-    """
-    if not TASKS[task].per_token or labels.device.type != "cpu":
-        return None
-    found = positions(labels.reshape(-1), task).nonzero().squeeze(-1)
-    return found.pin_memory() if torch.cuda.is_available() else found
-
-
-def _pick(values: Tensor, at: Tensor) -> Tensor:
-    """Rows [P, ...] of values [B, L, ...] at flat indices; a view if all are requested."""
-    flat = values.flatten(0, 1)
-    return flat if len(at) == len(flat) else flat.index_select(0, at)

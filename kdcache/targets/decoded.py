@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -203,3 +203,18 @@ Targets: TypeAlias = DenseTargets | HiddenTargets | SparseTargets
 def with_logits(targets: Targets) -> DenseTargets | SparseTargets:
     """Hidden states as logits; other targets as they are."""
     return targets.dense() if isinstance(targets, HiddenTargets) else targets
+
+
+def no_targets(n: int, device: torch.device) -> SparseTargets:
+    """Targets of n positions without entries: with alpha 1, hard labels alone."""
+    nothing = torch.zeros((n, 0), device=device)
+    return SparseTargets(nothing.long(), nothing, nothing.sum(-1), False, 1.0)
+
+
+def check_number(targets: Sized, n: int) -> None:
+    """Refuse targets of another number of positions than n."""
+    if len(targets) != n:
+        raise UsageError(
+            f"the batch has {len(targets)} soft targets for {n} positions: targets and labels "
+            "are not of the same rows."
+        )

@@ -20,9 +20,9 @@ from kdcache.rows import Row
 from kdcache.stream import SumOverRanks
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import Watch
-from kdcache.student.stream_loader import Copies
+from kdcache.student.positions import Share
+from kdcache.student.stream_loader import Copies, host_positions
 from kdcache.student.trainer import DistillationTrainer
-from kdcache.student.wrapper import host_positions
 from kdcache.targets import (
     AnchoredTargets,
     Codec,
@@ -285,7 +285,7 @@ def forward_and_backward(
     return tuple(parts), [g for g in gradients if g is not None]
 
 
-@pytest.mark.parametrize("rows", ["full", "padded", "no mask"])
+@pytest.mark.parametrize("rows", ["full", "padded", "no mask", "a share of positions"])
 @pytest.mark.parametrize("autocast", [None, BFLOAT16, FLOAT16])
 def test_a_training_step_waits_for_transformers_alone(
     rows: str, autocast: torch.dtype | None
@@ -296,7 +296,8 @@ def test_a_training_step_waits_for_transformers_alone(
     measured_before = mock.patch.object(Projection, "_measure", return_value=(1.0, None))
     with fake_cuda(), every_wait_is_seen(), tried_before, measured_before:
         model = fake_llama(vocabulary + 64, weights).train()
-        student = DistilledStudent(model, "causal-lm", vocab_size=vocabulary)
+        rule = Share("student-entropy", 0.2) if rows.startswith("a share") else None
+        student = DistilledStudent(model, "causal-lm", vocab_size=vocabulary, positions=rule)
         student.checks_padding = False  # at its first batch alone
         inputs = fake_batch(batch, length, masked=rows != "no mask")
         with Waits() as waits, under(autocast):

@@ -104,6 +104,13 @@ class LossOptions(Options):
         "by the one it was drawn with; 0 weighs all alike, as Lightning OPD.",
         at_least=0,
     )
+    positions: str | None = option(
+        None,
+        help="of a language model: train on a share of each batch's positions, those with the "
+        "largest entropy of the teacher, of the student as it is, or surprise, minus the teacher's "
+        "log-probability of the label: such as `student-entropy:0.2`. Default: on all.",
+        metavar="teacher-entropy|student-entropy|surprise:SHARE",
+    )
     huber_delta: float = option(
         1.0,
         help="error from which `--divergence huber` grows linearly, in units of the score.",

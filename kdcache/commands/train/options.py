@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from kdcache.commands.groups import LearningOptions, LoraOptions, PlotOptions, worker_range
 from kdcache.commands.train.groups import (
@@ -23,6 +24,7 @@ from kdcache.domains import Weights
 from kdcache.errors import UsageError
 from kdcache.humanize import redacted
 from kdcache.options import again, option, options_of, problems_of
+from kdcache.tasks import PositionFigure
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class TrainOptions(
         """See `Options.conflicts`."""
         wrong = [*super().conflicts(), *self.plot_problems(), *self._cross_conflicts()]
         read = (lambda: self.alphas, lambda: self.temperatures, lambda: self.theta)
-        wrong += problems_of(*read, lambda: self.adapter)
+        wrong += problems_of(*read, lambda: self.adapter, lambda: self.chosen)
         if self.lora is not None and self.fsdp:
             wrong.append(
                 "--fsdp shards all of a student's weights: with --lora train without it, the "
@@ -217,6 +219,7 @@ class TrainOptions(
             (temperature != "1", f"--temperature {temperature}"),
             (self.tail != "bucket", f"--tail {self.tail}"),
             (str(self.anchor) != "auto", f"--anchor {self.anchor}"),
+            (self.positions is not None, f"--positions {self.positions}"),
         )
         named = [text for given, text in others if given]
         if named:
@@ -268,6 +271,21 @@ class TrainOptions(
         return theta
 
     @property
+    def chosen(self) -> tuple[PositionFigure, float] | None:
+        """By which figure positions are chosen, and which share of them; None for all."""
+        if self.positions is None:
+            return None
+        figure, _, number = self.positions.partition(":")
+        found = [one for one in get_args(PositionFigure) if one == figure]
+        with suppress(ValueError):
+            if found and 0 < float(number) <= 1:
+                return found[0], float(number)
+        raise UsageError(
+            f"--positions is {self.positions}, expected {', '.join(get_args(PositionFigure))} and "
+            "a share above 0, at most 1, such as student-entropy:0.2."
+        )
+
+    @property
     def weights(self) -> Weights:
         """How often an epoch uses rows."""
         return Weights.parse(self.cache_weight)
@@ -295,6 +313,7 @@ class TrainOptions(
         values["alpha"], values["temperature"] = str(self.alphas), str(self.temperatures)
         values["lora"] = None if self.adapter is None else str(self.adapter)
         values["anchor"] = "auto" if self.theta is None else self.theta
+        values["positions"] = None if self.chosen is None else [*self.chosen]
         of_loss = {"huber_delta": "huber", "importance_clip": "policy-gradient"}
         others = (name for name, loss in of_loss.items() if self.divergence != loss)
         idle = {"cache", "eval_cache", *others}

@@ -171,6 +171,7 @@ class RunPlan:
                 f"--anchor is {options.anchor}, but the cache is {first.spec.codec}. Leave it out, "
                 "or build the cache with --codec anchored:N."
             )
+        problems += _wrong_positions(options, caches)
         figure = figure_of(first.spec.task)
         if options.best in FIGURES.values() and options.best != figure:
             problems.append(
@@ -421,6 +422,26 @@ def _wrong_loss(options: TrainOptions, cache: Cache, temperatures: Sequence[floa
         except UsageError as error:
             wrong.append(str(error))
     return wrong
+
+
+def _wrong_positions(options: TrainOptions, caches: Sequence[Cache]) -> list[str]:
+    """Why positions of these caches cannot be chosen as asked: a line each."""
+    if options.chosen is None:
+        return []
+    from kdcache.student.positions import Share, check_rule
+
+    try:
+        check_rule(Share(*options.chosen), caches[0].spec.task, options.divergence or "")
+    except UsageError as error:
+        return [str(error)]
+    columns = {"teacher-entropy": "entropy", "surprise": "label_logprob"}
+    column = columns.get(options.chosen[0])
+    return [
+        f"--positions {options.positions} needs the column {column}, and {cache.url} has none. "
+        "Build it with this version of kdcache, or choose by student-entropy."
+        for cache in caches
+        if column is not None and column not in cache.spec.kept
+    ]
 
 
 def _wrong_gradient(options: TrainOptions, cache: Cache) -> list[str]:

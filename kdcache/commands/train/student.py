@@ -123,6 +123,11 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
             f"--fsdp shards the layers of a Hugging Face student, which {options.student} is not. "
             "Train it without --fsdp."
         )
+    rule = None
+    if options.chosen is not None:
+        from kdcache.student.positions import Share
+
+        rule = Share(*options.chosen)
     student = DistilledStudent(
         inner,
         spec.task,
@@ -133,6 +138,7 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         vocab_size=info.vocab_size if cross is not None else spec.vocab_size,
         anchor=options.theta,
         huber_delta=options.huber_delta,
+        positions=rule,
     )
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
