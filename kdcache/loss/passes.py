@@ -70,12 +70,15 @@ def sparse_pass(
         [2] summed hard and soft loss (anchored [7]: with an anchor's figures), and [n, E] gradient
         of the entries.
     """
+    # The label is an entry without a weight: one path for both, and no second look-up.
     w = F.pad(w, (0, 1))
     rest, valid, each = rest[:, None], valid[:, None], each[:, None]
+    # An id may stand twice among the entries: its logit counts once, its weights add up.
     place = torch.arange(ids.shape[1], device=ids.device)
     same = ids[:, :, None] == ids[:, None, :]
     first = ~(same & (place[:, None] > place)).any(-1)
     own = (same * w[:, None, :]).sum(-1)
+    # A label that the target does not list belongs to the tail.
     listed = own > 0
     is_label = same[:, :, -1]
 
@@ -88,7 +91,9 @@ def sparse_pass(
     x, top = x - peak, torch.where(top > -torch.inf, top - peak, 0)
     e_soft = e if unit else e.mul(inverse_t).exp_()
     e.exp_()
+    # All sums in one exchange: where the vocabulary is cut, each costs the wait for all ranks.
     inner = over.total(*(s.sum(-1, keepdim=True) for s in ((e,) if unit else (e, e_soft))))
+    # The mass outside the entries and theirs are joined as logarithms: either may be tiny.
     others = inner[0].log() + top
     lse = torch.cat([others, torch.where(first, x, -torch.inf)], -1).logsumexp(-1, keepdim=True)
     if unit:
@@ -102,17 +107,20 @@ def sparse_pass(
     tail = torch.cat([others_t, torch.where(first & ~listed, y, -torch.inf)], -1).logsumexp(
         -1, keepdim=True
     )
+    # Where the entries are the whole vocabulary there is no tail, and 0 times infinity is NaN.
     has_tail = tail > -torch.inf
     tail = torch.where(has_tail, tail, 0)
     rest = torch.where(has_tail, rest, 0)
     mass = w.sum(-1, keepdim=True) + rest
 
     hard = valid * (lse - x[:, -1:])
+    # Weights of a sample sum to their mass and not to 1, so it multiplies the normaliser.
     soft = mass * lse_t - (w * y).sum(-1, keepdim=True) - rest * tail
     if exact:
         soft = soft + torch.xlogy(w, w).sum(-1, keepdim=True) + torch.xlogy(rest, rest)
     soft = each * soft / inverse_t**2
 
+    # Differences of logarithms, whose exponents are at most 0: nothing overflows.
     q, others_q = (y - lse_t).exp(), (others_t - lse_t).exp()
     sums = torch.stack([hard.sum(), soft.sum()])
     mass_outside, added = mass, torch.zeros_like(own)
@@ -129,6 +137,7 @@ def sparse_pass(
     a_soft = c_soft * (
         mass_outside * (top_t - lse_t).exp() - rest * (top_t - tail).clamp_max(0).exp()
     )
+    # At T = 1 both losses have the same probabilities: one product instead of two.
     z.copy_(e.mul_(a_hard + a_soft) if unit else e.mul_(a_hard).addcmul_(e_soft, a_soft))
     d_soft = mass * q - own - torch.where(listed, 0, rest * (y - tail).clamp_max(0).exp()) - added
     d_entries = c_hard * ((x - lse).exp() - is_label.to(x.dtype)) + c_soft * d_soft
@@ -181,6 +190,7 @@ def dense_pass(
         logits = (logits - logits.amax(-1, keepdim=True)) * inverse_t
         teacher = (teacher - teacher.amax(-1, keepdim=True)) * inverse_t
     student_t = student if unit else torch.log_softmax(logits, -1)
+    # A cache keeps logits as they are, not normalised.
     target = torch.log_softmax(teacher, -1)
     q, p = target.exp(), student.exp()
     p_t = p if unit else student_t.exp()
@@ -213,6 +223,7 @@ def scratch_pass(
     assert exact, "dense targets are exact"
     valid, each = valid[:, None], each[:, None]
     top, peak = z.amax(-1, keepdim=True).to(x.dtype), teacher.amax(-1, keepdim=True)
+    # Of all ranks, so that their sums of exponentials count from one number.
     top, peak, x = over.most(top, peak, x)
     y = z.to(x.dtype).sub_(top)  # z itself where no wider dtype is needed
     t = teacher.sub_(peak)
@@ -224,6 +235,7 @@ def scratch_pass(
     mass = q.sum(-1, keepdim=True)
     if not over.cut:  # before its sum over ranks, a rank's own may be 0
         q.div_(mass)
+    # The teacher's memory becomes the difference: a tensor of [n, V] less.
     gap = t.sub_(y_t)
     p_t = y_t.exp_()
     total_t = p_t.sum(-1, keepdim=True)
@@ -234,6 +246,7 @@ def scratch_pass(
         kl, mass, total_t, total = over.total(kl, mass, total_t, total)
         kl = kl / mass
         q.div_(mass)
+    # Both sides were counted from their largest and not normalised: the logarithms do it here.
     kl = kl - mass.log() + total_t.log()
     hard, soft = valid * (total.log() - (x - top)), each * kl / inverse_t**2
     c_hard, c_soft = alpha * valid, (1 - alpha) * each / inverse_t

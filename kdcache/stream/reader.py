@@ -186,6 +186,7 @@ class TargetStream(IterableDataset[Batch]):
                 for source in self._sources
                 if self.caches[source.cache].manifest.shards[source.shard].domain == domain
             ]
+            # A copy shares the opened caches and nothing that depends on which rows an epoch has.
             stream.cursor = stream.start = Cursor()
             found[domain] = stream
         return found
@@ -198,6 +199,7 @@ class TargetStream(IterableDataset[Batch]):
     @property
     def group(self) -> int:
         """Shards of a stream whose rows are shuffled together."""
+        # A rank holds two groups of each of its streams: memory must not grow with their number.
         return self._group or -(-self._usual_group // self.streams)
 
     @cached_property
@@ -240,6 +242,7 @@ class TargetStream(IterableDataset[Batch]):
                 f"the state is of {streams} streams, and this stream was made with "
                 f"{self._streams}: their order differs. Leave `streams` out to continue."
             )
+        # Another number of streams would be another order, in which the cursor counts other rows.
         self._streams = streams
         self.cursor = self.start = Cursor.from_dict(state)
 
@@ -263,11 +266,14 @@ class TargetStream(IterableDataset[Batch]):
         count: Tensor | None = None
         try:
             for made in ready:
+                # Summed here, not by the threads: collectives of a process must come in one order.
                 if made.positions is not None:
                     if made.first:
                         total = torch.as_tensor(sum_over(made.positions))
+                        # A step whose rows have no position at all has the loss 0 and not NaN.
                         count = total.clamp_min(1).float()
                     made.batch["count"] = torch.tensor(math.inf) if made.empty else count
+                # Only with a step's last slice: a resume begins with whole steps.
                 if made.after is not None:
                     self.cursor = made.after
                 self.left_out = self.left_out + made.left_out
@@ -306,6 +312,7 @@ class TargetStream(IterableDataset[Batch]):
         coming: deque[tuple[int, int, np.ndarray, int]] = deque()
         plan = self._plan(cursor, epochs)
         while True:
+            # One group ahead for each stream: more would be fetched sooner than it is needed.
             while len(coming) <= self._read_at_once and (planned := next(plan, None)) is not None:
                 coming.append(planned)
             if not coming:
@@ -324,6 +331,7 @@ class TargetStream(IterableDataset[Batch]):
             The stream, the row of it that comes first, (source, row) of each row, and the epoch.
         """
         sizes = [source.rows for source in self._sources]
+        # Made when a stream is first needed: most ranks read few of many streams.
         walks: dict[int, Walk] = {}
         epoch = cursor.epoch
         for now, _, mine in self._steps(cursor, epochs):
@@ -360,6 +368,7 @@ class TargetStream(IterableDataset[Batch]):
 
     def _decode(self, pairs: np.ndarray, epoch: int) -> tuple[np.ndarray, ShardRows]:
         """Rows of an epoch, (source, row), as rows of a pool of their shards."""
+        # Each shard is read once, however many rows of it a group has.
         members, which = np.unique(pairs[:, 0], return_inverse=True)
         chosen = [self._sources[member] for member in members]
         shards = self._shards(pairs)
@@ -371,6 +380,7 @@ class TargetStream(IterableDataset[Batch]):
         pool = ShardRows(parts, soft=soft)
         rows = pairs[:, 1].copy()
         for index, source in enumerate(chosen):
+            # A weighted source has rows of an epoch, of which `keep` tells the stored ones.
             if source.rows != source.stored:
                 here = which == index
                 rows[here] = source.keep(self.seed, epoch, rows[here])
@@ -388,6 +398,7 @@ class TargetStream(IterableDataset[Batch]):
             for read in mine.reads:
                 self._take(parts, read, held, groups)
             slices, count = parts.slices, max(parts.positions, 1)
+            # Made once and only if needed: it costs reading a shard where nothing is held.
             if spare is None and not all(slices):
                 spare = self._spare(held, epoch)
             for i, part in enumerate(slices):
@@ -420,6 +431,7 @@ class TargetStream(IterableDataset[Batch]):
             low += len(rows)
             if group.end == low:
                 del held[stream]
+            # Its rows go before the next group is waited for, or two would be held.
             del group
 
     def _spare(self, held: Mapping[int, Group], epoch: int) -> ShardData:
@@ -435,6 +447,7 @@ class TargetStream(IterableDataset[Batch]):
 
     def _settled(self, cursor: Cursor) -> Cursor:
         """The cursor, or the beginning of the next epoch if this one has no batch left."""
+        # A cursor at an end is the next beginning, so that one state has one form.
         left = self.rows - cursor.rows_seen
         if left <= 0 or (self.drop_last and left < self.batch_size):
             return Cursor(cursor.epoch + 1, 0, cursor.step)

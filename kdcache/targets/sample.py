@@ -155,6 +155,7 @@ class Sample(Codec):
         """See `Codec.largest_id`: those of positions are the sums of their differences."""
         largest = -1
         for (axis, counts), base in zip(self.counts(columns).items(), (0, 0, _NEAR), strict=True):
+            # Of running sums alone: ids are checked before an array of them is made.
             before = np.concatenate([[0], running_sum(columns[f"{axis}_ids"])])
             ends = running_sum(counts)[counts > 0]
             last = before[ends] - before[ends - counts[counts > 0]]
@@ -217,6 +218,7 @@ class Sample(Codec):
         if self.anchored:
             beside["inverse"] = encoded["inverse"].reshape(-1)
         columns: dict[str, Array] = {}
+        # Sorted: differences are small and the order of draws means nothing.
         head_ids, order, columns["head_count"] = _sorted_deltas(ids, head)
         columns["head_ids"], columns["head_units"] = head_ids, entries[order]
         for axis, chosen, base in (("near", ids < _NEAR, 0), ("far", ids >= _NEAR, _NEAR)):
@@ -240,6 +242,7 @@ class Sample(Codec):
         renamed["head_units"] = columns["head_units"][order]
 
         tail = rank_to_id[np.concatenate([ids["near"], ids["far"] + _NEAR])]
+        # Near and far are one set here: which of the two an id is in follows from its new rank.
         position_of = np.concatenate([owner["near"], owner["far"]])
         order = _order(position_of, tail)
         tail, position_of = tail[order], position_of[order]
@@ -264,6 +267,7 @@ class Sample(Codec):
         """
         index = self._temperature_index(temperature)
         lengths, left = self._lengths(columns)
+        # In the order in which entries stand in a row: the head, near, far.
         counts = np.stack([lengths[axis] for axis in _AXES])
         total = counts.sum(0)
         positions, width = len(total), max(1, int(total.max(initial=0)))
@@ -273,6 +277,7 @@ class Sample(Codec):
         ends = np.zeros((len(_AXES), positions + 1), np.int64)
         for axis, count in enumerate(counts):
             ends[axis, 1:] = running_sum(count)
+        # Padding is id 0 with weight 0, which changes no sum.
         ids = np.zeros((positions, width), np.int64)
         # Empty: `_weigh` writes every slot, zeros too, while the slice is in the cache.
         weights = np.empty((positions, width), np.float32)
@@ -284,10 +289,12 @@ class Sample(Codec):
             mine = {column.name: columns[column.name][cut[column.per]] for column in ragged}
             flat_at, found = self._entries(mine, counts[:, part], width)
             if rank_to_id is not None:
+                # A look-up of one slice: the table stays in the cache, where that of all would not.
                 found = rank_to_id[found].astype(np.int64)
             ids[part].reshape(-1)[flat_at] = found
             self._weigh(weights[part], mine, flat_at, size[part], total[part], index)
             if self.anchored:
+                # Ids of the head keep 0: chance had no part in them.
                 drawn = flat_at[len(mine["head_ids"]) :]
                 inverse[part].reshape(-1)[drawn] = _INVERSES[_tail(mine, "inverse")]
         sample = SparseTargets(
@@ -325,6 +332,7 @@ class Sample(Codec):
         flat_at, first = run_items(starts[used], counts[used])
         deltas = [columns[f"{axis}_ids"] for axis in _AXES]
         ids = _undo_deltas(np.concatenate(deltas), first)
+        # Far ids count from 256, which is in no difference.
         ids[len(ids) - len(deltas[-1]) :] += _NEAR
         return flat_at, ids
 
@@ -357,6 +365,7 @@ class Sample(Codec):
             share: Array | int = _SHARE_UNITS
             if len(self.temperatures) > 1:
                 shares = _tail(columns, "shares")
+                # The last is what the others leave: the shares of an entry sum to 1 exactly.
                 last = index == shares.shape[1]
                 share = _SHARE_UNITS - sum(shares.T) if last else shares[:, index]
             # Shares first and sizes after: one product a row instead of a lookup an entry.
@@ -405,6 +414,7 @@ def _sorted_deltas(ids: Array, used: Array) -> tuple[Array, Array, Array]:
     # Unused slots sort behind all ids, so each row's first `counts` are the used ones.
     key = np.where(used, ids.astype(np.int64), np.iinfo(np.int64).max)
     order = np.argsort(key, axis=1)
+    # From the one sort: a second one would cost as much again.
     key = np.take_along_axis(key, order, 1)
     kept = np.arange(ids.shape[1]) < counts[:, None]
     deltas = np.diff(key, axis=1, prepend=0)[kept]
@@ -414,6 +424,7 @@ def _sorted_deltas(ids: Array, used: Array) -> tuple[Array, Array, Array]:
 
 def _order(owner: Array, ids: Array) -> Array:
     """Order by position, then by id, equal ones as they come: `np.lexsort`, ten times faster."""
+    # One number of both: an id takes the lower 32 bits.
     return np.argsort(owner << 32 | ids, kind="stable")
 
 
@@ -440,6 +451,7 @@ def _undo_deltas(deltas: Array, first: Array) -> Array:
     """
     deltas = deltas.astype(np.int64)
     # Each position's first difference takes back the sum of those of the position before.
+    # One running sum over all positions, since a loop over them would be Python's.
     totals = running_sum(deltas)[first[1:] - 1]
     totals[1:] -= totals[:-1]
     deltas[first[1:]] -= totals

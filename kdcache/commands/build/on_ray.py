@@ -72,6 +72,7 @@ class RayWorker(SpanWorker):
         import ray
 
         here = ray.get_runtime_context().get_node_id()
+        # The share of its own node: nodes of one cluster may have different numbers of CPUs.
         (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
         super().__init__(replace(job, threads=need.threads(node["Resources"])))
         from ray.util.metrics import Counter
@@ -176,6 +177,7 @@ class RayWorkers(Workers):
                 self._need = Need(gpus, cpus, exact, exact=True)
             if not self._grows:
                 self._refuse_too_many()
+            # A heartbeat has a thread of its own: behind spans it would come when they are done.
             self._class = ray.remote(concurrency_groups={"pulse": 1})(RayWorker).options(
                 num_cpus=self._need.cpus, num_gpus=gpus, max_concurrency=IN_FLIGHT
             )
@@ -262,6 +264,7 @@ class RayWorkers(Workers):
 
     def _when_answered(self, ref: Any, handler: Any, *facts: Any) -> None:
         """Have `collect` call `handler(*facts, future)` once the answer is there."""
+        # Only the queue is touched here: the callback runs in a thread of Ray's.
         put = self._answers.put
         ref.future().add_done_callback(lambda future: put(partial(handler, *facts, future)))
 
@@ -277,10 +280,13 @@ class RayWorkers(Workers):
             self._tell("worker ready", worker=name, node=actor.node, batch_tokens=batch_tokens)
             return []
         cause = _cause(error)
+        # Wrong input is wrong on every worker; only a death may end otherwise elsewhere.
         if isinstance(cause, KdcacheError) and not isinstance(cause, TeacherDied | UnexpectedError):
             raise cause
         self._failed_starts += 1
+        # In a row over all workers, so that one bad node does not end what others can do.
         if self._failed_starts >= _START_TRIES * len(self._actors):
+            # The constructor raised: the cause is in our hands, not a death that nobody saw.
             if getattr(error, "actor_init_failed", False):
                 raise cause
             raise IncompleteError(
@@ -306,6 +312,8 @@ class RayWorkers(Workers):
     def _free(self, alone: bool) -> _Actor | None:
         """The least busy actor with room. Constant time on average, however many there are."""
         for load, actors in enumerate(self._open[: 1 if alone else IN_FLIGHT]):
+            # An actor whose load changed keeps its entry, which would cost a search: those that are
+            # out of date go here, each once.
             while actors:
                 actor = actors[0]
                 if actor in self._actors and not actor.alone and len(actor.in_flight) == load:
@@ -328,6 +336,7 @@ class RayWorkers(Workers):
         actor = self._free(alone)
         assert actor is not None, "has_room() comes first"
         actor.alone, actor.group = alone, span.group
+        # An idle worker made no progress either: its time counts from the first span on.
         if not actor.in_flight:
             actor.last_progress = self._now
         actor.in_flight[span.index] = span
@@ -341,6 +350,7 @@ class RayWorkers(Workers):
             check_own_ray()
         elapsed = time.monotonic() - self._ticked
         self._ticked += elapsed
+        # Bounded by what was waited for: longer means that this process did not run.
         self._now += min(elapsed, seconds + 1.0)
         outcomes = [outcome for answer in answers for outcome in answer()]
         if self._now - self._checked >= self._beat:
@@ -356,6 +366,7 @@ class RayWorkers(Workers):
         error, alone = answer.exception(), actor.alone
         assert actor.figures is not None, "only a worker that is ready is given spans"
         name = actor.figures.name
+        # Not raised by the span's own code: the process or its node is gone.
         if error is not None and not isinstance(error, self._ray.exceptions.RayTaskError):
             return self._lose(actor, error)
         if isinstance(error, Exception) and isinstance(_cause(error), TeacherDied):
@@ -379,6 +390,7 @@ class RayWorkers(Workers):
         numbers = [span.index for span in spans]
         self._tell("worker lost", worker=name, fault=fault, spans=numbers, error=reason(error))
         self.lost += 1
+        # Answers that still come of these spans are then known to be late, and are left out.
         actor.in_flight.clear()
         self._dismiss(actor)
         self._start_missing()
@@ -402,12 +414,14 @@ class RayWorkers(Workers):
         """Read the workers' heartbeats, and give up those that hang."""
         self._checked = self._now
         outcomes = []
+        # A copy: a worker that hangs is replaced in the loop.
         for actor in [a for a in self._actors if a.figures]:
             if actor.in_flight and self._now - actor.last_progress > self._hang:
                 error = TimeoutError(
                     f"it made no progress for {self._now - actor.last_progress:.0f} s"
                 )
                 outcomes.extend(self._lose(actor, error))
+            # One question at a time: a stopped process would collect them.
             elif not actor.asked:
                 actor.asked = True
                 pulse = actor.handle.pulse.options(concurrency_group="pulse").remote()
@@ -422,6 +436,7 @@ class RayWorkers(Workers):
         if error is not None:  # a worker without spans shows in no other way that it died
             return self._lose(actor, error)
         pulse = answer.result()
+        # An old answer that comes late must not set the clock back.
         actor.last_progress = max(actor.last_progress, self._now - pulse.idle)
         if actor.figures is not None:
             actor.figures.in_flight = tuple(s for s in pulse.spans if s.span in actor.in_flight)
@@ -453,6 +468,7 @@ def run_once(function: Any, *arguments: Any, gpus: float, address: str | None) -
     try:
         task = ray.remote(num_cpus=1, num_gpus=gpus)(_call_at_home)
         answer = task.remote(os.getcwd(), function, arguments)
+        # Python handles a signal between two waits, and not within one.
         while not ray.wait([answer], timeout=1.0)[0]:
             pass  # a signal is handled here
         return ray.get(answer)

@@ -77,12 +77,14 @@ def train_on_ray(
     fewest, most = options.workers
     where = {"plot": None} | ({} if is_remote(options.out) else {"out": str(plan.out)})
     own = plan.folder.ray
+    # A Ray of ours on this machine ends with the command, and its workers may talk over loopback.
     owns = connect(options.address)
     here = owns and cluster_address(options.address) is None
     grows = cluster_address(options.address) is not None
     private = tempfile.mkdtemp(prefix="kdcache-") if here else None
     try:
         need = need_of(options, nodes_up(), grows=grows)
+        # Preemption is usual on a cluster; on one machine a worker that dies mostly dies again.
         failures = (100 if grows else 2) if options.max_failures is None else options.max_failures
 
         class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -101,6 +103,7 @@ def train_on_ray(
                 with open(own / _FAILURES, "a") as file:
                     file.write(reason(first) + "\n")
 
+        # Before any worker starts: the run in a store belongs to the training that began last.
         plan.folder.claim()
         trainer = Trainer(
             _work,
@@ -111,6 +114,7 @@ def train_on_ray(
                 "folder": str(Path.cwd()),
             },
             torch_config=_process_group("nccl" if need.gpus else "gloo", private),
+            # A range makes the training elastic: a smaller group continues, a larger one is tried.
             scaling_config=ScalingConfig(
                 num_workers=fewest if fewest == most else (fewest, most),
                 use_gpu=need.gpus > 0,
@@ -147,6 +151,7 @@ def train_on_ray(
                 with suppress(ray.exceptions.RayActorError):
                     ray.get(trainer.controller.abort.remote(), timeout=_ABORT_SECONDS)
             if follower.gave_up is not None:
+                # Ctrl-C was the follower's: the reason is what the user should read.
                 raise follower.gave_up from None
             raise
         except ray.exceptions.RayError:
@@ -156,6 +161,7 @@ def train_on_ray(
         except TrainingFailedError as error:
             for failure in getattr(error, "worker_failures", {}).values():
                 cause = getattr(failure, "_base_exc", failure)  # Ray's own adds its traceback
+                # What a worker has in a message of ours needs no traceback of Ray's around it.
                 if isinstance(cause, KdcacheError):
                     raise cause from error
             raise
@@ -169,6 +175,7 @@ def train_on_ray(
         if private is not None:
             shutil.rmtree(private, ignore_errors=True)
         if follower is not None:
+            # Last: what ends Ray above may hang as well, and then the timer is the way out.
             follower.ended()
     if wrong:
         raise UsageError(wrong)
@@ -192,7 +199,9 @@ def need_of(options: TrainOptions, nodes: Sequence[Mapping[str, float]], *, grow
     fewest, most = options.workers
     asked, gpus = options.gpus_per_worker, sum(node.get("GPU", 0) for node in nodes)
     if grows:
+        # Ray waits for nodes that an autoscaler starts: too few now is no error there.
         return share_of_cpus(1.0 if asked is None else asked, most, nodes)
+    # All or none: a run of which one worker is on a CPU is as slow as that one.
     each = float(gpus > 0) if asked is None else asked
     if fewest * each > gpus:
         raise UsageError(
@@ -229,7 +238,9 @@ def _process_group(backend: str, private: str | None) -> Any:
 
     class OnLoopback(config._TorchBackend):  # type: ignore[misc]
         def on_start(self, workers: Any, torch_config: Any) -> None:
+            # A worker that restarts would find the file of the group that has ended.
             url = meeting + secrets.token_hex(8)  # of each start its own: such files are used once
+            # In every worker before torch's group is made, which reads the variables once.
             workers.execute(_talk_on_loopback)
             workers.execute(config._set_torch_distributed_env_vars)
             ranks = range(len(workers))
@@ -263,7 +274,9 @@ def _work(config: dict[str, Any]) -> None:
     at_home(config["folder"])
     here = ray.get_runtime_context().get_node_id()
     (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    # Ray counts CPUs and does not bind to them: each worker would take all of the node.
     torch.set_num_threads(config["need"].threads(node["Resources"]))
+    # Threads of tokenizers would take the CPUs of other workers, too.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = TrainOptions(**config["options"])
     try:
@@ -281,6 +294,7 @@ class _Waiting:
         self._trainer, self._need = trainer, need
         self._fewest = options.workers[0]
         self._wait = Wait(options.wait_minutes)
+        # The clock starts now, and not when the first look finds nothing.
         self._wait.end(time.monotonic())
 
     def look(self) -> None:
@@ -317,6 +331,8 @@ class _Waiting:
             return type(ray.get(state, timeout=_ANSWER_SECONDS)).__name__ == "RunningState"
         except ray.exceptions.GetTimeoutError:  # it waits for their resources
             return False
+        # Another version of Ray, or a controller that is ending: a wait that never reports is safer
+        # than one that ends a training.
         except (AttributeError, ray.exceptions.RayError):
             return True
 
@@ -345,6 +361,7 @@ class _Follower:
         self._watch, self._wait = watch, wait
         self._failed = 0
         self._last_resort: threading.Timer | None = None
+        # Last in the constructor: the thread reads all of the above.
         self._thread.start()
 
     def _follow(self) -> None:
@@ -393,6 +410,7 @@ class _Follower:
     def _look(self) -> None:
         if self._on_progress is None:
             return
+        # A request for each look would be paid where the run is in a store.
         if time.monotonic() < self._next and not self._done.is_set():
             return
         self._next = time.monotonic() + self._plan.folder.ask_every
