@@ -278,7 +278,7 @@ def test_the_size_of_a_corpus_is_estimated_from_a_sample(
     for name, most in (("plain.jsonl", 0.15), ("plain.txt", 0.15), ("packed.jsonl.gz", 0.5)):
         corpus = Corpus.open([str(tmp_path / name)], span_bytes=8192)
         sample = sample_rows(corpus, spec, tokenizer, 40)
-        assert len(sample.rows) == len(sample.places) == 40
+        assert len(sample.rows) == len(sample.origins) == 40
         assert sample.corpus_positions == pytest.approx(whole, rel=most)
     limited = Corpus.open([str(tmp_path / "plain.jsonl")], span_bytes=8192, limit=100)
     sample = sample_rows(limited, spec, tokenizer, 40)

@@ -216,14 +216,16 @@ class _Writer:
         if self.axolotl:
             return self._with_tokens(data, rows)
         tokens = slice(data.offsets[rows.start], data.offsets[rows.stop])
-        places = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
+        positions_here = slice(data.position_offsets[rows.start], data.position_offsets[rows.stop])
         ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
         labels = data.labels[tokens] if per_token else data.labels[rows.start : rows.stop]
         there = positions(labels, data.task)
         independent = _INDEPENDENT.get(TASKS[data.task].answers)
         if independent is None:
             own = {"label": pa.array(labels, pa.int32(), mask=labels == IGNORE)}
-            counts, ids, probs, tail = self._decoded(data.targets, places.start, places.stop)
+            counts, ids, probs, tail = self._decoded(
+                data.targets, positions_here.start, positions_here.stop
+            )
             per = np.zeros(len(labels), np.int64)
             per[there] = counts
             values = {
@@ -232,12 +234,16 @@ class _Writer:
                 "target_tail": _spread(tail, there),
             }
         else:
-            taken = data.targets.take(np.arange(places.start, places.stop)).at(self.temperature)
+            taken = data.targets.take(np.arange(positions_here.start, positions_here.stop)).at(
+                self.temperature
+            )
             assert isinstance(taken, DenseTargets), "their targets are dense"
             own, values = independent(labels, taken)
         if data.label_logprob is not None:
-            values["teacher_logprob"] = _spread(decode_logprobs(data.label_logprob[places]), there)
-        known = teacher_entropy(data, np.arange(places.start, places.stop))
+            values["teacher_logprob"] = _spread(
+                decode_logprobs(data.label_logprob[positions_here]), there
+            )
+        known = teacher_entropy(data, np.arange(positions_here.start, positions_here.stop))
         if known is not None:
             values["teacher_entropy"] = _spread(known, there)
         columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
@@ -329,24 +335,24 @@ class _Writer:
         if isinstance(found, SparseTargets):
             weights = found.weights.double().numpy()
             tail = found.tail.double().numpy()
-            place, slot = np.nonzero(weights)
-            ids, probs = found.ids.numpy()[place, slot], weights[place, slot]
+            position, slot = np.nonzero(weights)
+            ids, probs = found.ids.numpy()[position, slot], weights[position, slot]
             if not found.exact:  # an id that was drawn twice has two entries
                 width = targets.codec.vocab_size
-                keys, which = np.unique(place * width + ids, return_inverse=True)
+                keys, which = np.unique(position * width + ids, return_inverse=True)
                 probs = np.bincount(which, probs, len(keys))
-                place, ids = np.divmod(keys, width)
+                position, ids = np.divmod(keys, width)
         else:
             probs = (found.logits.double() / self.temperature).softmax(-1).numpy()
-            place, ids = np.indices(probs.shape).reshape(2, -1)
+            position, ids = np.indices(probs.shape).reshape(2, -1)
             probs, tail = probs.reshape(-1), np.zeros(len(targets))
-        order = np.lexsort((ids, -probs, place))
-        place, ids, probs = place[order], ids[order], probs[order]
-        counts = np.bincount(place, minlength=len(targets))
+        order = np.lexsort((ids, -probs, position))
+        position, ids, probs = position[order], ids[order], probs[order]
+        counts = np.bincount(position, minlength=len(targets))
         if self.top is not None:
-            rank = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+            rank = np.arange(len(position)) - np.repeat(np.cumsum(counts) - counts, counts)
             kept = rank < self.top
-            tail = tail + np.bincount(place[~kept], probs[~kept], len(targets))
+            tail = tail + np.bincount(position[~kept], probs[~kept], len(targets))
             ids, probs, counts = ids[kept], probs[kept], np.minimum(counts, self.top)
         return counts, ids, probs, tail
 

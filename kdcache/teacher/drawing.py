@@ -1,8 +1,8 @@
 """Draws the next token of each row: temperature, truncation, and noise that belongs to the row.
 
 The noise of a token is a number of (seed, span, prompt, sample, position), by the generator of
-`position_uniform`, so that batches and workers do not matter. A token is the place of that number
-in the cumulative distribution.
+`position_uniform`, so that batches and workers do not matter. The drawn token is where that number
+falls in the cumulative distribution.
 
 Cost: one sort of the vocabulary a row with `top_p`, else two passes over it.
 """
@@ -19,7 +19,7 @@ from kdcache.targets import Stream, position_uniform
 
 
 def noise(
-    seed: int, span: int, prompt: npt.ArrayLike, sample: npt.ArrayLike, place: npt.ArrayLike
+    seed: int, span: int, prompt: npt.ArrayLike, sample: npt.ArrayLike, position: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
     """Uniform numbers of tokens.
 
@@ -28,15 +28,15 @@ def noise(
         span: the prompts' span.
         prompt: integers [n], which prompt of the span.
         sample: integers [n], which of its answers.
-        place: integers [n], which token of the answer.
+        position: integers [n], which token of the answer.
     """
     samples = np.asarray(sample)
-    out = np.empty(np.broadcast_shapes(samples.shape, np.shape(prompt), np.shape(place)))
-    prompts, places = np.broadcast_to(prompt, out.shape), np.broadcast_to(place, out.shape)
+    out = np.empty(np.broadcast_shapes(samples.shape, np.shape(prompt), np.shape(position)))
+    prompts, positions = np.broadcast_to(prompt, out.shape), np.broadcast_to(position, out.shape)
     for one in np.unique(samples):
         mine = np.broadcast_to(samples == one, out.shape)
         stream = Stream.ANSWERS + int(one)
-        out[mine] = position_uniform(seed, span, prompts[mine], places[mine], stream=stream)
+        out[mine] = position_uniform(seed, span, prompts[mine], positions[mine], stream=stream)
     return out
 
 

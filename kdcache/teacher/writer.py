@@ -267,9 +267,9 @@ class Writer:
 
     def _draw(self, span: int, batch: _Batch, logits: Tensor, longest: int) -> None:
         """Draw the next token of each row, and note which have ended."""
-        places = [len(logprobs) for logprobs in batch.logprobs]
+        positions = [len(logprobs) for logprobs in batch.logprobs]
         which, samples = np.array(batch.asks).T
-        numbers = noise(self.how.seed, span, which, samples, places)
+        numbers = noise(self.how.seed, span, which, samples, positions)
         uniform = torch.from_numpy(numbers).to(self.device)
         batch.next, logprobs = draw(logits, uniform, self.how)
         for row, (token, logprob) in enumerate(

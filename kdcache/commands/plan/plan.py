@@ -96,14 +96,14 @@ class SamplePass:
         self.rows = [
             sample.rows[i] for batch in self._batches(prepared.batch_tokens) for i in batch
         ]
-        self.positions = sum(len(self._places(row)) for row in self.rows)
+        self.positions = sum(len(self._positions_of(row)) for row in self.rows)
         self.compared = 0
         self.seconds = 0.0
 
     def _batches(self, tokens: int) -> list[list[int]]:
         return list(batches([row.sizes for row in self.sample.rows], tokens))
 
-    def _places(self, row: Row) -> np.ndarray:
+    def _positions_of(self, row: Row) -> np.ndarray:
         return row.positions(self.prepared.spec.task)
 
     def _check_memory(self) -> None:
@@ -141,25 +141,25 @@ class SamplePass:
             rows = [self.sample.rows[i] for i in batch]
             u = self._noise(batch)
             if self.labels:
-                labels = np.concatenate([row.labels[self._places(row)] for row in rows])
-            place = 0
+                labels = np.concatenate([row.labels[self._positions_of(row)] for row in rows])
+            first = 0
             slices = self.teacher.slices(rows)
             while (found := self._next(slices)) is not None:
                 logits = found.logits
-                piece = u[place : place + len(logits)]
+                piece = u[first : first + len(logits)]
                 chosen = np.arange(-at % every, len(logits), every)
                 if self.labels:
-                    some = torch.from_numpy(labels[place : place + len(logits)].astype(np.int64))
+                    some = torch.from_numpy(labels[first : first + len(logits)].astype(np.int64))
                     at_one = logits_at(logits, self.made_for, (1.0,))
                     values = of_positions(at_one, some, entropy=self.prepared.spec.entropy)
-                    noise = partial(self._noise_of, batch, slice(place, place + len(logits)))
+                    noise = partial(self._noise_of, batch, slice(first, first + len(logits)))
                     self.kept.append(codes_of({n: v.cpu() for n, v in values.items()}, noise))
                 made = [trial.add(self._of(found, trial), piece) for trial in self.trials]
                 for trial, part in zip(self.trials, made, strict=True):
                     trial.parts.append(part)
                 for start in range(0, len(chosen), _COMPARED_AT_ONCE):
                     self._compare(logits, made, chosen[start : start + _COMPARED_AT_ONCE])
-                place += len(logits)
+                first += len(logits)
                 at += len(logits)
             done += len(batch)
             report(f"teacher: {done} of {len(self.rows)} rows")
@@ -214,7 +214,7 @@ class SamplePass:
 
     def _noise_of(self, batch: Sequence[int], piece: slice, **which: Any) -> np.ndarray:
         """The numbers of some positions in a build with seed 0; see `position_uniform`."""
-        rows = [(*self.sample.places[i], self._places(self.sample.rows[i])) for i in batch]
+        rows = [(*self.sample.origins[i], self._positions_of(self.sample.rows[i])) for i in batch]
         return np.concatenate([position_uniform(0, *row, **which) for row in rows])[piece]
 
     def _compare(self, logits: Tensor, made: Sequence[SoftTargets], chosen: np.ndarray) -> None:

@@ -82,7 +82,7 @@ class CorpusSample:
 
     Attributes:
         rows: the sample.
-        places: span, and number of the row in it, of each.
+        origins: span, and number of the row in it, of each.
         records: read for it; more than the rows need, where a row is a small part of a record.
         unfiltered: records of the files that these stand for, before filters.
         positions: in all rows of these records.
@@ -92,7 +92,7 @@ class CorpusSample:
     """
 
     rows: list[Row] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    origins: list[tuple[int, int]] = field(default_factory=list)
     records: int = 0
     unfiltered: float = 0.0
     positions: int = 0
@@ -140,7 +140,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
             domain.empty += size * (not part.read)
         chosen = np.linspace(0, len(found), min(wanted, len(found)), endpoint=False).astype(int)
         sample.rows += [found[i] for i in chosen]
-        sample.places += [(span.index, int(i)) for i in chosen]
+        sample.origins += [(span.index, int(i)) for i in chosen]
     if not sample.rows:
         raise UsageError(
             "no row could be made of the first records of the corpus: nothing to plan with. Look "

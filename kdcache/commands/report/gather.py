@@ -207,12 +207,12 @@ def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...]
                 sandbox.open(path)
                 data = cache.parse(path, full[i])
             most = min(_POSITIONS, max(16, _NUMBERS // cache.spec.vocab_size))
-            places = np.unique(
+            chosen = np.unique(
                 np.linspace(0, len(data.targets) - 1, min(most, len(data.targets))).astype(int)
             )
             for t in temperatures:
-                sums[t].append(_figures(data, places, t))
-            surprise += _surprise(cache, data, places)
+                sums[t].append(_figures(data, chosen, t))
+            surprise += _surprise(cache, data, chosen)
     joined = {t: np.concatenate(parts) for t, parts in sums.items() if parts}
     figures = []
     for t, part in joined.items():
@@ -221,9 +221,9 @@ def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...]
     return tuple(figures), tuple(surprise), len(next(iter(joined.values()), ()))
 
 
-def _figures(data: ShardData, places: np.ndarray, temperature: float) -> np.ndarray:
+def _figures(data: ShardData, chosen: np.ndarray, temperature: float) -> np.ndarray:
     """Entropy, best probability, stored mass and entries of some positions; NaN where unknown."""
-    targets = with_logits(data.targets.take(places).at(temperature))
+    targets = with_logits(data.targets.take(chosen).at(temperature))
     if isinstance(targets, DenseTargets):
         p = torch.softmax(targets.logits.double() / temperature, -1)
         entropy = torch.special.entr(p).sum(-1)
@@ -238,20 +238,20 @@ def _figures(data: ShardData, places: np.ndarray, temperature: float) -> np.ndar
             entropy = torch.special.entr(weights).sum(-1) + torch.special.entr(tail)
             found = [entropy, weights.amax(-1), 1 - tail, entries]
     if temperature == 1 and data.entropy is not None:  # of all ids, stored or not
-        found[0] = torch.from_numpy(decode_entropies(data.entropy[places])).double()
+        found[0] = torch.from_numpy(decode_entropies(data.entropy[chosen])).double()
     return torch.stack(found, -1).numpy()
 
 
-def _surprise(cache: Cache, data: ShardData, places: np.ndarray) -> list[float]:
+def _surprise(cache: Cache, data: ShardData, chosen: np.ndarray) -> list[float]:
     """Minus the log-probability of the labels of some positions, where it is known."""
     if data.label_logprob is not None:
-        return [-float(logprob) for logprob in decode_logprobs(data.label_logprob[places])]
+        return [-float(logprob) for logprob in decode_logprobs(data.label_logprob[chosen])]
     if TASKS[cache.spec.task].over_ids or not cache.codec().any_temperature:
         return []
-    targets = with_logits(data.targets.take(places).at(1.0))
+    targets = with_logits(data.targets.take(chosen).at(1.0))
     assert isinstance(targets, DenseTargets), "right at any temperature"
     logprobs = torch.log_softmax(targets.logits.double(), -1)
     marked = positions(data.labels, data.task)
-    labels = torch.from_numpy(np.asarray(data.labels)[marked][places].astype(np.int64))
+    labels = torch.from_numpy(np.asarray(data.labels)[marked][chosen].astype(np.int64))
     known = labels >= 0
     return [float(-x) for x in logprobs[known].gather(-1, labels[known, None])[:, 0]]
