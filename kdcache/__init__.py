@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
 
 
-_HOMES = {  # of public names, beside those of commands
+_HOMES = {  # of public names, besides those of commands
     "kdcache.align": ("Aligner", "Alignment", "CachedRow", "TokenBytes"),
     "kdcache.cache": ("Cache",),
     "kdcache.errors": ("CorruptCacheError", "IncompleteError", "KdcacheError", "UsageError"),

@@ -42,7 +42,7 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def python(code: str, *words: str, **more: Any) -> subprocess.Popen[bytes]:
-    """Start a Python beside this one, isolated, with pipes for its input and its output.
+    """Start a Python next to this one, isolated, with pipes for its input and its output.
 
     Args:
         code: what it runs.
@@ -68,7 +68,7 @@ def connect(address: str | None) -> bool:
         UsageError: no cluster answers at the address, or it wants another token.
     """
     # What a cluster reports of dead workers Ray prints on standard output, where a command's
-    # outcome belongs; our own log says it too.
+    # outcome belongs; our own log shows it too.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     import ray
 

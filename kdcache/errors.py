@@ -46,7 +46,7 @@ _DEVICE_LOST = re.compile(r"AcceleratorError|OutOfMemoryError|CUDA error|NCCL er
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a library says, in one line of bounded length and without a full stop."""
+    """What an error of a library reports, in one line of bounded length and without a full stop."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said[:_SHOWN].rstrip(".: ")
 
@@ -86,7 +86,7 @@ class UnexpectedError(KdcacheError):
     """An exception that nobody planned, as text.
 
     Attributes:
-        line: what the exception says, and what was being done.
+        line: what the exception reports, and what was being done.
     """
 
     def __init__(self, line: str, cure: str, trace: str, exit_code: int) -> None:
@@ -197,7 +197,7 @@ def require(asked: Mapping[str, str]) -> None:
         asked: extras of this package, each with what needs it.
 
     Raises:
-        UsageError: says which are missing, and the command that installs them all.
+        UsageError: states which are missing, and the command that installs them all.
     """
     if missing := [extra for extra in asked if not installed(extra)]:
         lines = [f"{asked[one]} needs the extra `{one}`, which is missing." for one in missing]

@@ -160,7 +160,7 @@ def file_problems(name: str | None, option: str) -> list[str]:
         name: of the file; None for none.
         option: that names it.
     """
-    if name is None or output_problem(name, option):  # which the option's own check says
+    if name is None or output_problem(name, option):  # which the option's own check reports
         return []
     try:
         path = local_path(name, option)
@@ -300,8 +300,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def filled_folder(path: Path, name: str, last: str) -> Iterator[Path]:
     """A scratch folder to fill, whose files move up into `path` at the end.
 
-    They move one by one, so one of them is the last and says that all are there. The scratch folder
-    stays until then, also where this process is killed.
+    They move one by one, so one of them is the last and shows that all are there. The scratch
+    folder stays until then, also where this process is killed.
 
     Args:
         path: the folder to be filled.
@@ -437,7 +437,7 @@ def strange(names: Set[str], ours: Iterable[str] = ()) -> set[str]:
 
     Args:
         names: see `listed` and `found_at`.
-        ours: patterns of what that work writes, beside its lock and files under temporary names.
+        ours: patterns of what that work writes, besides its lock and files under temporary names.
     """
     known = (fnmatch.filter(names, pattern) for pattern in (LOCK_FILE, ".*.tmp", *ours))
     return set(names).difference(*known)

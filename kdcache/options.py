@@ -67,7 +67,7 @@ class Declared:
         named: its values may have names: `NAME=VALUE`, in Python and YAML a mapping of names.
         output: it names a file or folder to write.
         extra: of this package, which a value needs; of several choices, the one of that name.
-        decides: what changes with it. A `"run"` may not go on with another value; an option
+        decides: what changes with it. A `"run"` may not continue with another value; an option
             that decides the `"student"` decides the run, too.
         instead: the option, and the KEY of it, that say this one now. One of `columns` renames a
             column as it is read: the value is then KEY, the name that the column gets. A KEY with
@@ -333,7 +333,7 @@ class Options:
         return problems
 
     def conflicts(self) -> Sequence[str]:
-        """What is wrong with values beside each other, a sentence each. Their types are right."""
+        """What is wrong with values next to each other, a sentence each. Their types are right."""
         return ()
 
     def extras(self) -> dict[str, str]:
@@ -404,7 +404,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Whether a value is of the type of an option; a truth value is no number."""
+    """Whether a value is of the type of an option; a truth value is not a number."""
     return isinstance(value, _TYPES[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 

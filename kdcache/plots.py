@@ -125,7 +125,7 @@ def _shown(cloud: Cloud) -> list[tuple[float, float, str]]:
 
 
 def _name_points(axes: Any, clouds: Sequence[Cloud]) -> None:
-    """Write the names beside their points, in their colours, each at the nearest free place.
+    """Write the names next to their points, in their colours, each at the nearest free place.
 
     Places are tried on growing rings around the point; from the second ring on, a thin line leads
     to the name. What is taken: all markers, the names so far, and all outside of the axes.
@@ -198,7 +198,7 @@ class Chart:
         y_label: name and unit of the y axis.
         lines: what was measured.
         levels: dashed lines across the whole width, in colours of their own.
-        ticks: names of x = 0, 1, 2, ..., where these are no numbers.
+        ticks: names of x = 0, 1, 2, ..., where these are not numbers.
         diagonal: whether a dashed line shows where y equals x.
     """
 

@@ -38,7 +38,7 @@ _OF_LOADING = {
 _OF_CALLS = {"padding", "truncation"}  # settings of the last call, in tokenizer.json
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")  # in configurations
-# What a device says when it is lost; older versions of torch have no class for it.
+# What a device reports when it is lost; older versions of torch have no class for it.
 _LOST = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
 
 
@@ -108,7 +108,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False, **changes: Any
     Args:
         folder: with its `config.json`.
         trust_remote_code: whether code that ships with it may run.
-        changes: what it shall have beside what the file says.
+        changes: what it shall have besides what the file states.
 
     Raises:
         UnreadableError: transformers does not know such a model, or the file is broken.
@@ -133,7 +133,7 @@ def left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
     """Weights in the files of a model that it has no place for, but has one for others like them:
     those of further layers, and a bias where the layer has none. Without them it computes something
     else than what was trained. Heads and towers for other uses, layers behind the last that
-    predict further tokens, and buffers that older versions saved, are no such weights.
+    predict further tokens, and buffers that older versions saved, are not such weights.
 
     Args:
         model: as it was loaded.

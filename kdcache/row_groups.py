@@ -1,7 +1,7 @@
 """What decides how records become rows: groups of options, one for each kind of rows.
 
 Commands take the groups that their tasks need, and `kdcache.rows.RowSpec` has all of them: a new
-option of rows is a field here. One that came after the first version says `later=True`, so that
+option of rows is a field here. One that came after the first version states `later=True`, so that
 what was built without it keeps its identity. Imports nothing heavy: a help shows them.
 """
 

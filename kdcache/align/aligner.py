@@ -246,7 +246,7 @@ class Aligner:
             unit = int(line.ends[start])
             at: int | None = start
             pieces = texts_in(line.data[line.offsets[start] : line.offsets[stop]])
-            # Half a character at the end is left out, and what is before it goes on as well.
+            # Half a character at the end is left out, and what is before it continues as well.
             last = len(pieces) - 1 - (len(pieces) > 1 and pieces[-1][1] is None)
             for i, (data, text) in enumerate(pieces):
                 open_end = stop == n and i >= last
@@ -379,7 +379,7 @@ def label_bytes(tokens: TokenBytes, row: CachedRow) -> tuple[Ints, Mask]:
 
     Returns:
         By positions, int64, the bytes of text, and bool, whether it is text: not a special token,
-        nor an id that is no token's. A space of the tokenizer's own is text of 0 bytes.
+        nor an id that is not a token's. A space of the tokenizer's own is text of 0 bytes.
     """
     line = _line(tokens, row, strict=False)
     is_text = ~line.special[line.asked]
@@ -392,7 +392,7 @@ def _line(teacher: TokenBytes, row: CachedRow, *, strict: bool = True) -> _Line:
     Args:
         teacher: the row's tokenizer.
         row: of a cache.
-        strict: refuse ids that are no token's; otherwise they are special tokens.
+        strict: refuse ids that are not a token's; otherwise they are special tokens.
     """
     last = row.labels[-1:]
     ids = np.concatenate([row.input_ids, last[last != IGNORE]]).astype(np.int64)

@@ -171,7 +171,7 @@ class TokenBytes:
 
     Attributes:
         name: of the tokenizer, for messages.
-        tokens: bytes of each id; empty for special tokens, and for ids that are no token's.
+        tokens: bytes of each id; empty for special tokens, and for ids that are not a token's.
         widths: int64 [ids], their lengths.
         special: bool [ids], special tokens, such as beginning-of-text and marks of a chat template.
             They have no bytes.
@@ -297,7 +297,7 @@ class TokenBytes:
             token has an empty range, and so has a space of the tokenizer's own.
 
         Raises:
-            UsageError: an id is no token's.
+            UsageError: an id is not a token's.
         """
         row = np.asarray(ids, np.int64)
         self.check(row)
@@ -348,7 +348,7 @@ class TokenBytes:
         return following not in self._added and self.tokens[following][:1] != b" "
 
     def check(self, ids: Ids) -> None:
-        """Refuse ids that are no token's.
+        """Refuse ids that are not a token's.
 
         Raises:
             UsageError: there is one.
@@ -362,7 +362,7 @@ class TokenBytes:
             )
 
     def is_text(self, ids: Ids) -> Mask:
-        """Which ids are text: not a special token, nor an id that is no token's.
+        """Which ids are text: not a special token, nor an id that is not a token's.
 
         Args:
             ids: int64 [L].

@@ -153,11 +153,11 @@ class Cache(ShardStore[CacheSpec]):
             return self.parse(path, entry, targets=targets)
 
     def parse(self, path: Path, entry: ShardEntry, *, targets: bool = True) -> ShardData:
-        """A shard's file, with the columns that the spec says it has.
+        """A shard's file, with the columns that the spec names.
 
         Args:
             path: of the file, as `hold` gives it.
-            entry: what the manifest says of it.
+            entry: what the manifest states of it.
             targets: False leaves the soft targets on disk.
 
         Raises:

@@ -98,7 +98,7 @@ def check_shard(
 
     Args:
         cache: of the shard.
-        entry: what the manifest says of it.
+        entry: what the manifest states of it.
         sandbox: the process that opens it first.
         values: False leaves the values out, where what is needed to read them is broken.
 

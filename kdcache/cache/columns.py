@@ -71,7 +71,7 @@ class Column:
         name: in a file; None where it is not stored.
         when: whether files have it: True if all do, None if each decides for itself; or the name of
             what decides that, an attribute of the task or one of the columns that a cache keeps.
-        fill: stands for each value in a part that lacks the column, beside parts that have it; or
+        fill: stands for each value in a part that lacks the column, next to parts that have it; or
             a function from that part to all of them. None: rows of such parts together lack it.
     """
 

@@ -29,7 +29,7 @@ def teacher_entropy(data: ShardData, some: np.ndarray | None = None) -> np.ndarr
         some: int64 [n], which positions; None for all.
 
     Returns:
-        None where it is not known, or answers are no distribution.
+        None where it is not known, or answers are not a distribution.
     """
     if data.entropy is not None:
         return decode_entropies(data.entropy if some is None else data.entropy[some])

@@ -134,7 +134,7 @@ def open_file(path: Path) -> Iterator[Any]:
         ) from error
     except _ERRORS as error:
         if passes(error):
-            raise  # of the disk, which says nothing about the file
+            raise  # of the disk, which states nothing about the file
         raise CorruptCacheError(
             f"{path} cannot be read ({error}). Delete the file and run the same build again: "
             "only this shard is made again."

@@ -54,7 +54,7 @@ class Sandbox:
         """
         process = self._process or self._start()
         patience = _PATIENCE
-        with contextlib.suppress(FileNotFoundError):  # a repair has removed it: the reader says so
+        with contextlib.suppress(FileNotFoundError):  # a repair removed it: the reader reports it
             patience += path.stat().st_size / _SLOWEST
         with contextlib.suppress(BrokenPipeError):  # a missing answer means the same
             assert process.stdin is not None, "it was started with a pipe"

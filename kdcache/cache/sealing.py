@@ -147,7 +147,7 @@ def prepare_manifest(cache: ShardStore[Any], entries: Iterable[ShardEntry] = ())
 
     Raises:
         IncompleteError: spans are missing.
-        CorruptCacheError: a shard's bytes are not what its name says.
+        CorruptCacheError: a shard's bytes are not what its name states.
         KdcacheError: the cache was sealed before, with other bytes than those of `entries`.
     """
     known = {entry.name: entry for entry in entries}
@@ -191,7 +191,7 @@ def shard_entry(cache: ShardStore[Any], span: int, name: str) -> ShardEntry:
     """The manifest's entry of a committed shard; its file is hashed and opened.
 
     Raises:
-        CorruptCacheError: its bytes are not what its name says, or of another build.
+        CorruptCacheError: its bytes are not what its name states, or of another build.
     """
     with cache.storage.hold(f"shards/{name}") as path:
         try:

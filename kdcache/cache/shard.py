@@ -103,7 +103,7 @@ class ShardData(Columns):
         text_pairs: the second text of each row, or None.
         first: bool [tokens], the first token of each word; None where the task keeps no words.
         words: the words of each row, or None likewise.
-        label_bytes: int64 [positions], bytes of text of each label, -1 of one that is no text; None
+        label_bytes: int64 [positions], bytes of text of each label, -1 where it is not text; None
             but in a stream that counts them.
     """
 
@@ -297,7 +297,7 @@ def read_shard(
     Args:
         path: a committed shard file.
         codec: the cache's codec; the file must have been written with it.
-        counts: what the manifest says; compared before any column is read.
+        counts: what the manifest states; compared before any column is read.
         ranks: the cache's table from frequency rank to id, where it has one.
         kept: the columns that the cache keeps besides those of its task; see `CacheSpec.kept`.
         with_targets: False reads no column of the targets and leaves them empty.

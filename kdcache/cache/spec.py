@@ -329,7 +329,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _independent(values: Mapping[str, Any]) -> bool:
-    """Whether a spec is one of its task, where answers are no distribution."""
+    """Whether a spec is one of its task, where answers are not a distribution."""
     kind, width = TASKS[values["task"]], values["vocab_size"]
     if kind.distribution:
         return True
@@ -436,7 +436,7 @@ def is_missing(storage: Storage) -> bool:
 
 
 def no_cache(storage: Storage) -> UsageError:
-    """The error of a place without a `spec.json`: says what is there instead."""
+    """The error of a place without a `spec.json`: states what is there instead."""
     url = redact(storage.url)
     if is_missing(storage):
         return UsageError(f"there is no folder {url}: expected a cache. Check the path.")

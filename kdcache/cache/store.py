@@ -72,7 +72,7 @@ class ShardStore(ABC, Generic[SpecT]):
 
     @abstractmethod
     def read_facts(self, path: Path) -> tuple[ShardCounts, dict[str, Any]]:
-        """The counts of a shard's file, and what it says of its span."""
+        """The counts of a shard's file, and what it states of its span."""
 
     def check_shard(self, entry: ShardEntry) -> None:
         """Check the bytes of a shard, then what it holds; see `kdcache.cache.check` of a cache's.
@@ -379,7 +379,7 @@ class ShardStore(ABC, Generic[SpecT]):
         return data
 
     def hash_of(self, name: str) -> str | None:
-        """What `spec.json` says that the SHA-256 of a file beside it is."""
+        """What `spec.json` states that the SHA-256 of a file next to it is."""
         return self.files.get(name)
 
     def check_beside(self, name: str) -> None:
@@ -405,8 +405,8 @@ class ShardStore(ABC, Generic[SpecT]):
 
         Raises:
             CorruptCacheError: they are missing or changed.
-            UsageError: they are no tokenizer here, or one that needs code of its own, which a cache
-                never brings.
+            UsageError: they make no tokenizer here, or one that needs code of its own; a cache
+                brings none.
         """
         from kdcache.pretrained import UnreadableError, tokenizer_of
 

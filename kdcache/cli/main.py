@@ -33,7 +33,7 @@ def _safe(text: str) -> str:
 
 @contextlib.contextmanager
 def _safely() -> Iterator[None]:
-    """What click says of arguments and files, as all that is printed."""
+    """What click reports of arguments and files, as all that is printed."""
     try:
         yield
     except click.ClickException as error:

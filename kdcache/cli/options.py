@@ -131,7 +131,7 @@ def options_command(
 
 def _help(option: Option, names: Sequence[str]) -> str:
     text = option.help[:1].upper() + option.help[1:]
-    # A help speaks of other fields, which are options here; a word to choose is no field.
+    # A help speaks of other fields, which are options here; a word to choose is not a field.
     for name in set(names) - {option.name, *option.choices}:
         text = text.replace(f"`{name}`", f"--{name.rstrip('_').replace('_', '-')}")
     return text.replace("`", "")

@@ -153,7 +153,7 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 
 def tell(line: str) -> None:
-    """What a command says on its way: on standard error, and nothing with --quiet."""
+    """What a command reports on its way: on standard error, and nothing with --quiet."""
     if not is_quiet():
         echo(line, err=True)
 

@@ -374,7 +374,7 @@ def _scores(labels: np.ndarray, targets: DenseTargets) -> tuple[_Columns, _Colum
     return {"label": hard}, {"target_score": scores}
 
 
-# Columns of labels and of targets where answers are no distribution.
+# Columns of labels and of targets where answers are not a distribution.
 _INDEPENDENT = {"labels": _many, "score": _scores}
 
 

@@ -215,7 +215,7 @@ def _row(
 def _independent(
     spec: CacheSpec, row: Row, targets: SoftTargets, temperature: float, top: int
 ) -> PositionView:
-    """The one position of a row where answers are no distribution."""
+    """The one position of a row where answers are not a distribution."""
     found = targets.at(temperature)
     assert isinstance(found, DenseTargets), "their targets are dense"
     there = bool(labelled(row.labels, spec.task).item())

@@ -156,7 +156,7 @@ class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions,
             default: where the option is not given, and no model reads less.
 
         Raises:
-            UsageError: a model reads less than the option says.
+            UsageError: a model reads less than the option states.
         """
         return longest("--max-length", self.max_length, reach, default)
 
@@ -204,13 +204,13 @@ def longest(
     """Tokens of the longest row, or source, that every model reads.
 
     Args:
-        flag: the option that says so, for messages.
-        asked: what it says; None if it is not given.
+        flag: the option that sets it, for messages.
+        asked: what it states; None if it is not given.
         reach: each model, and the most tokens that it reads; None for no bound.
         default: where the option is not given, and no model reads less.
 
     Raises:
-        UsageError: a model reads less than the option says.
+        UsageError: a model reads less than the option states.
     """
     bounds = [(tokens, name) for name, tokens in reach if tokens]
     least, name = min(bounds, default=(default, ""))
@@ -244,7 +244,7 @@ class PairRowOptions(RowOptions, PairGroup, SourceOptions):
                 less.
 
         Raises:
-            UsageError: a model reads less than the option says.
+            UsageError: a model reads less than the option states.
         """
         if not TASKS[spec.task].source:
             return spec
@@ -290,7 +290,7 @@ def as_written(options: OptionsT) -> OptionsT:
         options: with `corpus`, `record_form`, `labels`, `tokenizer` and `max_length`.
 
     Raises:
-        UsageError: generated corpora beside others.
+        UsageError: generated corpora next to others.
         IncompleteError: a generation is not finished.
     """
     if options.record_form != "auto":

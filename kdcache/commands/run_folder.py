@@ -28,7 +28,7 @@ class RunFolder:
 
     Attributes:
         path: where this machine works.
-        result_file: name of the JSON file that says what the folder holds.
+        result_file: name of the JSON file that states what the folder holds.
     """
 
     def __init__(self, path: Path, result_file: str, noun: str, ours: Iterable[str] = ()) -> None:
@@ -36,9 +36,9 @@ class RunFolder:
 
         Args:
             path: the folder.
-            result_file: name of the JSON file that says what it holds.
+            result_file: name of the JSON file that states what it holds.
             noun: what it is, in messages: "a sweep of kdcache".
-            ours: patterns of what the work writes beside that file.
+            ours: patterns of what the work writes besides that file.
         """
         self.path, self.result_file = path, result_file
         self._noun, self._ours = noun, tuple(ours)
@@ -53,7 +53,7 @@ class RunFolder:
         return found_at(self.path)
 
     def document(self) -> dict[str, Any] | None:
-        """What the result file says; None where there is none.
+        """What the result file states; None where there is none.
 
         Raises:
             UsageError: the folder holds something else.

@@ -2,7 +2,7 @@
 a copy of a cache from there or from any other store.
 
 A copy has its manifest last, so it is readable when it is whole and not before, as a build is. The
-same command goes on where it stopped: a file that is there with its hash is not sent again. `push`
+same command continues where it stopped: what is there with its hash is not sent again. `push`
 makes a commit of some files at a time; the last one has spec, manifest and card. All requests are
 `huggingface_hub`'s, and the credentials are those that it finds.
 

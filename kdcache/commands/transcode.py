@@ -199,7 +199,7 @@ def check_source(source: Codec, codec: Codec) -> None:
     """Refuse targets that do not determine the new ones.
 
     Raises:
-        UsageError: says why, and what would do.
+        UsageError: states why, and what would do.
     """
     if isinstance(source, TopK):
         if not isinstance(codec, TopK) or codec.k > source.k:

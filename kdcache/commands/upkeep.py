@@ -183,7 +183,7 @@ def _reseal(cache: StoreT) -> StoreT:
 def gc(options: GcOptions) -> GcResult:
     """Remove what crashed builds left, and nothing that is part of the cache.
 
-    That is: temporary files, unless a build is at work (its lock says so, not a clock; nor where
+    That is: temporary files, unless a build is at work (its lock shows it, not a clock; nor where
     there are no locks), unfinished uploads that are older than an hour for the object store and, in
     a finished cache, second shards of a span.
 

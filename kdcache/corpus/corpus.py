@@ -147,7 +147,7 @@ class Corpus:
                 of them with names (see `kdcache.corpus.listing`) or none; a file that several name
                 counts once.
             span_bytes: Bytes of input that a span aims at (compressed files: of their text,
-                guessed), or a function that says them by the bytes of all files.
+                guessed), or a function that states them by the bytes of all files.
             limit: Only the first so many records, of each name, before any filter. Planning then
                 reads the corpus up to there.
             format: `auto` goes by the extension; else the kind of all files (`jsonl`, `txt`,
@@ -162,7 +162,7 @@ class Corpus:
             filters: Conditions `column=value`, of renamed columns by their new names; records for
                 which they do not hold are left out.
             divide: Let text files that are longer than a span come in pieces, each a record that
-                says whether a document begins or ends in it.
+                states whether a document begins or ends in it.
 
         Returns:
             The corpus.

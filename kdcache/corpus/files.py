@@ -107,7 +107,7 @@ def kind_of(name: str, forced: str = "auto") -> tuple[str, str] | None:
         forced: The kind of all files (one of `FORMATS`); `auto` goes by the extension.
 
     Returns:
-        For example `("jsonl", "gz")`; None if the extension says nothing.
+        For example `("jsonl", "gz")`; None if the extension states nothing.
     """
     stem, extension = os.path.splitext(name.lower().rstrip("/"))
     compression = COMPRESSIONS.get(extension, "")
@@ -143,7 +143,7 @@ def local_version(url: str) -> tuple[int, str]:
 
 
 def remote_version(info: Mapping[str, Any]) -> tuple[int, str]:
-    """Size and version of a remote file, by what its store says of it."""
+    """Size and version of a remote file, by what its store states of it."""
     word = next((info[key] for key in _VERSIONS if info.get(key)), "")
     # Some stores give a time as a number in a listing, and else as a `datetime`.
     return int(info["size"]), str(word.timestamp() if isinstance(word, datetime) else word)

@@ -127,7 +127,7 @@ class Span:
 
 Raw = tuple[Location, Any]
 
-# What a cut-short or foreign compressed stream raises; Arrow's zstd says plain OSError.
+# What a cut-short or foreign compressed stream raises; Arrow's zstd raises plain OSError.
 DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error)
 
 
@@ -135,7 +135,7 @@ class Format(ABC):
     """The records of one span of a file; a context manager that closes the file.
 
     Attributes:
-        source: What the file says about its columns.
+        source: What the file states about its columns.
         progress: Called once in a while by what takes long before the first record.
     """
 
@@ -151,7 +151,7 @@ class Format(ABC):
 
         Raises:
             UsageError: The file can't be opened or its frame (header, footer) is not what its name
-                says.
+                states.
         """
         self._span = span
         self._most = span.reading.max_record_bytes
@@ -202,12 +202,12 @@ class Format(ABC):
         return dict(payload)
 
     def damage(self, error: BaseException) -> bool:
-        """Whether an error says that the file is damaged; those of a disk have a number."""
+        """Whether an error states that the file is damaged; those of a disk have a number."""
         damaged = self._span.file.compression and isinstance(error, DECOMPRESSION_ERRORS)
         return bool(damaged) and getattr(error, "errno", None) is None
 
     def unreadable(self, error: BaseException) -> UsageError:
-        """The error for a file that is not what its name says."""
+        """The error for a file that is not what its name states."""
         file = self._span.file
         return UsageError(
             f"{file.url}: can't be read as {file.full_kind} ({shorten(error, 80)}). "

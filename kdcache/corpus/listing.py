@@ -12,7 +12,7 @@ broken or circular link, a folder that can't be listed) is refused by name, not 
 of a kdcache cache in a folder are not input, those with the text of a generated corpus are.
 
 A corpus may have a name: a text is `NAME=PATH` if what is before its first `=` could be the name of
-a domain, and the whole text is no file, folder or glob with a match. So what has a slash or a colon
+a domain, and the whole text is not a file, folder or matching glob. So what has a slash or a colon
 before its first `=` (`data/lang=en/x.jsonl`, `s3://bucket/x.parquet?part=1`) is a path, `lang=en`
 is one where such a folder exists, and `./lang=en` always is. Cost: a look at the file system for
 each text with a name before `=`; a store is not asked.
@@ -153,7 +153,7 @@ def expand(
         The files, empty ones included.
 
     Raises:
-        UsageError: Nothing found, a file of unknown kind, one that is no file, several splits, or a
+        UsageError: Nothing found, a file of unknown kind, something else, several splits, or a
             scheme that can't be opened.
     """
     if forced not in FORMATS:

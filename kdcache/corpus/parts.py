@@ -120,7 +120,7 @@ class Parts:
             parts: How many.
             size: About how many bytes they will take together.
             progress: Called once in a while.
-            damage: Whether an error says that the file is damaged.
+            damage: Whether an error states that the file is damaged.
 
         Raises:
             _NoRoomError: The disk does not take them.

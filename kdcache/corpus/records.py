@@ -88,7 +88,7 @@ class Record:
         values: Column name to value, as the file holds it (`str` for text formats).
         file: Path or URL of the file.
         location: Where in the file: prints as `line 17` or `row 12`, both counted from 1.
-        source: What the file says about its columns.
+        source: What the file states about its columns.
         opens: Whether a document begins here; False for the later pieces of a long text file.
         closes: Whether it ends here.
         cut: Whether only the beginnings of its values were kept.

@@ -75,7 +75,7 @@ class _Text(Format):
                 seen += 1
                 size += _length(payload)
         except DECOMPRESSION_ERRORS:
-            # Reading meets the same damage, and says so or skips what is behind it.
+            # Reading meets the same damage, and shows it or skips what is behind it.
             if not self._span.file.compression:
                 raise
         return seen, size
@@ -231,7 +231,7 @@ class TextParagraphs(TextLines):
     def _rows(self) -> Iterator[Raw]:
         lines: list[bytes] = []
         size, at = 0, (0, 0)
-        # What a paragraph of an earlier span goes on with is not ours.
+        # What a paragraph of an earlier span continues with is not ours.
         inside = skipping = self._span.start > 0 and not self._after_blank()
         for offset, number, line in self._lines():
             if line is not None and (not line or line.isspace()):
@@ -420,7 +420,7 @@ _CONLLU = ("id", "tokens", "lemma", "tags", "xpos", "feats", "head", "deprel", "
 
 
 class Conll(TextParagraphs):
-    """Sentences: `tokens` are the first column and `tags` the last, or as `Reading.columns` says.
+    """Sentences: `tokens` are the first column and `tags` the last, or as `Reading.columns` has it.
 
     A file of one column holds words without tags.
     """

@@ -47,7 +47,7 @@ class LlamaFactoryTrainer(CachedTrainer, workflow.CustomSeq2SeqTrainer):  # type
 
 
 def main() -> None:
-    """Train as the configuration on the command line says.
+    """Train as the configuration on the command line states.
 
     Raises:
         UsageError: settings that can't be, or another stage than `sft`.

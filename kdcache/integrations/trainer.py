@@ -86,7 +86,7 @@ class CachedTrainer(Trainer):  # type: ignore[misc]
 
     For causal language models.
 
-    Logged beside the loss: `hard_loss`, `soft_loss` (`soft_cross_entropy` for sampled targets) and,
+    Logged with the loss: `hard_loss`, `soft_loss` (`soft_cross_entropy` for sampled targets) and,
     where rows were missed, `missed`, their share. A checkpoint keeps the digests of the caches, and
     an anchor's theta; a run that resumes with other caches is refused.
     """

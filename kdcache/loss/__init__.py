@@ -25,7 +25,7 @@ the slice of each rank; see `kdcache.loss.vocabulary`.
 `chunk_loss` is for students with a tokenizer of their own; `fused_linear_distillation` takes their
 targets, too.
 
-Answers that are no distribution have losses of their own, see `kdcache.loss.independent`:
+Answers that are not a distribution have losses of their own, see `kdcache.loss.independent`:
 `label_loss` of labels each by itself, and `score_loss`. `INDEPENDENT` has both by what a task's
 answers are over.
 """

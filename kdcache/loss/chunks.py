@@ -23,7 +23,7 @@ binarised KL of the labels, the second the usual loss on sparse targets.
 A chunk's likelihood joins several positions, so a slice holds whole chunks: then all of it is known
 before its gradient is made, and the loss needs the three matrix products of cross-entropy. The
 likelihood's derivative by a chunk's log-likelihood, ``1 - (1 - p') / (1 - q')`` with primes for the
-power 1 / tau, is a weight of the cross-entropy of its tokens: beside plain cross-entropy it costs
+power 1 / tau, is a weight of the cross-entropy of its tokens: besides plain cross-entropy it costs
 nothing but sums over positions. Groups cost, at their positions, one addition of each probability
 to its group and one look-up of its group's factor; on a CPU, where few ids are in groups that the
 targets list, these alone, and one more sum over all ids.
@@ -289,7 +289,7 @@ class _Listed:
         mine = (targets.ids == self._groups.student[label]) & used
         self._values = flat[self.at]
         inside = w.new_zeros(shape.numel()).index_add_(0, self.entry, self._values).view(shape)
-        # An id's probability below the smallest number is no reason for infinities.
+        # An id's probability below the smallest number is not a reason for infinities.
         least = torch.finfo(e.dtype).tiny
         inside = torch.where(used, (inside + own * mine).clamp_min(least), 1)
         known = w.sum(-1, keepdim=True)
@@ -348,7 +348,7 @@ def _group_gradients(
     mass.scatter_add_(1, owns, own)
     total = mass.sum(-1, keepdim=True)
     weights = torch.zeros_like(mass).scatter_add_(1, ids, w).gather(1, ids)  # of whole groups
-    # An id's probability below the smallest number is no reason for infinities.
+    # An id's probability below the smallest number is not a reason for infinities.
     least = torch.finfo(e.dtype).tiny
     inside = torch.where(used, mass.gather(1, ids).clamp_min(least), 1)
     known = w.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Losses of answers that are no distribution: labels each by itself, and scores.
+"""Losses of answers that are not a distribution: labels each by itself, and scores.
 
 With the student's logits z, the teacher's t, hard labels y and a temperature T:
 
@@ -146,7 +146,7 @@ def _two_outcomes(z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Independent:
-    """How answers that are no distribution are learnt and read.
+    """How answers that are not a distribution are learnt and read.
 
     Attributes:
         loss: `label_loss` or `score_loss`, which take the same arguments.

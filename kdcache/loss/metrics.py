@@ -11,7 +11,7 @@ caller keeps the answers of a set. Cost: a sort. Where a figure is not defined i
 
 Entities of tagged sequences: their F1 as conlleval and seqeval's default mode define it.
 
-A tag is a prefix and a type: B begins an entity, I goes on with it, E ends one, S is one by itself,
+A tag is a prefix and a type: B begins an entity, I continues it, E ends one, S is one by itself,
 O is none. BIO, IO, IOE and IOBES need no telling apart: an entity begins at B and S, where the type
 changes, and at an I or E with no entity before it; it ends before the next such tag, at O, E and S.
 The prefixes of BILOU and BMES are read as those of IOBES. Where all entities are of one type, tags
@@ -411,7 +411,7 @@ def micro_average_precision(truth: Array, scores: Array) -> float:
 
 
 def macro_average_precision(truth: Array, scores: Array) -> float:
-    """The mean over classes of their average precision; one that is no row's takes no part."""
+    """The mean over classes of their average precision; one that is not a row's takes no part."""
     found = [average_precision(*pair) for pair in zip(truth.T, scores.T, strict=True)]
     known = [value for value in found if not math.isnan(value)]
     return math.fsum(known) / len(known) if known else math.nan

@@ -215,7 +215,7 @@ class VocabSlice(Vocabulary):
 
 
 Cut: TypeAlias = "ProcessGroup | VocabSlice | None"
-"""How a caller says that a vocabulary is cut."""
+"""How a caller states that a vocabulary is cut."""
 
 
 def located(outputs: Tensor, dim: int, cut: Cut, positions: int) -> tuple[Tensor, Vocabulary, int]:
@@ -224,14 +224,14 @@ def located(outputs: Tensor, dim: int, cut: Cut, positions: int) -> tuple[Tensor
     Args:
         outputs: with the ids in dimension `dim`: of this rank if `cut` is given, or a DTensor.
         dim: 0 or 1.
-        cut: a group, or what `VocabSlice.of` said of it; None where a DTensor says it, or nothing.
+        cut: a group, or what `VocabSlice.of` said of it; None where a DTensor shows it, or nothing.
         positions: of the batch.
 
     Returns:
         The part as a plain tensor, the vocabulary, and the outputs of all ranks together.
 
     Raises:
-        UsageError: a DTensor that is cut in another way, or not as `cut` says.
+        UsageError: a DTensor that is cut in another way, or not as `cut` has it.
     """
     outputs, found = _of_dtensor(outputs, dim)
     if found is None and cut is not None:

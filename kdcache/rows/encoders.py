@@ -184,7 +184,7 @@ class SequenceEncoder(Encoder):
             start += size
 
     def _fits(self, record: Record, loss_mask: Mask) -> bool:
-        """Whether a sequence is one row up to its last label; if it is not, that is said."""
+        """Whether a sequence is one row up to its last label; if it is not, that is reported."""
         size = int(np.flatnonzero(loss_mask)[-1]) + 1 if loss_mask.any() else 0
         length = self.spec.max_length
         if size > length + 1:
@@ -317,6 +317,6 @@ def _cut(ids: Ids, loss_mask: Mask, length: int, starts: Mask | None = None) -> 
         row = Row(ids[start : start + len(own)].copy(), own.copy())
         if starts is not None:
             begins = starts[start : start + len(own)].copy()
-            begins[0] = True  # what a document goes on with in a further row has nothing before it
+            begins[0] = True  # a document that continues in a further row has nothing before it
             row = replace(row, starts=begins)
         yield row

@@ -165,7 +165,7 @@ class LabelReader(ABC):
         """
 
     def _value(self, record: Record) -> Any:
-        """What the record says; None where it says nothing."""
+        """What the record states; None where it states nothing."""
         there = filled_column(record, self.spec.label_columns)
         if there is None:
             missing = list(self.spec.label_columns)
@@ -360,7 +360,7 @@ def _flag(value: Any) -> int | None:
 
 
 class ClassificationEncoder(Encoder):
-    """Tasks of whole texts: a text or a pair of texts, and what is said of it."""
+    """Tasks of whole texts: a text or a pair of texts, and its label."""
 
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)

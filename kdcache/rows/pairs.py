@@ -84,7 +84,7 @@ class PairEncoder(Encoder):
         return None if blank else (record, texts[0], texts[1])
 
     def _fits(self, record: Record, source: int, target: int) -> bool:
-        """Whether a row fits; if it does not, that is said."""
+        """Whether a row fits; if it does not, that is reported."""
         over = [
             f"its {name} has {size:,} tokens, {flag} is {most:,}"
             for name, size, flag, most in (

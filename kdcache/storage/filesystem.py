@@ -1,4 +1,4 @@
-"""fsspec with deadlines and retries: a request returns, or raises an error that says what to do.
+"""fsspec with deadlines and retries: a request returns, or raises an error that states what to do.
 
 Each request has a deadline and is retried, with growing pauses, while the store has trouble. The
 clients' own handling is not enough: s3fs waits without bound on an upload to a server that falls

@@ -36,7 +36,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What a store says of a file.
+    """What a store states of a file.
 
     Attributes:
         size: bytes.
@@ -71,7 +71,7 @@ class RemoteStorage(Storage):
 
         Args:
             url: fsspec URL of the prefix.
-            disk: where copies are kept. Default: as the environment says.
+            disk: where copies are kept. Default: as the environment has it.
 
         Raises:
             UsageError: a URL that cannot be opened.
@@ -88,7 +88,7 @@ class RemoteStorage(Storage):
         return f"{self._store.path}/{inner(name)}" if name else self._store.path
 
     def _list(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
-        """Last part of the name, and what the store says, of a folder's contents."""
+        """Last part of the name, and what the store states, of a folder's contents."""
         path = self._path(folder)
         try:
             listed = self._store.ask("ls", path, detail=True, volume=_LISTING)
@@ -104,7 +104,7 @@ class RemoteStorage(Storage):
         return {name: one.size for name, one in self.facts(folder).items()}
 
     def facts(self, folder: str = "") -> dict[str, Facts]:
-        """As `names`, with what the store says of each file."""
+        """As `names`, with what the store states of each file."""
         return {name: Facts.of(e) for name, e in self._list(folder) if e["type"] == "file"}
 
     def entries(self) -> list[str]:

@@ -32,7 +32,7 @@ Batch: TypeAlias = dict[str, Any]
 """Tensors by name, and under `targets` the soft targets: see `collate`."""
 
 ABOUT_TEACHER = ("label_logprob", "entropy")
-"""Columns of positions beside their targets: batches have those that all caches have."""
+"""Columns of positions besides their targets: batches have those that all caches have."""
 
 
 def shared_columns(caches: Sequence[Cache]) -> set[str]:
@@ -119,7 +119,7 @@ class Reading:
         """A batch of tensors from some rows; see the function `collate`."""
         labels = data.labels
         if temperature is None and TASKS[data.task].per_token:
-            # Without soft targets, a token without a hard label is no position.
+            # Without soft targets, a token without a hard label is not a position.
             labels = np.where(labelled(labels, data.task), labels, IGNORE)
         batch = self.inputs(data, labels)
         if temperature is not None:
@@ -150,7 +150,7 @@ class Reading:
         return np.zeros(2, np.int64)
 
     def saved_tokenizer(self, cache: Cache) -> Any:
-        """The tokenizer that belongs beside the trained student, if any."""
+        """The tokenizer that belongs next to the trained student, if any."""
         return self.tokenizer
 
 
@@ -296,7 +296,7 @@ def collate(
             of each word. None uses the cached ids.
 
     Returns:
-        `input_ids`, `attention_mask` int64 [B, L], of a source where there is one, beside
+        `input_ids`, `attention_mask` int64 [B, L], of a source where there is one, next to
         `decoder_input_ids`, which are then what the labels belong to; where documents do not attend
         to each other `position_ids` in place of the mask, 0 where one begins; `token_type_ids`
         int64 [B, L] where there are any; `labels` int64 [B, L] (aligned with the logits: already
@@ -306,7 +306,7 @@ def collate(
         teacher's log-probability of each label at T = 1 (minus infinity for a label that it cannot
         predict), and `teacher_entropy`, that of its distribution at T = 1 in nats, which a batch of
         classes has where targets are right at T = 1. Where not every position is the first of its
-        word, `first_tokens` bool [positions] says which are. `count` is the number of positions the
+        word, `first_tokens` bool [positions] has which are. `count` is the number of positions the
         loss is a mean of (without targets: of hard labels); infinity gives the batch the weight
         zero.
     """

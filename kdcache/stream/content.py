@@ -12,7 +12,7 @@ of a machine share.
 Cost: an index is made in one pass over the rows of a cache, targets left out, in bounded memory. To
 open one is a look at its header; to find a key takes log2(keys) looks. A shard is decoded once a
 machine, to two or three times its bytes, as long as `KDCACHE_DISK_BYTES` has room for all of them.
-Guarantee: an index only proposes a row. Nothing that it says is believed: the caller compares ids.
+Guarantee: an index only proposes a row. Nothing in it is believed: the caller compares ids.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class RowIndex:
             digest: of the cache.
 
         Raises:
-            ValueError: it is no index, or not the one of this cache.
+            ValueError: it is not an index, or not the one of this cache.
         """
         self._file = np.memmap(path, np.uint8, "r")
         magic, of, self._sha256, count = _HEADER.unpack(self._file[: _HEADER.size].tobytes())
@@ -94,7 +94,7 @@ class RowIndex:
     def of_cache(cls, cache: Cache, *, fresh: bool = False) -> RowIndex:
         """The index of a cache; made where there is none, or another one.
 
-        It is kept beside a local cache that can be written to, else with the local copies of remote
+        It is kept with a local cache that can be written to, else with the local copies of remote
         files. Of processes that need it at once one makes it, and the others wait.
 
         Args:

@@ -103,7 +103,7 @@ class CrossTokenizer(Reading):
         }
 
     def rows(self, cache: Cache, shard: int, data: ShardData) -> AlignedShard:
-        """The rows of a shard beside the same as the student reads them.
+        """The rows of a shard next to the same as the student reads them.
 
         Args:
             cache: whose shard it is.
@@ -254,7 +254,7 @@ def _likelihood(codes: np.ndarray, spans: np.ndarray) -> np.ndarray:
 def paths_of(aligner: Aligner, vocab_size: int) -> np.ndarray:
     """int32 [V, n]: the student's tokens of each of the teacher's ids; then -1, at least once.
 
-    A token that is no whole character is the student's tokens of its single bytes.
+    A token that is not a whole character is the student's tokens of its single bytes.
     """
     teacher, student = aligner.teacher, aligner.student
     texts = {}

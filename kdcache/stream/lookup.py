@@ -4,7 +4,7 @@ A row is found by its ids up to its last label, or up to any id after that where
 more of the row than the trainer does. A causal model's target depends on the ids before it alone,
 so every target of a cached row whose ids are equal is right, wherever the row stands in a batch.
 Caches of `--packing none` and `whole` are asked for rows, those of `--attend document` for
-documents. Where `position_ids` do not go on by one another row or document begins.
+documents. Where `position_ids` do not rise by one another row or document begins.
 
 Cost: a hash of each row's ids, a search in the index, and a copy of its targets
 (`benchmarks/lookup.py`). The first lookup indexes the cache; see `kdcache.stream.content`.
@@ -127,7 +127,7 @@ class TargetLookup:
             caches: sealed caches of causal language models, opened or by URL. Of several the first
                 that has a row answers.
             temperature: of the targets.
-            labels: what a batch's labels stand beside: the id itself, as in transformers, or the
+            labels: what a batch's labels stand with: the id itself, as in transformers, or the
                 one before it, as in kdcache's own batches.
             on_miss: "hard" leaves rows that are missed to the hard labels, and counts them.
 
@@ -201,7 +201,7 @@ class TargetLookup:
             attention_mask: int [B, S]; needed where rows are padded on the left.
 
         Raises:
-            UsageError: the labels stand beside other ids than `labels` of this object says.
+            UsageError: the labels stand with other ids than `labels` of this object states.
             KdcacheError: rows that the caches do not have, or labels without targets.
         """
         ids, own, begins = self._read(input_ids, labels, position_ids, attention_mask)

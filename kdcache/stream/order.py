@@ -4,7 +4,7 @@ The shards are permuted by (seed, epoch) and their rows laid end to end; that li
 many stretches of equal length (give or take a row) as the run has *streams*. A stream walks its
 stretch a group of shards at a time, and the rows of a group are permuted. The global order takes a
 row of each stream in turn: its row `t` is the next one of stream `t mod streams`. So it depends on
-seed, epoch and streams, and not on the number of workers. `share` says which of those rows a worker
+seed, epoch and streams, and not on the number of workers. `share` has which of those rows a worker
 reads: with as many workers as streams, those of one stream.
 
 Cost: one sort of 64-bit words a group, stream and epoch; memory for one group's row numbers.

@@ -5,7 +5,7 @@ Guarantee: items in order, errors raised where the items are taken, no thread le
 A sum over the workers of a training, for the count that a step's loss is divided by.
 
 A worker that reads only its share of a global batch cannot count the positions of all of it. One
-number is summed a step, beside the gradients: 8 bytes, in the thread that takes the batches.
+number is summed a step, next to the gradients: 8 bytes, in the thread that takes the batches.
 Guarantee: whole numbers are added, so every worker gets the same count, whatever their number.
 """
 

@@ -4,7 +4,7 @@ Cost: a pick copies one stretch of each column for each run of neighbouring rows
 what copying their memory costs, short ones some microseconds each.
 Guarantee: a pick has the columns of a shard, its positions in the order of its rows.
 
-A student of another tokenizer has the same rows in its own tokens beside them.
+A student of another tokenizer has the same rows in its own tokens next to them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class AlignedRows(Columns):
 
 @dataclass(kw_only=True)
 class AlignedShard(ShardData):
-    """Rows of a cache beside the same rows as the student reads them.
+    """Rows of a cache next to the same rows as the student reads them.
 
     Attributes:
         aligned: the same rows, in this order.

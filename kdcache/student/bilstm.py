@@ -6,7 +6,7 @@ CRF). Cost on a CPU: about 1 ms for 1,000 tokens at the default sizes; 1.2 M
 parameters besides the embeddings.
 
 They are models of transformers, known to its Auto classes after `import kdcache`
-(`kdcache.models`): saved as `config.json` and `model.safetensors`, with their tokenizer beside
+(`kdcache.models`): saved as `config.json` and `model.safetensors`, with their tokenizer next to
 them.
 """
 

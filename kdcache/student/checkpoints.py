@@ -49,7 +49,7 @@ def _read_seal(folder: Path, *, contents: bool = False) -> dict[str, Any]:
         contents: read every file, and compare its sum where the seal has one.
 
     Raises:
-        ValueError: the folder is not whole; says what is wrong.
+        ValueError: the folder is not whole; states what is wrong.
     """
     try:
         document = json.loads((folder / STATE_FILE).read_text())
@@ -87,7 +87,7 @@ def _discard(folder: Path) -> None:
 
 
 def read_state(checkpoint: Path, *, contents: bool = False) -> dict[str, Any]:
-    """What the seal of a checkpoint says: cursor and identity of the run.
+    """What the seal of a checkpoint states: cursor and identity of the run.
 
     Args:
         checkpoint: its folder.

@@ -77,7 +77,7 @@ def saved_factory(folder: Path, made_by: Mapping[str, Any], info: StudentInfo) -
 
     Args:
         folder: that a run wrote.
-        made_by: what its `config.json` says, see `factory_of`.
+        made_by: what its `config.json` states, see `factory_of`.
         info: texts and tokenizer; the rest is as it was when it was trained.
     """
     saved = StudentInfo(**{**made_by["info"], "texts": info.texts, "tokenizer": info.tokenizer})

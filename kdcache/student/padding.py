@@ -147,7 +147,7 @@ def without_mask(student: DistilledStudent, inputs: dict[str, Any]) -> dict[str,
 
 @contextmanager
 def readable(name: str, student: DistilledStudent) -> Iterator[None]:
-    """What a Hugging Face student says of a row that it cannot read is a `UsageError`; whoever
+    """What a Hugging Face student reports of a row that it cannot read is a `UsageError`; whoever
     wrote another one wants to see where.
     """
     try:

@@ -115,7 +115,7 @@ class StudentInfo:
 
 
 def label_config(info: StudentInfo) -> dict[str, Any]:
-    """What a classifier's `config.json` says of its outputs.
+    """What a classifier's `config.json` states of its outputs.
 
     `problem_type` only where that is not the default of as many outputs: what was written before
     other tasks existed stays the same.

@@ -213,7 +213,7 @@ class DistillationTrainer(CheckpointingTrainer):
         """
         if not self.streams:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        self.args.ignore_data_skip = True  # the cursor says where to resume
+        self.args.ignore_data_skip = True  # the cursor states where to resume
         self.train_dataset.left_out = np.zeros(2, np.int64)
         if resume_from_checkpoint is True:
             found = last_checkpoint(Path(self.args.output_dir))

@@ -429,7 +429,7 @@ class DistilledStudent(nn.Module):
         alpha: float | Tensor,
         count: float | Tensor | None,
     ) -> DistillationOutput:
-        """The loss of answers that are no distribution; see `forward`."""
+        """The loss of answers that are not a distribution; see `forward`."""
         if targets is not None:
             if isinstance(targets, ChunkTargets):
                 raise UsageError(f"targets of chunks are for language models, not for {self.task}.")

@@ -36,7 +36,7 @@ class Column:
         name: key in the mapping of columns, and the dataset's name in a shard.
         dtype: numpy name of the element type.
         shape: shape of one item; `()` for a scalar.
-        per: "position", or the name of a ragged axis: `Codec.counts` says how many of its items
+        per: "position", or the name of a ragged axis: `Codec.counts` states how many of its items
             belong to each position.
         worth: share of a chunk's bytes that deflate may leave, at most; else it is stored as it is.
     """

@@ -25,7 +25,7 @@ from kdcache.targets.output_layer import OutputLayer
 
 Self = TypeVar("Self", bound="_Positions")
 
-_OF_ALL = ("exact", "layer")  # attributes that are no position's own
+_OF_ALL = ("exact", "layer")  # attributes that are not a position's own
 
 
 class _Positions:

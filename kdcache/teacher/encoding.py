@@ -18,7 +18,7 @@ class Encoding:
 
     Attributes:
         codec: of the cache.
-        kept: what the cache keeps of each position beside its target, as `CacheSpec.kept` has it.
+        kept: what the cache keeps of each position besides its target, as `CacheSpec.kept` has it.
         made_for: `TeacherOptions.temperatures`.
     """
 
@@ -35,7 +35,7 @@ class Encoding:
             labels: int64 [n], hard labels.
 
         Returns:
-            What the codec gives, and what the cache keeps beside it, as `of_positions` gives it.
+            What the codec gives, and what the cache keeps besides it, as `of_positions` gives it.
         """
         values = logits_at(piece.read_by(self.codec), self.made_for, self.codec.temperatures)
         encoded = self.codec.encode(values, u)

@@ -143,7 +143,7 @@ class TeacherFiles:
             config = {**self.adapter.config, **self.adapter.changes()}
         else:
             config = json.loads((self.folder / "config.json").read_bytes())
-        # What says nothing about the function computed must not make two equal teachers differ.
+        # What states nothing about the function computed must not make two equal teachers differ.
         for key in _OF_FILES:
             config.pop(key, None)
         digest.update(json.dumps(config, sort_keys=True).encode())
@@ -422,7 +422,7 @@ def _base(adapter: AdapterFolder, *, trust_remote_code: bool, weights: bool) -> 
     """The model that an adapter changes.
 
     Raises:
-        UsageError: it is not where the adapter says, or is an adapter itself.
+        UsageError: it is not where the adapter states, or is an adapter itself.
     """
     try:
         revision = adapter.config.get("revision")

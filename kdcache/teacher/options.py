@@ -19,7 +19,7 @@ class EngineOptions:
         version: that must be installed; None for any.
         tensor_parallel: processes that share each layer.
         pipeline_parallel: groups of them that share the layers.
-        quantization: of the weights, as vLLM names it; None for what the checkpoint says.
+        quantization: of the weights, as vLLM names it; None for what the checkpoint states.
         args: further arguments of the engine; `encode_inside=false` is for kdcache.
         encoder: class that joins the engine's workers so that they can encode; None for none.
     """

@@ -251,7 +251,7 @@ def _accepted(student: Any) -> set[str] | None:
     """Names of the inputs that a forward takes; None if it takes any.
 
     `**kwargs` are looked through: to the parent classes, and to the model inside of
-    `torch.compile` and PEFT. Those of transformers' own classes are no inputs.
+    `torch.compile` and PEFT. Those of transformers' own classes are not inputs.
     """
     names: set[str] = set()
     owners = [student] if "forward" in vars(student) else []

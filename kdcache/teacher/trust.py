@@ -30,7 +30,7 @@ from kdcache.files import inner
 FACTORY_TYPE = "kdcache-factory"
 FACTORY_KEY = "kdcache_factory"
 """In the `config.json` of a Hugging Face model that a function of the user changed after it was
-made, such as one with fake-quantised weights: what `FACTORY_TYPE` has beside its type."""
+made, such as one with fake-quantised weights: what `FACTORY_TYPE` has besides its type."""
 _INDEX = "model.safetensors.index.json"
 
 

@@ -2,7 +2,7 @@
 
 Rows are padded on the left and have their own positions. Rows that have ended leave the batch, and
 the next prompts, the shortest first, take their places: they are read by themselves, once for all
-their answers, and their keys and values are put beside those of the others. Layers with a window
+their answers, and their keys and values are put next to those of the others. Layers with a window
 keep all keys; the mask has the window.
 
 The first answers are a probe: the log-probabilities of what was drawn are compared with those of
@@ -42,7 +42,7 @@ _LEAVE = 8  # a batch is filled up when one in so many of its rows is free
 _GROW = 2  # and one that has its share of what waits, when it could have so many times its rows
 _PROBED = 4  # answers whose log-probabilities are compared
 _PROBE_TOKENS = 24  # of each of them
-_LOOK_BACK = 16  # tokens in which a text that ends an answer is looked for, beside its own length
+_LOOK_BACK = 16  # tokens in which a text that ends an answer is looked for, besides its own length
 
 
 class Ask(NamedTuple):

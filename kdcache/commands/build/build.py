@@ -5,7 +5,7 @@ options -> spans of the corpus -> teacher's identity -> CacheSpec -> `make_cache
 Resume: checks that the shards of an earlier run belong to the corpus as it is now.
 
 The first run of a build records the version of every file (its time of change, or its ETag) in
-`events/corpus.json`, which is no part of the cache: the same corpus makes the same cache wherever
+`events/corpus.json`, which is not part of the cache: the same corpus makes the same cache wherever
 it is. If a later run finds another version, but the same size and ends, the file was copied or its
 middle was edited. A shard holds its rows, so the records of each span are read and encoded again
 and compared with them, without the teacher.

@@ -291,7 +291,7 @@ def _make(
 def _missing(cache: ShardStore[Any], driver: Driver) -> list[int]:
     """The missing spans, from the listing.
 
-    A shard of a sealed cache that came out with other bytes than its manifest says is not in it,
+    A shard of a sealed cache that came out with other bytes than its manifest states is not in it,
     and a retry would not change that: the seal reports it.
     """
     made = driver.made if cache.sealed else {}

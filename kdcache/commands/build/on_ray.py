@@ -143,7 +143,7 @@ class RayWorkers(Workers):
             workers: how many, at least and at most, None without a bound: in between, as many as
                 the cluster has room for, now and later, and as an autoscaler adds.
             gpus: GPUs a worker.
-            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
+            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS states
                 otherwise.
             cpus: CPUs a worker; None for its share of the node that it gets.
             hang_seconds: a worker without progress for so long is replaced.

@@ -1,4 +1,4 @@
-"""Encoded slices of positions become stored columns on threads, beside the device's work.
+"""Encoded slices of positions become stored columns on threads, next to the device's work.
 
 Copies to the host are queued behind the kernels that make them; only the threads wait for them.
 
@@ -41,7 +41,7 @@ _KEPT: Mapping[str, tuple[Callable[..., np.ndarray], int]] = {
     "label_logprob": (label_logprob.encode_logprobs, Stream.LABEL_LOGPROB),
     "entropy": (entropy.encode_entropies, Stream.ENTROPY),
 }
-"""What makes the codes of a column beside the targets, and the stream of its noise."""
+"""What makes the codes of a column next to the targets, and the stream of its noise."""
 
 _UNPACKED = 8  # encoded slices on their way, at most
 
@@ -95,7 +95,7 @@ class Packed(NamedTuple):
 
     Attributes:
         targets: of the positions.
-        kept: codes of what the cache keeps of each position beside its target, by column.
+        kept: codes of what the cache keeps of each position besides its target, by column.
         clipped: the mass, summed.
     """
 
@@ -194,7 +194,7 @@ class Packer:
 def in_row_order(
     codec: Codec, packed: Sequence[Packed], numbers: Sequence[np.ndarray]
 ) -> tuple[SoftTargets, dict[str, np.ndarray]]:
-    """Targets of a span and what is kept beside them in row-major order, from its batches.
+    """Targets of a span and what is kept next to them in row-major order, from its batches.
 
     Args:
         codec: of the targets.

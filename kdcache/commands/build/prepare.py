@@ -349,7 +349,7 @@ def _agree(teachers: Sequence[TeacherFiles], task: str) -> int:
 
 
 def engine_facts(options: EngineRunOptions, version: str | None) -> dict[str, Any]:
-    """What the spec says of an engine: all that decides more of a number than its rounding."""
+    """What the spec states of an engine: all that decides more of a number than its rounding."""
     if version is None:
         return {}
     args = {name: value for name, value in options.engine_args.items() if name not in _NO_MATTER}

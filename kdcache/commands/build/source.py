@@ -90,7 +90,7 @@ class SpanRows(SpanRead):
     """The rows of a span, read and not yet answered.
 
     Attributes:
-        shard: makes the shard's content of the targets and the codes of what is kept beside them,
+        shard: makes the shard's content of the targets and the codes of what is kept next to them,
             by the column's name; all in row-major order.
         clipped_mass: what is known of it; None where the answers tell.
     """
@@ -111,7 +111,7 @@ Turn: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 class Source(ABC, Generic[WorkT, ReadT]):
-    """What makes the shards of spans. `read` may run beside `make`, of another span.
+    """What makes the shards of spans. `read` may run alongside `make`, of another span.
 
     Attributes:
         device: kind of device that answers.
@@ -153,7 +153,7 @@ class Source(ABC, Generic[WorkT, ReadT]):
         """
 
     def close(self) -> None:
-        """End what runs beside this process."""
+        """End what runs outside of this process."""
 
 
 class SourceOptions(Protocol):
@@ -204,7 +204,7 @@ class TargetSource(Source[WorkT, RowsT]):
 
 logger = logging.getLogger(__name__)
 
-_AHEAD = 2  # batches of a span that an engine is given beside the one that is awaited
+_AHEAD = 2  # batches of a span that an engine is given next to the one that is awaited
 
 
 @dataclass(frozen=True)

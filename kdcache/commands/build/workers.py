@@ -106,7 +106,7 @@ class SpanWorker:
         self._stop.set()
 
     def close(self) -> None:
-        """End what the source runs beside this process."""
+        """End what the source runs outside of this process."""
         self.source.close()
 
     @as_worker()
@@ -248,7 +248,7 @@ class Workers(ABC):
 
     Attributes:
         lost: workers that died, hung or went with their node so far.
-        backlog: spans that are left and that no worker has, as the driver says.
+        backlog: spans that are left and that no worker has, as the driver has it.
     """
 
     lost = 0

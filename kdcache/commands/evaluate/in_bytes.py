@@ -3,7 +3,7 @@
 A model's *bits per byte* are minus the log2 of its probability of a text, divided by the text's
 bytes. They compare any two models on the same bytes, so all models of an evaluation are asked about
 the same ones: those of chunks between byte boundaries that the tokens of all models share
-(`kdcache.align`). With one tokenizer these are the tokens themselves. Special tokens are no text:
+(`kdcache.align`). With one tokenizer these are the tokens themselves. Special tokens are not text:
 what a model thinks of an end-of-text is in no figure here.
 
 On each chunk teacher and student have a probability, p and q. They are compared as two outcomes,
@@ -347,7 +347,7 @@ def other_tokenizers(saved: Sequence[SavedModel], rows: EvaluationRows) -> list[
 def with_aligners(
     reader: TokenBytes, models: Sequence[LoadedModel]
 ) -> list[tuple[LoadedModel, Aligner]]:
-    """Students beside what makes their rows.
+    """Students next to what makes their rows.
 
     Raises:
         UsageError: a student's tokenizer loses bytes.

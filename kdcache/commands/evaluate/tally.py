@@ -2,7 +2,7 @@
 
 What the sums of an evaluation say of each model.
 
-Figures of a model whose answers are no distribution: labels each by itself, or scores.
+Figures of a model whose answers are not a distribution: labels each by itself, or scores.
 
 Average precision and Spearman's correlation need all answers in order, so these are kept: 4 bytes a
 class and row for each model, and as many for the hard labels.
@@ -137,7 +137,7 @@ class ClassTally(IdTally):
 
 
 class KeptTally(_ModelTally, ABC):
-    """Of answers that are no distribution, which are kept for figures of their order."""
+    """Of answers that are not a distribution, which are kept for figures of their order."""
 
     def __init__(self, *given: Any) -> None:
         """Start empty; see `make_tally`."""
@@ -289,7 +289,7 @@ class Figures:
 
     Attributes:
         rows: what they were compared on.
-        teacher: that ran beside the students, or None.
+        teacher: that ran with the students, or None.
         students: those that read the rows as they are.
         all_students: all, in the order in which they were named.
         exact: whether all soft targets were distributions, and not samples of them.

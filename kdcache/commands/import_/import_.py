@@ -283,7 +283,7 @@ def _first(
 
 
 def _check_made(cache: Cache, corpus: Corpus) -> None:
-    """Refuse to go on with shards of files that were written to since."""
+    """Refuse to continue with shards of files that were written to since."""
     now = json.dumps([file.versions for file in corpus.files]).encode()
     if cache.sealed or cache.storage.create(_VERSIONS, now):
         return

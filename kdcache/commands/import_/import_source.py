@@ -1,4 +1,4 @@
-"""The source of an import: rows of ids with the targets that another program wrote beside them.
+"""The source of an import: rows of ids with the targets that another program wrote next to them.
 
 Of each position the K most probable ids are kept; what is left of 1 is the tail. Of draws all are
 kept. Nothing is made up: a position with fewer ids, the same id twice, or more than all probability
@@ -43,7 +43,7 @@ class ImportSourceOptions:
     Attributes:
         rows: how records become rows.
         layout: whose columns the targets are.
-        targets: what they stand beside: `token` or `next`.
+        targets: what they stand with: `token` or `next`.
         clip: whether probabilities that sum to more than 1 are scaled to 1.
         compression: of DistillKit's columns.
         logits: folder of targets that are apart from the rows.

@@ -1,6 +1,6 @@
 """Layouts: where the columns of other programs hold a row's targets.
 
-| layout | targets | stand beside |
+| layout | targets | stand with |
 |---|---|---|
 | `kdcache` | `target_ids`, `target_probs`; `teacher_logprob` | the token before |
 | `axolotl` | `target_token_ids`, `target_logprobs`, `target_mask` | the token that they are about |
@@ -8,7 +8,7 @@
 | `open-instruct` | `compressed_logprobs`, `bytepacked_indices` | the token before |
 | `llamakd` | `targets`, of `inputs` | the token before |
 | `megatron`, `se-kd3x` | in files apart, see `kdcache.commands.import_.apart` | the token before |
-| `plain` | `target_ids`, `target_logprobs` or `target_probs` | as --targets says |
+| `plain` | `target_ids`, `target_logprobs` or `target_probs` | as --targets has it |
 
 axolotl's are those of its prepared datasets, which its own loader has scaled to sum to 1;
 DistillKit and open-instruct, which has taken over its columns, leave the last token out.
@@ -173,9 +173,9 @@ class Columns:
 
     Attributes:
         forms: names of columns with targets and how to read them, alternatives.
-        labels: what labels stand beside, `token` or `next`; None where nothing says.
-        targets: what targets stand beside.
-        mask: column that says for each entry whether it counts.
+        labels: what labels stand with, `token` or `next`; None where nothing states it.
+        targets: what targets stand with.
+        mask: column that states for each entry whether it counts.
         logprob: column of the label's log-probability.
         renamed: columns that have other names than here, as `--columns` gives them.
         others: more columns that are read.

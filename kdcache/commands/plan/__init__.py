@@ -8,7 +8,7 @@ and some positions are compared with the full distribution (`fidelity`).
 divided by the workers. It assumes workers like this process that never wait for each other.
 
 *Break-even* is the number of students, one pass over the corpus each, from which on building and
-reading a cache costs less time than running the teacher beside every student. A student's step is
+reading a cache costs less time than running the teacher with every student. A student's step is
 assumed to cost what the teacher's forward costs (forward and backward of a student a third of its
 size), and decoding to run in parallel with that step: only the excess counts.
 

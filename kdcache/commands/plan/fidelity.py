@@ -10,7 +10,7 @@ nothing on the others):
 * mass: the teacher's probability on the ids that are named;
 * missed: the sum of |E t - p|, the probability about which a student learns nothing however long it
   is trained: what lies outside the ids of a top-k. A square hardly sees it, since a tail is made of
-  many small probabilities; a student does. Of scores, which are no probabilities, it is the mean
+  many small probabilities; a student does. Of scores, which are not probabilities, it is the mean
   |t - score| by the standard deviation of the scores: a year keeps its digits in float32 alone.
 
 What training feels is the gradient of the loss by the student's logits. It is taken with the loss
@@ -137,7 +137,7 @@ class FidelityMeter:
     """Adds up positions of one codec at one temperature."""
 
     def __init__(self, *, drawn: bool) -> None:
-        """Start empty; `drawn` says whether targets are an unbiased sample."""
+        """Start empty; `drawn` states whether targets are an unbiased sample."""
         self._drawn = drawn
         self._positions = 0
         self._temperature = math.nan

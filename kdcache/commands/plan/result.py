@@ -43,7 +43,7 @@ class PlannedCache:
         entries: stored a position (for `dense` all ids).
         bytes_per_position: of the targets, on disk.
         row_bytes_per_position: of the rows themselves, on disk: the same for every codec.
-        shard_bytes: of a shard's file beside its columns, on disk.
+        shard_bytes: of a shard's file besides its columns, on disk.
         corpus_bytes: rows and targets of the whole corpus, and the files of all its shards.
         encode_seconds: codec on the teacher's device, a position.
         read_seconds: reading and decoding on one core, a position.

@@ -7,7 +7,7 @@ Cost: the model's own `generate`, on batches of sources of about one length.
 Guarantee: a target is what `generate` writes of its source alone, up to rounding: the model is
 probed first, and one whose logits move with the padding of a batch is given sources of one length,
 or one by one. The search is that of the options, greedy or of beams, and never samples; what else
-the model's `generation_config.json` says of the tokens of a target holds.
+the model's `generation_config.json` states of the tokens of a target holds.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _TOKENS = 1024  # of a row as text
 _POSITIONS = 128  # of a row in a table
 _TOKEN = 80  # characters of a token
 _NEW_LINE = "\u21b5"
-_GOES_ON = "##"  # begins a token that goes on with a word, where blanks are between tokens
+_GOES_ON = "##"  # begins a token that continues with a word, where blanks are between tokens
 
 LEVELS = (0.5, 1.0, 2.0, 4.0, 6.0)
 """Nats of surprise from which on a token has the next colour."""

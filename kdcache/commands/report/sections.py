@@ -1,7 +1,7 @@
 """The sections of a page, as blocks: texts, facts, tables and charts, without markup.
 
 A cache: what it is and how sure its teacher is. Runs and sweeps: curves, figures, and students
-beside their teachers.
+next to their teachers.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ _OPTIONS = (
 
 
 def compare(runs: Sequence[RunPart]) -> Blocks:
-    """Students beside their teachers: a table, and their curves in one pair of axes."""
+    """Students next to their teachers: a table, and their curves in one pair of axes."""
     rows = [_student(run) for run in runs]
     tasks = {task for run in runs if (task := str(run.result.get("task"))) in TASKS}
     hard = {TASKS[task].hard for task in tasks} or {TASKS[CAUSAL_LM].hard}
@@ -335,7 +335,7 @@ def sweep_section(sweep: SweepPart) -> Blocks:
 
 
 def _names(task: object) -> dict[str, str]:
-    """What the figures of a task are called: the loss of scores with their labels is no entropy."""
+    """What the figures of a task are called: the loss of scores is not a cross-entropy."""
     known = str(task) if str(task) in TASKS else None
     return {name: run_title(name, known) for name in RANKED}
 

@@ -285,7 +285,7 @@ Point = tuple[dict[str, str], float, float]  # setting, mean and deviation of th
 
 
 def plot_sweep(path: Path, result: SweepResult) -> None:
-    """Draw the figure that ranks the settings; without matplotlib a line says what it needs.
+    """Draw the figure that ranks the settings; without matplotlib a line states what it needs.
 
     Args:
         path: the PNG file.

@@ -105,7 +105,7 @@ class RayPool:
         Args:
             workers: tasks at once; None for as many as there is room for.
             gpus: GPUs of a task; None for one where there are any.
-            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS says
+            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS states
                 otherwise.
             items: how many there will be at most.
 

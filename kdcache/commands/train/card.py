@@ -1,4 +1,4 @@
-"""The model card of a run: `README.md` beside the student, as model hubs show it.
+"""The model card of a run: `README.md` next to the student, as model hubs show it.
 
 `train --plot`: the curves of a run, from its `metrics.jsonl`.
 """
@@ -133,7 +133,7 @@ _LOSSES = {  # of the log, the first charts
 
 
 def plot_run(path: str, result: TrainResult) -> None:
-    """Draw what a run logged, training and evaluation, beside its teacher's cross-entropy.
+    """Draw what a run logged, training and evaluation, next to its teacher's cross-entropy.
 
     Args:
         path: the PNG file.

@@ -199,7 +199,7 @@ def need_of(options: TrainOptions, nodes: Sequence[Mapping[str, float]], *, grow
     fewest, most = options.workers
     asked, gpus = options.gpus_per_worker, sum(node.get("GPU", 0) for node in nodes)
     if grows:
-        # Ray waits for nodes that an autoscaler starts: too few now is no error there.
+        # Ray waits for nodes that an autoscaler starts: too few now is not an error there.
         return share_of_cpus(1.0 if asked is None else asked, most, nodes)
     # All or none: a run of which one worker is on a CPU is as slow as that one.
     each = float(gpus > 0) if asked is None else asked

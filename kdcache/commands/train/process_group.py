@@ -107,7 +107,7 @@ def train_in_group(
 
 
 def _facts(plan: RunPlan) -> dict[str, Any]:
-    """What all processes must see alike, beside the options."""
+    """What all processes must see alike, next to the options."""
     checkpoint = plan.checkpoint()
     return {
         "caches": [cache.digest for cache in (*plan.caches, *plan.eval_caches)],

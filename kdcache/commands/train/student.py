@@ -187,7 +187,7 @@ def check_lengths(plan: RunPlan, student: DistilledStudent) -> None:
 
 
 def lengths_warning(plan: RunPlan, student: DistilledStudent) -> str | None:
-    """What to say of a student that reads short rows otherwise beside longer ones; None of others.
+    """What to say of a student that reads short rows otherwise next to longer ones; None of others.
 
     Args:
         plan: of the run; the first shard of each cache is looked at.

@@ -32,7 +32,7 @@ def train(
         UsageError: options, caches and student do not fit, or the folder holds another run or has
             another process at work in it.
         IncompleteError: a cache's build has not finished, or the run was interrupted or filled the
-            disk; the same command goes on.
+            disk; the same command continues.
     """
     started = Launched.find()
     if started is not None and started.launcher == "torchrun" and options.launched is None:

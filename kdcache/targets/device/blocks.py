@@ -156,7 +156,7 @@ def find_largest(logits: Tensor, blocks: Blocks, k: int) -> Largest:
     count = min(k, blocks.top.shape[1])
     candidates = largest(blocks.top.to(dtype), count, ordered=False)[1]
     opened = open_blocks(logits, candidates)
-    # Masked ids come before the positions of the last block that are no ids at all.
+    # Masked ids come before the positions of the last block that are not ids.
     inside = candidates[..., None] * BLOCK + torch.arange(BLOCK, device=logits.device)
     ranked = torch.where(
         inside < logits.shape[-1], opened.to(dtype).clamp_min(torch.finfo(dtype).min), -torch.inf

@@ -124,7 +124,7 @@ def of_positions(
     *,
     entropy: bool = False,
 ) -> dict[str, Tensor]:
-    """What a cache keeps of each position beside its target, never synchronising with the host.
+    """What a cache keeps of each position besides its target, never synchronising with the host.
 
     Args:
         logits: [n, V], or [n, 1, V] where that is the only temperature.

@@ -41,7 +41,7 @@ class Head:
 
     Attributes:
         layer: its output layer, with all columns.
-        norm: the model without its layers; None if that is no norm alone.
+        norm: the model without its layers; None if that is not a norm alone.
     """
 
     layer: OutputLayer

@@ -43,7 +43,7 @@ Key: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 def request(positions: np.ndarray, u: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What a row's request says beside its ids.
+    """What a row's request states besides its ids.
 
     Args:
         positions: integers [n], of the row's tokens.

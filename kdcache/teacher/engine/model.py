@@ -168,7 +168,7 @@ class EngineModel:
         """Compare what the engine gives on a row alone, again, changed at its end, and in a batch.
 
         Raises:
-            UsageError: its states are no function of the tokens before, or not the last ones.
+            UsageError: its states are not a function of the tokens before, or not the last ones.
         """
         sample = probe_rows(rows, per_token=True)
         want = [self._alone(row) for row in sample]
