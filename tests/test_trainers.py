@@ -1,4 +1,4 @@
-"""The scripts of docs/trainers.md: each takes the same steps, alone, resumed, and on workers."""
+"""The scripts of examples/trainers: each takes the same steps, alone, resumed, and on workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "trainers.md"
+SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "trainers"
 # Processes that begin as copies of one, so that PyTorch is imported once.
 FORK = """
 import os, sys
@@ -40,11 +40,8 @@ Losses = dict[int, float]
 Script = Callable[..., Losses]
 
 
-def block(name: str) -> str:
-    (text,) = re.findall(
-        rf"<!-- run: {name} -->\n```python\n(.*?)^```", PAGE.read_text(), re.S | re.M
-    )
-    return str(text)
+def source(name: str) -> str:
+    return (SCRIPTS / f"{name}.py").read_text()
 
 
 def losses(printed: str) -> Losses:
@@ -67,7 +64,7 @@ def desk(
 def script(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Script:
-    """Run a script of the page in this process; returns the losses it printed."""
+    """Run a script in this process; returns the losses it printed."""
     monkeypatch.chdir(desk)
     # What earlier trainings of this process have left.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -78,7 +75,7 @@ def script(
     def run(name: str, *arguments: str) -> Losses:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         capsys.readouterr()
-        exec(block(name), {"__name__": "__main__"})
+        exec(source(name), {"__name__": "__main__"})
         return losses(capsys.readouterr().out)
 
     return run
@@ -90,7 +87,7 @@ def on_workers(desk: Path, name: str, world: int, *arguments: str) -> Losses:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-c", FORK, block(name), str(world), *arguments],
+        [sys.executable, "-c", FORK, source(name), str(world), *arguments],
         cwd=desk,
         env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         capture_output=True,
@@ -103,10 +100,10 @@ def on_workers(desk: Path, name: str, world: int, *arguments: str) -> Losses:
 
 @pytest.mark.end_to_end
 def test_a_loop_goes_on_where_it_stopped(script: Script) -> None:
-    begun = script("plain-loop", "4")
-    resumed = script("plain-loop", "11")
+    begun = script("loop", "4")
+    resumed = script("loop", "11")
     Path("runs/plain-loop.pt").unlink()
-    whole = script("plain-loop", "11")
+    whole = script("loop", "11")
     assert list(whole) == list(range(1, 12))
     assert begun | resumed == whole
 
@@ -114,39 +111,39 @@ def test_a_loop_goes_on_where_it_stopped(script: Script) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.end_to_end
 def test_workers_take_the_steps_of_one(script: Script, desk: Path) -> None:
-    both = on_workers(desk, "plain-loop", 2, "3")
+    both = on_workers(desk, "loop", 2, "3")
     assert list(both) == [1, 2, 3]
     state = torch.load("runs/plain-loop.pt", weights_only=True)
     assert state["stream"]["streams"] == 2
-    assert list(script("plain-loop", "5")) == [4, 5]  # alone, with the streams of two
+    assert list(script("loop", "5")) == [4, 5]  # alone, with the streams of two
     state = torch.load("runs/plain-loop.pt", weights_only=True)
     assert state["stream"] == {"epoch": 0, "rows_seen": 40, "step": 5, "streams": 2}
 
 
 @pytest.mark.end_to_end
 def test_accelerate_goes_on_where_it_stopped(script: Script) -> None:
-    begun = script("accelerate", "4")
-    resumed = script("accelerate", "11", "resume")
-    whole = script("accelerate", "11")
+    begun = script("with_accelerate", "4")
+    resumed = script("with_accelerate", "11", "resume")
+    whole = script("with_accelerate", "11")
     assert list(whole) == list(range(1, 12))
     assert begun | resumed == whole
-    assert whole == pytest.approx(script("plain-loop", "11"), abs=2e-4)
+    assert whole == pytest.approx(script("loop", "11"), abs=2e-4)
 
 
 @pytest.mark.end_to_end
 @pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_goes_on_where_it_stopped(script: Script) -> None:
-    whole = script("lightning", "11")
+    whole = script("with_lightning", "11")
     assert list(whole) == list(range(1, 12))
-    resumed = script("lightning", "11", "runs/lightning/step=6.ckpt")
+    resumed = script("with_lightning", "11", "runs/lightning/step=6.ckpt")
     assert resumed == {step: loss for step, loss in whole.items() if step > 6}
-    assert whole == pytest.approx(script("plain-loop", "11"), abs=2e-4)
+    assert whole == pytest.approx(script("loop", "11"), abs=2e-4)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.end_to_end
 @pytest.mark.filterwarnings("ignore")  # Ray warns of what its own modules use
 def test_ray_train_takes_the_steps_of_a_loop(ray: None, script: Script, desk: Path) -> None:
-    (last,) = script("ray-train").items()
-    assert last == (3, pytest.approx(on_workers(desk, "plain-loop", 2, "3")[3], abs=2e-4))
+    (last,) = script("with_ray_train").items()
+    assert last == (3, pytest.approx(on_workers(desk, "loop", 2, "3")[3], abs=2e-4))
