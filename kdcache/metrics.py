@@ -89,7 +89,7 @@ class ModelScores:
         kl: KL(teacher || student) at the result's temperature, nats per position; of several
             labels a row the mean over classes.
         soft_cross_entropy: where KL is not known: that plus the teacher's entropy.
-        agreement: share of positions whose most probable id is also the teacher's; of several
+        agreement: share of positions with the most probable id of the teacher; of several
             labels a row the share of rows and classes on which both decide alike.
         calibration_error: expected calibration error of the most probable id, T = 1.
         micro_f1: of several labels a row, over all rows and classes at the threshold.

@@ -123,8 +123,8 @@ class ShardStore(ABC, Generic[SpecT]):
             url: folder or fsspec URL.
             spec: what the cache should hold.
             tokenizer_files: name and content of each tokenizer file, kept in the cache.
-            ranks: the rank table whose hash the spec has, if it has one.
-            output_layer: the file whose hash the spec has, if it has one; also empty to resume a
+            ranks: the rank table of the hash in the spec, if it has one.
+            output_layer: the file of the hash in the spec, if it has one; also empty to resume a
                 cache that has it.
             notes: facts that do not decide the bytes (names, versions), kept with the spec.
 

@@ -222,7 +222,7 @@ def check_source(source: Codec, codec: Codec) -> None:
 
 
 _SPEED = 1e8  # logits that a core encodes in a second, roughly
-_COUNTED = 16  # shards whose labels are counted for frequency ranks
+_COUNTED = 16  # shards in which labels are counted for frequency ranks
 
 
 def transcode(

@@ -1,6 +1,6 @@
 """Record: one item of a corpus, the errors about it, and filters by the values of columns.
 
-`lang=en` keeps records whose column `lang` holds `en`. Conditions on one column are alternatives;
+`lang=en` keeps records with `en` in the column `lang`. Conditions on one column are alternatives;
 those on different columns must all hold. A value is compared as text, a number by its value (3 is
 3.0), true and false by these words, a missing one (null) as empty text. A list equals none of them.
 

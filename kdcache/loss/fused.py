@@ -269,7 +269,7 @@ class _Fused(torch.autograd.Function):
 
 
 _ALIGNED = 64  # logits: rows of a buffer begin where matrix products are fast
-_NOTHING = -1e30  # a logit of probability 0 whose differences with others are finite
+_NOTHING = -1e30  # a logit of probability 0 with finite differences from others
 
 
 class _Scratch(DenseTargets):

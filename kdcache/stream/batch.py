@@ -77,7 +77,7 @@ class Reading:
         """A shard's rows with all columns that batches are made of, and no other.
 
         Args:
-            cache: whose shard it is.
+            cache: that has the shard.
             shard: its number.
             targets: whether with soft targets.
             kept: of `ABOUT_TEACHER` those that all caches of a stream have.
@@ -90,7 +90,7 @@ class Reading:
         """The rows of a shard with all columns that its batches are made of.
 
         Args:
-            cache: whose shard it is.
+            cache: that has the shard.
             shard: its number.
             data: its rows.
         """

@@ -64,7 +64,7 @@ class CrossTokenizer(Reading):
         """Pair two tokenizers.
 
         Args:
-            cache: whose tokenizer is the teacher's; all caches of a stream have the same.
+            cache: it has the teacher's tokenizer; all caches of a stream have the same.
             tokenizer: the student's, a Hugging Face one.
             method: `likelihood` or `hybrid`.
             tau: above 0.
@@ -106,7 +106,7 @@ class CrossTokenizer(Reading):
         """The rows of a shard next to the same as the student reads them.
 
         Args:
-            cache: whose shard it is.
+            cache: that has the shard.
             shard: its number.
             data: its rows.
         """

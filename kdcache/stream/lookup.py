@@ -38,7 +38,7 @@ from kdcache.tasks import CAUSAL_LM, IGNORE
 
 logger = logging.getLogger(__name__)
 
-_OPEN = 1024  # shards whose rows stay mapped
+_OPEN = 1024  # shards with rows that stay mapped
 _SHOWN = 32  # ids of a missed row that a message decodes
 _COMPARED = 4096  # cached rows that a missed row is compared with
 _ALIKE = 12  # neighbouring ids that two rows must share to be of one text

@@ -150,7 +150,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def cut(rows: int, pieces: int) -> np.ndarray:
-    """int64 [pieces + 1]: bounds that cut `rows` into pieces whose sizes differ by one at most."""
+    """int64 [pieces + 1]: bounds that cut `rows` into pieces, which differ by a row at most."""
     return np.arange(pieces + 1, dtype=np.int64) * rows // pieces
 
 
@@ -250,7 +250,7 @@ class Group:
     """Decoded shards of one group of a stream.
 
     Attributes:
-        stream: whose.
+        stream: the one of these rows.
         first: row of the stream that the first of `rows` is.
         rows: rows of `pool` in the stream's order, all of one epoch.
         pool: the shards.

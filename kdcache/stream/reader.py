@@ -5,7 +5,7 @@ of an epoch may be shorter, and none spans two epochs. Its workers divide the ro
 (give or take a row), and each of them its part into `accumulation` slices. The global batches
 depend on the number of streams, which a run keeps, and on nothing else; so a position in the order
 (`Cursor`) is all that resuming needs, on any number of workers. A slice that would be empty holds
-one row whose weight is zero (`count` = infinity): every rank takes the same number of steps,
+one row of weight zero (`count` = infinity): every rank takes the same number of steps,
 nothing is dropped and nothing counts twice.
 
 Cost: one thread reads groups, a second cuts, decodes and collates batches, both ahead of the
@@ -270,7 +270,7 @@ class TargetStream(IterableDataset[Batch]):
                 if made.positions is not None:
                     if made.first:
                         total = torch.as_tensor(sum_over(made.positions))
-                        # A step whose rows have no position at all has the loss 0 and not NaN.
+                        # A step of rows without any position has the loss 0 and not NaN.
                         count = total.clamp_min(1).float()
                     made.batch["count"] = torch.tensor(math.inf) if made.empty else count
                 # Only with a step's last slice: a resume begins with whole steps.

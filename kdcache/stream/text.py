@@ -51,7 +51,7 @@ def cached_rows(cache: Cache, data: ShardData) -> list[CachedRow]:
     """The rows of a shard of a language model, to be aligned with those of a student.
 
     Args:
-        cache: whose shard it is.
+        cache: that has the shard.
         data: its rows; their targets may be missing.
     """
     kind = RowKind.of_cache(cache)
@@ -99,7 +99,7 @@ class RowsText:
         """`ShardData.label_bytes` of a shard; caches of a stream may differ in what rows hold.
 
         Args:
-            cache: whose shard it is.
+            cache: that has the shard.
             data: its rows.
         """
         found = [label_bytes(self._tokens, row) for row in cached_rows(cache, data)]

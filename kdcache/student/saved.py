@@ -94,7 +94,7 @@ class SavedModel:
 
     @property
     def steps(self) -> int | None:
-        """Steps of the run in whose folder it is; None of other models."""
+        """Steps of the run that it is the student of; None of other models."""
         path = Path(self.files.folder) / "train.json"
         return int(json.loads(path.read_text())["result"]["steps"]) if path.is_file() else None
 

@@ -19,7 +19,7 @@ _BLOCK = 32  # channels that share a step: 1 byte for 32
 _LARGEST = 127
 _ZERO = 128  # the level of 0
 _FINEST = 2.0**-14
-_SLICE = 64  # rows whose numbers stay in a CPU's cache
+_SLICE = 64  # rows with numbers that stay in a CPU's cache
 
 
 def blocks_of(width: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 Ids = npt.NDArray[np.int32]
 _LEAVE = 8  # a batch is filled up when one in so many of its rows is free
 _GROW = 2  # and one that has its share of what waits, when it could have so many times its rows
-_PROBED = 4  # answers whose log-probabilities are compared
+_PROBED = 4  # answers with log-probabilities that are compared
 _PROBE_TOKENS = 24  # of each of them
 _LOOK_BACK = 16  # tokens in which a text that ends an answer is looked for, besides its own length
 

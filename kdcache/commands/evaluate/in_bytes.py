@@ -51,7 +51,7 @@ class Sums:
     Attributes:
         nats: minus its log-probability of them; infinity if it gives one no probability.
         kl: summed divergence from the teacher.
-        agreed: chunks on whose more probable outcome it agrees with the teacher.
+        agreed: chunks of which it finds the same outcome more probable as the teacher.
     """
 
     nats: float = 0.0

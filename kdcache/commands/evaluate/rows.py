@@ -41,9 +41,9 @@ class EvaluationRows:
     """What models are compared on.
 
     Attributes:
-        cache: whose rows they are; None for those of a corpus.
+        cache: that has the rows; None for those of a corpus.
         source: its name, for messages.
-        reader: whose tokenizer made the rows, for messages.
+        reader: the model with the tokenizer that made the rows, for messages.
         task: of the models.
         label_names: the classes, or None.
         vocab_size: width of the logits that are compared.

@@ -205,7 +205,7 @@ def _finetune(
             "tests": _digest(tests),
             "model_files": begun["model"],
         }
-        if options.adapter is not None:  # whose checkpoints are differences from the base
+        if options.adapter is not None:  # its checkpoints are differences from the base
             trainer.identity["base"] = model.kdcache_adapter["base_sha256"]
         resume = last_checkpoint(run)
         if resume is not None:

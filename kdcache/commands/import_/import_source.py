@@ -42,7 +42,7 @@ class ImportSourceOptions:
 
     Attributes:
         rows: how records become rows.
-        layout: whose columns the targets are.
+        layout: the program that wrote the targets' columns.
         targets: what they stand with: `token` or `next`.
         clip: whether probabilities that sum to more than 1 are scaled to 1.
         compression: of DistillKit's columns.

@@ -38,7 +38,7 @@ from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import TASKS, positions
 
 SWEEP_FILE = "results.json"
-_SHARDS = 2  # whose targets are looked at
+_SHARDS = 2  # shards with targets that are looked at
 _POSITIONS = 2048  # of a shard, at most
 _NUMBERS = 1 << 24  # of decoded logits at a time
 

@@ -164,7 +164,7 @@ class RunPlan:
             temperatures = list(dict.fromkeys((schedule.start, schedule.end)))
             for cache in (*caches, *alike):  # equal problems are reported once
                 problems += _wrong_loss(options, cache, temperatures)
-        elif task.answers == "score":  # whose hard loss is that of the divergence, too
+        elif task.answers == "score":  # its hard loss is that of the divergence, too
             problems += _wrong_loss(options, first, [1.0])
         if options.theta is not None and not first.spec.codec.startswith("anchored:"):
             problems.append(

@@ -158,7 +158,7 @@ class Run:
 
 def _judged(plan: RunPlan, student: DistilledStudent, result: TrainResult) -> TrainResult:
     """A result with the figures of one answer for all, and a warning where it is hardly better."""
-    if plan.options.cross_tokenizer is not None:  # whose labels are other tokens
+    if plan.options.cross_tokenizer is not None:  # its labels are other tokens
         return result
     how: dict[str, Any] = {}
     if TASKS[student.task].answers == "score":
