@@ -39,35 +39,16 @@ def fill(folder: Path, *files: str) -> Path:
 # -- what is no file -----------------------------------------------------------------------
 
 
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def unix_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-
-
-ODD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pipe": (pipe, "a named pipe, not a file"),
-    "socket": (unix_socket, "a socket, not a file"),
-    "device": (lambda path: path.symlink_to("/dev/zero"), "a device, not a file"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), "a link to nowhere, which is not there"),
-    "loop": (lambda path: path.symlink_to(path.name), "a link that leads back to itself"),
-}
-
-
-@pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("pattern", ["", "*", "**", "b.jsonl", "deep"])
-def test_what_is_no_file_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, pattern: str
-) -> None:
-    make, message = ODD[kind]
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, pattern: str) -> None:
     fill(tmp_path, "a.jsonl", "deep/a.jsonl")
-    folder = tmp_path / "deep" if pattern == "deep" else tmp_path
-    monkeypatch.chdir(folder)  # the path of a socket must be short
-    make(Path("b.jsonl"))
-    with pytest.raises(UsageError, match=rf"b\.jsonl: {message}"):
+    path = tmp_path / ("deep/b.jsonl" if pattern == "deep" else "b.jsonl")
+    path.symlink_to("nowhere")
+    with pytest.raises(UsageError, match=r"b\.jsonl: a link to nowhere, which is not there"):
+        names(tmp_path, pattern)
+    path.unlink()
+    os.mkfifo(path)  # a read of it would wait for ever
+    with pytest.raises(UsageError, match=r"b\.jsonl is not a regular file"):
         names(tmp_path, pattern)
 
 
@@ -80,16 +61,6 @@ def test_folders_that_hold_themselves_are_refused(tmp_path: Path, pattern: str) 
     (tmp_path / "b/to-a").symlink_to(tmp_path / "a")
     with pytest.raises(UsageError, match="a folder that holds it"):
         names(tmp_path, pattern)
-
-
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    fill(tmp_path, "a.jsonl")
-    path = os.fsencode(tmp_path) + b"/b\xff.jsonl"
-    with open(path, "w"):
-        pass
-    for pattern in ("", "*", os.fsdecode(b"b\xff.jsonl")):
-        with pytest.raises(UsageError, match=r"b\\xff\.jsonl: the file's name is not valid UTF-8"):
-            names(tmp_path, pattern)
 
 
 def test_a_listing_error_is_not_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

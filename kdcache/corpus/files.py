@@ -6,7 +6,6 @@ remote files at a time); for `check_unchanged`, one request a file.
 
 from __future__ import annotations
 
-import errno
 import functools
 import gzip
 import hashlib
@@ -121,24 +120,19 @@ def kind_of(name: str, forced: str = "auto") -> tuple[str, str] | None:
 
 def local_version(url: str) -> tuple[int, str]:
     """Size and version of a local file, which must be a regular one."""
-    shown = os.fsencode(url).decode("utf-8", "backslashreplace")
     try:
-        url.encode()
         found = os.stat(url)
-    except UnicodeEncodeError:
-        raise UsageError(f"{shown}: the file's name is not valid UTF-8. Rename it.") from None
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            what = "a link that leads back to itself"
-        elif isinstance(error, FileNotFoundError) and os.path.islink(url):
-            what = f"a link to {os.readlink(url)}, which is not there"
-        else:
+    except FileNotFoundError as error:
+        if not os.path.islink(url):
             refuse(url, error)
-        raise UsageError(f"{shown}: {what}. Restore what it links to, or remove it.") from None
+        raise UsageError(
+            f"{url}: a link to {os.readlink(url)}, which is not there. Restore what it links to, "
+            "or remove it."
+        ) from None
+    except OSError as error:
+        refuse(url, error)
     if not stat.S_ISREG(found.st_mode):
-        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-        what = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        raise UsageError(f"{shown}: {what}, not a file. Write what it holds into a file first.")
+        raise UsageError(f"{url} is not a regular file. Write what it holds into a file first.")
     return found.st_size, str(found.st_mtime_ns)
 
 
@@ -267,8 +261,6 @@ def open_plain(file: InputFile) -> BinaryIO:
         stream = _Decompressed(unzipped.read1, unzipped, raw)
     else:
         # Arrow's reader, unlike python-zstandard's, detects a truncated stream.
-        if not pa.Codec.is_available("zstd"):
-            raise UsageError(f"{file.url}: this pyarrow has no zstd. Install pyarrow from PyPI.")
         unpacked = pa.CompressedInputStream(raw, "zstd")
         stream = _Decompressed(unpacked.read, unpacked, raw)
     # A buffer on top: its line iteration is C, GzipFile's own is a Python call a line.

@@ -41,7 +41,6 @@ _BLOCK = 1 << 18
 _RECORD = 100  # bytes that a record takes in addition to its content
 _STEPS = 1 << 10  # records between two words of progress
 _SHARE = 0.5  # of the free disk, at most
-_CODEC = "zstd" if pa.Codec.is_available("zstd") else "gzip"
 _HEAD = struct.Struct("<II")
 _BYTES, _ERROR, _FIELDS = range(3)  # what a payload is
 
@@ -158,7 +157,7 @@ class Parts:
 
     def _write(self, part: int, block: _Block) -> None:
         data = block.bytes()
-        packed = pa.compress(data, _CODEC, asbytes=True)
+        packed = pa.compress(data, "zstd", asbytes=True)
         block.empty()
         try:
             if self._end + len(packed) > self._free_bytes:
@@ -175,7 +174,7 @@ class Parts:
         """The records of a part; raises the file's own error behind them if it is damaged."""
         for at, size, whole in self._blocks[part]:
             packed = os.pread(self._file.fileno(), size, at)
-            yield from _records(pa.decompress(packed, whole, _CODEC, asbytes=True))
+            yield from _records(pa.decompress(packed, whole, "zstd", asbytes=True))
         self.unread.discard(part)
         if self._damage is not None:
             raise self._damage

@@ -10,7 +10,6 @@ only when a message needs it, by a pass over the file up to there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
@@ -29,14 +28,6 @@ _SHOWN_NAMES = 12
 
 class RecordError(ValueError):
     """Why one record can't be used; becomes a `UsageError` or a count (`ReadStats`)."""
-
-
-def from_json(text: str) -> Any:
-    """What a text of a record holds as JSON; `ValueError` where it can't be read."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
 
 
 # Not frozen, nor is `Record`: to make a frozen one takes three times as long, for each record.

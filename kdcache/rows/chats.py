@@ -23,7 +23,7 @@ from typing import Any
 import jinja2
 
 from kdcache.corpus import RecordError, kind_of
-from kdcache.corpus.records import from_json, shorten
+from kdcache.corpus.records import shorten
 from kdcache.errors import UsageError
 from kdcache.rows.spec import RowSpec
 from kdcache.rows.tokens import Document, checked_text, need_offsets
@@ -321,7 +321,7 @@ def _call(call: Any, column: str) -> Any:
     arguments = inner.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = from_json(arguments or "{}")
+            arguments = json.loads(arguments or "{}")
         except ValueError:
             raise RecordError(
                 f"column {column!r} holds a call of {inner['name']!r} whose arguments are not JSON"
@@ -354,7 +354,7 @@ def _tools(tools: Any, column: str) -> list[Any] | None:
     """Descriptions of tools as templates expect them; None where there are none."""
     if isinstance(tools, str):
         try:
-            tools = from_json(tools or "null")
+            tools = json.loads(tools or "null")
         except ValueError:
             raise RecordError(f"column {column!r} holds text that is not JSON") from None
     if not tools:

@@ -15,6 +15,7 @@ could mean two things is refused.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -26,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.corpus import Record
-from kdcache.corpus.records import from_json
 from kdcache.errors import UsageError
 from kdcache.rows.encoder import Encoder
 from kdcache.rows.spec import Row, RowSpec, no_label
@@ -323,7 +323,7 @@ def names_in(record: Record, text: str) -> list[Any]:
     if not text.lstrip().startswith("["):
         return [name.strip() for name in text.split(",") if name.strip()]
     try:
-        return list(from_json(text))
+        return list(json.loads(text))
     except ValueError as error:
         raise UsageError(
             f"{record.where}: labels are {text!r}, which is not JSON: {error}. Give a list of "
