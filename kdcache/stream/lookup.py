@@ -7,7 +7,8 @@ Caches of `--packing none` and `whole` are asked for rows, those of `--attend do
 documents. Where `position_ids` do not rise by one another row or document begins.
 
 Cost: a hash of each row's ids, a search in the index, and a copy of its targets
-(measured in `benchmarks/RESULTS.md`). The first lookup indexes the cache; see `kdcache.stream.content`.
+(measured in `benchmarks/RESULTS.md`). The first lookup indexes the cache; see
+`kdcache.stream.content`.
 Guarantee: ids and last label are compared in full with the cache's own, so no index, damaged or
 forged, leads to another row's targets.
 """
