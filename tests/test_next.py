@@ -79,6 +79,19 @@ def test_a_training_that_learnt_little_is_to_be_longer(capsys: pytest.CaptureFix
     assert printers.trained(options, long) == ("inspect", "cache", "--row", "0")
 
 
+@pytest.mark.parametrize(
+    ("student", "trusted", "flag"),
+    [("students:int4", False, True), ("run-of-int4", True, True), ("bilstm", False, False)],
+)
+def test_what_a_function_made_is_evaluated_with_leave_to_run_it(
+    student: str, trusted: bool, flag: bool
+) -> None:
+    options = TrainOptions("cache", student, "run", trust_remote_code=trusted)
+    words = printers.trained(options, TrainResult("run", 30, 2.0, 480, 1.0)) or ()
+    assert words[0] == "evaluate"
+    assert ("--trust-remote-code" in words) == flag
+
+
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "intermediate_size", "d_ff"), 16),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "num_attention_heads", "num_heads"), 1),

@@ -57,6 +57,16 @@ class ReadsPadding(Around):
         return output
 
 
+class MovesByRounding(Around):
+    """Its logits depend on the batch's length as far as products in 16 bits do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        moved = 0.01 * kwargs["input_ids"].shape[1] * torch.is_autocast_enabled("cpu")
+        output["logits"] = output["logits"] * (1 + moved)
+        return output
+
+
 def rows(lengths: tuple[int, ...]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 40, (len(lengths), max(lengths)), generator=generator)
@@ -288,6 +298,11 @@ def test_rounding_is_no_padding() -> None:
         assert student(**batch).loss.isfinite()
     student = DistilledStudent(llama().to(torch.bfloat16), "causal-lm")
     assert student(**batch).loss.isfinite()
+    assert not student.checks_padding
+    student = DistilledStudent(MovesByRounding(llama()), "causal-lm")
+    forward = torch.autocast("cpu", dtype=torch.bfloat16)(student.forward)
+    with mock.patch.object(student, "forward", forward):  # as accelerate wraps it
+        assert student(**batch).loss.isfinite()
     assert not student.checks_padding
 
 

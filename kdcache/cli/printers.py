@@ -211,6 +211,7 @@ def trained(options: TrainOptions, result: TrainResult) -> Next:
     """Print the outcome of a training."""
     from kdcache.cli.views import render_figures
     from kdcache.loss.metrics import perplexity
+    from kdcache.student.factory import is_factory
 
     whole = {name: value for name, value in result.eval.items() if "/" not in name}
     measured = "  ".join(f"{name} {value:.4g}" for name, value in whole.items())
@@ -252,7 +253,9 @@ def trained(options: TrainOptions, result: TrainResult) -> Next:
         look = ("inspect", options.cache[0], "--row", "0")
         return _longer("train", more, result.epochs / result.steps) or look
     test = (options.eval_cache or ("TEST_CACHE",))[0]
-    return ("evaluate", "--student", options.out, "--cache", test)
+    words = ("evaluate", "--student", options.out, "--cache", test)
+    runs_code = options.trust_remote_code or is_factory(options.student)
+    return (*words, "--trust-remote-code") if runs_code else words
 
 
 def _longer(command: str, options: Any, step: float) -> Sequence[str]:

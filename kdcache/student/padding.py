@@ -162,8 +162,8 @@ def readable(name: str, student: DistilledStudent) -> Iterator[None]:
 
 def _answer(student: DistilledStudent, batch: Mapping[str, Any]) -> Any:
     """What a student returns for a batch. It may be at work in a forward of its own, with its
-    weights gathered: its hooks are left out."""
-    return student.forward(count=1.0, return_logits=True, **batch)
+    weights gathered: its hooks are left out, and so is the autocast that a trainer wraps it in."""
+    return type(student).forward(student, count=1.0, return_logits=True, **batch)
 
 
 def _plain(logits: Tensor) -> Tensor:

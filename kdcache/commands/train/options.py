@@ -164,8 +164,8 @@ class TrainOptions(
         LearningOptions,
         "learning_rate",
         None,
-        help="peak of the learning rate. Default: 1e-3 for the biLSTM, 5e-4 for random weights, "
-        "2e-4 for an adapter, else 5e-5.",
+        help="peak of the learning rate. Default: 1e-3 for the biLSTM, 5e-4 for random weights and "
+        "`module:function` (too much for a quantised one), 2e-4 for an adapter, else 5e-5.",
     )
 
     def conflicts(self) -> list[str]:
