@@ -253,9 +253,9 @@ def trained(options: TrainOptions, result: TrainResult) -> Next:
         look = ("inspect", options.cache[0], "--row", "0")
         return _longer("train", more, result.epochs / result.steps) or look
     test = (options.eval_cache or ("TEST_CACHE",))[0]
-    words = ("evaluate", "--student", options.out, "--cache", test)
     runs_code = options.trust_remote_code or is_factory(options.student)
-    return (*words, "--trust-remote-code") if runs_code else words
+    trust = ("--trust-remote-code",) if runs_code else ()
+    return ("evaluate", "--student", options.out, "--cache", test, *trust)
 
 
 def _longer(command: str, options: Any, step: float) -> Sequence[str]:
