@@ -24,7 +24,7 @@ help:
 	@echo "make test-gpu   those that need one"
 	@echo "make test-vllm  those of --engine vllm, with its CPU build in $(VLLM_VENV) (4 GB)"
 	@echo "make test-trainers  those of adapters in the real $(TRAINERS), each in $(TRAINER_VENVS)/NAME (2 to 6 GB)"
-	@echo "make test-fast  unit tests only, two minutes"
+	@echo "make test-fast  unit tests only, but for generated code: two minutes"
 	@echo "make test-in-process  those and what trains or builds in one process: no Ray"
 	@echo "make lint       ruff and strict types"
 	@echo "make docs       the documentation as a site, in build/site"
@@ -87,7 +87,7 @@ test-trainers:
 	done
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not (slow or $(BESIDE))" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not (slow or $(BESIDE))" --ignore tests/cuda -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-in-process: install
 	$(BIN)/python -m pytest -m "not ($(BESIDE))" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
