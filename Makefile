@@ -46,15 +46,15 @@ demo: install
 	$(BIN)/kdcache demo --out .demo
 
 # What inspects generated code wants a process in which nothing else has run: it has one beside the
-# others, and is printed after them. Some tests end every Ray of the machine, so they come last. A step
-# without tests (5) is none that failed: PYTEST_ARGS may choose. A process that crashes is not replaced:
-# xdist 3.8 would wait forever for the rest of its file.
+# others, and is printed after them. A step without tests (5) is none that failed: PYTEST_ARGS may
+# choose. A process that crashes is not replaced: xdist 3.8 would wait forever for the rest of its file.
 test: install
 	@$(MAKE) --no-print-directory -j 2 test-generated test-most
-	@$(MAKE) --no-print-directory test-alone
 
+# Some of the exhaustive tests end every Ray of the machine, so they come last.
 test-all:
 	@$(MAKE) --no-print-directory test LEFT_OUT=
+	@$(MAKE) --no-print-directory test-alone LEFT_OUT=
 
 test-generated: install
 	@mkdir -p build

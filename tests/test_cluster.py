@@ -269,6 +269,28 @@ def slurm(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_slurm_script_gives_ray_its_words(slurm: dict[str, str], tmp_path: Path) -> None:
+    """To a program in the place of `ray`, which shows them; the test below has the real one."""
+    from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
+
+    ray = tmp_path / "bin" / "ray"
+    make = "mkdir -p ~/.ray; touch ~/.ray/auth_token; chmod 644 ~/.ray/auth_token"
+    ray.write_text(f'#!/bin/bash\n[[ $1 == get* ]] && {{ {make}; }} || printf "%s\\n" "$@"\n')
+    ray.chmod(stat.S_IRWXU)
+    given = ["--teacher", "a b", "--corpus", "*.jsonl"]
+    script = ROOT / "examples" / "cluster" / "slurm.sh"
+    done = run(["bash", script, *given], {**slurm, "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stdout
+    words = done.stdout.splitlines()
+    end = words.index("--")
+    assert words[end + 1 :] == ["kdcache", "build", "--address", "auto", *given]
+    assert words[0] == "symmetric-run"
+    assert curate_and_validate_ray_start_args(words[1:end]) == ["--dashboard-host=127.0.0.1"]
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.exhaustive
 @pytest.mark.end_to_end
 @pytest.mark.alone  # `ray symmetric-run` ends with `ray stop`
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
