@@ -9,21 +9,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from test_split_files import gz_corpus
 
 from kdcache import (
     BuildOptions,
-    Cache,
-    Collator,
-    DistilledStudent,
-    TargetDataset,
     build,
 )
 from kdcache.commands.build.prepare import prepare
 from kdcache.errors import UsageError
-from kdcache.targets import DenseTargets
 
 pytestmark = pytest.mark.end_to_end
 
@@ -67,41 +61,3 @@ def test_workers_on_ray_keep_to_a_file(
     assert sum(made.values()) == result.spans > 16
     begun = len({worker for worker, _ in made})
     assert len(made) <= 4 + begun - 1, "each file by one worker, and the last one by both"
-
-
-def test_a_student_learns_the_same_from_the_cache_as_beside_the_teacher(
-    tiny_lm: Path, text_corpus: Path, tmp_path: Path
-) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    options = options_of(tiny_lm, text_corpus, tmp_path / "cache")
-    build(BuildOptions(**{**vars(options), "workers": 0}))
-    cache = Cache.open(options.out)
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
-    losses = {}
-    for source in ("cache", "teacher"):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2,
-        )  # fmt: skip
-        student = DistilledStudent(
-            LlamaForCausalLM(config), "causal-lm", alpha=0.5, vocab_size=300
-        )  # fmt: skip
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        dataset = TargetDataset([cache])
-        collate = Collator(cache.spec.pad_id, temperature=2.0)
-        losses[source] = []
-        for step in range(8):
-            batch = collate([dataset[step * 8 + i] for i in range(8)])
-            if source == "teacher":
-                with torch.no_grad():
-                    logits = teacher(batch["input_ids"], batch["attention_mask"]).logits
-                batch["targets"] = DenseTargets(logits[batch["labels"] != -100], 2.0)
-            loss = student(**batch)["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[source].append(loss.item())
-    assert losses["cache"] == pytest.approx(losses["teacher"], abs=1e-5)
-    assert losses["cache"][-1] < losses["cache"][0]

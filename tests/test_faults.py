@@ -139,7 +139,7 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
 # Workers
 
 
-@pytest.mark.parametrize("moments", [("read", "rename"), *further((MOMENTS,))])
+@pytest.mark.parametrize("moments", [("read",), *further((MOMENTS,))])
 def test_workers_that_hang_and_are_killed_at_moments_and_a_span_that_kills_each(
     cluster: Any, faults: Path, options: BuildOptions, moments: tuple[str, ...]
 ) -> None:

@@ -83,8 +83,8 @@ def test_golden_rows_are_read(name: str) -> None:
             assert (None if row.source is None else row.source.tolist()) == want.get("source")
 
 
-# One of each family of answers, and one with domains.
-READ = ("sample-1-2", "words", "labels", "scores", "domains")
+# One of each family of answers.
+READ = ("sample-1-2", "words", "labels", "scores")
 
 
 @pytest.mark.slow

@@ -22,10 +22,9 @@ from kdcache.cache.layer_file import read_layer
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
-from kdcache.commands.options import EvaluateOptions, TranscodeOptions
+from kdcache.commands.options import EvaluateOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
-from kdcache.commands.transcode import transcode
 from kdcache.commands.verify import recheck
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.loss import (
@@ -42,7 +41,6 @@ from kdcache.targets import (
     HiddenTargets,
     OutputLayer,
     SoftTargets,
-    SparseTargets,
     TargetWriter,
 )
 
@@ -206,21 +204,13 @@ def test_codecs_and_layers_that_do_not_fit() -> None:
         codec.check_temperature(0.0)
 
 
-def test_positions_are_taken_and_joined_by_one_layer() -> None:
+def test_positions_of_two_layers_are_not_joined() -> None:
     states = states_of(9)
-    layer = layer_of(states)
-    targets = stored(states, layer, "int8")
-    some = SoftTargets.concat([targets.take(np.array([5, 1])), targets.take(np.array([1]))])
-    found, all_of_them = some.at(1.0), targets.at(1.0)
-    assert isinstance(found, HiddenTargets)
-    assert isinstance(all_of_them, HiddenTargets)
-    assert torch.equal(found.states, all_of_them.states[torch.tensor([5, 1, 1])])
-    assert HiddenTargets.concat([found, all_of_them]).states.shape == (12, D)
-    other = stored(states, layer_of(states), "int8")
+    targets, other = (stored(states, layer_of(states), "int8") for _ in range(2))
     with pytest.raises(ValueError, match="differ"):
         SoftTargets.concat([targets, other])
     with pytest.raises(ValueError, match="one kind"):
-        HiddenTargets.concat([found, other.at(1.0)])  # type: ignore[list-item]
+        HiddenTargets.concat([targets.at(1.0), other.at(1.0)])  # type: ignore[list-item]
 
 
 # The loss
@@ -457,29 +447,6 @@ def test_evaluation_and_recheck_by_states(
     first, second = recheck(cache, [str(other)], sample=4).problems
     assert "output layer of the cache is not this teacher's" in first
     assert "the targets are not those of this teacher" in second
-
-
-@pytest.mark.end_to_end
-def test_a_transcoded_sample_is_the_teachers_own(
-    caches: dict[str, Cache], tiny_lm: Path, corpus: Path, tmp_path: Path
-) -> None:
-    url = caches["hidden:float16"].storage.url
-    built = build(options(tiny_lm, corpus, tmp_path / "built", "sample:5", temperatures=(2.0,)))
-    transcode(
-        TranscodeOptions(
-            cache=url, codec="sample:5", out=str(tmp_path / "made"), temperatures=(2.0,), workers=0
-        )
-    )
-    mine, own = (Cache.open(str(tmp_path / name)) for name in ("made", "built"))
-    alike = 0
-    for span in range(own.spec.spans):
-        a, b = (SparseTargets.concat([c.read(span).targets.at(2.0)]) for c in (mine, own))
-        dense = [torch.zeros(len(x), 300).scatter_add_(1, x.ids, x.weights) for x in (a, b)]
-        alike += int((dense[0] == dense[1]).all(-1).sum())
-    assert alike >= 0.99 * built.positions  # of a random teacher, whose logits are far apart
-    for codec in ("hidden:int8", "hidden:float16"):
-        with pytest.raises(UsageError, match="no cache's logits determine"):
-            transcode(TranscodeOptions(cache=url, codec=codec, out=str(tmp_path / "no"), workers=0))
 
 
 @pytest.mark.slow

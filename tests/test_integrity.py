@@ -64,9 +64,9 @@ def test_no_file_of_a_cache_can_have_a_flipped_bit(golden: Path) -> None:
     rng = np.random.default_rng(0)
     for name, data in whole.items():
         ends = (0, 1, 8 * len(data) - 1)
-        for i, bit in enumerate([*ends, *rng.integers(8 * len(data), size=7).tolist()]):
+        for i, bit in enumerate([*ends, *rng.integers(8 * len(data), size=3).tolist()]):
             flip(golden / name, bit)
-            if i < 5:
+            if i < 4:
                 assert Path(name).name in naming(golden), f"bit {bit} of {name} flips unseen"
             with pytest.raises(CorruptCacheError, match=re.escape(Path(name).name)):
                 use(golden)
@@ -80,26 +80,6 @@ def use(folder: Path) -> None:
     cache = Cache.open(str(folder))
     cache.tokenizer()
     list(TargetStream(cache, batch_size=4))
-
-
-def test_train_refuses_a_flipped_bit_in_any_file(golden: Path, tmp_path: Path) -> None:
-    student = tmp_path / "student.json"
-    llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "head_dim": 4}
-    student.write_text(
-        json.dumps(llama | {"num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0})
-    )
-    out = tmp_path / "run"
-    words = ["train", "--cache", str(golden), "--student", str(student), "--out", str(out)]
-    words += ["--temperature", "2", "--max-steps", "1", "--batch-size", "2"]
-    whole = files(golden)
-    for name, data in whole.items():
-        flip(golden / name, 4 * len(data))
-        refused = run(*words)
-        assert refused.exit_code == 1, name
-        assert Path(name).name in refused.stderr
-        assert not (out / "train.json").exists()
-        (golden / name).write_bytes(data)
-    assert run(*words).exit_code == 0
 
 
 def test_verify_names_each_file_on_a_line_and_train_refuses(tmp_path: Path) -> None:
@@ -178,11 +158,7 @@ def other_lm(tiny_tokenizer: Path, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("codec", "dtype"),
-    [
-        *(("dense", "float32"), ("sample:8", "bfloat16")),
-        *further(("dense:float16", "float32"), ("topk:8", "float32"), ("sample:8", "float32")),
-        *further(("dense", "bfloat16"), ("dense:float16", "bfloat16"), ("topk:8", "bfloat16")),
-    ],
+    [("dense", "float32"), ("sample:8", "bfloat16"), *further(("topk:8", "bfloat16"))],
 )
 def test_the_right_teacher_passes_and_another_fails(
     codec: str, dtype: Any, options: BuildOptions, tiny_tokenizer: Path, tmp_path: Path
@@ -205,7 +181,7 @@ def test_the_right_teacher_passes_and_another_fails(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["dense", "sample:8", *further("topk:8", "anchored:8")])
+@pytest.mark.parametrize("codec", ["sample:8", *further("dense", "topk:8", "anchored:8")])
 def test_targets_of_a_coarser_dtype_and_of_another_row_are_found(
     codec: str, options: BuildOptions, tmp_path: Path
 ) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loaded import Program
 from make_caches import CAUSAL, CLASSES, make_cache
 
 import kdcache
@@ -453,17 +453,18 @@ def test_too_small_a_folder_is_named_once(
 @pytest.mark.end_to_end
 def test_two_processes_need_an_index_at_once(topk: Cache, disk: Path) -> None:
     script = (
-        "import logging, sys; logging.basicConfig(level='INFO', stream=sys.stdout)\n"
+        "import fcntl, logging, sys; logging.basicConfig(level='INFO', stream=sys.stdout)\n"
         "from kdcache.cache import Cache\n"
         "from kdcache.stream.content import RowIndex\n"
-        "print(input(), flush=True)\n"
+        "fcntl.flock(gate := open(sys.argv[2]), fcntl.LOCK_SH)\n"
         "index = RowIndex.of_cache(Cache.open(sys.argv[1]))\n"
         "print(len(index), index.intact())"
     )
-    command = [sys.executable, "-c", script, topk.storage.url]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
-    printed = [process.communicate("go\n", timeout=300)[0] for process in both]
+    with (disk.parent / "gate").open("w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        words = ("python", "-c", script, topk.storage.url, gate.name)
+        both = [Program(*words) for _ in range(2)]
+    printed = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(text.count("indexing") for text in printed) == 1
     assert [text.splitlines()[-1] for text in printed] == [f"{len(documents_of(topk))} True"] * 2

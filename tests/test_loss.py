@@ -206,26 +206,6 @@ def test_mse_is_the_recipe_of_tang_2019() -> None:
     compare(got, (0.2 * hard + 0.8 * soft, hard, soft), [z], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("t", TEMPERATURES)
-def test_t_squared_in_the_gradient(t: float) -> None:
-    """d(T^2 KL)/dz = T (softmax(z/T) - softmax(y/T)); for large T (z - y) / V, logits centred."""
-    torch.manual_seed(3)
-    hidden = torch.randn(6, 8, dtype=torch.float64)
-    weight = torch.eye(8, dtype=torch.float64)
-    z = hidden.clone().requires_grad_()
-    teacher = torch.randn(6, 8, dtype=torch.float64)
-    exact = t * ((hidden / t).softmax(-1) - (teacher / t).softmax(-1)) / 6
-    targets = DenseTargets(teacher, t)
-    labels = torch.full((6,), -100)
-    for parts in (
-        distillation_loss(z, labels, targets, alpha=0.0),
-        fused_linear_distillation(z, weight, None, labels, targets, alpha=0.0),
-    ):
-        torch.testing.assert_close(
-            torch.autograd.grad(parts.total, z)[0], exact, rtol=1e-10, atol=1e-13
-        )
-
-
 def test_high_temperature_keeps_the_gradients_scale() -> None:
     torch.manual_seed(3)
     z = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
@@ -325,20 +305,6 @@ def test_what_all_logits_have_in_common_costs_no_precision(form: str, kind: str,
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("t", [1.0, 2.0])
-def test_gradcheck(kind: str, t: float) -> None:
-    torch.manual_seed(4)
-    case = make_case(kind, t, n=4, h=3, v=8, k=3)
-
-    def total(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return fused_linear_distillation(
-            hidden, weight, bias, case["labels"], case["targets"], rows=3, **case["options"]
-        ).total
-
-    assert torch.autograd.gradcheck(total, (case["hidden"], case["weight"], case["bias"]))
-
-
 def test_entries_of_a_confident_student_are_not_rounded_away() -> None:
     """p = 1 - 1e-3 is 1 in bfloat16; the gradient p - 1 must still be -1e-3, not 0."""
     hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
@@ -402,23 +368,6 @@ def test_top_k_of_the_whole_vocabulary_is_dense(t: float) -> None:
         compare(got, want, [hidden], rtol=1e-6, atol=1e-8)
 
 
-def test_sampled_loss_is_unbiased_for_the_dense_gradient() -> None:
-    """An entry drawn half of the time at twice its weight: both draws average to the dense one."""
-    torch.manual_seed(6)
-    teacher = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
-    z = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
-    label = torch.tensor([-100])
-    dense = distillation_loss(z, label, DenseTargets(teacher, 2.0), alpha=0.0)
-    want = torch.autograd.grad(dense.total, z)[0]
-    draws = []
-    for k in (0, 1):
-        ids, rest = torch.tensor([[k]]), torch.zeros(1)
-        target = SparseTargets(ids, torch.ones(1, 1), rest, exact=False, temperature=2.0)
-        parts = distillation_loss(z, label, target, alpha=0.0)
-        draws.append(torch.autograd.grad(parts.total, z)[0])
-    torch.testing.assert_close(sum(draws) / 2, want)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_accumulation_with_count_equals_one_batch(form: str) -> None:
     torch.manual_seed(7)
@@ -428,16 +377,10 @@ def test_gradient_accumulation_with_count_equals_one_batch(form: str) -> None:
     )
     options: dict[str, Any] = {"alpha": 0.4, "vocab_size": 12}
 
-    def loss(part: slice, count: float | Tensor | None) -> Tensor:
-        piece = targets[part]
-        if form == "reference":
-            return distillation_loss(
-                hidden[part] @ weight.T + bias, labels[part], piece, count=count, **options
-            ).total
-        function = fused_linear_distillation if form == "fused" else sliced_linear_distillation
-        return function(
-            hidden[part], weight, bias, labels[part], piece, count=count, **options
-        ).total
+    def loss(part: slice, count: float | Tensor | None) -> Any:
+        inputs = [hidden[part], weight, bias]
+        given = (labels[part], targets[part], 4)
+        return loss_of(form, inputs, *given, count=count, **options).total
 
     want = torch.autograd.grad(loss(slice(0, 9), None), [hidden, weight, bias])
     for part in (slice(0, 2), slice(2, 9)):
@@ -586,27 +529,11 @@ def test_an_empty_batch_is_zero_and_connected(form: str) -> None:
         temperature=2.0,
     )
     labels = torch.zeros(0, dtype=torch.int64)
-    options: dict[str, Any] = {"alpha": 0.5}
-    if form == "reference":
-        parts = distillation_loss(hidden @ weight.T, labels, targets, **options)
-    else:
-        function = fused_linear_distillation if form == "fused" else sliced_linear_distillation
-        parts = function(hidden, weight, None, labels, targets, **options)
+    parts = loss_of(form, [hidden, weight, None], labels, targets, 4, alpha=0.5)
     parts.total.backward()
     assert parts.total == 0
     assert weight.grad is not None
     assert (weight.grad == 0).all()
-
-
-def test_a_scheduled_alpha_may_be_a_tensor() -> None:
-    case = make_case("bucket", 2.0)
-    args = (case["hidden"], case["weight"], None, case["labels"], case["targets"])
-    options: dict[str, Any] = case["options"]
-    want = fused_linear_distillation(*args, **options)
-    got = fused_linear_distillation(
-        *args, **options | {"alpha": torch.tensor([0.3], dtype=torch.float64)}
-    )
-    compare(got, want, [case["hidden"], case["weight"]])
 
 
 @pytest.mark.slow

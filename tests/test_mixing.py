@@ -28,7 +28,6 @@ from kdcache.commands.options import EvaluateOptions
 from kdcache.commands.sweep.grid import Grid
 from kdcache.commands.train.callbacks import read_metrics
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
 from kdcache.domains import Named, Weights
 from kdcache.errors import UsageError
@@ -267,10 +266,6 @@ def options(built: dict[str, str], tiny_lm: Path, tmp_path: Path) -> TrainOption
     )
 
 
-class StopError(Exception):
-    """Ends a run from its progress."""
-
-
 @pytest.mark.slow
 def test_a_run_is_weighted_by_domain_and_says_so(
     options: TrainOptions, built: dict[str, str], tmp_path: Path
@@ -301,25 +296,6 @@ def test_a_run_is_weighted_by_domain_and_says_so(
         train(dataclasses.replace(options, cache_weight=("code=2",)))
     with pytest.raises(UsageError, match=r"names the domain 'books'; the domains are web, code\."):
         train(dataclasses.replace(options, out=str(tmp_path / "x"), cache_weight=("books=1",)))
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_with_its_mix(options: TrainOptions, tmp_path: Path) -> None:
-    options = dataclasses.replace(options, save_steps=3, logging_steps=1)
-    calm = train(dataclasses.replace(options, out=str(tmp_path / "calm")))
-
-    def stop(progress: TrainProgress) -> None:
-        if progress.step == 5:
-            raise StopError
-
-    with pytest.raises(StopError):
-        train(options, on_progress=stop)
-    with pytest.raises(UsageError, match="cache_weight: "):
-        train(dataclasses.replace(options, cache_weight=("code=2.5",)))
-    resumed = train(options)
-    assert (resumed.loss, resumed.rows, resumed.steps) == (calm.loss, calm.rows, calm.steps)
-    weights = "model.safetensors"
-    assert Path(options.out, weights).read_bytes() == Path(calm.out, weights).read_bytes()
 
 
 @pytest.mark.exhaustive

@@ -45,22 +45,18 @@ import kdcache
 from transformers import PreTrainedModel, Trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 """,
-    "transformers first": """
-import sys
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-import kdcache
-""",
-}
-PLAIN = """
+    "transformers first, and plain students without kdcache": """
 import sys
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-lm, classes, words = sys.argv[1:4]
+words, _, lm, classes = sys.argv[1:]
 assert AutoModelForCausalLM.from_pretrained(lm).config.model_type == "llama"
 assert AutoTokenizer.from_pretrained(lm)("w3 w5")["input_ids"] == [3, 5]
 assert AutoModelForSequenceClassification.from_pretrained(classes).config.model_type == "bert"
 assert len(AutoTokenizer.from_pretrained(words)("w3 w5")["input_ids"]) == 2
 assert not [name for name in sys.modules if name.split(".")[0] == "kdcache"]
-"""
+import kdcache
+""",
+}
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 
 
@@ -99,27 +95,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
-def python(code: str, *arguments: str, alone: bool = False) -> None:
-    """Run code in a Python of its own; `alone`: where kdcache cannot be imported."""
-    flags = ["-I"] if alone else []
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", code, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "order",
     [pytest.param(x, marks=pytest.mark.exhaustive) if "base" in x else x for x in ORDERS],
 )
 def test_our_models_are_found_whoever_is_imported_first(order: str, runs: dict[str, str]) -> None:
-    python(ORDERS[order] + LOAD, runs["bilstm"], runs["headed"])
-
-
-@pytest.mark.end_to_end
-def test_plain_students_and_words_are_read_without_kdcache(runs: dict[str, str]) -> None:
-    python(PLAIN, runs["llama"], runs["bert"], runs["bilstm"], alone=True)
+    folders = [runs[name] for name in ("bilstm", "headed", "llama", "bert")]
+    code = ORDERS[order] + LOAD
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_is_a_model_folder(runs: dict[str, str]) -> None:

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from conftest import further
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded import Program
@@ -608,11 +609,12 @@ def test_a_stopped_and_a_killed_sweep_go_on(here: Path, moods: str) -> None:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.parametrize(("workers", "seeds"), [(1, [0, 1]), *further((2, [0, 1, 2, 4]))])
 def test_runs_on_ray_survive_killed_workers_and_a_failing_neighbour(
-    ray: None, here: Path, moods: str
+    ray: None, here: Path, moods: str, workers: int, seeds: list[int]
 ) -> None:
     more = {"epochs": 3, "eval-steps": 3, "logging-steps": 1}
-    grid = classifiers("g.yaml", {"seed": [0, 1, 2, 4]}, student=moods, **more)
+    grid = classifiers("g.yaml", {"seed": seeds}, student=moods, **more)
     Path("bad-weather").touch()
     with pytest.raises(IncompleteError):
         sweep(local(grid, "whole"))
@@ -629,8 +631,8 @@ def test_runs_on_ray_survive_killed_workers_and_a_failing_neighbour(
                 process.kill()
         Path("hold").unlink()
 
-    with pytest.raises(IncompleteError, match=r"1 of 4 runs failed(.|\n)*ValueError: it rains"):
-        sweep(SweepOptions(grid, "out", workers=2), on_progress=kill_them)
+    with pytest.raises(IncompleteError, match=r"1 of \d runs failed(.|\n)*ValueError: it rains"):
+        sweep(SweepOptions(grid, "out", workers=workers), on_progress=kill_them)
     assert killed
     mine, theirs = logged(here / "out"), logged(here / "whole")
     assert mine.keys() == theirs.keys()

@@ -521,23 +521,6 @@ def test_trackers_that_are_not_there_are_told(options: Make, tmp_path: Path) -> 
 # Resume
 
 
-def test_a_stopped_run_goes_on_to_the_bit(options: Make, folder: Path, tmp_path: Path) -> None:
-    common = {"save_steps": 4, "epochs": 3, "temperature": 2, "alpha": "0.8:0.2"}
-    whole = options(out=str(tmp_path / "whole"), **common)
-    train(whole)
-    halves = options(out=str(tmp_path / "halves"), **common)
-    for step in (6, 11):  # checkpoints at 4 and 8, in the middle of the first and second epoch
-        with pytest.raises(StopError):
-            train(halves, on_progress=stop_at(step))
-    seen: list[int] = []
-    result = train(halves, on_progress=lambda now: seen.append(now.step))
-    assert seen[0] == 9
-    assert metrics(halves.out) == metrics(whole.out)
-    assert (result.steps, result.rows, result.epochs) == (18, 135, 3.0)
-    mine, theirs = weights(halves.out), weights(whole.out)
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_theta_goes_on_to_the_bit(
     options: Make, folder: Path, tmp_path: Path, accumulation: int
@@ -591,16 +574,6 @@ def test_an_anchor_may_be_fixed_or_off(options: Make, folder: Path, tmp_path: Pa
     for wrong in ("on", -0.1, "nan", 2):
         with pytest.raises(UsageError, match="expected auto, off, or 0 to 1"):
             options(anchor=wrong, **anchored)
-
-
-def test_an_unfinished_checkpoint_is_passed_over(options: Make, tmp_path: Path) -> None:
-    chosen = options(save_steps=3)
-    with pytest.raises(StopError):
-        train(chosen, on_progress=stop_at(8))
-    (tmp_path / "run" / "checkpoint-6" / "kdcache_state.json").unlink()
-    seen: list[int] = []
-    train(chosen, on_progress=lambda now: seen.append(now.step))
-    assert seen == list(range(4, 13))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -808,32 +781,7 @@ def test_the_best_checkpoint_becomes_the_student(
     )
 
 
-def test_patience_survives_a_resume(options: Make, folder: Path, tmp_path: Path) -> None:
-    common = {
-        "student": "bilstm", "eval_cache": str(folder / "held"), "eval_steps": 2, "patience": 2,
-        "epochs": 40, **SMALL,
-    }  # fmt: skip
-    whole = train(options(out=str(tmp_path / "whole"), **common))
-    halves = options(out=str(tmp_path / "halves"), **common)
-    with pytest.raises(StopError):
-        train(halves, on_progress=stop_at(whole.steps - 1))
-    result = train(halves)
-    assert (result.steps, result.best_step) == (whole.steps, whole.best_step)
-    assert metrics(halves.out) == metrics(whole.out)
-
-
 # Students
-
-
-def test_a_classifier_is_saved_for_its_own_library(options: Make) -> None:
-    result = train(options())
-    model = AutoModelForSequenceClassification.from_pretrained(result.out)
-    assert model.config.id2label == {0: "c0", 1: "c1", 2: "c2"}
-    assert AutoTokenizer.from_pretrained(result.out)("w3 w5")["input_ids"] == [3, 5]
-    document = json.loads(Path(result.out, "train.json").read_text())
-    assert document["options"]["batch_size"] == 8
-    assert document["result"]["loss"] == result.loss
-    assert not list(Path(result.out).rglob("*.bin"))
 
 
 def test_a_language_model_learns_and_is_saved(options: Make, folder: Path) -> None:
@@ -885,44 +833,6 @@ def test_a_loss_must_suit_the_eval_cache_too(options: Make, folder: Path, tmp_pa
 
 
 # Other loops
-
-
-def test_a_users_own_trainer_script(folder: Path, tmp_path: Path) -> None:
-    cache = str(folder / "classes")
-    info = StudentInfo("sequence-classification", 64, 3)
-
-    def student() -> DistilledStudent:
-        inner = load_student(str(folder / "bert.json"), info)
-        return DistilledStudent(inner, "sequence-classification")
-
-    arguments = {
-        "num_train_epochs": 2, "use_cpu": True, "disable_tqdm": True, "save_strategy": "epoch",
-        "log_level": "error", "logging_steps": 1, "seed": 0,
-    }  # fmt: skip
-    stream = TargetStream(cache, batch_size=8, temperature=2.0)
-    streamed = DistillationTrainer(
-        model=student(),
-        args=TrainingArguments(str(tmp_path / "stream"), eval_strategy="epoch", **arguments),
-        train_dataset=stream,
-        eval_dataset=TargetStream(cache, batch_size=16, temperature=2.0, shuffle=False),
-    )
-    streamed.train()
-    evaluated = [x for x in streamed.state.log_history if "eval_loss" in x]
-    assert [x["epoch"] for x in evaluated] == [1.0, 2.0]
-    assert (tmp_path / "stream" / "checkpoint-6" / "kdcache_state.json").is_file()
-
-    plain = DistillationTrainer(
-        model=student(),
-        args=TrainingArguments(
-            str(tmp_path / "plain"),
-            remove_unused_columns=False,
-            label_names=["labels"],
-            **arguments,
-        ),
-        train_dataset=TargetDataset(cache),
-        data_collator=Collator(pad_id=0, temperature=2.0),
-    )
-    assert plain.train().global_step == 12
 
 
 @pytest.mark.parametrize("kind", [Trainer, DistillationTrainer])

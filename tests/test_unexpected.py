@@ -263,14 +263,12 @@ def test_errors_of_a_disk_are_tried_again_with_the_same_command(
         build(poisoned)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "point",
     [
-        pytest.param("rows.encoders:TextEncoder.encode", marks=pytest.mark.exhaustive),
-        pytest.param("teacher.teacher:load_models", marks=pytest.mark.exhaustive),
-        pytest.param("teacher.model:TeacherModel._slices", marks=pytest.mark.exhaustive),
-        "cache.cache:Cache.commit",
+        *("rows.encoders:TextEncoder.encode", "teacher.teacher:load_models"),
+        *("teacher.model:TeacherModel._slices", "cache.cache:Cache.commit"),
     ],
 )
 def test_an_exception_in_a_worker_on_ray_is_the_same_line(
