@@ -590,7 +590,10 @@ def test_a_window_of_logging_is_whole_after_a_resume(
     for step in (5, 10):  # back to checkpoints at 4 and 8: four and three steps into a window
         with pytest.raises(StopError):
             train(halves, on_progress=stop_at(step))
-    train(halves)
+    epochs: dict[int, float] = {}
+    result = train(halves, on_progress=lambda now: epochs.update({now.step: now.epoch}))
+    assert epochs == pytest.approx({n: n // 6 + n % 6 * 8 / 45 for n in (10, 15, 18)})
+    assert (result.steps, result.rows, result.epochs) == (18, 135, 3.0)
     assert [line["step"] for line in metrics(halves.out)] == [5, 10, 15, 18]
     assert metrics(halves.out) == metrics(whole.out)
 
