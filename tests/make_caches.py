@@ -76,7 +76,7 @@ def make_shard(
         task,
         rows,
         TargetWriter(codec).write(logits, u),
-        np.concatenate(codes).astype(np.uint16) if label_logprob else None,
+        np.concatenate([np.zeros(0), *codes]).astype(np.uint16) if label_logprob else None,
     )
 
 

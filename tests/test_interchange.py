@@ -158,7 +158,7 @@ def test_an_export_goes_on_and_refuses_another_one(
     with pytest.raises(UsageError, match="would be biased"):
         kdcache.export(ExportOptions(lm_caches["sample:20"], str(tmp_path / "s"), top=3))
     with pytest.raises(UsageError, match="is a cache. Name another folder"):
-        kdcache.export(replace(options, out=options.cache))
+        kdcache.export(replace(options, out=options.cache[0]))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.parquet").write_bytes(b"")
     with pytest.raises(UsageError, match="holds other Parquet files"):

@@ -131,6 +131,8 @@ COMMANDS = {
             "kdcache export caches/topk64 --out tables/topk64",
             "kdcache export caches/hidden --top 64 --temperature 2 --out tables/hidden-t2",
             "kdcache export caches/topk64 --layout axolotl --out tables/axolotl",
+            "kdcache export caches/chosen caches/rejected --layout dpo --out pairs",
+            "kdcache export caches/large caches/small --layout documents --select 0.5 --out chosen",
             _CONTINUE,
         ),
     ),

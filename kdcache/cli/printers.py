@@ -200,10 +200,28 @@ def exported(options: ExportOptions, result: ExportResult) -> Next:
         f"{counted(result.positions, 'position')}, {size(result.bytes)}; {result.made} made now in "
         f"{duration(result.seconds)}."
     )
-    spec = Cache.open(options.cache).spec
+    if (found := result.differences) is not None:
+        print_table(
+            terminal(),
+            ("documents", f"{found.documents:,}"),
+            [("mean difference", f"{found.mean:+.4f} nats a token")]
+            + [(f"{share:.0%} have at most", f"{value:+.4f}") for share, value in found.quantiles],
+        )
+        shown = [
+            (f"{one.row:,}", f"{one.difference:+.4f}", " ".join(one.text.split())[:120])
+            for one in (*found.highest, *reversed(found.lowest))
+        ]
+        print_table(terminal(), ("row", "difference", "text"), shown)
+    if options.layout == "documents":
+        rows = ("--tokenizer", "TEACHER", "--record-form", "ids", "--labels", "next")
+        return ("build", "--teacher", "TEACHER", "--corpus", options.out, *rows, "--out", "CACHE")
+    if options.layout == "dpo":
+        return ()
+    (cache,) = options.cache
+    spec = Cache.open(cache).spec
     drawn = spec.codec.startswith(("sample", "anchored"))
     if spec.task != CAUSAL_LM or drawn or (options.temperature or spec.temperatures[0]) != 1:
-        return ("inspect", options.cache, "--row", "0")  # an import takes no such targets
+        return ("inspect", cache, "--row", "0")  # an import takes no such targets
     return ("import", "--corpus", options.out, "--tokenizer", "TEACHER", "--out", "CACHE")
 
 

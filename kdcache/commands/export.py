@@ -16,6 +16,7 @@ metadata say under the key `kdcache` what it was made of.
 The layout of axolotl's KD plugin has rows with all of their ids, the last label included, and with
 each id the distribution that it was predicted by: `target_token_ids`, `target_logprobs`, scaled so
 that those of a token sum to 1, and `target_mask`. `position_ids` count from 0 in each document.
+Layouts of two caches are in `kdcache.commands.two_caches`.
 
 Cost: one pass over the cache; memory of one decoded shard and of a block of its positions.
 Guarantee: a file appears whole. The same command makes only the files that are missing, with the
@@ -43,6 +44,7 @@ from kdcache.cache import Cache
 from kdcache.cache.figures import teacher_entropy
 from kdcache.cache.shard import ShardData
 from kdcache.commands.options import ExportOptions
+from kdcache.commands.two_caches import Differences, DocumentWriter, PairWriter, TwoCaches
 from kdcache.errors import UsageError
 from kdcache.files import alone, listed, local_path, output_errors, whole_file, write_json
 from kdcache.targets import SoftTargets
@@ -67,6 +69,7 @@ class ExportResult:
         positions: in all files.
         bytes: of all files.
         seconds: wall time of this run.
+        differences: of the documents of two caches (optional).
     """
 
     out: str
@@ -76,6 +79,7 @@ class ExportResult:
     positions: int
     bytes: int
     seconds: float
+    differences: Differences | None = None
 
 
 def export(
@@ -93,30 +97,32 @@ def export(
         IncompleteError: the cache is not finished, or no space is left.
     """
     started = time.perf_counter()
-    cache = Cache.open(options.cache)
-    writer = _Writer(cache, options)
+    writer = _WRITERS.get(options.layout, _Writer)(options)
+    cache = writer.first
     folder = local_path(options.out)
     _refuse_others(folder, writer.about)
     with (
         output_errors(folder, "the files that are written stay valid"),
         alone(folder, "export"),
     ):
+        writer.measure(folder)
         _begin(folder, writer.about)
         shards = cache.manifest.shards
         names = [f"part-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
         missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
         cache.prefetch(missing)
         for i in missing:
-            writer.write(cache.read(i), folder / names[i], shards[i].domain)
+            writer.write(i, folder / names[i])
             report(f"{names[i]}: {shards[i].rows:,} rows")
     return ExportResult(
         out=str(folder),
         files=len(names),
         made=len(missing),
-        rows=cache.manifest.rows,
-        positions=cache.manifest.positions,
+        rows=sum(pq.read_metadata(folder / name).num_rows for name in names),
+        positions=writer.positions,
         bytes=sum((folder / name).stat().st_size for name in names),
         seconds=time.perf_counter() - started,
+        differences=writer.differences,
     )
 
 
@@ -148,8 +154,12 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
 class _Writer:
     """Writes shards of one cache as files."""
 
-    def __init__(self, cache: Cache, options: ExportOptions) -> None:
+    differences = None
+
+    def __init__(self, options: ExportOptions) -> None:
+        cache = self.first = Cache.open(*options.cache)
         codec, spec = cache.codec(), cache.spec
+        self.positions = cache.manifest.positions
         declared = codec.temperatures
         self.temperature = options.temperature or (1.0 if 1.0 in declared else declared[0])
         codec.check_temperature(self.temperature)
@@ -167,7 +177,7 @@ class _Writer:
         self.axolotl = options.layout == "axolotl"
         if self.axolotl and (spec.task != CAUSAL_LM or codec.needs_noise):
             raise UsageError(
-                f"{options.cache} has {codec} targets for {spec.task}; axolotl's plugin takes the "
+                f"{cache.url} has {codec} targets for {spec.task}; axolotl's plugin takes the "
                 f"most probable ids of {CAUSAL_LM}. Leave --layout out, or export a topk cache."
             )
         if self.top is not None and TASKS[spec.task].answers in _INDEPENDENT:
@@ -188,8 +198,12 @@ class _Writer:
         if TASKS[spec.task].answers == "labels":
             self.about["classes"] = list(spec.label_names or ())
 
-    def write(self, data: ShardData, path: Path, domain: str | None) -> None:
-        """Write one shard of a domain, whole."""
+    def measure(self, folder: Path) -> None:
+        """See `TwoCaches.measure`: there is nothing to look at."""
+
+    def write(self, span: int, path: Path) -> None:
+        """Write the file of a shard, whole."""
+        data, domain = self.first.read(span), self.first.manifest.shards[span].domain
         with whole_file(path) as file:
             writer: Any = None
             for rows in self._blocks(data):
@@ -373,6 +387,8 @@ def _scores(labels: np.ndarray, targets: DenseTargets) -> tuple[_Columns, _Colum
     hard = pa.array(labels, pa.float32(), mask=np.isnan(labels))
     return {"label": hard}, {"target_score": scores}
 
+
+_WRITERS: dict[str, type[TwoCaches]] = {"dpo": PairWriter, "documents": DocumentWriter}
 
 # Columns of labels and of targets where answers are not a distribution.
 _INDEPENDENT = {"labels": _many, "score": _scores}

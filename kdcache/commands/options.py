@@ -108,12 +108,26 @@ class VerifyOptions(EngineRunOptions):
 class ExportOptions(Options):
     """What `kdcache export` takes: fields have the names of its options."""
 
-    cache: str = option(help="folder or URL of a finished cache.", metavar="CACHE", positional=True)
+    cache: tuple[str, ...] = option(
+        help="folder or URL of a finished cache; two with --layout dpo (of the chosen and of the "
+        "rejected answers) and documents (of two teachers).",
+        metavar="CACHE",
+        positional=True,
+    )
     out: str = option(help="folder of the files.", metavar="DIR", output=True)
     to: Literal["parquet"] = option("parquet", help="the format of the files.", hidden=True)
-    layout: Literal["kdcache", "axolotl"] = option(
+    layout: Literal["kdcache", "axolotl", "dpo", "documents"] = option(
         "kdcache",
-        help="columns of the files: kdcache's own, or those that axolotl's KD plugin trains on.",
+        help="columns of the files: kdcache's own; those that axolotl's KD plugin trains on; pairs "
+        "with reference log-probabilities for TRL's DPOTrainer; or documents, with the mean "
+        "difference of two teachers' log-probabilities.",
+    )
+    select: float | None = option(
+        None,
+        help="with --layout documents: write only this share, those of the largest difference.",
+        metavar="SHARE",
+        above=0,
+        at_most=1,
     )
     temperature: float | None = option(
         None,
@@ -128,6 +142,22 @@ class ExportOptions(Options):
         metavar="K",
         at_least=1,
     )
+
+    def conflicts(self) -> Sequence[str]:
+        """See `Options.conflicts`."""
+        problems = []
+        pair = self.layout in ("dpo", "documents")
+        if len(self.cache) != 1 + pair:
+            needed = "two caches" if pair else "one cache"
+            problems.append(f"--layout {self.layout} takes {needed}, not {len(self.cache)}.")
+        if self.select is not None and self.layout != "documents":
+            problems.append("--select chooses documents: it needs --layout documents.")
+        if pair and (self.temperature, self.top) != (None, None):
+            problems.append(
+                f"--layout {self.layout} is about labels at T = 1: leave --temperature and --top "
+                "out."
+            )
+        return problems
 
 
 @dataclass(frozen=True)

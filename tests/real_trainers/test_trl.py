@@ -21,6 +21,7 @@ from trainer_contract import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import kdcache
 from kdcache.errors import KdcacheError
 
 pytestmark = [
@@ -146,3 +147,95 @@ def test_evaluation_is_that_of_the_trainer(
         for one in (cache, None)
     )
     assert own["eval_loss"] == plain["eval_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's own
+@pytest.mark.parametrize("codec", ["dense", "topk:2"])
+def test_dpo_on_sums_of_a_cache_is_dpo_with_a_reference(
+    stories260k: Path, student: Path, tmp_path: Path, codec: str
+) -> None:
+    """Every step's loss, ids as TRL's own, with no reference model; `topk` has rounded sums."""
+    import datasets
+    import trl
+
+    from kdcache.integrations.trl import DPOTrainer
+
+    words = " ".join(TEXTS).split()
+    parts = [words[at : at + 24] for at in range(0, len(words) - 24, 8)][:16]
+    records = [
+        {
+            "prompt": " ".join(part[:8]),
+            "chosen": " " + " ".join(part[8:]),
+            "rejected": " " + " ".join(part[:2:-2]),
+        }
+        for part in parts
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for side in ("chosen", "rejected"):
+        kdcache.build(
+            kdcache.BuildOptions(
+                teacher=(str(stories260k),),
+                corpus=(str(tmp_path / "pairs.jsonl"),),
+                out=str(tmp_path / side),
+                columns=(f"completion={side}",),
+                packing="none",
+                codec=codec,
+                workers=0,
+            )
+        )
+    caches = (str(tmp_path / "chosen"), str(tmp_path / "rejected"))
+    kdcache.export(kdcache.ExportOptions(caches, str(tmp_path / "out"), layout="dpo"))
+
+    def arguments(name: str, **more: Any) -> Any:
+        return trl.DPOConfig(
+            str(tmp_path / name),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            **more,
+        )
+
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    own = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(student),
+        args=arguments("own"),
+        train_dataset=datasets.Dataset.from_parquet(
+            sorted(map(str, (tmp_path / "out").glob("*.parquet")))
+        ),
+        processing_class=tokenizer,
+    )
+    assert own.ref_model is None
+    theirs = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(student),
+        ref_model=AutoModelForCausalLM.from_pretrained(stories260k),
+        args=arguments("theirs"),
+        train_dataset=datasets.Dataset.from_list(records),
+        processing_class=tokenizer,
+    )
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert own.train_dataset[column][:] == theirs.train_dataset[column][:]
+    losses = []
+    for trainer in (own, theirs):
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[1][0] != pytest.approx(0.6931, abs=0.05)  # the student is another model
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4 if codec == "dense" else 0.05)
+    print(codec, *losses)
+    for wrong, message in (
+        ({"max_length": 20}, "and max_length is 20"),
+        ({"ld_alpha": 0.5}, "ld_alpha"),
+    ):
+        with pytest.raises(KdcacheError, match=message):
+            DPOTrainer(
+                own.model,
+                args=arguments("wrong", **wrong),
+                train_dataset=own.train_dataset,
+                processing_class=tokenizer,
+            )
