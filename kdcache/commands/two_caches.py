@@ -3,8 +3,8 @@
 Pairs (`--layout dpo CHOSEN REJECTED`): row i of both caches is one prompt, with a preferred answer
 and with another one. The last run of labels in a row is its answer; all before it is the prompt,
 which must be the same in both. Reference log-probabilities are sums over the answer's labels at
-T = 1: of the logits that two `dense` or `hidden` caches give, else of `label_logprob`, whose rounding
-errors a sum adds up (docs/guide.md has how large they are).
+T = 1: of the logits that two `dense` or `hidden` caches give, else of `label_logprob`, whose
+rounding errors a sum adds up (docs/guide.md has how large they are).
 
 Documents (`--layout documents LARGE SMALL`): of each the mean over its labels of LARGE's
 log-probability less SMALL's, in nats a token. Large values are text that a large model has learnt
