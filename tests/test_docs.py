@@ -319,6 +319,9 @@ def test_readme_language_model(run: Run, desk: Path) -> None:
 
 @pytest.mark.end_to_end
 def test_fresh_text(run: Run, desk: Path) -> None:
+    (desk / "text" / "b.jsonl").unlink()
+    prompts = (desk / "text" / "a.jsonl").read_text().splitlines(keepends=True)
+    (desk / "text" / "a.jsonl").write_text("".join(prompts[:5]))
     run("bash", "-euo", "pipefail", "-c", _block("docs/fresh.md", "fresh"))
     assert list(desk.glob("fresh/shards/*.parquet"))
     assert (desk / "caches" / "fresh" / "manifest.json").is_file()

@@ -22,20 +22,8 @@ from kdcache.errors import UsageError
 pytestmark = pytest.mark.end_to_end
 
 
-def options_of(tiny_lm: Path, text_corpus: Path, out: Path) -> BuildOptions:
-    return BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(text_corpus),),
-        out=str(out),
-        codec="dense",
-        max_length=32,
-        shard_tokens=1500,
-        workers=2,
-    )
-
-
 def test_what_a_worker_says_of_its_teacher_ends_the_build(
-    ray: None, tiny_lm: Path, text_corpus: Path, tmp_path: Path
+    ray: None, small_build: BuildOptions, tiny_lm: Path, tmp_path: Path
 ) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny_lm, teacher)
@@ -43,7 +31,7 @@ def test_what_a_worker_says_of_its_teacher_ends_the_build(
     renamed = {name.replace("layers.1.", "others.1."): weights[name] for name in weights}
     save_file(renamed, teacher / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=rf"^teacher {teacher} has no weights for .*layers\.1"):
-        build(options_of(teacher, text_corpus, tmp_path / "cache"))
+        build(dataclasses.replace(small_build, teacher=(str(teacher),), workers=1))
 
 
 def test_workers_on_ray_keep_to_a_file(

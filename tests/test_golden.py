@@ -83,8 +83,8 @@ def test_golden_rows_are_read(name: str) -> None:
             assert (None if row.source is None else row.source.tolist()) == want.get("source")
 
 
-# One of each family of answers.
-READ = ("sample-1-2", "words", "labels", "scores")
+# Of today's caches `test_every_task.py` takes each task through these commands.
+READ = ("sample-1-2", "labels")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,11 +79,19 @@ def imports(source: str) -> set[str]:
     return found
 
 
-IMPORTS = {name: imports(source) for name, source in SOURCES.items()}
-INSIDE = {
-    name: {i[8:].replace(".", "/") for i in found if i.startswith("kdcache.")} - {name}
-    for name, found in IMPORTS.items()
-}
+@cache  # parsed by the one process that has these tests, not by each that collects them
+def imported() -> dict[str, set[str]]:
+    """What each module imports."""
+    return {name: imports(source) for name, source in SOURCES.items()}
+
+
+@cache
+def inside() -> dict[str, set[str]]:
+    """Those of the package."""
+    return {
+        name: {i[8:].replace(".", "/") for i in found if i.startswith("kdcache.")} - {name}
+        for name, found in imported().items()
+    }
 
 
 def folder(name: str) -> str:
@@ -92,7 +101,7 @@ def folder(name: str) -> str:
 def test_imports_go_one_way() -> None:
     wrong = [
         f"{name} imports {other}"
-        for name, found in INSIDE.items()
+        for name, found in inside().items()
         if name not in ("__init__", "__main__")
         for other in found
         if folder(other) != folder(name)
@@ -106,7 +115,7 @@ def test_only_the_outermost_import_commands_and_the_command_line() -> None:
     allowed = {"commands": ("cli", "commands", "__init__"), "cli": ("cli", "__main__", "__init__")}
     wrong = [
         f"{name} imports {other}"
-        for name, found in INSIDE.items()
+        for name, found in inside().items()
         for other in found
         if folder(other) in allowed and folder(name) not in allowed[folder(other)]
     ]
@@ -115,13 +124,13 @@ def test_only_the_outermost_import_commands_and_the_command_line() -> None:
 
 @pytest.mark.parametrize("library", ONLY)
 def test_a_library_is_imported_where_it_is_at_home(library: str) -> None:
-    users = {n for n, found in IMPORTS.items() if any(i.split(".")[0] == library for i in found)}
+    users = {n for n, found in imported().items() if any(i.split(".")[0] == library for i in found)}
     assert [name for name in users if not re.fullmatch(ONLY[library], name)] == []
     assert users, "a rule about a library that nothing imports"
 
 
 def test_targets_and_losses_know_numpy_and_torch_alone() -> None:
-    for name, found in IMPORTS.items():
+    for name, found in imported().items():
         if folder(name) in ("targets", "loss"):
             foreign = {i for i in found if i.split(".")[0] not in LIGHT and i not in PURE}
             own = {i for i in foreign if i.startswith(("kdcache.targets", "kdcache.loss"))}
@@ -132,12 +141,12 @@ def test_no_import_goes_in_a_circle() -> None:
     def follow(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, " imports ".join((*path[path.index(name) :], name))
         if name not in done:
-            for other in INSIDE.get(name, set()) - EXCEPTIONS.get(name, set()):
+            for other in inside().get(name, set()) - EXCEPTIONS.get(name, set()):
                 follow(other, (*path, name))
             done.add(name)
 
     done: set[str] = set()
-    for name in INSIDE:
+    for name in inside():
         if name != "__init__":
             follow(name, ())
 
