@@ -65,20 +65,6 @@ def options(small_build: BuildOptions) -> BuildOptions:
     )
 
 
-def test_the_same_command_does_nothing_and_a_deleted_shard_comes_back_the_same(
-    options: BuildOptions,
-) -> None:
-    build(options)
-    before = files(Path(options.out))
-    assert build(options).made == 0
-    assert files(Path(options.out)) == before
-    victim = sorted((Path(options.out) / "shards").iterdir())[2]
-    victim.unlink()
-    (Path(options.out) / "manifest.json").unlink()
-    assert build(options).made == 1
-    assert files(Path(options.out)) == before
-
-
 def test_the_folder_may_move_and_other_batches_give_close_targets(
     options: BuildOptions, text_corpus: Path, tmp_path: Path
 ) -> None:
@@ -122,20 +108,6 @@ def test_a_changed_corpus_is_refused(
     copy.write_text(text.replace("e", "a", 1))
     with pytest.raises(UsageError, match=r"corpus\.0\.tag"):
         build(options)
-
-
-def test_a_padded_output_layer_is_cut_before_the_normaliser(
-    options: BuildOptions, tiny_tokenizer: Path, tmp_path: Path
-) -> None:
-    wide = make_tiny_lm(tiny_tokenizer, tmp_path / "wide", vocab_size=320)
-    padded = dataclasses.replace(options, teacher=(str(wide),), codec="topk:300")
-    build(padded)
-    cache = Cache.open(padded.out)
-    assert cache.spec.vocab_size == 300
-    assert cache.manifest.shards[0].clipped_mass > 0
-    targets = cache.read(0).targets.at(1.0)
-    assert isinstance(targets, SparseTargets)
-    torch.testing.assert_close(targets.weights.sum(-1), torch.ones(len(targets)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

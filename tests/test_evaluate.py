@@ -33,7 +33,7 @@ from kdcache.cli.views import render_evaluation
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.scores import DomainScores, EvaluateResult
 from kdcache.commands.options import EvaluateOptions
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.errors import UsageError
 from kdcache.metrics import ModelScores
 from kdcache.student import DistilledStudent, StudentInfo, load_student
 from kdcache.tasks import IGNORE
@@ -377,15 +377,6 @@ def test_nothing_to_compare_with(student_classifier: Path, tmp_path: Path) -> No
     (tmp_path / "plain.txt").write_text("one\ntwo\n")
     with pytest.raises(UsageError, match=r"has no labels .* and there is no teacher"):
         evaluate(EvaluateOptions((str(student_classifier),), corpus=(str(tmp_path / "plain.txt"),)))
-
-
-def test_an_unfinished_cache_is_not_judged(
-    lm_caches: dict[str, str], student_lm: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(lm_caches["dense"], tmp_path / "cache")
-    (tmp_path / "cache" / "manifest.json").unlink()
-    with pytest.raises(IncompleteError):
-        evaluate(EvaluateOptions((str(student_lm),), cache=str(tmp_path / "cache")))
 
 
 # What is printed

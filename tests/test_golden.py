@@ -23,7 +23,6 @@ from kdcache.commands.export import export
 from kdcache.commands.inspect import inspect
 from kdcache.commands.options import ExportOptions, InspectOptions, ReportOptions
 from kdcache.commands.report.report import report
-from kdcache.errors import UsageError
 from kdcache.stream import TargetStream
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
 from kdcache.targets.entropy import decode_entropies
@@ -155,12 +154,3 @@ def test_golden_entropies_are_read(name: str) -> None:
         if codes is not None:
             want = [c**2 / 4096 for c in shard["entropy"]]
             np.testing.assert_allclose(decode_entropies(codes), want, rtol=1e-6)
-
-
-def test_golden_temperatures_are_kept_to(name: str) -> None:
-    targets = Cache.open(str(GOLDEN / name)).read(0).targets
-    if name in ("dense", "hidden-int8", "words", "labels"):
-        assert len(targets.at(3.0)) == len(targets)
-        return
-    with pytest.raises(UsageError, match="not declared"):
-        targets.at(3.0)

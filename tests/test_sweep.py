@@ -246,14 +246,6 @@ def test_a_grid_that_is_not_there_and_options_that_cannot_be() -> None:
         SweepOptions("g", "o", workers=-1, gpus_per_run=-2)
 
 
-def test_an_unfinished_cache_is_exit_code_3(here: Path) -> None:
-    make_cache(here / "begun", [3])
-    (here / "begun" / "manifest.json").unlink()
-    result = run(write("g.yaml", {"seed": [0]}, cache="begun"), "--out", "out")
-    assert result.exit_code == 3
-    assert "kdcache build" in result.stderr
-
-
 # What comes out
 
 
