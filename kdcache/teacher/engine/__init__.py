@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kdcache.teacher.engine.process import TeacherDied, engine_version
+from kdcache.teacher.engine.process import TeacherDied, encodes, engine_version
 
-__all__ = ["TeacherDied", "engine_version"]
+__all__ = ["TeacherDied", "encodes", "engine_version"]

@@ -23,7 +23,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from importlib import import_module, metadata
 from pathlib import Path
@@ -113,27 +113,27 @@ _MEMORY = {"gpu": 0.8, "cpu": 0.4}
 """Share of a GPU, or of the host, for the engine: output layer, logits and codec need the rest."""
 
 
-def joins(options: EngineOptions, version: str) -> str | None:
-    """What joins the engine's workers to encode there; None where it gives states alone.
+def encodes(args: Mapping[str, Any], version: str) -> bool:
+    """Whether the codec of a build runs inside the engine.
 
     Args:
-        options: whose argument `encode_inside=false` asks for states.
+        args: of the engine; `encode_inside=false` asks for states.
         version: of vLLM.
+
+    Raises:
+        UsageError: it should, in a version that is not known.
     """
     from kdcache.teacher.engine.inside import KNOWN
 
-    wanted = options.encoder is not None and options.args.get("encode_inside", True)
-    if not wanted or "worker_extension_cls" in options.args:
-        return None
+    if not args.get("encode_inside", True) or "worker_extension_cls" in args:
+        return False
     if not version.startswith(KNOWN):
-        logger.info(
-            "vLLM %s is none of those in which kdcache encodes (%s*): it gives states, and they "
-            "are encoded outside",
-            version,
-            "*, ".join(KNOWN),
+        raise UsageError(
+            f"kdcache encodes inside vLLM {'*, '.join(KNOWN)}*, and this is {version}. Use "
+            "--engine-arg encode_inside=false, by which states leave the engine (the same targets, "
+            "more bytes to move), or install another vLLM."
         )
-        return None
-    return options.encoder
+    return True
 
 
 class TeacherDied(IncompleteError):  # noqa: N818 - what happened, as `Stopped` is
@@ -176,7 +176,8 @@ class Engine:
             )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._encoder = joins(options, version)
+        inside = options.encoder is not None and encodes(options.args, version)
+        self._encoder = options.encoder if inside else None
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._guard = Guard()
