@@ -20,6 +20,8 @@ that one that runs out of memory is a row of the table and not the end of the ru
   a host would decode them, and with all logits made of them at once;
 * what others do with a teacher (`rivals.py`), where they are installed; a line names what is not.
 
+`--share 0.2` measures the loss of that share of the positions, by each figure, against all of them.
+
 On a GPU `--weights float32` is what `kdcache train` does: float32 weights, products in bfloat16 by
 autocast. `--weights bfloat16` keeps the weights themselves in bfloat16. Both are measured at 300m.
 
@@ -40,7 +42,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -52,6 +54,7 @@ from results import keep, machine, memory_mib, table
 from torch import Tensor
 
 from kdcache.student import DistilledStudent
+from kdcache.student.positions import Share
 from kdcache.targets import (
     AnchoredTargets,
     Hidden,
@@ -60,6 +63,7 @@ from kdcache.targets import (
     SparseTargets,
     TargetWriter,
 )
+from kdcache.tasks import PositionFigure
 
 MODELS = {
     # hidden, layers, heads, feed-forward; tied embeddings.
@@ -82,6 +86,7 @@ HIDDEN = {
     DECODED: "int8",
     LOGITS: "int8",
 }
+SHARES = {f"{OURS}, a share by {figure}": figure for figure in get_args(PositionFigure)}
 KEYS = {"time": "micros", "peak memory": "gib"}
 
 # Most that ours with soft targets may take of HF's hard-label step. Those of a GPU are for an H100.
@@ -92,6 +97,7 @@ GOALS = {
 }
 OTHER_TEMPERATURE = 1.08  # most that T != 1 may take of T = 1
 ANCHOR = 1.05  # most that an anchored sample may take of a sample
+SHARE = {"micros": 0.75, "gib": 1.0}  # most that a fifth of the positions may take of all
 
 Step = Callable[[], Tensor]
 
@@ -178,12 +184,18 @@ class Student:
 
         if way == NAIVE:
             return naive, bool
-        wrapper = DistilledStudent(model, "causal-lm", vocab_size=self.options.vocab)
+        rule = Share(SHARES[way], self.options.share) if way in SHARES else None
+        wrapper = DistilledStudent(
+            model, "causal-lm", vocab_size=self.options.vocab, positions=rule
+        )
         places = torch.arange(labels.numel(), device=self.device)  # as `kdcache train` gives them
+        more = {"label_positions": places, "input_ids": inputs}
+        more |= {"teacher_entropy": torch.rand(labels.numel(), device=self.device)}
+        more |= {"label_logprob": -torch.rand(labels.numel(), device=self.device)}
 
         def ours() -> Tensor:
             soft = None if way == OURS_HARD else targets.dense() if way == LOGITS else targets
-            total = wrapper(labels, soft, label_positions=places, input_ids=inputs).loss
+            total = wrapper(labels, soft, **more).loss
             assert isinstance(total, Tensor)
             return total
 
@@ -271,9 +283,11 @@ def take_turns(plan: list[tuple[str, float]], options: argparse.Namespace) -> li
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Seconds, GiB or both of each way of one student, by the way and its temperature."""
     plan = [(HARD, 1.0), (OURS, 1.0), (OURS_HARD, 1.0)]
-    if options.temperature != 1:
+    if options.share:
+        plan = [*plan[:2], *((way, 1.0) for way in SHARES)]
+    elif options.temperature != 1:
         plan.append((OURS, options.temperature))
-    if options.full:
+    if options.full and not options.share:
         plan += [(ANCHORED, 1.0), (NAIVE, 1.0)]
         plan += [(way, 1.0) for way in HIDDEN if options.model != "1b"]
         plan += [(way, 1.0) for way in rivals.installed(options.distillkit)]
@@ -339,6 +353,11 @@ def goals(found: Found, options: argparse.Namespace) -> str:
             ),
             ("time of an anchored sample against a sample's", ANCHOR, ANCHORED, OURS_1, "micros"),
         ]
+        pairs += [
+            (f"{what} {way.removeprefix(OURS)[2:]} against all", SHARE[key], way, OURS_1, key)
+            for way in SHARES
+            for what, key in KEYS.items()
+        ]
         for what, most, one, base, key in pairs:
             if most and key in ways.get(one, {}) and key in ways.get(base, {}) and one != base:
                 ratios.setdefault((what, most), []).append(ways[one][key] / ways[base][key])
@@ -374,6 +393,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=16)
     parser.add_argument("--teacher-width", type=int, default=4096 if cuda else 1024)
     parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--share", type=float, help="of the positions, measured against all")
     parser.add_argument("--steps", type=int, default=20 if cuda else 5)
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1)
     parser.add_argument("--threads", type=int, default=1)
@@ -423,9 +443,10 @@ def main() -> None:
     text = layout(found, options)
     print(text)
     if options.markdown:
+        named = f" --share {options.share:g}" if options.share else ""
         keep(
-            f"train_step: {options.device}",
-            f"`python benchmarks/train_step.py`: {machine()}\n\n{text}",
+            f"train_step{named}: {options.device}",
+            f"`python benchmarks/train_step.py{named}`: {machine()}\n\n{text}",
         )
 
 

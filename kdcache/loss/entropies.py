@@ -16,6 +16,10 @@ from kdcache.loss.fused import EAGER, slice_rows
 from kdcache.loss.passes import cap_, compiled
 from kdcache.targets.device import compiles
 
+# Logits of a slice, and of a block of it, on a CPU: the product wants many positions, and fresh
+# memory costs as much as the passes, which want a block in the cache.
+_SLICE, _BLOCK = 2**22, 2**17
+
 
 @torch.no_grad()
 def logit_entropies(logits: Tensor) -> Tensor:
@@ -24,9 +28,8 @@ def logit_entropies(logits: Tensor) -> Tensor:
     Args:
         logits: [n, V]; -inf has no probability.
     """
-    rows = max(EAGER[logits.device.type == "cuda"] // max(logits.shape[1], 1), 1)
-    found = [entropy_(some.clone()) for some in torch.split(logits, rows)]
-    return torch.cat(found)
+    rows = max((EAGER if logits.is_cuda else _BLOCK) // logits.shape[1], 1)
+    return torch.cat([entropy_(some.clone()) for some in torch.split(logits, rows)])
 
 
 @torch.no_grad()
@@ -45,17 +48,23 @@ def linear_entropies(
         weight: [V, H].
         bias: [V'], of which V are used, or None.
         cap: the logits are ``cap * tanh(x / cap)`` of the layer's x.
-        rows: positions in a slice; see `fused_linear_distillation`.
+        rows: positions in a slice. Default: as the fused loss on a GPU, fewer on a CPU.
     """
     kind, (width, size) = hidden.device.type, weight.shape
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if rows is None and not hidden.is_cuda:
+        rows = max(_SLICE // width, size // 4, 64)
     step = slice_rows(len(hidden), width, size, hidden.device, rows)
     h, w = hidden.to(dtype), weight.to(dtype)
     b = None if bias is None else bias[:width].to(dtype)
     fast = hidden.is_cuda and compiles()
-    block = step if fast else max(EAGER[hidden.is_cuda] // width, 1)
+    block = step if fast else max((EAGER if hidden.is_cuda else _BLOCK) // width, 1)
     buffer = torch.empty((min(step, len(h)), width), dtype=dtype, device=h.device)
-    found = [torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=h.device)]
+    wide = torch.promote_types(dtype, torch.float32)
+    scratch = (
+        None if fast else torch.empty((min(block, len(h)), width), dtype=wide, device=h.device)
+    )
+    found = [torch.empty(0, dtype=wide, device=h.device)]
     with torch.autocast(kind, enabled=False):
         for part in torch.split(h, step):
             z = buffer[: len(part)]
@@ -66,17 +75,17 @@ def linear_entropies(
             for some in torch.split(z, block):
                 if cap is not None:
                     (compiled(cap_) if fast else cap_)(some, cap)
-                found.append((compiled(entropy_) if fast else entropy_)(some))
+                found.append((compiled(entropy_) if fast else entropy_)(some, scratch))
     return torch.cat(found)
 
 
-def entropy_(z: Tensor) -> Tensor:
-    """Entropies [n] of softmax(z), z [n, V]; overwrites it."""
+def entropy_(z: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Entropies [n] of softmax(z), z [n, V]; overwrites it, and n rows of the scratch."""
     wide = torch.promote_types(z.dtype, torch.float32)
     x = z.to(wide)  # z itself where no wider dtype is needed
     # Of a logit of -inf, exp(x) x would be NaN; from -200 on exp(x) is as good as 0.
     x = x.sub_(x.amax(-1, keepdim=True)).clamp_min_(-200)
-    e = x.exp()
+    e = x.exp() if scratch is None else torch.exp(x, out=scratch[: len(x)])
     total = e.sum(-1)
     return total.log() - e.mul_(x).sum(-1) / total
 

@@ -344,15 +344,14 @@ def slice_rows(
         # slice's products read the weight three times, which costs more than a larger buffer.
         budget, most = (2**29, 16384) if device.type == "cuda" else (2**24, 1024)
         if over.cut and device.type == "cuda" and not compiles():
-            budget = EAGER[True]  # a slice is one block
+            budget = EAGER  # a slice is one block
         least = 64 if device.type == "cuda" else max(64, size // 4)
         rows = min(max(budget // max(width, 1), least), most)
     slices = max(-(-n // rows), 1)
     return max(-(-n // slices), 1)
 
 
-EAGER = (2**20, 2**26)
-"""Logits of a block on a CPU, and on a GPU without a compiler."""
+EAGER = 2**26  # logits of a block on a GPU without a compiler
 
 
 def _slices(targets: Targets | ChunkTargets, n: int, step: int) -> list[slice]:
@@ -388,7 +387,7 @@ def _logits_to_gradient_(
     # outlast the launches of its operations. A compiled pass takes the whole slice, and so does one
     # that waits for other ranks.
     whole = fast or over.cut
-    block = len(z) if whole else max(EAGER[z.is_cuda] // z.shape[1], 1)
+    block = len(z) if whole else max((EAGER if z.is_cuda else 2**20) // z.shape[1], 1)
     more: dict[str, Any] = {"over": over} if over.cut else {}
     sums = torch.zeros(_sums(theta), dtype=each.dtype, device=z.device)
     tensors: tuple[Tensor, ...]

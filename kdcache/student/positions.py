@@ -178,8 +178,8 @@ def choose(
             f"the rule of positions gives {weights.dtype} {list(weights.shape)}, expected a weight "
             f"of 0 or more for each of {n} positions."
         )
-    at = weights.nonzero()[:, 0]
-    total = weights.sum(dtype=torch.float32)
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    at, total = weights.nonzero()[:, 0], weights.sum()
     return Chosen(at, weights[at], torch.where(total > 0, total / max(n, 1), 1.0))
 
 
