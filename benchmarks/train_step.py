@@ -445,7 +445,7 @@ def main() -> None:
     if options.markdown:
         named = f" --share {options.share:g}" if options.share else ""
         keep(
-            f"train_step{named}: {options.device}",
+            f"{'positions' if options.share else 'train_step'}: {options.device}",
             f"`python benchmarks/train_step.py{named}`: {machine()}\n\n{text}",
         )
 
