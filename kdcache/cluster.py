@@ -217,6 +217,24 @@ def launching() -> str:
     return ", ".join(words) or "none"
 
 
+@contextlib.contextmanager
+def lending_ray() -> Iterator[None]:
+    """A program that starts inside and begins a job of its own does so on the Ray of this process.
+
+    Ray's actors look for modules in the current folder of what begins their job.
+    """
+    import ray
+
+    if ray.is_initialized():
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    here = os.getcwd()
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
 def nodes_up() -> list[dict[str, float]]:
     """Resources of each node of this moment, used or not."""
     import ray
@@ -288,12 +306,20 @@ class Need:
         cpus: CPUs reserved for it.
         workers: how many there are at most; None for as many as fit.
         exact: whether it uses just these CPUs, however many its node has for it.
+        across: whether its GPUs, whole ones, may be on several nodes.
     """
 
     gpus: float
     cpus: int = 1
     workers: int | None = None
     exact: bool = False
+    across: bool = False
+
+    def room(self, nodes: Sequence[Resources]) -> int:
+        """How many workers nodes of these resources hold together, used or not."""
+        if self.across:
+            return int(sum(int(node.get("GPU", 0)) for node in nodes) // self.gpus)
+        return sum(map(self.fit, nodes))
 
     def fit(self, node: Resources) -> int:
         """How many workers a node of these resources holds, used or not."""
@@ -312,7 +338,55 @@ class Need:
 
     def __str__(self) -> str:
         gpus = f"{counted(self.gpus, 'GPU')} and " if self.gpus else ""
-        return f"{gpus}{counted(self.cpus, 'CPU')} on one node"
+        where = "one node or several" if self.across else "one node"
+        return f"{gpus}{counted(self.cpus, 'CPU')} on {where}"
+
+
+OWN_SHARE = 0.1
+"""Of a worker whose GPUs are on several nodes: its part of the first; its engine has the others."""
+
+
+class Placement:
+    """Where Ray puts an actor or a task, and what it holds for it there.
+
+    Across nodes that is a placement group, a bundle for each GPU, on as few nodes as possible. The
+    actor itself is in the first bundle, and vLLM finds the group through it.
+
+    Attributes:
+        options: of the actor or task.
+    """
+
+    def __init__(self, need: Need) -> None:
+        self.options: dict[str, Any] = {"num_cpus": need.cpus, "num_gpus": need.gpus}
+        self._group: Any = None
+        if need.across:
+            from ray.util import placement_group, scheduling_strategies
+
+            bundles = [{"GPU": 1.0} for _ in range(int(need.gpus))]
+            bundles[0]["CPU"] = need.cpus
+            self._group = placement_group(bundles, strategy="PACK")
+            self.options["num_gpus"] = OWN_SHARE
+            make = scheduling_strategies.PlacementGroupSchedulingStrategy
+            self.options["scheduling_strategy"] = make(
+                self._group,
+                placement_group_bundle_index=0,
+                placement_group_capture_child_tasks=True,
+            )
+
+    def nodes(self) -> set[str]:
+        """Ray's ids of the nodes of the group."""
+        if self._group is None:
+            return set()
+        from ray.util import placement_group_table
+
+        return set(placement_group_table(self._group)["bundles_to_node_id"].values())
+
+    def free(self) -> None:
+        """Give the group back; what runs in it is killed."""
+        if self._group is not None:
+            from ray.util import remove_placement_group
+
+            remove_placement_group(self._group)
 
 
 def share_of_cpus(gpus: float, workers: int | None, nodes: Sequence[Resources]) -> Need:

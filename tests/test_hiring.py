@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -58,6 +61,13 @@ def test_what_workers_reserve_leaves_room_for_all() -> None:
     for workers in (None, 16):  # nodes that are not there yet decide later
         assert share_of_cpus(1, workers, []) == Need(1, 1, workers)
         assert share_of_cpus(0, workers, []).cpus == 1
+
+
+def test_gpus_across_nodes_are_counted_together() -> None:
+    nodes = [{"CPU": 16.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 8.0}, {"CPU": 4.0}]
+    assert (Need(16).room(nodes), Need(16, across=True).room(nodes)) == (0, 1)
+    assert (Need(8).room(nodes), Need(5, across=True).room(nodes)) == (2, 3)
+    assert str(Need(16, across=True)) == "16 GPUs and 1 CPU on one node or several"
 
 
 def test_nodes_in_words() -> None:
@@ -143,6 +153,40 @@ def go_on(workers: RayWorkers, clock: list[float], seconds: int) -> None:
         while workers.backlog and workers.has_room():
             workers.submit(Span(workers.backlog, SPAN.file, 0, 1))
             workers.backlog -= 1
+
+
+def test_a_worker_across_nodes_holds_a_group_and_is_lost_with_any_of_them(
+    fake_ray: FakeRay, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    removed: list[int] = []
+    util = SimpleNamespace(
+        placement_group=lambda bundles, strategy: len(asked.append(bundles) or asked),
+        placement_group_table=lambda _: {"bundles_to_node_id": {0: 0, 1: 1}},
+        remove_placement_group=removed.append,
+        scheduling_strategies=SimpleNamespace(
+            PlacementGroupSchedulingStrategy=lambda group, **more: (group, more)
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "ray.util", util)
+    fake_ray.exceptions.ActorUnavailableError = fake_ray.exceptions.NodeDiedError = KeyError
+    fake_ray.up.append(GPU_NODE)
+    workers = RayWorkers(JOB, workers=(1, 1), gpus=2, across=True, address="auto")
+    assert asked == [[{"GPU": 1.0, "CPU": 1}, {"GPU": 1.0}]]
+    group, more = fake_ray.needs["scheduling_strategy"]
+    assert (group, more["placement_group_bundle_index"]) == (1, 0)
+    assert more["placement_group_capture_child_tasks"], "vLLM asks for the group"
+    assert 0 < fake_ray.needs["num_gpus"] < 1, "the engine's process needs room beside it"
+    fake_ray.start(GPU_NODE)
+    go_on(workers, clock, 1)
+    (actor,) = workers._actors
+    del fake_ray.up[1:]  # not the node of the worker's own process
+    outcomes = workers._lose(actor, RuntimeError("the teacher's engine ended"))
+    assert [outcome.fault for outcome in outcomes] == ["node"]
+    assert removed == [1]
+    assert len(asked) == 2
+    workers.stop()
+    assert removed == [1, 2]
 
 
 def test_auto_asks_for_more_while_all_are_busy(fake_ray: FakeRay, clock: list[float]) -> None:
@@ -284,3 +328,23 @@ def test_nodes_of_the_cluster_files_hold_a_worker() -> None:
     node = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}
     assert (need.fit(node), need.threads(node)) == (1, 8)
     assert f"--workers 1:{group['maxReplicas']} " in job["entrypoint"]
+
+
+def test_the_rayjob_of_16_gpus_holds_its_teacher() -> None:
+    """The patch changes what is there, and its nodes have room for the engine it asks for."""
+    folder = ROOT / "examples" / "cluster"
+    job = yaml.safe_load((folder / "rayjob.yaml").read_text())
+    for change in yaml.safe_load((folder / "rayjob-16-gpus.yaml").read_text()):
+        *way, last = (int(k) if k.isdigit() else k for k in change["path"].split("/")[1:])
+        where = functools.reduce(operator.getitem, way, job)
+        assert change["op"] == "replace"
+        assert type(where[last]) is type(change["value"])
+        where[last] = change["value"]
+    words = job["spec"]["entrypoint"].split()
+    args = dict(word.split("=") for word in words if "_size=" in word or "_backend=" in word)
+    assert args.pop("distributed_executor_backend") == "ray"
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    node = {"CPU": 32.0, "GPU": float(container["resources"]["limits"]["nvidia.com/gpu"])}
+    gpus = math.prod(map(int, args.values()))
+    assert (gpus, Need(gpus, across=True).room([node] * group["maxReplicas"])) == (16, 1)

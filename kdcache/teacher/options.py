@@ -37,6 +37,11 @@ class EngineOptions:
         """GPUs that it needs, where it runs on GPUs."""
         return self.tensor_parallel * self.pipeline_parallel
 
+    @property
+    def over_ray(self) -> bool:
+        """Whether its processes are actors of the cluster, which may be on several nodes."""
+        return self.args.get("distributed_executor_backend") == "ray"
+
 
 @dataclass(frozen=True)
 class TeacherOptions:

@@ -334,12 +334,16 @@ def test_states_leave_in_the_models_own_type(llama: Path, corpus_texts: list[str
 
 def test_the_seams_that_the_encoder_uses() -> None:
     """A version of vLLM without them fails here, before it is added to `KNOWN`."""
-    from vllm import PoolingParams
+    from vllm import PoolingParams, envs
+    from vllm.distributed import get_pp_group, get_tp_group
     from vllm.model_executor.layers.pooler import DispatchPooler
     from vllm.model_executor.layers.pooler.tokwise import TokenPooler
     from vllm.model_executor.layers.pooler.tokwise.heads import TokenPoolerHead
 
     assert engine_version().startswith(KNOWN)
+    assert callable(get_pp_group)
+    assert callable(get_tp_group)
+    assert envs.VLLM_RAY_PER_WORKER_GPUS == 1.0, "a part of a GPU is left to kdcache"
     assert "extra_kwargs" in PoolingParams.__struct_fields__
     assert "self.poolers_by_task" in inspect.getsource(DispatchPooler.__init__)
     assert "self.head(pooled_data, pooling_metadata)" in inspect.getsource(TokenPooler.forward)

@@ -45,7 +45,7 @@ import torch
 from kdcache.cache import Cache, sealing
 from kdcache.cache.layer_file import layer_bytes
 from kdcache.cache.store import ShardStore
-from kdcache.cluster import cluster_address
+from kdcache.cluster import Need, cluster_address
 from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
 from kdcache.commands.build.options import BuildOptions
@@ -168,7 +168,8 @@ def with_layer(
     if not options.without_ray and cluster_address(options.address):
         from kdcache.commands.build.on_ray import run_once
 
-        made = run_once(make_layer, *arguments, gpus=plan.gpus, address=options.address)
+        need = Need(plan.gpus, across=plan.across)
+        made = run_once(make_layer, *arguments, need=need, address=options.address)
     else:
         made = make_layer(*arguments, report)
         torch.cuda.empty_cache()  # the workers' teachers need the room
@@ -285,6 +286,7 @@ def _plan(options: BuildOptions, report: Callable[[str], None]) -> ShardPlan:
         ),
         prepared.gpus,
         prepared.span_seconds,
+        prepared.across,
         check_made=lambda cache: check_made(
             cache, prepared.corpus, functools.partial(_same_rows, cache, prepared.rows)
         ),

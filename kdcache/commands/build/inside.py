@@ -20,7 +20,7 @@ class EncodingWorker:
     @torch.inference_mode()
     def kdcache_encode(
         self, url: str, folder: str, dtype: str, trust_remote_code: bool
-    ) -> Parts | str:
+    ) -> Parts | str | None:
         """Begin to encode what requests name.
 
         Args:
@@ -30,9 +30,12 @@ class EncodingWorker:
             trust_remote_code: whether code that ships with the model may run.
 
         Returns:
-            The layout of the answers, or why there are none.
+            The layout of the answers, or why there are none; None of a worker without last layer.
         """
         worker: Any = self
+        groups = import_module("vllm.distributed")
+        if not groups.get_pp_group().is_last_rank:
+            return None
         pooling = import_module("vllm.model_executor.layers.pooler.tokwise")
         pooler = getattr(worker.model_runner.model, "pooler", None)
         pooler = getattr(pooler, "poolers_by_task", {}).get("token_embed")
@@ -44,7 +47,7 @@ class EncodingWorker:
             pooler.head,
             head,
             Encoding(cache.codec(), cache.spec.kept),
-            import_module("vllm.distributed").get_tp_group(),
+            groups.get_tp_group(),
         )
         # A position of zeros: it compiles where that is done, and shows the layout.
         zeros = torch.zeros(1, head.layer.width, device=worker.device, dtype=getattr(torch, dtype))

@@ -49,6 +49,7 @@ class ShardPlan:
         spans: the units of work, one a shard.
         source: where the workers find rows and targets.
         gpus: GPUs a worker.
+        across: whether they may be on several nodes.
         span_seconds: that a worker needs for a span, very roughly.
         check_made: refuses shards of earlier runs that the source would make differently now.
         check_end: refuses a source that changed meanwhile.
@@ -65,6 +66,7 @@ class ShardPlan:
     source: SourceOptions
     gpus: float
     span_seconds: float
+    across: bool = False
     check_made: Callable[[Any], None] = lambda _: None
     check_end: Callable[[], None] = lambda: None
     output_layer: bytes = b""
@@ -363,6 +365,7 @@ def start_workers(
         job,
         workers=options.worker_range,
         gpus=plan.gpus,
+        across=plan.across,
         address=options.address,
         cpus=options.cpus_per_worker,
         hang_seconds=options.hang_seconds,

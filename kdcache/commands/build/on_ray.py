@@ -23,6 +23,7 @@ from typing import Any
 
 from kdcache.cluster import (
     Need,
+    Placement,
     Wait,
     at_home,
     check_own_ray,
@@ -106,7 +107,8 @@ class RayWorker(SpanWorker):
 @dataclass(eq=False)
 class _Actor:
     handle: Any
-    node: str = ""
+    place: Placement
+    nodes: set[str] = field(default_factory=set)
     figures: WorkerFigures | None = None  # once it is ready
     in_flight: dict[int, Work] = field(default_factory=dict)
     alone: bool = False
@@ -131,6 +133,7 @@ class RayWorkers(Workers):
         workers: tuple[int, int | None],
         gpus: float,
         address: str | None,
+        across: bool = False,
         cpus: int | None = None,
         hang_seconds: float = 600.0,
         wait_minutes: float | None = None,
@@ -143,6 +146,7 @@ class RayWorkers(Workers):
             workers: how many, at least and at most, None without a bound: in between, as many as
                 the cluster has room for, now and later, and as an autoscaler adds.
             gpus: GPUs a worker.
+            across: whether they may be on several nodes.
             address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS states
                 otherwise.
             cpus: CPUs a worker; None for its share of the node that it gets.
@@ -175,12 +179,11 @@ class RayWorkers(Workers):
             self._need = share_of_cpus(gpus, exact, nodes_up())
             if cpus is not None:
                 self._need = Need(gpus, cpus, exact, exact=True)
+            self._need = replace(self._need, across=across)
             if not self._grows:
                 self._refuse_too_many()
             # A heartbeat has a thread of its own: behind spans it would come when they are done.
-            self._class = ray.remote(concurrency_groups={"pulse": 1})(RayWorker).options(
-                num_cpus=self._need.cpus, num_gpus=gpus, max_concurrency=IN_FLIGHT
-            )
+            self._class = ray.remote(concurrency_groups={"pulse": 1})(RayWorker)
             self._job = job
             self._start_missing()
         except BaseException:
@@ -191,7 +194,7 @@ class RayWorkers(Workers):
 
     def _workers_that_fit(self) -> int:
         """How many workers the nodes of this moment hold."""
-        return sum(map(self._need.fit, nodes_up()))
+        return self._need.room(nodes_up())
 
     def _refuse_too_many(self) -> None:
         fitting = self._workers_that_fit()
@@ -230,7 +233,9 @@ class RayWorkers(Workers):
         for actor in waiting[::-1][: max(0, len(self._actors) - wanted)]:
             self._dismiss(actor)
         while len(self._actors) < wanted:
-            actor = _Actor(self._class.remote(self._job, os.getcwd(), self._need))
+            place = Placement(self._need)
+            made = self._class.options(**place.options, max_concurrency=IN_FLIGHT)
+            actor = _Actor(made.remote(self._job, os.getcwd(), self._need), place)
             self._actors[actor] = None
             self._when_answered(actor.handle.where.remote(), self._started, actor)
 
@@ -273,11 +278,12 @@ class RayWorkers(Workers):
         if actor not in self._actors:
             return []
         if error is None:
-            name, actor.node, batch_tokens = answer.result()
+            name, node, batch_tokens = answer.result()
+            actor.nodes = {node} | actor.place.nodes()
             actor.figures = WorkerFigures(name)
             self._failed_starts = 0
             self._offer(actor)
-            self._tell("worker ready", worker=name, node=actor.node, batch_tokens=batch_tokens)
+            self._tell("worker ready", worker=name, node=node, batch_tokens=batch_tokens)
             return []
         cause = _cause(error)
         # Wrong input is wrong on every worker; only a death may end otherwise elsewhere.
@@ -301,6 +307,7 @@ class RayWorkers(Workers):
 
     def _dismiss(self, actor: _Actor) -> None:
         self._ray.kill(actor.handle)
+        actor.place.free()
         del self._actors[actor]
 
     # Working
@@ -403,7 +410,7 @@ class RayWorkers(Workers):
         if isinstance(error, (exceptions.ActorUnavailableError, exceptions.NodeDiedError)):
             return True
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-        return actor.node not in alive
+        return not actor.nodes <= alive
 
     @property
     def _beat(self) -> float:
@@ -448,6 +455,7 @@ class RayWorkers(Workers):
         """See `Workers.stop`."""
         for actor in self._actors:
             self._ray.kill(actor.handle)
+            actor.place.free()
         if self._owns:
             leave()
 
@@ -456,8 +464,8 @@ class RayWorkers(Workers):
         return [actor.figures for actor in self._actors if actor.figures is not None]
 
 
-def run_once(function: Any, *arguments: Any, gpus: float, address: str | None) -> Any:
-    """Run a function on a node of a cluster that has room for a worker; returns its result.
+def run_once(function: Any, *arguments: Any, need: Need, address: str | None) -> Any:
+    """Run a function on a node of a cluster that has room for this; returns its result.
 
     Raises:
         UsageError: the cluster is unreachable, or the function raised it.
@@ -465,8 +473,9 @@ def run_once(function: Any, *arguments: Any, gpus: float, address: str | None) -
     owns = connect(address)
     import ray
 
+    place = Placement(need)
     try:
-        task = ray.remote(num_cpus=1, num_gpus=gpus)(_call_at_home)
+        task = ray.remote(**place.options)(_call_at_home)
         answer = task.remote(os.getcwd(), function, arguments)
         # Python handles a signal between two waits, and not within one.
         while not ray.wait([answer], timeout=1.0)[0]:
@@ -475,6 +484,7 @@ def run_once(function: Any, *arguments: Any, gpus: float, address: str | None) -
     except ray.exceptions.RayTaskError as error:
         raise _cause(error) from error
     finally:
+        place.free()
         if owns:
             leave()
 

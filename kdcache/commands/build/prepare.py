@@ -147,6 +147,11 @@ class Prepared:
     output_layer: bytes = b""
 
     @property
+    def across(self) -> bool:
+        """Whether the GPUs of a worker may be on several nodes."""
+        return across_nodes(self.teacher, self.gpus)
+
+    @property
     def span_seconds(self) -> float:
         """The same for a span of average size."""
         total, spans = sum(file.size for file in self.corpus.files), max(1, len(self.corpus.spans))
@@ -417,6 +422,11 @@ def _span_bytes(
     share = max(min(1 << 22, max(1 << 16, total // 64)), total // 100_000)
     slow = max(1 << 16, int(_SPAN_SECONDS / max(seconds, 1e-12)) * _TEXT_BYTES_A_TOKEN)
     return max(1 << 12, min(share, max(slow, total // 400_000), most))
+
+
+def across_nodes(teacher: TeacherOptions, gpus: float) -> bool:
+    """Whether the GPUs of a worker may be on several nodes: those of an engine over Ray may."""
+    return gpus > 0 and teacher.engine is not None and teacher.engine.over_ray
 
 
 def gpus_of_engine(options: Any) -> float:

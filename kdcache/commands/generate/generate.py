@@ -26,6 +26,7 @@ from kdcache.commands.build.driver import Progress
 from kdcache.commands.build.make import BuildResult, ShardPlan, make_shards
 from kdcache.commands.build.packer import Steps
 from kdcache.commands.build.prepare import (
+    across_nodes,
     dtype_of,
     engine_facts,
     engine_options,
@@ -227,6 +228,7 @@ def plan_of(options: GenerateOptions) -> ShardPlan:
         source=WriterSourceOptions(rows, loaded, batch_tokens),
         gpus=gpus,
         span_seconds=120.0,
+        across=across_nodes(loaded, gpus),
         check_made=lambda there: check_made(
             there, corpus, functools.partial(_same_prompts, there, rows)
         ),

@@ -25,13 +25,14 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kdcache.cluster import python
+from kdcache.cluster import OWN_SHARE, lending_ray, python
 from kdcache.errors import IncompleteError, UsageError, reason_of, require
 from kdcache.teacher.options import EngineOptions
 
@@ -107,6 +108,7 @@ _ENVIRONMENT = {  # unless the user's own says otherwise
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_RAY_PER_WORKER_GPUS": str(1 - OWN_SHARE),  # beside the process that starts it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers of a machine would share its cores
 }
 _MEMORY = {"gpu": 0.8, "cpu": 0.4}
@@ -187,9 +189,10 @@ class Engine:
         self._thread.start()
         self._llm: Any = None
         try:
-            self._llm, self._params = self._run(
-                _start(folder, options, dtype, gpu, trust_remote_code, writes, self._encoder)
-            ).result()
+            with lending_ray() if options.over_ray else nullcontext():
+                self._llm, self._params = self._run(
+                    _start(folder, options, dtype, gpu, trust_remote_code, writes, self._encoder)
+                ).result()
         except (ValueError, TypeError, NotImplementedError) as error:
             self.close()
             raise UsageError(
@@ -212,8 +215,9 @@ class Engine:
         """
         if self._encoder is None:
             return None
-        args = (url, str(folder), dtype, trust_remote_code)
-        found = self._run(self._llm.collective_rpc("kdcache_encode", args=args)).result()[0]
+        args = (url, str(folder.absolute()), dtype, trust_remote_code)
+        every = self._run(self._llm.collective_rpc("kdcache_encode", args=args)).result()
+        found = next(answer for answer in every if answer is not None)
         if isinstance(found, str):
             logger.info("the engine gives states and encodes none: %s", found)
             return None
@@ -330,7 +334,7 @@ async def _start(
     if encoder is not None:
         settings["worker_extension_cls"] = encoder
     settings |= {
-        "model": str(folder),
+        "model": str(folder.absolute()),
         "dtype": dtype,
         "max_model_len": options.max_length,
         "tensor_parallel_size": options.tensor_parallel,
