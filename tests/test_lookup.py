@@ -408,15 +408,6 @@ def test_a_remote_cache_has_its_index_with_the_copies(topk: Cache, disk: Path) -
         assert not store.exists(f"{there}/lookup")
 
 
-def test_an_index_that_is_a_pipe_is_not_waited_for(topk: Cache, disk: Path) -> None:
-    assert found_all(topk)
-    path = index_file(topk)
-    path.unlink()
-    os.mkfifo(path)
-    assert found_all(topk)
-    assert len(list(disk.glob("*.index"))) == 1
-
-
 def test_decoded_rows_that_were_changed_are_decoded_again(topk: Cache, disk: Path) -> None:
     assert found_all(topk)
     for path in disk.glob("*.rows"):

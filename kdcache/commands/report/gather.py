@@ -141,11 +141,9 @@ def gather(path: str, options: ReportOptions) -> Part:
     )
 
 
-def number(value: object) -> float | None:
-    """A finite number, or None for anything else that a file may hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
+def number(value: float | None) -> float | None:
+    """A finite number; None for another, or where there is none."""
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -158,16 +156,9 @@ def _run(folder: Path) -> RunPart:
     document = _document(there[0]) if there else {}
     with doing(f"reading {folder / METRICS_FILE}"):
         lines = read_metrics(folder)
-    log = tuple(
-        {str(k): n for k, v in line.items() if (n := number(v)) is not None}
-        for line in lines
-        if isinstance(line, dict)
-    )
-    options, identity, result = (
-        part if isinstance(part, dict) else {}
-        for part in map(document.get, ("options", "identity", "result"))
-    )
-    return RunPart(str(folder), bool(document), options, identity, result, log)
+    log = tuple({k: v for k, v in line.items() if number(v) is not None} for line in lines)
+    given = {name: document.get(name, {}) for name in ("options", "identity", "result")}
+    return RunPart(str(folder), bool(document), **given, log=log)
 
 
 # Caches

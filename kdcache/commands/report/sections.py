@@ -6,9 +6,8 @@ next to their teachers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kdcache.cache.figures import domain_table
 from kdcache.commands.generate.look import GeneratedView
@@ -201,8 +200,8 @@ def compare(runs: Sequence[RunPart]) -> Blocks:
 
 def _student(run: RunPart) -> tuple[str, ...]:
     evaluated = run.result.get("eval")
-    figures = evaluated if isinstance(evaluated, dict) and evaluated else run.result
-    teacher = "eval_teacher_cross_entropy" if figures is evaluated else "teacher_cross_entropy"
+    figures = evaluated or run.result
+    teacher = "eval_teacher_cross_entropy" if evaluated else "teacher_cross_entropy"
     soft = figures.get("soft_loss")
     return (
         _short(run.path),
@@ -250,7 +249,7 @@ def run_section(run: RunPart) -> Blocks:
     return [
         Paragraph(f"{state}.", "lead"),
         Facts(pairs),
-        _evaluation(result.get("eval"), result.get("one_answer")),
+        _evaluation(result.get("eval", {}), result.get("one_answer", {})),
         Paragraph(f"It is {_plain(result['warning'])}", "note") if result.get("warning") else None,
         *charts,
         _log(run),
@@ -258,10 +257,9 @@ def run_section(run: RunPart) -> Blocks:
     ]
 
 
-def _evaluation(figures: object, one: object) -> Table | None:
-    if not isinstance(figures, dict) or not figures:
+def _evaluation(figures: Mapping[str, float], one: Mapping[str, float]) -> Table | None:
+    if not figures:
         return None
-    one = one if isinstance(one, dict) else {}
     rows = [(_words(_plain(k)), _figure(v), _figure(one.get(k))) for k, v in figures.items()]
     header = ("figure", "value", "one answer for all")
     return Table("On the evaluation caches", header, rows[:_LINES])
@@ -301,28 +299,25 @@ def _run_provenance(run: RunPart) -> list[tuple[str, str]]:
 
 def sweep_section(sweep: SweepPart) -> Blocks:
     """All about a sweep: its settings, best first."""
-    settings = [s for s in _list(sweep.results.get("settings")) if isinstance(s, dict)]
-    ranked, names = _plain(sweep.results.get("ranked_by")), _names(sweep.results.get("task"))
-    evaluated = sweep.results.get("evaluated")
-    where = "the evaluation caches" if evaluated else "training, as last logged"
-    crossed = list(dict.fromkeys(k for s in settings for k in _dict(s.get("setting"))))
-    figures = [n for n in RANKED[:-1] if any(n in _dict(s.get("mean")) for s in settings)]
+    settings, ranked, runs = (sweep.results[n] for n in ("settings", "ranked_by", "runs"))
+    names = _names(sweep.results.get("task"))
+    where = "the evaluation caches" if sweep.results["evaluated"] else "training, as last logged"
+    crossed = list(dict.fromkeys(k for s in settings for k in s["setting"]))
+    figures = [n for n in RANKED[:-1] if any(n in s["mean"] for s in settings)]
     rows = []
     for setting in settings[:_SETTINGS]:
-        values, mean = _dict(setting.get("setting")), _dict(setting.get("mean"))
-        spread = _dict(setting.get("deviation"))
+        mean, spread = setting["mean"], setting["deviation"]
         cells = [_figure(mean.get(n)) + _deviation(spread.get(n)) for n in figures]
-        words = [_plain(values.get(name, "-")) for name in crossed] or ["all runs"]
-        count = f"{len(_list(setting.get('runs'))):,}"
-        rows.append((*words, count, *cells, _count(setting.get("parameters"))))
-    header = [*(str(name) for name in crossed), "runs"] if crossed else ["setting", "runs"]
-    header += [names.get(name, _words(name)) for name in figures] + ["parameters"]
-    runs = _list(sweep.results.get("runs"))
+        words = [_plain(setting["setting"].get(name, "-")) for name in crossed] or ["all runs"]
+        count = f"{len(setting['runs']):,}"
+        rows.append((*words, count, *cells, _count(setting["parameters"])))
+    header = [*crossed, "runs"] if crossed else ["setting", "runs"]
+    header += [names[name] for name in figures] + ["parameters"]
     more = len(settings) - len(rows)
     return [
         Paragraph(
             f"{counted(len(runs), 'run')} of {counted(len(settings), 'setting')}, best first "
-            f"by {names.get(ranked, _words(ranked))}; figures of {where}.",
+            f"by {names[ranked]}; figures of {where}.",
             "lead",
         ),
         Table("Settings, means over seeds", header, rows, range(max(1, len(crossed)))),
@@ -334,35 +329,26 @@ def sweep_section(sweep: SweepPart) -> Blocks:
 # Values of files, as text
 
 
-def _names(task: object) -> dict[str, str]:
+def _names(task: str | None) -> dict[str, str]:
     """What the figures of a task are called: the loss of scores is not a cross-entropy."""
-    known = str(task) if str(task) in TASKS else None
-    return {name: run_title(name, known) for name in RANKED}
+    return {name: run_title(name, task) for name in RANKED}
 
 
 def _points(run: RunPart, name: str) -> tuple[tuple[float, float], ...]:
     return tuple((line["step"], line[name]) for line in run.log if name in line and "step" in line)
 
 
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _figure(value: object) -> str:
+def _figure(value: float | None) -> str:
     found = number(value)
     return "-" if found is None else f"{found:,.4f}"
 
 
-def _deviation(value: object) -> str:
+def _deviation(value: float | None) -> str:
     found = number(value)
     return "" if found is None else f" ± {found:.4f}"
 
 
-def _count(value: object) -> str:
+def _count(value: float | None) -> str:
     found = number(value)
     return "-" if found is None else f"{found:,.0f}"
 
