@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 import kdcache
 from kdcache.cache import Cache
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.data_card import data_card
 from kdcache.commands.import_.layouts import Compression
 from kdcache.commands.import_.options import ImportOptions
 from kdcache.commands.options import ExportOptions, VerifyOptions
+from kdcache.commands.share import data_card
 from kdcache.corpus import RecordError
 from kdcache.errors import UsageError
 from kdcache.targets import SoftTargets

@@ -126,23 +126,10 @@ def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
     with cache.hold(entry) as path:
         data = cache.parse(path, entry, targets=False)
     return len(data) == len(rows) and all(
-        np.array_equal(mine, theirs)
+        np.array_equal(getattr(row, name), getattr(data.row(i), name))
         for i, row in enumerate(rows)
-        for mine, theirs in (
-            (row.input_ids, data.row(i).input_ids),
-            (row.labels, data.row(i).labels),
-            (_starts(row), _starts(data.row(i))),
-            (_source(row), _source(data.row(i))),
-        )
+        for name in ("input_ids", "labels", "starts", "source")
     )
-
-
-def _source(row: Row) -> np.ndarray:
-    return np.zeros(0) if row.source is None else row.source
-
-
-def _starts(row: Row) -> np.ndarray:
-    return np.zeros(0) if row.starts is None else row.starts
 
 
 _TOKENS = 1 << 13

@@ -47,7 +47,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kdcache.commands.import_.entries import Entries
+from kdcache.commands.import_.layouts import Entries
 from kdcache.corpus import Record, RecordError
 from kdcache.corpus.files import open_bytes
 from kdcache.errors import UsageError

@@ -23,8 +23,7 @@ from kdcache.cache.shard import ShardData
 from kdcache.commands.build.packer import Packer, Positions, Steps
 from kdcache.commands.build.source import Answers, SpanRows, TargetSource
 from kdcache.commands.import_.apart import open_apart, steps_of
-from kdcache.commands.import_.entries import Entries
-from kdcache.commands.import_.layouts import LAYOUTS, Columns, Compression, read_entries
+from kdcache.commands.import_.layouts import LAYOUTS, Columns, Compression, Entries, read_entries
 from kdcache.corpus import Corpus, ReadStats, Record, RecordError, Span
 from kdcache.rows import Row, RowSpec
 from kdcache.rows.ids import SequenceMaker, own_ids

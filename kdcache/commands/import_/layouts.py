@@ -35,7 +35,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.commands.import_.entries import Entries
 from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
 
@@ -43,6 +42,23 @@ _WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The targets of a row as its file has them: of each item a number of ids.
+
+    Attributes:
+        counts: int64 [items].
+        ids: int64, of all items one after another.
+        logprobs: float64, likewise.
+        counted: bool [items], whether there is a target at all.
+    """
+
+    counts: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+    counted: np.ndarray
 
 
 @dataclass(frozen=True)
