@@ -91,9 +91,11 @@ class Cache(ShardStore[CacheSpec]):
             facts["filtered"] = filtered
         if (domain := self.spec.domain_of(span)) is not None:
             facts["domain"] = domain
-        if data.label_logprob is not None:
-            nats, impossible = sum_logprobs(data.label_logprob)
+        if (codes := data.every_logprob) is not None:
+            nats, impossible = sum_logprobs(codes)
             facts |= {"label_nats": nats, "impossible_labels": impossible}
+        if data.hard_labels is not None:
+            facts["hard_labels"] = int(data.ends("hard")[-1])
         attributes = {"fingerprint": self.spec.fingerprint, "index": span, **facts}
         said = self.manifest.shards[span].sha256 if self.sealed else None
         content = shard_bytes(data, attributes=attributes, sha256=said)

@@ -113,9 +113,14 @@ def check_shard(
             raise CorruptCacheError(f"it belongs to another cache ({facts}).")
         if values:
             data = cache.parse(path, entry)
+            if entry.hard_labels != (None if data.hard_labels is None else data.ends("hard")[-1]):
+                raise CorruptCacheError("its manifest has another number of labels without target.")
+            unsure = cache.spec.positions or {"entropy_code": 0}
+            if data.entropy is not None and (data.entropy < unsure["entropy_code"]).any():
+                raise CorruptCacheError("a target is of a teacher that was sure.")
             check_ids(data, cache.spec, lambda: cache.known_ids)
             check_values(data, cache.spec)
-            codes = data.label_logprob
+            codes = data.every_logprob
             sums = (None, None) if codes is None else sum_logprobs(codes)
             if sums != (entry.label_nats, entry.impossible_labels):
                 raise CorruptCacheError(

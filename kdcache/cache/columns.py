@@ -250,7 +250,7 @@ class LabelColumn(Numbers):
             write_column(group, "label_ids", narrow(values[there]))
             return
         last = data.offsets[1:] - 1
-        write_column(group, "next_ids", values[last].astype(np.int32))
+        write_column(group, "next_ids", data.every_label[last].astype(np.int32))
         there[last] = False
         inner = np.flatnonzero(there)
         assert np.array_equal(values[inner], data.input_ids[inner + 1]), "labels are the next ids"
@@ -281,6 +281,25 @@ class LabelColumn(Numbers):
             )
         labels[there] = ids
         return labels
+
+
+@dataclass(frozen=True)
+class HardLabels(Numbers):
+    """Labels of tokens that have no soft target: their next ids, of which files have the flags."""
+
+    def write(self, group: Any, data: Any, values: np.ndarray) -> None:
+        """See `Column.write`."""
+        write_column(group, str(self.name), (values != IGNORE).astype(np.uint8))
+
+    def read(self, rows: OpenRows) -> np.ndarray:
+        """See `Column.read`."""
+        flags = rows.read(str(self.name), _U1, "token")
+        if flags.max(initial=0) > 1 or (rows.found["labels"][flags != 0] != IGNORE).any():
+            raise CorruptCacheError(f"{rows.path}: column {self.name} marks a token with a target.")
+        rows.items["hard"] = int(flags.sum())
+        labels = np.append(rows.found["input_ids"][1:], IGNORE).astype(np.int32)[: len(flags)]
+        labels[rows.found["offsets"][1:] - 1] = rows.read("next_ids", _I4, "row")
+        return np.where(flags, labels, np.int32(IGNORE))
 
 
 @dataclass(frozen=True)
@@ -375,6 +394,24 @@ class Columns:
         for name, column in self.columns().items():
             if (values := getattr(self, name)) is not None:
                 yield name, column, values
+
+
+def check_starts(rows: OpenRows, flags: np.ndarray) -> None:
+    """Refuse flags of documents' beginnings that cannot be."""
+    path, offsets, labels = rows.path, rows.found["offsets"], rows.found["labels"]
+    if flags.max(initial=0) > 1 or not flags[offsets[:-1]].all():
+        raise CorruptCacheError(f"{path}: column starts does not mark the first token of each row.")
+    inside_row = flags.astype(np.bool_)
+    inside_row[offsets[:-1]] = False
+    if (labels[:-1][inside_row[1:]] != IGNORE).any():
+        raise CorruptCacheError(f"{path}: a document's last token has a label of the next one.")
+
+
+def check_first(rows: OpenRows, flags: np.ndarray) -> None:
+    """Refuse flags of words' first tokens that cannot be."""
+    marked = rows.found["labels"][flags.astype(np.bool_)]
+    if flags.max(initial=0) > 1 or (marked == IGNORE).any():
+        raise CorruptCacheError(f"{rows.path}: a first token of column first_tokens has no label.")
 
 
 def first_of_rows(part: Any) -> np.ndarray:

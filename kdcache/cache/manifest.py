@@ -25,7 +25,7 @@ BESIDE = re.compile(
 
 SPAN_FACTS = (
     *("skipped", "filtered", "clipped_mass", "label_nats", "impossible_labels", "domain"),
-    "stopped",
+    *("stopped", "hard_labels"),
 )
 """What an entry and the shard's `span` attribute both say."""
 
@@ -54,6 +54,7 @@ class ShardEntry:
     domain: str | None = None
     filtered: int | None = None
     stopped: int | None = None  # answers of a generated corpus that ended by themselves
+    hard_labels: int | None = None  # labels without a soft target, where the teacher was sure
 
     @property
     def counts(self) -> ShardCounts:
@@ -115,9 +116,11 @@ class ShardEntry:
         if nats is not None or impossible is not None:
             if type(nats) is not float or not (math.isfinite(nats) and nats >= 0):
                 raise ValueError(f"{entry.name} has labels of {nats} nats")
-            if type(impossible) is not int or not 0 <= impossible <= entry.positions:
+            if type(impossible) is not int or not (
+                0 <= impossible <= entry.positions + (entry.hard_labels or 0)
+            ):
                 raise ValueError(f"{entry.name} has {impossible} impossible labels")
-        for name in ("filtered", "stopped"):
+        for name in ("filtered", "stopped", "hard_labels"):
             value = getattr(entry, name)
             if value is not None and not _is_count(value):
                 raise ValueError(f"{entry.name} has an invalid number of {name}: {value}")
@@ -248,7 +251,7 @@ def label_sums(shards: Iterable[ShardEntry]) -> tuple[float, int, int] | None:
             return None
         nats += shard.label_nats
         impossible += shard.impossible_labels
-        predicted += shard.positions - shard.impossible_labels
+        predicted += shard.positions + (shard.hard_labels or 0) - shard.impossible_labels
     return nats, predicted, impossible
 
 

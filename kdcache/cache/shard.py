@@ -27,12 +27,15 @@ import numpy as np
 from kdcache.cache.columns import (
     IDS,
     Columns,
+    HardLabels,
     LabelColumn,
     Numbers,
     Offsets,
     OpenRows,
     Texts,
     Words,
+    check_first,
+    check_starts,
     first_of_rows,
     offsets_of,
 )
@@ -59,22 +62,6 @@ _MEMORY = 1 << 30  # that reading any shard may take
 _MEMORY_PER_BYTE = 64  # of the file, for those that need more; real ones take at most 27
 
 
-def _check_starts(rows: OpenRows, flags: np.ndarray) -> None:
-    path, offsets, labels = rows.path, rows.found["offsets"], rows.found["labels"]
-    if flags.max(initial=0) > 1 or not flags[offsets[:-1]].all():
-        raise CorruptCacheError(f"{path}: column starts does not mark the first token of each row.")
-    inside_row = flags.astype(np.bool_)
-    inside_row[offsets[:-1]] = False
-    if (labels[:-1][inside_row[1:]] != IGNORE).any():
-        raise CorruptCacheError(f"{path}: a document's last token has a label of the next one.")
-
-
-def _check_first(rows: OpenRows, flags: np.ndarray) -> None:
-    marked = rows.found["labels"][flags.astype(np.bool_)]
-    if flags.max(initial=0) > 1 or (marked == IGNORE).any():
-        raise CorruptCacheError(f"{rows.path}: a first token of column first_tokens has no label.")
-
-
 @dataclass(kw_only=True)
 class ShardData(Columns):
     """The rows of one shard in memory, columnar. Columns are in the order of the file.
@@ -97,6 +84,9 @@ class ShardData(Columns):
             that drew it, or None where that is not known.
         entropy: uint8 [positions], codes of the teacher's entropy (see `kdcache.targets.entropy`),
             or None where the cache keeps none.
+        hard_labels: int32 [tokens], labels of tokens that have no soft target since their teacher
+            was sure, -100 elsewhere; None of a cache that keeps the targets of all.
+        hard_logprob: uint16, their `label_logprob`, or None likewise.
         starts: bool [tokens], where a document begins that attends to no other one of its row, or
             None where rows are not divided.
         texts: the text of each row, or None where the task keeps none.
@@ -134,6 +124,13 @@ class ShardData(Columns):
     entropy: Annotated[
         np.ndarray | None, Numbers("position", name="entropy", when="entropy", dtype="uint8")
     ] = None
+    hard_labels: Annotated[
+        np.ndarray | None, HardLabels("token", name="hard_label", when="hard_labels", fill=IGNORE)
+    ] = None
+    hard_logprob: Annotated[
+        np.ndarray | None,
+        Numbers("hard", name="hard_logprob", when="hard_labels", fill=0, dtype="uint16"),
+    ] = None
     starts: Annotated[
         np.ndarray | None,
         Numbers(
@@ -141,7 +138,7 @@ class ShardData(Columns):
             when="starts",
             fill=first_of_rows,
             dtype="bool",
-            check=_check_starts,
+            check=check_starts,
         ),
     ] = None
     texts: Annotated[list[str] | None, Texts("row", "text", "text", when="texts", fill="")] = None
@@ -150,7 +147,7 @@ class ShardData(Columns):
     ] = None
     first: Annotated[
         np.ndarray | None,
-        Numbers("token", "first", "first_tokens", when="words", dtype="bool", check=_check_first),
+        Numbers("token", "first", "first_tokens", when="words", dtype="bool", check=check_first),
     ] = None
     words: Annotated[
         list[tuple[str, ...]] | None, Words("row", "words", "words", when="words", fill=())
@@ -200,8 +197,30 @@ class ShardData(Columns):
             axis = "token" if TASKS[self.task].per_token else "row"
         if axis == "position":
             return self.position_offsets
+        if axis == "hard":
+            if self.hard_labels is None:
+                return np.zeros(len(self) + 1, np.int64)
+            return np.asarray(offsets_of(self.hard_labels != IGNORE)[self.offsets])
         of_targets = axis.removeprefix("targets/")
         return self.item_offsets[of_targets] if of_targets != axis else super().ends(axis)
+
+    @property
+    def every_label(self) -> np.ndarray:
+        """`labels`, with those of tokens without a soft target."""
+        if self.hard_labels is None:
+            return self.labels
+        return np.where(self.hard_labels == IGNORE, self.labels, self.hard_labels)
+
+    @property
+    def every_logprob(self) -> np.ndarray | None:
+        """Codes of the teacher's log-probabilities of all these labels, in their order."""
+        if self.hard_labels is None or self.label_logprob is None:
+            return self.label_logprob
+        assert self.hard_logprob is not None, "both are there, or neither"
+        found: np.ndarray = np.zeros(len(self.labels), np.uint16)
+        found[self.labels != IGNORE] = self.label_logprob
+        found[self.hard_labels != IGNORE] = self.hard_logprob
+        return np.asarray(found[self.every_label != IGNORE])
 
     def row(self, index: int) -> Row:
         """One row as the encoder made it."""

@@ -130,6 +130,8 @@ class CacheSpec(Spec):
         output_layer: SHA-256 of the file of the teacher's output layer, where targets are hidden
             states; else None.
         domains: where corpora have names: `name` and number of `spans` of each stretch of spans.
+        positions: where soft targets are kept of some positions alone, `entropy_code`, the least
+            code of their teacher's entropy, and the `share` that was asked for; else None.
     """
 
     task: str
@@ -156,6 +158,7 @@ class CacheSpec(Spec):
     source: Mapping[str, Any] | None = None
     output_layer: str | None = None
     domains: tuple[Mapping[str, Any], ...] = ()
+    positions: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; fields that not every cache has only where they say something."""
@@ -183,6 +186,9 @@ class CacheSpec(Spec):
         wrong = [name for name, kind in _KINDS.items() if not kind(values.get(name))]
         if not wrong and not _independent(values):
             wrong = ["vocab_size", "label_names", "codec", "temperatures"]
+        if not wrong and values.get("positions"):
+            whole = values.get("entropy") and values.get("label_logprob")
+            wrong = [] if whole and TASKS[values["task"]].causal else ["positions"]
         if wrong:
             odd = ", ".join(f"{name} is {_short(values.get(name))}" for name in wrong)
             raise CorruptCacheError(f"invalid values in spec.json: {odd}.")
@@ -236,6 +242,7 @@ class CacheSpec(Spec):
             "label_logprob": self.label_logprob,
             "entropy": self.entropy,
             "starts": self.apart,
+            "hard_labels": self.positions is not None,
         }
         return {name for name, is_kept in chosen.items() if is_kept}
 
@@ -270,7 +277,7 @@ class CacheSpec(Spec):
 
 
 _FLAGS = ("levels", "label_logprob", "entropy")
-_OPTIONAL = {*_FLAGS, "ranks", "source", "output_layer", "domains"}
+_OPTIONAL = {*_FLAGS, "ranks", "source", "output_layer", "domains", "positions"}
 
 
 def _text(value: Any) -> bool:
@@ -322,6 +329,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_FLAGS, lambda value: value is None or value is True),
     "source": _none_or(_object(codec=_text, digest=_text)),
     "output_layer": _none_or(_text),
+    "positions": _none_or(_object(share=_number, entropy_code=_count)),
     "domains": _none_or(
         _list(_object(name=is_name, spans=lambda value: _count(value) and value > 0))
     ),

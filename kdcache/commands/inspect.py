@@ -101,6 +101,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         spec=spec.without_secrets().to_dict(),
         domains=domain_figures(spec, shards),
         filtered=filtered_records(shards),
+        hard_labels=sum(s.hard_labels or 0 for s in shards) if spec.positions else None,
         row=row,
     )
 

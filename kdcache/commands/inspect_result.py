@@ -7,6 +7,7 @@ from typing import Any
 
 from kdcache.cache.figures import DomainFigures
 from kdcache.humanize import counted, number, percent, size
+from kdcache.targets.entropy import SCALE
 from kdcache.tasks import OUTPUTS, TASKS
 
 
@@ -129,6 +130,8 @@ class InspectResult:
         spec: the whole spec.
         domains: figures of each, where corpora have names.
         filtered: records that filters left out; None where there are none, or it is not known.
+        hard_labels: labels without a soft target, since the teacher was sure; None where each has
+            one.
         row: the requested row.
     """
 
@@ -161,7 +164,17 @@ class InspectResult:
     spec: dict[str, Any]
     domains: tuple[DomainFigures, ...] = ()
     filtered: int | None = None
+    hard_labels: int | None = None
     row: RowView | None = None
+
+    @property
+    def _sure(self) -> str | None:
+        """Labels without a soft target, where the targets are of some positions alone."""
+        if self.hard_labels is None:
+            return None
+        least = self.spec["positions"]["entropy_code"] ** 2 / SCALE
+        share = percent(self.hard_labels / max(1, self.hard_labels + self.positions))
+        return f"{self.hard_labels:,} ({share}): entropy below {least:.3g} nats, no soft target"
 
     def facts(self) -> list[tuple[str, str]]:
         """Names and values of what a cache is, for people."""
@@ -180,6 +193,7 @@ class InspectResult:
             "rows": f"{self.rows:,}",
             "tokens": f"{self.tokens:,}",
             "positions": f"{self.positions:,}",
+            "labels of a sure teacher": self._sure,
             "skipped records": f"{self.skipped:,}",
             "filtered records": None if self.filtered is None else f"{self.filtered:,}",
             "clipped mass": f"{percent(self.clipped_mass, 4)} a position",

@@ -39,6 +39,7 @@ from kdcache.cache.shard import ShardData
 from kdcache.commands.options import ExportOptions
 from kdcache.errors import UsageError
 from kdcache.files import whole_file
+from kdcache.stream.checks import check_every_position
 from kdcache.stream.shard_rows import ShardRows, by_document
 from kdcache.targets import DenseTargets, with_logits
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
@@ -97,6 +98,8 @@ class TwoCaches:
                     f"--layout {options.layout} takes {CAUSAL_LM} caches that keep the labels' "
                     f"log-probabilities; {cache.url} is none."
                 )
+        for wrong in check_every_position(self._both, f"--layout {options.layout}"):
+            raise UsageError(wrong)
         if self.first.manifest.rows != self.second.manifest.rows:
             raise self._apart(
                 f"{self.first.manifest.rows:,} and {self.second.manifest.rows:,} rows"

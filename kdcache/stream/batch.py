@@ -117,6 +117,10 @@ class Reading:
         self, data: ShardData, *, temperature: float | None, count: float | None = None
     ) -> Batch:
         """A batch of tensors from some rows; see the function `collate`."""
+        if temperature is None and data.hard_labels is not None:
+            from kdcache.cache.unsure import every_label
+
+            data = every_label(data)
         labels = data.labels
         if temperature is None and TASKS[data.task].per_token:
             # Without soft targets, a token without a hard label is not a position.
@@ -128,6 +132,9 @@ class Reading:
             batch["label_logprob"] = torch.from_numpy(decode_logprobs(data.label_logprob))
         if (entropy := teacher_entropy(data)) is not None:
             batch["teacher_entropy"] = torch.from_numpy(entropy)
+        if data.hard_labels is not None:
+            hard = padded(_widest(data.hard_labels), np.diff(data.offsets), IGNORE)
+            batch["hard_labels"] = torch.from_numpy(hard)
         batch["count"] = self.count(data, temperature, count)
         if self._text is not None:
             batch["text"] = self._text(data)
@@ -306,9 +313,10 @@ def collate(
         teacher's log-probability of each label at T = 1 (minus infinity for a label that it cannot
         predict), and `teacher_entropy`, that of its distribution at T = 1 in nats, which a batch of
         classes has where targets are right at T = 1. Where not every position is the first of its
-        word, `first_tokens` bool [positions] has which are. `count` is the number of positions the
-        loss is a mean of (without targets: of hard labels); infinity gives the batch the weight
-        zero.
+        word, `first_tokens` bool [positions] has which are. Where the cache keeps targets of some
+        positions alone, `hard_labels` int64 [B, L], the labels of the others. `count` is the number
+        of positions the loss is a mean of (without targets: of hard labels); infinity gives the
+        batch the weight zero.
     """
     reading = reading_of(pad_id, tokenize, None)
     return reading.collate(data, temperature=temperature, count=count)

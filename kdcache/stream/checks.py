@@ -74,6 +74,21 @@ def unlike(cache: Cache, other: Cache) -> str:
     return ""
 
 
+def check_every_position(caches: Iterable[Cache], what: str) -> list[str]:
+    """Why caches do not do for what needs the soft targets of all positions: a line each.
+
+    Args:
+        caches: that are meant for it.
+        what: it is, for messages.
+    """
+    return [
+        f"{cache.url} keeps soft targets of some positions alone (--positions), and {what} needs "
+        "those of all. Build one without it."
+        for cache in caches
+        if cache.spec.positions is not None
+    ]
+
+
 def _names(names: Sequence[str] | None) -> str:
     return "unnamed" if names is None else ", ".join(names)
 

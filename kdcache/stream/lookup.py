@@ -30,7 +30,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.corpus.records import shorten
 from kdcache.errors import CorruptCacheError, KdcacheError, UsageError
-from kdcache.stream.checks import check_caches, open_caches
+from kdcache.stream.checks import check_caches, check_every_position, open_caches
 from kdcache.stream.content import DecodedRows, RowIndex, hashed
 from kdcache.stream.shard_rows import ShardRows, by_document
 from kdcache.targets import SoftTargets
@@ -157,6 +157,7 @@ class TargetLookup:
                     "joins documents where a trainer would not. Build it with --packing none or "
                     "whole, or with --attend document."
                 )
+        problems += check_every_position(self.caches, "looking targets up by content")
         check_caches(self.caches, (temperature,), problems)
         self._labels, self._hard = labels, on_miss == "hard"
         self._open: OrderedDict[tuple[int, int], DecodedRows] = OrderedDict()

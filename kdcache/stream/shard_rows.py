@@ -254,7 +254,8 @@ def join(parts: Sequence[ShardData]) -> ShardData:
 
 
 def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
-    """How many soft targets, or else hard labels, each row has: what its loss is a sum over.
+    """How many soft targets, or else hard labels, each row has: what its loss is a sum over. Hard
+    labels without a target count in both cases.
 
     Returns:
         int64 [rows].
@@ -265,5 +266,5 @@ def positions_of(data: ShardData, *, soft: bool) -> np.ndarray:
     if not TASKS[data.task].per_token:
         return np.ones(len(data), np.int64) if soft else there.astype(np.int64)
     if soft or TASKS[data.task].causal:
-        return np.diff(data.position_offsets)
+        return np.asarray(np.diff(data.position_offsets) + np.diff(data.ends("hard")))
     return np.asarray(np.diff(offsets_of(there)[data.offsets]))

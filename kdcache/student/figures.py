@@ -98,6 +98,21 @@ def hard_labels(task: str, labels: Tensor) -> Tensor:
     return (labels != IGNORE).sum() / labels.shape[-1]
 
 
+def label_shares(task: str, inputs: Mapping[str, Any]) -> Tensor:
+    """float64 [2]: hard labels by what a batch's loss is a mean over, infinite on a rank without
+    rows, and those of them that have no soft target.
+
+    Args:
+        task: of the model.
+        inputs: a batch.
+    """
+    known = hard_labels(task, inputs["labels"]).double()
+    others = inputs.get("hard_labels")
+    alone = torch.zeros_like(known) if others is None else (others != IGNORE).sum().double()
+    count: Tensor = inputs["count"]
+    return torch.stack([known + alone, alone]) / count
+
+
 def figure(task: str, sums: Tensor) -> dict[str, float]:
     """The figure by its name; empty where it is not defined.
 

@@ -41,7 +41,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.figures import Totals, hard_labels, parts_of, soft_name
+from kdcache.student.figures import Totals, label_shares, parts_of, soft_name
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import shard_over_ranks
 from kdcache.student.stream_loader import Copies, CursorCallback, StreamLoader, host_positions
@@ -129,8 +129,9 @@ class DistillationTrainer(CheckpointingTrainer):
             self.model_accepts_loss_kwargs = True
         self.alpha = alpha
         self.identity = dict(identity or {})
-        # Sums over steps: hard and soft loss, the share of labels in what they are a mean over, KL.
-        self._parts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        # Sums over steps: hard and soft loss, the share of labels in what they are a mean over, KL,
+        # and the share of labels without a soft target.
+        self._parts = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         self._parts_steps = 0
         self._window: dict[str, Any] = {}
         self._soft_name = ""
@@ -279,8 +280,7 @@ class DistillationTrainer(CheckpointingTrainer):
             outputs = model(**inputs)
         if model.training:
             self._parts[:2] += parts_of(outputs.hard_loss, outputs.soft_loss)
-            known = hard_labels(self.train_dataset.task, inputs["labels"]).double()
-            self._parts[2] += known / inputs["count"]  # infinite on a rank without rows
+            self._parts[[2, 4]] += label_shares(self.train_dataset.task, inputs)
             self._knows_kl = outputs.kl is not None
             if outputs.kl is not None:
                 self._parts[3] += outputs.kl.detach()
@@ -297,13 +297,13 @@ class DistillationTrainer(CheckpointingTrainer):
         """
         if self.streams and "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts.clone(), "sum")
-            hard, soft, known, kl = parts.tolist()
+            hard, soft, known, kl, alone = parts.tolist()
             if known:  # else there is no such mean
                 logs["hard_loss"] = hard / known
             if "temperature" in self._last:
-                logs[self._soft_name] = soft / self._parts_steps
+                logs[self._soft_name] = soft / (self._parts_steps - alone)
             if self._knows_kl:
-                logs["kl"] = kl / self._parts_steps
+                logs["kl"] = kl / (self._parts_steps - alone)
             logs.update(self._last)
             if self._anchored:
                 logs["anchor"] = float(self.model.anchor.theta)
@@ -496,4 +496,4 @@ class DistillationTrainer(CheckpointingTrainer):
             ]  # every rank has the mean; the mean of these is the same
             if self.is_world_process_zero():
                 sums = self._parts.new_tensor(self._window["sums"])
-                self._parts[: len(sums)] += sums  # earlier versions summed no KL
+                self._parts[: len(sums)] += sums  # earlier versions summed less

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache import Cache, sealing
+from kdcache.cache import Cache, CacheSpec, sealing
 from kdcache.cache.layer_file import layer_bytes
 from kdcache.cache.store import ShardStore
 from kdcache.cluster import Need, cluster_address
@@ -60,8 +60,11 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import batches
 from kdcache.storage import open_storage, redact
 from kdcache.targets import Hidden, OutputLayer
+from kdcache.targets.device import of_positions
+from kdcache.targets.entropy import encode_entropies
 from kdcache.tasks import TASKS
 from kdcache.teacher import Teacher, TeacherOptions
+from kdcache.teacher.encoding import logits_at
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +128,10 @@ def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
     entry = sealing.shard_entry(cache, span.index, name)
     with cache.hold(entry) as path:
         data = cache.parse(path, entry, targets=False)
+    if data.hard_labels is not None:
+        from kdcache.cache.unsure import every_label
+
+        data = every_label(data)
     return len(data) == len(rows) and all(
         np.array_equal(getattr(row, name), getattr(data.row(i), name))
         for i, row in enumerate(rows)
@@ -135,34 +142,97 @@ def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
 _TOKENS = 1 << 13
 
 
-def with_layer(
+def with_measured(
     options: BuildOptions, plan: Prepared, report: Callable[[str], None] = lambda line: None
 ) -> Prepared:
-    """A build's plan with the output layer, where its codec needs one; `report` takes its progress.
+    """A build's plan with what the teacher is asked before the first shard: its output layer, where
+    the codec needs one, and how unsure it must be, where targets are of some positions alone.
+
+    Args:
+        options: of the build.
+        plan: without them.
+        report: takes the progress.
 
     Raises:
         UsageError: the teacher's logits are not its output layer's alone.
     """
-    codec = plan.spec.make_codec()
+    codec, positions = plan.spec.make_codec(), plan.spec.positions
+    if not isinstance(codec, Hidden) and positions is None:
+        return plan
+    adopted = measured_before(options.out, plan.spec)
+    if adopted is not None:
+        return dataclasses.replace(plan, spec=adopted)
+    channels = isinstance(codec, Hidden) and codec.needs_channels
+    rows = _sample(plan) if positions is not None or channels else []
+    if positions is not None:
+        report("loading the teacher to measure its entropy, once before the first shard")
+        code = _once(options, plan, measured_code, rows, report, positions["share"])
+        found = {"share": positions["share"], "entropy_code": code}
+        plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, positions=found))
     if not isinstance(codec, Hidden):
         return plan
-    adopted = _layer_there(options.out, plan)
-    if adopted is not None:
-        return dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, output_layer=adopted))
-    rows = _sample(plan) if codec.needs_channels else []
     report("loading the teacher for its output layer, once before the first shard")
-    arguments = (plan.teacher, plan.spec.vocab_size, rows, plan.batch_tokens)
+    made = _once(options, plan, make_layer, rows if channels else [], report)
+    sha256 = hashlib.sha256(made).hexdigest()
+    spec = dataclasses.replace(plan.spec, output_layer=sha256)
+    return dataclasses.replace(plan, spec=spec, output_layer=made)
+
+
+def _once(
+    options: BuildOptions,
+    plan: Prepared,
+    function: Callable[..., Any],
+    rows: Sequence[Row],
+    report: Callable[[str], None],
+    *more: Any,
+) -> Any:
+    """Have a function ask the teacher about rows, where a worker would be."""
+    arguments = (plan.teacher, plan.spec.vocab_size, rows, plan.batch_tokens, *more)
     if not options.without_ray and cluster_address(options.address):
         from kdcache.commands.build.on_ray import run_once
 
         need = Need(plan.gpus, across=plan.across)
-        made = run_once(make_layer, *arguments, need=need, address=options.address)
-    else:
-        made = make_layer(*arguments, report)
-        torch.cuda.empty_cache()  # the workers' teachers need the room
-    sha256 = hashlib.sha256(made).hexdigest()
-    spec = dataclasses.replace(plan.spec, output_layer=sha256)
-    return dataclasses.replace(plan, spec=spec, output_layer=made)
+        return run_once(function, *arguments, need=need, address=options.address)
+    made = function(*arguments, report=report)
+    torch.cuda.empty_cache()  # the workers' teachers need the room
+    return made
+
+
+def measured_code(
+    teacher: TeacherOptions,
+    vocab_size: int,
+    rows: Sequence[Row],
+    batch_tokens: int,
+    share: float,
+    report: Callable[[str], None] = lambda line: None,
+) -> int:
+    """The code of a teacher's entropy that a share of the positions of rows reach.
+
+    Args:
+        teacher: which teacher.
+        vocab_size: V.
+        rows: of the corpus.
+        batch_tokens: padded tokens of a batch, at most.
+        share: of the positions.
+        report: takes a line after each batch.
+    """
+    from kdcache.cache.unsure import code_of_share
+
+    codes, done = [np.zeros(0, np.uint8)], 0
+    if not rows:  # the build finds out why
+        return 0
+    with closing(Teacher(teacher, vocab_size)) as one:
+        one.probe(rows)
+        for batch in batches([row.sizes for row in rows], batch_tokens):
+            for piece in one.slices([rows[i] for i in batch]):
+                logits = logits_at(piece.logits, teacher.temperatures, (1.0,))
+                none = torch.zeros(len(logits), dtype=torch.int64)
+                found = of_positions(logits, none, entropy=True)["entropy"].cpu().numpy()
+                # Logits that are not finite are refused where their span is built.
+                codes.append(encode_entropies(np.nan_to_num(found), np.full(len(found), 0.5)))
+            done += len(batch)
+            report(f"measuring its entropy: {done:,} of {counted(len(rows), 'row')}")
+    return code_of_share(np.concatenate(codes), share)
 
 
 def make_layer(
@@ -211,16 +281,20 @@ def measured(
     return layer.with_channels(mean, (square - mean.square()).clamp_min(0).sqrt())
 
 
-def _layer_there(out: str, plan: Prepared) -> str | None:
-    """Hash of the layer of a cache that this build resumes, if there is one."""
+def measured_before(out: str, spec: CacheSpec) -> CacheSpec | None:
+    """The spec of a cache that this build resumes, with what was measured, if there is one."""
     storage = open_storage(out)
     if not storage.exists("spec.json"):
         return None
-    cache = Cache.read_spec(storage)
-    sha256 = cache.spec.output_layer
-    same = not cache.spec.differences(dataclasses.replace(plan.spec, output_layer=sha256))
-    here = sha256 is not None and storage.exists(f"output_layer-{sha256[:16]}.safetensors")
-    return sha256 if same and here else None
+    there = Cache.read_spec(storage).spec
+    sha256, positions = there.output_layer, there.positions
+    if (positions or {}).get("share") != (spec.positions or {}).get("share"):
+        return None
+    found = dataclasses.replace(spec, output_layer=sha256, positions=positions)
+    here = sha256 is None or storage.exists(f"output_layer-{sha256[:16]}.safetensors")
+    hidden = isinstance(spec.make_codec(), Hidden)
+    same = hidden == (sha256 is not None) and not there.differences(found)
+    return found if here and same else None
 
 
 def _sample(plan: Prepared) -> list[Row]:
@@ -258,7 +332,7 @@ def build(
 
 def _plan(options: BuildOptions, report: Callable[[str], None]) -> ShardPlan:
     options = replace(options, corpus=stored(options.corpus, options.out))
-    prepared = with_layer(options, prepare(options), report)
+    prepared = with_measured(options, prepare(options), report)
     return ShardPlan(
         prepared.spec,
         tokenizer_files(prepared.tokenizer),

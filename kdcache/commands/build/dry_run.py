@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from kdcache.cache import Cache
+from kdcache.commands.build.build import measured_before
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
 from kdcache.commands.plan.sample import DomainEstimate, sample_rows
@@ -46,8 +47,8 @@ class DryRun:
         seconds: of the teacher on one worker for the whole corpus, very roughly.
         device: what the workers would compute on: "CPU" or "GPU".
         dtype: what they would compute in.
-        fingerprint: of the spec; None where the codec keeps the teacher's output layer, of which a
-            build makes it first.
+        fingerprint: of the spec; None where a build asks the teacher first: for its output layer,
+            or for the entropy from which on it is unsure.
         filtered: about the share of records that filters leave out; None where there are none.
         domains: of the corpus, where it has names: files, bytes, spans and positions of each.
     """
@@ -88,12 +89,16 @@ def dry_run(options: BuildOptions) -> DryRun:
     rows_bytes = _ROW_BYTES * tokens_each + _TEXT_BYTES * TASKS[options.task].texts
     rows_bytes += sum(_KEPT_BYTES.get(name, 0) for name in spec.kept)
     positions = sample.corpus_positions
+    share = 1.0 if spec.positions is None else spec.positions["share"]
     storage = open_storage(options.out)
     state, done = "nothing", 0
     if storage.exists("spec.json"):
         there = Cache.resume(options.out)
-        # The output layer is made by a build before its first span.
+        # The output layer, and the entropy from which on a teacher is unsure, are found by a build
+        # before its first span.
         mine = dataclasses.replace(spec, output_layer=there.spec.output_layer)
+        if spec.positions is not None:
+            mine = measured_before(options.out, spec) or spec
         same = mine.fingerprint == there.spec.fingerprint
         state, done = ("this build", len(there.committed())) if same else ("another build", 0)
     return DryRun(
@@ -109,11 +114,11 @@ def dry_run(options: BuildOptions) -> DryRun:
         spans=spec.spans,
         done=done,
         positions=positions,
-        bytes=round(positions * (codec.bytes_per_position + rows_bytes)),
+        bytes=round(positions * (share * codec.bytes_per_position + rows_bytes)),
         seconds=positions * tokens_each * prepared.token_seconds,
         device="GPU" if prepared.gpus else "CPU",
         dtype=spec.dtype,
-        fingerprint=None if codec.reads_states else spec.fingerprint,
+        fingerprint=None if codec.reads_states or spec.positions else spec.fingerprint,
         filtered=sample.filtered,
         domains=sample.domains,
     )

@@ -10,7 +10,7 @@ from kdcache.commands.groups import TeacherRunOptions, form_problems, worker_ran
 from kdcache.commands.row_options import MaskedRowOptions
 from kdcache.domains import Named
 from kdcache.options import Options, option, problems_of
-from kdcache.tasks import CAUSAL_LM, Task
+from kdcache.tasks import CAUSAL_LM, TASKS, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,15 @@ class BuildOptions(MaskedRowOptions, TeacherRunOptions, WorkerOptions):
         metavar="TOKENS",
         at_least=1,
     )
+    positions: float | None = option(
+        None,
+        help="keep soft targets of about this share of the positions, those where the teacher's "
+        "entropy is largest; the others train on their hard labels. For causal and "
+        "sequence-to-sequence language models. Default: of all.",
+        metavar="SHARE",
+        above=0,
+        at_most=1,
+    )
     seed: int = option(0, help="seed of the noise of `sample` and `anchored`.")
     dry_run: bool = option(
         False,
@@ -134,6 +143,11 @@ class BuildOptions(MaskedRowOptions, TeacherRunOptions, WorkerOptions):
     def conflicts(self) -> Sequence[str]:
         """See `Options.conflicts`."""
         problems = [*form_problems(self.record_form, self.task), *WorkerOptions.conflicts(self)]
+        if self.positions is not None and not TASKS[self.task].causal:
+            problems.append(
+                f"--positions is for causal and sequence-to-sequence language models, not for "
+                f"{self.task}. Leave it out."
+            )
         if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
             given = len(self.teacher_weight)
             problems.append(f"{given} --teacher-weight for {len(self.teacher)} --teacher.")

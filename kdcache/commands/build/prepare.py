@@ -238,6 +238,8 @@ def prepare(options: BuildOptions) -> Prepared:
         label_logprob=task.over_ids,
         entropy=task.over_ids,
         domains=tuple(corpus.domains),
+        # The code is measured before the first shard.
+        positions={"share": options.positions, "entropy_code": 0} if options.positions else None,
     )
     return Prepared(
         spec,

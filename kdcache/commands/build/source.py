@@ -193,9 +193,14 @@ class TargetSource(Source[WorkT, RowsT]):
         for part in packed:
             clipped += part.clipped
         names = kept.keys() & self.cache.spec.kept
+        shard = read.shard(targets, **{name: kept[name] for name in names})
+        if (unsure := self.cache.spec.positions) is not None and shard.hard_labels is None:
+            from kdcache.cache.unsure import only_unsure
+
+            shard = only_unsure(shard, unsure["entropy_code"])
         return self.cache.commit(
             work.index,
-            read.shard(targets, **{name: kept[name] for name in names}),
+            shard,
             skipped=read.skipped,
             filtered=read.filtered,
             clipped_mass=float(clipped) if read.clipped_mass is None else read.clipped_mass,

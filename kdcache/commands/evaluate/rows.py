@@ -20,6 +20,7 @@ from kdcache.commands.options import EvaluateOptions
 from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
+from kdcache.stream.checks import check_every_position
 from kdcache.stream.text import RowKind
 from kdcache.student.saved import SavedModel, word_reader
 from kdcache.tasks import TASKS
@@ -81,6 +82,8 @@ class EvaluationRows:
                 f"--task is {self.options.task}, but {cache.url} is a cache for {spec.task}. "
                 "Leave --task out."
             )
+        if wrong := check_every_position([cache], "an evaluation"):
+            raise UsageError(wrong[0])
         self.task, self.vocab_size, self.label_names = spec.task, spec.vocab_size, spec.label_names
         self.tokenizer_sha256: str | None = spec.tokenizer
         self.max_length = spec.max_length

@@ -26,7 +26,7 @@ from kdcache.loss.metrics import are_entities
 from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_sha256
 from kdcache.storage import is_remote
 from kdcache.stream import TargetStream, check_caches, open_caches
-from kdcache.stream.checks import unlike
+from kdcache.stream.checks import check_every_position, unlike
 from kdcache.student.checkpoints import check_identity, last_checkpoint, read_state
 from kdcache.student.figures import FIGURES, figure_of
 from kdcache.student.initial_weights import files_sha256
@@ -172,6 +172,11 @@ class RunPlan:
                 "or build the cache with --codec anchored:N."
             )
         problems += _wrong_positions(options, caches)
+        problems += check_every_position(eval_caches, "an evaluation")
+        if options.cross_tokenizer is not None or options.divergence == "policy-gradient":
+            given = f"--divergence {options.divergence}"
+            given = given if options.cross_tokenizer is None else "--cross-tokenizer"
+            problems += check_every_position(caches, given)
         figure = figure_of(first.spec.task)
         if options.best in FIGURES.values() and options.best != figure:
             problems.append(

@@ -242,7 +242,7 @@ def labels_of(caches: Sequence[Cache]) -> OneAnswer:
     for cache in caches:
         for shard in range(cache.spec.spans):
             if found.count < _COUNTED:
-                found.add(cache.read(shard, targets=False).labels)
+                found.add(cache.read(shard, targets=False).every_label)
     return found
 
 
