@@ -81,7 +81,7 @@ class Figures:
 def make_positions(options: argparse.Namespace) -> Positions:
     """Rows of `ROW` tokens from the beginning of evenly spaced documents."""
     prepared = prepare(
-        BuildOptions((options.teacher,), (options.corpus,), "", codec="sample:20", workers=0)
+        BuildOptions((options.teacher,), (options.corpus,), "none", codec="sample:20", workers=0)
     )
     records = [
         r
