@@ -204,6 +204,7 @@ class Work:
         length: tokens of a row.
         rows: of a step.
         exact: codec of the held-out targets.
+        bf16: whether products of training are in bfloat16, as `kdcache train --precision bf16`.
 
     Args:
         out: the folder.
@@ -211,7 +212,7 @@ class Work:
     """
 
     methods, regimes = METHODS, REGIMES
-    length, rows, exact = LENGTH, BATCH_ROWS, "dense"
+    length, rows, exact, bf16 = LENGTH, BATCH_ROWS, "dense", False
 
     def __init__(self, out: Path, *, quick: bool) -> None:
         self.out, self.quick = out, quick
@@ -286,10 +287,10 @@ class Work:
             "cpu_seconds": round(time.process_time() - begin, 1),
         }
         path.write_text(json.dumps(found))
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found | {"rows": len(found["rows"])}), flush=True)
         return found
 
-    def before(self, regime: str) -> dict[str, float]:
+    def before(self, regime: str) -> dict[str, Any]:
         """The measures of a student that has not been trained."""
         return self.measure(DistilledStudent(self.regimes[regime].make(self.teacher, 0), CAUSAL_LM))
 
@@ -323,6 +324,7 @@ class Work:
                 save_strategy="no",
                 logging_steps=50,
                 seed=seed,
+                bf16=self.bf16,
                 use_cpu=True,
                 report_to="none",
                 disable_tqdm=True,
@@ -333,18 +335,18 @@ class Work:
         return student
 
     @torch.no_grad()
-    def measure(self, student: DistilledStudent) -> dict[str, float]:
-        """KL from the teacher and cross-entropy, means over held-out positions."""
+    def measure(self, student: DistilledStudent) -> dict[str, Any]:
+        """KL from the teacher and cross-entropy, means over held-out positions; and KL by row."""
         cache = self.cache(self.exact, 0, "held-out")
         student.eval()
         student.alpha = 0.0
-        sums = torch.zeros(3, dtype=torch.float64)
-        for batch in TargetStream(cache, batch_size=16, shuffle=False):
-            count = float(batch["count"])
+        rows = []
+        for batch in TargetStream(cache, batch_size=1, shuffle=False):
             out = student(**batch)
-            sums += torch.tensor([float(out.soft_loss), float(out.hard_loss), 1.0]).double() * count
-        kl, ce, positions = sums.tolist()
-        return {"kl": kl / positions, "cross_entropy": ce / positions}
+            rows.append((float(out.soft_loss), float(out.hard_loss), float(batch["count"])))
+        positions = sum(count for *_, count in rows)
+        kl, ce = (sum(row[i] * row[2] for row in rows) / positions for i in (0, 1))
+        return {"kl": kl, "cross_entropy": ce, "rows": [row[::2] for row in rows]}
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -409,7 +411,7 @@ def regime_table(runs: Runs, regime: str) -> str:
     return table([*header, "gap closed", "cross-entropy"], rows)
 
 
-def report(options: argparse.Namespace, runs: Runs, before: dict[str, dict[str, float]]) -> str:
+def report(options: argparse.Namespace, runs: Runs, before: dict[str, dict[str, Any]]) -> str:
     """The section of RESULTS.md."""
     parts = [
         f"`python benchmarks/recovery.py{' --quick' * options.quick}`; {machine()}.",
@@ -488,8 +490,9 @@ def main() -> None:
     real.add_argument("--rows", type=int, default=4)
     real.add_argument("--epochs", type=int, default=1)
     real.add_argument("--rates", type=float, nargs=3, help="of int4, NVFP4, pruned")
-    real.add_argument("--regimes", nargs="+", help="only these")
+    real.add_argument("--regimes", nargs="+", help="only these regimes")
     real.add_argument("--threads", type=int, default=1)
+    real.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     options = parser.parse_args()
     if options.teacher is not None:
         from recovery_real import main_real
