@@ -662,7 +662,9 @@ def test_ray_is_left_out_where_little_is_left(
     given: dict[str, Any], left: int, seconds: float, here: bool
 ) -> None:
     said: list[str] = []
-    plan = SimpleNamespace(source=None, span_seconds=seconds, gpus=0.0, opening="opening")
+    plan = SimpleNamespace(
+        source=None, span_seconds=seconds, gpus=0.0, across=False, opening="opening"
+    )
     cache = SimpleNamespace(storage=SimpleNamespace(url="cache"))
     with (
         mock.patch.object(make, "LocalWorkers", return_value=True),
