@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,13 @@ def nodes_up() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def all_up(nodes: Collection[str]) -> bool:
+    """Whether these nodes, by Ray's ids, are all up at this moment."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}.issuperset(nodes)
+
+
 def reason(error: BaseException) -> str:
     """First sentence of the last line of a message, where Ray gives the reason."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -255,6 +262,12 @@ def at_home(folder: str) -> None:
     """
     if os.path.isdir(folder):
         os.chdir(folder)
+
+
+def call_at_home(folder: str, function: Any, arguments: Any) -> Any:
+    """Call a function on a worker, where the command was given."""
+    at_home(folder)
+    return function(*arguments)
 
 
 @contextlib.contextmanager

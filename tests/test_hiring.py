@@ -179,10 +179,15 @@ def test_a_worker_across_nodes_holds_a_group_and_is_lost_with_any_of_them(
     assert 0 < fake_ray.needs["num_gpus"] < 1, "the engine's process needs room beside it"
     fake_ray.start(GPU_NODE)
     go_on(workers, clock, 1)
-    (actor,) = workers._actors
-    del fake_ray.up[1:]  # not the node of the worker's own process
-    outcomes = workers._lose(actor, RuntimeError("the teacher's engine ended"))
-    assert [outcome.fault for outcome in outcomes] == ["node"]
+    workers.submit(SPAN)
+    go_on(workers, clock, 60)
+    assert not removed, "while all nodes are up"
+    del fake_ray.up[1:]  # nobody answers, and the worker is lost long before it hangs
+    outcomes = []
+    for _ in range(60):
+        clock[0] += 1
+        outcomes += workers.collect(0.0)
+    assert {outcome.fault for outcome in outcomes} == {"node"}
     assert removed == [1]
     assert len(asked) == 2
     workers.stop()

@@ -25,7 +25,9 @@ from kdcache.cluster import (
     Need,
     Placement,
     Wait,
+    all_up,
     at_home,
+    call_at_home,
     check_own_ray,
     cluster_address,
     connect,
@@ -409,8 +411,7 @@ class RayWorkers(Workers):
         # A worker that died is reported by its node at once; silence is the node's own.
         if isinstance(error, (exceptions.ActorUnavailableError, exceptions.NodeDiedError)):
             return True
-        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-        return not actor.nodes <= alive
+        return not all_up(actor.nodes)
 
     @property
     def _beat(self) -> float:
@@ -418,15 +419,17 @@ class RayWorkers(Workers):
         return min(self._hang / _HEARTBEATS, max(_BEAT_EVERY, len(self._actors) / _BEATS))
 
     def _check_heartbeats(self) -> list[Outcome]:
-        """Read the workers' heartbeats, and give up those that hang."""
+        """Read the workers' heartbeats, and give up those that hang or lack a node."""
         self._checked = self._now
         outcomes = []
         # A copy: a worker that hangs is replaced in the loop.
         for actor in [a for a in self._actors if a.figures]:
-            if actor.in_flight and self._now - actor.last_progress > self._hang:
-                error = TimeoutError(
-                    f"it made no progress for {self._now - actor.last_progress:.0f} s"
-                )
+            silent = self._now - actor.last_progress
+            # An engine across nodes may wait for ever for what was on one that is gone.
+            if len(actor.nodes) > 1 and not all_up(actor.nodes):
+                outcomes.extend(self._lose(actor, RuntimeError("one of its nodes is gone")))
+            elif actor.in_flight and silent > self._hang:
+                error = TimeoutError(f"it made no progress for {silent:.0f} s")
                 outcomes.extend(self._lose(actor, error))
             # One question at a time: a stopped process would collect them.
             elif not actor.asked:
@@ -475,7 +478,7 @@ def run_once(function: Any, *arguments: Any, need: Need, address: str | None) ->
 
     place = Placement(need)
     try:
-        task = ray.remote(**place.options)(_call_at_home)
+        task = ray.remote(**place.options)(call_at_home)
         answer = task.remote(os.getcwd(), function, arguments)
         # Python handles a signal between two waits, and not within one.
         while not ray.wait([answer], timeout=1.0)[0]:
@@ -487,11 +490,6 @@ def run_once(function: Any, *arguments: Any, need: Need, address: str | None) ->
         place.free()
         if owns:
             leave()
-
-
-def _call_at_home(folder: str, function: Any, arguments: Any) -> Any:
-    at_home(folder)
-    return function(*arguments)
 
 
 def _cause(error: BaseException) -> BaseException:
