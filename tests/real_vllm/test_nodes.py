@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_vllm import LENGTH, llama, pytestmark  # noqa: F401
 
 import kdcache
@@ -94,4 +95,5 @@ def test_a_build_outlives_a_node_of_its_engine(
     for span in range(mine.spec.spans):
         np.testing.assert_array_equal(mine.read(span).input_ids, other.read(span).input_ids)
         a, b = (cache.read(span).targets.at(1.0) for cache in (mine, other))
-        assert float((a.weights - b.weights).abs().max()) < 1e-3
+        # Rounding moves a number to a neighbouring level.
+        torch.testing.assert_close(a.weights, b.weights, rtol=0.05, atol=1e-3)
