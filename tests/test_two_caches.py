@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tracemalloc
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from broken_caches import forge
 from click.testing import CliRunner
 from conftest import make_tiny_lm
 from make_caches import CAUSAL, make_cache
@@ -24,7 +26,8 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import ExportOptions
 from kdcache.errors import UsageError
 from kdcache.stream.shard_rows import by_document
-from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.targets.label_logprob import IMPOSSIBLE, decode_logprobs
+from kdcache.tasks import IGNORE
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +113,34 @@ def test_of_several_answers_the_last_one_counts(tiny_lm: Path, tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float64).eval()
     right = log_probability(model, [1, 2, 3, 4, 5, 6], [10, 11])
     assert row["ref_rejected_logps"] == pytest.approx(right, abs=1e-4)
+
+
+def test_a_label_without_probability_spoils_no_sum_but_its_own(tmp_path: Path) -> None:
+    """In an earlier turn it does not count; in an answer the pair is refused, by its row."""
+    cache = make_cache(
+        tmp_path / "c", [3, 5], task=CAUSAL, label_logprob=True, codec="topk:2", first=20
+    )
+    places = [np.flatnonzero(cache.read(1).row(i).labels != IGNORE) for i in range(5)]
+    turns = next(i for i, place in enumerate(places) if (np.diff(place) > 1).any())
+
+    def without(name: str, row: int, label: int) -> str:
+        """The first label of a row of the second shard has none; or the last one, with 1."""
+
+        def change(data: Any) -> Any:
+            codes = data.label_logprob.copy()
+            if len(data) == 5:
+                codes[data.position_offsets[row + label] - label] = IMPOSSIBLE
+            return dataclasses.replace(data, label_logprob=codes)
+
+        return forge(cache, tmp_path / name, change).url
+
+    right = export((cache.url, cache.url), tmp_path / "right", "dpo")
+    earlier = without("earlier", turns, 0)
+    found = export((earlier, cache.url), tmp_path / "found", "dpo")
+    assert np.isfinite(right["ref_chosen_logps"]).all()
+    assert found["ref_chosen_logps"].tolist() == right["ref_chosen_logps"].tolist()
+    with pytest.raises(UsageError, match=f"the answer in row {3 + turns} no probability"):
+        export((cache.url, without("own", turns, 1)), tmp_path / "own-out", "dpo")
 
 
 def test_rows_that_are_no_pairs_are_refused(

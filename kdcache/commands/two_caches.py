@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache.cache import Cache
+from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.shard import ShardData
 from kdcache.commands.options import ExportOptions
 from kdcache.errors import UsageError
@@ -177,7 +177,7 @@ class PairWriter(TwoCaches):
         """See `TwoCaches`."""
         super().__init__(options)
         one, other = (cache.spec for cache in self._both)
-        if (one.teachers, one.dtype) != (other.teachers, other.dtype):
+        if _reference(one) != _reference(other):
             raise self._apart("different teachers")
         if "concat" in (one.packing, other.packing) or "split" in (one.packing, other.packing):
             raise self._apart("rows that are not one record each")
@@ -185,21 +185,30 @@ class PairWriter(TwoCaches):
         self._soft = all(map(_exact, self._both))
 
     def measure(self, folder: Path) -> None:
-        """See `TwoCaches.measure`: prompts must be the same."""
+        """See `TwoCaches.measure`: prompts must be the same, and each answer possible."""
         for span in self.spans:
-            sides = [map(_answer, *_rows(data)) for data in self.pair(span)]
-            for row, (one, other) in enumerate(zip(*sides, strict=True), int(self.starts[span])):
+            both, first = self.pair(span), int(self.starts[span])
+            sides = [list(map(_answer, *_rows(data))) for data in both]
+            for row, (one, other) in enumerate(zip(*sides, strict=True), first):
                 if not np.array_equal(one[0], other[0]):
                     raise self._apart(f"different prompts in row {row} (do they end with a token?)")
+            for cache, data, side in zip(self._both, both, sides, strict=True):
+                if data.starts is not None and int(data.starts.sum()) > len(data):
+                    raise self._apart("documents that do not see each other in one row")
+                sums = _sums(data, [answer for _, answer in side], _coded(data))
+                if np.isinf(sums).any():
+                    row = first + int(np.isinf(sums).argmax())
+                    raise UsageError(
+                        f"{cache.url}: its teacher gives the answer in row {row} no probability, "
+                        "so the pair has no reference. Leave the record out of both."
+                    )
 
     def table(self, span: int) -> pa.Table:
         """See `TwoCaches.table`."""
         sides = []
         for data in self.pair(span, self._soft):
             prompts, answers = zip(*map(_answer, *_rows(data)), strict=True)
-            sums, ends = np.append(0, np.cumsum(_logprobs(data))), data.position_offsets[1:]
-            logps = sums[ends] - sums[ends - list(map(len, answers))]
-            sides.append((prompts, answers, logps))
+            sides.append((prompts, answers, _sums(data, answers, _logprobs(data))))
         (prompts, chosen, chosen_logps), (_, rejected, rejected_logps) = sides
         return _table(self.schema, prompts, chosen, rejected, chosen_logps, rejected_logps)
 
@@ -207,6 +216,12 @@ class PairWriter(TwoCaches):
 def _table(schema: pa.Schema, *columns: Any) -> pa.Table:
     arrays = [pa.array(c, kind) for c, kind in zip(columns, schema.types, strict=True)]
     return pa.table(arrays, schema=schema)
+
+
+def _reference(spec: CacheSpec) -> tuple[Any, ...]:
+    """What decides the log-probabilities of a cache's teachers."""
+    quantization = (spec.engine or {}).get("quantization")
+    return spec.teachers, spec.ensemble, spec.dtype, quantization
 
 
 def _exact(cache: Cache) -> bool:
@@ -230,11 +245,21 @@ def _answer(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return every[:begin], every[begin:]
 
 
+def _sums(data: ShardData, answers: Sequence[np.ndarray], logprobs: Floats) -> Floats:
+    """Of each row what its answer, the last of its labels, has of all labels' log-probabilities."""
+    ends = data.position_offsets[1:].tolist()
+    return np.array([logprobs[b - len(a) : b].sum() for a, b in zip(answers, ends, strict=True)])
+
+
+def _coded(data: ShardData) -> Floats:
+    assert data.label_logprob is not None, "the spec says so"
+    return decode_logprobs(data.label_logprob).astype(np.float64)
+
+
 def _logprobs(data: ShardData) -> Floats:
-    """The teacher's log-probability of each label at T = 1."""
+    """The teacher's log-probability of each label at T = 1; any number of one that has none."""
     if not len(data.targets):
-        assert data.label_logprob is not None, "the spec says so"
-        return decode_logprobs(data.label_logprob).astype(np.float64)
+        return _coded(data)
     labels = data.labels[data.labels != IGNORE].astype(np.int64)
     step = max(1, _ENTRIES // data.targets.codec.vocab_size)
     found = []
@@ -242,7 +267,8 @@ def _logprobs(data: ShardData) -> Floats:
         some = np.arange(at, min(at + step, len(labels)))
         targets = with_logits(data.targets.take(some).at(1.0))
         assert isinstance(targets, DenseTargets), "see _exact"
-        found.append(targets.logits.double().log_softmax(-1).numpy()[some - at, labels[some]])
+        logprobs = targets.logits.double().log_softmax(-1).numpy()
+        found.append(logprobs[some - at, np.minimum(labels[some], logprobs.shape[1] - 1)])
     return np.concatenate(found)
 
 
