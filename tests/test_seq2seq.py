@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from task_examples import Desk, built, check_refused, make_desk, rows_of
+from task_examples import EXAMPLES, Desk, built, check_refused, make_desk, rows_of
 from task_examples import save as save_model
 from torch.nn import functional
 from transformers import (
@@ -32,8 +32,9 @@ from transformers import (
 from zoo import SEQ2SEQ, Species, forms
 
 import kdcache
+from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.options import EvaluateOptions, PredictOptions
+from kdcache.commands.options import EvaluateOptions, InspectOptions, PredictOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
@@ -352,3 +353,19 @@ def test_wrong_input_is_refused_in_one_line(desk: Desk, tmp_path: Path) -> None:
     # A start that is the last label of each row, as a code of the language is.
     for row in rows_of(desk.cache(teacher=(str(mbart),))):
         assert row.input_ids[0] == row.labels[-1]
+
+
+def test_an_answer_is_shown_with_the_labels_of_a_sure_teacher(desk: Desk, tmp_path: Path) -> None:
+    """Whose soft targets `build --positions` does not keep."""
+    shown = []
+    for name, share in (("whole", None), ("some", 0.3)):
+        options = BuildOptions(
+            (str(desk.folder / "teacher"),), (str(desk.folder / "corpus.jsonl"),),
+            str(tmp_path / name), task=TASK, workers=0, positions=share, **EXAMPLES[TASK].build,
+        )  # fmt: skip
+        cache = built(options)
+        assert cache.spec.positions is None or 0 < cache.manifest.positions < cache.manifest.tokens
+        row = kdcache.inspect(InspectOptions(cache.url, row=3)).row
+        assert row is not None
+        shown.append(row.text_pair)
+    assert shown[0] == shown[1]

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import make_tiny_lm
 from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import USUAL, metrics
 from test_docs import _block
 from test_positions import entropy, in_float64, student_of
+from transformers import AutoModelForCausalLM
 
 from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.check import problems
@@ -23,16 +26,26 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.dry_run import dry_run
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.export import export
 from kdcache.commands.inspect import inspect
-from kdcache.commands.options import EvaluateOptions, InspectOptions, TranscodeOptions
+from kdcache.commands.options import (
+    EvaluateOptions,
+    ExportOptions,
+    InspectOptions,
+    TranscodeOptions,
+    VerifyOptions,
+)
+from kdcache.commands.report.gather import _surprise
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.commands.transcode import transcode
+from kdcache.commands.verify import verify
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.loss import distillation_loss
 from kdcache.stream import TargetStream
 from kdcache.stream.lookup import TargetLookup
 from kdcache.student import DistilledStudent
+from kdcache.student.figures import Totals, mean_parts
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 
@@ -75,6 +88,7 @@ def test_the_nearest_share_is_taken(codes: list[int], share: float) -> None:
     least = code_of_share(np.array(codes, np.uint8), share)
     gaps = [abs(np.mean(np.array(codes) >= code) - share) for code in range(256)]
     assert gaps[least] == pytest.approx(min(gaps))
+    assert code_of_share(np.array(codes, np.uint8), 1.0) == 0  # all, of later text too
 
 
 def test_what_is_kept_is_what_a_whole_cache_has(builds: dict[str, BuildOptions]) -> None:
@@ -199,6 +213,87 @@ def test_loss_and_gradients_are_of_targets_and_hard_labels(
     assert torch.equal(one["label_logprob"], other["label_logprob"])
     assert one["count"] == other["count"] == batch["count"]
     assert "hard_labels" not in one
+    # Whoever counts `labels` alone, as the Trainer of transformers does, would divide by too few.
+    with pytest.raises(UsageError, match="num_items_in_batch"):
+        model(**batch, num_items_in_batch=len(soft_at))
+    with pytest.raises(UsageError, match="an evaluation needs those of all"):
+        Totals(Totals.zeros(1, torch.device("cpu"))[0]).add(stream, batch, found, 1.0)
+
+
+@pytest.mark.parametrize("layout", ["kdcache", "axolotl"])
+def test_an_export_keeps_the_labels_without_a_target(
+    layout: Any, builds: dict[str, BuildOptions], tmp_path: Path
+) -> None:
+    options = ExportOptions((builds["dense"].out,), str(tmp_path), layout=layout, top=4)
+    assert export(options).rows == Cache.open(builds["dense"].out).manifest.rows
+    rows = [
+        row
+        for file in sorted(tmp_path.glob("*.parquet"))
+        for row in pq.read_table(file).to_pylist()
+    ]
+    for data in shards(builds["dense"]):
+        logprobs = iter(decode_logprobs(data.every_logprob).tolist())
+        for begin, end in zip(data.offsets[:-1], data.offsets[1:], strict=True):
+            row, labels = rows.pop(0), data.every_label[begin:end]
+            kept = data.labels[begin:end] != IGNORE
+            if layout == "kdcache":
+                assert row["labels"] == labels.tolist()
+                assert [bool(ids) for ids in row["target_ids"]] == kept.tolist()
+                for label, logprob in zip(labels, row["teacher_logprob"], strict=True):
+                    assert logprob == (None if label == IGNORE else next(logprobs))
+            else:
+                stop = int(np.flatnonzero(labels != IGNORE)[-1]) + 1
+                assert row["labels"][1 : stop + 1] == labels[:stop].tolist()
+                found = [len(ids) for ids in row["target_token_ids"][1 : stop + 1]]
+                assert found == (4 * kept[:stop]).tolist()
+    assert not rows
+
+
+def test_rows_without_a_target_count(
+    tiny_tokenizer: Path, text_corpus: Path, tmp_path: Path
+) -> None:
+    """Where most rows have none: of a teacher with more ids than its tokenizer, all figures."""
+    teacher = make_tiny_lm(tiny_tokenizer, tmp_path / "wide", vocab_size=400)
+    options = BuildOptions(
+        teacher=(str(teacher),), corpus=(str(text_corpus),), out=str(tmp_path / "few"), workers=0,
+        max_length=24, limit=30, packing="none", codec="dense", positions=0.01,
+    )  # fmt: skip
+    result = build(options)
+    (data,) = shards(options)
+    kept = np.diff(data.position_offsets)
+    assert 0 < (kept > 0).sum() < len(kept) / 2
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    outside = []
+    for i in range(len(data)):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(data.row(i).input_ids)[None].long()).logits[0]
+        begin, end = data.offsets[i : i + 2]
+        there = torch.from_numpy(data.every_label[begin:end] != IGNORE)
+        outside += logits.double().softmax(-1)[there, 300:].sum(-1).tolist()
+    assert result.clipped_mass == pytest.approx(np.mean(outside), rel=1e-3)
+    facts = inspect(InspectOptions(options.out, row=int(kept.argmin())))
+    assert facts.clipped_mass == pytest.approx(result.clipped_mass)
+    assert facts.row is not None
+    assert facts.row.positions == ()
+    assert "with a soft target" in dict(facts.facts())["teacher's entropy"]
+    checked = verify(VerifyOptions(options.out, teacher=options.teacher, sample=1000))
+    assert checked.problems == ()
+    assert checked.recheck is not None
+    assert checked.recheck.rows == (kept > 0).sum()
+    assert checked.recheck.worst <= checked.recheck.worst_allowed
+    nats = _surprise(Cache.open(options.out), data, np.arange(len(outside)))
+    want = -decode_logprobs(data.every_logprob).astype(float).mean()
+    assert np.mean(nats) > 0
+    assert len(nats) == len(outside)
+    assert np.mean(nats) == pytest.approx(want)
+
+
+def test_a_step_without_a_target_has_no_soft_loss() -> None:
+    sums = torch.tensor([2.0, 0.0, 1.0, 0.0, 1.0])
+    assert mean_parts(sums, 1, "soft_loss", True) == {"hard_loss": 2.0}
+    sums = torch.tensor([2.0, 3.0, 2.0, 1.5, 0.5])
+    found = {"hard_loss": 1.0, "soft_loss": 2.0, "kl": 1.0}
+    assert mean_parts(sums, 2, "soft_loss", True) == found
 
 
 @pytest.mark.slow
@@ -249,6 +344,7 @@ def test_what_needs_all_targets_is_refused_in_a_line(
         options(eval_cache=some),
         options(cache=some, divergence="policy-gradient", importance_clip=0.0),
         options(cache=some, cross_tokenizer="likelihood", student_tokenizer=str(tiny_lm)),
+        options(cache=some, positions="teacher-entropy:0.5", alpha=1.0),
     ):
         with pytest.raises(UsageError, match="soft targets of some positions alone"):
             train(wrong)

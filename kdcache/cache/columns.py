@@ -299,6 +299,10 @@ class HardLabels(Numbers):
         rows.items["hard"] = int(flags.sum())
         labels = np.append(rows.found["input_ids"][1:], IGNORE).astype(np.int32)[: len(flags)]
         labels[rows.found["offsets"][1:] - 1] = rows.read("next_ids", _I4, "row")
+        if (labels[flags != 0] == IGNORE).any():
+            raise CorruptCacheError(
+                f"{rows.path}: column {self.name} marks a token without a label."
+            )
         return np.where(flags, labels, np.int32(IGNORE))
 
 

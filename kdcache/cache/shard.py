@@ -481,7 +481,8 @@ def check_ids(data: ShardData, spec: CacheSpec, known: Callable[[], int | None])
         columns.append(("label", data.labels[data.labels != IGNORE], 2))
     else:
         classes = None if kind.over_ids else spec.num_labels or 0
-        columns.append(("label", data.labels[labelled(data.labels, data.task)], classes))
+        every = data.every_label
+        columns.append(("label", every[labelled(every, data.task)], classes))
     for name, column, number in columns:
         least, most = column.min(initial=0), column.max(initial=0)
         if least < 0:

@@ -57,7 +57,11 @@ def every_label(data: ShardData) -> ShardData:
 
 
 def code_of_share(codes: np.ndarray, share: float) -> int:
-    """The code that the share of some codes nearest to `share` reaches; of two the larger one."""
+    """The code that the share of some codes nearest to `share` reaches; of two the larger one, but
+    0 for all of them.
+    """
+    if share >= 1:
+        return 0
     least = np.arange(256)
     reached = 1 - np.searchsorted(np.sort(codes), least) / max(len(codes), 1)
     return int(255 - np.argmin(abs(reached - share)[::-1]))

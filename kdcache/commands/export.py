@@ -234,6 +234,7 @@ class _Writer:
         ends = data.offsets[rows.start : rows.stop + 1] - tokens.start
         labels = data.labels[tokens] if per_token else data.labels[rows.start : rows.stop]
         there = positions(labels, data.task)
+        every = data.every_label[tokens] if per_token else labels
         independent = _INDEPENDENT.get(TASKS[data.task].answers)
         if independent is None:
             own = {"label": pa.array(labels, pa.int32(), mask=labels == IGNORE)}
@@ -253,16 +254,16 @@ class _Writer:
             )
             assert isinstance(taken, DenseTargets), "their targets are dense"
             own, values = independent(labels, taken)
-        if data.label_logprob is not None:
-            values["teacher_logprob"] = _spread(
-                decode_logprobs(data.label_logprob[positions_here]), there
-            )
+        if (codes := data.every_logprob) is not None:
+            begin, end = (data.position_offsets + data.ends("hard"))[[rows.start, rows.stop]]
+            logprobs = decode_logprobs(codes[begin:end])
+            values["teacher_logprob"] = _spread(logprobs, positions(every, data.task))
         known = teacher_entropy(data, np.arange(positions_here.start, positions_here.stop))
         if known is not None:
             values["teacher_entropy"] = _spread(known, there)
         columns = {"input_ids": _list_of(ends, pa.array(data.input_ids[tokens], pa.int32()))}
         if per_token:
-            hard = np.where(labelled(labels, data.task), labels, IGNORE)
+            hard = np.where(labelled(every, data.task), every, IGNORE)
             columns["labels"] = _list_of(ends, pa.array(hard, pa.int32()))
             columns |= {name: _list_of(ends, column) for name, column in values.items()}
             if data.starts is not None:
@@ -294,13 +295,14 @@ class _Writer:
         owner = np.repeat(np.arange(len(counts)), counts)
         probs = probs / np.bincount(owner, probs, len(counts))[owner]
         per, own_ids, own_labels, at, used = [], [], [], [], 0
+        every = data.every_label
         for begin, end in pairwise(data.offsets[rows.start : rows.stop + 1].tolist()):
-            labels = data.labels[begin:end]
-            there = np.flatnonzero(labels != IGNORE)
-            size = max(end - begin, int(there[-1]) + 2 if len(there) else 0)
+            labels, there = every[begin:end], np.flatnonzero(data.labels[begin:end] != IGNORE)
+            at_labels = np.flatnonzero(labels != IGNORE)
+            size = max(end - begin, int(at_labels[-1]) + 2 if len(at_labels) else 0)
             row, learnt = np.zeros(size, np.int64), np.full(size, IGNORE)
             row[: end - begin] = data.input_ids[begin:end]
-            row[there + 1] = learnt[there + 1] = labels[there]
+            row[at_labels + 1] = learnt[at_labels + 1] = labels[at_labels]
             amount = np.zeros(size, np.int64)
             amount[there + 1] = counts[used : used + len(there)]
             used += len(there)

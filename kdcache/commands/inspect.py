@@ -66,7 +66,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         row = None if options.row is None else _row(cache, shards, options, sandbox)
         columns, sampled, entropy = _columns(cache, shards, sandbox)
     spec = cache.spec
-    positions = sum(s.positions for s in shards)
+    positions, answered = (sum(s.positions for s in shards), sum(s.answered for s in shards))
     total = sum(s.bytes for s in shards)
     targets = [c.bytes_per_position for c in columns if c.name.startswith("targets/")]
     sums = label_sums(shards) if spec.label_logprob else None
@@ -89,7 +89,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         positions=positions,
         skipped=sum(s.skipped for s in shards),
         bytes=total,
-        clipped_mass=sum(s.clipped_mass for s in shards) / positions if positions else None,
+        clipped_mass=sum(s.clipped_mass for s in shards) / answered if answered else None,
         teacher_cross_entropy=nats,
         teacher_perplexity=perplexity(nats),
         impossible_labels=sums[2] if sums else None,
@@ -164,6 +164,7 @@ def _row(
         data = cache.parse(path, entry)
     row = data.row(index)
     first, last = (int(p) for p in data.position_offsets[index : index + 2])
+    labels = data.every_label[slice(*data.ends("label")[index : index + 2])]
     targets = data.targets.take(np.arange(first, last))
     task = TASKS[cache.spec.task]
     tokenizer = cache.tokenizer() if task.per_token else None
@@ -174,7 +175,7 @@ def _row(
         "domain": entry.domain,
         "tokens": len(row.input_ids),
         "text": _text(row, tokenizer),
-        "text_pair": row.text_pair if row.source is None else _decoded(row.labels, tokenizer),
+        "text_pair": row.text_pair if row.source is None else _decoded(labels, tokenizer),
         "temperature": temperature,
     }
     if task.answers in INDEPENDENT:

@@ -120,8 +120,8 @@ class InspectResult:
         teacher_cross_entropy: of the teacher with the hard labels at T = 1, in nats a position,
             over the labels that it can predict; None where the cache does not keep it.
         teacher_perplexity: its exponential.
-        teacher_entropy: its mean entropy at T = 1, in nats a position, over `sampled_shards`; None
-            where it is not known.
+        teacher_entropy: its mean entropy at T = 1, in nats a position with a soft target, over
+            `sampled_shards`; None where it is not known.
         impossible_labels: labels that the teacher gives no probability, left out of both.
         bytes_per_position: of the whole file; None if there is no position yet.
         target_bytes_per_position: of the soft targets alone.
@@ -206,7 +206,8 @@ class InspectResult:
                 left_out = f"{self.impossible_labels:,}, which are left out of it"
                 facts["labels of no probability"] = left_out
         if self.teacher_entropy is not None:
-            facts["teacher's entropy"] = f"{number(self.teacher_entropy)} nats a position"
+            of_some = "" if self.hard_labels is None else " with a soft target"
+            facts["teacher's entropy"] = f"{number(self.teacher_entropy)} nats a position{of_some}"
         facts |= {
             "size": size(self.bytes),
             "bytes per position": f"{number(self.bytes_per_position, 2)} of the whole files",

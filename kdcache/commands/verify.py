@@ -340,12 +340,19 @@ def _choose(cache: Cache, sample: int, rng: np.random.Generator) -> _Sample:
         for index in (numbers[spans == span] - first).tolist():
             row = data.row(index)
             every = row.positions(spec.task)
+            if not len(every):  # its teacher was sure of all of it
+                continue
             some = np.sort(rng.choice(len(every), min(most, len(every)), replace=False))
             chosen.rows.append(row)
             chosen.rows_of.append((span, index))
             chosen.wanted.append(some)
             chosen.noise.append(position_uniform(spec.seed, span, index, every[some]))
             chosen.targets.append(data.targets.take(data.position_offsets[index] + some))
+    if not chosen.rows:
+        raise UsageError(
+            f"none of the {len(numbers)} rows that were drawn has a soft target. Use a larger "
+            "--sample."
+        )
     return chosen
 
 

@@ -230,8 +230,8 @@ class LabelReading(CachedIds):
             raise UsageError("the rows have no log-probabilities of their labels.")
         targets = LabelTargets(batch["label_logprob"])
         if self.clip:
-            if data.writer_logprob is None:
-                raise UsageError("the rows have no log-probabilities of a writer.")
+            if data.writer_logprob is None or data.hard_labels is not None:
+                raise UsageError("the rows have no log-probabilities of a writer of all labels.")
             from kdcache.loss.policy import MAX_ADVANTAGE
 
             writer = torch.from_numpy(decode_logprobs(data.writer_logprob))

@@ -25,9 +25,11 @@ from kdcache.align import Aligner, TokenBytes, like_marks, unchanged
 from kdcache.cache import Cache
 from kdcache.cache.columns import offsets_of
 from kdcache.cache.shard import ShardData
+from kdcache.errors import UsageError
 from kdcache.pretrained import tokenizer_sha256
 from kdcache.rows.batches import padded
 from kdcache.stream.batch import Batch, Reading, divided
+from kdcache.stream.checks import check_every_position
 from kdcache.stream.shard_rows import AlignedRows, AlignedShard
 from kdcache.stream.text import TextChunks, cached_rows
 from kdcache.targets import SparseTargets
@@ -109,7 +111,12 @@ class CrossTokenizer(Reading):
             cache: that has the shard.
             shard: its number.
             data: its rows.
+
+        Raises:
+            UsageError: some labels have no soft target, so that chunks would lack a part.
         """
+        if data.hard_labels is not None:
+            raise UsageError(check_every_position([cache], "a student of another tokenizer")[0])
         return AlignedShard.of(data, self._own(cache, shard, data))
 
     def _own(self, cache: Cache, shard: int, data: ShardData) -> AlignedRows:

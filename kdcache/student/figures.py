@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kdcache.errors import UsageError
 from kdcache.loss.chunks import compared
 from kdcache.loss.metrics import Entities, are_entities, f1_counts
 from kdcache.stream import TargetStream
+from kdcache.stream.checks import check_every_position
 from kdcache.targets import LabelTargets, Targets
 from kdcache.tasks import IGNORE, TASKS, labelled, positions
 
@@ -111,6 +113,25 @@ def label_shares(task: str, inputs: Mapping[str, Any]) -> Tensor:
     alone = torch.zeros_like(known) if others is None else (others != IGNORE).sum().double()
     count: Tensor = inputs["count"]
     return torch.stack([known + alone, alone]) / count
+
+
+def mean_parts(sums: Tensor, steps: int, soft: str, knows_kl: bool) -> dict[str, float]:
+    """The parts of the loss of some steps, as far as there are such means, by name.
+
+    Args:
+        sums: [5] over the steps: hard and soft loss, the share of labels in what they are a mean
+            over, KL, and the share of labels without a soft target.
+        steps: how many.
+        soft: name of the soft loss; empty where there is none.
+        knows_kl: whether the KL is known.
+    """
+    hard, loss, known, kl, alone = sums.tolist()
+    found = {"hard_loss": hard / known} if known else {}
+    with_target = steps - alone
+    if soft and with_target > 1e-9 * steps:  # else all their labels have none, but for rounding
+        found[soft] = loss / with_target
+        found |= {"kl": kl / with_target} if knows_kl else {}
+    return found
 
 
 def figure(task: str, sums: Tensor) -> dict[str, float]:
@@ -218,7 +239,12 @@ class Totals:
             outputs: a `DistillationOutput`.
             count: what its losses are a mean over.
             text: the `text` of the batch, where figures are in bytes, too.
+
+        Raises:
+            UsageError: some of its labels have no soft target.
         """
+        if "hard_labels" in inputs:
+            raise UsageError(check_every_position(stream.caches, "an evaluation")[0])
         task, labels, values = stream.task, inputs["labels"], self.values
         values[_LOSSES] += parts_of(outputs.hard_loss, outputs.soft_loss) * count
         values[_POSITIONS] += positions(labels, task).sum()

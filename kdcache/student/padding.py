@@ -359,3 +359,20 @@ def pick(values: Tensor, at: Tensor) -> Tensor:
     """Rows [P, ...] of values [B, L, ...] at flat indices; a view if all are requested."""
     flat = values.flatten(0, 1)
     return flat if len(at) == len(flat) else flat.index_select(0, at)
+
+
+def step_count(
+    own: float | Tensor | None, items: float | Tensor | None, hard_labels: Tensor | None
+) -> float | Tensor | None:
+    """What a batch's loss is divided by: its own count, or a trainer's of the step, if it has one.
+
+    Raises:
+        UsageError: the trainer has not counted the labels that have no soft target.
+    """
+    if items is not None and hard_labels is not None:
+        raise UsageError(
+            "the trainer divides by the labels that have a soft target alone (num_items_in_batch), "
+            "and this batch has others (--positions): its loss would be too large. Train on a "
+            "TargetStream with kdcache's DistillationTrainer."
+        )
+    return own if items is None else items

@@ -41,7 +41,7 @@ from kdcache.student.checkpoints import (
     last_checkpoint,
     read_state,
 )
-from kdcache.student.figures import Totals, label_shares, parts_of, soft_name
+from kdcache.student.figures import Totals, label_shares, mean_parts, parts_of, soft_name
 from kdcache.student.padding import without_mask
 from kdcache.student.precision import shard_over_ranks
 from kdcache.student.stream_loader import Copies, CursorCallback, StreamLoader, host_positions
@@ -297,13 +297,7 @@ class DistillationTrainer(CheckpointingTrainer):
         """
         if self.streams and "loss" in logs and self._parts_steps:
             parts = self.accelerator.reduce(self._parts.clone(), "sum")
-            hard, soft, known, kl, alone = parts.tolist()
-            if known:  # else there is no such mean
-                logs["hard_loss"] = hard / known
-            if "temperature" in self._last:
-                logs[self._soft_name] = soft / (self._parts_steps - alone)
-            if self._knows_kl:
-                logs["kl"] = kl / (self._parts_steps - alone)
+            logs |= mean_parts(parts, self._parts_steps, self._soft_name, self._knows_kl)
             logs.update(self._last)
             if self._anchored:
                 logs["anchor"] = float(self.model.anchor.theta)

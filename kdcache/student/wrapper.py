@@ -39,7 +39,7 @@ from kdcache.loss import (
     linear_logprobs,
     sliced_linear_distillation,
 )
-from kdcache.student.padding import check_first, pick
+from kdcache.student.padding import check_first, pick, step_count
 from kdcache.targets import DenseTargets, LabelTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.targets.decoded import check_number, no_targets
@@ -307,7 +307,7 @@ class DistilledStudent(nn.Module):
         self.check_reach(inputs)
         raw = inputs
         alpha = self.alpha if alpha is None else alpha
-        count = count if num_items_in_batch is None else num_items_in_batch
+        count = step_count(count, num_items_in_batch, hard_labels)
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
             raise UsageError(f"alpha has shape {tuple(alpha.shape)}; it must be one number.")
         kind = TASKS[self.task]

@@ -57,7 +57,7 @@ from kdcache.errors import UsageError
 from kdcache.humanize import counted
 from kdcache.pretrained import tokenizer_files
 from kdcache.rows import Row, RowSpec, make_encoder
-from kdcache.rows.batches import batches
+from kdcache.rows.batches import batches, documents_of
 from kdcache.storage import open_storage, redact
 from kdcache.targets import Hidden, OutputLayer
 from kdcache.targets.device import of_positions
@@ -223,6 +223,7 @@ def measured_code(
         return 0
     with closing(Teacher(teacher, vocab_size)) as one:
         one.probe(rows)
+        rows = documents_of(rows)  # as the build asks about them
         for batch in batches([row.sizes for row in rows], batch_tokens):
             for piece in one.slices([rows[i] for i in batch]):
                 logits = logits_at(piece.logits, teacher.temperatures, (1.0,))

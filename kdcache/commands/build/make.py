@@ -143,7 +143,7 @@ def make_cache(
         bytes=sum(s.bytes for s in shards),
         skipped=sum(s.skipped for s in shards),
         truncated=driver.truncated,
-        clipped_mass=sum(s.clipped_mass for s in shards) / max(1, positions),
+        clipped_mass=sum(s.clipped_mass for s in shards) / max(1, sum(s.answered for s in shards)),
         seconds=made.seconds,
         teacher_seconds=driver.teacher_seconds,
         missing=made.missing,

@@ -198,9 +198,7 @@ def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...]
                 sandbox.open(path)
                 data = cache.parse(path, full[i])
             most = min(_POSITIONS, max(16, _NUMBERS // cache.spec.vocab_size))
-            chosen = np.unique(
-                np.linspace(0, len(data.targets) - 1, min(most, len(data.targets))).astype(int)
-            )
+            chosen = _spread(len(data.targets), most)
             for t in temperatures:
                 sums[t].append(_figures(data, chosen, t))
             surprise += _surprise(cache, data, chosen)
@@ -210,6 +208,11 @@ def _targets(cache: Cache) -> tuple[tuple[TargetFigures, ...], tuple[float, ...]
         entropy, best, mass = (None if math.isnan(m) else float(m) for m in part.mean(0)[:3])
         figures.append(TargetFigures(t, entropy, best, mass, float(part.mean(0)[3])))
     return tuple(figures), tuple(surprise), len(next(iter(joined.values()), ()))
+
+
+def _spread(number: int, most: int) -> np.ndarray:
+    """Some of so many numbers, spread evenly."""
+    return np.unique(np.linspace(0, number - 1, min(most, number)).astype(int))
 
 
 def _figures(data: ShardData, chosen: np.ndarray, temperature: float) -> np.ndarray:
@@ -234,9 +237,13 @@ def _figures(data: ShardData, chosen: np.ndarray, temperature: float) -> np.ndar
 
 
 def _surprise(cache: Cache, data: ShardData, chosen: np.ndarray) -> list[float]:
-    """Minus the log-probability of the labels of some positions, where it is known."""
-    if data.label_logprob is not None:
-        return [-float(logprob) for logprob in decode_logprobs(data.label_logprob[chosen])]
+    """Minus the log-probability of the labels of some positions, where it is known; of as many
+    among all labels where some have no soft target.
+    """
+    if (codes := data.every_logprob) is not None:
+        if data.hard_labels is not None:
+            chosen = _spread(len(codes), len(chosen))
+        return [-float(logprob) for logprob in decode_logprobs(codes[chosen])]
     if TASKS[cache.spec.task].over_ids or not cache.codec().any_temperature:
         return []
     targets = with_logits(data.targets.take(chosen).at(1.0))

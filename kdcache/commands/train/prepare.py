@@ -441,6 +441,10 @@ def _wrong_positions(options: TrainOptions, caches: Sequence[Cache]) -> list[str
         return [str(error)]
     columns = {"teacher-entropy": "entropy", "surprise": "label_logprob"}
     column = columns.get(options.chosen[0])
+    if options.hard_only and column == "entropy":  # which labels without a target lack
+        wrong = check_every_position(caches, f"--positions {options.positions} with --alpha 1")
+        if wrong:
+            return wrong
     return [
         f"--positions {options.positions} needs the column {column}, and {cache.url} has none. "
         "Build it with this version of kdcache, or choose by student-entropy."
