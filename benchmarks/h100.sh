@@ -11,8 +11,7 @@
 #   build              <= 1.05x the bare forward of a 1 B teacher, <= 1.02x of 8 B, padded or not
 #   training step      <= 0.90x HF's hard-label step at 300 M, <= 0.97x at 1 B; memory <= 0.60x
 #
-# Estimated seconds, in this order: 60, 90, 265, 30, 60, 90, 150, 150: 14.9 minutes. Half of it is starting,
-# compiling and writing random teachers.
+# Estimated seconds, in this order: 60, 90, 265, 30, 60, 90, 150, 150: 14.9 minutes.
 #
 # PYTHON names another interpreter. A step that fails is reported at the end; the others still run.
 # The most telling steps come first: what 15 minutes do not reach is named.
