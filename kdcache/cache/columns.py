@@ -267,12 +267,9 @@ class LabelColumn(Numbers):
                 labels[labels == _NOT_KNOWN] = IGNORE
             return labels
         there = rows.read("has_label", _U1, "token") != 0
-        labels = np.full(len(there), IGNORE, np.int32)
         if kind.causal:
-            labels[:-1] = rows.found["input_ids"][1:]
-            labels[rows.found["offsets"][1:] - 1] = rows.read("next_ids", _I4, "row")
-            labels[~there] = IGNORE
-            return labels
+            return np.where(there, _next_ids(rows), np.int32(IGNORE))
+        labels = np.full(len(there), IGNORE, np.int32)
         ids = rows.read("label_ids", IDS, "position")
         if there.sum() != len(ids):
             raise CorruptCacheError(
@@ -281,6 +278,14 @@ class LabelColumn(Numbers):
             )
         labels[there] = ids
         return labels
+
+
+def _next_ids(rows: OpenRows) -> np.ndarray:
+    """The id after each token, int32 [tokens]; after the last one of a row what the file has."""
+    found = np.full(len(rows.found["input_ids"]), IGNORE, np.int32)
+    found[:-1] = rows.found["input_ids"][1:]
+    found[rows.found["offsets"][1:] - 1] = rows.read("next_ids", _I4, "row")
+    return found
 
 
 @dataclass(frozen=True)
@@ -297,8 +302,7 @@ class HardLabels(Numbers):
         if flags.max(initial=0) > 1 or (rows.found["labels"][flags != 0] != IGNORE).any():
             raise CorruptCacheError(f"{rows.path}: column {self.name} marks a token with a target.")
         rows.items["hard"] = int(flags.sum())
-        labels = np.append(rows.found["input_ids"][1:], IGNORE).astype(np.int32)[: len(flags)]
-        labels[rows.found["offsets"][1:] - 1] = rows.read("next_ids", _I4, "row")
+        labels = _next_ids(rows)
         if (labels[flags != 0] == IGNORE).any():
             raise CorruptCacheError(
                 f"{rows.path}: column {self.name} marks a token without a label."
