@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 from kdcache.errors import UsageError
 
@@ -283,6 +283,24 @@ def positions(labels: _Labels, task: str) -> _Labels:
     found: Any = labels != IGNORE if TASKS[task].per_token else labelled(labels, task) | True
     every: _Labels = found
     return every
+
+
+def check_position_share(figure: str, share: float, given: str) -> None:
+    """Refuse what is not a share of positions by a figure of theirs.
+
+    Args:
+        figure: one of `PositionFigure`.
+        share: above 0, at most 1.
+        given: what is wrong then, the beginning of the message.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if figure not in get_args(PositionFigure) or not 0 < share <= 1:
+        raise UsageError(
+            f"{given}, expected {', '.join(get_args(PositionFigure))} and a share above 0, at "
+            "most 1, such as student-entropy:0.2."
+        )
 
 
 def check_task(task: str) -> None:

@@ -23,14 +23,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
 from kdcache.student.padding import pick
-from kdcache.tasks import TASKS, PositionFigure
+from kdcache.tasks import TASKS, PositionFigure, check_position_share
 from kdcache.teacher.projection import Projection
 
 
@@ -95,12 +95,7 @@ class Share:
     share: float
 
     def __post_init__(self) -> None:
-        if self.figure not in get_args(PositionFigure) or not 0 < self.share <= 1:
-            known = "|".join(get_args(PositionFigure))
-            raise UsageError(
-                f"positions are {self.figure}:{self.share:g}, expected {known} and a share above "
-                "0, at most 1, such as student-entropy:0.2."
-            )
+        check_position_share(self.figure, self.share, f"positions are {self}")
 
     def __str__(self) -> str:
         return f"{self.figure}:{self.share:g}"

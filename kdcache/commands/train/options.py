@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, get_args
+from typing import Any, cast
 
 from kdcache.commands.groups import LearningOptions, LoraOptions, PlotOptions, worker_range
 from kdcache.commands.train.groups import (
@@ -24,7 +24,7 @@ from kdcache.domains import Weights
 from kdcache.errors import UsageError
 from kdcache.humanize import redacted
 from kdcache.options import again, option, options_of, problems_of
-from kdcache.tasks import PositionFigure
+from kdcache.tasks import PositionFigure, check_position_share
 
 
 @dataclass(frozen=True)
@@ -276,14 +276,11 @@ class TrainOptions(
         if self.positions is None:
             return None
         figure, _, number = self.positions.partition(":")
-        found = [one for one in get_args(PositionFigure) if one == figure]
+        share = math.nan
         with suppress(ValueError):
-            if found and 0 < float(number) <= 1:
-                return found[0], float(number)
-        raise UsageError(
-            f"--positions is {self.positions}, expected {', '.join(get_args(PositionFigure))} and "
-            "a share above 0, at most 1, such as student-entropy:0.2."
-        )
+            share = float(number)
+        check_position_share(figure, share, f"--positions is {self.positions}")
+        return cast(PositionFigure, figure), share
 
     @property
     def weights(self) -> Weights:
