@@ -49,7 +49,7 @@ from results import keep, machine, memory_mib, table
 from torch import Tensor
 
 from kdcache.cache import Cache, CacheSpec
-from kdcache.cache.layer_file import layer_bytes
+from kdcache.cache.cache import layer_bytes
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.rows import Row

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdcache.cache import Cache
+from kdcache.cache.cache import read_layer
 from kdcache.cache.check import problems
-from kdcache.cache.layer_file import read_layer
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate

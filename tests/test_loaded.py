@@ -18,7 +18,7 @@ ASKED_FOR = {
     *("kdcache.student.bilstm", "kdcache.student.adapter", "kdcache.student.documents"),
     *("kdcache.teacher.adapter", "kdcache.teacher.engine", "kdcache.teacher.remote"),
     *("kdcache.storage.remote", "kdcache.storage.filesystem"),
-    *("kdcache.corpus.tables", "kdcache.corpus.indexed"),
+    "kdcache.corpus.tables",
     *("kdcache.commands.build.on_ray", "kdcache.commands.train.on_ray", "ray"),
     *("kdcache.commands.evaluate", "kdcache.commands.demo", "kdcache.commands.sweep"),
 }

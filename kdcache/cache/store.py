@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from kdcache.cache.layer_file import layer_name
 from kdcache.cache.manifest import SHARD_NAME, Manifest, ShardEntry, check_files
 from kdcache.cache.shard import ShardCounts
 from kdcache.cache.spec import Spec, from_text, no_cache, to_text
@@ -418,3 +417,8 @@ class ShardStore(ABC, Generic[SpecT]):
                 f"{self.url}: its tokenizer cannot be loaded ({reason}). Code of a tokenizer is "
                 "never run from a cache: build with a teacher that needs none."
             ) from error
+
+
+def layer_name(data: bytes) -> str:
+    """The name of an output layer's file with this content."""
+    return f"output_layer-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"

@@ -48,7 +48,7 @@ _FORMATS = {
     "conllu": ("text", "ConllU"),
     "parquet": ("tables", "Parquet"),
     "arrow": ("tables", "Arrow"),
-    "bin": ("indexed", "IndexedIds"),
+    "bin": ("tables", "IndexedIds"),
     "txt file": ("text", "TextFiles"),
     "txt paragraph": ("text", "TextParagraphs"),
     "txt line": ("text", "TextLines"),

@@ -1,15 +1,13 @@
 """Storage of a cache: a folder, local or behind any fsspec URL, with the few methods a cache needs.
 
-Guarantee: a name appears only with its whole content. Locally a file is written under `tmp/`,
-flushed to the disk and renamed; in an object store one PUT makes it appear. The listing of the
-folder is therefore the only state: what is listed is committed.
+Guarantee: a name appears only with its whole content. The listing of the folder is therefore the
+only state: what is listed is committed.
 """
 
 from __future__ import annotations
 
 from kdcache.humanize import redact
-from kdcache.storage.base import Share, Storage, is_remote, sha256_file
-from kdcache.storage.local import LocalStorage
+from kdcache.storage.base import LocalStorage, Share, Storage, is_remote, sha256_file
 
 __all__ = ["LocalStorage", "Share", "Storage", "is_remote", "open_storage", "redact", "sha256_file"]
 

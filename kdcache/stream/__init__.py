@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from kdcache.stream.batch import Batch, LabelReading, Tokenize, collate
+from kdcache.stream.batch import (
+    Batch,
+    Collator,
+    LabelReading,
+    TargetDataset,
+    Tokenize,
+    collate,
+)
 from kdcache.stream.checks import check_caches, open_caches
-from kdcache.stream.dataset import Collator, TargetDataset
 from kdcache.stream.order import Cursor, order, share
 from kdcache.stream.parallel import SumOverRanks
 from kdcache.stream.reader import TargetStream

@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from kdcache.cache import Cache, CacheSpec
-from kdcache.cache.layer_file import layer_bytes
+from kdcache.cache.cache import layer_bytes
 from kdcache.cache.sealing import prepare_manifest, seal
 from kdcache.cache.shard import ShardData
 from kdcache.pretrained import tokenizer_files

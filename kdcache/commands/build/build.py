@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, CacheSpec, sealing
-from kdcache.cache.layer_file import layer_bytes
+from kdcache.cache.cache import layer_bytes
 from kdcache.cache.store import ShardStore
 from kdcache.cluster import Need, cluster_address
 from kdcache.commands.build.driver import Progress
