@@ -28,7 +28,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdcache.rows.answers import Sampling
+from kdcache.rows.spec import Sampling
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import EngineOptions, TeacherOptions
 from kdcache.teacher.writer import Writer

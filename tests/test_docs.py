@@ -29,8 +29,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.demo.teacher import make_tokenizer
 from kdcache.stream.batch import collate
 from kdcache.targets import AnchoredTargets, DenseTargets, with_logits
-from kdcache.targets.entropy import decode_entropies
-from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.targets.label_logprob import decode_entropies, decode_logprobs
 from kdcache.tasks import IGNORE
 
 ROOT = Path(__file__).resolve().parent.parent

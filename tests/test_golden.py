@@ -25,8 +25,7 @@ from kdcache.commands.options import ExportOptions, InspectOptions, ReportOption
 from kdcache.commands.report.report import report
 from kdcache.stream import TargetStream
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
-from kdcache.targets.entropy import decode_entropies
-from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.targets.label_logprob import decode_entropies, decode_logprobs
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((GOLDEN / "expected.json").read_text())

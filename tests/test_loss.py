@@ -16,7 +16,6 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.loss import (
     distillation_loss,
-    fused,
     fused_linear_distillation,
     passes,
     sliced_linear_distillation,
@@ -501,7 +500,7 @@ def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
 def test_a_slice_on_a_cpu_is_small_against_the_weight() -> None:
     cpu, rows = torch.device("cpu"), {}
     for width, size in ((49_152, 576), (128_256, 576), (128_256, 1024), (128_256, 8192)):
-        rows[width, size] = fused.slice_rows(10**6, width, size, cpu, None)
+        rows[width, size] = passes.slice_rows(10**6, width, size, cpu, None)
     assert list(rows.values()) == [341, 144, 256, 1024]
     assert all(n * width <= max(2**24, width * size / 4) for (width, size), n in rows.items())
 

@@ -23,7 +23,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss, sliced_linear_distillation
-from kdcache.loss.policy import MAX_ADVANTAGE
+from kdcache.loss.reference import MAX_ADVANTAGE
 from kdcache.stream import LabelReading, TargetStream
 from kdcache.targets import DenseTargets, LabelTargets
 from kdcache.targets.label_logprob import decode_logprobs

@@ -21,7 +21,7 @@ from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
-from kdcache.loss.entropies import linear_entropies, logit_entropies
+from kdcache.loss.passes import linear_entropies, logit_entropies
 from kdcache.stream import TargetStream
 from kdcache.student import DistilledStudent
 from kdcache.student.positions import PositionFigures, Share, choose

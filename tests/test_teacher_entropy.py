@@ -26,8 +26,7 @@ from kdcache.stream import TargetDataset, TargetStream
 from kdcache.student import DistilledStudent
 from kdcache.targets.device import of_positions
 from kdcache.targets.device import run as device_run
-from kdcache.targets.entropy import decode_entropies, encode_entropies
-from kdcache.targets.label_logprob import encode_logprobs
+from kdcache.targets.label_logprob import decode_entropies, encode_entropies, encode_logprobs
 
 
 def bound(entropies: np.ndarray) -> np.ndarray:

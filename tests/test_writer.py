@@ -24,7 +24,7 @@ from transformers import (
 from zoo import CAUSAL, VOCABULARY, Species, forms
 
 from kdcache.errors import UsageError
-from kdcache.rows.answers import Answer, Sampling, text_of
+from kdcache.rows.spec import Answer, Sampling, text_of
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher.drawing import draw, noise, truncated
 from kdcache.teacher.options import TeacherOptions

@@ -15,7 +15,7 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.domains import Weights
 from kdcache.humanize import number, percent, size
 from kdcache.targets import DenseTargets
-from kdcache.targets.entropy import decode_entropies
+from kdcache.targets.label_logprob import decode_entropies
 from kdcache.tasks import TASKS
 
 _ONCE = Weights()

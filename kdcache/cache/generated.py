@@ -29,7 +29,7 @@ from kdcache.cache.spec import FORMAT, GENERATED, Spec, is_generated, is_generat
 from kdcache.cache.store import ShardStore
 from kdcache.errors import CorruptCacheError, UsageError, doing
 from kdcache.humanize import redacted
-from kdcache.rows.answers import Answer, Sampling, text_of
+from kdcache.rows.spec import Answer, Sampling, text_of
 from kdcache.storage import Storage
 
 _FACTS = b"kdcache"

@@ -82,8 +82,8 @@ class ShardData(Columns):
             `kdcache.targets.label_logprob`), or None where the cache keeps none.
         writer_logprob: uint16 [positions], codes of the log-probability of each label by the model
             that drew it, or None where that is not known.
-        entropy: uint8 [positions], codes of the teacher's entropy (see `kdcache.targets.entropy`),
-            or None where the cache keeps none.
+        entropy: uint8 [positions], codes of the teacher's entropy (see
+            `kdcache.targets.label_logprob`), or None where the cache keeps none.
         hard_labels: int32 [tokens], labels of tokens that have no soft target since their teacher
             was sure, -100 elsewhere; None of a cache that keeps the targets of all.
         hard_logprob: uint16, their `label_logprob`, or None likewise.

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdcache.cache.figures import DomainFigures
 from kdcache.humanize import counted, number, percent, size
-from kdcache.targets.entropy import SCALE
+from kdcache.targets.label_logprob import ENTROPY_SCALE
 from kdcache.tasks import OUTPUTS, TASKS
 
 
@@ -172,7 +172,7 @@ class InspectResult:
         """Labels without a soft target, where the targets are of some positions alone."""
         if self.hard_labels is None:
             return None
-        least = self.spec["positions"]["entropy_code"] ** 2 / SCALE
+        least = self.spec["positions"]["entropy_code"] ** 2 / ENTROPY_SCALE
         share = percent(self.hard_labels / max(1, self.hard_labels + self.positions))
         return f"{self.hard_labels:,} ({share}): entropy below {least:.3g} nats, no soft target"
 

@@ -32,12 +32,15 @@ from kdcache.errors import UsageError
 from kdcache.loss.anchor import FIGURES, Anchor, applied
 from kdcache.loss.chunks import chunk_gradient_
 from kdcache.loss.passes import (
+    EAGER,
     Pass,
     anchored_pass,
     cap_,
     compiled,
     dense_pass,
+    project_,
     scratch_pass,
+    slice_rows,
     sparse_pass,
 )
 from kdcache.loss.reference import LossParts, check_loss, scalar_count, student_width
@@ -98,16 +101,8 @@ def fused_linear_distillation(
         weight: [V', H] output projection; or this rank's rows of it, as a DTensor with ``Shard(0)``
             or with `group`.
         bias: [V'] or None; cut as the weight is.
-        labels: see `distillation_loss`; so are `targets`, `alpha`, `tail`, `vocab_size`,
-            `count`, `anchor`.
-        targets: n positions, at the temperature T of the soft part.
-        alpha: weight of the hard loss.
+        labels: see `distillation_loss`, as for the other arguments that are not here.
         divergence: must be "forward-kl".
-        tail: for top-k targets, "bucket" or "renormalize".
-        vocab_size: V <= V'.
-        count: divisor of the sums.
-        position_weights: [n] weight of each position.
-        anchor: theta of anchored targets.
         cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
         rows: positions in a slice. Default: about 2^29 logits on a GPU; on a CPU 2^24, or a
             quarter of `weight`.
@@ -227,10 +222,7 @@ class _Fused(torch.autograd.Function):
             for part in parts:
                 whole = buffer[: part.stop - part.start]
                 z = whole[:, :width]
-                if b is None:
-                    torch.mm(h[part], w.T, out=z)
-                else:
-                    torch.addmm(b, h[part], w.T, out=z)
+                project_(h[part], w, b, z)
                 some = targets[part]
                 if isinstance(some, HiddenTargets):
                     assert rebuilt is not None, "all slices are of one kind"
@@ -333,25 +325,6 @@ _eagerly: Any = _disable(_apply)
 def _sums(theta: Tensor | None) -> int:
     """Sums of a slice: hard and soft loss, and with theta an anchor's figures."""
     return 2 if theta is None else 2 + FIGURES
-
-
-def slice_rows(
-    n: int, width: int, size: int, device: torch.device, rows: int | None, over: Vocabulary = WHOLE
-) -> int:
-    """Positions in a slice, evened out so that the last slice is not a sliver."""
-    if rows is None:
-        # A GPU wants large products. On a CPU the buffer has 64 MiB, or a quarter of the weight: a
-        # slice's products read the weight three times, which costs more than a larger buffer.
-        budget, most = (2**29, 16384) if device.type == "cuda" else (2**24, 1024)
-        if over.cut and device.type == "cuda" and not compiles():
-            budget = EAGER  # a slice is one block
-        least = 64 if device.type == "cuda" else max(64, size // 4)
-        rows = min(max(budget // max(width, 1), least), most)
-    slices = max(-(-n // rows), 1)
-    return max(-(-n // slices), 1)
-
-
-EAGER = 2**26  # logits of a block on a GPU without a compiler
 
 
 def _slices(targets: Targets | ChunkTargets, n: int, step: int) -> list[slice]:

@@ -32,6 +32,8 @@ from kdcache.tasks import Answers, Divergence, Tail
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 TAILS: tuple[str, ...] = get_args(Tail)
+MAX_ADVANTAGE = 10.0
+"""Advantages of `policy_gradient` are clipped to this, nats (Lightning OPD, table 6)."""
 
 
 class LossParts(NamedTuple):
@@ -204,8 +206,6 @@ def distillation_loss(
     label = labels.long().masked_fill(~valid, 0)[:, None]
     hard = -over.pick(over.log_softmax(z), label)[:, 0] * valid
     if isinstance(targets, LabelTargets):
-        from kdcache.loss.policy import policy_gradient
-
         soft = policy_gradient(-hard, targets) * valid
     elif divergence == "mse":
         error = (over.own(z) - _dense(targets).logits.to(z)).square().sum(-1, keepdim=True)
@@ -222,6 +222,38 @@ def distillation_loss(
         soft = soft + temperature**2 * (pull - pull.detach())
         anchor.add(weighted(figures, position_weights), scalar_count(hard, count, position_weights))
     return loss_parts(hard, soft, alpha, count, position_weights)
+
+
+def policy_gradient(logprobs: Tensor, targets: LabelTargets) -> Tensor:
+    """Reverse KL as a policy gradient, from the drawn labels alone.
+
+    With the advantage ``A = log q(y) - log p(y)`` of a label y, clipped to +-`MAX_ADVANTAGE`, and
+    the importance weight ``w = min(p(y) / b(y), clip)`` of what b, the writer, drew:
+
+        value = -w A,   gradient = -w (A - c) grad log p(y);   A, w and c are constants
+
+    With w = 1 and no baseline c that is equation 4 and algorithm 1 of Lightning OPD (Wu, Han and
+    Cai 2026, arXiv 2604.13010), which takes the advantage of the student as it is now and no
+    importance weights: right as long as p is near b. With an unclipped w, value and gradient are
+    unbiased for KL(p || q) after the prefixes that b wrote, whatever c is (Williams 1992); without
+    it a student far from its teacher, whose advantages are nearly all negative, is pushed away from
+    whatever was drawn. Clipping w bounds the variance (Ionides 2008, "Truncated importance
+    sampling"; 1 in V-trace, Espeholt et al. 2018).
+
+    Args:
+        logprobs: [n], log p(y), with their gradient.
+        targets: log q(y) and log b(y).
+
+    Returns:
+        [n], nats.
+    """
+    now = logprobs.detach()
+    pull = (targets.teacher.to(now) - now).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
+    moved = pull if targets.baseline is None else pull - targets.baseline.to(now)
+    found = pull + moved * (logprobs - now)
+    if targets.writer is None:
+        return -found
+    return -found * (now - targets.writer.to(now)).exp().clamp_max(targets.clip)
 
 
 def sliced_linear_distillation(
@@ -246,27 +278,7 @@ def sliced_linear_distillation(
     Each slice's logits are made again in the backward pass (one more matrix product than the fused
     form), so the logits of all positions never exist together. Anchored targets count as samples.
 
-    Args:
-        hidden: [n, H] last hidden states of the positions.
-        weight: [V', H] output projection.
-        bias: [V'] or None.
-        labels: as all other arguments, see `distillation_loss`.
-        targets: n positions, at the temperature T of the soft part.
-        alpha: weight of the hard loss.
-        divergence: one of `DIVERGENCES`.
-        tail: for top-k targets, "bucket" or "renormalize".
-        vocab_size: V <= V'.
-        count: divisor of the sums.
-        position_weights: [n] weight of each position.
-        cap: the logits are ``cap * tanh(x / cap)`` of the layer's x. Default: x.
-        rows: positions in a slice.
-        group: see `fused_linear_distillation`.
-
-    Returns:
-        LossParts, connected to `hidden`, `weight` and `bias`.
-
-    Raises:
-        UsageError: see `distillation_loss`.
+    Arguments, result and errors are those of `fused_linear_distillation`; any divergence is taken.
     """
     weight, over, _ = located(weight, 0, group, len(hidden))
     if bias is not None:

@@ -23,7 +23,7 @@ from kdcache.rows.spec import Row, RowSpec
 from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:  # it reads a corpus, by pyarrow, and readers of a cache import this package too
-    from kdcache.rows.encoder import Encoder
+    from kdcache.rows.encoders import Encoder
 
 __all__ = ["Row", "RowSpec", "make_encoder"]
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from kdcache.corpus import Record
 from kdcache.errors import UsageError
-from kdcache.rows.encoder import Encoder
+from kdcache.rows.encoders import Encoder
 from kdcache.rows.spec import Row, RowSpec, no_label
 from kdcache.rows.tokens import checked_text, tokens_of
 from kdcache.tasks import IGNORE, TASKS

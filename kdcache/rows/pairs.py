@@ -27,7 +27,7 @@ import numpy.typing as npt
 from kdcache.corpus import Record, RecordError
 from kdcache.corpus.records import field_of
 from kdcache.errors import UsageError
-from kdcache.rows.encoder import Encoder
+from kdcache.rows.encoders import Encoder
 from kdcache.rows.spec import LAST_LABEL, Row, RowSpec
 from kdcache.rows.tokens import checked_text, frame, tokens_of
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.corpus import Record, RecordError
-from kdcache.rows.encoder import Encoder
-from kdcache.rows.encoders import DocumentMaker
+from kdcache.rows.encoders import DocumentMaker, Encoder
 from kdcache.rows.ids import SequenceMaker
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.tokens import Document, frame, tokens_of

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from kdcache.corpus import Record, RecordError, kind_of
 from kdcache.errors import UsageError
-from kdcache.rows.encoder import Encoder
+from kdcache.rows.encoders import Encoder
 from kdcache.rows.labels import Classes, almost_there, filled_column
 from kdcache.rows.spec import Row, RowSpec
 from kdcache.rows.tokens import checked_text

@@ -237,7 +237,7 @@ class LabelReading(CachedIds):
         if self.clip:
             if data.writer_logprob is None or data.hard_labels is not None:
                 raise UsageError("the rows have no log-probabilities of a writer of all labels.")
-            from kdcache.loss.policy import MAX_ADVANTAGE
+            from kdcache.loss.reference import MAX_ADVANTAGE
 
             writer = torch.from_numpy(decode_logprobs(data.writer_logprob))
             gaps = (targets.teacher - writer).nan_to_num().clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)

@@ -15,7 +15,7 @@ without a rule. Batches are those of a worker and a slice of accumulation, so th
 how a step is divided; the same command makes the same one.
 
 Cost: a sort of n numbers, and for the student's entropy one product with the output layer without
-gradient (`kdcache.loss.entropies`), of the three that the loss of all positions takes.
+gradient (`kdcache.loss.passes`), of the three that the loss of all positions takes.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def student_entropies(
     layer: nn.Linear | None,
 ) -> Tensor:
     """The student's entropies at positions of its states, or of its logits without a layer."""
-    from kdcache.loss.entropies import linear_entropies, logit_entropies
+    from kdcache.loss.passes import linear_entropies, logit_entropies
 
     own = pick(values.detach(), at)
     if projection is None or layer is None:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.targets.levels import from_levels
 from kdcache.targets.output_layer import OutputLayer
 
 Self = TypeVar("Self", bound="_Positions")
@@ -128,7 +127,7 @@ class HiddenTargets(_Positions):
         """The output layer's input as floats; of levels they are made anew, a few at a time."""
         if self.steps is None:
             return self.stored
-        return from_levels(self.stored, self.steps, *self.layer.channels(self.stored.device))
+        return self.layer.from_levels(self.stored, self.steps)
 
     def dense(self, dtype: torch.dtype = torch.float32, ids: slice = slice(None)) -> DenseTargets:
         """The logits of some ids (default: of all), rebuilt at this precision: V numbers a

@@ -11,7 +11,7 @@ and for every divergence, at D numbers a position instead of V.
 `int8` takes each channel's mean off and counts in the channel's unit, both from a sample of the
 corpus, measured once a cache and kept with the layer: channels of language models differ by factors
 of tens, and one scale for all would leave the small ones nothing. What remains is rounded
-(`kdcache.targets.levels`), and made numbers again where they are used: a batch holds levels.
+(`kdcache.targets.output_layer`), and made numbers again where they are used: a batch holds levels.
 
 Cost: one read of the states. Guarantee: a number that its type cannot hold is refused, not clipped.
 """
@@ -36,8 +36,7 @@ from kdcache.targets.base import (
     refuse_bad_positions,
 )
 from kdcache.targets.decoded import HiddenTargets
-from kdcache.targets.levels import blocks_of, to_levels
-from kdcache.targets.output_layer import OutputLayer
+from kdcache.targets.output_layer import OutputLayer, blocks_of
 
 _COLUMNS = {"float16": "float16", "bfloat16": "uint16", "int8": "uint8"}
 _WIDTH = 2048  # of a layer that is not known yet, for planning
@@ -145,7 +144,7 @@ class Hidden(Codec):
             fits = rounded.isfinite().all(-1)
             bits = rounded.view(torch.int16) if self.dtype == "bfloat16" else rounded
             return {"states": bits, "fits": fits, "finite": finite}
-        levels, steps, fits = to_levels(states, *layer.channels(states.device))
+        levels, steps, fits = layer.to_levels(states)
         return {"states": levels, "steps": steps, "fits": fits, "finite": finite}
 
     def pack(

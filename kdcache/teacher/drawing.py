@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcache.rows.answers import Sampling
+from kdcache.rows.spec import Sampling
 from kdcache.targets import Stream, position_uniform
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.rows.answers import Answer, Sampling, text_of
+from kdcache.rows.spec import Answer, Sampling, text_of
 from kdcache.teacher.drawing import draw, noise
 from kdcache.teacher.load import compile_layers, input_device, load_models
 from kdcache.teacher.options import TeacherOptions

@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kdcache.loss import VocabSlice, fused, passes
 from kdcache.targets import Anchored, Codec
-from kdcache.targets.device import Rule, blocked_sample, label_logprobs, run, topk
+from kdcache.targets.device import Rule, blocked_sample, label_logprobs, run
 
 pytest.importorskip("triton", reason="Triton is missing: make install brings it")
 if torch.__version__ < (2, 13):  # torch's version compares with tuples
@@ -66,7 +66,7 @@ def sample_code(
 def topk_code(n: int, vocabulary: int) -> Code:
     with fake_cuda(symbolic=True):
         logits = fake(n, vocabulary, dtype=torch.bfloat16)
-        return written_for_h100(topk._top_blocked, logits, 64, (1.0,))
+        return written_for_h100(run._top_blocked, logits, 64, (1.0,))
 
 
 @functools.cache
@@ -430,7 +430,7 @@ def test_the_samples_code_draws_what_eager_draws(executed: dict[str, Any], name:
 
 def test_the_best_entries_code_finds_what_eager_finds(executed: dict[str, Any]) -> None:
     (logits,), found, _ = executed["topk"]
-    want = topk._top_blocked(logits, 64, (1.0,))
+    want = run._top_blocked(logits, 64, (1.0,))
     got = {key: value.view(want[key].shape) for key, value in zip(want, found, strict=True)}
     good = want["finite"]
     assert torch.equal(got["finite"], good)

@@ -44,8 +44,7 @@ from kdcache.targets import (
     position_uniform,
 )
 from kdcache.targets.device import label_logprobs
-from kdcache.targets.entropy import encode_entropies
-from kdcache.targets.label_logprob import encode_logprobs
+from kdcache.targets.label_logprob import encode_entropies, encode_logprobs
 from kdcache.targets.soft import ranks_of_ids, read_ranks
 from kdcache.tasks import IGNORE, UNLABELLED
 

@@ -61,7 +61,7 @@ from kdcache.rows.batches import batches, documents_of
 from kdcache.storage import open_storage, redact
 from kdcache.targets import Hidden, OutputLayer
 from kdcache.targets.device import of_positions
-from kdcache.targets.entropy import encode_entropies
+from kdcache.targets.label_logprob import encode_entropies
 from kdcache.tasks import TASKS
 from kdcache.teacher import Teacher, TeacherOptions
 from kdcache.teacher.encoding import logits_at

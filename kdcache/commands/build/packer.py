@@ -31,7 +31,6 @@ from kdcache.targets import (
     SoftTargets,
     Stream,
     TargetWriter,
-    entropy,
     label_logprob,
     position_uniform,
 )
@@ -39,7 +38,7 @@ from kdcache.tasks import IGNORE
 
 _KEPT: Mapping[str, tuple[Callable[..., np.ndarray], int]] = {
     "label_logprob": (label_logprob.encode_logprobs, Stream.LABEL_LOGPROB),
-    "entropy": (entropy.encode_entropies, Stream.ENTROPY),
+    "entropy": (label_logprob.encode_entropies, Stream.ENTROPY),
 }
 """What makes the codes of a column next to the targets, and the stream of its noise."""
 

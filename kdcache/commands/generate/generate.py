@@ -47,8 +47,8 @@ from kdcache.errors import UsageError
 from kdcache.files import try_output
 from kdcache.pretrained import UnreadableError, generation_ends, tokenizer_files, tokenizer_sha256
 from kdcache.rows import RowSpec
-from kdcache.rows.answers import Sampling
 from kdcache.rows.ids import check_tokenizer
+from kdcache.rows.spec import Sampling
 from kdcache.storage import open_storage, redact
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import TeacherFiles, TeacherOptions

@@ -33,8 +33,7 @@ from kdcache.files import local_path
 from kdcache.humanize import redacted
 from kdcache.storage import open_storage, redact
 from kdcache.targets import DenseTargets, with_logits
-from kdcache.targets.entropy import decode_entropies
-from kdcache.targets.label_logprob import decode_logprobs
+from kdcache.targets.label_logprob import decode_entropies, decode_logprobs
 from kdcache.tasks import TASKS, positions
 
 SWEEP_FILE = "results.json"

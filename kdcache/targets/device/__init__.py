@@ -8,7 +8,13 @@ ids, and never synchronise with the host; the first non-finite position is retur
 from __future__ import annotations
 
 from kdcache.targets.device.blocks import BLOCK, Blocks, largest, open_blocks, read_blocks
-from kdcache.targets.device.run import compiles, label_logprobs, of_positions, outside_mass
+from kdcache.targets.device.run import (
+    compiles,
+    label_logprobs,
+    of_positions,
+    outside_mass,
+    top_entries,
+)
 from kdcache.targets.device.threshold import (
     Rule,
     blocked_sample,
@@ -16,7 +22,6 @@ from kdcache.targets.device.threshold import (
     sample_entries,
     split,
 )
-from kdcache.targets.device.topk import top_entries
 
 __all__ = [
     "BLOCK",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.rows.answers import Answer, Sampling
+from kdcache.rows.spec import Answer, Sampling
 from kdcache.teacher.drawing import noise
 from kdcache.teacher.engine.process import Engine
 from kdcache.teacher.files import TeacherFiles
