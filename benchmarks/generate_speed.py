@@ -99,7 +99,7 @@ def kdcache_writer(
     if options.engine is None:
         one: Any = Writer(options, how, **shared, batch_tokens=batch_tokens)
     else:
-        kind = importlib.import_module("kdcache.teacher.engine.writer").EngineWriter
+        kind = importlib.import_module("kdcache.teacher.engine.model").EngineWriter
         one = kind(options, how, **shared)
     spans = iter(range(1 << 30))
     return lambda: sum(len(a.ids) for a in one.write(next(spans), prompts, lambda _: None))

@@ -24,8 +24,7 @@ from kdcache.version import __version__ as __version__
 if TYPE_CHECKING:
     from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes
     from kdcache.cache import Cache
-    from kdcache.commands.build.build import build
-    from kdcache.commands.build.dry_run import DryRun, dry_run
+    from kdcache.commands.build.build import DryRun, build, dry_run
     from kdcache.commands.build.make import BuildResult
     from kdcache.commands.build.options import BuildOptions
     from kdcache.commands.demo.demo import DemoResult, demo

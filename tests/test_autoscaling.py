@@ -37,11 +37,12 @@ COMMANDS = (  # of a cluster's configuration: fake nodes need none, Ray needs th
 # Workers that are placed by fake GPUs and compute on the CPU.
 BUILD = """
 import dataclasses, sys
+from kdcache import cluster
 from kdcache.cli.main import cli
-from kdcache.commands.build import prepare, room
+from kdcache.commands.build import prepare
 options = prepare._teacher_options
 prepare._teacher_options = lambda *all: dataclasses.replace(options(*all), device="cpu")
-room._WAITING_EVERY = 1.0
+cluster._WAITING_EVERY = 1.0
 cli(sys.argv[1:])
 """
 

@@ -225,98 +225,65 @@ def test_spans_follow_from_the_weights_of_the_teacher(
     assert light.spec.spans == half.spec.spans < heavy.spec.spans == again.spec.spans
 
 
-def test_limit_uses_the_first_records_only(
-    options: BuildOptions, labelled_corpus: Path, tiny_classifier: Path, tmp_path: Path
+def test_limit_uses_the_first_records_only(options: BuildOptions) -> None:
+    assert build(dataclasses.replace(options, packing="none", limit=17)).rows == 17
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"corpus": ("/nowhere/*.jsonl",)}, "nowhere"),
+        ({"corpus": ("empty.jsonl",)}, "empty"),
+        ({"text_column": "body"}, "'body'.*'text'|body.*text"),
+        ({"task": "sequence-classification", "corpus": ("labels.tsv",)}, "awful"),
+        ({"teacher": ("bare",)}, r"no weights.*pytorch_model\.bin is not loaded"),
+        ({"teacher": ("no/such-model",)}, "neither a folder"),
+        ({"teacher": ("nan",)}, r"NaN or infinite logits for span \d, row"),
+        ({"out": "taken"}, "not a kdcache cache"),
+        ({"task": "translation"}, "--task"),
+        ({"temperatures": (0.0,)}, "--temperatures"),
+        ({"teacher_weight": (1.0, 2.0)}, "--teacher-weight"),
+        ({"limit": 0}, "--limit"),
+        ({"codec": "topk:none"}, "codec"),
+    ],
+)
+def test_wrong_input_is_refused(
+    change: dict[str, Any],
+    match: str,
+    options: BuildOptions,
+    tiny_lm: Path,
+    tiny_classifier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    some = BuildOptions(
-        teacher=(str(tiny_classifier),),
-        corpus=(str(labelled_corpus),),
-        out=str(tmp_path / "some"),
-        task="sequence-classification",
-        limit=17,
-        workers=0,
-    )
-    assert build(some).rows == 17
-
-
-class TestWrongInput:
-    """One clear line, and nothing that a later run would trust."""
-
-    def refuse(self, options: BuildOptions, match: str, **change: object) -> None:
-        options = dataclasses.replace(options, **change)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match=match):
-            build(options)
-        assert not (Path(options.out) / "manifest.json").exists()
-        assert not list(Path(options.out).glob("shards/*"))
-
-    def test_missing_corpus(self, options: BuildOptions) -> None:
-        self.refuse(options, "nowhere", corpus=("/nowhere/*.jsonl",))
-
-    def test_empty_corpus(self, options: BuildOptions, tmp_path: Path) -> None:
-        empty = tmp_path / "empty.jsonl"
-        empty.touch()
-        self.refuse(options, "empty", corpus=(str(empty),))
-
-    def test_unknown_column(self, options: BuildOptions) -> None:
-        self.refuse(options, "'body'.*'text'|body.*text", text_column="body")
-
-    def test_label_outside_the_classes(
-        self, options: BuildOptions, tiny_classifier: Path, tmp_path: Path
-    ) -> None:
-        path = tmp_path / "labels.tsv"
-        path.write_text("text\tlabel\nfine\tgood\nodd\tawful\n")
-        self.refuse(
-            options,
-            "awful",
-            teacher=(str(tiny_classifier),),
-            corpus=(str(path),),
-            task="sequence-classification",
-        )
-
-    def test_teacher_without_weights(
-        self, options: BuildOptions, tiny_lm: Path, tmp_path: Path
-    ) -> None:
-        bare = tmp_path / "bare"
-        shutil.copytree(tiny_lm, bare)
-        (bare / "model.safetensors").unlink()
-        self.refuse(options, "no weights", teacher=(str(bare),))
-        (bare / "pytorch_model.bin").write_bytes(b"pickle")
-        self.refuse(options, "pytorch_model.bin is not loaded", teacher=(str(bare),))
-
-    def test_no_such_teacher(self, options: BuildOptions) -> None:
-        self.refuse(options, "neither a folder", teacher=("no/such-model",))
-
-    def test_output_that_is_something_else(self, options: BuildOptions, tmp_path: Path) -> None:
-        taken = tmp_path / "taken"
-        taken.mkdir()
-        (taken / "thesis.tex").touch()
-        self.refuse(options, "not a kdcache cache", out=str(taken))
-        assert [p.name for p in taken.iterdir()] == ["thesis.tex"]
-
-    def test_nan_weights(self, options: BuildOptions, tiny_lm: Path, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    Path("labels.tsv").write_text("text\tlabel\nfine\tgood\nodd\tawful\n")
+    shutil.copytree(tiny_lm, "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    Path("bare", "pytorch_model.bin").write_bytes(b"pickle")
+    Path("taken").mkdir()
+    Path("taken", "thesis.tex").touch()
+    shutil.copytree(tiny_lm, "nan")
+    if change.get("teacher") == ("nan",):
         model = AutoModelForCausalLM.from_pretrained(tiny_lm)
         with torch.no_grad():
             model.lm_head.weight[3] = float("nan")
-        broken = tmp_path / "nan"
-        shutil.copytree(tiny_lm, broken)
-        model.save_pretrained(broken)
-        self.refuse(options, r"NaN or infinite logits for span \d, row", teacher=(str(broken),))
+        model.save_pretrained("nan")
+    if change.get("task") == "sequence-classification":
+        change = {**change, "teacher": (str(tiny_classifier),)}
+    with pytest.raises(UsageError, match=match):
+        build(dataclasses.replace(options, **change))
+    # Nothing that a later run would trust.
+    assert not list(tmp_path.glob("*/manifest.json"))
+    assert not list(tmp_path.glob("*/shards/*"))
+    assert [path.name for path in Path("taken").iterdir()] == ["thesis.tex"]
 
-    def test_teachers_that_do_not_belong_together(
-        self, options: BuildOptions, tiny_lm: Path, stories260k: Path
-    ) -> None:
-        self.refuse(options, "different tokenizers", teacher=(str(tiny_lm), str(stories260k)))
 
-    def test_options_that_cannot_be(self, options: BuildOptions) -> None:
-        for change, match in (
-            ({"task": "translation"}, "--task"),
-            ({"temperatures": (0.0,)}, "--temperatures"),
-            ({"teacher_weight": (1.0, 2.0)}, "--teacher-weight"),
-            ({"limit": 0}, "--limit"),
-            ({"codec": "topk:none"}, "codec"),
-        ):
-            with pytest.raises(UsageError, match=match):
-                build(dataclasses.replace(options, **change))
+def test_teachers_that_do_not_belong_together_are_refused(
+    options: BuildOptions, tiny_lm: Path, stories260k: Path
+) -> None:
+    with pytest.raises(UsageError, match="different tokenizers"):
+        build(dataclasses.replace(options, teacher=(str(tiny_lm), str(stories260k))))
 
 
 def test_what_is_left_out_is_counted_in_the_manifest_and_told(

@@ -22,9 +22,8 @@ from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.check import problems
 from kdcache.cache.manifest import ShardEntry, label_sums
 from kdcache.cli.main import cli
-from kdcache.commands.build.build import build
+from kdcache.commands.build.build import build, dry_run
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.dry_run import dry_run
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import prepare
 from kdcache.commands.export import export

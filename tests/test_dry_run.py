@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from kdcache.cli.main import cli
 from kdcache.cli.printers import as_words
 from kdcache.commands.build import source
-from kdcache.commands.build.build import build
-from kdcache.commands.build.dry_run import dry_run
+from kdcache.commands.build.build import build, dry_run
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import PlanOptions
 from kdcache.errors import UsageError

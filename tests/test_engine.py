@@ -36,9 +36,9 @@ from kdcache.commands.verify import verify
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.targets import Codec, DenseTargets
 from kdcache.teacher import TeacherFiles
-from kdcache.teacher.encoding import Encoding
 from kdcache.teacher.engine import inside, process
 from kdcache.teacher.engine.head import read_head
+from kdcache.teacher.memory import Encoding
 from kdcache.teacher.probe import find_layer
 
 pytestmark = pytest.mark.slow

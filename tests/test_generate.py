@@ -24,7 +24,7 @@ from kdcache.cache.generated import GeneratedCorpus
 from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.generate.generate import generate, generate_dry
+from kdcache.commands.generate.generate import GenerateResult, generate, generate_dry
 from kdcache.commands.generate.look import GeneratedView, _loops
 from kdcache.commands.generate.options import GenerateOptions
 from kdcache.errors import IncompleteError, UsageError
@@ -36,13 +36,15 @@ pytestmark = pytest.mark.end_to_end
 SAMPLES, NEW = 2, 12
 
 
-@pytest.fixture
-def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> GenerateOptions:
-    """A generation of several shards: `dataclasses.replace` what a test is about."""
-    return GenerateOptions(
+@pytest.fixture(scope="module")
+def written(
+    tiny_lm: Path, text_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GenerateOptions, GenerateResult]:
+    """A generation of several shards, and its outcome. To be read only."""
+    options = GenerateOptions(
         model=str(tiny_lm),
         corpus=(str(text_corpus),),
-        out=str(tmp_path / "text"),
+        out=str(tmp_path_factory.mktemp("written") / "text"),
         samples=SAMPLES,
         max_new_tokens=NEW,
         prompt_tokens=9,
@@ -50,6 +52,19 @@ def options(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> GenerateOptions
         shard_tokens=700,
         workers=0,
     )
+    return options, generate(options)
+
+
+@pytest.fixture
+def whole(written: tuple[GenerateOptions, GenerateResult]) -> GenerateOptions:
+    """Options of what is written."""
+    return written[0]
+
+
+@pytest.fixture
+def options(whole: GenerateOptions, tmp_path: Path) -> GenerateOptions:
+    """The same generation elsewhere: `dataclasses.replace` what a test is about."""
+    return replace(whole, out=str(tmp_path / "text"))
 
 
 def rows_of(out: str) -> list[dict[str, Any]]:
@@ -62,10 +77,10 @@ def shards(out: str) -> dict[str, bytes]:
 
 
 def test_a_corpus_has_each_sample_of_each_prompt_once_and_build_reads_it(
-    options: GenerateOptions, tiny_lm: Path, tmp_path: Path
+    written: tuple[GenerateOptions, GenerateResult], tiny_lm: Path, tmp_path: Path
 ) -> None:
     """Prompts have no label, ids are kept, and a build finds the log-probabilities again."""
-    result = generate(options)
+    options, result = written
     assert result.spans > 2
     assert (result.prompts, result.answers) == (40, 40 * SAMPLES)
     rows = rows_of(options.out)
@@ -183,7 +198,9 @@ def test_prompts_that_leave_no_room_are_refused_or_skipped(options: GenerateOpti
     assert result.prompts == 40 - result.skipped
 
 
-def test_a_generation_resumes_and_asks_no_prompt_again(options: GenerateOptions) -> None:
+def test_a_generation_resumes_and_asks_no_prompt_again(
+    options: GenerateOptions, whole: GenerateOptions
+) -> None:
     asked: list[int] = []
     write = Writer.write
 
@@ -207,8 +224,6 @@ def test_a_generation_resumes_and_asks_no_prompt_again(options: GenerateOptions)
         assert result.made == result.spans - len(there)
     for name in there:
         assert asked.count(int(name[:5])) == before[int(name[:5])]
-    whole = replace(options, out=f"{options.out}-whole")
-    generate(whole)
     assert shards(options.out) == shards(whole.out)
     assert generate(options).made == 0
     with pytest.raises(UsageError, match="sampling.temperature: 1.0 -> 0.5"):
@@ -235,19 +250,19 @@ def test_a_killed_generation_ends_as_if_never_killed(
         assert there.items() <= after.items()
 
 
-def test_parts_and_ray_write_the_same(options: GenerateOptions, ray: None) -> None:
-    generate(options)
-    parts = replace(options, out=f"{options.out}-parts")
-    assert generate(replace(parts, part="1/2")).missing > 0
-    assert generate(replace(parts, part="2/2")).missing == 0
-    assert shards(parts.out) == shards(options.out)
+def test_parts_and_ray_write_the_same(
+    options: GenerateOptions, whole: GenerateOptions, ray: None
+) -> None:
+    assert generate(replace(options, part="1/2")).missing > 0
+    assert generate(replace(options, part="2/2")).missing == 0
+    assert shards(options.out) == shards(whole.out)
     on_ray = replace(options, out=f"{options.out}-ray", workers=2, cpus_per_worker=1)
     assert generate(on_ray).answers == 80
-    assert shards(on_ray.out) == shards(options.out)
+    assert shards(on_ray.out) == shards(whole.out)
 
 
-def test_a_store_holds_the_same_and_is_read(options: GenerateOptions, tmp_path: Path) -> None:
-    generate(options)
+def test_a_store_holds_the_same_and_is_read(whole: GenerateOptions, tmp_path: Path) -> None:
+    options = whole
     url = f"memory://{tmp_path.name}/text"
     generate(replace(options, out=url))
     assert [row["input_ids"] for row in rows_of(url)] == [
@@ -293,12 +308,11 @@ def test_what_is_not_a_generated_corpus_is_told_apart(
         build(replace(small_build, corpus=(options.out,), out="c"))
 
 
-def test_shards_say_what_they_are(options: GenerateOptions) -> None:
-    generate(options)
-    for path in Path(options.out, "shards").iterdir():
+def test_shards_say_what_they_are(whole: GenerateOptions) -> None:
+    for path in Path(whole.out, "shards").iterdir():
         facts = json.loads(pq.read_schema(path).metadata[b"kdcache"])
         assert facts["sampling"]["samples"] == SAMPLES
-        assert facts["fingerprint"] == GeneratedCorpus.open(options.out).spec.fingerprint
+        assert facts["fingerprint"] == GeneratedCorpus.open(whole.out).spec.fingerprint
 
 
 def test_changed_prompts_are_refused(options: GenerateOptions, tmp_path: Path) -> None:

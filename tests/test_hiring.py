@@ -17,7 +17,7 @@ import yaml
 from kdcache.cluster import Need, describe, share_of_cpus
 from kdcache.commands.build import on_ray
 from kdcache.commands.build.on_ray import RayWorkers
-from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.build.options import BuildOptions, WorkerOptions
 from kdcache.commands.build.source import TeacherSourceOptions
 from kdcache.commands.build.workers import Job
 from kdcache.corpus import InputFile, Span
@@ -171,7 +171,7 @@ def test_a_worker_across_nodes_holds_a_group_and_is_lost_with_any_of_them(
     monkeypatch.setitem(sys.modules, "ray.util", util)
     fake_ray.exceptions.ActorUnavailableError = fake_ray.exceptions.NodeDiedError = KeyError
     fake_ray.up.append(GPU_NODE)
-    workers = RayWorkers(JOB, workers=(1, 1), gpus=2, across=True, address="auto")
+    workers = RayWorkers(JOB, WorkerOptions(workers=1, address="auto"), gpus=2, across=True)
     assert asked == [[{"GPU": 1.0, "CPU": 1}, {"GPU": 1.0}]]
     group, more = fake_ray.needs["scheduling_strategy"]
     assert (group, more["placement_group_bundle_index"]) == (1, 0)
@@ -195,7 +195,7 @@ def test_a_worker_across_nodes_holds_a_group_and_is_lost_with_any_of_them(
 
 
 def test_auto_asks_for_more_while_all_are_busy(fake_ray: FakeRay, clock: list[float]) -> None:
-    workers = RayWorkers(JOB, workers=(1, 6), gpus=1, address="auto")
+    workers = RayWorkers(JOB, WorkerOptions(workers="1:6", address="auto"), gpus=1)
     assert fake_ray.needs["num_gpus"] == fake_ray.needs["num_cpus"] == 1
     workers.backlog = 100
     seen = []
@@ -212,7 +212,7 @@ def test_auto_asks_for_more_while_all_are_busy(fake_ray: FakeRay, clock: list[fl
 def test_a_request_stands_while_spans_are_left_and_no_longer(
     fake_ray: FakeRay, clock: list[float]
 ) -> None:
-    workers = RayWorkers(JOB, workers=(1, None), gpus=1, address="auto")
+    workers = RayWorkers(JOB, WorkerOptions(address="auto"), gpus=1)
     workers.backlog = 10
     fake_ray.start(GPU_NODE)
     go_on(workers, clock, 12)
@@ -228,7 +228,7 @@ def test_a_request_stands_while_spans_are_left_and_no_longer(
 def test_no_more_workers_are_asked_for_than_spans_are_left(
     fake_ray: FakeRay, clock: list[float]
 ) -> None:
-    workers = RayWorkers(JOB, workers=(1, None), gpus=0, address="auto")
+    workers = RayWorkers(JOB, WorkerOptions(address="auto"), gpus=0)
     for _ in range(4):
         while fake_ray.pending:
             fake_ray.start({"CPU": 1})
@@ -244,7 +244,7 @@ def test_no_more_workers_are_asked_for_than_spans_are_left(
 
 
 def test_a_number_asks_for_that_number_at_once(fake_ray: FakeRay, clock: list[float]) -> None:
-    workers = RayWorkers(JOB, workers=(16, 16), gpus=1, address="auto")
+    workers = RayWorkers(JOB, WorkerOptions(workers=16, address="auto"), gpus=1)
     assert len(fake_ray.pending) == 16
     fake_ray.start(GPU_NODE)
     go_on(workers, clock, 30)
@@ -256,10 +256,12 @@ def test_what_a_build_waits_for_is_said_every_30_seconds(
 ) -> None:
     fake_ray.up.append({"CPU": 2.0})
     told: list[str] = []
-    workers = RayWorkers(
-        JOB, workers=(1, 1), gpus=1, address="auto", wait_minutes=2,
-        tell=lambda event, /, **facts: told.append(f"{event}: {facts.get('state')}"),
-    )  # fmt: skip
+    options = WorkerOptions(workers=1, address="auto", wait_minutes=2)
+
+    def tell(event: str, /, **facts: object) -> None:
+        told.append(f"{event}: {facts.get('state')}")
+
+    workers = RayWorkers(JOB, options, gpus=1, tell=tell)
     state = (
         "1 requested, none ready. A worker needs 1 GPU and 1 CPU on one node; nodes: 1 with 0 GPUs "
         "and 2 CPUs; free: 0 GPUs and 0 CPUs"
@@ -281,7 +283,7 @@ def test_workers_of_this_machine_that_load_lack_no_room(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     fake_ray.up.append({"CPU": 2.0})
-    workers = RayWorkers(JOB, workers=(2, 2), gpus=0, address=None, wait_minutes=1)
+    workers = RayWorkers(JOB, WorkerOptions(workers=2, wait_minutes=1), gpus=0)
     with pytest.raises(IncompleteError, match="--workers 0 starts none"):
         go_on(workers, clock, 100)
     state = "2 workers started, loading libraries and the teacher"
@@ -289,7 +291,7 @@ def test_workers_of_this_machine_that_load_lack_no_room(
 
 
 def test_a_worker_that_is_ready_ends_the_wait(fake_ray: FakeRay, clock: list[float]) -> None:
-    workers = RayWorkers(JOB, workers=(2, 2), gpus=1, address="auto", wait_minutes=1)
+    workers = RayWorkers(JOB, WorkerOptions(workers=2, address="auto", wait_minutes=1), gpus=1)
     go_on(workers, clock, 50)
     fake_ray.start(GPU_NODE)
     go_on(workers, clock, 500)
@@ -302,13 +304,13 @@ def test_a_ray_of_its_own_does_not_grow(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     fake_ray.up.append({"CPU": 2.0})
     with pytest.raises(UsageError, match="a worker needs 1 GPU and 1 CPU on one node; nodes: 1 wi"):
-        RayWorkers(JOB, workers=(1, None), gpus=1, address=None)
+        RayWorkers(JOB, WorkerOptions(), gpus=1)
     with pytest.raises(UsageError, match="room for 2 workers, not for 3. Use --workers 2"):
-        RayWorkers(JOB, workers=(3, 3), gpus=0, address=None)
+        RayWorkers(JOB, WorkerOptions(workers=3), gpus=0)
     with pytest.raises(UsageError, match="needs 4 CPUs"):
-        RayWorkers(JOB, workers=(1, 1), gpus=0, address=None, cpus=4)
+        RayWorkers(JOB, WorkerOptions(workers=1, cpus_per_worker=4), gpus=0)
     fake_ray.pending.clear()
-    workers = RayWorkers(JOB, workers=(1, None), gpus=0, address=None)
+    workers = RayWorkers(JOB, WorkerOptions(), gpus=0)
     workers.backlog = 100
     go_on(workers, clock, 30)
     assert len(fake_ray.pending) == 2

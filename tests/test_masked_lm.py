@@ -34,6 +34,7 @@ from kdcache.loss import distillation_loss
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec, DenseTargets
 from kdcache.tasks import IGNORE
+from kdcache.teacher import TeacherOptions
 from kdcache.teacher.model import TeacherModel
 
 pytestmark = pytest.mark.slow
@@ -116,9 +117,8 @@ def test_logits_are_made_at_the_masked_places_alone(desk: Desk, tmp_path: Path, 
     folder = save(tmp_path / "model", HEADS[head])
     cache = built(desk.options(tmp_path / "cache", teacher=(str(folder),)))
     rows = rows_of(cache)[:8]
-    one = TeacherModel(
-        AutoModelForMaskedLM.from_pretrained(folder).eval(), "t", task="masked-lm", vocab_size=259
-    )
+    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    one = TeacherModel(model, "t", TeacherOptions(("t",), "masked-lm"), 259)
     with torch.inference_mode():
         one.probe(rows)
         assert one.direct

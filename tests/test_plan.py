@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
@@ -62,6 +63,11 @@ def options(tiny_lm: Path, text_corpus: Path) -> PlanOptions:
 def planned(options: PlanOptions) -> PlanResult:
     """What is planned with these options."""
     return plan(options)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_tokenizer)
 
 
 def by_name(result: PlanResult) -> dict[tuple[str, tuple[float, ...]], PlannedCache]:
@@ -252,11 +258,8 @@ def _sampled(codec: Codec, logits: torch.Tensor, n: int) -> Fidelity:
 
 
 def test_the_size_of_a_corpus_is_estimated_from_a_sample(
-    tiny_tokenizer: Path, corpus_texts: list[str], tmp_path: Path
+    tokenizer: Any, corpus_texts: list[str], tmp_path: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     lines = "".join(
         json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(corpus_texts)
     )
@@ -279,12 +282,9 @@ def test_the_size_of_a_corpus_is_estimated_from_a_sample(
 
 
 def test_long_and_short_records_in_turn_are_estimated_by_their_own_lengths(
-    tiny_tokenizer: Path, corpus_texts: list[str], tmp_path: Path
+    tokenizer: Any, corpus_texts: list[str], tmp_path: Path
 ) -> None:
     """Every other record is short, and an even stride takes records of one kind alone."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     long = " ".join(corpus_texts[:20])
     texts = [text for i in range(120) for text in (long[i : i + 2000], corpus_texts[i % 50][:20])]
     path = tmp_path / "turns.jsonl"
@@ -298,13 +298,10 @@ def test_long_and_short_records_in_turn_are_estimated_by_their_own_lengths(
         assert sample.corpus_positions == pytest.approx(whole, rel=0.15)
 
 
-def test_rows_come_from_all_over_the_corpus(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
+def test_rows_come_from_all_over_the_corpus(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i:05d}"}) + "\n" for i in range(5000)))
     corpus = Corpus.open([str(path)], span_bytes=2000)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     sample = sample_rows(corpus, RowSpec("causal-lm", packing="none", max_length=8), tokenizer, 10)
     first = [int(tokenizer.decode(row.input_ids)) for row in sample.rows]
     assert first == sorted(first)
@@ -340,33 +337,28 @@ def test_wrong_options_are_refused(options: PlanOptions, tmp_path: Path) -> None
     ):
         with pytest.raises(UsageError, match=message):
             dataclasses.replace(options, **wrong)
-    with pytest.raises(UsageError, match="codec 'best' is not known"):
-        plan(dataclasses.replace(options, codec=("best",)))
 
 
-def test_dense_targets_that_fill_the_memory_are_refused(
-    options: PlanOptions, monkeypatch: pytest.MonkeyPatch
+def test_samples_that_cannot_be_planned_with_are_refused(
+    options: PlanOptions, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.commands.plan.plan._MOST_BYTES", 1_000_000)
-    with pytest.raises(UsageError, match="fewer --rows, or leave this --codec out"):
-        plan(options)
-
-
-def test_a_corpus_without_a_row_is_refused(options: PlanOptions, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n{"text": " "}\n')
-    with pytest.raises(UsageError, match="no row could be made"):
-        plan(dataclasses.replace(options, corpus=(str(empty),)))
-
-
-def test_a_broken_teacher_is_refused(options: PlanOptions, tiny_lm: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_lm)
     with torch.no_grad():
         model.lm_head.weight[3] = float("inf")
     shutil.copytree(tiny_lm, tmp_path / "broken")
     model.save_pretrained(tmp_path / "broken")
-    with pytest.raises(UsageError, match=r"NaN or infinite logits at \d+ of \d+ positions"):
-        plan(dataclasses.replace(options, teacher=(str(tmp_path / "broken"),)))
+    for wrong, message in (
+        ({"corpus": (str(empty),)}, "no row could be made"),
+        ({"teacher": (str(tmp_path / "broken"),)}, r"NaN or infinite logits at \d+ of \d+ pos"),
+        ({"codec": ("best",)}, "codec 'best' is not known"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            plan(dataclasses.replace(options, **wrong))
+    monkeypatch.setattr("kdcache.commands.plan.plan._MOST_BYTES", 1_000_000)
+    with pytest.raises(UsageError, match="fewer --rows, or leave this --codec out"):
+        plan(options)
 
 
 def test_the_command_prints_tables_json_and_a_plot(options: PlanOptions, tmp_path: Path) -> None:
@@ -506,9 +498,7 @@ def test_a_plan_takes_the_batch_that_fits_the_gpu(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_the_estimate_is_of_what_filters_keep(
-    tiny_tokenizer: Path, tmp_path: Path, name: str
-) -> None:
+def test_the_estimate_is_of_what_filters_keep(tokenizer: Any, tmp_path: Path, name: str) -> None:
     records = [
         {"text": f"word {i} " * 20, "lang": "en" if i % 4 == 0 else "de"} for i in range(2000)
     ]
@@ -518,9 +508,6 @@ def test_the_estimate_is_of_what_filters_keep(
     else:
         lines = "".join(json.dumps(record) + "\n" for record in records).encode()
         path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     spec = RowSpec("causal-lm", max_length=64)
     found = {}
     for filters, limit in (((), None), (("lang=en",), None), ((), 1000), (("lang=en",), 1000)):

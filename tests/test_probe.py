@@ -31,6 +31,7 @@ from kdcache.commands.options import EvaluateOptions
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from kdcache.teacher import TeacherOptions
 from kdcache.teacher.model import TeacherModel
 from kdcache.teacher.probe import distance, head_of, probe_rows
 
@@ -57,7 +58,7 @@ def changed(tiny_lm: Path) -> Callable[[Change], TeacherModel]:
             return outputs
 
         model.forward = other
-        return TeacherModel(model, "tiny", task="causal-lm", vocab_size=300)
+        return TeacherModel(model, "tiny", TeacherOptions(("tiny",), "causal-lm"), 300)
 
     return make
 

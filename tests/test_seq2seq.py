@@ -42,7 +42,7 @@ from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.spec import LAST_LABEL
 from kdcache.student.saved import SavedModel
 from kdcache.targets import DenseTargets
-from kdcache.teacher import TeacherFiles
+from kdcache.teacher import TeacherFiles, TeacherOptions
 from kdcache.teacher.model import TeacherModel
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_every_architecture_gives_its_own_numbers(species: Species) -> None:
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias += torch.randn_like(model.final_logits_bias)
     rows, desk = random_rows(), Desk(TASK, Path())
-    one = TeacherModel(model, str(species), task=TASK, vocab_size=300)
+    one = TeacherModel(model, str(species), TeacherOptions((str(species),), TASK), 300)
     with torch.inference_mode():
         one.probe(rows)
         got = torch.cat([piece.logits for piece in one.slices(rows)])

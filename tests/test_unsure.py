@@ -22,8 +22,7 @@ from kdcache.cache import Cache, CacheSpec
 from kdcache.cache.check import problems
 from kdcache.cache.shard import column_bytes
 from kdcache.cache.unsure import code_of_share
-from kdcache.commands.build.build import build
-from kdcache.commands.build.dry_run import dry_run
+from kdcache.commands.build.build import build, dry_run
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.export import export

@@ -26,9 +26,8 @@ from zoo import CAUSAL, VOCABULARY, Species, forms
 from kdcache.errors import UsageError
 from kdcache.rows.spec import Answer, Sampling, text_of
 from kdcache.tasks import CAUSAL_LM
-from kdcache.teacher.drawing import draw, noise, truncated
-from kdcache.teacher.options import TeacherOptions
-from kdcache.teacher.writer import Writer
+from kdcache.teacher.load import TeacherOptions
+from kdcache.teacher.writer import Writer, draw, noise, truncated
 
 SEED = 3
 

@@ -77,8 +77,8 @@ COMMANDS = {
         dry_run=Command(
             help="Print what a build would make.",
             options="commands.build.options:BuildOptions",
-            function="commands.build.dry_run:dry_run",
-            result="commands.build.dry_run:DryRun",
+            function="commands.build.build:dry_run",
+            result="commands.build.build:DryRun",
             printer="built_dry",
         ),
     ),

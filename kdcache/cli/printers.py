@@ -19,7 +19,7 @@ from kdcache.options import Options, key_values, options_of
 from kdcache.tasks import CAUSAL_LM, TASKS
 
 if TYPE_CHECKING:
-    from kdcache.commands.build.dry_run import DryRun
+    from kdcache.commands.build.build import DryRun
     from kdcache.commands.build.make import BuildResult
     from kdcache.commands.build.options import BuildOptions
     from kdcache.commands.demo.demo import DemoResult

@@ -14,7 +14,7 @@ from kdcache.tasks import TASKS, Answers
 
 if TYPE_CHECKING:
     from kdcache.cache.figures import DomainFigures
-    from kdcache.commands.build.dry_run import DryRun
+    from kdcache.commands.build.build import DryRun
     from kdcache.commands.demo.demo import DemoResult
     from kdcache.commands.evaluate.scores import EvaluateResult
     from kdcache.commands.inspect_result import InspectResult, RowView

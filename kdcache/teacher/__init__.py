@@ -8,10 +8,9 @@ classes); the driver of a build needs no more. `Teacher` holds the models of one
 from __future__ import annotations
 
 from kdcache.pretrained import quiet_transformers
-from kdcache.teacher.encoding import Encoding, logits_at
 from kdcache.teacher.files import TeacherFiles, auto_class
-from kdcache.teacher.memory import Slice, find_batch_tokens, peak_share
-from kdcache.teacher.options import EngineOptions, TeacherOptions
+from kdcache.teacher.load import EngineOptions, TeacherOptions
+from kdcache.teacher.memory import Encoding, Slice, find_batch_tokens, logits_at, peak_share
 from kdcache.teacher.teacher import Teacher, aligned
 
 __all__ = [

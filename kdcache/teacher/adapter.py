@@ -41,17 +41,11 @@ class AdapterFolder:
 
     Attributes:
         who: the model, for messages: "teacher NAME".
-        folder: where they are.
-        config: its `adapter_config.json`.
         facts: its `kdcache_adapter.json`; empty where another program made it.
     """
 
     def __init__(self, who: str, folder: Path) -> None:
         """Read the small files.
-
-        Args:
-            who: the model, for messages.
-            folder: with `adapter_config.json`.
 
         Raises:
             UsageError: it has no safetensors weights, names no base, would import a module, or was
@@ -114,8 +108,9 @@ class AdapterFolder:
             return {}
         found: dict[str, Any] = {}
         names = self.facts.get("label_names")
-        if names is None and (rows := self._head_rows()) is not None:
-            names = [f"LABEL_{i}" for i in range(rows)]
+        heads = [shape[0] for name, shape in self.shapes().items() if _HEAD.fullmatch(name)]
+        if names is None and heads:
+            names = [f"LABEL_{i}" for i in range(heads[0])]
         if names is not None:
             names = [str(name) for name in names]
             found["id2label"] = dict(enumerate(names))
@@ -125,13 +120,6 @@ class AdapterFolder:
         if self.facts.get("pad_id") is not None:
             found["pad_token_id"] = self.facts["pad_id"]
         return found
-
-    def _head_rows(self) -> int | None:
-        """Classes of a head that the adapter brings."""
-        for name, shape in self.shapes().items():
-            if _HEAD.fullmatch(name):
-                return shape[0]
-        return None
 
     def shapes(self) -> dict[str, list[int]]:
         """Shapes of the tensors that replace or complete the base's own, by their names in it."""
@@ -155,9 +143,6 @@ class AdapterFolder:
 
     def merge(self, model: Any) -> Any:
         """The base with the adapter's weights in it: the same object, changed.
-
-        Args:
-            model: the base, loaded.
 
         Raises:
             UsageError: the adapter is of another kind or another model.
@@ -188,10 +173,7 @@ class AdapterFolder:
             return merged
 
     def fill(self, adapted: Any) -> None:
-        """Put the adapter's weights into a PEFT model.
-
-        Args:
-            adapted: the base with an adapter of the same kind.
+        """Put the adapter's weights into a PEFT model with an adapter of the same kind.
 
         Raises:
             UsageError: not all of them have a place, or not all places a weight.
@@ -228,10 +210,6 @@ class AdapterFolder:
 def complete_adapter(folder: Path, facts: Mapping[str, Any]) -> None:
     """Complete an adapter that PEFT saved: facts next to it, and an order for the names that its
     configuration has as sets.
-
-    Args:
-        folder: of the adapter.
-        facts: see `AdapterFolder.facts`.
     """
     (folder / ADAPTER_FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n")
     path = folder / ADAPTER_CONFIG

@@ -55,10 +55,8 @@ class TeacherFiles:
     """One teacher's files on disk.
 
     Attributes:
-        name: folder, URL or hub id, as the user gave it.
         folder: local folder with `config.json`, `*.safetensors` and the tokenizer; or that of an
             adapter, which has its own files.
-        trust_remote_code: whether code that ships with the model may run.
         listed: name, size and checksum of each weight file, where a store or the hub listed them.
         remote: the files at a URL, which it keeps on this machine.
         adapter: of an adapter, its own files.
@@ -93,10 +91,7 @@ class TeacherFiles:
         has them.
 
         Args:
-            name: folder, URL or hub id.
-            trust_remote_code: whether code that ships with the model may run.
             weights: whether the weights will be read; without them their identity is still known.
-            role: what the model is in messages.
 
         Raises:
             UsageError: no such model, no safetensors weights, code that is not trusted, or an
@@ -385,7 +380,6 @@ def auto_class(task: str, config: Any) -> Any:
     """The class of transformers that loads a model of a task.
 
     Args:
-        task: one of `kdcache.tasks.TASKS`.
         config: the model's configuration. Where transformers has no class of the text model alone
             of one that reads images, too, it is loaded whole.
     """

@@ -29,7 +29,6 @@ class HeadedForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     first token.
 
     Args:
-        config: sizes and the encoder's configuration.
         encoder: one with its weights. Default: a new one of that configuration.
     """
 
@@ -65,7 +64,6 @@ class HeadedForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
             labels: int [B]; gives the output a mean cross-entropy `loss`. Of another
                 `problem_type`, as transformers has it: float [B, classes], or [B] of scores.
             num_items_in_batch: what the sum is divided by where several batches make one step.
-            inputs: the encoder's: `input_ids`, `attention_mask`, `token_type_ids`, ...
 
         Returns:
             `logits` float [B, classes], and `loss` with labels.

@@ -11,9 +11,10 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,14 +23,116 @@ from transformers import PreTrainedConfig
 from kdcache.errors import UsageError, reason_of
 from kdcache.pretrained import UnreadableError, left_out, quiet_transformers, unreadable
 from kdcache.targets.device import compiles
-from kdcache.tasks import TASKS
+from kdcache.tasks import TASKS, Attention
 from kdcache.teacher.files import TeacherFiles, auto_class
-from kdcache.teacher.memory import fits_one_gpu, room_for_weights, weight_bytes
-from kdcache.teacher.options import TeacherOptions
+from kdcache.teacher.memory import HOST_SHARE, WEIGHTS_SHARE, weight_bytes
 from kdcache.teacher.quirks import forget_lengths
 from kdcache.teacher.trust import check_unchanged
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How vLLM runs a teacher.
+
+    Attributes:
+        max_length: tokens of the longest row.
+        version: that must be installed; None for any.
+        quantization: of the weights, as vLLM names it; None for what the checkpoint states.
+        args: further arguments of the engine; `encode_inside=false` is for kdcache.
+        encoder: class that joins the engine's workers so that they can encode; None for none.
+    """
+
+    max_length: int
+    version: str | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    quantization: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    encoder: str | None = None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that it needs, where it runs on GPUs."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def over_ray(self) -> bool:
+        """Whether its processes are actors of the cluster, which may be on several nodes."""
+        return self.args.get("distributed_executor_backend") == "ray"
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """How a worker loads its teachers.
+
+    Attributes:
+        names: folder, URL or hub id of each teacher.
+        weights: weight of each teacher, summing to 1.
+        ensemble: `mean-probs` (of the distributions) or `mean-logits`.
+        temperatures: at each of which the mean of several distributions is wanted.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: `cpu`; `cuda` for one GPU, or more than it where the weights do not fit; `auto` to
+            spread each model over all visible GPUs, and the host's memory where they are not
+            enough.
+        attention: kernel of the attention; `auto` is FlashAttention 2 where it is installed and
+            works, and else what transformers chooses.
+        identities: SHA-256 of each teacher as the build began with it; empty for any.
+        states: whether slices carry the output layer's input as well as the logits (one language
+            model only).
+        engine: how vLLM runs the one language model; None for transformers.
+        role: what the models are in messages.
+
+    Raises:
+        UsageError: an attention that the device or the dtype rules out, or states that there are
+            none of.
+    """
+
+    names: tuple[str, ...]
+    task: str
+    weights: tuple[float, ...] = (1.0,)
+    ensemble: str = "mean-probs"
+    temperatures: tuple[float, ...] = (1.0,)
+    dtype: str = "float32"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    attention: Attention = "auto"
+    compile: bool = False
+    identities: tuple[str, ...] = ()
+    states: bool = False
+    engine: EngineOptions | None = None
+    role: str = "teacher"
+
+    def __post_init__(self) -> None:
+        if self.states:
+            check_states(self.names, self.task)
+        if self.attention not in get_args(Attention):
+            expected = ", ".join(get_args(Attention))
+            raise UsageError(f"--attention is {self.attention!r}, expected one of {expected}.")
+        if self.attention == "flash_attention_2" and not self.flash_possible:
+            raise UsageError(
+                f"--attention flash_attention_2 needs a GPU and bfloat16 or float16; this teacher "
+                f"runs on {self.device} in {self.dtype}. Use --attention auto."
+            )
+
+    @property
+    def flash_possible(self) -> bool:
+        """Whether FlashAttention supports device and dtype."""
+        return self.device != "cpu" and self.dtype in ("bfloat16", "float16")
+
+
+def check_states(names: Sequence[str], task: str) -> None:
+    """Refuse hidden states of anything but one language model.
+
+    Raises:
+        UsageError: several teachers, or a classifier.
+    """
+    if len(names) > 1 or not TASKS[task].over_ids:
+        raise UsageError(
+            "--codec hidden keeps the states of one language model. For several teachers "
+            "use --codec sample:N, for a classifier --codec dense."
+        )
 
 
 def load_models(options: TeacherOptions) -> list[Any]:
@@ -44,7 +147,7 @@ def load_models(options: TeacherOptions) -> list[Any]:
     if options.device == "cuda":
         needed = sum(weight_bytes(one.whole, options.dtype) for one in files)
         free = torch.cuda.mem_get_info()[0]
-        spread = not fits_one_gpu(needed, free)
+        spread = needed > WEIGHTS_SHARE * free
         if spread:
             logger.warning(
                 "the teacher's weights take %.1f GB and the GPU has %.1f GB free: they are spread "
@@ -58,7 +161,11 @@ def load_models(options: TeacherOptions) -> list[Any]:
         if spread:
             from accelerate.utils import get_max_memory
 
-            max_memory = room_for_weights(get_max_memory(), len(files) - loaded)
+            max_memory = {  # those that come later need as much
+                place: int((HOST_SHARE if place == "cpu" else WEIGHTS_SHARE) * free)
+                // (len(files) - loaded)
+                for place, free in get_max_memory().items()
+            }
         models.append(_load(one, options, max_memory))
     return models
 
@@ -69,8 +176,6 @@ def _load(
     """Load one model.
 
     Args:
-        files: the model.
-        options: how.
         room: bytes it may take of each device that it is spread over; None for one device.
     """
     check_unchanged(files.who, files.raw_config)

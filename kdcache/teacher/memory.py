@@ -4,14 +4,15 @@ Weights go on one GPU, or are spread over several and the host. Both this and th
 decided by measured numbers: the tensors of the weight files against free memory, and the peak of a
 batch that is run before the first span. The sizes tried are halves of one another, so equal cards
 that run nothing else settle on the same one. Logits are made of a slice of a batch's positions at a
-time.
+time, and `Encoding` makes of a slice what a cache keeps.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from kdcache.files import inner
 from kdcache.targets import Codec
+from kdcache.targets.device import of_positions
 
-_WEIGHTS_SHARE = 0.8
+WEIGHTS_SHARE = 0.8
 """Of a GPU's free memory that weights may take; the rest is for a batch and a slice of logits."""
 
-_HOST_SHARE = 0.9
+HOST_SHARE = 0.9
 """Of the host's available memory that offloaded weights may take."""
 
 _BATCH_SHARE = 0.9
@@ -38,7 +40,6 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     """Bytes that a model's weights take once they are loaded.
 
     Args:
-        folder: with `*.safetensors`, and an index where there are several.
         dtype: what floats are converted to; other tensors (quantised ones) stay as they are.
     """
     index = folder / "model.safetensors.index.json"
@@ -59,24 +60,6 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     return total
 
 
-def fits_one_gpu(weights: int, free: int) -> bool:
-    """Whether weights leave enough of a GPU's free bytes for the work."""
-    return weights <= _WEIGHTS_SHARE * free
-
-
-def room_for_weights(free: Mapping[int | str, int], models: int) -> dict[int | str, int]:
-    """Bytes that each device may hold of one model.
-
-    Args:
-        free: free bytes by GPU number, and of the host as "cpu".
-        models: that still have to share them.
-    """
-    return {
-        device: int((_HOST_SHARE if device == "cpu" else _WEIGHTS_SHARE) * size / models)
-        for device, size in free.items()
-    }
-
-
 def find_batch_tokens(peak_share: Callable[[int], float | None], most: int, least: int) -> int:
     """The largest batch that fits: `most`, or the first of its halves.
 
@@ -84,7 +67,6 @@ def find_batch_tokens(peak_share: Callable[[int], float | None], most: int, leas
         peak_share: runs a batch of so many tokens; the share of the free memory that it took at
             its peak, None if it ran out of it.
         most: tokens that are tried first.
-        least: tokens of one row, which are not tried: there is nothing smaller.
 
     Returns:
         Tokens of a batch, at least `least`.
@@ -149,8 +131,6 @@ def slice_positions(device: str, columns: int, item_size: int) -> int:
     in whole tiles of its products, of fewer elements than 32-bit indices reach.
 
     Args:
-        device: kind of device.
-        columns: of the output layer.
         item_size: bytes of a logit.
     """
     if device == "cpu":
@@ -176,3 +156,53 @@ class Slice(NamedTuple):
             return self.logits
         assert self.states is not None, "states are asked for where the codec reads them"
         return self.states
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Makes a cache's numbers of slices of logits.
+
+    Attributes:
+        kept: what the cache keeps of each position besides its target, as `CacheSpec.kept` has it.
+        made_for: `TeacherOptions.temperatures`.
+    """
+
+    codec: Codec
+    kept: Collection[str]
+    made_for: tuple[float, ...] = (1.0,)
+
+    def __call__(self, piece: Slice, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What is kept of some positions, on their device; the host waits for nothing.
+
+        Args:
+            u: float64 [n], the codec's noise.
+            labels: int64 [n], hard labels.
+
+        Returns:
+            What the codec gives, and what the cache keeps besides it, as `of_positions` gives it.
+        """
+        values = logits_at(piece.read_by(self.codec), self.made_for, self.codec.temperatures)
+        encoded = self.codec.encode(values, u)
+        if "label_logprob" in self.kept:
+            at_one = logits_at(piece.logits, self.made_for, (1.0,))
+            read_before = encoded if piece.logits.ndim == 2 else None
+            found = of_positions(at_one, labels, read_before, entropy="entropy" in self.kept)
+            encoded |= found
+            if self.codec.reads_states:  # which may be finite where the logits are not
+                encoded["finite"] = encoded["finite"] & ~found["label_logprob"].isnan()
+        return encoded
+
+
+def logits_at(logits: Tensor, made_for: Sequence[float], wanted: Sequence[float]) -> Tensor:
+    """The logits of some temperatures.
+
+    Args:
+        logits: as `Teacher.logits` yields them.
+        made_for: `TeacherOptions.temperatures`.
+
+    Returns:
+        [n, len(wanted), V] of a mean of probabilities; [n, V] as they are of any other teacher.
+    """
+    if logits.ndim == 2:
+        return logits
+    return logits[:, [list(made_for).index(t) for t in wanted]]

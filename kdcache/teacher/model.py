@@ -30,7 +30,7 @@ from kdcache.targets import OutputLayer
 from kdcache.targets.device import outside_mass
 from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE, TASKS, positions
-from kdcache.teacher.load import input_device, kept_loaded
+from kdcache.teacher.load import TeacherOptions, input_device, kept_loaded
 from kdcache.teacher.memory import Slice, slice_positions
 from kdcache.teacher.probe import (
     TOLERANCES,
@@ -56,38 +56,23 @@ class TeacherModel:
     """A loaded model and the way its logits are computed.
 
     Attributes:
-        model: the Hugging Face model.
         direct: whether logits are the output layer applied to the decoder's states, times
             `scale` and soft-capped at `cap`, or plus `offset`, if there is one.
         batching: which rows share a batch: `padded` ones, those of `equal lengths`, or none.
-        clipped_mass: float32 scalar, probability outside the vocabulary so far, summed.
-        pad_id: that fills rows up.
         start: of a sequence-to-sequence model, what its decoder reads first; None of others.
         length_class: what tells rows apart that must not share a padded batch; None if all may.
         layer: what makes its logits of its states, once it is probed; None unless asked for.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        name: str,
-        *,
-        task: str,
-        vocab_size: int,
-        dtype: str = "float32",
-        states: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, name: str, options: TeacherOptions, vocab_size: int) -> None:
         """Wrap a model.
 
         Args:
             model: in evaluation mode.
-            name: for messages.
-            task: what it answers.
             vocab_size: width of the logits to give: output columns beyond it are cut off.
-            dtype: that it computes in.
-            states: whether slices carry the output layer's input too.
         """
-        self.model, self.name, self.task, self.task_name = model, name, TASKS[task], task
+        self.model, self.name, self.task_name = model, name, options.task
+        self.task, self.states = TASKS[options.task], options.states
         self.length_class = length_class(model)
         self.vocab_size = vocab_size
         self.device = input_device(model)
@@ -96,12 +81,11 @@ class TeacherModel:
         self.cap: float | None = None
         self.offset: Tensor | None = None
         self._thin = False
-        self.states = states
         self.layer: OutputLayer | None = None
         self.batching: Batching = "padded"
         self.clipped_mass = torch.zeros((), device=self.device)
         quantised = getattr(model.config, "quantization_config", None) is not None
-        self._tolerance = TOLERANCES["bfloat16" if quantised else dtype]
+        self._tolerance = TOLERANCES["bfloat16" if quantised else options.dtype]
         pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
         self.pad_id = 0 if pad_id is None else int(pad_id)
         self.start = decoder_start(model, f"model {name}") if self.task.source else None

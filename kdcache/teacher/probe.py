@@ -251,7 +251,6 @@ def find_layer(model: Any, name: str, inputs: Mapping[str, Tensor], vocab_size: 
 
     Args:
         model: in evaluation mode.
-        name: for messages.
         inputs: of a real row, of which some tokens are used.
         vocab_size: V; the layer's further rows are padding and left out.
 
@@ -282,8 +281,6 @@ def prove_layer(
     """Compare a layer's logits with a model's own on real rows.
 
     Args:
-        layer: the layer.
-        name: of the model.
         slices: logits and states of the model.
         tolerance: share of the logits' spread that rounding may move them by.
 

@@ -53,7 +53,6 @@ class Projection:
         """Measure.
 
         Args:
-            student: a language model of any kind.
             inputs: a batch, of which some tokens are used.
         """
         self.student = student
@@ -173,9 +172,6 @@ def layer_input(
     """What a model's own forward gives to its output layer, [B, L', H]; no logits are made.
 
     Args:
-        model: of any kind.
-        layer: its output layer.
-        inputs: a batch.
         thin: see `Projection`.
     """
     found: list[Tensor] = []

@@ -53,7 +53,6 @@ def reach(model: Any, side: str = "decoder", *, trust_remote_code: bool = False)
             without weights is made. None, too, of a configuration that makes no model.
         side: of a sequence-to-sequence model whose sides have lengths of their own, `encoder` or
             `decoder`.
-        trust_remote_code: whether code that ships with a configuration's model may run.
     """
     config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: None)()
@@ -98,7 +97,6 @@ def check_reach(
     """Refuse rows that a model cannot read.
 
     Args:
-        who: the model, for the message.
         of_rows: tokens of the longest row, and the most that it reads.
         of_sources: the same of sources, which a sequence-to-sequence model's encoder reads.
 
@@ -132,7 +130,6 @@ def forget_lengths(model: nn.Module, *, to_train: bool = False) -> None:
     """Have a model begin each forward as if it were its first.
 
     Args:
-        model: before its first forward.
         to_train: whether it is one to train, whose weights stay in the scale in which they are
             trained and saved; only float16 needs another.
     """
@@ -149,9 +146,6 @@ def forget_lengths(model: nn.Module, *, to_train: bool = False) -> None:
 
 def length_class(model: nn.Module) -> LengthClass | None:
     """What tells rows apart, by their tokens, that must not share a batch.
-
-    Args:
-        model: before its first forward.
 
     Returns:
         None where all rows may.
@@ -240,11 +234,6 @@ class _ReachedError(Exception):
 def decoder_start_of(config: Any, name: str, *, trust_remote_code: bool = False) -> int:
     """The same as `decoder_start` of a model that is not loaded.
 
-    Args:
-        config: its configuration.
-        name: for messages: "teacher NAME".
-        trust_remote_code: whether code that ships with the model may run.
-
     Raises:
         UsageError: as `decoder_start`.
     """
@@ -264,7 +253,6 @@ def decoder_start(model: Any, name: str) -> int:
 
     Args:
         model: of `AutoModelForSeq2SeqLM`, with weights or without.
-        name: for messages: "teacher NAME".
 
     Returns:
         An id, or `LAST_LABEL`.

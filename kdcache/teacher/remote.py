@@ -37,11 +37,6 @@ class RemoteModel:
     def __init__(self, url: str, role: str, *, weights: bool) -> None:
         """Fetch what this machine does not have.
 
-        Args:
-            url: of the folder.
-            role: what the model is in messages.
-            weights: whether the weights are needed, too.
-
         Raises:
             UsageError: there is no model.
         """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from kdcache.rows import Row
 from kdcache.rows.batches import documents_of, runs
 from kdcache.targets import OutputLayer
 from kdcache.tasks import TASKS
-from kdcache.teacher.load import compile_layers, load_models
+from kdcache.teacher.load import TeacherOptions, compile_layers, load_models
 from kdcache.teacher.memory import Slice, gpus_of
 from kdcache.teacher.model import TeacherModel
-from kdcache.teacher.options import TeacherOptions
 
 if TYPE_CHECKING:
-    from kdcache.teacher.encoding import Encoding
     from kdcache.teacher.engine.model import EngineModel
 
 
@@ -32,24 +30,30 @@ class Teacher:
     """The loaded models of one worker, seen as one.
 
     Attributes:
-        options: which models, and how.
-        vocab_size: width of the logits.
-        models: the models, in the order of `options.names`.
         device: where the first one wants its inputs.
+        engine: the one model, where an engine runs it: it is given rows ahead, and may encode.
     """
 
     def __init__(self, options: TeacherOptions, vocab_size: int) -> None:
         """Load the models.
 
         Args:
-            options: which models, and how.
             vocab_size: width of the logits to give: output columns beyond it are cut off.
         """
         self.options = options
         self.vocab_size = vocab_size
-        self.models = list(_load(options, vocab_size))
-        # Of an engine there is one model, see `EngineModel`.
-        self._engine: Any = None if options.engine is None else self.models[0]
+        self.engine: EngineModel | None = None
+        self.models: list[TeacherModel | EngineModel] = []
+        if options.engine is not None:
+            from kdcache.teacher.engine.model import EngineModel
+
+            self.engine = EngineModel(options, vocab_size)
+            self.models.append(self.engine)
+        else:
+            for model, name in zip(load_models(options), options.names, strict=True):
+                if options.compile:
+                    compile_layers(model)
+                self.models.append(TeacherModel(model, name, options, vocab_size))
         self.device = self.models[0].device
         self.to_device = self.models[0].to_device
         self._probed = False
@@ -57,9 +61,6 @@ class Teacher:
     @torch.inference_mode()
     def probe(self, rows: Sequence[Row]) -> None:
         """Compare the fast way with each model's own forward; see `TeacherModel.probe`.
-
-        Args:
-            rows: real ones, at least one.
 
         Raises:
             UsageError: a model with logits that would be wrong in any way.
@@ -75,56 +76,10 @@ class Teacher:
         """The GPUs that hold its models."""
         return gpus_of(one.model for one in self.models if isinstance(one, TeacherModel))
 
-    @property
-    def takes_turns(self) -> bool:
-        """Whether one thread at a time may run it. An engine is given the rows of all."""
-        return self._engine is None
-
-    @torch.inference_mode()
-    def encode_inside(self, url: str, encoding: Encoding, row: Row) -> bool:
-        """Have an engine encode for the cache that is made at `url`; see `encoded`.
-
-        Args:
-            url: of the cache.
-            encoding: what is kept there, and is compared with what the engine encodes.
-            row: on which.
-
-        Raises:
-            UsageError: the engine encodes something else than its states.
-        """
-        inside = self._engine is not None and self._engine.encode_inside(url, encoding, row)
-        self.take_clipped_mass()
-        return inside
-
-    def encoded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """What an engine that encodes made of rows that were expected with keys."""
-        encoded: dict[str, Tensor] = self._engine.encoded(rows)
-        return encoded
-
-    def expect(self, rows: Sequence[Row], keys: Sequence[Any] | None = None) -> None:
-        """Announce rows that are requested soon: an engine begins with them.
-
-        Args:
-            rows: what is asked.
-            keys: noise and labels of the positions of each, for an engine that encodes.
-        """
-        if self._engine is not None:
-            self._engine.expect(rows, keys)
-
-    def wait(self, rows: Sequence[Row]) -> None:
-        """Wait for what an engine makes of rows; their slices are then there at once."""
-        if self._engine is not None:
-            self._engine.wait(rows)
-
-    def forget(self, rows: Sequence[Row]) -> None:
-        """Give up expected rows, if any of them are left."""
-        if self._engine is not None:
-            self._engine.forget(rows)
-
     def close(self) -> None:
         """End the processes that this one started."""
-        if self._engine is not None:
-            self._engine.close()
+        if self.engine is not None:
+            self.engine.close()
 
     @torch.inference_mode()
     def slices(self, rows: Sequence[Row]) -> Iterator[Slice]:
@@ -201,25 +156,6 @@ class Teacher:
             total += weight * one.clipped_mass.to(self.device)
             one.clipped_mass = torch.zeros_like(one.clipped_mass)
         return total
-
-
-def _load(options: TeacherOptions, vocab_size: int) -> Iterator[TeacherModel | EngineModel]:
-    if options.engine is not None:
-        from kdcache.teacher.engine.model import EngineModel
-
-        yield EngineModel(options, vocab_size)
-        return
-    for model, name in zip(load_models(options), options.names, strict=True):
-        if options.compile:
-            compile_layers(model)
-        yield TeacherModel(
-            model,
-            name,
-            task=options.task,
-            vocab_size=vocab_size,
-            dtype=options.dtype,
-            states=options.states,
-        )
 
 
 def aligned(streams: Sequence[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:

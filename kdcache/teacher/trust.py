@@ -11,6 +11,7 @@ Refused:
 
 transformers itself refuses any other `auto_map` without that flag, runs chat templates in a
 sandbox, and reads the state of a resumed run as tensors and numbers only (`weights_only`).
+`who` is the model in messages: "teacher NAME".
 Cost: two small files and the headers of the weights are read.
 """
 
@@ -40,9 +41,6 @@ def check_folder(
     """Refuse a folder without safetensors weights, or one that would run code without permission.
 
     Args:
-        who: the model, for messages: "teacher NAME".
-        folder: with `config.json` and the weights.
-        trust_remote_code: whether code that ships with the model may run.
         elsewhere: names of weight files that have not been fetched.
 
     Raises:
@@ -86,11 +84,6 @@ def check_weights(who: str, path: Path) -> None:
 def check_config(who: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
     """Refuse a configuration that would run code without permission.
 
-    Args:
-        who: the model, for messages.
-        config: the object in its `config.json`.
-        trust_remote_code: whether code that the configuration names may run.
-
     Raises:
         UsageError: names the reason.
     """
@@ -121,10 +114,6 @@ def factory_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def check_unchanged(who: str, config: Mapping[str, Any]) -> None:
     """Refuse a model that a function of the user changes after transformers has made it.
-
-    Args:
-        who: the model, for messages.
-        config: the object in its `config.json`.
 
     Raises:
         UsageError: it is one, such as a student with fake-quantised weights.

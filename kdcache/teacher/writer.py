@@ -10,7 +10,12 @@ the model's own forward over the whole text, without cache or padding. Where the
 with states of their own, or without positions), all text so far is read again for each token, with
 padding on the right, which every causal model allows.
 
-Cost: one forward a token of the batch. Guarantee: an answer is a function of (seed, span, prompt,
+The noise of a token is a number of (seed, span, prompt, sample, position), by the generator of
+`position_uniform`, so that batches and workers do not matter. The drawn token is where that number
+falls in the cumulative distribution.
+
+Cost: one forward a token of the batch; one sort of the vocabulary a token with `top_p`, else two
+passes over it. Guarantee: an answer is a function of (seed, span, prompt,
 sample) and the model, up to the rounding that other rows of a batch may change.
 """
 
@@ -26,13 +31,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from kdcache.errors import UsageError
+from kdcache.rows.batches import padded
 from kdcache.rows.spec import Answer, Sampling, text_of
-from kdcache.teacher.drawing import draw, noise
-from kdcache.teacher.load import compile_layers, input_device, load_models
-from kdcache.teacher.options import TeacherOptions
+from kdcache.targets import Stream, position_uniform
+from kdcache.teacher.load import TeacherOptions, compile_layers, input_device, load_models
 from kdcache.teacher.probe import TOLERANCES
 
 logger = logging.getLogger(__name__)
@@ -52,6 +58,14 @@ class Ask(NamedTuple):
     sample: int
 
 
+class _Work(NamedTuple):
+    """Prompts of a span, and tokens of an answer, at most."""
+
+    span: int
+    prompts: Sequence[Ids]
+    longest: int
+
+
 class Writes(Protocol):
     """What writes answers: a model in transformers or in an engine."""
 
@@ -62,8 +76,6 @@ class Writes(Protocol):
         """The answers of a span's prompts, `samples` of each, prompt by prompt.
 
         Args:
-            span: its number.
-            prompts: ids of each prompt.
             done: called with the tokens of each answer, and with 0 while none ends.
         """
 
@@ -105,10 +117,6 @@ class Writer:
         """Load the model.
 
         Args:
-            options: which one, and how.
-            how: how answers are drawn.
-            vocab_size: ids that it can write.
-            ends: ids that end an answer.
             tokenizer: makes text of ids, for `how.stop`.
             batch_tokens: tokens of prompts and answers in a batch, at most.
         """
@@ -134,64 +142,50 @@ class Writer:
     def write(self, span: int, prompts: Sequence[Ids], done: Callable[[int], None]) -> list[Answer]:
         """See `Writes.write`."""
         if prompts and not self._probed:
-            self._probe(span, prompts)
+            self._probe(_Work(span, prompts, min(_PROBE_TOKENS, self.how.max_new_tokens)))
         asks = [Ask(i, k) for i in range(len(prompts)) for k in range(self.how.samples)]
-        return self._write(span, prompts, asks, self.how.max_new_tokens, done)
+        return self._write(_Work(span, prompts, self.how.max_new_tokens), asks, done)
 
     def _write(
-        self,
-        span: int,
-        prompts: Sequence[Ids],
-        asks: Sequence[Ask],
-        longest: int,
-        done: Callable[[int], None] = lambda _: None,
+        self, work: _Work, asks: Sequence[Ask], done: Callable[[int], None] = lambda _: None
     ) -> list[Answer]:
-        """The answers that are asked for, of `longest` tokens at most."""
+        """The answers that are asked for."""
         answers: dict[Ask, Answer] = {}
-        waiting = deque(sorted(asks, key=lambda ask: (len(prompts[ask.prompt]), ask)))
+        order = sorted(asks, key=lambda ask: (len(work.prompts[ask.prompt]), ask))
+        waiting = deque(order)
         batch: _Batch | None = None
         while waiting or batch is not None:
             try:
-                batch = self._filled(span, prompts, waiting, batch, longest)
+                batch = self._filled(work, waiting, batch)
                 done(0)
-                self._step(span, batch, longest)
+                self._step(work, batch)
             except torch.OutOfMemoryError:
-                rows = [] if batch is None else batch.asks
-                self._shrink(max(len(prompts[ask.prompt]) for ask in asks) + longest)
-                left = [ask for ask in (*rows, *waiting) if ask not in answers]
-                waiting = deque(sorted(left, key=lambda ask: (len(prompts[ask.prompt]), ask)))
+                self._shrink(len(work.prompts[order[-1].prompt]) + work.longest)
+                waiting = deque(ask for ask in order if ask not in answers)
                 batch = None
                 continue
-            batch = self._taken(batch, answers, done, last=not waiting)
+            batch = self._taken(batch, answers, done, not waiting)
         return [answers[ask] for ask in asks]
 
     # Batches
 
-    def _rows_that_fit(self, batch: _Batch | None, prompt: Ids, longest: int) -> int:
-        """Rows that a batch has room for, with a prompt of that length among them."""
-        width = len(prompt) + longest
+    def _rows_that_fit(self, work: _Work, batch: _Batch | None, ask: Ask) -> int:
+        """Rows that a batch has room for, with that prompt among them."""
+        width = len(work.prompts[ask.prompt])
         if batch is not None:
-            width = max(width, batch.mask.shape[1] + longest)
-        return max(1, self.batch_tokens // width)
+            width = max(width, batch.mask.shape[1])
+        return max(1, self.batch_tokens // (width + work.longest))
 
-    def _filled(
-        self,
-        span: int,
-        prompts: Sequence[Ids],
-        waiting: deque[Ask],
-        batch: _Batch | None,
-        longest: int,
-    ) -> _Batch:
+    def _filled(self, work: _Work, waiting: deque[Ask], batch: _Batch | None) -> _Batch:
         """A batch with as many of those who wait as it has room for, read up to their prompts."""
         rows = 0 if batch is None else len(batch)
         taken: list[Ask] = []
         most = len(waiting)
         if batch is None and waiting:  # even batches: two rows alone take as long as ten
-            fitting = self._rows_that_fit(None, prompts[waiting[-1].prompt], longest)
+            fitting = self._rows_that_fit(work, None, waiting[-1])
             self._share = most = -(-most // -(-most // fitting))
         while len(taken) < most:
-            ask = waiting[0]
-            fitting = self._rows_that_fit(batch, prompts[ask.prompt], longest)
+            fitting = self._rows_that_fit(work, batch, waiting[0])
             free = fitting - rows - len(taken)
             worth = _LEAVE if rows < self._share else _GROW
             if free <= 0 or (not taken and batch is not None and free * worth < fitting):
@@ -202,26 +196,24 @@ class Writer:
             return batch
         self._rows = rows + len(taken)
         try:
-            new = self._begun(span, prompts, taken, longest)
+            new = self._begun(work, taken)
         except torch.OutOfMemoryError:
             waiting.extendleft(reversed(taken))
             raise
         return new if batch is None else _joined(batch, new)
 
-    def _begun(self, span: int, prompts: Sequence[Ids], asks: list[Ask], longest: int) -> _Batch:
+    def _begun(self, work: _Work, asks: list[Ask]) -> _Batch:
         """A batch with its prompts read and its first tokens drawn."""
-        unique = list(dict.fromkeys(ask.prompt for ask in asks))
+        unique, prompts = list(dict.fromkeys(ask.prompt for ask in asks)), work.prompts
         which = torch.tensor([unique.index(ask.prompt) for ask in asks], device=self.device)
         cache, mask = None, torch.zeros(len(asks), 0, device=self.device)
         if self._cached:
-            width = max(len(prompts[i]) for i in unique)
-            ids = np.zeros((len(unique), width), np.int64)
-            there = np.zeros((len(unique), width), np.int64)
-            for row, i in enumerate(unique):
-                ids[row, width - len(prompts[i]) :] = prompts[i]
-                there[row, width - len(prompts[i]) :] = 1
-            read, mask = (torch.from_numpy(a).to(self.device) for a in (ids, there))
-            cache = _empty_cache()
+            sizes = np.array([len(prompts[i]) for i in unique])
+            there = np.arange(sizes.max()) >= (sizes.max() - sizes)[:, None]
+            ids = np.zeros(there.shape, np.int64)
+            ids[there] = np.concatenate([prompts[i] for i in unique])
+            read, mask = (torch.from_numpy(a).to(self.device) for a in (ids, 1 * there))
+            cache = DynamicCache()
             logits = self._forward(read, mask, cache)[which]
             if len(unique) < len(asks):
                 cache, mask = _picked(cache, which), mask[which]
@@ -236,10 +228,10 @@ class Writer:
             torch.zeros(len(asks), dtype=torch.int64, device=self.device),
             [""] * len(asks),
         )
-        self._draw(span, batch, logits, longest)
+        self._draw(work, batch, logits)
         return batch
 
-    def _step(self, span: int, batch: _Batch, longest: int) -> None:
+    def _step(self, work: _Work, batch: _Batch) -> None:
         """Read the last token of each row, and draw the next one."""
         if all(batch.reasons):
             return
@@ -249,27 +241,26 @@ class Writer:
             ones = torch.ones_like(batch.mask[:, :1])
             batch.mask = torch.cat([batch.mask, ones], 1)
             logits = self._forward(batch.next[:, None], batch.mask, batch.cache)
-        self._draw(span, batch, logits, longest)
+        self._draw(work, batch, logits)
 
-    def _ended(self, batch: _Batch, row: int, ids: list[int], longest: int) -> str:
+    def _ended(self, batch: _Batch, row: int, longest: int) -> str:
         """Why a row has ended; empty if it has not."""
+        ids, count = batch.written[row], len(batch.logprobs[row])
         if ids[-1] in self._ends:
             return "stop"
-        if self.how.stop:
-            own = ids[-len(batch.logprobs[row]) :]
-            for text in self.how.stop:
-                tail = self._tokenizer.decode(own[-len(text) - _LOOK_BACK :])
-                if text in tail and text_of(self._tokenizer, np.array(own), ()) != text_of(
-                    self._tokenizer, np.array(own), self.how.stop
-                ):
+        for text in self.how.stop:
+            own = np.array(ids[-count:])
+            if text in self._tokenizer.decode(own[-len(text) - _LOOK_BACK :]):
+                whole = text_of(self._tokenizer, own, ())
+                if whole != text_of(self._tokenizer, own, self.how.stop):
                     return "stop"
-        return "length" if len(batch.logprobs[row]) >= longest else ""
+        return "length" if count >= longest else ""
 
-    def _draw(self, span: int, batch: _Batch, logits: Tensor, longest: int) -> None:
+    def _draw(self, work: _Work, batch: _Batch, logits: Tensor) -> None:
         """Draw the next token of each row, and note which have ended."""
         positions = [len(logprobs) for logprobs in batch.logprobs]
         which, samples = np.array(batch.asks).T
-        numbers = noise(self.how.seed, span, which, samples, positions)
+        numbers = noise(self.how.seed, work.span, which, samples, positions)
         uniform = torch.from_numpy(numbers).to(self.device)
         batch.next, logprobs = draw(logits, uniform, self.how)
         for row, (token, logprob) in enumerate(
@@ -279,20 +270,15 @@ class Writer:
                 continue
             if logprob != logprob:
                 raise UsageError(
-                    f"model {self._name} gives NaN or infinite logits for span {span}, prompt "
+                    f"model {self._name} gives NaN or infinite logits for span {work.span}, prompt "
                     f"{batch.asks[row].prompt}. Try --dtype float32, or check the model."
                 )
             batch.written[row].append(token)
             batch.logprobs[row].append(logprob)
-            batch.reasons[row] = self._ended(batch, row, batch.written[row], longest)
+            batch.reasons[row] = self._ended(batch, row, work.longest)
 
     def _taken(
-        self,
-        batch: _Batch,
-        answers: dict[Ask, Answer],
-        done: Callable[[int], None],
-        *,
-        last: bool,
+        self, batch: _Batch, answers: dict[Ask, Answer], done: Callable[[int], None], last: bool
     ) -> _Batch | None:
         """The batch without rows that have ended, where enough have; their answers are kept."""
         for row, ask in enumerate(batch.asks):
@@ -342,28 +328,25 @@ class Writer:
 
     def _reread(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Logits [rows, V] after each text, read whole."""
-        width = max(map(len, texts))
-        ids = np.zeros((len(texts), width), np.int64)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = text
-        logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
-        last = torch.tensor([len(text) - 1 for text in texts], device=self.device)
+        sizes = np.array([len(text) for text in texts])
+        ids = torch.from_numpy(padded(np.concatenate(texts, dtype=np.int64), sizes, 0))
+        logits = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        last = torch.from_numpy(sizes - 1).to(self.device)
         picked: Tensor = logits[torch.arange(len(texts), device=self.device), last]
         return picked[:, : self._vocab_size]
 
-    def _probe(self, span: int, prompts: Sequence[Ids]) -> None:
+    def _probe(self, work: _Work) -> None:
         """Compare the log-probabilities of a few answers with the model's own forward over each.
 
         Raises:
             UsageError: they differ without a cache, too.
         """
         self._probed = True
-        chosen = np.unique(np.linspace(0, len(prompts) - 1, _PROBED).astype(int)).tolist()
+        chosen = np.unique(np.linspace(0, len(work.prompts) - 1, _PROBED).astype(int)).tolist()
         asks = [Ask(i, 0) for i in chosen]
-        longest = min(_PROBE_TOKENS, self.how.max_new_tokens)
         for self._cached in (True, False):
             try:
-                answers = self._write(span, prompts, asks, longest)
+                answers = self._write(work, asks)
             except torch.OutOfMemoryError:
                 raise
             except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
@@ -372,7 +355,7 @@ class Writer:
                 logger.debug("%s: %s", self._name, error)
                 continue
             moved = max(
-                self._moved(prompts[ask.prompt], answer)
+                self._moved(work.prompts[ask.prompt], answer)
                 for ask, answer in zip(asks, answers, strict=True)
             )
             if moved <= self._tolerance:
@@ -402,15 +385,9 @@ class Writer:
         return float(gap) / max(spread, 1e-9)
 
 
-def _empty_cache() -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
 def _rebuilt(cache: Any, change: Callable[[int, Tensor], Tensor]) -> Any:
     """A cache with changed keys and values of each layer."""
-    new = _empty_cache()
+    new = DynamicCache()
     for i, layer in enumerate(cache.layers):
         new.update(change(2 * i, layer.keys), change(2 * i + 1, layer.values), i)
     return new
@@ -427,16 +404,12 @@ def _joined(one: _Batch, other: _Batch) -> _Batch:
         width = max(one.mask.shape[1], other.mask.shape[1])
 
         def wide(states: Tensor) -> Tensor:
-            return torch.nn.functional.pad(states, (0, 0, width - states.shape[-2], 0))
+            return nn.functional.pad(states, (0, 0, width - states.shape[-2], 0))
 
         theirs = [s for layer in other.cache.layers for s in (layer.keys, layer.values)]
         cache = _rebuilt(one.cache, lambda i, mine: torch.cat([wide(mine), wide(theirs[i])]))
-        mask = torch.cat(
-            [
-                torch.nn.functional.pad(part.mask, (width - part.mask.shape[1], 0))
-                for part in (one, other)
-            ]
-        )
+        masks = (part.mask for part in (one, other))
+        mask = torch.cat([nn.functional.pad(m, (width - m.shape[1], 0)) for m in masks])
     return _Batch(
         one.asks + other.asks,
         one.written + other.written,
@@ -468,3 +441,57 @@ def _kept(batch: _Batch, rows: list[int]) -> _Batch:
         batch.next[index],
         [""] * len(rows),
     )
+
+
+def noise(
+    seed: int, span: int, prompt: npt.ArrayLike, sample: npt.ArrayLike, position: npt.ArrayLike
+) -> npt.NDArray[np.float64]:
+    """Uniform numbers of tokens [n]: `position` of answer `sample` to `prompt` of a span."""
+    prompts, samples, positions = np.broadcast_arrays(prompt, sample, position)
+    out = np.empty(samples.shape)
+    for one in np.unique(samples):
+        mine = samples == one
+        stream = Stream.ANSWERS + int(one)
+        out[mine] = position_uniform(seed, span, prompts[mine], positions[mine], stream=stream)
+    return out
+
+
+def draw(logits: Tensor, uniform: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
+    """One token of each row.
+
+    Args:
+        logits: [n, V].
+        uniform: float64 [n], in [0, 1).
+        how: temperature and truncation; `min_p` counts before `top_k`, and that before `top_p`.
+
+    Returns:
+        int64 [n], the tokens, and float32 [n], their log-probabilities at temperature 1 over the
+        whole vocabulary.
+    """
+    logits = logits.float()
+    if how.temperature == 0:
+        ids = logits.argmax(-1)
+    else:
+        chances = truncated(logits, how)
+        total = chances.cumsum_(-1)
+        at = (uniform * total[:, -1])[:, None]
+        ids = torch.searchsorted(total, at, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    logprobs = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    return ids, logprobs
+
+
+def truncated(logits: Tensor, how: Sampling) -> Tensor:
+    """The weights from which tokens are drawn, float64 [n, V], not scaled to 1."""
+    z = logits / how.temperature
+    weights = (z - z.amax(-1, keepdim=True)).exp_().double()  # float32 takes a third of the time
+    if how.min_p > 0:  # the largest weight is 1
+        weights = weights.masked_fill(weights < how.min_p, 0.0)
+    if 0 < how.top_k < weights.shape[-1]:
+        least = weights.topk(how.top_k, dim=-1).values[:, -1:]
+        weights = weights.masked_fill(weights < least, 0.0)
+    if how.top_p < 1:
+        ordered, order = weights.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= how.top_p * ordered.sum(-1, keepdim=True)] = 0.0
+        weights = torch.zeros_like(weights).scatter_(-1, order, ordered)
+    return weights

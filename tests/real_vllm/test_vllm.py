@@ -323,8 +323,8 @@ def test_states_leave_in_the_models_own_type(llama: Path, corpus_texts: list[str
 
     def states(**args: Any) -> list[torch.Tensor]:
         how = EngineOptions(LENGTH, args=args)
-        engine = Engine(llama, how, dtype="float16", gpu=False, trust_remote_code=False)
-        with closing(engine):
+        options = TeacherOptions((str(llama),), CAUSAL_LM, dtype="float16", engine=how)
+        with closing(Engine(llama, options)) as engine:
             return [engine.ask(row.input_ids.tolist()).result() for row in rows]
 
     for one, other in zip(states(), states(hf_overrides={"head_dtype": "float32"}), strict=True):

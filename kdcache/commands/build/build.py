@@ -25,6 +25,11 @@ that is there.
 Guarantee: on one kind of machine the layer is a pure function of the teacher, the corpus and the
 row options. On another kind the measured means may differ in their last digits; that makes another
 cache, and never a mixed one, since the spec has the hash of the file.
+
+A dry run describes a build from options, corpus and headers. Positions are estimated from a sample
+of the corpus, as `kdcache plan` does; no teacher is loaded. Bytes come from the codec's rule of
+thumb and hours from the size of the weights: half or twice of both is possible. It costs a listing
+of the corpus and a few hundred of its records, and nothing is written.
 """
 
 from __future__ import annotations
@@ -34,9 +39,9 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +56,7 @@ from kdcache.commands.build.make import BuildResult, ShardPlan, make_cache
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.build.prepare import Prepared, prepare, sampled_rows
 from kdcache.commands.build.source import TeacherSourceOptions
+from kdcache.commands.plan.sample import DomainEstimate, sample_rows
 from kdcache.corpus import Corpus, Span
 from kdcache.corpus.stored import stored
 from kdcache.errors import UsageError
@@ -63,8 +69,8 @@ from kdcache.targets import Hidden, OutputLayer
 from kdcache.targets.device import of_positions
 from kdcache.targets.label_logprob import encode_entropies
 from kdcache.tasks import TASKS
-from kdcache.teacher import Teacher, TeacherOptions
-from kdcache.teacher.encoding import logits_at
+from kdcache.teacher import Slice, Teacher, TeacherOptions
+from kdcache.teacher.memory import logits_at
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +84,6 @@ def check_made(
     """Compare the committed shards of files that were written to since the first run.
 
     Args:
-        store: begun, not sealed.
-        corpus: what it is made of, as it is now.
         same: by tokenizer, span and name of a shard, whether that is what its span makes now.
 
     Raises:
@@ -121,10 +125,6 @@ def _same_rows(cache: Cache, rows: RowSpec, tokenizer: Any, span: Span, name: st
     """Whether a shard has the rows of its span."""
     records = Corpus.read(span, columns=rows.columns, on_error=rows.on_error)
     found = list(make_encoder(rows, tokenizer).encode(records, span=span.index))
-    return _same(cache, span, name, found)
-
-
-def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
     entry = sealing.shard_entry(cache, span.index, name)
     with cache.hold(entry) as path:
         data = cache.parse(path, entry, targets=False)
@@ -132,9 +132,9 @@ def _same(cache: Cache, span: Span, name: str, rows: Sequence[Row]) -> bool:
         from kdcache.cache.unsure import every_label
 
         data = every_label(data)
-    return len(data) == len(rows) and all(
+    return len(data) == len(found) and all(
         np.array_equal(getattr(row, name), getattr(data.row(i), name))
-        for i, row in enumerate(rows)
+        for i, row in enumerate(found)
         for name in ("input_ids", "labels", "starts", "source")
     )
 
@@ -147,11 +147,6 @@ def with_measured(
 ) -> Prepared:
     """A build's plan with what the teacher is asked before the first shard: its output layer, where
     the codec needs one, and how unsure it must be, where targets are of some positions alone.
-
-    Args:
-        options: of the build.
-        plan: without them.
-        report: takes the progress.
 
     Raises:
         UsageError: the teacher's logits are not its output layer's alone.
@@ -209,30 +204,23 @@ def measured_code(
     """The code of a teacher's entropy that a share of the positions of rows reach.
 
     Args:
-        teacher: which teacher.
-        vocab_size: V.
         rows: of the corpus.
-        batch_tokens: padded tokens of a batch, at most.
         share: of the positions.
-        report: takes a line after each batch.
     """
     from kdcache.cache.unsure import code_of_share
 
-    codes, done = [np.zeros(0, np.uint8)], 0
+    codes = [np.zeros(0, np.uint8)]
     if not rows:  # the build finds out why
         return 0
     with closing(Teacher(teacher, vocab_size)) as one:
         one.probe(rows)
         rows = documents_of(rows)  # as the build asks about them
-        for batch in batches([row.sizes for row in rows], batch_tokens):
-            for piece in one.slices([rows[i] for i in batch]):
-                logits = logits_at(piece.logits, teacher.temperatures, (1.0,))
-                none = torch.zeros(len(logits), dtype=torch.int64)
-                found = of_positions(logits, none, entropy=True)["entropy"].cpu().numpy()
-                # Logits that are not finite are refused where their span is built.
-                codes.append(encode_entropies(np.nan_to_num(found), np.full(len(found), 0.5)))
-            done += len(batch)
-            report(f"measuring its entropy: {done:,} of {counted(len(rows), 'row')}")
+        for piece in _answers(one, rows, batch_tokens, "its entropy", report):
+            logits = logits_at(piece.logits, teacher.temperatures, (1.0,))
+            none = torch.zeros(len(logits), dtype=torch.int64)
+            found = of_positions(logits, none, entropy=True)["entropy"].cpu().numpy()
+            # Logits that are not finite are refused where their span is built.
+            codes.append(encode_entropies(np.nan_to_num(found), np.full(len(found), 0.5)))
     return code_of_share(np.concatenate(codes), share)
 
 
@@ -246,11 +234,7 @@ def make_layer(
     """The file of a teacher's output layer.
 
     Args:
-        teacher: which teacher; asked for its states.
-        vocab_size: V.
         rows: by which to measure the channels; none to leave that out.
-        batch_tokens: padded tokens of a batch, at most.
-        report: takes a line after each batch.
     """
     ids = np.arange(16, dtype=np.int32) % vocab_size
     with closing(Teacher(teacher, vocab_size)) as one:
@@ -269,17 +253,28 @@ def measured(
     report: Callable[[str], None] = lambda line: None,
 ) -> OutputLayer:
     """A layer with the means and units of its channels, by the states of some rows."""
-    done, count, sums = 0, 0, torch.zeros(2, layer.width, dtype=torch.float64)
-    for batch in batches([row.sizes for row in rows], batch_tokens):
-        for _, states in teacher.slices([rows[i] for i in batch]):
-            assert states is not None, "they are asked for"
-            x = states.double()
-            sums += torch.stack([x.sum(0), x.square().sum(0)]).cpu()
-            count += len(x)
-        done += len(batch)
-        report(f"measuring the channels of its states: {done:,} of {counted(len(rows), 'row')}")
+    count, sums = 0, torch.zeros(2, layer.width, dtype=torch.float64)
+    for piece in _answers(teacher, rows, batch_tokens, "the channels of its states", report):
+        assert piece.states is not None, "they are asked for"
+        x = piece.states.double()
+        sums += torch.stack([x.sum(0), x.square().sum(0)]).cpu()
+        count += len(x)
     mean, square = sums / max(count, 1)
     return layer.with_channels(mean, (square - mean.square()).clamp_min(0).sqrt())
+
+
+def _answers(
+    teacher: Teacher,
+    rows: Sequence[Row],
+    batch_tokens: int,
+    what: str,
+    report: Callable[[str], None],
+) -> Iterator[Slice]:
+    done = 0
+    for batch in batches([row.sizes for row in rows], batch_tokens):
+        yield from teacher.slices([rows[i] for i in batch])
+        done += len(batch)
+        report(f"measuring {what}: {done:,} of {counted(len(rows), 'row')}")
 
 
 def measured_before(out: str, spec: CacheSpec) -> CacheSpec | None:
@@ -354,4 +349,99 @@ def _plan(options: BuildOptions, report: Callable[[str], None]) -> ShardPlan:
         ),
         check_end=prepared.corpus.check_unchanged,
         output_layer=prepared.output_layer,
+    )
+
+
+_ROWS = 256  # of the sample
+_ROW_BYTES = 1.5  # of a token's id, compressed
+_KEPT_BYTES = {"label_logprob": 1.1, "entropy": 0.85}  # of a position, compressed
+_TEXT_BYTES = 60.0  # of a classifier's row, which keeps its text
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a build would make.
+
+    Attributes:
+        state: what is there now: "nothing", "this build" or "another build".
+        teachers: their names.
+        done: of them there already.
+        positions: in the whole corpus, about.
+        bytes: of the whole cache, about.
+        seconds: of the teacher on one worker for the whole corpus, very roughly.
+        device: what the workers would compute on: "CPU" or "GPU".
+        fingerprint: of the spec; None where a build asks the teacher first: for its output layer,
+            or for the entropy from which on it is unsure.
+        filtered: about the share of records that filters leave out; None where there are none.
+        domains: of the corpus, where it has names: files, bytes, spans and positions of each.
+    """
+
+    cache: str
+    state: str
+    teachers: tuple[str, ...]
+    task: str
+    codec: str
+    temperatures: tuple[float, ...]
+    max_length: int
+    files: int
+    corpus_bytes: int
+    spans: int
+    done: int
+    positions: int
+    bytes: int
+    seconds: float
+    device: str
+    dtype: str
+    fingerprint: str | None
+    filtered: float | None = None
+    domains: tuple[DomainEstimate, ...] = ()
+
+
+def dry_run(options: BuildOptions) -> DryRun:
+    """Describe a build without running it.
+
+    Raises:
+        UsageError: the build would refuse its options or input.
+    """
+    prepared = prepare(options)
+    spec, codec = prepared.spec, prepared.spec.make_codec()
+    sample = sample_rows(prepared.corpus, prepared.rows, prepared.tokenizer, _ROWS)
+    tokens = sum(len(row.input_ids) for row in sample.rows)
+    sampled = sum(len(row.positions(options.task)) for row in sample.rows)
+    tokens_each = tokens / max(1, sampled)
+    rows_bytes = _ROW_BYTES * tokens_each + _TEXT_BYTES * TASKS[options.task].texts
+    rows_bytes += sum(_KEPT_BYTES.get(name, 0) for name in spec.kept)
+    positions = sample.corpus_positions
+    share = 1.0 if spec.positions is None else spec.positions["share"]
+    storage = open_storage(options.out)
+    state, done = "nothing", 0
+    if storage.exists("spec.json"):
+        there = Cache.resume(options.out)
+        # The output layer, and the entropy from which on a teacher is unsure, are found by a build
+        # before its first span.
+        mine = dataclasses.replace(spec, output_layer=there.spec.output_layer)
+        if spec.positions is not None:
+            mine = measured_before(options.out, spec) or spec
+        same = mine.fingerprint == there.spec.fingerprint
+        state, done = ("this build", len(there.committed())) if same else ("another build", 0)
+    return DryRun(
+        cache=redact(options.out),
+        state=state,
+        teachers=tuple(redact(name) for name in options.teacher),
+        task=options.task,
+        codec=str(codec),
+        temperatures=spec.temperatures,
+        max_length=prepared.rows.max_length,
+        files=len(prepared.corpus.files),
+        corpus_bytes=sum(file.size for file in prepared.corpus.files),
+        spans=spec.spans,
+        done=done,
+        positions=positions,
+        bytes=round(positions * (share * codec.bytes_per_position + rows_bytes)),
+        seconds=positions * tokens_each * prepared.token_seconds,
+        device="GPU" if prepared.gpus else "CPU",
+        dtype=spec.dtype,
+        fingerprint=None if codec.reads_states or spec.positions else spec.fingerprint,
+        filtered=sample.filtered,
+        domains=sample.domains,
     )

@@ -32,7 +32,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -120,6 +120,10 @@ _NAMED = 20  # spans that were set aside, in the error's text; the events name t
 _EXPLAINED = 5  # skipped records shown as warnings; the events have some of every span
 _PROGRESS_EVERY = 0.2
 _EVENT_EVERY = 10.0
+_DIGITS = {  # of figures in the events
+    **{"seconds": 3, "teacher_seconds": 3, "positions_per_second": 1, "teacher_busy": 4},
+    **{"bytes_per_position": 2, "seconds_left": 1},
+}
 GO_ON = "Run the same command to continue."
 
 
@@ -132,10 +136,7 @@ class Progress:
         done: spans with a committed shard, those of earlier runs included.
         made: those of them that this run committed.
         failed: spans set aside after three tries.
-        workers: the workers that are ready, with what each has done.
         lost: workers that died, hung or went with their node.
-        positions: positions cached by this run.
-        bytes: bytes of shards written by this run.
         stored: bytes of all shards, those of earlier runs included.
         seconds: since the command began to work: planning and the workers' start are part of it.
         teacher_seconds: spent in the teacher, summed over workers.
@@ -187,25 +188,10 @@ class Progress:
 
     def figures(self) -> dict[str, Any]:
         """The same as JSON-able values, without the single workers."""
-        left = self.seconds_left
-        return {
-            "spans": self.spans,
-            "done": self.done,
-            "made": self.made,
-            "failed": self.failed,
-            "left": self.spans - self.done - self.failed,
-            "workers": len(self.workers),
-            "lost": self.lost,
-            "positions": self.positions,
-            "bytes": self.bytes,
-            "stored": self.stored,
-            "seconds": round(self.seconds, 3),
-            "teacher_seconds": round(self.teacher_seconds, 3),
-            "positions_per_second": round(self.positions_per_second, 1),
-            "teacher_busy": round(self.teacher_busy, 4),
-            "bytes_per_position": round(self.bytes_per_position, 2),
-            "seconds_left": None if left is None else round(left, 1),
-        }
+        counts = {one.name: getattr(self, one.name) for one in fields(self)}
+        counts |= {"workers": len(self.workers), "left": self.spans - self.done - self.failed}
+        values = ((name, getattr(self, name), digits) for name, digits in _DIGITS.items())
+        return counts | {n: None if v is None else round(v, digits) for n, v, digits in values}
 
 
 @dataclass
@@ -213,18 +199,12 @@ class Driver:
     """Hands out missing spans until each is committed or set aside.
 
     Attributes:
-        spans: all spans of the cache.
         share: numbers of those that this run makes. Default: all.
-        on_progress: called after changes, a few times a second at most, and at the end.
-        tell: takes the events.
-        keep: takes the entry of each shard that is committed.
         grace: seconds that spans in flight are given to finish once a signal came. Below the 30
             seconds that clouds and schedulers give a process between SIGTERM and SIGKILL.
         stored: bytes of shards that earlier runs committed.
         started: `time.perf_counter()` when the command began to work.
         made: entry of each shard this run committed, by span.
-        positions: in them.
-        bytes: of them.
         teacher_seconds: spent in the teacher so far, summed over workers.
         truncated: documents that were cut at `max_length`, in them.
         redone: attempts that did not end in a shard and were, or will be, made again.

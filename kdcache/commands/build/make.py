@@ -42,20 +42,15 @@ class ShardPlan:
     """All that decides a cache or a generated corpus, and how its workers come by it.
 
     Attributes:
-        spec: of the cache or corpus.
-        tokenizer_files: name and content of each.
         ranks: rank table; empty for none.
-        notes: facts that do not decide the bytes.
         spans: the units of work, one a shard.
         source: where the workers find rows and targets.
         gpus: GPUs a worker.
         across: whether they may be on several nodes.
-        span_seconds: that a worker needs for a span, very roughly.
         check_made: refuses shards of earlier runs that the source would make differently now.
         check_end: refuses a source that changed meanwhile.
         output_layer: file of the teacher's output layer; empty for none, or where it is there.
         opening: what a worker does before its first span, for people.
-        kind: what is made.
     """
 
     spec: Spec
@@ -74,46 +69,54 @@ class ShardPlan:
     kind: type[ShardStore[Any]] = Cache
 
 
-@dataclass(frozen=True)
-class BuildResult:
-    """The outcome of a build.
+@dataclass(frozen=True, kw_only=True)
+class ShardsResult:
+    """The outcome of a run that makes shards.
 
     Attributes:
-        cache: where the cache is.
-        spans: its shards.
+        spans: shards of the whole cache or corpus.
         made: how many of them this run made.
         redone: attempts at them that did not end in a shard and were made again.
         workers_lost: workers that died, hung or went with their node.
-        rows: rows in the whole cache.
-        positions: positions in the whole cache.
-        bytes: bytes of all shards.
-        skipped: records in the whole cache's corpus that were left out: empty, or broken with
-            `on_error="skip"`.
+        bytes: of all shards.
+        skipped: records that were left out: empty, or broken with `on_error="skip"`.
         filtered: records that filters left out; None where there are no filters.
-        truncated: documents that were cut at `max_length`, in the shards that this run made.
-        clipped_mass: mean probability of the teacher, a position, on ids outside the vocabulary.
         seconds: wall time of this run.
-        teacher_seconds: of it in the teacher, summed over workers.
-        missing: shards that other parts have yet to make; rows, positions, bytes and the like are
-            then those of this run. 0 once the cache is finished.
-        domains: figures of each, where the corpora have names.
+        missing: shards that other parts have yet to make; other counts are then those of this run.
+            0 once the cache or corpus is finished.
     """
 
-    cache: str
     spans: int
     made: int
     redone: int
     workers_lost: int
-    rows: int
-    positions: int
     bytes: int
     skipped: int
+    filtered: int | None = None
+    seconds: float
+    missing: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult(ShardsResult):
+    """The outcome of a build.
+
+    Attributes:
+        cache: where the cache is.
+        rows: in the whole cache.
+        positions: in the whole cache.
+        truncated: documents that were cut at `max_length`, in the shards that this run made.
+        clipped_mass: mean probability of the teacher, a position, on ids outside the vocabulary.
+        teacher_seconds: of this run in the teacher, summed over workers.
+        domains: figures of each, where the corpora have names.
+    """
+
+    cache: str
+    rows: int
+    positions: int
     truncated: int
     clipped_mass: float
-    seconds: float
     teacher_seconds: float
-    missing: int = 0
-    filtered: int | None = None
     domains: tuple[DomainFigures, ...] = ()
 
     @property
@@ -131,23 +134,15 @@ def make_cache(
 ) -> BuildResult:
     """Make a cache, or finish an interrupted one: see `make_shards`."""
     made = make_shards(plan, out, options, on_progress, report)
-    driver, shards, positions = made.driver, made.shards, made.positions
+    shards = made.shards
     return BuildResult(
+        **made.figures(),
         cache=redact(out),
-        spans=made.store.spec.spans,
-        made=len(driver.made),
-        redone=driver.redone,
-        workers_lost=driver.lost,
         rows=sum(s.rows for s in shards),
-        positions=positions,
-        bytes=sum(s.bytes for s in shards),
-        skipped=sum(s.skipped for s in shards),
-        truncated=driver.truncated,
+        positions=made.positions,
+        truncated=made.driver.truncated,
         clipped_mass=sum(s.clipped_mass for s in shards) / max(1, sum(s.answered for s in shards)),
-        seconds=made.seconds,
-        teacher_seconds=driver.teacher_seconds,
-        missing=made.missing,
-        filtered=made.filtered,
+        teacher_seconds=made.driver.teacher_seconds,
         domains=domain_figures(made.store.spec, shards),
     )
 
@@ -158,10 +153,8 @@ class Made:
 
     Attributes:
         store: the cache or corpus.
-        driver: with its counts.
         shards: all of them; of a part that left some to others, its own.
         missing: number of shards that other parts have yet to make.
-        seconds: wall time of this run.
     """
 
     store: ShardStore[Any]
@@ -175,10 +168,19 @@ class Made:
         """In the shards."""
         return sum(s.positions for s in self.shards)
 
-    @property
-    def filtered(self) -> int | None:
-        """Records that filters left out; None where there are no filters."""
-        return filtered_records(self.shards)
+    def figures(self) -> dict[str, Any]:
+        """Those of `ShardsResult`."""
+        return {
+            "spans": self.store.spec.spans,
+            "made": len(self.driver.made),
+            "redone": self.driver.redone,
+            "workers_lost": self.driver.lost,
+            "bytes": sum(s.bytes for s in self.shards),
+            "skipped": sum(s.skipped for s in self.shards),
+            "filtered": filtered_records(self.shards),
+            "seconds": self.seconds,
+            "missing": self.missing,
+        }
 
 
 def make_shards(
@@ -191,9 +193,6 @@ def make_shards(
     """Make the shards of a folder and seal it, or finish an interrupted one.
 
     Args:
-        plan: makes the plan.
-        out: folder or URL.
-        options: of the workers.
         on_progress: called in this thread, a few times a second at most.
         report: takes a line about what is done before the first progress.
 
@@ -361,14 +360,4 @@ def start_workers(
     from kdcache.commands.build.on_ray import RayWorkers
 
     report(f"starting workers on Ray (--workers 0 needs none), then {plan.opening}")
-    return RayWorkers(
-        job,
-        workers=options.worker_range,
-        gpus=plan.gpus,
-        across=plan.across,
-        address=options.address,
-        cpus=options.cpus_per_worker,
-        hang_seconds=options.hang_seconds,
-        wait_minutes=options.wait_minutes,
-        tell=tell,
-    )
+    return RayWorkers(job, options, gpus=plan.gpus, across=plan.across, tell=tell)

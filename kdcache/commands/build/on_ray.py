@@ -38,6 +38,7 @@ from kdcache.cluster import (
     reason,
     share_of_cpus,
 )
+from kdcache.commands.build.options import WorkerOptions
 from kdcache.commands.build.source import Work
 from kdcache.commands.build.workers import (
     IN_FLIGHT,
@@ -131,35 +132,26 @@ class RayWorkers(Workers):
     def __init__(
         self,
         job: Job,
+        options: WorkerOptions,
         *,
-        workers: tuple[int, int | None],
         gpus: float,
-        address: str | None,
         across: bool = False,
-        cpus: int | None = None,
-        hang_seconds: float = 600.0,
-        wait_minutes: float | None = None,
         tell: EventSink = ignore_events,
     ) -> None:
         """Connect (or start a local Ray) and ask for workers.
 
+        Between the smallest and the largest number there are as many as the cluster has room for,
+        now and later, and as an autoscaler adds.
+
         Args:
-            job: what the workers do.
-            workers: how many, at least and at most, None without a bound: in between, as many as
-                the cluster has room for, now and later, and as an autoscaler adds.
+            options: how many there are, where, and when one counts as hung.
             gpus: GPUs a worker.
             across: whether they may be on several nodes.
-            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS states
-                otherwise.
-            cpus: CPUs a worker; None for its share of the node that it gets.
-            hang_seconds: a worker without progress for so long is replaced.
-            wait_minutes: without any worker for so long, give up; None waits for ever.
-            tell: takes the events.
 
         Raises:
             UsageError: the cluster is unreachable, or this machine too small for the workers.
         """
-        self._owns = connect(address)
+        self._owns = connect(options.address)
         import ray
 
         self._ray = ray
@@ -167,20 +159,20 @@ class RayWorkers(Workers):
         # Actors by spans in flight, for those with room; entries may be out of date.
         self._open: list[deque[_Actor]] = [deque() for _ in range(IN_FLIGHT)]
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._fewest, self._most = workers
-        self._grows = cluster_address(address) is not None
-        self._hang, self._tell = hang_seconds, tell
+        self._fewest, self._most = options.worker_range
+        self._grows = cluster_address(options.address) is not None
+        self._hang, self._tell = options.hang_seconds, tell
         # A clock that stands still while this process does (Ctrl-Z, a closed laptop): meanwhile no
         # worker hangs.
         self._now, self._ticked = 0.0, time.monotonic()
         self._last_start = self._checked = 0.0
-        self._wait = Wait(wait_minutes)
+        self._wait = Wait(options.wait_minutes)
         self._failed_starts = 0
         try:
             exact = self._fewest if self._fewest == self._most else None
             self._need = share_of_cpus(gpus, exact, nodes_up())
-            if cpus is not None:
-                self._need = Need(gpus, cpus, exact, exact=True)
+            if options.cpus_per_worker is not None:
+                self._need = Need(gpus, options.cpus_per_worker, exact, exact=True)
             self._need = replace(self._need, across=across)
             if not self._grows:
                 self._refuse_too_many()

@@ -17,7 +17,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -63,13 +63,16 @@ class Positions:
     def of(cls, rows: Sequence[Row], task: str) -> Positions:
         """All positions of some rows, in row-major order."""
         wanted = [row.positions(task) for row in rows]
+        labels = [
+            row.labels[some]
+            if row.labels.ndim == 1 and row.labels.dtype.kind == "i"
+            else np.full(len(some), IGNORE)
+            for row, some in zip(rows, wanted, strict=True)
+        ]
         return cls(
             np.repeat(np.arange(len(rows)), [len(some) for some in wanted]),
             np.concatenate([np.zeros(0, np.int64), *wanted]),
-            np.concatenate(
-                [np.zeros(0, np.int64)]
-                + [_one_each(row, some) for row, some in zip(rows, wanted, strict=True)]
-            ).astype(np.int64),
+            np.concatenate([np.zeros(0, np.int64), *labels]).astype(np.int64),
         )
 
     def take(self, index: np.ndarray) -> Positions:
@@ -82,11 +85,6 @@ class Positions:
         """See `position_uniform`."""
         rows, tokens = self.rows[piece], self.tokens[piece]
         return position_uniform(seed, span, rows, tokens, stream=stream)
-
-
-def _one_each(row: Row, some: np.ndarray) -> np.ndarray:
-    one = row.labels.ndim == 1 and row.labels.dtype.kind == "i"
-    return row.labels[some] if one else np.full(len(some), IGNORE)
 
 
 class Packed(NamedTuple):
@@ -148,8 +146,6 @@ class Packer:
             encoded: what the codec gave of it, and "label_logprob" and "entropy" float32 [n] where
                 those are kept.
             clipped: scalar, probability of the slice outside the vocabulary, summed.
-            positions: among which the slice is.
-            start: its first one.
         """
         encoded = {**encoded, "clipped": clipped}
         host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in encoded.items()}
@@ -214,16 +210,13 @@ def in_row_order(
     return targets, kept
 
 
-@dataclass(frozen=True)
+@dataclass
 class SpanFigures:
     """What is done of a span in flight.
 
     Attributes:
-        span: its number.
-        records: read so far.
         batches: of the whole span; 0 while it is read.
         batches_done: answered so far.
-        positions: in them.
         teacher_seconds: spent on them so far, none of it counted for another span.
     """
 
@@ -267,11 +260,9 @@ class Steps:
         """Begin.
 
         Args:
-            span: its number.
             check: raises in a worker that was stopped.
         """
-        self._span, self._check = span, check
-        self._records = self._batches = self._done = self._positions = 0
+        self._check, self._now = check, SpanFigures(span)
         self.last: float | None = time.monotonic()
         self.answering: float | None = None
         self.teacher_seconds = 0.0
@@ -283,26 +274,19 @@ class Steps:
 
     def record(self) -> None:
         """A record was read."""
-        self._records += 1
+        self._now.records += 1
         self()
 
     def begin(self, batches: int) -> None:
         """So many batches are left to be answered."""
-        self._batches = self._done + batches
+        self._now.batches = self._now.batches_done + batches
         self()
 
     def batch(self, positions: int) -> None:
         """A batch with so many positions was answered."""
-        self._done += 1
-        self._positions += positions
+        self._now.batches_done += 1
+        self._now.positions += positions
 
     def figures(self, running: float = 0.0) -> SpanFigures:
         """The counts; `running` are the seconds of an answer that has not ended."""
-        return SpanFigures(
-            self._span,
-            self._records,
-            self._batches,
-            self._done,
-            self._positions,
-            self.teacher_seconds + running,
-        )
+        return replace(self._now, teacher_seconds=self.teacher_seconds + running)

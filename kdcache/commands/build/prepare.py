@@ -44,7 +44,7 @@ from kdcache.storage import redact
 from kdcache.targets import Codec
 from kdcache.tasks import TASKS
 from kdcache.teacher import EngineOptions, TeacherFiles, TeacherOptions
-from kdcache.teacher.options import check_states
+from kdcache.teacher.load import check_states
 
 _SPANS = 16
 _READ = 4096  # records of all spans
@@ -54,12 +54,6 @@ _CHARACTERS = 1 << 10  # of each of them: many beginnings are more representativ
 
 def count_ranks(corpus: Corpus, rows: RowSpec, tokenizer: object, vocab_size: int) -> bytes:
     """The rank table of a build.
-
-    Args:
-        corpus: what will be built from.
-        rows: how its records become rows.
-        tokenizer: the teacher's.
-        vocab_size: V.
 
     Returns:
         The ids that were met, the most frequent first, as little-endian uint32; empty if none was.
@@ -121,14 +115,9 @@ class Prepared:
     """What a build derives from its options before any work.
 
     Attributes:
-        spec: of the cache.
-        corpus: its files and spans.
-        rows: how records become rows.
-        tokenizer: the teacher's.
         teacher: how a worker loads the teacher.
         batch_tokens: padded tokens of a teacher batch, at most.
         find_batch: whether such a batch is tried first, and halved until it fits the GPU.
-        gpus: GPUs a worker.
         ranks: rank table of the cache; empty for none.
         token_seconds: of the teacher for a token on one worker, very roughly.
         output_layer: file of the teacher's output layer; empty for none.
@@ -406,12 +395,8 @@ def _span_bytes(
     """Bytes of corpus a span: small enough to hold in memory and to share out, few in all.
 
     Args:
-        options: of the build.
-        codec: of its targets.
-        rows: how records become rows.
         seconds: that the teacher needs for a token, roughly: no more than the spec decides it, so
             that every run of a build has the same spans.
-        total: bytes of the corpus.
     """
     if options.shard_tokens is not None:
         return options.shard_tokens * _TEXT_BYTES_A_TOKEN

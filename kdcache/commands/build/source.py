@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -48,8 +49,8 @@ from kdcache.rows.batches import batches, documents_of
 from kdcache.rows.spec import no_label
 from kdcache.targets import Hidden, TargetWriter
 from kdcache.tasks import TASKS
-from kdcache.teacher import Teacher, TeacherOptions, find_batch_tokens, peak_share
-from kdcache.teacher.encoding import Encoding
+from kdcache.teacher import Teacher, TeacherFiles, TeacherOptions, find_batch_tokens, peak_share
+from kdcache.teacher.memory import Encoding
 
 
 class Work(Protocol):
@@ -130,7 +131,6 @@ class Source(ABC, Generic[WorkT, ReadT]):
         """What a span holds.
 
         Args:
-            work: the span.
             steps: counts what is read, and raises in a stopped worker.
 
         Raises:
@@ -142,8 +142,6 @@ class Source(ABC, Generic[WorkT, ReadT]):
         """Make the shard of a span and commit it.
 
         Args:
-            work: the span.
-            read: what `read` gave.
             steps: counts the batches, and raises in a stopped worker.
             turn: entered for as long as it answers.
 
@@ -250,7 +248,7 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         self.teacher = Teacher(_encoding(options.teacher), self.spec.vocab_size)
         self._encode = Encoding(self.codec, self.spec.kept, options.teacher.temperatures)
         self.device = self.teacher.device.type
-        self.takes_turns = self.teacher.takes_turns
+        self.takes_turns = self.teacher.engine is None  # an engine is given the rows of all
         self._turn = threading.Lock()
         self._probed = False  # on rows of the corpus
         self._inside = False  # whether an engine encodes
@@ -309,7 +307,8 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         try:
             return self._ask(parts, Positions.of(rows.rows, self.spec.task), packer, steps)
         finally:
-            self.teacher.forget(parts)
+            if self.teacher.engine is not None:
+                self.teacher.engine.forget(parts)
 
     def close(self) -> None:
         """See `Source.close`."""
@@ -325,7 +324,9 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
                     "the output layer that this cache keeps is not this teacher's. Build with "
                     "another --out."
                 )
-        self._inside = self.teacher.encode_inside(self.cache.url, self._encode, rows[0])
+        if self.teacher.engine is not None:
+            self._inside = self.teacher.engine.encode_inside(self.cache.url, self._encode, rows[0])
+            self.teacher.take_clipped_mass()
         self._probed = True
 
     def _ask(self, rows: Sequence[Row], every: Positions, packer: Packer, steps: Steps) -> Answers:
@@ -334,8 +335,6 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         Args:
             rows: what the teacher reads at a time, in order.
             every: the positions of the span, which are theirs one after another.
-            packer: takes what is made.
-            steps: see `Source.answer`.
         """
         counts = [len(row.positions(self.spec.task)) for row in rows]
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -351,10 +350,11 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
 
         while waiting:
             steps.begin(len(waiting))
-            for ahead in itertools.islice(waiting, 1 + _AHEAD):
-                self.teacher.expect([rows[i] for i in ahead], keys(ahead) if self._inside else None)
+            if (engine := self.teacher.engine) is not None:
+                for ahead in itertools.islice(waiting, 1 + _AHEAD):
+                    engine.expect([rows[i] for i in ahead], keys(ahead) if self._inside else None)
+                engine.wait([rows[i] for i in waiting[0]])
             batch = waiting.popleft()
-            self.teacher.wait([rows[i] for i in batch])
             here = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
             try:
                 parts = self._run([rows[i] for i in batch], every.take(here), noise[here], packer)
@@ -374,8 +374,8 @@ class TeacherSource(TargetSource[Span, TaughtRows]):
         self, rows: Sequence[Row], positions: Positions, noise: np.ndarray, packer: Packer
     ) -> list[futures.Future[Packed]]:
         """One batch through teacher and codec."""
-        if self._inside:
-            encoded = self.teacher.encoded(rows)
+        if self._inside and self.teacher.engine is not None:
+            encoded = self.teacher.engine.encoded(rows)
             clipped = encoded.pop("clipped").sum()
             return [packer.put(encoded, clipped, positions, 0)]
         uniform, labels = (
@@ -432,9 +432,8 @@ def _encoding(options: TeacherOptions) -> TeacherOptions:
     """The same teacher, with an engine that can encode."""
     if options.engine is None:
         return options
-    from kdcache.commands.build.inside import JOINS
-
-    return replace(options, engine=replace(options.engine, encoder=JOINS))
+    joins = f"{EncodingWorker.__module__}.{EncodingWorker.__name__}"  # what vLLM imports
+    return replace(options, engine=replace(options.engine, encoder=joins))
 
 
 def counted_records(records: Iterator[Record], steps: Steps) -> Iterator[Record]:
@@ -442,3 +441,43 @@ def counted_records(records: Iterator[Record], steps: Steps) -> Iterator[Record]
     for record in records:
         steps.record()
         yield record
+
+
+class EncodingWorker:
+    """What joins vLLM's worker: it can be told to encode; see `kdcache.teacher.engine.inside`."""
+
+    @torch.inference_mode()
+    def kdcache_encode(self, url: str, folder: str, dtype: str, trust_remote_code: bool) -> Any:
+        """Begin to encode what requests name.
+
+        Args:
+            url: of the cache that is being made.
+
+        Returns:
+            The layout of the answers, or why there are none; None of a worker without last layer.
+        """
+        from kdcache.teacher.engine.head import read_head
+        from kdcache.teacher.engine.inside import Encoder, Layout
+
+        worker: Any = self
+        groups = import_module("vllm.distributed")
+        if not groups.get_pp_group().is_last_rank:
+            return None
+        pooling = import_module("vllm.model_executor.layers.pooler.tokwise")
+        pooler = getattr(worker.model_runner.model, "pooler", None)
+        pooler = getattr(pooler, "poolers_by_task", {}).get("token_embed")
+        if not isinstance(pooler, pooling.TokenPooler):
+            return f"the model has a {type(pooler).__name__} of its own"
+        files = TeacherFiles.find(folder, trust_remote_code=trust_remote_code)
+        head, cache = read_head(files, dtype), Cache.resume(url)
+        encoder = Encoder(
+            pooler.head,
+            head,
+            Encoding(cache.codec(), cache.spec.kept),
+            groups.get_tp_group(),
+        )
+        # A position of zeros: it compiles where that is done, and shows the layout.
+        zeros = torch.zeros(1, head.layer.width, device=worker.device, dtype=getattr(torch, dtype))
+        layout = Layout.of(encoder.encode(zeros, zeros[:, 0].double(), zeros[:, 0].long())[0])
+        pooler.head = encoder
+        return layout.parts

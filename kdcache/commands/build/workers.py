@@ -52,7 +52,6 @@ class Job:
 
     Attributes:
         url: the folder of shards, already created.
-        source: what makes them.
         threads: CPU threads of this worker's arithmetic.
     """
 
@@ -66,8 +65,6 @@ class SpanReport:
     """The report of a committed span.
 
     Attributes:
-        entry: its shard.
-        seconds: that it took.
         teacher_seconds: of them in the source's answers (the teacher's) and the codec; on a GPU
             until all was launched.
         truncated: documents that were cut at `max_length`.
@@ -181,13 +178,11 @@ class Outcome:
     """The outcome of a span on a worker: a report, or the error that ended it.
 
     Attributes:
-        span: which one.
         report: of the committed shard.
         error: instead of a report.
         fault: what the error was of: `span` raised it, the `worker` died or hung with the span in
             it, or the `node` went away.
         alone: the span was handed out with `alone`.
-        worker: name of the worker.
     """
 
     span: Work
@@ -205,10 +200,6 @@ class WorkerFigures:
     Attributes:
         name: host and process, such as `node7:4711`.
         since: `time.perf_counter()` when it was ready.
-        spans: that it committed.
-        positions: in them.
-        teacher_seconds: in its teacher, for them.
-        in_flight: the spans that it has.
     """
 
     name: str

@@ -14,16 +14,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from kdcache.cache import ShardEntry
 from kdcache.cache.generated import GeneratedCorpus, GeneratedSpec
 from kdcache.commands.build.build import build, check_made
 from kdcache.commands.build.driver import Progress
-from kdcache.commands.build.make import BuildResult, ShardPlan, make_shards
+from kdcache.commands.build.make import BuildResult, ShardPlan, ShardsResult, make_shards
 from kdcache.commands.build.packer import Steps
 from kdcache.commands.build.prepare import (
     across_nodes,
@@ -34,24 +36,26 @@ from kdcache.commands.build.prepare import (
     warn_of_repeated_files,
     warn_of_small_files,
 )
+from kdcache.commands.build.source import Source, SpanRead, Turn, counted_records
 from kdcache.commands.generate.options import GenerateOptions, SamplingOptions
-from kdcache.commands.generate.source import WriterSourceOptions, read_prompts
 from kdcache.commands.row_options import (
     DEFAULT_LENGTH,
     as_written,
     longest,
     set_chat_template,
 )
-from kdcache.corpus import Span, named
+from kdcache.corpus import Corpus, ReadStats, Span, named
 from kdcache.errors import UsageError
 from kdcache.files import try_output
 from kdcache.pretrained import UnreadableError, generation_ends, tokenizer_files, tokenizer_sha256
 from kdcache.rows import RowSpec
 from kdcache.rows.ids import check_tokenizer
+from kdcache.rows.prompts import PromptEncoder
 from kdcache.rows.spec import Sampling
 from kdcache.storage import open_storage, redact
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import TeacherFiles, TeacherOptions
+from kdcache.teacher.writer import Writer, Writes
 
 logger = logging.getLogger(__name__)
 
@@ -59,46 +63,25 @@ _BATCH_TOKENS = {"cpu": 1 << 14, "gpu": 1 << 17}
 _TEXT_BYTES_A_TOKEN = 4
 
 
-@dataclass(frozen=True)
-class GenerateResult:
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult(ShardsResult):
     """The outcome of a generation.
 
     Attributes:
-        corpus: where it is.
-        spans: its shards.
-        made: how many of them this run made.
-        redone: attempts at them that did not end in a shard and were made again.
-        workers_lost: workers that died, hung or went with their node.
-        prompts: in the whole corpus.
-        answers: in the whole corpus.
         tokens: that were written, in the whole corpus.
         stopped: answers that ended by themselves; the others had no room left.
         nats: mean of minus the log-probability of a token that was drawn, at temperature 1.
-        bytes: of all shards.
-        skipped: records that were left out: empty, or broken with `on_error="skip"`.
-        filtered: records that filters left out; None where there are no filters.
-        seconds: wall time of this run.
-        model_seconds: of it in the model, summed over workers.
-        missing: shards that other parts have yet to make; counts are then those of this run.
+        model_seconds: of this run in the model, summed over workers.
         cache: of the corpus, where one was asked for.
     """
 
     corpus: str
-    spans: int
-    made: int
-    redone: int
-    workers_lost: int
     prompts: int
     answers: int
     tokens: int
     stopped: int
     nats: float
-    bytes: int
-    skipped: int
-    seconds: float
     model_seconds: float
-    missing: int = 0
-    filtered: int | None = None
     cache: BuildResult | None = None
 
 
@@ -111,7 +94,6 @@ def generate(
     """Have a model answer prompts, or finish an interrupted generation.
 
     Args:
-        options: which model, which prompts, and how.
         on_progress: called in this thread, a few times a second at most.
         report: takes a line about what is done before the first progress.
 
@@ -125,25 +107,17 @@ def generate(
         try_output(options.cache, "--cache")
     plan = functools.partial(plan_of, options)
     made = make_shards(plan, options.out, options, on_progress, report)
-    driver, shards = made.driver, made.shards
+    shards = made.shards
     answers = sum(s.rows for s in shards)
     result = GenerateResult(
+        **made.figures(),
         corpus=redact(options.out),
-        spans=made.store.spec.spans,
-        made=len(driver.made),
-        redone=driver.redone,
-        workers_lost=driver.lost,
         prompts=answers // options.samples,
         answers=answers,
         tokens=made.positions,
         stopped=sum(s.stopped or 0 for s in shards),
         nats=sum(s.label_nats or 0.0 for s in shards) / max(1, made.positions),
-        bytes=sum(s.bytes for s in shards),
-        skipped=sum(s.skipped for s in shards),
-        seconds=made.seconds,
-        model_seconds=driver.teacher_seconds,
-        missing=made.missing,
-        filtered=made.filtered,
+        model_seconds=made.driver.teacher_seconds,
     )
     if options.cache is None:
         return result
@@ -275,23 +249,111 @@ def _same_prompts(
 
 
 @dataclass(frozen=True)
+class WriterSourceOptions:
+    """Prompts, and the model that answers them.
+
+    Attributes:
+        rows: how records become prompts.
+        batch_tokens: tokens of prompts and answers in a batch, at most.
+    """
+
+    rows: RowSpec
+    model: TeacherOptions
+    batch_tokens: int
+
+    def open(self, url: str) -> WriterSource:
+        """Load the model."""
+        return WriterSource(self, GeneratedCorpus.resume(url))
+
+
+@dataclass(kw_only=True)
+class Prompts(SpanRead):
+    """The prompts of a span."""
+
+    ids: Sequence[npt.NDArray[np.int32]]
+
+
+class WriterSource(Source[Span, Prompts]):
+    """A loaded model that answers the prompts of a corpus."""
+
+    def __init__(self, options: WriterSourceOptions, corpus: GeneratedCorpus) -> None:
+        self.options, self.corpus, spec = options, corpus, corpus.spec
+        self.tokenizer: Any = corpus.tokenizer()
+        self.batch_tokens = options.batch_tokens
+        shared = {
+            "vocab_size": spec.vocab_size,
+            "ends": spec.ends,
+            "tokenizer": self.tokenizer,
+        }
+        self.writer: Writes
+        if options.model.engine is not None:
+            from kdcache.teacher.engine.model import EngineWriter
+
+            self.writer = EngineWriter(options.model, spec.drawn, **shared)
+        else:
+            self.writer = Writer(
+                options.model, spec.drawn, **shared, batch_tokens=options.batch_tokens
+            )
+        self.device, self.takes_turns = self.writer.device.type, self.writer.takes_turns
+
+    def read(self, work: Span, steps: Steps) -> Prompts:
+        """See `Source.read`."""
+        return read_prompts(self.corpus, self.options.rows, self.tokenizer, work, steps)
+
+    def make(self, work: Span, read: Prompts, steps: Steps, turn: Turn) -> ShardEntry:
+        """See `Source.make`."""
+
+        def done(tokens: int) -> None:
+            if tokens:
+                steps.batch(tokens)
+            steps()
+
+        with turn():
+            steps.begin(len(read.ids) * self.corpus.spec.drawn.samples)
+            answers = self.writer.write(work.index, read.ids, done)
+        steps()
+        return self.corpus.commit(
+            work.index,
+            read.ids,
+            answers,
+            self.tokenizer,
+            skipped=read.skipped,
+            filtered=read.filtered,
+        )
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self.writer.close()
+
+
+def read_prompts(
+    corpus: GeneratedCorpus, rows: RowSpec, tokenizer: Any, span: Span, steps: Steps
+) -> Prompts:
+    """The prompts of a span."""
+    spec, stats = corpus.spec, ReadStats()
+    longest = max(1, spec.max_length - spec.drawn.max_new_tokens)
+    encoder = PromptEncoder(rows, tokenizer, longest, spec.prompt_tokens)
+    records = Corpus.read(
+        span, columns=rows.columns, on_error=rows.on_error, stats=stats, progress=steps
+    )
+    ids = [row.input_ids for row in encoder.encode(counted_records(records, steps))]
+    return Prompts(
+        ids=ids,
+        skipped=stats.skipped + encoder.skipped + encoder.empty,
+        filtered=stats.filtered if span.reading.filters else None,
+        reasons=(*stats.reasons, *encoder.stats.reasons),
+    )
+
+
+@dataclass(frozen=True)
 class GenerateDryRun:
     """What a generation would write.
 
     Attributes:
-        corpus: where.
         state: what is there now: "nothing", "this generation" or "another generation".
-        model: its name.
-        files: of the prompts.
-        spans: shards.
         done: of them there already.
         prompts: in a sample of the prompts' files.
         prompt_tokens: mean tokens of a prompt of the sample.
-        max_new_tokens: of an answer.
-        samples: of each prompt.
-        device: what the workers would compute on.
-        dtype: what they would compute in.
-        fingerprint: of the spec.
     """
 
     corpus: str

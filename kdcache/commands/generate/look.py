@@ -54,7 +54,6 @@ class GeneratedView(InspectResult):
         seen: answers of which the next two are shares.
         repeated: share of answers that another prompt or sample got, too.
         looping: share of answers that end in one stretch four times.
-        samples: some answers.
     """
 
     stopped: int

@@ -52,11 +52,6 @@ class Fidelity:
     are sure of the same id at every position, as at a low temperature.
 
     Attributes:
-        temperature: T.
-        noise: E ||t - p||^2.
-        bias: ||E t - p||^2.
-        mass: the teacher's probability on the ids that a target names.
-        missed: the sum of |E t - p|; of scores by their standard deviation.
         angle: between the gradients by all logits of all positions, in degrees.
         norm_ratio: length of the targets' gradient by that of the full distribution.
         mean_angle: between the gradients summed over positions, in degrees.
@@ -92,11 +87,8 @@ class FullGradient:
         """Make the stand-in student.
 
         Args:
-            logits: the teacher's, [n, V].
-            temperature: T.
             generator: of the CPU, where the student's noise comes from.
             student: FAR or NEAR.
-            answers: what the teacher's answers are over.
         """
         self.answers, self.independent = answers, INDEPENDENT.get(answers)
         self.logits = logits.float().clone()

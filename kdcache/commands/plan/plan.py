@@ -293,7 +293,6 @@ def plan(options: PlanOptions, *, report: Report | None = None) -> PlanResult:
     """Measure a grid of codecs on a sample of the corpus.
 
     Args:
-        options: what to plan.
         report: called with a line on the current step.
 
     Raises:

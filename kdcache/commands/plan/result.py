@@ -38,8 +38,6 @@ class PlannedCache:
     """One codec with one set of declared temperatures.
 
     Attributes:
-        codec: its canonical text.
-        temperatures: the declared ones.
         entries: stored a position (for `dense` all ids).
         bytes_per_position: of the targets, on disk.
         row_bytes_per_position: of the rows themselves, on disk: the same for every codec.
@@ -50,7 +48,6 @@ class PlannedCache:
         hours: of building the whole corpus, by number of workers.
         break_even: students from which on a cache costs less time than the teacher online; None
             where it never does.
-        fidelity: at each declared temperature.
     """
 
     codec: str
@@ -72,10 +69,7 @@ class PlanResult:
     """The outcome of a plan.
 
     Attributes:
-        teacher: the teachers' names.
-        task: one of `kdcache.tasks.TASKS`.
         vocab_size: ids or classes of a target.
-        rows: in the sample.
         positions: in the sample.
         compared_positions: of them, compared with the full distribution.
         corpus_positions: in the whole corpus, estimated.
@@ -85,8 +79,6 @@ class PlanResult:
         clipped_mass: mean probability that it gives to ids outside the vocabulary.
         shards: of the whole cache.
         advice: which codec to take and what it costs, then which for other purposes.
-        caches: the grid.
-        plot: where the plot is, or None.
         filtered: about the share of records that filters leave out; None where there are none.
         domains: of the corpus, where it has names: files, bytes, spans and positions of each.
     """
@@ -115,8 +107,6 @@ def break_even(teacher: float, encode: float, read: float) -> float | None:
 
     Args:
         teacher: seconds a position of its forward, and, by assumption, of a student's step.
-        encode: of the codec.
-        read: of reading and decoding.
     """
     waiting = max(0.0, read - teacher)
     return (teacher + encode) / (teacher - waiting) if waiting < teacher else None
@@ -140,8 +130,6 @@ def advice(caches: Sequence[PlannedCache], positions: int, device: str = "cpu") 
     """What to take of a plan's grid, which is not empty, and what that costs; then the others.
 
     Args:
-        caches: the grid.
-        positions: of the whole corpus.
         device: kind of device that the teacher ran on.
     """
     (first, purpose), *others = recommended(caches, positions)
@@ -204,14 +192,7 @@ def _rank(cache: PlannedCache, positions: int) -> tuple[float, float]:
 
 
 def plot_plan(path: str, caches: Sequence[PlannedCache], *, title: str, positions: int) -> None:
-    """Draw squared error, and the angle of the mean gradient, against bytes per position.
-
-    Args:
-        path: the PNG file.
-        caches: a plan's grid.
-        title: above the plot.
-        positions: that were compared.
-    """
+    """Draw squared error, and the angle of the mean gradient, against bytes per position."""
     # Side by side, drawn targets look worse than they are: only a bias is left after many steps.
     kinds = {cache.codec.partition(":")[0] for cache in caches}
     both = "topk" in kinds and kinds & {"sample", "anchored"} != set()

@@ -35,10 +35,6 @@ class DomainEstimate:
     """A named corpus, and about how large it is.
 
     Attributes:
-        name: of the domain.
-        files: of it.
-        bytes: of these files.
-        spans: shards of the cache.
         positions: about so many.
         filtered: about the share of records that filters leave out; None where there are none.
     """
@@ -53,16 +49,17 @@ class DomainEstimate:
 
 @dataclass
 class _Domain:
-    """What was read of a domain: see also the attributes of `CorpusSample`.
+    """What was read of a domain.
 
     Attributes:
+        unfiltered: records of its files that those read stand for, before filters.
+        positions: in all rows of these records.
         stored: bytes that the records take in their files.
         looked: bytes of the spans that were looked into.
         kept: of these, in proportion to the records that filters keep.
         empty: of these, in spans of which filters keep nothing.
     """
 
-    records: int = 0
     unfiltered: float = 0.0
     positions: int = 0
     stored: float = 0.0
@@ -81,11 +78,8 @@ class CorpusSample:
     """Some rows of a corpus, their origin, and the estimated size of the whole.
 
     Attributes:
-        rows: the sample.
         origins: span, and number of the row in it, of each.
         records: read for it; more than the rows need, where a row is a small part of a record.
-        unfiltered: records of the files that these stand for, before filters.
-        positions: in all rows of these records.
         corpus_positions: estimate of the positions in the whole corpus.
         filtered: about the share of records that filters leave out; None where there are none.
         domains: the same of each domain, where corpora have names.
@@ -94,8 +88,6 @@ class CorpusSample:
     rows: list[Row] = field(default_factory=list)
     origins: list[tuple[int, int]] = field(default_factory=list)
     records: int = 0
-    unfiltered: float = 0.0
-    positions: int = 0
     corpus_positions: int = 0
     filtered: float | None = None
     domains: tuple[DomainEstimate, ...] = ()
@@ -105,9 +97,6 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
     """Take about `rows` rows, spread over the corpus.
 
     Args:
-        corpus: where from.
-        spec: how records become rows.
-        tokenizer: the teacher's.
         rows: how many are wanted; there are fewer only where the corpus has fewer.
 
     Raises:
@@ -130,7 +119,7 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
         found = list(make_encoder(spec, tokenizer).encode(part.records, span=span.index))
         domain = read.setdefault(span.file.domain, _Domain())
         domain.positions += sum(len(row.positions(spec.task)) for row in found)
-        domain.records += len(part.records)
+        sample.records += len(part.records)
         domain.unfiltered += len(part.records) / (part.passed or 1)
         domain.stored += _stored(part)
         if part.read + part.filtered:
@@ -146,9 +135,6 @@ def sample_rows(corpus: Corpus, spec: RowSpec, tokenizer: Any, rows: int) -> Cor
             "no row could be made of the first records of the corpus: nothing to plan with. Look "
             "at its text column and at --filter, or name another --corpus."
         )
-    sample.positions = sum(domain.positions for domain in read.values())
-    sample.records = sum(domain.records for domain in read.values())
-    sample.unfiltered = sum(domain.unfiltered for domain in read.values())
     estimates = {name: _estimate(corpus, name, domain) for name, domain in read.items()}
     sample.corpus_positions = sum(estimate.positions for estimate in estimates.values())
     if corpus.settings.get("filters"):
@@ -172,9 +158,7 @@ def _estimate(corpus: Corpus, name: str | None, read: _Domain) -> DomainEstimate
     spans = sum(stretch["spans"] for stretch in corpus.domains if stretch["name"] == name)
     # What was read is certain.
     positions = max(round(positions), read.positions)
-    filtered = None
-    if corpus.settings.get("filters"):
-        filtered = read.filtered
+    filtered = read.filtered if corpus.settings.get("filters") else None
     return DomainEstimate(name or "", len(files), size, spans, positions, filtered)
 
 

@@ -101,14 +101,13 @@ class Writer:
             )
         self.saved, self.tokenizer, self.task = saved, saved.tokenizer, task
         set_languages(self.tokenizer, source_lang, target_lang)
-        (self.model,) = load_models(saved.loading(task, dtype=dtype, device=device))
+        loading = saved.loading(task, dtype=dtype, device=device)
+        (self.model,) = load_models(loading)
         says = self.model.generation_config
         plain = type(says)()
         for setting in filter(says.to_dict().__contains__, _SEARCH):
             setattr(says, setting, getattr(plain, setting, None))
-        width = saved.vocab_size(task)
-        name = saved.who
-        self._probe = TeacherModel(self.model, name, task=task, vocab_size=width, dtype=dtype)
+        self._probe = TeacherModel(self.model, saved.who, loading, saved.vocab_size(task))
         self._probed = False
         bounds = [max_source_length, saved.files.source_reach]
         self._source_length = min([1 << 20, *(bound for bound in bounds if bound is not None)])

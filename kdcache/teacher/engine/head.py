@@ -65,8 +65,6 @@ class Head:
 
         Args:
             states: float [n, D], on the device and in the dtype of the product.
-            vocab_size: width of the logits: columns beyond it are cut off.
-            keep: whether slices carry their states.
 
         Yields:
             Slices, and float32 [n], the probability that each position gives to what is cut off.
@@ -84,10 +82,6 @@ class Head:
 
 def read_head(files: TeacherFiles, dtype: str) -> Head:
     """Read what follows a model's layers.
-
-    Args:
-        files: a causal language model.
-        dtype: that it computes in.
 
     Raises:
         UsageError: it cannot be shown that these are all, and how they make logits.

@@ -1,6 +1,6 @@
 """The codec inside the engine: what leaves it of a position is what a cache keeps, no state.
 
-vLLM lets a class of ours join its worker (`kdcache.commands.build.inside`). Once a build asks, that
+vLLM lets a class of ours join its worker (`EncodingWorker`). Once a build asks, that
 class reads output layer and codec in each worker, and an `Encoder` takes the place of what follows
 the pooling of states: a request that names positions, their noise and their labels is answered by
 one tensor of bytes, a line a position (`Layout`). All other requests are answered by states as
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.teacher.encoding import Encoding
 from kdcache.teacher.engine.head import Head
+from kdcache.teacher.memory import Encoding
 
 KNOWN = ("0.32.",)
 """Beginnings of the versions whose worker has the seams that this module uses."""
@@ -43,13 +43,7 @@ Key: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 def request(positions: np.ndarray, u: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What a row's request states besides its ids.
-
-    Args:
-        positions: integers [n], of the row's tokens.
-        u: float64 [n], the codec's noise.
-        labels: integers [n].
-    """
+    """What a row's request states besides its ids: numbers [n] of some of its positions."""
     parts = zip((positions, u, labels), _KINDS, strict=True)
     return {_FIELD: [part.astype(kind).tobytes() for part, kind in parts]}
 

@@ -1,4 +1,4 @@
-"""A language model in an engine: rows in, logits of the requested positions out.
+"""A language model in an engine: rows in, logits of the requested positions out; or it writes.
 
 The engine gives the last hidden state of every token; the output layer, read from the model's
 files, makes logits of them here, a slice at a time. Rows that are announced (`expect`) are in the
@@ -8,31 +8,49 @@ Cost: the engine, and one product with the output layer a position that is reque
 for the states of the rows that were announced.
 Guarantee: see `probe`; against another implementation of the model, `kdcache verify --engine
 transformers` compares.
+
+When it writes, each answer is a request of its own, with a seed of (seed, span, prompt, sample).
+All requests of a span are in the engine at once, and those of both spans of a worker, so it is
+never short of work. vLLM draws by the request's seed; its logits, and so now and then a token, move
+with the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
+from kdcache.rows.spec import Answer, Sampling
 from kdcache.targets import OutputLayer
 from kdcache.targets.device import label_logprobs
 from kdcache.tasks import CAUSAL_LM
-from kdcache.teacher.encoding import Encoding
 from kdcache.teacher.engine.head import check_normed, read_head
 from kdcache.teacher.engine.inside import Key, Layout, request
 from kdcache.teacher.engine.process import Engine
 from kdcache.teacher.files import TeacherFiles
-from kdcache.teacher.memory import Slice
-from kdcache.teacher.options import TeacherOptions
+from kdcache.teacher.load import TeacherOptions
+from kdcache.teacher.memory import Encoding, Slice
 from kdcache.teacher.probe import TOLERANCES, check_causal, check_steady, distance, probe_rows
+from kdcache.teacher.writer import noise
+
+
+def _found(options: TeacherOptions) -> TeacherFiles:
+    """The files of the one model, as it was planned with."""
+    (name,) = options.names
+    files = TeacherFiles.find(name, trust_remote_code=options.trust_remote_code, role=options.role)
+    files.check_whole("--engine vllm")
+    for sha256 in options.identities:
+        files.check_same(sha256)
+    return files
 
 
 class EngineModel:
@@ -48,15 +66,9 @@ class EngineModel:
         """Start the engine.
 
         Args:
-            options: which model, and how.
             vocab_size: width of the logits to give: output columns beyond it are cut off.
         """
-        assert options.engine is not None, "an engine was asked for"
-        (name,) = options.names
-        files = TeacherFiles.find(name, trust_remote_code=options.trust_remote_code)
-        files.check_whole("--engine vllm")
-        for sha256 in options.identities:
-            files.check_same(sha256)
+        files = _found(options)
         self.name = files.name
         self._head = read_head(files, options.dtype)
         self.layer: OutputLayer | None = None
@@ -68,23 +80,24 @@ class EngineModel:
         self.device = torch.device("cpu" if options.device == "cpu" else "cuda")
         self.clipped_mass = torch.zeros((), device=self.device)
         self._dtype: torch.dtype = getattr(torch, options.dtype)
-        quantised = (
-            getattr(files.config, "quantization_config", None) or options.engine.quantization
-        )
+        own = getattr(files.config, "quantization_config", None)
+        quantised = own or (options.engine and options.engine.quantization)
         self._tolerance = TOLERANCES["bfloat16" if quantised else options.dtype]
         self._asked: dict[int, Future[Tensor]] = {}
         self._layout: Layout | None = None
         self._which = (files.folder, options.dtype, options.trust_remote_code)
-        self._engine = Engine(
-            files.folder,
-            options.engine,
-            dtype=options.dtype,
-            gpu=self.device.type == "cuda",
-            trust_remote_code=options.trust_remote_code,
-        )
+        self._engine = Engine(files.folder, options)
 
+    @torch.inference_mode()
     def encode_inside(self, url: str, encoding: Encoding, row: Row) -> bool:
-        """Have the engine encode, if it can; see `Teacher.encode_inside`."""
+        """Have the engine encode for the cache that is made at `url`, if it can; see `encoded`.
+
+        Args:
+            encoding: what is kept there, and is compared with what the engine encodes.
+
+        Raises:
+            UsageError: the engine encodes something else than its states.
+        """
         self._layout = self._engine.encode(url, *self._which)
         if self._layout is None:
             return False
@@ -108,7 +121,6 @@ class EngineModel:
         """Have the engine begin with rows that are requested later.
 
         Args:
-            rows: what is asked.
             keys: noise and labels of the positions of each, for `encoded`; None for `slices`.
         """
         for i, row in enumerate(rows):
@@ -190,3 +202,76 @@ class EngineModel:
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.close()
+
+
+_WAIT = 1.0  # seconds between two looks at whether the worker is stopped
+
+
+class EngineWriter:
+    """A model that vLLM runs, which writes."""
+
+    takes_turns = False
+
+    def __init__(
+        self,
+        options: TeacherOptions,
+        how: Sampling,
+        *,
+        vocab_size: int,
+        ends: Sequence[int],
+        tokenizer: Any,
+    ) -> None:
+        """Start the engine; see `Writer` for the arguments."""
+        files = _found(options)
+        self.device = torch.device("cpu" if options.device == "cpu" else "cuda")
+        self._engine = Engine(files.folder, options, writes=True)
+        self._how = how
+        self._asked = {
+            "temperature": how.temperature,
+            "top_p": how.top_p,
+            "top_k": how.top_k,
+            "min_p": how.min_p,
+            "max_tokens": how.max_new_tokens,
+            "stop": list(how.stop),
+            "stop_token_ids": list(ends),
+            "logprobs": 0,  # of the token that is drawn
+            "detokenize": bool(how.stop),
+        }
+        # Ids that pad the output layer are never drawn.
+        if vocab_size < int(files.config.get_text_config().vocab_size):
+            self._asked["allowed_token_ids"] = list(range(vocab_size))
+
+    def close(self) -> None:
+        """See `Writes.close`."""
+        self._engine.close()
+
+    def write(
+        self, span: int, prompts: Sequence[npt.NDArray[np.int32]], done: Callable[[int], None]
+    ) -> list[Answer]:
+        """See `Writes.write`."""
+        asked = [
+            self._engine.continue_(prompt.tolist(), **self._asked, seed=self._seed(span, i, k))
+            for i, prompt in enumerate(prompts)
+            for k in range(self._how.samples)
+        ]
+        left: set[Future[Any]] = set(asked)
+        try:
+            while left:
+                ended, left = wait(left, _WAIT, FIRST_COMPLETED)
+                for one in ended:
+                    done(len(one.result().outputs[0].token_ids))
+                done(0)
+            return [_answer(one.result().outputs[0]) for one in asked]
+        finally:
+            for one in left:
+                one.cancel()
+
+    def _seed(self, span: int, prompt: int, sample: int) -> int:
+        return int(noise(self._how.seed, span, prompt, sample, 0) * 2.0**53)
+
+
+def _answer(found: Any) -> Answer:
+    ids = np.array(found.token_ids, np.int32)
+    logprobs = [each[int(i)].logprob for i, each in zip(ids, found.logprobs, strict=True)]
+    stopped = found.finish_reason == "stop"
+    return Answer(ids, np.array(logprobs, np.float32), "stop" if stopped else "length")

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kdcache.cluster import OWN_SHARE, lending_ray, python
 from kdcache.errors import IncompleteError, UsageError, reason_of, require
-from kdcache.teacher.options import EngineOptions
+from kdcache.teacher.load import EngineOptions, TeacherOptions
 
 if TYPE_CHECKING:
     from kdcache.teacher.engine.inside import Layout
@@ -120,7 +120,6 @@ def encodes(args: Mapping[str, Any], version: str) -> bool:
 
     Args:
         args: of the engine; `encode_inside=false` asks for states.
-        version: of vLLM.
 
     Raises:
         UsageError: it should, in a version that is not known.
@@ -148,21 +147,14 @@ class Engine:
     def __init__(
         self,
         folder: Path,
-        options: EngineOptions,
+        options: TeacherOptions,
         *,
-        dtype: str,
-        gpu: bool,
-        trust_remote_code: bool,
         writes: bool = False,
     ) -> None:
         """Start it and wait until it is ready.
 
         Args:
-            folder: the model's.
-            options: how it runs.
-            dtype: that it computes in.
-            gpu: whether on GPUs: all that it needs are visible.
-            trust_remote_code: whether code that ships with the model may run.
+            options: how it runs; all GPUs that it needs are visible.
             writes: whether it writes text, instead of giving states.
 
         Raises:
@@ -170,16 +162,17 @@ class Engine:
                 model or an argument.
             TeacherDied: it did not start.
         """
-        version = engine_version()
-        if options.version not in (None, version):
+        version, how = engine_version(), options.engine
+        assert how is not None, "an engine was asked for"
+        if how.version not in (None, version):
             raise UsageError(
-                f"this worker has vLLM {version}, the build was planned with {options.version}. "
+                f"this worker has vLLM {version}, the build was planned with {how.version}. "
                 "Install the same version everywhere."
             )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        inside = options.encoder is not None and encodes(options.args, version)
-        self._encoder = options.encoder if inside else None
+        inside = how.encoder is not None and encodes(how.args, version)
+        self._encoder = how.encoder if inside else None
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._guard = Guard()
@@ -189,9 +182,9 @@ class Engine:
         self._thread.start()
         self._llm: Any = None
         try:
-            with lending_ray() if options.over_ray else nullcontext():
+            with lending_ray() if how.over_ray else nullcontext():
                 self._llm, self._params = self._run(
-                    _start(folder, options, dtype, gpu, trust_remote_code, writes, self._encoder)
+                    _start(folder, options, how, writes, self._encoder)
                 ).result()
         except (ValueError, TypeError, NotImplementedError) as error:
             self.close()
@@ -234,7 +227,6 @@ class Engine:
         """Have a row computed.
 
         Args:
-            ids: its tokens.
             encoded: number and `request` of the positions of which columns are wanted, not states.
 
         Returns:
@@ -247,17 +239,13 @@ class Engine:
         """Have a prompt continued.
 
         Args:
-            ids: its tokens.
             how: of vLLM's `SamplingParams`.
 
         Returns:
-            vLLM's `CompletionOutput`, later; `TeacherDied` if the engine ends.
+            vLLM's `RequestOutput`, later; `TeacherDied` if the engine ends.
         """
-        return self._run(self._continue(list(ids), how))
-
-    async def _continue(self, ids: list[int], how: dict[str, Any]) -> Any:
         params = import_module("vllm").SamplingParams(**how)
-        return (await self._last("generate", ids, params)).outputs[0]
+        return self._run(self._last("generate", list(ids), params))
 
     async def _last(self, what: str, ids: list[int], params: Any) -> Any:
         """The last answer of the engine to a request."""
@@ -314,33 +302,27 @@ async def _cancel_others() -> None:
 
 
 async def _start(
-    folder: Path,
-    options: EngineOptions,
-    dtype: str,
-    gpu: bool,
-    trust_remote_code: bool,
-    writes: bool,
-    encoder: str | None,
+    folder: Path, options: TeacherOptions, how: EngineOptions, writes: bool, encoder: str | None
 ) -> Any:
     """The engine and the parameters of its requests."""
-    vllm = import_module("vllm")
+    vllm, gpu = import_module("vllm"), options.device != "cpu"
     settings: dict[str, Any] = {"disable_log_stats": True, "skip_tokenizer_init": True}
-    if options.gpus > 1:
+    if how.gpus > 1:
         settings["distributed_executor_backend"] = "mp"  # inside one Ray worker
     settings["gpu_memory_utilization"] = _MEMORY["gpu" if gpu else "cpu"]
     if not gpu:
         settings["enforce_eager"] = True  # else it looks for a C++ compiler
-    settings |= {name: value for name, value in options.args.items() if name != "encode_inside"}
+    settings |= {name: value for name, value in how.args.items() if name != "encode_inside"}
     if encoder is not None:
         settings["worker_extension_cls"] = encoder
     settings |= {
         "model": str(folder.absolute()),
-        "dtype": dtype,
-        "max_model_len": options.max_length,
-        "tensor_parallel_size": options.tensor_parallel,
-        "pipeline_parallel_size": options.pipeline_parallel,
-        "quantization": options.quantization,
-        "trust_remote_code": trust_remote_code,
+        "dtype": options.dtype,
+        "max_model_len": how.max_length,
+        "tensor_parallel_size": how.tensor_parallel,
+        "pipeline_parallel_size": how.pipeline_parallel,
+        "quantization": how.quantization,
+        "trust_remote_code": options.trust_remote_code,
     }
     if writes:
         # Texts that end an answer are found in text.
