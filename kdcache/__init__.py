@@ -66,11 +66,11 @@ if TYPE_CHECKING:
     from kdcache.commands.plan.result import PlanResult
     from kdcache.commands.predict.predict import PredictResult, predict
     from kdcache.commands.report.report import ReportResult, report
+    from kdcache.commands.run_folder import TrainResult
     from kdcache.commands.share import ShareResult, pull, push
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.sweep.sweep import sweep
     from kdcache.commands.train.options import TrainOptions
-    from kdcache.commands.train.result import TrainResult
     from kdcache.commands.train.train import train
     from kdcache.commands.transcode import transcode
     from kdcache.commands.upkeep import GcResult, RepairResult, gc, repair

@@ -12,8 +12,8 @@ from typing import Any
 
 from loaded import CONTEXT
 
+from kdcache.commands.run_folder import TrainProgress, TrainResult
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainProgress, TrainResult
 
 _DEADLINE = 120.0
 

@@ -22,12 +22,11 @@ from kdcache.commands.export import ExportResult, export
 from kdcache.commands.finetune.finetune import FinetuneResult, finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.options import ExportOptions, GcOptions, RepairOptions
-from kdcache.commands.run_folder import RESULT_FILE, SCRATCH
+from kdcache.commands.run_folder import RESULT_FILE, SCRATCH, TrainResult
 from kdcache.commands.sweep.sweep import SWEEP_FILE
 from kdcache.commands.sweep.sweep import _read_manifest as read_sweep
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainResult
 from kdcache.commands.upkeep import gc, repair
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.files import LOCK_FILE, alone, clear, filled_folder, write_json

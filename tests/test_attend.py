@@ -40,7 +40,7 @@ from kdcache.loss import distillation_loss
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import documents_of, runs
 from kdcache.stream.batch import collate
-from kdcache.student.documents import in_one_row
+from kdcache.student.padding import in_one_row
 from kdcache.student.wrapper import DistilledStudent
 from kdcache.targets import Codec, DenseTargets, SoftTargets
 from kdcache.tasks import CAUSAL_LM, IGNORE

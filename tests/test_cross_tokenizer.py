@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from kdcache import BuildOptions, Cache, EvaluateOptions, TrainOptions, build, evaluate, train
 from kdcache.commands.demo.teacher import make_tokenizer
-from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.run_folder import TrainProgress
 from kdcache.errors import UsageError
 from kdcache.loss import chunk_loss, distillation_loss
 from kdcache.stream import Collator, TargetDataset, TargetStream, cross

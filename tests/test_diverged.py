@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, Trainer
 
 from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.train.callbacks import read_metrics
+from kdcache.commands.run_folder import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError

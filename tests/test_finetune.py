@@ -39,9 +39,9 @@ from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.finetune.finetune import FinetuneResult, finetune
 from kdcache.commands.finetune.finetune import _first as first_tensors
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.finetune.rows import class_weights
 from kdcache.commands.finetune.trainer import _weighted_loss as weighted_loss
-from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.finetune.trainer import class_weights
+from kdcache.commands.run_folder import TrainProgress
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.rows import Row
 from kdcache.tasks import IGNORE

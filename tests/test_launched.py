@@ -16,9 +16,8 @@ import pytest
 from launched import Ended, free_port, launch, srun
 from make_caches import make_cache
 
-from kdcache.commands.train.launcher import Launched, first_host
-from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.run_folder import TrainProgress
+from kdcache.commands.train.options import Launched, TrainOptions, first_host
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
 

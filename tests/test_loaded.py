@@ -15,7 +15,7 @@ ASKED_FOR = {
     *("kdcache.align", "kdcache.stream.cross", "kdcache.stream.text"),
     *("kdcache.rows.chats", "kdcache.rows.pairs", "kdcache.rows.masked", "kdcache.rows.ids"),
     *("kdcache.rows.words", "kdcache.rows.labels"),
-    *("kdcache.student.bilstm", "kdcache.student.adapter", "kdcache.student.documents"),
+    *("kdcache.student.bilstm", "kdcache.student.adapter"),
     *("kdcache.teacher.adapter", "kdcache.teacher.engine", "kdcache.teacher.remote"),
     *("kdcache.storage.remote", "kdcache.storage.filesystem"),
     "kdcache.corpus.tables",

@@ -25,8 +25,8 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.options import EvaluateOptions
+from kdcache.commands.run_folder import read_metrics
 from kdcache.commands.sweep.grid import Grid
-from kdcache.commands.train.callbacks import read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.domains import Named, Weights

@@ -19,8 +19,8 @@ from kdcache.cli.main import cli
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.demo.demo import DemoResult
+from kdcache.commands.run_folder import TrainResult
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainResult
 from kdcache.tasks import TASKS
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,9 +14,9 @@ from matplotlib.transforms import Bbox
 
 from kdcache.commands.evaluate.scores import EvaluateResult, plot_evaluation
 from kdcache.commands.evaluate.scores import charts_of as evaluation_charts
+from kdcache.commands.run_folder import TrainResult
 from kdcache.commands.train.card import charts_of as run_charts
 from kdcache.commands.train.card import plot_run
-from kdcache.commands.train.result import TrainResult
 from kdcache.metrics import Bin, ModelScores
 from kdcache.plots import Chart, Cloud, Level, Line, Panel, draw_charts, draw_clouds, plot_charts
 

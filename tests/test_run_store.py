@@ -23,8 +23,8 @@ from small_runs import metrics, without_times
 from test_launched import BILSTM, stop_at_6
 from test_object_storage import BUCKET, proxy, server  # noqa: F401
 
+from kdcache.commands.run_folder import TrainProgress
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.storage import filesystem, open_storage

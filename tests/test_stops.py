@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from small_runs import metrics
 
 from kdcache.cli.main import cli
+from kdcache.commands.run_folder import TrainProgress, TrainResult
 from kdcache.commands.train import run as run_module
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import LOCK_FILE, alone

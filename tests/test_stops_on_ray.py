@@ -20,10 +20,10 @@ from make_caches import make_cache
 
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.options import SweepOptions
+from kdcache.commands.run_folder import TrainProgress
 from kdcache.commands.sweep.sweep import SweepProgress, sweep
 from kdcache.commands.train import on_ray
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError
 from kdcache.student.checkpoints import last_checkpoint

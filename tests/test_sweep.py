@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 from kdcache.cli.main import cli
 from kdcache.cli.views import render_sweep
 from kdcache.commands.options import SweepOptions
+from kdcache.commands.run_folder import last_metrics, read_metrics
 from kdcache.commands.sweep.grid import Grid
 from kdcache.commands.sweep.results import RunScore, SweepResult, charts_of, plot_sweep
 from kdcache.commands.sweep.sweep import RayPool, SweepProgress, sweep
-from kdcache.commands.train.callbacks import last_metrics, read_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError

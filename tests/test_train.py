@@ -33,9 +33,9 @@ from transformers.integrations import (
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
+from kdcache.commands.run_folder import TrainProgress
 from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.run import Run
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train

@@ -15,9 +15,9 @@ from test_launched import BILSTM
 
 from kdcache import cluster as kdcache_cluster
 from kdcache.cluster import Need
+from kdcache.commands.run_folder import TrainProgress
 from kdcache.commands.train import on_ray
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainProgress
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
 

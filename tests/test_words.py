@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BertTokenizerLegacy
 
 from kdcache.cache.shard import ShardData, read_shard, write_shard
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.finetune.rows import label_names_of
+from kdcache.commands.finetune.trainer import label_names_of
 from kdcache.corpus import Corpus, Record
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.rows import Row, RowSpec, make_encoder

@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # a display is there before what it shows is loaded
     from kdcache.commands.build.driver import Progress
     from kdcache.commands.build.packer import SpanFigures
     from kdcache.commands.build.workers import WorkerFigures
+    from kdcache.commands.run_folder import TrainProgress
     from kdcache.commands.sweep.sweep import SweepProgress
-    from kdcache.commands.train.result import TrainProgress
 
 D = TypeVar("D", bound="_Display")
 

@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from kdcache.commands.plan.result import PlanResult
     from kdcache.commands.predict.predict import PredictResult
     from kdcache.commands.report.report import ReportResult
+    from kdcache.commands.run_folder import TrainResult
     from kdcache.commands.share import ShareResult
     from kdcache.commands.sweep.results import SweepResult
     from kdcache.commands.train.options import TrainOptions
-    from kdcache.commands.train.result import TrainResult
     from kdcache.commands.upkeep import GcResult, RepairResult
     from kdcache.commands.verify import VerifyResult
 

@@ -12,6 +12,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
+from kdcache.errors import UsageError
 from kdcache.models import BiLstmConfig
+from kdcache.student.tokens import StudentInfo, label_config, read_embeddings, word_tokenizer
+from kdcache.tasks import TASKS
+
+_WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
 
 
 class BiLstm(PreTrainedModel):  # type: ignore[misc]
@@ -160,3 +167,73 @@ class BiLstmForTokenClassification(BiLstm):
 
 AutoModelForSequenceClassification.register(BiLstmConfig, BiLstmForSequenceClassification)
 AutoModelForTokenClassification.register(BiLstmConfig, BiLstmForTokenClassification)
+
+
+def make_bilstm(
+    options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo
+) -> BiLstm:
+    """A new one, with its words.
+
+    Args:
+        options: fields of `BiLstmConfig`, and those of its vocabulary; see `load_student`.
+        embeddings: file of word vectors.
+        info: the cache's side.
+
+    Raises:
+        UsageError: an unknown option, or what it needs is not there.
+    """
+    name = TASKS[info.task].auto.replace("AutoModel", "BiLstm")
+    kind: type[BiLstm] | None = globals().get(name)
+    if kind is None:
+        raise UsageError(
+            f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
+        )
+    apart = TASKS[info.task].words
+    common = {*PreTrainedConfig().to_dict(), "num_labels"}  # in every config.json: not options
+    own = BiLstmConfig().to_dict().keys() - common
+    unknown = sorted(options.keys() - common - own - set(_WORD_OPTIONS))
+    if unknown:
+        known = ", ".join(sorted({*own, *_WORD_OPTIONS}))
+        raise UsageError(f"bilstm has no option {', '.join(unknown)}; it knows {known}.")
+    sizes = {k: v for k, v in options.items() if k in own and v is not None}
+    source = options.get("tokenizer") or "words"
+    words = None
+    if source == "words":
+        if info.texts is None:
+            raise UsageError(
+                "bilstm builds its vocabulary from texts, and the cache has none. Use the "
+                "teacher's tokens (--student-tokenizer teacher)."
+            )
+        words = word_tokenizer(
+            info.texts,
+            min_count=options.get("min_count") or 1,
+            max_words=options.get("max_words"),
+            # The case of a word says something of its tag, such as that it is a name.
+            lower=not apart if options.get("lower") is None else bool(options["lower"]),
+            apart=apart,
+            max_length=None if apart else info.max_length,
+        )
+    elif source != "teacher":
+        raise UsageError(f"bilstm: tokenizer {source!r}; choose words or teacher.")
+    vectors = None
+    if embeddings is not None:
+        if words is None:
+            raise UsageError(
+                "embeddings are for words, and the teacher's tokens are not words. Leave out "
+                "--student-tokenizer teacher, or --embeddings."
+            )
+        ids = words.get_vocab()
+        vectors = read_embeddings(
+            embeddings, sorted(ids, key=ids.__getitem__), sizes.get("embedding_size")
+        )
+        sizes["embedding_size"] = vectors[1].shape[1]
+    sizes |= {
+        **label_config(info),
+        "vocab_size": info.vocab_size if words is None else len(words),
+        "pad_token_id": info.pad_id if words is None else 0,
+    }
+    student = kind(BiLstmConfig(**sizes))
+    student.tokenizer = words
+    if vectors is not None:
+        student.load_embeddings(*vectors)
+    return student

@@ -11,6 +11,8 @@ checkpoint that was changed since is refused. Cost: saving and resuming read its
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import re
@@ -27,9 +29,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from kdcache.errors import UsageError
 from kdcache.files import inner, sync_folder, sync_tree, write_json
 from kdcache.humanize import redacted
+from kdcache.lora import ADAPTER_CONFIG
+from kdcache.storage.base import sha256_file
 
 STATE_FILE = "kdcache_state.json"
 _PREFIX = "checkpoint-"
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
 
 
 def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -141,6 +146,32 @@ def continues_from(checkpoint: Path | str | None) -> str:
     if checkpoint is None:
         return "There is no checkpoint yet: the same command starts over."
     return f"The same command continues from step {step_of(Path(checkpoint))} ({checkpoint})."
+
+
+def files_sha256(name: str) -> str | None:
+    """SHA-256 of a file, or of the configuration and weights in a folder; None where this machine
+    has neither, as of a hub id or a built-in student. About 1 GB/s, once for a state of the files.
+    """
+    path = Path(name)
+    if path.is_file():
+        return _sha256(path)
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted({*path.glob("*.safetensors"), *(path / one for one in _CONFIGS)}):
+        if file.is_file():
+            digest.update(f"{file.name} {_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    facts = path.stat()
+    return _of(path.resolve(), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+@functools.lru_cache(256)
+def _of(path: Path, *state: int) -> str:
+    return sha256_file(path)
 
 
 def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any], where: str) -> None:

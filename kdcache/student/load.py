@@ -13,7 +13,9 @@ folder or hub id     a Hugging Face model with its weights; a plain encoder gets
                      changed or not (fake-quantised weights), is saved as one
 ===================  ===========================================================================
 
-Random weights come from `StudentInfo.seed` alone; the global random state is left unchanged.
+Random weights come from `StudentInfo.seed` alone; the global random state is left unchanged. All
+weights of a student begun from another (`--init-from`) are the earlier one's, which has the same
+shape and reads the same tokens; anything else is refused.
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from kdcache.errors import UsageError, reason_of
-from kdcache.lora import ADAPTER_CONFIG, PEFT_TASKS, Lora
-from kdcache.models import BILSTM, BiLstmConfig
+from kdcache.lora import ADAPTER_CONFIG, PEFT_TASKS, Lora, is_adapted
+from kdcache.models import BILSTM
 from kdcache.pretrained import UnreadableError, unreadable, warn_of_left_out
 from kdcache.student.factory import from_factory, is_factory, saved_factory
 from kdcache.student.one_answer import begin_at
 from kdcache.student.tokens import (
+    HfTokenize,
     StudentInfo,
+    WordTokenize,
     label_config,
-    read_embeddings,
     student_tokenize,
     tokenizer_of,
-    word_tokenizer,
 )
 from kdcache.tasks import TASKS, could_be, task_of
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
@@ -49,13 +51,12 @@ from kdcache.teacher.quirks import forget_lengths
 from kdcache.teacher.trust import check_config, factory_of
 
 if TYPE_CHECKING:
-    from kdcache.student.bilstm import BiLstm
+    from kdcache.teacher.adapter import AdapterFolder
 
 # A student may pad its vocabulary, as models do for the speed of their last product, but not by
 # whole vocabularies.
 _MOST_PADDING = 1024
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
 
 
 def load_student(
@@ -113,7 +114,10 @@ def load_student(
         raise UsageError(f"--lora is for {', '.join(PEFT_TASKS)}; train {info.task} without it.")
     with _seeded(info.seed):
         if new_bilstm:
-            student: nn.Module = _bilstm({**(raw or {}), **(options or {})}, embeddings, info)
+            from kdcache.student.bilstm import make_bilstm
+
+            sizes = {**(raw or {}), **(options or {})}
+            student: nn.Module = make_bilstm(sizes, embeddings, info)
         elif made_by is not None:
             student = saved_factory(Path(name), made_by, info)
         elif is_factory(name):
@@ -160,66 +164,6 @@ def _config_file(name: str) -> dict[str, Any] | None:
             f'"{BILSTM}".'
         )
     return raw
-
-
-def _bilstm(options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo) -> BiLstm:
-    from kdcache.student import bilstm
-
-    name = TASKS[info.task].auto.replace("AutoModel", "BiLstm")
-    kind: type[BiLstm] | None = getattr(bilstm, name, None)
-    if kind is None:
-        raise UsageError(
-            f"bilstm is a classifier; for {info.task} give a Hugging Face folder or a CONFIG.json."
-        )
-    apart = TASKS[info.task].words
-    common = {*PreTrainedConfig().to_dict(), "num_labels"}  # in every config.json: not options
-    own = BiLstmConfig().to_dict().keys() - common
-    unknown = sorted(options.keys() - common - own - set(_WORD_OPTIONS))
-    if unknown:
-        known = ", ".join(sorted({*own, *_WORD_OPTIONS}))
-        raise UsageError(f"bilstm has no option {', '.join(unknown)}; it knows {known}.")
-    sizes = {k: v for k, v in options.items() if k in own and v is not None}
-    source = options.get("tokenizer") or "words"
-    words = None
-    if source == "words":
-        if info.texts is None:
-            raise UsageError(
-                "bilstm builds its vocabulary from texts, and the cache has none. Use the "
-                "teacher's tokens (--student-tokenizer teacher)."
-            )
-        words = word_tokenizer(
-            info.texts,
-            min_count=options.get("min_count") or 1,
-            max_words=options.get("max_words"),
-            # The case of a word says something of its tag, such as that it is a name.
-            lower=not apart if options.get("lower") is None else bool(options["lower"]),
-            apart=apart,
-            max_length=None if apart else info.max_length,
-        )
-    elif source != "teacher":
-        raise UsageError(f"bilstm: tokenizer {source!r}; choose words or teacher.")
-    vectors = None
-    if embeddings is not None:
-        if words is None:
-            raise UsageError(
-                "embeddings are for words, and the teacher's tokens are not words. Leave out "
-                "--student-tokenizer teacher, or --embeddings."
-            )
-        ids = words.get_vocab()
-        vectors = read_embeddings(
-            embeddings, sorted(ids, key=ids.__getitem__), sizes.get("embedding_size")
-        )
-        sizes["embedding_size"] = vectors[1].shape[1]
-    sizes |= {
-        **label_config(info),
-        "vocab_size": info.vocab_size if words is None else len(words),
-        "pad_token_id": info.pad_id if words is None else 0,
-    }
-    student = kind(BiLstmConfig(**sizes))
-    student.tokenizer = words
-    if vectors is not None:
-        student.load_embeddings(*vectors)
-    return student
 
 
 def _check_order(name: str, names: tuple[str, ...], info: StudentInfo) -> None:
@@ -460,3 +404,71 @@ def _rows(student: nn.Module, getter: str) -> int | None:
         module = getattr(student, getter, lambda: None)()
     weight = getattr(module, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else None
+
+
+def begin_from(
+    student: Any,
+    tokenize: Any,
+    source: str,
+    info: StudentInfo,
+    *,
+    lora: Lora | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Give a student the weights of an earlier one.
+
+    Args:
+        student: what `load_student` made.
+        tokenize: what `student_tokenize` gives for it.
+        source: folder or hub id of the earlier one, such as a run's.
+        info: the cache's side.
+        lora: the adapter that is trained, whose weights are then taken from an earlier adapter.
+        trust_remote_code: run code that the earlier student brings.
+
+    Raises:
+        UsageError: it has another shape, another tokenizer, or an adapter on another base.
+    """
+    who = f"--init-from {source}"
+    files = TeacherFiles.find(source, role="run", trust_remote_code=trust_remote_code)
+    if lora is not None and is_adapted(student):
+        if files.adapter is None:
+            raise UsageError(
+                f"{who} is a whole model, and --lora trains an adapter. Name it as --student."
+            )
+        _check_adapter(who, files.adapter, lora, student.kdcache_adapter["base_sha256"])
+        files.adapter.fill(student)
+        return
+    other = load_student(source, info, trust_remote_code=trust_remote_code)
+    theirs = student_tokenize(other, source, info, trust_remote_code=trust_remote_code)
+    if _ids(theirs) != _ids(tokenize):
+        raise UsageError(
+            f"{who} reads other tokens than the student. Name it as --student, which keeps its own "
+            "tokenizer."
+        )
+    try:
+        student.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UsageError(
+            f"{who} has another shape than the student: {' '.join(lines[:1])[:300].rstrip('.')}. "
+            "Name it as --student to keep its shape."
+        ) from error
+
+
+def _check_adapter(who: str, adapter: AdapterFolder, lora: Lora, base_sha256: str) -> None:
+    config = adapter.config
+    adapter.check_base(base_sha256)
+    plain = not any(config.get(name) for name in ("use_rslora", "use_dora", "rank_pattern"))
+    same = (config.get("r"), config.get("lora_alpha")) == (lora.r, lora.alpha)
+    if config.get("peft_type") != "LORA" or not plain or not same:
+        raise UsageError(
+            f"{who} is an adapter of r={config.get('r')}, alpha={config.get('lora_alpha')}"
+            f"{'' if plain else ' and another kind'}, the new one is {lora}. Give the same --lora, "
+            "or name it as --student without --lora, which merges it."
+        )
+
+
+def _ids(tokenize: Any) -> Any:
+    """What a tokenizer makes of words; None for the cache's own."""
+    own = isinstance(tokenize, HfTokenize | WordTokenize)
+    return tokenize.tokenizer.get_vocab() if own else None

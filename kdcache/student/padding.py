@@ -11,8 +11,15 @@ student that was tried both ways, from batches that are padded after their rows.
 Gradients are compared as well: those of some models are not finite next to padding (Gemma 3n),
 where their logits are right.
 
-Cost: six forwards and two backwards of at most three rows of 256 tokens; later one look at each
-batch's mask.
+Documents of a row that do not attend to each other have `position_ids`, which begin again at 0 with
+each, and no attention mask. From these transformers makes block-diagonal masks (SDPA, flex, eager),
+or calls FlashAttention for sequences of different lengths, which it does for a batch of a single
+row: there the rows of a batch are laid end to end. Some architectures ignore positions in part
+(state-space and linear attention, ALiBi, relative positions): their documents would leak into each
+other without a word, so each student is tried.
+
+Cost: six forwards and two backwards of at most three rows of 256 tokens, of documents six forwards
+more; later one look at each batch's mask. Guarantee: none for documents unlike those tried.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -29,12 +37,14 @@ from torch import Tensor, nn
 from kdcache.errors import UsageError, reason_of
 from kdcache.tasks import IGNORE, TASKS
 from kdcache.teacher.probe import TOLERANCES, distance
-from kdcache.teacher.projection import quiet
+from kdcache.teacher.projection import call, logits_of, quiet, text_config
 
 DistilledStudent: TypeAlias = Any  # its module imports this one
 
 TOKENS = 256  # of a row that is tried
 _BESIDE = 4  # tokens of padding added to a batch
+_LEAST = 12  # tokens of a row that is cut into documents
+_ATTENTION = "_attn_implementation"
 
 
 @torch.no_grad()
@@ -338,6 +348,61 @@ def _different(sizes: list[int]) -> list[int]:
     if len(sizes) > 1 and min(sizes) == max(sizes) > 1:
         sizes[-1] //= 2
     return sizes
+
+
+@torch.no_grad()
+def check_documents(student: nn.Module, input_ids: Tensor) -> None:
+    """Compare documents that share a row with each alone.
+
+    Args:
+        student: a causal language model.
+        input_ids: int64 [B, L] of a batch, where the student wants them; some tokens are used.
+
+    Raises:
+        UsageError: they differ.
+    """
+    ids = input_ids[0, :TOKENS]
+    ids = ids.repeat(-(-_LEAST // len(ids)))
+    n = len(ids)
+    rows = torch.stack([ids, ids.flip(0)])
+    cuts = [(0, n // 3, n // 3 + 1, n), (0, n // 2, n)]
+    position_ids = torch.stack(
+        [torch.cat([torch.arange(b - a) for a, b in pairwise(at)]) for at in cuts]
+    ).to(ids.device)
+    documents = [(row, a, b) for row, at in enumerate(cuts) for a, b in pairwise(at)]
+    with quiet(student):
+        inputs = {"input_ids": rows, "position_ids": position_ids}
+        together = _logits(student, in_one_row(student, inputs)).reshape(2, n, -1)
+        alone = [_logits(student, {"input_ids": rows[r : r + 1, a:b]})[0] for r, a, b in documents]
+    moved = distance([together[r, a:b] for r, a, b in documents], alone)
+    if moved > tolerance(student):
+        raise UsageError(
+            f"student {type(student).__name__} lets documents of one row read each other: their "
+            f"logits differ from those of each alone by {moved:.2g} of their spread. Use a cache "
+            "built with --packing split or --attend row, or another architecture."
+        )
+
+
+def in_one_row(student: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a batch end to end, for FlashAttention; else the batch as it is.
+
+    Args:
+        student: a causal language model.
+        inputs: with `position_ids`; padding is a document too.
+    """
+    implementation = getattr(text_config(getattr(student, "config", None)), _ATTENTION, None)
+    if "flash" not in str(implementation):
+        return dict(inputs)
+    shape = inputs["position_ids"].shape
+    return {
+        name: value.reshape(1, -1) if isinstance(value, Tensor) and value.shape == shape else value
+        for name, value in inputs.items()
+    }
+
+
+def _logits(student: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    found = logits_of(call(student, inputs)).float().cpu()
+    return found[:, found.shape[1] - inputs["input_ids"].shape[1] :]  # prompt tuning adds tokens
 
 
 def tolerance(student: nn.Module) -> float:

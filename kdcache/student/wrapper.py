@@ -39,7 +39,7 @@ from kdcache.loss import (
     linear_logprobs,
     sliced_linear_distillation,
 )
-from kdcache.student.padding import check_first, pick, step_count
+from kdcache.student.padding import check_documents, check_first, in_one_row, pick, step_count
 from kdcache.targets import DenseTargets, LabelTargets, SparseTargets, Targets
 from kdcache.targets.chunks import ChunkTargets
 from kdcache.targets.decoded import check_number, no_targets
@@ -471,8 +471,6 @@ class DistilledStudent(nn.Module):
         """Inputs and labels of documents that do not attend to each other, as the student keeps
         them apart.
         """
-        from kdcache.student.documents import check_documents, in_one_row
-
         if self.student not in self._checked:
             check_documents(self.student, inputs["input_ids"])
             self._checked = [self.student]

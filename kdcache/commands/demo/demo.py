@@ -41,10 +41,8 @@ from kdcache.commands.demo.teacher import (
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.scores import EvaluateResult
 from kdcache.commands.options import DemoOptions, EvaluateOptions
-from kdcache.commands.run_folder import RunFolder
-from kdcache.commands.train.callbacks import read_metrics
+from kdcache.commands.run_folder import RunFolder, TrainResult, read_metrics
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError, install_command, installed
 from kdcache.files import alone, local_path, try_output, write_json

@@ -31,12 +31,17 @@ from transformers import (
 )
 
 from kdcache.commands.finetune.options import FinetuneOptions
-from kdcache.commands.finetune.rows import files_of, label_names_of, labelled_rows, spec_of
-from kdcache.commands.finetune.trainer import best_scores, make_trainer, mean_loss
+from kdcache.commands.finetune.trainer import (
+    best_scores,
+    files_of,
+    label_names_of,
+    labelled_rows,
+    make_trainer,
+    mean_loss,
+    spec_of,
+)
 from kdcache.commands.interrupt import interruptible
-from kdcache.commands.run_folder import RunFolder
-from kdcache.commands.train.callbacks import METRICS_FILE
-from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.run_folder import METRICS_FILE, RunFolder, TrainProgress
 from kdcache.errors import IncompleteError, UsageError, reason_of
 from kdcache.files import (
     alone,

@@ -26,8 +26,7 @@ from kdcache.commands.generate.look import GeneratedView, surprises
 from kdcache.commands.inspect import default_temperature, inspect
 from kdcache.commands.inspect_result import InspectResult, RowView
 from kdcache.commands.options import InspectOptions, ReportOptions
-from kdcache.commands.run_folder import RESULT_FILE
-from kdcache.commands.train.callbacks import METRICS_FILE, read_metrics
+from kdcache.commands.run_folder import METRICS_FILE, RESULT_FILE, read_metrics
 from kdcache.errors import UsageError, doing
 from kdcache.files import local_path
 from kdcache.humanize import redacted

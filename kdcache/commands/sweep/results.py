@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcache.cache import Cache
-from kdcache.commands.train.result import TrainResult
+from kdcache.commands.run_folder import TrainResult
 from kdcache.errors import install_command, installed
 from kdcache.files import write_json, write_text
 from kdcache.loss import INDEPENDENT

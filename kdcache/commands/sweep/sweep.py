@@ -28,13 +28,11 @@ from typing import Any, Protocol
 from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, leave
 from kdcache.commands.interrupt import check, interruptible
 from kdcache.commands.options import SweepOptions
-from kdcache.commands.run_folder import RunFolder
+from kdcache.commands.run_folder import RunFolder, TrainResult, last_metrics
 from kdcache.commands.sweep.grid import Grid, GridRun, nothing_started
 from kdcache.commands.sweep.results import SEED, RunScore, SweepResult, plot_sweep, teacher_figures
-from kdcache.commands.train.callbacks import last_metrics
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainResult
 from kdcache.commands.train.student import make_student
 from kdcache.commands.train.train import train_one
 from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, UsageError, as_worker

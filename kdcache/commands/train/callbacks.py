@@ -1,8 +1,5 @@
-"""`metrics.jsonl`: one line for everything a run logs, written by a callback of the HF Trainer.
-
-Guarantee: only whole lines are read, so an interrupted or running writer does no harm.
-
-Ends a training before its last step: after a signal, or when patience has run out.
+"""Callbacks of the HF Trainer: they write `metrics.jsonl`, report progress, and end a training
+before its last step, after a signal or when patience has run out.
 """
 
 from __future__ import annotations
@@ -22,55 +19,12 @@ from transformers.integrations import (
 )
 
 from kdcache.commands.interrupt import check
-from kdcache.commands.train.result import TrainProgress
+from kdcache.commands.run_folder import METRICS_FILE, TrainProgress, seconds_before
 from kdcache.errors import EXTRAS, install_command
-from kdcache.files import write_text
 from kdcache.humanize import duration
 from kdcache.student.checkpoints import better
 
-METRICS_FILE = "metrics.jsonl"
 _QUIET_SECONDS = 10.0
-_TAIL = 2**16  # bytes that hold at least one whole line
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """What a run logged so far: `step`, `seconds` (of training, over all its sittings), `epoch`,
-    and losses or the metrics of an evaluation (`eval_...`).
-
-    Args:
-        run: folder of the run; nothing need be there.
-    """
-    path = run / METRICS_FILE
-    return parse_metrics(path.read_text() if path.is_file() else "")
-
-
-def parse_metrics(text: str) -> list[dict[str, Any]]:
-    """As `read_metrics`, of the content of the file."""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def last_metrics(run: Path) -> dict[str, Any] | None:
-    """The last of `read_metrics`, found from the end of the file; None where nothing was logged."""
-    path = run / METRICS_FILE
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = file.read().rpartition(b"\n")[0].splitlines()
-    return dict(json.loads(lines[-1])) if lines else None
-
-
-def cut_metrics(run: Path, last: int) -> None:
-    """Drop what was logged after step `last`: the resumed run will log it again."""
-    lines = [line for line in read_metrics(run) if line["step"] <= last]
-    if lines or (run / METRICS_FILE).is_file():
-        write_text(run / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def seconds_before(run: Path) -> float:
-    """Training time of the earlier, interrupted runs, as far as they count."""
-    last = last_metrics(run)
-    return float(last["seconds"]) if last else 0.0
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]

@@ -13,9 +13,8 @@ from typing import Any
 
 import yaml
 
-from kdcache.commands.train.callbacks import read_metrics
+from kdcache.commands.run_folder import TrainResult, read_metrics
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainResult
 from kdcache.humanize import markdown, shares
 from kdcache.metrics import RANKED, run_title
 from kdcache.plots import Chart, Level, Line, plot_charts

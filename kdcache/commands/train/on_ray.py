@@ -37,10 +37,10 @@ from kdcache.cluster import (
     reason,
     share_of_cpus,
 )
+from kdcache.commands.run_folder import TrainProgress, TrainResult
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.prepare import RunPlan, train_folder
 from kdcache.commands.train.process_group import SharedError, train_in_group
-from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.errors import IncompleteError, KdcacheError, UsageError, as_worker
 from kdcache.storage import is_remote
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import Cache
-from kdcache.commands.run_folder import TrainFolder
+from kdcache.commands.run_folder import TrainFolder, TrainResult
 from kdcache.commands.train.callbacks import wrong_trackers
 from kdcache.commands.train.options import Schedule, TrainOptions
-from kdcache.commands.train.result import TrainResult
 from kdcache.errors import UsageError
 from kdcache.files import local_path
 from kdcache.loss import check_loss
@@ -27,9 +26,8 @@ from kdcache.pretrained import UnreadableError, read_tokenizer, tokenizer_sha256
 from kdcache.storage import is_remote
 from kdcache.stream import TargetStream, check_caches, open_caches
 from kdcache.stream.checks import check_every_position, unlike
-from kdcache.student.checkpoints import check_identity, last_checkpoint, read_state
+from kdcache.student.checkpoints import check_identity, files_sha256, last_checkpoint, read_state
 from kdcache.student.figures import FIGURES, figure_of
-from kdcache.student.initial_weights import files_sha256
 from kdcache.student.load import is_model
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled

@@ -23,10 +23,9 @@ import torch
 from torch import distributed
 
 from kdcache.commands.interrupt import check
-from kdcache.commands.train.launcher import Launched
-from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.run_folder import TrainProgress, TrainResult
+from kdcache.commands.train.options import Launched, TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.files import alone, full_disk

@@ -25,20 +25,26 @@ from typing import Any
 from transformers import TrainerState
 
 from kdcache.cache.figures import teacher_cross_entropy
-from kdcache.commands.run_folder import RESULT_FILE, SCRATCH
-from kdcache.commands.train.callbacks import cut_metrics, seconds_before
+from kdcache.commands.run_folder import (
+    RESULT_FILE,
+    SCRATCH,
+    TrainProgress,
+    TrainResult,
+    cut_metrics,
+    seconds_before,
+)
 from kdcache.commands.train.card import CARD_FILE, model_card
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.student import (
     check_lengths,
     labels_of,
     lengths_warning,
     make_student,
+    make_trainer,
     texts_of,
+    train_stream,
     trial_batch,
 )
-from kdcache.commands.train.trainer import make_trainer, train_stream
 from kdcache.files import filled_folder, write_json, write_text
 from kdcache.humanize import shares
 from kdcache.metrics import LOSS_PARTS
@@ -47,7 +53,7 @@ from kdcache.stream.batch import CachedIds, Reading
 from kdcache.student import DistilledStudent
 from kdcache.student.checkpoints import read_state
 from kdcache.student.one_answer import little_learnt
-from kdcache.student.padding import check_pairs, check_rows
+from kdcache.student.padding import check_documents, check_pairs, check_rows
 from kdcache.student.precision import Computing
 from kdcache.student.tokens import unknown_share
 from kdcache.student.trainer import DistillationTrainer
@@ -106,8 +112,6 @@ class Run:
                 check(plan.options.student, student, trial)
             student.checks_padding = False
             if any(cache.spec.apart for cache in (*plan.caches, *plan.eval_caches)):
-                from kdcache.student.documents import check_documents
-
                 check_documents(student.student, trial["input_ids"])
         computing.begin()
         return cls(plan, trainer, student, stream, reading, plan.checkpoint(), caching)

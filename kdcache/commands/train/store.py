@@ -28,8 +28,7 @@ from typing import Any
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdcache.commands.run_folder import RAY, RESULT_FILE, TrainFolder
-from kdcache.commands.train.callbacks import METRICS_FILE, parse_metrics
+from kdcache.commands.run_folder import METRICS_FILE, RAY, RESULT_FILE, TrainFolder, parse_metrics
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.files import LOCK_FILE, inner, write_json, write_text
 from kdcache.storage import redact, sha256_file

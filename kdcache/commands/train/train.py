@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kdcache.commands.interrupt import interruptible
-from kdcache.commands.train.launcher import Launched
-from kdcache.commands.train.options import TrainOptions
+from kdcache.commands.run_folder import TrainProgress, TrainResult
+from kdcache.commands.train.options import Launched, TrainOptions
 from kdcache.commands.train.prepare import RunPlan
-from kdcache.commands.train.result import TrainProgress, TrainResult
 from kdcache.commands.train.run import Run
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import alone, full_disk
